@@ -15,25 +15,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+from lora_diag import deltas
 from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names, shapes_agree
 from lora_diag.adapters.source import AdapterFiles
-from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64
+from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64, flatten_shape
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
-from lora_diag.deltas import (
-    Delta,
-    DenseDelta,
-    FactoredDelta,
-    Pairing,
-    Side,
-    StoredDelta,
-    Unpaired,
-    added_rows,
-    natural_order,
-    row_blocks,
-    selector,
-)
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, Side, StoredDelta, Unpaired
 from lora_diag.errors import InputError, NothingComparedError, damaged
 from lora_diag.records.names import depth_of
 
@@ -144,18 +133,17 @@ def place_updates(
         NothingComparedError: No ΔW is selected, or none can be measured.
         UsageError: A regular expression is not valid.
     """
-    selected = selector(layers, exclude)
-    deltas, unpaired, notes = (
-        _place_without_base(source, reading) if base is None else _place_on_base(source, reading, base)
-    )
+    selected = deltas.selector(layers, exclude)
+    placed = _place_without_base(source, reading) if base is None else _place_on_base(source, reading, base)
+    changes, unpaired, notes = placed
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
         raise InputError(_make_unmatched_message(source, cast(Checkpoint, base), missing))
-    chosen = [delta for delta in deltas if selected(delta.layer)]
-    unpaired += [Unpaired.by_selection(delta.layer, delta.shape) for delta in deltas if not selected(delta.layer)]
+    chosen = [delta for delta in changes if selected(delta.layer)]
+    unpaired += [Unpaired.by_selection(delta.layer, delta.shape) for delta in changes if not selected(delta.layer)]
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
-    ordered = sorted(chosen, key=lambda delta: natural_order(delta.layer))
+    ordered = sorted(chosen, key=lambda delta: deltas.natural_order(delta.layer))
     return Pairing(tuple(ordered), tuple(unpaired)), notes
 
 
@@ -180,7 +168,7 @@ def _make_nothing_measured_error(source: AdapterFiles, unpaired: list[Unpaired])
 
 def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
-    deltas: list[Delta] = []
+    changes: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:
         layer = update.layer
@@ -189,14 +177,14 @@ def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[list[De
             why = f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from the base weight"
             unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
         elif not update.optional:
-            deltas.append(_make_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
+            changes.append(_make_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
     for value in reading.values:
         if not value.is_copy:
             shape = source.checkpoint[value.key].shape
             detail = "the adapter holds its new value and not its change, so BASE is needed"
             unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
     in_llama_order = any(update.heads for update in reading.updates)
-    return deltas, unpaired, [LLAMA_ROWS] if in_llama_order else []
+    return changes, unpaired, [LLAMA_ROWS] if in_llama_order else []
 
 
 def _place_on_base(
@@ -213,19 +201,19 @@ def _place_on_base(
     for piece in pieces:
         pieces_by_layer.setdefault(piece.location.layer, []).append(piece)
         unpaired += _note_added_rows(piece)
-    deltas: list[Delta] = []
+    changes: list[Delta] = []
     for layer, layer_pieces in pieces_by_layer.items():
         _refuse_overlap(source, layer, layer_pieces)
         copy = copies.pop(layer_pieces[0].location.name, None)
         plus = partial(subtract_base, source.checkpoint, copy.key) if copy is not None else None
-        deltas.append(_make_delta(layer, layer_pieces, plus))
+        changes.append(_make_delta(layer, layer_pieces, plus))
     value_deltas, skipped = _pair_new_values(source, [*values, *copies.values()], base)
     changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
     heads = {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
     effect = "its update is reported under its own name, and a merge adds it to the one stored weight"
     notes += [f"{layer} is tied to an embedding in BASE; {effect}" for layer in sorted(heads)]
-    return [*deltas, *value_deltas], [*unpaired, *skipped], notes
+    return [*changes, *value_deltas], [*unpaired, *skipped], notes
 
 
 def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> None:
@@ -408,9 +396,8 @@ def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) ->
     before, after = base[name], source.checkpoint[key]
     if before.shape != after.shape or not {before.dtype, after.dtype} <= FLOAT_DTYPES:
         return False
-    shape = (before.shape[0], math.prod(before.shape[1:]))
-    sides = row_blocks(Side(base, name), shape), row_blocks(Side(source.checkpoint, key), shape)
-    return all(torch.equal(as_float64(a), as_float64(b)) for a, b in zip(*sides, strict=True))
+    delta = StoredDelta(name, flatten_shape(before.shape), Side(base, name), Side(source.checkpoint, key))
+    return all(torch.equal(as_float64(a), as_float64(b)) for a, b in delta.blocks())
 
 
 def subtract_base(checkpoint: Checkpoint, key: str, site: Site) -> torch.Tensor:
@@ -425,7 +412,7 @@ def _pair_new_values(
     """Return the changes of the weights stored in full, and the skipped weights and rows."""
     expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
     matched, missing = match_names(expected, base)
-    deltas: list[StoredDelta] = []
+    changes: list[StoredDelta] = []
     unpaired: list[Unpaired] = []
     for value in values:
         shape = source.checkpoint[value.key].shape
@@ -440,10 +427,10 @@ def _pair_new_values(
                 detail = f"stored as {', '.join(sorted(not_float))}, which is not a plain floating-point weight"
                 unpaired.append(Unpaired(location.layer, shape, "not_float", detail))
             elif len(location.shape) == 1:
-                deltas.append(StoredDelta(location.layer, (1, location.shape[0]), before, after, is_matrix=False))
+                changes.append(StoredDelta(location.layer, (1, location.shape[0]), before, after, is_matrix=False))
             else:
-                deltas.append(StoredDelta(location.layer, (location.shape[0], location.shape[1]), before, after))
+                changes.append(StoredDelta(location.layer, (location.shape[0], location.shape[1]), before, after))
                 if location.rows is not None and len(shape) == 2:  # for experts, those of one matrix in the stack
-                    unpaired.append(added_rows(location.layer, before, after))
+                    unpaired.append(deltas.added_rows(location.layer, before, after))
             offset += math.prod(location.shape)
-    return deltas, unpaired
+    return changes, unpaired

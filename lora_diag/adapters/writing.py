@@ -303,22 +303,19 @@ def write_adapter(
     for part in parts:
         groups.setdefault(part.target.module, []).append(part)
     prefixes = _make_prefixes([group[0].target for group in groups.values()])
-    tensors: dict[str, TensorInfo] = {}
-    readers: dict[str, Callable[[], torch.Tensor]] = {}
+    tensors = {PREFIX + value.key: (value.info, value.read) for value in values}
     common_rank = max(map(compute_module_rank, groups.values()), default=1) if portable else None
     for module, group in groups.items():
+        dtype = open_checkpoint(group[0].file)["B"].dtype
         for key, shape, read in _list_tensors(prefixes[module], group, common_rank):
-            readers[key] = read
-            tensors[key] = TensorInfo(key, shape, open_checkpoint(group[0].file)["B"].dtype)
-    for value in values:
-        key = PREFIX + value.key
-        tensors[key], readers[key] = TensorInfo(key, value.info.shape, value.info.dtype), value.read
+            tensors[key] = TensorInfo(key, shape, dtype), read
+    infos = {key: info for key, (info, _) in tensors.items()}
     ranks = {module: common_rank or compute_module_rank(group) for module, group in groups.items()}
     config = make_config(ranks, parts, values, described)
     if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
-    write_safetensors(folder / WEIGHTS, tensors, lambda key: readers[key](), {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, infos, lambda key: tensors[key][1](), {"format": "pt"})
     write_config(folder, config)
 
 

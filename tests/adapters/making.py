@@ -20,9 +20,8 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}, path, metadata
-    )
+    stored = {name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}
+    save_file(stored, path, metadata)
     return path
 
 
@@ -48,10 +47,7 @@ def lora(
     tensors: dict[str, torch.Tensor] = {}
     for layer, (b, a) in updates.items():
         key = f"base_model.model.{layer.removesuffix('.weight')}"
-        tensors |= {
-            f"{key}.lora_B.weight": torch.tensor(np.asarray(b)),
-            f"{key}.lora_A.weight": torch.tensor(np.asarray(a)),
-        }
+        tensors |= {f"{key}.lora_{side}.weight": torch.tensor(np.asarray(x)) for side, x in (("B", b), ("A", a))}
         rank = b.shape[1]
     folder.mkdir(parents=True)
     stored = {name: value.to(dtype or value.dtype).contiguous() for name, value in tensors.items()}

@@ -28,7 +28,7 @@ class Toy(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(24, 16)
         self.conv = nn.Conv2d(16, 12, 3, padding=1)
-        self.line = nn.Conv1d(12, 8, 3, padding=1)
+        self.conv1d = nn.Conv1d(12, 8, 3, padding=1)
         self.q_proj = nn.Linear(12, 20)
         self.up_proj = nn.Linear(20, 20, bias=False)
         self.norm = nn.LayerNorm(20)
@@ -82,7 +82,7 @@ def check(model, config, tmp_path, tolerance=1e-5, factored=None):
     return changes, notes
 
 
-ALL = ["embed_tokens", "conv", "line", "q_proj", "up_proj", "lm_head"]
+ALL = ["embed_tokens", "conv", "conv1d", "q_proj", "up_proj", "lm_head"]
 LINEAR = ["q_proj", "up_proj"]
 BLOCKS = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["up_proj"], "nblocks": 2}
 
@@ -128,7 +128,7 @@ TOY = {
     "loha tucker": (
         lambda: peft.LoHaConfig(target_modules=["conv", *LINEAR], r=3, alpha=5, use_effective_conv2d=True), False
     ),
-    "lokr": (lambda: peft.LoKrConfig(target_modules=["conv", "line", *LINEAR], r=2, alpha=5), False),
+    "lokr": (lambda: peft.LoKrConfig(target_modules=["conv", "conv1d", *LINEAR], r=2, alpha=5), False),
     "lokr tucker": (
         lambda: peft.LoKrConfig(target_modules=["conv", *LINEAR], r=2, alpha=5, use_effective_conv2d=True), False
     ),
@@ -256,14 +256,7 @@ def test_pattern_matches_like_peft():
     from lora_diag.adapters.source import Config
 
     modules = ["model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "q_proj", "a.proj", "b.xproj"]
-    keys = [
-        "proj",
-        "q_proj",
-        r"layers.1.self_attn.q_proj",
-        "^q_proj",
-        r".*1\..*q_proj",
-        "model.layers.11.self_attn.q_proj",
-    ]
+    keys = ["proj", "q_proj", r"layers.1.self_attn.q_proj", "^q_proj", r".*1\..*q_proj", modules[1]]
     for start in range(len(keys)):
         table = {key: number for number, key in enumerate(keys[start:], 1)}
         pattern = read_pattern(Config("config.json", {"rank_pattern": table}), "rank_pattern", modules)

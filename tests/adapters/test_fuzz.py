@@ -31,10 +31,7 @@ STARTS = [
         {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "use_bdlora": {"nblocks": 2, "target_modules_bd_b": ["fc"]}},
         {f"{P}.lora_A.weight": (2, 6), f"{P}.lora_B.weight": (8, 1)},
     ),
-    (
-        {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_parameters": ["fc.weight"]},
-        LORA,
-    ),
+    ({"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_parameters": ["fc.weight"]}, LORA),
     (
         {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "trainable_token_indices": [3]},
         {f"{P}.token_adapter.trainable_tokens_delta": (1, 6), "base_model.model.embed.lora_embedding_A": (2, 8),
@@ -51,10 +48,8 @@ STARTS = [
     ({"peft_type": "LOKR", "r": 2, "alpha": 3}, LOKR),
     (
         {"peft_type": "VERA", "r": 2},
-        {
-            f"{P}.vera_lambda_b": (8,), f"{P}.vera_lambda_d": (2,), "base_model.vera_A": (2, 9),
-            "base_model.vera_B": (9, 2),
-        },
+        {f"{P}.vera_lambda_b": (8,), f"{P}.vera_lambda_d": (2,), "base_model.vera_A": (2, 9),
+         "base_model.vera_B": (9, 2)},
     ),
     ({"peft_type": "IA3", "feedforward_modules": ["x"]}, {f"{P}.ia3_l": (8, 1)}),
     ({"peft_type": "OFT", "num_cayley_neumann_terms": 4}, {f"{P}.oft_R.weight": (2, 3)}),
@@ -68,10 +63,8 @@ STARTS = [
     (None, KOHYA | {f"{K}.alpha": (), f"{K}.dora_scale": (8, 1)}),
     (
         None,
-        {
-            f"{K}.lora_up.weight": (8, 2, 1, 1), f"{K}.lora_mid.weight": (2, 2, 1, 1),
-            f"{K}.lora_down.weight": (2, 6, 1, 1),
-        },
+        {f"{K}.lora_up.weight": (8, 2, 1, 1), f"{K}.lora_mid.weight": (2, 2, 1, 1),
+         f"{K}.lora_down.weight": (2, 6, 1, 1)},
     ),
     (None, {f"{K}.diff": (8, 6), f"{K}.diff_b": (8,)}),
     (None, {"unet.processor.fc_lora.up.weight": (8, 2), "unet.processor.fc_lora.down.weight": (2, 6)}),
@@ -93,15 +86,7 @@ def test_damaged_file_gives_numbers_or_one_message(data):
     if data.draw(st.booleans()) and len(shapes) > 1:
         del shapes[data.draw(st.sampled_from(sorted(shapes)))]
     if config is not None and data.draw(st.booleans()):
-        keys = [
-            *config,
-            "rank_pattern",
-            "alpha_pattern",
-            "layer_replication",
-            "use_rslora",
-            "init_lora_weights",
-            "bias",
-        ]
+        keys = {*config, "rank_pattern", "alpha_pattern", "layer_replication", "use_rslora", "init_lora_weights"}
         config = config | {data.draw(st.sampled_from(sorted(keys))): data.draw(JUNK)}
     folder = Path(tempfile.mkdtemp())
     try:

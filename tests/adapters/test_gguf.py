@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 
 from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, OUTSIDE_BLOCKS
 from lora_diag.diagnostics.portability.measure import make_portable
 from lora_diag.errors import InputError, LoradiagError
 from tests.adapters import making
-from tests.adapters.making import changes, close, normal
+from tests.adapters.making import changes, close, dense, normal
+from tests.checkpoints.test_shared_cases import assert_true
 from tests.conftest import SHARED
 from tests.messages import raises_naming
 
@@ -60,11 +62,7 @@ def test_gguf_case_has_true_weights(case):
     assert set(result) == {name for name in truth if name != "_meta"}
     for name, matrix in result.items():
         assert list(matrix.shape) == truth[name]["shape"]
-        assert np.linalg.norm(matrix) == pytest.approx(truth[name]["fro"], rel=1e-6)
-        s = np.linalg.svd(matrix, compute_uv=False)[: len(truth[name]["s"])]
-        assert s == pytest.approx(truth[name]["s"], rel=1e-6, abs=1e-6)
-        for *index, value in truth[name]["entries"]:
-            assert matrix[tuple(index)] == pytest.approx(value, rel=1e-5, abs=1e-6)
+        assert_true(matrix, truth[name])
 
 
 @pytest.fixture
@@ -72,15 +70,9 @@ def llama(tmp_path):
     """Write an adapter of mixed ranks, with q and k in llama.cpp's order, and its BASE."""
     layer = "model.layers.0."
     shapes = {"q_proj": (64, 32), "k_proj": (32, 32), "o_proj": (32, 64)}
-    base = making.base(
-        tmp_path,
-        {
-            **{f"{layer}self_attn.{leaf}.weight": normal(*shape) for leaf, shape in shapes.items()},
-            "model.embed_tokens.weight": normal(50, 32),
-            "lm_head.weight": normal(50, 32),
-        },
-        CONFIG,
-    )
+    weights = {f"{layer}self_attn.{leaf}.weight": normal(*shape) for leaf, shape in shapes.items()}
+    weights |= {"model.embed_tokens.weight": normal(50, 32), "lm_head.weight": normal(50, 32)}
+    base = making.base(tmp_path, weights, CONFIG)
     a = {leaf: normal(r, shapes[leaf][1], seed=1) for leaf, r in (("q_proj", 2), ("k_proj", 4), ("o_proj", 2))}
     b = {leaf: normal(shapes[leaf][0], a[leaf].shape[0], seed=2) for leaf in a}
     table = normal(50, 3, seed=3), normal(32, 3, seed=4)
@@ -130,9 +122,6 @@ def test_gguf_q8_0_factors_are_decoded(llama):
 def test_gguf_without_alpha_uses_stated_alpha(llama):
     base, tensors, expected, ranks, path = llama
     write(path, tensors, None)
-    from lora_diag.checkpoints import open_checkpoint
-    from tests.adapters.making import dense
-
     pairing, notes = open_adapter(path, 6.0).pair(open_checkpoint(base))
     for delta in pairing.deltas:
         close(dense(delta), expected[delta.layer] * 6 / ranks[delta.layer])
@@ -228,9 +217,8 @@ def peft(llama):
         else:
             result |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     pattern = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
-    folder = making.adapter(
-        path.parent, result, rank_pattern=pattern, use_rslora=True, target_modules=[*pattern], lora_alpha=6
-    )
+    config = {"rank_pattern": pattern, "use_rslora": True, "target_modules": [*pattern], "lora_alpha": 6}
+    folder = making.adapter(path.parent, result, **config)
     return base, folder, {layer: change * 6 / ranks[layer] ** 0.5 for layer, change in expected.items()}
 
 
@@ -242,12 +230,8 @@ def test_gguf_written_is_the_same_update_by_the_library(peft):
     assert {(record.consumer, record.status) for record in results} == {("llamacpp", "exact")}
     reader = gguf.GGUFReader(out / "adapter.gguf")
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
-    assert fields == {
-        "general.architecture": "llama",
-        "general.type": "adapter",
-        "adapter.type": "lora",
-        "adapter.lora.alpha": 4.0,
-    }
+    alpha = {"adapter.lora.alpha": 4.0}
+    assert fields == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"} | alpha
     result = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
     layer = "model.layers.0.self_attn."
     for stem, name, heads in (("q", "q_proj", 4), ("k", "k_proj", 2), ("output", "o_proj", 0)):

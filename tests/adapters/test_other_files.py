@@ -67,9 +67,8 @@ def test_lycoris_loha_lokr_and_differences(tmp_path):
     path, folder = kohya(tmp_path, {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": normal(4, 2), f"{FLAT}.alpha": ALPHA})
     close(changes(path, folder)[0][f"{Q}.weight"], np.kron(w1, normal(4, 2)))
 
-    path, folder = kohya(
-        tmp_path, {f"{FLAT}.diff": normal(8, 6), f"{FLAT}.diff_b": normal(8)}, **{f"{Q}.bias": normal(8)}
-    )
+    differences = {f"{FLAT}.diff": normal(8, 6), f"{FLAT}.diff_b": normal(8)}
+    path, folder = kohya(tmp_path, differences, **{f"{Q}.bias": normal(8)})
     result, _ = changes(path, folder)
     close(result[f"{Q}.weight"], normal(8, 6))
     close(result[f"{Q}.bias"], normal(8))
@@ -213,21 +212,16 @@ def test_mlx_dora_of_square_weight_measures_its_rows(tmp_path):
     w, a, b, m = normal(6, 6), normal(6, 2), normal(2, 6, seed=1), np.abs(normal(6)) + 0.5
     path = mlx(tmp_path, {"q.lora_a": a, "q.lora_b": b, "q.m": m}, fine_tune_type="dora")
     v = w + 10 * (a @ b).T
-    close(
-        changes(path, base(tmp_path, {"q.weight": w}))[0]["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - w
-    )
+    result, _ = changes(path, base(tmp_path, {"q.weight": w}))
+    close(result["q.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - w)
 
 
 def test_mlx_embeddings_are_adapted_row_by_row(tmp_path):
     table, a, b, m = normal(9, 6), normal(9, 2), normal(2, 6), np.abs(normal(9)) + 0.5
-    folder = base(tmp_path, {"model.embed_tokens.weight": table})
-    result, _ = changes(mlx(tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b}), folder)
+    folder, factors = base(tmp_path, {"model.embed_tokens.weight": table}), {"lora_a": a, "lora_b": b}
+    tensors = {f"embed_tokens.{part}": value for part, value in factors.items()}
+    result, _ = changes(mlx(tmp_path, tensors), folder)
     close(result["model.embed_tokens.weight"], 10 * a @ b)
-    path = mlx(
-        tmp_path, {"embed_tokens.lora_a": a, "embed_tokens.lora_b": b, "embed_tokens.m": m}, fine_tune_type="dora"
-    )
     v = table + 10 * a @ b
-    close(
-        changes(path, folder)[0]["model.embed_tokens.weight"],
-        (m / np.linalg.norm(v, axis=1))[:, None] * v - table,
-    )
+    result, _ = changes(mlx(tmp_path, tensors | {"embed_tokens.m": m}, fine_tune_type="dora"), folder)
+    close(result["model.embed_tokens.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - table)

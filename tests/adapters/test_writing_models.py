@@ -19,13 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 BLOCKS = {"num_hidden_layers": 2}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 OLD = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2} | BLOCKS
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 20,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-} | BLOCKS
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4} | BLOCKS
+VISION = SIZES | {"intermediate_size": 20}
 
 
 def llava():
@@ -107,9 +102,7 @@ MODELS = {
     "MambaForCausalLM": lambda: transformers.MambaConfig(
         vocab_size=24, hidden_size=16, state_size=4, num_hidden_layers=2
     ),
-    "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(
-        hidden_size=16, mlp_ratio=2, num_attention_heads=2, image_size=8, patch_size=4, num_hidden_layers=2
-    ),
+    "Dinov2ForImageClassification": lambda: transformers.Dinov2Config(**SIZES, mlp_ratio=2),
     "SwinForImageClassification": lambda: transformers.SwinConfig(
         image_size=16, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2
     ),
@@ -124,12 +117,8 @@ BARE = "a bare parameter"
 # What has no factors, with the reason that is given.
 LEFT_OUT = {
     "ViTForImageClassification": {"cls_token": BARE, "position_embeddings": BARE},
-    "MambaForCausalLM": {
-        "A_log": BARE, "conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"
-    },
-    "Dinov2ForImageClassification": {
-        "cls_token": BARE, "position_embeddings": BARE, "mask_token": BARE
-    },
+    "MambaForCausalLM": {"A_log": BARE, "conv1d.weight": "PEFT refuses", "out_proj.weight": "PEFT refuses"},
+    "Dinov2ForImageClassification": {"cls_token": BARE, "position_embeddings": BARE, "mask_token": BARE},
     "SwinForImageClassification": {"relative_position_bias_table": BARE},
     "Llama4ForConditionalGeneration": {"positional_embedding_vlm": BARE},
     "JambaForCausalLM": {"A_log": BARE, "conv1d.weight": "a convolution in groups"},

@@ -7,14 +7,9 @@ import numpy as np
 
 # Name of a type -> its code, and the entries and bytes of a block.
 TYPES = {
-    "F32": (0, 1, 4),
-    "F16": (1, 1, 2),
-    "Q4_0": (2, 32, 18),
-    "Q5_1": (7, 32, 24),
-    "Q8_0": (8, 32, 34),
-    "Q4_K": (12, 256, 144),
-    "MXFP4": (39, 32, 17),
-}
+    "F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q5_1": (7, 32, 24), "Q8_0": (8, 32, 34),
+    "Q4_K": (12, 256, 144), "MXFP4": (39, 32, 17),
+}  # fmt: skip
 
 
 def _text(value):
@@ -56,8 +51,5 @@ def write_gguf(path, fields, tensors):
 
 def llama(heads=4, heads_kv=2, **fields):
     """Return the fields of a Llama model."""
-    return {
-        "general.architecture": "llama",
-        "llama.attention.head_count": heads,
-        "llama.attention.head_count_kv": heads_kv,
-    } | fields
+    counts = {"llama.attention.head_count": heads, "llama.attention.head_count_kv": heads_kv}
+    return {"general.architecture": "llama", **counts, **fields}

@@ -24,9 +24,7 @@ def words(codes, bits):
 
 def pairs(codes):
     """Return rows of 4-bit codes as bytes, the first code in the low half."""
-    return torch.tensor([[int(a) | int(b) << 4 for a, b in zip(row[::2], row[1::2], strict=True)] for row in codes]).to(
-        torch.uint8
-    )
+    return torch.from_numpy(codes[:, ::2] | codes[:, 1::2] << 4).to(torch.uint8)
 
 
 def compressed(module, shape, bits=4, groups=2, zeros=False, ordered=False, seed=0):
@@ -46,13 +44,7 @@ def compressed(module, shape, bits=4, groups=2, zeros=False, ordered=False, seed
         tensors[f"{module}.weight_zero_point"] = torch.from_numpy(words(z.T, bits).T.copy())
     if ordered:
         tensors[f"{module}.weight_g_idx"] = torch.tensor(group, dtype=torch.int32)
-    weight, steps = np.empty(shape), np.empty(shape)
-    for i in range(out):
-        for j in range(columns):
-            middle = z[i, group[j]] if zeros else 2 ** (bits - 1)
-            weight[i, j] = (codes[i, j] - middle) * s[i, group[j]]
-            steps[i, j] = s[i, group[j]]
-    return tensors, weight, steps
+    return tensors, *transposed(codes, z.T if zeros else np.full(z.T.shape, 2 ** (bits - 1)), s.T, group)
 
 
 def float4(module, shape, kind="nvfp4", seed=0):

@@ -2,18 +2,26 @@
 
 import io
 import pickle
+from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import metadata as stored
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+
+
+def assert_same(checkpoint, tensors):
+    """Assert that a checkpoint holds just these tensors, in any range."""
+    assert set(checkpoint) == set(tensors)
+    rng = np.random.default_rng(0)
+    for name, expected in tensors.items():
+        assert (checkpoint[name].shape, getattr(torch, checkpoint[name].dtype)) == (expected.shape, expected.dtype)
+        flat = expected.reshape(-1)
+        ends = np.sort(rng.integers(0, flat.numel() + 1, 14))
+        for start, stop in [(0, flat.numel()), (0, 0), *pairwise(map(int, ends))]:
+            assert torch.equal(checkpoint.read(name, start, stop), flat[start:stop])
+        assert checkpoint.read_bytes(name) == flat.view(torch.uint8).numpy().tobytes()
 
 
 def save_dcp(folder, tensors, cuts, planned=None, extra=()):
@@ -41,15 +49,16 @@ def save_dcp(folder, tensors, cuts, planned=None, extra=()):
             begin = files[file].tell()
             torch.save(part, files[file])
             place = _StorageInfo(f"__{file}_0.distcp", begin, files[file].tell() - begin)
-            places[MetadataIndex(key, torch.Size(offsets), len(chunks))] = place
-            chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
+            places[stored.MetadataIndex(key, torch.Size(offsets), len(chunks))] = place
+            chunks.append(stored.ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes)))
             number += 1
-        described[key] = TensorStorageMetadata(TensorProperties(dtype=value.dtype), value.shape, chunks)
-    described |= {key: BytesStorageMetadata() for key in extra}
+        properties = stored.TensorProperties(dtype=value.dtype)
+        described[key] = stored.TensorStorageMetadata(properties, value.shape, chunks)
+    described |= {key: stored.BytesStorageMetadata() for key in extra}
     for number, file in enumerate(files):
         (folder / f"__{number}_0.distcp").write_bytes(file.getvalue())
     with (folder / ".metadata").open("wb") as file:
-        pickle.dump(Metadata(described, planned, places), file)
+        pickle.dump(stored.Metadata(described, planned, places), file)
     return folder
 
 

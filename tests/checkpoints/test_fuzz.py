@@ -1,9 +1,9 @@
 """Damaged quantized checkpoints: every input ends in tensors of their shape, or in one InputError."""
 
 import json
+import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,6 +15,7 @@ from lora_diag.checkpoints.hub import parse
 from lora_diag.errors import InputError
 from tests.checkpoints.quantizing import as_bytes, eight_bit, four_bit, scaled
 from tests.conftest import save_model, weights
+from tests.robustness.mutate import damaged_bytes
 
 pytestmark = pytest.mark.slow
 
@@ -51,29 +52,12 @@ def tensors_or_one_error(path) -> bool:
     return False
 
 
-def mutated(content: bytes, rng: np.random.Generator) -> bytes:
-    """Flip a bit, set a digit, or remove or repeat some bytes, up to three times."""
-    damaged = bytearray(content)
-    for _ in range(rng.integers(1, 4)):
-        at = int(rng.integers(0, len(damaged)))
-        match rng.integers(0, 4):
-            case 0:
-                damaged[at] ^= 1 << int(rng.integers(0, 8))
-            case 1:
-                damaged[at] = int(rng.choice(list(b'0123456789-.e"[]{},:')))
-            case 2:
-                del damaged[at : at + int(rng.integers(1, 9))]
-            case 3:
-                damaged[at:at] = damaged[at : at + int(rng.integers(1, 9))]
-    return bytes(damaged)
-
-
 def assert_mutants_are_read_or_refused(path: Path, opened: Path | None = None, rounds: int = 200) -> None:
     """Damage a file again and again, and open it or the checkpoint ``opened``: some mutants are read, some refused."""
-    good, rng = path.read_bytes(), np.random.default_rng(0)
+    good, rng = path.read_bytes(), random.Random(0)
     count = 0
     for _ in range(rounds):
-        path.write_bytes(mutated(good, rng))
+        path.write_bytes(damaged_bytes(good, rng))
         count += tensors_or_one_error(opened or path)
     assert 0 < count < rounds
 
@@ -87,10 +71,10 @@ def test_mutated_settings_of_four_bit_weight(tmp_path):
     """The header is right, the JSON in the tensor is not."""
     tensors = dict(MODELS["nf4 double"])
     good = bytes(tensors[STATE].tolist())
-    rng = np.random.default_rng(0)
+    rng = random.Random(0)
     opened = 0
     for _ in range(200):
-        tensors[STATE] = torch.tensor(list(mutated(good, rng)) or [0], dtype=torch.uint8)
+        tensors[STATE] = torch.tensor(list(damaged_bytes(good, rng)) or [0], dtype=torch.uint8)
         opened += tensors_or_one_error(save_model(tmp_path, tensors) / "model.safetensors")
     assert 0 < opened < 200
 

@@ -105,9 +105,7 @@ def test_quantized_merge_is_correct_within_rounding(tmp_path, name):
 
 def permuted(weight, heads):
     """Reorder rows as llama.cpp's converter does."""
-    return (
-        weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
-    )
+    return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def test_q_and_k_are_put_back_into_transformers_order(tmp_path):
@@ -127,14 +125,11 @@ def test_q_and_k_are_put_back_into_transformers_order(tmp_path):
         *(f"{layer}.{name}" for name in ("q_proj.weight", "k_proj.weight", "q_proj.bias", "v_proj.weight")),
         *("model.embed_tokens.weight", "rope_freqs.weight"),
     }
-    for name, expected in (
-        (f"{layer}.q_proj.weight", q),
-        (f"{layer}.k_proj.weight", k),
-        (f"{layer}.q_proj.bias", bias),
-    ):
+    for name, expected in (("q_proj.weight", q), ("k_proj.weight", k), ("q_proj.bias", bias)):
         flat = expected.reshape(-1)
         for start, stop in [(0, flat.size), (0, 0), (1, 2), (5, flat.size - 3), (flat.size // 2, flat.size)]:
-            np.testing.assert_array_equal(as_numpy(checkpoint.read(name, start, stop)), flat[start:stop])
+            read = checkpoint.read(f"{layer}.{name}", start, stop)
+            np.testing.assert_array_equal(as_numpy(read), flat[start:stop])
     assert checkpoint.config["tie_word_embeddings"] is True
     assert checkpoint.config["num_key_value_heads"] == 2
 
@@ -151,17 +146,15 @@ def test_steps_of_reordered_rows_follow_their_values(tmp_path):
     np.testing.assert_array_equal(as_numpy(checkpoint.read_scales(name)).reshape(8, 32)[:, 0], scales[order])
     steps = as_numpy(checkpoint.read_steps(name)).reshape(8, 32)
     np.testing.assert_allclose(steps, ((1 + np.abs(codes) / 1024) * scales[:, None])[order])
-    np.testing.assert_array_equal(
-        as_numpy(checkpoint.read(name)).reshape(8, 32), (codes * scales[:, None].astype(int))[order]
-    )
+    values = (codes * scales[:, None].astype(int))[order]
+    np.testing.assert_array_equal(as_numpy(checkpoint.read(name)).reshape(8, 32), values)
 
 
 def test_experts_and_norms_equal_transformers(tmp_path):
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((3, 4, 5)).astype("f4")
-    moe = open_checkpoint(
-        write_gguf(tmp_path / "e.gguf", {"general.architecture": "qwen3moe"}, {"blk.1.ffn_up_exps.weight": stack})
-    )
+    fields, tensors = {"general.architecture": "qwen3moe"}, {"blk.1.ffn_up_exps.weight": stack}
+    moe = open_checkpoint(write_gguf(tmp_path / "e.gguf", fields, tensors))
     for expert in range(3):
         read = as_numpy(moe.read(f"model.layers.1.mlp.experts.{expert}.up_proj.weight", 3, 17))
         np.testing.assert_array_equal(read, stack[expert].reshape(-1)[3:17])
@@ -179,15 +172,13 @@ def test_unknown_architectures_keep_their_names(tmp_path):
 
 
 def test_sharded_model_is_read_from_any_shard(tmp_path):
-    q = np.arange(48, dtype="f4").reshape(8, 6)
+    q, name = np.arange(48, dtype="f4").reshape(8, 6), "model.layers.0.self_attn.q_proj.weight"
     write_gguf(tmp_path / "m-00001-of-00002.gguf", llama(2, 2), {"token_embd.weight": q})
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1}, {"blk.0.attn_q.weight": permuted(q, 2)})
     for path in (tmp_path, tmp_path / "m-00002-of-00002.gguf"):
         checkpoint = open_checkpoint(path)
-        assert set(checkpoint) == {"model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight"}
-        np.testing.assert_array_equal(
-            as_numpy(checkpoint.read("model.layers.0.self_attn.q_proj.weight")), q.reshape(-1)
-        )
+        assert set(checkpoint) == {"model.embed_tokens.weight", name}
+        np.testing.assert_array_equal(as_numpy(checkpoint.read(name)), q.reshape(-1))
     write_gguf(tmp_path / "m-00002-of-00002.gguf", {"split.no": 1}, {"token_embd.weight": q})
     with pytest.raises(InputError, match="is in another part, too"):
         open_checkpoint(tmp_path)

@@ -72,27 +72,10 @@ def test_valid_hub_ids_are_parsed(words, expected):
 
 @pytest.mark.parametrize(
     "words",
-    [
-        "name",
-        "/org/name",
-        "../org/name",
-        "org/../name",
-        "org/na..me",
-        "org//name",
-        "org/name/",
-        "org/name@",
-        "org/name@a..b",
-        "",
-        "org/na me",
-        "org/näme",
-        "org/na\nme",
-        "org/name\n",
-        "-org/name",
-        "a--b/c",
-        "runs/model.safetensors",
-        "o/" + 96 * "n",
-    ],
-)
+    ["name", "/org/name", "../org/name", "org/../name", "org/na..me", "org//name", "org/name/", "org/name@",
+     "org/name@a..b", "", "org/na me", "org/näme", "org/na\nme", "org/name\n", "-org/name", "a--b/c",
+     "runs/model.safetensors", "o/" + 96 * "n"],
+)  # fmt: skip
 def test_invalid_hub_ids_are_refused(words):
     assert parse(words) is None
 

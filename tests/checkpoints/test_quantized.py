@@ -10,30 +10,18 @@ import pytest
 import torch
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
-from lora_diag.checkpoints.quantized import FORMATS
 from lora_diag.checkpoints.safetensors import SafetensorsFile
 from lora_diag.checkpoints.scaled import Grid, grid_of
 from lora_diag.errors import InputError
-from tests.checkpoints.quantizing import (
-    FLOAT8,
-    TABLES,
-    as_bytes,
-    eight_bit,
-    float8_value,
-    four_bit,
-    replaced,
-    scaled,
-    step_of,
-    without,
-)
+from tests.checkpoints import quantizing
+from tests.checkpoints.quantizing import FLOAT8, TABLES, as_bytes, eight_bit, four_bit, replaced, scaled, without
+from tests.checkpoints.sharding import save_dcp
 from tests.conftest import as_numpy, save_model, save_sharded
 from tests.messages import raises_naming
 
 W = "model.layers.0.mlp.up_proj.weight"
 
 E8M0 = torch.float8_e8m0fnu if hasattr(torch, "float8_e8m0fnu") else torch.float32
-
-PACKED = {"float4", "integers"}
 
 
 def exponents(tensors, weight):
@@ -92,17 +80,6 @@ def test_every_range_equals_decoded_weight(tmp_path, kind):
         np.testing.assert_allclose(as_numpy(read), flat[start:stop], rtol=3e-7, atol=1e-12)
 
 
-def test_every_format_is_tested_here(tmp_path):
-    result = set()
-    for number, ((tensors, _), _) in enumerate(KINDS.values()):
-        checkpoint = open_checkpoint(save_model(tmp_path / str(number), tensors))
-        (file,) = checkpoint.files
-        source = file._weights[W].source
-        result |= {find for find in FORMATS if list(find(source, {}))}
-    packed = {find for find in FORMATS if find.__module__.rpartition(".")[2] in PACKED}  # in test_packed.py
-    assert result == set(FORMATS) - packed
-
-
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_steps_of_four_bit_weights_reach_farther_neighbour(tmp_path, kind):
     tensors, expected = four_bit(W, (6, 22), kind=kind)
@@ -110,7 +87,7 @@ def test_steps_of_four_bit_weights_reach_farther_neighbour(tmp_path, kind):
     absmax = np.repeat(tensors[f"{W}.absmax"].double().numpy(), 64)[: expected.size]
     table = np.float32(TABLES[kind]).astype(np.float64)
     codes = [int(np.abs(table - value).argmin()) for value in expected.reshape(-1) / absmax]
-    steps = np.array([step_of(float(table[code]), list(table)) for code in codes]) * absmax
+    steps = np.array([quantizing.step_of(float(table[code]), list(table)) for code in codes]) * absmax
     np.testing.assert_allclose(as_numpy(checkpoint.read_steps(W)), steps, rtol=1e-6)
     np.testing.assert_allclose(as_numpy(checkpoint.read_steps(W, 17, 99)), steps[17:99], rtol=1e-6)
 
@@ -146,15 +123,14 @@ def test_steps_of_eight_bit_floats_are_spacing_above(tmp_path, kind):
     checkpoint = open_checkpoint(save_model(tmp_path, {W: codes, W + "_scale": torch.tensor(0.5)}))
     for code, step in zip(legal, checkpoint.read_steps(W).tolist(), strict=True):
         if code + 1 in legal:
-            assert step == abs(float8_value(code + 1, kind) - float8_value(code, kind)) / 2
+            assert step == abs(quantizing.float8_value(code + 1, kind) - quantizing.float8_value(code, kind)) / 2
 
 
 def test_integer_steps_are_their_scale_and_floats_have_none(tmp_path):
     tensors, _ = eight_bit("a", (3, 4))
     checkpoint = open_checkpoint(save_model(tmp_path, tensors | {"b": torch.ones(2, 2)}))
-    np.testing.assert_allclose(
-        as_numpy(checkpoint.read_steps("a.weight")), np.repeat(as_numpy(tensors["a.SCB"]), 4) / 127
-    )
+    steps = np.repeat(as_numpy(tensors["a.SCB"]), 4) / 127
+    np.testing.assert_allclose(as_numpy(checkpoint.read_steps("a.weight")), steps)
     assert checkpoint.read_steps("b") is None
     assert open_checkpoint(save_model(tmp_path / "plain", {"b": torch.ones(2, 2)})).read_steps("b") is None
 
@@ -203,9 +179,7 @@ def test_activation_scales_are_hidden(tmp_path):
 def test_ambiguous_block_size_is_read_from_config(tmp_path):
     """17 rows in 2 blocks: 16 (a power of two) would be inferred; the configuration says 12."""
     tensors, expected = scaled(W, (17, 30), (2, 3), (12, 12))
-    folder = save_model(
-        tmp_path, tensors, {"quantization_config": {"quant_method": "fp8", "weight_block_size": [12, 12]}}
-    )
+    folder = save_model(tmp_path, tensors, {"quantization_config": FP8 | {"weight_block_size": [12, 12]}})
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
     file = open_checkpoint(folder / "model.safetensors")
     np.testing.assert_allclose(as_numpy(file.read(W)), expected.reshape(-1), rtol=3e-7)
@@ -225,10 +199,7 @@ def state_with(**changes):
 
 
 BAD_FOUR_BIT = {
-    "unknown type": (
-        lambda tensors: tensors.update({STATE[:-3] + "af4": tensors.pop(STATE)}),
-        "supported are nf4 and fp4",
-    ),
+    "unknown type": (lambda t: t.update({STATE[:-3] + "af4": t.pop(STATE)}), "supported are nf4 and fp4"),
     "no settings": (without(STATE), "settings"),
     "no codes": (without(W), "is missing"),
     "no absmax": (without(f"{W}.absmax"), r"absmax is missing"),
@@ -360,12 +331,13 @@ def test_blocks_of_128_are_inferred(tmp_path, shape, scales, block):
     assert grid_of(stored, "a", "s") == Grid(*scales, block)
 
 
-def test_opening_quantized_checkpoint_imports_no_torch(tmp_path):
+def test_opening_checkpoints_imports_no_torch(tmp_path):
     tensors = four_bit(W, (24, 40), nested=4)[0] | eight_bit("a", (3, 4))[0] | scaled("b.weight", (4, 4), (), (4, 4))[0]
     folder = save_model(tmp_path, {f"module.{name}": value for name, value in tensors.items()})
+    dcp = save_dcp(tmp_path / "dcp", {"a": torch.ones(4, 4)}, {"a": [[3, 1], [4]]})
     code = (
         "import sys; from lora_diag.checkpoints import open_checkpoint; "
-        f"assert len(open_checkpoint({str(folder)!r})) == 3; "
+        f"assert [len(open_checkpoint(path)) for path in ({str(folder)!r}, {str(dcp)!r})] == [3, 1]; "
         "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

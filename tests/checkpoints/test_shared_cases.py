@@ -30,9 +30,14 @@ def test_shared_case_has_true_change(folder, tuned):
     for name, parts in changes.items():
         change = np.stack(parts) if len(parts) > 1 else parts[0]
         change = change.reshape(truth[name].get("shape", change.shape))
-        np.testing.assert_allclose(np.linalg.norm(change), truth[name]["fro"], rtol=1e-6)
-        for *at, value in truth[name].get("entries", []):
-            assert change[tuple(at)] == pytest.approx(value, abs=1e-6)
-        if change.ndim == 2 and (expected := truth[name].get("s")):
-            s = np.linalg.svd(change, compute_uv=False)
-            np.testing.assert_allclose(s[: len(expected)], expected, rtol=1e-6, atol=1e-6 * s[0])
+        assert_true(change, truth[name])
+
+
+def assert_true(change, truth):
+    """Assert that a change has the norm, entries and singular values of a case."""
+    np.testing.assert_allclose(np.linalg.norm(change), truth["fro"], rtol=1e-6)
+    for *at, value in truth.get("entries", []):
+        assert change[tuple(at)] == pytest.approx(value, abs=1e-6)
+    if change.ndim == 2 and (expected := truth.get("s")):
+        s = np.linalg.svd(change, compute_uv=False)
+        np.testing.assert_allclose(s[: len(expected)], expected, rtol=1e-6, atol=1e-6 * s[0])

@@ -185,38 +185,33 @@ def tensor(shape: Any = (16,), strides: Any = (1,), storage: Code = STORAGE) -> 
 
 
 TENSOR = tensor()
+CHUNK = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
+PROPERTIES = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
+SHARD = made(name("x", "Shard"), metadata=made(name("x", "ShardMetadata"), shard_offsets=[0]), tensor=TENSOR)
 
 
 def dcp(
     relative: Any = "__0_0.distcp", offsets: Any = (0,), size: Any = (2,), path: Any = ("w",), key: Any = "w"
 ) -> Code:
     """Return an index of one tensor."""
-    chunk = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
-    properties = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
-    described = made(name("x", "TensorStorageMetadata"), properties=properties, size=size, chunks=[chunk])
+    described = made(name("x", "TensorStorageMetadata"), properties=PROPERTIES, size=size, chunks=[CHUNK])
     place = made(name("x", "StorageInfo"), relative_path=relative, offset=0, length=64)
-    where = Code(code(made(name("x", "MetadataIndex"), fqn="w", offset=offsets)))
-    return made(
-        name("x", "Metadata"),
-        state_dict_metadata=Code(b"}" + code(key) + described + b"s"),
-        storage_data=Code(b"}" + where + place + b"s"),
-        planner_data={"w": path},
-    )
+    where = made(name("x", "MetadataIndex"), fqn="w", offset=offsets)
+    entries = {"state_dict_metadata": (code(key), described), "storage_data": (where, place)}
+    written = {field: Code(b"}" + one + other + b"s") for field, (one, other) in entries.items()}
+    return made(name("x", "Metadata"), **written, planner_data={"w": path})
 
 
 def shared_parts(count: int = 3_000) -> Code:
     """Return an index whose tensors have one list of parts."""
-    chunk = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
-    properties = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
     place = made(name("x", "StorageInfo"), relative_path="__0_0.distcp", offset=0, length=64)
-    parts = forget(put(chunk, 0), forget(put(place, 1), put(repeated(get(0)), 2)))
-    kind = made(name("x", "TensorStorageMetadata"), properties=properties, size=(2,), chunks=get(2))
+    parts = forget(put(CHUNK, 0), forget(put(place, 1), put(repeated(get(0)), 2)))
+    kind = made(name("x", "TensorStorageMetadata"), properties=PROPERTIES, size=(2,), chunks=get(2))
     names = [f"w{i}" for i in range(count)]
     where = b"".join(made(name("x", "MetadataIndex"), fqn=each, offset=(0,)) + get(1) for each in names)
     described = forget(parts, forget(put(kind, 3), Code(code({each: get(3) for each in names}))))
-    return made(
-        name("x", "Metadata"), state_dict_metadata=described, storage_data=Code(b"}(" + where + b"u"), planner_data=None
-    )
+    places = Code(b"}(" + where + b"u")
+    return made(name("x", "Metadata"), state_dict_metadata=described, storage_data=places, planner_data=None)
 
 
 def distributed(kind: str, state: Any) -> Code:
@@ -226,19 +221,13 @@ def distributed(kind: str, state: Any) -> Code:
 
 
 def sharded(size: Any = (16,), shards: Any = None) -> Code:
-    place = made(name("x", "ShardMetadata"), shard_offsets=[0])
-    shard = made(name("x", "Shard"), metadata=place, tensor=TENSOR)
     meta = made(name("x", "ShardedTensorMetadata"), size=size)
-    return distributed("ShardedTensor", (shards if shards is not None else [shard], meta))
+    return distributed("ShardedTensor", (shards if shards is not None else [SHARD], meta))
 
 
 def placed(placements: Any) -> Code:
-    spec = made(
-        name("x", "DTensorSpec"),
-        tensor_meta=made(name("x", "TensorMeta"), shape=(16,)),
-        placements=placements,
-        mesh=made(name("x", "DeviceMesh"), _coordinate_on_dim=[0]),
-    )
+    meta, mesh = made(name("x", "TensorMeta"), shape=(16,)), made(name("x", "DeviceMesh"), _coordinate_on_dim=[0])
+    spec = made(name("x", "DTensorSpec"), tensor_meta=meta, placements=placements, mesh=mesh)
     return distributed("DTensor", {"_local_tensor": TENSOR, "_spec": spec})
 
 
@@ -247,7 +236,6 @@ def shared_values(value: Code, count: int = 10_000) -> Code:
     return forget(put(value, 5), Code(code({f"w{i}": get(5) for i in range(count)})))
 
 
-SHARD = made(name("x", "Shard"), metadata=made(name("x", "ShardMetadata"), shard_offsets=[0]), tensor=TENSOR)
 GROUP = put({f"w{i}": (0,) for i in range(3_000)}, 0)
 
 
@@ -265,10 +253,8 @@ def legacy(path: Path, root: Any) -> Path:
 
 def costly(rng: random.Random) -> Code:
     """Return a value whose parts are repeated by random instructions."""
-    start = rng.choice(
-        [code([0] * 50_000), code((0,) * 50_000), code("a" * 50_000), code(("a", 0)), code([[0, 1]]), code({"a": 1})]
-    )
-    value = put(Code(start), 0)
+    starts: list[Any] = [[0] * 50_000, (0,) * 50_000, "a" * 50_000, ("a", 0), [[0, 1]], {"a": 1}]
+    value = put(rng.choice(starts), 0)
     for _ in range(rng.randint(1, 3)):
         function = put(name(*rng.choice(CALLED)), 1)
         match rng.randrange(6):
@@ -304,6 +290,7 @@ def costly_toml(rng: random.Random) -> bytes:
     return f"{line}\n".format(key, "[" * count, "{a = " * count).encode()
 
 
+SHAPES = {"param_shapes": [{"w": (16,)}]}
 Write = Callable[[Path], Path]
 FILES: dict[str, Write] = {
     **{f"index: {kind}": lambda at, root=root: index(at / "m", root) for kind, root in PICKLES.items()},
@@ -319,29 +306,19 @@ FILES: dict[str, Write] = {
     "rank: shared shape": lambda at: ranks(at / "m", {"w": sharded(size=nested(60, 2, "tuple"))}),
     "rank: deep shape": lambda at: ranks(at / "m", {"w": sharded(size=deep(300_000))}),
     "rank: shared shards": lambda at: ranks(
-        at / "m", shared_values(forget(put(SHARD, 0), sharded(shards=repeated(get(0)))))
-    ),
+        at / "m", shared_values(forget(put(SHARD, 0), sharded(shards=repeated(get(0)))))),
     "rank: placements": lambda at: ranks(
         at / "m",
-        shared_values(forget(put(made(name("x", "Replicate")), 0), placed(Code(b"(" + get(0) * COUNT + b"t")))),
-    ),
+        shared_values(forget(put(made(name("x", "Replicate")), 0), placed(Code(b"(" + get(0) * COUNT + b"t"))))),
     "rank: nested storage": lambda at: ranks(
         at / "m",
-        {"w": tensor(storage=Code(code(("storage", name("torch", "FloatStorage"), nested(9), "cpu", 16)) + b"Q"))},
-    ),
+        {"w": tensor(storage=Code(code(("storage", name("torch", "FloatStorage"), nested(9), "cpu", 16)) + b"Q"))}),
     "zero: shared paddings": lambda at: zero(
-        at / "m",
-        {"param_shapes": [{"w": (16,)}]},
-        param_alignment_paddings=forget(put(repeated(0), 0), repeated(get(0))),
-    ),
+        at / "m", SHAPES, param_alignment_paddings=forget(put(repeated(0), 0), repeated(get(0)))),
     "zero: shared groups": lambda at: zero(
-        at / "m",
-        {"param_shapes": forget(GROUP, repeated(get(0), 50_000))},
-        single_partition_of_fp32_groups=forget(put(TENSOR, 0), repeated(get(0), 50_000)),
-    ),
-    "zero: nested alias": lambda at: zero(
-        at / "m", {"param_shapes": [{"w": (16,)}], "shared_params": [[nested(9), "w"]]}
-    ),
+        at / "m", {"param_shapes": forget(GROUP, repeated(get(0), 50_000))},
+        single_partition_of_fp32_groups=forget(put(TENSOR, 0), repeated(get(0), 50_000))),
+    "zero: nested alias": lambda at: zero(at / "m", SHAPES | {"shared_params": [[nested(9), "w"]]}),
     "torch: expanded": lambda at: expanded(at / "m.bin"),
     "torch: nested lists, legacy": lambda at: legacy(at / "m.bin", {"w": nested(9)}),
     "torch: bytes by number, legacy": lambda at: legacy(at / "m.bin", Code(b"\x8e" + (2**34).to_bytes(8, "little"))),

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,22 +117,13 @@ def _full(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
-def _no_locks(number: int) -> None:
-    """The file system has no locks."""
+def _failing(module: Any, function: str, number: int) -> None:
+    """The file system has no locks; or it cannot wait for its disk, which may have failed by then."""
 
-    def flock(*_: Any) -> None:
+    def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    fcntl.flock = flock
-
-
-def _no_sync(number: int) -> None:
-    """The file system cannot wait for its disk, or the disk has failed by then."""
-
-    def fsync(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    os.fsync = fsync
+    setattr(module, function, fail)
 
 
 def _slow(endless: str) -> None:
@@ -161,8 +153,8 @@ FAULTS = {
     "shrinking": _shrinking,
     "short": _short,
     "full": _full,
-    "no_locks": _no_locks,
-    "no_sync": _no_sync,
+    "no_locks": partial(_failing, fcntl, "flock"),
+    "no_sync": partial(_failing, os, "fsync"),
     "slow": _slow,
     "backwards": _backwards,
 }

@@ -11,16 +11,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.robustness import bombs
-from tests.robustness.mutate import (
-    JUNK,
-    damaged_archive,
-    damaged_bytes,
-    damaged_json,
-    damaged_results,
-    damaged_safetensors,
-    damaged_toml,
-)
+from tests.robustness import bombs, mutate
 
 Kind = Callable[[random.Random, Path, Path], list[str]]
 
@@ -37,15 +28,9 @@ def _damage(path: Path, how: Callable[[bytes, random.Random], bytes], rng: rando
 def _read_as(rng: random.Random, whole: Path, path: str, base: str) -> list[str]:
     """Return a command that reads a checkpoint, or an adapter on ``base``."""
     on = str(whole / base)
-    return rng.choice(
-        [
-            ["inspect", path],
-            ["spectrum", on, path, "-q", "-o", "out.jsonl"],
-            ["spectrum", path, on, "-q", "--allow-unmatched"],
-            ["plan", path],
-            ["intruders", on, path, "--json"],
-        ]
-    )
+    commands = [["inspect", path], ["plan", path], ["spectrum", on, path, "-q", "-o", "out.jsonl"]]
+    commands += [["spectrum", path, on, "-q", "--allow-unmatched"], ["intruders", on, path, "--json"]]
+    return rng.choice(commands)
 
 
 def in_folder(*names: str, base: str = "", config: float = 0.0) -> Kind:
@@ -55,9 +40,9 @@ def in_folder(*names: str, base: str = "", config: float = 0.0) -> Kind:
         name = rng.choice(names)
         folder = _copy(whole / name, at / "m")
         if (folder / "config.json").exists() and rng.random() < config:
-            _damage(folder / "config.json", damaged_json, rng)
+            _damage(folder / "config.json", mutate.damaged_json, rng)
         else:
-            _damage(folder / "model.safetensors", damaged_safetensors, rng)
+            _damage(folder / "model.safetensors", mutate.damaged_safetensors, rng)
         return _read_as(rng, whole, "m", base or name)
 
     return damage
@@ -74,22 +59,22 @@ def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
             rng.choice(files).unlink()
         case 1:
             shard = rng.choice([file for file in files if file != index])
-            _damage(shard, damaged_safetensors if suffix == "safetensors" else damaged_bytes, rng)
+            _damage(shard, mutate.damaged_safetensors if suffix == "safetensors" else mutate.damaged_bytes, rng)
         case _:
-            _damage(index, damaged_json, rng)
+            _damage(index, mutate.damaged_json, rng)
     return _read_as(rng, whole, "m", "base")
 
 
 def torch_file(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A torch file: a zip, the legacy format, or a pickle that wants to run code."""
     name = rng.choice(["zip.pt", "zip.pt", "legacy.bin", "runs.pt"])
-    (at / name).write_bytes(damaged_archive((whole / name).read_bytes(), rng))
+    (at / name).write_bytes(mutate.damaged_archive((whole / name).read_bytes(), rng))
     return _read_as(rng, whole, name, "base")
 
 
 def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A sparse patch over a whole BASE."""
-    (at / "p.safetensors").write_bytes(damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng))
+    (at / "p.safetensors").write_bytes(mutate.damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng))
     base = str(whole / "base")
     more = rng.choice([["-q"], ["-q", "-o", "out.jsonl"], ["--json"]])
     return rng.choice([["spectrum", base, "p.safetensors", *more], ["intruders", base, "p.safetensors", *more]])
@@ -98,7 +83,7 @@ def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
     folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
-    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), damaged_archive, rng)
+    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), mutate.damaged_archive, rng)
     return _read_as(rng, whole, "m", "base")
 
 
@@ -108,26 +93,19 @@ def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
     folder = _copy(family, at / "m")
     config = folder / "adapter_config.json"
     if config.exists() and rng.random() < 0.5:
-        _damage(config, damaged_json, rng)
+        _damage(config, mutate.damaged_json, rng)
     else:
-        _damage(next(folder.glob("*.safetensors")), damaged_safetensors, rng)
+        _damage(next(folder.glob("*.safetensors")), mutate.damaged_safetensors, rng)
     base = str(whole / "fc")
-    return rng.choice(
-        [
-            ["inspect", "m"],
-            ["spectrum", "m", "-q"],
-            ["spectrum", base, "m", "-q", "-o", "out.jsonl"],
-            ["fleet", "m", "-q"],
-            ["extract", base, "m", "--rank", "1", "-q", "-o", "new"],
-            ["verify-merge", base, "m", base, "-q"],
-        ]
-    )
+    commands = [["inspect", "m"], ["spectrum", "m", "-q"], ["spectrum", base, "m", "-q", "-o", "out.jsonl"]]
+    commands += [["fleet", "m", "-q"], ["extract", base, "m", "--rank", "1", "-q", "-o", "new"]]
+    return rng.choice([*commands, ["verify-merge", base, "m", base, "-q"]])
 
 
 def adapter_config(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """``adapter_config.json`` of a LoRA, read by every command that takes one."""
     folder = _copy(whole / "lora", at / "m")
-    _damage(folder / "adapter_config.json", damaged_json, rng)
+    _damage(folder / "adapter_config.json", mutate.damaged_json, rng)
     base, tuned, other = (str(whole / name) for name in ("base", "tuned", "lora2"))
     return rng.choice(
         [
@@ -144,17 +122,16 @@ def adapter_config(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def gradients(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A gradient snapshot."""
     folder = _copy(whole / "gradients", at / "g")
-    _damage(next(folder.iterdir()), damaged_safetensors, rng)
+    _damage(next(folder.iterdir()), mutate.damaged_safetensors, rng)
     base, tuned = str(whole / "base"), str(whole / "tuned")
-    return rng.choice(
-        [["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"], ["spectrum", base, "--gradients", "g", "-q"]]
-    )
+    overlap = ["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"]
+    return rng.choice([overlap, ["spectrum", base, "--gradients", "g", "-q"]])
 
 
 def gguf(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A GGUF model; by its name or, under another name, by its bytes."""
     name = rng.choice(["m.gguf"] * 4 + ["m.safetensors", "m.bin", "m.pt", "m", "m.json"])
-    (at / name).write_bytes(damaged_bytes((whole / "gguf.gguf").read_bytes(), rng))
+    (at / name).write_bytes(mutate.damaged_bytes((whole / "gguf.gguf").read_bytes(), rng))
     return _read_as(rng, whole, name, "gguf.gguf")
 
 
@@ -181,7 +158,7 @@ def bomb(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A policy."""
     name = rng.choice(["policy", "policy", "adapter-basic", "merge", "full-ft-drift"])
-    content = damaged_toml((whole / f"{name}.toml").read_bytes(), rng)
+    content = mutate.damaged_toml((whole / f"{name}.toml").read_bytes(), rng)
     if rng.random() < 0.2:
         content = rng.choice([b"%s", b"[[rule]]\n%s", b"[checks]\n%s", b"# %s"]) % bombs.costly_toml(rng) + content
     (at / "p.toml").write_bytes(content)
@@ -194,14 +171,11 @@ def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def results(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A results file, read by every command that takes one."""
     name = rng.choice(sorted((whole / "runs").iterdir()))
-    (at / "r.jsonl").write_bytes(damaged_results(name.read_bytes(), rng))
+    (at / "r.jsonl").write_bytes(mutate.damaged_results(name.read_bytes(), rng))
     base, tuned = str(whole / "base"), str(whole / "tuned")
     commands = [
-        ["inspect", "r.jsonl"],
-        ["inspect", "r.jsonl", "--per", "layer"],
-        ["inspect", "r.jsonl", "--json"],
-        ["report", "r.jsonl", "--format", "md"],
-        ["report", "r.jsonl", "--format", "csv"],
+        *(["inspect", "r.jsonl", *more] for more in ([], ["--per", "layer"], ["--json"])),
+        *(["report", "r.jsonl", "--format", form] for form in ("md", "csv")),
         ["gate", str(whole / "policy.toml"), "r.jsonl"],
         ["gate", "--policy", rng.choice(["adapter-basic", "merge", "full-ft-drift"]), "r.jsonl"],
         ["gate", "init", "r.jsonl"],
@@ -217,7 +191,7 @@ def results(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def pages(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A results file, drawn and made a page; slow, so few of them."""
     name = rng.choice(sorted((whole / "runs").iterdir()))
-    (at / "r.jsonl").write_bytes(damaged_results(name.read_bytes(), rng))
+    (at / "r.jsonl").write_bytes(mutate.damaged_results(name.read_bytes(), rng))
     return rng.choice([["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]])
 
 
@@ -236,7 +210,13 @@ def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """Mistaken arguments: options of other commands, values of other options, paths of other kinds."""
     paths = [str(whole / name) for name in ("base", "tuned", "lora", "gradients", "policy.toml", "zip.pt", "nowhere")]
     paths += [str(whole / "runs" / f"{name}.jsonl") for name in ("spectrum", "residual", "gate")]
-    pool = [*OPTIONS, *VALUES, *paths, *paths, *(str(junk) for junk in JUNK if isinstance(junk, str | int | float))]
+    pool = [
+        *OPTIONS,
+        *VALUES,
+        *paths,
+        *paths,
+        *(str(junk) for junk in mutate.JUNK if isinstance(junk, str | int | float)),
+    ]
     chosen = [rng.choice(COMMANDS), *(rng.choice(pool) for _ in range(rng.randrange(7)))]
     # What an argument of a program cannot hold is no finding; and this machine's own files are not written to.
     chosen = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in chosen]
@@ -272,9 +252,8 @@ def addresses(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """Malformed addresses with secrets, and those of a port where nothing answers; no other host is named."""
     scheme = rng.choice(["http://", "https://", "http:/", "HTTP://", " http://", "s3://", "gs://", "hf://", "ftp://"])
     users = ["me:{}@", "me:{}/{}@", "{}:{}#@", "me:{} {}@", "me:{}'{}@", "me:1?{}@", "me:[{}@"]
-    user = rng.choice([*users, *([""] * (scheme.strip().lower()[0] == "h" and scheme != "hf://"))]).replace(
-        "{}", SECRET
-    )
+    user = rng.choice([*users, *([""] * (scheme.strip().lower()[0] == "h" and scheme != "hf://"))])
+    user = user.replace("{}", SECRET)
     parts = [*"@:/#[]% '\"<>\\", ":99999", "::1", ".safetensors", "%40", "é"]
     address = f"{scheme}{user}127.0.0.1:9{''.join(rng.choices(parts, k=rng.randint(0, 5)))}"
     address += rng.choice(["", f"?{SECRET}", f"?a@b={SECRET}"])

@@ -22,24 +22,12 @@ BEGIN, END = "<!-- licences -->\n", "<!-- end -->"
 
 # What licences are called in metadata -> SPDX. Longest first where one contains another.
 SPDX = {
-    "apache": "Apache-2.0",
-    "bsd 3-clause": "BSD-3-Clause",
-    "3-clause bsd": "BSD-3-Clause",
-    "bsd-3-clause": "BSD-3-Clause",
-    "bsd-2-clause": "BSD-2-Clause",
-    "simplified bsd": "BSD-2-Clause",
-    "bsd": "BSD",
-    "python software foundation": "PSF-2.0",
-    "psf": "PSF-2.0",
-    "mozilla public license 2.0": "MPL-2.0",
-    "mpl-2.0": "MPL-2.0",
-    "mit-cmu": "MIT-CMU",
-    "mit": "MIT",
-    "isc": "ISC",
-    "unlicense": "Unlicense",
-    "zlib": "Zlib",
+    "apache": "Apache-2.0", "bsd 3-clause": "BSD-3-Clause", "3-clause bsd": "BSD-3-Clause",
+    "bsd-3-clause": "BSD-3-Clause", "bsd-2-clause": "BSD-2-Clause", "simplified bsd": "BSD-2-Clause", "bsd": "BSD",
+    "python software foundation": "PSF-2.0", "psf": "PSF-2.0", "mozilla public license 2.0": "MPL-2.0",
+    "mpl-2.0": "MPL-2.0", "mit-cmu": "MIT-CMU", "mit": "MIT", "isc": "ISC", "unlicense": "Unlicense", "zlib": "Zlib",
     "0bsd": "0BSD",
-}
+}  # fmt: skip
 # None of these asks anything of a program that imports the package. MPL-2.0 asks that changed files of the package
 # itself stay open; it is weak copyleft, and is listed for transparency.
 PERMISSIVE = {
@@ -87,27 +75,19 @@ def needed(
 
 def own() -> list[str]:
     """Return what pyproject.toml asks for, in the words of a package's metadata; an installed copy may be older."""
-    extras = PROJECT["optional-dependencies"]
-    return PROJECT["dependencies"] + [
-        f'{text}; extra == "{extra}"' for extra in EXTRAS if extra for text in extras[extra]
-    ]
+    extras = {extra: PROJECT["optional-dependencies"][extra] for extra in EXTRAS if extra}
+    return PROJECT["dependencies"] + [f'{text}; extra == "{extra}"' for extra in extras for text in extras[extra]]
 
 
 def licence(package: Distribution) -> str:
     """Return a package's licence: its SPDX expression, or what its other metadata call it."""
     if expression := package.metadata.get("License-Expression"):
         return str(expression)
-    classified = [
-        text.rpartition(" :: ")[2]
-        for text in package.metadata.get_all("Classifier") or []
-        if text.startswith("License")
-    ]
+    classifiers = package.metadata.get_all("Classifier") or []
+    classified = [text.rpartition(" :: ")[2] for text in classifiers if text.startswith("License")]
     words = [*classified, *(package.metadata.get("License") or "").splitlines()[:1]]
-    for text in words:
-        for called, spdx in SPDX.items():
-            if called in text.lower():
-                return spdx
-    return "; ".join(words) or "unknown"
+    found = (spdx for text in words for called, spdx in SPDX.items() if called in text.lower())
+    return next(found, "; ".join(words) or "unknown")
 
 
 def forbidden(expression: str) -> set[str]:
@@ -116,11 +96,8 @@ def forbidden(expression: str) -> set[str]:
     >>> forbidden("MIT OR GPL-3.0-only"), forbidden("Apache-2.0 AND (GPL-3.0-only)")
     (set(), {'GPL-3.0-only'})
     """
-    alternatives = [
-        {part.strip(" ()") for part in re.split(r" AND | WITH ", choice)} - PERMISSIVE
-        for choice in expression.split(" OR ")
-    ]
-    return min(alternatives, key=len)
+    choices = (re.split(r" AND | WITH ", choice) for choice in expression.split(" OR "))
+    return min(({part.strip(" ()") for part in parts} - PERMISSIVE for parts in choices), key=len)
 
 
 def rows() -> list[tuple[str, str, str]]:

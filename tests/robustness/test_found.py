@@ -66,7 +66,7 @@ def test_unfinished_allocation_is_reported(tmp_path: Path) -> None:
     lora_diag.allocate(spectra, total_rank=2).write(tmp_path / "a.jsonl")
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:2]))
-    assert_names(table(read_results(tmp_path / "a.jsonl"), 100), "certificate", "missing")
+    assert_names(table(read_results(tmp_path / "a.jsonl"), 100), "did not finish", "incomplete file")
 
 
 def test_results_file_with_zeros_is_unfinished(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,29 +29,13 @@ def words_of(name: str, model: Path) -> list[str]:
     }[name]
 
 
-CALLS: dict[str, Callable[[Path], Callable[[Path, bool], Any]]] = {
-    "residual": lambda m: (
-        lambda out, resume: lora_diag.residual(
-            m / "base", m / "tuned", [m / "lora", m / "lora2"], output=out, resume=resume
-        )
-    ),
-    "interference": lambda m: (
-        lambda out, resume: lora_diag.interference(
-            [m / "tuned", m / "lora", m / "lora2"], base=m / "base", output=out, resume=resume
-        )
-    ),
-    "overlap": lambda m: (
-        lambda out, resume: lora_diag.overlap(m / "base", m / "tuned", [m / "gradients"], output=out, resume=resume)
-    ),
-    "gradients": lambda m: (
-        lambda out, resume: lora_diag.spectrum(m / "base", gradients=[m / "gradients"], output=out, resume=resume)
-    ),
-    "verify-merge": lambda m: (
-        lambda out, resume: lora_diag.verify_merge(m / "base", m / "lora", m / "fine", output=out, resume=resume)
-    ),
-    "fleet": lambda m: (
-        lambda out, resume: lora_diag.fleet([m / "lora", m / "base", m / "lora2"], output=out, resume=resume)
-    ),
+CALLS: dict[str, Callable[[Path], Callable[..., Any]]] = {
+    "residual": lambda m: partial(lora_diag.residual, m / "base", m / "tuned", [m / "lora", m / "lora2"]),
+    "interference": lambda m: partial(lora_diag.interference, [m / "tuned", m / "lora", m / "lora2"], base=m / "base"),
+    "overlap": lambda m: partial(lora_diag.overlap, m / "base", m / "tuned", [m / "gradients"]),
+    "gradients": lambda m: partial(lora_diag.spectrum, m / "base", gradients=[m / "gradients"]),
+    "verify-merge": lambda m: partial(lora_diag.verify_merge, m / "base", m / "lora", m / "fine"),
+    "fleet": lambda m: partial(lora_diag.fleet, [m / "lora", m / "base", m / "lora2"]),
 }
 LAST = "model.layers.3.self_attn.q_proj.weight"
 COMMANDS = ["spectrum", "residual", "interference", "intruders", "overlap", "extract"]
@@ -134,12 +119,12 @@ def test_repeatedly_killed_run_completes(command: Commands, model: Path, tmp_pat
 def test_loss_of_power_anywhere_in_file(name: str, model: Path, tmp_path: Path) -> None:
     """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet on the disk."""
     run = CALLS[name](model)
-    run(tmp_path / "whole", False)
+    run(output=tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()
     rng = random.Random(name)
     for _ in range(8):
         cut = rng.randrange(len(whole))
         tail = rng.choice([b"", b"\0" * rng.randrange(1, 5000), b"\0" * 100 + whole[cut + 100 :]])
         (tmp_path / "cut").write_bytes(whole[:cut] + tail)
-        run(tmp_path / "cut", True)
+        run(output=tmp_path / "cut", resume=True)
         assert (tmp_path / "cut").read_bytes() == whole

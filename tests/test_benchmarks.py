@@ -74,14 +74,3 @@ def test_gpu_comparison_of_fields_names_the_worst():
         assert gpu.EXCEEDED in gpu.fields([own], [other])
     assert "(energy.4)" in gpu.fields([own], [record(fro=1.0, energy={"4": 0.6})])
     assert gpu.EXCEEDED in gpu.fields([own], [])
-
-
-def test_gpu_tables_replace_the_marked_part_of_the_page():
-    page = f"before\n{gpu.MARKS[0]}old\n{gpu.MARKS[1]}after\n"
-    assert gpu.insert(page, "new") == f"before\n{gpu.MARKS[0]}\nnew\n{gpu.MARKS[1]}after\n"
-    with pytest.raises(ValueError, match="GPU tables"):
-        gpu.insert("no marks", "new")
-
-
-def test_gpu_benchmark_page_has_its_marks():
-    gpu.insert(gpu.PAGE.read_text(), "new")

@@ -23,16 +23,8 @@ SAMPLES = ROOT / "sample_checkpoints"
 def plugins(tmp_path_factory) -> Path:
     """Install the example beside, not into, the environment that runs the tests."""
     target = tmp_path_factory.mktemp("plugins")
-    words = [
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--target",
-        str(target),
-        str(EXAMPLE),
-    ]
+    flags = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index")
+    words = ["install", *flags, "--target", str(target), str(EXAMPLE)]
     subprocess.run([sys.executable, "-m", "pip", *words], check=True, capture_output=True)
     return target
 

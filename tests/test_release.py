@@ -47,13 +47,6 @@ def test_check_tag_requires_version_and_entry(tag, changelog, wrong):
     assert bool(problem) == bool(wrong)
 
 
-def test_version_is_defined_once():
-    project = tomllib.loads(text("pyproject.toml"))
-    assert "version" not in project["project"]
-    assert project["project"]["dynamic"] == ["version"]
-    assert project["tool"]["hatch"]["version"]["path"] == "lora_diag/version.py"
-
-
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")  # of the extra test
 
 

@@ -23,19 +23,9 @@ from typing import Any, Generic, Literal, Self
 
 from pydantic import ValidationError
 
+from lora_diag import files
 from lora_diag.errors import InputError, UsageError, damaged
-from lora_diag.files import (
-    NO_FOLLOW,
-    RESULTS,
-    check_folder_of,
-    check_output,
-    is_unfinished,
-    lock,
-    resolve_output,
-    sync,
-    sync_descriptor,
-    write_whole,
-)
+from lora_diag.files import RESULTS, check_folder_of, check_output
 from lora_diag.records.base import KINDS, SCHEMA, LayerRecord, WholeRecord
 from lora_diag.records.results import L, Results, Seal, to_line
 from lora_diag.records.run import AnyRecord, End, LeftOut, Run, timestamp
@@ -257,7 +247,7 @@ class ResultsWriter(Generic[L]):
         self._lock: int | None = None
         if path is None:
             return
-        self._final = resolve_output(Path(path))
+        self._final = files.resolve_output(Path(path))
         self._overwrite = overwrite
         check_output(self._final, RESULTS, overwrite, appending=True)
         self._lock = _lock(self._final)
@@ -290,7 +280,7 @@ class ResultsWriter(Generic[L]):
             self.run = self.earlier.run
             if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
                 path, in_part = part, True
-                write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
+                files.write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
             self._kept = sum(1 for _ in self.earlier.records())
         check_folder_of(path, in_place=True)
         if self.earlier.end is not None and in_part:
@@ -352,8 +342,8 @@ class ResultsWriter(Generic[L]):
                 self._file = self._open(path)
             _write(self._file, content)
             if ends or time.monotonic() - self._synced >= SYNC_SECONDS:
-                sync_descriptor(self._file.fileno())
-                sync(path.parent)
+                files.sync_descriptor(self._file.fileno())
+                files.sync(path.parent)
                 self._synced = time.monotonic()
         except OSError as error:
             hint = "; it holds the results so far; continue with --resume" if self._file and self._file.tell() else ""
@@ -381,7 +371,7 @@ class ResultsWriter(Generic[L]):
         """
         try:
             path.replace(self._final)
-            sync(self._final.parent)
+            files.sync(self._final.parent)
         except OSError as error:
             raise InputError(f"{self._final}: cannot be written: {error.strerror}; the run is in {path}") from error
 
@@ -430,13 +420,13 @@ def _lock(path: Path) -> int:
         InputError: It cannot be opened.
     """
     try:
-        return lock(path)
+        return files.lock(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _open_without_links(path: str, flags: int) -> int:
-    return os.open(path, flags | NO_FOLLOW, 0o666)
+    return os.open(path, flags | files.NO_FOLLOW, 0o666)
 
 
 def _part_path(path: Path) -> Path:
@@ -462,7 +452,7 @@ def check_results_file(
         UsageError: As ``ResultsWriter``.
         InputError: The file cannot be read or written.
     """
-    path = resolve_output(path)
+    path = files.resolve_output(path)
     check_output(path, RESULTS, overwrite, appending=True)
     part = _part_path(path)
     if os.path.lexists(part):
@@ -506,7 +496,7 @@ def _find_state(path: Path, overwrite: bool = False) -> State:
         last = deque(iterate_records(path, strict=False), maxlen=1)
         return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
     except InputError as error:
-        if overwrite and not is_unfinished(path):
+        if overwrite and not files.is_unfinished(path):
             return "foreign"
         raise UsageError(f"{error}; the file is unchanged; delete it, or choose another name") from error
 

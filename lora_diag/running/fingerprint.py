@@ -103,14 +103,11 @@ def files_of(checkpoint: Checkpoint) -> list[Path]:
 
     A web server does not list them: their index takes their place.
     """
-    sources = {checkpoint.file_of(name) for name in checkpoint}
-    return sorted({file for source in sources for file in (_find_parts(source) if source.is_dir() else [source])})
-
-
-def _find_parts(folder: Path) -> list[Path]:
-    """Return the files of a folder that hold parts of tensors; of a web server, which lists none, the index."""
-    files = [file for pattern in PARTS for file in folder.glob(pattern)]
-    return files or [file for file in [folder / INDEX] if file.is_file()]
+    found: set[Path] = set()
+    for source in {checkpoint.file_of(name) for name in checkpoint}:
+        parts = [file for pattern in PARTS for file in source.glob(pattern)] if source.is_dir() else [source]
+        found.update(parts or (file for file in [source / INDEX] if file.is_file()))
+    return sorted(found)
 
 
 def content_hash(files: Sequence[Path]) -> str:

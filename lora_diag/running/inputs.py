@@ -16,17 +16,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diag.adapters import (
-    Adapter,
-    Location,
-    Orientation,
-    Shape,
-    drop_all_wrappers,
-    is_adapter,
-    is_same_part,
-    match_names,
-    open_adapter,
-)
+from lora_diag import adapters
+from lora_diag.adapters import Adapter, Location, Orientation, Shape
 from lora_diag.adapters.contents import find_missing_targets
 from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import StatedAlpha
@@ -88,7 +79,7 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
         return path
     path = as_path(path)
     located = locate(path)
-    if is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
+    if adapters.is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
         raise UsageError(f"{path}: is an adapter, not BASE; give the model that it adapts first")
     return open_checkpoint(path)
 
@@ -103,7 +94,7 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
     Raises:
         InputError: It cannot be read.
     """
-    return open_adapter(path, stated_alpha) if is_adapter(locate(path)) else open_checkpoint(path)
+    return adapters.open_adapter(path, stated_alpha) if adapters.is_adapter(locate(path)) else open_checkpoint(path)
 
 
 def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
@@ -119,8 +110,8 @@ def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedA
         InputError: It cannot be read.
     """
     path = as_path(path)
-    if is_adapter(locate(path)):
-        return open_adapter(path, stated_alpha)
+    if adapters.is_adapter(locate(path)):
+        return adapters.open_adapter(path, stated_alpha)
     if base is None:
         raise UsageError(f"{path}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
     tuned = open_tuned(path, base)
@@ -278,8 +269,8 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
     Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
     one named RoBERTa.
     """
-    matched, _ = match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
-    counts = Counter((drop_all_wrappers(name), base[name].shape) for name in base)
+    matched, _ = adapters.match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
+    counts = Counter((adapters.drop_all_wrappers(name), base[name].shape) for name in base)
 
     def is_usable(name: str, location: Location) -> bool:
         """Return whether a location is a weight, or a matrix of a stack, that corresponds to a tensor of TUNED."""
@@ -289,7 +280,9 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
             and location.into is None
             and (len(weight.shape) > 2 or location.shape == weight.shape)
             and weight.dtype in FLOAT_DTYPES
-            and is_same_part(name, location.name, counts[drop_all_wrappers(location.name), weight.shape] == 1)
+            and adapters.is_same_part(
+                name, location.name, counts[adapters.drop_all_wrappers(location.name), weight.shape] == 1
+            )
         )
 
     usable = {
@@ -457,7 +450,7 @@ def second_moments(
         name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)
     }
     shapes: dict[str, Shape] = {name: (None, size) for name, size in sizes.items()}
-    matched, _ = match_names(shapes, base, transposed=True, parts=True)
+    matched, _ = adapters.match_names(shapes, base, transposed=True, parts=True)
     located = [(name, location) for name, locations in matched.items() for location in locations]
     orientation = Orientation(base, {location.name: shapes[name] for name, location in located}, flag=False)
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}

@@ -11,23 +11,13 @@ annotations are evaluated in this module (no ``from __future__ import annotation
 
 import re
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    ForwardRef,
-    Required,
-    TypedDict,
-    TypeVar,
-    get_args,
-    get_origin,
-    is_typeddict,
-)
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar
 
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import MAX_RATE
@@ -403,8 +393,8 @@ def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
             hint = eval(hint.__forward_arg__, vars(sys.modules[group.__module__]))
-        origin: Any = get_origin(hint)
-        hint = get_args(hint)[0] if origin is Required else hint
+        origin: Any = typing.get_origin(hint)
+        hint = typing.get_args(hint)[0] if origin is Required else hint
         options[name] = (hint.__origin__, hint.__metadata__[0])
     return options
 
@@ -412,7 +402,7 @@ def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
 @cache
 def _list_common() -> dict[str, Option]:
     """Return the options that the groups of this module declare, by name."""
-    groups = [value for value in list(globals().values()) if is_typeddict(value)]
+    groups = [value for value in list(globals().values()) if typing.is_typeddict(value)]
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
@@ -488,7 +478,7 @@ def show_options(function: F) -> F:
     own_signature = signature(function)
     *parameters, last = own_signature.parameters.values()
     hint = last.annotation
-    (group,) = get_args(eval(hint, function.__globals__) if isinstance(hint, str) else hint)
+    (group,) = typing.get_args(eval(hint, function.__globals__) if isinstance(hint, str) else hint)
     options = list_options(group)
     for name, (kind, option) in options.items():
         annotation = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind

@@ -11,15 +11,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from lora_diag.rendering.figures import panels
 from lora_diag.rendering.figures.pages import Page, Panel
-from lora_diag.rendering.figures.panels import (
-    axis_limits,
-    draw_levels,
-    draw_seeds,
-    set_loss_axis,
-    set_params_axis,
-    sets_of,
-)
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle
 from lora_diag.rendering.text import quantity
@@ -85,7 +78,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     choice = next((record for record in series[0].whole if isinstance(record, Tune)), None)
     if not any(trial.params and trial.loss is not None for trial in trials):
         raise UndrawableError("no run is finished with a loss")
-    panels = [
+    of_sets = [
         Panel(
             title,
             partial(_draw, trials=trials, name=name, choice=choice),
@@ -93,11 +86,11 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             "loss (nats)",
             name=name,
         )
-        for name, title in sets_of(trials).items()
+        for name, title in panels.sets_of(trials).items()
     ]
     return Page(
         "Held-out loss against trained parameters",
-        panels,
+        of_sets,
         f"{subject_of(series)}mean negative log-likelihood of held-out predictions",
         [
             "The frontier has each configuration at the learning rate that was trained with the most seeds.",
@@ -111,8 +104,8 @@ def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, ch
     width = style.line
     points = points_of(trials, name)
     runs = [(run.params, run.loss) for run in trials if run.set == name and run.params and run.loss is not None]
-    set_params_axis(ax, [point.params for point in points])
-    draw_seeds(ax, runs, style, RUN, "one run")
+    panels.set_params_axis(ax, [point.params for point in points])
+    panels.draw_seeds(ax, runs, style, RUN, "one run")
     best = zip(*[(point.params, point.mean) for point in frontier(points)], strict=True)
     line: dict[str, Any] = {"lw": 1.5 * width, "marker": "o", "ms": 3.5 * width}
     ax.plot(*best, color=FRONTIER, label="frontier, mean over seeds", **line)
@@ -124,8 +117,8 @@ def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, ch
         label = "chosen, ± 2 standard errors"
         ax.errorbar(chosen.params, chosen.mean, yerr=error, color=CHOSEN, label=label, **diamond)
     base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
-    ax.set_ylim(axis_limits([loss for _, loss in runs], base))
+    ax.set_ylim(panels.axis_limits([loss for _, loss in runs], base))
     if above := sum(loss > ax.get_ylim()[1] for _, loss in runs):
         ax.text(0.02, 0.98, f"↑ {quantity(above, 'run')} above", transform=ax.transAxes, va="top", size=style.ticks)
-    draw_levels(ax, [] if base is None else [(f"BASE {base:.3f}", base, INK)], style)
-    set_loss_axis(ax)
+    panels.draw_levels(ax, [] if base is None else [(f"BASE {base:.3f}", base, INK)], style)
+    panels.set_loss_axis(ax)

@@ -320,17 +320,21 @@ class Tuner:
 
     # -- shared ranks ------------------------------------------------------------------------------------------------
 
-    def _run_sweep(self, file: str, **options: Any) -> Results[Any]:
+    def _run_sweep(
+        self, file: str, ranks: Sequence[int], rates: Sequence[float], seeds: int, **options: Any
+    ) -> Results[Any]:
         """Run ``probe sweep``, or resume or extend that in the file; return its results up to the time limit."""
         path, self._seen = self.folder / file, 0
         shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
+        options = {"steps": self.plan.steps, "widen": self.plan.widen, **options}
         self.deadline.stop_timing()
         self._steps = options["steps"]
         if path.is_file() and self.left < 0:
             return read_results(path)
         with self._limit_time():
-            probe_sweep(self.base, **shared, output=path, resume=path.is_file(), **options)
+            given = {"ranks": ranks, "rates": rates, "seeds": seeds, **shared, **options}
+            probe_sweep(self.base, output=path, resume=path.is_file(), **given)
         return read_results(path)
 
     def _choose_rates(self) -> tuple[float, ...]:
@@ -339,7 +343,7 @@ class Tuner:
         if not plan.halving:
             return plan.rates
         steps, ends = planning.short_steps(plan.steps), sorted({plan.ranks[0], plan.ranks[-1]})
-        results = self._run_sweep("rates.jsonl", ranks=ends, rates=plan.rates, steps=steps, seeds=1, widen=0)
+        results = self._run_sweep("rates.jsonl", ends, plan.rates, 1, steps=steps, widen=0)
         losses = {
             (record.rank, record.lr): record.loss
             for record in results.whole_of(Probe)
@@ -356,10 +360,6 @@ class Tuner:
         self._adapt_plan(planning.AFTER_RATES)
         return rates
 
-    def _make_settings(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> dict[str, Any]:
-        plan = self.plan
-        return {"ranks": ranks, "rates": rates, "seeds": repeats, "steps": plan.steps, "widen": plan.widen}
-
     def _train_first_seed(self, rates: Sequence[float]) -> None:
         """Train all ranks and rates with one seed, and adapt the plan to their pace, unless the sweep has more seeds.
 
@@ -368,7 +368,7 @@ class Tuner:
         path = self.folder / "sweep.jsonl"
         if self.plan.limit is None or (path.is_file() and self._read_swept_setting("seeds") > 1):
             return
-        self._run_sweep(path.name, **self._make_settings(rates, self.plan.ranks, 1))
+        self._run_sweep(path.name, self.plan.ranks, rates, 1)
         self._adapt_plan(planning.AFTER_GRID, is_grid_done=True)
 
     def _sweep_ranks(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> tuple[Swept, RankChoice]:
@@ -378,9 +378,8 @@ class Tuner:
             InconclusiveError: No run is finished with a finite loss, or BASE has none.
         """
         plan = self.plan
-        settings = self._make_settings(rates, ranks, repeats)
-        settings |= {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
-        results = self._run_sweep("sweep.jsonl", **settings)
+        full = {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
+        results = self._run_sweep("sweep.jsonl", ranks, rates, repeats, **full)
         if results.end is None:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
         seeds = range(self.first_seed, self.first_seed + repeats)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag import files
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError, LoradiagError, UsageError
 from lora_diag.records import LeftOut, file, is_results_file
@@ -70,7 +71,7 @@ def test_lines_equal_documentation(path):
 
 def test_last_line_is_synced_to_disk(models, tmp_path, monkeypatch):
     path, kept = tmp_path / "r.jsonl", []
-    monkeypatch.setattr(file, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
+    monkeypatch.setattr(files, "sync_descriptor", lambda _: kept.append(path.read_bytes()))
     lora_diag.spectrum(*models, output=path)
     assert kept[-1] == path.read_bytes()
 

@@ -126,9 +126,3 @@ def test_plot_draws_first_figure():
     assert page._repr_png_().startswith(b"\x89PNG")
     with pytest.raises(UsageError, match="nonsense"):
         results.plot("nonsense")
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_every_probe_has_table(path):
-    page = read_results(path)._repr_html_()
-    assert "<td>" in page or "<pre>" in page

@@ -58,37 +58,27 @@ def check(plain, blocks) -> None:
             assert b[path] == (pytest.approx(value, rel=1e-6, abs=1e-6) if near else value), (one.layer, path)
 
 
-def test_spectrum_memory_stays_within_limit(small):
+CASES = {
+    "spectrum": (lora_diag.spectrum, "1MB", {}),
+    "extract rank": (lora_diag.extract, "3MB", {"rank": 8}),
+    "extract energy": (lora_diag.extract, "3MB", {"energy": 0.5}),
+    "overlap": (lora_diag.overlap, "2MB", {"gradients": ["sample_checkpoints/gradients"], "ranks": [8]}),
+    "residual": (lora_diag.residual, "4MB", {"adapters": ["sample_checkpoints/lora_r16"], "reference": "other"}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_memory_stays_within_limit(small, tmp_path, case):
+    measure, memory, options = CASES[case]
+    if "reference" in options:
+        other = load_file(f"{TUNED}/model.safetensors")
+        generator = torch.Generator().manual_seed(0)
+        other = {name: value + torch.randn(value.shape, generator=generator) * 1e-3 for name, value in other.items()}
+        options = options | {"reference": save_model(tmp_path / "other", other)}
+    outputs = [{"output": tmp_path / name} if case.startswith("extract") else {} for name in ("plain", "blocks")]
     check(
-        lora_diag.spectrum(BASE, TUNED, layers=LAYERS),
-        lora_diag.spectrum(BASE, TUNED, layers=LAYERS, memory="1MB", workers=1),
-    )
-
-
-def test_residual_with_adapters_and_another_fine_tune(small, tmp_path):
-    other = load_file(f"{TUNED}/model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    other = {name: value + torch.randn(value.shape, generator=generator) * 1e-3 for name, value in other.items()}
-    others = {"adapters": ["sample_checkpoints/lora_r16"], "reference": save_model(tmp_path / "other", other)}
-    check(
-        lora_diag.residual(BASE, TUNED, **others, layers=LAYERS),
-        lora_diag.residual(BASE, TUNED, **others, layers=LAYERS, memory="4MB", workers=1),
-    )
-
-
-@pytest.mark.parametrize("rank", [{"rank": 8}, {"energy": 0.5}], ids=str)
-def test_extract_memory_stays_within_limit(small, tmp_path, rank):
-    check(
-        lora_diag.extract(BASE, TUNED, tmp_path / "plain", **rank, layers=LAYERS),
-        lora_diag.extract(BASE, TUNED, tmp_path / "blocks", **rank, layers=LAYERS, memory="3MB", workers=1),
-    )
-
-
-def test_overlap_memory_stays_within_limit(small):
-    gradients = ["sample_checkpoints/gradients"]
-    check(
-        lora_diag.overlap(BASE, TUNED, gradients, ranks=[8], layers=LAYERS),
-        lora_diag.overlap(BASE, TUNED, gradients, ranks=[8], layers=LAYERS, memory="2MB", workers=1),
+        measure(BASE, TUNED, **outputs[0], **options, layers=LAYERS),
+        measure(BASE, TUNED, **outputs[1], **options, layers=LAYERS, memory=memory, workers=1),
     )
 
 

@@ -15,7 +15,6 @@ from lora_diag.tuning.trials import (
     choose_rank,
     contest,
     count_diverged,
-    find_shortest_names,
     gap_of,
     stability_trials,
 )
@@ -124,7 +123,3 @@ def test_variant_changes_one_setting():
     assert change_variant(one, "weight-decay").decay == 0.1
     patterned = Variant("prior", {**one.config, "alpha_pattern": {"k": 16}}, 1e-3, 100)
     assert change_variant(patterned, "half-alpha").config == {**one.config, "lora_alpha": 4, "alpha_pattern": {"k": 8}}
-    assert find_shortest_names(
-        ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"], ["l.0.attn.q", "l.1.attn.q", "l.0.mlp.q"]
-    ) == ["q"]
-    assert find_shortest_names(["l.0.q"], ["l.0.q", "head.q"]) == ["l.0.q"]

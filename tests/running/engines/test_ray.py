@@ -110,6 +110,7 @@ def both(tmp_path, command, *inputs, **options):
 SAMPLES = ROOT / "sample_checkpoints"
 COMMANDS = {
     "spectrum": (SAMPLES / "base", SAMPLES / "full_ft"),
+    "spectrum without torch": (SAMPLES / "lora_r16",),
     "residual": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]),
     "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
     "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
@@ -119,15 +120,10 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_diagnostic_gives_same_bytes_as_on_one_machine(cluster, tmp_path, command):
-    local, there = both(tmp_path, command, *COMMANDS[command], layers=r"layers\.[01]\.(self_attn\.q|mlp\.up|input)")
-    assert local == there
-    assert b'"end"' in local
-
-
-def test_adapter_record_without_torch_has_same_bytes(cluster, tmp_path):
-    local, there = both(tmp_path, "spectrum", SAMPLES / "lora_r16", layers=r"layers\.0\.")
+@pytest.mark.parametrize("case", COMMANDS)
+def test_every_diagnostic_gives_same_bytes_as_on_one_machine(cluster, tmp_path, case):
+    command, layers = case.split()[0], r"layers\.[01]\.(self_attn\.q|mlp\.up|input)"
+    local, there = both(tmp_path, command, *COMMANDS[case], layers=layers)
     assert local == there
     assert b'"end"' in local
 
@@ -426,15 +422,17 @@ def test_file_comparison_needs_no_gpu(monkeypatch):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
 
 
-def test_ray_dashboard_address_is_recognised(monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", "http://10.0.0.1:8265")
-    with pytest.raises(UsageError, match=r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"):
-        Ray().check()
-
-
-def test_missing_ray_message_states_fix(monkeypatch):
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://10.0.0.1:8265", r"^RAY_ADDRESS=http://10.0.0.1:8265: .*HOST:PORT.*ray job submit"),
+        ("", r"pip install '\.\[ray\]'"),
+    ],
+)
+def test_unusable_ray_is_refused(monkeypatch, address, message):
+    monkeypatch.setenv("RAY_ADDRESS", address)
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UsageError, match=r"pip install '\.\[ray\]'"):
+    with pytest.raises(UsageError, match=message):
         Ray().check()
 
 

@@ -226,20 +226,13 @@ class Tuner:
         **fields: Any,
     ) -> None:
         """Record a decision on a trained configuration, with its gaps to the incumbent."""
-        self.decide(
-            stage,
-            name or variant.name,
-            outcome,
-            reason,
-            lr=variant.lr,
-            params=self._count_params(variant),
-            gap=own.value if own is not None and math.isfinite(own.value) else None,
-            error=None if own is None else own.error,
-            gap_shifted=None if shifted is None else shifted.value,
-            error_shifted=None if shifted is None else shifted.error,
-            seeds=0 if own is None else own.seeds,
-            **fields,
-        )
+        fields |= {"lr": variant.lr, "params": self._count_params(variant)}
+        if own is not None:
+            value = own.value if math.isfinite(own.value) else None
+            fields |= {"gap": value, "error": own.error, "seeds": own.seeds}
+        if shifted is not None:
+            fields |= {"gap_shifted": shifted.value, "error_shifted": shifted.error}
+        self.decide(stage, name or variant.name, outcome, reason, **fields)
 
     def _count_params(self, variant: Variant) -> int:
         """Return the trainable parameters of a configuration by its records; 0 if it has none."""

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,13 +22,12 @@ from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.errors import InconclusiveError, UsageError
-from lora_diag.rendering.statements import limit_lines
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
-from lora_diag.tuning.show import tune_lines, tune_table
+from lora_diag.tuning.show import tune_lines
 from lora_diag.tuning.trials import Measured, Variant
 from tests.conftest import ROOT
 from tests.messages import raises_naming
@@ -316,15 +314,6 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     assert all(lines["left_out"].text.count(f"{one.name} (") == 1 for one in omitted)
     again = lora_diag.tune(base, tmp_path / "run", resume=True, **texts, **options)
     assert again == result
-
-
-def test_doubtful_rank_is_marked_in_short_summary(case):
-    *_, result, _, _ = case
-    (choice,) = result.whole_of(Tune)
-    others = tuple(one for one in result.whole if not isinstance(one, Tune))
-    doubtful = replace(result, whole=(*others, choice.model_copy(update={"significant": False})))
-    with limit_lines(8):
-        assert "NOT shown to be enough" in " ".join(tune_table(doubtful, next_command="train").split())
 
 
 def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):

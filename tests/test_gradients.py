@@ -112,12 +112,8 @@ def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
     twice = {"a.weight": torch.ones(4, 3), "module.a.weight": torch.ones(4, 3)}
     with raises_naming(InputError, "model.a.weight"):
         histories(open_steps([save_step(tmp_path / "g1.safetensors", twice)]), base)
-    steps = open_steps(
-        [
-            save_step(tmp_path / "g1.safetensors", small()),
-            save_step(tmp_path / "g2.safetensors", {"a.weight": torch.ones(4, 2)}),
-        ]
-    )
+    other = save_step(tmp_path / "g2.safetensors", {"a.weight": torch.ones(4, 2)})
+    steps = open_steps([save_step(tmp_path / "g1.safetensors", small()), other])
     with pytest.raises(InputError, match="gradients of one model"):
         histories(steps, None)
 

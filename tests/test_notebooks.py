@@ -34,11 +34,3 @@ def test_notebook_output_matches_text(path, monkeypatch):
 def rounded(text: str) -> str:
     """Return text whose numbers have two digits: losses differ by processor in the later ones."""
     return re.sub(r"\d+\.\d+(e-\d+)?", lambda result: f"{float(result[0]):.1e}", text)
-
-
-def test_cells_are_code_and_markdown():
-    source = "# %% [markdown]\n# # Title\n#\n# Text\n\n# %%\nx = 1\nx\n"
-    assert list(make.cells(source)) == [("markdown", "# Title\n\nText"), ("code", "x = 1\nx")]
-    names = {}
-    assert make.run("x = 2\nprint('a')\nx", names)[0]["text"] == "a\n"
-    assert names["x"] == 2

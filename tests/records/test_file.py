@@ -58,17 +58,6 @@ def test_written_results_equal_read(results, path, tmp_path):
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_lines_equal_documentation(path):
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [line["record"] for line in lines] == ["run"] + ["spectrum"] * 10 + ["left_out"] * 2 + ["end"]
-    assert lines[0]["schema"] == 1
-    assert {"command", "version", "inputs", "settings"} <= set(lines[0])
-    fields = "layer shape fro base_fro s complete method energy_error energy rank_at tail stable_rank effective_rank"
-    assert set(fields.split()) <= set(lines[1])
-    assert set(lines[1]["energy"]) == {"4", "8", "16", "32", "64"}
-    assert set(lines[1]["rank_at"]) == {"0.9", "0.95", "0.99"}
-
-
 def test_last_line_is_synced_to_disk(models, tmp_path, monkeypatch):
     path, kept = tmp_path / "r.jsonl", []
     monkeypatch.setattr(files, "sync_descriptor", lambda _: kept.append(path.read_bytes()))

@@ -189,9 +189,3 @@ def test_resume_detects_other_adapter_config(tmp_path):
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace("{", '{"use_rslora_note": 1, ', 1))
     assert lora_diag.spectrum(adapter).run.inputs[0].fingerprint != before
-
-
-def test_pipe_is_not_a_checkpoint(tmp_path):
-    os.mkfifo(tmp_path / "ff.safetensors")
-    with pytest.raises(InputError, match="is not a file or folder"):
-        lora_diag.inspect(tmp_path / "ff.safetensors")

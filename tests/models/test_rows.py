@@ -1,7 +1,7 @@
 """Folders of ``datasets`` give what JSON lines of the same rows give; everything else is one message."""
 
-import builtins
 import json
+import sys
 
 import datasets
 import pytest
@@ -94,13 +94,6 @@ def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="no such file"):
         lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[tmp_path / "nothing"])
 
-    real = builtins.__import__
-
-    def without(name, *rest, **more):
-        if name == "datasets":
-            raise ModuleNotFoundError("No module named 'datasets'", name="datasets")
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with raises_naming(UsageError, "install datasets"):
         read_texts(tmp_path / "splits" / "train", model)

@@ -117,9 +117,8 @@ def test_tune_writes_adapter_that_peft_loads(case):
 
 def written_arguments(config):
     """The ``adapter_config.json`` of a new adapter."""
-    return {key: value for key, value in config.items() if key not in {"peft_type", "base_model_name_or_path"}} | {
-        "inference_mode": False
-    }
+    kept = {key: value for key, value in config.items() if key not in {"peft_type", "base_model_name_or_path"}}
+    return kept | {"inference_mode": False}
 
 
 def _lora_of(script):
@@ -335,6 +334,11 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="planned for 60 min"):
         lora_diag.tune(base, run, resume=True, time="30min", **texts, **OPTIONS)
     assert lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS) == result
+    lines = (run / "tune.jsonl").read_text().splitlines(keepends=True)
+    decided = next(i for i, line in enumerate(lines) if '"name":"non-uniform ranks"' in line)
+    (run / "tune.jsonl").write_text("".join(lines[: decided + 1]))
+    resumed = lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS)
+    assert not {one.variant for one in resumed.whole_of(TuneTrial)} & {"prior", "marginal"}  # the decision stands
     labels = []
     more = lora_diag.tune(
         base, run, resume=True, time="2h", on_progress=lambda e: labels.append(e.label), **texts, **OPTIONS

@@ -30,6 +30,7 @@ from lora_diag.diagnostics.portability.consumers import (
     join_reasons,
 )
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
+from lora_diag.diagnostics.portability.show import describe_treatment
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.metric import fro_of
@@ -38,7 +39,6 @@ from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.distance import frobenius_distance
 from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.tables import Column, Grid
-from lora_diag.rendering.text import number
 from lora_diag.running.inputs import describe, describe_adapter
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
@@ -568,24 +568,6 @@ FEATURES: dict[str, Contents] = {
 }
 
 
-def describe_treatment(contents: Contents, consumer: Consumer, rule: Rule) -> str:
-    """Return a short description of a rule's treatment of an adapter: the worst, or the factors of wrong scales."""
-    tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
-    judged = (record for task in tasks for record in judge(task, LayerSettings()))
-    records = [record for record in judged if isinstance(record, Portability)]
-    statuses = {record.status for record in records}
-    if "refused" in statuses:
-        return "refuses"
-    if "dropped" in statuses:
-        return "drops"
-    if "wrong" in statuses:
-        if any(record.part in NONLINEAR_PARTS for record in records):
-            return "B·A alone"
-        factors = (r.scale / r.intended for r in records if r.status == "wrong" and r.scale and r.intended)
-        return ", ".join(f"×{number(factor)}" for factor in sorted(set(factors)))
-    return "exact"
-
-
 def rules_grids() -> list[Grid]:
     """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
     grids = []
@@ -603,5 +585,9 @@ def rules_grids() -> list[Grid]:
 
 def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -> Column:
     """Return the column of a rule: its treatment of each feature."""
-    cells = tuple(describe_treatment(contents, consumer, rule) for contents in features)
-    return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), cells, "left")
+    cells = []
+    for contents in features:
+        tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
+        judged = (record for task in tasks for record in judge(task, LayerSettings()))
+        cells.append(describe_treatment(record for record in judged if isinstance(record, Portability)) or "-")
+    return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), tuple(cells), "left")

@@ -18,7 +18,7 @@ from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.tables import title_of as title_of_rows
-from lora_diag.rendering.text import format_shown, list_layers, list_names, number, percent, safe, short, to_text
+from lora_diag.rendering.text import list_layers, list_names, number, percent, safe, short, to_text
 
 
 def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> str:
@@ -38,7 +38,7 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
         Shown("rank", "rank", "ranks of the factors", pool="range", main=True, drop=2),
     ]
     for name in names:
-        treatment = partial(_describe_treatment, name=name)
+        treatment = partial(_describe_of, name=name)
         columns.append(Shown("status", title_of(name, names), "worst treatment", pool=treatment, main=True))
     return [grid_of(columns, rows_of(results, per), title_of_rows(per))] if names else []
 
@@ -63,17 +63,22 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
     return title if alone else f"{title} {name[1]}"
 
 
-def _describe_treatment(records: Sequence[Portability], name: Name) -> str | None:
-    """Return the worst treatment by a consumer; if it is wrong, the factors s'/s or, beyond scale, the largest ε."""
-    group = group_by_consumer(records).get(name, [])
-    status = min((record.status for record in group), key=ORDER.index, default=None)
-    if status != "wrong":
-        return status
-    factors = [number(record.scale / record.intended) for record in group if record.scale and record.intended]
-    if factors and not any(record.part in NONLINEAR_PARTS for record in group):
-        ends = dict.fromkeys((min(factors, key=float), max(factors, key=float)))
-        return " to ".join(f"×{factor}" for factor in ends)
-    return f"ε {format_shown(max((record.epsilon for record in group if record.epsilon is not None), default=None))}"
+def _describe_of(records: Sequence[Portability], name: Name) -> str | None:
+    """Return the treatment by one consumer."""
+    return describe_treatment(record for record in records if (record.consumer, record.version) == name)
+
+
+def describe_treatment(records: Iterable[Portability]) -> str | None:
+    """Return the worst treatment; if it is wrong, the factors s'/s or, beyond scale, the largest ε; None for none."""
+    records = sorted(records, key=lambda record: ORDER.index(record.status))
+    if not records or records[0].status != "wrong":
+        return records[0].status if records else None
+    wrong = [record for record in records if record.status == "wrong"]
+    factors = sorted(record.scale / record.intended for record in wrong if record.scale and record.intended)
+    if factors and not any(record.part in NONLINEAR_PARTS for record in wrong):
+        return " to ".join(dict.fromkeys(f"×{number(factor)}" for factor in (factors[0], factors[-1])))
+    largest = max((record.epsilon for record in wrong if record.epsilon is not None), default=None)
+    return "B·A alone" if largest is None else f"ε {number(largest)}"
 
 
 def exit_code(results: Results[Portability]) -> int:

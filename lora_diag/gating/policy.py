@@ -154,10 +154,9 @@ def _check_number_field(name: str) -> str:
 
 
 def _check_waived_rule(rule: str) -> str:
-    if rule == "finished":
-        raise ValueError("an unfinished run cannot be waived; continue it with --resume")
-    if rule == "inputs":
-        raise ValueError("results of other inputs cannot be waived; measure again")
+    fixed = {"finished": "an unfinished run", "inputs": "results of other inputs"}
+    if rule in fixed:
+        raise ValueError(f"{fixed[rule]} cannot be waived; continue the run with --resume, or measure again")
     return rule
 
 

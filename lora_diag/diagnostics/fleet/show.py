@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from itertools import takewhile
 from typing import Any
 
 from lora_diag.diagnostics.fleet.record import Fleet
@@ -12,9 +11,9 @@ from lora_diag.feature import Hint
 from lora_diag.metrics import statistics
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, final_statements, make_statement
+from lora_diag.rendering.statements import Statement, final_statements, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
-from lora_diag.rendering.text import list_counts, number, percent, quantity, safe, span
+from lora_diag.rendering.text import list_counts, number, percent, quantity, span
 
 # Maximum number of rows of a table, and of items named in a sentence; the records have all.
 _MAX_ROWS, _MAX_NAMED = 20, 3
@@ -35,7 +34,7 @@ _DUPLICATE_COLUMNS = (
 def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     """Return the tables: the outliers, with ``per`` = ``layer`` every adapter; and the near-duplicates."""
     records = results.layers
-    names, remarks = _shorten_paths([record.adapter for record in records]), describe_outliers(records)
+    names, remarks = short_paths([record.adapter for record in records]), describe_outliers(records)
     indices = statistics.order_by_rarity(statistics.find_outlier_kinds(records))
     if per == "layer":
         indices += [i for i in range(len(records)) if not remarks[i]]
@@ -57,18 +56,6 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
 def _find_pairs(records: Sequence[Fleet]) -> list[statistics.NearDuplicate]:
     """Return the pairs of near-duplicate adapters, the most similar first."""
     return statistics.find_near_duplicates([record.update for record in records], [record.space for record in records])
-
-
-def _shorten_paths(paths: Sequence[str]) -> list[str]:
-    """Return the paths without their common leading folders, escaped for the terminal.
-
-    >>> _shorten_paths(["runs/a/lora", "runs/b/lora"]), _shorten_paths(["runs/a"])
-    (['a/lora', 'b/lora'], ['a'])
-    """
-    split = [path.split("/") for path in paths]
-    folders = zip(*(parts[:-1] for parts in split), strict=False)
-    common = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, folders))
-    return [safe("/".join(parts[common:])) for parts in split]
 
 
 def describe_outliers(records: Sequence[Fleet]) -> list[str]:

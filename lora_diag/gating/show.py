@@ -129,12 +129,12 @@ def verdict_table(
     shown = [verdict for verdicts in bad.values() for verdict in verdicts[:rows]][:ROWS]
     total = sum(map(len, bad.values()))
     omitted = f"{len(shown)} of {total} verdicts; -o FILE keeps them all" if len(shown) < total else ""
-    table = _make_grid(shown, width).render(width) if shown else []
+    table = verdict_grid(shown, width).render(width) if shown else []
     return to_text(Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color)
 
 
-def _make_grid(shown: Sequence[Verdict], width: int) -> Grid:
-    """Return the table of the chosen verdicts; the condition of a rule is shown once."""
+def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
+    """Return the table of some verdicts for a page of a width; the condition of a rule is shown once."""
     judged = [(verdict.rule, verdict.allowed) for verdict in shown]
     conditions = ["" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair]
     statuses = tuple(Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown)

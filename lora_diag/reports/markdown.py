@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from lora_diag.gating.show import verdict_grid
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.html import escape_markdown
+from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import crop, plain, safe, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import fields_of, layers_of
@@ -24,6 +26,8 @@ from lora_diag.reports.subject import (
 MAX_BYTES = 60_000
 # Maximum number of rows of a table, of named layers or verdicts, and of characters of a name.
 ROWS, NAMED, NAME = 40, 10, 90
+# Width of the table of verdicts, in characters.
+WIDTH = 400
 
 
 def markdown_report(evidence: Evidence) -> str:
@@ -105,14 +109,18 @@ def _make_sections(evidence: Evidence) -> list[str]:
             for statement in section.statements
         )
         parts += [f"## {escape_markdown(crop(section.title, 200))}", *([statements] if statements else [])]
-        for grid in section.grids:
-            titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
-            rows = ([code(name), *map(escape_markdown, cells)] for name, cells in grid.rows())
-            right = [False, *(column.justify == "right" for column in grid.columns)]
-            caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
-            about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
-            parts.append(caption + _write_table(titles, rows, right) + about)
+        parts += map(_write_grid, section.grids)
     return parts
+
+
+def _write_grid(grid: Grid) -> str:
+    """Return a table with its caption and explanation."""
+    titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
+    rows = ([code(name), *(escape_markdown(cell.replace("\n", " ")) for cell in cells)] for name, cells in grid.rows())
+    right = [False, *(column.justify == "right" for column in grid.columns)]
+    caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
+    about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
+    return caption + _write_table(titles, rows, right) + about
 
 
 def _make_advice(subject: Subject) -> list[str]:
@@ -129,21 +137,8 @@ def _make_advice(subject: Subject) -> list[str]:
 
 def _make_gate(evidence: Evidence) -> list[str]:
     outcome, verdicts = gate_outcome(evidence)
-    if not outcome:
-        return []
-    rows = [
-        [
-            verdict.status,
-            code(verdict.rule),
-            code(short(verdict.layer)) if verdict.layer else "all",
-            escape_markdown(plain(verdict.measured)),
-            escape_markdown(verdict.allowed),
-        ]
-        for verdict in verdicts
-    ]
-    titles = ["status", "rule", "layer", "measured", "allowed"]
-    table = [_write_table(titles, rows, [title == "measured" for title in titles])] if rows else []
-    return ["## Gate", f"{escape_markdown(outcome)}.", *table]
+    table = [_write_grid(verdict_grid(verdicts, WIDTH))] if verdicts else []
+    return ["## Gate", f"{escape_markdown(outcome)}.", *table] if outcome else []
 
 
 def _list_runs(evidence: Evidence) -> str:

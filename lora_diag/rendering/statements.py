@@ -213,19 +213,16 @@ def final_statements(results: Results[Any], so_far: str = "layers measured so fa
     """Return the final statements: layers without a result or not on the GPU, and a run that did not finish."""
     final = []
     if unmeasured := results.unmeasured:
-        lines = [f"{short(item.layer)}: {item.detail}" for item in unmeasured[:NAMED]]
+        lines = [f"{short(item.layer)}: {safe(item.detail)}" for item in unmeasured[:NAMED]]
         rest = f"and {len(unmeasured) - NAMED} more" if len(unmeasured) > NAMED else ""
         final.append(make_statement("not_measured", "Not measured", *lines, rest, level="failure"))
     if on_cpu := [record for record in results if ON_CPU in getattr(record, "method", "")]:
         text = f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers 1 takes less"
         final.append(make_statement("device", "Device", text, level="warning"))
-    return [*final, *unfinished(results, so_far)]
-
-
-def unfinished(results: Results[Any], so_far: str) -> list[Statement]:
-    """Return the warning of a run that did not finish; empty if it did."""
-    text = f"the run did not finish: these are the {so_far}"
-    return [make_statement("unfinished", "Warning", text, level="failure")] if results.end is None else []
+    if results.end is None:
+        text = f"the run did not finish: these are the {so_far}"
+        final.append(make_statement("unfinished", "Warning", text, level="failure"))
+    return final
 
 
 # Resolution of an update whose factors are known.

@@ -25,7 +25,7 @@ from lora_diag.reports.advice import Step, advice
 from lora_diag.reports.evidence import Evidence, Source
 
 # Keys of statements that the list of runs already contains.
-_KEYS_IN_RUN_LIST = {"compared", "left_out", "adapters"}
+_KEYS_IN_RUN_LIST = {"compared", "left_out"}
 
 # Maximum number of updates named in a title.
 _NAMED = 4

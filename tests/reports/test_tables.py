@@ -6,6 +6,9 @@ import torch
 import lora_diag
 from lora_diag.diagnostics.spectrum.show import spectrum_table
 from lora_diag.inspection.run import inventory_table
+from lora_diag.records import LeftOut
+from lora_diag.rendering.statements import final_statements
+from tests import building
 from tests.conftest import save_model
 from tests.messages import assert_names
 
@@ -37,3 +40,9 @@ def test_hostile_names_stay_text(tmp_path):
     text = inventory_table(inspect(base), 140)
     assert "\x1b" not in text
     assert "[red]x[/red]" in text
+
+
+def test_reason_of_unmeasured_layer_is_safe():
+    item = LeftOut(layer=HOSTILE, shape=(), reason="unreadable", detail=HOSTILE)
+    (statement,) = final_statements(building.results((), left_out=(item,)))
+    assert "\x1b" not in statement.text

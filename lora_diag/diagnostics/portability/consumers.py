@@ -468,8 +468,17 @@ LLAMACPP = Consumer(
 # - Without any: α = r in every module since 0.40 (pull request 14409; read in 0.40.0, 0.42.1); before, the rank of the
 #   first module in the file is the α of all (read in 0.36.0, 0.39.0).
 # - ``lora_adapter_metadata`` in the file takes the place of all this.
+# - In a kohya file of a U-Net, ``_convert_unet_lora_key`` renames attention projections to ``…processor.to_q_lora``,
+#   which ``_get_alpha_name`` does not expect: their own α are found under no module, and each gets the most frequent
+#   one. So do modules of a text encoder (of transformers 5; of 4, its feed-forward layers got their own).
+# - ``dora_scale`` is deleted with a warning before anything is loaded, in every pipeline (``lora_pipeline.py``): B·A
+#   alone is added. ``lora_magnitude_vector`` in a diffusers file is loaded.
 #
-# Date read: 2026-11-27.
+# The last two were found by running 0.42.1 (``tests.benchmarks.servers``), and read in all four versions. Date read:
+# 2026-11-30.
+
+_UNET_BLOCK = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
+_WITHOUT_OWN_ALPHA = re.compile(r"lora_te\d?_|lora_unet_.*_to_(?:q|k|v|out_0)$")
 
 
 def _refuse_diffusers(contents: Contents) -> str:
@@ -478,21 +487,28 @@ def _refuse_diffusers(contents: Contents) -> str:
     return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
 
 
+def _is_of_unet(contents: Contents) -> bool:
+    """Return whether a file is kohya's, of a U-Net or its text encoders."""
+    modules = [item.module for item in contents.pairs if item.module.startswith("lora_unet_")]
+    return contents.form == "kohya" and (not modules or any(map(_UNET_BLOCK.match, modules)))
+
+
 def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Outcome:
     """Return the treatment of an item by diffusers; ``alpha_is_rank``: without any α, α = r in every module."""
     if item.rank is None:
         return Outcome("full")
-    if item.part == "dora" or (contents.has_metadata and item.alpha is None):
+    if (item.part == "dora" and contents.form != "kohya") or (contents.has_metadata and item.alpha is None):
         return Outcome("intended", item.scale)
-    if item.alpha is not None:
+    is_found = not (_WITHOUT_OWN_ALPHA.match(item.module) and _is_of_unet(contents))
+    if item.alpha is not None and is_found:
         return Outcome("applied", item.alpha / item.rank)
-    items = contents.components[parse_component(item.module)]
+    items = sorted(contents.components[parse_component(item.module)], key=lambda other: other.key)
     alphas = [other.alpha for other in items if other.alpha is not None]
     if not alphas and alpha_is_rank:
         return Outcome("applied", 1.0)
-    first = min(items, key=lambda other: other.key)
-    alpha = Counter(alphas).most_common(1)[0][0] if alphas else float(first.rank or 1)
-    return Outcome("applied", alpha / item.rank, f"gives no alpha, and gets {alpha:g}, that of other modules")
+    alpha = Counter(alphas).most_common(1)[0][0] if alphas else float(items[0].rank or 1)
+    problem = "gives no alpha" if item.alpha is None else "its alpha is not found by name"
+    return Outcome("applied", alpha / item.rank, f"{problem}, and it gets {alpha:g}, that of other modules")
 
 
 DIFFUSERS = Consumer(

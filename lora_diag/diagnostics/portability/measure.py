@@ -507,6 +507,7 @@ def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> t
 
 
 _Q, _V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
+_UNET = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1"
 _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -565,6 +566,11 @@ FEATURES: dict[str, Contents] = {
     "no alpha, unequal ranks": _make_kohya_contents((16, 1.0, None), (4, 1.0, None)),
     "one alpha, unequal ranks": _make_kohya_contents((16, 0.25, 4.0), (4, 1.0, 4.0)),
     "alpha in some modules": _make_kohya_contents((16, 0.25, 4.0), (16, 1.0, None)),
+    "unequal alphas, U-Net attention": Contents(
+        "kohya",
+        tuple(_make_item(f"{_UNET}_{leaf}", scale=a / 8, alpha=a) for leaf, a in (("to_q", 8.0), ("to_v", 4.0))),
+    ),
+    "DoRA (dora_scale)": Contents("kohya", (_make_item(f"{_UNET}_to_q", part="dora", alpha=16.0),)),
 }
 
 

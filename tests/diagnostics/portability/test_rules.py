@@ -229,6 +229,56 @@ def test_diffusers_scales_equal_its_own_function(modules):
         assert ours[key] == pytest.approx(alpha / rank)
 
 
+KOHYA_LAYERS = (
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_out_0",
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_ff_net_2",
+    "lora_unet_down_blocks_0_attentions_0_proj_in",
+    "lora_unet_mid_block_resnets_0_conv1",
+)
+
+
+@pytest.mark.skipif(not HAS_DIFFUSERS, reason="diffusers is not installed")
+@given(st.lists(st.sampled_from([2.0, 4.0, 6.0]), min_size=len(KOHYA_LAYERS), max_size=len(KOHYA_LAYERS)))
+def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
+    """Its conversion of kohya's names, and PEFT's rule for the α that it makes of them."""
+    import torch
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+    from diffusers.utils import convert_unet_state_dict_to_peft
+    from diffusers.utils.peft_utils import get_peft_kwargs
+
+    items, tensors = [], {}
+    for name, alpha in sorted(zip(KOHYA_LAYERS, alphas, strict=True)):
+        items.append(Item(f"{name}.weight", name, "factors", f"{name}.lora_up.weight", 4, alpha / 4, alpha))
+        tensors[f"{name}.lora_down.weight"] = tensors[f"{name}.lora_up.weight"] = torch.zeros(4, 4)
+        tensors[f"{name}.alpha"] = torch.tensor(alpha)
+    converted, found = _convert_non_diffusers_lora_to_diffusers(tensors)
+    state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): tensor for key, tensor in converted.items()})
+    modules = [key.removesuffix(".lora_B.weight") for key in state if key.endswith(".lora_B.weight")]
+    ranks = {f"^{module}.lora_B.weight": 4 for module in modules}
+    result = get_peft_kwargs(ranks, {key.removeprefix("unet."): alpha for key, alpha in found.items()}, state)
+    ours = applied("diffusers", Contents("kohya", tuple(items)))
+    assert len(modules) == len(items)
+    for item, module in zip(items, modules, strict=True):
+        assert module.replace(".", "_") == item.module.removeprefix("lora_unet_")
+        assert ours[item.module] == pytest.approx(result["alpha_pattern"].get(module, result["lora_alpha"]) / 4)
+
+
+def test_diffusers_reads_alphas_of_transformers():
+    names = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_q")
+    items = tuple(
+        Item(f"{name}.weight", name, "factors", f"{name}.lora_up.weight", 4, alpha / 4, alpha)
+        for name, alpha in zip(names, (2.0, 8.0), strict=True)
+    )
+    assert list(applied("diffusers", Contents("kohya", items)).values()) == [0.5, 2.0]
+
+
+@pytest.mark.parametrize(("form", "does"), [("kohya", "applied"), ("diffusers", "intended")])
+def test_diffusers_deletes_the_magnitudes_of_kohya(form, does):
+    item = Item(f"{KOHYA_LAYERS[0]}.weight", KOHYA_LAYERS[0], "dora", f"{KOHYA_LAYERS[0]}.dora_scale", 4, 0.5, 2.0)
+    assert CONSUMERS["diffusers"].rules[0].applies(Contents(form, (item,)), item).does == does
+
+
 @pytest.mark.parametrize(
     ("version", "mixed"), [("0.42", {16: 1.0, 4: 1.0}), ("0.40", {16: 1.0, 4: 1.0}), ("0.36", {16: 1.0, 4: 4.0})]
 )

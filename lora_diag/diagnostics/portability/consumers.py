@@ -545,8 +545,27 @@ KOHYA = Consumer("kohya", "sd-scripts", frozenset({"kohya"}), (Rule("", "", ("02
 # Source: ml-explore/mlx-lm, ``tuner/utils.py`` (``load_adapters``, ``linear_to_lora_layers``), ``tuner/lora.py``,
 # ``tuner/dora.py`` of mlx-lm 0.32.2. The model's layers are made with ``rank``, ``scale`` and ``dropout`` of the config
 # for the last ``num_layers`` blocks, so that a config without one of them, a factor of another rank and a tensor that
-# is none of ``lora_a``, ``lora_b`` and ``m`` are errors. So is one of a head that is tied to the embedding: it has no
-# layer. The update of the embedding acts in a tied head, too (``LoRAEmbedding.as_linear``). Date read: 2026-11-27.
+# is none of ``lora_a``, ``lora_b`` and ``m`` are errors. So are factors of a module that got no such layer: of a block
+# before the last ``num_layers``, of one that ``keys`` does not name (by its path, or by its name in a block), and of a
+# head that is tied to the embedding. How many blocks BASE has is not looked up: they are counted to the last one in the
+# file. The update of the embedding acts in a tied head, too (``LoRAEmbedding.as_linear``). Date read: 2026-11-30.
+
+_IN_BLOCK = re.compile(r"(?:^|\.)layers\.(\d+)\.(.+)")
+
+
+def _explain_unplaced(contents: Contents) -> str:
+    """Return the problem of the first module with factors for which mlx-lm makes no layer; empty without one."""
+    keys, count = contents.config["lora_parameters"].get("keys"), contents.config["num_layers"]
+    places = {item.module: _IN_BLOCK.search(item.module) for item in contents.pairs}
+    last = max((int(place[1]) for place in places.values() if place), default=0)
+    for module, place in places.items():
+        if isinstance(keys, list) and module in keys:
+            continue
+        if place is None or (isinstance(keys, list) and place[2] not in keys):
+            return f"{module} is not in lora_parameters.keys"
+        if isinstance(count, int) and 0 < count <= last - int(place[1]):
+            return f"{module} is not in the last {count} blocks (num_layers)"
+    return ""
 
 
 def _refuse_mlx(contents: Contents) -> str:
@@ -565,6 +584,7 @@ def _refuse_mlx(contents: Contents) -> str:
         if unequal is not None and "rank" in settings
         else "",
         f"{odd.key}: no adapter parameter" if odd is not None else "",
+        "" if missing else _explain_unplaced(contents),
         _explain_tie("mlx", contents) if contents.tied else "",
     )
 

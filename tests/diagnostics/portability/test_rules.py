@@ -297,12 +297,38 @@ def test_kohya_uses_rank_for_missing_alpha():
 
 
 def test_mlx_refuses_config_without_sizes_of_its_layers():
-    item = Item("q.weight", "q", "factors", "q.lora_b", 4, 2.0)
+    item = Item("layers.0.q.weight", "layers.0.q", "factors", "layers.0.q.lora_b", 4, 2.0)
     whole = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
-    assert applied("mlx", Contents("mlx", (item,), whole)) == {"q": 2.0}
+    assert applied("mlx", Contents("mlx", (item,), whole)) == {"layers.0.q": 2.0}
     short = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0}}
     assert "dropout" in applied("mlx", Contents("mlx", (item,), short))
     assert "num_layers" in applied("mlx", Contents("mlx", (item,), {"lora_parameters": whole["lora_parameters"]}))
+
+
+@pytest.mark.parametrize(
+    ("module", "config", "problem"),
+    [
+        ("model.layers.1.self_attn.q_proj", {"num_layers": 3}, ""),
+        ("model.layers.1.self_attn.q_proj", {"num_layers": -1}, ""),
+        ("model.layers.1.self_attn.q_proj", {"num_layers": 2}, "model.layers.1.self_attn.q_proj num_layers"),
+        ("model.layers.1.self_attn.q_proj", {"keys": ["self_attn.q_proj"]}, ""),
+        ("model.layers.1.mlp.up_proj", {"keys": ["self_attn.q_proj"]}, "model.layers.1.mlp.up_proj keys"),
+        ("model.layers.1.mlp.up_proj", {"keys": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]}, ""),
+        ("model.embed_tokens", {"keys": ["self_attn.q_proj", "model.embed_tokens"]}, ""),
+        ("model.embed_tokens", {}, "model.embed_tokens keys"),
+    ],
+)
+def test_mlx_refuses_factors_without_a_layer(module, config, problem):
+    """``linear_to_lora_layers`` makes layers in the last blocks, of the modules that ``keys`` names."""
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0} | {key: config[key] for key in config if key == "keys"}
+    names = (module, "model.layers.3.self_attn.q_proj")
+    items = tuple(Item(f"{name}.weight", name, "factors", f"{name}.lora_b", 4, 2.0) for name in names)
+    whole = {"num_layers": config.get("num_layers", 4), "lora_parameters": settings}
+    result = applied("mlx", Contents("mlx", items, whole))
+    if problem:
+        assert_names(result, *problem.split())
+    else:
+        assert result == dict.fromkeys(names, 2.0)
 
 
 @pytest.mark.parametrize("leaf", ["q_proj", "v_proj", "k_proj"])

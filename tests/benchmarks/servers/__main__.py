@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -268,7 +269,7 @@ def explain(code: int, log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     line = next((line for line in lines if any(mark in line for mark in MARKS)), "no message")
     end = f"aborts ({signal.Signals(-code).name})" if code < 0 else "refuses"
-    return f"{end}: {line[:200]}"
+    return f"{end}: {re.sub(r'/?(?:[^ /]+/)+', '', line)[:200]}"
 
 
 def predict(adapter: Path, base: Path, program: str) -> list[Portability]:

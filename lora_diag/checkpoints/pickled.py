@@ -3,8 +3,8 @@
 Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A zip file with entries
 that are compressed, or larger than the file, is refused before torch unpacks them; so is a pickle that takes more
 memory than its length explains (``inert``), and afterwards a tensor with more entries than its storage. Zip files are
-memory-mapped, and the pages of a tensor are released after a range of it was copied, so that resident memory does not
-grow with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
+memory-mapped, and the pages of a range are released after the range was copied, so that resident memory does not grow
+with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ class TorchFile(TensorFile):
         """Return a copy of the entries ``start:stop`` of a tensor (row-major, stored dtype)."""
         tensor = self._state[name]
         out, storage = _copy_range(tensor, start, stop), tensor.untyped_storage()
+        copied = storage.data_ptr(), storage.nbytes()
+        if tensor.is_contiguous():  # to release all of it after each range would take quadratic time
+            copied = tensor.data_ptr() + start * tensor.itemsize, out.nbytes
         if self._mapped:
-            _release_pages(storage.data_ptr(), storage.nbytes())
+            _release_pages(*copied)
         return out
 
     def _load(self) -> None:

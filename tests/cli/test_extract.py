@@ -35,11 +35,9 @@ def test_adapter_table_and_card(loradiag, pair_of_models, tmp_path):
     whole = [change_of(before, after, key) for key in before if before[key].ndim == 2]
     gap = sum(np.linalg.norm(change - best_approximation(change, 3)) ** 2 for change in whole)
     epsilon = np.sqrt(gap / sum(np.linalg.norm(change) ** 2 for change in whole))
-    assert f"ε = {epsilon:.3g}" in ran.out
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.startswith("---\nbase_model: ")
     assert f"ε = {epsilon:.3g}" in card
-    assert "loradiag extract" in card
 
 
 def test_extract_then_spectrum_then_residual(loradiag, pair_of_models, tmp_path):
@@ -73,15 +71,8 @@ def test_output_that_would_be_lost_is_kept(loradiag, pair_of_models, tmp_path):
     assert loradiag(*words).code == 2
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "thesis.tex").write_text("ten years")
-    (tmp_path / "file").write_text("x")
-    for output, more in (
-        ("notes", ()),
-        ("notes", ("--overwrite",)),
-        ("file", ("--overwrite",)),
-        (".", ("--overwrite",)),
-    ):
-        ran = loradiag(*words, "-o", output, *more)
-        assert ran.code == 2, ran.err
+    for output in ("notes", "."):  # files, links and other folders: test_outputs
+        assert loradiag(*words, "-o", output, "--overwrite").code == 2
     assert (tmp_path / "notes" / "thesis.tex").read_text() == "ten years"
     trained = tmp_path / "trained"
     trained.mkdir()
@@ -89,14 +80,12 @@ def test_output_that_would_be_lost_is_kept(loradiag, pair_of_models, tmp_path):
         (trained / name).write_text("a week on eight GPUs")
     assert "is not an extraction" in loradiag(*words, "-o", "trained", "--overwrite").err
     assert (trained / "adapter_model.safetensors").read_text() == "a week on eight GPUs"
-    assert loradiag(*words, "-o", tuned, "--overwrite").code == 2
-    assert loradiag(*words, "-o", "no/such/folder").code == 3
     assert loradiag(*words, "-o", "adapter").code == 0
     assert "--overwrite" in loradiag(*words, "-o", "adapter").err
     assert "is an input" in loradiag("extract", base, "adapter", "--rank", "1", "-o", "adapter", "--overwrite").err
     assert loradiag("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "file", "notes", "trained", "tuned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "notes", "trained", "tuned"]
 
 
 def test_non_finite_layer_is_named_and_not_written(loradiag, pair_of_models, tmp_path):

@@ -58,9 +58,8 @@ def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
     spoilt(files, change)
     ran = loradiag("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
-    rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:5]
-    for row, status in zip(rows, ("missing", "dropped", "changed", "ok", "ok"), strict=True):
-        assert f" {status} " in row
+    rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:3]
+    assert [status in row for row, status in zip(rows, ("missing", "dropped", "changed"), strict=True)] == [True] * 3
 
 
 def test_records_equal_file(files, loradiag):

@@ -91,8 +91,11 @@ def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     assert result["lora_target_modules"] == config["target_modules"]
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0  # its own file is replaced
     (tmp_path / "lora.yaml").write_text("mine: 1\n")
-    assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 2
-    assert loradiag(*words, "--format", "axolotl", "-o", "lora.json").code == 2
-    assert loradiag(*words, "--format", "axolotl").code == 2
-    assert loradiag(*words, "--format", "trl", "-o", "trl.yaml").code == 2
+    for wrong in (
+        ["axolotl", "-o", "lora.yaml"],
+        ["axolotl", "-o", "lora.json"],
+        ["axolotl"],
+        ["trl", "-o", "trl.yaml"],
+    ):
+        assert loradiag(*words, "--format", *wrong).code == 2
     assert not (tmp_path / "trl.yaml").exists()

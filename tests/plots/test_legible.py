@@ -139,11 +139,3 @@ def test_figure_texts_are_legible(case, width):
         root = ElementTree.fromstring(plots.encode_figure(figure, "svg"))
         assert "".join(root.itertext()).strip()
         assert "alert(1)" not in "".join(element.tag for element in root.iter())
-
-
-def test_legibility_check_detects_touching_texts():
-    figure = plots.figure("energy", making.results(making.model(2)), width="column")
-    ax = figure.axes[0]
-    ax.text(0.02, 0.99, "over the title", transform=ax.transAxes)
-    boxes = [box for _, box in shown_texts(figure)]
-    assert any(touch(one, other) for one, other in itertools.combinations(boxes, 2))

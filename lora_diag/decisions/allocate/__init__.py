@@ -86,10 +86,7 @@ FEATURE = Feature(
             table=".show:policies_table",
         ),
     ),
-    records=(
-        ".record:Allocation",
-        ".record:Certificate",
-    ),
+    records=(".record:Allocation", ".record:Certificate"),
     functions=(".run:allocate",),
     table=".show:allocation_table",
     statements=".show:allocation_lines",

@@ -446,19 +446,16 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
         raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(flags.values())}")
     name, amount = given[0], arguments[given[0]]
     option = f"{flags[name]} {legible(str(amount))}"
+    if name == "total_rank" and amount < 1:
+        raise UsageError(f"{option}: must be 1 or more")
     match name:
-        case "params":
-            return Budget("params", read_count(str(amount), "--params"), option)
         case "total_rank":
-            if amount < 1:
-                raise UsageError(f"{option}: must be 1 or more")
             return Budget("total_rank", amount, option)
         case "memory_budget":
             return Budget("bytes", read_memory(amount), option, training.bytes_per_param)
         case "energy":
             return Budget("energy", read_share(amount, "--energy"), option)
-        case _:
-            return Budget("params", _count_params(amount), option)
+    return Budget("params", _count_params(amount) if name == "match" else read_count(str(amount), "--params"), option)
 
 
 def _count_params(path: Path | str) -> int:

@@ -275,18 +275,15 @@ def _list_gpt2(reader: Reader) -> Weights:
     inner = reader.size("n_inner", default=4 * hidden)
     yield "transformer.wte.weight", (vocabulary, hidden)
     yield "transformer.wpe.weight", (reader.size("n_positions"), hidden)
+    matrices = {"attn.c_attn": (hidden, 3 * hidden), "attn.c_proj": (hidden, hidden)}
+    matrices |= {"mlp.c_fc": (hidden, inner), "mlp.c_proj": (inner, hidden)}
     for index in range(reader.blocks("n_layer", "num_hidden_layers")):
         prefix = f"transformer.h.{index}."
         for norm in ("ln_1", "ln_2"):
             yield from _list_layer(prefix + norm, (hidden,))
-        for name, inputs, outputs in (
-            ("attn.c_attn", hidden, 3 * hidden),
-            ("attn.c_proj", hidden, hidden),
-            ("mlp.c_fc", hidden, inner),
-            ("mlp.c_proj", inner, hidden),
-        ):
-            yield f"{prefix}{name}.weight", (inputs, outputs)
-            yield f"{prefix}{name}.bias", (outputs,)
+        for name, shape in matrices.items():
+            yield f"{prefix}{name}.weight", shape
+            yield f"{prefix}{name}.bias", shape[1:]
     yield from _list_layer("transformer.ln_f", (hidden,))
     if not reader.flag("tie_word_embeddings", True):
         yield "lm_head.weight", (vocabulary, hidden)
@@ -295,19 +292,14 @@ def _list_gpt2(reader: Reader) -> Weights:
 def _list_gpt_neox(reader: Reader) -> Weights:
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     inner = reader.size("intermediate_size")
+    attention = {"attention.query_key_value": (3 * hidden, hidden), "attention.dense": (hidden, hidden)}
+    others: dict[str, Shape] = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    others |= {"mlp.dense_h_to_4h": (inner, hidden), "mlp.dense_4h_to_h": (hidden, inner)}
     yield "gpt_neox.embed_in.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
-        prefix = f"gpt_neox.layers.{index}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            yield from _list_layer(prefix + norm, (hidden,))
-        for name, outputs, inputs in (
-            ("attention.query_key_value", 3 * hidden, hidden),
-            ("attention.dense", hidden, hidden),
-            ("mlp.dense_h_to_4h", inner, hidden),
-            ("mlp.dense_4h_to_h", hidden, inner),
-        ):
-            biased = reader.flag("attention_bias", True) or name.startswith("mlp")
-            yield from _list_layer(prefix + name, (outputs, inputs), biased)
+        for name, shape in {**attention, **others}.items():
+            biased = name in others or reader.flag("attention_bias", True)
+            yield from _list_layer(f"gpt_neox.layers.{index}.{name}", shape, biased)
     yield from _list_layer("gpt_neox.final_layer_norm", (hidden,))
     if not reader.flag("tie_word_embeddings", False):
         yield "lm_head.weight", (vocabulary, hidden)

@@ -13,26 +13,16 @@ class RecoverOptions(FolderOptions, total=False):
     rank: Annotated[int | None, RANK]
     energy: Annotated[float | None, ENERGY]
     params: Annotated[str | int | None, PARAMS]
-    time: Annotated[
-        str | None,
-        Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION),
-    ]
+    time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION)]
     full: Annotated[
         bool,
-        Option(
-            False,
-            "Write a float32 checkpoint: BASE plus the estimated update.",
-            flags=("--checkpoint",),
-            panel=OUTPUT,
-        ),
+        Option(False, "Write a float32 checkpoint: BASE plus the estimated update.", "", ("--checkpoint",), OUTPUT),
     ]
     leave_out_refused: Annotated[
-        bool,
-        Option(False, "Write no factors of refused layers; default: the SVD of TUNED − BASE.", panel=OUTPUT),
+        bool, Option(False, "Write no factors of refused layers; default: the SVD of TUNED − BASE.", panel=OUTPUT)
     ]
     nearest: Annotated[
-        bool,
-        Option(False, "Write the estimate nearest to the update; default: scaled to its norm.", panel=OUTPUT),
+        bool, Option(False, "Write the estimate nearest to the update; default: scaled to its norm.", panel=OUTPUT)
     ]
     base_name: Annotated[
         str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
@@ -71,9 +61,7 @@ FEATURE = Feature(
     records=(".record:Recovery",),
     functions=(".measure:recover",),
     statements=".show:recovery_lines",
-    section=Section(
-        "Update below the rounding of the files",
-    ),
+    section=Section("Update below the rounding of the files"),
     questions=(("hidden", "What does the rounding of the files hide?"),),
     figures=(
         Figure(

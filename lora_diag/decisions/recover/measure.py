@@ -462,9 +462,7 @@ def recover(
     assert isinstance(stored, Checkpoint)
     planned = plan_tensors(compared, save=False) if writes_factors else None
     request = OutputRequest(rank, energy, full, params is not None, leave_out_refused, keep_length=not nearest)
-    tasks = []
-    if folder is None or not folder.whole:
-        tasks = _make_tasks(compared, planned, request)
+    tasks = [] if folder is not None and folder.whole else _make_tasks(compared, planned, request)
     files: dict[str, Path] = {}
     if folder is not None:
         files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
@@ -575,14 +573,11 @@ def _check_options(
 
 def _make_tasks(compared: Comparison, planned: TensorPlan | None, request: OutputRequest) -> list[RecoveryTask]:
     """Return the tasks of all matrices; with a plan, of those that PEFT can adapt."""
-    tasks = []
-    for delta in compared.pairing.deltas:
-        if isinstance(delta, StoredDelta) and delta.is_matrix:
-            if planned is None:
-                tasks.append(RecoveryTask(delta, request))
-            elif target := planned.targets.get(delta.layer):
-                tasks.append(RecoveryTask(delta, replace(request, transposed=target.transposed)))
-    return tasks
+    deltas = [delta for delta in compared.pairing.deltas if isinstance(delta, StoredDelta) and delta.is_matrix]
+    if planned is None:
+        return [RecoveryTask(delta, request) for delta in deltas]
+    targets = [(delta, planned.targets[delta.layer]) for delta in deltas if delta.layer in planned.targets]
+    return [RecoveryTask(delta, replace(request, transposed=target.transposed)) for delta, target in targets]
 
 
 @dataclass(frozen=True, slots=True)

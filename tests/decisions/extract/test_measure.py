@@ -120,15 +120,9 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
     assert wide.epsilon < 1e-6
 
 
-@pytest.mark.parametrize("rank", [Rank(4), Rank(energy=0.9), Rank(signal=True)])
-def test_zero_update_gets_no_factors(tmp_path, rank):
-    layer, _ = layer_of(np.zeros((6, 5)), tmp_path, rank)
-    left_out = extract(layer, ExtractionSettings(), RunRecords())
-    assert (left_out.reason, left_out.detail, left_out.fro) == ("rank_0", "its update is zero", 0.0)
-
-
-def test_rank_0_records_lost_norm(tmp_path):
-    layer, real = layer_of(np.ones((6, 5)), tmp_path, Rank(0))
+@pytest.mark.parametrize(("value", "rank"), [(0, Rank(4)), (0, Rank(energy=0.9)), (0, Rank(signal=True)), (1, Rank(0))])
+def test_layer_of_rank_0_records_lost_norm(tmp_path, value, rank):
+    layer, real = layer_of(np.full((6, 5), float(value)), tmp_path, rank)
     left_out = extract(layer, ExtractionSettings(), RunRecords())
     assert left_out.reason == "rank_0"
     assert left_out.fro == pytest.approx(np.linalg.norm(real))

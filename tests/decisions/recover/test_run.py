@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
-from lora_diag import catalog
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.recover.show import recovery_lines
 from lora_diag.deltas import pair
@@ -137,7 +136,6 @@ def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
         best = low_rank_of(d, record.rank)
         assert np.linalg.norm(product(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(best)
         assert sum(r.params for r in result) <= 2000
-        assert "1 refused" in catalog.table(result, values={"output": "a"})
     result = lora_diag.recover(base, tuned, tmp_path / "out", rank=3, leave_out_refused=True)
     assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
 
@@ -160,9 +158,6 @@ def test_recover_budget_keeps_leading_directions(models, tmp_path):
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
     result = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
     assert {record.layer: (record.rank, record.params) for record in result} == {Q: (2, 352), UP: (0, 0), HEAD: (0, 0)}
-    assert sorted(path.name for path in (tmp_path / "p").iterdir()) == sorted(
-        ("README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl")
-    )
     whole, part = (product(tmp_path / name, Q) for name in ("r3", "p"))
     assert np.linalg.norm(low_rank_of(torch.tensor(whole), 2) - part) < 1e-3 * np.linalg.norm(whole)
     with raises_naming(lora_diag.UsageError, "resume", "budget"):

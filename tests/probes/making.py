@@ -11,9 +11,11 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.oracles import best_approximation
 
 SAMPLES = ROOT / "sample_checkpoints"
 EVAL = SAMPLES / "eval"
+best = best_approximation
 
 
 def some_text(folder: Path, name: str = "held_out", windows: int = 3, length: int = 32, source="in_domain") -> Path:

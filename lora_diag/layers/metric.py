@@ -63,17 +63,13 @@ class Weighting:
     inputs: Moments
     gradients: Moments | None = None
 
-    @property
-    def order(self) -> int:
-        """The larger of the orders of the matrices."""
-        return max(self.inputs.size, self.gradients.size if self.gradients else 0)
-
 
 def weighting_bytes(weighting: Weighting | None, shape: tuple[int, int]) -> int:
     """Estimate the bytes of weighting a matrix: a root and its eigenvectors, ΔW and W_base in float64; 0 for None."""
     if weighting is None:
         return 0
-    return 8 * weighting.order * (4 * weighting.order + 3 * max(shape))
+    order = max(moments.size for moments in (weighting.inputs, weighting.gradients) if moments is not None)
+    return 8 * order * (4 * order + 3 * max(shape))
 
 
 @dataclass(frozen=True, slots=True)

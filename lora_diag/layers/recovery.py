@@ -18,6 +18,7 @@ from torch import Tensor
 from lora_diag.deltas import Side, StoredDelta, row_spans
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.change import Change
+from lora_diag.linalg import hidden_models
 from lora_diag.linalg.cells import (
     GRIDS,
     MAX_UNEVENNESS,
@@ -46,19 +47,7 @@ from lora_diag.linalg.hidden import (
     fit_size,
     recover,
 )
-from lora_diag.linalg.hidden_models import (
-    NORMAL,
-    Scales,
-    Shape,
-    Shaped,
-    fit_density,
-    fit_deviation,
-    fit_scales,
-    fit_shape,
-    measure_lengths,
-    measure_norm,
-    unscale,
-)
+from lora_diag.linalg.hidden_models import NORMAL, Scales, Shape, Shaped
 from lora_diag.linalg.rounding import SHORTER
 from lora_diag.linalg.streamed import Streamed
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
@@ -190,12 +179,11 @@ class Estimate:
         assert self.cells is not None
         shape = self.cells.shape
         if memory is None or recovery_bytes(shape) <= memory:
-            matrix = self.matrix()
-            matrix = matrix if stretch == 1.0 else matrix.mul_(stretch)
+            matrix = self.matrix().mul_(stretch)
             return Change(norm([matrix]), None, matrix=matrix)
 
         def read() -> Iterator[Tensor]:
-            return (block if stretch == 1.0 else block * stretch for block in self.mean(row_spans(shape)))
+            return (block.mul_(stretch) for block in self.mean(row_spans(shape)))
 
         streamed = Streamed(read, shape, device=self.cells.device)
         return Change(norm(read()), None, streamed=streamed, limit=memory)
@@ -282,11 +270,9 @@ class _Stored:
 
     def round(self, values: Tensor, scale: Tensor | None) -> Tensor:
         """Return the stored values of numbers, of a quantized format with these scales."""
-        return (
-            round_to_nearest(values, self.format)
-            if scale is None
-            else round_to_nearest(values / scale, self.format) * scale
-        )
+        if scale is None:
+            return round_to_nearest(values, self.format)
+        return round_to_nearest(values / scale, self.format) * scale
 
 
 class _Stats(NamedTuple):
@@ -361,13 +347,13 @@ class _StoredPair:
 
 def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
     """Return cells that are computed from the files whenever they are read, in order of rows if possible."""
-    rows, columns = pair.delta.shape
+    (rows, columns), sides = pair.delta.shape, (pair.delta.base, pair.delta.tuned)
     step = next(iter(row_spans(pair.delta.shape)))[1]
 
     @lru_cache(maxsize=2)  # the rows that are read at once lie in two blocks at most
     def read_block(block: int) -> Cells:
         first, last = block * step, min(rows, (block + 1) * step)
-        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in _sides_of(pair.delta))
+        w, t = (side.read(first * columns, last * columns).view(-1, columns) for side in sides)
         return pair.cells(first, w, t, rounded)[0]
 
     def read(first: int, last: int) -> Cells:
@@ -404,7 +390,7 @@ def recover_layer(
         MemoryLimitError: The limit is too small for row blocks.
     """
     check_cell_memory(delta.shape, memory)
-    stored = [_Stored.of(side, _read_sample(side, delta.shape)) for side in _sides_of(delta)]
+    stored = [_Stored.of(side, _read_sample(side, delta.shape)) for side in (delta.base, delta.tuned)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
         return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
@@ -455,19 +441,15 @@ def recover_layer(
         return Estimate(
             Hidden(status="refused", reason=f"one size does not fit without directions, and {fault}", **common)
         )
+    stored_fro = fro_estimate * pair.unit
     common |= {
         "kurtosis": kurtosis,
-        "fro_estimate": fro_estimate * pair.unit,
-        "fro_interval": (
-            fro_estimate * pair.unit * math.exp(-Z95 * error),
-            fro_estimate * pair.unit * math.exp(Z95 * error),
-        ),
+        "fro_estimate": stored_fro,
+        "fro_interval": (stored_fro * math.exp(-Z95 * error), stored_fro * math.exp(Z95 * error)),
     }
     if recovered.low_rank is None or fault is not None:
-        no_direction = (
-            "no direction is significant: none predicts held-out entries better than the size of the update alone"
-        )
-        hidden = Hidden(status="size_only", reason=fault or no_direction, gain_z=recovered.z, directions=0, **common)
+        no_gain = "no direction is significant: none predicts held-out entries better than the size of the update alone"
+        hidden = Hidden(status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common)
         return Estimate(hidden, model.cells, model.law, scales, pair.unit)
     curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, pair.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
@@ -520,15 +502,15 @@ def _fit_model(pair: _StoredPair, cells: CellMatrix, size: Size, start: Start, s
         law = Law(shaped.deviation, shape=shaped.shape)
         return _Model(cells, size, None, _compare_binades(pair, cells, law, None, start), law)
 
-    plain = test_shape(fit_shape(cells, size.deviation))
+    plain = test_shape(hidden_models.fit_shape(cells, size.deviation))
     if plain.fit.is_rejected(start):
-        density = fit_density(cells, size.deviation)
+        density = hidden_models.fit_density(cells, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(fit_deviation(cells, density.shape, density.deviation))
+            flat = test_shape(hidden_models.fit_deviation(cells, density.shape, density.deviation))
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
-    if plain.fit.is_rejected(start) and (scaled := fit_scales(cells, size)) is not None:
+    if plain.fit.is_rejected(start) and (scaled := hidden_models.fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
         law = Law(fitted.deviation)
         tried.append(_Model(divided, fitted, scales, _compare_binades(pair, divided, law, scales, start), law))
@@ -557,10 +539,10 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
         fro = model.law.norm(cells, model.scales)
         misfit = MISFIT_OF_DIRECTIONS
     elif model.scales is not None:
-        fro, of_scales = measure_norm(cells, size.deviation, model.scales)
+        fro, of_scales = hidden_models.measure_norm(cells, size.deviation, model.scales)
         misfit = math.hypot(MISFIT_OF_SCALES, of_scales)
     else:
-        density = fit_density(cells, size.deviation)
+        density = hidden_models.fit_density(cells, size.deviation)
         fro, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
     misplaced = MISFIT_PER_MISPLACED * model.fit.misplaced
     uneven = MISFIT_PER_UNEVEN * min(model.fit.unevenness, MAX_UNEVENNESS)
@@ -584,13 +566,9 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
     span_rows = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
     first_rows = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
     spans = [(first, min(rows, first + span_rows)) for first in first_rows]
-    blocks = [
-        [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
-        for side in _sides_of(delta)
-    ]
-    stored = [
-        _Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(_sides_of(delta), blocks, strict=True)
-    ]
+    sides = (delta.base, delta.tuned)
+    blocks = [[side.read(first * columns, last * columns).view(-1, columns) for first, last in spans] for side in sides]
+    stored = [_Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(sides, blocks, strict=True)]
     square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
     if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
         return 0.0
@@ -604,11 +582,6 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
     d = torch.cat([(t.double() - w.double()) / pair.unit for w, t in zip(*blocks, strict=True)])
     missing = float(((posterior.mean - d).square() + posterior.variance).sum(dtype=torch.float64))
     return missing * pair.unit**2 * math.prod(delta.shape) / count
-
-
-def _sides_of(delta: StoredDelta) -> tuple[Side, Side]:
-    """Return both stored sides, BASE first."""
-    return delta.base, delta.tuned
 
 
 def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
@@ -639,7 +612,8 @@ def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start,
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(SAMPLE)
-    exact, rounded = (fit_shape(sample, fit_size(sample, rms).deviation) for sample in (cells.exact_start(), cells))
+    samples = (cells.exact_start(), cells)
+    exact, rounded = (hidden_models.fit_shape(each, fit_size(each, rms).deviation) for each in samples)
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 
@@ -676,7 +650,7 @@ def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> 
     """
     assert recovered.low_rank is not None
     if scales is not None:
-        return unscale(recovered.low_rank, scales)[1].cpu()
+        return hidden_models.unscale(recovered.low_rank, scales)[1].cpu()
     x = recovered.low_rank.values.debiased
     return x * min(recovered.stretch, max(1.0, fro / float(torch.linalg.vector_norm(x))))
 
@@ -720,8 +694,9 @@ def _compute_energy_curves(
         assert recovered.held_out is not None
         assert recovered.unseen is not None
         spread = math.sqrt(float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean()))
-        x = unscale(low_rank.with_lengths(x), scales)[1].cpu()
-        lengths, errors = measure_lengths(recovered.held_out, recovered.unseen, recovered.deviation, scales)
+        x = hidden_models.unscale(low_rank.with_lengths(x), scales)[1].cpu()
+        unseen, deviation = recovered.unseen, recovered.deviation
+        lengths, errors = hidden_models.measure_lengths(recovered.held_out, unseen, deviation, scales)
         low = lengths - Z95 * errors
     count = min(shape)
     remainder = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))

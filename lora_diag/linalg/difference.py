@@ -11,22 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lora_diag.linalg import rounding
 from lora_diag.linalg.devices import move
-from lora_diag.linalg.rounding import (
-    LAYOUT,
-    SHORTER,
-    Energies,
-    Moves,
-    Profile,
-    Sample,
-    Spacing,
-    Unchanged,
-    fetch_sums,
-    is_finer,
-    mix_profiles,
-    rounding_bound,
-    working_dtype,
-)
+from lora_diag.linalg.rounding import LAYOUT, SHORTER
 
 # β of ``Energies.estimate_base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0)
 # if it is within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start
@@ -65,7 +52,7 @@ class Rounding:
     """
 
     bound: float
-    noise: Profile
+    noise: rounding.Profile
     sides: int
     start: Start
     base_fro: float
@@ -132,7 +119,7 @@ def difference(
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _move_blocks(blocks, spacings, device):
-        dtype = torch.promote_types(working_dtype(base.dtype), working_dtype(tuned.dtype))
+        dtype = torch.promote_types(rounding.working_dtype(base.dtype), rounding.working_dtype(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor
         base_norm: float | Tensor
@@ -152,7 +139,7 @@ def difference(
             block,
             block_steps,
             row,
-            Unchanged.of(block, norm, unchanged),
+            rounding.Unchanged.of(block, norm, unchanged),
             subtracted=norm > COARSE_RATIO * base_norm,
         )
         if keep:
@@ -180,8 +167,8 @@ class _Roundings:
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape = shape
-        self.base, self.tuned, self.subtracted = (Spacing.of(shape, device) for _ in range(3))
-        self.sample, self.energies = Sample(shape), Energies.of(device)
+        self.base, self.tuned, self.subtracted = (rounding.Spacing.of(shape, device) for _ in range(3))
+        self.sample, self.energies = rounding.Sample(shape), rounding.Energies.of(device)
         self.sampled: list[Tensor] = []
 
     def add(
@@ -191,7 +178,7 @@ class _Roundings:
         block: Tensor,
         steps: tuple[Tensor | None, Tensor | None],
         row: int,
-        unchanged: Unchanged | None,
+        unchanged: rounding.Unchanged | None,
         subtracted: bool | Tensor,
     ) -> None:
         """Add a block of both sides and of their difference.
@@ -212,7 +199,7 @@ class _Roundings:
                 coarse = subtracted & ((self.base.mantissa == mantissa) | (self.tuned.mantissa == mantissa))
                 self.subtracted.add(block, None, unchanged, row, weight=coarse)
             return
-        if is_finer(self.base, self.tuned):
+        if rounding.is_finer(self.base, self.tuned):
             self.energies.add(block, base, unchanged.entries if unchanged else None)
         if subtracted and mantissa in (self.base.mantissa, self.tuned.mantissa):
             self.subtracted.add(block, None, unchanged, row)
@@ -220,7 +207,7 @@ class _Roundings:
     def fetch(self, others: list[Tensor]) -> list[float]:
         """Read all sums and samples, and return other numbers that are read with them: from a GPU in one transfer."""
         sides = (self.base, self.tuned, self.subtracted)
-        values = fetch_sums(sides, *self.sample.join(), self.energies.sums, *others)
+        values = rounding.fetch_sums(sides, *self.sample.join(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
         return [float(value) for value in values[4:]]
 
@@ -231,7 +218,7 @@ class _Roundings:
         exact = start == "exact"
         sides = [self.tuned] if exact else [self.base, self.tuned]
         spacing = tuned_spacing if exact else torch.maximum(base_spacing, tuned_spacing)
-        moves = Moves.of(changes, spacing)
+        moves = rounding.Moves.of(changes, spacing)
         untouched = moves.estimate_untouched()
         weight = moves.estimate_noise_per_change(untouched, len(sides))
         still = float((changes == 0).double().mean() if len(changes) else torch.zeros(()))
@@ -239,8 +226,8 @@ class _Roundings:
         parts = [(weight, side.profile) for side in sides] + [(absorbed / 12, side.still) for side in sides]
         parts.append((1 / 12, self.subtracted.profile))
         return Rounding(
-            bound=rounding_bound(sides),
-            noise=mix_profiles(parts, self.shape),
+            bound=rounding.rounding_bound(sides),
+            noise=rounding.mix_profiles(parts, self.shape),
             sides=len(sides) + (self.subtracted.profile.unit > 0),
             start=start,
             base_fro=self.base.profile.unit * math.sqrt(float(self.base.profile.rows.sum()) / 12),
@@ -250,7 +237,7 @@ class _Roundings:
 
     def decide_start(self) -> tuple[Start, tuple[float, float] | None]:
         """Return whether the stored BASE is the start of training, with β and its error if estimated."""
-        if not is_finer(self.base, self.tuned):
+        if not rounding.is_finer(self.base, self.tuned):
             return "rounded", None
         estimate = self.energies.estimate_base_rounding(self.base.mantissa)
         if estimate is None:

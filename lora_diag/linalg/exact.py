@@ -312,23 +312,21 @@ def decompose_gram(
     is_wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if is_wide else matrix
     k, n = tall.shape
-    u = v = None
+    gram = move_if_small(_compute_gram(tall, cached_blocks))
+    u = vh = None
     if vectors:
-        eigenvalues, eigenvectors = _compute_eigenvectors(move_if_small(_compute_gram(tall, cached_blocks)), top)
+        eigenvalues, eigenvectors = _compute_eigenvectors(gram, top)
         v = move(eigenvectors.flip(1), tall.device)
-        u, r = torch.linalg.qr(
-            times_wide(tall, v)
-        )  # A·V has orthogonal columns; QR makes them orthonormal, where σ = 0 too
+        # A·V has orthogonal columns; QR makes them orthonormal, where σ = 0 too
+        u, r = torch.linalg.qr(times_wide(tall, v))
         u = u * torch.where(r.diagonal() < 0, -1.0, 1.0)
+        u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
     else:
-        eigenvalues = _compute_eigenvalues(move_if_small(_compute_gram(tall, cached_blocks)), in_place)
+        eigenvalues = _compute_eigenvalues(gram, in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     error = _bound_energy_error(k, n, squares, len(kept), fro)
-    if u is not None and v is not None:
-        u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
-        return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
-    return Factors(kept, len(kept) == n, "gram", error, fro)
+    return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
 
 
 def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Factors:

@@ -422,9 +422,8 @@ def _extrapolate(
     beta = (momentum - 1) / following
     if previous is None or not previous.rank or beta == 0.0:
         return following, low_rank.rows
-    if (
-        _inner(low_rank, previous) > low_rank.energy or low_rank.energy < previous.energy
-    ):  # L shrinks: the last step overshot
+    # L shrinks: the last step overshot
+    if _inner(low_rank, previous) > low_rank.energy or low_rank.energy < previous.energy:
         return 1.0, low_rank.rows
     ahead = low_rank.u * low_rank.values.eta.to(low_rank.u) * (1 + beta)
     left = torch.cat([ahead, previous.u * -previous.values.eta.to(low_rank.u) * beta], 1)

@@ -721,16 +721,9 @@ def _run_lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, s
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(size, generator=generator)
     operator = LinearOperator((size, size), matvec=times, dtype="float32")
+    limits: dict[str, Any] = {"ncv": basis_size(size, count), "tol": TOLERANCE, "maxiter": MAX_RESTARTS}
     try:
-        values, vectors = eigsh(
-            operator,
-            k=count,
-            which="LA",
-            v0=start.numpy(),
-            ncv=basis_size(size, count),
-            tol=TOLERANCE,
-            maxiter=MAX_RESTARTS,
-        )
+        values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy(), **limits)
     except ArpackNoConvergence as error:
         problem = f"the {end} eigenvalues did not converge in {MAX_RESTARTS} restarts of Lanczos"
         raise InputError(f"{problem}; give fewer --eigenvalues") from error
@@ -738,8 +731,7 @@ def _run_lanczos(times: Callable[[Any], Any], size: int, count: int, end: str, s
         # of an operator that is zero, as of a layer that the loss does not depend on
         if times(start.numpy()).any():
             raise InputError(f"Lanczos failed: {error}") from error
-        return torch.zeros(count, dtype=torch.float64), torch.linalg.qr(torch.randn(size, count, generator=generator))[
-            0
-        ]
+        random = torch.randn(size, count, generator=generator)
+        return torch.zeros(count, dtype=torch.float64), torch.linalg.qr(random)[0]
     order = torch.argsort(torch.from_numpy(values), descending=True)
     return torch.from_numpy(values).double()[order], torch.from_numpy(vectors)[:, order]

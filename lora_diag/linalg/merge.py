@@ -676,9 +676,8 @@ def stored_dtype(values: Tensor) -> torch.dtype:
     A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.
     """
     stored = values.dtype
-    values = values[
-        values.abs() >= torch.finfo(stored).tiny
-    ]  # smaller values have few bits, so that they fit any dtype
+    # smaller values have few bits, so that they fit any dtype
+    values = values[values.abs() >= torch.finfo(stored).tiny]
     for dtype in SHORTER[stored]:
         if values.numel() and (values.to(dtype).to(values.dtype) == values).double().mean() > 0.5:
             return dtype

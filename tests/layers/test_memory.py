@@ -12,10 +12,10 @@ import lora_diag
 from lora_diag.diagnostics.interference import measure as interference
 from lora_diag.diagnostics.interference.measure import InterferenceSettings, LayerUpdates, Update
 from lora_diag.diagnostics.intruders import measure as intruders
-from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.errors import MemoryLimitError
 from lora_diag.running.inputs import compare
 from tests.conftest import ROOT, save_model
-from tests.messages import assert_names, raises_naming
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
 
@@ -107,10 +107,3 @@ def test_ties_remedy_is_stated_where_it_helps():
         interference.measure_layer(task, settings)
     assert interference.max_bytes(task, replace(settings, density=0.0)) < 10**9
     assert interference.max_bytes(task, settings) > 10**9
-
-
-def test_size_without_unit_is_refused():
-    with raises_naming(UsageError, "memory=8"):
-        lora_diag.intruders(SAMPLE / "base", SAMPLE / "lora_r4", memory="8")
-    with raises_naming(UsageError, "memory=8"):
-        lora_diag.interference([SAMPLE / "lora_r4", SAMPLE / "lora_r16"], memory="8")

@@ -8,11 +8,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.diagnostics.spectrum.measure import Layer, SpectrumSettings, estimate_bytes
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.layers.metric import Root, weighting_bytes
+from lora_diag.layers.metric import Root
 from lora_diag.metrics.resolution import weighted_edge
-from lora_diag.running.inputs import compare, second_moments
 from tests import oracles
 from tests.conftest import ROOT, as_numpy, save_model, weights
 from tests.diagnostics.residual.test_measure import lora
@@ -298,22 +296,6 @@ def test_update_outside_data_has_no_energy(tmp_path):
     assert record.fro == 0
     assert record.weights_fro == pytest.approx(4.0)
     assert set(record.energy.values()) == {None}
-
-
-def test_memory_of_layer_counts_second_moments(pair_of_models, tmp_path):
-    base, tuned, *_ = pair_of_models
-    compared = compare(base, tuned)
-    moments_file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
-    result = second_moments(moments_file, compared.base, compared.pairing)
-    assert result.weighting(UP, True) is None
-    weighting = result.weighting(UP, False)
-    delta = next(delta for delta in compared.pairing.deltas if delta.layer == UP)
-    plain = SpectrumSettings()
-    assert (
-        estimate_bytes(Layer(delta, weighting), plain) - estimate_bytes(Layer(delta), plain)
-        == weighting_bytes(weighting, (16, 12))
-        > 8 * 12 * 12
-    )
 
 
 def test_command_states_metric(pair_of_models, tmp_path, loradiag):

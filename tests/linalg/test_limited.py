@@ -64,20 +64,6 @@ def test_products_of_rows_longer_than_part_of_columns():
     assert np.allclose(np.tril(gram), np.tril(a @ a.T), rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("shape", [(2048, 2048), (512, 14336)], ids=str)
-def test_exact_plan_counts_float64_copies_and_lapack(shape):
-    """A in float64 and the copy that Lapack destroys; of vectors U, Vᵀ and what fixing their signs copies."""
-    small, large = sorted(shape)
-    matrix = 4 * small * large + limits.READING_BYTES
-    values = limits.whole_bytes(shape, Allowance(0, "exact"))
-    both = limits.whole_bytes(shape, Allowance(0, "exact", vectors=True))
-    assert values >= matrix + 16 * small * large
-    assert both - values > 16 * small * (small + large)
-    for needed, options in ((values, {}), (both, {"vectors": True})):
-        assert Allowance(needed, "exact", **options).holds(shape)
-        assert not Allowance(needed - 1, "exact", **options).holds(shape)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 60), st.integers(1, 60)),

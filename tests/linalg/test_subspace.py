@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.distance import measure_shares, orthonormalize
+from lora_diag.linalg.distance import measure_shares
 from lora_diag.metrics.subspaces import overlap_by_chance
 
 
@@ -67,13 +67,3 @@ def test_non_finite_entry_is_named_zero_gradient_has_no_share():
     g[3, 1] = torch.nan
     assert measure_shares(g.split(2), e, e, [1, 2]) == "the gradient holds nan at [3, 1]"
     assert measure_shares([torch.zeros(4, 4)], e, e, [1, 2]).both == (0.0, 0.0)
-
-
-def test_bases_are_orthonormal_without_mixing_later_columns():
-    rng = np.random.default_rng(2)
-    given = random_basis(rng, 20, 5) @ np.triu(rng.standard_normal((5, 5)) + 3 * np.eye(5))
-    basis = orthonormalize(torch.from_numpy(given)).numpy()
-    assert np.abs(basis.T @ basis - np.eye(5)).max() < 1e-13
-    for k in range(1, 6):
-        first = basis[:, :k]
-        assert np.abs(first @ (first.T @ given[:, :k]) - given[:, :k]).max() < 1e-12

@@ -32,27 +32,20 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     if records:
         level: Level = "warning" if any(record.intruders for record in records) else "note"
         random, tested = sum(record.count_random for record in records), sum(record.k for record in records)
-        chance = (
-            f"about {random:.0f} of {tested} random directions would count: an intruder is a direction that BASE does "
-            "not have, which is not a test of significance"
-        )
+        chance = f"about {random:.0f} of {tested} random directions would count: intruders are new, not significant"
         findings = [
             make_statement("intruders", "Intruders", *_describe_intruders(records), level=level, priority=0),
             make_statement("chance", "Random baseline", chance, priority=2),
         ]
-    interpretation = (
-        "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss shows it here"
-    )
-    return summarize(results, *findings, make_statement("interpretation", "Interpretation", interpretation))
+    meaning = "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss shows it here"
+    return summarize(results, *findings, make_statement("interpretation", "Interpretation", meaning))
 
 
 def _describe_intruders(records: Sequence[Intruders]) -> list[str]:
     """State the number of intruders, the layers with the most, and the criterion."""
     total, tested = sum(record.intruders for record in records), sum(record.k for record in records)
-    criterion = (
-        f"of the {records[0].k} largest directions of each weight, those with a similarity to BASE below "
-        f"{number(records[0].epsilon)}"
-    )
+    k, epsilon = records[0].k, number(records[0].epsilon)
+    criterion = f"of the {k} largest directions of each weight, those with a similarity to BASE below {epsilon}"
     if not total:
         return [f"none in {quantity(len(records), 'layer')}", criterion]
     affected = sorted((record for record in records if record.intruders), key=lambda record: -record.intruders)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,36 +27,22 @@ MEASURES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class StepCurve:
-    """A measure over the steps, for a set of layers.
+def curve_over_steps(
+    records: Sequence[Overlap], field: str, baseline_field: str
+) -> tuple[list[int], NDArray[np.float64]]:
+    """Return the steps at which any layer has a measure, and there its median, range and median baseline.
 
-    Args:
-        steps: Steps of the gradients.
-        middle: Median over the layers.
-        low: Smallest value of a layer.
-        high: Largest value of a layer.
-        random: Median of the random baseline.
+    The second is ``(4, steps)``: median, smallest and largest value over the layers, median of the random baseline.
     """
-
-    steps: NDArray[np.int64]
-    middle: NDArray[np.float64]
-    low: NDArray[np.float64]
-    high: NDArray[np.float64]
-    random: NDArray[np.float64]
-
-
-def curve_over_steps(records: Sequence[Overlap], field: str, baseline_field: str) -> StepCurve:
-    """Return a measure over the steps at which any layer has it."""
     by_step: dict[int, list[tuple[float, float]]] = {}
     for record in records:
         if (value := getattr(record, field)) is not None:
             by_step.setdefault(record.step, []).append((value, getattr(record, baseline_field)))
-    steps = sorted(by_step)
-    values = [np.array(by_step[step]) for step in steps]
-    middles = np.array([np.median(pairs, axis=0) for pairs in values]).reshape(-1, 2)
-    low, high = (np.array([pool(pairs[:, 0]) for pairs in values]) for pool in (np.min, np.max))
-    return StepCurve(np.array(steps, dtype=np.int64), middles[:, 0], low, high, middles[:, 1])
+    curves = []
+    for _, pairs in sorted(by_step.items()):
+        values, baselines = zip(*pairs, strict=True)
+        curves.append((median(values), min(values), max(values), median(baselines)))
+    return sorted(by_step), np.array(curves).reshape(-1, 4).T
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -77,7 +64,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         part = [replace(item, records=tuple(r for r in item.records if types.of(r.layer) == name)) for item in shown]
         panels.append(Panel(name, partial(draw, series=part), "training step", "fraction of ‖G‖"))
     others = ", ".join(map(str, sorted(ranks - {rank})))
-    zero = sum(record.kappa is None for record in records)
     more = len(types.names) - len(panels)
     return Page(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
@@ -87,7 +73,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         [
             f"Also measured, not drawn: r = {others} (--show-rank)." if others else "",
             f"Not drawn: {more} more module types (--layers)." if more else "",
-            f"Not drawn: {zero} zero gradients." if zero else "",
         ],
         _make_keys(shown, style),
         share=True,
@@ -107,18 +92,16 @@ def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Overlap]], page_re
     single, width = len(series) == 1, style.line
     for number, item in enumerate(series):
         for name, field, baseline_field, measure_color, dashes in MEASURES:
-            curve = curve_over_steps(item.records, field, baseline_field)
-            if not len(curve.steps):
+            steps, (middle, low, high, random) = curve_over_steps(item.records, field, baseline_field)
+            if not steps:
                 continue
             color = measure_color if single else category(number)
             if single:
-                ax.fill_between(curve.steps, curve.low, curve.high, color=color, alpha=0.2, lw=0)
+                ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
             line: dict[str, Any] = {"lw": 1.5 * width, "ls": "-" if single else dashes}
-            ax.plot(curve.steps, curve.middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line)
-            one_step: dict[str, Any] = {"marker": "_", "ms": 6 * width} if len(curve.steps) == 1 else {}
-            ax.plot(
-                curve.steps, curve.random, label=f"_random {name}", color=color, lw=0.9 * width, ls=DOTTED, **one_step
-            )
+            ax.plot(steps, middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line)
+            one_step: dict[str, Any] = {"marker": "_", "ms": 6 * width} if len(steps) == 1 else {}
+            ax.plot(steps, random, label=f"_random {name}", color=color, lw=0.9 * width, ls=DOTTED, **one_step)
     values = [value for record in page_records for value in (record.kappa, record.tangent) if value is not None]
     ax.set_ylim(0, min(1.02, 1.08 * max([*values, *(record.tangent_random for record in page_records)])))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))

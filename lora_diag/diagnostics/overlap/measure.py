@@ -204,26 +204,20 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     for rank, *by_field in zip(
         spaces.ranks, fractions.both, fractions.tangent, fractions.left, fractions.right, strict=True
     ):
-        random = overlap_by_chance(spaces.shape, rank)
-        kappa, tangent, left, right = by_field if fractions.fro else (None,) * 4
+        random = overlap_by_chance(spaces.shape, rank)._asdict()
+        shares: dict[str, Any] = dict(zip(random, by_field if fractions.fro else (None,) * 4, strict=True))
+        shares |= {f"{name}_random": share for name, share in random.items()}
         records.append(
             Overlap(
                 layer=spaces.layer,
                 shape=spaces.shape,
                 step=step,
                 rank=rank,
-                kappa=kappa,
-                kappa_random=random.kappa,
-                tangent=tangent,
-                tangent_random=random.tangent,
-                left=left,
-                left_random=random.left,
-                right=right,
-                right_random=random.right,
                 gradient_fro=fractions.fro,
                 method=spaces.method,
                 blocks=spaces.blocks,
                 verdict=spaces.verdict,
+                **shares,
             )
         )
     return tuple(records)

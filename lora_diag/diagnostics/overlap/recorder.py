@@ -25,14 +25,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.linalg.distance import orthonormalize
 from lora_diag.linalg.exact import decompose_factored
-from lora_diag.models.weights import (
-    Frozen,
-    Weight,
-    average_over_processes,
-    is_main,
-    is_unscaled,
-    weights_of,
-)
+from lora_diag.models.weights import Frozen, Weight, average_over_processes, is_main, is_unscaled, weights_of
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
 from lora_diag.version import __version__
@@ -249,17 +242,12 @@ class GradientRecorder(TrainerCallback):
 
     # --- shared by both ---------------------------------------------------------------------------------------------
 
-    @property
-    def _due(self) -> bool:
-        """Whether a snapshot is due at this step."""
-        return self._step % self.every == 0
-
     def _begin(self, step: int) -> None:
         """Begin the update after ``step`` updates; hooks of frozen weights collect its gradients if they are due."""
         self._step = step
         for weight in self._weights:
             if isinstance(weight, Frozen):
-                weight.start(self._due)
+                weight.start(step % self.every == 0)
 
     def _prepare(self, reference: Reference | Literal["live"]) -> None:
         """Match the weights to the layers of the reference; on the main process, open the results file.
@@ -311,12 +299,10 @@ class GradientRecorder(TrainerCallback):
             UsageError: No selected weight has a gradient.
             InputError: The output cannot be written.
         """
-        if not self._due:
+        if self._step % self.every:
             return
-        readers = {}
-        for weight in self._weights:
-            if (reader := self._make_gradient_reader(weight, scaler)) is not None:
-                readers[weight.name] = reader
+        made = ((weight.name, self._make_gradient_reader(weight, scaler)) for weight in self._weights)
+        readers = {name: reader for name, reader in made if reader is not None}
         if not readers:
             raise UsageError(
                 f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "

@@ -42,7 +42,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     ]
     joined = max((slot.joined for slots in runs for slot in slots), default=1)
     vectors = len({record.layer for record in records if len(record.shape) == 1})
-    zero = len({record.layer for record in records if record.fro == 0})
     return Page(
         "Residual ε² of the adapter by layer, and its parts",
         stack_panels(panels, runs, style),
@@ -54,7 +53,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             "quality.",
             f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖²." if joined > 1 else "",
             f"Not drawn: {vectors} one-dimensional tensors." if vectors else "",
-            f"Not drawn: {zero} with ΔW = 0." if zero else "",
         ],
         columns=1,
         low=True,

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from lora_diag.diagnostics.residual.record import SEEDS, Residual
 from lora_diag.metrics.subspaces import Distances, pool_distances
@@ -87,9 +86,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     """Return the statements of the summary: the adapters, the best aligned with TUNED first, and what limits each."""
     findings = []
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
-        note = (
-            f"TUNED, {safe(tuned.path)}, is an adapter, and ε relative to its update; the order is BASE TUNED ADAPTER"
-        )
+        note = f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order is BASE TUNED ADAPTER"
         findings.append(make_statement("note", "Note", note, level="warning"))
     groups = [(name, records, pool_distances(records)) for name, records in _group_by_adapter(results)]
     # Not by ε, which depends on the norm that the learning rate gave an adapter.
@@ -105,14 +102,8 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
     ]
     if groups:
         verdicts = [r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0]
-        resolved = describe_resolution(
-            verdicts,
-            "yes: rounding plays no part in TUNED's update",
-            f"ε there includes rounding noise{' (limited by: noise)' if 'unresolved' in verdicts else ''}",
-            owner=" of TUNED",
-        )
-        if not verdicts:
-            resolved = replace(resolved, lead="no matrix of TUNED changed", level="warning")
+        yes = "yes: rounding plays no part in TUNED's update"
+        resolved = describe_resolution(verdicts, yes, "ε there includes rounding noise", owner=" of TUNED")
         meaning = "ε is the distance to this one solution, not quality: the held-out loss shows which model is better"
         hint = "" if len(adapters) < len(groups) else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
         findings += [resolved, make_statement("interpretation", "Interpretation", meaning, hint, priority=2)]

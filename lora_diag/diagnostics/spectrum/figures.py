@@ -195,8 +195,6 @@ def _make_multiples(
         "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
     )
     joined = max(len(group) for part in groups.values() for group in by_depth(part[0].records).values())
-    zero = [record for record in records if record.fro == 0]
-    incomplete = any(record.fro > 0 and not record.complete for record in records)
     return Page(
         title,
         [Panel(name, partial(draw, series=part), *labels) for name, part in groups.items()],
@@ -205,8 +203,6 @@ def _make_multiples(
             f"A line is the median of a block's matrices of its type (up to {joined})."
             if joined > 1 and not bands
             else "",
-            "Curves end where the values kept (--top) do." if incomplete else "",
-            f"ΔW = 0 in {count_matrices(zero)}, without a curve." if zero else "",
         ],
         [*_make_keys(series, records, bands, style), *keys],
         share=True,
@@ -218,22 +214,17 @@ def _make_multiples(
 
 def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series[Spectrum], ...]]:
     """Return the series of each module type with an update; of too many, the types of least ‖ΔW‖ share the last."""
-    types = Types(record.layer for item in series for record in item.records if record.fro > 0)
+    records = [record for item in series for record in item.records if record.fro > 0]
+    types = Types(record.layer for record in records)
     energies: dict[str, float] = defaultdict(float)
-    for item in series:
-        for record in item.records:
-            if record.fro > 0:
-                energies[types.of(record.layer)] += record.fro**2
+    for record in records:
+        energies[types.of(record.layer)] += record.fro**2
     titles = types.pool(sorted(energies, key=lambda name: -energies[name])[: MAX_PANELS - 1])
-    groups: dict[str, list[list[Spectrum]]] = {title: [[] for _ in series] for title in titles.values()}
-    for number, item in enumerate(series):
-        for record in item.records:
-            if record.fro > 0:
-                groups[titles[types.of(record.layer)]][number].append(record)
-    return {
-        title: tuple(replace(item, records=tuple(part)) for item, part in zip(series, parts, strict=True))
-        for title, parts in groups.items()
-    }
+
+    def select(item: Series[Spectrum], title: str) -> Series[Spectrum]:
+        return replace(item, records=tuple(r for r in item.records if r.fro > 0 and titles[types.of(r.layer)] == title))
+
+    return {title: tuple(select(item, title) for item in series) for title in titles.values()}
 
 
 def _make_keys(
@@ -266,10 +257,8 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
     if len(metrics := dict.fromkeys(record.metric for record in records)) > 1:
         names = " and ".join(METRIC_NAMES[metric] for metric in metrics)
         raise UndrawableError(f"singular values in {names} have no common axis; draw them separately")
-    edges = _list_edges(records)
-    below = " (all below the axis)" if max(edges, default=0.0) < _compute_limits(records)[0] else ""
     title = f"Singular values σᵢ of {changes_of(records)}, in descending order"
-    keys = [key(f"noise edge of the files' rounding{below}", **_make_edge_style(style))] if edges else []
+    keys = [key("noise edge of the files' rounding", **_make_edge_style(style))] if _list_edges(records) else []
     return _make_multiples(series, SIGMA, style, options.per, title, ("index i", "σᵢ"), keys=keys)
 
 

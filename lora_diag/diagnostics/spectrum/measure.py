@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate before rounding."""
-    extra_bytes = weighting_bytes(layer.weighting, layer.shape) if layer.weighting is not None else 0
+    extra_bytes = weighting_bytes(layer.weighting, layer.shape)
     if settings.recover and isinstance(layer.delta, StoredDelta):
         extra_bytes += recovery_bytes(layer.shape)
     return bytes_of(layer.delta, settings.allowance) + extra_bytes

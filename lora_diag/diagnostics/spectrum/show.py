@@ -28,16 +28,7 @@ from lora_diag.rendering.statements import (
     summarize,
 )
 from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import (
-    median_rank,
-    number,
-    percent,
-    quantity,
-    short,
-    span,
-    spark,
-    strip,
-)
+from lora_diag.rendering.text import median_rank, number, percent, quantity, short, span, spark, strip
 
 # Fraction of entries left unchanged by rounding from which recover is suggested: at a third the recovered checkpoint
 # has the loss of the stored one, at 65% it keeps 3 points more of the gain, at 89% twice as much (see docs/reference).

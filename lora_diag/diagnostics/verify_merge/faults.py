@@ -445,22 +445,19 @@ def _limit_residual(squares: float, allowed: float) -> float:
 
 def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Check]]:
     """Yield every common fault that a layer may have, with the check of its hypothesis."""
-
-    def make_hypothesis(status: MergeStatus, cause: str, addend: Addend) -> tuple[Fault, Check]:
-        """Return a fault, with the check of its D'."""
-        return Fault(status, cause), trial.retry(addend).check
-
-    on_top = check_merge(_merge_twice(trial), trial.task.shape, trial.addend, trial.rounding)
+    task, addend = trial.task, trial.addend
+    on_top = check_merge(_merge_twice(trial), task.shape, addend, trial.rounding)
     yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), on_top
     for factor, why in trial.list_wrong_scales().items():
-        yield make_hypothesis("wrong scale", f"ΔW was added times {factor:.4g}: {why}", trial.addend.times(factor))
-    if trial.task.is_matrix and trial.task.shape[0] == trial.task.shape[1]:
-        yield make_hypothesis("transposed", "ΔWᵀ was added in the place of ΔW", trial.addend.transpose())
-    if has_halves(trial.task.layer, trial.task.shape):
-        why = "ΔW was added with its upper and lower half in each other's place"
-        yield make_hypothesis("wrong order", why, trial.addend.swap_halves())
-    if nearest := _find_nearest_layer(trial.task):
-        yield make_hypothesis("wrong order", f"the ΔW of {nearest[0]} was added here", nearest[1])
+        fault = Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
+        yield fault, trial.retry(addend.times(factor)).check
+    if task.is_matrix and task.shape[0] == task.shape[1]:
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), trial.retry(addend.transpose()).check
+    if has_halves(task.layer, task.shape):
+        fault = Fault("wrong order", "ΔW was added with its upper and lower half in each other's place")
+        yield fault, trial.retry(addend.swap_halves()).check
+    if nearest := _find_nearest_layer(task):
+        yield Fault("wrong order", f"the ΔW of {nearest[0]} was added here"), trial.retry(nearest[1]).check
 
 
 def _merge_twice(trial: Trial) -> Iterator[Block]:

@@ -19,20 +19,7 @@ from torch import Tensor
 from lora_diag.adapters import Adapter
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
-from lora_diag.diagnostics.verify_merge.faults import (
-    MAX_UNEXPLAINED,
-    MIN_LINES,
-    NOT_ADDED,
-    Fault,
-    MergedLayer,
-    Trial,
-    count_distinct_lines,
-    find_fault,
-    find_precise_scale,
-    is_coherent,
-    sum_addends,
-    try_merge,
-)
+from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.task import LayerSettings
@@ -59,10 +46,10 @@ RESOLVED_ENTRIES = 0.005
 # If rounding removed or added more than this fraction of ΔW, the standard error of c is not that of the scale.
 LOST_FRACTION = 0.1
 
-OK = Fault("ok", "")
+OK = faults.Fault("ok", "")
 
 
-def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
+def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftOut:
     """Compare one layer of MERGED with BASE and the adapter.
 
     Args:
@@ -77,60 +64,60 @@ def verify(task: MergedLayer, memory: int | None = None) -> Merge | LeftOut:
         MemoryLimitError: An update that is not a product of thin factors does not fit.
     """
     if task.missing:
-        return _make_record(task, Fault("missing", task.missing))
+        return _make_record(task, faults.Fault("missing", task.missing))
     if memory is not None and task.held:
         require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
     keeps = task.adapted and (memory is None or task.footprint <= memory)
     task = replace(task, kept=[], max_kept=task.shape[0] if keeps else 1)
-    addend, problem = sum_addends(task.deltas, task.shape)
+    addend, problem = faults.sum_addends(task.deltas, task.shape)
     if problem is not None:
         return _make_left_out(task, problem)
     rounding, is_guess = _infer_rounding(task)
-    trial = try_merge(task, addend, rounding)
+    trial = faults.try_merge(task, addend, rounding)
     check = trial.check
     if check.base_non_finite is not None:
         return _make_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _make_record(task, Fault("other", _describe_problem(task, check.non_finite)), rounding)
+        return _make_record(task, faults.Fault("other", _describe_problem(task, check.non_finite)), rounding)
     if not math.isfinite(check.expected + abs(check.inner)):
         return _make_left_out(task, "the squares of its entries overflow float64")
     return _make_record(task, _judge(trial, is_guess), rounding, check)
 
 
-def _judge(trial: Trial, is_guess: bool) -> Fault:
+def _judge(trial: faults.Trial, is_guess: bool) -> faults.Fault:
     """Return status and cause of a layer; ``is_guess`` as of ``_infer_rounding``."""
     correct, check = _find_correct_merge(trial), trial.check
     if correct is None:
-        return find_fault(trial)
+        return faults.find_fault(trial)
     if verdict := _decide_by_entries(trial, correct):
         return verdict
     ambiguous = is_guess or trial.task.merged.is_quantized or isinstance(trial.addend, Whole)
-    if ambiguous and check.moved <= MAX_UNEXPLAINED * check.entries and check.expected > 0:
+    if ambiguous and check.moved <= faults.MAX_UNEXPLAINED * check.entries and check.expected > 0:
         return _distinguish_from_zero(trial)
     cause = _explain_ambiguity(correct)
-    return Fault("inconclusive", cause) if cause else OK
+    return faults.Fault("inconclusive", cause) if cause else OK
 
 
-def _decide_by_entries(trial: Trial, correct: Trial) -> Fault | None:
+def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fault | None:
     """Return the verdict of single entries where the error of the scale is large; None where they decide nothing.
 
     The entries are tested for a ΔW that was computed in float32. The verdict is ``wrong scale``, or ``ok`` where M is
     W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
     """
     unresolved = not correct.check.resolves(RESOLVED)
-    coherent = is_coherent(trial.check) and not correct.check.resolves(RESOLVED_ENTRIES)
+    coherent = faults.is_coherent(trial.check) and not correct.check.resolves(RESOLVED_ENTRIES)
     if not trial.has_testable_scale or not (coherent or unresolved):
         return None
     exact = _find_correct_merge(trial.make_precise())
     if exact is None:
-        return find_precise_scale(trial)
+        return faults.find_precise_scale(trial)
     if not (unresolved and exact.check.moved):
         return None
     scaled = (exact.retry(exact.addend.times(factor)).check for factor in (1 - RESOLVED, 1 + RESOLVED))
-    return OK if all(count_distinct_lines(check) >= MIN_LINES for check in scaled) else None
+    return OK if all(faults.count_distinct_lines(check) >= faults.MIN_LINES for check in scaled) else None
 
 
-def _find_correct_merge(trial: Trial) -> Trial | None:
+def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
     """Return the correct merge that explains every entry and the scale of a layer; None without one.
 
     Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
@@ -149,7 +136,7 @@ def _find_correct_merge(trial: Trial) -> Trial | None:
     return next((other for other in others if other.explains), None)
 
 
-def _explain_ambiguity(correct: Trial) -> str:
+def _explain_ambiguity(correct: faults.Trial) -> str:
     """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or the scale is not tested."""
     check = correct.check
     if not correct.has_testable_scale:
@@ -162,18 +149,18 @@ def _explain_ambiguity(correct: Trial) -> str:
     return ""
 
 
-def _distinguish_from_zero(trial: Trial) -> Fault:
+def _distinguish_from_zero(trial: faults.Trial) -> faults.Fault:
     """Return the verdict if the tolerance permits both ΔW and zero, assuming ΔW was computed in float32."""
     sharp = trial.retry(roundoff=2.0**-24).check
     if sharp.count == 0 and sharp.moved > 0:
         return OK
     if sharp.unchanged == sharp.entries and sharp.count > DROPPED * sharp.entries:
-        return Fault("dropped", NOT_ADDED)
+        return faults.Fault("dropped", faults.NOT_ADDED)
     cause = "M is a rounding of W + ΔW and of W alone: this file is too coarse to distinguish them"
-    return Fault("inconclusive", cause)
+    return faults.Fault("inconclusive", cause)
 
 
-def _infer_rounding(task: MergedLayer) -> tuple[Rounding, bool]:
+def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
     """Return the possible rounding of a correct merge, and whether its dtype is a guess (see ``_find_dtype``)."""
     dtype, is_guess = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
@@ -199,7 +186,7 @@ def _is_power_of_two(scale: float | None) -> bool:
     return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
-def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
+def _find_dtype(task: faults.MergedLayer) -> tuple[torch.dtype, bool]:
     """Return the dtype of MERGED's values, judged by changed entries, and whether it is a guess.
 
     It is one if no entry changed and the unchanged ones fit into a shorter dtype than the stored one.
@@ -219,19 +206,19 @@ def _find_dtype(task: MergedLayer) -> tuple[torch.dtype, bool]:
     return shortest, shortest != stored
 
 
-def _make_left_out(task: MergedLayer, problem: str) -> LeftOut:
+def _make_left_out(task: faults.MergedLayer, problem: str) -> LeftOut:
     """Return the ``left_out`` record of a layer with entries that are not finite, or whose squares overflow."""
     detail = _describe_problem(task, problem)
     return LeftOut(layer=task.layer, shape=task.stored_shape, reason="non_finite", detail=detail)
 
 
-def _describe_problem(task: MergedLayer, problem: str) -> str:
+def _describe_problem(task: faults.MergedLayer, problem: str) -> str:
     """Return a description of an entry with its index in the stored tensor: a vector is read as one row."""
     return problem if task.is_matrix else problem.replace("[0, ", "[")
 
 
 def _make_record(
-    task: MergedLayer, verdict: Fault, rounding: Rounding | None = None, check: Check | None = None
+    task: faults.MergedLayer, verdict: faults.Fault, rounding: Rounding | None = None, check: Check | None = None
 ) -> Merge:
     """Return the record of a layer; its numbers are null without a check."""
     scale = check.inner / check.expected if check is not None and check.expected > 0 else None
@@ -328,14 +315,14 @@ def verify_merge(
     )
 
 
-def _measure_layer(task: MergedLayer, settings: LayerSettings) -> Sequence[Merge | LeftOut]:
+def _measure_layer(task: faults.MergedLayer, settings: LayerSettings) -> Sequence[Merge | LeftOut]:
     """Return the record of one layer."""
     return (verify(task, settings.memory),)
 
 
 def _align_layers(
     adapter_pairing: Pairing, merged_pairing: Pairing, merged: Path | str, selected: Callable[[str], bool]
-) -> tuple[list[MergedLayer], tuple[Unpaired, ...]]:
+) -> tuple[list[faults.MergedLayer], tuple[Unpaired, ...]]:
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
     Tied weights are stored once: where MERGED has no separate head, the head's update is one of the embedding.
@@ -352,7 +339,7 @@ def _align_layers(
     layers_at = {(delta.base.name, delta.base.offset): delta.layer for delta in stored.values()}
     updates: dict[str, tuple[Delta, ...]] = {}
     siblings: dict[str, list[FactoredDelta]] = {}
-    tasks: list[MergedLayer] = []
+    tasks: list[faults.MergedLayer] = []
     missing = {item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS}
     for delta in adapter_pairing.deltas:
         if isinstance(delta, FactoredDelta):
@@ -369,7 +356,9 @@ def _align_layers(
         deltas = updates.get(layer, ())
         kind = others.get(_drop_number(layer), ()) if deltas else ()
         tasks.append(
-            MergedLayer(layer, pair.shape, pair.base, pair.tuned, deltas, pair.is_matrix, bool(deltas), others=kind)
+            faults.MergedLayer(
+                layer, pair.shape, pair.base, pair.tuned, deltas, pair.is_matrix, bool(deltas), others=kind
+            )
         )
     added, unpaired = _make_added_tasks(adapter_pairing, merged_pairing)
     tasks += added
@@ -382,7 +371,7 @@ def _align_layers(
     return chosen, tuple(rest)
 
 
-def _make_missing_task(delta: Delta, missing: Mapping[str, Unpaired], merged: Path | str) -> MergedLayer:
+def _make_missing_task(delta: Delta, missing: Mapping[str, Unpaired], merged: Path | str) -> faults.MergedLayer:
     """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason.
 
     Raises:
@@ -397,7 +386,9 @@ def _make_missing_task(delta: Delta, missing: Mapping[str, Unpaired], merged: Pa
     detail = "the adapter changes it, but MERGED has no such weight"
     if item is not None and item.reason == "shape_differs":
         detail = f"the adapter changes it, but MERGED has it in another shape: {item.detail.replace('TUNED', 'MERGED')}"
-    return MergedLayer(delta.layer, delta.shape, delta.base, delta.base, (delta,), delta.is_matrix, missing=detail)
+    return faults.MergedLayer(
+        delta.layer, delta.shape, delta.base, delta.base, (delta,), delta.is_matrix, missing=detail
+    )
 
 
 def _drop_number(layer: str) -> str:
@@ -409,7 +400,9 @@ def _drop_number(layer: str) -> str:
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
 
 
-def _make_added_tasks(adapter_pairing: Pairing, merged_pairing: Pairing) -> tuple[list[MergedLayer], list[Unpaired]]:
+def _make_added_tasks(
+    adapter_pairing: Pairing, merged_pairing: Pairing
+) -> tuple[list[faults.MergedLayer], list[Unpaired]]:
     """Return tasks for vocabulary rows that both MERGED and the adapter add, and the remaining unpaired tensors."""
     rows_of = {
         (item.layer, item.shape): item.rows
@@ -421,7 +414,7 @@ def _make_added_tasks(adapter_pairing: Pairing, merged_pairing: Pairing) -> tupl
         adapter_rows = rows_of.get((item.layer, item.shape)) if item.reason == "added_rows" else None
         if item.rows is not None and adapter_rows is not None:
             rows, columns = item.shape
-            tasks.append(MergedLayer(f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows))
+            tasks.append(faults.MergedLayer(f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows))
             del rows_of[item.layer, item.shape]
         else:
             unpaired.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))

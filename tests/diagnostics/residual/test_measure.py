@@ -10,13 +10,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import UsageError
 from lora_diag.metrics.subspaces import compute_distances, find_limit, pool_distances
 from tests import oracles
 from tests.adapters import making
-from tests.adapters.making import dense
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
 from tests.messages import assert_names, raises_naming
 
@@ -36,18 +34,13 @@ def check(found, d, x, rank, tolerance=1e-6):
             assert value is None, field
 
 
-def updates_of(path, base):
-    pairing, _ = open_adapter(path).pair(open_checkpoint(base))
-    return {delta.layer: dense(delta) for delta in pairing.deltas}
-
-
 @pytest.mark.slow
 def test_samples_against_numpy():
     base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
     adapters = [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]
     results = lora_diag.residual(base, tuned, adapters)
     stored = open_checkpoint(base), open_checkpoint(tuned)
-    known = {str(path): updates_of(path, base) for path in adapters}
+    known = {str(path): making.changes(path, base)[0] for path in adapters}
     assert len(results) == 2 * len(stored[0])
     for record in results:
         before, after = (side.read(record.layer).double().numpy().reshape(side[record.layer].shape) for side in stored)
@@ -73,7 +66,7 @@ def test_samples_against_numpy():
 def test_whole_model_is_all_layers_as_one_vector():
     results = lora_diag.residual(SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r16"])
     stored = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
-    known = updates_of(SAMPLES / "lora_r16", SAMPLES / "base")
+    known = making.changes(SAMPLES / "lora_r16", SAMPLES / "base")[0]
     d, x = [], []
     for name in stored[0]:
         d.append(stored[1].read(name).double().numpy() - stored[0].read(name).double().numpy())
@@ -243,17 +236,6 @@ def test_unresolved_fine_tune_is_reported_as_noise(tmp_path):
     assert record.limited_by == "noise"
 
 
-def test_only_non_finite_layer_is_left_out(model, tmp_path):
-    base, tuned, layer, d = model
-    good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
-    bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
-    results = lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.mlp")
-    assert {record.adapter for record in results if record.layer == layer} == {str(good)}
-    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
-    assert item.layer == layer
-    assert_names(item.detail, bad, "lora_B", "nan at [0, 0]")
-
-
 @pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e38, "1.4e+77"), (1e100, "1.4e+201")])
 def test_norm_with_overflowing_square_is_left_out(model, tmp_path, size, words):
     base, tuned, layer, _ = model
@@ -303,7 +285,11 @@ def test_resume_keeps_non_finite_adapter(model, tmp_path, cut):
     path = tmp_path / "r.jsonl"
     good = lora(tmp_path / "good", {layer: (d[:, :2], np.ones((2, 12)))})
     bad = lora(tmp_path / "bad", {layer: (np.full((16, 2), np.nan), np.ones((2, 12)))})
-    lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path)
+    results = lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path)
+    assert {record.adapter for record in results if record.layer == layer} == {str(good)}
+    (item,) = [item for item in results.left_out if item.reason == "non_finite"]
+    assert item.layer == layer
+    assert_names(item.detail, bad, "lora_B", "nan at [0, 0]")
     whole = path.read_bytes()
     path.write_bytes(b"".join(whole.splitlines(keepends=True)[:cut]) + b'{"record":"resid')
     lora_diag.residual(base, tuned, [good, bad], layers=r"layers\.0\.", output=path, resume=True)

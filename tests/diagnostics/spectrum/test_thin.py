@@ -89,20 +89,6 @@ def test_stored_numbers_are_measured_exactly(tmp_path, dtype):
         assert record.dtypes == (None, dtype)
 
 
-def test_dense_updates_use_torch(tmp_path):
-    path = adapter(tmp_path, LORA)
-    (delta, *_) = compare(path, None).pairing.deltas
-    assert is_thin(Layer(delta), SpectrumSettings())
-    assert not is_thin(Layer(delta), SpectrumSettings(device="cuda"))
-    ranks = {"a.lora_A.weight": normal(65, 70), "a.lora_B.weight": normal(70, 65, seed=1)}
-    (wide,) = compare(adapter(tmp_path / "wide", ranks, r=65), None).pairing.deltas
-    assert not is_thin(Layer(wide), SpectrumSettings())
-    torch.save(load_file(path / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
-    (tmp_path / "adapter_config.json").write_text((path / "adapter_config.json").read_text())
-    (pickled, *_) = compare(tmp_path, None).pairing.deltas
-    assert not is_thin(Layer(pickled), SpectrumSettings())
-
-
 def test_bytes_are_independent_of_concurrent_layers(tmp_path, monkeypatch):
     """A layer's record depends on the layer: not on workers, on other layers, or on torch being imported."""
     path = adapter(tmp_path, LORA)

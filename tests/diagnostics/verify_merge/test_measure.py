@@ -19,7 +19,7 @@ from lora_diag.diagnostics.verify_merge.record import outcome
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.engines import local
 from tests.adapters import making
-from tests.conftest import SHARED
+from tests.conftest import SHARED, save_model
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
 from tests.messages import assert_names, raises_naming
 
@@ -76,6 +76,10 @@ class Kind:
     config: dict
     size: float = 0.01
 
+    @property
+    def settings(self) -> dict:
+        return {key: getattr(peft, value) if key == "kind" else value for key, value in self.config.items()}
+
 
 KINDS = {
     "conv1d": Kind(gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
@@ -100,10 +104,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_peft_merge_passes(tmp_path, name, dtype):
     kind = KINDS[name]
-    config = dict(kind.config)
-    if "kind" in config:
-        config["kind"] = getattr(peft, config["kind"])
-    results = verified(peft_merge(tmp_path, kind.model(dtype), kind.size, **config))
+    results = verified(peft_merge(tmp_path, kind.model(dtype), kind.size, **kind.settings))
     assert outcome(results) == "correct", statuses(results)
     assert any(record.adapted for record in results)
 
@@ -300,12 +301,8 @@ def exact(merged: Merged, model) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
 @pytest.mark.parametrize("name", ["dora", "loha", "lokr", "oft", "ia3"])
 def test_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
-    kind = KINDS[name]
-    config = dict(kind.config)
-    if "kind" in config:
-        config["kind"] = getattr(peft, config["kind"])
     size = 0.05 if name in {"oft", "ia3"} else 0.02
-    merged = peft_merge(tmp_path, llama(dtype, hidden=96), size, **config)
+    merged = peft_merge(tmp_path, llama(dtype, hidden=96), size, **KINDS[name].settings)
     whole = exact(merged, llama(dtype, hidden=96))
     right, spoilt = verified(merged), {}
     for factor in (0.98, 1.01, 1.02, 1.05):
@@ -338,42 +335,24 @@ def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     assert list(verified(merged, memory="1MB", workers=1)) == list(plain)
 
 
-def test_transposed_conv1d_merge_is_found(tmp_path):
-    merged = peft_merge(tmp_path, gpt2(torch.bfloat16), 0.02, target_modules=["c_proj"])
-    layer = "transformer.h.0.attn.c_proj.weight"
-
-    def change(before, after):
-        after[layer] = (before[layer].double() + (after[layer].double() - before[layer].double()).T).bfloat16()
-
-    assert statuses(verified(merged, merged.spoil(change))) == {layer: "transposed"}
-
-
 # --- what a file cannot tell ----------------------------------------------------------------------------------------
 
 
 def test_update_rounded_away_is_neither_right_nor_wrong(tmp_path):
+    """Also where it was merged in bf16 and saved in float32, or dropped: the same file."""
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
     assert all(torch.equal(merged.before[name], merged.after[name]) for name in merged.before)
-    results = verified(merged)
-    assert outcome(results) == "inconclusive"
-    assert {record.scale for record in results if record.adapted} == {0.0}
-    assert set(statuses(results).values()) == {"inconclusive"}
+    sides = {"wide_base": merged.before, "wide": merged.after}
+    base, wide = (write(tmp_path / name, {k: v.float() for k, v in side.items()}) for name, side in sides.items())
+    for results in (verified(merged), verify_merge(base, merged.adapter, wide)):
+        assert outcome(results) == "inconclusive"
+        assert {(record.status, record.scale) for record in results if record.adapted} == {("inconclusive", 0.0)}
 
 
 def test_untrained_adapter_is_inconclusive(tmp_path):
     results = verified(peft_merge(tmp_path, llama(), 0.0))
     assert outcome(results) == "inconclusive"
     assert statuses(results) == {}
-
-
-def test_bf16_values_in_float32_without_change(tmp_path):
-    """Merged in bf16 and saved in float32, or dropped: the same file."""
-    merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
-    wide = write(tmp_path / "wide", {name: value.float() for name, value in merged.after.items()})
-    base = write(tmp_path / "wide_base", {name: value.float() for name, value in merged.before.items()})
-    results = verify_merge(base, merged.adapter, wide)
-    assert {record.status for record in results if record.adapted} == {"inconclusive"}
-    assert outcome(results) == "inconclusive"
 
 
 # --- quantized ------------------------------------------------------------------------------------------------------
@@ -490,17 +469,9 @@ def test_non_finite_base_is_left_out(merges, tmp_path):
 
 def test_overflowing_squares_are_left_out(tmp_path):
     huge = {"w.weight": torch.full((4, 4), 1e200, dtype=torch.float64)}
-    for side in ("base", "merged"):
-        (tmp_path / side).mkdir()
-        save_file(huge, tmp_path / side / "model.safetensors")
-    shapes = {"lora_A": (1, 4), "lora_B": (4, 1)}
-    factors = {key: torch.full(shape, 1e100, dtype=torch.float64) for key, shape in shapes.items()}
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_file({f"base_model.model.w.{k}.weight": v for k, v in factors.items()}, adapter / "adapter_model.safetensors")
-    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
-    results = verify_merge(tmp_path / "base", adapter, tmp_path / "merged")
-    (item,) = results.left_out
+    base, merged = (save_model(tmp_path / side, huge) for side in ("base", "merged"))
+    adapter = making.lora(tmp_path / "adapter", {"w": (np.full((4, 1), 1e100), np.full((1, 4), 1e100))})
+    (item,) = verify_merge(base, adapter, merged).left_out
     assert (item.layer, item.reason) == ("w.weight", "non_finite")
     assert "overflow float64" in item.detail
 

@@ -47,7 +47,7 @@ def llama(**settings) -> LlamaForCausalLM:
 
 def gpt2() -> GPT2LMHeadModel:
     still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(VOCABULARY, n_positions=16, n_embd=8, n_layer=1, n_head=2, **still))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=1, n_head=2, **still))
 
 
 def with_lora(model, targets=("q_proj", "down_proj"), **settings):

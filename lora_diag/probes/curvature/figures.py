@@ -14,17 +14,7 @@ from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.rendering.figures import pages
 from lora_diag.rendering.figures.panels import set_measured_rank_axis
 from lora_diag.rendering.figures.series import Options, Series, subject_of
-from lora_diag.rendering.figures.style import (
-    CATEGORIES,
-    DASHED,
-    DOTTED,
-    INK,
-    QUIET,
-    PageStyle,
-    category,
-    log_label,
-    name_of,
-)
+from lora_diag.rendering.figures.style import CATEGORIES, DASHED, DOTTED, QUIET, PageStyle, category, log_label, name_of
 
 # Colours of the lines.
 MEASURED, MODEL, BOUND = CATEGORIES[0], CATEGORIES[1], QUIET
@@ -134,9 +124,6 @@ def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> 
             if not isinstance(record, Curvature) or (eigen and not record.eigenvalues):
                 continue
             name = "all layers" if record.layer is None else name_of(record.layer)
-            color = INK if record.layer is None and len(runs) == 1 else category(number)
-            if eigen:
-                rows.append(pages.Row(name, record.eigenvalues[0], record.residual, color))
-            else:
-                rows.append(pages.Row(name, record.trace, record.trace_half or 0.0, color))
+            value, error = (record.eigenvalues[0], record.residual) if eigen else (record.trace, record.trace_half)
+            rows.append(pages.Row(name, value, error, category(number)))
     return rows

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs
@@ -439,7 +439,15 @@ def probe_curvature(
     model = run.open(base)
     (texts,) = run.read_sets()
     swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
-    chosen = chosen or _select_matrices(base, model, run.selection)
+    inputs, skipped = compared.inputs if compared else (), list[LeftOut]()
+    if compared is None:
+        stored = open_checkpoint(base)
+        chosen, inputs = _select_matrices(stored, model, run.selection), (run.describe(stored),)
+        shapes = {name: stored[name].shape for name in stored if name not in chosen}
+        skipped = [
+            LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
+            for name, shape in shapes.items()
+        ]
     matrix: Matrix = "ggn" if given.ggn else "hessian"
     settings = {
         "ranks": ranks if swapped else [],
@@ -452,19 +460,20 @@ def probe_curvature(
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         _measure(loss_function, swapped, given, settings["ranks"], fractions, run_records)
-        return left_out(compared.pairing, swapped.absent) if compared and swapped else _list_skipped(base, chosen)
+        return left_out(compared.pairing, swapped.absent) if compared and swapped else skipped
 
-    inputs = compared.inputs if compared else (run.describe(open_checkpoint(base)),)
     return run.over([*inputs, describe_texts(texts)], settings, measure_missing)
 
 
-def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str | None]) -> dict[str, tuple[int, int]]:
+def _select_matrices(
+    stored: Checkpoint, model: Model, selection: Mapping[str, str | None]
+) -> dict[str, tuple[int, int]]:
     """Return the shapes of the selected matrices of BASE outside embeddings and head that the model uses.
 
     Raises:
         NothingComparedError: No matrix is selected.
     """
-    selected, weights, stored = selector(**selection), Weights(model.module), open_checkpoint(base)
+    selected, weights = selector(**selection), Weights(model.module)
     matrices = {
         name: (shape[0], shape[1])
         for name in sorted(stored, key=natural_order)
@@ -475,19 +484,9 @@ def _select_matrices(base: Path | str, model: Model, selection: Mapping[str, str
     }
     if not matrices:
         raise NothingComparedError(
-            f"{base}: no matrix outside embeddings and head is selected; change --layers or --exclude"
+            f"{stored.path}: no matrix outside embeddings and head is selected; change --layers or --exclude"
         )
     return matrices
-
-
-def _list_skipped(base: Path | str, chosen: dict[str, tuple[int, int]]) -> list[LeftOut]:
-    """Return the records of the tensors of BASE that are not measured."""
-    stored = open_checkpoint(base)
-    shapes = {name: stored[name].shape for name in stored if name not in chosen}
-    return [
-        LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
-        for name, shape in shapes.items()
-    ]
 
 
 def _measure(

@@ -306,7 +306,8 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     texts = run.read(run.options.data)
     effect_texts = run.read(evaluate[0]) if evaluate else texts if run.options.measure else None
     swapped = Swapped(model, deltas, max(ranks))
-    modules, unmeasured = _find_modules(model, chosen)
+    weights, linear = Weights(model.module), linear_layers(model.module)
+    modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
@@ -317,26 +318,22 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         done = {record.layer for record in run_records.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)
-        problems = list[LeftOut]()
+        detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
+        problems = [
+            LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail)
+            for layer, shape in chosen.items()
+            if layer not in modules
+        ]
         for outcome in probe.measure(todo):
             if isinstance(outcome, Fisher):
                 run_records.put(outcome)
             else:
                 problems.append(outcome)
-        return [*left_out(compared.pairing, swapped.absent), *unmeasured, *problems]
+        return [*left_out(compared.pairing, swapped.absent), *problems]
 
     settings = {"ranks": list(ranks), "labels": labels, "seed": seed, **run.selection}
     sets = [describe_texts(texts, "data"), *([describe_texts(effect_texts)] if effect_texts is not None else [])]
     return run.over([*compared.inputs, *sets], settings, measure_missing)
-
-
-def _find_modules(model: Model, chosen: Mapping[str, tuple[int, int]]) -> tuple[dict[str, Any], list[LeftOut]]:
-    """Return the linear layer of each matrix, and the matrices that belong to none."""
-    weights, linear = Weights(model.module), linear_layers(model.module)
-    modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
-    detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
-    others = {layer: shape for layer, shape in chosen.items() if layer not in modules}
-    return modules, [LeftOut(layer=x, shape=shape, reason="no_gradient", detail=detail) for x, shape in others.items()]
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,7 @@ from lora_diag.feature import Hint
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
-from lora_diag.rendering.losses import (
-    caption_of,
-    describe_losses,
-    format_gap,
-    gap_half,
-    on_set,
-    probe_summary,
-)
+from lora_diag.rendering.losses import caption_of, describe_losses, format_gap, gap_half, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import format_shown, list_names, plus_minus, safe, select_evenly, short, with_limits
@@ -247,7 +240,7 @@ def _name_model(record: Probe, labels: dict[str, str]) -> str:
 
 def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
     """Return the table of ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at up to ``DEPTHS`` depths, evenly spaced."""
-    by_depth = [*enumerate(zip(*(record.hidden or () for record in of_set), strict=True))]
+    by_depth = [*enumerate(zip(*(record.hidden or () for record in of_set), strict=False))]
     columns = [
         Column(str(depth or "0 (input)"), tuple(format_shown(value, "{:.2f}".format) for value in values))
         for depth, values in select_evenly(by_depth, DEPTHS)
@@ -291,16 +284,13 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     if not contests:
         return ""
     answers = {"as good": f"yes, at least {SUFFICIENT_SHARE:.0%} of the gain", "worse": "no", "not known": "not known"}
-    outcome = next(outcome for outcome in answers if any(contest.outcome == outcome for contest in contests))
-    best = min(
-        (contest for contest in contests if contest.outcome == outcome), key=lambda contest: contest.worst.gap or 0.0
-    )
+    best = min(contests, key=lambda contest: ([*answers].index(contest.outcome), contest.worst.gap or 0.0))
     record = best.worst
     kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
     distance = f"{format_gap(record)} nats from TUNED on {safe(record.set)}"
-    return f"{answers[outcome]}: {name} is {distance}{kept_share}{others}"
+    return f"{answers[best.outcome]}: {name} is {distance}{kept_share}{others}"
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
@@ -310,8 +300,7 @@ def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
         nearest = choice.rivals[0]
         return [f"use {best}, the best of {count}; {labels[nearest.name]} is worse by {_format_gap(nearest)}"]
     equal = list_names([labels[rival.name] for rival in choice.equals])
-    others = "all" if len(choice.equals) == count - 1 > 1 else equal
-    line = f"use {best}, or a cheaper one that is not significantly worse: {others}"
+    line = f"use {best}, or a cheaper one that is not significantly worse: {equal}"
     return [line, *(f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals)]
 
 

@@ -6,14 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_diag.probes.sensitivity.gains import (
-    Correlation,
-    Gain,
-    correlate_scores,
-    gains_of,
-    marginals_of,
-    scores_of,
-)
+from lora_diag.probes.sensitivity.gains import Correlation, Gain, correlate_scores, gains_of, marginals_of, scores_of
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.base import Shown

@@ -6,17 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diag.feature import Hint
-from lora_diag.probes.sweep.verdict import (
-    LINES,
-    AtRank,
-    Swept,
-    describe_needed,
-    find_diverged,
-    format_confidence,
-    list_reasons,
-    list_swept,
-    swept_of,
-)
+from lora_diag.probes.sweep import verdict as judging
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.losses import caption_of, describe_diverged, on_set, probe_summary
@@ -27,18 +17,21 @@ from lora_diag.rendering.text import number, short, with_limits
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row for BASE, each rank and each reference line."""
-    return [*map(_make_grid, list_swept(results.whole_of(Probe), results.run.settings))]
+    return [*map(_make_grid, judging.list_swept(results.whole_of(Probe), results.run.settings))]
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the sufficient rank by set; reference lines; learning rates."""
     records, settings = results.whole_of(Probe), results.run.settings
-    swept_sets = list_swept(records, settings)
+    swept_sets = judging.list_swept(records, settings)
     judged = [swept for swept in swept_sets if swept.base is not None]
     return probe_summary(
         results,
         *(on_set(swept.set, *state_verdict(swept)) for swept in judged),
-        *(make_statement(f"to_{one}", f"To {LINES[one]}", *_compare_with(one, judged)) for one in LINES),
+        *(
+            make_statement(f"to_{one}", f"To {judging.LINES[one]}", *_compare_with(one, judged))
+            for one in judging.LINES
+        ),
         make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
         reading=_READING + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
     )
@@ -55,40 +48,40 @@ _ROUNDED = (
 )
 
 
-def _compare_with(subject: Subject, judged: Sequence[Swept]) -> Iterator[str]:
+def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator[str]:
     """Yield the comparison of the best rank with a reference line, on every set with a measured BASE."""
     for swept in judged:
         found = swept.compare(subject)
         if found is None:
             continue
-        where, line = f"on {short(swept.set)}: " if len(judged) > 1 else "", LINES[subject]
+        where, line = f"on {short(swept.set)}: " if len(judged) > 1 else "", judging.LINES[subject]
         answer = {
             "no verdict": "no verdict: one seed has no spread",
             "as good": f"LoRA is as good: each keeps {1 - swept.tolerance:.0%} of the other's gain",
             "better": "LoRA is better",
             "worse": "LoRA is worse",
             "not known": "not known: "
-            + ("no number of seeds would decide" if found.seeds is None else describe_needed(found.seeds)),
+            + ("no number of seeds would decide" if found.seeds is None else judging.describe_needed(found.seeds)),
         }[found.outcome]
         means = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
         one_run = f"; {line} is one run" if found.fixed else ""
         yield f"{where}{answer}; {means} ({with_limits(found.gap, found.half)}){one_run}"
 
 
-def _make_grid(swept: Swept) -> Grid:
+def _make_grid(swept: judging.Swept) -> Grid:
     """Return the losses on one set: over seeds at the rank's own rate, and of the first seed at every rate."""
     of_set = [record for record in swept.records if record.set == swept.set]
     tried = sorted({record.lr for record in of_set if record.lr is not None})
     first = min((record.seed for record in of_set if record.lr is not None), default=0)
     by_setting = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
     bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
-    runs: list[tuple[Subject, AtRank]] = [*(("lora", row) for row in swept.rows), *swept.lines.items()]
-    rows: Rows = [*bases, *((LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
+    runs: list[tuple[Subject, judging.AtRank]] = [*(("lora", row) for row in swept.rows), *swept.lines.items()]
+    rows: Rows = [*bases, *((judging.LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
     columns = []
     for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
         losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
         columns.append(Column(f"lr {lr:g}", (*["-"] * len(bases), *losses), drop=drop))
-    return grid_of(AtRank.shown, rows, "rank", caption_of(swept.set, of_set), extra=columns)
+    return grid_of(judging.AtRank.shown, rows, "rank", caption_of(swept.set, of_set), extra=columns)
 
 
 def _format_loss(record: Probe | None) -> str:
@@ -98,7 +91,7 @@ def _format_loss(record: Probe | None) -> str:
     return "diverged" if record.loss is None else f"{record.loss:.4f}"
 
 
-def state_verdict(swept: Swept) -> list[str]:
+def state_verdict(swept: judging.Swept) -> list[str]:
     """State the rank to train at, its confidence, and the findings on smaller ranks; or why there is no verdict."""
     verdict, share = swept.verdict, swept.tolerance
     if verdict.best is None:
@@ -112,32 +105,33 @@ def state_verdict(swept: Swept) -> list[str]:
         suffix = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
     found = chosen.confidence if verdict.rank is not None else verdict.confidence
-    confidence = "" if found is None else f", {format_confidence(found)} confidence"
+    confidence = "" if found is None else f", {judging.format_confidence(found)} confidence"
     smallest = "" if verdict.rank is not None else " and no smaller rank does"
     target = f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried{smallest}{confidence}"
     lead = f"r={chosen.rank} at learning rate {chosen.lr:g} ({verdict.outcome}): {target}"
-    return [lead, *list_reasons(verdict, share)]
+    return [lead, *judging.list_reasons(verdict, share)]
 
 
-def _describe_rates(swept: Swept) -> list[str]:
+def _describe_rates(swept: judging.Swept) -> list[str]:
     """State the learning rates at an edge of those tried, whether there was only one, and the runs that diverged."""
     records, lines = swept.records, []
-    rows = {f"r={row.rank}": row for row in swept.rows} | {LINES[name]: row for name, row in swept.lines.items()}
+    rows = {f"r={row.rank}": row for row in swept.rows}
+    rows |= {judging.LINES[name]: row for name, row in swept.lines.items()}
     if at_edge := [name for name, row in rows.items() if row.edge]:
         options = ["--full-lr"] * ("full" in at_edge) + ["--lr"] * (at_edge != ["full"])
         lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend {' and '.join(options)}")
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         lines.append("one rate for all ranks: the effects of rank and rate cannot be separated")
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
-    for subject, rank, lr, seed in sorted(find_diverged(records) & with_loss, key=str):
-        named = LINES.get(subject, f"r={rank}")
+    for subject, rank, lr, seed in sorted(judging.find_diverged(records) & with_loss, key=str):
+        named = judging.LINES.get(subject, f"r={rank}")
         lines.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
     return [*lines, *describe_diverged(records)]
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
     """Return the next step: more seeds if they would decide, else the cost of the rank, or of all without one."""
-    swept = swept_of(results)
+    swept = judging.swept_of(results)
     verdict = None if swept is None else swept.verdict
     if verdict is not None and verdict.more_seeds is not None:
         return Hint(f"--repeats {verdict.more_seeds} --resume", "adds seeds to these", saved=True)

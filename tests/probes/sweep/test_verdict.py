@@ -9,14 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_diag.probes.sweep.verdict import (
-    AtRank,
-    best_rates,
-    by_rank,
-    compare_with_reference,
-    find_diverged,
-    judge,
-)
+from lora_diag.probes.sweep.verdict import AtRank, best_rates, by_rank, compare_with_reference, find_diverged, judge
 from lora_diag.records import Probe
 
 

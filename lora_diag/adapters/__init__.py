@@ -1,7 +1,7 @@
 """Adapter folders and files → named ΔW.
 
-The only package that knows the key names of PEFT, kohya, diffusers, LyCORIS or MLX. Opening reads headers and configs
-and imports torch only for torch files; a plain low-rank update stays in factored form. A family is one module of this
+This package knows the key names of PEFT, kohya, diffusers, LyCORIS, MLX and GGUF. Opening reads headers and configs and
+imports torch only for torch files; a plain low-rank update stays in factored form. A family is one module of this
 package, or a part of one, and one line in ``FAMILIES``; unsupported kinds are described in ``peft``.
 """
 

@@ -128,7 +128,7 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
         stated_alpha: α of an adapter whose files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: The path cannot be read, or is in an unsupported form.
+        InputError: ``open_adapter`` or ``open_checkpoint`` refuses the path.
     """
     path = as_path(path)
     return open_adapter(path, stated_alpha) if is_adapter(locate(path)) else open_checkpoint(path)
@@ -138,12 +138,12 @@ def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
     """Open an adapter folder or file by its headers; only files in torch's legacy format are loaded whole.
 
     Args:
-        path: An adapter folder, or an adapter's weights file; or a Hub id or an address of either.
+        path: An adapter folder, an adapter's weights file, the Hub id of a folder, or an address.
         stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: The path cannot be read, the kind of adapter is not supported, or its tensors and settings are
-            invalid or do not fit together; the message has the fix.
+        InputError: The path cannot be read, the kind of adapter is not supported, its tensors and settings are invalid
+            or do not fit together, or it changes no weight.
     """
     source = open_source(path, stated_alpha)
     note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"

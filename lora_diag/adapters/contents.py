@@ -138,7 +138,7 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         base: Its BASE, for the weights' names there.
 
     Raises:
-        InputError: An α in the file could not be read, or BASE does not give the number of heads of a GGUF adapter.
+        InputError: An α in the file could not be read, or BASE gives no number of heads that fits a GGUF adapter.
     """
     config = adapter.source.config
     values = config.values if config is not None and adapter.source.stored is None else {}

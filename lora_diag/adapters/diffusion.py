@@ -226,7 +226,7 @@ def read_diffusers(source: AdapterFiles) -> Reading:
 
 
 def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scaling]:
-    """Return the scaling of each module for whose component of the pipeline the file's metadata has settings."""
+    """Return the scaling of each given module for whose component of the pipeline the metadata have settings."""
     where = f"{METADATA} in the file's metadata"
     try:
         settings = json.loads(source.metadata.get(METADATA, "{}"))

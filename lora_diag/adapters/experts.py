@@ -43,7 +43,7 @@ class Stack:
     Args:
         module: The module in the adapter's keys, with its ``.base_layer``s.
         parameter: The parameter's own path, such as ``model.layers.0.mlp.experts.gate_up_proj``.
-        parts: Its tensors.
+        parts: Names of its tensors, by their parts.
     """
 
     module: str

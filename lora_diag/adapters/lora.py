@@ -86,7 +86,8 @@ def read_lora(source: AdapterFiles) -> Reading:
     """Read a PEFT LoRA adapter.
 
     Raises:
-        InputError: A part is missing, its parts are inconsistent, its config is invalid, or the variant is unsupported.
+        InputError: A part is missing, its parts are inconsistent or of several adapters, its config is missing or
+            invalid, or the variant is unsupported.
     """
     config = source.settings
     _refuse_variants(source)

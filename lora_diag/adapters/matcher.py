@@ -1,4 +1,4 @@
-"""Match regular expressions from untrusted files with names: this file is run as a script, which can be ended.
+"""Match regular expressions from untrusted files with names: this file also runs as a script, which can be ended.
 
 Python's engine backtracks, may take years, and holds the interpreter's lock, so only the end of its process stops it.
 """

@@ -32,8 +32,8 @@ def read_mlx(source: AdapterFiles) -> Reading:
     """Read an MLX adapter, or the weights of a full fine-tune by mlx-lm as new values.
 
     Raises:
-        InputError: There is no config or no scale, and no α was given; a factor is missing; the file holds several
-            adapters; or the factors contradict each other or the config.
+        InputError: There is no config or no scale, and no α was given; the config is invalid; a factor is missing; the
+            file holds several adapters; or the factors contradict each other or the config.
     """
     config = source.settings if source.stated_alpha is None or source.config is not None else Config(source.path, {})
     if config.text("fine_tune_type") == "full":

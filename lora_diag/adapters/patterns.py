@@ -188,7 +188,11 @@ def make_scale(source: AdapterFiles, alpha: str, rank: int) -> Scale:
 
 
 def compute_scale(checkpoint: Checkpoint, scale: Scale) -> float:
-    """Return s, reading α if it is stored in the file, where an α of 0 counts as the rank."""
+    """Return s, reading α if it is stored in the file, where an α of 0 counts as the rank.
+
+    Raises:
+        InputError: α could not be read.
+    """
     if not scale.alpha:
         return scale.factor
     read_alpha = checkpoint.read_array if checkpoint.decodes(scale.alpha) else partial(read, checkpoint)

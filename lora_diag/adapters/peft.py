@@ -253,7 +253,8 @@ def read_fourierft(source: AdapterFiles) -> Reading:
     """Read a PEFT FourierFT adapter.
 
     Raises:
-        InputError: ``scaling`` is missing or invalid, or ``random_loc_seed`` is invalid.
+        InputError: ``scaling`` is missing or invalid, ``random_loc_seed`` is invalid, or the file holds several
+            adapters.
     """
     config = source.settings
     scaling, seed = config.number("scaling"), int(config.number("random_loc_seed", 777))

@@ -128,8 +128,8 @@ def place_updates(
 
     Raises:
         InputError: BASE does not have a weight of the adapter (without ``allow_unmatched``), two weights are the same
-            layer of BASE, an update cannot be computed from the stored weight, BASE does not give the number of heads
-            for a GGUF adapter, a file cannot be read, or there is no BASE and all of the adapter needs it.
+            layer of BASE, an update cannot be computed from the stored weight, BASE gives no number of heads that fits
+            a GGUF adapter, a file cannot be read, or there is no BASE and all of the adapter needs it.
         NothingComparedError: No ΔW is selected, or none can be measured.
         UsageError: A regular expression is not valid.
     """
@@ -347,7 +347,7 @@ def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
 
 
 def load_dense(pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> torch.Tensor:
-    """Return ΔW of a layer in its stored orientation, float32."""
+    """Return ΔW of a layer in its stored orientation, float32; that of a vector as one row."""
     total = _read_change(pieces[0])
     for piece in pieces[1:]:
         total = total + _read_change(piece)

@@ -45,7 +45,7 @@ class Written:
     Args:
         rank: r of every pair of factors, and α.
         dtype: Dtype of the factors.
-        truncated: ε of every weight whose update was truncated.
+        truncated: ε of every weight with DoRA, whose update was truncated to its rank.
         epsilon: ε of these weights together: √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²); 0 without any.
         unsupported: Unsupported weights, with the reason.
     """
@@ -214,7 +214,7 @@ def _why_changed(item: Item, contents: Contents, form: str) -> str:
 
 
 def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str) -> None:
-    """Refuse to convert a GGUF adapter whose names or order of rows are unknown to another layout.
+    """Refuse to convert to another layout a GGUF adapter whose names or order of rows are unknown.
 
     Raises:
         InputError: A name or the order of rows of a weight is unknown.

@@ -80,7 +80,7 @@ class Config:
         """Return a setting that is a positive whole number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is missing without a default, not whole, below 1, or above 2^31.
+            InputError: The value is null, missing without a default, not whole, below 1, or above 2^31.
         """
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
@@ -93,7 +93,7 @@ class Config:
         """Return a setting that is a finite number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is missing without a default, not a number, or beyond float32.
+            InputError: The value is null, missing without a default, not a number, or beyond float32.
         """
         value = self.values.get(key, default)
         if not is_number(value):
@@ -198,7 +198,7 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
         stated_alpha: α where the files give none.
 
     Raises:
-        InputError: The path cannot be read.
+        InputError: There are no weights, or they or the config cannot be read.
     """
     path = as_path(path)
     located = locate(path)
@@ -214,7 +214,7 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
 
 
 def refuse_integers(source: AdapterFiles) -> None:
-    """Refuse tensors other than floats, which no supported family has, except single numbers.
+    """Refuse tensors other than floats, which no supported family has, except numbers without dimensions.
 
     Raises:
         InputError: A tensor is not a float.

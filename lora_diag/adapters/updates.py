@@ -89,7 +89,7 @@ class Update:
         in_out: Returns whether square experts are stored as ``(in, out)``, by BASE's model type; None if not needed.
         base_weight: The name in BASE if different from ``weight``.
         keeps_name: Whether the layer keeps the name ``weight`` with a BASE, because several updates act on one weight.
-        zero_if: A tensor of the adapter; if it is zero, so is ΔW.
+        zero_if: A tensor of the adapter; if it is zero, so is ΔW. Empty if none is known.
         rank: r of its factors; None without factors, and for rows of an embedding that are replaced.
         scale: Its scale s; None without one, or if α is stored as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
@@ -195,7 +195,7 @@ class Family:
 
 
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values in float64, the dtype of all computations in this package."""
+    """Return the values in float64."""
     import torch
 
     return tensor.to(torch.float64)
@@ -248,7 +248,7 @@ def read_modules(
         unit: What a module is called in the description.
 
     Raises:
-        InputError: The file holds several adapters, or the parts of a module do not fit together.
+        InputError: The file holds several adapters, or ``read_module`` or ``add_stored_values`` refuses a tensor.
     """
     names = [name for name in source.checkpoint if name not in ignored]
     modules, unclaimed = group_by_module(names, parts, source.path)
@@ -260,7 +260,7 @@ def read_modules(
 
 
 def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[str]) -> Reading:
-    """Return a reading with the tensors that no family claimed: weights in full, updates of rows, and unused ones.
+    """Return a reading with the tensors that its family did not claim: weights in full, updated rows, unused ones.
 
     Args:
         reading: The contents as read by the family.

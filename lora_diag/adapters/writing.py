@@ -290,7 +290,7 @@ def write_adapter(
 
     Args:
         folder: An existing folder; files with these names are replaced.
-        parts: The factors; of one dtype.
+        parts: The factors; those of one module have one dtype.
         values: Tensors stored in full.
         described: BASE, for the config.
         portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names: every program
@@ -320,7 +320,11 @@ def write_adapter(
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the settings of an adapter."""
+    """Write the settings of an adapter.
+
+    Raises:
+        InputError: The file cannot be written.
+    """
     write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

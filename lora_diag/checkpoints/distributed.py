@@ -61,8 +61,9 @@ class DistributedFolder(PartsFolder):
         folder: The folder, with a file ``.metadata``.
 
     Raises:
-        InputError: The index is damaged, a file is missing or too short, the parts of a tensor do not fit together, or
-            there are no weights, or those of several models.
+        InputError: The index cannot be read or is damaged, a file is missing or too short, a tensor is compressed or
+            has an unsupported dtype, the parts of a tensor do not fit together, or there are no weights, or those of
+            several models.
     """
 
     label = "torch.distributed checkpoint"
@@ -96,7 +97,7 @@ class DistributedFolder(PartsFolder):
 
     @staticmethod
     def matches(folder: Path) -> bool:
-        """Return whether a folder is such a checkpoint."""
+        """Return whether a folder has a file ``.metadata``."""
         return (folder / INDEX).is_file()
 
 
@@ -107,7 +108,8 @@ class PiecesFolder(PartsFolder):
         folder: The folder, with at least one piece file.
 
     Raises:
-        InputError: A file is damaged, or the pieces of a tensor differ in dtype, overlap or do not cover it.
+        InputError: A file cannot be read or is damaged, or the pieces of a tensor differ in dtype or number of
+            dimensions, overlap or leave gaps.
     """
 
     label = "torch.distributed safetensors"
@@ -185,7 +187,7 @@ class _StoredBox:
 
 
 def _read_index(index: Path) -> Mapping[str, Any]:
-    """Return the fields of the index, after checking that it has those that are used."""
+    """Return the fields of the index, after checking those that describe tensors and their parts."""
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise damaged(index, f"is larger than {MAX_INDEX_BYTES:,} bytes, too large for an index")

@@ -20,16 +20,14 @@ QUANTIZE_CONFIG = "quantize_config.json"
 
 
 def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    r"""Parse JSON and refuse strings that are not valid Unicode (a lone surrogate such as ``\ud800``).
-
-    Names are written into results and adapters, which cannot hold lone surrogates.
+    r"""Parse JSON and refuse an escaped lone surrogate (such as ``\ud800``), which results and adapters cannot hold.
 
     Args:
         content: The JSON.
         build_object: Builds an object from its pairs; None for a dictionary.
 
     Raises:
-        ValueError: The content is not JSON, a string is not valid Unicode, or ``build_object`` refuses an object.
+        ValueError: The content is not JSON, has an escaped lone surrogate, or ``build_object`` refuses an object.
         RecursionError: The content is nested too deeply.
     """
     value = json.loads(content, object_pairs_hook=build_object)
@@ -39,7 +37,7 @@ def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] |
 
 
 def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
-    """Read a JSON object from a file.
+    """Return the JSON object in a file.
 
     Args:
         path: The file.
@@ -47,7 +45,7 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
         limit: Maximum size in bytes.
 
     Raises:
-        InputError: The file is too large, cannot be read, is not JSON, or does not hold an object.
+        InputError: The file is missing, too large, cannot be read, is not JSON, or does not hold an object.
     """
     try:
         if path.stat().st_size > limit:

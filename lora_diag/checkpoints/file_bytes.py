@@ -32,8 +32,8 @@ _NUMPY_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 class Reading:
     """Bytes that this process has read from local files, counted where they arrive.
 
-    Not counted: headers of safetensors and GGUF, JSON, pickled indices, mapped files, and what workers in other
-    processes or on other machines read.
+    Not counted: headers of safetensors and GGUF, JSON, pickled indices, files that torch loads or maps, and what
+    workers in other processes or on other machines read.
     """
 
     def __init__(self) -> None:
@@ -177,7 +177,11 @@ class StoredTensor:
         self.file.fill(buffer, self.position + start * WIDTH[self.dtype], self.name)
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of a small tensor."""
+        """Return the bytes of a small tensor.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
         return self.file.read_bytes(self.numel * WIDTH[self.dtype], self.position, self.name)
 
     def cut(self, start: int, count: int) -> StoredTensor:

@@ -75,7 +75,7 @@ def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
 
     Args:
         folder: The folder of the files.
-        names: File names to check: all of a folder without readable weights, or the one requested file.
+        names: Names of files in it.
 
     Raises:
         InputError: A name matches such a form.
@@ -131,8 +131,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         The checkpoint, with at least one tensor.
 
     Raises:
-        InputError: Nothing readable was found, a file is damaged or missing, or the weights are in an unsupported form;
-            the message lists what was looked for, or how to convert the weights.
+        InputError: Nothing readable was found, a file is damaged or missing, or the weights are in an unsupported form.
     """
     located = locate(path)
     path = located if isinstance(located, RemotePath) else Path(path)
@@ -161,7 +160,8 @@ def locate(path: Path | str) -> Path:
     """Return the path of an input: itself if it exists, else the folder of a Hub id, which is downloaded if needed.
 
     Raises:
-        InputError: The path does not exist and is no Hub id, is a pipe or device, or cannot be fetched.
+        InputError: The path does not exist and is no Hub id, is a pipe or device, or cannot be fetched; or ``as_path``
+            refuses an address.
     """
     path = as_path(path)
     if isinstance(path, RemotePath):
@@ -181,7 +181,7 @@ def locate(path: Path | str) -> Path:
 
 
 def check_exists(path: Path | str) -> None:
-    """Refuse a local path that does not exist, before anything is opened. Files of addresses and ids are not looked up.
+    """Refuse a local path that does not exist; whether an address or a Hub id has files is not checked.
 
     Raises:
         InputError: The path does not exist, and is neither an address nor a Hub id; or ``as_path`` refuses an address.
@@ -196,7 +196,7 @@ def check_exists(path: Path | str) -> None:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """Return the ``config.json`` of these weights; empty if it belongs to another model, such as an adapter's base."""
+    """Return the ``config.json`` of these weights; empty without one, or if it is that of an adapter's base."""
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
     config_folder = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
@@ -296,7 +296,7 @@ def _open_file(path: Path) -> OpenFile:
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     """Open the shards that an index names, and check that they hold its tensors; return them and notes.
 
-    Tensors that the index does not name are left out of the shards, with a note.
+    Tensors that are not in the shard that the index gives for them are left out, with a note.
     """
     weight_map = _read_weight_map(index)
     shards = sorted(set(weight_map.values()))

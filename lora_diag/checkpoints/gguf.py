@@ -109,7 +109,7 @@ class GgufFile(TensorFile):
         metadata: Those that are strings.
 
     Raises:
-        InputError: The header is invalid, or does not describe the file's bytes.
+        InputError: The file cannot be read, or its header is invalid or claims more bytes than it has.
     """
 
     label = "GGUF"
@@ -538,7 +538,7 @@ def _unpack_mxfp4(blocks: torch.Tensor) -> Unpacked:
     return _unpack_fields(blocks[:, 1:], 4, 2, 16).reshape(-1, 1, 32), e8m0(blocks[:, :1])[:, None], None
 
 
-# Name of a type -> its codec; a type without one is listed, and refused when it is read.
+# Name of a type -> its codec; a quantized type without one is listed, and refused when it is read.
 CODECS = {
     "Q4_0": Codec(partial(_unpack_plain, 4, 8), saturated=(7,), is_rounded=True),
     "Q4_1": Codec(partial(_unpack_plain, 4, None), is_rounded=True),

@@ -155,7 +155,9 @@ def _list_settings(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def heads(config: Mapping[str, Any], key: str) -> int | None:
     """Return a number of heads of a ``config.json``; None if it gives none.
 
-    Without ``num_key_value_heads``, k has as many heads as q.
+    Args:
+        config: The ``config.json``.
+        key: The setting; where it is missing, ``num_attention_heads`` is used.
     """
     found = (settings.get(name) for settings in _list_settings(config) for name in (key, "num_attention_heads"))
     return next((value for value in found if type(value) is int and value > 0), None)
@@ -203,8 +205,8 @@ class GgufModel(TensorFile):
         fields: Settings of the model; default those of the file.
 
     Raises:
-        InputError: The header is invalid, the file is an adapter, two tensors get one name, or the number of heads does
-            not divide the rows of q or k.
+        InputError: The file cannot be read, its header is invalid, it is an adapter, two tensors get one name, or the
+            number of heads does not divide the rows of q or k.
     """
 
     label = "GGUF"
@@ -303,7 +305,7 @@ def open_model(path: Path) -> list[GgufModel]:
     """Open a GGUF model: one file, or all of a model in parts.
 
     Raises:
-        InputError: A part is missing or invalid, or two parts have the same tensor.
+        InputError: A file is missing or invalid, or two parts have the same tensor.
     """
     match = PART.fullmatch(path.name)
     if match is None:

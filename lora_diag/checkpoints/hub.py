@@ -1,12 +1,12 @@
 """The Hugging Face Hub: ids ``org/name[/subfolder][@revision]``, and addresses ``hf://org/name[@revision][/path]``.
 
 Of an id, the local cache is searched first, and a model that is complete in it is read without a request. Otherwise the
-configuration, the index and the shards of one set of weights are downloaded. ``huggingface_hub`` does
-the work: its settings determine cache, token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``,
-``HF_HUB_OFFLINE``), and it shows progress on standard error.
+configuration and one set of weights are downloaded. ``huggingface_hub`` does the work: its settings determine cache,
+token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``), and it shows progress
+on standard error.
 
-An address names the same models, but they are read by ranges without a local copy. The revision is resolved once and
-all files are read at its commit, whose content never changes.
+An address names the same models, but they are read by ranges. The revision is resolved once and all files are read at
+its commit, whose content never changes.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class HubStore(HttpStore):
         return f"{self._endpoint}/{quote(address.removeprefix(f'{self._root}/'))}"
 
     def headers(self) -> dict[str, str]:
-        """Return the headers with the token."""
+        """Return the headers with the user's token, if there is one."""
         return self._headers
 
     async def check_redirect(self, address: str, url: Any) -> None:
@@ -275,7 +275,7 @@ def open_hub(location: str, root: str) -> HubStore:
 
     Raises:
         InputError: The address is invalid, ``huggingface_hub`` is not installed or offline, or the repository does not
-            exist or cannot be reached.
+            exist, denies access or cannot be reached.
     """
     match = ADDRESS.fullmatch(location)
     if match is None or ".." in location:

@@ -1,16 +1,16 @@
 """Read a pickle as data, without importing or calling anything.
 
 A pickle is a program that builds objects. Here it builds plain data: numbers, text, tuples, lists and dictionaries are
-built as such, and every class, function and object becomes a ``Record`` of its name, its arguments and its state. So a
-pickle of any class, of any version of a library, is read without that library, and one that was made to run code does
-not run it.
+built as such, and every class, function and object, but those of ``PLAIN``, becomes a ``Record`` of its name, its
+arguments and its state. So a pickle of any class, of any version of a library, is read without that library, and one
+that was made to run code does not run it.
 
 Memory and time are proportional to the pickle: containers share what the memo repeats, and what is copied or hashed
 again is counted. A nested list of 700 bytes can have 10⁹ leaves, so no value is formatted: ``describe`` names it in a
 message.
 
 The interpreter is ``pickle._Unpickler``, the standard library's in Python: instructions that look up names, call, hash
-or allocate by a number are replaced, others that protocols 0 to 5 do not need are refused. The one in C,
+or allocate by a number are replaced, those that take values from outside the pickle are refused. The one in C,
 ``pickle.Unpickler``, cannot be used: it stores the memo as an array of the largest index (a pickle of 10 bytes took
 2 GB), hashes keys by recursion (10⁶ nested tuples end the process, 60 shared ones take 2⁶⁰ steps), and its calls cannot
 be counted.
@@ -140,7 +140,7 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         ``Persistent``.
 
     Raises:
-        InputError: It is no pickle, or damaged.
+        InputError: It is no pickle, is damaged, or copies the same entries again and again.
     """
     try:
         return _Interpreter(io.BytesIO(content) if isinstance(content, bytes) else content).load()

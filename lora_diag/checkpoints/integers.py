@@ -195,7 +195,11 @@ def _unpack_along_outputs(layout: Layout, part: str, rows: int, first: int, last
 
 
 def mlx_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight of MLX, float32."""
+    """Return the rows ``first:last`` of a weight of MLX, float32.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     scales, biases = (_spread(layout, part, first, last) for part in ("scales", "biases"))
     return layout.read_codes("weight", first, last).float() * scales + biases
 
@@ -206,6 +210,9 @@ def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest absolute value is stored
     exactly, which leaves others up to one step beyond the last code. Codes are chosen before scale and offset are
     rounded to their dtype, which changes ``s · q`` and the offset by up to half the spacing of that dtype.
+
+    Raises:
+        InputError: A file cannot be read.
     """
     codes = layout.read_codes("weight", first, last)
     scales, biases = (_spread(layout, part, first, last).abs() for part in ("scales", "biases"))

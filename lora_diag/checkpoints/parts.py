@@ -203,7 +203,7 @@ class Box:
     fill: Callable[[memoryview, int], None]
 
     def overlaps(self, other: Box) -> bool:
-        """Return whether two boxes have an entry in common."""
+        """Return whether two boxes, neither of them empty, have an entry in common."""
         edges = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         return all(a < b + m and b < a + n for a, n, b, m in edges)
 
@@ -258,7 +258,11 @@ class Boxes:
         return False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype)."""
+        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype).
+
+        Raises:
+            InputError: A file is damaged or cannot be read.
+        """
         import torch
 
         out = torch.empty(stop - start, dtype=getattr(torch, self.info.dtype))
@@ -266,7 +270,11 @@ class Boxes:
         return out
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of a small tensor, without torch."""
+        """Return the bytes of a small tensor, without torch.
+
+        Raises:
+            InputError: A file is damaged or cannot be read.
+        """
         import numpy as np
 
         content = np.empty(self.info.numel * WIDTH[self.info.dtype], np.uint8)

@@ -28,12 +28,12 @@ class PatchedFile(TensorFile):
     """A patch over a checkpoint, presented as one file of whole tensors.
 
     Args:
-        base: The changed checkpoint.
+        base: The checkpoint that the patch changes.
         patch: The patch as stored.
         path: The file or folder that holds all patches.
 
     Raises:
-        InputError: The patch does not fit the checkpoint.
+        InputError: The patch is incomplete, holds another tensor, or does not fit the checkpoint.
     """
 
     def __init__(self, base: Checkpoint, patch: Checkpoint, path: Path) -> None:
@@ -132,7 +132,7 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         base: BASE.
 
     Raises:
-        InputError: Nothing readable was found, or a patch does not fit BASE.
+        InputError: ``open_checkpoint`` refuses a file, or a patch does not fit BASE.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     is_single = len(files) < 2 or any((path / name).exists() for name in ("model.safetensors", "config.json"))

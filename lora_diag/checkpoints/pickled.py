@@ -42,8 +42,8 @@ class TorchFile(TensorFile):
         path: The file.
 
     Raises:
-        InputError: The file is damaged, needs code to be read, or holds no tensors, or one that is sparse or larger
-            than its storage.
+        InputError: The file cannot be read, is damaged, needs code to be read, or holds no tensors, or one that is
+            sparse, larger than its storage or not named in valid Unicode.
     """
 
     label = "torch pickle"
@@ -108,7 +108,7 @@ class TorchFile(TensorFile):
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop the mapped tensors: a copy in another process maps the file itself."""
+        """Drop the tensors: a copy in another process loads or maps the file itself."""
         return {"path": self.path}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ def _check_archive(file: Path, path: Path) -> None:
 
     Args:
         file: The archive.
-        path: The path as given by the user.
+        path: The file, for messages.
 
     Raises:
         InputError: An entry is compressed, the entries together are larger than the file, or the pickle is damaged or

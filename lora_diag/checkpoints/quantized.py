@@ -132,7 +132,7 @@ def count_quantized(presented: Checkpoint) -> tuple[str, ...]:
 
 
 def find_quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return ``quantization_config`` under any of its historical names; empty if there is none."""
+    """Return ``quantization_config`` under any of its names; empty if there is none."""
     for key in ("quantization_config", "compression_config", "quantization"):
         if isinstance(value := config.get(key), dict):
             return value

@@ -66,7 +66,8 @@ class RanksFolder(PartsFolder):
         folder: The folder.
 
     Raises:
-        InputError: A file is missing or damaged, or the parts of a tensor do not fit together.
+        InputError: A file is missing, damaged or of another model, a tensor is of an unsupported class or placement, or
+            the parts of a tensor do not fit together.
     """
 
     label = "one torch file per rank"

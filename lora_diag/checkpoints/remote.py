@@ -41,7 +41,7 @@ class RemotePath(_Path):
 
     Args:
         address: The printable address, without a trailing slash.
-        store: The store that makes the requests and caches the answers for all paths of one command.
+        store: The store that makes the requests and caches the answers, also for its parents and the paths below it.
     """
 
     address: str
@@ -92,7 +92,7 @@ class RemotePath(_Path):
         return self.store.is_folder(self.address)
 
     def exists(self) -> bool:
-        """Return whether the path exists."""
+        """Return whether the path exists; True for every folder of a web server."""
         return self.is_dir() or self.is_file()
 
     def iterdir(self) -> Iterator[RemotePath]:
@@ -107,7 +107,8 @@ class RemotePath(_Path):
         """Return size and version of the file.
 
         Raises:
-            InputError: The file does not exist, or the store cannot be reached or denies access.
+            InputError: The file does not exist, or the store cannot be reached, denies access or gives an invalid
+                answer.
         """
         info = self.store.file_info(self.address)
         if info is None:
@@ -115,7 +116,7 @@ class RemotePath(_Path):
         return info
 
     def stat(self) -> Any:
-        """Return the size, as ``st_size``."""
+        """Return the size, as ``st_size``; raises like ``file_info``."""
         return SimpleNamespace(st_size=self.file_info().size)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -130,12 +131,12 @@ class RemotePath(_Path):
         fill(self.store, self.address, buffer, offset, self.file_info())
 
     def read_bytes(self) -> bytes:
-        """Return the whole content."""
+        """Return the whole content; raises like ``read_into``."""
         with self.open() as file:
             return file.read()
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Open the file for reading bytes."""
+        """Return the file, open for reading bytes; raises like ``file_info``."""
         assert mode == "rb"
         return io.BufferedReader(RangeStream(self.read_into, self.file_info().size), BUFFER_BYTES)
 

@@ -59,7 +59,7 @@ class SafetensorsFile(TensorFile):
         path: The file.
 
     Raises:
-        InputError: The header is invalid, or does not describe the file's bytes exactly.
+        InputError: The file cannot be read, or its header is invalid or does not describe its bytes exactly.
     """
 
     label = "safetensors"

@@ -1,8 +1,8 @@
 """Stores answer the requests for an address: buckets through fsspec (s3fs, gcsfs), and web servers by range requests.
 
-A store returns only verified data. Every range is checked against the request (position, length and size of the whole
-file) and against the version of the file whose header was read; any difference is an error. A folder of a bucket is
-listed once. Redirects of web servers are not followed. Retries and chunks belong to ``addresses``, the Hub to ``hub``.
+A store returns only verified data. Every range is checked against the request and against the version of the file whose
+header was read; any difference is an error. A folder of a bucket is listed once. Redirects of web servers are not
+followed. Retries and chunks belong to ``addresses``, the Hub to ``hub``.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class FileInfo:
 
     Args:
         size: Size in bytes.
-        version: Identifier that changes with the content: an ETag, a generation, a hash, or else a date; empty if
-            unknown.
+        version: Identifier that changes with the content: an ETag, a generation, a hash, a commit, or else a date;
+            empty if unknown.
         head: The first bytes, if they were part of the response.
         ranged: Whether ranges can be requested; otherwise ``head`` is the whole file.
     """
@@ -178,7 +178,7 @@ class BucketStore(Store):
         return list(self._list_entries(address))
 
     def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
-        """Fill a buffer by one request, and check the version of the file.
+        """Fill a buffer with the bytes from ``start`` on, and check the version of the file.
 
         S3 checks it on the server; other stores are queried afterwards.
 
@@ -336,7 +336,7 @@ class HttpStore(Store):
         return ()
 
     def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
-        """Fill a buffer by one range request."""
+        """Fill a buffer with the bytes from ``start`` on, by one range request."""
         self._run(self._read, address, start, buffer, file_info)
 
     def _find(self, address: str) -> FileInfo | None:
@@ -362,7 +362,7 @@ class HttpStore(Store):
             self._fs = filesystem("http", get_client=_make_client)
 
     async def check_redirect(self, address: str, url: Any) -> None:
-        """Raise an ``InputError`` if a redirect to this URL is not to be followed."""
+        """Accept a redirect to this URL; a subclass may raise an ``InputError``."""
 
     @asynccontextmanager
     async def _get(self, address: str, start: int, stop: int) -> AsyncIterator[Any]:
@@ -498,7 +498,7 @@ async def _limit_time() -> AsyncIterator[Callable[[int], int]]:
 
 
 async def _read_body(address: str, response: Any, size: int, count: Callable[[int], int]) -> bytes:
-    """Return the content of an answer, which must have exactly ``size`` bytes; never read more."""
+    """Return the content of an answer, which must have exactly ``size`` bytes; stop if there are more."""
     content = bytearray()
     async for piece in response.content.iter_chunked(2**16):
         content += piece

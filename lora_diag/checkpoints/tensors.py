@@ -77,7 +77,7 @@ class TensorInfo:
 
 
 class TensorFile:
-    """One open file of tensors, or a view of one; the formats are listed in ``FORMATS``."""
+    """One open file of tensors, or a view of one; ``folder.FORMATS`` lists the formats of files."""
 
     path: Path
     tensors: Mapping[str, TensorInfo]
@@ -93,7 +93,11 @@ class TensorFile:
         raise NotImplementedError
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor; without torch where the format allows it."""
+        """Return the bytes of a small tensor; without torch where the format allows it.
+
+        Raises:
+            InputError: They cannot be read.
+        """
         import torch
 
         return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
@@ -162,11 +166,15 @@ class Checkpoint:
         return self._file_by_name[name].tensors[name]
 
     def file_of(self, name: str) -> Path:
-        """Return the file that holds a tensor."""
+        """Return the file that holds a tensor; the folder if its parts are in several files."""
         return self._file_by_name[name].path
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor, such as the settings of a quantizer."""
+        """Return the bytes of a small tensor, such as the settings of a quantizer.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
         return self._file_by_name[name].read_bytes(name)
 
     def are_zero(self, names: Iterable[str]) -> Iterator[bool]:

@@ -59,7 +59,8 @@ class ZeroFolder(PartsFolder):
         folder: The folder.
 
     Raises:
-        InputError: A file is missing or damaged, or the parts do not fit together.
+        InputError: A file is missing, damaged or of unsupported parallelism, the parts do not fit together, or the
+            folder holds several steps and does not name the latest.
     """
 
     label = "DeepSpeed ZeRO"

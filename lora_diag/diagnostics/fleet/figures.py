@@ -48,7 +48,7 @@ class _Point:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the scatter plot of all adapters that have a rank, with a colour per run.
+    """Return the page of the scatter plot of all adapters with a used fraction of their rank, with a colour per run.
 
     Raises:
         UndrawableError: No adapter has a rank.
@@ -83,7 +83,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
-    """Return a point for each adapter that has a rank."""
+    """Return a point for each adapter with a used fraction of its rank."""
     records = [(record, run) for run, item in enumerate(series) for record in item.records]
     names = short_names(record.adapter for record, _ in records)
     outlier_kinds = [kinds for item in series for kinds in find_outlier_kinds(item.records)]

@@ -1,7 +1,7 @@
 """``fleet``: measure norm and rank of many adapters, and sketches of their updates for comparison.
 
-Thin factors are measured with NumPy alone, if their Gram matrices give the energies; other layers are decomposed with
-torch.
+On the CPU, thin factors are measured with NumPy and SciPy, if their Gram matrices give the energies; other layers are
+decomposed with torch.
 """
 
 from __future__ import annotations
@@ -84,15 +84,16 @@ def _make_measured(
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
-    """Return whether a layer's update is the product of stored factors, of a rank of at most ``MAX_RANK``."""
+    """Return whether a layer's update has factors that can be read without torch, of a rank up to ``MAX_RANK``."""
     return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= thin.MAX_RANK
 
 
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     """Measure layers of one rank from their stored factors; None for those that ``measure_dense`` has to measure.
 
-    These are layers of which a Gram matrix does not give the energies, or an entry is not finite. Factors of one shape
-    are read and reduced together, which saves calls; the remaining steps are computed for all layers together.
+    These are layers whose Gram matrices do not give the energies, as of a zero update or an entry that is not finite,
+    or whose norm overflows. Factors of one kind are read and reduced in batches, which saves calls; the remaining steps
+    are computed for all layers together.
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
@@ -129,7 +130,7 @@ class _Folded:
     """The factors of a layer, folded, and their scale.
 
     Args:
-        rows: B with its rows summed in the buckets of both hashes of rows, ``(2, LENGTH, r)``.
+        rows: B with its rows summed in the buckets of both hashes, ``(2, LENGTH, r)``.
         columns: Aᵀ with its rows summed in the buckets of the hash of columns, ``(LENGTH, r)``.
         scale: s in ΔW = s·B·A.
     """
@@ -191,7 +192,7 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
 
 
 def measure_dense(path: str, delta: Delta, device: str) -> Measured:
-    """Measure one layer from its decomposition in float64, with one thread of torch.
+    """Measure one layer from its decomposition, with one thread of torch.
 
     Args:
         path: The adapter's path.
@@ -199,7 +200,7 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         device: Device of the computation.
 
     Raises:
-        InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
+        InputError: A file cannot be read, an entry or a norm is not finite, or the decomposition does not converge.
     """
     torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     change = load_change(delta, resolve_device(device))
@@ -229,7 +230,7 @@ DIGITS = 4
 
 
 def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) -> Fleet:
-    """Measure one adapter layer by layer; nothing of the size of a weight is kept.
+    """Measure one adapter, a few layers at a time; nothing of the size of a weight is kept.
 
     Args:
         path: The adapter's path.
@@ -238,7 +239,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         device: Device of the computation; on ``cpu``, thin factors are measured with NumPy.
 
     Raises:
-        InputError: The adapter cannot be read, an entry is not finite, or the norm overflows float64.
+        InputError: A file cannot be read, an entry or a norm is not finite, or a decomposition does not converge.
     """
     layers: dict[str, FleetLayer] = {}
     update, space, sigma_1_norm = np.zeros(thin.LENGTH), np.zeros(thin.LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
@@ -305,8 +306,9 @@ class FleetPath:
 
     Args:
         path: An adapter, or the base of all.
-        files: Hash of its files' names and sizes; empty if they cannot be listed, as on object storage.
-        size: Bytes of these files; 0 if they cannot be listed.
+        files: Hash of the names and sizes of its files with ``READ_SUFFIXES``; empty without any, and on object
+            storage.
+        size: Bytes of these files; 0 likewise.
     """
 
     path: Path
@@ -383,8 +385,8 @@ def fleet(
     r"""Measure many adapters: used rank, zero updates, spikes, norms, and sketches that reveal near-duplicates.
 
     Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. For local
-    adapters measured on the CPU without BASE, these are by default one worker, and from 512 MiB of adapters on
-    processes, one per core. An adapter that cannot be read is skipped.
+    adapters measured on the CPU without BASE, the default is one worker, and from 512 MiB of adapters on several
+    processes. An adapter that cannot be measured is skipped.
 
     Args:
         adapters: Folders, files, or patterns such as ``runs/**``; with ``base`` also fine-tuned checkpoints, given
@@ -396,7 +398,7 @@ def fleet(
         One record per adapter that could be measured; the others are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid.
+        UsageError: An option is invalid, or ``output`` may be neither replaced nor resumed.
         InputError: The results file cannot be written, an address is invalid or cannot be reached, or a cluster's
             worker has different files.
         NothingComparedError: No adapter was found.
@@ -492,7 +494,7 @@ def _describe(member: Member, verify: bool) -> RunInput:
 
     Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it. One on object storage
     is opened, since its server may not list folders and sizes cost as many requests; with ``verify``, every
-    adapter is. If it cannot be opened, the hashes of its contents are empty: measuring reports the error.
+    adapter is. What cannot be opened as an adapter has no hash of its contents.
     """
     digest, sha256 = member.seen.files, ""
     is_remote = isinstance(member.seen.path, RemotePath)

@@ -31,9 +31,9 @@ class Fleet(LayerRecord):
         kind: Type of adapter, as text.
         modules: Number of adapted matrices.
         dead: Number of matrices with a zero update.
-        rank: The largest rank of its factors; null if it has none.
+        rank: The largest rank of its factors; null if no layer has factors.
         fro: ‖ΔW‖_F over all matrices.
-        total_rank: Σ of the ranks; null if one has no factors.
+        total_rank: Σ of the ranks; null if a layer has no factors.
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
         used: ``total_rank_99`` over ``total_rank``; null if that is null or 0.
         spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every layer; null for a zero

@@ -15,7 +15,7 @@ from lora_diag.rendering.statements import Statement, final_statements, make_sta
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import list_counts, number, percent, quantity, span
 
-# Maximum number of rows of a table, and of items named in a sentence; the records have all.
+# Maximum number of outliers or pairs in a table, and of adapters in a suggested command.
 _MAX_ROWS, _MAX_NAMED = 20, 3
 
 _RELATION_TEXTS = {
@@ -32,7 +32,10 @@ _DUPLICATE_COLUMNS = (
 
 
 def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
-    """Return the tables: the outliers, with ``per`` = ``layer`` every adapter; and the near-duplicates."""
+    """Return the tables: the rarest outliers, with ``per`` = ``layer`` every adapter; and the nearest near-duplicates.
+
+    A table without rows is omitted.
+    """
     records = results.layers
     names, remarks = short_paths([record.adapter for record in records]), describe_outliers(records)
     indices = statistics.order_by_rarity(statistics.find_outlier_kinds(records))
@@ -72,7 +75,7 @@ def describe_outliers(records: Sequence[Fleet]) -> list[str]:
 
 
 def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: an exact comparison of the nearest two adapters, or of all if they are few; else None."""
+    """Return the next step, an exact comparison of the nearest near-duplicates or of few adapters; else None."""
     paths, pairs = [record.adapter for record in results.layers], _find_pairs(results.layers)
     compared = [paths[pairs[0].first], paths[pairs[0].second]] if pairs else paths
     if not 1 < len(compared) <= _MAX_NAMED:
@@ -106,7 +109,7 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
-    """State the ranks of nonzero adapters, and the fraction that 99% of their energy needs."""
+    """State the ranks of nonzero adapters that have one, and the fraction that 99% of their energy needs."""
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"

@@ -32,7 +32,7 @@ ENERGY = "0.9"
 
 
 def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the ranks of the layers, for each run.
+    """Return the page of the rank of the sum and the sum of the ranks by layer, one panel per run.
 
     Raises:
         UndrawableError: No layer is changed by two updates.
@@ -69,7 +69,7 @@ _FILLED: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
 
 
 def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> None:
-    """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks, of each layer."""
+    """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks: the median of each bar."""
     line: dict[str, Any] = {"lw": 1.3 * style.line}
     for rank_of, label, color, look in (
         (lambda record: record.spectrum.rank_at[ENERGY], "rank of the sum", SUM, _FILLED),
@@ -150,7 +150,12 @@ def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interferenc
 def compute_random_distribution(
     grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
 ) -> NDArray[np.float64]:
-    """Return the cumulative distribution, at ``grid``, of the cosines of random spaces of the measured dimensions."""
+    """Return the cumulative distribution of the cosines of random spaces of the measured dimensions.
+
+    Args:
+        grid: Cosines in [0, 1] at which it is returned.
+        spaces: The measured agreements, each with the dimension of the whole space.
+    """
     counts = Counter(
         (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
     )

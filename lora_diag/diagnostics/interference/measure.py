@@ -154,7 +154,7 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     """Read and decompose one update; if an entry is not finite or the norm out of range, return its change.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or the decomposition did not converge.
     """
     change = load_change(update.delta, device)
     if change.non_finite is not None:
@@ -200,11 +200,11 @@ def _make_loss(fro: float, norm: float, distance: float, inner_product: float) -
 def measure_factor_merges(
     summed: Matrix, fro: float, adapters: Sequence[AdapterFactors] | None, weights: Sequence[float], density: float
 ) -> dict[str, MergeLoss | None]:
-    """Return the losses of merges made from the factors; None for a merge that does not exist.
+    """Return the losses of merges made from the factors by name; None for a merge that does not exist.
 
-    ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is that of its cross terms
-    Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise. (``peft.tuners.lora.model``,
-    ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
+    ``ties_dense``, which is not made from the factors, is None, too. ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its
+    distance from S is the norm of its cross terms Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k
+    likewise. (``peft.tuners.lora.model``, ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
 
     Args:
         summed: S.
@@ -249,6 +249,9 @@ def measure_union(
         parts: The decomposed updates of the layer.
         changed: Those that are not zero.
         settings: Settings of the measurement.
+
+    Raises:
+        InputError: The decomposition of the sum did not converge.
     """
     weights = [part.update.weight for part in parts]
     summed = sum_matrices([part.matrix for part in parts], weights)
@@ -458,8 +461,9 @@ def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[I
         is out of range, one ``left_out`` record instead.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or a decomposition did not converge.
         MemoryLimitError: The layer does not fit into the memory limit.
+        UsageError: The device is unknown or not available.
     """
     records, fallback = compute_on_device(partial(_measure_on, task, settings), resolve_device(settings.device))
     return tuple(
@@ -555,13 +559,13 @@ def interference(
 
     Returns:
         One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
-        layer that any of them has.
+        layer that any of them has; tensors that cannot be measured are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid, there are fewer than two updates, one is given twice, one is a checkpoint and
-            no ``base`` is given, or ``base`` is an adapter.
-        InputError: An input cannot be read, or two of them are not of one model.
-        NothingComparedError: No selected weight is changed by two of them.
+            no ``base`` is given, ``base`` is an adapter, or ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read, two of them are not of one model, or the results file cannot be written.
+        NothingComparedError: An update has no selected weight, or no weight is in two of them.
 
     Example:
         >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]
@@ -694,9 +698,9 @@ def _tuned_path(comparison: Comparison) -> str:
 
 
 def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
-    """Return the 1-D tensors, and the unpaired tensors that are neither 1-D nor in ``layers``, each once.
+    """Return the compared 1-D tensors, and the unpaired tensors that no comparison pairs, each name once.
 
-    The first comparison that has one counts.
+    The first comparison that has one counts; ``layers`` are the compared matrices.
     """
     vectors: dict[str, Delta] = {}
     unpaired: dict[str, Unpaired] = {}

@@ -200,7 +200,7 @@ class Union(LayerRecord):
     """All updates of one layer together: S = Σ w_k ΔW_k, and the loss of merging them.
 
     Tables are by energy fraction (``0.9``), by merge (``linear``) or by rank (``16``). The norms and spectra of the
-    parts include the weights w_k. Fields that need two updates are null if only one changes the layer or, except
+    parts include the weights w_k. Fields that need two updates are null if fewer change the layer or, except
     ``energy_ratio``, if S = 0; tables are then empty or have null values.
 
     Args:
@@ -221,7 +221,8 @@ class Union(LayerRecord):
             updates cancel, or the rank of S is too small).
         weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r = ``rank_at`` of S.
         energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if they cancel.
-        sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed.
+        sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed, of the directions of each update up to
+            the largest requested rank.
         sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1 for two equal ones.
         sti_random: Estimate of ``sti_relative`` for random directions with normal entries.
         alignment: Mean of ``alignments``.
@@ -229,15 +230,16 @@ class Union(LayerRecord):
             at most 5% of ‖S‖_F.
         alignment_rank: Number of these vectors.
         alignment_random: √(alignment_rank / out), for random directions.
-        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign; null with a
-            density of 0, as the three below.
+        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign; null without
+            such an entry and, as the three below, with a density of 0.
         sign_conflicts_random: The same for random signs: ½ for two updates.
         trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no two updates
             share such an entry.
         trimmed_conflicts_random: The same for random signs.
         merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: results of PEFT's
             add_weighted_adapter, which merges A and B separately. ``ties_dense``: TIES on ΔW itself. Null if a merge
-            does not exist (factors of different ranks or of unknown scale, or none), and for TIES with a density of 0.
+            does not exist (no factors, an unknown scale or one of 0; except for ``cat``, different ranks or a negative
+            scale), and for TIES with a density of 0.
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 

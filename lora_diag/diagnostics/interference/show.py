@@ -80,7 +80,7 @@ def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
-    """Return ‖S − M‖/‖S‖ over several layers; None if a layer does not have the merge or every sum is 0."""
+    """Return ‖S − M‖/‖S‖ over the layers with S ≠ 0; None if one of them does not have the merge, or without any."""
     sums = [record for record in records if record.fro > 0]
     gaps = [loss.residual * record.fro for record in sums if (loss := record.merges.get(merge)) is not None]
     if not gaps or len(gaps) < len(sums):
@@ -133,7 +133,7 @@ _RELATIONS: dict[Relation, str] = {
 
 
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
-    """State what two updates have in common, and in which layer they cancel most."""
+    """State what two updates have in common, and in which layer they cancel most, if they do."""
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
     cosine, worst = number(round(pooled_cosine(records), 4)), min(records, key=lambda record: record.cosine)
     lowest = f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
@@ -153,7 +153,7 @@ def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
-    """Yield the errors of all merges, then the rank of the exact one."""
+    """Yield the errors of all merges, then, if it exists, the rank of the exact one."""
     errors = {name: merge_residual(unions, merge) for merge, name in MERGES.items()}
     errors |= {f"svd r={rank}": recompressed_residual(unions, rank) for rank in _list_truncation_ranks(unions)}
     losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]

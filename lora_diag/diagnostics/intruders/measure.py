@@ -71,11 +71,12 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
         settings: Settings of the measurement.
 
     Returns:
-        One record; a ``left_out`` record if a weight is not finite or missing in BASE.
+        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have the weight.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or a decomposition did not converge.
         MemoryLimitError: The layer does not fit.
+        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
@@ -176,7 +177,7 @@ def intruders(
     tuned: Path | str,
     **options: Unpack[IntruderOptions],
 ) -> Results[Intruders]:
-    r"""Count intruder dimensions: largest left singular vectors of W_tuned without a counterpart in W_base.
+    r"""Count intruder dimensions: those of the largest left singular vectors of W_tuned that W_base does not have.
 
     Args:
         base: Base checkpoint.
@@ -188,11 +189,12 @@ def intruders(
         **options: ``IntruderOptions``.
 
     Returns:
-        One record per finite matrix that both sides have; other matrices are in ``left_out``.
+        One record per finite matrix that both sides have; other tensors are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid.
-        InputError: An input cannot be read.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
+            resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
         NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:

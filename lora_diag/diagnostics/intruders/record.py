@@ -16,7 +16,7 @@ class Direction(Record):
         nearest: The i of the maximum, from 1 on.
         window: Number of singular values of W_base within the window, |σ_i − σ_j| ≤ window·σ_j.
         projection: Norm of the projection of u_j on the span of their singular vectors.
-        projection_random: √(window / out), that norm for a random direction.
+        projection_random: √(window / out), the root mean square of that norm for a random direction.
         kind: ``kept``: ``similarity`` ≥ ε: a direction of BASE. ``rotated``: no single direction of BASE, and u_j lies
             in the window's span clearly more than a random one does. ``intruder``: neither: a large direction that BASE
             does not have, which papers relate to forgetting; compare the loss on other text. See

@@ -48,8 +48,8 @@ class OverlapSettings(LayerSettings):
     """Settings of the measurement of a layer.
 
     Args:
-        ranks: Ranks r of the subspaces. Ranks above that of ΔW or of an adapter are skipped; an adapter's own rank is
-            always measured.
+        ranks: Ranks r of the subspaces. Ranks above that of ΔW or of its factors are skipped; the own rank of factors
+            is always measured.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -109,12 +109,13 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
         settings: Settings of the measurement.
 
     Returns:
-        One record for each step and rank. If ΔW is zero, not finite, or has fewer directions than every requested rank,
-        one ``left_out`` record instead; if a gradient is not finite, one instead of the records of its step.
+        One record for each step and rank. If there are no subspaces, the ``left_out`` record of ``layer_subspaces``
+        instead; if a gradient or its norm is not finite, one instead of the records of its step.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or the decomposition did not converge.
         MemoryLimitError: The layer does not fit.
+        UsageError: The device is unknown or not available.
     """
 
     def measure(device: torch.device) -> tuple[Overlap | LeftOut, ...]:
@@ -136,11 +137,11 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
         device: Device of the computation and of the result.
 
     Returns:
-        The subspaces; for an adapter, those spanned by its factors. A ``left_out`` record if ΔW is not finite, is
-        zero, or has fewer directions than every requested rank.
+        The subspaces; of an update with factors, those that the factors span. A ``left_out`` record if ΔW is not finite
+        or zero, or without factors has fewer directions than every requested rank.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or the decomposition did not converge.
         MemoryLimitError: The layer does not fit.
     """
     delta = drop_base(delta)
@@ -174,7 +175,7 @@ def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
 
 
 def _choose_ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the requested ranks that ΔW can have, and for an adapter its own."""
+    """Return the requested ranks that ΔW can have; with factors, those below their own rank, and that."""
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in requested if rank <= min(delta.shape))
     own_rank = min(change.factors[0].shape[1], *delta.shape)
@@ -259,8 +260,8 @@ def overlap(
         tuned: Fine-tuned checkpoint, of a pilot run; or an adapter, whose own subspaces are then the reference.
         gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards) per step, or such
             files.
-        ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; an adapter's own rank is always
-            measured.
+        ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; the own rank of an adapter with
+            factors is always measured.
         show_rank: A further rank to measure, which the command shows; None for no further rank.
         **options: ``OverlapOptions``.
 
@@ -269,8 +270,10 @@ def overlap(
         layer and gradients that are not finite are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, no gradients are given, or ``tuned`` contains gradients.
-        InputError: An input cannot be read, or two snapshots are of one step.
+        UsageError: An option is invalid, no gradients are given, ``tuned`` contains gradients, an input is in the wrong
+            place, or ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``; a snapshot has no valid step, or its step or
+            shapes contradict those of another; or the results file cannot be written.
         NothingComparedError: The sides have no weight in common, none is selected, or no compared layer has a gradient.
 
     Example:
@@ -331,7 +334,7 @@ def subspaces(
 ) -> Reference:
     """Compute the top singular subspaces of ΔW, as a reference for a ``GradientRecorder``.
 
-    They stay on ``device`` and are moved to the gradients' device when compared.
+    They stay on ``device``; the recorder copies them to the gradients' device, if that has float64.
 
     Args:
         base: Base checkpoint.
@@ -340,12 +343,12 @@ def subspaces(
         **options: ``SubspaceOptions``.
 
     Returns:
-        The subspaces, 8·r·(out + in) bytes per layer, where r is the largest rank.
+        The subspaces, 8·r·(out + in) bytes per layer, where r is the largest rank measured there.
 
     Raises:
-        UsageError: An option is invalid.
-        InputError: An input cannot be read.
-        NothingComparedError: The checkpoints have no weight in common, or none is selected.
+        UsageError: An option is invalid, or an input is in the wrong place.
+        InputError: An input cannot be read or does not fit ``base``, or a decomposition did not converge.
+        NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:
         >>> found = subspaces("sample_checkpoints/base", "sample_checkpoints/lora_r4")
@@ -420,7 +423,7 @@ def _list_unmatched(
     unmatched: Sequence[Unpaired],
     is_selected: Callable[[str], bool],
 ) -> Iterator[Unpaired]:
-    """Yield the selected gradients that belong to no update."""
+    """Yield the selected gradients that belong to no compared or skipped tensor of TUNED."""
     layers_of_pairing = {each.layer for each in (*pairing.deltas, *pairing.unpaired)}
     detail = "has gradients, and TUNED does not change it"
     without_update = [Unpaired(history.layer, history.shape, "no_reference", detail) for history in gradient_histories]

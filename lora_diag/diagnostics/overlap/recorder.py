@@ -32,7 +32,10 @@ from lora_diag.version import __version__
 
 
 def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subspaces | LeftOut:
-    """Return the subspaces spanned by the factors of the LoRA around a weight; a ``left_out`` record without any.
+    """Return the subspaces spanned by the factors of the LoRA around a weight.
+
+    A ``left_out`` record if the LoRA is zero or not finite.
+
 
     Args:
         weight: The weight.
@@ -158,7 +161,7 @@ class GradientRecorder(TrainerCallback):
 
         Raises:
             UsageError: The recorder is attached already, the model has nothing to record or compare, its weights are
-                sharded over processes, or the output exists.
+                sharded over processes, the results file exists, or a snapshot in the folder may not be replaced.
             InputError: The output cannot be written.
         """
         if self._hook_removers or self._weights:
@@ -232,7 +235,7 @@ class GradientRecorder(TrainerCallback):
         self._begin(state.global_step)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Record if due, as ``step`` does; the Trainer already unscaled and clipped gradients of trained weights."""
+        """Record if due, as ``step`` does; gradients of trained weights are clipped if the Trainer has a norm limit."""
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
 

@@ -108,8 +108,8 @@ def overlap_table(
 
     Args:
         results: The results.
-        width: Width of the terminal in columns; the layout adapts from 80 to 140.
-        color: Whether to shade κ with ANSI colours.
+        width: Width of the terminal in columns.
+        color: Whether to use ANSI colours, which shade κ.
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
         next_command: The suggested next command, printed last; None without one.
         show_rank: The rank to show; default as in ``tracks``.
@@ -171,7 +171,7 @@ MIN_REACH = 0.1
 
 
 def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: a sweep of ranks if most layers end near random, else the effect of the adapter, or one."""
+    """Return the next step: a sweep of ranks if most layers end near random; else the adapter's loss, or extraction."""
     relevant = _select_relevant(tracks(results))
     if 2 * len(_select_near(relevant)) > len(relevant):
         return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")

@@ -97,7 +97,7 @@ class Consumer:
         return self.rules[0].read[-1]
 
     def find_rule(self, version: str) -> Rule:
-        """Return the rule for a version; for the newest if the version is empty.
+        """Return the rule for a version; the newest if the version is empty.
 
         Raises:
             UsageError: The text is not a version, or is older than every rule.

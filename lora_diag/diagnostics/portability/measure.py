@@ -61,8 +61,8 @@ class Judged:
     Args:
         item: The contents of the adapter's file for the weight.
         outcomes: The treatment of the weight by each consumer.
-        intended: The intended s; None without factors, 0 if the program whose ΔW is intended drops them.
-        delta: ΔW; None without weights, and if a ΔW of the adapter needs a BASE and none is given.
+        intended: The intended s; None without factors, 0 if the program whose ΔW is intended drops the weight.
+        delta: ΔW; None if it is not known, such as without weights, or where it needs a BASE and none is given.
     """
 
     item: Item
@@ -88,10 +88,11 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
     """Return the record of every consumer; one ``left_out`` record if ΔW is not finite or its norm overflows.
 
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
-    the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, ΔW is formed.
+    the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, s'BA is compared with
+    ΔW itself.
 
     Raises:
-        InputError: A file could not be read.
+        InputError: A file could not be read, or the decomposition did not converge.
     """
     fro: float | None = None
     update: Matrix | None = None
@@ -145,7 +146,7 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
 
 
 def _measure_distance(task: Judged, scale: float | None, fro: float | None, update: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is zero, or ΔW, s' or the adapter's s is unknown."""
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is 0, or ΔW, s' or the adapter's s is unknown."""
     item, delta = task.item, task.delta
     if delta is None or not fro or update is None or item.load is None or scale is None or not item.scale:
         return None
@@ -205,8 +206,8 @@ def make_portable(
     Raises:
         UsageError: ``adapter`` is not an adapter, ``base`` is one, an option is invalid, ``output`` exists, or there is
             no rule for a program.
-        InputError: An input cannot be read, a portable adapter cannot store a tensor, or the written one reads back
-            differently.
+        InputError: An input cannot be read or does not fit ``base``, a portable adapter cannot store a tensor, or the
+            folder cannot be written or reads back differently.
         NothingComparedError: No ΔW can be measured against ``base``.
 
     Example:
@@ -284,7 +285,7 @@ def judge_or_fix(
 def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
     """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is zero.
 
-    Both adapters are opened and read, and their updates are compared in factored form.
+    The updates are compared in factored form. Without BASE, weights that another layout renames are omitted.
 
     Raises:
         InputError: A file could not be read, or a written weight is not one of the original adapter.
@@ -340,9 +341,10 @@ def portability(
 
     Raises:
         UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is no rule for a program
-            or its version, or the ``intended`` program refuses the adapter.
-        InputError: An input cannot be read, or the adapter does not fit ``base``.
-        NothingComparedError: No weight is selected.
+            or its version, the ``intended`` program refuses the adapter, or ``output`` may be neither replaced nor
+            resumed.
+        InputError: An input cannot be read, the adapter does not fit ``base``, or the results file cannot be written.
+        NothingComparedError: No weight is selected, or no ΔW can be measured against ``base``.
 
     Example:
         >>> adapter, programs = "sample_checkpoints/lora_r4", ["peft", "llamacpp"]
@@ -495,7 +497,7 @@ def _open_inputs(
 
 
 def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if one of them needs it."""
+    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if not all can be had, as if one needs BASE."""
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):
@@ -537,7 +539,7 @@ def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
     return Contents("kohya", tuple(items))
 
 
-# Feature -> an adapter of two layers with only this feature, and the intended scales.
+# Feature -> the contents of an adapter with only this feature, and with the intended scales.
 FEATURES: dict[str, Contents] = {
     "one rank, one alpha": _make_peft_contents(),
     "rsLoRA": _make_peft_contents(scales=(16 / 8**0.5, 16 / 8**0.5), use_rslora=True),
@@ -575,7 +577,7 @@ FEATURES: dict[str, Contents] = {
 
 
 def rules_grids() -> list[Grid]:
-    """Return two tables per file layout, of the newest and of older rules, with one row per feature."""
+    """Return two tables per file layout of ``FEATURES``, of the newest and of older rules, with one row per feature."""
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
         features = {name: contents for name, contents in FEATURES.items() if contents.form == form}

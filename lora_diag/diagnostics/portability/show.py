@@ -1,4 +1,4 @@
-"""Tables and statements of ``portability``: the rules of all programs, the errors of an adapter, and remedies."""
+"""Tables and statements of ``portability``: the rules of all programs, and the errors of an adapter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Name = tuple[str, str]
 
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
-    """Return the table of treatments: one row per module type or layer, one column per consumer; none without rows."""
+    """Return the table of treatments, a row per module type or layer, a column per consumer and version; or none."""
     names = list(group_by_consumer(results))
     columns = [
         Shown("n", "n", "number of weights", pool=_count_weights, main=per == "type", drop=1),
@@ -64,12 +64,15 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
 
 
 def _describe_of(records: Sequence[Portability], name: Name) -> str | None:
-    """Return the treatment by one consumer."""
+    """Return the worst treatment by one consumer and version; None without records of it."""
     return describe_treatment(record for record in records if (record.consumer, record.version) == name)
 
 
 def describe_treatment(records: Iterable[Portability]) -> str | None:
-    """Return the worst treatment; if it is wrong, the factors s'/s or, beyond scale, the largest ε; None for none."""
+    """Return the worst treatment as text; None without records.
+
+    If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known, the largest ε.
+    """
     records = sorted(records, key=lambda record: ORDER.index(record.status))
     if not records or records[0].status != "wrong":
         return records[0].status if records else None
@@ -82,12 +85,12 @@ def describe_treatment(records: Iterable[Portability]) -> str | None:
 
 
 def exit_code(results: Results[Portability]) -> int:
-    """Return the exit code of ``portability``."""
+    """Return the exit code of ``portability``: that of a failed gate if a required program fails."""
     return GATE_FAILED if find_failed(results) else DONE
 
 
 def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: BASE if it is needed, a remedy, or a gate; None for rules and after ``--fix``."""
+    """Return the next step: BASE if it is needed, a remedy, a results file, or a gate; None for rules and ``--fix``."""
     if values["rules"] or values["fix"]:
         return None
     statuses = {record.status for record in results} - {*AS_INTENDED}
@@ -112,7 +115,7 @@ def _suggest_remedy(parts: set[str], base: str) -> Hint:
 
 
 def find_failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do not, or not certainly, apply the intended ΔW in every weight."""
+    """Return the required consumers that do not, or not certainly, apply the intended ΔW in every judged weight."""
     required = set(results.run.settings.get("require") or ())
     return [
         name
@@ -122,7 +125,7 @@ def find_failed(results: Results[Portability]) -> list[Name]:
 
 
 def portability_lines(results: Results[Portability]) -> list[Statement]:
-    """Return the statements: the treatment by each consumer, and remedies."""
+    """Return the statements: the written adapter, the answer for all consumers, each one, and failed requirements."""
     groups, fixed = group_by_consumer(results), results.run.settings.get("fixed") or {}
     titles = ", ".join(f"{title_of(name, [name])} {name[1]}" for name in find_failed(results))
     required = f"not as intended, or not known: {titles}" if titles else ""
@@ -175,7 +178,7 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -
 
 
 def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
-    """State what a consumer does otherwise than intended, why, and the option it needs; without either, nothing."""
+    """State what a consumer does otherwise than intended, why, the option it needs, and whether its rule is older."""
     faulty = {status: [record for record in records if record.status == status] for status in ORDER[:4]}
     clauses = ["refuses the adapter"] if faulty["refused"] else []
     if dropped := faulty["dropped"]:

@@ -23,7 +23,7 @@ COLORS = {"rank": CATEGORIES[0], "direction": CATEGORIES[5], "scale": CATEGORIES
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page with one panel per adapter, each with its own scale of ε².
+    """Return the page with one panel per adapter or reference, each with its own scale of ε².
 
     With a common scale, a distant adapter would flatten the others.
 
@@ -65,7 +65,7 @@ def _select_matrices(records: Iterable[Residual]) -> tuple[Residual, ...]:
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
-    """Draw the parts of ε² of one adapter as stacked bars."""
+    """Draw the parts of ε² of one adapter as stacked bars, and the level of no adapter."""
     for slot in slots:
         sums = [sum_parts(bar) for bar in slot.bars]
         base = np.zeros(len(sums))
@@ -80,7 +80,7 @@ def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
 
 
 def _describe_run(item: Series[Any]) -> str:
-    """Return the label of an adapter with the parts of its ε², its cosine and its norm ratio."""
+    """Return the label of an adapter with its rank, the parts of ε², the cosine and the norm ratio, where defined."""
     records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
     rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""

@@ -43,7 +43,7 @@ class ComparedUpdate:
     Args:
         name: The adapter's or the reference's path.
         role: ``adapter`` or ``reference``.
-        delta: Its ΔW; None if it does not change the layer.
+        delta: Its ΔW; None if it has none of the layer.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Layer(LayerTask):
 
     Args:
         updates: The adapters and the reference, in order.
-        moments: C of the layer's input; None without the data metric.
+        moments: Location of C of the layer's input; None without one.
         recover: Whether to estimate the update before rounding.
     """
 
@@ -85,7 +85,7 @@ def _estimate_weighting_bytes(layer: Layer) -> int:
 
 
 def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
-    """Return the memory available for D, half of it if a dense X is in memory with it; None without a limit."""
+    """Return the allowance for D, half of the memory if a dense X is in memory with it; None without a limit."""
     if settings.memory is None:
         return None
     two_dense = any(
@@ -104,11 +104,12 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 
     Returns:
         One record for each adapter and reference; if the fine-tune is not finite or its norm out of range, a
-        single ``left_out`` record, and if an adapter is, one in place of its record.
+        single ``left_out`` record, and if an adapter or reference is, one in place of its record.
 
     Raises:
-        InputError: A file could not be read, or a second moment is invalid.
+        InputError: A file could not be read, a second moment is invalid, or a decomposition did not converge.
         MemoryLimitError: An update does not fit.
+        UsageError: The device is unknown or not available.
     """
     return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
@@ -117,7 +118,7 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     """Return the records of a layer as ``measure_layer`` does, measured on this device.
 
     Raises:
-        InputError: A file could not be read, or a second moment is invalid.
+        InputError: A file could not be read, a second moment is invalid, or a decomposition did not converge.
         MemoryLimitError: An update does not fit.
     """
     # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
@@ -162,7 +163,7 @@ def _make_record(
     before_rounding: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
-    """Return the record of one adapter; if its update is not finite or not comparable, why."""
+    """Return the record of one adapter or reference; if its update is not finite or not comparable, why."""
     if change is not None and change.non_finite is not None:
         return change.non_finite
     is_matrix, factors = layer.delta.is_matrix, weight_metric.factors
@@ -290,19 +291,21 @@ def residual(
         reference: Another full fine-tune, such as another seed, to show the distance between equally good solutions;
             None for none.
         activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
-            under each weight's name and, in its metadata, ``tokens``. Distances are then also given in the norm
+            under each weight's name, as ``probe_activations`` writes it. Distances are then also given in the norm
             ‖·C^½‖_F. None for the Frobenius norm only.
         recover: Estimate the update before rounding, as ``recover`` does, and give the expected distance to it, too.
         **options: ``ResidualOptions``.
 
     Returns:
-        One record for each layer and each adapter or reference, including layers that it does not change, with ε = 1,
-        and norms and biases, which have no rank. Layers that are not finite are in ``left_out``.
+        One record for each layer of ``tuned`` and each adapter or reference, including layers that it does not change,
+        and norms and biases, which have no rank. What cannot be measured is in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, or there is nothing to compare with ``tuned``.
-        InputError: An input cannot be read.
-        NothingComparedError: The sides have no weight in common, or none is selected.
+        UsageError: An option is invalid, there is nothing to compare with ``tuned``, an input is given twice or in the
+            wrong place, or ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
+        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix is, with
+            ``activations``.
 
     Example:
         >>> names = ("base", "full_ft", "lora_r16")
@@ -375,7 +378,7 @@ def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
 
 
 def _list_unmatched(full: Pairing, comparisons: Sequence[Comparison]) -> Iterator[Unpaired]:
-    """Yield tensors of the adapters and the reference that TUNED does not contain."""
+    """Yield the tensors of the adapters and the reference that are neither compared nor skipped tensors of TUNED."""
     full_layers = {each.layer for each in (*full.deltas, *full.unpaired)}
     for comparison in comparisons:
         path = comparison.inputs[-1].path

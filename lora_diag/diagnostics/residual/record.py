@@ -37,7 +37,7 @@ class Distance(Record):
         epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young), up to
             ``energy_error``; null if the adapter has no rank.
         excess: ε² − ε_min²: the cost of direction and scale, as a fraction of ‖D‖². Nonnegative up to the rounding of
-            the adapter's factors and ``energy_error``.
+            the adapter's factors and ``energy_error``; null without ε_min.
         norm_ratio: ‖X‖ / ‖D‖.
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).
         best_scale: c = ⟨D, X⟩ / ‖X‖², the factor that minimizes ‖D − cX‖.
@@ -69,21 +69,21 @@ class Distance(Record):
 
     @property
     def parts(self) -> Parts | None:
-        """The parts of ε² (``metrics.split_epsilon``); None where D or X is zero."""
+        """The parts of ε² (``metrics.subspaces.split_epsilon``); None where D or X is zero."""
         from lora_diag.metrics.subspaces import split_epsilon
 
         return split_epsilon(self._above_floor)
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
-        """``exact``, ``not adapted``, or the largest part of ε² (``metrics.find_limit``); None if D is zero."""
+        """``exact``, ``not adapted``, or the largest part of ε² (``metrics.subspaces``); None if D is zero."""
         from lora_diag.metrics.subspaces import find_limit
 
         return find_limit(self._above_floor)
 
 
 def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
-    """Return a function that pools a field of ``metrics.Distances`` over layers."""
+    """Return a function that pools a field of ``metrics.subspaces.Distances`` over layers."""
 
     def pool(records: Sequence[Residual]) -> float | None:
         from lora_diag.metrics.subspaces import pool_distances  # imports NumPy
@@ -117,7 +117,7 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
 
 
 def describe_parts(records: Sequence[Residual]) -> str:
-    """State ε² of several layers, not all zero, as the sum of its parts; without those below 0.5% of it, about so."""
+    """State ε² of several layers, not all zero, as the sum of its parts; with ≈ where parts below 0.5% are omitted."""
     shares = {name: part for name, part in sum_parts(records).items() if part}
     total = math.fsum(shares.values())
     shown = [f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * total]
@@ -154,7 +154,7 @@ class Residual(Distance, LayerRecord):
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapter: Path of the input with X.
         role: ``adapter``; or ``reference``, another full fine-tune, for scale.
-        rank: Columns of the adapter's factors; 0 if it does not change the layer; null for a 1-D tensor and if
+        rank: Columns of the adapter's factors; 0 if it has no update of the layer; null for a 1-D tensor and if
             X has no factors.
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F; null if it was not measured.

@@ -1,4 +1,4 @@
-"""Terminal output of ``residual``: one table per adapter, sorted by the limiting factor, and a summary."""
+"""Terminal output of ``residual``: one table per adapter or reference, sorted by the limiting factor; a summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
 
 
 def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
-    """Return the records of each adapter and reference by its shortest name, in the given order."""
+    """Return the short name and the records of each adapter and reference, in the order of the records."""
     groups: dict[str, list[Residual]] = {}
     for record in results:
         groups.setdefault(record.adapter, []).append(record)
@@ -83,7 +83,7 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
-    """Return the statements of the summary: the adapters, the best aligned with TUNED first, and what limits each."""
+    """Return the statements of the summary; adapters are in descending order of their cosine with TUNED."""
     findings = []
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         note = f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order is BASE TUNED ADAPTER"
@@ -111,7 +111,7 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
 
 
 def _describe_distance(name: str, records: Sequence[Residual], whole: Distances) -> str:
-    """State the distance from the whole update."""
+    """State the distance from the whole update, and the cosine with it."""
     title = f"{name}, another full fine-tune" if records[0].role == "reference" else name
     if whole.epsilon is None:
         return f"{title}: TUNED changes nothing, so there is no ε"

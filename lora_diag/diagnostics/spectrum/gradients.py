@@ -61,11 +61,12 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 
     Returns:
         The spectrum of the smaller side, with the energy fractions and ranks of the other if that is small enough or
-        there is a single step; or a ``left_out`` record if a gradient is not finite or its norm overflows.
+        there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or spacing overflows.
 
     Raises:
         InputError: A file could not be read.
         MemoryLimitError: A gradient and its Gram matrix do not fit.
+        UsageError: The device is unknown or not available.
     """
     try:
         (smaller, larger, spacing), fallback = compute_on_device(
@@ -163,8 +164,10 @@ def gradient_spectrum(
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
     Raises:
-        UsageError: The requested method does not apply, a selection is invalid, or ``base`` is among the gradients.
-        InputError: An input cannot be read.
+        UsageError: The requested method does not apply, a selection is invalid, ``base`` is an adapter or among the
+            gradients, or the output may be neither replaced nor resumed.
+        InputError: An input cannot be read; a snapshot has no valid step, or its step or shapes contradict those of
+            another; or the results file cannot be written.
         NothingComparedError: No gradient of a matrix exists or is selected.
     """
     if settings.method not in {"auto", "gram"}:

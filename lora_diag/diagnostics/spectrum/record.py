@@ -22,7 +22,7 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
 
 
 class Stack(Record):
-    """The gradients of several steps whose stack has this spectrum.
+    """The gradients of one or more steps whose stack has this spectrum.
 
     Args:
         steps: The steps t.
@@ -44,9 +44,10 @@ class Spectrum(LayerRecord):
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``.
-        dtypes: Stored dtypes of base and tuned; of an adapter: of the base (null without one) and of its factors.
+        dtypes: Dtypes in which base and tuned are read; of an adapter: that of the base (null without one) and the
+            stored one of its factors; of gradients: null and theirs; of a sum of updates: null and that of the sum.
         fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients.
+        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients and sums of updates.
         s: Singular values of ΔW, descending, to 9 significant digits.
         complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an adapter's r).
         method: Method of the computation, such as ``gram`` or ``exact``.
@@ -61,7 +62,7 @@ class Spectrum(LayerRecord):
         resolution: Resolution under the rounding of the files.
         blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
             fits.
-        source: ``update``; or ``gradients`` if ΔW is the stacked gradients of several steps.
+        source: ``update``; or ``gradients`` if ΔW is the stacked gradients of all steps.
         stack: The stacked gradients; null for an update.
         metric: Definition of energy. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
             layer's input, the mean square of what the update changes in the layer's output. ``kfac``: ‖G^½·ΔW·C^½‖_F²

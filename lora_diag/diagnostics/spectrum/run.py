@@ -26,7 +26,8 @@ def spectrum(
 ) -> Results[Spectrum]:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every matrix that both checkpoints have.
 
-    Layers are measured concurrently, as far as cores and memory permit; an adapter with small factors by one thread.
+    Layers are measured concurrently, as far as cores and memory permit; by default one by one if they are small factors
+    of a local adapter.
 
     Args:
         base: Base checkpoint: a file, a folder, or a shard index; or an adapter to be measured alone. None only with
@@ -48,10 +49,11 @@ def spectrum(
         All records of the run. Tensors that are not measured are in ``left_out``, with the reason.
 
     Raises:
-        UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` exists and may not be
-            replaced.
-        InputError: An input cannot be read.
-        NothingComparedError: The sides have no weight in common, or no weight or gradient of a matrix is selected.
+        UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` may be neither replaced
+            nor resumed.
+        InputError: An input cannot be read or does not fit another, or the results file cannot be written.
+        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix is, with
+            ``activations`` or ``gradients``.
 
     Example:
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"

@@ -70,8 +70,8 @@ def spectrum_table(
 
     Args:
         results: The results.
-        width: Width of the terminal in columns; the layout adapts from 80 to 140.
-        color: Whether to shade C(r) with ANSI colours.
+        width: Width of the terminal in columns.
+        color: Whether to use ANSI colours, which shade C(r).
         per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
         next_command: The suggested next command, printed last; None without one.
 
@@ -212,7 +212,7 @@ def _list_shares(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
 
 
 def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
-    """State the median and the range of the rank at 90% of the energy, and the rank that an update can have."""
+    """State the median of the rank at 90% of the energy and, if all are known, its range and the possible rank."""
     ranks, kept = [record.rank_at["0.9"] for record in records], max(len(record.s) for record in records)
     known = [rank for rank in ranks if rank is not None]
     text = f"{median_rank(ranks, kept)} at the median"
@@ -267,7 +267,7 @@ def _format_median(ranks: Sequence[int | None]) -> str:
 
 
 def _describe_start(changed: Sequence[Spectrum]) -> Statement:
-    """Warn of layers that contradict each other on the start of training, or state what all of them show together."""
+    """Warn of layers that contradict each other on the start of training, or state what only all together show."""
     starts = [record.resolution.start for record in changed if record.resolution.base_rounding is not None]
     exact, rounded = starts.count("exact"), starts.count("rounded")
     if exact and rounded:

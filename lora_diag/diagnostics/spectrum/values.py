@@ -73,7 +73,7 @@ class Layer(LayerTask):
 
 @dataclass(frozen=True, slots=True)
 class KeptValues:
-    """The largest singular values of the product of two thin factors; fields as in ``linalg.Factors``."""
+    """The largest singular values of the product of two thin factors; fields as in ``linalg.exact.Factors``."""
 
     s: NDArray[np.float64]
     complete: bool

@@ -69,11 +69,11 @@ MAX_RANGES = 3
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """The fault of a layer; of a correct one, its status without a cause.
+    """The verdict on a layer: its status, and the cause.
 
     Args:
         status: Status word.
-        cause: Likely cause, as a sentence.
+        cause: Likely cause, as a sentence; empty for ``ok``.
     """
 
     status: MergeStatus
@@ -92,8 +92,8 @@ class MergedLayer:
         deltas: The adapter's updates of it; several where tied weights are stored once. None at all: M must be W.
         is_matrix: False for 1-D tensors.
         adapted: Whether the adapter changes it.
-        others: The updates of its kind, its own among them: of all experts, or in all blocks. One tuple for all these
-            layers: a list for each of 256 experts would be 65,000 entries a block.
+        others: If the adapter changes it, the factored updates of its kind, its own among them: of all experts, or in
+            all blocks. One tuple for all these layers: a list for each of 256 experts would be 65,000 entries a block.
         missing: Why MERGED does not have the layer; empty if it does.
         kept: The first blocks, kept once they are read: an incorrect layer is compared with many hypotheses.
         max_kept: Maximum number of blocks to keep.

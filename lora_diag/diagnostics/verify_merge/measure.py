@@ -248,7 +248,7 @@ def _make_record(
 _EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# Reasons for tensors of BASE that MERGED does not have.
+# Reasons for tensors of BASE that MERGED does not have, or has in another shape or as other than plain numbers.
 _MISSING_REASONS = {"only_in_base", "shape_differs", "not_float"}
 
 
@@ -276,13 +276,14 @@ def verify_merge(
 
     Returns:
         One record for every selected weight of ``base`` that is in ``merged``, adapted or not, for every adapted one
-        that is not, and for vocabulary rows that both the adapter and ``merged`` add.
-        ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
+        that is not, and for vocabulary rows that both the adapter and ``merged`` add; what cannot be measured is in
+        ``left_out``. ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
 
     Raises:
-        UsageError: An option is invalid, an input is in the wrong place, or ``output`` would lose something.
-        InputError: An input cannot be read, the adapter does not fit ``base``, or an adapted weight is stored as other
-            than plain numbers.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
+            resumed.
+        InputError: An input cannot be read, the adapter does not fit ``base``, an adapted weight is stored as other
+            than plain numbers, or the results file cannot be written.
         NothingComparedError: The three have no weight in common, or no adapted one is selected.
 
     Example:

@@ -59,10 +59,11 @@ class Merge(LayerRecord):
             adapter adds to a vocabulary are ``name (added rows)``.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED must be W.
-        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed in bfloat16 though
-            MERGED is finer; merge in float32 to keep all of it. ``inconclusive``: a rounding of W + ΔW and of W alone,
-            or of W + c·ΔW with c 5% off, so that this file cannot distinguish them; merge into a finer format.
-            ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and saved after it.
+        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed less precisely
+            than MERGED's dtype allows, as in bfloat16; merge in float32 to keep all of it. ``inconclusive``: a rounding
+            of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so that this file cannot distinguish them; merge
+            into a finer format. ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and
+            saved after it.
             ``partial``: some rows or columns have ΔW, the others have W; check sharding and fused weights. ``wrong
             scale``: W + c·ΔW, c further from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
             ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with
@@ -81,7 +82,7 @@ class Merge(LayerRecord):
         scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a right merge: those
             that M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both
             quantized, and in older files.
-        retained: ``scale`` if the merge is correct, else null: the fraction of the adapter left by rounding.
+        retained: ``scale`` if the layer is correct, else null: the fraction of ΔW left by rounding.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
         unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
         expected_fro: ‖ΔW‖_F.
@@ -168,7 +169,7 @@ class Merge(LayerRecord):
 
 
 def exit_code(records: Iterable[Merge]) -> int:
-    """Return the exit code of ``verify-merge``."""
+    """Return the exit code of ``verify-merge``, which depends on the outcome alone."""
     return {"correct": DONE, "failed": GATE_FAILED, "inconclusive": INCONCLUSIVE}[outcome(records)]
 
 

@@ -1,4 +1,4 @@
-"""Terminal output of ``verify-merge``: failures first, with likely cause and fix."""
+"""Terminal output of ``verify-merge``: the worst layers first, and a summary with likely causes and fixes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
 
 
 def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
-    """Return the layers by name and status, the worst status first; correct layers without an update are one row."""
+    """Return the layers by name and status, the worst status first; intact layers without an update share a name."""
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
         name = short(module_type_of(record.layer) if per == "type" else record.layer)

@@ -58,7 +58,7 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types, depths: Sequ
         records: One record per layer.
         field: Dotted name of the field.
         types: Module types of all layers; those of ``records`` are rows.
-        depths: Block indices of the columns.
+        depths: Block indices of the columns; None for layers outside the blocks.
     """
     present = {types.of(record.layer) for record in records}
     names = tuple(name for name in types.names if name in present)
@@ -76,10 +76,10 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types, depths: Sequ
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a heat map of each series, with its own rows and a common depth axis and colour scale.
+    """Return a page with a heat map of each series, with its own rows and a common depth axis and colour scale.
 
     Raises:
-        UndrawableError: There are no layer records, or none has the field.
+        UndrawableError: There are no layer records, none has the field, or the requested rank was not measured.
     """
     series = _select_series(series, options)
     records = [record for item in series for record in item.records]
@@ -117,7 +117,7 @@ def _select_series(series: Sequence[Series[Any]], options: Options) -> tuple[Ser
     """Return the series of the first kind of layer records that has the field, split by what they measure of a layer.
 
     Raises:
-        UndrawableError: There are no layer records, or none has the field.
+        UndrawableError: There are no layer records, none has the field, or the requested rank was not measured.
     """
     layered = [
         item
@@ -136,7 +136,7 @@ def _select_series(series: Sequence[Series[Any]], options: Options) -> tuple[Ser
 
 
 def default_field(records: Sequence[LayerRecord]) -> str:
-    """Return the default field of records of a kind, judged by the first: an energy fraction, else the main value."""
+    """Return the default field of records of a kind, judged by the first: an energy, else a main column, else any."""
     fields = numbers_of(records[:1])
     energies = [name for name in fields if re.fullmatch(r"energy\.\d+", name)]
     shown = sorted(records[0].shown, key=lambda column: not column.main)

@@ -68,7 +68,7 @@ def figure(name: str, results: Results[Any] | Sequence[Results[Any]], **options:
             ``plain``: whether to omit title and notes, for a paper with its own caption.
 
     Raises:
-        UsageError: An argument is invalid, the figure does not exist, or the results do not have the records it needs.
+        UsageError: An argument is invalid, the figure does not exist, or the results cannot be drawn.
     """
     try:
         return _draw(*_make_page(name, results, options))
@@ -358,7 +358,7 @@ def _check_output(path: Path, file_format: str | None, folder_exists: bool, over
         overwrite: Replace a file that loradiag did not write.
 
     Raises:
-        UsageError: Another kind of file exists at the path.
+        UsageError: The path is a link to a file or not of the expected kind, or its file may not be replaced.
         InputError: The location is not writable.
     """
     if file_format is not None:

@@ -1,4 +1,4 @@
-"""Tables and statements as HTML for notebooks, and sections of a model card. Names are escaped; nothing is loaded."""
+"""Tables and statements as HTML for notebooks, and model cards. Names are escaped; nothing is loaded."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _escape(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    r"""Return safe text without Markdown, HTML, mentions, issues or links.
+    r"""Return safe text for a line of Markdown, in which no markup, HTML, mention, issue or link has an effect.
 
     >>> escape_markdown("<b>|@me #1 https://x *y*")
     '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
@@ -62,7 +62,7 @@ def escape_markdown(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return text from a file as a code span of Markdown."""
+    """Return text from a file as a code span of Markdown, with apostrophes in place of backticks."""
     return f"`{safe(text).replace('`', chr(39))}`"
 
 
@@ -122,7 +122,7 @@ def read_card(path: Path) -> str:
     """Return the text of a model card with its line ends unchanged; empty if it does not exist.
 
     Raises:
-        UsageError: It is not Markdown in UTF-8.
+        UsageError: Its name does not end in .md or .markdown, or it is not Markdown in UTF-8.
         InputError: It cannot be read.
     """
     try:

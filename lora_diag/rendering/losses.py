@@ -1,4 +1,4 @@
-"""Statements on losses and learning rates, shared by several probes."""
+"""Statements and short texts on losses, shared by several probes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from lora_diag.rendering.text import percent, plus_minus, short
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: findings, training, conditions, interpretation, skipped tensors, and inputs.
+    """Return the summary of a probe: findings, training, conditions, interpretation, skipped tensors, inputs last.
 
-    An unfinished run and unexpected skipped tensors come first.
+    An unfinished run and unexpected skipped tensors come first, unmeasured layers before the inputs.
 
     Args:
         results: The results.
@@ -58,7 +58,7 @@ def caption_of(name: str, records: Iterable[Any]) -> str:
 
 
 def describe_diverged(records: Iterable[Any]) -> list[str]:
-    """State how many losses are not finite; no line if all are."""
+    """State how many losses are not finite; empty if all are finite."""
     diverged = sum(record.loss is None for record in records)
     return [f"{diverged} losses are not finite: those runs diverged"] if diverged else []
 
@@ -71,7 +71,7 @@ def format_gap(record: Probe) -> str:
 
 
 def gap_half(record: Probe) -> float | None:
-    """Return the half-width of the interval outside which the gap is significant; None without an error."""
+    """Return the absolute value beyond which the gap is significant; None without an error."""
     return paired_half(record.gap_error, record.sequences or len(record.nll) or None)
 
 
@@ -85,7 +85,7 @@ def format_kept(record: Probe) -> str:
 
 
 def describe_losses(base: Probe, tuned: Probe) -> str:
-    """Return the losses of BASE and of TUNED, with a warning if their difference is within its error."""
+    """Return the losses of BASE and of TUNED as text, with a warning if their difference is not significant."""
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
     if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
         return ends

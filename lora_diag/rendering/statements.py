@@ -86,7 +86,7 @@ def short_paths(paths: Sequence[str]) -> list[str]:
 
 
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
-    """Return a qualification of fractions of the change if a part was not measured; else empty."""
+    """Return a qualification of fractions of the change if tensors were not selected or not measured; else empty."""
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
     unmeasured_reasons = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
@@ -191,7 +191,7 @@ def state_inputs(results: Results[Any], *extra: str) -> Statement:
 def left_out(results: Results[Any], *details: str) -> Statement:
     """Return the statement of the skipped tensors: their number by reason, and the names of unexpected ones.
 
-    If there are unexpected ones, it is a warning, which a summary shows first.
+    If there are unexpected ones, it is a warning.
     """
     layers: dict[Reason, list[str]] = {}
     for item in results.left_out:
@@ -256,7 +256,11 @@ def describe_resolution(
 
 
 def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
-    """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files; empty without any."""
+    """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files; empty without sizes.
+
+    Args:
+        estimates: The estimate and ‖D‖_F of each layer; if any has a size, one at least has an interval.
+    """
     sized = [(hidden.fro_estimate, hidden.fro_interval, fro) for hidden, fro in estimates if hidden.fro_estimate]
     if not sized:
         return []
@@ -309,7 +313,7 @@ _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 def limit_lines(lines: int | None) -> Iterator[None]:
     """Limit summaries shown within the block to this number of lines, and tables to their main columns; None for all.
 
-    A decision or a warning is shown even where it exceeds the limit.
+    The first line of a decision, a warning or a failure is shown even where it exceeds the limit.
     """
     token = _MAX_LINES.set(lines)
     try:

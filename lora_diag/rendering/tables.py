@@ -1,6 +1,6 @@
 """Tables of records, derived from their declared columns, so that a feature needs no table of its own.
 
-They fit a terminal: columns without room are dropped, then row names are shortened.
+In a narrow terminal, columns are dropped first, then row names are shortened.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Statement, is_verbose, summary_of
 from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, short, to_text, written
 
-# Terminal width from which the wide table is shown.
+# Terminal width from which tables show longer names and more details.
 WIDE = 120
 
 # Length of a name that columns must leave room for, in the narrow and in the wide table.
@@ -67,7 +67,7 @@ class Grid:
         names: One per row.
         columns: The others.
         about: Explanation for pages; a terminal has a summary instead.
-        most: Number of first rows that a terminal shows, with whole names; None for all, with names shortened to fit.
+        most: Number of first rows that a terminal shows, dropping columns before it shortens a name; None for all.
         detail: Whether a terminal shows it only with ``-v``.
     """
 
@@ -154,7 +154,9 @@ def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[Renderab
 
 
 def shorten_names(names: Sequence[str], width: int) -> list[str]:
-    """Shorten names to a width: at the beginning, and also after the differing part if two would be equal.
+    """Return names shortened to a width: at the beginning, and also after the differing part if two would be equal.
+
+    Names that differ stay different, if need be by a number at the end.
 
     >>> shorten_names(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
     ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']

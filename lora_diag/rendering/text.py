@@ -1,4 +1,4 @@
-"""Formatting of numbers, names and small graphics for terminals."""
+"""Formatting of numbers, names and small graphics as text."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def shade(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with three significant digits, whole from 100; below 1e-3 and from 1e6 with two and an exponent.
+    """Return a number with up to three significant digits, whole from 100; with an exponent below 1e-3 and from 1e6.
 
     >>> number(0.0312345), number(2.1e-5), number(1234.5), number(0)
     ('0.0312', '2.1e-05', '1234', '0')
@@ -246,7 +246,7 @@ def median_rank(ranks: Sequence[int | None], kept: int) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a fraction as a percentage that never rounds up to 100 or down to 0.
+    """Return a fraction in [0, 1] as a percentage that never rounds up to 100 or down to 0.
 
     >>> percent(0.4123), percent(0.99996), percent(1.0), percent(0.00001)
     ('41%', '>99.9%', '100%', '<0.1%')
@@ -331,7 +331,7 @@ def two_digits(error: float) -> str:
 
 
 def factor(value: float) -> str:
-    """Return a factor with enough digits to differ from 1.
+    """Return a factor with up to five significant digits between 0.5 and 2, elsewhere as ``number`` does.
 
     >>> factor(0.998765), factor(0.0312345)
     ('0.99877', '0.0312')
@@ -402,7 +402,9 @@ def spark(s: Sequence[float], total: int, width: int = 8) -> str:
 
 
 def strip(shares: Sequence[float | None], width: int) -> str:
-    """Draw fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more; None is a dot.
+    """Draw fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more.
+
+    None is ignored in a bin with known values, and a dot in one without.
 
     >>> strip([0.0, 0.5, 1.0], 10), strip([0.0, 0.0, 1.0, 1.0], 2), strip([None, 1.0], 2)
     ('▁▅█', '▁█', '·█')

@@ -50,7 +50,7 @@ def title_in(field: str, records: Iterable[LayerRecord]) -> str:
 
 
 def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
-    """Return the axis title of a field of a kind of record: the declared title, else the field name.
+    """Return the axis title of a field: that of an energy, rank or tail, else the kind's declared title, else its name.
 
     >>> title_of("energy.8"), title_of("rank_at.0.9"), title_of("tail.8.fro"), title_of("other")
     ('energy fraction C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
@@ -128,7 +128,7 @@ R = TypeVar("R", bound=LayerRecord)
 
 
 class Types:
-    """Module types of layers in the usual order; types common to several towers have the tower's name as a prefix.
+    """Module types of layers by tower, in the usual order; a type of several towers is prefixed with its tower.
 
     Args:
         layers: Names of the weights.
@@ -179,7 +179,7 @@ class Types:
 
 
 def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Return the first part of each tower's name that differs; the whole names if these parts are not all distinct."""
+    """Return the first part of each tower's name that differs; the whole names if such parts are equal or missing."""
     shared = 0
     while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):
         shared += 1

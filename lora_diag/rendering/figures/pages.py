@@ -38,7 +38,7 @@ from lora_diag.rendering.figures.style import (
     wrap_text,
 )
 
-# Maximum number of readable panels; the smallest types share the last one.
+# Maximum number of readable panels.
 MAX_PANELS = 24
 
 # Draws a panel: ``draw(ax, style)``.
@@ -88,7 +88,7 @@ class Page:
     Args:
         title: Quantity and norm of the figure.
         panels: The panels, row by row.
-        about: First line of the caption: the data shown.
+        about: First sentence of the caption, without its full stop: the data shown.
         notes: The rest of the caption: aggregation, data not drawn; empty ones are left out.
         keys: The legend; None for the labels of what is drawn.
         columns: Panels side by side; 0 for as many as are readable.
@@ -129,7 +129,7 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
 
 
 def make_figure(page: Page, style: PageStyle) -> Figure:
-    """Draw a page; taller than its style if its panels need it, and lower only if the page may be (``low``)."""
+    """Return the figure of a page; taller than its style if panels need it, lower only if the page may be (``low``)."""
     count, panels = len(page.panels), list(page.panels)
     columns = page.columns or choose_columns(count, style, page.share)
     width, default = style.width / columns, (1.0 if page.share else 1.9) * style.panel
@@ -186,7 +186,7 @@ def add_scale(figure: Any, axes: Sequence[Axes], scale: ScalarMappable, label: s
 
 
 def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle) -> float:
-    """Add title and legend above the panels and the caption below, and return their height in inches."""
+    """Add title and legend above the panels and the caption below, and return about their height in inches."""
     title = "" if style.plain else wrap_text(page.title, style.width, 1.12 * style.title)
     sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
     caption = "" if style.plain else wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
@@ -214,7 +214,7 @@ def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle)
 
 
 def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
-    """Return the number of columns in which a legend fits into a number of characters."""
+    """Return the largest number of columns in which a legend fits into a number of characters; at least 1."""
     for columns in range(len(labels), 1, -1):
         # Matplotlib fills columns from top to bottom, the first ones with one more entry.
         parts = np.array_split([max(map(len, label.split("\n"))) + 6 for label in labels], columns)
@@ -224,7 +224,7 @@ def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
 
 
 def freeze_layout(figure: Figure) -> Figure:
-    """Compute the layout and fix it.
+    """Compute the layout and fix it; return the same figure.
 
     The solver's result differs in the last bits between runs (it orders by address), which would change the bytes of an
     SVG, whose clip paths are named by a hash of their bounds. Positions are therefore rounded to a millionth of the

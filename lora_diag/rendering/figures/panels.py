@@ -1,4 +1,4 @@
-"""Elements of panels: axes of ranks and losses, named levels, and module types in slots, blocks from left to right."""
+"""Elements of panels: axes, named levels, and module types in slots, with blocks from left to right."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callabl
 
 
 def set_rank_axis(ax: Axes, largest: int, style: PageStyle) -> None:
-    """Set up the x axis for ranks: logarithmic, with the common ranks ``MARKED`` as dotted lines and labels."""
+    """Set up a logarithmic x axis for ranks: dotted lines at ``MARKED``, labels there and at the ends if they fit."""
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
     marked = [rank for rank in MARKED if rank <= largest]
@@ -234,8 +234,8 @@ def axis_limits(values: Iterable[float], base: float | None = None) -> tuple[flo
     """Return the limits of a loss axis: the range of values, extended by a tenth of it on both sides.
 
     With the loss of BASE, losses of diverged runs are outside: they are farther above BASE than the best loss is below
-    it, and above the best loss more than six times as far as the median. BASE is outside if it is ``FAR`` times as far
-    from the losses as they are from each other.
+    it, and above the best loss more than six times as far as the median. BASE is outside if it is more than ``FAR``
+    times as far from the losses as they are from each other.
 
     >>> axis_limits([1.0, 2.0]), axis_limits([1.0, 2.0, 90.0], base=2.0), axis_limits([1.0, 2.0], base=90.0)
     ((0.9, 2.1), (0.9, 2.1), (0.9, 2.1))

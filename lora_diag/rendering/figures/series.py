@@ -132,7 +132,7 @@ class UndrawableError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Series(Generic[R]):
-    """The records of one side of a comparison: of one results file, or of one adapter in it."""
+    """The records of one kind of one side of a comparison: of a results file, or of a part such as an adapter."""
 
     label: str
     records: tuple[R, ...]
@@ -162,7 +162,7 @@ def series_of(
 
     Args:
         results: The results to compare.
-        labels: Label of each; default by its inputs.
+        labels: Label of each; by default as ``names_of``.
         files: Path of each, the label of runs that are otherwise identical.
     """
     runs = [item.run for item in results]
@@ -206,7 +206,10 @@ def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Serie
     """Split series whose kind of records has several per layer, labelled as the kind declares (``part_label``).
 
     Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the middle and the last.
-    A label starts with that of the run if several runs are compared or labels would be the same.
+    A label starts with that of the run if the runs differ in their inputs or labels would be the same.
+
+    Raises:
+        UndrawableError: The requested rank was not measured.
     """
     pattern = series[0].records[0].part_label if series else ""
     if not pattern:

@@ -1,4 +1,4 @@
-"""Sizes, fonts and colours, for a column of a paper and for a slide.
+"""Sizes, fonts and colours of figures, for a column of a paper, a slide, and a single panel.
 
 Matplotlib's global settings are changed only within ``with`` blocks, and no figure is registered with ``pyplot``.
 """
@@ -35,11 +35,11 @@ class PageStyle:
         name: Name of the page.
         width: Width of the figure.
         height: Default height of a figure.
-        text: Size of labels; titles are larger, tick labels smaller.
+        text: Size of labels; the title of the figure is larger, tick labels are smaller.
         line: Width of a line.
         dpi: Resolution of a PNG.
-        columns: Number of small multiples side by side.
-        panel: Minimum height of one of them.
+        columns: Number of small multiples side by side, or one less than it.
+        panel: Default height of one of them.
         plain: Whether to omit title and notes, for a paper with its own caption.
     """
 
@@ -155,7 +155,10 @@ def encode_figure(figure: Figure, kind: str, width: str = "slide") -> bytes:
     Args:
         figure: The figure.
         kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
-        width: Width of its page, which determines the resolution of a PNG.
+        width: Name of its page, ``column`` or ``slide``, which determines the resolution of a PNG.
+
+    Raises:
+        UsageError: The page is unknown.
     """
     style = page_style_of(width)
     metadata: dict[str, dict[str, str | None]] = {
@@ -212,7 +215,7 @@ def format_log_axis(axis: Axis, low: float, high: float) -> None:
 
 
 def format_value(value: float, _: object = None) -> str:
-    """Return a number with three digits, from a thousand on as an integer with thin spaces.
+    """Return a number with up to three digits, from a thousand on as an integer with thin spaces.
 
     >>> format_value(0.012345), format_value(12345.6)
     ('0.0123', '12\u202f346')
@@ -221,7 +224,7 @@ def format_value(value: float, _: object = None) -> str:
 
 
 def category(number: int) -> str:
-    """Return the colour of the n-th compared item."""
+    """Return the colour of the n-th compared item, from 0; colours repeat beyond the last."""
     return CATEGORIES[number % len(CATEGORIES)]
 
 
@@ -235,12 +238,12 @@ def fit_chars(inches: float, size: float) -> int:
 
 
 def wrap_text(text: str, inches: float, size: float) -> str:
-    """Wrap text between words, and break words that are too long."""
+    """Return text wrapped between words to a width, at a font size in points; words that are too long are broken."""
     return textwrap.fill(text, fit_chars(inches, size), break_on_hyphens=False)
 
 
 def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
-    """Shorten names to a number of characters, and keep them unambiguous where possible.
+    """Return names shortened to a number of characters, by name, and unambiguous where possible.
 
     If any is too long, all lose their common first parts. A name that is still too long keeps its last parts, which are
     more specific, or if that makes any name ambiguous, its last or its first characters.

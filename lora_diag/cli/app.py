@@ -98,10 +98,10 @@ def _configure(
 
 @cache
 def application(only: str = "") -> typer.Typer:
-    """Return the application, built once per process.
+    """Return the application, built once per process and ``only``.
 
     Args:
-        only: The one command to build, by its name; default all. Importing the others takes longer than an adapter.
+        only: The one command to build, by its name; default all. Without the options of the others it starts faster.
     """
     app = typer.Typer(
         name="loradiag",
@@ -227,5 +227,5 @@ def _can_resume(arguments: list[str]) -> bool:
 
 
 def _is_stream_error(error: OSError) -> bool:
-    """Return whether typer failed to write its own help; any other error names a file or has its own message."""
+    """Return whether writing to a standard stream failed, as of typer's own help: such an error names no file."""
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}

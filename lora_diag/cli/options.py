@@ -95,7 +95,7 @@ class Shown:
     def callbacks(self) -> Iterator[dict[str, Any]]:
         """Yield the callbacks of a run: a progress bar, a line per record with ``--json``, and notes on its cost.
 
-        With ``--verbose``, print afterwards how much was read.
+        With ``--verbose`` and without ``--quiet``, print afterwards how much was read.
         """
         with out.progress_bar(self.quiet) as on_progress:
             on_note = None if self.quiet else out.message
@@ -105,7 +105,7 @@ class Shown:
 
     @property
     def terminal(self) -> tuple[int, bool]:
-        """Width of standard output, and whether it supports colours."""
+        """Width for standard output in columns, and whether to use colours."""
         return out.terminal()
 
     def print(self, text: str) -> None:
@@ -117,7 +117,7 @@ class Shown:
         out.print_json(json)
 
     def confirm(self, question: str) -> bool:
-        """Ask on standard error; Enter means yes."""
+        """Ask a question on standard error; return whether the answer is yes, which Enter means, too."""
         return typer.confirm(question, default=True, err=True)
 
     def message(self, text: str) -> None:
@@ -355,7 +355,7 @@ def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a group, parsed from the values of the command line.
 
     Raises:
-        UsageError: Two options contradict each other, or the output exists and may not be replaced.
+        UsageError: A value is invalid, two options contradict each other, or the output exists and may not be replaced.
         InputError: The output cannot be written.
     """
     if "engine" in values:

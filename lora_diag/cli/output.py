@@ -49,7 +49,7 @@ def message(text: str) -> None:
 
 
 def _terminal_columns(stream: TextIO) -> int:
-    """Return the width of a stream's own terminal; the other stream may be redirected."""
+    """Return ``COLUMNS``, else the width of a stream's own terminal, at least ``MIN_WIDTH``; 80 if neither is known."""
     try:
         return max(MIN_WIDTH, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
     except (OSError, ValueError):
@@ -59,8 +59,8 @@ def _terminal_columns(stream: TextIO) -> int:
 def public(text: str) -> str:
     """Return text in which addresses have no passwords and signatures.
 
-    Messages only: a layout that cuts an address into lines hides it from this function. Texts for tables are made from
-    ``Address``, whose text has no secrets.
+    A layout that cuts an address into lines hides it from this function: texts for tables are made from ``Address``,
+    whose text has no secrets.
     """
     if ":/" not in text:
         return text
@@ -90,7 +90,7 @@ def print_result(text: str) -> None:
 
     Raises:
         BrokenOutputError: The reader closed the pipe.
-        InputError: Standard output is closed, or its disk is full.
+        InputError: Standard output is closed, or cannot be written.
     """
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
@@ -105,7 +105,12 @@ def print_result(text: str) -> None:
 
 
 def print_json(line: str) -> None:
-    """Print a line of JSON, in ASCII unless the encoding of standard output is UTF-8."""
+    """Print a line of JSON, in ASCII unless the encoding of standard output is UTF-8.
+
+    Raises:
+        BrokenOutputError: See ``print_result``.
+        InputError: See ``print_result``.
+    """
     if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
         line = re.sub(r"[^\x00-\x7f]", lambda match: dumps(match[0])[1:-1], line)
     print_result(line)

@@ -48,8 +48,8 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
         config: Content of ``adapter_config.json``.
 
     Raises:
-        UsageError: The config has ranks by layer or target_parameters and the trainer has none, or the trainer takes
-            integers for lora_alpha only and the config has another number.
+        UsageError: The config has ranks by layer or target_parameters and the trainer has none, or an alpha of the
+            config is not whole and the trainer takes only integers.
     """
     names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in _NAMES.items()}
     if config["rank_pattern"] and not names["rank_pattern"]:

@@ -1,8 +1,8 @@
 """Index of the words in loradiag's output.
 
-A word is a command, a column (``Shown.title``), a field of a record, a value of such a field (an entry ``word: text``
-in the field's documentation), a built-in check of ``gate``, or a heading of ``symptoms.md`` or ``words.md``. The
-texts are those of the declarations and of the site.
+A word is a command, a column (``Shown.title``), a field of a record, a value of such a field that the field's
+documentation names, a built-in check of ``gate``, or a heading of ``symptoms.md`` or ``words.md``. The texts are those
+of the declarations and of the site.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Term:
 
 
 def document_fields(kind: type[BaseModel]) -> dict[str, str]:
-    """Return the documentation of each field of a class: its ``Field(description=)``, or its entry in the docstring.
+    """Return the documentation of fields of a class by name: ``Field(description=)``, or the entry in a docstring.
 
     >>> document_fields(run.Run)["schema"]
     'Version of the fields, 1.'
@@ -169,7 +169,7 @@ def _capitalize(text: str) -> str:
 def find_terms(words: str) -> list[Term]:
     """Return the terms with a spelling, ignoring case; C(16) counts as C(r).
 
-    Without any: the symptoms whose titles contain all words.
+    Without such a term: the symptoms whose titles contain all words.
     """
     wanted = _normalize(words)
     found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
@@ -179,7 +179,7 @@ def find_terms(words: str) -> list[Term]:
 
 
 def find_nearest(words: str) -> list[str]:
-    """Return up to five words: those of a similar spelling, then those whose meaning mentions the given ones."""
+    """Return up to five words: those of a similar spelling, then those whose meaning contains the given words."""
     spellings = {_normalize(word): term.word for term in all_terms() for word in (term.word, *term.others) if word}
     close = [spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)]
     mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]
@@ -187,7 +187,7 @@ def find_nearest(words: str) -> list[str]:
 
 
 def _normalize(word: str) -> str:
-    """Return a spelling without case, marks around it, and the r of C(r)."""
+    """Return a spelling in lower case, without marks around it, blanks for ``_`` and ``-``, and C(r) for C(16)."""
     word = re.sub(r"^C\(\d+\)$", "C(r)", word.strip(" .:!?\"'"), flags=re.IGNORECASE)
     return " ".join(word.replace("_", " ").replace("-", " ").casefold().split())
 
@@ -197,7 +197,7 @@ def _words_of(title: str) -> set[str]:
 
 
 def _merge_roles(terms: Iterable[Term]) -> list[Term]:
-    """Return the terms with distinct texts; the roles of equal texts are joined."""
+    """Return a term for each distinct pair of word and text, with the roles of all its terms joined."""
     roles: dict[tuple[str, str], list[str]] = {}
     for term in terms:
         roles.setdefault((term.word, term.text), []).append(term.role)
@@ -205,7 +205,7 @@ def _merge_roles(terms: Iterable[Term]) -> list[Term]:
 
 
 def _join_roles(roles: list[str]) -> str:
-    """Return roles that may differ in their command only.
+    """Return roles as text; roles that differ in their command only are written once, with all commands.
 
     >>> _join_roles(["verdict of spectrum", "verdict of overlap", "field of gate"])
     'verdict of spectrum, overlap; field of gate'

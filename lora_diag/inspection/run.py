@@ -39,7 +39,7 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
         alpha_is_rank: Assume α = r, so s = 1, if an adapter's files give no α.
 
     Returns:
-        The tensors in natural order of their names; for an adapter, also the weights it changes.
+        The record: the tensors in natural order of their names; for an adapter, also the weights it changes.
 
     Raises:
         InputError: The path cannot be read, or is a results file, which ``read_results`` reads.
@@ -91,7 +91,7 @@ def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = 
 
 
 def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:
-    """Return the table of a checkpoint or of the weights that an adapter changes, by module type and equal values.
+    """Return a headline, and the table of the tensors or of an adapter's weights, by module type and equal values.
 
     Args:
         inventory: The contents of the checkpoint or adapter.

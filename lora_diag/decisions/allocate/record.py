@@ -36,14 +36,15 @@ class Allocation(LayerRecord):
         shape: ``(out, in)``.
         rank: r; 0 for a layer that gets no adapter.
         params: r·(out + in).
-        kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the measured values
-            (``capped_by`` is ``ranks_from``), their fraction, which is a lower bound.
+        kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the measured values, their
+            fraction, which is a lower bound.
         fro: ‖ΔW‖_F of the layer.
         base_fro: ‖W_base‖_F, null if unknown.
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
         cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out + in), beyond which
             factors have more parameters than the matrix, its signal rank, its nonzero singular values and the kept
-            values. With ``--allowed-ranks`` the first of them that reaches this limit, else the largest.
+            values; a larger ``--min-rank`` raises it, up to the first two. With ``--allowed-ranks`` the first of them
+            that reaches this limit, else the largest. In a stack of experts the largest cap of its matrices.
         capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a larger rank the
             factors have more parameters than the matrix; train it in full. ``signal_rank``: further directions are
             rounding noise. ``values_kept``: the spectrum was measured with ``--top``; measure more values.
@@ -161,8 +162,7 @@ class Certificate(WholeRecord):
         kept: Fraction of the (weighted) energy that it keeps.
         bound: Upper bound on the fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
-        optimal: True if this is known to be the optimum, by the exact method or because the greedy choice takes every
-            step or spends the whole budget.
+        optimal: Whether this is known to be the optimum.
         energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.
         epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
             ranks.

@@ -230,12 +230,13 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         **options: ``AllocateOptions``.
 
     Returns:
-        One ``Allocation`` per layer, and the ``Certificate`` in ``whole``.
+        One ``Allocation`` per candidate layer, and the ``Certificate`` in ``whole``.
 
     Raises:
         UsageError: No budget or several; the budget is too small for the heads, the constraints or any rank; no layer
             can get a rank; an option is invalid or contradicts another; or the weights do not fit the layers.
-        InputError: The results, the weights or the adapter to match cannot be read, or results are unfinished.
+        InputError: The results, the weights or the adapter to match cannot be read, or results are unfinished, hold no
+            layer or are of another command or update.
 
     Example:
         >>> import lora_diag
@@ -381,8 +382,8 @@ def write_allocation(
     Args:
         results: The allocation.
         path: The file to write; its suffix determines which.
-        scaling: lora_alpha / r of every layer in the config; with ``rslora`` that of the layers with the usual rank is
-            scaling · √r, and every layer has this lora_alpha.
+        scaling: lora_alpha / r of every layer in the config; with ``rslora`` every layer has lora_alpha = scaling · √r,
+            r the most common rank.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
         check: A model, or its ``config.json``: it is built without weights, PEFT adapts it by the config, and every
             rank and scaling is compared before anything is written. Requires the extra ``train``. None for no check.
@@ -393,7 +394,8 @@ def write_allocation(
         UsageError: The suffix is unknown or not that of the format, the file may not be replaced, ``scaling`` is
             invalid, there is no config to check or the extra ``train`` is missing, portable ranks are to be scaled by
             rsLoRA, or the trainer cannot express these ranks.
-        InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference.
+        InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference or
+            cannot build the model.
     """
     path = Path(path)
     kind = _find_kind(path, check, format)

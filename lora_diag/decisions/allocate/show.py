@@ -100,7 +100,7 @@ def allocation_table(
 
     Args:
         results: An allocation and its certificate.
-        width: Width of the terminal in columns; the layout adapts from 80 to 140.
+        width: Columns of the terminal.
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last; None without one.
@@ -108,6 +108,10 @@ def allocation_table(
 
     Returns:
         Lines of text, without a trailing newline.
+
+    Raises:
+        UsageError: ``sweep`` has no chosen rank.
+        InputError: ``sweep`` cannot be read.
     """
     rows = rows_of(results, per)
     rate = [make_statement("rate", "Learning rate", swept_rate(sweep))] if sweep is not None else []

@@ -2,7 +2,7 @@
 
 The folder is written next to its target and renamed when complete. Until then, ``NAME.part`` holds the records so far
 and one file of factors per layer, so that an interrupted extraction resumes after the last layer. The model card is
-written last and marks a complete adapter. Files that this command did not write are never removed.
+written last and marks a folder whose files are all written. No folder that has files of others is replaced.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class OutputFolder:
         whole: Whether all files of the adapter to resume are written, possibly not yet at their final path.
 
     Raises:
-        UsageError: The path is an input, a link or a file, or it or ``NAME.part`` exists and may not be replaced.
+        UsageError: The path is an input, a link or a file, or it or ``NAME.part`` exists and may not be replaced, or is
+            being written by another process.
         InputError: The folder cannot be written there.
     """
 
@@ -188,7 +189,7 @@ class OutputFolder:
             complete: Whether no layer is left to measure; else the factors of layers are kept, for a resumed run.
 
         Raises:
-            InputError: The folder cannot be moved.
+            InputError: A file cannot be written, or the folder cannot be moved.
         """
         if self.finished:
             return

@@ -211,6 +211,7 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
 
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
+        UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit.
     """
     return measure_on_device(partial(_extract, layer, settings, store), settings.device)
@@ -391,7 +392,12 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
 
 
 def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
-    """Return the record of a matrix without factors: with the norm of its change, or an entry that is not finite."""
+    """Return the record of a matrix without factors: with the norm of its change, or an entry that is not finite.
+
+    Raises:
+        InputError: A file could not be read.
+        UsageError: The device is unknown or not available.
+    """
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
@@ -405,7 +411,7 @@ def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_
         layer: The layer.
         change: Its update.
         fro: ‖ΔW‖_F.
-        weighted_fro: Norm of ΔW in the data or K-FAC metric; ‖ΔW‖_F without one.
+        weighted_fro: Norm of ΔW in the data or K-FAC metric; ``fro`` without one.
     """
     if fro == 0.0:
         detail = "its update is zero"

@@ -1,4 +1,4 @@
-"""``extract``: write the best adapter of given ranks for an update in PEFT's format."""
+"""``extract``: write the best adapter of given ranks for an update, in PEFT's format or another."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def extract(
     output: Path | str,
     **options: Unpack[ExtractOptions],
 ) -> Results[Extraction]:
-    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base: its truncated SVD, as a PEFT adapter.
+    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base, by default its truncated SVD in PEFT's format.
 
-    In every layer B·A = U_r Σ_r V_rᵀ, the nearest matrix of rank r to ΔW in the Frobenius and the spectral norm (Eckart
-    and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype. Exactly one of
-    ``rank``, ``energy``, ``params``, ``allocation`` and ``signal`` is given.
+    By default, B·A = U_r Σ_r V_rᵀ in every layer, the nearest matrix of rank r to ΔW in the Frobenius and the spectral
+    norm (Eckart and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype. Exactly
+    one of ``rank``, ``energy``, ``params``, ``allocation`` and ``signal`` is given.
 
     Args:
         base: Base checkpoint.
@@ -61,7 +61,7 @@ def extract(
         output: Adapter folder to write. It is written as ``NAME.part`` and renamed when complete.
         rank: r of every layer; less if a matrix is smaller, or the rank of its update is.
         energy: The smallest r of each layer with C(r) ≥ this fraction.
-        params: Number of parameters of the adapter, such as ``"10M"``, allocated as by ``allocate``.
+        params: Largest number of parameters of the adapter, such as ``"10M"``, allocated as by ``allocate``.
         allocation: Results file of ``allocate``, or an ``adapter_config.json`` or its folder.
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
@@ -88,8 +88,10 @@ def extract(
         ``left_out`` and not in the adapter.
 
     Raises:
-        UsageError: An option is invalid, or ``output`` exists and may not be replaced.
-        InputError: An input cannot be read, or the adapter cannot be written.
+        UsageError: An option is invalid, ``params`` is too small for any rank, ``sweep`` has no chosen rank, ``base``
+            is an adapter, or ``output`` is an input or exists and may not be replaced.
+        InputError: An input cannot be read, entries are not finite and no other layer gets factors, or the adapter
+            cannot be written.
         NothingComparedError: The sides have no weight in common, none is selected, or no layer gets factors.
 
     Example:

@@ -1,4 +1,4 @@
-"""``plan``: parameters, memory and time of LoRA at each rank; its declaration and options."""
+"""``plan``: parameters, memory and FLOPs of LoRA at each rank; its declaration and options."""
 
 from collections.abc import Sequence
 from pathlib import Path

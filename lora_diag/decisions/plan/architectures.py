@@ -76,7 +76,7 @@ class Reader:
     where: str
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Return the value of the first of these keys that exists and is not null.
+        """Return the value of the first of these keys that exists and is not null; the default without one.
 
         Raises:
             InputError: No key exists and there is no default, or the value is not a positive whole number.

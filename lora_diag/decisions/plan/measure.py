@@ -299,7 +299,8 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     """Return the number of tokens of the data and the ranks by the rules of thumb; None without data or tokens.
 
     Raises:
-        UsageError: The number of tokens is not positive, or the extra ``train`` or ``datasets`` is missing.
+        UsageError: The number of tokens, the length or the tokenizer is invalid, ``base`` is an adapter, or a library
+            to read the data is missing.
         InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:
@@ -343,7 +344,7 @@ def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tupl
 
 
 def _open_model(base: Path | str) -> _Model:
-    """Return names and shapes, from headers if there are weights, else from the config.
+    """Return names and shapes: from the config if it is given or alone in its folder, else from headers of weights.
 
     Raises:
         UsageError: The path is an adapter.

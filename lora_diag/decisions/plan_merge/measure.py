@@ -170,7 +170,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     """Measure one layer by rounding W and W + ΔW.
 
     Returns:
-        One record; that of a left-out layer if an entry is not finite or BASE does not hold the weight.
+        One record; that of a left-out layer if an entry or a norm is not finite or BASE does not hold the weight.
 
     Raises:
         InputError: A file could not be read.
@@ -200,7 +200,7 @@ class _Sum:
     Args:
         inner: ⟨Q(W + ΔW) − W, ΔW⟩.
         squares: ‖Q(W + ΔW) − W − ΔW‖_F²; of BASE alone ‖Q(W) − W‖_F².
-        overflow: Number of infinite entries.
+        overflow: Number of entries that are not finite.
     """
 
     inner: float = 0.0
@@ -229,7 +229,7 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and ``peaks``; return the problem if one is not finite, else None."""
+        """Read the layer once for norms and ``peaks``; return which entry or norm is not finite, None if all are."""
         addend = load_addend(self.task.delta)
         if isinstance(addend, Product):
             if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a):
@@ -353,8 +353,9 @@ def plan_merge(
         One record for each matrix that the adapter changes.
 
     Raises:
-        UsageError: An option is invalid, or ``adapter`` is not an adapter.
-        InputError: An input cannot be read, or the adapter does not fit ``base``.
+        UsageError: An option is invalid, ``adapter`` is not an adapter or ``base`` is one, or the output may not be
+            replaced.
+        InputError: An input cannot be read, the adapter does not fit ``base``, or the output cannot be written.
         NothingComparedError: The two have no weight in common, or none is selected.
 
     Example:

@@ -66,7 +66,7 @@ class PlannedMerge(LayerRecord):
         error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
         moved: Fraction of the entries whose code in Q(W + ΔW) differs from that in Q(W). A code is the number itself in
             bf16 and fp16, and the number without its scale in the other formats.
-        overflow: Number of entries of W + ΔW that are infinite in the format.
+        overflow: Number of entries of W + ΔW that are not finite in the format.
         base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where ΔW = 0 or W
             overflows.
         base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A: the part of it that
@@ -77,7 +77,7 @@ class PlannedMerge(LayerRecord):
         fp16: Fraction of ΔW that survives in fp16, and the error.
         conclusion: ``merge``: the format keeps the update: c within 10% of 1, relative error at most 0.5. ``merge into
             16 bit``: it does not, and bf16 or fp16 does; merge into one of these. ``serve unmerged``: the merge would
-            lose the update; serve BASE in that format with the adapter unmerged. Null if ΔW = 0. See ``conclude``.
+            lose the update; serve BASE with the adapter unmerged. Null if ΔW = 0. See ``conclude``.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

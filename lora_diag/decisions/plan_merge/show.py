@@ -92,7 +92,7 @@ def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffe
 
 
 def _describe_base(records: Sequence[PlannedMerge]) -> str:
-    """State the error of the format on BASE alone, and that a quantized BASE as it is has no such error."""
+    """State the error of the format on BASE alone; if it is large, that a quantized BASE as it is has no such error."""
     error = pool_ratios(records, lambda record: record.base_error)
     if error is None:
         return ""

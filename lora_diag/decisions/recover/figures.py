@@ -19,7 +19,7 @@ ESTIMATE = CATEGORIES[0]
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return one panel per module type, those with most layers if there are too many.
+    """Return a page with a panel per module type, of those with most layers if there are too many.
 
     Raises:
         UndrawableError: No layer was recovered.

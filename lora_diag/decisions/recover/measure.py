@@ -69,7 +69,7 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
         params: Budget: parameters of all factors, r·(out + in).
 
     Raises:
-        UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
+        UsageError: The budget is too small for any rank, or no layer can get one.
     """
     spectra = [make_spectrum(record) for record in records if record.values_estimate]
     allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
@@ -252,6 +252,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
 
     Raises:
         InputError: A file could not be read or written.
+        UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit, even in row blocks.
     """
     if layer.earlier is not None:
@@ -345,7 +346,8 @@ def _write(
 def _choose_rank(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
     """Return the smallest rank with the requested fraction of the energy; without one, the largest useful rank.
 
-    The curve is that of the estimate if directions were recovered, else ``curve`` of D.
+    It is the length of the curve if that does not reach the fraction. The curve is that of the estimate if directions
+    were recovered, else ``curve`` of D.
     """
     if estimate.hidden.status == "recovered":
         curve = np.array(estimate.curve)
@@ -415,8 +417,9 @@ def recover(
         One record for each matrix, for an adapter each that PEFT can adapt; also in ``recovery.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option is invalid, ``tuned`` is an adapter, or ``output`` exists and may not be replaced.
-        InputError: An input cannot be read, or the output cannot be written.
+        UsageError: An option is invalid, ``base`` or ``tuned`` is an adapter, ``params`` is too small for any rank, or
+            ``output`` is an input or exists and may not be replaced.
+        InputError: An input cannot be read, no layer can be measured for an output, or it cannot be written.
         NothingComparedError: The sides have no weight in common, or none is selected.
         InconclusiveError: There is nothing to write.
 
@@ -527,7 +530,7 @@ def _spend_budget(
         The tasks, each with its rank and, if it could be measured, its estimate.
 
     Raises:
-        UsageError: The budget is too small for rank 1, or adapters usually target none of the layers.
+        UsageError: The budget is too small for any rank, or no layer can get one.
         InputError: A file could not be read or written.
     """
     options = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}

@@ -71,7 +71,7 @@ def exit_code(results: Results[Recovery]) -> int:
 def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step; None without one.
 
-    After an output: its loss. Else a checkpoint of the estimate, or ``extract`` if there is none.
+    After a written folder: its loss. Else a checkpoint of the estimate, or ``extract`` if there is no usable one.
     """
     is_measured = any(record.status != "refused" for record in results)
     is_estimated = any(record.status in ("recovered", "size_only") for record in results)

@@ -9,8 +9,8 @@ References: Schuirmann 1987, "A comparison of the two one-sided tests procedure 
 "The generalization of Student's problem", equation 28; Berger 1982, "Multiparameter hypothesis testing"
 (intersection-union).
 
-Outliers of a fleet of adapters have norms far from the median in robust standard deviations; near-duplicates have large
-cosines.
+Outliers of a fleet of adapters are dead, over-ranked or spiked, or have a norm far from the median in robust standard
+deviations; near-duplicates have a large cosine or share their column spaces.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] 
         groups: Compare items only within a group: ranks are within the group, minus their mean; None for one group.
 
     Returns:
-        ρ in [−1, 1]; None if all ranks of one side are equal.
+        ρ in [−1, 1]; None if all ranks of one side are equal (within every group).
 
     Example:
         >>> round(spearman([1.0, 2.0, 3.0, 4.0], [10.0, 30.0, 20.0, 40.0]), 6)
@@ -63,7 +63,7 @@ def p_value(
         seed: Seed of the permutations.
 
     Returns:
-        p in (0, 1]; None if all ranks of one side are equal.
+        p in (0, 1]; None if all ranks of one side are equal (within every group).
 
     Reference: Phipson and Smyth 2010, "Permutation p-values should never be zero", equation 3.
 
@@ -372,7 +372,7 @@ class NearDuplicate:
 
 
 def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
-    """Return the pairs of near-duplicates, the most similar first.
+    """Return the pairs of near-duplicates, those with the largest |cosine| first.
 
     Args:
         updates: Sketches of the updates, one per adapter.

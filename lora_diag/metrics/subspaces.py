@@ -1,8 +1,8 @@
 """Angles and overlaps of subspaces and distances of updates, with the random baselines that they are compared with.
 
-The baselines are those of the principal angles between two subspaces, of a gradient's overlap with a subspace, of the
-relation of two updates, and of singular task interference. Distances of an update X from another, D, follow from their
-norms, their inner product and D's spectrum (``compute_distances``, ``split_epsilon``).
+The baselines are those of the principal angles between two subspaces, of a gradient's or an update's overlap with a
+subspace, of singular task interference, and of the similarity of singular vectors. Distances of an update X from
+another, D, follow from their norms, their inner product and D's spectrum (``compute_distances``, ``split_epsilon``).
 
 New directions of a fine-tuned weight are defined by ``classify_direction``.
 """

@@ -1,1 +1,1 @@
-"""Running models (extra ``[train]``): opening, data, losses, swapping weights, training."""
+"""Running models (extra ``[train]``): opening, data, losses, layer inputs, swapped weights, training."""

@@ -46,11 +46,10 @@ class TextSource:
 
 
 def check_texts(path: Path | str) -> None:
-    """Check that a path can be a text, before anything is opened.
+    """Check that a path can be a text: a file, or the folder of one data set.
 
     Raises:
-        InputError: There is no such file; or the folder holds no data set, several splits, or a list of splits that
-            cannot be read.
+        InputError: There is no such file; or the folder holds no data set, or a set of splits.
     """
     named = os.fspath(path)
     if not os.path.isdir(named):  # noqa: PTH112  (unlike Path.is_dir(), takes any name)
@@ -239,7 +238,7 @@ class Texts:
 
 
 def read_texts(path: Path | str, model: Model, max_sequences: int | None = None, shifted: bool = False) -> Texts:
-    """Read a text and cut it into sequences of the model's length.
+    """Read a text and cut it into sequences of the model's length at most.
 
     Args:
         path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
@@ -312,7 +311,7 @@ def _count_predicted(sequence: Sequence, model: Model) -> int:
 
 
 def _mask_sequence(sequence: Sequence, index: int, model: Model) -> Sequence:
-    """Mask some of the predictable tokens, at least one, chosen at random with a seed from the index of the sequence.
+    """Mask some of the predictable tokens, at least one if any, chosen at random by the index of the sequence.
 
     All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
     2019) are easier to predict, and add noise to comparisons.

@@ -1,7 +1,7 @@
 """In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, for the layers that a probe truncates.
 
-Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets are
-kept, as many numbers as in an adapter of the largest rank.
+Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets and
+σ² are kept, about as many numbers as in an adapter of the largest rank.
 """
 
 from __future__ import annotations

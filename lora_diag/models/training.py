@@ -200,7 +200,7 @@ class Cell:
         rank: r of every factor pair, or of the ``config`` of the LoRA, whose pairs may differ; None for ``full`` and
             ``bitfit``.
         lr: Peak learning rate.
-        seed: Seed of the initial factors, and of dropout if BASE has it.
+        seed: Seed of the initial factors and of dropout.
         subject: Method: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
     """
 

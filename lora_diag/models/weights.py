@@ -50,7 +50,7 @@ class Trained:
         return tuple(self.parameter.shape)
 
     def gradient(self) -> Tensor | None:
-        """Return the gradient accumulated by autograd; None before any backward pass."""
+        """Return the gradient accumulated by autograd; None if there is none yet."""
         return self.parameter.grad
 
 

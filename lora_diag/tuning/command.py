@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run_tune(shown: Shown, base: str, *, output: Path, yes: bool, **options: Unpack[TuneOptions]) -> int:
-    """Print the plan, train after confirmation, print the choice, and return the exit code.
+    """Print a new plan, train once it is confirmed, print the choice, and return the exit code.
 
     Raises:
         LoradiagError: As ``tune``; also if confirmation cannot be requested without a terminal.

@@ -42,7 +42,9 @@ class Point:
 
 
 def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
-    """Return every configuration on one set: of its learning rates, the one with the most seeds, then the lowest loss.
+    """Return the trained configurations with a loss on one set, by parameters, each at one of its learning rates.
+
+    That is the one with the most losses; of several, the one with the lowest mean loss.
 
     Args:
         records: Records of a search.

@@ -284,8 +284,7 @@ class Deadline:
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
     """Return up to ``KEPT_RATES`` learning rates that continue after the short round, ascending; none without a loss.
 
-    At every rank the rate with the lowest loss continues. Where all agree, so does the second best of the largest
-    rank; where more than ``KEPT_RATES`` are best somewhere, those of the largest ranks.
+    They are taken by place: the best rate at each rank, from the largest rank down, then the second best at each.
 
     Args:
         losses: Losses by rank and rate; None where a run diverged.
@@ -394,8 +393,8 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The budget is too small for rank 1 or a requested rank, the time for any search, or an option is
-            invalid.
+        UsageError: The budget is too small for rank 1 or a requested rank, the time for any search, an option is
+            invalid, or peft is not installed.
         InputError: The base model cannot be read or adapted.
     """
     options = run.options
@@ -458,7 +457,7 @@ def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
 def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
     """Return the plan of a search that is given more time: all options as given, as far as this limit allows.
 
-    The steps of a run stay those of the earlier plan, so that its runs can be compared with new ones.
+    The steps of a run are not raised to the option's: they start from the earlier plan.
 
     Args:
         plan: The earlier plan.
@@ -467,7 +466,8 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The limit is below the earlier one, or the earlier plan has none.
+        UsageError: The limit is below the earlier one or too short for any search, the earlier plan has none, or
+            ``ranks`` has one below 1.
     """
     if plan.limit is None or limit < plan.limit:
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"

@@ -47,14 +47,15 @@ class TunePlan(WholeRecord):
         more_seeds: Whether seeds are added where they would decide.
         finer: Whether a rank in between is tried.
         redistribute: Whether non-uniform ranks are trained.
-        trials: Runs of stability and escalation at most.
-        step_seconds: Measured time of one training step.
+        trials: Configurations that stability and escalation train at most.
+        step_seconds: Measured time of one training step at the largest of the ranks.
         full_step_seconds: Measured time of one step of full fine-tuning; 0 if it was not timed.
-        evaluation_seconds: Measured time of evaluating all sets.
+        evaluation_seconds: Time of evaluating all sets, from one measured batch.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
         left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are not float32.
-        saved: Estimated seconds that each omission saves; without those that are not for ``limit``.
+        saved: Estimated seconds by omission; without full fine-tuning of weights that are not float32, and in an
+            extended search without the steps omitted before.
         stages: The stages of the search.
     """
 
@@ -96,21 +97,21 @@ class TunePlan(WholeRecord):
 class TuneTrial(WholeRecord):
     """The loss of one run on one evaluation set; or of BASE.
 
-    Runs of shared ranks and of full fine-tuning are copies of those in ``sweep.jsonl``.
+    Those of the sweep over shared ranks, and of full fine-tuning, are copies of records in ``sweep.jsonl``.
 
     Args:
         set: The evaluation set, by its file's name.
         shifted: Whether the user named it as shifted.
         data: Hash of the evaluation file.
         tokens: Predictions that the loss is the mean of.
-        variant: The configuration: ``base``, ``uniform-r8``, ``full``, ``prior``, ``marginal``, ``dropout``, …
+        variant: The configuration: ``base``, ``uniform-r8``, ``full``, ``prior``, ``uniform-r8+dropout``, …
         params: Trainable parameters; 0 for BASE.
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
         seed: Seed of the factors' initial values.
-        loss: Mean loss; null where the run diverged.
-        train_loss: Mean loss over the last tenth of the steps; of BASE on the training data; null where not finite.
-        nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; may be empty.
+        loss: Mean loss; null where it is not finite.
+        train_loss: Mean loss over the last tenth of the steps; of BASE on training sequences; null where not finite.
+        nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; empty without a loss.
         predictions: Number of predictions of each sequence; for BASE only.
     """
 
@@ -142,22 +143,22 @@ class TuneDecision(WholeRecord):
         stage: The stage.
         name: Subject of the decision.
         outcome: ``chosen``: of all candidates of the stage. ``kept``: a candidate that replaced the incumbent.
-            ``rejected``: a candidate that did not. ``not needed``: nothing depends on it. ``proposed``: to try next: it
-            lowers the loss but is outside the budget, or was not trained for time, with its predicted ``seconds``.
-            ``not tried``: not trained, for the reason in ``why``.
+            ``rejected``: a candidate that did not. ``not needed``: there is nothing to try, or no reason to.
+            ``proposed``: to try next: it lowers the loss but is outside the budget, or was not trained, with its
+            predicted ``seconds``. ``not tried``: not trained, for the reason in ``why``.
         why: The reason, with its numbers.
         rank: A shared rank; null without one.
-        lr: Peak learning rate; null without training.
+        lr: Peak learning rate; null without a single one.
         params: Trainable parameters; null if not applicable.
         gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; in the stage ``ranks``,
-            minus that of the best rank. Null where not trained, or if a run diverged.
+            minus that of the best rank. Null where not trained, or without a seed at which both have a loss.
         error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``: over paired sequences.
             Null in the stage ``ranks``.
         gap_shifted: Mean of the same over the shifted sets, of one seed on the first; null without any, in the stage
             ``ranks``, and if a candidate was rejected at the first seed.
-        error_shifted: Standard error of ``gap_shifted``; null with it.
-        seeds: Number of seeds of ``gap``.
-        seconds: Predicted cost of what was not trained; else null.
+        error_shifted: Standard error of ``gap_shifted``; null without it, or if it is not known.
+        seeds: Number of seeds of ``gap``; of ``more seeds`` that were not tried, the number that would decide.
+        seconds: Predicted duration of what was not trained, or that it saves; null if not known, or trained.
         layers: Layers that it is about, where these are named.
         files: Files in the run's folder that it is based on.
     """
@@ -208,8 +209,8 @@ class Tune(WholeRecord):
         next_rank: The next higher rank tried; null if none.
         next_gain: Its additional gain in nats; null if none was tried.
         non_uniform: Whether non-uniform ranks were ``kept``, ``rejected``, or ``not tried``.
-        gain_shifted: Gain on the first shifted set; null without one.
-        gain_shifted_error: Standard error of ``gain_shifted`` over seeds; null for one seed.
+        gain_shifted: Gain on the first shifted set; null without a loss on one.
+        gain_shifted_error: Standard error of ``gain_shifted`` over seeds; null for fewer than two.
         set_shifted: Name of the first shifted set; empty without one.
         seeds: Seeds of the chosen configuration.
     """

@@ -59,30 +59,31 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     Args:
         base: The model: a folder that transformers can open, or a Hub id.
         output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a report and configs.
-        data: Training data: text or JSONL.
+        data: Training data: text, JSONL or a data set.
         evaluate: Held-out files of the same kind; the first decides.
         shifted: Files of another kind.
         params: Budget: trainable parameters, such as ``"10M"``.
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
         time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
-            limit than before extends the search: all runs are kept, and the omitted ones are trained.
+            limit than before extends the search: all runs are kept, and omitted ones that now fit are trained.
         ranks: Shared ranks to try; by default up to four, each a fourth of the next: up to the largest power of two
             within the budget; 1 and 2 if the largest rank within it is 2 or 3.
         dry_run: Stop after the plan.
-        on_plan: Called with a new plan before any training, unless ``dry_run``; if it returns False, nothing is
-            trained or written.
+        on_plan: Called with a new or extended plan before the search, unless ``dry_run``; if it returns False, nothing
+            is trained or written.
         **options: ``TuneOptions``.
 
     Returns:
-        The records are in ``whole``: the plan, trials, decisions, and last the choice (``Tune``). Only the plan where
-        the run stopped before training; ``end`` is then None.
+        The records are in ``whole``: the plan, then trials and decisions, and last the choice (``Tune``). Only the plan
+        where the run stopped before the search; ``end`` is then None.
 
     Raises:
-        UsageError: An option is invalid, the training text is also an evaluation set, the budget is too small for a
-            rank, the time for a search, or ``output`` is a link or a file, holds other files, or holds a run that is
-            neither resumed nor replaced.
-        InputError: An input cannot be read, the model cannot be opened or adapted, a file cannot be written, or the
-            cluster cannot be reached.
+        UsageError: An option is invalid, BASE is an adapter, the extra ``train``, or a package for the engine or the
+            data set, is not installed, the training text is also an evaluation set, the budget is too small for a rank,
+            the time for a search, or ``output`` is a link or a file, holds other files, or holds a run that is not
+            replaced, and not resumed with the same inputs and settings.
+        InputError: An input cannot be read, the model cannot be opened or adapted, its loss on training sequences is
+            not finite, a file cannot be written, or the cluster cannot be reached.
         InconclusiveError: No rank is trained with a finite loss, or BASE has none.
 
     Example:

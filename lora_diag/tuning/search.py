@@ -157,7 +157,7 @@ class Tuner:
             decision: Stage and name.
             runs: Training runs, at most.
             train: Trains, and records the decision.
-            outcome: Outcome of the decision if there is no time for the runs.
+            outcome: Outcome of the decision if the runs are not allowed, or are stopped by the limit.
             reason: Its reason.
             **fields: Further fields of that decision.
         """
@@ -265,6 +265,7 @@ class Tuner:
         Raises:
             InconclusiveError: No run is finished with a finite loss, or BASE has none.
             InputError: The loss of BASE on training sequences is not finite, or a file cannot be read or written.
+            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         plan = self.plan
         rules = "; ".join(
@@ -465,7 +466,7 @@ class Tuner:
     def _make_candidates(self) -> list[Variant]:
         """Train a pilot, and return non-uniform ranks of the same budget, by its spectrum and by gradients at BASE.
 
-        Ranks that PEFT cannot express, or that equal the shared rank, are recorded and left out.
+        Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are recorded and left out.
         """
         shared = self.choice.rank
         rank = min(2 * shared, max(min(shape) for shape in self.target.shapes.values()))
@@ -517,8 +518,8 @@ class Tuner:
     def _choose_best(self, incumbent: Variant) -> Variant:
         """Return the incumbent, or the candidate of non-uniform ranks that beats it.
 
-        Only the candidate with the lowest loss of the first seed is compared. If it was chosen among several, its
-        first seed is not used.
+        Only the candidate with the lowest loss of the first seed is tested. If it was chosen among several, this seed
+        is left out of the paired seeds.
         """
         decision, candidates = ("redistribution", "non-uniform ranks"), self._make_candidates()
         if not candidates:
@@ -537,7 +538,7 @@ class Tuner:
         return best if is_kept else incumbent
 
     def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
-        """Return the gap of the first seed on the deciding set; infinite if the challenger diverged."""
+        """Return the gap of the first seed on the deciding set; not finite if one of the two diverged."""
         before, after = (self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger))
         return Gap((math.inf if after is None else after) - (math.inf if before is None else before), None, 1)
 

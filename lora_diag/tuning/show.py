@@ -132,7 +132,7 @@ def describe_choice(choice: Tune) -> str:
 
 
 def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
-    """State why a rank that is not shown to be enough is chosen, and what would show it; else empty."""
+    """State the reason for a choice that is not significant, and what would decide it; else empty."""
     if choice.significant:
         return ""
     needed = max((one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"), default=0)
@@ -153,7 +153,7 @@ def _format_error(error: float | None) -> str:
 
 
 def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | None) -> str:
-    """State that the learning rate is at the edge of those tried at the shared rank, or the only one; else empty."""
+    """State that the rate is at the edge of those planned, or tried at the shared rank, or the only one; else empty."""
     own = {trial.lr for trial in trials if trial.variant == f"uniform-r{choice.rank}" and trial.lr is not None}
     tried = own | set(plan.rates if plan is not None else ())
     if len(tried) < 2:

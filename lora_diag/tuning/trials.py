@@ -225,7 +225,7 @@ def gap_of(
 
 
 def _average_nll(runs: Sequence[Measured]) -> list[float]:
-    """Return the mean over runs of each sequence's NLL; empty if the runs have different sequences."""
+    """Return the mean over runs of each sequence's NLL; empty if their numbers differ."""
     if len({len(run.nll) for run in runs}) > 1:
         return []
     return [fmean(values) for values in zip(*(run.nll for run in runs), strict=True)]
@@ -304,7 +304,7 @@ def choose_rank(swept: Swept) -> RankChoice:
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return the geometric mean of the chosen rank and the next lower one tried; None unless the latter is below half.
+    """Return a rank midway, in the geometric mean, to the next lower one tried; None unless that is below half of it.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)

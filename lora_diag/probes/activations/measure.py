@@ -37,7 +37,7 @@ def probe_activations(
 
     Args:
         base: Model whose layer inputs are recorded: a folder that transformers can open, or a Hub id.
-        data: A text or JSONL file.
+        data: A text or JSONL file, or a data set.
         output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
         output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss with respect to each output
             of a layer, for the K-FAC metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Needs a
@@ -51,9 +51,10 @@ def probe_activations(
         The output file, the text, the recorded layers, and the skipped ones with the reason.
 
     Raises:
-        UsageError: An option is invalid, ``output`` exists without ``overwrite``, or the extra ``train`` is missing.
-        InputError: An input cannot be read, transformers cannot open BASE, the output cannot be written, or the loss
-            whose gradients are recorded is not finite.
+        UsageError: An option is invalid, BASE is an adapter, ``output`` exists without ``overwrite``, or the extra
+            ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read, transformers cannot open BASE, the output cannot be written, the loss whose
+            gradients are recorded is not finite, or layers share an input in some batches only.
         NothingComparedError: No linear layer is selected.
 
     Example:

@@ -29,7 +29,7 @@ NO_BOUND = "λ term, no bound"
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> pages.Page:
-    """Return a panel of gaps for each set, and one of the layers' largest eigenvalues, or without both, of traces."""
+    """Return a panel of gaps for each set, and one of the largest eigenvalues of layers; without both, of traces."""
     runs = [[record for record in item.whole if isinstance(record, Curvature | LossBound)] for item in series]
     records = [record for run in runs for record in run]
     curvatures = [record for record in records if isinstance(record, Curvature)]
@@ -117,7 +117,7 @@ def _draw_gaps(ax: Axes, style: PageStyle, runs: Sequence[Sequence[LossBound]]) 
 
 
 def _make_rows(runs: Sequence[Sequence[Curvature | LossBound]], eigen: bool) -> list[pages.Row]:
-    """Return a row for all layers jointly and one for each: the largest eigenvalue if ``eigen``, else the trace."""
+    """Return a row of each curvature: its trace, or with ``eigen`` its largest eigenvalue, if that was computed."""
     rows = []
     for number, records in enumerate(runs):
         for record in records:

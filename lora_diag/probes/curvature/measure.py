@@ -334,7 +334,7 @@ def measure_bounds(
         after: Called after every batch of a loss.
 
     Raises:
-        InputError: A loss is not finite.
+        InputError: A loss, or ΔW of a layer, is not finite, or ΔW could not be read.
     """
     texts = loss_function.texts
     swapped.arrange(dict.fromkeys(loss_function.layers, rank), FULL)
@@ -404,10 +404,11 @@ def probe_curvature(
         that truncates a layer and every fraction, if there is a TUNED.
 
     Raises:
-        UsageError: An option is invalid, ``dtype`` is not ``float32`` (Lanczos does not converge in others), the
-            output can be neither replaced nor resumed, or the extra ``train`` is not installed.
+        UsageError: An option is invalid, BASE is an adapter, ``dtype`` is not ``float32`` (Lanczos does not converge in
+            others), the output can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data
+            set, is not installed.
         InputError: An input cannot be read or the output written, transformers cannot open BASE, its model has no
-            weight of a layer, a loss or a product is not finite, or Lanczos did not converge.
+            weight of a layer, ΔW, a loss or a product is not finite, or Lanczos did not converge.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
@@ -535,10 +536,10 @@ def _iterate_curvatures(
     has_joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the missing records, those from the same eigenpairs in one list; the joint record is in the first.
+    """Yield the missing records, those from the same eigenpairs in one list; a missing joint record is in the first.
 
-    With ``per`` all, layers have the gradient, the trace and, at BASE, the surrogate of the joint eigenpairs; with
-    ``layer``, their own eigenvalues, trace and surrogate.
+    Layers have the gradient, the trace and, at BASE, the surrogate: with ``per`` all from the joint eigenpairs, with
+    ``layer`` from their own, whose eigenvalues they then have, too.
 
     Args:
         loss_function: The loss.

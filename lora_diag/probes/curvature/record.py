@@ -119,7 +119,7 @@ class Curvature(WholeRecord):
 
     @property
     def strongly_convex(self) -> bool:
-        """Whether μ is above zero by more than float32 rounding, 1e-4 of λ."""
+        """Whether μ was computed and is above zero by more than float32 rounding, 1e-4·|λ|."""
         return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
 
 
@@ -138,7 +138,7 @@ class LossBound(WholeRecord):
         linear: ⟨∇L, E⟩.
         quadratic: ½⟨E, HE⟩.
         upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
-        lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is positive; else null.
+        lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is above 1e-4·|λ|; else null.
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.

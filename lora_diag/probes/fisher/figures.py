@@ -24,7 +24,7 @@ SMALLEST_SHOWN = 1e-5
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return panels of correlations per run, or one of tails if too few layers were measured or ``per`` is ``type``.
+    """Return panels of correlations per run; one of tails if ``per`` is not ``layer`` or too few layers were measured.
 
     Raises:
         UndrawableError: No truncation changes the loss.
@@ -82,7 +82,7 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
 
 
 def _name_types(records: Sequence[Fisher]) -> dict[str, str]:
-    """Return the line of each module type: its own for as many as there are colours, with the largest ΣF(0) first."""
+    """Return the line of each module type, the largest ΣF(0) first; those beyond the number of colours share one."""
     sums: dict[str, float] = {}
     for record in records:
         kind = module_type_of(record.layer)

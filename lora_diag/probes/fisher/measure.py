@@ -265,7 +265,7 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
-        data: Text or JSONL whose loss is differentiated.
+        data: Text, JSONL or data set whose loss is differentiated.
         evaluate: One held-out file on which every layer is truncated alone, for comparison with the estimates; implies
             ``measure``.
         measure: Truncate every layer alone and measure, on ``evaluate``, or on ``data`` without it.
@@ -278,10 +278,10 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         The records are in ``whole``: one ``Fisher`` per measured layer.
 
     Raises:
-        UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
-            installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, a loss or a gradient
-            is not finite, or the logits of the measurements take too much memory.
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
+            extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, ΔW of a layer, a loss
+            or a gradient is not finite, or the logits of the measurements take too much memory.
         NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
 
     Reference:

@@ -1,8 +1,8 @@
 """``probe intrinsic``: measure the loss of training in random subspaces, θ = θ_0 + P·z, in full, and by LoRA.
 
 P is a Fastfood projection that is never materialized. This is the definition of the intrinsic dimension by Li et al.
-2018; Aghajanyan et al. 2020 add one scale per layer (SAID). BASE's weights are unchanged: the model is called with
-other weights.
+2018; Aghajanyan et al. 2020 add one scale per layer (SAID). Training in a subspace leaves BASE's weights unchanged: the
+model is called with other weights.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Fastfood:
 
     B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed; memory is about
     five bytes per entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the
-    columns of P, over all D rows, have mean norm 1.
+    columns of P, over all D rows, have a mean square norm of 1.
 
     Args:
         size: Entries of the tensor, n.
@@ -249,7 +249,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
-        data: Training text or JSONL.
+        data: Training text, JSONL or data set.
         evaluate: Held-out files of the same distribution; the first decides on learning rates.
         shifted: Files of another distribution.
         dims: Dimensions d.
@@ -269,8 +269,8 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 
     Raises:
         UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to
-            rounding), the training text is also an evaluation set, the output can be neither replaced nor resumed, or
-            the extra ``train`` is missing.
+            rounding), BASE is an adapter, the training text is also an evaluation set, the output can be neither
+            replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not installed.
         InputError: An input cannot be read or the output written, or the model cannot be opened or adapted.
 
     Reference:

@@ -154,7 +154,7 @@ def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Re
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: training; for each set, the smallest sufficient subspace and LoRA; learning rates."""
+    """Return the statements: for each set, the smallest sufficient subspace and LoRA; learning rates."""
     records, settings = results.whole_of(Intrinsic), results.run.settings
     rows_by_set = _compute_lines(results)
     first = next(iter(rows_by_set.values()), [])
@@ -174,7 +174,7 @@ def _compute_lines(results: Results[Any]) -> dict[str, list[Line]]:
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return a table per set, one row per size."""
+    """Return a table per set, one row for BASE and for each size with a finite loss."""
     records, share = results.whole_of(Intrinsic), results.run.settings["share"]
     return [
         _make_grid(caption_of(name, records), _find_base(records, name), rows, share)

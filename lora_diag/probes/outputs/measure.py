@@ -124,7 +124,7 @@ def measure_outputs(
         after_batch: Called after every batch with the name or subject of the model.
 
     Raises:
-        InputError: A loss is not finite.
+        InputError: A loss, or ΔW of an adapter, is not finite, or ΔW could not be read.
     """
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
@@ -219,10 +219,11 @@ def probe_outputs(
         The records are in ``whole``: one per set and model, including BASE and TUNED.
 
     Raises:
-        UsageError: An option is invalid, there is nothing to compare, an input is given twice, the output can be
-            neither replaced nor resumed, or the extra ``train`` is missing.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, or a loss is not
-            finite.
+        UsageError: An option is invalid, BASE is an adapter, there is nothing to compare, an input is given twice, the
+            output can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not
+            installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or an update or a loss
+            is not finite.
         NothingComparedError: A checkpoint has no weight in common with BASE.
 
     Example:

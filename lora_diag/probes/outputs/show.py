@@ -1,7 +1,8 @@
 """Terminal output of ``probe outputs``: losses and distances of models, and the choice among adapters.
 
-Adapters are compared with each other, with the full fine-tune and with BASE by held-out losses, paired by sequence. A
-difference is significant above two paired standard errors, more with few sequences (``paired_half``).
+Adapters are compared with the best one, with the full fine-tune and with BASE by held-out losses, paired by sequence.
+Differences from the latter two are significant above two paired standard errors, more with few sequences
+(``paired_half``); from the best adapter see ``Rival``.
 """
 
 from __future__ import annotations
@@ -294,7 +295,7 @@ def _describe_best(contests: Sequence[Contest]) -> str:
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
-    """State which adapter to use: the best one, or the cheapest of those that are not distinguishable from it."""
+    """State which adapter to use: the best one, or one of those that are not distinguishable from it; and the gaps."""
     best, count = labels[choice.best], len(choice.rivals) + 1
     if not choice.equals:
         nearest = choice.rivals[0]

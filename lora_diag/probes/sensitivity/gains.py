@@ -123,7 +123,13 @@ def marginals_of(
 ) -> list[Gain]:
     """Return g(r → r + δ) = L(r) − L(r + δ) of units with both, each rank at its best rate.
 
-    Only ``unit``, ``gain`` and ``error`` are those of g; ``error`` is paired over sequences.
+    ``gain`` and ``error`` are those of g, ``error`` paired over sequences; the other fields are those of ``lower``.
+
+    Args:
+        records: Records of one run.
+        name: The set.
+        lower: Gains at r on that set.
+        higher: Gains at r + δ on it.
     """
     predictions = next((r.predictions for r in records if not r.unit and r.set == name), ())
     at_higher_rank = {gain.unit: gain.nll for gain in higher}

@@ -200,7 +200,7 @@ def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -
 
 @show_options
 def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -> Results[Any]:
-    r"""Train a LoRA on each layer alone, on the same batches in the same order, and measure ΔL_ℓ = L(BASE) − L.
+    r"""Train a LoRA on each layer or unit alone, on the same batches in the same order, and measure L(BASE) − L.
 
     First the gradient of every adapted layer at BASE is computed in one pass, for cheap first-order scores. Then
     each unit is adapted alone at every rate with the first seed, and at the rate of its lowest loss on the first
@@ -208,7 +208,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
-        data: Training text or JSONL.
+        data: Training text, JSONL or data set.
         evaluate: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         rank: Rank r.
@@ -224,8 +224,9 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
-            replaced nor resumed, or the extra ``train`` is missing.
+        UsageError: An option is invalid, BASE is an adapter, the training text is also an evaluation set, the output
+            can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not
+            installed.
         InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or its loss or
             a gradient is not finite.
         NothingComparedError: No linear layer is selected.

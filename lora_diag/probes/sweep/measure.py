@@ -133,7 +133,7 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
-        data: Training text or JSONL.
+        data: Training text, JSONL or data set.
         evaluate: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         ranks: Ranks r.
@@ -156,8 +156,9 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, the training text is also an evaluation set, the output can be neither
-            replaced nor resumed, or the extra ``train`` is missing.
+        UsageError: An option is invalid, BASE is an adapter, the training text is also an evaluation set, the output
+            can be neither replaced nor resumed, or the extra ``train``, or a package for the engine or the data set, is
+            not installed.
         InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or the cluster
             cannot be reached.
 

@@ -1,7 +1,7 @@
 """The sufficient rank of a sweep, and its confidence, from the losses over ranks.
 
-Uses records only. Every rank has the learning rate with its lowest loss, since a common rate would compare rates
-instead of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other rank, where δ is the tolerance:
+Every rank has the learning rate with its lowest loss of the first seed, since a common rate would compare rates instead
+of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other rank, where δ is the tolerance:
 
     θ_rk = μ_r − (1 − δ)·μ_k − δ·L_base ≤ 0    for every rank k
 
@@ -94,7 +94,7 @@ class RankStanding:
         share: ``behind`` as a fraction of the gain of the best rank.
         half: Half-width of the interval of ``behind``, each of whose limits holds with 95% confidence; 0 for the best
             rank, None without a spread over seeds.
-        enough: ``yes`` if the upper limits of all θ are at or below 0, ``no`` if the lower limit of any is above 0.
+        enough: ``yes`` if ``confidence`` reaches 95%, ``no`` if ``against`` does; else ``not known``.
         confidence: Confidence that the rank is sufficient, the smallest over all θ; None without a spread.
         against: Confidence that the rank is not sufficient, with Bonferroni correction over the compared ranks; None
             without a spread.
@@ -152,7 +152,7 @@ class SweepVerdict:
 
     @property
     def more_seeds(self) -> int | None:
-        """Estimated number of seeds that decide one open rank; None without open ranks, or if too many are needed.
+        """Estimated number of seeds that decide one open rank; None without an open rank whose number is known.
 
         Open are the ranks below ``rank``, or all without it, that the seeds do not decide.
         """
@@ -213,7 +213,7 @@ class ReferenceComparison:
         outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
             is on one side of 0; else ``not known``; ``no verdict`` without a spread.
         fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
-        seeds: Estimated number of seeds to decide; None if decided, without a spread, or if no number suffices.
+        seeds: Estimated number of seeds to decide; None if decided, without a spread, or above 1000.
     """
 
     best: AtRank

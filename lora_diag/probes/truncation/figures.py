@@ -59,7 +59,7 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel per set: the losses of one run, or the fraction of TUNED's change at each rank for several.
+    """Return a panel per set: losses minus TUNED's of one run, or the fractions of TUNED's change of several, by rank.
 
     Raises:
         UndrawableError: No rank was measured with all layers truncated.

@@ -156,8 +156,8 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         The records are in ``whole``: the losses of BASE, TUNED and every truncation, on each set.
 
     Raises:
-        UsageError: An option is invalid, the output can be neither replaced nor resumed, or the extra ``train`` is not
-            installed.
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
+            extra ``train``, or ``datasets`` for a data set, is not installed.
         InputError: An input cannot be read or the output written, transformers cannot open BASE, or ΔW of a layer or a
             loss is not finite.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.

@@ -62,7 +62,7 @@ def is_kohya(source: AdapterFiles) -> bool:
 
 
 def read_kohya(source: AdapterFiles) -> Reading:
-    """Read a kohya or LyCORIS file.
+    """Return the contents of a kohya or LyCORIS file.
 
     Raises:
         InputError: It holds unsupported or invalid tensors, a factor is missing, or the factors do not fit together.
@@ -191,7 +191,7 @@ def is_diffusers(source: AdapterFiles) -> bool:
 
 
 def read_diffusers(source: AdapterFiles) -> Reading:
-    """Read a diffusers LoRA file.
+    """Return the contents of a diffusers LoRA file.
 
     Raises:
         InputError: A tensor is unknown, a factor is missing, the factors do not fit together or contradict the

@@ -38,7 +38,7 @@ def get_fields(source: AdapterFiles) -> Mapping[str, Value] | None:
 
 
 def read_gguf(source: AdapterFiles) -> Reading:
-    """Read a GGUF adapter.
+    """Return the contents of a GGUF adapter.
 
     Raises:
         InputError: It is no LoRA adapter, its α is no finite number, it holds tensors that llama.cpp refuses, a factor

@@ -301,7 +301,7 @@ LAYOUTS = {
 
 
 def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
-    """Refuse weights of a PEFT adapter of BASE that a layout cannot represent, before anything is measured.
+    """Refuse weights of a PEFT adapter of BASE that a layout cannot represent.
 
     Args:
         form: One of ``LAYOUTS``.

@@ -83,7 +83,7 @@ def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, floa
 
 
 def read_lora(source: AdapterFiles) -> Reading:
-    """Read a PEFT LoRA adapter.
+    """Return the contents of a PEFT LoRA adapter.
 
     Raises:
         InputError: A part is missing, its parts are inconsistent or of several adapters, its config is missing or

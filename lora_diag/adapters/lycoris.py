@@ -35,7 +35,7 @@ Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Sca
 
 
 def _read_peft(parts: tuple[str, ...], kind: str, read_update: Read, source: AdapterFiles) -> Reading:
-    """Read a PEFT adapter whose modules are scaled by α/r of the config.
+    """Return the contents of a PEFT adapter whose modules are scaled by α/r of the config.
 
     Raises:
         InputError: Its parts do not fit together, or the config is invalid.

@@ -29,7 +29,7 @@ def is_mlx(source: AdapterFiles) -> bool:
 
 
 def read_mlx(source: AdapterFiles) -> Reading:
-    """Read an MLX adapter, or the weights of a full fine-tune by mlx-lm as new values.
+    """Return the contents of an MLX adapter, or of a full fine-tune by mlx-lm, whose weights are new values.
 
     Raises:
         InputError: There is no config or no scale, and no α was given; the config is invalid; a factor is missing; the

@@ -58,7 +58,7 @@ LN_TUNING = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weig
 
 
 def read_adalora(source: AdapterFiles) -> Reading:
-    """Read an AdaLoRA adapter.
+    """Return the contents of an AdaLoRA adapter.
 
     Raises:
         InputError: A part is missing, the parts are inconsistent, or the config is invalid.
@@ -96,7 +96,7 @@ def load_adalora_factors(
 
 
 def read_vera(source: AdapterFiles) -> Reading:
-    """Read a PEFT VeRA adapter.
+    """Return the contents of a PEFT VeRA adapter.
 
     Raises:
         InputError: The shared matrices were not saved, or the parts are inconsistent.
@@ -164,7 +164,7 @@ def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torc
 
 
 def read_ln_tuning(source: AdapterFiles) -> Reading:
-    """Read a PEFT LN_TUNING adapter.
+    """Return the contents of a PEFT LN_TUNING adapter.
 
     Raises:
         InputError: It also trained tokens, and their indices and rows do not fit together.
@@ -176,7 +176,7 @@ def read_ln_tuning(source: AdapterFiles) -> Reading:
 
 
 def read_oft(source: AdapterFiles) -> Reading:
-    """Read a PEFT OFT adapter.
+    """Return the contents of a PEFT OFT adapter.
 
     Raises:
         InputError: It uses an unsupported constraint, its config is invalid, or its parts are inconsistent.
@@ -250,7 +250,7 @@ def _cayley_transform(q: torch.Tensor, terms: int) -> torch.Tensor:
 
 
 def read_fourierft(source: AdapterFiles) -> Reading:
-    """Read a PEFT FourierFT adapter.
+    """Return the contents of a PEFT FourierFT adapter.
 
     Raises:
         InputError: ``scaling`` is missing or invalid, ``random_loc_seed`` is invalid, or the file holds several
@@ -293,7 +293,7 @@ def load_fourierft(checkpoint: Checkpoint, key: str, scaling: float, seed: int, 
 
 
 def read_trainable_tokens(source: AdapterFiles) -> Reading:
-    """Read a TRAINABLE_TOKENS adapter.
+    """Return the contents of a TRAINABLE_TOKENS adapter.
 
     Raises:
         InputError: Indices and rows are inconsistent.

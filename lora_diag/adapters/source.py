@@ -66,10 +66,10 @@ class Config:
 
     @staticmethod
     def read(path: Path) -> Config:
-        """Read an adapter's settings.
+        """Return the settings in an adapter's config file.
 
         Raises:
-            InputError: The file cannot be read or holds no settings.
+            InputError: The file cannot be read, or does not hold a JSON object.
         """
         return Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
 

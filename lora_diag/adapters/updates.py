@@ -49,7 +49,7 @@ class Site:
 
     Args:
         shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of a vector ``(n,)``.
-        base: Location of W, if there is a BASE.
+        base: Location of W; None without a BASE, or if BASE does not give floats.
         transposed: Whether W is stored as ``(in, out)``.
     """
 
@@ -175,7 +175,7 @@ class Family:
     Args:
         name: Its name.
         claims: Returns whether an opened source is of this family.
-        read: Reads its changes.
+        read: Returns the contents of such a source.
         form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
         marks: Parts of tensor names that occur only in its adapters.
         starts: Starts of such names.
@@ -236,7 +236,7 @@ def read_modules(
     ignored: tuple[str, ...] = (),
     unit: str = "modules",
 ) -> Reading:
-    """Read an adapter of PEFT whose modules are read one by one.
+    """Return the contents of an adapter of PEFT whose modules are read one by one.
 
     Args:
         source: The adapter.

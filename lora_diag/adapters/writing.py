@@ -272,7 +272,7 @@ class Described:
 
     Args:
         base_name: The base model's name or path.
-        architecture: The class of BASE in transformers' words; empty if unknown.
+        architecture: The class of BASE in transformers; empty if unknown.
         modules: All modules in memory, to resolve patterns against.
         parameters: All parameters that could be targets, likewise.
     """

@@ -1,6 +1,7 @@
 """Read ranges of bytes of one file, local or remote, and tensors in them; count the bytes of local files.
 
-Numbers are decoded with NumPy exactly: every format of at most 32 bits is a subset of float32.
+Numbers are decoded with NumPy exactly: every floating-point format of at most 32 bits is a subset of
+float32.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ READING = Reading()
 
 
 class FileBytes:
-    """The bytes of a file, read by ``pread``: no page of the file stays resident, and a short file gives a message.
+    """The bytes of a file, read by ``pread`` or by requests: no page stays resident, and a short file gives a message.
 
     Args:
         path: The file; opened at the first read.

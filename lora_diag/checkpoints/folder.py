@@ -114,7 +114,7 @@ PREFIX = "module."
 # Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
 UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
 
-# In a folder with this file, config.json is that of the adapter's base.
+# Next to this file, config.json is that of the adapter's base, unless the weights have a name of ``WEIGHTS``.
 ADAPTER_CONFIG = "adapter_config.json"
 
 

@@ -302,7 +302,7 @@ class GgufModel(TensorFile):
 
 
 def open_model(path: Path) -> list[GgufModel]:
-    """Open a GGUF model: one file, or all of a model in parts.
+    """Return the opened files of a GGUF model: one, or all parts in their order.
 
     Raises:
         InputError: A file is missing or invalid, or two parts have the same tensor.

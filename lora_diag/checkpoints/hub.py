@@ -70,7 +70,7 @@ def parse(text: str) -> HubId | None:
 
 
 def loadable(address: str) -> str:
-    """Return the name by which transformers and PEFT find a model: ``org/name`` of an ``hf://`` one, else unchanged.
+    """Return the name of a model's repository, ``org/name``, for an ``hf://`` address; any other text unchanged.
 
     >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
     ('org/name', 'runs/base')

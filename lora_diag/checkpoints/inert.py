@@ -127,7 +127,7 @@ def describe(value: Any) -> str:
 
 
 def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
-    """Read a pickle as data.
+    """Return the content of a pickle as data.
 
     Args:
         content: The pickle, or a file that is read to the end of its next pickle.

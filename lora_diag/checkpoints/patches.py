@@ -131,6 +131,9 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         path: A checkpoint, a patch, or a folder of patches.
         base: BASE.
 
+    Returns:
+        TUNED, with whole tensors.
+
     Raises:
         InputError: ``open_checkpoint`` refuses a file, or a patch does not fit BASE.
     """

@@ -1,6 +1,6 @@
 """Present quantized weights as ordinary float tensors.
 
-A family of formats is one module of this package, and a format one line in ``FORMATS``. Each finds its weights by the
+A family of formats is one module of this package, with its functions in ``FORMATS``. Each finds its weights by the
 names of the auxiliary tensors stored with them. Auxiliary tensors are hidden; the weight appears under its own name, in
 its logical shape and as float32. Weights are dequantized on reading, and only in the requested range.
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 QuantizedWeight = RowWeight | bitsandbytes.FourBitWeight | scaled.ScaledWeight
 Find = Callable[[Checkpoint, Mapping[str, Any]], Iterable[QuantizedWeight]]
 
-# Each finds the weights of one format in a checkpoint as stored, given its ``quantization_config``.
+# Each finds the weights of one or more formats in a checkpoint as stored, given its ``quantization_config``.
 FORMATS: tuple[Find, ...] = (
     bitsandbytes.find_four_bit,
     bitsandbytes.find_eight_bit,

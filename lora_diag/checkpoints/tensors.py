@@ -111,7 +111,7 @@ class TensorFile:
         return None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
+        """Return the scales of the codes of the entries ``start:stop``; None where ``Checkpoint.read_scales`` gives none."""
         return None
 
     def decodes(self, name: str) -> bool:
@@ -281,7 +281,7 @@ class Checkpoint:
             stop: One past the last entry; default all.
 
         Returns:
-            1-D float32 tensor; None unless the weight is stored as 8-bit codes times a scale (FP8, int8, GGUF's Q8_0).
+            1-D float32 tensor; None unless the weight is stored as scaled FP8 or int8, or as GGUF's Q8_0.
 
         Raises:
             InputError: The file ended early or could not be read.

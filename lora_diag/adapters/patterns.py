@@ -96,7 +96,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
 
 
 def find_targets(config: Config, modules: Iterable[str], key: str = "target_modules") -> frozenset[str]:
-    """Return the modules that a setting of PEFT names: equal to a name or ending in ``.`` and it, or matched as a whole.
+    """Return the modules that a setting of PEFT names: equal to a name, ending in ``.`` and it, or matched as a whole.
 
     Args:
         config: The adapter's config.

@@ -1,7 +1,6 @@
 """Read ranges of bytes of one file, local or remote, and tensors in them; count the bytes of local files.
 
-Numbers are decoded with NumPy exactly: every floating-point format of at most 32 bits is a subset of
-float32.
+Numbers are decoded with NumPy exactly: every floating-point format of at most 32 bits is a subset of float32.
 """
 
 from __future__ import annotations

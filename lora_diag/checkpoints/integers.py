@@ -255,8 +255,8 @@ def find_gptq(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeig
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout, format or number of bits
-            is unsupported, or the configuration is missing for GPTQ or contradicts the tensors.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout, format or number of
+            bits is unsupported, or the configuration is missing for GPTQ or contradicts the tensors.
     """
     for name in source:
         if name.endswith(CODES):

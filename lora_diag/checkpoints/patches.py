@@ -70,7 +70,7 @@ class PatchedFile(TensorFile):
         return self._base.read_steps(name, start, stop)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
+        """Return the scales of the codes of the entries ``start:stop``, or None; see ``Checkpoint.read_scales``."""
         return self._base.read_scales(name, start, stop)
 
     def _locate_changes(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:

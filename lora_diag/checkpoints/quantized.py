@@ -90,7 +90,7 @@ class Dequantized(TensorFile):
         return weight.read_steps(start, stop) if weight else None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales that multiply the codes of the entries ``start:stop``; None unless they are 8-bit codes."""
+        """Return the scales of the codes of the entries ``start:stop``, or None; see ``Checkpoint.read_scales``."""
         weight = self._weights.get(name)
         return weight.read_scales(start, stop) if isinstance(weight, scaled.ScaledWeight) else None
 

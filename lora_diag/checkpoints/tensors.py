@@ -111,7 +111,7 @@ class TensorFile:
         return None
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales of the codes of the entries ``start:stop``; None where ``Checkpoint.read_scales`` gives none."""
+        """Return the scales of the codes of the entries ``start:stop``, or None; see ``Checkpoint.read_scales``."""
         return None
 
     def decodes(self, name: str) -> bool:

@@ -564,7 +564,8 @@ def interference(
     Raises:
         UsageError: An option is invalid, there are fewer than two updates, one is given twice, one is a checkpoint and
             no ``base`` is given, ``base`` is an adapter, or ``output`` may be neither replaced nor resumed.
-        InputError: An input cannot be read, two of them are not of one model, or the results file cannot be written.
+        InputError: An input cannot be read, does not fit ``base`` or needs one, two updates are not of one model, or
+            the results file cannot be written.
         NothingComparedError: An update has no selected weight, or no weight is in two of them.
 
     Example:

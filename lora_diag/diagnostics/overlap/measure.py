@@ -389,7 +389,7 @@ def _join_gradients(
     Args:
         compared: BASE and TUNED.
         gradient_histories: The gradients of each layer.
-        unmatched: Gradients of no layer of BASE, with the reason.
+        unmatched: The other tensors of the snapshots, with the reason.
         steps: The steps of the gradients.
     """
     by_layer = {history.layer: history for history in gradient_histories}

@@ -34,8 +34,7 @@ from lora_diag.version import __version__
 def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subspaces | LeftOut:
     """Return the subspaces spanned by the factors of the LoRA around a weight.
 
-    A ``left_out`` record if the LoRA is zero or not finite.
-
+    If the LoRA is zero or not finite, return a ``left_out`` record.
 
     Args:
         weight: The weight.
@@ -108,8 +107,8 @@ class GradientRecorder(TrainerCallback):
         exclude: Regular expression; no weights whose name contains a match. None to exclude none.
         dtype: Dtype of the saved gradients, ``float32`` or ``bfloat16``.
         ranks: With ``live``: ranks besides the LoRA's own.
-        log: With a reference: called with ``summary_of`` the records after every recorded step; ``log_to`` connects it
-            to a Trainer's log.
+        log: With a reference: called with ``summary_of`` the records of every step that has some, on the main process;
+            ``log_to`` connects it to a Trainer's log.
 
     Attributes:
         records: The overlap records so far, on the main process; empty without a reference.

@@ -141,7 +141,7 @@ def _make_grid(rows: Rows, width: int, per: str) -> Grid:
 
 
 def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
-    """Return a column of the median κ at a step, shaded by its distance from random to 1, marked if near random."""
+    """Return a column of the median κ at a step, shaded by its place from random to 1, marked if most are near it."""
     cells: list[str | Text] = []
     for _, group in rows:
         nonzero = [record for track in group for record in track.known if record.step == step]

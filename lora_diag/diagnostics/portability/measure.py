@@ -159,7 +159,7 @@ def _measure_distance(task: Judged, scale: float | None, fro: float | None, upda
 
 
 def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
-    """Return the estimated memory of judging a weight in bytes: its factors, or ΔW in float64 if it must be formed."""
+    """Estimate the memory of judging a weight in bytes: its factors; of DoRA and changed bases, ΔW in float64."""
     if task.item.part in NONLINEAR_PARTS and task.delta is not None:
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
@@ -188,7 +188,8 @@ def make_portable(
     Args:
         adapter: The adapter.
         output: Folder to write; must not exist.
-        base: The checkpoint it was trained on: for DoRA, for names missing from the adapter, and for other layouts.
+        base: The checkpoint it was trained on: for updates that depend on it, such as DoRA, for names missing from the
+            adapter, and for other layouts.
         form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
         leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
@@ -326,7 +327,7 @@ def portability(
 
     Args:
         adapter: The adapter.
-        base: The checkpoint it was trained on: for names of weights, and for DoRA.
+        base: The checkpoint it was trained on: for names of weights, and for updates that depend on it, such as DoRA.
         consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default only those of
             ``require``, or else those that read files of this layout.
         require: Programs that must apply the intended ΔW, in the same form; they are also judged. By default
@@ -337,7 +338,8 @@ def portability(
         **options: ``PortabilityOptions``.
 
     Returns:
-        One record for each weight and program.
+        One record for each selected weight of the adapter and each program. Weights that are not finite, or that
+        ``base`` does not have, are in ``left_out``.
 
     Raises:
         UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is no rule for a program

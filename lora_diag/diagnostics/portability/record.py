@@ -22,7 +22,7 @@ class Portability(LayerRecord):
     """Treatment of one changed weight by one consumer.
 
     Args:
-        layer: The weight's name in BASE; without a BASE, in the adapter.
+        layer: The weight's name in BASE; where that is not known, in the adapter.
         consumer: The program that loads the adapter, such as ``vllm``.
         version: Version of the program: the requested one, or the newest in which the rule was read.
         status: ``exact``: it applies the intended ΔW. ``wrong``: it applies another one, mostly by another scale; write

@@ -71,7 +71,8 @@ def _describe_of(records: Sequence[Portability], name: Name) -> str | None:
 def describe_treatment(records: Iterable[Portability]) -> str | None:
     """Return the worst treatment as text; None without records.
 
-    If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known, the largest ε.
+    If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known, the largest ε, or
+    ``B·A alone`` if that is not known either.
     """
     records = sorted(records, key=lambda record: ORDER.index(record.status))
     if not records or records[0].status != "wrong":

@@ -33,7 +33,7 @@ OTHER_GRAM_UP_TO = 4096
 
 
 class _NotFiniteError(Exception):
-    """A gradient has an entry that is not finite, or a norm overflows; the message says which and, if known, where."""
+    """An entry of a gradient is not finite, or a norm or the spacing overflows; the message says which."""
 
 
 def max_bytes(history: History) -> int:

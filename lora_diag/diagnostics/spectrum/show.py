@@ -162,7 +162,7 @@ def _describe_change(results: Results[Spectrum], changed: Sequence[Spectrum]) ->
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
-    """State whether the files resolve the update and, if of at least half of its layers, which rank it needs."""
+    """Return the statements on the rank, which is known if the files resolve half of the layers, and on rounding."""
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
     if readable and 2 * len(readable) >= len(changed):
         low_rank, rank_at_90 = _describe_low_rank(readable, len(changed), ranks), _describe_rank_at_90(readable)

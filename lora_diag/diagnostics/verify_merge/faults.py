@@ -158,7 +158,7 @@ class MergedLayer:
 
     @property
     def held(self) -> int:
-        """Upper bound on the memory in bytes of updates without thin factors, which cannot be read by rows."""
+        """Upper bound on the memory in bytes that updates without thin factors take."""
         whole_updates = [delta for delta in self.deltas if not isinstance(delta, FactoredDelta)]
         if not whole_updates:
             return 0

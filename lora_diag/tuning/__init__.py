@@ -38,7 +38,7 @@ class TuneOptions(Shifted, Training, TrainingRuns, ModelOptions, Resuming, Callb
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=options.OUTPUT)]
     on_plan: Annotated[
         "Callable[[TunePlan], bool] | None",
-        Option(None, "Called with the plan; training stops if it returns False.", cli=False),
+        Option(None, "Called with a new plan; nothing is trained if it returns False.", cli=False),
     ]
 
 

@@ -23,7 +23,7 @@ RUN, FRONTIER, CHOSEN = QUIET, CATEGORIES[0], CATEGORIES[1]
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One configuration at its best learning rate.
+    """One configuration at one learning rate.
 
     Args:
         variant: Its name.

@@ -244,7 +244,7 @@ class Deadline:
         limit: Seconds; None for none.
 
     Attributes:
-        began: Start of the search on the clock.
+        began: Start of the search on the clock, later by the time that the confirmation of the plan took.
         pace: Measured duration of the last runs divided by the planned one; at least 1, since runs of smaller ranks
             are faster than the largest, which is timed for the plan.
     """

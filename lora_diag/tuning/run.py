@@ -233,7 +233,7 @@ def write_outputs(
         adapter: The folder of its trained adapter.
 
     Raises:
-        InputError: A file cannot be written.
+        InputError: A file cannot be read or written.
     """
     config = {**variant.config, "base_model_name_or_path": str(base)}
     config_text = json.dumps(config, indent=2) + "\n"

@@ -5,7 +5,8 @@ justify. A challenger is compared with the incumbent on the same seeds and the s
 loss is significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean
 loss is not higher on the shifted sets: the incumbent wins ties.
 
-Each run is trained once and recorded with its losses. BASE is unchanged after every run.
+Every run is recorded with its losses, and trained again only for an adapter that is missing. BASE is unchanged
+afterwards.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _select_named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
 
 
 def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> list[str]:
-    """Return names by which PEFT finds these modules and no other: the last part of a path, or the path if needed.
+    """Return names by which PEFT finds these modules: the last part of a path if it finds no others, else the path.
 
     Args:
         chosen: Paths of the modules to adapt.
@@ -304,7 +305,7 @@ def choose_rank(swept: Swept) -> RankChoice:
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return a rank midway, in the geometric mean, to the next lower one tried; None unless that is below half of it.
+    """Return the rounded geometric mean of a rank and the next lower one tried; None unless that is below its half.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)

@@ -31,7 +31,7 @@ from lora_diag.version import __version__
 def probe_activations(
     base: Path | str, data: Path | str, output: Path | str, **options: Unpack[ActivationsOptions]
 ) -> Activations:
-    r"""Record C = E[xxᵀ], the mean over tokens, of the input x of every selected linear layer, over a text.
+    r"""Record C = E[xxᵀ] of every selected linear layer: the mean over its inputs x while the model reads a text.
 
     With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output due to the update.
 

@@ -50,7 +50,7 @@ def _escape(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    r"""Return safe text for a line of Markdown, in which no markup, HTML, mention, issue or link has an effect.
+    r"""Return safe text for inside a line of Markdown, where no markup, HTML, mention, issue or link has an effect.
 
     >>> escape_markdown("<b>|@me #1 https://x *y*")
     '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'

@@ -203,7 +203,7 @@ def _room_for_names(columns: Sequence[Column], width: int) -> int:
 
 
 def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> list[Column]:
-    """Return the columns without as many as must be dropped for names to keep ``name_width`` characters."""
+    """Return the columns, less those dropped so that names keep ``name_width`` characters, as far as columns may be."""
     fitting = list(columns)
     for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
         if columns[position].drop and _room_for_names(fitting, width) < name_width:

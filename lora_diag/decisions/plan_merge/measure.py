@@ -10,7 +10,7 @@ values are zero.
     fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the matrix
     mxfp4       groups of 32: e2m1(x/s)·s, saturating at ±6; s = 2^(⌊log₂ max|x|⌋ − 2), 2^−127 ≤ s ≤ 2^127
     nvfp4       groups of 16: e2m1(x/(s·g))·s·g; g = fl32(max|x| of the matrix / 2688), s = e4m3(max|x| / (6g))
-    int4        groups of 128: clamp(round(x/s), −7, 7)·s; s = fl32(max|x| / 7)
+    int4        groups of --group-size: clamp(round(x/s), −7, 7)·s; s = fl32(max|x| / 7)
 
 Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4); NVIDIA, Pretraining Large
 Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448). Round to nearest, without calibration.

@@ -18,12 +18,12 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return the symbol of what records measure: ``ΔW``, or ``ΔW·C^½`` in another metric; of several, all joined."""
+    """Return the symbol of what records measure: ``ΔW``, in another metric as ``ΔW·C^½``; of several, all joined."""
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
 def metric_suffix(records: Iterable[LayerRecord]) -> str:
-    """Return a suffix that names the metric if it is common to all records and not that of the weights; else empty."""
+    """Return a suffix that names the metric if all spectra among records have one, but not the weights'; else empty."""
     metrics = metrics_of(records)
     return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
 
@@ -132,6 +132,9 @@ class Types:
 
     Args:
         layers: Names of the weights.
+
+    Attributes:
+        names: The types, each once.
 
     Example:
         >>> types = Types(["encoder.block.0.q.weight", "decoder.block.0.q.weight", "lm_head.weight"])

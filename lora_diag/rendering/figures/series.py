@@ -30,7 +30,7 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: bool = True) -> str:
-    """Return the label of a run's inputs, such as ``base → full_ft``, ``sql + chat`` or ``base``.
+    """Return the label of a run's inputs, such as ``base → full_ft`` or ``sql + chat``; without inputs, its command.
 
     Args:
         run: The run.
@@ -47,9 +47,9 @@ def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: boo
 
 
 def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()) -> list[str]:
-    """Return distinct labels of runs; runs of different commands share no figure and need not differ.
+    """Return labels of runs, distinct among those of one command and metric.
 
-    The first of these that distinguishes the runs of a command: measured inputs; with BASE; longer paths; differing
+    The first of these that distinguishes them: measured inputs; with BASE; longer paths; differing
     settings; files; a number. Parts common to several runs come first.
 
     Args:

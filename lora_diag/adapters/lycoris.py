@@ -65,7 +65,7 @@ def read_hadamard(
     Args:
         source: The adapter.
         module: Its module.
-        parts: The module's tensors.
+        parts: Names of its tensors, by their parts.
         find_scale: Returns s, given the rank of the factors.
 
     Raises:
@@ -120,7 +120,7 @@ def read_kronecker(
     Args:
         source: The adapter.
         module: Its module.
-        parts: The module's tensors.
+        parts: Names of its tensors, by their parts.
         find_scale: Returns s, given the rank of the factors; None if both sides are stored in full.
         as_peft: Whether the sides are multiplied as by PEFT instead of LyCORIS.
 

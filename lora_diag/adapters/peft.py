@@ -127,7 +127,7 @@ def load_vera_factors(checkpoint: Checkpoint, parts: dict[str, str], site: Site)
     """Return diag(b)·B[:out] and diag(d)·A[:, :in].
 
     Raises:
-        InputError: The weight has more columns than A.
+        InputError: The weight has more columns than A, or a file cannot be read.
     """
     a, b = (read(checkpoint, key) for key in VERA_SHARED)
     if site.shape[1] > a.shape[1]:
@@ -212,7 +212,7 @@ def load_oft(checkpoint: Checkpoint, key: str, size: int, terms: int, is_table: 
     """Return W·Rᵀ − W, or W·R − W for an embedding, block by block of W's columns.
 
     Raises:
-        InputError: The blocks do not divide the columns.
+        InputError: The blocks do not divide the columns, or a file cannot be read.
     """
     import torch
 
@@ -278,7 +278,7 @@ def load_fourierft(checkpoint: Checkpoint, key: str, scaling: float, seed: int, 
     """Return Re ifft2(S)·scaling.
 
     Raises:
-        InputError: There are more frequencies than entries of the weight.
+        InputError: There are more frequencies than entries of the weight, or the file cannot be read.
     """
     import torch
 

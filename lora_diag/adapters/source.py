@@ -150,7 +150,7 @@ class AdapterFiles:
 
     @property
     def peft_type(self) -> str:
-        """PEFT's type of adapter, in capitals; empty if the config has none."""
+        """PEFT's type of adapter, in capitals; empty if no config gives it."""
         return self.config.text("peft_type").upper() if self.config is not None else ""
 
     def scale_without_alpha(self, rank: int) -> float:

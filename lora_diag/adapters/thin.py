@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 class StoredFactors:
     """Two stored factors and a scale: a ``ThinFactors``.
 
+    Reading raises ``InputError`` if a file cannot be read.
+
     Args:
         checkpoint: The adapter's tensors.
         b: Name of B ``(out, r, 1, …)``.

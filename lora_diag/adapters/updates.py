@@ -58,13 +58,17 @@ class Site:
     transposed: bool = False
 
     def weight(self) -> torch.Tensor:
-        """Return W in the adapter's orientation, float64."""
+        """Return W in the adapter's orientation, float64; raises like ``Checkpoint.read``."""
         assert self.base is not None, "an update that needs W was not given a BASE"
         flat = as_float64(self.base.read(0, math.prod(self.shape)))
         return flat.view(self.shape[::-1]).T if self.transposed else flat.view(self.shape)
 
     def rows(self, indices: list[int]) -> torch.Tensor:
-        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64; other rows are not read."""
+        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64, without reading others.
+
+        Raises:
+            InputError: The file cannot be read.
+        """
         import torch
 
         assert self.base is not None, "an update that needs W was not given a BASE"
@@ -81,7 +85,8 @@ class Update:
         weight: The adapter's name for the weight, such as ``model.layers.0.self_attn.q_proj.weight``.
         shape: ``(out, in)``, or ``(n,)``; of stacked experts, that of one of them.
         load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and float64. A
-            ``functools.partial`` of a module's function, so that it can be sent to another process.
+            ``functools.partial`` of a module's function, so that it can be sent to another process; it raises
+            ``InputError`` if a file cannot be read.
         factored: Whether ``load`` gives factors.
         dtype: Stored dtype of its tensors.
         needs_weight: Name of the kind of update if it needs W, such as ``DoRA``; else empty.
@@ -202,7 +207,11 @@ def as_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
-    """Return a tensor of the adapter in its stored shape, float64."""
+    """Return a tensor of the adapter in its stored shape, float64.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
@@ -241,7 +250,7 @@ def read_modules(
     Args:
         source: The adapter.
         parts: Names of the family's parts, such as ``lora_A``.
-        read_module: Takes the source, a module and its tensors by their parts; returns its updates.
+        read_module: Takes the source, a module and the names of its tensors by their parts; returns its updates.
         kind: Description of the adapter.
         scaling: The scaling of the updates and its source.
         ignored: Tensors that belong to no module.

@@ -42,6 +42,8 @@ STORAGE = frozenset({"uint8", "int8", "float16", "bfloat16", "float32"})
 class FourBitWeight:
     """A weight quantized to 4 bits.
 
+    Reading raises ``InputError`` if a file cannot be read.
+
     Args:
         source: The checkpoint as stored.
         info: The weight as presented.

@@ -105,7 +105,12 @@ class FileBytes:
 
     @cached_property
     def size(self) -> int:
-        """Number of bytes of the file."""
+        """Number of bytes of the file.
+
+        Raises:
+            OSError: The file cannot be found.
+            InputError: A remote file cannot be found.
+        """
         return self.path.stat().st_size
 
     def make_notes(self) -> tuple[str, ...]:

@@ -63,12 +63,20 @@ class Layout:
 
 
 def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices follow each other."""
+    """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices follow each other.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     return _decode(layout, is_steps, first, last, 0, layout.columns)
 
 
 def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
-    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``."""
+    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     import torch
 
     inputs, step = layout.columns, max(1, packing.SLAB_BYTES // (layout.columns // 2))

@@ -124,7 +124,12 @@ class GgufFile(TensorFile):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether this format claims the file: by its name or its first bytes."""
+        """Return whether this format claims the file: by its name or its first bytes.
+
+        Raises:
+            InputError: The path is not a regular file, or a remote file cannot be read.
+            OSError: The file cannot be opened.
+        """
         if path.suffix == ".gguf":
             return True
         with open_regular(path) as file:

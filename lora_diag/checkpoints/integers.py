@@ -91,18 +91,18 @@ class Layout:
     is_awq: bool = False
 
     def read(self, part: str, first: int, last: int) -> torch.Tensor:
-        """Return rows of a tensor of the weight."""
+        """Return rows of a tensor of the weight; raises like ``read_rows``."""
         return packing.read_rows(self.source, f"{self.module}.{part}", first, last)
 
     def read_codes(self, part: str, first: int, last: int) -> torch.Tensor:
-        """Return the codes of rows, each a stream of bits."""
+        """Return the codes of rows, each a stream of bits; raises like ``read_rows``."""
         return unpack(self.read(part, first, last), self.bits, self.columns)
 
     def read_groups(self) -> torch.Tensor:
         """Return the group of every column.
 
         Raises:
-            InputError: A stored one does not exist.
+            InputError: A stored one does not exist, or the file cannot be read.
         """
         import torch
 
@@ -430,6 +430,9 @@ def describe_ambiguous_zeros(
         source: The checkpoint as stored.
         weights: The quantized weights that were found, by name.
         config: Its ``quantization_config``; with ``sym`` all zero points are in the middle.
+
+    Raises:
+        InputError: A file cannot be read.
     """
     if config.get("sym") is True or str(config.get("checkpoint_format", "gptq")).lower() != "gptq":
         return ()

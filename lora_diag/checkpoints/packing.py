@@ -34,6 +34,8 @@ INTEGERS = frozenset({"int32", "int64"})
 class RowWeight:
     """A quantized weight whose rows are decoded as a whole.
 
+    Reading raises ``InputError`` if a file cannot be read.
+
     Args:
         info: The weight as presented.
         place: Name of the tensor in whose place it appears: that of its codes.
@@ -117,7 +119,11 @@ def e8m0(exponents: torch.Tensor) -> torch.Tensor:
 
 
 def read_rows(source: Checkpoint, name: str, first: int, last: int, width: int | None = None) -> torch.Tensor:
-    """Return rows of a stored matrix, ``(last − first, width)``; ``width`` is by default its last dimension."""
+    """Return the rows ``first:last`` of a stored matrix; ``width`` is by default its last dimension.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     columns = source[name].shape[-1] if width is None else width
     return source.read(name, first * columns, last * columns).view(last - first, columns)
 
@@ -130,6 +136,9 @@ def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: 
         name: The matrix; of more dimensions, all but the last are its rows.
         rows: First row and one past the last.
         columns: First column and one past the last.
+
+    Raises:
+        InputError: The file cannot be read.
     """
     import torch
 

@@ -54,7 +54,12 @@ class TorchFile(TensorFile):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether this format claims the file: by its extension, or the first bytes of a zip or pickle."""
+        """Return whether this format claims the file: by its extension, or the first bytes of a zip or pickle.
+
+        Raises:
+            InputError: The path is not a regular file, or a remote file cannot be read.
+            OSError: The file cannot be opened.
+        """
         if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
             return True
         with open_regular(path) as file:

@@ -50,6 +50,8 @@ class Grid:
 class ScaledWeight:
     """A weight stored as 8-bit codes and scales.
 
+    Reading raises ``InputError`` if a file cannot be read.
+
     Args:
         source: The checkpoint as stored.
         info: The weight as presented.

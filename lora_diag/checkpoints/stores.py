@@ -96,7 +96,7 @@ class Store:
         return self._known[address]
 
     def is_file(self, address: str) -> bool:
-        """Return whether a file exists."""
+        """Return whether a file exists; raises like ``file_info``."""
         return self.file_info(address) is not None
 
     def join(self, address: str, name: str) -> str:

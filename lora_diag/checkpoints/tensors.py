@@ -77,7 +77,10 @@ class TensorInfo:
 
 
 class TensorFile:
-    """One open file of tensors, or a view of one; ``folder.FORMATS`` lists the formats of files."""
+    """One open file of tensors, or a view of one; ``folder.FORMATS`` lists the formats of files.
+
+    Reading raises ``InputError`` if a file cannot be read.
+    """
 
     path: Path
     tensors: Mapping[str, TensorInfo]

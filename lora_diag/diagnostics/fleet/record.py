@@ -46,7 +46,7 @@ class Fleet(LayerRecord):
     key: ClassVar[tuple[str, ...]] = ("layer",)
     long: ClassVar[tuple[str, ...]] = ("layers",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("modules", "layers", "number of changed matrices", drop=5, terminal=True),
+        Shown("modules", "layers", "number of adapted matrices", drop=5, terminal=True),
         Shown("rank", "rank", "largest rank of its factors", main=True, head="r"),
         Shown("mean_rank_99", "r at 99%", "mean rank at 99% of a layer's energy", drop=2, terminal=True),
         Shown(

@@ -226,13 +226,13 @@ def _select_near(relevant: Sequence[Track]) -> list[Track]:
     return [track for track in relevant if is_near_random(track.last)]
 
 
-def _describe_containment(relevant: Sequence[Track], measured: int) -> Statement:
-    """State whether the relevant layers, which are some of those measured, end above the baseline, and the medians."""
+def _describe_containment(relevant: Sequence[Track], layer_count: int) -> Statement:
+    """State whether the relevant ones of ``layer_count`` measured layers end above the baseline, and the medians."""
     near = _select_near(relevant)
     verdict = "no" if len(near) > len(relevant) / 2 else "partly" if near else "yes"
     kappa = median(track.last.kappa or 0 for track in relevant)
     random = median(track.last.kappa_random for track in relevant)
-    layers = quantity(measured) if len(relevant) == measured else f"{len(relevant)} of {quantity(measured)}"
+    layers = quantity(layer_count) if len(relevant) == layer_count else f"{len(relevant)} of {quantity(layer_count)}"
     return make_statement(
         "inside",
         "Containment",

@@ -207,7 +207,7 @@ class Residual(Distance, LayerRecord):
             detail=True,
         ),
         Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
-        Shown("excess", "excess", "ε² − floor²: cost of direction and scale", axis="excess ε² − ε_min²"),
+        Shown("excess", "excess", "ε² − ε_min²: cost of direction and scale", axis="excess ε² − ε_min²"),
         Shown(
             "cosine",
             "cosine",

@@ -178,12 +178,12 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
     ]
 
 
-def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequence[int]) -> str:
+def _describe_low_rank(readable: Sequence[Spectrum], changed_count: int, ranks: Sequence[int]) -> str:
     """State what a common rank keeps at the median and in the worst layer, with a verdict.
 
     Args:
         readable: The changed layers that the files resolve.
-        changed: Number of changed layers.
+        changed_count: Number of changed layers.
         ranks: The measured ranks.
     """
     shares_by_rank = {rank: shares for rank in ranks if (shares := _list_shares(rank, readable))}
@@ -195,8 +195,8 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed: int, ranks: Sequen
     shares = shares_by_rank[rank]
     middle, worst = median(shares.values()), min(shares, key=shares.__getitem__)
     word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
-    basis = f"{len(shares)} of" if len(shares) < changed else "all"
-    of = f"the median of {basis} {quantity(changed)}" if changed > 1 else short(worst)
+    basis = f"{len(shares)} of" if len(shares) < changed_count else "all"
+    of = f"the median of {basis} {quantity(changed_count)}" if changed_count > 1 else short(worst)
     lowest = f", at worst {percent(shares[worst])} in {short(worst)}" if len(shares) > 1 else ""
     return f"{word}: r={rank} keeps {percent(middle)} of the energy Σσ² in {of}{lowest}"
 

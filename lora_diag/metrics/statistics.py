@@ -405,7 +405,7 @@ def _compute_cosines(
 
 
 def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
-    """Return the ratio to the median of each outlying norm, else None; zeros are ignored, and three norms are needed.
+    """Return the ratio to the median of each outlying norm, else None; zeros are ignored, and three others needed.
 
     Example:
         >>> find_norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])

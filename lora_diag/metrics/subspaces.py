@@ -217,11 +217,11 @@ EXACT = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """Distances of two updates. A field is None if it is undefined.
+    """Distances of two updates. A field is None if it is undefined or not known.
 
     Args:
         epsilon: ε = ‖D − X‖ / ‖D‖.
-        epsilon_min: The smallest ε of X's rank.
+        epsilon_min: The smallest ε of X's rank, or a lower bound on it.
         excess: ε² − ε_min².
         norm_ratio: ‖X‖ / ‖D‖.
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).

@@ -662,9 +662,9 @@ class Tuner:
         return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
     def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return the incumbent with ranks for a larger budget, and the layers that gain most; None if there are none.
+        """Return the incumbent with ranks for a larger budget, and the layers with the highest raised ranks; or None.
 
-        There are none without a pilot, if the ranks cannot be allocated or expressed by PEFT, or if no layer gains.
+        It is None without a pilot, if the ranks cannot be allocated or expressed by PEFT, or if no rank is raised.
         """
         shared = self.choice.rank
         if not (self.folder / "pilot.jsonl").is_file():

@@ -40,7 +40,7 @@ class Line:
         lr: Peak learning rate of Adam.
         pace: Equivalent learning rate of full fine-tuning; None for LoRA.
         losses: Losses of the seeds at that rate, without those that are not finite.
-        edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
+        edge: Whether the rate is the lowest or the highest of several tried, so that a better one may be beyond.
         shares: (L_base − L) / (L_base − L_full) of every seed; empty without a gain of full fine-tuning.
     """
 

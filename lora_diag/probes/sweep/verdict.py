@@ -53,7 +53,7 @@ class AtRank:
         rank: r; None for full fine-tuning and BitFit.
         lr: The learning rate with the lowest loss of the first seed.
         runs: Loss of each seed at that rate, without runs that diverged.
-        edge: Whether the rate is the lowest or the highest tried, so that a better one may be beyond.
+        edge: Whether the rate is the lowest or the highest of several tried, so that a better one may be beyond.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

@@ -20,6 +20,7 @@ from lora_diag.models.data import read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Weights, open_model
 from tests.benchmarks.measure import print_table
+from tests.benchmarks.recovery import whole
 
 RANKS, BUDGET = (4, 8, 16), 8
 PREFIX = "output_gradients."
@@ -72,10 +73,7 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
         for kind in ("data", "kfac")
     }
     layers = [record.layer for record in metrics["data"]]
-    before, after = ({} for _ in range(2))
-    for path, weights in ((base, before), (tuned, after)):
-        for shard in sorted(path.glob("*.safetensors")):
-            weights.update({key: value.double().numpy() for key, value in load_file(shard).items()})
+    before, after = ({key: value.double().numpy() for key, value in whole(path).items()} for path in (base, tuned))
     cut = {
         layer: Truncations(after[layer] - before[layer], moments[layer], moments[PREFIX + layer]) for layer in layers
     }

@@ -4,15 +4,18 @@ python -m tests.benchmarks.merge_scale
 """
 
 import math
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from itertools import product, starmap
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from lora_diag.deltas import FactoredDelta
+from lora_diag.checkpoints import open_checkpoint
+from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.diagnostics.verify_merge.faults import MergedLayer
 from lora_diag.diagnostics.verify_merge.measure import verify
 from lora_diag.diagnostics.verify_merge.record import Merge
@@ -34,33 +37,6 @@ ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 }
 
 
-@dataclass
-class Held:
-    """A tensor in memory where a side of a checkpoint is read."""
-
-    values: Tensor
-    name: str = "w"
-    offset: int = 0
-    is_quantized: bool = False
-
-    @property
-    def dtype(self) -> str:
-        return str(self.values.dtype).removeprefix("torch.")
-
-    @property
-    def checkpoint(self) -> "Held":
-        return self
-
-    def read(self, first: int, last: int) -> Tensor:
-        return self.values.reshape(-1)[first:last]
-
-    def read_each(self, name: str, spans) -> Iterator[Tensor]:
-        return (self.read(first, last) for first, last in spans)
-
-    def read_steps(self, first: int, last: int) -> None:
-        return None
-
-
 def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: torch.dtype, seed: int):
     """Return W of rms 0.02 in a dtype, and B and A in float32 of which s·B·A has ``relative`` times the rms of W."""
     rng = torch.Generator().manual_seed(seed)
@@ -71,11 +47,15 @@ def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: 
 
 def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float, diagonal: bool = False) -> Merge:
     """Return the result of verify-merge for one layer."""
-    dtypes = (str(w.dtype).removeprefix("torch."), str(b.dtype).removeprefix("torch."))
-    update = FactoredDelta(
-        "w", tuple(w.shape), lambda: (b.double() * s, a.double()), dtypes, Held(w), True, s, diagonal
-    )
-    return verify(MergedLayer("w", tuple(w.shape), Held(w), Held(m), (update,)))
+    with tempfile.TemporaryDirectory() as folder:
+        sides = []
+        for name, weight in (("base", w), ("merged", m)):
+            save_file({"w": weight.contiguous()}, Path(folder) / f"{name}.safetensors")
+            sides.append(Side(open_checkpoint(Path(folder) / f"{name}.safetensors"), "w"))
+        dtypes = (sides[0].dtype, str(b.dtype).removeprefix("torch."))
+        shape = (len(b), a.shape[1])
+        update = FactoredDelta("w", shape, lambda: (b.double() * s, a.double()), dtypes, sides[0], True, s, diagonal)
+        return verify(MergedLayer("w", shape, *sides, (update,)))
 
 
 def main() -> None:

@@ -9,14 +9,14 @@ that other work on the machine affects both.
 
 import argparse
 import json
-import os
-import subprocess
+import math
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from lora_diag import spectrum
 from lora_diag.linalg.difference import difference
 from lora_diag.linalg.exact import decompose_factored
 from lora_diag.linalg.methods import decompose
-from tests.benchmarks.measure import processor
+from tests.benchmarks.measure import Used, call, print_table, processor, run
 from tests.benchmarks.pairs import make_adapter, make_pair, update, weight
 from tests.benchmarks.scripts import svdvals
 
@@ -34,36 +34,18 @@ SECONDS = 5.0  # of each kernel with its reference
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(NamedTuple):
     """A piece of work of the package and the plain code it is compared with.
 
     Args:
         name: Key in the baseline.
-        own: The work.
-        reference: The plain code.
-        clock: Measures one call in processor seconds.
+        own: Does the work once.
+        reference: Runs the plain code once.
     """
 
     name: str
-    own: Callable[[], object]
-    reference: Callable[[], object]
-    clock: Callable[[Callable[[], object]], float]
-
-
-def here(work: Callable[[], object]) -> float:
-    """Return the processor seconds of a call in this process."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
-def elsewhere(work: Callable[[], object]) -> float:
-    """Return the processor seconds of the processes that a call starts."""
-    before = os.times()
-    work()
-    after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    own: Callable[[], Used]
+    reference: Callable[[], Used]
 
 
 def kernels(folder: Path) -> Iterator[Kernel]:
@@ -71,72 +53,60 @@ def kernels(folder: Path) -> Iterator[Kernel]:
     seeded = torch.Generator().manual_seed(0)
     base, tuned = weight(1024, 1024, seeded)
     delta = tuned.float() - base.float()
-    yield Kernel("full spectrum, 1024²", lambda: decompose(delta), lambda: torch.linalg.svdvals(delta), here)
+    yield Kernel("full spectrum, 1024²", *timed(lambda: decompose(delta), lambda: torch.linalg.svdvals(delta)))
     wide = update(1024, 4096, seeded)
-    yield Kernel("full spectrum, 1024×4096", lambda: decompose(wide), lambda: torch.linalg.svdvals(wide), here)
+    yield Kernel("full spectrum, 1024×4096", *timed(lambda: decompose(wide), lambda: torch.linalg.svdvals(wide)))
     large = update(2048, 2048, seeded)
     fro = float(large.double().norm())
     thin = torch.randn(2048, 224, generator=seeded)
-    yield Kernel(
-        "top 64, 2048²", lambda: decompose(large, top=64, fro=fro), lambda: [large @ thin for _ in range(8)], here
-    )
+    works = timed(lambda: decompose(large, top=64, fro=fro), lambda: [large @ thin for _ in range(8)])
+    yield Kernel("top 64, 2048²", *works)
     flat = torch.randn(1024, 1024, generator=seeded)
-    yield Kernel("top 64 of a flat spectrum, 1024²", lambda: decompose(flat, top=64), lambda: decompose(flat), here)
+    works = timed(lambda: decompose(flat, top=64), lambda: decompose(flat))
+    yield Kernel("top 64 of a flat spectrum, 1024²", *works)
     b, a = torch.randn(4096, 16, generator=seeded), torch.randn(16, 11008, generator=seeded)
-    yield Kernel(
-        "factors of rank 16, 4096×11008",
-        lambda: decompose_factored(b, a),
-        lambda: (torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T)),
-        here,
+    works = timed(
+        lambda: decompose_factored(b, a), lambda: (torch.linalg.qr(b.double()), torch.linalg.qr(a.double().T))
     )
+    yield Kernel("factors of rank 16, 4096×11008", *works)
     left, right = weight(2048, 2048, seeded)
-    yield Kernel(
-        "subtraction, norms and rounding, bf16 2048²",
+    works = timed(
         lambda: difference(zip(left.split(512), right.split(512), strict=True), (2048, 2048), CPU),
         lambda: torch.linalg.vector_norm(right.float() - left.float(), dtype=torch.float64),
-        here,
     )
+    yield Kernel("subtraction, norms and rounding, bf16 2048²", *works)
     pair = make_pair(folder / "pair", 256, 512, 256, 8)
-    yield Kernel("spectrum of a small pair, one call", lambda: spectrum(*pair), lambda: svdvals(*pair), here)
+    yield Kernel("spectrum of a small pair, one call", *timed(lambda: spectrum(*pair), lambda: svdvals(*pair)))
     adapter = make_adapter(folder / "adapter", 256, 512, 256, 8, 16, 0)
-    yield Kernel(
-        "loradiag spectrum ADAPTER, whole process",
-        lambda: command("-m", "lora_diag", "spectrum", str(adapter), "-q"),
-        lambda: command("-c", "import numpy, pydantic, typer"),
-        elsewhere,
-    )
+    words = [sys.executable, "-m", "lora_diag", "spectrum", adapter, "-q"]
+    plain = [sys.executable, "-c", "import numpy, pydantic, typer"]
+    yield Kernel("loradiag spectrum ADAPTER, whole process", partial(run, words), partial(run, plain))
 
 
-def command(*words: str) -> None:
-    subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
+def timed(*works: Callable[[], object]) -> Iterator[Callable[[], Used]]:
+    """Return works that say what they took."""
+    return (partial(call, work) for work in works)
 
 
 def ratio(kernel: Kernel) -> float:
-    """Return the least time of a kernel divided by that of its reference."""
+    """Return the least processor time of a kernel divided by that of its reference."""
     own: list[float] = []
     plain: list[float] = []
     end = time.monotonic() + SECONDS
     while len(own) < 3 or time.monotonic() < end:
-        own.append(kernel.clock(kernel.own))
-        plain.append(kernel.clock(kernel.reference))
+        own.append(kernel.own().cpu)
+        plain.append(kernel.reference().cpu)
     return min(own[1:]) / min(plain[1:])  # without the first, which loads libraries
 
 
-def compare(found: dict[str, float], stored: dict[str, float]) -> tuple[str, bool]:
-    """Return a Markdown table of the ratios, and whether all are within the limit of the stored ones."""
-    lines = ["| kernel | ratio | stored | change |", "|---|---:|---:|---:|"]
-    good = True
-    for name, now in found.items():
-        if name not in stored:
-            lines.append(f"| {name} | {now:.3g} | none | |")
-            good = False
-            continue
-        change = now / stored[name]
-        good = good and change <= LIMIT
-        lines.append(
-            f"| {name} | {now:.3g} | {stored[name]:.3g} | {change:.2f}{'' if change <= LIMIT else ' SLOWER'} |"
-        )
-    return "\n".join(lines), good
+def compare(found: dict[str, float], stored: dict[str, float]) -> tuple[list[tuple[str, ...]], bool]:
+    """Return rows of a table of the ratios, and whether all are within the limit of the stored ones."""
+    changes = {name: now / stored[name] if name in stored else math.inf for name, now in found.items()}
+    rows = [
+        (name, f"{found[name]:.3g}", f"{stored.get(name, math.nan):.3g}", f"{x:.2f}{' SLOWER' if x > LIMIT else ''}")
+        for name, x in changes.items()
+    ]
+    return rows, max(changes.values()) <= LIMIT
 
 
 def main(words: list[str] | None = None) -> int:
@@ -147,8 +117,9 @@ def main(words: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         result = {kernel.name: ratio(kernel) for kernel in kernels(Path(folder))}
     baseline: dict[str, dict[str, float]] = json.loads(BASELINE.read_text())
-    text, good = compare(result, baseline.get(processor(), {}))
-    print(f"{processor()}, one thread, processor time\n\n{text}")
+    rows, good = compare(result, baseline.get(processor(), {}))
+    print(f"{processor()}, one thread, processor time")
+    print_table("kernel | ratio | stored | change", rows)
     if chosen.update:
         baseline[processor()] = {name: float(f"{value:.4g}") for name, value in result.items()}
         BASELINE.write_text(json.dumps(baseline, indent=2, ensure_ascii=False) + "\n")

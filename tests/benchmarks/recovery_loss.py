@@ -18,7 +18,7 @@ Trained weights are kept in the folder, and used again by the next run.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lora_diag
+from tests.benchmarks.measure import print_table
 
 RANKS = (16,)
 SAMPLES = Path("sample_checkpoints")
 Weights = dict[str, Tensor]
 # Losses (or negative rewards) of a model on each held-out window.
 Judge = Callable[[Weights], np.ndarray]
+Shares = dict[str, tuple[float, float]]
 
 
 def bf16(weights: Weights) -> Weights:
@@ -84,7 +86,7 @@ def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tup
     return result, still, verdicts
 
 
-def gain_shares(models: dict[str, Weights], judge: Judge) -> tuple[dict[str, tuple[float, float]], float]:
+def gain_shares(models: dict[str, Weights], judge: Judge) -> tuple[Shares, float]:
     """Return each model's share of the gain and its standard error, and the gain."""
     losses = {name: judge(weights) for name, weights in models.items()}
     gain = losses["base"] - losses["true"]
@@ -99,19 +101,17 @@ def gain_shares(models: dict[str, Weights], judge: Judge) -> tuple[dict[str, tup
 KINDS = ("svd", "rec", "len", "true")
 
 
-def head() -> None:
-    titles = ["stored", "recovered", "length kept", *(f"r={r}: D / recovered / length kept / X" for r in RANKS)]
-    print(f"| run | seed | unchanged | gain | {' | '.join(titles)} | verdicts |")
-    print(f"|---|--:|--:|--:|{'--:|' * len(titles)}---|", flush=True)
+TITLES = ["stored", "recovered", "length kept", *(f"r={r}: D / recovered / length kept / X" for r in RANKS)]
+HEAD = " | ".join(["run", "seed", "unchanged", "gain", *TITLES, "verdicts"])
 
 
-def row(label: str, seed: str, still: float, gain: float, shares: dict[str, Sequence[float]], verdicts: str) -> None:
+def row(label: str, seed: str, still: float, gain: float, shares: Shares, verdicts: str) -> list[str]:
     def cell(name: str) -> str:
         return "{:.1%} ± {:.1%}".format(*shares[name])
 
     parts = [cell("stored"), cell("recovered"), cell("long")]
     parts += [" / ".join(cell(f"{kind}{rank}") for kind in KINDS) for rank in RANKS]
-    print(f"| {label} | {seed} | {still:.1%} | {gain:.4f} | {' | '.join(parts)} | {verdicts} |", flush=True)
+    return [label, seed, f"{still:.1%}", f"{gain:.4f}", *parts, verdicts]
 
 
 @dataclass
@@ -137,8 +137,10 @@ class Case:
     judge: Judge
 
     def compare(self, folder: Path, seeds: int, rates: Sequence[str]) -> None:
-        """Print a row for each learning rate and seed, and one of their means with the standard error over seeds."""
-        head()
+        print_table(HEAD, self.rows(folder, seeds, rates))
+
+    def rows(self, folder: Path, seeds: int, rates: Sequence[str]) -> Iterator[list[str]]:
+        """Yield a row for each learning rate and seed, and one of their means with the standard error over seeds."""
         for words in rates:
             rate, _, scale = words.partition("*")
             label, shares, stills, gains = f"{self.label}, {words}", [], [], []
@@ -146,17 +148,14 @@ class Case:
                 after = self.weights_after(folder / f"{self.name}-{rate}-{seed}.safetensors", rate, seed, scale)
                 models, still, verdicts = candidates(self.base, after, folder, self.config)
                 result, gain = gain_shares(models, self.judge)
-                row(label, str(seed), still, gain, result, verdicts)
+                yield row(label, str(seed), still, gain, result, verdicts)
                 shares.append(result)
                 stills.append(still)
                 gains.append(gain)
             if len(shares) > 1:
-                values = {name: [each[name][0] for each in shares] for name in shares[0]}
-                means = {
-                    name: (float(np.mean(each)), float(np.std(each, ddof=1) / np.sqrt(len(each))))
-                    for name, each in values.items()
-                }
-                row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
+                values = {name: np.array([each[name][0] for each in shares]) for name in shares[0]}
+                means = {name: (x.mean(), x.std(ddof=1) / np.sqrt(len(x))) for name, x in values.items()}
+                yield row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
 
     def weights_after(self, file: Path, rate: str, seed: int, scale: str) -> Weights:
         """Return the weights after training, from the file of an earlier run if there is one, the update scaled."""

@@ -13,7 +13,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import numpy as np
-import peft
 import torch
 
 import lora_diag
@@ -22,9 +21,8 @@ from lora_diag.decisions.allocate.measure import Budget, Constraints
 from lora_diag.decisions.allocate.measure import allocate as by_losses
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.models.data import read_texts
-from lora_diag.models.losses import measure
 from lora_diag.models.opening import open_model
-from lora_diag.models.training import Cell, Training, train
+from lora_diag.models.training import Cell, Lora, Training, losses_after
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import Sensitivity
 
@@ -72,23 +70,12 @@ def ranks_by(rule, params, spectra):
 
 def trained(model, texts, held, ranks, lr, seed):
     """The held-out loss of LoRA at these ranks, alpha = 2r."""
-    torch.manual_seed(seed)
     names = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
-    config = peft.LoraConfig(
-        r=1,
-        lora_alpha=2,
-        target_modules=list(names),
-        rank_pattern=names,
-        alpha_pattern={name: 2 * rank for name, rank in names.items()},
-    )
-    module = peft.get_peft_model(model.module, config)
-    tuned = replace(model, module=module)
-    train(tuned, Cell(1, lr, seed), Training(texts, STEPS, BATCH, seed), lambda: None)
-    module.eval()
-    loss = measure(tuned, held, 16).mean
-    module.unload()
-    model.module.eval().requires_grad_(False)
-    return loss
+    alphas = {name: 2 * rank for name, rank in names.items()}
+    config = {"r": 1, "lora_alpha": 2, "target_modules": list(names), "rank_pattern": names, "alpha_pattern": alphas}
+    training = Training(texts, STEPS, BATCH, seed, kind=Lora(config=config))
+    (loss,), _ = losses_after(model, Cell(1, lr, seed), training, [held], lambda: None)
+    return loss.mean
 
 
 def main(seeds: int) -> None:

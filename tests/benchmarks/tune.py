@@ -23,7 +23,7 @@ import pydoc_data.topics
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -43,6 +43,7 @@ from lora_diag.tuning.search import FULL_OVER_LORA
 from lora_diag.tuning.show import tune_table
 from lora_diag.tuning.trials import Measured, find_shortest_names, gap_of, target_modules, uniform
 from tests.benchmarks.encoder import MODULES, find_encoder, sentences
+from tests.benchmarks.measure import print_table
 
 SAMPLE = Path("sample_checkpoints/base")
 SEEDS = 4
@@ -297,15 +298,16 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    """Return a Markdown table of one case: test losses, and their paired differences from the first row's."""
+def print_case(result: dict[str, Any]) -> None:
+    """Print one case: test losses, and their paired differences from the first row's."""
     rates = ", ".join(f"{rate:g}" for rate in result["grid"])
-    lines = [
-        f"**{result['case']}**: {KINDS[result['case']]}, {result['bytes'] / 1000:.0f} kB; loss of BASE "
-        f"{result['base']:.4f}; {result['steps']} steps a run; rates {rates}", "",
-        "| configuration | parameters | rate | test loss | minus the first row's | steps | processor seconds |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]  # fmt: skip
+    print(f"\n**{result['case']}**: {KINDS[result['case']]}, {result['bytes'] / 1000:.0f} kB; loss of BASE", end=" ")
+    print(f"{result['base']:.4f}; {result['steps']} steps a run; rates {rates}")
+    head = "configuration | parameters | rate | test loss | minus the first row's | steps | processor seconds"
+    print_table(head, rows_of(result))
+
+
+def rows_of(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for number, (label, row) in enumerate(result["rows"].items()):
         losses = [loss for loss, _ in row["runs"].values()]
         error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
@@ -313,16 +315,13 @@ def table(result: dict[str, Any]) -> str:
         grid = row.get("grid", result["grid"])
         edge = "" if min(grid) < row["lr"] < max(grid) else "*"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        lines.append(
-            f"| {label} | {row['params']:,} | {row['lr']:g}{edge} | {fmean(losses):.4f} ± {error:.4f} | {gap} | "
-            f"{row['steps']:,} | {seconds} |"
-        )
-    return "\n".join(lines)
+        loss = f"{fmean(losses):.4f} ± {error:.4f}"
+        yield label, f"{row['params']:,}", f"{row['lr']:g}{edge}", loss, gap, f"{row['steps']:,}", seconds
 
 
 def main(folder: Path, names: list[str]) -> None:
     for name in names or CASES:
-        print(table(measured(folder, name)) + "\n", flush=True)
+        print_case(measured(folder, name))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A server of checkpoints whose tensors have several chunks."""
 
+from contextlib import closing
+
 import pytest
 
 from lora_diag.checkpoints import addresses as ranges
@@ -19,9 +21,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def web(folder):
-    served = Web(folder)
-    yield served
-    served.close()
+    with closing(Web(folder)) as served:
+        yield served
+
+
+@pytest.fixture
+def web_here(tmp_path):
+    """A server of the test's own folder."""
+    with closing(Web(tmp_path)) as served:
+        yield served
 
 
 @pytest.fixture

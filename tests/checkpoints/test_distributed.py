@@ -11,9 +11,8 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.inert import Record, load
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint
-from tests.checkpoints.sharding import assert_same, save_dcp, save_ranks
+from tests.checkpoints.sharding import Canary, assert_same, save_dcp, save_ranks
 from tests.checkpoints.test_fuzz import assert_mutants_are_read_or_refused
-from tests.checkpoints.web import Web
 from tests.conftest import weights
 from tests.messages import mentions, raises_naming
 
@@ -161,19 +160,9 @@ def test_part_that_contradicts_index_is_named(tmp_path):
 # The pickle machine.
 
 
-class Canary:
-    def __init__(self, at):
-        self.at = at
-
-    def __reduce__(self):
-        import pathlib
-
-        return pathlib.Path.touch, (pathlib.Path(self.at),)
-
-
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
-    canary = Canary(str(tmp_path / "sang"))
+    canary = Canary(tmp_path / "sang")
     folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary))
     assert_same(open_checkpoint(folder), TENSORS)
     result = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
@@ -296,14 +285,10 @@ def test_mutated_distributed_checkpoints(tmp_path, name):
     assert_mutants_are_read_or_refused(folder / name, folder, rounds=300)
 
 
-def test_parts_are_read_by_ranges_from_a_web_server(tmp_path):
+def test_parts_are_read_by_ranges_from_a_web_server(tmp_path, web_here):
     save_dcp(tmp_path / "d", TENSORS, CUTS)
-    web = Web(tmp_path)
-    try:
-        checkpoint = open_checkpoint(f"{web.url}/d")
-        assert_same(checkpoint, TENSORS)
-        whole = fingerprint(checkpoint)
-        save_dcp(tmp_path / "d", {**TENSORS, "grid": TENSORS["grid"] + 1}, CUTS | {"rows": [[7], [2, 3]]})
-        assert fingerprint(open_checkpoint(f"{web.url}/d")) != whole
-    finally:
-        web.close()
+    checkpoint = open_checkpoint(f"{web_here.url}/d")
+    assert_same(checkpoint, TENSORS)
+    whole = fingerprint(checkpoint)
+    save_dcp(tmp_path / "d", {**TENSORS, "grid": TENSORS["grid"] + 1}, CUTS | {"rows": [[7], [2, 3]]})
+    assert fingerprint(open_checkpoint(f"{web_here.url}/d")) != whole

@@ -10,10 +10,9 @@ import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.checkpoints.gguf import CODECS
 from lora_diag.errors import InputError
-from lora_diag.running.inputs import compare
 from tests.adapters.making import adapter, normal, write
 from tests.checkpoints.gguf_files import llama, write_gguf
-from tests.conftest import as_numpy, save_model
+from tests.conftest import as_numpy
 from tests.messages import assert_names, raises_naming
 
 gguf = pytest.importorskip("gguf")
@@ -214,12 +213,3 @@ def test_two_gguf_tensors_of_one_meaning_are_refused(tmp_path):
     tensors = {"output.weight": np.ones((2, 2)), "lm_head.weight": np.ones((2, 2))}
     with raises_naming(InputError, "lm_head.weight"):
         open_checkpoint(write_gguf(tmp_path / "m.gguf", llama(), tensors))
-
-
-def test_gguf_pairs_with_safetensors_by_name(tmp_path):
-    q = np.arange(48, dtype="f4").reshape(8, 6)
-    base = save_model(tmp_path / "base", {"model.layers.0.self_attn.q_proj.weight": torch.from_numpy(q)})
-    tuned = write_gguf(tmp_path / "m.gguf", llama(2, 2), {"blk.0.attn_q.weight": permuted(q + 1, 2)})
-    (delta,) = compare(base, tuned).pairing.deltas
-    ((before, after),) = delta.blocks()
-    assert torch.equal(after - before, torch.ones(8, 6))

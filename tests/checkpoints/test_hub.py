@@ -10,6 +10,7 @@ import torch
 from lora_diag.checkpoints import locate, open_checkpoint
 from lora_diag.checkpoints.hub import HubId, parse
 from lora_diag.errors import InputError
+from tests.adapters.making import adapter, normal
 from tests.conftest import save_model, save_sharded, weights
 from tests.messages import raises_naming
 
@@ -114,10 +115,7 @@ def test_partial_download_is_not_read(cache, tmp_path):
 
 
 def test_adapter_is_found_with_its_configuration(cache, tmp_path):
-    folder = save_model(tmp_path / "a", {"x.lora_A.weight": torch.ones(2, 4)})
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    snapshot = put(cache, folder)
+    snapshot = put(cache, adapter(tmp_path, {"x.lora_A.weight": normal(2, 4)}))
     assert locate("org/name") == snapshot
     with pytest.raises(InputError, match="is an adapter"):
         open_checkpoint("org/name")

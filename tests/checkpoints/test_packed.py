@@ -101,41 +101,30 @@ def test_codes_of_any_width_are_unpacked(bits):
 
 def test_rounding_to_a_packed_grid_is_within_half_a_step(tmp_path):
     """Nearest codes of random weights: the error never exceeds half of a step, and comes near it."""
-    tensors, _, _ = mlx(M, (16, 64))
-    scale, bias = (np.repeat(as_numpy(tensors[f"{M}.{part}"]).reshape(16, 2), 32, 1) for part in ("scales", "biases"))
-    rng = np.random.default_rng(1)
-    weight = bias + scale * rng.uniform(0, 15, (16, 64))
-    codes = np.clip(np.round((weight - bias) / scale), 0, 15).astype(int)
-    tensors[W] = torch.from_numpy(words(codes, 4)).view(torch.uint32)
-    folder = save_model(tmp_path, tensors, of_mlx(4))
-    checkpoint = open_checkpoint(folder)
+    weight = 0.05 * normal(16, 64)
+    checkpoint = open_checkpoint(save_model(tmp_path, quantized_by_mlx(weight, 4), of_mlx(4)))
     error = np.abs(as_numpy(checkpoint.read(W)).reshape(16, 64) - weight)
     half = as_numpy(checkpoint.read_steps(W)).reshape(16, 64) / 2
     assert (error <= half + 1e-7).all()
     assert (error > 0.8 * half).any()
 
 
-def test_mlx_settings_of_a_module_replace_those_of_the_model(tmp_path):
-    tensors, expected, _ = mlx(M, (4, 64), bits=8, group=64)
-    settings = {"bits": 4, "group_size": 32, M: {"bits": 8, "group_size": 64}}
-    folder = save_model(tmp_path, tensors, {"quantization": settings})
-    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
+# A symmetric and an asymmetric group of the same bits do not say which weight is which.
+BOTH = ct(4, symmetric=True)
+BOTH["quantization_config"]["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": False}}
+DYNAMIC = {"quant_method": "gptq", "bits": 8, "dynamic": {"-:.*down.*": {}, "+:.*up.*": {"bits": 4}}}
+MODULE = {"bits": 8, "group_size": 64}
+SETTINGS = {
+    "mlx, of a module": (mlx(M, (4, 64), bits=8, group=64), {"quantization": of_mlx(4)["quantization"] | {M: MODULE}}),
+    "gptq, of a module": (gptq(M, (24, 32)), {"quantization_config": DYNAMIC}),
+    "of other weights": (compressed(M, (12, 40), groups=5), BOTH),
+}
 
 
-def test_settings_of_asymmetric_weights_do_not_apply_to_others(tmp_path):
-    """A configuration with a symmetric and an asymmetric group of the same bits does not say which weight is which."""
-    tensors, expected, _ = compressed(M, (12, 40), groups=5)
-    config = ct(4, symmetric=True)
-    config["quantization_config"]["config_groups"]["group_1"] = {"weights": {"num_bits": 4, "symmetric": False}}
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_of_a_weight_apply_to_it_alone(tmp_path, kind):
+    (tensors, expected, _), config = SETTINGS[kind]
     folder = save_model(tmp_path, tensors, config)
-    np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
-
-
-def test_gptq_bits_of_a_module_replace_those_of_the_model(tmp_path):
-    tensors, expected, _ = gptq(M, (24, 32))
-    folder = save_model(tmp_path, tensors)
-    settings = {"quant_method": "gptq", "bits": 8, "dynamic": {"-:.*down.*": {}, "+:.*up.*": {"bits": 4}}}
-    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
     np.testing.assert_allclose(as_numpy(open_checkpoint(folder).read(W)), expected.reshape(-1), rtol=3e-7)
 
 
@@ -153,9 +142,8 @@ def test_settings_of_autogptq_are_read_from_their_own_file(tmp_path, stated):
 def test_zero_points_of_0_in_gptq_v1_are_noted(tmp_path, sym, noted):
     tensors, _, _ = gptq(M, (24, 32))
     tensors[f"{M}.qzeros"] = torch.full_like(tensors[f"{M}.qzeros"], 0x0F000000 if noted else 0x77777777)
-    folder = save_model(tmp_path, tensors)
     settings = V1["quantization_config"] | {"sym": sym}
-    (folder / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    folder = save_model(tmp_path, tensors, {"quantization_config": settings})
     assert any(mentions(note, "auto-gptq", "gptqmodel") for note in open_checkpoint(folder).notes) == noted
 
 

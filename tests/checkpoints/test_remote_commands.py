@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 
@@ -25,9 +26,8 @@ QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
 
 @pytest.fixture(scope="module")
 def web():
-    served = Web(SAMPLES)
-    yield served
-    served.close()
+    with closing(Web(SAMPLES)) as served:
+        yield served
 
 
 def far(words, url):
@@ -79,30 +79,26 @@ def test_extract_and_gate_accept_addresses(web, run, tmp_path):
     assert run("gate", "policy.toml", "--base", *words).code == 0
 
 
-def test_resume_requires_same_inputs(run, tmp_path):
+def test_resume_requires_same_inputs(run, web_here, tmp_path):
     for name in ("base", "full_ft"):
-        shutil.copytree(SAMPLES / name, tmp_path / "served" / name)
-    web = Web(tmp_path / "served")
-    try:
-        words = ("spectrum", f"{web.url}/base", f"{web.url}/full_ft", "--layers", r"layers\.0", "-o", "s.jsonl")
-        assert run(*words).code == 0
-        whole = (tmp_path / "s.jsonl").read_text()
-        lines = whole.splitlines(keepends=True)
-        (tmp_path / "s.jsonl").write_text("".join(lines[:3]))
-        assert run(*words, "--resume").code == 0
-        assert (tmp_path / "s.jsonl").read_text() == whole
-        (tmp_path / "s.jsonl").write_text("".join(lines[:3]))
-        # One bit of one weight: the size is unchanged, and so is nearly every page.
-        file = next((tmp_path / "served" / "full_ft").glob("*.safetensors"))
-        content = bytearray(file.read_bytes())
-        content[len(content) // 3] ^= 1
-        file.write_bytes(content)
-        done = run(*words, "--resume")
-        assert done.code == 2
-        assert_names(done.err, "full_ft", "changed")
-        assert (tmp_path / "s.jsonl").read_text() == "".join(lines[:3])
-    finally:
-        web.close()
+        shutil.copytree(SAMPLES / name, tmp_path / name)
+    words = ("spectrum", *far(["@base", "@full_ft"], web_here.url), "--layers", r"layers\.0", "-o", "s.jsonl")
+    assert run(*words).code == 0
+    whole = (tmp_path / "s.jsonl").read_text()
+    begun = "".join(whole.splitlines(keepends=True)[:3])
+    (tmp_path / "s.jsonl").write_text(begun)
+    assert run(*words, "--resume").code == 0
+    assert (tmp_path / "s.jsonl").read_text() == whole
+    (tmp_path / "s.jsonl").write_text(begun)
+    # One bit of one weight: the size is unchanged, and so is nearly every page.
+    file = next((tmp_path / "full_ft").glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 1
+    file.write_bytes(content)
+    done = run(*words, "--resume")
+    assert done.code == 2
+    assert_names(done.err, "full_ft", "changed")
+    assert (tmp_path / "s.jsonl").read_text() == begun
 
 
 def test_failures_give_one_message_and_exit_code_3(web, run):
@@ -139,12 +135,10 @@ def hub(tmp_path):
     place = tmp_path / "hub" / "api" / "models" / "org" / "name" / "revision" / "main"
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(listing))
-    files = Web(SAMPLES)
-    front = Web(tmp_path / "hub")
-    front.moved = {f"/org/name/resolve/{commit}/{folder}/": f"{files.url}/{folder}" for folder in ("base", "full_ft")}
-    yield front, files
-    front.close()
-    files.close()
+    with closing(Web(SAMPLES)) as files, closing(Web(tmp_path / "hub")) as front:
+        moved = {f"/org/name/resolve/{commit}/{name}/": f"{files.url}/{name}" for name in ("base", "full_ft")}
+        front.moved = moved
+        yield front, files
 
 
 def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
@@ -218,8 +212,7 @@ def test_inspect_of_address_imports_no_torch(web):
 
 def test_certificate_is_checked(web, loradiag, tmp_path):
     certificate = self_signed(tmp_path)
-    secure = Web(SAMPLES, certificate)
-    try:
+    with closing(Web(SAMPLES, certificate)) as secure:
         trusting = loradiag("inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)}, anew=True)
         assert trusting.code == 0, trusting.err
         assert trusting.out.startswith(f"{secure.url}/lora_r4: PEFT LoRA")
@@ -227,8 +220,6 @@ def test_certificate_is_checked(web, loradiag, tmp_path):
         assert doubting.code == 3
         assert_names(doubting.err, "certificate verify")
         assert doubting.err.count("\n") == 1
-    finally:
-        secure.close()
 
 
 def self_signed(folder):

@@ -31,6 +31,17 @@ def save_large(root: Path):
         (save_model(root / name, tensors) / "config.json").write_text('{"model_type": "llama"}')
 
 
+def assert_equal(far, near):
+    """Assert that a checkpoint is the same from another place."""
+    assert set(far) == set(near)
+    assert (far.kind, far.config) == (near.kind, near.config)
+    for tensor in near:
+        assert far[tensor] == near[tensor]
+        some = (near[tensor].numel // 3, near[tensor].numel // 2)
+        for span in ((), some):
+            assert torch.equal(far.read(tensor, *span), near.read(tensor, *span))
+
+
 @dataclass
 class Request:
     """One request, as it came and as it was answered."""
@@ -179,13 +190,16 @@ class _Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {first}-{last}/{size}"
         self.answer(request, 206, headers, body, drop=fault == "drop")
 
+    def begin(self, request: Request, status: int, headers: dict):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        request.status = status
+
     def drip(self, request: Request, headers: dict, body: bytes):
         """Send a byte now and then; a crumb is few bytes, after which the connection is dropped."""
-        self.send_response(206)
-        for name, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        request.status = 206
+        self.begin(request, 206, {**headers, "Content-Length": len(body)})
         with suppress(OSError):
             for at in range(len(body)):
                 self.wfile.write(body[at : at + 1])
@@ -199,12 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def pour(self, request: Request, headers: dict):
         """Send bytes until the client stops reading, regardless of the headers."""
-        self.send_response(206)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        request.status = 206
+        self.begin(request, 206, {**headers, "Transfer-Encoding": "chunked"})
         with suppress(OSError):
             while not self.web.is_gone:
                 self.wfile.write(b"10000\r\n" + bytes(2**16) + b"\r\n")
@@ -212,14 +221,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def answer(self, request: Request, status: int, headers: dict, body: bytes, drop: bool = False):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
+        self.begin(request, status, {**headers, "Content-Length": len(body)})
         if drop:
             body = body[: len(body) // 2]
-        request.status, request.sent = status, len(body)
+        request.sent = len(body)
         try:
             self.wfile.write(body)
             self.wfile.flush()

@@ -14,7 +14,7 @@ from tests.adapters.test_fuzz import STARTS
 from tests.checkpoints import packed
 from tests.checkpoints.gguf_files import llama, write_gguf
 from tests.checkpoints.quantizing import eight_bit, four_bit, scaled
-from tests.checkpoints.sharding import save_dcp
+from tests.checkpoints.sharding import Canary, save_dcp
 from tests.checkpoints.test_patches import patch as save_patch
 from tests.checkpoints.test_zero import save_zero
 from tests.conftest import save_model, save_sharded
@@ -77,28 +77,17 @@ expires = 2099-01-01
 """
 
 
-class Runs:
-    """Code that a pickle would run; ``ran`` is written if it ever does."""
-
-    def __init__(self, at: Path) -> None:
-        self.at = at
-
-    def __reduce__(self) -> Any:
-        return (Path.touch, (self.at,))
-
-
 def make(folder: Path) -> Path:
     """Write everything."""
     before = {name: torch.tensor(normal(*shape, seed=1)).float() for name, shape in SHAPES.items()}
     after = {n: v + 0.1 * torch.tensor(normal(*v.shape, seed=2)).float() for n, v in before.items()}
-    save_model(folder / "base", before)
+    save_model(folder / "base", before, CONFIG)
     save_model(folder / "tuned", after)
-    (folder / "base" / "config.json").write_text(json.dumps(CONFIG))
     save_sharded(folder / "sharded", after, shards=2)
     save_sharded(folder / "bins", after, shards=2, suffix="bin")
     torch.save(after, folder / "zip.pt")
     torch.save(after, folder / "legacy.bin", _use_new_zipfile_serialization=False)
-    (folder / "runs.pt").write_bytes(pickle.dumps({"w": Runs(folder / "ran")}, protocol=2))
+    (folder / "runs.pt").write_bytes(pickle.dumps({"w": Canary(folder / "ran")}, protocol=2))
     save_dcp(
         folder / "dcp", after, {"lm_head.weight": [[20], [6, 6]], "model.layers.0.mlp.up_proj.weight": [[9, 7], [12]]}
     )
@@ -110,11 +99,9 @@ def make(folder: Path) -> Path:
         part = {name: value.chunk(2)[rank].clone() for name, value in after.items()}
         torch.save(part, folder / "ranks" / f"model_world_size_2_rank_{rank}.pt")
     for name, tensors in QUANTIZED.items():
-        save_model(folder / name, tensors)
-    (folder / "fp8" / "config.json").write_text(json.dumps(FP8_CONFIG))
+        save_model(folder / name, tensors, FP8_CONFIG if name == "fp8" else None)
     for name, ((tensors, *_), settings) in PACKED.items():
-        save_model(folder / name, tensors)
-        (folder / name / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        save_model(folder / name, tensors, {"quantization_config": settings})
     adapters(folder, after)
     write_gguf(
         folder / "gguf.gguf",

@@ -18,17 +18,6 @@ def model(tmp_path):
     return base(tmp_path, {"model.fc.weight": W, "model.norm.weight": normal(8)})
 
 
-def test_spectrum_of_adapter_alone(tmp_path, loradiag):
-    ran = loradiag("spectrum", adapter(tmp_path, PAIR), "--json")
-    assert ran.code == 0
-    run, record, *_ = ran.records
-    assert [(item["role"], item["kind"]) for item in run["inputs"]] == [
-        ("adapter", "PEFT LoRA, r=2, alpha=3, 1 modules")
-    ]
-    assert (record["layer"], record["method"], record["base_fro"]) == ("fc.weight", "factored", None)
-    assert record["dtypes"] == [None, "float32"]
-
-
 def test_spectrum_of_base_and_adapter(tmp_path, loradiag, model):
     ran = loradiag("spectrum", model, adapter(tmp_path, PAIR), "-o", "r.jsonl", "--json")
     assert ran.code == 0

@@ -1,6 +1,7 @@
-"""GGUF adapters: files that the gguf package writes, read as llama.cpp's converter and runtime mean them."""
+"""GGUF adapters: files laid out as the gguf package does, read as llama.cpp's converter and runtime mean them."""
 
 import json
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from lora_diag.diagnostics.portability.measure import make_portable
 from lora_diag.errors import InputError, LoradiagError
 from tests.adapters import making
 from tests.adapters.making import changes, close, dense, normal
+from tests.checkpoints.gguf_files import write_gguf
 from tests.checkpoints.test_shared_cases import assert_true
 from tests.conftest import SHARED
 from tests.messages import raises_naming
@@ -21,22 +23,10 @@ CASES = [SHARED / "formats" / name for name in ("gguf-lora", "gguf-lora-embed")]
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
-def write(path, tensors, alpha=16.0, arch="llama", **fields):
+def write(path, tensors, alpha=16.0, arch="llama", fields=MappingProxyType({})):
     """Write an adapter as llama.cpp's converter does."""
-    writer = gguf.GGUFWriter(path, arch)
-    writer.add_type(fields.get("type", "adapter"))
-    writer.add_string("adapter.type", fields.get("kind", "lora"))
-    if alpha is not None:
-        writer.add_float32("adapter.lora.alpha", alpha)
-    for name, value in tensors.items():
-        kind = fields.get("quantized", {}).get(name)
-        value = value.astype(np.float32)
-        writer.add_tensor(name, value if kind is None else gguf.quants.quantize(value, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    fields = {"general.architecture": arch, "general.type": "adapter", "adapter.type": "lora"} | fields
+    return write_gguf(path, fields if alpha is None else fields | {"adapter.lora.alpha": alpha}, tensors)
 
 
 def pairs(name, a, b):
@@ -114,8 +104,9 @@ def test_gguf_q8_0_factors_are_decoded(llama):
     _, tensors, _, _, path = llama
     name = "blk.0.attn_output.weight.lora_a"
     kind = gguf.GGMLQuantizationType.Q8_0
-    result, _ = changes(write(path, tensors, quantized={name: kind}), None)
-    a = gguf.quants.dequantize(gguf.quants.quantize(tensors[name].astype(np.float32), kind), kind)
+    blocks = gguf.quants.quantize(tensors[name].astype(np.float32), kind)
+    result, _ = changes(write(path, tensors | {name: ("Q8_0", tensors[name].shape, blocks.tobytes())}), None)
+    a = gguf.quants.dequantize(blocks, kind)
     close(result["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
 
 
@@ -154,13 +145,13 @@ def test_gguf_ignores_peft_config_in_folder(llama):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"type": "model"}, "general.type is 'model'"),
-        ({"kind": "control"}, "adapter.type 'control'"),
-        ({"alpha": float("nan")}, "adapter.lora.alpha is nan"),
+        ({"general.type": "model"}, "general.type is 'model'"),
+        ({"adapter.type": "control"}, "adapter.type 'control'"),
+        ({"adapter.lora.alpha": float("nan")}, "adapter.lora.alpha is nan"),
     ],
 )
 def test_gguf_header_without_lora_is_refused(tmp_path, change, problem):
-    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), **change)
+    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), None, fields=change)
     with pytest.raises(InputError, match=problem):
         open_adapter(path)
 

@@ -13,6 +13,7 @@ from tests.messages import mentions, raises_naming
 
 A, B = normal(2, 12), normal(8, 2, seed=1)
 W = normal(8, 12, seed=2)
+TOKENS = "token_adapter.trainable_tokens"
 PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
 
 
@@ -109,7 +110,7 @@ def test_without_base_new_values_are_listed_and_rest_measured(tmp_path):
 
 
 def test_token_right_behind_table_is_refused(tmp_path):
-    tensors = {"embed_tokens.token_adapter.trainable_tokens_delta": normal(1, 6)}
+    tensors = {f"embed_tokens.{TOKENS}_delta": normal(1, 6)}
     path = adapter(tmp_path, tensors, trainable_token_indices={"embed_tokens": [20]})
     with raises_naming(InputError, 20, "20 rows"):
         changes(path, base(tmp_path, {"embed_tokens.weight": normal(20, 6)}))
@@ -143,11 +144,7 @@ def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
         (PAIR, {"rank_pattern": {"(": 2}}, r"rank_pattern: the key '\(' is not a valid regular expression"),
         (PAIR, {"rank_pattern": {"fc": 0}}, "must be a whole number from 1 up, not 0"),
         (PAIR, {"rank_pattern": {"fc": 2.5}}, "must be a whole number from 1 up, not 2.5"),
-        (
-            {"wte.token_adapter.trainable_tokens_delta": A},
-            {"trainable_token_indices": {"wte": [3, 3]}},
-            "has 1 token indices",
-        ),
+        ({f"wte.{TOKENS}_delta": A}, {"trainable_token_indices": {"wte": [3, 3]}}, "has 1 token indices"),
         (PAIR, {"rank_pattern": ["fc"]}, "rank_pattern must map names to values"),
         (PAIR, {"init_lora_weights": "corda"}, "CorDA"),
         (PAIR, {"init_lora_weights": "pissa_niter_4"}, "randomised SVD"),

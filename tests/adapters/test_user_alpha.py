@@ -75,22 +75,24 @@ def test_peft_file_without_its_config(tmp_path, given, scales):
     close(after["h.b.weight"], scales[1] * D @ C)
 
 
-@pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])
-def test_peft_config_without_alpha(tmp_path, given, scale):
-    folder = adapter(tmp_path, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "lora_alpha"}))
-    with pytest.raises(InputError):
-        open_adapter(folder)
-    close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
+def peft(folder):
+    adapter(folder, {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B})
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    return folder / "adapter", config
 
 
+def mlx(folder):
+    write(folder / "mlx" / "adapters.safetensors", {"h.a.lora_a": A.T, "h.a.lora_b": B.T})
+    return folder / "mlx", {"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}
+
+
+@pytest.mark.parametrize("make", [peft, mlx])
 @pytest.mark.parametrize(("given", "scale"), [("rank", 1), (8.0, 4)])
-def test_mlx_without_scale(tmp_path, given, scale):
-    folder = tmp_path / "mlx"
-    write(folder / "adapters.safetensors", {"h.a.lora_a": A.T, "h.a.lora_b": B.T})
-    (folder / "adapter_config.json").write_text(json.dumps({"fine_tune_type": "lora", "lora_parameters": {"rank": 2}}))
-    with pytest.raises(InputError, match="has no scale"):
+def test_config_without_alpha(tmp_path, make, given, scale):
+    folder, config = make(tmp_path)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"lora_alpha|has no scale"):
         open_adapter(folder)
     close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
     (folder / "adapter_config.json").unlink()
@@ -110,9 +112,9 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     for words in ((), ("--alpha", "8"), ("--alpha-is-rank",)):
         ran = loradiag("spectrum", "base", "lora.safetensors", "--json", *words)
         assert ran.code == 0, ran.err
-        first, *records = [json.loads(line) for line in ran.out.splitlines()]
-        norms[words] = next(record["fro"] for record in records if record.get("layer") == "a.weight")
-        recorded = {f"--{key.replace('_', '-')}" for key in first["settings"] if key.startswith("alpha")}
+        norms[words] = next(record["fro"] for record in ran.records if record.get("layer") == "a.weight")
+        settings = ran.records[0]["settings"]
+        recorded = {f"--{key.replace('_', '-')}" for key in settings if key.startswith("alpha")}
         assert recorded == set(words[:1])
     assert norms["--alpha", "8"] == pytest.approx(4 * norms[()])
     assert norms["--alpha-is-rank",] == norms[()]
@@ -121,7 +123,7 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     ran = loradiag("extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8")
     assert ran.code == 0, ran.err
     ran = loradiag("residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a")
-    (record,) = [result for line in ran.out.splitlines() if (result := json.loads(line))["record"] == "residual"]
+    (record,) = [record for record in ran.records if record["record"] == "residual"]
     assert record["epsilon"] == pytest.approx(0, abs=1e-5)
     assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2
 

@@ -18,9 +18,10 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import InputError
 from tests import oracles
-from tests.adapters.making import adapter, dense, normal
+from tests.adapters.making import adapter, close, dense, normal
 from tests.adapters.making import base as write_base
 from tests.adapters.test_current_peft import Toy
+from tests.merges import gpt2
 from tests.messages import mentions, raises_naming
 
 peft = pytest.importorskip("peft")
@@ -70,12 +71,6 @@ def state(model):
     return {name: value.double().numpy() for name, value in model.state_dict().items()}
 
 
-def close(ours, expected, name, tolerance=1e-6):
-    assert ours.shape == expected.shape, name
-    gap = np.linalg.norm(ours - expected) / max(np.linalg.norm(expected), 1e-30)
-    assert gap <= tolerance, f"{name}: {gap}"
-
-
 def check(model, tmp_path, rank, tuned=None, halves=(), kept=r"norm|ln_|bias", **options):
     """Extract and let PEFT merge: every weight is W_base + best ΔW, and what no factor carries is W_base."""
     tuned = tuned if tuned is not None else perturbed(model)
@@ -93,7 +88,7 @@ def check(model, tmp_path, rank, tuned=None, halves=(), kept=r"norm|ln_|bias", *
             expected = weight + np.concatenate(parts, axis=1)
         else:
             expected = weight + best(change, rank, stack="experts" in name)
-        close(merged[name], expected, name)
+        close(merged[name], expected)
     return results, json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
 
 
@@ -121,9 +116,7 @@ def test_rank_larger_than_matrix_gives_whole_update(tmp_path):
 
 @pytest.mark.parametrize("split", ["both", "b"])
 def test_gpt2_conv1d_is_stored_in_out(tmp_path, split):
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
-    results, written = check(transformers.GPT2LMHeadModel(config), tmp_path, rank=2, split=split)
+    results, written = check(gpt2(), tmp_path, rank=2, split=split)
     assert written["fan_in_fan_out"] is True
     kinds = {record.layer.split(".")[-2]: record.kind for record in results}
     assert kinds == {"wte": "embedding", "wpe": "embedding", "c_attn": "conv1d", "c_proj": "conv1d", "c_fc": "conv1d"}
@@ -131,9 +124,7 @@ def test_gpt2_conv1d_is_stored_in_out(tmp_path, split):
 
 def test_gpt2_with_hub_names(tmp_path):
     """``h.0.attn.c_attn``: saved from the model without its head, while its config names the one with it."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
-    model = transformers.GPT2LMHeadModel(config)
+    model = gpt2()
     tuned = perturbed(model)
     for side, one in zip(saved(model, tuned, tmp_path), (model, tuned), strict=True):
         names = {k.removeprefix("transformer."): v.clone() for k, v in one.state_dict().items() if "lm_head" not in k}
@@ -142,7 +133,7 @@ def test_gpt2_with_hub_names(tmp_path):
     lora_diag.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
     merged, before, after = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     name = "transformer.h.1.attn.c_attn.weight"
-    close(merged[name], before[name] + best(after[name] - before[name], 2), name)
+    close(merged[name], before[name] + best(after[name] - before[name], 2))
 
 
 def test_tied_embeddings_are_changed_once(tmp_path):
@@ -247,7 +238,7 @@ def test_layer_1_is_not_layer_11(tmp_path):
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for layer in range(12):
         name = f"model.layers.{layer}.self_attn.q_proj.weight"
-        close(merged[name], w0[name] + best(w1[name] - w0[name], layer), name)
+        close(merged[name], w0[name] + best(w1[name] - w0[name], layer))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert "model.layers.1.self_attn.q_proj" in config["target_modules"]  # layer 0 has none: "q_proj" would add it
     given = tmp_path / "adapter" / "adapter_config.json"
@@ -257,15 +248,13 @@ def test_layer_1_is_not_layer_11(tmp_path):
 
 def test_unfactored_tensors_are_saved_in_full(tmp_path):
     """Norms, biases of adapted layers and of others, and a table whose vocabulary grew."""
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=24, n_positions=20, n_embd=16, n_layer=2, n_head=2)
-    model = transformers.GPT2LMHeadModel(config)
+    model = gpt2()
     tuned = perturbed(model)
     base, after = saved(model, tuned, tmp_path)
     results = lora_diag.extract(base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", rest="save")
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for name, weight in merged.items():
-        close(weight, w0[name] if "h.1.mlp.c_fc" in name else w1[name], name, 2e-6)
+        close(weight, w0[name] if "h.1.mlp.c_fc" in name else w1[name], 2e-6)
     assert {item.reason for item in results.left_out} == {"saved", "not_selected"}
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["bias"] == "all"
 
@@ -279,7 +268,7 @@ def test_grown_vocabulary_is_saved_in_full(tmp_path):
     model.resize_token_embeddings(30, mean_resizing=False)
     merged, w1 = merged_by_peft(model, tmp_path / "adapter"), state(tuned)
     for name, weight in merged.items():
-        close(weight, w1[name], name, 2e-6)
+        close(weight, w1[name], 2e-6)
 
 
 def test_adapter_is_compressed_under_its_own_names(tmp_path):

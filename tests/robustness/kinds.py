@@ -16,11 +16,6 @@ from tests.robustness import bombs, mutate
 Kind = Callable[[random.Random, Path, Path], list[str]]
 
 
-def _copy(source: Path, target: Path) -> Path:
-    """Copy a folder of small files."""
-    return Path(shutil.copytree(source, target))
-
-
 def _damage(path: Path, how: Callable[[bytes, random.Random], bytes], rng: random.Random) -> None:
     path.write_bytes(how(path.read_bytes(), rng))
 
@@ -38,7 +33,7 @@ def in_folder(*names: str, base: str = "", config: float = 0.0) -> Kind:
 
     def damage(rng: random.Random, whole: Path, at: Path) -> list[str]:
         name = rng.choice(names)
-        folder = _copy(whole / name, at / "m")
+        folder = shutil.copytree(whole / name, at / "m")
         if (folder / "config.json").exists() and rng.random() < config:
             _damage(folder / "config.json", mutate.damaged_json, rng)
         else:
@@ -51,7 +46,7 @@ def in_folder(*names: str, base: str = "", config: float = 0.0) -> Kind:
 def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A shard index, or one of its shards."""
     suffix = rng.choice(["safetensors", "bin"])
-    folder = _copy(whole / ("sharded" if suffix == "safetensors" else "bins"), at / "m")
+    folder = shutil.copytree(whole / ("sharded" if suffix == "safetensors" else "bins"), at / "m")
     files = sorted(folder.iterdir())
     index = next(file for file in files if file.name.endswith(".index.json"))
     match rng.randrange(4):
@@ -82,7 +77,7 @@ def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
-    folder = _copy(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
+    folder = shutil.copytree(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
     _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), mutate.damaged_archive, rng)
     return _read_as(rng, whole, "m", "base")
 
@@ -90,7 +85,7 @@ def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
 def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """An adapter of any family: PEFT's, kohya's, LoHa, LoKr, diffusers', MLX's."""
     family = rng.choice(sorted((whole / "adapters").iterdir()))
-    folder = _copy(family, at / "m")
+    folder = shutil.copytree(family, at / "m")
     config = folder / "adapter_config.json"
     if config.exists() and rng.random() < 0.5:
         _damage(config, mutate.damaged_json, rng)
@@ -104,7 +99,7 @@ def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 def adapter_config(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """``adapter_config.json`` of a LoRA, read by every command that takes one."""
-    folder = _copy(whole / "lora", at / "m")
+    folder = shutil.copytree(whole / "lora", at / "m")
     _damage(folder / "adapter_config.json", mutate.damaged_json, rng)
     base, tuned, other = (str(whole / name) for name in ("base", "tuned", "lora2"))
     return rng.choice(
@@ -121,7 +116,7 @@ def adapter_config(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 def gradients(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A gradient snapshot."""
-    folder = _copy(whole / "gradients", at / "g")
+    folder = shutil.copytree(whole / "gradients", at / "g")
     _damage(next(folder.iterdir()), mutate.damaged_safetensors, rng)
     base, tuned = str(whole / "base"), str(whole / "tuned")
     overlap = ["overlap", base, tuned, "g", "-q", "-o", "out.jsonl"]
@@ -234,7 +229,7 @@ SECRET = "Qz7"
 
 def patterns(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A regular expression in ``adapter_config.json``, of pieces that a backtracking engine may take long to match."""
-    folder = _copy(whole / "lora", at / "m")
+    folder = shutil.copytree(whole / "lora", at / "m")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     pattern = "".join(rng.choices(PIECES, k=rng.randint(1, 8)))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -23,18 +24,21 @@ from tests.robustness.test_killed import Case, contents, words_of
 from tests.served import PATIENCE
 
 
+@contextmanager
+def mounted(place: Path, option: str) -> Iterator[Path]:
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("may not mount a disk")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 64 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("may not mount a disk")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
+    with mounted(tmp_path / "disk", "size=64k") as place:
+        yield place
 
 
 def test_full_disk_is_reported(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
@@ -51,26 +55,24 @@ def test_full_disk_is_reported(command: Commands, model: Path, small_disk: Path,
     assert "No space left" in command(*case.words, "--resume", cwd=small_disk).told(3)
     assert read_results(small_disk / "out") == kept
     filler.unlink()
-    assert command(*case.words, "--resume", cwd=small_disk).code == case.undisturbed.code
-    assert contents(small_disk) == case.whole
+    case.place = small_disk
+    case.goes_on()
 
 
 @pytest.mark.parametrize("size", [100, 300, 1500])
 def test_limit_on_size_of_files(command: Commands, model: Path, tmp_path: Path, size: int) -> None:
     case = Case("spectrum", command, model, tmp_path)
-    place = case.fresh()
-    assert "cannot be written: File too large" in case.run(place, full=size).told(3)
+    assert "cannot be written: File too large" in case.run(full=size).told(3)
     if size < 1000:  # not even the first layer
-        assert contents(tmp_path / place) == {}
-    case.goes_on(place)
+        assert contents(case.place) == {}
+    case.goes_on()
 
 
 def test_extract_reports_full_disk_and_resumes(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("extract", command, model, tmp_path)
-    place = case.fresh()
-    assert "cannot be written: File too large" in case.run(place, full=2500).told(3)
-    assert not (tmp_path / place / "out").exists()
-    case.goes_on(place)
+    assert "cannot be written: File too large" in case.run(full=2500).told(3)
+    assert not (case.place / "out").exists()
+    case.goes_on()
 
 
 @pytest.mark.parametrize(
@@ -90,39 +92,33 @@ def test_full_disk_is_reported_and_leaves_nothing(
 @pytest.mark.parametrize(("fault", "at"), [("unreadable", 1), ("unreadable", 5), ("shrinking", 3)])
 def test_read_error_is_reported(command: Commands, model: Path, tmp_path: Path, fault: str, at: int) -> None:
     case = Case("residual", command, model, tmp_path)
-    place = case.fresh()
     for name in ("base", "tuned", "lora", "lora2"):
         shutil.copytree(model / name, tmp_path / "copies" / name)
     original = case.words
     case.words = [word.replace(str(model), str(tmp_path / "copies")) for word in original]
-    err = case.run(place, **{fault: at}).told(3)
+    err = case.run(**{fault: at}).told(3)
     assert "Input/output error" in err or mentions(err, "ends inside") or "cut short" in err
     assert str(tmp_path / "copies") in err
     case.words = original
-    if "out" in contents(tmp_path / place):  # begun with the copies, which are other inputs
-        shutil.rmtree(tmp_path / place)
-        (tmp_path / place).mkdir()
-    case.goes_on(place)
+    assert contents(case.place).keys() <= {"out"}
+    case.start_anew()  # what it began is of the copies, which are other inputs
+    case.goes_on()
 
 
 def test_short_reads_are_completed(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
-    place = case.fresh()
-    assert case.run(place, short=7).code == case.undisturbed.code
-    assert contents(tmp_path / place) == case.whole
+    case.ends_as_undisturbed(short=7)
 
 
 def test_max_age_with_clock_errors(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
-    place = case.fresh()
     for name in ("base", "tuned"):
         shutil.copytree(model / name, tmp_path / "copies" / name)
         for when in (2**33, -(2**33), 2**40):
             os.utime(tmp_path / "copies" / name / "model.safetensors", (when, when))
-    assert case.run(place, backwards=1e6).code == case.undisturbed.code
-    assert contents(tmp_path / place) == case.whole
-    os.utime(tmp_path / place / "out", (2**33, 2**33))
-    assert command("report", "out", "--format", "md", cwd=tmp_path / place).code == 0
+    case.ends_as_undisturbed(backwards=1e6)
+    os.utime(case.place / "out", (2**33, 2**33))
+    assert command("report", "out", "--format", "md", cwd=case.place).code == 0
 
 
 def test_results_with_invalid_year_are_handled(
@@ -138,26 +134,18 @@ def test_results_with_invalid_year_are_handled(
 
 def test_disk_error_on_sync_is_reported(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
-    place = case.fresh()
-    assert_names(case.run(place, no_sync=errno.EIO).told(3), "Input/output")
-    case.goes_on(place)
-    place = case.fresh()
-    assert case.run(place, no_sync=errno.EINVAL).code == case.undisturbed.code
-    assert contents(tmp_path / place) == case.whole
+    assert_names(case.run(no_sync=errno.EIO).told(3), "Input/output")
+    case.goes_on()
+    case.start_anew()
+    case.ends_as_undisturbed(no_sync=errno.EINVAL)
 
 
 def test_read_only_disk_is_reported(command: Commands, model: Path, tmp_path: Path) -> None:
     """On a disk that is mounted read-only: root, who may run this, is permitted everything else."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(place)], capture_output=True).returncode:
-        pytest.skip("may not mount a disk")
-    try:
+    with mounted(tmp_path / "disk", "ro") as place:
         for name in ("spectrum", "extract"):
             ended = command(*words_of(name, model), "-o", place / "out", "-q", cwd=tmp_path)
             assert "out: cannot be written: " in ended.told(3)
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
@@ -186,19 +174,18 @@ def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
 
 def test_lock_stops_second_process_and_is_freed_by_kill(command: Commands, model: Path, tmp_path: Path) -> None:
     case = Case("spectrum", command, model, tmp_path)
-    place = case.fresh()
-    first = running(model, tmp_path / place)
+    first = running(model, case.place)
     try:
-        before = contents(tmp_path / place)
+        before = contents(case.place)
         for more in ([], ["--resume"]):
-            assert_names(case.run(place, *more).told(2), "out", "another process")
-        assert contents(tmp_path / place) == before
+            assert_names(case.run(*more).told(2), "out", "another process")
+        assert contents(case.place) == before
         # Nobody is kept from looking.
-        assert command("inspect", "out", cwd=tmp_path / place).code == 0
+        assert command("inspect", "out", cwd=case.place).code == 0
     finally:
         first.kill()
         first.communicate()
-    case.goes_on(place)
+    case.goes_on()
 
 
 def test_second_process_stops_while_finished_run_is_remeasured(model: Path, tmp_path: Path) -> None:
@@ -238,11 +225,7 @@ def test_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
 def test_file_system_without_locks_is_noted(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
     case = Case("intruders", command, model, tmp_path)
-    place = case.fresh()
-    ended = case.run(place, no_locks=number)
-    assert ended.code == case.undisturbed.code
-    assert_names(ended.err, "out", "no locks")
-    assert contents(tmp_path / place) == case.whole
+    assert_names(case.ends_as_undisturbed(no_locks=number).err, "out", "no locks")
 
 
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------
@@ -255,11 +238,11 @@ def test_ctrl_c_at_step(command: Commands, model: Path, tmp_path: Path) -> None:
         case = Case(name, command, model, folder)
         steps = len(case.undisturbed.steps)
         for at in range(1, steps + 1, 1 if os.environ.get("LORADIAG_EVERY_STEP") else steps // 3):
-            place = case.fresh()
-            ended = case.run(place, at=at, signal=signal.SIGINT)
+            case.start_anew()
+            ended = case.run(at=at, signal=signal.SIGINT)
             if ended.code != case.undisturbed.code:  # in the last steps all is done
                 assert_names(ended.told(130), "interrupted", "-o", "--resume")
-            case.goes_on(place)
+            case.goes_on()
 
 
 def test_ctrl_c_does_not_wait_for_current_layer(model: Path, tmp_path: Path) -> None:

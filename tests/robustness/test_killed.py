@@ -49,26 +49,31 @@ class Case:
     """A command in a folder of its own, and what it leaves there undisturbed."""
 
     def __init__(self, name: str, command: Commands, model: Path, folder: Path) -> None:
-        self.command, self.words, self.folder = command, [*words_of(name, model), "-o", "out", "-q"], folder
-        (folder / "whole").mkdir()
-        self.undisturbed = self.run("whole")
+        self.command, self.words = command, [*words_of(name, model), "-o", "out", "-q"]
+        self.place = folder / "place"
+        self.start_anew()
+        self.undisturbed = self.run()
         assert self.undisturbed.code in {0, 3}, self.undisturbed
-        self.whole = contents(folder / "whole")
+        self.whole = contents(self.place)
+        self.start_anew()
 
-    def run(self, place: str, *more: str, **how: object) -> Ended:
-        return self.command(*self.words, *more, cwd=self.folder / place, **how)
+    def run(self, *more: str, **how: object) -> Ended:
+        return self.command(*self.words, *more, cwd=self.place, **how)
 
-    def fresh(self) -> str:
-        shutil.rmtree(self.folder / "again", ignore_errors=True)
-        (self.folder / "again").mkdir()
-        return "again"
+    def start_anew(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        self.place.mkdir(parents=True)
 
-    def goes_on(self, place: str) -> Ended:
-        """Resume, and see that it ends as if nothing had been."""
-        ended = self.run(place, "--resume")
+    def ends_as_undisturbed(self, *more: str, **how: object) -> Ended:
+        """Run, and see that it ends as if nothing had been."""
+        ended = self.run(*more, **how)
         assert (ended.code, "Traceback" in ended.err) == (self.undisturbed.code, False), ended
-        assert contents(self.folder / place) == self.whole
+        assert contents(self.place) == self.whole
         return ended
+
+    def goes_on(self) -> Ended:
+        """Resume, and see that it ends as if nothing had been."""
+        return self.ends_as_undisturbed("--resume")
 
 
 @pytest.fixture(params=COMMANDS)
@@ -96,10 +101,10 @@ def moments(case: Case, most: int) -> list[int]:
 def test_killed_at_step(case: Case) -> None:
     writes = case.undisturbed.steps.count("written")
     for at in moments(case, 2):
-        place = case.fresh()
-        assert case.run(place, at=at).code == -signal.SIGKILL
-        done = kept(case.folder / place)
-        ended = case.goes_on(place)
+        case.start_anew()
+        assert case.run(at=at).code == -signal.SIGKILL
+        done = kept(case.place)
+        ended = case.goes_on()
         if case.words[0] != "extract":  # which counts its spectra, too
             # Besides the layer that was being written, and whose first records are dropped with its last.
             assert ended.steps.count("written") <= writes - done + 2
@@ -108,11 +113,11 @@ def test_killed_at_step(case: Case) -> None:
 def test_repeatedly_killed_run_completes(command: Commands, model: Path, tmp_path: Path) -> None:
     """Layers of 30 ms, the last of which never ends, and processes that are killed after 20 to 150 ms."""
     case = Case("spectrum", command, model, tmp_path)
-    rng, place = random.Random(0), case.fresh()
+    rng = random.Random(0)
     for _ in range(8):
-        ended = case.run(place, "--resume", after=rng.uniform(0.02, 0.15), slow=LAST)
+        ended = case.run("--resume", after=rng.uniform(0.02, 0.15), slow=LAST)
         assert ended.code == -signal.SIGKILL, ended
-    case.goes_on(place)
+    case.goes_on()
 
 
 @pytest.mark.parametrize("name", CALLS)

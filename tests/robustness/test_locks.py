@@ -7,7 +7,7 @@ import pytest
 
 from lora_diag import files
 from lora_diag.errors import UsageError
-from lora_diag.files import MARKDOWN, check_output, lock, sync
+from lora_diag.files import MARKDOWN, check_output, lock
 from tests.messages import raises_naming
 
 
@@ -47,18 +47,3 @@ def test_replaced_file_is_locked_again(tmp_path: Path, monkeypatch: pytest.Monke
     held = lock(path)
     assert os.path.samestat(os.fstat(held), path.stat())
     os.close(held)
-
-
-def test_file_system_with_unstable_inodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_is_at", lambda *_: False)
-    os.close(lock(tmp_path / "a"))
-
-
-def test_unlistable_folder_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> int:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "open", refused)
-    sync(tmp_path)
-    with pytest.raises(PermissionError):
-        sync(tmp_path / "file")

@@ -16,13 +16,12 @@ from tests.messages import raises_naming
 @pytest.fixture
 def hostile(tmp_path: Path) -> Path:
     """A model whose own code leaves a file behind, if it is ever run."""
-    folder = save_model(tmp_path / "model", {"a.weight": torch.zeros(4, 4)})
     config = {
         "model_type": "hostile",
         "architectures": ["HostileForCausalLM"],
         "auto_map": {"AutoConfig": "code.HostileConfig", "AutoModelForCausalLM": "code.HostileForCausalLM"},
     }
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = save_model(tmp_path / "model", {"a.weight": torch.zeros(4, 4)}, config)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     return folder
 

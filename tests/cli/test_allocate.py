@@ -63,13 +63,3 @@ def test_without_a_budget_ranks_of_rules_are_shown(loradiag, measured):
     suggested = next(line for line in ran.out.splitlines() if line.startswith("Next"))
     words = shlex.split(suggested.removeprefix("Next").partition("(")[0])
     assert loradiag(*words[1:]).code == 0
-
-
-def test_heuristic_allocation_is_labelled(loradiag, measured, tmp_path):
-    ran = loradiag("allocate", measured, "--params", "50k", "--strategy", "heuristic", "-o", tmp_path / "h.jsonl")
-    assert ran.code == 0, ran.err
-    (best,) = lora_diag.allocate(measured, params="50k").whole
-    result = lora_diag.read_results(tmp_path / "h.jsonl")
-    (heuristic,) = result.whole
-    assert result.run.settings["method"] == "heuristic"
-    assert heuristic.kept == best.baselines[1].kept < best.kept <= heuristic.bound + 1e-12

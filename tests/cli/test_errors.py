@@ -37,6 +37,7 @@ ERRORS = {
         (f"{R16} --density 2", "--density"), (f"{R16} --spectrum no/u.jsonl", "no folder", 3),
     ],
     ("interference", BASE, TUNED): [("-q", "at least two updates")],
+    ("interference", R4, BASE): [(f"{TUNED}", "BASE first")],
     ("intruders", BASE): [
         *((f"{TUNED} {words}", words.split()[0]) for words in ("--epsilon 1", "--window -1", "--directions 0")),
         (f"{TUNED} --resume", "-o"), ("nowhere", "nowhere", 3),
@@ -76,6 +77,16 @@ ERRORS = {
         ("--rank 4 --split a", "use both, b"), ("--rank 4 --adapter-dtype int8", "use float32"),
         ("--rank 4 --unfactored keep", "--unfactored keep"), ("--allocation missing.json", "missing.json", 3),
         ("--rank 4 --layers nothing-here", "--exclude leaves out", 4),
+    ],
+    ("report", SPECTRUM): [
+        ("-o r.pdf", "--format"), ("--format pdf", "pdf"), ("--format parquet", "give one with -o"),
+        ("nothing.jsonl", "nothing.jsonl", 3),
+    ],
+    ("report",): [("-q", "RESULTS")],
+    ("plot", SPECTRUM): [
+        ("--figure overlap", "loradiag overlap BASE TUNED GRADIENTS"), ("--figure sweep", "loradiag probe sweep BASE"),
+        ("--figure heatmap --field nope", "use one of fro, base_fro"), ("-o x.gif", ".png, .svg, .pdf"),
+        ("--label a --label b", "2 labels for 1 results"), ("--layers nothing-at-all", "no layer left to draw", 4),
     ],
     ("probe", "truncation", BASE, TUNED): [
         (f"--eval {SPECTRUM} --ranks x", "x"), (f"--eval {SPECTRUM} --resume", "--resume"),

@@ -84,16 +84,6 @@ def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
     assert large["fro"] == pytest.approx(np.sqrt((true**2).sum()), rel=1e-9)
 
 
-def test_limited_records_equal_unlimited_run(pair):
-    base, tuned, *_ = pair
-    plain = lora_diag.spectrum(base, tuned, top=12, layers="up_proj")[NAME]
-    blocks = lora_diag.spectrum(base, tuned, top=12, layers="up_proj", memory=MEMORY)[NAME]
-    assert (plain.blocks, blocks.blocks) == (None, 44)
-    for field in ("method", "fro", "base_fro", "resolution", "complete", "rank_at"):
-        assert getattr(plain, field) == getattr(blocks, field)
-    assert blocks.s == pytest.approx(plain.s, rel=1e-5, abs=1e-7 * plain.s[0])
-
-
 def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
     rng = torch.Generator().manual_seed(0)
     before = {NAME: torch.randn(3650, 3600, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}

@@ -33,30 +33,3 @@ def test_one_file_takes_one_figure(loradiag, spectra, tmp_path, suffix, begins):
     assert ran.code == 0
     assert (tmp_path / f"one.{suffix}").read_bytes().startswith(begins)
     assert [path.name for path in tmp_path.glob("*one*")] == [f"one.{suffix}"]
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["--figure", "overlap"], 2, "loradiag overlap BASE TUNED GRADIENTS -o overlap.jsonl"),
-        (["--figure", "sweep"], 2, "loradiag probe sweep BASE --data FILE --eval FILE -o sweep.jsonl"),
-        (["--figure", "heatmap", "--field", "nope"], 2, "use one of fro, base_fro"),
-        (["-o", "x.gif"], 2, ".png, .svg, .pdf"),
-        (["--label", "a", "--label", "b"], 2, "2 labels for 1 results"),
-        (["--layers", "nothing at all"], 4, "no layer left to draw: no name matches nothing at all"),
-    ],
-)
-def test_impossible_request_is_one_message(loradiag, spectra, tmp_path, words, code, message):
-    ran = loradiag("plot", spectra, *words)
-    assert (ran.code, ran.out) == (code, "")
-    assert message in ran.err
-    assert ran.err.count("\n") == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["spectrum.jsonl"]
-
-
-def test_probe_results_are_drawn_though_they_have_no_layers(loradiag, spectra, tmp_path):
-    making.probed(making.swept()).write(tmp_path / "sweep.jsonl")
-    ran = loradiag("plot", "sweep.jsonl", "-o", "figures")
-    assert ran.code == 0
-    assert [path.name for path in (tmp_path / "figures").iterdir()] == ["sweep.png"]
-    assert loradiag("plot", "sweep.jsonl", spectra, "-o", "x.png", "--figure", "sweep").code == 0

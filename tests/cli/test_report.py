@@ -55,30 +55,6 @@ def test_real_samples_and_advice_runs(loradiag, tmp_path):
     assert "loradiag allocate" not in loradiag("report", "s.jsonl", "r.jsonl", "--format", "md").out
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["spectrum.jsonl", "-o", "r.pdf"], 2, "--format"),
-        (["spectrum.jsonl", "--format", "pdf"], 2, "pdf"),
-        (["spectrum.jsonl", "--format", "parquet"], 2, "give one with -o"),
-        (["spectrum.jsonl", "--format", "md", "-o", "spectrum.jsonl"], 2, "is one of the results files"),
-        (["spectrum.jsonl", "--format", "md", "-o", "link.md"], 2, "is one of the results files"),
-        (["nothing.jsonl"], 3, "nothing.jsonl: no such file"),
-        (["broken.jsonl"], 3, "broken.jsonl: line 1 is not JSON"),
-        (["spectrum.jsonl", "-o", "no/such/folder/r.html"], 3, "cannot be written"),
-        ([], 2, "RESULTS"),
-    ],
-)
-def test_impossible_request_is_one_message(loradiag, files, tmp_path, words, code, message):
-    (tmp_path / "broken.jsonl").write_text("<html>\n")
-    (tmp_path / "link.md").symlink_to("spectrum.jsonl")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    ran = loradiag("report", *words)
-    assert (ran.code, ran.out) == (code, "") if words else ran.code == code
-    assert message in ran.err + ran.out
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
 def test_unsafe_path_moves_no_cursor(loradiag, files, tmp_path):
     (tmp_path / "a\x1b[2J.jsonl").write_bytes((tmp_path / files[0]).read_bytes())
     ran = loradiag("report", "a\x1b[2J.jsonl", "--format", "md")

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.adapters.making import adapter, base, normal, write
+from tests.adapters.making import adapter
 from tests.benchmarks.merge_scale import ORDERS, factors
+from tests.merges import llama, peft_merge
 from tests.messages import assert_names
-from tests.oracles import bf16
 
 pytestmark = pytest.mark.slow
 
@@ -15,63 +15,34 @@ NAMES = [f"model.layers.{block}.self_attn.{module}.weight" for block in (0, 1) f
 
 
 @pytest.fixture
-def files(tmp_path):
-    """A base, an adapter on four of its six weights, and a right bf16 merge, rounded by its bits."""
-    tensors = {name: bf16(normal(12, 12, seed=i) * 0.02).astype(float) for i, name in enumerate(NAMES)}
-    tensors |= {
-        "model.norm.weight": bf16(normal(12)).astype(float),
-        "lm_head.weight": bf16(normal(20, 12)).astype(float),
-    }
-    factors, merged = {}, dict(tensors)
-    for i, name in enumerate(NAMES):
-        a, b = normal(2, 12, seed=10 + i) * 0.1, normal(12, 2, seed=20 + i) * 0.1
-        a, b = a.astype("float32").astype(float), b.astype("float32").astype(float)
-        factors |= {name.replace(".weight", ".lora_A.weight"): a, name.replace(".weight", ".lora_B.weight"): b}
-        merged[name] = bf16((tensors[name] + 1.5 * b @ a).astype("float32")).astype(float)
-    write_bf16 = {"base": tensors, "merged": merged}
-    base(tmp_path, tensors)
-    adapter(tmp_path, factors)
-    for folder, content in write_bf16.items():
-        save(tmp_path / folder, content)
-    return tmp_path
+def merged(tmp_path):
+    """A base, an adapter, and a right merge by PEFT, all but the factors in bf16."""
+    return peft_merge(tmp_path, llama(torch.bfloat16))
 
 
-def save(folder, tensors):
-    path = write(folder / "model.safetensors", tensors)
-    save_file({name: value.bfloat16() for name, value in load_file(path).items()}, path)
-    return folder
-
-
-def spoilt(files, change, name="spoilt"):
-    before = load_file(files / "base" / "model.safetensors")
-    after = load_file(files / "merged" / "model.safetensors")
-    change(before, after)
-    return save(files / name, {key: value.double().numpy() for key, value in after.items()})
-
-
-def test_wrong_merge_fails_and_faults_come_first(files, loradiag):
+def test_wrong_merge_fails_and_faults_come_first(merged, loradiag):
     def change(before, after):
         after[NAMES[0]] = before[NAMES[0]]
         after["model.norm.weight"] += 1
         del after[NAMES[3]]
 
-    spoilt(files, change)
+    merged.spoil(change)
     ran = loradiag("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:3]
     assert [status in row for row, status in zip(rows, ("missing", "dropped", "changed"), strict=True)] == [True] * 3
 
 
-def test_records_equal_file(files, loradiag):
+def test_records_equal_file(merged, loradiag, tmp_path):
     ran = loradiag("verify-merge", "base", "adapter", "merged", "--json", "-o", "merge.jsonl")
     assert ran.code == 0
     run, *layers, end = ran.records
     assert [item["role"] for item in run["inputs"]] == ["base", "adapter", "merged"]
     assert {record["record"] for record in layers} == {"merge"}
-    assert [record["layer"] for record in layers] == ["lm_head.weight", *NAMES, "model.norm.weight"]
+    assert {record["layer"] for record in layers} == merged.before.keys()
     assert {record["status"] for record in layers} == {"ok"}
-    assert end["layers"] == 6
-    assert (files / "merge.jsonl").read_text() == ran.out
+    assert end["layers"] == len(merged.before)
+    assert (tmp_path / "merge.jsonl").read_text() == ran.out
 
 
 SIZE, RANK, S = 96, 4, 1.5
@@ -106,11 +77,11 @@ def test_gate_fails_unverifiable_scale(tmp_path, loradiag, c):
     assert loradiag("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
 
 
-def test_control_characters_in_names_are_escaped(files, loradiag):
+def test_control_characters_in_names_are_escaped(merged, loradiag):
     def change(before, after):
         after["evil\x1b[2J.weight"] = torch.ones(3)
 
-    spoilt(files, change)
+    merged.spoil(change)
     ran = loradiag("verify-merge", "base", "adapter", "spoilt")
     assert ran.code == 0
     assert "\x1b" not in ran.out

@@ -259,17 +259,18 @@ def fresh(path: Path) -> Path:
     return part
 
 
-MARKS = ("GGML_ASSERT", "Error", "ERROR", "error", "failed", "parameter", "added nothing")
+REASON = re.compile(r"^\w+Error: |^ERROR|GGML_ASSERT|failed to apply|added nothing")
 
 
 def explain(code: int, log: str) -> str:
-    """Return how a command ended, and the first line of its messages that tells why; empty if it did not fail."""
+    """Return how a command ended, and the line of its messages that tells why; empty if it did not fail."""
     if not code:
         return ""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    line = next((line for line in lines if any(mark in line for mark in MARKS)), "no message")
+    at = next((at for at, line in enumerate(lines) if REASON.search(line)), None)
+    reason = "no message" if at is None else " ".join(lines[at : at + 2])
     end = f"aborts ({signal.Signals(-code).name})" if code < 0 else "refuses"
-    return f"{end}: {re.sub(r'/?(?:[^ /]+/)+', '', line)[:200]}"
+    return f"{end}: {re.sub(r'/?(?:[^ /]+/)+', '', reason)[:200]}"
 
 
 def predict(adapter: Path, base: Path, program: str) -> list[Portability]:
@@ -447,10 +448,16 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
         folder = fresh(shop.folder / "mlx")
         for name, path in mlx_adapters(shop.base(base), folder, base == "tied").items():
             model, title = shop.base(base), f"{name}, {base}" if "LoRA on" in name else name
-            stated = shop.change_by(path, model)
-            yield measure(
-                shop, File("mlx-lm", title, "by hand", path, shop.base(f"mlx-{base}"), path, model, model, stated)
-            )
+            try:
+                stated = shop.change_by(path, model)
+            except InputError as error:
+                outcome = shop.change("mlx-lm", shop.base(f"mlx-{base}"), path)
+                end = outcome if isinstance(outcome, str) else "runs"
+                problem = f"not read: {str(error).partition(': ')[2]}"
+                yield Row("mlx-lm", shop.versions["mlx-lm"], title, "by hand", problem, end, agrees=end != "runs")
+                continue
+            file = File("mlx-lm", title, "by hand", path, shop.base(f"mlx-{base}"), path, model, model, stated)
+            yield measure(shop, file)
 
 
 def image_rows(shop: Shop) -> Iterator[Row]:

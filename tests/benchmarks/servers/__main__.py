@@ -533,7 +533,7 @@ def merge(rows: Iterable[Row]) -> Iterator[Row]:
 def cells(row: Row) -> list[str]:
     """Return the cells of a row."""
     slope = "" if row.slope is None else f"{row.slope:.5f}"
-    errors = ["" if value is None else f"{value:.1g}" for value in (row.error, row.from_prediction)]
+    errors = ["" if value is None else f"{value:.2g}" for value in (row.error, row.from_prediction)]
     agrees = {None: "", True: "yes", False: "**no**"}[row.agrees]
     texts = (row.adapter, row.file, shorten(row.predicted), shorten(row.measured))
     return [*(text.replace("|", "/") for text in texts), slope, *errors, agrees]

@@ -22,7 +22,7 @@ PATH is a Python with the programs. PEFT is run by the Python of this script; th
 
 and torch, transformers, peft and diffusers in the same environment, or by a ``.pth`` file in its site-packages that
 names those of this one. FOLDER has llama.cpp's converters: ``vendor/llama.cpp`` in the source package of
-llama-cpp-python 0.3.36.
+llama-cpp-python 0.3.36. After a whole run, ``--programs peft`` with an older PEFT in PYTHONPATH judges that one.
 """
 
 from __future__ import annotations
@@ -273,9 +273,10 @@ def explain(code: int, log: str) -> str:
     return f"{end}: {re.sub(r'/?(?:[^ /]+/)+', '', reason)[:200]}"
 
 
-def predict(adapter: Path, base: Path, program: str) -> list[Portability]:
-    """Return the records of ``portability``."""
-    return list(lora_diag.portability(adapter, base, consumers=[CONSUMERS[program]]))
+def predict(adapter: Path, base: Path, program: str, version: str) -> list[Portability]:
+    """Return the records of ``portability``; builds of llama.cpp have one rule."""
+    consumer = CONSUMERS[program] if program == "llama.cpp" else f"{CONSUMERS[program]}=={version}"
+    return list(lora_diag.portability(adapter, base, consumers=[consumer]))
 
 
 def describe(records: Sequence[Portability]) -> str:
@@ -347,10 +348,12 @@ class File:
 
 def measure(shop: Shop, file: File) -> Row:
     """Run a program with a file, and compare the change of its outputs with the prediction."""
-    records = predict(file.judged, file.base, file.program)
+    shop.start(file.program)
+    version = shop.versions[file.program]
+    records = predict(file.judged, file.base, file.program, version)
     words, refused = describe(records), records[0].status == "refused"
     change = file.path if isinstance(file.path, str) else shop.change(file.program, file.model, file.path)
-    row = partial(Row, file.program, shop.versions.get(file.program, ""), file.adapter, file.file, words)
+    row = partial(Row, file.program, version, file.adapter, file.file, words)
     if isinstance(change, str):
         return row(change, agrees=refused)
     expected: np.ndarray | None = file.reference
@@ -383,7 +386,7 @@ def language_rows(shop: Shop, programs: Sequence[str]) -> Iterator[Row]:
             make_peft(case, model, part)
             part.rename(adapter)
         change = shop.change("peft", model, adapter)
-        if isinstance(change, str):
+        if isinstance(change, str) and programs != ["peft"]:
             raise SystemExit(f"PEFT does not load {adapter}: {change}")
         title = f"{case.name}, {base}" if len(case.bases) > 1 else case.name
         make = partial(File, adapter=title, base=model, plain=plain, reference=change)

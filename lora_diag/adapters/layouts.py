@@ -183,6 +183,7 @@ def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
         "target_modules": targets,
         "bias": "none",
     }
+    del config["peft_version"]  # PEFT before 0.14 fails at a field that it does not know
     return plan, config
 
 

@@ -176,9 +176,17 @@ def join_reasons(*reasons: str) -> str:
 #   (read in 0.14.0);
 # - 0.13 and before: the same, and the first key of both tables together decides about r and α (read in 0.13.2).
 #
-# Where r is not that of the file's factors, loading fails with a size mismatch. Fields of a config that a version does
-# not know are dropped (0.13.2, ``config.py``); this check covers only ``lora_bias``, added in 0.14. Date read:
-# 2026-11-27.
+# Where r is not that of the file's factors, loading fails with a size mismatch. A config with a field that 0.13.2 does
+# not know is a TypeError there; 0.14 ignores it with a warning (``config.py``; run with 0.13.2, 0.14.0 and 0.21.2).
+# Date read: 2026-11-30.
+
+# Fields of ``LoraConfig`` in 0.13.2.
+_FIELDS_BEFORE_0_14 = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layer_replication", "layers_pattern", "layers_to_transform", "loftq_config",
+    "lora_alpha", "lora_dropout", "megatron_config", "megatron_core", "modules_to_save", "peft_type", "r",
+    "rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora",
+}  # fmt: skip
 
 
 def _apply_peft(contents: Contents, item: Item) -> Outcome:
@@ -204,6 +212,8 @@ def _refuse_peft_old(contents: Contents, together: bool) -> str:
     """Return why PEFT before 0.15, or with ``together`` before 0.14, does not load an adapter; empty if it does."""
     if contents.config.get("peft_type") != "LORA":
         return ""
+    if together and (unknown := sorted(contents.config.keys() - _FIELDS_BEFORE_0_14)):
+        return f"adapter_config.json has fields that it does not know: {', '.join(unknown[:3])}"
     for item in contents.pairs:
         rank, _ = _find_settings(contents, item, together)
         if item.part != "experts" and rank != item.rank:
@@ -213,8 +223,6 @@ def _refuse_peft_old(contents: Contents, together: bool) -> str:
 
 def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
     """Return the treatment of an item by PEFT 0.14, or with ``together`` (one key decides r and α) by earlier ones."""
-    if together and item.part == "bias" and contents.config.get("lora_bias"):
-        return Outcome("dropped", why="lora_bias is not known to it")
     if item.part not in {"factors", "embedding", "convolution"}:
         return _apply_peft(contents, item)
     rank, alpha = _find_settings(contents, item, together)

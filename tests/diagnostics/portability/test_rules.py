@@ -162,6 +162,14 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
             assert result[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
 
 
+def test_peft_before_0_14_refuses_configs_with_later_fields():
+    contents = FEATURES["one rank, one alpha"]
+    later = replace(contents, config={**contents.config, "alora_invocation_tokens": None})
+    assert isinstance(applied("peft==0.13.2", contents), dict)
+    assert_names(applied("peft==0.13.2", later), "alora_invocation_tokens")
+    assert isinstance(applied("peft==0.14.0", later), dict)
+
+
 @pytest.mark.slow
 def test_peft_itself_gives_the_intended_scales():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

@@ -299,7 +299,7 @@ def _format_number(number: float) -> str:
 
 
 def _first_type(kind: Any) -> Any:
-    """Return the first type of a union."""
+    """Return the first type of a union; another type unchanged."""
     return get_args(kind)[0] if isinstance(kind, UnionType) else kind
 
 

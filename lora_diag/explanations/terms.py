@@ -187,7 +187,7 @@ def find_nearest(words: str) -> list[str]:
 
 
 def _normalize(word: str) -> str:
-    """Return a spelling in lower case, without marks around it, blanks for ``_`` and ``-``, and C(r) for C(16)."""
+    """Return a spelling in lower case, without marks around it, with blanks for ``_`` and ``-``, C(r) for C(16)."""
     word = re.sub(r"^C\(\d+\)$", "C(r)", word.strip(" .:!?\"'"), flags=re.IGNORECASE)
     return " ".join(word.replace("_", " ").replace("-", " ").casefold().split())
 

@@ -189,7 +189,7 @@ def state_inputs(results: Results[Any], *extra: str) -> Statement:
 
 
 def left_out(results: Results[Any], *details: str) -> Statement:
-    """Return the statement of the skipped tensors: their number by reason, and the names of unexpected ones.
+    """Return the statement of the skipped tensors: their number by reason, and the first names of unexpected ones.
 
     If there are unexpected ones, it is a warning.
     """

@@ -290,12 +290,12 @@ def byte_count(size: int) -> str:
 
 
 def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
-    """Return a number with three digits in the first unit that it reaches; empty if none, or below ``least``."""
+    """Return a number with up to three digits in the first unit that it reaches; empty if none, or below ``least``."""
     return next((f"{value / size:.3g} {unit}" for size, unit in units.items() if value >= max(size, least)), "")
 
 
 def small_fraction(share: float) -> str:
-    """Return a fraction with two decimals, or below 0.1 with two significant digits.
+    """Return a fraction with two decimals, or below 0.1 with up to two significant digits.
 
     >>> small_fraction(0.4123), small_fraction(0.0312), small_fraction(0.00391)
     ('0.41', '0.031', '0.0039')

@@ -65,7 +65,7 @@ def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
 
 
 def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
-    """State in how many layers the rules differ, the layer where they differ most, and the meaning of each rule."""
+    """State in how many layers rules differ by a factor of 2, where they differ most, and the meaning of each rule."""
     spread = []
     for record in records:
         ranks = {rank: name for name, rank in record.ranks.items() if rank and name != "signal"}

@@ -185,7 +185,7 @@ def _describe_estimate(results: Results[Extraction]) -> str:
 
 
 def _describe_missing(results: Results[Extraction]) -> list[str]:
-    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖².
+    """Return one line per reason for tensors that are not in the adapter, with their fraction of ‖Δ‖² if known.
 
     Entries that are not finite are reported elsewhere.
     """

@@ -120,7 +120,7 @@ def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
 
 
 def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
-    """Return the cores per run of ``work``, and the results of as many runs at once as fit; at least 3 if quick."""
+    """Return the cores per run of ``work``, and results of as many runs as fit side by side, at least 3 if quick."""
     footprint = 20 * order**2
     threads = layout.threads(footprint)
     copies = range(max(1 if order > QUICK else 3, layout.cores // threads))

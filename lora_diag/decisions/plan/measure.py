@@ -327,7 +327,7 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
 
 
 def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Return the speed of this machine, and the cost of ``spectrum`` for all values and for the ``top`` largest.
+    """Return this machine's speed, and the cost of ``spectrum`` for all values and, with krylov, the ``top`` largest.
 
     The gate and up matrices of experts from a config are counted one by one, as checkpoints store them.
 

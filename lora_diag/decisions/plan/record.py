@@ -116,7 +116,7 @@ class PlanCost(Record):
     Args:
         top: K of ``--top``; null for all values.
         core_seconds: Total core-seconds.
-        longest: Seconds of the largest matrix alone, a lower bound for any number of machines.
+        longest: Seconds of the matrix that takes longest, a lower bound for any number of machines.
         seconds: Seconds by number of machines like this one.
         bytes: Bytes read from both sides; null if ``Plan.base_bytes`` is.
     """

@@ -350,7 +350,7 @@ def plan_merge(
         **options: ``PlanMergeOptions``.
 
     Returns:
-        One record for each matrix that the adapter changes.
+        One record for each measured matrix that the adapter changes.
 
     Raises:
         UsageError: An option is invalid, ``adapter`` is not an adapter or ``base`` is one, or the output may not be

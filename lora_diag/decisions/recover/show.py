@@ -158,7 +158,7 @@ def _count_estimated(results: Results[Recovery]) -> int:
 
 
 def _list_missing(results: Results[Recovery]) -> list[str]:
-    """Return the layers that an adapter does not hold; a checkpoint holds the numbers of TUNED instead."""
+    """Return the layers that an adapter does not hold; none of a checkpoint, which holds the numbers of TUNED there."""
     out_of_time = [] if results.run.settings.get("full") else _list_out_of_time(results)
     return [record.layer for record in results if record.written == "nothing"] + out_of_time
 

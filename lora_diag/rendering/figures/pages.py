@@ -386,7 +386,7 @@ def make_rows_page(
         sets: Labels of the sets by name.
         style: The page.
         title: Title of the page.
-        about: First line of its caption.
+        about: First sentence of its caption, without its full stop.
         xlabel: Label of the x axes.
         notes: Notes of the page.
         ordered: Whether all panels have the order of the first.

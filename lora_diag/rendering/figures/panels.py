@@ -33,12 +33,12 @@ MARKED = (4, 16, 64)
 
 @dataclass(frozen=True, slots=True)
 class Slot(Generic[R]):
-    """The bars of one module type.
+    """The bars of one module type, or of several that share a slot.
 
     Args:
-        name: Name of the type.
+        name: Name of the type or types.
         edges: Edges of its bars on the x axis, ``(bars + 1,)``.
-        bars: The records of each bar: of one block, or of the whole type.
+        bars: The records of each bar: of one block, or of the whole slot.
     """
 
     name: str

@@ -132,7 +132,14 @@ class UndrawableError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Series(Generic[R]):
-    """The records of one kind of one side of a comparison: of a results file, or of a part such as an adapter."""
+    """The records of one kind of one side of a comparison: of a results file, or of a part such as an adapter.
+
+    Args:
+        label: Its label in legends; may be empty.
+        records: Its records of this kind.
+        whole: Records about its run as a whole; of ``single_series`` all its records.
+        run: Its run; None if only records were given.
+    """
 
     label: str
     records: tuple[R, ...]

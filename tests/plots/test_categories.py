@@ -20,119 +20,56 @@ LLAMA = making.TYPES
 ENCODER = ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
 # The layers of each input: several have some types only, in another order or of another architecture.
 MIXES = {
-    "one block": [("model.layers", LLAMA, 1)],
     "four": [("model.layers", LLAMA[i : i + 2], 2 + i) for i in (3, 0, 5, 1)],
     "two architectures": [("model.layers", LLAMA, 4), ("bert.encoder.layer", ENCODER, 8)],
     "nothing in common": [("model.layers", LLAMA[4:], 2), ("model.layers", LLAMA[:3], 3)],
 }
-NAMES = ("full", "part", "third", "fourth")
+NUMBERS = itertools.count(1)
+VALUES = {"heatmap": lambda record: record.energy["8"], "allocation": lambda record: record.rank}
 
 
-def type_of(layer):
-    return re.sub(r"^.*?\.\d+\.", "", layer.removesuffix(".weight"))
-
-
-def layers_of(mix):
-    """Return the names of the layers of each input."""
-    return [[f"{tower}.{b}.{name}.weight" for b in range(blocks) for name in types] for tower, types, blocks in mix]
+def records_of(name, tower, types, blocks):
+    """Return the records of an input; no two have one value."""
+    layers = [f"{tower}.{block}.{kind}.weight" for block in range(blocks) for kind in types]
+    if name == "heatmap":
+        return [making.spectrum(layer, making.decay(next(NUMBERS))) for layer in layers]
+    return [build(Allocation, layer=layer, rank=next(NUMBERS), uniform_rank=8) for layer in layers]
 
 
 def categories(axis):
-    """Return the names of an axis by their places; nothing if its labels are numbers."""
+    """Return the names of an axis by their places."""
     ticks = {tick.get_loc(): tick.label1 for tick in axis.get_major_ticks()}
-    shown = {place: label.get_text() for place, label in ticks.items() if label.get_visible() and label.get_text()}
-    return {} if all(re.fullmatch(r"[\d.,k–−\n⁻⁰¹²³]+", text) for text in shown.values()) else shown
+    return {place: label.get_text() for place, label in ticks.items() if label.get_visible()}
 
 
 def readings(figure):
     """Return what a reader sees of categories: for each panel with such values {name: its values}."""
     figure.draw_without_rendering()
-    panels = [ax for ax in figure.axes if not hasattr(ax, "_colorbar")]
-    result = []
-    for number, ax in enumerate(panels):
-        # Names below stand under the last of panels that lie above each other with one scale.
-        below = next((names for other in panels[number:] if (names := categories(other.xaxis))), {})
-        beside = categories(ax.yaxis)
+    for ax in figure.axes:
         seen = defaultdict(list)
-        for artist in [*ax.collections, *ax.patches]:
-            if isinstance(artist, QuadMesh):
-                corners, values = artist.get_coordinates(), np.ma.filled(artist.get_array(), np.nan)
-                for (row, _), value in np.ndenumerate(values):
-                    if np.isfinite(value):
-                        seen[beside[corners[row : row + 2, 0, 1].mean()]].append(value)
-            elif isinstance(artist, StepPatch) and below:
-                data = artist.get_data()
-                assert ax.get_xlim() == panels[-1].get_xlim() or categories(ax.xaxis)
-                seen[below[round(data.edges.mean())]] += [v for v in data.values if np.isfinite(v)]
+        for mesh in ax.collections:
+            if isinstance(mesh, QuadMesh) and not hasattr(ax, "_colorbar"):
+                corners, beside = mesh.get_coordinates(), categories(ax.yaxis)
+                for row, values in enumerate(np.ma.filled(mesh.get_array(), np.nan)):
+                    seen[beside[corners[row : row + 2, 0, 1].mean()]] += list(values[np.isfinite(values)])
+        for data in (patch.get_data() for patch in ax.patches if isinstance(patch, StepPatch)):
+            seen[categories(ax.xaxis)[round(data.edges.mean())]] += list(data.values[np.isfinite(data.values)])
         if seen:
-            result.append((ax.get_title(loc="left"), seen))
-    return result
+            yield seen
 
 
-NUMBERS = itertools.count(1)
-
-
-def by_type(records, *values):
-    """Return {module type: values of its records}."""
-    result = defaultdict(list)
-    for record in records:
-        result[type_of(record.layer)] += [value(record) for value in values]
-    return result
-
-
-def spectra(*values):
-    """Return a maker of spectra that no other layer has, and what is drawn of each."""
-
-    def make(layers, name):
-        records = [making.spectrum(layer, making.decay(next(NUMBERS))) for layer in layers]
-        return making.results(records, name=name), [by_type(records, *values)]
-
-    return make
-
-
-def allocation(layers, name):
-    records = [build(Allocation, layer=layer, rank=next(NUMBERS), uniform_rank=next(NUMBERS)) for layer in layers]
-    ranks = by_type(records, lambda r: r.rank, lambda r: r.uniform_rank)
-    return making.results(records, [making.certificate()], name=name), [ranks]
-
-
-MAKERS = {
-    "heatmap": spectra(lambda r: r.energy["8"]),
-    "allocation": allocation,
-}
-
-
-@pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("name", VALUES)
+@pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_names_of_categories_are_at_their_values(name, mix):
-    made = [MAKERS[name](layers, label) for layers, label in zip(layers_of(MIXES[mix]), NAMES, strict=False)]
-    labels = NAMES[: len(made)] if len(made) > 1 else ()
-    width = "column" if mix == "two architectures" else "slide"
-    result = readings(plots.figure(name, [run for run, _ in made], labels=labels, width=width))
-    expected = [panel for _, panels in made for panel in panels]
-    if name == "allocation" and len(made) > 1:  # in one panel, without the uniform rule
-        expected = [merge(expected)]
-    assert len(result) == len(expected)
-    for number, ((title, panel), values) in enumerate(zip(result, expected, strict=True)):
-        drawn = {full(kind, values): sorted(numbers) for kind, numbers in panel.items()}
-        assert drawn.keys() == values.keys()
-        for kind in values:
-            np.testing.assert_allclose(drawn[kind], sorted(values[kind]), rtol=1e-9, err_msg=f"{kind} in {title}")
-        if len(expected) == len(made) > 1:
-            assert title.startswith(labels[number])
-
-
-def full(shown, names):
-    """Return the full name of a shortened one."""
-    result = [shown] if shown in names else [name for name in names if name.endswith(shown.lstrip("…"))]
-    assert len(result) == 1, f"{shown!r} may be any of {result}"
-    return result[0]
-
-
-def merge(panels):
-    """Return the first of two values of each record, of all panels."""
-    result = defaultdict(list)
-    for panel in panels:
-        for kind, values in panel.items():
-            result[kind] += values[::2]
-    return result
+    runs = [records_of(name, *each) for each in mix]
+    made = [making.results(run, [making.certificate()] * (name == "allocation")) for run in runs]
+    figure = plots.figure(name, made, labels=("full", "part", "third", "fourth")[: len(runs)], width="column")
+    panels = runs if name == "heatmap" else [list(itertools.chain(*runs))]  # ranks of all in one panel
+    for seen, records in zip(readings(figure), panels, strict=True):
+        expected = defaultdict(list)
+        for record in records:
+            expected[re.sub(r"^.*?\.\d+\.", "", record.layer.removesuffix(".weight"))].append(VALUES[name](record))
+        assert len(seen) == len(expected)
+        for kind, values in expected.items():
+            (shown,) = [each for each in seen if each == kind or (each[0] == "…" and kind.endswith(each[1:]))]
+            np.testing.assert_allclose(sorted(seen[shown]), sorted(values), rtol=1e-9)

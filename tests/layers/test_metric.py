@@ -296,13 +296,3 @@ def test_update_outside_data_has_no_energy(tmp_path):
     assert record.fro == 0
     assert record.weights_fro == pytest.approx(4.0)
     assert set(record.energy.values()) == {None}
-
-
-def test_command_states_metric(pair_of_models, tmp_path, loradiag):
-    base, tuned, *_ = pair_of_models
-    store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
-    ran = loradiag("spectrum", base, tuned, "--activations", "a.safetensors", "-o", "r.jsonl")
-    assert ran.code == 0
-    assert "E‖ΔW x‖²" in " ".join(ran.out.split())
-    assert "E‖ΔW x‖²" in " ".join(loradiag("inspect", "r.jsonl").out.split())
-    assert lora_diag.read_results(tmp_path / "r.jsonl").layers[0].metric == "data"

@@ -14,7 +14,7 @@ R = TypeVar("R", bound=BaseModel)
 PLAIN = {str: "x", int: 1, float: 1.0, bool: False, dict: {}}
 
 
-def build(kind: type[R], **fields: Any) -> R:
+def build(kind: type[R], /, **fields: Any) -> R:
     """Return a record with these fields; all others have their default, else null, else a plain value."""
     assert fields.keys() <= kind.model_fields.keys(), f"{kind.__name__} has no {fields.keys() - kind.model_fields}"
     required = {name: field for name, field in kind.model_fields.items() if field.is_required()}

@@ -73,10 +73,8 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
 
 def residuals(blocks, types=TYPES, adapter="runs/lora_r8"):
     rng = np.random.default_rng(len(adapter) + blocks)
-    return [
-        residual(layer, 1 + rng.random(), 1 + rng.random(), 0.2 + 0.5 * rng.random(), 0.5, adapter=adapter)
-        for layer in layers_of(blocks, types)
-    ]
+    drawn = [(layer, 1 + rng.random(), 1 + rng.random(), rng.random()) for layer in layers_of(blocks, types)]
+    return [residual(*norms, 0.2 + 0.5 * share, 0.5, adapter=adapter) for *norms, share in drawn]
 
 
 def overlap(layer, step, rank, kappa, tangent):
@@ -110,26 +108,15 @@ def layers_of(blocks, types=TYPES):
 def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
     """Updates of which half is seen before rounding, and their files."""
     shares = {str(r): min(1.0, 0.2 + 0.1 * k) for k, r in enumerate(ranks)}
-    intervals = {r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()}
-    energies = {
-        "energy": {r: share / 2 for r, share in shares.items()},
-        "energy_estimate": shares,
-        "energy_interval": intervals,
-    }
+    energies = {"energy": {r: share / 2 for r, share in shares.items()}, "energy_estimate": shares}
+    energies["energy_interval"] = {r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()}
     return [build(Recovery, layer=layer, shape=(32, 64), **energies) for layer in layers_of(blocks, types)]
 
 
 def certificate(spent=1000, kept=0.5, bound=0.51):
-    return Certificate(
-        unit="params",
-        budget=float(spent),
-        spent=float(spent),
-        params=spent,
-        kept=kept,
-        bound=bound,
-        gap=(bound - kept) / bound,
-        baselines=(Baseline(name="uniform r=8", spent=0.9 * spent, kept=0.9 * kept, equal=kept, epsilon_min=0.8),),
-    )
+    uniform = Baseline(name="uniform r=8", spent=0.9 * spent, kept=0.9 * kept, equal=kept, epsilon_min=0.8)
+    money = dict.fromkeys(("budget", "spent", "params"), spent)
+    return build(Certificate, kept=kept, bound=bound, gap=(bound - kept) / bound, baselines=(uniform,), **money)
 
 
 def agreement(cosines, larger, dimension):
@@ -162,24 +149,16 @@ def interferences(blocks, types=TYPES, updates=("runs/sql", "runs/chat"), ranks=
 def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
     """Return the sum of some updates by its rank at 90%, theirs, and that which keeps 90% of each."""
     summed = spectrum(layer, decay(1))
-    several = len(updates) > 1
-    return build(
-        Union,
-        layer=layer,
-        shape=summed.shape,
-        updates=updates,
-        ranks=(None,) * len(updates),
-        fro=summed.fro,
-        parts_fro=(1.0,) * len(updates),
-        spectrum=summed.model_copy(update={"rank_at": dict.fromkeys(("0.9", "0.95", "0.99"), together)}),
-        parts_rank_at=dict.fromkeys(("0.9", "0.95", "0.99"), apart),
-        additive={"0.9": together / apart if several and together and apart else None, "0.95": None, "0.99": None},
-        parts_effective_rank=3.0,
-        additive_effective=0.5 if several else None,
-        rank_for_all={"0.9": every, "0.95": None, "0.99": None} if several else {},
-        weakest_kept={"0.9": 0.7, "0.95": None, "0.99": None} if several else {},
-        energy_ratio=1.1 if several else None,
-    )
+    shares, number = ("0.9", "0.95", "0.99"), len(updates)
+    several, none = number > 1, dict.fromkeys(shares)
+    summed = summed.model_copy(update={"rank_at": dict.fromkeys(shares, together)})
+    own = {"updates": updates, "ranks": (None,) * number, "fro": summed.fro, "parts_fro": (1.0,) * number}
+    own |= {"parts_rank_at": dict.fromkeys(shares, apart), "parts_effective_rank": 3.0, "additive": none}
+    if several:
+        own["additive"] = none | {"0.9": together / apart if together and apart else None}
+        own |= {"rank_for_all": none | {"0.9": every}, "weakest_kept": none | {"0.9": 0.7}}
+        own |= {"additive_effective": 0.5, "energy_ratio": 1.1}
+    return build(Union, layer=layer, shape=summed.shape, spectrum=summed, **own)
 
 
 def unions(blocks, types=TYPES):
@@ -189,35 +168,23 @@ def unions(blocks, types=TYPES):
 
 def adapter(path, fro=1.0, used=0.8, *, dead=0, spike=0.3, rank=8, sketch=(1.0, 0.0)):
     """Return an adapter of ten layers that uses so much of its rank."""
-    ranked = rank is not None
-    return Fleet(
-        adapter=path,
-        kind="PEFT LoRA",
-        modules=10,
-        dead=dead,
-        rank=rank,
-        fro=fro,
-        total_rank=10 * rank if ranked else None,
-        total_rank_99=round(10 * rank * used) if ranked else 40,
-        used=used if ranked else None,
-        spike=spike if fro else None,
-        layers={"model.layers.0.q_proj.weight": FleetLayer(fro=fro, rank=rank, rank_99=3, spike=0.3)},
-        update=tuple(sketch),
-        space=tuple(sketch),
-    )
+    layers = {"model.layers.0.q_proj.weight": FleetLayer(fro=fro, rank=rank, rank_99=3, spike=0.3)}
+    size = {"modules": 10, "dead": dead, "rank": rank, "fro": fro, "spike": spike if fro else None, "layers": layers}
+    size["total_rank_99"] = 40 if rank is None else round(10 * rank * used)
+    size |= {} if rank is None else {"total_rank": 10 * rank, "used": used}
+    return build(Fleet, adapter=path, kind="PEFT LoRA", update=tuple(sketch), space=tuple(sketch), **size)
 
 
 def adapters(count, folder="runs"):
     """Return a fleet in which some stand out: dead, loud, spiked, over-ranked."""
     rng = np.random.default_rng(count)
-    plain = [
-        adapter(
-            f"{folder}/{i}/lora", float(rng.uniform(0.9, 1.1)), float(rng.uniform(0.6, 1)), sketch=rng.normal(size=64)
-        )
-        for i in range(count)
-    ]
+
+    def plain(number):
+        norm, used = float(rng.uniform(0.9, 1.1)), float(rng.uniform(0.6, 1))
+        return adapter(f"{folder}/{number}/lora", norm, used, sketch=rng.normal(size=64))
+
     return [
-        *plain,
+        *map(plain, range(count)),
         adapter(f"{folder}/dead/lora", 0.0, 0.0, dead=10, sketch=np.zeros(64)),
         adapter(f"{folder}/loud/lora", 50.0, sketch=rng.normal(size=64)),
         adapter(f"{folder}/spiked/lora", 1.1, 0.3, spike=0.95, sketch=rng.normal(size=64)),
@@ -314,14 +281,14 @@ def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other"
     result = []
     for place, name in enumerate(sets):
         base = np.array(counts) * 2.0
-        more = {"set": name, "shifted": place > 0, "data": "0", "tokens": sum(counts)}
-        result.append(Sensitivity(loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
+        more = {"set": name, "shifted": place > 0}
+        result.append(build(Sensitivity, loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
         for i, unit in enumerate(units):
             for lr in (1e-4, 1e-3):
                 nll = base - np.array(counts) * (0.1 + 0.2 * i) * (lr > 1e-4) - rng.normal(size=4)
                 loss = float(nll.sum() / sum(counts))
                 run = {"unit": unit, "layers": (unit,), "rank": 8, "params": 64, "lr": lr, "nll": tuple(nll)}
-                result.append(Sensitivity(loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
+                result.append(build(Sensitivity, loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
     return result
 
 
@@ -340,21 +307,19 @@ def probed(records, name="tuned", command="probe sweep", adapters=(), **settings
 def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"), **how):
     """Return the records of curvature at TUNED, or at BASE without ``ranks``; the gap is 1/(1 + r) nats."""
     ranks, sets = how.get("ranks", (0, 4, 16)), how.get("sets", ("held_out",))
-    more = {"set": sets[0], "data": "0", "tokens": 10, "at": "tuned" if ranks else "base", "matrix": "hessian"}
-    more |= {"loss": 1.0, "gradient": 1.0}
+    more = {"set": sets[0], "at": "tuned" if ranks else "base", "matrix": "hessian"}
     top = {"eigenvalues": (50.0, 2.0), "residual": 1e-3, "smallest": -1.0}
-    result = [Curvature(layer=None, params=100, trace=9.0, trace_error=1.0, **top, **more)]
+    result = [build(Curvature, layer=None, trace=9.0, trace_error=1.0, **top, **more)]
     for place, layer in enumerate(layers):
         own = {"eigenvalues": (2.0 + place,), "residual": 1e-3} if how.get("eigen", True) else {}
-        result.append(Curvature(layer=layer, params=10, trace=float(place - 1), trace_error=None, **own, **more))
+        result.append(build(Curvature, layer=layer, trace=float(place - 1), **own, **more))
     for name in sets:
         for rank in ranks:
             for along in (0.1, 1.0):
                 gap = how.get("gap", 1.0) * along / (1 + rank)
-                more = {"tail_energy": 1.0, "linear": 0.1 * gap, "quadratic": 0.8 * gap, "upper": 100 / (1 + rank)}
-                more |= {"lower": None, "curvature": 1.0, "loss": 1 + gap, "gap": gap, "gap_error": 0.3 * abs(gap)}
-                where = {"set": name, "data": "0", "tokens": 10, "rank": rank, "along": along}
-                result.append(LossBound(holds=True, **where, **more))
+                more = {"linear": 0.1 * gap, "quadratic": 0.8 * gap, "upper": 100 / (1 + rank), "holds": True}
+                more |= {"loss": 1 + gap, "gap": gap, "gap_error": 0.3 * abs(gap)}
+                result.append(build(LossBound, set=name, rank=rank, along=along, **more))
     return result
 
 
@@ -365,12 +330,12 @@ def reached(dims=(10, 100, 1000), ranks=(1, 8), sets=("held_out", "shifted"), fu
     sizes += [("lora", None, r, 500 * r, 1.3 - 0.02 * r) for r in ranks]
     result = []
     for name in sets:
-        more = {"set": name, "shifted": name == "shifted", "data": "0", "tokens": 10}
-        result.append(Intrinsic(subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
+        more = {"set": name, "shifted": name == "shifted"}
+        result.append(build(Intrinsic, subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
         for subject, dim, rank, params, loss in sizes:
             for lr, seed, worse in ((1e-3, 0, 0.0), (1e-2, 0, 0.2), (1e-3, 1, 0.04)):
                 run = {"subject": subject, "dim": dim, "rank": rank, "params": params, "lr": lr, "seed": seed}
-                result.append(Intrinsic(loss=loss + worse, **run, **more))
+                result.append(build(Intrinsic, loss=loss + worse, **run, **more))
     return result
 
 
@@ -383,10 +348,10 @@ def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), m
             curve = tuple(float(number) * (1 - r / values) for r in range(values))
             at = {str(r): curve[r] for r in ranks}
             effect = {r: Effect(loss=1.0, gap=f / 2, gap_error=None, kl=f / 2) for r, f in at.items()}
-            more = {"set": "text", "labels": "model", "sequences": 2, "predictions": 10, "tokens": 10, "fro": 1.0}
-            sums = {"linear": at, "weight": {r: -f for r, f in at.items()}, "data": at, "kfac": at}
-            more |= {"fisher": curve, "on": "held_out" if measured else None, "effect": effect if measured else None}
-            result.append(Fisher(layer=f"model.layers.{block}.{kind}.weight", shape=(8, 8 * number), **sums, **more))
+            more = {"linear": at, "weight": {r: -f for r, f in at.items()}, "data": at, "kfac": at, "fisher": curve}
+            more |= {"on": "held_out", "effect": effect} if measured else {}
+            layer = f"model.layers.{block}.{kind}.weight"
+            result.append(build(Fisher, layer=layer, shape=(8, 8 * number), **more))
     return result
 
 
@@ -394,15 +359,13 @@ def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):
     """Return the run of a search that chose the middle rank; more parameters lose less."""
     records = []
     for name in sets:
-        more = {"set": name, "shifted": name != sets[0], "data": "0" * 16, "tokens": 5000}
+        more = {"set": name, "shifted": name != sets[0]}
         records.append(build(TuneTrial, variant="base", params=0, loss=base, **more))
         for rank in ranks:
             for seed in range(3):
                 loss = base - 0.2 * math.log2(rank) + 0.01 * seed
-                variant = f"uniform-r{rank}"
-                records.append(
-                    build(TuneTrial, variant=variant, params=1000 * rank, lr=1e-3, seed=seed, loss=loss, **more)
-                )
+                run = {"variant": f"uniform-r{rank}", "params": 1000 * rank, "seed": seed}
+                records.append(build(TuneTrial, lr=1e-3, loss=loss, **run, **more))
     rank = ranks[len(ranks) // 2]
     records.append(build(Tune, set=sets[0], variant=f"uniform-r{rank}", rank=rank, params=1000 * rank, seeds=3))
     return probed(records, command="tune")

@@ -1,6 +1,5 @@
 """``loradiag portability`` as a user runs it, and its numbers against ΔW formed in float64."""
 
-import json
 import re
 
 import numpy as np
@@ -13,13 +12,11 @@ from tests.messages import assert_names
 MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
 
 
-def factors(ranks=(2, 2, 2, 2)):
+def factors(ranks=(2, 2, 2, 2), rows=12):
     result = {}
     for n, (module, rank) in enumerate(zip(MODULES, ranks, strict=True)):
-        result |= {
-            f"{module}.lora_A.weight": normal(rank, 12, seed=n),
-            f"{module}.lora_B.weight": normal(12, rank, seed=9 + n),
-        }
+        result[f"{module}.lora_A.weight"] = normal(rank, 12, seed=n)
+        result[f"{module}.lora_B.weight"] = normal(rows, rank, seed=9 + n)
     return result
 
 
@@ -34,12 +31,8 @@ def test_required_program_with_wrong_update_fails(patterned, loradiag):
     assert ran.code == 0
     ran = loradiag("portability", "adapter", "--require", "llamacpp", "--json")
     assert ran.code == 1
-    records = [json.loads(line) for line in ran.out.splitlines()]
-    result = {
-        r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"])
-        for r in records
-        if r["record"] == "portability"
-    }
+    found = [record for record in ran.records if record["record"] == "portability"]
+    result = {r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"]) for r in found}
     assert result == {
         f"{module}.weight": ("exact", 1.5, 1.5, 0.0) if "q_proj" in module else ("wrong", 1.5, 3.0, 0.5)
         for module in MODULES
@@ -171,15 +164,12 @@ def test_names_equal_base(tmp_path):
     assert {record.consumer for record in results} == {"diffusers", "kohya"}
 
 
-def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag):
+@pytest.mark.parametrize(("limit", "code"), [(0.01, 1), (0.6, 0)])
+def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag, limit, code):
     assert loradiag("portability", "adapter", "-o", "p.jsonl").code == 0
-    (tmp_path / "gate.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.01"\n')
-    ran = loradiag("gate", "gate.toml", "p.jsonl")
-    assert ran.code == 1, ran.err
-    (tmp_path / "loose.toml").write_text('[[rule]]\nname = "portable"\nrequire = "portability.epsilon <= 0.6"\n')
-    assert loradiag("gate", "loose.toml", "p.jsonl").code == 0
+    (tmp_path / "gate.toml").write_text(f'[[rule]]\nname = "x"\nrequire = "portability.epsilon <= {limit}"\n')
+    assert loradiag("gate", "gate.toml", "p.jsonl").code == code
     assert loradiag("report", "p.jsonl", "-o", "report.html").code == 0
-    assert loradiag("inspect", "p.jsonl", "--per", "layer").code == 0
 
 
 def test_rules_need_no_adapter(loradiag):

@@ -11,25 +11,29 @@ from safetensors.numpy import load_file
 from lora_diag.diagnostics.portability.measure import make_portable, portability
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, base, changes, close, normal, write
+from tests.diagnostics.portability.test_command import MODULES, factors
 from tests.messages import assert_names, raises_naming
 
-MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
 RANKS = (2, 3, 5, 1)
 
 
 def patterned(tmp_path, **config):
-    tensors = {}
-    for n, (module, rank) in enumerate(zip(MODULES, RANKS, strict=True)):
-        tensors[f"{module}.lora_A.weight"] = normal(rank, 12, seed=n)
-        tensors[f"{module}.lora_B.weight"] = normal(10, rank, seed=9 + n)
     pattern = dict(zip(MODULES, RANKS, strict=True))
+    tensors = factors(RANKS, rows=10)
     return adapter(tmp_path, tensors, rank_pattern=pattern, target_modules=["q_proj", "v_proj"], **config)
+
+
+def assert_same_update(path, other, base=None, tolerance=1e-6):
+    """Two adapters of one base have the same ΔW."""
+    (after, _), (before, _) = changes(path, base), changes(other, base)
+    assert after.keys() == before.keys()
+    for layer, change in before.items():
+        close(after[layer], change, tolerance)
 
 
 @pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 7}, "lora_alpha": 5}])
 def test_fixed_adapter_has_same_update_in_all_programs(tmp_path, config):
     folder = patterned(tmp_path, **config)
-    before, _ = changes(folder, None)
     results = make_portable(
         folder, tmp_path / "out", require=["peft", "vllm==0.31", "sglang", "llamacpp", "peft==0.13"]
     )
@@ -39,9 +43,7 @@ def test_fixed_adapter_has_same_update_in_all_programs(tmp_path, config):
     assert not any(key in written for key in ("rank_pattern", "alpha_pattern"))
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {min(value.shape) for value in tensors.values()} == {5}
-    after, _ = changes(tmp_path / "out", None)
-    for layer, change in before.items():
-        close(after[layer], change)
+    assert_same_update(tmp_path / "out", folder)
 
 
 @pytest.mark.slow
@@ -159,18 +161,12 @@ def image_adapter(tmp_path):
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 def test_image_adapters_are_written_in_each_layout(tmp_path, form):
     folder, file = image_base(tmp_path), image_adapter(tmp_path)
-    before, _ = changes(file, folder)
     results = make_portable(file, tmp_path / "out", folder, form=form, consumers=["peft"] if form == "peft" else ())
     assert {record.status for record in results} == {"exact"}
-    after, _ = changes(tmp_path / "out", folder)
-    assert after.keys() == before.keys()
-    for layer, change in before.items():
-        close(after[layer], change)
+    assert_same_update(tmp_path / "out", file, folder)
     repeated = make_portable(tmp_path / "out", tmp_path / "again", folder, form="kohya")
     assert {record.status for record in repeated} == {"exact"}
-    final, _ = changes(tmp_path / "again", folder)
-    for layer, change in before.items():
-        close(final[layer], change)
+    assert_same_update(tmp_path / "again", file, folder)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
@@ -208,21 +204,18 @@ def test_diffusers_converts_kohya_output(tmp_path):
 
 def test_mlx_layout_round_trip(tmp_path):
     folder = patterned(tmp_path, use_rslora=True)
-    before, _ = changes(folder, None)
     results = make_portable(folder, tmp_path / "mlx", form="mlx")
     assert {(record.consumer, record.status) for record in results} == {("mlx", "exact")}
     config = json.loads((tmp_path / "mlx" / "adapter_config.json").read_text())
     assert config["lora_parameters"]["keys"] == ["self_attn.q_proj", "self_attn.v_proj"]
     make_portable(tmp_path / "mlx", tmp_path / "back", form="peft")
     for path in ("mlx", "back"):
-        after, _ = changes(tmp_path / path, None)
-        for layer, change in before.items():
-            close(after[layer], change)
+        assert_same_update(tmp_path / path, folder)
 
 
 LLAMA = {"model_type": "llama", "num_attention_heads": 2}
 TABLE, HEAD = "model.embed_tokens", "lm_head"
-FACTORS = {
+TABLES = {
     TABLE: {f"{TABLE}.lora_embedding_A": normal(2, 9, seed=1), f"{TABLE}.lora_embedding_B": normal(6, 2, seed=2)},
     HEAD: {f"{HEAD}.lora_A.weight": normal(2, 6, seed=3), f"{HEAD}.lora_B.weight": normal(9, 2, seed=4)},
 }
@@ -234,28 +227,26 @@ def vocabulary_adapter(tmp_path, module, tied):
     stored = {f"{TABLE}.weight": normal(9, 6), "model.norm_proj.weight": normal(6, 6)}
     config = LLAMA | {"tie_word_embeddings": tied}
     folder = base(tmp_path, stored | ({} if tied else {f"{HEAD}.weight": normal(9, 6, seed=8)}), config)
-    return folder, adapter(tmp_path, PLAIN | FACTORS[module], target_modules=["norm_proj", module.split(".")[-1]])
+    return folder, adapter(tmp_path, PLAIN | TABLES[module], target_modules=["norm_proj", module.split(".")[-1]])
 
 
 def test_mlx_embedding_has_the_shapes_of_its_layer(tmp_path):
     """Of ``LoRAEmbedding``: ``lora_a`` (vocab, r) and ``lora_b`` (r, dim), ΔW = scale·a·b; ``LoRALinear`` is turned."""
     folder, path = vocabulary_adapter(tmp_path, TABLE, tied=False)
     make_portable(path, tmp_path / "mlx", folder, form="mlx")
-    tensors = {
-        name: value.astype(np.float64) for name, value in load_file(tmp_path / "mlx/adapters.safetensors").items()
-    }
+    tensors = load_file(tmp_path / "mlx/adapters.safetensors")
     config = json.loads((tmp_path / "mlx/adapter_config.json").read_text())
-    a, b = tensors[f"{TABLE}.lora_a"], tensors[f"{TABLE}.lora_b"]
+    a, b = (tensors[f"{TABLE}.lora_{side}"].astype(np.float64) for side in "ab")
     assert (a.shape, b.shape) == ((9, 2), (2, 6))
-    factors = FACTORS[TABLE]
-    expected = 1.5 * (factors[f"{TABLE}.lora_embedding_B"] @ factors[f"{TABLE}.lora_embedding_A"]).T
+    table = TABLES[TABLE]
+    expected = 1.5 * (table[f"{TABLE}.lora_embedding_B"] @ table[f"{TABLE}.lora_embedding_A"]).T
     close(config["lora_parameters"]["scale"] * a @ b, expected, 1e-6)
     assert tensors["model.norm_proj.lora_a"].shape == (6, 2)
     alone, _ = changes(tmp_path / "mlx", None)
     close(alone[f"{TABLE}.weight"], expected, 1e-6)
     make_portable(tmp_path / "mlx", tmp_path / "peft", folder, form="peft")
     names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft/adapter_model.safetensors")}
-    assert names == {*PLAIN, *factors}  # names that PEFT loads: it skips ``embed_tokens.lora_A.weight`` silently
+    assert names == {*PLAIN, *table}  # names that PEFT loads: it skips ``embed_tokens.lora_A.weight`` silently
 
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
@@ -326,9 +317,6 @@ def test_extract_writes_unequal_ranks_portably(tmp_path, loradiag):
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
     assert {record.status for record in portability(tmp_path / "one")} == {"exact"}
     assert {record.status for record in portability(tmp_path / "plain", consumers=["llamacpp"])} >= {"wrong"}
-    plain, _ = changes(tmp_path / "plain", None)
-    padded, _ = changes(tmp_path / "one", None)
-    for layer, change in plain.items():
-        close(padded[layer], change, 1e-9)
+    assert_same_update(tmp_path / "one", tmp_path / "plain", tolerance=1e-9)
     ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--unfactored", "save")
     assert ran.code == 2

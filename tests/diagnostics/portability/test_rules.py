@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import re
 from collections import OrderedDict
 from dataclasses import replace
@@ -13,10 +12,7 @@ from hypothesis import strategies as st
 
 from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS, is_before
-from lora_diag.diagnostics.portability.measure import (
-    FEATURES,
-    portability,
-)
+from lora_diag.diagnostics.portability.measure import FEATURES, portability
 from lora_diag.errors import UsageError
 from tests.conftest import SHARED
 from tests.messages import assert_names
@@ -65,6 +61,10 @@ def test_rules_agree_with_the_truth_of_each_case(case):
 LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+def item_of(module, rank, scale, alpha=None, kind="factors"):
+    return Item(f"{module}.weight", module, kind, f"{module}.lora_B.weight", rank, scale, alpha)
+
+
 @st.composite
 def adapters(draw):
     """A PEFT config with patterns, and the rank and α of each module by PEFT's rule, written anew."""
@@ -92,10 +92,7 @@ def adapters(draw):
     alphas = {module: value(config["alpha_pattern"], module, config["lora_alpha"]) for module in modules}
     power = 0.5 if config["use_rslora"] else 1.0
     scales = {module: alphas[module] / ranks[module] ** power for module in modules}
-    items = tuple(
-        Item(f"{module}.weight", module, "factors", f"{module}.lora_B.weight", ranks[module], scales[module])
-        for module in modules
-    )
+    items = tuple(item_of(module, ranks[module], scales[module]) for module in modules)
     return Contents("peft", items, config), ranks, alphas
 
 
@@ -227,8 +224,7 @@ def test_diffusers_scales_equal_its_own_function(modules):
     alphas = {f"{key}.alpha": alpha for key, (_, alpha) in zip(keys, modules, strict=True) if alpha is not None}
     result = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
     items = tuple(
-        Item(f"{key}.weight", key, "factors", f"{key}.lora_B.weight", rank, (alpha or rank) / rank, alpha)
-        for key, (rank, alpha) in zip(keys, modules, strict=True)
+        item_of(key, rank, (alpha or rank) / rank, alpha) for key, (rank, alpha) in zip(keys, modules, strict=True)
     )
     ours = applied(f"diffusers=={diffusers.__version__}", Contents("diffusers", items))
     for key, (rank, _) in zip(keys, modules, strict=True):
@@ -257,7 +253,7 @@ def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
 
     items, tensors = [], {}
     for name, alpha in sorted(zip(KOHYA_LAYERS, alphas, strict=True)):
-        items.append(Item(f"{name}.weight", name, "factors", f"{name}.lora_up.weight", 4, alpha / 4, alpha))
+        items.append(item_of(name, 4, alpha / 4, alpha))
         tensors[f"{name}.lora_down.weight"] = tensors[f"{name}.lora_up.weight"] = torch.zeros(4, 4)
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
     converted, found = _convert_non_diffusers_lora_to_diffusers(tensors)
@@ -272,18 +268,25 @@ def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
         assert ours[item.module] == pytest.approx(result["alpha_pattern"].get(module, result["lora_alpha"]) / 4)
 
 
-def test_diffusers_reads_alphas_of_transformers():
-    names = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_q")
-    items = tuple(
-        Item(f"{name}.weight", name, "factors", f"{name}.lora_up.weight", 4, alpha / 4, alpha)
-        for name, alpha in zip(names, (2.0, 8.0), strict=True)
-    )
-    assert list(applied("diffusers", Contents("kohya", items)).values()) == [0.5, 2.0]
+TRANSFORMERS = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_q")
+
+
+@pytest.mark.parametrize(
+    ("consumer", "names", "rank", "alphas", "scales"),
+    [
+        ("diffusers", TRANSFORMERS, 4, (2.0, 8.0), [0.5, 2.0]),
+        ("kohya", ("lora_unet_0", "lora_unet_1", "lora_unet_2"), 8, (None, 0.0, 2.0), [1.0, 1.0, 0.25]),
+    ],
+)
+def test_alphas_of_kohya_files_are_read(consumer, names, rank, alphas, scales):
+    """Also where α is missing: it is the rank."""
+    items = tuple(item_of(name, rank, 1.0, alpha) for name, alpha in zip(names, alphas, strict=True))
+    assert list(applied(consumer, Contents("kohya", items)).values()) == scales
 
 
 @pytest.mark.parametrize(("form", "does"), [("kohya", "applied"), ("diffusers", "intended")])
 def test_diffusers_deletes_the_magnitudes_of_kohya(form, does):
-    item = Item(f"{KOHYA_LAYERS[0]}.weight", KOHYA_LAYERS[0], "dora", f"{KOHYA_LAYERS[0]}.dora_scale", 4, 0.5, 2.0)
+    item = item_of(KOHYA_LAYERS[0], 4, 0.5, 2.0, kind="dora")
     assert CONSUMERS["diffusers"].rules[0].applies(Contents(form, (item,)), item).does == does
 
 
@@ -296,16 +299,8 @@ def test_diffusers_before_0_40_uses_first_rank_as_alpha(version, mixed):
     assert {item.rank: result[item.module] for item in contents.items} == mixed
 
 
-def test_kohya_uses_rank_for_missing_alpha():
-    items = tuple(
-        Item(f"lora_unet_{n}.weight", f"lora_unet_{n}", "factors", "", 8, 1.0, alpha)
-        for n, alpha in enumerate((None, 0.0, 2.0))
-    )
-    assert list(applied("kohya", Contents("kohya", items)).values()) == [1.0, 1.0, 0.25]
-
-
 def test_mlx_refuses_config_without_sizes_of_its_layers():
-    item = Item("layers.0.q.weight", "layers.0.q", "factors", "layers.0.q.lora_b", 4, 2.0)
+    item = item_of("layers.0.q", 4, 2.0)
     whole = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0, "dropout": 0.0}}
     assert applied("mlx", Contents("mlx", (item,), whole)) == {"layers.0.q": 2.0}
     short = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0}}
@@ -330,7 +325,7 @@ def test_mlx_refuses_factors_without_a_layer(module, config, problem):
     """``linear_to_lora_layers`` makes layers in the last blocks, of the modules that ``keys`` names."""
     settings = {"rank": 4, "scale": 2.0, "dropout": 0.0} | {key: config[key] for key in config if key == "keys"}
     names = (module, "model.layers.3.self_attn.q_proj")
-    items = tuple(Item(f"{name}.weight", name, "factors", f"{name}.lora_b", 4, 2.0) for name in names)
+    items = tuple(item_of(name, 4, 2.0) for name in names)
     whole = {"num_layers": config.get("num_layers", 4), "lora_parameters": settings}
     result = applied("mlx", Contents("mlx", items, whole))
     if problem:
@@ -342,7 +337,7 @@ def test_mlx_refuses_factors_without_a_layer(module, config, problem):
 @pytest.mark.parametrize("leaf", ["q_proj", "v_proj", "k_proj"])
 def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
     modules = [f"model.layers.{n}.self_attn.{name}" for n, name in ((0, "q_proj"), (0, "v_proj"), (1, leaf))]
-    items = tuple(Item(f"{module}.weight", module, "factors", "", 8, 1.0) for module in modules)
+    items = tuple(item_of(module, 8, 1.0) for module in modules)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(LEAVES)}
     assert "model.layers.1.self_attn" in applied("sglang", Contents("peft", items, config))
     assert isinstance(applied("sglang", Contents("peft", items[:2], config)), dict)
@@ -369,11 +364,8 @@ def test_versions_are_ordered_number_by_number(one, other):
     assert is_before(".".join(map(str, one)), ".".join(map(str, other))) == (padded[0] < padded[1])
 
 
-def test_largest_server_ranks_are_documented():
-    vllm = CONSUMERS["vllm"]
-    needed = {}
-    for rank in (8, 16, 17, 300, 512):
-        contents = Contents("peft", (Item("q.weight", "q", "factors", "", rank, 1.0),), {"r": rank})
-        needed[rank] = vllm.find_rank_to_set(contents)
-    assert needed == {8: None, 16: None, 17: 32, 300: 320, 512: 512}
-    assert math.isclose(vllm.largest_rank, 512)
+def test_rank_to_set_is_the_next_that_a_server_has():
+    for rank, needed in {8: None, 16: None, 17: 32, 300: 320, 512: 512}.items():
+        contents = Contents("peft", (item_of("q", rank, 1.0),), {"r": rank})
+        assert CONSUMERS["vllm"].find_rank_to_set(contents) == needed
+    assert CONSUMERS["vllm"].largest_rank == 512

@@ -83,50 +83,36 @@ def measured(plugins, tmp_path_factory) -> tuple[Path, list]:
     return folder, json.loads(result.stdout.splitlines()[-1])
 
 
-def test_example_is_small():
-    files = sorted((EXAMPLE / "loradiag_nuclear").glob("*.py"))
-    assert sum(len(file.read_text().splitlines()) for file in files) <= 150
-
-
 def layers_of(path: Path) -> list[dict]:
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return [record for record in records if record["record"] == "nuclear"]
 
 
-def test_example_measures_adapter_as_numpy_does(measured):
-    """ΔW of an adapter has factors and no matrix."""
-    folder, _ = measured
-    layers = layers_of(folder / "nuclear.jsonl")
+def change_of_adapter(layer):
+    """Return B·A with its scale: such a ΔW has factors and no matrix."""
     adapter = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
     config = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
+    name = f"base_model.model.{layer.removesuffix('.weight')}"
+    product = adapter[f"{name}.lora_B.weight"].astype(float) @ adapter[f"{name}.lora_A.weight"].astype(float)
+    return product * config["lora_alpha"] / config["r"]
+
+
+def change_of_pair(layer):
+    sides = [{}, {}]
+    for side, folder in zip(sides, ("base", "full_ft"), strict=True):
+        for file in (SAMPLES / folder).glob("*.safetensors"):
+            side |= load_file(file)
+    return sides[1][layer].astype(float) - sides[0][layer].astype(float)
+
+
+@pytest.mark.parametrize(("name", "change", "count"), [("nuclear", change_of_adapter, 28), ("pair", change_of_pair, 4)])
+def test_example_measures_as_numpy_does(measured, name, change, count):
+    layers = layers_of(measured[0] / f"{name}.jsonl")
     for record in layers:
-        name = f"base_model.model.{record['layer'].removesuffix('.weight')}"
-        product = adapter[f"{name}.lora_B.weight"].astype(float) @ adapter[f"{name}.lora_A.weight"].astype(float)
-        product *= config["lora_alpha"] / config["r"]
-        assert record["nuclear"] == pytest.approx(np.linalg.svd(product, compute_uv=False).sum(), rel=1e-6)
-        assert record["peak"] == pytest.approx(np.abs(product).max(), rel=1e-6)
-    assert len(layers) == 28
-
-
-def test_example_measures_pair_as_numpy_does(measured):
-    folder, _ = measured
-    before, after = (
-        {name: value for file in (SAMPLES / side).glob("*.safetensors") for name, value in load_file(file).items()}
-        for side in ("base", "full_ft")
-    )
-    layers = layers_of(folder / "pair.jsonl")
-    for record in layers:
-        change = after[record["layer"]].astype(float) - before[record["layer"]].astype(float)
-        assert record["nuclear"] == pytest.approx(np.linalg.svd(change, compute_uv=False).sum(), rel=1e-4)
-        assert record["peak"] == pytest.approx(np.abs(change).max(), rel=1e-6)
-    assert len(layers) == 4
-
-
-def test_example_is_documented(plugins):
-    """The site's tables of its options and fields, without a line for it in the docs."""
-    result = started(plugins, ROOT, ROOT / "docs" / "hooks.py", "nuclear")
-    assert "| `--tol` | `T` | `0.0005` |" in result.stdout
-    assert "| `flatness` | flatness |" in result.stdout
+        delta = change(record["layer"])
+        assert record["nuclear"] == pytest.approx(np.linalg.svd(delta, compute_uv=False).sum(), rel=1e-4)
+        assert record["peak"] == pytest.approx(np.abs(delta).max(), rel=1e-6)
+    assert len(layers) == count
 
 
 def test_example_plugin_has_function_command_and_pages(measured):

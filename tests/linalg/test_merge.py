@@ -83,7 +83,7 @@ def test_every_documented_merge_is_correct(problem, path, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b, a, s)
     result = counted(dtype, w, m, b, a, s)
-    assert result.count == 0
+    assert (result.count, result.drifted) == (0, False)
 
 
 @settings(deadline=None, max_examples=150)
@@ -219,10 +219,3 @@ def test_scale_within_entry_rounding_is_detected(factor):
         result = counted(torch.bfloat16, w, bf16_of_float64(w + factor * change), b, a)
         assert result.count == 0
         assert result.drifted == (factor != 1.0)
-
-
-@settings(deadline=None, max_examples=100)
-@given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.5, 11.313708498984761]))
-def test_correct_merges_do_not_drift(problem, path, s):
-    dtype, w, b, a = problem
-    assert not counted(dtype, w, merged(path, dtype, w, b, a, s), b, a, s).drifted

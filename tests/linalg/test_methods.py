@@ -306,17 +306,6 @@ def test_all_vectors_where_largest_cannot_be_had(monkeypatch, failure):
     assert len(factors.s) == 5
 
 
-def test_auto_chooses_cheapest_method_that_fits():
-    rng = np.random.default_rng(0)
-    decaying = torch.from_numpy(rng.standard_normal((900, 900)) / np.arange(1, 901)).float()
-    assert decompose(torch.from_numpy(rng.standard_normal((64, 500)))).method.startswith("exact")
-    assert decompose(torch.from_numpy(rng.standard_normal((200, 300)))).method == "gram"
-    assert decompose(decaying).method == "gram"
-    assert decompose(decaying, top=16).method.startswith("krylov")
-    assert decompose(decaying, top=200).method == "gram"
-    assert decompose(decaying[:600, :600], top=16).method == "gram"  # the first checks would be no small part of it
-
-
 def test_tighter_tolerance_is_met_or_handed_over():
     matrix = torch.from_numpy(oracles.with_spectrum(1 / INDEX, N, N, 0))
     assert decompose(matrix, "krylov", top=K, tol=1e-9).energy_error <= 1e-9

@@ -60,17 +60,6 @@ def found(one):
     return compute_distances(one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None)
 
 
-def test_distances_equal_dense_matrices():
-    one = layer(RNG.normal(size=(6, 5)), RNG.normal(size=(6, 5)))
-    expected = oracles.distance(one.d, one.x, 2)
-    for name, value in expected.items():
-        assert getattr(found(one), name) == pytest.approx(value, rel=1e-12), name
-    scales = np.linspace(-2, 2, 4001)
-    errors = [float(np.linalg.norm(one.d - c * one.x)) / one.fro for c in scales]
-    assert found(one).epsilon_best_scale == pytest.approx(min(errors), rel=1e-5)
-    assert found(one).best_scale == pytest.approx(scales[int(np.argmin(errors))], abs=1e-3)
-
-
 def test_pooled_distances_equal_block_diagonal():
     layers = [layer(RNG.normal(size=(4, 3)), RNG.normal(size=(4, 3))) for _ in range(3)]
     layers.append(layer(np.zeros((4, 3)), np.ones((4, 3))))

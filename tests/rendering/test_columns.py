@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.rendering.statements import limit_lines
-from lora_diag.rendering.tables import Column, drop_repeated_captions, shorten_names, table_of
+from lora_diag.rendering.tables import Column, shorten_names, table_of
 
 PARTS = st.sampled_from(["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"])
 NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size=1, max_size=20)
@@ -16,13 +16,6 @@ def test_shortened_names_fit_and_differ_where_names_do(names, width):
     result = shorten_names(names, width)
     assert all(len(name) <= width for name in result)
     assert len(set(zip(names, result, strict=True))) == len(set(names)) == len(set(result))
-
-
-@pytest.mark.parametrize("width", [12, 16, 24])
-def test_shortened_encoder_names_keep_block_and_end(width):
-    blocks = range(12)
-    result = shorten_names([f"encoder.layer.{i}.attention.output.dense" for i in blocks], width)
-    assert all(f"{i}." in name and name.endswith("dense") for i, name in zip(blocks, result, strict=True))
 
 
 @pytest.mark.parametrize("brief", [True, False])
@@ -39,8 +32,3 @@ def test_table_names_columns_without_room(width, brief):
     assert ("five" in shown) != brief
     hidden = [column.title for column in columns if column.title not in shown | {"five"}]
     assert table.caption == (f"not shown at {width} columns: {', '.join(hidden)}\n" if hidden else None)
-
-
-def test_shared_caption_is_shown_once_below_last_table():
-    tables = [table_of("layer", ["a"], [Column(name, ("1" * 90,), drop=1)], 80) for name in ("x", "x", "y")]
-    assert [table.caption is not None for table in drop_repeated_captions(tables)] == [False, True, True]

@@ -47,6 +47,13 @@ def factors(rng, m=48, n=40, r=4):
     return rng.standard_normal((m, r)), rng.standard_normal((r, n))
 
 
+def relations(fleet):
+    """Return the relations of near-duplicates by the names of their folders."""
+    names = [record.adapter.rpartition("/")[2] for record in fleet]
+    found = find_near_duplicates([record.update for record in fleet], [record.space for record in fleet])
+    return {(names[pair.first], names[pair.second]): pair.relation for pair in found}
+
+
 def test_planted_outliers_are_found(tmp_path):
     rng = np.random.default_rng(1)
     plain = [{layer: factors(rng) for layer in LAYERS} for _ in range(8)]
@@ -66,10 +73,7 @@ def test_planted_outliers_are_found(tmp_path):
     assert "3 of 6 dead" in message["half"]
     assert_names(message["spiked"], "over-ranked", "spiked")
     assert "norm" in message["large"]
-    pairs = {
-        (names[pair.first], names[pair.second]): pair.relation
-        for pair in find_near_duplicates([r.update for r in result], [r.space for r in result])
-    }
+    pairs = relations(result)
     assert pairs[("large", "plain3")] == "same"
     assert set(pairs.values()) <= {"same", "space", "near"}
     assert not any("dead" in pair for pair in pairs)
@@ -83,13 +87,8 @@ def test_same_column_space_other_update_is_found(tmp_path):
     near = {layer: (b, a + 0.15 * rng.standard_normal(a.shape)) for layer, (b, a) in first.items()}
     for name, updates in (("a", first), ("b", second), ("c", near)):
         lora(tmp_path / name, updates)
-    result = lora_diag.fleet([tmp_path / "*"])
-    words = {
-        (pair.first, pair.second): pair.relation
-        for pair in find_near_duplicates([r.update for r in result], [r.space for r in result])
-    }
-    assert words[(0, 1)] == "space"
-    assert words[(0, 2)] == "near"
+    found = relations(lora_diag.fleet([tmp_path / "*"]))
+    assert (found["a", "b"], found["a", "c"]) == ("space", "near")
 
 
 def test_layer_without_torch_equals_torch(tmp_path):
@@ -117,14 +116,13 @@ def test_layer_without_torch_equals_torch(tmp_path):
 @pytest.mark.parametrize("size", [1.0, 1e18, 1e-19])
 def test_factors_in_float32_have_sketches_of_float64(tmp_path, size):
     """Products of such factors are beyond the range of float32, in which sketches are transformed."""
-    rng = np.random.default_rng(6)
-    b, a = (np.float32(size) * x.astype(np.float32) for x in factors(rng))
+    b, a = (np.float32(size) * x.astype(np.float32) for x in factors(np.random.default_rng(6)))
     lora(tmp_path / "lora", {"x.weight": (b, a)})
     (delta,) = compare(tmp_path / "lora", None).pairing.deltas
     (thin,), dense = measure_thin([delta]), measure_dense("lora", delta, "cpu")
     assert delta.thin.read_b().dtype == np.float32
-    assert thin.update == pytest.approx(dense.update, abs=1e-5 * np.linalg.norm(dense.update))
-    assert thin.space == pytest.approx(dense.space, abs=1e-5 * np.linalg.norm(dense.space))
+    for one, other in ((thin.update, dense.update), (thin.space, dense.space)):
+        assert one == pytest.approx(other, abs=1e-5 * np.linalg.norm(other))
 
 
 def test_patterns_name_each_adapter_once(tmp_path):

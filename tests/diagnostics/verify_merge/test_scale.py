@@ -46,10 +46,10 @@ def test_scale_and_error_equal_oracle(dtype, u, s):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correct_merges_pass_within_error(dtype, order):
     for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
-        for relative in (0.01, 0.3):
+        for relative in (3e-4, 0.001, 0.005, 0.01, 0.3):
             w, b, a = factors((64, 48), 4, relative, s, dtype, seed)
             record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
-            assert record.status == "ok", record.cause
+            assert record.status == "ok" or (relative < 0.01 and not record.failed), record.cause
             off = abs(record.scale - record.scale_expected)
             rounded = abs(float(torch.tensor(s, dtype=torch.float64).to(dtype)) / s - 1)
             assert off < 5 * record.scale_error + rounded + 6 * 2.0**-24
@@ -105,15 +105,6 @@ def test_precise_merge_resolves_scale_within_error(relative, c):
     assert record.status == "wrong scale", record.cause
     named, error = map(float, record.cause.removeprefix("ΔW was added times ").split(":")[0].split(",")[0].split(" ± "))
     assert abs(named - c) < 6 * error < 0.01
-
-
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("relative", [3e-4, 0.001, 0.005])
-def test_correct_merges_with_large_error_do_not_fail(order, relative):
-    for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
-        w, b, a = factors((64, 128), 8, relative, s, torch.bfloat16, 20 + seed)
-        record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
-        assert not record.failed, record.cause
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,13 +3,19 @@
 import hashlib
 import json
 import math
+from datetime import date
 from pathlib import Path
 
 from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.gating.policy import Policy, read_policy
+from lora_diag.gating.record import Verdict, outcome
+from lora_diag.gating.run import gate
 from lora_diag.records import LeftOut
-from tests.building import build, layer_spectrum
+from tests.building import build, layer_spectrum, results
 
 RANKS = (4, 8, 16)
+TODAY = date(2026, 11, 25)
+ADAPTER = (("base", "b"), ("adapter", "a"))
 
 
 def spectrum(layer: str, s=(4.0, 2.0, 1.0), base_fro=100.0, verdict: str = "resolved", **changes) -> dict:
@@ -49,9 +55,7 @@ def left_out(layer: str, reason: str, shape=(24, 32), fro=None) -> dict:
 def lines(records, lost=(), inputs=(("base", "base/"), ("tuned", "tuned/")), finished=True, command=None) -> list[dict]:
     """All lines of a results file."""
     command = command or next((record["record"] for record in records), "spectrum")
-    sides = [{"role": role, "path": path, "kind": "made", "tensors": 3} for role, path in inputs]
-    run = {"record": "run", "schema": 1, "command": command, "version": "0.1.0", "inputs": sides}
-    run["settings"] = {"ranks": list(RANKS)}
+    run = results((), command=command, inputs=inputs, ranks=list(RANKS)).run.model_dump(mode="json")
     layers = {record["layer"]: record for record in records if "layer" in record}
     norms = {name: [record.get(name) for record in layers.values()] for name in ("fro", "base_fro")}
     end = {
@@ -75,6 +79,13 @@ def sealed(records) -> str:
 def write(path: Path, records, lost=(), **changes) -> Path:
     path.write_text(sealed(lines(records, lost, **changes)))
     return path
+
+
+def judge(policy: Policy | str, *files, today: date = TODAY, **options) -> tuple[str, tuple[Verdict, ...]]:
+    """Return what a gate comes to by a policy or its text, and the verdicts."""
+    policy = read_policy("p.toml", policy) if isinstance(policy, str) else policy
+    verdicts = gate(policy, *files, today=today, **options).whole
+    return outcome(verdicts), verdicts
 
 
 LAYERS = tuple(f"model.layers.{i}.{name}.weight" for i in range(3) for name in ("self_attn.q_proj", "mlp.up_proj"))

@@ -1,21 +1,16 @@
 """Nobody passes by accident: what fails may turn into an error or an open question, never into a pass."""
 
 import json
-from datetime import date
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import LoradiagError
-from lora_diag.gating.policy import read_policy
-from lora_diag.gating.record import outcome
-from lora_diag.gating.run import gate
-from tests.gating.making import LAYERS, left_out, lines, sealed, spectrum
+from tests.gating.making import LAYERS, judge, left_out, lines, sealed, spectrum
 
 pytestmark = pytest.mark.slow
 
-TODAY = date(2026, 11, 25)
 POLICY = """
 [[rule]]
 name = "drift"
@@ -34,7 +29,7 @@ def comes_to(policy: str, content: bytes, folder) -> str:
     path = folder / "r.jsonl"
     path.write_bytes(content)
     try:
-        return outcome(gate(read_policy("p.toml", policy), path, today=TODAY).whole)
+        return judge(policy, path)[0]
     except LoradiagError as error:
         return "error" if error.exit_code in {2, 3, 4} else f"exit code {error.exit_code}"
 

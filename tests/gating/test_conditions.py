@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.gating.conditions import KINDS, ConditionError, find, parse
+from lora_diag.gating.conditions import ConditionError, find, parse
 
 SIGNS = {
     "<=": lambda a, b: a <= b,
@@ -64,21 +64,18 @@ def test_share_of_layers_counts_them(words):
         ("epsilon <= 3x", "cannot be parsed"),
         ("epsilon <= nan", "is a number"),
         ("epsilon <= 1e999", "too large"),
-        ("epsilon <= '0.3'", "is a number"),
         ("epsilom <= 3", "did you mean 'epsilon'"),
         ("rank_at <= 64", "not one value"),
         ("nothing.like.it <= 1", "no record has a field"),
         ("energy.16 >= 1.2", "between 0 and 1"),
         ("energy.16 >= 0", "always true"),
         ("energy.16 > 1", "never true"),
-        ("share of layers with energy.16 >= 2 is >= 0.5", "between 0 and 1"),
         ("share of layers with energy.16 >= 0.5 >= 0.9", "such as 'is"),
         ("resolution.verdict <= resolved", "==, != or in"),
         ("resolution.verdict == resolvd", "never 'resolvd'"),
         ("resolution.verdict == 1", "is a word"),
         ("resolution.verdict in (resolved, floor-limited, unresolved)", "has no effect"),
         ("max resolution.verdict == resolved", "not a number"),
-        ("limited_by in rank", "an operator"),
         ("limited_by in (rank scale)", "after 'in'"),
         ("complete == 1", "true or false"),
         ("p100 epsilon <= 1", "an operator"),
@@ -95,11 +92,3 @@ def test_invalid_policy_is_refused_with_reason(text, message):
 def test_arbitrary_text_is_read_or_refused(text):
     with contextlib.suppress(ConditionError):
         assert find(parse(text).name)
-
-
-def test_every_kind_of_record_has_fields_and_they_are_found():
-    for kind, cls in KINDS.items():
-        plain = [name for name, info in cls.model_fields.items() if info.annotation in {int, float, str}]
-        assert plain
-        for name in plain:
-            assert [field.kind for field in find(f"{kind}.{name}")] == [kind]

@@ -1,21 +1,15 @@
 """``gate init``: a policy that reads back, passes where it is from, and fails a layer that is 10% worse."""
 
-from datetime import date
-
 import pytest
 
 from lora_diag.catalog import read_results
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import read_policy
-from lora_diag.gating.record import outcome
-from lora_diag.gating.run import gate, gate_init
-from lora_diag.records import Results, Run, totals
+from lora_diag.gating.run import gate_init
 from lora_diag.records.probe import Probe
-from tests.gating.making import LAYERS, residual, spectrum, write
+from tests import building
+from tests.gating.making import ADAPTER, LAYERS, judge, residual, spectrum, write
 from tests.messages import assert_names
-
-TODAY = date(2026, 11, 25)
-ADAPTER = (("base", "b"), ("adapter", "a"))
 
 
 def files(tmp_path, scale=1.0):
@@ -34,8 +28,8 @@ def test_drafted_policy_passes_source_and_fails_beyond_tolerance(tmp_path):
     assert [item.field for item in policy.regressions] == fields
 
     def failed(scale):
-        verdicts = gate(policy, *files(tmp_path, scale), baseline=first, today=TODAY).whole
-        return outcome(verdicts), {v.rule for v in verdicts if v.status == "failed"}
+        status, verdicts = judge(policy, *files(tmp_path, scale), baseline=first)
+        return status, {v.rule for v in verdicts if v.status == "failed"}
 
     assert failed(1.0) == ("passed", set())
     assert failed(1.09) == ("passed", set())
@@ -49,20 +43,16 @@ def test_drafted_policy_finds_its_baseline_from_its_folder(tmp_path, monkeypatch
     policy = tmp_path / "gates" / "p.toml"
     policy.write_text(gate_init(before, name=str(policy)))
     monkeypatch.chdir(tmp_path / "gates")
-    assert outcome(gate(policy, before, today=TODAY).whole) == "passed"
-    assert outcome(gate(policy, after, today=TODAY).whole) == "failed"
-    assert outcome(gate(policy, after, baseline=after, today=TODAY).whole) == "passed"
-    in_memory = read_policy("q.toml", gate_init(read_results(before)))
-    assert outcome(gate(in_memory, after, today=TODAY).whole) == "inconclusive"
+    policy = read_policy(policy)
+    assert judge(policy, before)[0] == "passed"
+    assert judge(policy, after)[0] == "failed"
+    assert judge(policy, after, baseline=after)[0] == "passed"
+    assert judge(gate_init(read_results(before)), after)[0] == "inconclusive"
 
 
 def test_losses_of_probe_are_compared(tmp_path):
-    def results(loss):
-        record = Probe.model_construct(record="probe", probe="outputs", loss=loss)
-        run = Run(command="probe outputs", version="0", inputs=(), settings={})
-        return Results(run, (), (), totals((), ()), (record,))
-
-    policy = read_policy("p.toml", gate_init(results(2.0)))
+    record = building.build(Probe, loss=2.0)
+    policy = read_policy("p.toml", gate_init(building.results((), command="probe outputs", whole=[record])))
     assert [(item.field, item.tolerance) for item in policy.regressions] == [("probe.loss", "1%")]
 
 
@@ -71,7 +61,7 @@ def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):
     path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
     text = gate_init(path)
     assert_names(text, "0.36", 1, "2 layers")
-    assert outcome(gate(read_policy("p.toml", text), path, baseline=path, today=TODAY).whole) == "passed"
+    assert judge(text, path, baseline=path)[0] == "passed"
 
 
 def test_own_rank_of_adapter_is_not_a_limit(tmp_path):

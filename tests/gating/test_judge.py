@@ -1,25 +1,19 @@
 """Verdicts compared with an oracle that reads the JSON itself; cases that never pass."""
 
 import statistics
-from datetime import date
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.gating.policy import read_policy
-from lora_diag.gating.record import outcome
-from lora_diag.gating.run import gate
-from tests.gating.making import LAYERS, left_out, residual, spectrum, write
+from tests.gating.making import LAYERS, judge, left_out, residual, spectrum, write
 from tests.messages import raises_naming
 
-TODAY = date(2026, 11, 25)
 
-
-def judged(policy: str, *files, **more):
-    results = gate(read_policy("p.toml", policy), *files, today=TODAY, **more)
-    return outcome(results.whole), {(v.rule, v.layer, v.group): v for v in results.whole}
+def judged(policy: str, *files):
+    status, verdicts = judge(policy, *files)
+    return status, {(v.rule, v.layer, v.group): v for v in verdicts}
 
 
 def rule(require: str, more: str = "", coverage: str = "") -> str:

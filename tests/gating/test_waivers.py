@@ -4,10 +4,7 @@ from datetime import date
 
 import pytest
 
-from lora_diag.gating.policy import read_policy
-from lora_diag.gating.record import outcome
-from lora_diag.gating.run import gate
-from tests.gating.making import LAYERS, left_out, spectrum, write
+from tests.gating.making import LAYERS, TODAY, judge, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'
 WAIVER = '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = {expires}\n'
@@ -18,10 +15,9 @@ def path(tmp_path):
     return write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(9.0, 8.0))])
 
 
-def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-12-31", today=date(2026, 11, 25)):
+def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-12-31", today=TODAY):
     text = RULE.format(require=require) + WAIVER.format(rule=rule, layers=layers, expires=expires)
-    verdicts = gate(read_policy("p.toml", text), path, today=today).whole
-    return outcome(verdicts), verdicts
+    return judge(text, path, today=today)
 
 
 def test_waived_layer_passes_with_its_reason(path):
@@ -68,7 +64,7 @@ def test_built_in_check_can_be_waived_by_layer(tmp_path):
     assert judged(path, "up_proj", rule="non_finite")[0] == "inconclusive"  # the rule lacks the layer, too
     text = RULE.format(require="relative <= 0.1") + "exclude = 'up_proj'\n"
     text += WAIVER.format(rule="non_finite", layers="up_proj", expires="2026-12-31")
-    assert outcome(gate(read_policy("p.toml", text), path, today=date(2026, 11, 25)).whole) == "passed"
+    assert judge(text, path)[0] == "passed"
 
 
 def test_waiver_applies_to_its_rule_only(path):

@@ -91,6 +91,12 @@ def square_root(c: np.ndarray) -> np.ndarray:
     return (vectors * np.sqrt(np.clip(eigenvalues, 0, None))) @ vectors.T
 
 
+def error_of_ratio(difference, counts) -> float:
+    """The standard error of Σ difference / Σ counts (Cochran), of sequences with so many predictions."""
+    apart = difference - difference.sum() / counts.sum() * counts
+    return error_of_mean(apart) * len(counts) / counts.sum()
+
+
 def error_of_mean(values) -> float:
     """Standard error of the mean of consecutive values, by the means of overlapping batches of ⌊√N⌋ of them.
 

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from lora_diag.models import training
 from tests.conftest import ROOT
 from tests.oracles import best_approximation
 
@@ -23,6 +24,18 @@ def some_text(folder: Path, name: str = "held_out", windows: int = 3, length: in
     path = folder / f"{name}.txt"
     path.write_bytes((EVAL / f"{source}.txt").read_bytes()[: windows * length + length // 2])
     return path
+
+
+def training_case(folder: Path) -> tuple[Path, Path, Path, Path]:
+    """BASE, a text to train on, one held out, one shifted."""
+    texts = (("train", 7, "in_domain"), ("held_out", 4, "shifted"), ("other", 3, "shifted"))
+    return gpt2(folder / "base"), *(some_text(folder, name, windows, source=source) for name, windows, source in texts)
+
+
+def diverge_at(monkeypatch, diverging: float) -> None:
+    """Let training with this peak rate diverge."""
+    real = training.rate_at
+    monkeypatch.setattr(training, "rate_at", lambda s, n, peak: math.nan if peak == diverging else real(s, n, peak))
 
 
 def gpt2(folder: Path, seed: int = 0, positions: int = 32) -> Path:
@@ -90,6 +103,13 @@ def ids_of(text, length=32):
     """The bytes of a text in whole windows."""
     ids = torch.frombuffer(bytearray(text.read_bytes()), dtype=torch.uint8).long()
     return ids[: len(ids) // length * length].view(-1, length)
+
+
+def loss_of(model, text: Path) -> float:
+    """The mean loss over whole windows, by the model's own loss."""
+    ids = ids_of(text)
+    with torch.no_grad():
+        return model(input_ids=ids, labels=ids).loss.item()
 
 
 def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options):

@@ -90,6 +90,7 @@ REFUSED = {
     ],
     "sweep": [
         ({"ranks": (0,)}, "ranks=0"), ({"rates": (0.0,)}, "rates=0"), ({"rates": (math.nan,)}, "rates=nan"),
+        ({"rates": (10.0,)}, "rates=10"), ({"rates": ()}, "rates"), ({"seed": 2**31}, "seed=2147483648"),
         ({"steps": 0}, "steps=0"), ({"seeds": 0}, "seeds=0"), ({"seed": -1}, "seed=-1"), ({"widen": -1}, "widen=-1"),
         ({"tolerance": 1.0}, "tolerance=1"), ({"full_rates": ()}, "full_rates"),
         ({"quantized": "fp4"}, "quantized=fp4: unknown value; use nf4, int8"),

@@ -18,6 +18,7 @@ from lora_diag.tuning.trials import (
     gap_of,
     stability_trials,
 )
+from tests import oracles
 
 COUNTS = np.array([5, 7, 3, 9])
 
@@ -39,10 +40,8 @@ def test_gap_error_is_larger_of_two_paired_errors():
     differences = np.array([two[seed].loss - one[seed].loss for seed in range(3)])
     over_seeds = differences.std(ddof=1) / np.sqrt(3)
     moved = np.mean([np.subtract(two[seed].nll, one[seed].nll) for seed in range(3)], axis=0)
-    residual = moved - COUNTS * moved.sum() / COUNTS.sum()
-    over_sequences = np.sqrt(4 / 3 * (residual**2).sum()) / COUNTS.sum()
     assert result.value == pytest.approx(differences.mean())
-    assert result.error == pytest.approx(max(over_seeds, over_sequences))
+    assert result.error == pytest.approx(max(over_seeds, oracles.error_of_ratio(moved, COUNTS)))
     assert gap_of(one, {0: two[0]}, COUNTS).error is None
     assert gap_of(one, {7: two[0]}, COUNTS) is None
 

@@ -31,20 +31,11 @@ from lora_diag.tuning.show import tune_lines
 from lora_diag.tuning.trials import Measured, Variant
 from tests.conftest import ROOT
 from tests.messages import raises_naming
-from tests.probes.making import bert, gpt2, ids_of, some_text, trained
+from tests.probes.making import bert, gpt2, loss_of, opened, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 OPTIONS = {"params": 4500, "ranks": (2, 8), "rates": (1e-2, 3e-2), "steps": 6, "seeds": 2, "batch": 4, "widen": 0}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums of several threads differ in the last bits from run to run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +43,7 @@ def case(tmp_path_factory):
     """BASE, texts, a finished search, and its folder."""
     folder = tmp_path_factory.mktemp("tune")
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # as in every test: sums of several threads differ in the last bits
     base = gpt2(folder / "base")
     texts = {
         "data": some_text(folder, "train", windows=9),
@@ -84,11 +76,8 @@ def test_losses_equal_plain_loop(case):
             what = "full" if one.variant == "full" else int(one.variant.removeprefix("uniform-r"))
             truth = trained(base, texts["data"], held, what, one.lr, one.seed, 6, 4, 0)
             assert one.loss == pytest.approx(truth, abs=1e-4)
-    model = transformers.GPT2LMHeadModel.from_pretrained(base)
-    with torch.no_grad():
-        truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
     (choice,) = result.whole_of(Tune)
-    assert choice.base_loss == pytest.approx(truth, abs=1e-5)
+    assert choice.base_loss == pytest.approx(loss_of(opened(base), held), abs=1e-5)
     mine = [o.loss for o in of_held if (o.variant, o.lr) == (choice.variant, choice.lr)]
     assert choice.gain == pytest.approx(choice.base_loss - sum(mine) / len(mine))
 
@@ -99,11 +88,8 @@ def test_tune_writes_adapter_that_peft_loads(case):
     (choice,) = result.whole_of(Tune)
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config == json.loads((folder / "adapter" / "adapter_config.json").read_text())
-    model = transformers.GPT2LMHeadModel.from_pretrained(base)
-    model = peft.PeftModel.from_pretrained(model, folder / "adapter").eval()
-    ids = ids_of(texts["evaluate"][0])
-    with torch.no_grad():
-        loss = model(input_ids=ids, labels=ids).loss.item()
+    model = opened(base, folder / "adapter")
+    loss = loss_of(model, texts["evaluate"][0])
     trials = [o for o in result.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)]
     assert loss == pytest.approx(next(o.loss for o in trials if o.set == "held_out" and o.seed == 0), abs=1e-5)
     weights = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
@@ -112,13 +98,9 @@ def test_tune_writes_adapter_that_peft_loads(case):
     names = {"report.html", "gate.toml", "config.axolotl.yaml", "config.llamafactory.yaml"}
     assert names <= {path.name for path in folder.iterdir()}
     assert lora_diag.gate(folder / "gate.toml", folder / "spectrum.jsonl").whole
-    assert _lora_of((folder / "config.trl.py").read_text()) == peft.LoraConfig(**written_arguments(config))
-
-
-def written_arguments(config):
-    """The ``adapter_config.json`` of a new adapter."""
-    kept = {key: value for key, value in config.items() if key not in {"peft_type", "base_model_name_or_path"}}
-    return kept | {"inference_mode": False}
+    arguments = {key: config[key] for key in config.keys() - {"peft_type", "base_model_name_or_path"}}
+    arguments["inference_mode"] = False
+    assert _lora_of((folder / "config.trl.py").read_text()) == peft.LoraConfig(**arguments)
 
 
 def _lora_of(script):

@@ -84,16 +84,6 @@ def curved_at(folder, text, layers, matrix="hessian", size=4):
     return model, LossFunction(model, read_texts(text, model), size, shapes, matrix)
 
 
-def test_products_and_gradient_equal_dense_hessian(case, at_base):
-    _, loss_function = curved_at(case[0], case[2], [LAYERS["query"]])
-    h = at_base.hessian()
-    x = torch.randn(len(h), generator=torch.Generator().manual_seed(0))
-    truth = h @ x.double().numpy()
-    np.testing.assert_allclose(loss_function.product(x).numpy(), truth, atol=1e-4 * np.abs(truth).max())
-    g = at_base.gradient()
-    np.testing.assert_allclose(loss_function.gradient().numpy(), g, atol=1e-5 * np.abs(g).max())
-
-
 # What curvlinops imports scripts functions, which torch 2.13 deprecates.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("matrix", ["hessian", "ggn"])
@@ -395,22 +385,14 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
     np.testing.assert_allclose(own.eigenvalues, values[::-1][:6], atol=1e-3 * values[-1])
 
 
-BOTH = {"layers": "query|key", "ranks": (0, 4), "top": 1, "probes": 2, "tokenizer": "bytes", "per": "layer"}
-
-
-@pytest.fixture(scope="module")
-def by_layer(case, tmp_path_factory):
-    """Two layers with eigenvalues of their own, and the file."""
+def test_every_layer_has_eigenvalues_of_its_own_block(case):
     base, tuned, text = case
-    output = tmp_path_factory.mktemp("by_layer") / "whole.jsonl"
-    return lora_diag.probe_curvature(base, tuned, evaluate=[text], output=output, **BOTH), output
-
-
-def test_every_layer_has_eigenvalues_of_its_own_block(case, by_layer):
-    joint, *layers = (record for record in by_layer[0].whole if record.record == "curvature")
+    options = {"layers": "query|key", "ranks": (4,), "top": 1, "probes": 2, "tokenizer": "bytes", "per": "layer"}
+    result = lora_diag.probe_curvature(base, tuned, evaluate=[text], **options)
+    joint, *layers = (record for record in result.whole if record.record == "curvature")
     assert {record.layer for record in layers} == {LAYERS["query"], LAYERS["query"].replace("query", "key")}
     for record in layers:
-        truth = np.linalg.eigvalsh(Dense(case[1], case[2], record.layer).hessian())
+        truth = np.linalg.eigvalsh(Dense(tuned, text, record.layer).hessian())
         assert record.eigenvalues[0] == pytest.approx(truth[-1], rel=2e-3)
         assert record.smallest == pytest.approx(truth[0], abs=2e-3 * truth[-1])
         assert record.params == 256

@@ -17,7 +17,7 @@ from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from tests import oracles
 from tests.messages import assert_names, mentions
-from tests.probes.making import bert, gpt2, ids_of, lettered, moved, opened, some_text, tensors, trained
+from tests.probes.making import bert, diverge_at, ids_of, lettered, moved, opened, tensors, trained, training_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -26,14 +26,7 @@ RATES, STEPS, SEED = (1e-3, 3e-2), 4, 5
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """BASE, a text to train on, one held out, one shifted."""
-    folder = tmp_path_factory.mktemp("sensitivity")
-    return (
-        gpt2(folder / "base"),
-        some_text(folder, "train", windows=7),
-        some_text(folder, "held_out", windows=4, source="shifted"),
-        some_text(folder, "other", windows=3, source="shifted"),
-    )
+    return training_case(tmp_path_factory.mktemp("sensitivity"))
 
 
 @pytest.fixture(scope="module")
@@ -134,10 +127,7 @@ def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
 
 def test_diverged_run_is_kept_without_loss_and_base_restored(case, monkeypatch):
     base, train, held, _ = case
-    real = lora_diag.models.training.rate_at
-    monkeypatch.setattr(
-        lora_diag.models.training, "rate_at", lambda s, n, peak: math.nan if peak == 0.5 else real(s, n, peak)
-    )
+    diverge_at(monkeypatch, 0.5)
     options = {"data": train, "evaluate": [held], "widen": 0, "steps": 3, "layers": r"h\.0\.attn"}
     result = lora_diag.probe_sensitivity(base, rates=(0.5, 1e-2), **options)
     lost = [record for record in runs_of(result) if record.unit and record.loss is None]
@@ -189,16 +179,8 @@ def test_gains_become_weights_of_allocation(case, measured, tmp_path):
     assert any(mentions(note, "gains", "r=2", 3) for note in weights.notes)
 
 
-def test_weights_from_other_or_unfinished_results_are_refused(case, measured, tmp_path):
+def test_weights_of_other_layers_are_refused(case, measured, tmp_path):
     base, *_ = case
-    spectra = lora_diag.spectrum(base, moved(base, tmp_path / "tuned"), output=tmp_path / "spectrum.jsonl")
-    with pytest.raises(InputError, match="holds results of loradiag spectrum"):
-        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "spectrum.jsonl")
-    lines = measured[1].read_text().splitlines(keepends=True)
-    (tmp_path / "cut.jsonl").write_text("".join(lines[:-3]))
-    with pytest.raises(InputError, match="did not finish"):
-        lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl")
-    assert len(lora_diag.allocate(spectra, total_rank=2, weights=tmp_path / "cut.jsonl", allow_unfinished=True)) > 0
     other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
     with pytest.raises(UsageError, match="no gain of a layer"):
         lora_diag.allocate(other, total_rank=2, weights=measured[1])

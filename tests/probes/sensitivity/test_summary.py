@@ -8,8 +8,7 @@ import pytest
 from lora_diag.catalog import table
 from lora_diag.probes.sensitivity.gains import gains_of
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
-from lora_diag.records import Results, Run
-from lora_diag.records.results import totals
+from tests import building
 from tests.messages import assert_names
 
 SETTINGS = {"per": "layer", "rank": 2, "delta": None, "rates": [0.1], "steps": 1, "seeds": 1, "seed": 0, "batch": 1}
@@ -18,7 +17,6 @@ SETTINGS |= {"kind": "LoRA", "optimizer": "AdamW", "length": 8, "dtype": "float3
 
 def results(gains, scores, sizes, noise=0.0):
     """Ten sequences of one prediction each, all of which gain the same but for noise."""
-    run = Run(command="probe sensitivity", version="0", inputs=(), settings=SETTINGS)
     rng = random.Random(0)
     same = {"set": "own", "data": "", "tokens": 10}
     records = [Sensitivity(**same, loss=3.0, nll=(3.0,) * 10, predictions=(1,) * 10)]
@@ -29,7 +27,7 @@ def results(gains, scores, sizes, noise=0.0):
         nll = tuple(3.0 - gain + rng.gauss(0, noise + 1e-6) for _ in range(10))
         unit = {"unit": name, "layers": (name,), "rank": 2, "params": size, "lr": 0.1}
         records.append(Sensitivity(**same, **unit, loss=sum(nll) / 10, gain=3.0 - sum(nll) / 10, nll=nll))
-    return Results(run, (), (), totals([], []), tuple(records))
+    return building.results((), command="probe sensitivity", whole=records, **SETTINGS)
 
 
 RISING = [0.1 * i for i in range(1, 9)]

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 
 import numpy as np
 import pytest
@@ -18,20 +17,14 @@ from lora_diag.models.opening import keep_open
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
-from tests.probes.making import bert, gpt2, ids_of, lettered, some_text, trained
+from tests.probes.making import bert, diverge_at, lettered, loss_of, opened, trained, training_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 @pytest.fixture
 def case(tmp_path):
-    """BASE, a text to train on, one held out, one shifted."""
-    return (
-        gpt2(tmp_path / "base"),
-        some_text(tmp_path, "train", windows=7),
-        some_text(tmp_path, "held_out", windows=2, source="shifted"),
-        some_text(tmp_path, "other", windows=3, source="shifted"),
-    )
+    return training_case(tmp_path)
 
 
 def test_sweep_runs_equal_plain_training_loop(case):
@@ -42,10 +35,6 @@ def test_sweep_runs_equal_plain_training_loop(case):
     runs = {key[:3] for key in by_cell if key[0] is not None}
     assert len(runs) == 2 * (2 + 1 + 1)
     assert table(result, 200)
-    generator = torch.Generator().manual_seed(5)
-    order = [place for _ in range(2) for place in torch.randperm(7, generator=generator).tolist()][:12]
-    steps = repr([order[first : first + 2] for first in range(0, 12, 2)])
-    assert result.run.settings["order"] == hashlib.sha256(steps.encode()).hexdigest()[:16]
     assert {seed for _, _, seed in runs} == {5, 6}
     for rank, lr, seed in runs:
         for text in (held, shifted):
@@ -57,11 +46,8 @@ def test_sweep_runs_equal_plain_training_loop(case):
         assert {lr for r, lr, seed in runs if (r, seed) == (rank, 5)} == tried
         best = min(tried, key=lambda lr: by_cell[rank, lr, 5, "held_out"])
         assert (rank, best, 6) in runs
-    model = transformers.GPT2LMHeadModel.from_pretrained(base)
-    with torch.no_grad():
-        truth = model(input_ids=ids_of(held), labels=ids_of(held)).loss.item()
     assert result.whole[0].subject == "base"
-    assert result.whole[0].loss == pytest.approx(truth, abs=1e-5)
+    assert result.whole[0].loss == pytest.approx(loss_of(opened(base), held), abs=1e-5)
 
 
 def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
@@ -116,12 +102,7 @@ def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
 
 def test_diverged_run_is_reported_and_others_continue(case, monkeypatch):
     base, train, held, _ = case
-    real = lora_diag.models.training.rate_at
-
-    def rate_at(step, steps, peak):
-        return math.nan if peak == 0.5 else real(step, steps, peak)
-
-    monkeypatch.setattr(lora_diag.models.training, "rate_at", rate_at)
+    diverge_at(monkeypatch, 0.5)
     options = {"ranks": (1, 2), "rates": (1e-2, 0.5), "widen": 0, "steps": 3}
     result = lora_diag.probe_sweep(base, data=train, evaluate=[held], **options)
     assert {r.lr for r in result.whole if r.subject == "lora" and r.loss is None} == {0.5}
@@ -153,9 +134,8 @@ def state_of(model):
 
 def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     base, train, held, _ = case
-    opened = []
-    real = lora_diag.running.probing.open_model
-    monkeypatch.setattr(lora_diag.running.probing, "open_model", lambda *a: opened.append(real(*a)) or opened[0])
+    models, real = [], lora_diag.running.probing.open_model
+    monkeypatch.setattr(lora_diag.running.probing, "open_model", lambda *a: models.append(real(*a)) or models[0])
     result = lora_diag.probe_sweep(
         base,
         data=train,
@@ -178,7 +158,7 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
         truth = trained(base, train, held, record.subject, record.lr, record.seed, 5, 2, 3)
         assert record.loss == pytest.approx(truth, abs=1e-4)
         assert record.rank is None
-    module = opened[0].module
+    module = models[0].module
     assert state_of(module) == state_of(transformers.GPT2LMHeadModel.from_pretrained(base))
     assert not any(parameter.requires_grad for parameter in module.parameters())
     shown = table(result, 100)
@@ -254,10 +234,9 @@ def test_lora_variants_equal_peft(case, options, of_peft):
     plain = trained(base, train, held, 2, 1e-2, 0, 4, 2, 0)
     assert abs(plain - truth) > 1e-3 or options.get("quantized") or options.get("dora")
     if "quantized" in options:
-        model = transformers.GPT2LMHeadModel.from_pretrained(base)
+        model = opened(base)
         change(model)
-        with torch.no_grad():
-            assert result.whole[1].loss == pytest.approx(model(ids_of(held), labels=ids_of(held)).loss.item(), abs=1e-5)
+        assert result.whole[1].loss == pytest.approx(loss_of(model, held), abs=1e-5)
         assert (result.whole[1].subject, result.whole[1].name) == ("base", "nf4")
 
 

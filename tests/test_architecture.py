@@ -272,7 +272,7 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
     base, tuned, *_ = pair_of_models
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "relative <= 1e9"\n')
     assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 0
-    nothing, no_torch = {"torch", "numpy", "scipy", "pandas"}, {"torch", "matplotlib.pyplot"}
+    nothing, no_torch = {"torch", "numpy", "scipy", "pandas", "ray"}, {"torch", "matplotlib.pyplot", "ray"}
     helps = [[], ["spectrum"], ["verify-merge"], ["inspect"], ["gate"], ["report"], ["probe", "sweep"]]
     steps = [
         *([[*words, "--help"], nothing] for words in helps),

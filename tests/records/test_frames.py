@@ -19,6 +19,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.names import short_names
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.run import to_csv, to_parquet
+from tests.building import build
 from tests.conftest import ROOT
 from tests.reports.making import decay, residual, residuals, run, spectra, spectrum, vector
 
@@ -98,13 +99,8 @@ def test_probe_has_one_row_record():
 
 
 def test_list_entries_of_records_are_values():
-    parts = {"similarity": 0.4, "nearest": 1, "window": 1, "projection": 0.5, "projection_random": 0.1}
-    directions = tuple(Direction(sigma=s, kind=k, **parts) for s, k in ((3.0, "kept"), (2.0, "intruder")))
-    record = Intruders(
-        layer="h.0.q.weight", shape=(8, 8), k=2, epsilon=0.5, window=0.1, fro=1, base_fro=2, count=1, rotated=0,
-        intruders=1, share=0.5, similarity_lowest=0.4, similarity_random=0.1, count_random=2, directions=directions,
-        method="exact",
-    )  # fmt: skip
+    directions = tuple(build(Direction, sigma=s, kind=k) for s, k in ((3.0, "kept"), (2.0, "intruder")))
+    record = build(Intruders, layer="h.0.q.weight", directions=directions)
     frame = Results(run("intruders"), (record,)).to_pandas(values=True)
     assert frame[frame.field == "directions.sigma"].value.tolist() == [3.0, 2.0]
     assert frame[frame.field == "directions.kind"].text.tolist() == ["kept", "intruder"]
@@ -112,20 +108,13 @@ def test_list_entries_of_records_are_values():
 
 def test_layers_of_fleet_are_rows_and_no_columns():
     layers = {"h.0.q.weight": FleetLayer(fro=2.0, rank=4, rank_99=3, spike=0.5)}
-    record = Fleet(
-        adapter="x/a", kind="PEFT", modules=1, dead=0, rank=4, fro=2.0, total_rank=4, total_rank_99=3, used=0.75,
-        spike=0.5, layers=layers, update=(0.5,), space=(1.0,),
-    )  # fmt: skip
+    record = build(Fleet, adapter="x/a", layers=layers, update=(0.5,), space=(1.0,))
     results = Results(run("spectrum --adapters", ("adapter", "x/a")), (record,))
     assert not [name for name in results.columns() if name.startswith(("layers", "update"))]
     frame = results.to_pandas(values=True)
     rows = frame[frame.field.str.startswith("layers.")]
-    assert dict(zip(rows.field, rows.value, strict=True)) == {
-        "layers.fro": 2.0,
-        "layers.rank": 4,
-        "layers.rank_99": 3,
-        "layers.spike": 0.5,
-    }
+    expected = {f"layers.{name}": value for name, value in layers["h.0.q.weight"].model_dump().items()}
+    assert dict(zip(rows.field, rows.value, strict=True)) == expected
     assert set(rows.layer) == {"h.0.q.weight"}
     assert set(frame.adapter_name) == {"a"}
 
@@ -202,10 +191,7 @@ def test_arrow_and_parquet_have_columns_of_records(results, values):
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
 def test_mixed_column_is_text_in_arrow():
-    verdicts = [
-        Verdict(rule="r", layer=None, measured=m, allowed="", status="passed", severity="error", message="")
-        for m in (1.5, "x")
-    ]
+    verdicts = [build(Verdict, measured=value) for value in (1.5, "x")]
     assert Results(run("gate"), (), whole=tuple(verdicts)).to_arrow()["measured"].to_pylist() == ["1.5", "x"]
 
 

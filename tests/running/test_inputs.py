@@ -12,6 +12,7 @@ from tests.conftest import ROOT, save_model, weights
 from tests.messages import assert_names, raises_naming
 
 EXPERTS, INNER, HIDDEN = 3, 6, 4
+SAMPLES = ROOT / "sample_checkpoints"
 
 
 def mixture(seed: int) -> dict[str, torch.Tensor]:
@@ -144,9 +145,11 @@ def test_selection_does_not_decide_whether_models_match(tmp_path, layers):
         lora_diag.spectrum(base, save_model(tmp_path / "h", blocks), layers=layers)
 
 
-def test_single_input_must_be_adapter(tmp_path):
+def test_single_input_must_be_adapter_and_pair_begin_with_base():
     with raises_naming(UsageError, "BASE", "TUNED"):
-        lora_diag.spectrum(save_model(tmp_path / "m", weights(1)))
+        lora_diag.spectrum(SAMPLES / "base")
+    with raises_naming(UsageError, "BASE", "first"):
+        lora_diag.spectrum(SAMPLES / "lora_r4", SAMPLES / "base")
 
 
 def test_stack_and_tensor_called_like_one_of_its_matrices(tmp_path):
@@ -177,14 +180,8 @@ def test_invalid_seeds_are_refused(tmp_path, seed):
     assert len(lora_diag.spectrum(model, model, top=4, method="krylov", seed=2**63 - 1))
 
 
-def test_adapter_named_first():
-    samples = ROOT / "sample_checkpoints"
-    with raises_naming(UsageError, "BASE", "first"):
-        lora_diag.spectrum(samples / "lora_r4", samples / "base")
-
-
 def test_resume_detects_other_adapter_config(tmp_path):
-    adapter = shutil.copytree(ROOT / "sample_checkpoints" / "lora_r4", tmp_path / "adapter")
+    adapter = shutil.copytree(SAMPLES / "lora_r4", tmp_path / "adapter")
     before = lora_diag.spectrum(adapter).run.inputs[0].fingerprint
     config = adapter / "adapter_config.json"
     config.write_text(config.read_text().replace("{", '{"use_rslora_note": 1, ', 1))

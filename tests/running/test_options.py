@@ -5,10 +5,8 @@ import subprocess
 import sys
 
 import pytest
-import typer.main
 
 from lora_diag import catalog
-from lora_diag.cli.app import application
 from lora_diag.errors import UsageError
 from lora_diag.running.options import LayerOptions, fill_options, list_options
 from tests.messages import assert_names
@@ -48,27 +46,6 @@ def test_unknown_option_is_refused_before_work(name):
     places = ["sample_checkpoints/base"] * (len(required) - len(given))
     with pytest.raises(TypeError, match="'layer'"):
         function(*places, **given, layer="q_proj")
-
-
-def commands(command):
-    yield command
-    for each in getattr(command, "commands", {}).values():
-        yield from commands(each)
-
-
-def test_command_line_matches_declaration():
-    """By name, default and help; ``engine`` is three options there, and a callback none."""
-    result = {command.name: command for command in commands(typer.main.get_command(application()))}
-    for name in ("spectrum", "residual", "intruders", "interference", "extract", "recover"):
-        shown = {each.name: each for each in result[name].params}
-        assert {"ray_address", "gpus_per_task"} <= set(shown)
-        for option, (_, each) in list_options(LayerOptions).items():
-            own = name in {"extract", "recover"} and option in {"output", "overwrite"}
-            if each.cli and not own:
-                assert (shown[option].default, shown[option].help) == (each.default, each.help)
-            assert each.cli or option == "engine" or option not in shown
-    assert "tol" not in {each.name for each in result["overlap"].params}
-    assert "method" not in {each.name for each in result["verify-merge"].params}
 
 
 def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):

@@ -43,14 +43,10 @@ def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_onc
 
 
 def test_threads_of_task_depend_on_its_size_alone():
-    layout = Layout(2, 100)
+    """And those of the caller are restored."""
+    layout, before = Layout(2, 100), torch.get_num_threads()
     result = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
     assert result == [1, 2, 1, 2]
-
-
-def test_thread_count_of_caller_is_restored():
-    before = torch.get_num_threads()
-    list(run_local(str, range(3), Layout(2, 100), lambda task: 1))
     assert torch.get_num_threads() == before
 
 

@@ -1,6 +1,5 @@
 """The engine on a cluster: a real one of two nodes, whose workers and nodes die while they measure."""
 
-import ast
 import os
 import signal
 import socket
@@ -26,7 +25,6 @@ from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.running import training_runs
-from lora_diag.running.engines import ray as connection
 from lora_diag.running.engines import ray as engine
 from lora_diag.running.engines.ray import import_ray
 from lora_diag.running.engines.worker import Job, open_job
@@ -183,16 +181,13 @@ def test_layer_that_kills_workers_is_named(cluster, pair, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def tiny(tmp_path):
     """BASE and texts of training runs, which have one thread here as on the nodes, whose GPU is one in name alone."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     texts = {
         "data": some_text(tmp_path, "train", windows=7),
         "evaluate": [some_text(tmp_path, windows=2, source="shifted")],
     }
-    yield gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "seeds": 2, "device": "cpu"}
-    torch.set_num_threads(threads)
+    return gpt2(tmp_path / "base"), {**texts, "steps": 2, "batch": 2, "seeds": 2, "device": "cpu"}
 
 
 def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, monkeypatch):
@@ -381,42 +376,26 @@ def test_worker_refuses_missing_adapters(tmp_path):
     assert FleetPath.read(tmp_path / "none").files == ""
 
 
-@pytest.mark.parametrize("other", ["lora_r4", "base", "none of them"])
-def test_worker_checks_adapter_and_base(other):
-    """Another adapter, or another base, under the same path would be measured as if it were the one that was meant."""
+@pytest.mark.parametrize("other", ["lora_r4", "base"])
+def test_worker_refuses_other_adapter_or_base(other):
+    """Under the same path it would be measured as if it were the one that was meant."""
     seen = {name: FleetPath.read(SAMPLES / name) for name in ("lora_r4", "base")}
-    if other in seen:
-        seen[other] = replace(seen[other], files="0123456789abcdef")
-    member = Member("one", seen["lora_r4"])
-
-    def work():
-        return _measure_on_worker(member, FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu"))
-
-    if other in seen:
-        with raises_naming(InputError, other, "worker"):
-            work()
-    else:
-        assert work()[0].adapter == "one"
+    seen[other] = replace(seen[other], files="0123456789abcdef")
+    settings = FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu")
+    with raises_naming(InputError, other, "worker"):
+        _measure_on_worker(Member("one", seen["lora_r4"]), settings)
 
 
-@pytest.mark.parametrize(
-    ("requested", "message"),
-    [
-        ({"address": "ray://10.0.0.1:10001"}, "--ray-address ray://10.0.0.1:10001: unsupported form of address"),
-        ({"gpus_per_task": -1.0}, "--gpus-per-task -1: must be"),
-        ({"gpus_per_task": float("inf")}, "--gpus-per-task inf: must be"),
-        ({"gpus_per_task": float("nan")}, "--gpus-per-task nan: must be"),
-        ({"gpus_per_task": 1.5}, "--gpus-per-task 1.5: must be"),
-    ],
-)
-def test_invalid_options_are_refused(requested, message):
-    with pytest.raises(UsageError) as error:
-        Ray(**requested).check()
-    assert str(error.value).startswith(message)
+def test_invalid_options_are_refused():
+    for gpus in (-1.0, float("inf"), float("nan"), 1.5):
+        with raises_naming(UsageError, f"--gpus-per-task {gpus:g}"):
+            Ray(gpus_per_task=gpus).check()
+    with raises_naming(UsageError, "--ray-address", "ray://10.0.0.1:10001"):
+        Ray(address="ray://10.0.0.1:10001").check()
 
 
 def test_file_comparison_needs_no_gpu(monkeypatch):
-    monkeypatch.setattr(connection, "import_ray", lambda: None)
+    monkeypatch.setattr(engine, "import_ray", lambda: None)
     files = [SAMPLES / name for name in ("base", "lora_r4", "full_ft")]
     with raises_naming(UsageError, "gpus_per_task", "verify-merge"):
         lora_diag.verify_merge(*files, engine=Ray(gpus_per_task=1))
@@ -438,7 +417,7 @@ def test_unusable_ray_is_refused(monkeypatch, address, message):
 
 def test_ray_address_without_cluster_is_reported():
     with raises_naming(InputError, "127.0.0.1:1", "no Ray cluster answers"):
-        connection._check_answers("RAY_ADDRESS=127.0.0.1:1", "127.0.0.1:1")
+        engine._check_answers("RAY_ADDRESS=127.0.0.1:1", "127.0.0.1:1")
 
 
 @pytest.mark.parametrize(
@@ -446,7 +425,7 @@ def test_ray_address_without_cluster_is_reported():
     [(None, "no Ray cluster answered within"), (b"HTTP/1.1 400", "not a Ray"), (b"", "not a Ray")],
 )
 def test_server_that_is_no_ray_cluster_is_reported(monkeypatch, answer, problem):
-    monkeypatch.setattr(connection, "ANSWER_SECONDS", 0.5)
+    monkeypatch.setattr(engine, "ANSWER_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve():
@@ -463,31 +442,23 @@ def test_server_that_is_no_ray_cluster_is_reported(monkeypatch, answer, problem)
         thread.start()
         address = "{}:{}".format(*server.getsockname())
         with raises_naming(InputError, address, problem, "HOST:PORT"):
-            connection._check_answers(address, address)
+            engine._check_answers(address, address)
         thread.join()
 
 
 @pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
 def test_invalid_address_is_reported(address):
     with raises_naming(UsageError, "HOST:PORT"):
-        connection._check_answers(f"--ray-address {address}", address)
+        engine._check_answers(f"--ray-address {address}", address)
 
 
 def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
-    monkeypatch.setattr(connection, "import_ray", lambda: None)
+    monkeypatch.setattr(engine, "import_ray", lambda: None)
     assert plan_device(Ray(), "auto") == plan_device(Ray(), "cpu") == DevicePlan("cpu", "cpu", "cpu")
     assert plan_device(Ray(gpus_per_task=1), "auto").tasks == "cuda"
     for on, device in ((Ray(), "cuda"), (Ray(gpus_per_task=1), "cpu"), (Ray(gpus_per_task=1), "cuda:1")):
         with raises_naming(UsageError, f"--device {device}", "cluster"):
             plan_device(on, device)
-
-
-def test_ray_is_only_imported_inside_of_functions():
-    for file in (ROOT / "lora_diag").rglob("*.py"):
-        for node in ast.parse(file.read_text()).body:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & {"ray"}, file
 
 
 class FakeRay:

@@ -7,24 +7,16 @@ import types
 import pytest
 import yaml
 
+from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.decisions.trainers import TRAINERS, format_settings
 from lora_diag.errors import UsageError
 from tests.messages import raises_naming
 from tests.served import ROOT
 
 SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"
-CONFIG = {
-    "r": 8,
-    "lora_alpha": 16.0,
-    "lora_dropout": 0.0,
-    "task_type": "CAUSAL_LM",
-    "rank_pattern": {"layers.0.mlp.up_proj": 4},
-    "alpha_pattern": {"layers.0.mlp.up_proj": 8.0},
-    "target_modules": ["up_proj", "q_proj"],
-    "modules_to_save": ["classifier"],
-    "use_rslora": False,
-}
-UNIFORM = {**CONFIG, "rank_pattern": {}, "alpha_pattern": {}}
+UNIFORM = make_config(["up_proj", "q_proj"], 8, 16.0, task="CAUSAL_LM") | {"modules_to_save": ["classifier"]}
+LAYER = "layers.0.mlp.up_proj"
+CONFIG = UNIFORM | {"rank_pattern": {LAYER: 4}, "alpha_pattern": {LAYER: 8.0}}
 
 # A trainer's key -> that of PEFT's LoraConfig, as the trainer passes it on.
 AXOLOTL = {
@@ -91,11 +83,6 @@ def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     assert result["lora_target_modules"] == config["target_modules"]
     assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0  # its own file is replaced
     (tmp_path / "lora.yaml").write_text("mine: 1\n")
-    for wrong in (
-        ["axolotl", "-o", "lora.yaml"],
-        ["axolotl", "-o", "lora.json"],
-        ["axolotl"],
-        ["trl", "-o", "trl.yaml"],
-    ):
-        assert loradiag(*words, "--format", *wrong).code == 2
+    for wrong in ("axolotl -o lora.yaml", "axolotl -o lora.json", "axolotl", "trl -o trl.yaml"):
+        assert loradiag(*words, "--format", *wrong.split()).code == 2
     assert not (tmp_path / "trl.yaml").exists()

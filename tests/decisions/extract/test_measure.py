@@ -80,16 +80,20 @@ def test_energy_takes_smallest_rank_that_keeps_share(tmp_path_factory, share, se
     assert record.rank == 1 or curve[record.rank - 2] < share + 1e-12
 
 
-def test_signal_keeps_values_above_rounding(tmp_path):
+def rounded_layer(folder):
+    """Return a layer in bfloat16 with an update of rank 3 above its rounding, which alone is to be kept."""
     rng = torch.Generator().manual_seed(0)
-    base = (torch.randn(256, 192, generator=rng) * 0.02).bfloat16()
-    planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 256, 192, seed=0), dtype=torch.float32)
+    base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()
+    planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 128, 96, seed=0), dtype=torch.float32)
     for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
-        save_file({"q_proj.weight": weight}, tmp_path / f"{name}.safetensors")
-    delta = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
-    record = extract(Layer(delta, "q_proj", "linear", False, Rank(signal=True)), ExtractionSettings(), RunRecords())
-    assert record.rank == 3
-    assert record.resolution.signal_rank == 3
+        save_file({"q_proj.weight": weight}, folder / f"{name}.safetensors")
+    delta = pair(*(open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
+    return Layer(delta, "q_proj", "linear", False, Rank(signal=True))
+
+
+def test_signal_keeps_values_above_rounding(tmp_path):
+    record = extract(rounded_layer(tmp_path), ExtractionSettings(), RunRecords())
+    assert record.rank == record.resolution.signal_rank == 3
 
 
 def test_error_refers_to_stored_factors(tmp_path):

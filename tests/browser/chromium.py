@@ -77,7 +77,6 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call("Performance.enable", timeDomain="threadTicks")
         if not javascript:
             self.call("Emulation.setScriptExecutionDisabled", value=True)
         if dark:
@@ -157,11 +156,6 @@ class Page:
             "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(drawn, 200))))"
         )
         self.js(f"{frames}.then(() => true)")
-
-    def seconds(self) -> float:
-        """Return the processor time that the page's own thread has taken since it was opened."""
-        metrics = self.call("Performance.getMetrics")["metrics"]
-        return next(metric["value"] for metric in metrics if metric["name"] == "ThreadTime")
 
     def js(self, expression: str):
         """Evaluate an expression in the page and return its value."""

@@ -85,18 +85,6 @@ def overlaps(records) -> Results:
     return results(records, command="overlap", inputs=inputs, ranks=list(RANKS))
 
 
-def seven_billion(blocks: int = 32, values: int = 4096) -> Results:
-    """Return what ``spectrum`` gives for a Llama of 7 B: 7 matrices in each of 32 blocks, 4,096 values each."""
-    rng = np.random.default_rng(0)
-    shapes = {"mlp.gate_proj": (11008, 4096), "mlp.up_proj": (11008, 4096), "mlp.down_proj": (4096, 11008)}
-    records = []
-    for layer in names(blocks):
-        kind = layer.split(".", 3)[3].removesuffix(".weight")
-        s = decay(values, rng.uniform(0.3, 1.0), rng.uniform(0.5, 2.0))
-        records.append(spectrum(layer, s, shape=shapes.get(kind, (4096, 4096))))
-    return spectra(records)
-
-
 def questions(*commands: str, place: int = 0) -> list[str]:
     """Return the first question, or the one in this place, that each command's feature declares."""
     return [catalog.feature_of(command).questions[place][1] for command in commands]

@@ -127,27 +127,12 @@ def test_scale_without_direction_or_near_one_is_kept(scale, cosine):
     assert told(residuals([residual(layer, 16, kept=0.95, scale=scale, cosine=cosine) for layer in names(4)])) == []
 
 
-def test_scale_of_half_of_matrices_decides():
-    for off, rules in ((14, ["scale"]), (13, [])):
-        records = [residual(n, 16, kept=0.95, scale=3.0 if i < off else 1.0) for i, n in enumerate(names(4))]
-        assert told(residuals(records)) == rules
-
-
 @pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
 @pytest.mark.parametrize("s", [EASY, FLAT, flat_to(40, 512)], ids=["easy", "flat", "forty"])
 def test_unresolved_files_support_no_rule_on_weights(verdict, s):
     assert told(model(s, verdict=verdict)) == []
     records = [residual(layer, 8, kept=0.1, scale=0.3, verdict=verdict) for layer in names(4)]
     assert told(residuals(records)) == []
-
-
-def test_half_resolved_decides():
-    layers = names(4)
-    for resolved, rules in ((13, []), (27, []), (28, ["sufficient rank"])):
-        mixed = [spectrum(n, EASY, "resolved" if i < resolved else "unresolved") for i, n in enumerate(layers)]
-        assert told(spectra(mixed)) == rules
-    mixed = [spectrum(n, FLAT, "resolved" if i < 15 else "unresolved") for i, n in enumerate(layers)]
-    assert steps(spectra(mixed))["raise the rank"].facts["count"] == 15
 
 
 def test_page_without_update_has_no_step():

@@ -9,10 +9,11 @@ import pytest
 from lora_diag.catalog import features
 from lora_diag.rendering.losses import on_set
 from lora_diag.rendering.statements import describe_resolution
-from lora_diag.reports.evidence import Evidence, Source
+from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.subject import answers
 from tests.reports.making import names, overlap, overlaps, residual, residuals, spectra, spectrum
 from tests.reports.test_advice import EASY
+from tests.reports.test_html import evidence
 
 ANSWERING = [feature for feature in features() if feature.questions]
 
@@ -41,8 +42,7 @@ def test_declared_key_is_made_by_its_feature(feature):
 
 
 def ask(*results):
-    runs = Evidence(tuple(Source(f"{item.run.command}{i}.jsonl", item) for i, item in enumerate(results)))
-    return answers(runs)
+    return answers(evidence(*results))
 
 
 UPDATE = spectra([spectrum(n, EASY) for n in names(2)])

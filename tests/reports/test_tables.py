@@ -5,7 +5,7 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.spectrum.show import spectrum_table
-from lora_diag.inspection.run import inventory_table
+from lora_diag.inspection.run import inspect, inventory_table
 from lora_diag.records import LeftOut
 from lora_diag.rendering.statements import final_statements
 from tests import building
@@ -35,8 +35,6 @@ def test_hostile_names_stay_text(tmp_path):
         text = spectrum_table(lora_diag.spectrum(base, tuned), 140, per=per)
         assert "\x1b" not in text
         assert r"\x1b[2J\n<script>[red]x[/red]" in text
-    from lora_diag.inspection.run import inspect
-
     text = inventory_table(inspect(base), 140)
     assert "\x1b" not in text
     assert "[red]x[/red]" in text

@@ -42,6 +42,10 @@ def test_gap_error_is_larger_of_two_paired_errors():
     moved = np.mean([np.subtract(two[seed].nll, one[seed].nll) for seed in range(3)], axis=0)
     assert result.value == pytest.approx(differences.mean())
     assert result.error == pytest.approx(max(over_seeds, oracles.error_of_ratio(moved, COUNTS)))
+    shift = np.array([1.0, -2.0, 0.5, 3.0])  # alike for all seeds
+    shifted = {seed: np.array(run.nll) + shift for seed, run in one.items()}
+    alike = {seed: Measured(float(nll.sum() / COUNTS.sum()), tuple(nll)) for seed, nll in shifted.items()}
+    assert gap_of(one, alike, COUNTS).error == pytest.approx(oracles.error_of_ratio(shift, COUNTS))
     assert gap_of(one, {0: two[0]}, COUNTS).error is None
     assert gap_of(one, {7: two[0]}, COUNTS) is None
 

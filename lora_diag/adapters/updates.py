@@ -182,7 +182,7 @@ class Family:
         claims: Returns whether an opened source is of this family.
         read: Returns the contents of such a source.
         form: The layout of its files: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
-        marks: Parts of tensor names that occur only in its adapters.
+        marks: Parts of its tensor names that occur only in adapters.
         starts: Starts of such names.
     """
 

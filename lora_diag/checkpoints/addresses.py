@@ -1,7 +1,7 @@
 """Addresses, their printable part, and reading their bytes: in parallel chunks, with retries, for any protocol.
 
 The printable part of an address has no password and no query. Number and timing of retries are determined here; the
-stores make single requests and tell transient failures from permanent ones.
+stores tell transient failures from permanent ones.
 """
 
 from __future__ import annotations

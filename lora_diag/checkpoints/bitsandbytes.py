@@ -120,7 +120,7 @@ class FourBitWeight:
 
 
 def spread(values: torch.Tensor, block: int, start: int, stop: int) -> torch.Tensor:
-    """Expand the values of blocks, from ``start // block`` on, to the entries ``start:stop``."""
+    """Return the values of blocks, given from ``start // block`` on, repeated for the entries ``start:stop``."""
     return values.repeat_interleave(block)[start % block :][: stop - start]
 
 

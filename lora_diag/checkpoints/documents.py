@@ -20,7 +20,7 @@ QUANTIZE_CONFIG = "quantize_config.json"
 
 
 def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    r"""Parse JSON and refuse an escaped lone surrogate (such as ``\ud800``), which results and adapters cannot hold.
+    r"""Return the value of JSON; refuse an escaped lone surrogate (``\ud800``), which results and adapters cannot hold.
 
     Args:
         content: The JSON.

@@ -117,7 +117,7 @@ class PatchedFile(TensorFile):
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:
-    """Return whether an opened file is a sparse patch: by its metadata, or if it has only indices and values."""
+    """Return whether a checkpoint is a sparse patch: by its metadata, or if it has only indices and values."""
     names = list(checkpoint)
     if any(file.metadata.get("sparse", "").lower() == "true" for file in checkpoint.files):
         return True

@@ -112,7 +112,7 @@ class Store:
         raise NotImplementedError
 
     def read_range(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
-        """Fill a buffer with the bytes from ``start`` on, by one request.
+        """Fill a buffer with the bytes from ``start`` on, without retries.
 
         Raises:
             TransientError: The request failed, and a retry may succeed.

@@ -226,7 +226,7 @@ def gap_of(
 
 
 def _average_nll(runs: Sequence[Measured]) -> list[float]:
-    """Return the mean over runs of each sequence's NLL; empty if their numbers differ."""
+    """Return the mean over runs of each sequence's NLL; empty if numbers of sequences differ."""
     if len({len(run.nll) for run in runs}) > 1:
         return []
     return [fmean(values) for values in zip(*(run.nll for run in runs), strict=True)]

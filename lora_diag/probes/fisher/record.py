@@ -44,7 +44,7 @@ class Fisher(WholeRecord):
         data: E‖T_r x‖² = ‖T_r·C^½‖_F² by r.
         kfac: tokens/N·‖G^½·T_r·C^½‖_F² by r, which equals F(r) if inputs and gradients, and tokens, are independent.
         on: File name of the text of ``effect``: held-out, or that of the gradients; null if not measured.
-        effect: Measured effect of truncation, by r; null if not measured.
+        effect: Measured effect of truncation, by r below min(out, in); null if not measured.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)

@@ -87,17 +87,17 @@ def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, auto
         size: Standard deviation of what is added to every trained number.
         safe: PEFT's ``safe_merge``, which rounds ΔW before it adds it.
         autocast: Whether a bf16 model gets float32 factors, as PEFT does by default.
-        config: Of the adapter; ``q_proj`` and ``v_proj``, r = 4 and alpha = 10 by default.
+        config: Of the adapter: ``made``, or the fields of its ``kind``; r = 4 and alpha = 10 by default.
     """
     import peft
 
-    kind = config.pop("kind", peft.LoraConfig)
+    made, kind = config.pop("made", None), config.pop("kind", peft.LoraConfig)
     if kind is peft.LoraConfig:
         config = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj", "up_proj"]} | config
     before = state(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned = peft.get_peft_model(copy.deepcopy(model), kind(**config), autocast_adapter_dtype=autocast)
+        tuned = peft.get_peft_model(copy.deepcopy(model), made or kind(**config), autocast_adapter_dtype=autocast)
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in tuned.parameters():
@@ -105,7 +105,7 @@ def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, auto
                     parameter.add_(torch.randn_like(parameter) * size)
         tuned.save_pretrained(folder / "adapter")
         after = state(tuned.merge_and_unload(safe_merge=safe))
-    words = model.config.to_json_string()
+    words = model.config.to_json_string() if hasattr(model, "config") else None
     return Merged(
         write(folder / "base", before, words), folder / "adapter", write(folder / "merged", after, words), before, after
     )
@@ -114,6 +114,6 @@ def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, auto
 def state(model) -> Tensors:
     """The tensors of a model as a checkpoint holds them: a tied head is not stored."""
     tensors = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    if getattr(model.config, "tie_word_embeddings", False):
+    if getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         tensors.pop("lm_head.weight", None)
     return tensors

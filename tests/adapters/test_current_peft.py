@@ -1,8 +1,5 @@
 """Adapters made on the spot by the installed PEFT on tiny models, compared with its own merge."""
 
-import copy
-import warnings
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +10,7 @@ from lora_diag.adapters import open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
 from tests.adapters.making import close, dense
-from tests.merges import gpt2, llama
+from tests.merges import gpt2, llama, peft_merge
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -38,34 +35,9 @@ class Toy(nn.Module):
         return self.lm_head(self.norm(self.up_proj(self.q_proj(x))))
 
 
-def trained(model, config, tmp_path, seed=0):
-    """Save base, a randomly trained adapter, and the merged weights; return the paths and W before and after."""
-    torch.manual_seed(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        tuned = peft.get_peft_model(copy.deepcopy(model), config)
-        with torch.no_grad():
-            for parameter in tuned.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(torch.randn_like(parameter) * 0.1)
-        tuned.save_pretrained(tmp_path / "adapter")
-        merged = tuned.merge_and_unload().state_dict()
-    (tmp_path / "base").mkdir()
-    seen, stored = set(), {}
-    for name, value in before.items():
-        if value.data_ptr() not in seen:
-            stored[name] = value.contiguous()
-    tied = hasattr(model, "config") and getattr(model.config, "tie_word_embeddings", False)
-    if tied:
-        stored.pop("lm_head.weight")
-        (tmp_path / "base" / "config.json").write_text(model.config.to_json_string())
-    save_file(stored, tmp_path / "base" / "model.safetensors")
-    return before, merged
-
-
 def check(model, config, tmp_path, tolerance=1e-5, factored=None):
-    before, merged = trained(model, config, tmp_path)
+    made = peft_merge(tmp_path, model, 0.1, made=config)
+    before, merged = made.before, made.after
     pairing, notes = open_adapter(tmp_path / "adapter").pair(open_checkpoint(tmp_path / "base"))
     changes = {}
     for delta in pairing.deltas:
@@ -76,7 +48,7 @@ def check(model, config, tmp_path, tolerance=1e-5, factored=None):
         assert factored is None or not delta.is_matrix or isinstance(delta, FactoredDelta) == factored
         changes[delta.layer] = change
     for name, value in before.items():
-        if name not in changes and not (name == "lm_head.weight" and name not in open_checkpoint(tmp_path / "base")):
+        if name not in changes:
             assert torch.equal(value, merged[name]), f"{name} changed and was not reported"
     assert changes
     return changes, notes
@@ -204,7 +176,8 @@ def test_target_parameters_equal_current_peft(tmp_path):
         rank_pattern={"experts.down_proj": 2},
         **LORA,
     )
-    before, merged = trained(model, lora, tmp_path)
+    made = peft_merge(tmp_path, model, 0.1, made=lora)
+    before, merged = made.before, made.after
     pairing, _ = open_adapter(tmp_path / "adapter").pair(open_checkpoint(tmp_path / "base"))
     layers = {delta.layer: dense(delta) for delta in pairing.deltas}
     for name in ("gate_up_proj", "down_proj"):

@@ -139,7 +139,9 @@ def test_resume_detects_missing_factors(pair_of_models, loradiag, tmp_path):
     part = tmp_path / "adapter.part"
     (part / "factors").mkdir(parents=True)
     (part / "extraction.jsonl").write_bytes((tmp_path / "adapter" / "extraction.jsonl").read_bytes())
-    ran = loradiag("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter", "--resume", "--overwrite")
+    again = ("extract", base, tuned, "-q", "-o", "adapter", "--resume", "--overwrite")
+    assert loradiag(*again, "--rank", "4").code == 2
+    ran = loradiag(*again, "--rank", "3")
     assert ran.code == 3
     assert "adapter.part/factors/000000.safetensors" in ran.err
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()

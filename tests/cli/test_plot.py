@@ -13,14 +13,9 @@ def spectra(tmp_path):
     return "spectrum.jsonl"
 
 
-@pytest.fixture
-def adapters(tmp_path):
+def test_plot_draws_available_figures(loradiag, spectra, tmp_path):
     making.results(making.residuals(2)).write(tmp_path / "residual.jsonl")
-    return "residual.jsonl"
-
-
-def test_plot_draws_available_figures(loradiag, spectra, adapters, tmp_path):
-    ran = loradiag("plot", spectra, adapters)
+    ran = loradiag("plot", spectra, "residual.jsonl")
     assert (ran.code, ran.err) == (0, "")
     made = sorted(path.name for path in (tmp_path / "figures").iterdir())
     assert made == ["energy.png", "heatmap.png", "residual.png", "spectrum.png"]

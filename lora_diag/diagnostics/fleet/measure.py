@@ -23,9 +23,9 @@ import torch
 from lora_diag import thin
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import as_path, locate
+from lora_diag.checkpoints import as_path, locate, open_checkpoint
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, natural_order
+from lora_diag.deltas import Delta, FactoredDelta, Pairing, natural_order, selector
 from lora_diag.diagnostics.fleet import FleetOptions
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError
@@ -411,6 +411,7 @@ def fleet(
     run = LayerRun(COMMAND, options, FleetOptions)
     run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
+    selector(run.options["layers"], run.options["exclude"])  # an invalid pattern would make every adapter unreadable
     members = [Member(legible(path), FleetPath.read(path)) for path in expand_patterns(adapters)]
     base_path = FleetPath.read(as_path(base)) if base is not None else None
     if not run.torch and base_path is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
@@ -494,13 +495,14 @@ def _describe(member: Member, verify: bool) -> RunInput:
 
     Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it. One on object storage
     is opened, since its server may not list folders and sizes cost as many requests; with ``verify``, every
-    adapter is. What cannot be opened as an adapter has no hash of its contents.
+    adapter or checkpoint is. What cannot be opened has no hash of its contents.
     """
     digest, sha256 = member.seen.files, ""
     is_remote = isinstance(member.seen.path, RemotePath)
     if is_remote or verify:
         with suppress(LoradiagError):
-            checkpoint = open_adapter(member.seen.path, "rank").checkpoint
+            path = member.seen.path
+            checkpoint = open_adapter(path, "rank").checkpoint if is_adapter(locate(path)) else open_checkpoint(path)
             digest = fingerprint(checkpoint) if is_remote else digest
             sha256 = content_hash(files_of(checkpoint)) if verify else ""
     return RunInput(role="adapter", path=member.layer, kind="adapter", tensors=0, fingerprint=digest, sha256=sha256)

@@ -138,6 +138,8 @@ class GradientRecorder(TrainerCallback):
         self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
         self.records: list[Overlap] = []
         self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        if any(rank < 1 for rank in ranks):
+            raise UsageError(f"ranks={list(ranks)}: must be at least 1")
         self._ranks = tuple(ranks)
         self._weights: list[Weight] = []
         self._hook_removers: list[Callable[[], None]] = []
@@ -165,16 +167,17 @@ class GradientRecorder(TrainerCallback):
         """
         if self._hook_removers or self._weights:
             raise UsageError("the recorder is already attached; close it first")
-        self._weights, unread = weights_of(model, self._is_selected)
+        weights, unread = weights_of(model, self._is_selected)
         for name, why in unread.items():
             _LOG.warning("%s: its gradient is not recorded: %s", name, why)
-        if not self._weights:
+        if not weights:
             raise UsageError("nothing to record: no selected matrix is trained or frozen under a LoRA")
         if self.reference is not None:
-            self._prepare(self.reference)
+            self._prepare(self.reference, weights)
         elif is_main():
             for earlier in self.output.glob("grad_step*.safetensors"):
                 check_output(earlier, SNAPSHOT)
+        self._weights = weights
         self._hook_removers = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
         self._begin(step)
         return self
@@ -251,7 +254,7 @@ class GradientRecorder(TrainerCallback):
             if isinstance(weight, Frozen):
                 weight.start(step % self.every == 0)
 
-    def _prepare(self, reference: Reference | Literal["live"]) -> None:
+    def _prepare(self, reference: Reference | Literal["live"], weights: Sequence[Weight]) -> None:
         """Match the weights to the layers of the reference; on the main process, open the results file.
 
         Raises:
@@ -259,8 +262,9 @@ class GradientRecorder(TrainerCallback):
             InputError: The output cannot be written.
         """
         if isinstance(reference, Reference):
-            matched, _ = match_names({weight.name: weight.shape for weight in self._weights}, reference.base)
-            for weight in self._weights:
+            self._targets = {}
+            matched, _ = match_names({weight.name: weight.shape for weight in weights}, reference.base)
+            for weight in weights:
                 for location in matched.get(weight.name, ()):
                     if location.layer in reference.layers:
                         first = location.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
@@ -278,7 +282,7 @@ class GradientRecorder(TrainerCallback):
                 for name, layer in reference.layers.items()
                 if name not in reached
             ]
-        elif not any(isinstance(weight, Frozen) for weight in self._weights):
+        elif not any(isinstance(weight, Frozen) for weight in weights):
             raise UsageError("reference='live': no selected weight is frozen under a LoRA")
         if not is_main():
             return
@@ -288,7 +292,7 @@ class GradientRecorder(TrainerCallback):
             inputs, settings = reference.inputs, reference.settings
         else:
             kind = "the LoRA in training, as it was at each step"
-            inputs = (RunInput(role="adapter", path=reference, kind=kind, tensors=len(self._weights)),)
+            inputs = (RunInput(role="adapter", path=reference, kind=kind, tensors=len(weights)),)
             settings = {"ranks": list(self._ranks)}
         settings = {**settings, **self._settings, "every": self.every}
         run = Run(command="overlap", version=__version__, inputs=inputs, settings=settings)

@@ -173,6 +173,16 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     assert {item.reason for item in result.left_out} == {"unreadable"}
 
 
+def test_invalid_pattern_is_a_usage_error():
+    with raises_naming(UsageError, "layers=", "regular expression"):
+        lora_diag.fleet([SAMPLES / "lora_r4"], layers="q_(")
+
+
+def test_checkpoint_of_a_fleet_has_a_hash():
+    result = lora_diag.fleet([SAMPLES / "full_ft"], base=SAMPLES / "base", layers="layers.0.*q_proj", verify=True)
+    assert [bool(side.sha256) for side in result.run.inputs] == [True]
+
+
 def test_folder_of_adapters_message_suggests_pattern(loradiag):
     ran = loradiag("fleet", SAMPLES)
     assert ran.code == 3

@@ -338,9 +338,14 @@ def test_unrecordable_parameter_is_reported(tmp_path, caplog):
         GradientRecorder(tmp_path / "o.jsonl", reference="live").attach(llama())
     with raises_naming(UsageError, "call step"):
         GradientRecorder(tmp_path / "g").attach(llama()).step()
+    with pytest.raises(UsageError, match=r"ranks=\[0\]"):
+        GradientRecorder(tmp_path / "o.jsonl", reference="live", ranks=[0])
     (tmp_path / "there.jsonl").write_text("")
+    recorder, model = GradientRecorder(tmp_path / "there.jsonl", reference="live"), with_lora(llama())
     with pytest.raises(UsageError, match="exists"):
-        GradientRecorder(tmp_path / "there.jsonl", reference="live").attach(with_lora(llama()))
+        recorder.attach(model)
+    (tmp_path / "there.jsonl").unlink()
+    recorder.attach(model).close()
     reference = lora_diag.subspaces(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/lora_r4", ranks=[2])
     with raises_naming(UsageError, "selected weight"):
         GradientRecorder(tmp_path / "o.jsonl", reference=reference).attach(llama())

@@ -109,11 +109,11 @@ class Shown:
         return out.terminal()
 
     def print(self, text: str) -> None:
-        """Print a result to standard output."""
+        """Print a result to standard output, as ``output.print_result`` does."""
         out.print_result(text)
 
     def print_line(self, json: str) -> None:
-        """Print a line of JSON to standard output."""
+        """Print a line of JSON to standard output, as ``output.print_json`` does."""
         out.print_json(json)
 
     def confirm(self, question: str) -> bool:

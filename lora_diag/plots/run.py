@@ -92,7 +92,7 @@ def panel(
 
     Args:
         figure: One of ``FIGURES``.
-        records: Results of a run, or its records.
+        records: Results of a run, or its records, at least one of them of the figure's kind.
         ax: Axes to draw on, whose fonts are kept; default those of a new figure.
         name: Name of the panel where the figure has several, such as an evaluation set, an adapter of ``residual``,
             ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the first.

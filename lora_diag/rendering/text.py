@@ -143,7 +143,7 @@ def list_counts(words: Iterable[Word], texts: Mapping[Word, str]) -> list[str]:
 
 
 def crop(text: str, width: int) -> str:
-    """Truncate text at its beginning; the end of a layer's name is more specific.
+    """Return text truncated at its beginning to ``width``; the end of a layer's name is more specific.
 
     >>> crop("block_sparse_moe.experts.*.w1", 16)
     '…oe.experts.*.w1'
@@ -340,7 +340,7 @@ def factor(value: float) -> str:
 
 
 def signed(value: float) -> str:
-    """Return four decimals with a sign; zero without one.
+    """Return a number with four decimals and a sign; 0 if they are all zero.
 
     >>> signed(0.01234), signed(-1e-9)
     ('+0.0123', '0')
@@ -388,7 +388,7 @@ def written(value: float, form: str = "", share: bool = False) -> str:
 
 
 def spark(s: Sequence[float], total: int, width: int = 8) -> str:
-    """Draw a spectrum: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over three decades, ``·`` beyond ``s``.
+    """Return a spectrum as bars: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over 3 decades, ``·`` beyond s.
 
     All bars are the lowest without values or if σ_1 = 0.
 
@@ -402,7 +402,7 @@ def spark(s: Sequence[float], total: int, width: int = 8) -> str:
 
 
 def strip(shares: Sequence[float | None], width: int) -> str:
-    """Draw fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more.
+    """Return fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more.
 
     None is ignored in a bin with known values, and a dot in one without.
 

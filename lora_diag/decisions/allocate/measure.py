@@ -995,7 +995,7 @@ def _make_certificate(
 def _compare_baseline(
     rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
 ) -> Baseline:
-    """Return the record of another rule, compared with the best ranks at its cost."""
+    """Return the record of another rule, compared with ranks chosen for energy at its cost."""
     equal = spend(steps, rule.cost)
     gains = [
         float(unit.curve[rank] - unit.curve[rule_rank])

@@ -271,7 +271,12 @@ class TensorPlan:
         return tuple(notes)
 
     def measure_left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
-        """Yield the records of tensors without factors, with the norm of their change if it has one."""
+        """Yield the records of tensors without factors, with the norm of their change if it has one.
+
+        Raises:
+            InputError: A file could not be read.
+            UsageError: The device is unknown or not available.
+        """
         for record in leave_out(self.pairing, layout, device):
             yield self._mark_saved(record)
         for delta in self.pairing.deltas:

@@ -68,7 +68,7 @@ class Target:
 
 
 def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round a matrix, or whole groups of its inputs.
+    """Return a matrix, or whole groups of its inputs, as codes of a format and as the numbers that they encode.
 
     Args:
         x: ``(out, in)``, float32.

@@ -193,7 +193,7 @@ def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, 
 
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
-    """Group records by block in ascending order; those outside the blocks come last."""
+    """Return the records by block, in ascending order; those outside the blocks, by None, come last."""
     by_block: dict[int | None, list[R]] = {}
     for record in records:
         by_block.setdefault(depth_of(record.layer), []).append(record)

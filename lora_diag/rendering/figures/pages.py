@@ -250,7 +250,7 @@ def draw_panel(
 
     Args:
         make_page: Makes the page of some series.
-        results: Results of a run, or its records.
+        results: Results of a run, or its records, at least one of them of the kind.
         kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
         name: Name of the panel; default the first. Not used by a page with a panel for this purpose (``whole``).

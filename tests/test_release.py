@@ -140,17 +140,3 @@ def test_man_pages_have_every_option(tmp_path):
         shown = [each for each in command.params if not getattr(each, "hidden", False)]
         assert all(man.roff(each.opts[-1]) in page for each in shown if each.param_type_name == "option")
         assert not re.search(r"(?m)^\.(?!TH|SH|TP|B |br)", page)  # no line of text is taken for a request
-
-
-def test_gallery_shows_commands_of_its_figures():
-    page, made = text("docs", "gallery.md"), script("docs", "figures", "make.py")
-    blocks = re.findall(r"((?:^    loradiag .*\n)+)\n!\[.*\]\(figures/(.+)\.svg\)", page, flags=re.MULTILINE)
-    assert len(blocks) == page.count("](figures/plot-") == 5
-    for block in blocks:
-        *measure, plot = [line.removeprefix("    loradiag ") for line in block[0].splitlines()]
-        source, *words = made.PLOTS[block[1]]
-        name = source.strip("{}")
-        assert plot.split()[:1] + plot.split()[2:-2] == ["plot", *words]
-        assert Path(plot.split()[1]).stem == name
-        for line in measure:
-            assert line == " ".join([*made.MEASURED[name], "-o", f"{name}.jsonl"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.optimize import minimize_scalar
 
-from lora_diag.metrics.energy import curve_at, gavish_donoho, hard_threshold, knee, spectral_error, thinned_ranks
+from lora_diag.metrics.energy import gavish_donoho, hard_threshold, knee, spectral_error
 from lora_diag.metrics.statistics import (
     Estimate,
     degrees_of_freedom,
@@ -209,17 +209,6 @@ def test_outlier_kinds_equal_planted_kinds():
     assert find_outlier_kinds(fleet) == expected
     assert order_by_rarity(expected) == [3, 4, 5, 7]
     assert find_norm_outliers([1.0, 100.0]) == [None, None]  # two have no median to be far from
-
-
-def test_thinned_ranks_keep_ends_and_leave_no_early_gap():
-    for values, points in ((5, 9), (9, 9), (100, 9), (4096, 64)):
-        ranks = thinned_ranks(values, points)
-        assert ranks == sorted(set(ranks))
-        assert len(ranks) <= points
-        assert (ranks[0], ranks[-1]) == (1, values)
-        assert ranks[: points // 2] == list(range(1, 1 + min(values, points // 2)))
-    s = np.array([3.0, 2.0, 1.0])
-    assert curve_at(s.tolist(), float(np.linalg.norm(s)), True, [1, 2]) == pytest.approx([9 / 14, 13 / 14])
 
 
 def test_paired_error_is_that_of_batch_means():

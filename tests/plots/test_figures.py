@@ -49,14 +49,6 @@ def test_truncated_curve_divides_by_norm_and_ends_with_values():
     np.testing.assert_allclose(shares, np.cumsum(s**2)[ranks - 1] / 81, rtol=1e-12)
 
 
-def test_experts_of_block_are_drawn_as_median():
-    spectra = [making.decay(n, 20) for n in (3, 9, 31)]
-    records = [making.spectrum(f"h.0.experts.{i}.w1.weight", s) for i, s in enumerate(spectra)]
-    ranks, shares = lines(plots.energy(records), records[0].layer)
-    curves = [np.cumsum(s**2) / np.sum(s**2) for s in spectra]
-    np.testing.assert_allclose(shares, np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
-
-
 def test_two_runs_are_bands_of_median_and_range():
     runs = [making.results(making.model(5, ("q_proj",)), name=name) for name in ("a", "b")]
     ax = plots.figure("energy", runs, labels=["first", "second"]).axes[0]

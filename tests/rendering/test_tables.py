@@ -1,7 +1,6 @@
 """Tables from the declarations of records: values, formats, marks, and the order in which columns are dropped."""
 
 import math
-from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import pytest
@@ -9,27 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag import catalog
-from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, pooled_cosine
+from lora_diag.diagnostics.interference.record import Interference, pooled_cosine
 from lora_diag.records.base import POOLS, LayerRecord, Shown
-from lora_diag.rendering.tables import Column, columns_of, grid_of, table_of
+from lora_diag.rendering.tables import Column, columns_of, table_of
 from lora_diag.rendering.text import FORMS, written
 from tests.building import build
-
-
-@dataclass(frozen=True, slots=True)
-class Seeds:
-    """A row that is no record."""
-
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("mean", "mean", "", main=True, form=".2f"),
-        Shown("values", "min to max", "", main=True, form=".2f", pool="ends"),
-    )
-    name: str
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        return sum(self.values) / len(self.values)
 
 
 class Made(LayerRecord):
@@ -64,18 +47,6 @@ def test_missing_value_is_a_dash_in_a_main_column():
     rows = [Made(value=None)], [Made(value=None), Made(value=2.0)]
     assert cells(Shown("value", "v", "", main=True), *rows) == ["-", "2"]
     assert cells(Shown("value", "v", "", terminal=True), rows[0]) is None
-
-
-def test_rows_of_dataclasses_and_mappings_share_columns():
-    rows = [("BASE", [{"mean": 1.0}]), *((one.name, [one]) for one in (Seeds("a", (0.5, 0.25)), Seeds("b", (-1, 2))))]
-    grid = grid_of(Seeds.shown, rows, "run", extra=[Column("said", ("x", "y", "z"))])
-    assert (grid.title, grid.names) == ("run", ("BASE", "a", "b"))
-    assert [(column.title, *map(str, column.cells)) for column in grid.columns] == [
-        ("mean", "1.00", "0.38", "0.50"),
-        ("min to max", "-", "0.25-0.50", "-1.00 to 2.00"),
-        ("said", "x", "y", "z"),
-    ]
-    assert {column.justify for column in grid.columns} == {"right"}
 
 
 def test_errors_and_baseline_are_shown_with_value():
@@ -117,14 +88,8 @@ def test_every_declared_path_begins_with_field_or_property():
             assert head in kind.model_fields or isinstance(getattr(kind, head, None), property), (kind, path)
 
 
-def test_interference_shows_measured_rank_nearest_to_eight():
-    spaces = {str(rank): {"cosines": (), "overlap": rank / 100, "random": 0.01} for rank in (2, 16)}
-    kept = dict.fromkeys(("2", "16"), build(EnergyOverlap))
-    records = [
-        build(Interference, first_fro=first, second_fro=2.0, cosine=cosine, columns=spaces, rows=spaces, energy=kept)
-        for first, cosine in ((1.0, 0.5), (3.0, -0.25))
-    ]
-    columns = columns_of(Interference.shown_of({}, records), [("all", records)])
-    assert {column.title: str(column.cells[0]) for column in columns}["col space 2"] == "0.02 (0.01)"
-    # Block-diagonal: ⟨·,·⟩ = 1·2·0.5 − 3·2·0.25, norms √10 and √8.
+def test_pooled_cosine_is_that_of_block_diagonal_matrices():
+    """⟨·,·⟩ = 1·2·0.5 − 3·2·0.25, norms √10 and √8."""
+    values = ((1.0, 0.5), (3.0, -0.25))
+    records = [build(Interference, first_fro=first, second_fro=2.0, cosine=cosine) for first, cosine in values]
     assert pooled_cosine(records) == pytest.approx(-0.5 / math.sqrt(80))

@@ -71,15 +71,6 @@ def test_adapter_is_own_reference_at_its_rank():
     }
 
 
-def test_order_is_by_layer_step_rank_for_any_workers():
-    inputs = SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]
-    one = lora_diag.overlap(*inputs, workers=1, layers="layers.0")
-    two = lora_diag.overlap(*inputs, workers=2, layers="layers.0")
-    assert one.layers == two.layers
-    keys = [(r.step, r.rank) for r in one if r.layer == one.layers[0].layer]
-    assert keys == sorted(keys)
-
-
 @pytest.fixture
 def model(tmp_path):
     """A small base, a fine-tune of it, and two gradients of every weight."""

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import lora_diag
-from lora_diag.diagnostics.spectrum import measure
 from lora_diag.diagnostics.spectrum.show import summary_lines
 from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
@@ -45,21 +44,6 @@ def test_unresolved_layers_are_estimated(pair, tmp_path):
     text = line(result, "before_rounding")
     assert f"‖X‖ = {hidden.fro_estimate:.3g}"[:8] in text
     assert "loradiag recover" not in line(result, "resolved")
-
-
-def test_estimate_that_did_not_fit_on_the_gpu_is_named(pair, monkeypatch):
-    real, failed = measure.recover_layer, []
-
-    def fails_once(*words, **options):
-        if not failed:
-            failed.append(True)
-            raise torch.cuda.OutOfMemoryError("no more")
-        return real(*words, **options)
-
-    monkeypatch.setattr(measure, "recover_layer", fails_once)
-    result = lora_diag.spectrum(pair[0], pair[1], recover=True, layers="q_proj")
-    assert result[Q].hidden is not None
-    assert_names(line(result, "device"), "self_attn.q_proj", "--workers 1")
 
 
 def test_allocate_uses_update_before_rounding(pair):

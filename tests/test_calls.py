@@ -66,12 +66,6 @@ def test_parameter_of_another_name_than_its_option():
         lora_diag.allocate(SPECTRA, params="50k", ranks_from=[0])
 
 
-def test_function_keeps_its_signature_and_identity():
-    assert lora_diag.spectrum is lora_diag.spectrum
-    assert {"base", "tuned", "ranks"} <= set(inspect.signature(lora_diag.spectrum).parameters)
-    assert "ranks: " in (lora_diag.spectrum.__doc__ or "")
-
-
 @pytest.mark.parametrize(
     ("convert", "package", "command"),
     [

@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 import lora_diag
-from lora_diag.diagnostics.spectrum import gradients as module
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.exact import decompose_gram, decompose_stack
 from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
@@ -77,14 +76,6 @@ def test_gradients_of_low_rank_on_one_side_differ_between_sides(tmp_path):
     assert record.energy["2"] == pytest.approx(1, abs=1e-9)
     assert record.stack.other_energy["2"] < 0.7
     assert record.stack.other_energy["6"] == pytest.approx(1, abs=1e-9)
-
-
-def test_large_gram_of_other_side_is_not_computed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "OTHER_GRAM_UP_TO", 10)
-    for step in range(2):
-        save_step(tmp_path / "g" / f"{step}.safetensors", {"a.weight": torch.randn(12, 4)})
-    (record,) = lora_diag.spectrum(gradients=[tmp_path / "g"])
-    assert (record.stack.other_energy, record.stack.other_rank_at) == (None, None)
 
 
 def test_rounding_follows_stored_gradients(tmp_path):

@@ -60,7 +60,11 @@ _OTHER_EXPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported when it is first used: ``import lora_diag`` is fast."""
+    """Return a public name, imported when it is first used: ``import lora_diag`` is fast.
+
+    Raises:
+        AttributeError: There is no such name.
+    """
     from importlib import import_module
 
     if not name.startswith("_"):

@@ -31,7 +31,7 @@ def for_python(function: Callable[..., Any]) -> Callable[..., Any]:
     the command line names options.
 
     Args:
-        function: A public function; its options are known if it has ``show_options``.
+        function: A public function; its options are known if it is under ``show_options``.
     """
     if isinstance(function, type):
         return function

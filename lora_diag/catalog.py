@@ -118,8 +118,8 @@ def read_results(path: Path | str) -> Results[Any]:
         by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: The file is not a results file, is damaged, holds more than one run, or has a schema newer than this
-            version of loradiag.
+        InputError: The file cannot be read, is not a results file, is damaged or edited, holds several runs, or has a
+            schema newer than this version of loradiag.
     """
     from lora_diag.records.file import read_results as read
 
@@ -168,7 +168,7 @@ def table(
             parameters name.
 
     Raises:
-        InputError: The results come from a command that is unknown to this version.
+        InputError: The results come from a command that is unknown to this version, or has no table.
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:

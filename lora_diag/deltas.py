@@ -77,7 +77,8 @@ class StoredDelta:
     """ΔW = W_tuned − W_base of one layer with both weights stored.
 
     Args:
-        layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
+        layer: The weight's name in BASE, or in TUNED for a head that BASE stores as its embedding; one matrix of a
+            stack is ``name[3]``.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
         base: Location of W_base.
         tuned: Location of W_tuned.
@@ -275,7 +276,7 @@ class Unpaired:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The compared tensors of two checkpoints or of an adapter, each as a ΔW, and the unpaired tensors."""
+    """The compared matrices and vectors of two checkpoints or of an adapter, each as a ΔW, and the unpaired tensors."""
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]
@@ -326,8 +327,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
-    A model with tied embeddings stores its output layer as the input embedding; None if several tensors may be that
-    embedding. A config without ``tie_word_embeddings`` counts as tied; a checkpoint without a config does not.
+    A model with tied embeddings stores its output layer as the input embedding; None unless exactly one tensor may be
+    that embedding. A config without ``tie_word_embeddings`` counts as tied; a checkpoint without a config does not.
     """
     if name in checkpoint:
         return name
@@ -344,7 +345,7 @@ def has_tied_head(checkpoint: Checkpoint) -> bool:
 
 
 def is_head(name: str) -> bool:
-    """Return whether a weight is the output layer over the vocabulary."""
+    """Return whether a weight is the output layer over the vocabulary, by its name."""
     return HEAD.search(name) is not None or name == "output.weight"
 
 
@@ -377,8 +378,8 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str, str], ...]:
 def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
     """Return the matrices of a stored tensor, as ``(layer, (out, in))``, in stored order.
 
-    A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; a 3-D stack of experts is one matrix
-    per expert.
+    A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; any other 3-D tensor is a stack of
+    matrices, such as experts.
 
     >>> matrices("mlp.experts.down_proj", (2, 64, 32))
     [('mlp.experts.down_proj[0]', (64, 32)), ('mlp.experts.down_proj[1]', (64, 32))]

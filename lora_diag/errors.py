@@ -1,7 +1,7 @@
 """Errors that a user can act on.
 
 A message states what is wrong, where (file, then tensor) and how to fix it. The class determines the exit code of the
-command. Any other exception is a bug: ``__main__`` reports it in one message, with the same exit code.
+command. ``__main__`` reports any other exception in one message, with the exit code ``UNREADABLE``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MAX_MESSAGE = 2000
 
 
 def shorten(text: str) -> str:
-    """Leave out the middle of a message that is too long: it begins with the path and ends with the fix."""
+    """Return a message of at most ``MAX_MESSAGE`` characters: the middle of a longer one is left out."""
     half = MAX_MESSAGE // 2 - 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
@@ -55,7 +55,7 @@ class LoradiagError(Exception):
 
 
 class UsageError(LoradiagError):
-    """The request is invalid: a bad option, regular expression or policy, or an output that may not be written."""
+    """The request is invalid, such as an option or a policy, an output may not be written, or a package is missing."""
 
     exit_code = USAGE
 
@@ -109,7 +109,7 @@ class InconclusiveError(LoradiagError):
 
 
 class MemoryLimitError(LoradiagError):
-    """A layer exceeds the memory limit with every method; other layers are still measured.
+    """A layer does not fit into the memory limit or the machine's memory; other layers are still measured.
 
     Attributes:
         fro: ‖ΔW‖_F, if it has been measured.

@@ -160,7 +160,7 @@ class Section:
     Args:
         title: Subject of the records.
         per: What a row of the tables is: a module ``type``, or a ``layer``.
-        order: Sort key of sections, before the order of the catalog; sections about losses come first.
+        order: Sort key of sections, before the order of the catalog.
         figures: Names of the figures in this section; empty for all figures of the feature.
     """
 
@@ -176,7 +176,7 @@ GROUPS = ("Understand", "Train", "Ship", "Show", "Research")
 
 @dataclass(frozen=True, slots=True)
 class Feature:
-    """One command and everything that belongs to it.
+    """A command, the further ones of its package, and everything that belongs to them.
 
     Paths with a leading dot are relative to the feature's package.
 

@@ -2,7 +2,8 @@
 
 The same rules hold for every output of every command:
 
-- Nothing is written through a symbolic link. A linked parent folder is allowed.
+- Nothing is written through a symbolic link, except one in a system folder, such as /dev/stdout. A linked parent
+  folder is allowed.
 - An existing file is replaced only if it is empty, if it carries the mark of the kind of file being written (``Kind``),
   or with ``--overwrite``.
 - An unfinished results file is never replaced, and no ``adapter_config.json`` is written into a folder with weights.
@@ -129,7 +130,7 @@ SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind
 
 
 def resolve_output(path: Path) -> Path:
-    """Return the path of an output; a link to a file in a system folder, such as /dev/stdout, is resolved."""
+    """Return the path of an output; one in a system folder, such as /dev/stdout, is resolved if it leads to a file."""
     return Path(os.path.realpath(path)) if str(path.parent) in _SYSTEM_LINK_FOLDERS and path.is_file() else path
 
 
@@ -250,8 +251,8 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
 def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> Iterator[BinaryIO]:
     """Provide a temporary file that replaces ``path`` once it is complete and on disk.
 
-    If anything fails before the replacement, the existing file is unchanged; the temporary file is removed. The output
-    is checked again before the replacement; a link that appears after that check is replaced, never followed.
+    If anything fails before the replacement, the existing file is unchanged; the temporary file is removed. With a
+    ``kind``, the output is checked before the replacement; a link that appears afterwards is replaced, never followed.
 
     Args:
         path: The output file.
@@ -260,7 +261,7 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
 
     Raises:
         UsageError: See ``check_output``.
-        InputError: See ``check_output``, or the file cannot be written.
+        InputError: See ``check_output``, or the file cannot be written; also in place of an ``OSError`` of the block.
     """
     path = resolve_output(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -307,10 +308,10 @@ def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, over
 def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, to disk, so that it survives a loss of power.
 
-    File systems without fsync are skipped.
+    File systems without fsync, and folders that cannot be read, are skipped.
 
     Raises:
-        OSError: The data cannot be stored: the disk is full or broken.
+        OSError: The file cannot be opened, or the data cannot be stored: the disk is full or broken.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)
@@ -325,10 +326,10 @@ def sync(path: Path) -> None:
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Flush an open file to disk, as ``sync`` does.
+    """Flush an open file to disk; file systems without fsync are skipped.
 
     Raises:
-        OSError: See ``sync``.
+        OSError: The data cannot be stored.
     """
     try:
         os.fsync(descriptor)

@@ -92,10 +92,11 @@ class History:
 def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
     """Open gradient snapshots, reading their headers only.
 
-    The step number is ``step`` in the metadata, else the last number in the name of the file, or of a folder of shards.
+    The step number is ``step`` in the metadata, else the last number in the name of the file; in that of its folder if
+    the file has a usual name of weights, such as ``model.safetensors``.
 
     Args:
-        paths: Files of one step each, shard indices, folders with the shards of one step, or folders of such steps.
+        paths: Files of one step each, shard indices, folders with the weights of one step, or folders of such steps.
 
     Returns:
         The steps in ascending order.
@@ -168,8 +169,8 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
         base: Checkpoint that gives the layer names; None to use the names of the gradients.
 
     Returns:
-        The histories of the matrices, and the tensors that are not float matrices or not in ``base``, both in natural
-        order of their names.
+        The histories of the matrices, and the tensors that are empty, no float matrices or not in ``base``, both in
+        natural order of their names.
 
     Raises:
         InputError: A weight has two gradients in one step, or gradients of different shapes.

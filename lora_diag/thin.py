@@ -123,7 +123,7 @@ def thin_values(left: Triangles, right: Triangles, factor: float | Array = 1.0, 
         vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a V is R_aᵀV.
 
     Returns:
-        The values; not finite where the norm is not. With relative errors η_b, η_a and backward errors β_b, β_a of the
+        The values; infinite where they overflow. With relative errors η_b, η_a and backward errors β_b, β_a of the
         two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of at most
         δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its decomposition. Hence
         Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(pΣσ_i²) + pδ² for p values, by Cauchy–Schwarz.

@@ -128,7 +128,9 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
 
     Raises:
         UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure without ``--base``, or
-            ``--base`` alone.
+            ``--base`` alone; or as ``measure``.
+        InputError: As ``measure``.
+        NothingComparedError: As ``measure``.
     """
     if base is None:
         if tuned is not None or adapters:

@@ -252,7 +252,7 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
 
 
 def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether enough of the subjects have a value, and how many, as text; empty if all that changed have one."""
+    """Return whether the subjects with a value suffice, and their number as text; empty if no other one counts."""
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage

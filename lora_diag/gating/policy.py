@@ -212,7 +212,7 @@ class Criterion(PolicyTable):
         severity: Severity of a failure.
         message: The fix for a failure.
         floor: ``ignore`` also judges layers that the files do not resolve.
-        coverage: Minimum fraction of the selected subjects that must be judged; None for that of the policy.
+        coverage: Minimum coverage of the selected subjects, as in ``Coverage``; None for that of the policy.
         line: Its line in the file.
     """
 

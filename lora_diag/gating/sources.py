@@ -35,7 +35,7 @@ class InputState:
     Args:
         input: The input as it was measured.
         state: ``same``, ``changed`` (also if it can no longer be read), or ``unknown`` if it was not found or has no
-            fingerprint.
+            fingerprint that can be compared.
         reason: Reason for another state than ``same``; for ``same``, the path of ``--for`` that is equal, if any.
         now: Its current fingerprint; empty if unknown.
     """

@@ -346,7 +346,7 @@ class _StoredPair:
 
 
 def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
-    """Return cells that are computed from the files whenever they are read, in order of rows if possible."""
+    """Return cells that are computed from the files when they are read; the last two blocks of rows are kept."""
     (rows, columns), sides = pair.delta.shape, (pair.delta.base, pair.delta.tuned)
     step = next(iter(row_spans(pair.delta.shape)))[1]
 

@@ -155,7 +155,7 @@ class CellMatrix:
             yield first, min(self.shape[0], first + step)
 
     def at(self, entries: Tensor) -> Cells:
-        """Return entries by row-major index, ascending, as one row."""
+        """Return entries by row-major index, ascending, at least one, as one row."""
         columns, parts = self.shape[1], []
         for first, last in self.spans():
             inside = _select_between(entries, first * columns, last * columns)

@@ -39,11 +39,12 @@ class Rounding:
     """Effect of the files' rounding on ΔW.
 
     Args:
-        bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values.
+        bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values; without the
+            rounding of the subtraction.
         noise: Expected variance of the entries of E, by row and column: Σσ² and Σσ⁴.
         sides: Maximum number of independent roundings in an entry of E.
-        start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start,
-            ``unknown`` if it may have been; its rounding counts unless the start is ``exact``.
+        start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start or
+            TUNED is stored no more finely, ``unknown`` otherwise; its rounding counts unless the start is ``exact``.
         base_fro: √(Σu²/12) of BASE over the changed entries (all of a block where few are unchanged): the contribution
             of its rounding, if it is not the start.
         base_rounding: β of ``Energies.estimate_base_rounding`` and its standard error; None if it was not
@@ -254,7 +255,7 @@ def norm(blocks: Iterable[Tensor]) -> float:
 
 
 def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
-    """Return ‖ΔW‖_F and ‖W_base‖_F of a block, and its number of unchanged entries; in float32 from one transfer."""
+    """Return ‖ΔW‖_F and ‖W_base‖_F of a block on the CPU, and its number of unchanged entries."""
     norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
     norm, base_norm, unchanged = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)]).tolist()
     if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow

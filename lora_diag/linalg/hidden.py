@@ -441,9 +441,9 @@ class Recovered:
         rule: The rule for s given L.
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
         stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank`` has longer η.
-        upper: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r.
-        held_out: Held-out cells; None without directions.
-        unseen: L without them, not stretched.
+        upper: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r; None without L.
+        held_out: Held-out cells; None without L.
+        unseen: L from the other cells, not stretched; None without L.
     """
 
     z: float

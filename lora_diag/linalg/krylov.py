@@ -367,7 +367,8 @@ def first_basis(top: int, vectors: bool = False) -> int:
 def may_be_cheaper(shape: tuple[int, ...], top: int, vectors: bool = False) -> bool:
     """Return whether K values of a matrix may be cheaper than all of them.
 
-    They may if two failed checks cost at most ``LOSS`` of a full method, and a typical success at most ``WORTH``.
+    They may if the first basis is within ``LARGEST_BASIS``, two failed checks cost at most ``LOSS`` of a full method,
+    and a typical success at most ``WORTH``.
 
     Args:
         shape: ``(m, n)``.

@@ -104,7 +104,7 @@ class Stretch:
 def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Tensor]) -> tuple[Stretch, ...]:
     """Return blocks whose scale no rounding explains: the clearest with too much and with too little of ΔW.
 
-    Both are blocks along the same axis, rows or columns: that of the clearest of all.
+    Both are blocks along the same axis, rows or columns: that of the clearest of all. Empty if rounding explains all.
 
     Args:
         sides: The sums over rows, and over columns.
@@ -375,8 +375,8 @@ class Check:
         beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
         lines: Sums over the rows, and over the columns, with M* = W + ΔW rounded once.
-        worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and P, or in steps of a quantized M where these are
-            larger.
+        worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and the terms of ΔW, or in steps of a quantized M
+            where these are larger.
         unchanged: Number of entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
         expected: ‖ΔW‖².
@@ -671,7 +671,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def stored_dtype(values: Tensor) -> torch.dtype:
-    """Return the shortest dtype that represents most of the values, at most the stored one.
+    """Return the shortest dtype that represents more than half of the normal values exactly; else the stored one.
 
     A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.
     """

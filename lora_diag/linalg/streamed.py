@@ -175,8 +175,8 @@ def merge_small_blocks(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
     """Return the lower triangle of A·Aᵀ, with this many row blocks in memory.
 
-    Every pass keeps the next ``cached_blocks`` blocks and multiplies all later blocks with them, so A is read
-    blocks / ``cached_blocks`` times.
+    Every pass keeps the next ``cached_blocks`` blocks and multiplies them and all later blocks with them, so A is read
+    ⌈blocks / ``cached_blocks``⌉ times.
 
     Args:
         a: A, ``(m, n)``, not transposed.

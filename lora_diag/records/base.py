@@ -201,10 +201,10 @@ Count = Annotated[int, Unit("count")]
 
 
 class Record(BaseModel):
-    """A frozen record with strict validation; unknown fields of later versions are ignored.
+    """A frozen record, whose numbers are finite; unknown fields, such as those of later versions, are ignored.
 
     Attributes:
-        key: The fields that distinguish records of one kind and layer.
+        key: The fields that distinguish records of one kind.
         long: Tables whose entries are layers: separate rows in data frames instead of columns.
         guards: Values that ``gate init`` compares with a baseline.
     """
@@ -242,7 +242,7 @@ class LayerRecord(Record):
 
     Attributes:
         shown: Presentation of its values, in table order.
-        part_label: Format of the name of the records of a run that hold one per layer; empty if all do.
+        part_label: Format of a record's name among those of its layer; empty if there is one per layer.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = ()

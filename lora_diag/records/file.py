@@ -208,14 +208,14 @@ class ResultsWriter(Generic[L]):
     Args:
         path: The results file; None to write nothing.
         run: The first line.
-        resume: Append to the records of an interrupted run in the file, or in ``NAME.part``.
+        resume: Append to the records of an interrupted run in the file, or in ``NAME.part``, if there is one.
         overwrite: Replace an existing file that is not a results file.
         extendable: Settings that may be extended when a run, finished or not, is resumed, each with a function that
             combines the earlier and the new value; a new value takes the place of null. If the result is an extension,
             the earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the
             run has ended.
 
-    Layers that a time limit left out are dropped from ``earlier``, so that a resumed run measures them.
+    If a time limit left out layers, ``earlier`` has no skipped tensors, so that a resumed run measures them.
 
     Attributes:
         run: The first line, with the time; for a resumed run, with its original time and the combined settings.
@@ -290,7 +290,7 @@ class ResultsWriter(Generic[L]):
     def _extend_settings(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs, which ``run`` gets, too.
 
-        It is unfinished if they were extended, or if a time limit left out layers, which are dropped.
+        It is unfinished if they were extended, or if a time limit left out layers, when skipped tensors are dropped.
         """
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
@@ -449,7 +449,8 @@ def check_results_file(
         The states of ``path`` and of ``NAME.part``.
 
     Raises:
-        UsageError: As ``ResultsWriter``.
+        UsageError: Without ``resume``, the path holds an unfinished run or ``NAME.part`` any run; or a file is not a
+            results file and may not be replaced, or is damaged; or another process writes it.
         InputError: The file cannot be read or written.
     """
     path = files.resolve_output(path)
@@ -469,10 +470,10 @@ def check_results_file(
 
 
 def _refuse_inputs(path: Path, run: Run) -> None:
-    """Refuse to replace an input file, even with ``overwrite``.
+    """Refuse to replace an input, or a file in the folder of one, even with ``overwrite``.
 
     Raises:
-        UsageError: The path is an input.
+        UsageError: The path is an input, or in the folder of one.
     """
     resolved = Path(os.path.realpath(path))
     for run_input in run.inputs:

@@ -35,7 +35,7 @@ class Results(Generic[L]):
 
     Attributes:
         run: The command, its inputs and settings.
-        layers: The layers' records, in the order of BASE.
+        layers: The layers' records, in the order of the file.
         left_out: Skipped tensors.
         end: Totals; None if the run did not finish.
         whole: Records about the run as a whole: an allocation's certificate, a gate's verdicts.
@@ -69,7 +69,7 @@ class Results(Generic[L]):
             **options: ``labels``, ``width``, ``per``, ``field``, ``rank`` and ``plain`` of ``lora_diag.plots.figure``.
 
         Raises:
-            UsageError: There is no such figure, or the records cannot be drawn.
+            UsageError: There is no such figure, an option is invalid, or the records cannot be drawn.
 
         Example:
             >>> import lora_diag
@@ -147,7 +147,11 @@ class Results(Generic[L]):
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.
 
-        Skipped tensors are filtered in the same way, and ``end`` has the totals of the remaining records.
+        Skipped tensors are filtered in the same way, and ``end`` has the totals of the remaining records. Records about
+        the run as a whole are kept.
+
+        Raises:
+            re.error: The regular expression is invalid.
         """
         pattern = re.compile(layers)
         kept = tuple(record for record in self.layers if pattern.search(record.layer))
@@ -297,7 +301,7 @@ class Seal:
 
 
 def lines_of(records: Iterable[AnyRecord]) -> Iterator[str]:
-    """Yield the lines of a results file; the last one has the hash of the others."""
+    """Yield the lines of a results file; an ``end`` record has the hash of the lines before it."""
     seal = Seal()
     for record in records:
         line = to_line(seal.add_hash(record))

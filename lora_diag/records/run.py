@@ -135,8 +135,8 @@ class LeftOut(Record):
             ``time``: ``--time`` was over; resume with more. ``no_activations``: the file of activations does not cover
             its input; collect it with ``probe activations``.
         detail: Reason as text.
-        fro: ‖Δ‖_F if both sides have it (1-D tensors), the norm of rows that only one side has, else null.
-        base_fro: ‖W_base‖_F if both sides have it, else null.
+        fro: ‖ΔW‖_F if it was measured, as of 1-D tensors; for rows that only one side has, their norm; else null.
+        base_fro: ‖W_base‖_F if it was measured, else null.
         tuned_shape: Its shape in TUNED if different from BASE (``shape_differs``), else null.
     """
 
@@ -156,8 +156,8 @@ class End(Record):
     Args:
         layers: Number of layers with records.
         left_out: Number of ``left_out`` records.
-        fro: ‖ΔW‖_F over the layers; null for records without norms, or beyond float64.
-        base_fro: ‖W_base‖_F over the layers; null if any is unknown.
+        fro: ‖ΔW‖_F over the layers; null if that of any is unknown, or beyond float64.
+        base_fro: ‖W_base‖_F over the layers, likewise.
         sha256: Hash of the lines before this one, each with its newline; empty in files of older versions.
     """
 

@@ -91,9 +91,10 @@ class Hidden(Record):
             ``size_only``: only the size of X is estimated; no direction is significant, or their fit is no result.
             ``not_hidden``: the files resolve the update, D is the answer. ``refused``: nothing is estimated.
         reason: The reason of the status as one sentence; not for comparison by code.
-        unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED.
+        unchanged: Fraction of the entries that are equal on both sides after rounding BASE to the format of TUNED; 0
+            where the cells of a format are unknown.
         fro_estimate: ‖X‖_F, in the unit of the weights; null where refused.
-        fro_interval: Interval of about 95% of ``fro_estimate``, in the same unit; null where refused.
+        fro_interval: Interval of about 95% of ``fro_estimate``, in the same unit; null where refused or ``not_hidden``.
         values_estimate: Singular values x_i of X in the directions that were found, descending; of ``not_hidden``
             those of D. Null where refused, of ``size_only`` and in older results, except where a budget was
             distributed: there those of D and of E[X | cells].
@@ -102,14 +103,14 @@ class Hidden(Record):
         energy_interval: From that bound to the maximum, which includes the part of X outside the directions.
         rank_at_estimate: Smallest r at which ``energy_estimate`` reaches the threshold; null if it does not.
         rank_at_interval: The same for the ends of ``energy_interval``, the smaller rank first.
-        directions: Number of detected directions of X.
+        directions: Number of detected directions of X; null where refused or ``not_hidden``.
         gain_z: Mean gain in log-likelihood of held-out cells over a model without directions, in standard errors; null
             if not tested.
         rule: Rule for s given L: ``norm``, ``debiased`` or ``held_out``, chosen by held-out cells.
         start: ``stored``: BASE is where training started. ``rounded``: BASE was rounded after the start, which may be
             anywhere in its cells. The larger likelihood decides.
         start_gain: Log-likelihood of ``rounded`` minus that of ``stored``, over a sample if there are many entries;
-            null if BASE is stored more finely than TUNED.
+            null if BASE is stored more finely than TUNED, or if nothing was fitted.
         information: Fraction of the variance of an entry of X that its cell removes; 1 without hidden information.
         fit_chi: χ² per degree of freedom of the fraction of changed entries by binade of |W|.
         fit_misplaced: Changed entries in the wrong binade, as a fraction of the changed or the unchanged.
@@ -148,12 +149,12 @@ class Hidden(Record):
 
 
 class Agreement(Record):
-    """Principal angles between a space of the adapter's update and that of the top k singular vectors of D.
+    """Principal angles between two spaces of singular vectors, of dimensions k and j.
 
     Args:
-        cosines: Cosines of the min(k, rank of X) principal angles, descending.
-        overlap: Mean of their squares: 1 for the same space, 0 for orthogonal ones.
-        random: Mean of ``overlap`` for a random space: k/m for column spaces, k/n for row spaces.
+        cosines: Cosines of the min(k, j) principal angles, descending.
+        overlap: Mean of their squares: 1 if one space contains the other, 0 for orthogonal ones.
+        random: Mean of ``overlap`` for a random space: max(k, j)/m for column spaces, max(k, j)/n for row spaces.
     """
 
     cosines: tuple[float, ...]

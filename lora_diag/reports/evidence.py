@@ -123,7 +123,7 @@ class Evidence:
     def update(self) -> Source | None:
         """The first spectrum of a full update, in the weights' metric; None without one.
 
-        Not the spectrum of an adapter, whose rank is a setting, nor one in the data metric, which does not describe
+        Not the spectrum of an adapter, whose rank is a setting, nor one in another metric, which does not describe
         norms and placement.
         """
         for source in self.of(Spectrum):

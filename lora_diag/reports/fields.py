@@ -36,7 +36,7 @@ class Field:
         id: Short and unique in a page, part of its address.
         title: Its heading.
         about: One-sentence description.
-        group: Its run or adapter; empty if there is only one.
+        group: Its run, adapter or metric; empty where there is one run of its kind.
         values: One per layer; None if undefined.
         share: Whether it lies in [0, 1].
         main: Whether it is shown by default.

@@ -54,7 +54,7 @@ class Section:
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each run whose feature has one, losses first; runs of one command in the given order."""
+    """Return a section for each run whose feature has one, in their declared order; runs of one command as given."""
     declared = [feature for feature in features() if feature.section]
     sections = []
     for feature in sorted(declared, key=lambda feature: feature.section.order if feature.section else 0):
@@ -108,7 +108,7 @@ class Answer:
 
 
 def answers(evidence: Evidence) -> list[Answer]:
-    """Return the answers: losses first with their paired standard errors, then weights, then all others.
+    """Return the answers to the features' questions, in the declared order of their sections.
 
     A question that several features declare is answered by the first of them that has a statement on it.
     """

@@ -169,7 +169,7 @@ def _decode(png: bytes) -> Any:
 
 
 def _send_to_wandb(payload: Payload, project: str | None) -> str:
-    """Log a run; where and whether online is up to wandb's own settings (``WANDB_MODE=offline``)."""
+    """Log a run and return its address or folder; wandb's own settings decide where (``WANDB_MODE=offline``)."""
     import wandb
 
     run = wandb.init(project=project or "loradiag", name=payload.name, config=payload.config, job_type="diagnostics")
@@ -187,7 +187,7 @@ def _send_to_wandb(payload: Payload, project: str | None) -> str:
 
 
 def _send_to_mlflow(payload: Payload, project: str | None) -> str:
-    """Log a run to the tracking server or folder of ``MLFLOW_TRACKING_URI``."""
+    """Log a run to the server or folder of ``MLFLOW_TRACKING_URI``, and return where it is."""
     import mlflow
 
     mlflow.set_experiment(project or "loradiag")
@@ -203,7 +203,7 @@ def _send_to_mlflow(payload: Payload, project: str | None) -> str:
 
 
 def _send_to_trackio(payload: Payload, project: str | None) -> str:
-    """Log a run; tables need pandas, which trackio brings."""
+    """Log a run, and return its name and the command that shows it; tables need pandas, which trackio brings."""
     import pandas as pd
     import trackio
 
@@ -216,7 +216,7 @@ def _send_to_trackio(payload: Payload, project: str | None) -> str:
 
 
 def _send_to_tensorboard(payload: Payload, project: str | None) -> str:
-    """Write event files."""
+    """Write event files, and return their folder and the command that shows them."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = project or "runs/loradiag"

@@ -132,7 +132,7 @@ def pair_update(
 
     Raises:
         InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights have one name.
-        NothingComparedError: The sides have no weight in common, or none is selected.
+        NothingComparedError: No weight is selected, or none can be compared.
         UsageError: ``layers`` or ``exclude`` is not a valid regular expression.
     """
     notes: Sequence[str]
@@ -172,8 +172,9 @@ def compare(
         refuse: A type of TUNED that is refused before it is paired, and why.
 
     Raises:
-        InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
-        NothingComparedError: The sides have no weight in common, or none is selected.
+        InputError: A side cannot be read, the adapter does not fit BASE or cannot be measured without it, or two
+            weights have one name.
+        NothingComparedError: No weight is selected, or none can be compared.
         UsageError: The only side is not an adapter, the adapter comes first, a side holds second moments, TUNED is
             refused, or ``layers`` or ``exclude`` is not a valid regular expression.
     """

@@ -120,7 +120,7 @@ class LayerRun:
         own: The command's own options, in the form of the run record.
 
     Raises:
-        UsageError: An option is invalid, or a device given by name does not exist.
+        UsageError: An option is invalid, a GPU given by name does not exist, or Ray is needed and not installed.
         TypeError: An option is unknown or missing.
     """
 
@@ -157,7 +157,7 @@ class LayerRun:
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
-            NothingComparedError: The sides have no weight in common, or none is selected.
+            NothingComparedError: No weight is selected, or none can be compared.
             UsageError: An input is in the wrong place or is refused, or a selection is not a valid regular expression.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")

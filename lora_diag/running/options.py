@@ -48,9 +48,9 @@ class Option:
         panel: Part of the help that shows it, from ``PANELS``.
         completions: Words for shell completion, besides the choices.
         cli: Whether it exists on the command line.
-        least: Smallest value, or of a list of values; None for any.
-        most: Largest value, or of a list of values; None for any.
-        between: Ends of the open interval of its value or values; None for any.
+        least: Smallest allowed number, also in a list; None for any.
+        most: Largest allowed number, also in a list; None for any.
+        between: Ends of the open interval of the number, or of each in a list; None for any.
     """
 
     default: Any

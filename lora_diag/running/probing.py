@@ -54,6 +54,7 @@ class ProbeRun:
     Attributes:
         options: All options, with defaults.
         watch: Callbacks for progress, records and notes.
+        batch: Sequences per batch.
         model: BASE, once it is open.
 
     Raises:
@@ -72,7 +73,7 @@ class ProbeRun:
             raise UsageError(f"--seed {seed}: must be below {MAX_SEED}")
 
     def settings(self, *names: str) -> dict[str, Any]:
-        """Return options for the run record."""
+        """Return options by name, for the run record."""
         return {name: self.options[name] for name in names}
 
     @property
@@ -85,7 +86,7 @@ class ProbeRun:
 
         Raises:
             InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
-            NothingComparedError: The sides have no weight in common.
+            NothingComparedError: No weight can be compared.
             UsageError: BASE is an adapter, a side holds second moments, or the options on α are invalid.
         """
         return compare(base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options))

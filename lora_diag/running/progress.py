@@ -55,10 +55,7 @@ class ProgressReporter:
         self.done, self.total = 0, 0
 
     def batch(self, label: str, count: int = 1) -> None:
-        """Add completed batches and report progress; a count of 0 changes only the label.
-
-        An estimated total grows if it is exceeded.
-        """
+        """Add completed batches and report progress; a count of 0 changes only the label."""
         self.done += count
         self.total = max(self.total, self.done)
         self.progress(Progress(label, self.done, self.total))
@@ -73,7 +70,7 @@ class RunRecords(Generic[L]):
 
     Attributes:
         run: The run record; for a resumed run, with the updated settings.
-        finished: The results, if the run was already finished.
+        finished: The results, if the run was already finished; else None.
         layers: The records of layers so far.
         records: The records of the run as a whole so far, of any kind.
     """
@@ -94,7 +91,7 @@ class RunRecords(Generic[L]):
 
         Args:
             sets: Names of the evaluation sets.
-            **fields: Fields by name; ``record`` first if only one kind of record has the others.
+            **fields: Fields by name; a record without one of them does not count.
         """
         return set(sets) <= {record.set for record in self.find(**fields)}
 

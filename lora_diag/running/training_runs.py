@@ -418,6 +418,7 @@ class TrainRun(ProbeRun):
 
     Raises:
         UsageError: An option is invalid.
+        TypeError: An option is unknown or missing.
     """
 
     sets: list[Texts]

@@ -124,10 +124,10 @@ def run_local(
         measure: A diagnostic with its settings bound.
         tasks: The tasks, one per layer.
         layout: Allocation of the machine.
-        footprint: Memory of a running task in bytes.
+        footprint: Returns the memory of a running task in bytes.
 
     Raises:
-        LoradiagError: The error of the first failing task; later tasks are abandoned.
+        LoradiagError: The error of the first failing task; tasks that have not begun are abandoned.
     """
     max_threads = layout.workers or layout.cores
     if layout.apart:

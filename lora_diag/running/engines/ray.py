@@ -260,7 +260,7 @@ def run_ray(
         measure: A diagnostic with its settings bound.
         tasks: The tasks, one per layer.
         layout: Allocation of a machine; a cluster counts the cores of its largest node.
-        footprint: Memory of a running task in bytes.
+        footprint: Returns the memory of a running task in bytes.
         engine: The cluster.
         poll: Called every few seconds once a node was found; may raise to cancel all tasks.
         advice: What to do about a task whose workers all died.
@@ -461,6 +461,7 @@ class _Run:
 
         Raises:
             InputError: A worker cannot import loradiag.
+            Exception: A worker raised it: a bug.
         """
         try:
             outcomes: Sequence[Any] = self._ray.get(ticket)

@@ -92,8 +92,8 @@ def batches(
 
     Args:
         tasks: One per layer.
-        footprint: Memory of a running task in bytes.
-        threads: Number of cores as a function of the memory.
+        footprint: Returns the memory of a running task in bytes.
+        threads: Returns the number of cores for this memory.
         slots: Concurrent batches. About four times as many or more are made, if there are enough tasks, so that all
             slots end at about the same time.
     """

@@ -450,7 +450,7 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
     for base in ("tied", "untied"):
         folder = fresh(shop.folder / "mlx")
         for name, path in mlx_adapters(shop.base(base), folder, base == "tied").items():
-            model, title = shop.base(base), f"{name}, {base}" if "LoRA on" in name else name
+            model, title = shop.base(base), f"mlx-lm: {name}, {base}" if "LoRA on" in name else f"mlx-lm: {name}"
             try:
                 stated = shop.change_by(path, model)
             except InputError as error:

@@ -1,6 +1,7 @@
 """One layer's update before rounding: formats, both starts, and refused layers."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
 from lora_diag.errors import MemoryLimitError
+from lora_diag.layers import recovery
 from lora_diag.layers.recovery import recover_layer, recovery_bytes
 from tests.linalg.test_hidden import planted
 from tests.standin import OnGpu, stand_in
@@ -210,6 +212,23 @@ def test_steady_steps_of_optimizer_are_one_rounding(tmp_path):
     assert result.hidden.status == "size_only"
     assert result.hidden.fro_interval[0] < float(x.norm()) < result.hidden.fro_interval[1]
     assert result.hidden.kurtosis == pytest.approx(float((x**4).mean() / (x**2).mean() ** 2), rel=0.1)
+
+
+@pytest.mark.parametrize(("energy", "status"), [(1.1, "recovered"), (1.6, "size_only")])
+def test_directions_far_beyond_size_are_no_result(tmp_path, monkeypatch, energy, status):
+    """Directions cannot hold far more than the whole update; a little more is the error of both estimates."""
+    w, x, t = planted(128, 96, 3, 2e-5, 2)
+    recover = recovery.recover
+
+    def recover_inflated(*arguments):
+        found = recover(*arguments)
+        values = replace(found.low_rank.values, debiased=found.low_rank.values.debiased * math.sqrt(energy))
+        return replace(found, low_rank=replace(found.low_rank, values=values))
+
+    monkeypatch.setattr(recovery, "recover", recover_inflated)
+    result = estimate(tmp_path, w.bfloat16(), t.bfloat16())
+    assert result.hidden.status == status
+    assert off(result, x) < 0.05
 
 
 @pytest.mark.slow

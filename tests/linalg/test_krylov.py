@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
 from lora_diag.linalg import krylov
-from lora_diag.linalg.krylov import DENSE_UP_TO, eigenpairs
+from lora_diag.linalg.krylov import DENSE_UP_TO, LOSS, PROBE, WORTH, eigenpairs, full_cost, krylov_cost
 from lora_diag.linalg.methods import decompose
 from tests import oracles
 from tests.messages import raises_naming
@@ -90,6 +90,53 @@ def test_energies_of_hard_spectra_are_within_bound(name, dtype):
         result = decompose(torch.from_numpy(matrix), "krylov", top=24, tol=tol)
         error = np.cumsum(s[:24] ** 2 - result.s.numpy() ** 2) / (s**2).sum()
         assert -rounding <= error.min() <= error.max() <= result.energy_error <= tol
+
+
+LARGE = np.arange(1, 1505.0)  # the first order of which 64 values are tried
+GAUSSIAN = np.random.default_rng(0).standard_normal((1504, 1504))
+FLOOR = np.sqrt(np.linalg.eigvalsh(GAUSSIAN.T @ GAUSSIAN).clip(0))[::-1] / 45
+TEMPTING = {
+    "noise": FLOOR,
+    "rank 60, noise": np.hypot(2.0 * (LARGE <= 60), FLOOR),
+    "slow power law": LARGE**-0.3,
+    "step behind K": np.where(LARGE <= 100, 1.0, 0.3 * LARGE**-0.5),
+    "long plateau": np.where(LARGE <= 50, LARGE**-0.7, np.where(LARGE <= 600, 50**-0.7, 0.2 * 50**-0.7)),
+    "equal values": np.where(LARGE <= 20, 1.0, np.where(LARGE <= 80, 0.3, np.where(LARGE <= 320, 0.2, 0.01))),
+}
+
+
+@pytest.mark.parametrize("name", TEMPTING)
+def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
+    """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these values."""
+    checks, probes = [], []
+    solve, probe = krylov._rayleigh_ritz, krylov._bound_outside
+    monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest))
+    monkeypatch.setattr(krylov, "_bound_outside", lambda *words: probes.append(1) or probe(*words))
+    matrix = torch.from_numpy(np.diag(np.sort(TEMPTING[name])[::-1]).astype(np.float32))
+    full, probing = full_cost(matrix.shape), PROBE * matrix.numel()
+    for tol in (5e-4, 1e-2):
+        checks.clear(), probes.clear()
+        if krylov.decompose_krylov(matrix, float(matrix.norm()), 64, tol=tol) is None:
+            cost = krylov_cost(matrix.shape, checks) + len(probes) * probing
+            assert cost <= (LOSS + krylov.STEP) * full + probing
+            assert cost <= LOSS * full or "plateau" in name or "equal" in name
+        else:
+            assert krylov_cost(matrix.shape, checks, 64) + (len(probes) - 1) * probing <= WORTH * full + probing
+
+
+@pytest.mark.parametrize("name", ["power law", "rank 20, loud noise"])
+def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
+    """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64 eigenvalues."""
+    bases, probe = [], krylov._bound_outside
+    monkeypatch.setattr(krylov, "_bound_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
+    a = oracles.with_spectrum(HARD[name], N, N, 3)
+    fro = float(np.linalg.norm(a))
+    result = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
+    squares, residuals, largest = of_basis(a.T @ a, np.linalg.qr(bases[-1].double().numpy())[0])
+    exact = krylov.inertia_bound(
+        torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
+    )
+    assert exact * 0.99 <= result.energy_error <= 2e-2
 
 
 def test_bound_of_low_rank_matrix_covers_all_energy_not_found():

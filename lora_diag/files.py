@@ -275,12 +275,15 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
         if kind is not None:
             check_output(path, kind, overwrite)
         temporary.replace(path)
-        sync(path.parent)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}; free space or choose another folder") from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+    try:
+        sync(path.parent)
+    except OSError as error:
+        _LOG.warning("%s: was written, but may be lost in a loss of power: %s; check the disk", path, error.strerror)
 
 
 def write_whole(path: Path, content: str | bytes, kind: Kind | None = None, overwrite: bool = False) -> None:

@@ -1,5 +1,6 @@
 """Outputs: a file is there as a whole or not at all, nothing goes through a link, and only own files are replaced."""
 
+import errno
 import os
 
 import pytest
@@ -22,7 +23,7 @@ from lora_diag.files import (
     replacing,
     write_whole,
 )
-from tests.messages import raises_naming
+from tests.messages import assert_names, raises_naming
 
 RUN, END = '{"record":"run","schema":1}\n', '{"record":"end","layers":0}\n'
 
@@ -192,6 +193,16 @@ def test_permission_errors_are_reported(tmp_path, monkeypatch):
     check_output(path, PAGE, overwrite=True)
     with pytest.raises(InputError, match="permission denied"):
         check_folder_of(path, in_place=True)
+
+
+def test_failed_flush_of_folder_is_no_failed_write(tmp_path, monkeypatch, caplog):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("lora_diag.files.sync", fail)
+    write_whole(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert_names(caplog.text, tmp_path / "a.txt", "Input/output error")
 
 
 def test_interrupted_write_keeps_old_file(tmp_path):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -194,7 +195,7 @@ def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeigh
     size_by_part = {"quant_map": 16, "absmax": -(-count // block)}
     if "nested_blocksize" in state or f"{name}.nested_absmax" in source:
         offset = state.get("nested_offset")
-        if not isinstance(offset, int | float) or not math.isfinite(offset):
+        if not isinstance(offset, int | float) or not abs(offset) <= sys.float_info.max:
             raise damaged_tensor(source, state_name, f"gives the nested_offset {offset!r}, not a finite number")
         nested = _read_block_size(source, state_name, state, "nested_blocksize"), float(offset)
         size_by_part |= {"nested_quant_map": 256, "nested_absmax": -(-size_by_part["absmax"] // nested[0])}

@@ -20,18 +20,20 @@ QUANTIZE_CONFIG = "quantize_config.json"
 
 
 def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    r"""Return the value of JSON; refuse an escaped lone surrogate (``\ud800``), which results and adapters cannot hold.
+    r"""Return the value of JSON; refuse a lone surrogate (``\ud800``), which results and adapters cannot hold.
 
     Args:
         content: The JSON.
         build_object: Builds an object from its pairs; None for a dictionary.
 
     Raises:
-        ValueError: The content is not JSON, has an escaped lone surrogate, or ``build_object`` refuses an object.
+        ValueError: The content is not JSON, has a lone surrogate, or ``build_object`` refuses an object.
         RecursionError: The content is nested too deeply.
     """
-    value = json.loads(content, object_pairs_hook=build_object)
-    if b"\\ud" in content.lower():
+    # json.loads would decode bytes of a lone surrogate.
+    text = content.decode(json.detect_encoding(content))
+    value = json.loads(text, object_pairs_hook=build_object)
+    if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
 

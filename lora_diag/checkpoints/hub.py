@@ -22,7 +22,7 @@ from urllib.parse import quote, urlsplit
 
 from lora_diag.checkpoints.addresses import hide_secrets
 from lora_diag.checkpoints.documents import MAX_INDEX_BYTES, QUANTIZE_CONFIG, read_object
-from lora_diag.checkpoints.stores import FileInfo, HttpStore, Store
+from lora_diag.checkpoints.stores import FileInfo, HttpStore, Store, get_first_line
 from lora_diag.errors import InputError, damaged, install_command, require
 
 PART = r"[A-Za-z0-9](?:[\w.-]*\w)?"
@@ -181,9 +181,8 @@ def make_hub_error(hub_id: HubId, error: Exception, address: str = "") -> InputE
         case RevisionNotFoundError():
             reason = f"the model has no revision {hub_id.revision}; check the spelling"
         case _:
-            why = str(error).splitlines()[0] if str(error) else type(error).__name__
             cached = "" if address else "it is not in the Hugging Face cache, and "
-            reason = f"{cached}the Hub cannot be reached ({why}); check the path, or the network"
+            reason = f"{cached}the Hub cannot be reached ({get_first_line(error)}); check the path, or the network"
     message = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
     return InputError(message)
 

@@ -66,6 +66,7 @@ PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("builtins", "set"): tuple,
     ("builtins", "frozenset"): tuple,
     ("__builtin__", "set"): tuple,
+    ("__builtin__", "frozenset"): tuple,
     ("builtins", "bytearray"): _make_bytes,
     ("__builtin__", "bytearray"): _make_bytes,
 }
@@ -135,9 +136,8 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         description: Description for messages, such as ``the index``.
 
     Returns:
-        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for sets that a call
-        builds, and frozensets from protocol 3 on), lists (also for other sets), dictionaries, ``Record`` and
-        ``Persistent``.
+        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for frozensets, and for
+        sets that a call builds), lists (also for other sets), dictionaries, ``Record`` and ``Persistent``.
 
     Raises:
         InputError: It is no pickle, is damaged, or copies the same entries again and again.

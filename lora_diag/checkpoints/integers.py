@@ -398,11 +398,14 @@ def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str
 
 
 def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
-    """Refuse unsupported bits, and a configuration that declares bits, but not these for any module (``dynamic``)."""
+    """Refuse unsupported bits, an invalid ``dynamic``, and a configuration with bits, but not these for any module."""
     if bits not in GPTQ_BITS:
         raise damaged_tensor(source, codes, f"has {bits} bits a code; 2, 4 and 8 are read", UNSUPPORTED)
-    dynamic = config.get("dynamic")
-    of_modules = [settings for settings in dynamic.values() if isinstance(settings, dict)] if dynamic else []
+    dynamic = config.get("dynamic") or {}
+    if not isinstance(dynamic, dict):
+        problem = f"dynamic in quantization_config is a {type(dynamic).__name__}, not an object"
+        raise damaged(source.path, problem, "correct it, or save the model again")
+    of_modules = [settings for settings in dynamic.values() if isinstance(settings, dict)]
     declared = [settings["bits"] for settings in (config, *of_modules) if "bits" in settings]
     if declared and not any(type(value) is int and value == bits for value in declared):
         problem = f"has {bits} bits a code, but bits in quantization_config is {declared[0]!r}"

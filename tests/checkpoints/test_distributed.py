@@ -174,6 +174,11 @@ def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
 
 
 @pytest.mark.parametrize("protocol", range(6))
+def test_pickled_frozenset_is_a_tuple(tmp_path, protocol):
+    assert load(pickle.dumps(frozenset({7}), protocol), tmp_path, "it") == (7,)
+
+
+@pytest.mark.parametrize("protocol", range(6))
 def test_pickled_plain_data_is_read(tmp_path, protocol):
     nested: list = [1]
     nested.append(nested)

@@ -123,6 +123,8 @@ BAD_HEADERS = {
     "metadata of numbers": (b'{"__metadata__":{"a":1}}', b"", None, "__metadata__"),
     "deep nesting": (b'{"w":' + b"[" * 100_000, b"", None, "header is invalid"),
     "half a character in a name": (json.dumps({"\ud800": entry()}).encode(), bytes(8), None, "header is invalid"),
+    "half a character in bytes": (b'{"w\xed\xa0\x80":%s}' % json.dumps(entry()).encode(), bytes(8), None, "invalid"),
+    "half a character in UTF-16": (json.dumps({"\ud800": entry()}).encode("utf-16-le"), bytes(8), None, "invalid"),
     "half a character beside them": (rb'{"__metadata__":{"step":"\uDfff"}}', b"", None, "header is invalid"),
 }
 

@@ -194,6 +194,7 @@ def test_hub_failures_give_one_message(cache, monkeypatch):
         (errors.RepositoryNotFoundError, "404", "no such model"),
         (errors.RevisionNotFoundError, "404", "no revision v9"),
         (ConnectionError, "name resolution\nfailed", r"cannot be reached \(name resolution\)"),
+        (OSError, "https://host/x?sig=secret failed", r"cannot be reached \(https://host/x\)"),
         (TimeoutError, "", r"cannot be reached \(TimeoutError\)"),
     ):
         monkeypatch.setattr(hub.HfApi, "model_info", failing(kind, words))

@@ -178,6 +178,7 @@ BAD = {
         {"quant_method": "gptq", "bits": 2, "dynamic": {"+:.*gate": {"bits": 8}, "-:.*down": {}}},
         "has 4 bits a code, .* is 2",
     ),
+    "gptq of a list of modules": ("gptq", {"quant_method": "gptq", "dynamic": [1]}, "dynamic .*is a list"),
     "awq of 8 bits": ("awq", {"quant_method": "awq", "bits": 8}, "has 4 bits a code, .* is 8"),
     "gptq without its order": ("gptq without act-order", {"desc_act": True}, "g_idx is missing, .*desc_act"),
     "gptq scales": ("gptq", without(f"{M}.scales"), "no known form .*scales is missing"),

@@ -224,6 +224,7 @@ BAD_FOUR_BIT = {
     "no nested block": (state_with(nested_blocksize="a"), "nested_blocksize"),
     "no offset": (state_with(nested_offset=None), "nested_offset"),
     "infinite offset": (state_with(nested_offset=float("inf")), "nested_offset"),
+    "huge offset": (state_with(nested_offset=10**400), "nested_offset"),
     "no shape": (state_with(shape=None), "shape"),
     "negative shape": (state_with(shape=[-24, -40]), "shape"),
     "huge shape": (state_with(shape=[2**50, 2**50]), "instead of"),

@@ -182,7 +182,7 @@ class Feature:
 
     Args:
         package: The feature's package, ``__name__``.
-        name: The command as typed, such as ``spectrum`` or ``probe sweep``; also ``Run.command``.
+        name: ``Run.command`` of its results, such as ``probe sweep``; also the name of a command that has no other.
         group: What it is for, one of ``GROUPS``.
         commands: The command, and further ones, such as ``gate init``.
         records: ``module:name`` of each kind of record.

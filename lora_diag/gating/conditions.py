@@ -354,7 +354,11 @@ def _tokenize(text: str) -> Tokens:
 
 
 def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
-    """Return a comparison and the tokens after it."""
+    """Return a comparison and the tokens after it.
+
+    Raises:
+        ConditionError: The tokens do not begin with a comparison.
+    """
     if [word for _, word in tokens[:2]] == ["in", "("]:
         end = next((i for i, token in enumerate(tokens) if token == ("mark", ")")), 0)
         words, commas = tokens[2:end:2], tokens[3:end:2]

@@ -374,7 +374,7 @@ class Check:
         entries: Number of entries.
         beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
-        lines: Sums over the rows, and over the columns, with M* = W + ΔW rounded once.
+        lines: Sums over the rows, and over the columns, with M* as ``Rounding.round_sum`` returns it.
         worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and the terms of ΔW, or in steps of a quantized M
             where these are larger.
         unchanged: Number of entries with M = W, or W rounded.

@@ -180,8 +180,8 @@ class Results(Generic[L]):
             overwrite: Replace an existing file that loradiag did not write.
 
         Raises:
-            UsageError: The path is a link, an unfinished run or another file.
-            InputError: It cannot be written.
+            UsageError: The path is a link, an unfinished run, or a file that may not be replaced.
+            InputError: It cannot be written, or the existing file cannot be read.
         """
         write_whole(Path(path), "".join(f"{line}\n" for line in lines_of(self.records())), RESULTS, overwrite)
 
@@ -189,12 +189,12 @@ class Results(Generic[L]):
         """Return a tidy table of the records by columns, for any data frame library.
 
         One row per record, one value per cell: ``energy.8``, ``rank_at.0.9`` and so on are columns; ``module_type``,
-        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Lists, such as singular values,
-        are not cells: with ``values`` each of their entries is a row.
+        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Several words are one cell, but
+        lists of numbers or records, such as singular values, are none: with ``values`` each of their entries is a row.
 
         Args:
             values: Return the entries of lists, one row each: ``field`` (``s``), ``index`` from 1 on, and ``value``, or
-                ``text`` for lists of words.
+                ``text`` for words.
             kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``; default those of
                 layers, or without layers those about the whole run (a probe's losses, a gate's verdicts).
 

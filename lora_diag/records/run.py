@@ -78,7 +78,7 @@ class Run(Record):
 
     Args:
         schema: Version of the fields, 1.
-        command: The command, without ``loradiag``.
+        command: The command, without ``loradiag``; of ``fleet``, ``spectrum --adapters``.
         version: Version of loradiag.
         inputs: The inputs, such as BASE and TUNED.
         settings: The options that affect results.

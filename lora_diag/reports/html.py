@@ -56,7 +56,7 @@ class Image:
     """A static figure, for readers without JavaScript.
 
     Args:
-        name: Name of the figure.
+        name: Its name in the page: that of the figure, or ``intruders``.
         title: Its title.
         data: A ``data:`` URL.
     """

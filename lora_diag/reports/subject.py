@@ -108,7 +108,7 @@ class Answer:
 
 
 def answers(evidence: Evidence) -> list[Answer]:
-    """Return the answers to the features' questions, in the declared order of their sections.
+    """Return the answers to the features' questions, in the declared order of their sections; 40 without a section.
 
     A question that several features declare is answered by the first of them that has a statement on it.
     """

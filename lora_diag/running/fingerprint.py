@@ -125,7 +125,11 @@ def content_hash(files: Sequence[Path]) -> str:
 
 
 def _hash_file_once(file: Path) -> str:
-    """Return the SHA-256 of a file, computed once per process while it stays unchanged: BASE may occur many times."""
+    """Return the SHA-256 of a file, computed once per process while it stays unchanged: BASE may occur many times.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
     try:
         if isinstance(file, RemotePath):
             return _hash_file(file, file.file_info().size, file.file_info().version)

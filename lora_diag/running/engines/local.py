@@ -33,13 +33,13 @@ class Layout:
 
     The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
     concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
-    alone on all cores. With ``workers``, each layer has an equal part of the cores. The number depends only on the
-    matrix and the layout, so a matrix gives the same bytes whatever runs concurrently.
+    alone on all cores. With ``workers``, each layer has an equal part of the cores, at least one. The number depends
+    only on the matrix and the layout, so a matrix gives the same bytes whatever runs concurrently.
 
     Args:
         cores: Number of cores.
         budget: Memory of all concurrent layers in bytes.
-        workers: Concurrent layers, if set by the user; else None.
+        workers: Concurrent layers, if their number is fixed; else None.
         limited: Whether a layer must fit into the budget, and is else processed in row blocks.
         torch: Whether layers are computed with torch, whose threads are then set.
         apart: Whether every worker is a separate process.

@@ -60,15 +60,27 @@ class Side:
         return self.info.stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``."""
+        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``.
+
+        Raises:
+            InputError: A file could not be read.
+        """
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the spacing of the storage format at these entries; None where it follows from value and dtype."""
+        """Return the spacing of the storage format at these entries; None where it follows from value and dtype.
+
+        Raises:
+            InputError: A file could not be read.
+        """
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales of the codes at these entries; None if the format is not codes times a scale."""
+        """Return the scales of the codes at these entries; None if the format is not codes times a scale.
+
+        Raises:
+            InputError: A file could not be read.
+        """
         return self.checkpoint.read_scales(self.name, self.offset + start, self.offset + stop)
 
 
@@ -105,7 +117,11 @@ class StoredDelta:
         yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
 
     def steps(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]] | None:
-        """Return the spacing of quantized formats in blocks, like ``blocks``; None if neither side is quantized."""
+        """Return the spacing of quantized formats in blocks, like ``blocks``; None if neither side is quantized.
+
+        Raises:
+            InputError: A file could not be read, once the blocks are iterated.
+        """
         if not (self.base.is_quantized or self.tuned.is_quantized):
             return None
         spans = ((first * self.shape[1], last * self.shape[1]) for first, last in row_spans(self.shape))

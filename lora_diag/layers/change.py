@@ -65,7 +65,11 @@ class Change:
         return None if self.streamed is None else len(list(row_spans(self.streamed.shape)))
 
     def blocks(self, shape: tuple[int, int]) -> Iterator[Tensor]:
-        """Yield ΔW in row blocks, float64; a product of factors is formed block by block."""
+        """Yield ΔW in row blocks, float64; a product of factors is formed block by block.
+
+        Raises:
+            InputError: A file could not be read again.
+        """
         if self.streamed is not None:
             yield from (block.to(torch.float64) for block in self.streamed.read())
             return

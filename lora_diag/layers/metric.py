@@ -226,7 +226,11 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
 
 
 def fro_of(change: Change) -> float:
-    """Return ‖ΔW‖_F; of factors without forming their product."""
+    """Return ‖ΔW‖_F; of factors without forming their product.
+
+    Raises:
+        InputError: No driver converged for the core of the factors.
+    """
     if change.fro is not None:
         return change.fro
     assert change.factors is not None

@@ -152,6 +152,9 @@ class Estimate:
 
         Args:
             spans: Row ranges of the blocks; None for small ones.
+
+        Raises:
+            InputError: A file could not be read again.
         """
         assert self.cells is not None
         for first, last in self.cells.spans() if spans is None else spans:
@@ -175,6 +178,9 @@ class Estimate:
         Args:
             memory: The limit in bytes; None without limit.
             stretch: Factor by which it is multiplied.
+
+        Raises:
+            InputError: A file could not be read again.
         """
         assert self.cells is not None
         shape = self.cells.shape

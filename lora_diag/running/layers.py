@@ -139,7 +139,11 @@ class LayerRun:
 
     @cached_property
     def where(self) -> DevicePlan:
-        """The devices of the run."""
+        """The devices of the run.
+
+        Raises:
+            UsageError: As ``plan_device``.
+        """
         if not self.torch:
             return DevicePlan(self._device, "cpu", "cpu")
         return plan_device(self.options["engine"], self._device)
@@ -318,7 +322,11 @@ def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> 
 
 
 def leave_out(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be paired."""
+    """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be paired.
+
+    Raises:
+        InputError: A file could not be read.
+    """
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
     yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
     yield from run_local(partial(left_out_rows, device=device), pairing.unpaired, layout, lambda unpaired: 0)

@@ -446,7 +446,11 @@ class _Run:
         return ticket
 
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
-        """Wait a while; yield tickets of finished batches with their outcomes, None if their workers died; poll."""
+        """Wait a while; yield tickets of finished batches with their outcomes, None if their workers died; poll.
+
+        Raises:
+            InputError: A worker cannot import loradiag, no node can run the waiting tasks, or the cluster is lost.
+        """
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=QUERY_SECONDS)
         if done:  # others may have finished, too: a wait costs as much as there are tickets
             done, _ = self._ray.wait(tickets, num_returns=len(tickets), timeout=0)

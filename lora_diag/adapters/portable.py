@@ -45,7 +45,7 @@ class Written:
     Args:
         rank: r of every pair of factors, and α.
         dtype: Dtype of the factors.
-        truncated: ε of every weight with DoRA, whose update was truncated to its rank.
+        truncated: ε of every weight whose update was truncated to its rank: with DoRA, or with a saved copy of BASE.
         epsilon: ε of these weights together: √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²); 0 without any.
         unsupported: Unsupported weights, with the reason.
     """
@@ -194,10 +194,10 @@ def convert(
     rank = max(part.placed.rank for part in parts.values())
     plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
     _write(folder / LAYOUTS[form].file, config, _Reader(parts, plan, rank, dtype))
-    from_dora = {layer: part for layer, part in parts.items() if part.placed.item.part == "dora"}
-    norm = math.hypot(*(part.fro for part in from_dora.values()))
-    epsilon = math.hypot(*(part.epsilon * part.fro for part in from_dora.values())) / (norm or 1.0)
-    return Written(rank, dtype, {layer: part.epsilon for layer, part in from_dora.items()}, epsilon, unsupported)
+    truncated = {name: part for name, part in parts.items() if part.epsilon or part.placed.item.part == "dora"}
+    norm = math.hypot(*(part.fro for part in truncated.values()))
+    epsilon = math.hypot(*(part.epsilon * part.fro for part in truncated.values())) / (norm or 1.0)
+    return Written(rank, dtype, {name: part.epsilon for name, part in truncated.items()}, epsilon, unsupported)
 
 
 def _why_changed(item: Item, contents: Contents, form: str) -> str:

@@ -19,7 +19,7 @@ from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.adapters.updates import Site
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.deltas import Delta, Pairing, Unpaired, drop_base, selector
+from lora_diag.deltas import Delta, DenseDelta, Pairing, Unpaired, drop_base, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import (
     CONSUMERS,
@@ -159,8 +159,8 @@ def _measure_distance(task: Judged, scale: float | None, fro: float | None, upda
 
 
 def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
-    """Estimate the memory of judging a weight in bytes: its factors; of DoRA and changed bases, ΔW in float64."""
-    if task.item.part in NONLINEAR_PARTS and task.delta is not None:
+    """Estimate the memory of judging a weight in bytes: its factors; of a changed base, or without factors, ΔW."""
+    if isinstance(task.delta, DenseDelta) or (task.item.part in NONLINEAR_PARTS and task.delta is not None):
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
 

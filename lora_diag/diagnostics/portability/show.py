@@ -147,7 +147,7 @@ def _describe_fix(fixed: Mapping[str, Any]) -> Statement:
     nearest = ""
     if truncated:
         kept = percent(max(0.0, 1 - fixed["epsilon"] ** 2))
-        nearest = f"nearest LoRA for {len(truncated)} weights with DoRA: {kept} of the energy of their ΔW (ε = "
+        nearest = f"nearest LoRA for {len(truncated)} full-rank updates: {kept} of the energy of their ΔW (ε = "
         nearest += f"{number(fixed['epsilon'])}); merge the adapter into BASE to serve all of it"
     return make_statement(
         "fixed",

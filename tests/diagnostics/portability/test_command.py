@@ -5,10 +5,14 @@ import re
 import numpy as np
 import pytest
 
-from lora_diag.diagnostics.portability.measure import portability
+from lora_diag.adapters import open_adapter
+from lora_diag.adapters.contents import read_contents
+from lora_diag.diagnostics.portability.measure import choose_rules, estimate_bytes, make_tasks, portability
+from lora_diag.layers.task import LayerSettings
 from tests.adapters.making import adapter, base, normal, write
 from tests.messages import assert_names
 
+PARTS_OF_LOHA = ("w1_a", "w1_b", "w2_a", "w2_b")
 MODULES = [f"model.layers.{n}.self_attn.{leaf}" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
 
 
@@ -51,6 +55,17 @@ def test_epsilon_equals_float64_matrices(tmp_path):
         record, norm = results[module], np.linalg.norm(intended)
         assert record.epsilon == pytest.approx(np.linalg.norm(applied - intended) / norm)
         assert record.fro == pytest.approx(norm)
+
+
+def test_memory_of_update_formed_as_a_whole_is_counted(tmp_path):
+    """By hand: of LoHa, 64·64 numbers of 8 bytes, and a factor of the product."""
+    tensors = {f"lora_unet_q.hada_{part}": normal(*((64, 2) if part[-1] == "a" else (2, 64))) for part in PARTS_OF_LOHA}
+    path = write(tmp_path / "a.safetensors", tensors | {"lora_unet_q.alpha": np.array(2.0)})
+    opened = open_adapter(path)
+    contents = read_contents(opened)
+    (task,) = make_tasks(contents, choose_rules([], contents.form), pairing=opened.pair(None)[0])
+    assert task.item.part == "other"
+    assert estimate_bytes(task, LayerSettings()) >= 2 * 8 * 64 * 64
 
 
 def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):

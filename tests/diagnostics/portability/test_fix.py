@@ -123,6 +123,20 @@ def test_adapter_beyond_factors_becomes_the_nearest_lora(tmp_path, variant, turn
     assert results.run.settings["fixed"]["truncated"] == errors
 
 
+def test_update_with_changed_copy_states_its_error(tmp_path):
+    """A saved copy of the weight that differs from BASE adds a difference of full rank to PiSSA's update."""
+    w, copy, a, b = normal(6, 6), normal(6, 6, seed=9), normal(2, 6, seed=1), normal(6, 2, seed=2)
+    tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.base_layer.weight": copy}
+    folder = adapter(tmp_path, tensors, target_modules=["q"], init_lora_weights="pissa")
+    base(tmp_path, {"q.weight": w})
+    whole = 1.5 * b @ a - truncated(w) + copy - w
+    fixed = make_portable(folder, tmp_path / "out", tmp_path / "base").run.settings["fixed"]
+    after, _ = changes(tmp_path / "out", None)
+    epsilon = np.linalg.norm(after["q.weight"] - whole) / np.linalg.norm(whole)
+    assert epsilon > 0.1
+    assert (fixed["truncated"], fixed["epsilon"]) == ({"q.weight": pytest.approx(epsilon)}, pytest.approx(epsilon))
+
+
 def test_unmatched_weights_are_named_and_left_out_if_allowed(tmp_path, loradiag):
     tensors = {
         "q.lora_A.weight": normal(2, 5),

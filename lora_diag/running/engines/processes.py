@@ -17,6 +17,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
@@ -58,7 +59,7 @@ class Processes(Generic[Task, Record]):
         for process in self._started:
             process.kill()
         for process in self._started:
-            with process:  # closes the pipes and waits
+            with suppress(OSError), process:  # closes the pipes and waits; a task may be left in one
                 pass
 
     def __call__(self, task: Task) -> Record:
@@ -79,6 +80,7 @@ class Processes(Generic[Task, Record]):
             process.stdin.flush()
             outcome, error = pickle.load(process.stdout)
         except (OSError, EOFError, pickle.UnpicklingError) as problem:
+            self._free.put(process)  # calls that wait for a free one must end, too
             ended = f"the process that measured it ended with code {process.wait()}"
             raise InputError(f"{getattr(task, 'layer', task)}: {ended}; run again with --workers 1") from problem
         self._free.put(process)

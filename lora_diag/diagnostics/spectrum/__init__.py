@@ -43,7 +43,6 @@ FEATURE = Feature(
             suggest=".show:suggest_next",
             hints=(
                 Hint("allocate {output} --energy 0.9 -o adapter_config.json", "a rank for each layer of an adapter"),
-                Hint("extract {base} {tuned} --energy 0.9 -o adapter/", "an adapter without training"),
                 Hint("-o results.jsonl", "saves these results, for allocate"),
             ),
         ),

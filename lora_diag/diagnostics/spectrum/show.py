@@ -48,19 +48,22 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
     changed = _select_changed(results)
     if not changed:
         return Hint("inspect {tuned}", "what this checkpoint holds")
+    selection = "".join(f" --{name} {{{name}}}" for name in ("layers", "exclude") if values[name])
     if results.non_finite:
         base = "" if values["tuned"] is None else "{base} "
-        return Hint(f"spectrum {base}EARLIER_CHECKPOINT", "this one holds NaN or Inf")
+        return Hint(f"spectrum {base}EARLIER_CHECKPOINT{selection}", "this one holds NaN or Inf")
     if any(side.role == "adapter" for side in results.run.inputs):
         if values["tuned"] is None:
-            return Hint("portability {base}", "the update that each serving program applies")
+            return Hint(f"portability {{base}}{selection}", "the update that each serving program applies")
         return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
     if 2 * sum(map(_needs_recovery, changed)) > len(changed):
-        return Hint("recover {base} {tuned}", "estimates the update before rounding")
-    if values["activations"] and not values["output"]:
-        metric = "--activations {activations}" + (" --kfac" if values["kfac"] else "")
-        return Hint(f"extract {{base}} {{tuned}} {metric} --energy 0.9 -o adapter/", "an adapter without training")
-    return None
+        return Hint(f"recover {{base}} {{tuned}}{selection}", "estimates the update before rounding")
+    if values["output"] or values["tuned"] is None:
+        return None
+    metric = " --activations {activations}" if values["activations"] else ""
+    metric += " --kfac" if values["kfac"] else ""
+    command = f"extract {{base}} {{tuned}}{metric}{selection} --energy 0.9 -o adapter/"
+    return Hint(command, "an adapter without training")
 
 
 def spectrum_table(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lora_diag.diagnostics.spectrum.show import summary_lines
+from lora_diag.diagnostics.spectrum.show import suggest_next, summary_lines
 from lora_diag.rendering.statements import find
 from tests.building import layer_spectrum, results
 from tests.messages import assert_names
@@ -16,6 +16,14 @@ def record(layer, verdict="resolved"):
 
 def summary_of(records):
     return summary_lines(results(records, norms=1.0, ranks=[8, 16, 64], top=None))
+
+
+def test_next_command_keeps_selection_of_layers():
+    found = results([record("layers.0.q_proj.weight")], norms=1.0, ranks=[8], top=None)
+    values = dict.fromkeys(("activations", "kfac", "output", "exclude"))
+    hint = suggest_next(found, values | {"base": "b", "tuned": "t", "layers": "0.*q_proj"})
+    assert_names(hint.command, "extract", "--layers {layers}")
+    assert "exclude" not in hint.command
 
 
 def test_every_reason_has_text():

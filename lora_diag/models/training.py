@@ -169,7 +169,7 @@ def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
     """
     trained = [weight for weight in model.module.parameters() if weight.ndim == 1 or not only_vectors]
     if not trained:
-        raise InputError("--bitfit: this model has no biases or norms to train; remove the option")
+        raise InputError("BitFit: this model has no biases or norms to train; train other parameters")
     changing = [*trained, *model.module.buffers()]
     originals = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     for parameter in trained:

@@ -26,7 +26,7 @@ from lora_diag.rendering.text import list_names, percent, plus_minus, safe, span
 from lora_diag.reports.evidence import Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
 from lora_diag.tuning.record import Tune
-from lora_diag.tuning.show import describe_choice
+from lora_diag.tuning.show import describe_choice, name_doubt
 
 # A rank that keeps less than half of a layer's energy is too small there; one that keeps 90% in all is sufficient.
 MIN_ENERGY, SUFFICIENT_ENERGY = 0.5, 0.9
@@ -193,7 +193,7 @@ def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
     choices = ((source, one) for source in evidence.sources for one in source.results.whole_of(Tune) if one.gain > 0)
     for source, choice in choices:
         error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
-        doubt = "" if choice.significant else " Not shown to be enough: the rank is the smallest by mean losses."
+        doubt = "" if choice.significant else f" Not shown to {name_doubt(choice)}."
         return {
             "action": f"Train with this configuration: {describe_choice(choice)}",
             "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} steps.{doubt}",

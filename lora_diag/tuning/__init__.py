@@ -56,7 +56,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Choose an adapter by training within a budget.",
-            notes="By default, --ranks are up to four powers of 2 within the budget, each a fourth of the next.",
+            notes="By default, --ranks are up to four powers of 2 within the budget, each a fourth of the next; 1 and "
+            "2 where larger ones do not fit.",
             examples=("tune base/ --data train.jsonl --eval held_out.jsonl --params 10M --time 2h -o run/",),
             run=".command:run_tune",
             arguments=(BASE_ARGUMENT,),

@@ -478,7 +478,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
     whole = {
         **_make_settings(run, plan.largest),
         "slots": slots,
-        "full": plan.full_step_seconds > 0,
+        "full": plan.full_step_seconds > 0 and not run.options["no_full"],
         "left_out": tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}),
     }
     return fit_plan(plan.model_copy(update=whole), limit)

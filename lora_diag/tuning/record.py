@@ -249,3 +249,10 @@ class Tune(WholeRecord):
     seeds: Count
     alpha: float | None = None
     dora: bool = False
+
+    @property
+    def has_significant_gain(self) -> bool:
+        """Whether the gain is larger than the errors that its seeds need; not of one seed."""
+        from lora_diag.metrics.statistics import errors_needed  # deferred: imports SciPy
+
+        return self.gain_error is not None and self.gain > errors_needed(self.seeds - 1) * self.gain_error

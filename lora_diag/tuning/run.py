@@ -188,12 +188,15 @@ def _read_earlier_plan(folder: Path, arguments: Options) -> TunePlan | None:
     """Return the plan of the run to resume; None for a new run, or if that run has no plan yet.
 
     Raises:
+        UsageError: ``no_full`` is given, but that run has full fine-tuning.
         InputError: The folder's records cannot be read.
     """
     if not arguments.resume or not _latest_file(folder).is_file():
         return None
-    plans = [record for record in read_results(_latest_file(folder)).whole if isinstance(record, TunePlan)]
-    return plans[0] if plans else None
+    plan = next(iter(read_results(_latest_file(folder)).whole_of(TunePlan)), None)
+    if plan is not None and plan.full and arguments.no_full:
+        raise UsageError("--no-full: the search to resume has full fine-tuning as a baseline; remove --no-full")
+    return plan
 
 
 def _remove_output(folder: Path) -> None:

@@ -20,7 +20,6 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.metrics.statistics import errors_needed
 from lora_diag.models.training import Training, layers_without_head
 from lora_diag.probes.sensitivity.measure import compute_gradients
 from lora_diag.probes.sweep.measure import probe_sweep
@@ -538,9 +537,10 @@ class Tuner:
         return best if is_kept else incumbent
 
     def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
-        """Return the gap of the first seed on the deciding set; not finite if one of the two diverged."""
+        """Return the gap of the first seed on the deciding set; ∞ if the challenger diverged, −∞ if only the other."""
         before, after = (self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger))
-        return Gap((math.inf if after is None else after) - (math.inf if before is None else before), None, 1)
+        value = math.inf if after is None else after - (math.inf if before is None else before)
+        return Gap(value, None, 1)
 
     def _contest(
         self, stage: str, incumbent: Variant, challenger: Variant, reason: str = "", fresh: bool = False
@@ -727,12 +727,12 @@ class Tuner:
         shifted_gains = self._get_gains(incumbent, set_shifted) if set_shifted else []
         redistributed = self.find_decision("redistribution", "non-uniform ranks")
         outcome = None if redistributed is None else redistributed.outcome
-        return Tune(
+        record = Tune(
             set=self.own,
             variant=incumbent.name,
             rank=choice.rank,
             ranks=trials.ranks_of(config, self.target.layers) if config["rank_pattern"] else {},
-            significant=choice.significant and error is not None and gain > errors_needed(len(losses) - 1) * error,
+            significant=choice.significant,
             lr=incumbent.lr,
             steps=incumbent.steps,
             alpha_over_rank=float(config["lora_alpha"]) / int(config["r"]),
@@ -756,6 +756,7 @@ class Tuner:
             set_shifted=set_shifted,
             seeds=len(losses),
         )
+        return record.model_copy(update={"significant": record.significant and record.has_significant_gain})
 
 
 def _compute_error(values: Sequence[float]) -> float | None:

@@ -104,7 +104,7 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         make_statement(
             "choice",
             "Choice",
-            f"{describe_choice(choice)}{'' if choice.significant else '; NOT shown to be enough'}",
+            f"{describe_choice(choice)}{'' if choice.significant else f'; NOT shown to {name_doubt(choice)}'}",
             _describe_doubt(choice, decisions),
             level="ok" if choice.significant else "warning",
             priority=0,
@@ -131,10 +131,17 @@ def describe_choice(choice: Tune) -> str:
     return f"{dora}{where}, learning rate {choice.lr:g}, alpha = {alpha}{extra}; {share} of budget"
 
 
+def name_doubt(choice: Tune) -> str:
+    """Return what a choice that is not significant is not shown to do."""
+    return "be enough" if choice.has_significant_gain else "lower the loss of BASE"
+
+
 def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
     """State the reason for a choice that is not significant, and what would decide it; else empty."""
     if choice.significant:
         return ""
+    if not choice.has_significant_gain:
+        return "the gain is not significant; more seeds or steps would decide"
     needed = max((one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"), default=0)
     seeds = f"about {needed} seeds" if needed else "more seeds or steps"
     return f"the smallest by mean losses; {seeds} would decide"

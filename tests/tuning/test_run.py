@@ -29,8 +29,9 @@ from lora_diag.tuning.run import configs
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.show import tune_lines
 from lora_diag.tuning.trials import Measured, Variant
+from tests.building import build, results
 from tests.conftest import ROOT
-from tests.messages import raises_naming
+from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, loss_of, opened, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -297,6 +298,12 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     assert again == result
 
 
+def test_resumed_search_with_full_fine_tuning_refuses_no_full(case):
+    base, texts, _, run, _ = case
+    with raises_naming(UsageError, "--no-full"):
+        lora_diag.tune(base, run, resume=True, no_full=True, **texts, **OPTIONS)
+
+
 def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as without one."""
     base, texts, whole, *_ = case
@@ -379,6 +386,26 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     assert best.name == ("prior" if goes_on else "uniform")
     assert outcomes["non-uniform ranks"] == ("kept" if goes_on else "rejected")
     assert outcomes["marginal"] == "rejected"
+
+
+def test_diverged_challenger_never_leads():
+    losses = {"incumbent": {}, "fine": {0: 1.0}, "diverged": {}}
+    tuner = SimpleNamespace(own="dev", first_seed=0, _get_losses=lambda name, _: losses[name])
+    gaps = [Tuner._gap_at_first_seed(tuner, "incumbent", name).value for name in ("diverged", "fine")]
+    assert gaps == [math.inf, -math.inf]
+
+
+def test_summary_names_what_is_not_significant():
+    def summarize(**fields):
+        choice = build(Tune, budget=1, seeds=3, gain=0.1, **fields)
+        return next(one.text for one in tune_lines(results((), whole=(choice,))) if one.key == "choice")
+
+    assert_names(summarize(significant=False, gain_error=0.001), "NOT shown to be enough", "smallest by mean losses")
+    of_gain = summarize(significant=False, gain_error=0.1)
+    assert_names(of_gain, "NOT shown to lower the loss")
+    assert "enough" not in of_gain
+    assert "smallest" not in of_gain
+    assert "NOT" not in summarize(significant=True, gain_error=0.001)
 
 
 SEARCH = """

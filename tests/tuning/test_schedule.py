@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import read_time
+from lora_diag.tuning import FEATURE
 from lora_diag.tuning.planning import (
     MARGIN,
     WHOLE_SEARCH,
@@ -17,10 +18,11 @@ from lora_diag.tuning.planning import (
     fit_plan,
     halve_rates,
     list_stages,
+    ranks_within,
     seconds_of,
 )
 from lora_diag.tuning.record import TunePlan
-from tests.messages import raises_naming
+from tests.messages import assert_names, raises_naming
 
 
 def make_plan(ranks=(1, 4, 16), rates=(1e-4, 3e-4, 1e-3, 3e-3), steps=100, repeats=3, widen=1, times=(0.1, 1.0, 0.3)):
@@ -114,11 +116,18 @@ def test_invalid_time_is_refused(words):
 
 def test_more_time_restores_omitted_stages():
     """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of the steps."""
-    run = SimpleNamespace(options={"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1})
+    run = SimpleNamespace(options={"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False})
     omitted = {"limit": 60.0, "full": False, "left_out": ("every second rank", "half of the steps")}
     plan = make_plan((1, 64), (1e-3, 1e-2), 50, widen=0).model_copy(update=omitted)
     result = extend_plan(plan, run, 36_000.0, 1)
     assert (result.ranks, result.steps, result.full, result.widen, result.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
     assert (result.left_out, result.limit) == (("half of the steps",), 36_000)
+    run.options["no_full"] = True
+    assert not extend_plan(plan, run, 36_000.0, 1).full
     with raises_naming(UsageError, "without", "limit"):
         extend_plan(plan.model_copy(update={"limit": None}), run, 36_000.0, 1)
+
+
+def test_help_names_ranks_of_small_budgets():
+    (command,) = FEATURE.commands
+    assert_names(command.notes, "fourth", *ranks_within(3))

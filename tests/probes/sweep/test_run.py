@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ import lora_diag
 import lora_diag.models.training
 import lora_diag.running.probing
 from lora_diag.catalog import read_results, table
-from lora_diag.errors import UsageError
+from lora_diag.errors import InputError, UsageError
 from lora_diag.models.opening import keep_open
+from lora_diag.models.training import train_in_place
 from lora_diag.probes.sweep.measure import round_weights, to_int8, to_nf4
 from lora_diag.probes.sweep.verdict import best_rates
 from tests.messages import assert_names, raises_naming
@@ -262,6 +264,14 @@ def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monke
     with raises_naming(UsageError, "GPT2LMHeadModel"):
         lora_diag.probe_sweep(base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"})
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_missing_vectors_are_no_fault_of_an_option():
+    """``tune`` trains biases and norms, too, and has no --bitfit."""
+    model = SimpleNamespace(module=torch.nn.Linear(2, 2, bias=False))
+    with raises_naming(InputError, "no biases or norms") as caught, train_in_place(model, only_vectors=True):
+        pass
+    assert "--" not in str(caught.value)
 
 
 def test_resume_requires_same_trained_parameters(case, tmp_path):

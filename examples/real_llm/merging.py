@@ -1,0 +1,61 @@
+"""Merges of an adapter into rounded formats, written dequantized, with BASE in the same format beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# Options of plan-merge for each format.
+FORMATS = {
+    "bf16": ["--to", "bf16"],
+    "fp8": ["--to", "fp8"],
+    "mxfp4": ["--to", "mxfp4"],
+    "q4_1": ["--to", "int4", "--group-size", "32"],
+}
+
+
+def _round_fp8(weight: Tensor) -> Tensor:
+    """Return a matrix in float8_e4m3fn with one scale per row, as float32."""
+    scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (weight / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+def _round_gguf(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
+    """Return a matrix in a block format of llama.cpp, as float32."""
+    return torch.from_numpy(dequantize(quantize(np.ascontiguousarray(weight.numpy()), kind), kind).copy())
+
+
+ROUND: dict[str, Callable[[Tensor], Tensor]] = {
+    "bf16": lambda weight: weight.bfloat16().float(),
+    "fp8": _round_fp8,
+    "mxfp4": lambda weight: _round_gguf(weight, GGMLQuantizationType.MXFP4),
+    "q4_1": lambda weight: _round_gguf(weight, GGMLQuantizationType.Q4_1),
+}
+
+
+@torch.no_grad()
+def write_merge(folder: Path, adapter: Path, name: str) -> None:
+    """Write ``rounded-NAME`` and ``merged-NAME``: the linear layers of BASE and of the merge, rounded to a format.
+
+    Args:
+        folder: The study's folder, with ``base``.
+        adapter: The adapter to merge.
+        name: Name of the format.
+    """
+    for out, merge in ((f"rounded-{name}", False), (f"merged-{name}", True)):
+        model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        if merge:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        for key, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear) and "lm_head" not in key:
+                module.weight.copy_(ROUND[name](module.weight))
+        model.save_pretrained(folder / out)
+        AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / out)

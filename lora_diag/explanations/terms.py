@@ -169,13 +169,11 @@ def _capitalize(text: str) -> str:
 def find_terms(words: str) -> list[Term]:
     """Return the terms with a spelling, ignoring case; C(16) counts as C(r).
 
-    Without such a term: the symptoms whose titles contain all words. Empty for punctuation alone.
+    Without such a term: the symptoms whose titles contain all words.
     """
     wanted = _normalize(words)
-    if not wanted:
-        return []
     found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
-    if found:
+    if found or not wanted:
         return _merge_roles(found)
     return [term for term in all_terms() if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)]
 

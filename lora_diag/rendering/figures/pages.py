@@ -250,7 +250,7 @@ def draw_panel(
 
     Args:
         make_page: Makes the page of some series.
-        results: Results of a run, or its records.
+        results: Results of a run, or its records, at least one of them of the kind.
         kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
         name: Name of the panel; default the first. Not used by a page with a panel for this purpose (``whole``).
@@ -260,16 +260,13 @@ def draw_panel(
         The Axes drawn on.
 
     Raises:
-        UsageError: No record is of the kind, the records cannot be drawn, or there is no panel of this name.
+        UsageError: The records cannot be drawn, or there is no panel of this name.
     """
     style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
     with apply_style(PANEL if ax is None else None):
         if ax is None:
             ax = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white").subplots()
-        series = single_series(results, kind)
-        if not series.records:
-            raise UsageError(f"no {kind or 'such'} records to draw; give results that have some")
-        page = make_page((series,), style, options or Options())
+        page = make_page((single_series(results, kind),), style, options or Options())
         panel = page.whole or next((panel for panel in page.panels if name in {None, panel.name}), None)
         if panel is None:
             raise UsageError(f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}")

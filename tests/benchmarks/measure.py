@@ -1,8 +1,14 @@
-"""Time and memory of functions in turn and of whole processes, tables in Markdown, and shapes to measure on."""
+"""Time and memory of functions in turn and of whole processes, tables in Markdown, and shapes to measure on.
 
+``python -m tests.benchmarks.measure FILE COMMAND...`` runs a command and writes what it took to a file as JSON. The
+system counts the memory of the process that starts a command to the command; this process is small.
+"""
+
+import json
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,11 +52,18 @@ def run(words: Sequence[object]) -> Used:
     start = time.perf_counter()
     process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     errors = process.stderr.read() if process.stderr else b""
+    code, used = finish(process, start)
+    if code:
+        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{errors.decode()[-2000:]}")
+    return used
+
+
+def finish(process: subprocess.Popen[bytes], start: float) -> tuple[int, Used]:
+    """Wait for a process that began at ``start``, and return its exit code and what it took."""
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
-    if status:
-        raise SystemExit(f"{' '.join(map(str, words))} failed:\n{errors.decode()[-2000:]}")
-    return Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock * 512)
+    used = Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock * 512)
+    return os.waitstatus_to_exitcode(status), used
 
 
 def call(work: Callable[[], object]) -> Used:
@@ -124,3 +137,10 @@ def llama_layer(hidden: int, inner: int, kv: int) -> Iterator[tuple[str, int, in
         yield f"self_attn.{name}_proj.weight", out, width
     for name, out, width in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
         yield f"mlp.{name}_proj.weight", out, width
+
+
+if __name__ == "__main__":
+    began = time.perf_counter()
+    code, used = finish(subprocess.Popen(sys.argv[2:]), began)
+    Path(sys.argv[1]).write_text(json.dumps(used))
+    sys.exit(code)

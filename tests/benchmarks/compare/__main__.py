@@ -1,6 +1,7 @@
 """Output of each tool for the same planted inputs, and its correctness; as Markdown.
 
     python -m tests.benchmarks.compare [PARTS] [--kohya SD_SCRIPTS]
+    python -m tests.benchmarks.compare real BASE TUNED ADAPTER
 
 Tools from the package index are installed in ``.bench/peers``, each in an environment of its own. kohya's scripts are
 no package: they run from a checkout that you name, with its requirements installed in ``.bench/peers/kohya``; without
@@ -39,6 +40,7 @@ from tests.benchmarks.compare.inputs import (
     stored,
     worst,
 )
+from tests.benchmarks.compare.real import real as compare_real
 from tests.benchmarks.measure import print_table
 from tests.oracles import energy_at, rank_at
 
@@ -411,11 +413,19 @@ PARTS = {part.__name__: part for part in (floor, decay, adapters, damaged, layou
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    real = sys.argv[1:2] == ["real"]
+    if real:
+        parser.add_argument("real", help="one table of a real language model and adapter")
+        for side in ("base", "tuned", "adapter"):
+            parser.add_argument(side, type=Path)
+    else:
+        parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--kohya", type=Path, help="a checkout of sd-scripts")
     chosen = parser.parse_args()
     names = ("mergekit", "modeldelta", "weightwatcher", "gradience", "peft", "transformers", "torch")
     print(", ".join(f"{name} {tools.version(name)}" for name in names))
-    for part in chosen.parts:
+    if real:
+        compare_real(chosen.base, chosen.tuned, chosen.adapter)
+    for part in () if real else chosen.parts:
         print(f"\n### {PARTS[part].__doc__}\n", flush=True)
         PARTS[part](chosen.kohya.absolute() if chosen.kohya else None)

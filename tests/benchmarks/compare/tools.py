@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -20,17 +21,20 @@ from safetensors.torch import load_file, save_file
 
 from tests.benchmarks.__main__ import peer
 from tests.benchmarks.compare.inputs import Weights, kohya_name, weights_of
+from tests.benchmarks.measure import Used
 
 OFFLINE = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 FLUX = "double_blocks.0."  # flux_extract_lora.py takes tensors of these names only
+NOTHING = Used(0, 0)
 
 
 @dataclass(frozen=True)
 class Ran:
-    """One process that has ended: its exit code and all it printed."""
+    """One process that has ended: its exit code, all it printed, and what it took."""
 
     code: int
     text: str
+    used: Used = NOTHING
 
     @property
     def last(self) -> str:
@@ -40,10 +44,13 @@ class Ran:
 
 
 def run(words: Sequence[object], **env: str) -> Ran:
-    process = subprocess.run(
-        list(map(str, words)), env={**os.environ, **OFFLINE, **env}, capture_output=True, text=True, check=False
-    )
-    return Ran(process.returncode, process.stdout + process.stderr)
+    with NamedTemporaryFile() as file:
+        measured = [sys.executable, "-m", "tests.benchmarks.measure", file.name, *map(str, words)]
+        process = subprocess.run(
+            measured, env={**os.environ, **OFFLINE, **env}, capture_output=True, text=True, check=False
+        )
+        used = Used(*json.loads(Path(file.name).read_text()))
+    return Ran(process.returncode, process.stdout + process.stderr, used)
 
 
 def done(ran: Ran) -> None:

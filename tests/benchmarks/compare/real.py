@@ -24,7 +24,7 @@ C8: Figure = ("C(8)", lambda row: row["energy"]["8"], lambda s: energy_at(s, 8))
 RANK90: Figure = ("rank at 90%", lambda row: row["rank_at"]["0.9"], lambda s: rank_at(s, 0.9))
 ERROR: Figure = ("ε", lambda row: row["error"], lambda s: best(s, RANK))
 TOP8: Figure = ("C(8)", lambda row: row["concentration_top_k"], lambda s: energy_at(s, 8))
-ENTROPY: Figure = ("effective rank", lambda row: row["effective_rank"], effective_rank)
+ENTROPY: Figure = ("effective rank", lambda row: row["effective_rank"], lambda s: effective_rank(np.sqrt(s)))  # σ/Σσ
 STABLE: Figure = ("stable rank", lambda row: row["stable_rank"], lambda s: float((s**2).sum() / s[0] ** 2))
 ENERGY90: Figure = ("energy rank 90%", lambda row: row["energy_rank_90"], lambda s: rank_at(s, 0.9))
 NORM: Figure = ("‖ΔW‖", lambda row: row.get("fro", row.get("delta_fro_norm")), lambda s: float(np.linalg.norm(s)))
@@ -42,7 +42,7 @@ class Tool:
     adapter: bool = False
 
 
-def real(base: Path, tuned: Path, adapter: Path, rounds: int = 2) -> None:
+def real(base: Path, tuned: Path, adapter: Path, rounds: int = 1) -> None:
     """Run the tools in turn on one pair and one adapter, and print one table."""
     home = fresh("real")
     before, after = weights_of(base), weights_of(tuned)
@@ -61,7 +61,7 @@ def real(base: Path, tuned: Path, adapter: Path, rounds: int = 2) -> None:
         return ran.used
 
     used = in_turn({name: lambda name=name: measured(name) for name in peers}, rounds)
-    print(f"{machine()}; {rounds} runs in turn\n")
+    print(f"{machine()}; runs in turn: {rounds}\n")
     rows = []
     for name, tool in peers.items():
         layers, taken, other = tool.rows(texts[name]), used[name], used[tool.reference]
@@ -80,7 +80,8 @@ def says(rows: Rows, figures: tuple[Figure, ...], spectra: Mapping[str, np.ndarr
     for label, of, true in figures:
         named.append(f"{label} {', '.join(f'{of(rows[name]):.3g}' for name in NAMED)}")
         spans.append(f"{label} {spread(of(row) for name, row in rows.items() if 'layers.' in name)}")
-        errors.append(f"{label} {max(abs(of(rows[name]) / true(spectra[name]) - 1) for name in NAMED):.0e}")
+        off = max(abs(of(rows[name]) / true(spectra[name]) - 1) for name in NAMED)
+        errors.append(f"{label} {off:.0e}" if off else f"{label} 0")
     return "; ".join(named), "; ".join(spans) if len(rows) > len(NAMED) else "-", "; ".join(errors)
 
 

@@ -79,11 +79,10 @@ def _report_unexpected(error: Exception) -> int:
         message = "out of memory: less is available than loradiag needs; free memory, or raise its limit (ulimit -v)"
     full_traceback = traceback.format_exc() if os.environ.get("LORADIAG_TRACEBACK") else ""
     try:
-        from lora_diag.cli.output import forget_output, public
-        from lora_diag.cli.output import message as show
+        from lora_diag.cli.output import forget_output, print_message, public
 
         sys.stderr.write(public(full_traceback))
-        show(f"Error: {message}")
+        print_message(f"Error: {message}")
         forget_output()
     except Exception:  # nothing can be imported or written; the text may have secrets
         with suppress(Exception):

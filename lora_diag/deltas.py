@@ -117,7 +117,9 @@ class StoredDelta:
         yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
 
     def steps(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]] | None:
-        """Return the spacing of quantized formats in blocks, like ``blocks``; None if neither side is quantized.
+        """Return ``(base, tuned)`` spacings of the entries of each of ``blocks``; None if neither side is quantized.
+
+        Each is 1-D of the block's number of entries, float32; None for a side that is not quantized.
 
         Raises:
             InputError: A file could not be read, once the blocks are iterated.

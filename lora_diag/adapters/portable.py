@@ -94,7 +94,8 @@ def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
         return "stacked experts (target_parameters)"
     if item.part not in LOW_RANK_PARTS:
         return {"bias": "a bias", "rows": "rows of an embedding", "other": "no LoRA"}.get(item.part, "a weight in full")
-    return "a part of an nn.MultiheadAttention" if ".base_layer.out_proj." in item.key else ""
+    is_inside = ".base_layer.out_proj." in item.key or item.module.endswith("in_proj_weight")
+    return "a part of an nn.MultiheadAttention" if is_inside else ""
 
 
 def write_portable(

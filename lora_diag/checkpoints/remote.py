@@ -136,7 +136,7 @@ class RemotePath(_Path):
             return file.read()
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Return the file, open for reading bytes; raises like ``file_info``."""
+        """Return the file, open for reading bytes; raises like ``file_info``, and its reads like ``read_into``."""
         assert mode == "rb"
         return io.BufferedReader(RangeStream(self.read_into, self.file_info().size), BUFFER_BYTES)
 

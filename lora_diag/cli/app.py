@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
-from lora_diag.cli.output import BrokenOutputError, forget_output, message
+from lora_diag.cli.output import BrokenOutputError, forget_output, print_message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.feature import GROUPS
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
@@ -165,7 +165,7 @@ def _run() -> int:
         # Not in typer's standalone mode, which prints no message on Ctrl-C.
         code = commands(_find_command(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
     except LoradiagError as error:
-        message(f"Error: {error}")
+        print_message(f"Error: {error}")
         return error.exit_code
     except BrokenOutputError:
         return DONE
@@ -181,7 +181,7 @@ def _run() -> int:
     except OSError as error:
         if not _is_stream_error(error):
             raise
-        message(f"Error: standard output: cannot be written: {error.strerror}")
+        print_message(f"Error: standard output: cannot be written: {error.strerror}")
         return UNREADABLE
     except Exception as error:
         # A usage error of typer, or of the click that an older typer depends on; it carries its message and exit code.
@@ -191,9 +191,10 @@ def _run() -> int:
         if "\n" in format_message():  # the help of a command without arguments
             error.show()  # type: ignore[attr-defined]
         else:
-            message(f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}")
+            print_message(f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}")
     if code == INTERRUPTED:
-        message("interrupted; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else "interrupted")
+        hint = "; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else ""
+        print_message(f"interrupted{hint}")
     return code if isinstance(code, int) else DONE
 
 

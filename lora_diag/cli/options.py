@@ -98,7 +98,7 @@ class Shown:
         With ``--verbose`` and without ``--quiet``, print afterwards how much was read.
         """
         with out.progress_bar(self.quiet) as on_progress:
-            on_note = None if self.quiet else out.message
+            on_note = None if self.quiet else out.print_message
             yield {"on_progress": on_progress, "on_record": out.record_printer(self.json), "on_note": on_note}
         if self.verbose and not self.quiet:
             out.report_reading()
@@ -123,7 +123,7 @@ class Shown:
     def message(self, text: str) -> None:
         """Print a message to standard error, unless ``--quiet``."""
         if not self.quiet:
-            out.message(text)
+            out.print_message(text)
 
 
 def make_function(feature: Feature, command: Command) -> Callable[..., None]:

@@ -34,10 +34,11 @@ class BrokenOutputError(Exception):
     """The reader closed standard output (``| head``)."""
 
 
-def message(text: str) -> None:
+def print_message(text: str) -> None:
     """Print a message to standard error; nothing if that is closed.
 
-    A message is a single line in a log; on a terminal it is wrapped between words, so that paths can be copied.
+    A message is a single line in a log; on a terminal it is wrapped between words, so that paths without blanks can be
+    copied.
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
@@ -126,9 +127,9 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
 def report_unmeasured(items: Sequence[LeftOut]) -> None:
     """Print a message on each layer that could not be measured; beyond ``MAX_NAMED``, the number of the others."""
     for item in items[:MAX_NAMED]:
-        message(f"Error: {item.layer}: {item.detail}; it was left out")
+        print_message(f"Error: {item.layer}: {item.detail}; it was left out")
     if len(items) > MAX_NAMED:
-        message(
+        print_message(
             f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list all (--json, or "
             "-o FILE)"
         )
@@ -141,7 +142,7 @@ def report_reading() -> None:
     read, files, size = READING.total()
     if size:
         count = "1 local file" if files == 1 else f"{files} local files"
-        message(f"Read {byte_count(read)} from {count}, {read / size:.2f} times their size")
+        print_message(f"Read {byte_count(read)} from {count}, {read / size:.2f} times their size")
 
 
 def rerun_command(*extra: str) -> str:

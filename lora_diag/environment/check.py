@@ -282,7 +282,9 @@ def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 def memory(
     meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int | None, int | None]:
-    """Return the bytes of memory that are available to this process, and all that it may use; None if not known.
+    """Return the bytes of memory available on this machine, and all of it, within a container; None if not known.
+
+    Limits by ``ulimit``, control groups of version 1, and nested groups are not read.
 
     Args:
         meminfo: Linux's list of the machine's memory, in KiB.

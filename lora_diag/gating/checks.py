@@ -202,7 +202,7 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
 
 
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each adapted layer with directions below ``UNUSED`` · σ_1."""
+    """Yield an alarm for each layer of factors, measured with all values, with directions below ``UNUSED`` · σ_1."""
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
         if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
             used = sum(value > UNUSED * record.s[0] for value in record.s)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.cli.output import message, rerun_command
+from lora_diag.cli.output import print_message, rerun_command
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, check_outputs, write_whole
 from lora_diag.gating import GateOptions
@@ -76,7 +76,7 @@ def run_gate(
             shown.print_line(text)
     has_passed = outcome(results.whole) == "passed"
     if shown.quiet and not has_passed:
-        message(show.reason(results))
+        print_message(show.reason(results))
     if shown.table:
         if has_passed:
             hint = f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"

@@ -310,7 +310,9 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
 
 def _suggest_memory(needed: int, allowance: Allowance) -> str:
     """Return the advice to give the missing memory: N times as much with ``--workers N``, as a layer gets one Nth."""
-    return f"give {_format_size(needed - allowance.limit + 10**6)} more (times --workers)"
+    missing = needed - allowance.limit
+    # More by the unit of the rounding below, so that the advice is not too little.
+    return f"give {_format_size(missing + (10**6 if missing < 998 * 10**6 else 5 * 10**7))} more (times --workers)"
 
 
 def _format_size(count: int) -> str:

@@ -222,10 +222,10 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     action += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
-    action += f"; {verdict.more_seeds} seeds would confirm it" if verdict.more_seeds is not None else ""
-    facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.more_seeds, "higher": higher, "action": action}
-    if higher or verdict.more_seeds is not None:
-        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.more_seeds or verdict.seeds}
+    action += f"; {verdict.needed_seeds} seeds would confirm it" if verdict.needed_seeds is not None else ""
+    facts |= {"rank": chosen.rank, "lr": chosen.lr, "seeds": verdict.needed_seeds, "higher": higher, "action": action}
+    if higher or verdict.needed_seeds is not None:
+        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.needed_seeds or verdict.seeds}
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}

@@ -59,7 +59,10 @@ class Field:
 
 
 def layers_of(evidence: Evidence) -> tuple[str, ...]:
-    """Return the distinct names of the layers of all runs, in the order of the files; adapters are not included."""
+    """Return the distinct names of the layers with records of layers, in the order of the files.
+
+    Adapters of fleets are not included, nor layers of probes.
+    """
     return tuple(
         dict.fromkeys(
             record.layer for source in evidence.sources for record in source.results if not isinstance(record, Fleet)

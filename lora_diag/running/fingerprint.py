@@ -101,6 +101,8 @@ def names_of(checkpoint: Checkpoint) -> tuple[str, ...]:
 def files_of(checkpoint: Checkpoint) -> list[Path]:
     """Return the files that hold a checkpoint's tensors; for parts of tensors, all such files of the folder.
 
+    For sparse patches they are those of the patches, without those of BASE.
+
     A web server does not list them: their index takes their place.
     """
     found: set[Path] = set()

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
-from lora_diag.cli.output import message, rerun_command
+from lora_diag.cli.output import print_message, rerun_command
 from lora_diag.errors import DONE, INCONCLUSIVE, UsageError
 from lora_diag.tuning import TuneOptions
 
@@ -43,12 +43,12 @@ def run_tune(shown: Shown, base: str, *, output: Path, yes: bool, **options: Unp
     choice = next(iter(results.whole_of(Tune)), None)
     if choice is None:
         if not dry:
-            message(f"stopped before training; nothing was written to {output}")
+            print_message(f"stopped before training; nothing was written to {output}")
         return DONE
     if shown.table:
         hint = f"python {shlex.quote(str(output / 'config.trl.py'))}   ({output / 'report.html'} shows all)"
         shown.print(tune_table(results, *shown.terminal, next_command=hint))
     if not choice.significant:
-        message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
+        print_message("the choice is not significant: exit code 5; more --repeats or --steps may decide it")
         return INCONCLUSIVE
     return DONE

@@ -396,7 +396,7 @@ class Tuner:
         plan, repeats = self.plan, self.plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
         rates = self._read_swept_setting("rates")
-        needed = self.swept.verdict.more_seeds
+        needed = self.swept.verdict.needed_seeds
         if not self.choice.significant and plan.more_seeds and needed is not None:
             if why := self._explain_no_more_seeds(needed):
                 self.decide("ranks", "more seeds", "not tried", why, seeds=needed)

@@ -1,5 +1,7 @@
 """Adapters made on the spot by the installed PEFT on tiny models, compared with its own merge."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_diag.adapters import open_adapter
+from lora_diag.adapters.portable import write_portable
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import FactoredDelta
 from tests.adapters.making import close, dense
@@ -161,6 +164,9 @@ def test_multihead_attention_count_equals_peft(tmp_path):
     changes, notes = check(Attention(), peft.LoraConfig(target_modules=["attn", "fc"], **LORA), tmp_path)
     assert set(changes) == {"attn.in_proj_weight", "attn.out_proj.weight", "fc.weight"}
     assert any("twice" in note for note in notes)
+    written = write_portable(open_adapter(tmp_path / "adapter"), tmp_path / "portable", leave_out=True)
+    assert json.loads((tmp_path / "portable/adapter_config.json").read_text())["target_modules"] == ["fc"]
+    assert len(written.unsupported) == 2
 
 
 def test_target_parameters_equal_current_peft(tmp_path):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from lora_diag.cli.output import message, print_json, print_result
+from lora_diag.cli.output import print_json, print_message, print_result
 from lora_diag.errors import InputError
 
 
@@ -14,7 +14,7 @@ from lora_diag.errors import InputError
 def test_long_message_keeps_path_and_fix(capsys, name):
     error = InputError(f"a/model.safetensors: has a tensor {name}; rename it")
     assert len(str(error)) <= 2000
-    message(f"Error: {error}")
+    print_message(f"Error: {error}")
     (shown,) = capsys.readouterr().err.splitlines()
     assert len(shown) <= 2000
     assert shown.startswith("Error: a/model.safetensors: has a tensor")

@@ -101,7 +101,7 @@ def test_ties_remedy_is_stated_where_it_helps():
     task = LayerUpdates(NAME, (40000, 8000), tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
     settings = InterferenceSettings(weights=(1.0, 1.0), memory=10**9)
     text = (
-        "the entries of its updates, for TIES, take 5.3 GB; give 4.3 GB more .* or --density 0, which leaves out TIES"
+        "the entries of its updates, for TIES, take 5.3 GB; give 4.4 GB more .* or --density 0, which leaves out TIES"
     )
     with pytest.raises(MemoryLimitError, match=text):
         interference.measure_layer(task, settings)

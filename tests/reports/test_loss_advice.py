@@ -236,8 +236,8 @@ def test_open_sweep_is_extended():
     noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
     verdict = list_swept(noisy.whole, noisy.run.settings)[0].verdict
     step = steps(noisy)["sweep"]
-    assert step.facts["seeds"] == verdict.more_seeds > 2
-    assert f"--repeats {verdict.more_seeds} --resume" in step.command
+    assert step.facts["seeds"] == verdict.needed_seeds > 2
+    assert f"--repeats {verdict.needed_seeds} --resume" in step.command
     assert f"{math.floor(100 * verdict.confidence)}% confidence" in step.because
     worse = steps(sweep({4: 2.1, 8: 2.2}))["sweep"]
     assert worse.facts["rates"] == (1e-5, 1e-4, 3.3e-4)  # all below 0.001

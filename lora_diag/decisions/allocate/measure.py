@@ -848,10 +848,10 @@ def _bound_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, be
 
 
 def _require_possible_rank(units: Sequence[Unit]) -> None:
-    """Refuse layers without energy, or of which none can get a rank.
+    """Refuse layers of which none has both energy and an allowed rank.
 
     Raises:
-        UsageError: There is no energy to keep, or no layer can get a rank.
+        UsageError: There is no energy to keep, or no layer with energy can get a rank.
     """
     if any(unit.cap and unit.energy for unit in units):
         return
@@ -862,7 +862,7 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
         raise UsageError("every changed layer has weight 0, so there is no energy to keep")
     if all(member.resolution.signal_rank == 0 for member in changed):
         raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
-    raise UsageError("every layer is smaller than the smallest allowed rank")
+    raise UsageError("every layer with energy is smaller than the smallest allowed rank")
 
 
 def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> float:

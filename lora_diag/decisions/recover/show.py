@@ -60,7 +60,7 @@ def writes_folder(results: Results[Recovery]) -> bool:
 
 
 def exit_code(results: Results[Recovery]) -> int:
-    """Return the exit code of ``recover``: inconclusive if all layers are refused or most do not fit the model.
+    """Return the exit code of ``recover``: inconclusive if all layers are refused, or as ``is_lost`` says.
 
     ``DONE`` if a layer could not be measured, for which the caller has its own code.
     """

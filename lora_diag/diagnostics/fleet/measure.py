@@ -306,18 +306,18 @@ class FleetPath:
 
     Args:
         path: An adapter, or the base of all.
-        files: Hash of the names and sizes of its files with ``READ_SUFFIXES``; empty without any, and on object
-            storage.
+        digest: Hash of the names and sizes of its files with ``READ_SUFFIXES``; empty without any, and for a remote
+            path.
         size: Bytes of these files; 0 likewise.
     """
 
     path: Path
-    files: str
+    digest: str
     size: int = 0
 
     @classmethod
     def read(cls, path: Path) -> FleetPath:
-        """Return the path with its current files."""
+        """Return the path with the digest and size of its current files; empty and 0 for a remote path."""
         sizes: dict[str, int] = {}
         with suppress(OSError):
             files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
@@ -334,7 +334,7 @@ class FleetPath:
         Raises:
             InputError: The files differ or are missing.
         """
-        if self.read(self.path).files != self.files:
+        if self.read(self.path).digest != self.digest:
             raise InputError(
                 f"{self.path}: the worker on {platform.node()} finds other files there, or none; put adapters and "
                 "base on storage shared by all nodes, under the same path, and do not change them during the run"
@@ -497,7 +497,7 @@ def _describe(member: Member, verify: bool) -> RunInput:
     is opened, since its server may not list folders and sizes cost as many requests; with ``verify``, every
     adapter or checkpoint is. What cannot be opened has no hash of its contents.
     """
-    digest, sha256 = member.seen.files, ""
+    digest, sha256 = member.seen.digest, ""
     is_remote = isinstance(member.seen.path, RemotePath)
     if is_remote or verify:
         with suppress(LoradiagError):

@@ -129,7 +129,7 @@ def _read_gradients(
     """Yield G_t, or its transpose, step by step; add the spacing of the stored values to ``spacing``, if given.
 
     Raises:
-        _NotFiniteError: An entry is not finite, or the norm overflows.
+        _NotFiniteError: An entry is not finite, or the norm of a block of rows overflows.
     """
     rows, columns = history.shape
     stacks_columns = rows < columns  # as in the smaller of both Gram matrices

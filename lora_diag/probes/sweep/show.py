@@ -133,8 +133,8 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
     """Return the next step: more seeds if they would decide, else the cost of the rank, or of all without one."""
     swept = judging.swept_of(results)
     verdict = None if swept is None else swept.verdict
-    if verdict is not None and verdict.more_seeds is not None:
-        return Hint(f"--repeats {verdict.more_seeds} --resume", "adds seeds to these", saved=True)
+    if verdict is not None and verdict.needed_seeds is not None:
+        return Hint(f"--repeats {verdict.needed_seeds} --resume", "adds seeds to these", saved=True)
     if verdict is None or verdict.chosen is None:
         return Hint("plan {base}", "what each rank costs in parameters and memory")
     chosen = verdict.chosen

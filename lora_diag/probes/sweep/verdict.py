@@ -151,7 +151,7 @@ class SweepVerdict:
         return next((standing for standing in self.standings if standing.rank == rank), None)
 
     @property
-    def more_seeds(self) -> int | None:
+    def needed_seeds(self) -> int | None:
         """Estimated number of seeds that decide one open rank; None without an open rank whose number is known.
 
         Open are the ranks below ``rank``, or all without it, that the seeds do not decide.

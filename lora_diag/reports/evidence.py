@@ -232,8 +232,8 @@ def energy_at(record: Spectrum, rank: int) -> float | None:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> energy_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1)
-        0.6666666666666667
+        >>> round(energy_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1), 6)
+        0.666667
     """
     measured = record.energy.get(str(rank))
     if measured is not None or record.fro == 0:

@@ -300,7 +300,7 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
 
 def test_resumed_search_with_full_fine_tuning_refuses_no_full(case):
     base, texts, _, run, _ = case
-    with raises_naming(UsageError, "--no-full"):
+    with raises_naming(UsageError, "no_full"):
         lora_diag.tune(base, run, resume=True, no_full=True, **texts, **OPTIONS)
 
 

@@ -372,15 +372,15 @@ def test_worker_refuses_missing_adapters(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"1234")
     for path in (tmp_path, tmp_path / "none"):
         with raises_naming(InputError, "worker", "other files"):
-            FleetPath(path, seen.files).check_unchanged()
-    assert FleetPath.read(tmp_path / "none").files == ""
+            FleetPath(path, seen.digest).check_unchanged()
+    assert FleetPath.read(tmp_path / "none").digest == ""
 
 
 @pytest.mark.parametrize("other", ["lora_r4", "base"])
 def test_worker_refuses_other_adapter_or_base(other):
     """Under the same path it would be measured as if it were the one that was meant."""
     seen = {name: FleetPath.read(SAMPLES / name) for name in ("lora_r4", "base")}
-    seen[other] = replace(seen[other], files="0123456789abcdef")
+    seen[other] = replace(seen[other], digest="0123456789abcdef")
     settings = FleetSettings(seen["base"], r"layers\.0\..*q_proj", None, "cpu")
     with raises_naming(InputError, other, "worker"):
         _measure_on_worker(Member("one", seen["lora_r4"]), settings)

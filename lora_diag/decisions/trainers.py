@@ -29,7 +29,7 @@ _NAMES = {
     "modules_to_save": ("lora_modules_to_save", "additional_target", "lora_modules_to_save", "modules_to_save"),
     "task_type": ("", "", "lora_task_type", ""),
     "use_rslora": ("peft_use_rslora", "use_rslora", "use_rslora", "use_rslora"),
-    "use_dora": ("peft_use_dora", "use_dora", "use_dora", ""),
+    "use_dora": ("peft_use_dora", "use_dora", "use_dora", "use_dora"),
 }
 # Those that are written even if they are empty or 0.
 _REQUIRED = frozenset({"r", "lora_alpha", "lora_dropout", "target_modules"})

@@ -169,11 +169,13 @@ def _capitalize(text: str) -> str:
 def find_terms(words: str) -> list[Term]:
     """Return the terms with a spelling, ignoring case; C(16) counts as C(r).
 
-    Without such a term: the symptoms whose titles contain all words.
+    Without such a term: the symptoms whose titles contain all words. Empty for punctuation alone.
     """
     wanted = _normalize(words)
+    if not wanted:
+        return []
     found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
-    if found or not wanted:
+    if found:
         return _merge_roles(found)
     return [term for term in all_terms() if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)]
 

@@ -92,7 +92,7 @@ def panel(
 
     Args:
         figure: One of ``FIGURES``.
-        records: Results of a run, or its records, at least one of them of the figure's kind.
+        records: Results of a run, or its records; those of another kind than the figure's are ignored.
         ax: Axes to draw on, whose fonts are kept; default those of a new figure.
         name: Name of the panel where the figure has several, such as an evaluation set, an adapter of ``residual``,
             ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the first.
@@ -104,7 +104,7 @@ def panel(
         The Axes drawn on.
 
     Raises:
-        UsageError: There is no such figure or panel, or the records cannot be drawn.
+        UsageError: There is no such figure or panel, no record is of the figure's kind, or the records cannot be drawn.
 
     Example:
         >>> import lora_diag

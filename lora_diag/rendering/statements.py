@@ -256,16 +256,22 @@ def describe_resolution(
 
 
 def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
-    """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files; empty without sizes.
+    """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files.
+
+    Empty without estimates of a size: layers without an interval are refused, or the files resolve them.
 
     Args:
-        estimates: The estimate and ‖D‖_F of each layer; if any has a size, one at least has an interval.
+        estimates: The estimate and ‖D‖_F of each layer.
     """
-    sized = [(hidden.fro_estimate, hidden.fro_interval, fro) for hidden, fro in estimates if hidden.fro_estimate]
+    sized = [
+        (hidden.fro_estimate, hidden.fro_interval, fro)
+        for hidden, fro in estimates
+        if hidden.fro_estimate and hidden.fro_interval is not None
+    ]
     if not sized:
         return []
     norm, stored = math.hypot(*(size for size, _, _ in sized)), math.hypot(*(fro for _, _, fro in sized))
-    errors = [(interval[1] - interval[0]) / 2 / size for size, interval, _ in sized if interval is not None]
+    errors = [(interval[1] - interval[0]) / 2 / size for size, interval, _ in sized]
     return [
         f"‖X‖ = {number(norm)} estimated over {quantity(len(sized))}, ± {percent(median(errors))} in the median "
         f"matrix; the files show ‖D‖ = {number(stored)}, {number(stored / norm)} times that"

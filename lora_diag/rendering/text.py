@@ -274,8 +274,8 @@ def small_percent(share: float) -> str:
 def count(value: int) -> str:
     """Return a count in a short form.
 
-    >>> count(999), count(1_050_000), count(6_738_415_616)
-    ('999', '1.05 M', '6.74 B')
+    >>> count(999), count(999_999), count(1_050_000), count(6_738_415_616)
+    ('999', '1 M', '1.05 M', '6.74 B')
     """
     return _scale(value, {10**12: "T", 10**9: "B", 10**6: "M"}) or _scale(value, {1000: "k"}, 10**4) or str(value)
 
@@ -283,15 +283,18 @@ def count(value: int) -> str:
 def byte_count(size: int) -> str:
     """Return a size in decimal units, as options of a size read it.
 
-    >>> byte_count(999), byte_count(67_108_864), byte_count(13_476_831_232)
-    ('999 B', '67.1 MB', '13.5 GB')
+    >>> byte_count(999), byte_count(999_999), byte_count(67_108_864), byte_count(10**15)
+    ('999 B', '1 MB', '67.1 MB', '1000 TB')
     """
     return _scale(size, {10**12: "TB", 10**9: "GB", 10**6: "MB", 1000: "kB"}) or f"{size} B"
 
 
 def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
-    """Return a number with up to three digits in the first unit that it reaches; empty if none, or below ``least``."""
-    return next((f"{value / size:.3g} {unit}" for size, unit in units.items() if value >= max(size, least)), "")
+    """Return a number in three digits in the first unit that these reach; empty if none, or below ``least``."""
+    rounded = float(f"{value:.3g}")
+    return next(
+        (f"{rounded / size:g} {unit}" for size, unit in units.items() if rounded >= size and value >= least), ""
+    )
 
 
 def small_fraction(share: float) -> str:

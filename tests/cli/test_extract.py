@@ -147,6 +147,23 @@ def test_resume_detects_missing_factors(pair_of_models, loradiag, tmp_path):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.parametrize("name", ["notes.md", "factors/notes.md"])
+def test_resume_refuses_folder_with_foreign_file(pair_of_models, loradiag, tmp_path, name):
+    """An extraction without factors deletes its folder, and a finished one the factors of its layers."""
+    base, tuned, *_ = pair_of_models
+    notes = tmp_path / "adapter.part" / name
+    (tmp_path / "adapter.part" / "factors").mkdir(parents=True)
+    notes.write_text("ten years")
+    (tmp_path / "adapter.part" / ".README.md.1").write_text("left by a killed process")
+    for update in (base, tuned):
+        ran = loradiag("extract", base, update, "--rank", "2", "-o", "adapter", "--resume")
+        assert ran.code == 2
+        assert_names(ran.err, name)
+    assert notes.read_text() == "ten years"
+    notes.unlink()
+    assert loradiag("extract", base, tuned, "--rank", "2", "-o", "adapter", "--resume").code == 0
+
+
 def test_budget_is_not_exceeded(loradiag, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     ran = loradiag("extract", base, tuned, "--params", "400", "-o", "adapter", "--json")

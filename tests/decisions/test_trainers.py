@@ -42,6 +42,7 @@ def test_unsloth_call_has_the_arguments_of_peft():
     exec(format_settings("unsloth", CONFIG), {"FastLanguageModel": model, "model": None})
     assert given == {key: value for key, value in CONFIG.items() if key in given}
     assert {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"} <= given.keys()
+    assert "use_dora=True" in format_settings("unsloth", CONFIG | {"use_dora": True})
 
 
 def test_trl_and_llamafactory_take_one_rank():

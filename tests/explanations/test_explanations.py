@@ -77,6 +77,7 @@ def test_unknown_word_gets_nearest(loradiag):
     assert ran.code == 2
     assert "\x1b" not in ran.err
     assert "did you mean unresolved" in loradiag("explain", "unresolvd").err
+    assert loradiag("explain", "?").code == 2
 
 
 def commands_in(page: str) -> list[list[str]]:

@@ -287,3 +287,9 @@ def test_plot_without_records_or_output_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         lora_diag.plot(making.results(making.model(1)), output=tmp_path / "file" / "x.png")
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in plots.FIGURES])
+def test_panel_without_records_of_its_kind_is_refused(name):
+    with raises_naming(UsageError, "records"):
+        getattr(plots, name)(making.results(making.model(1)).filter("nothing"))

@@ -43,6 +43,9 @@ WEIGHTS, CONFIG, CARD, RECORDS = "adapter_model.safetensors", "adapter_config.js
 FACTORS, SPECTRA = "factors", "spectra.jsonl"
 OWN_FILES = frozenset({WEIGHTS, CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())})
 
+# A temporary name of ``files.replacing``, left by a killed process.
+_HALF_WRITTEN = re.compile(r"^\.(.+)\.\d+$")
+
 
 class OutputFolder:
     """The folder of one extraction; a subclass names the files of another command.
@@ -89,14 +92,15 @@ class OutputFolder:
         if any(os.path.realpath(path) == str(self.final) for path in inputs):
             raise UsageError(f"{final}: is an input; choose another folder for -o")
         self._check_final()
-        if self.work.exists() and not resume:
-            if overwrite:
-                self._check_ours(self.work)
-                return
-            self._refuse_running()
-            raise UsageError(
-                f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete it"
-            )
+        if self.finished or not self.work.exists():
+            return
+        if overwrite or resume:
+            self._check_ours(self.work)
+            return
+        self._refuse_running()
+        raise UsageError(
+            f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete it"
+        )
 
     def _refuse_running(self) -> None:
         """Refuse a folder that another process is writing, which must not be deleted.
@@ -117,9 +121,9 @@ class OutputFolder:
             return
         if not self.final.is_dir():
             raise UsageError(f"{self.final}: is a file; give -o a folder for the adapter")
-        if any(self.final.iterdir()) and not (self.finished or self._reopened):
+        if any(self.final.iterdir()) and not self.finished:
             self._check_ours(self.final)
-            if not self._overwrite:
+            if not (self._overwrite or self._reopened):
                 raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
 
     def _check_ours(self, folder: Path) -> None:
@@ -130,10 +134,14 @@ class OutputFolder:
         Raises:
             UsageError: The folder may not be replaced.
         """
-        names = {path.name for path in folder.iterdir()}
-        if not names & {self.records_name, FACTORS}:
+        names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+        if names and not names & {self.records_name, FACTORS}:
             raise UsageError(f"{folder}: is not {self.description}, so it is not replaced; choose another folder")
-        if foreign := sorted(names - self.own_files - {FACTORS, SPECTRA, f"{self.records_name}.part"}):
+        own = {*self.own_files, FACTORS, SPECTRA, f"{self.records_name}.part", f"{SPECTRA}.part"}
+        foreign = sorted(name for name in names if _HALF_WRITTEN.sub(r"\1", name) not in own)
+        factors = (_HALF_WRITTEN.sub(r"\1", path.name) for path in (folder / FACTORS).glob("*"))
+        foreign += sorted(f"{FACTORS}/{name}" for name in factors if not re.fullmatch(r"\d{6}\.safetensors", name))
+        if foreign:
             raise UsageError(
                 f"{folder}: holds {foreign[0]}, which is not a file of {self.description}; choose another folder"
             )

@@ -250,7 +250,7 @@ def draw_panel(
 
     Args:
         make_page: Makes the page of some series.
-        results: Results of a run, or its records, at least one of them of the kind.
+        results: Results of a run, or its records.
         kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
         name: Name of the panel; default the first. Not used by a page with a panel for this purpose (``whole``).
@@ -260,13 +260,16 @@ def draw_panel(
         The Axes drawn on.
 
     Raises:
-        UsageError: The records cannot be drawn, or there is no panel of this name.
+        UsageError: No record is of the kind, the records cannot be drawn, or there is no panel of this name.
     """
     style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
     with apply_style(PANEL if ax is None else None):
         if ax is None:
             ax = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white").subplots()
-        page = make_page((single_series(results, kind),), style, options or Options())
+        series = single_series(results, kind)
+        if not series.records:
+            raise UsageError(f"no {kind or 'such'} records to draw; give results that have some")
+        page = make_page((series,), style, options or Options())
         panel = page.whole or next((panel for panel in page.panels if name in {None, panel.name}), None)
         if panel is None:
             raise UsageError(f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}")

@@ -217,10 +217,10 @@ def format_log_axis(axis: Axis, low: float, high: float) -> None:
 def format_value(value: float, _: object = None) -> str:
     """Return a number with up to three digits, from a thousand on as an integer with thin spaces.
 
-    >>> format_value(0.012345), format_value(12345.6)
-    ('0.0123', '12\u202f346')
+    >>> format_value(0.012345), format_value(999.9), format_value(12345.6)
+    ('0.0123', '1\u202f000', '12\u202f346')
     """
-    return f"{value:,.0f}".replace(",", "\u202f") if 1000 <= abs(value) < 1e15 else f"{value:.3g}"
+    return f"{value:,.0f}".replace(",", "\u202f") if 999.5 <= abs(value) < 1e15 else f"{value:.3g}"
 
 
 def category(number: int) -> str:

@@ -5,6 +5,8 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.spectrum.show import summary_lines
+from lora_diag.records.vocabulary import Hidden
+from lora_diag.rendering.statements import describe_estimate
 from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
 from tests.messages import assert_names
@@ -60,3 +62,8 @@ def test_activations_with_recover_are_refused(loradiag, pair):
     ran = loradiag("spectrum", *pair[:2], "--recover", "--activations", "none.safetensors")
     assert ran.code == 2
     assert "remove --activations" in ran.err
+
+
+def test_estimate_without_interval_states_no_size():
+    resolved = Hidden(status="not_hidden", reason="resolved", unchanged=0.0, fro_estimate=1.0)
+    assert describe_estimate([(resolved, 1.0)]) == []

@@ -1,4 +1,4 @@
-"""Merges of an adapter into rounded formats, written dequantized, with BASE in the same format beside them."""
+"""Merges of an adapter, and BASE alone, rounded to storage formats and written dequantized."""
 
 from __future__ import annotations
 

@@ -163,7 +163,8 @@ def _find_fields() -> Iterator[Term]:
 
 
 def _capitalize(text: str) -> str:
-    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+    # Not Greek letters: ε and Ε are different signs.
+    return text if text[1:2].isupper() or not text[:1].isascii() else text[:1].upper() + text[1:]
 
 
 def find_terms(words: str) -> list[Term]:

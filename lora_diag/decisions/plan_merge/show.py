@@ -54,10 +54,11 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
     keeping = [name for name, effect in _effects_of_16_bits(records).items() if effect.survives]
     base_error = pool_ratios(records, lambda record: record.base_error)
+    rule = f"the rule of thumb (error at most {number(MAX_ERROR)} ‖ΔW‖)"
     advice = {
-        "merge": f"merge: {to} keeps the update, by the rule of thumb (error at most {number(MAX_ERROR)} ‖ΔW‖)",
-        "merge into 16 bit": f"merge into {' or '.join(keeping)}: {to} loses too much of the update",
-        "serve unmerged": f"serve unmerged: {to} loses too much of the update",
+        "merge": f"merge: {to} keeps the update, by {rule}",
+        "merge into 16 bit": f"merge into {' or '.join(keeping)}: {to} does not meet {rule}",
+        "serve unmerged": f"serve unmerged: {to} does not meet {rule}",
     }[outcome]
     if (
         outcome == "serve unmerged"

@@ -207,7 +207,7 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed_count: int, ranks: 
 def _list_shares(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
     """Return the energy fraction that a rank keeps of each layer that is larger than it; empty if one is not known.
 
-    Any update of a smaller layer is kept whole, which says nothing about the update.
+    A rank of at least the layer's size keeps any update whole.
     """
     shares = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
     known = {layer: share for layer, share in shares.items() if share is not None}

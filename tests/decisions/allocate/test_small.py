@@ -71,7 +71,7 @@ def test_policies_of_full_and_truncated_spectrum():
 
 
 def test_unusual_target_is_refused():
-    """A table of positions and convolutions in groups; a linear layer beside them is one."""
+    """A table of positions and grouped convolutions cannot take LoRA; a linear layer of the same model can."""
     refused = ("visual.register_tokens", "visual.attn.relative_position_bias_table")
     refused += ("model.layers.0.temporal_block.conv_1d.weight", "model.layers.0.conv.conv.weight")
     assert all(why_no_target(name, None, None) for name in refused)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lora_diag.errors import InputError
-from lora_diag.metrics.statistics import paired_difference
+from lora_diag.metrics.statistics import Estimate, degrees_of_freedom, paired_difference
 from lora_diag.models.data import IGNORED, Sequence, Texts
 from lora_diag.models.opening import Model, pad_sequences
 
@@ -177,6 +177,50 @@ def divergence(p: Tensor, q: Tensor) -> float:
     """Return KL(p‖q) from logits, in nats, summed over predictions in float64."""
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     return float((log_p.exp() * (log_p - log_q)).sum())
+
+
+@dataclass
+class Forgetting:
+    """Running comparison of a model's predictions with those of BASE over the sequences of a set.
+
+    KL(p_base ‖ p) on the new task is the best published predictor of what a fine-tune forgets elsewhere; norms of ΔW
+    predict it less well (Shenfeld, Pari and Agrawal 2025, "RL's Razor: why online reinforcement learning forgets less",
+    arXiv 2509.04259).
+
+    Args:
+        kl: Σ KL(p_base ‖ p) over the predictions of each sequence, in nats.
+        confident: Number of predictions whose label has a probability above 1/2. Such a token is the most likely one,
+            so that greedy decoding repeats it; a mean loss hides a single one that is not.
+    """
+
+    kl: list[float] = field(default_factory=list)
+    confident: int = 0
+
+    def add(self, logits: Tensor, base_logits: Tensor, labels: Tensor) -> None:
+        """Add one sequence: logits ``(n, classes)`` of the model and of BASE, and the targets ``(n,)``."""
+        self.kl.append(divergence(base_logits, logits))
+        losses = functional.cross_entropy(logits.float(), labels, reduction="none")
+        self.confident += int((losses < math.log(2)).sum())
+
+    def compare(self, losses: Losses, base: Losses) -> dict[str, Any]:
+        """Return the fields of a record that compare a model with BASE, as ``Probe`` documents them.
+
+        Args:
+            losses: Losses of the model on the sequences that were added.
+            base: Losses of BASE.
+        """
+        counts = losses.counts.tolist()
+        change, error = losses.minus(base)
+        upper = None if error is None else change + Estimate(change, error, degrees_of_freedom(len(counts))).half()
+        kl_base, kl_base_error = paired_difference(self.kl, [0.0] * len(counts), counts)
+        return {
+            "change": change,
+            "change_error": error,
+            "lost_at_most": upper,
+            "kl_base": kl_base,
+            "kl_base_error": kl_base_error,
+            "confident": self.confident / losses.tokens,
+        }
 
 
 Labels = Literal["data", "model"]

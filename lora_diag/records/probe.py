@@ -40,6 +40,14 @@ class Probe(WholeRecord):
             block, as in transformers; null at a depth where BASE and TUNED agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
+        change: Loss minus that of BASE (``outputs``), on the same tokens; above 0 on a text of another kind it is what
+            the fine-tune forgot. Null in other probes and in files of earlier versions, as the next five fields.
+        change_error: Standard error of ``change``, from paired differences of blocks of sequences; null for one.
+        lost_at_most: Upper end of the one-sided 95% interval of ``change``, by Student's t over blocks of sequences;
+            null without an error.
+        kl_base: Mean KL(p_base ‖ p) over the predictions, in nats.
+        kl_base_error: Standard error of ``kl_base``, likewise.
+        confident: Fraction of the predictions whose label has a probability above 1/2.
         train_loss: Mean loss over the last tenth of a sweep's steps.
         nll: For ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
             which any two models can be paired; empty elsewhere.
@@ -72,6 +80,28 @@ class Probe(WholeRecord):
             form="percent",
             terminal=True,
         ),
+        Shown("change", "change", "loss minus that of BASE, on the same tokens"),
+        Shown("change_error", "± change", "standard error of the change"),
+        Shown(
+            "to_base",
+            "to BASE",
+            "loss minus that of BASE, with its standard error; empty for BASE",
+            form="+.4f",
+            terminal=True,
+            drop=3,
+            error="change_error",
+        ),
+        Shown("lost_at_most", "lost ≤", "upper end of the one-sided 95% interval of the loss minus that of BASE"),
+        Shown("kl_base", "KL(BASE)", "mean KL(p_base ‖ p) in nats", terminal=True, drop=4),
+        Shown(
+            "confident",
+            "p > ½",
+            "fraction of tokens whose label has a probability above 1/2",
+            share=True,
+            drop=5,
+            form="percent",
+            terminal=True,
+        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("loss", "higher", "the loss on held-out data is higher than before", tolerance="1%"),
@@ -99,6 +129,12 @@ class Probe(WholeRecord):
     agreement: Share | None = None
     train_loss: Nats | None = None
     hidden: tuple[float | None, ...] | None = None
+    change: Nats | None = None
+    change_error: Nats | None = None
+    lost_at_most: Nats | None = None
+    kl_base: Nats | None = None
+    kl_base_error: Nats | None = None
+    confident: Share | None = None
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
     sequences: Count | None = None
@@ -107,6 +143,11 @@ class Probe(WholeRecord):
     def to_tuned(self) -> float | None:
         """``gap``; None for TUNED itself."""
         return None if self.subject == "tuned" else self.gap
+
+    @property
+    def to_base(self) -> float | None:
+        """``change``; None for BASE itself."""
+        return None if self.subject == "base" else self.change
 
     @property
     def nats(self) -> float:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lora_diag.metrics.statistics import paired_half
 from lora_diag.records import Probe, Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
-from lora_diag.rendering.text import percent, plus_minus, short
+from lora_diag.rendering.text import number, percent, plus_minus, short, with_limits
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
@@ -55,6 +55,40 @@ def caption_of(name: str, records: Iterable[Any]) -> str:
     """Return the caption of a table of one evaluation set, with a note if its text is shifted."""
     shifted = any(record.shifted for record in records if record.set == name)
     return f"On {short(name)}{' (shifted)' if shifted else ''}"
+
+
+def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
+    """Return the statement of what models forgot: loss minus BASE's on shifted sets, KL(BASE‖model) on others.
+
+    Args:
+        models: Name of each model, and its records with the fields of ``Forgetting.compare``, ``set``, ``shifted`` and
+            ``nll``; those without a comparison with BASE are ignored.
+    """
+    shifted, tasks = dict[str, list[str]](), dict[str, list[str]]()
+    for name, records in models:
+        for record in (record for record in records if record.kl_base is not None):
+            if record.shifted:
+                shifted.setdefault(record.set, []).append(_describe_change(name, record))
+            else:
+                error = "" if record.kl_base_error is None else plus_minus(record.kl_base_error)
+                tasks.setdefault(record.set, []).append(f"KL(BASE‖{name}) = {number(record.kl_base)}{error}")
+    lines = [f"on {short(set_name)}, {', '.join(changes)}" for set_name, changes in shifted.items()]
+    unknown = "" if shifted else "not measured without --shifted FILE; "
+    for set_name, divergences in tasks.items():
+        lines.append(f"{unknown}on {short(set_name)}, {', '.join(divergences)} nats: {_PREDICTOR}")
+    return make_statement("forgotten", "Forgotten", *lines, priority=0 if shifted else 1)
+
+
+_PREDICTOR = "predicts forgetting better than norms of ΔW do (Shenfeld et al. 2025)"
+
+
+def _describe_change(name: str, record: Any) -> str:
+    """State what a model lost or gained on a set compared with BASE, in nats with its interval."""
+    half = paired_half(record.change_error, len(record.nll))
+    if half is None or abs(record.change) <= half:
+        return f"no significant loss of {name} ({with_limits(record.change, half)} nats)"
+    span = with_limits(abs(record.change), half).removeprefix("+")
+    return f"{name} {'lost' if record.change > 0 else 'gained'} {span} nats"
 
 
 def describe_diverged(records: Iterable[Any]) -> list[str]:

@@ -21,7 +21,7 @@ from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
 from lora_diag.errors import UsageError
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, divergence, forward, nll, select_predictions
+from lora_diag.models.losses import Forgetting, Losses, divergence, forward, nll, select_predictions
 from lora_diag.models.opening import Model
 from lora_diag.models.swapping import FULL, Swapped
 from lora_diag.probes.outputs import OutputsOptions
@@ -79,6 +79,7 @@ class _Sums:
         kl: Σ KL(p_tuned ‖ p) over the predictions.
         same: Number of predictions with the same top choice as TUNED.
         hidden: ‖h_tuned − h‖² of the hidden states, by depth; empty without TUNED.
+        forgetting: The comparison with BASE.
     """
 
     nll: list[float] = field(default_factory=list)
@@ -87,13 +88,15 @@ class _Sums:
     kl: float = 0.0
     same: int = 0
     hidden: list[float] = field(default_factory=list)
+    forgetting: Forgetting = field(default_factory=Forgetting)
 
     @property
     def losses(self) -> Losses:
         return Losses.of(self.nll, self.counts)
 
-    def add(self, answer: _Answer, tuned: _Answer | None) -> None:
+    def add(self, answer: _Answer, base: _Answer, tuned: _Answer | None) -> None:
         """Add the outputs for one sequence; ``tuned`` are those of TUNED, None if there is none to compare with."""
+        self.forgetting.add(answer.logits, base.logits, answer.labels)
         self.nll.append(float(nll(answer.logits, answer.labels)))
         self.counts.append(len(answer.labels))
         if tuned is None:
@@ -132,8 +135,8 @@ def measure_outputs(
         ends = [_compute_answers(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
         for i, contender in enumerate(contenders):
             answers = ends[i] if i < 2 else _compute_answers(model, contender, chunk, size, after_batch)
-            for answer, second in zip(answers, ends[1], strict=True):
-                sums[i].add(answer, second if has_tuned else None)
+            for answer, base, second in zip(answers, *ends, strict=True):
+                sums[i].add(answer, base, second if has_tuned else None)
     for contender, own_sums in zip(contenders, sums, strict=True):
         yield _record(contender, own_sums, sums[0], sums[1] if has_tuned else None, texts)
 
@@ -177,6 +180,7 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
         subject=contender.subject,
         name=contender.name,
         loss=own_sums.losses.mean,
+        **own_sums.forgetting.compare(own_sums.losses, base.losses),
     )
     if tuned is None:
         return record

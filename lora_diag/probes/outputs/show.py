@@ -16,7 +16,15 @@ from lora_diag.feature import Hint
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
-from lora_diag.rendering.losses import caption_of, describe_losses, format_gap, gap_half, on_set, probe_summary
+from lora_diag.rendering.losses import (
+    caption_of,
+    describe_forgetting,
+    describe_losses,
+    format_gap,
+    gap_half,
+    on_set,
+    probe_summary,
+)
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import format_shown, list_names, plus_minus, safe, select_evenly, short, with_limits
@@ -179,13 +187,18 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     contests = contests_of(records)
     if contests and all(contest.outcome == "worse" for contest in contests):
         return Hint("tune {base} --data TRAIN_TEXT --eval {evaluate} --params 10M -o run/", "trains a better one")
-    sets = deciding_sets(records)
-    adapters = [r for r in records if r.subject == "adapter" and r.set in sets[:1] and r.loss is not None]
-    if not adapters:
+    best = _find_best(records)
+    if best is None:
         return None
-    best = min(adapters, key=lambda record: record.nats)
     words = ["portability", best.name, str(values["base"])]
     return Hint(shlex.join(words), "the update that each serving program applies", saved=True)
+
+
+def _find_best(records: Sequence[Probe]) -> Probe | None:
+    """Return the record of the adapter with the lowest loss on the first deciding set; None without one."""
+    sets = deciding_sets(records)
+    adapters = [r for r in records if r.subject == "adapter" and r.set in sets[:1] and r.loss is not None]
+    return min(adapters, key=lambda record: record.nats, default=None)
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
@@ -200,6 +213,7 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(
         results,
         make_statement("as_good", "As good as TUNED", verdict, priority=0),
+        _describe_forgotten(records, labels),
         *on_sets,
         reading=_READING if has_tuned else _EQUALS,
     )
@@ -292,6 +306,14 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     (name,) = short_paths([best.name])
     distance = f"{format_gap(record)} nats from TUNED on {safe(record.set)}"
     return f"{answers[best.outcome]}: {name} is {distance}{kept_share}{others}"
+
+
+def _describe_forgotten(records: Sequence[Probe], labels: dict[str, str]) -> Statement:
+    """State what the best adapter and TUNED forgot."""
+    best = _find_best(records)
+    models = [("adapter", best.name)] if best is not None else []
+    groups = [[r for r in records if (r.subject, r.name) == model] for model in [*models, ("tuned", "")]]
+    return describe_forgetting(*((_name_model(group[0], labels), group) for group in groups if group))
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:

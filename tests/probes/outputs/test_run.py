@@ -8,11 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from scipy.special import log_softmax
+from scipy.stats import t as student_t
 
 import lora_diag
 import lora_diag.probes.outputs.measure as measuring
 from lora_diag.catalog import read_results
 from lora_diag.errors import UsageError
+from lora_diag.models.losses import Forgetting, Losses
 from tests import oracles
 from tests.messages import assert_names
 from tests.probes.making import SAMPLES, bert, gpt2, ids_of, labelled, moved, opened, some_text, tensors
@@ -66,6 +68,15 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
         each = (losses[record.subject] - losses["tuned"]).reshape(len(windows), -1).mean(1)
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
         assert record.gap_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
+        assert record.change == pytest.approx((losses[record.subject] - losses["base"]).mean(), abs=1e-5)
+        each = (losses[record.subject] - losses["base"]).reshape(len(windows), -1).mean(1)
+        assert record.change_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
+        base_p = log_softmax(base_z, 1)
+        divergences = (np.exp(base_p) * (base_p - q)).sum(1)
+        assert record.kl_base == pytest.approx(divergences.mean(), rel=1e-3, abs=1e-7)
+        each = divergences.reshape(len(windows), -1).mean(1)
+        assert record.kl_base_error == pytest.approx(oracles.error_of_mean(each), rel=1e-3, abs=1e-7)
+        assert record.confident == pytest.approx((losses[record.subject] < np.log(2)).mean(), abs=1e-9)
         mean = {name: each.mean() for name, each in losses.items()}
         share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
         assert record.kept == pytest.approx(share, abs=1e-4)
@@ -119,6 +130,17 @@ def test_sample_adapter_losses_match_readme():
     result = lora_diag.probe_outputs(base, tuned, adapters, evaluate=evaluate)
     for record, name in zip(result.whole, names, strict=True):
         assert record.loss == pytest.approx(message[name]["shifted"], abs=1e-4)
+
+
+def test_lost_at_most_is_upper_end_of_one_sided_interval():
+    base, model = (Losses.of(sums, (2, 2, 2)) for sums in ((2.0, 4.0, 3.0), (3.0, 4.5, 5.0)))
+    fields = Forgetting(kl=[0.1, 0.2, 0.3]).compare(model, base)
+    each = np.array([0.5, 0.25, 1.0])  # below four sequences: N - 1 degrees of freedom
+    error = each.std(ddof=1) / 3**0.5
+    assert fields["change_error"] == pytest.approx(error)
+    assert fields["lost_at_most"] == pytest.approx(each.mean() + error * student_t.ppf(0.95, 2))
+    one = Forgetting(kl=[0.1]).compare(Losses.of([3.0], [2]), Losses.of([2.0], [2]))
+    assert (one["change"], one["lost_at_most"], one["kl_base_error"]) == (0.5, None, None)
 
 
 def test_results_are_independent_of_adapter_order(tmp_path):

@@ -153,9 +153,9 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
     if os.path.islink(path) and str(path.parent) not in _SYSTEM_LINK_FOLDERS:  # noqa: PTH114
         raise UsageError(f"{path}: is a symbolic link, which is not followed; give the name of the file itself")
     check_folder_of(path, in_place=appending)
-    if path.name.lower() == _CONFIG and (weights := _find_weights_near(path)):
-        raise UsageError(f"{path}: would change how the weights in {weights} are read; choose another folder")
     try:
+        if path.name.lower() == _CONFIG and (weights := _find_weights_near(path)):
+            raise UsageError(f"{path}: would change how the weights in {weights} are read; choose another folder")
         status = path.lstat()
         if not stat.S_ISREG(status.st_mode):
             kind_found = "a folder" if stat.S_ISDIR(status.st_mode) else "not a regular file"

@@ -459,7 +459,7 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
     mode, bits, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
     if mode != "affine" or bits not in MLX_BITS or group not in MLX_GROUPS or isinstance(bits, bool):
         problem = f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size {group!r} (config.json)"
-        raise damaged_tensor(source, weight, problem, "mode affine with 2 to 8 bits is read")
+        raise damaged_tensor(source, weight, problem, "mode affine with 2 to 6 or 8 bits is read")
     shape = source[weight].shape
     columns = shape[-1] * 32 // bits if shape else 0
     if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:

@@ -32,6 +32,7 @@ GROUP = "loradiag.features"
 _FEATURES = (
     *("diagnostics.spectrum", "diagnostics.fleet", "diagnostics.residual", "diagnostics.overlap"),
     *("diagnostics.interference", "diagnostics.intruders", "diagnostics.verify_merge", "diagnostics.portability"),
+    "diagnostics.checkpoints",
     *("tuning", "decisions.allocate", "decisions.plan", "decisions.plan_merge", "decisions.extract"),
     *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
     *("probes.truncation", "probes.activations", "probes.outputs", "probes.sweep"),
@@ -41,7 +42,7 @@ _FEATURES = (
 # The path from understanding an update over training to shipping an adapter: the next step that a command suggests is
 # later on it, or another run of the same command.
 PATH = (
-    *("fleet", "probe activations", "spectrum", "intruders", "overlap", "interference"),
+    *("checkpoints", "fleet", "probe activations", "spectrum", "intruders", "overlap", "interference"),
     *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
     *("probe sweep", "plan", "allocate", "tune", "extract", "residual", "probe outputs"),
     *("plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),

@@ -213,6 +213,7 @@ class LayerRun:
         own: Mapping[str, object],
         recorded: Sequence[str] = RECORDED,
         finish: Callable[[Results[L]], None] | None = None,
+        conclude: Callable[[RunRecords[L]], None] = lambda records: None,
         rest: Callable[[T, Sequence[L]], T | None] = lambda task, records: None,
     ) -> Results[L]:
         """Measure every layer; write and report each record in the order of the file.
@@ -229,6 +230,7 @@ class LayerRun:
             own: The command's own settings, for the run record.
             recorded: Names of settings that come after the command's own in the run record, in this order.
             finish: Called with the records while the results file is still locked.
+            conclude: Writes the records about the run as a whole, once those of all layers are written.
             rest: Returns the part of a task that an interrupted run left out, given its records of the task; None if
                 there is none. That part is measured again, and only its ``left_out`` records are kept.
 
@@ -268,6 +270,7 @@ class LayerRun:
                     if task.layer in earlier and (part := rest(task, earlier[task.layer])) is not None:
                         again = measure(part, settings=replace(settings, device=self.where.here))
                         left_out += [record for record in again if isinstance(record, LeftOut)]
+                conclude(records)
                 results = records.end(sorted(left_out, key=lambda item: (natural_order(item.layer), item.reason)))
             if finish is not None:
                 finish(results)

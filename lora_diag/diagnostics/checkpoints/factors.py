@@ -1,0 +1,208 @@
+"""The updates ΔW_t = B_tA_t of one layer at several steps, from r×r products of their factors alone, with NumPy.
+
+With δB_t = B_t − B_{t−1} and δA_t = A_t − A_{t−1}, an increment is D_t = ΔW_t − ΔW_{t−1} = δB_t A_t + B_{t−1} δA_t. All
+inner products ⟨D_s, D_t⟩ are sums of tr((XᵀY)(ZWᵀ)) with X, Y from B and δB, Z, W from A and δA; all these products
+follow by partial sums from the Gram matrices of the stacked differences [B_1, δB_2, …] and [A_1, δA_2, …], two
+products per layer. So a small increment of a large update loses no digits, which ‖ΔW_t‖² + ‖ΔW_{t−1}‖² − 2⟨ΔW_t,
+ΔW_{t−1}⟩ would. Then ⟨ΔW_s, ΔW_t⟩ is the sum of ⟨D_i, D_j⟩ over i ≤ s and j ≤ t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lora_diag.deltas import Delta
+from lora_diag.layers.task import LayerSettings
+from lora_diag.thin import compute_triangle, thin_values
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from lora_diag.checkpoints.file_bytes import Numbers
+
+    Array = NDArray[np.float64]
+
+# Singular values below this fraction of σ_1 are not compared: their vectors are rounding of stored float32 numbers.
+ZERO = 1e-6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointsSettings(LayerSettings):
+    """Settings of the measurement of a layer.
+
+    Args:
+        ranks: Ranks r of C(r).
+        directions: k, the number of largest left singular vectors whose spaces are compared.
+        steps: The steps of the checkpoints.
+        top: Number of largest singular values of weights that are not factored; None for all.
+    """
+
+    ranks: tuple[int, ...]
+    directions: int
+    steps: tuple[int, ...]
+    top: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSeries:
+    """One layer at all checkpoints.
+
+    Args:
+        layer: Its name.
+        shape: ``(out, in)``.
+        deltas: Its update at each checkpoint.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    deltas: tuple[Delta, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of one update ΔW = s·B·A.
+
+    Args:
+        b: B ``(out, r)``.
+        a: A ``(r, in)``.
+        scale: s.
+    """
+
+    b: Numbers
+    a: Numbers
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Evolution:
+    """One layer at T steps, all of them finite.
+
+    Args:
+        s: Singular values of each ΔW_t, descending.
+        complete: Whether ``s`` has all that can be nonzero, of each step.
+        fro: ‖ΔW_t‖_F ``(T,)``.
+        increments: ⟨D_s, D_t⟩ ``(T, T)``, with D_1 = ΔW_1.
+        overlaps: ‖U_sᵀU_t‖_F² / k of the spaces of the largest left singular vectors, ``(T, T)``; NaN where ΔW = 0.
+        directions: k of each step ``(T,)``; a pair has the smaller of its two.
+        unchanged: Fraction of entries equal at the step before; None for the first, where it is not known.
+        method: Method of the singular values, of each step.
+    """
+
+    s: Sequence[Array]
+    complete: Sequence[bool]
+    fro: Array
+    increments: Array
+    overlaps: Array
+    directions: NDArray[np.int64]
+    unchanged: Sequence[float | None]
+    method: Sequence[str]
+
+    @property
+    def gram(self) -> Array:
+        """⟨ΔW_s, ΔW_t⟩ ``(T, T)``."""
+        return np.asarray(self.increments.cumsum(axis=0).cumsum(axis=1), np.float64)
+
+
+def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | None:
+    """Measure the updates of one layer at successive steps.
+
+    Args:
+        steps: The factors at T ≥ 1 steps, of one shape ``(out, in)``; ranks may differ.
+        directions: k, the number of largest left singular vectors whose spaces are compared.
+
+    Returns:
+        The measurements; None if an entry or a norm is not finite.
+    """
+    left = [np.asarray(step.b, np.float64) * step.scale for step in steps]
+    right = [np.asarray(step.a, np.float64).T for step in steps]
+    triangles = [(compute_triangle(b), compute_triangle(a)) for b, a in zip(left, right, strict=True)]
+    values = [thin_values(b, a, vectors=True) for b, a in triangles if b is not None and a is not None]
+    fro = np.array([float(each.fro[0]) for each in values])
+    if len(values) < len(steps) or not np.isfinite(fro).all():
+        return None
+    b_products, a_products = _multiply_differences(left), _multiply_differences(right)
+    changes = _inner(b_products.changes, a_products.whole)
+    # ⟨δB_s A_s, B_{t−1} δA_t⟩
+    mixed = _inner(_shift(b_products.mixed).transpose(2, 3, 0, 1), a_products.mixed)
+    increments = (
+        changes + mixed + mixed.T + _inner(_shift(_shift(b_products.whole).transpose(2, 3, 0, 1)), a_products.changes)
+    )
+    s = [each.s[0] for each in values]
+    kept = [int((each[:directions] > ZERO * each[0]).sum()) if each[0] > 0 else 0 for each in s]
+    mixes = [each.mix[0][:, :k] for each, k in zip(values, kept, strict=True) if each.mix is not None]
+    overlaps = np.full((len(steps), len(steps)), np.nan)
+    for i, first in enumerate(mixes):
+        for j, second in enumerate(mixes[: i + 1]):
+            if k := min(kept[i], kept[j]):
+                product = b_products.whole[i, : len(first), j, : len(second)]
+                overlaps[i, j] = overlaps[j, i] = min(1.0, float(np.square(first.T @ product @ second).sum()) / k)
+    return Evolution(
+        s=s,
+        complete=[True] * len(s),
+        fro=fro,
+        increments=increments,
+        overlaps=overlaps,
+        directions=np.array(kept),
+        unchanged=[None, *(_count_equal(*pair) for pair in pairwise(steps))],
+        method=["factored"] * len(s),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Products:
+    """Products of the factors X_t and their differences δX_t, each ``(T, r, T, r)``.
+
+    Args:
+        changes: δX_sᵀδX_t.
+        mixed: X_sᵀδX_t.
+        whole: X_sᵀX_t.
+    """
+
+    changes: Array
+    mixed: Array
+    whole: Array
+
+
+def _multiply_differences(factors: Sequence[Array]) -> _Products:
+    """Return the products of factors ``(n, r_t)`` and of their differences; smaller ranks are filled up with zeros."""
+    count, rank = len(factors), max(factor.shape[1] for factor in factors)
+    stack = np.zeros((len(factors[0]), count, rank))
+    for i, factor in enumerate(factors):
+        stack[:, i, : factor.shape[1]] = factor
+    stack[:, 1:] -= stack[:, :-1].copy()
+    flat = stack.reshape(len(stack), -1)
+    changes = (flat.T @ flat).reshape(count, rank, count, rank)
+    mixed = changes.cumsum(axis=0)
+    return _Products(changes, mixed, mixed.cumsum(axis=2))
+
+
+def _shift(products: Array) -> Array:
+    """Return products of X_{s−1} from those of X_s, with X_0 = 0."""
+    return np.concatenate([np.zeros_like(products[:1]), products[:-1]])
+
+
+def _inner(left: Array, right: Array) -> Array:
+    """Return tr(L_stᵀ R_st) of all blocks, ``(T, T)``."""
+    return np.asarray(np.einsum("ipjq,ipjq->ij", left, right), np.float64)
+
+
+def _count_equal(before: Factors, after: Factors) -> float:
+    """Return the fraction of the entries of both factors that are equal."""
+    pairs = [(before.b * before.scale, after.b * after.scale), (before.a, after.a)]
+    if any(first.shape != second.shape for first, second in pairs):
+        return 0.0
+    return sum(int((x == y).sum()) for x, y in pairs) / sum(x.size for x, _ in pairs)
+
+
+def find_problem(factors: Factors) -> str | None:
+    """Return why an update is not finite, with the first such entry of a factor; None if it is finite."""
+    for name, factor in (("lora_B", factors.b), ("lora_A", factors.a)):
+        if not np.isfinite(factor).all():
+            row, column = np.argwhere(~np.isfinite(factor))[0].tolist()
+            return f"{name} holds {float(factor[row, column])} at [{row}, {column}]"
+    return None if np.isfinite(factors.scale) else f"its scale is {factors.scale}"

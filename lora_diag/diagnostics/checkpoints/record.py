@@ -1,0 +1,238 @@
+"""Records of ``checkpoints``: each layer of each checkpoint of a run, each checkpoint, the run, and the choice."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from lora_diag.records.base import Count, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
+
+
+class CheckpointLayer(LayerRecord):
+    """One layer of one checkpoint: its update ΔW_t, and how it changed since the checkpoint before, ΔW_{t−1}.
+
+    Args:
+        layer: The weight's name in BASE, or in the adapter without BASE.
+        step: Training step of the checkpoint.
+        shape: ``(out, in)``.
+        fro: ‖ΔW_t‖_F; null where ``non_finite``, and so are all numbers that follow from it.
+        base_fro: ‖W_base‖_F; null without BASE.
+        relative: ‖ΔW_t‖_F / ‖W_base‖_F; null without BASE.
+        sigma_1: σ_1(ΔW_t).
+        spectral_share: σ_1² / ‖ΔW_t‖_F²; null for a zero update.
+        stable_rank: ‖ΔW_t‖_F² / σ_1²; null for a zero update.
+        effective_rank: exp of the entropy of σ_i²/Σσ²; null for a zero update, or if not all σ_i were computed.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW_t‖_F² by r; null for a zero update, or beyond the computed values.
+        directions: k, the dimension of the space of the largest left singular vectors of ΔW_t that overlaps compare;
+            less than requested if the rank is.
+        overlap_next: ‖U_tᵀU_{t+1}‖_F²/k of these spaces: 1 for equal spaces; null for the last checkpoint.
+        overlap_last: The same with the last checkpoint; null for the last.
+        overlap_random: k/out, the expected overlap of random spaces.
+        increment: ‖ΔW_t − ΔW_{t−1}‖_F; of the first checkpoint, ‖ΔW_t‖_F.
+        cosine: Cosine of this increment and the one before; null for the first checkpoint and zero increments.
+        unchanged: Fraction of stored entries (of an adapter: of its factors) that are equal in the checkpoint before;
+            of the first checkpoint in BASE, null for an adapter.
+        dead: Whether ΔW_t = 0.
+        non_finite: Why ΔW_t is not finite; null if it is.
+        method: Method of the singular values; of factors ``factored``.
+        gram: ⟨ΔW_t, ΔW_s⟩ for every checkpoint s up to this one; empty if only neighbours were compared.
+        overlaps: ‖U_tᵀU_s‖_F²/k for every checkpoint s before this one; empty likewise.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer", "step")
+    part_label: ClassVar[str] = "step {step}"
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F", main=True),
+        Shown("relative", "‖ΔW‖/‖W‖", "norm of the update over that of the base weight", axis="‖ΔW‖_F / ‖W‖_F"),
+        Shown("increment", "increment", "‖ΔW_t − ΔW_{t−1}‖_F", axis="‖ΔW_t − ΔW_{t−1}‖_F", main=True),
+        Shown("cosine", "cosine", "of this increment and the one before", main=True, form=".2f"),
+        Shown(
+            "spectral_share",
+            "σ₁² share",
+            "fraction of the energy in the largest singular value",
+            axis="σ₁² / ‖ΔW‖_F²",
+            share=True,
+            main=True,
+        ),
+        Shown("effective_rank", "eff. rank", "exp of the entropy of σ_i²/Σσ²", axis="effective rank", main=True),
+        Shown("stable_rank", "stable rank", "‖ΔW‖_F²/σ_1²", axis="stable rank ‖ΔW‖_F² / σ₁²", detail=True),
+        Shown(
+            "overlap_next",
+            "overlap next",
+            "of the spaces of the largest singular vectors with the next checkpoint",
+            share=True,
+            chance="overlap_random",
+            drop=2,
+            terminal=True,
+        ),
+        Shown(
+            "overlap_last",
+            "overlap last",
+            "of the spaces of the largest singular vectors with the last checkpoint",
+            share=True,
+            chance="overlap_random",
+            drop=3,
+            terminal=True,
+        ),
+        Shown("unchanged", "unchanged", "fraction of entries equal in the checkpoint before", share=True, drop=4),
+    )
+    record: Literal["checkpoint_layer"] = "checkpoint_layer"
+    layer: str
+    step: int
+    shape: tuple[int, int]
+    fro: Norm | None
+    base_fro: Norm | None = None
+    relative: Ratio | None = None
+    sigma_1: Norm | None = None
+    spectral_share: Share | None = None
+    stable_rank: float | None = None
+    effective_rank: float | None = None
+    energy: dict[str, Share | None] = Field(default_factory=dict)
+    directions: Count = 0
+    overlap_next: Share | None = None
+    overlap_last: Share | None = None
+    overlap_random: Share | None = None
+    increment: Norm | None = None
+    cosine: float | None = None
+    unchanged: Share | None = None
+    dead: bool = False
+    non_finite: str | None = None
+    method: str = "factored"
+    gram: tuple[float | None, ...] = ()
+    overlaps: tuple[float | None, ...] = ()
+
+
+class HeldOutLoss(Record):
+    """The loss of one checkpoint on one evaluation set.
+
+    Args:
+        loss: Mean loss per token.
+        error: Standard error of ``loss``; null if it is not known.
+        excess: ``loss`` minus that of the best checkpoint on this set, paired by sequence; null likewise.
+        excess_error: Standard error of ``excess``; null likewise.
+    """
+
+    loss: Nats
+    error: Nats | None = None
+    excess: Nats | None = None
+    excess_error: Nats | None = None
+
+
+class Checkpoint(WholeRecord):
+    """One checkpoint of a run: its measurements pooled over layers, and what the trainer logged.
+
+    Args:
+        step: Training step, or epoch where the run counts only those.
+        path: Its path.
+        final: Whether it is the final model in the run's own folder.
+        losses: Held-out loss by evaluation set; empty if none was measured.
+        train_loss: Mean of the training losses that the trainer logged since the checkpoint before; null without a log.
+        eval_loss: Evaluation loss that the trainer logged at this step; null likewise.
+        rate: Learning rate logged last up to this step; null likewise.
+        rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged rates linear; null
+            likewise.
+        rate_norm: √Σ of their squares; null likewise.
+        fro: √Σ‖ΔW_t‖_F² over the layers that are finite.
+        relative: ``fro`` over √Σ‖W_base‖_F² of the same layers; null without BASE.
+        increment: √Σ of the layers' squared increments; null if no layer has one.
+        cosine: Cosine of this increment and the one before, of all layers together; null likewise.
+        spectral_share: Median of the layers that are not zero; null without any.
+        effective_rank: Median, likewise.
+        overlap_next: Median, likewise.
+        overlap_last: Median, likewise.
+        overlap_random: Median, likewise.
+        layers: Number of measured layers.
+        dead: Number of layers with ΔW_t = 0.
+        non_finite: Number of layers that are not finite.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("step",)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("fro", "‖ΔW‖", "Frobenius norm of the update over all layers", axis="‖ΔW‖_F", main=True),
+        Shown(
+            "relative",
+            "‖ΔW‖/‖W‖",
+            "norm of the update over that of the base weights",
+            axis="‖ΔW‖_F / ‖W‖_F",
+            drop=1,
+            terminal=True,
+        ),
+        Shown("increment", "increment", "norm of the change since the checkpoint before", drop=1, terminal=True),
+        Shown("cosine", "cosine", "of this increment and the one before", drop=3, form=".2f", terminal=True),
+        Shown(
+            "spectral_share",
+            "σ₁² share",
+            "fraction of the energy in a layer's largest singular value, median",
+            share=True,
+            drop=4,
+            terminal=True,
+        ),
+        Shown("effective_rank", "eff. rank", "median effective rank of a layer", drop=5, terminal=True),
+        Shown(
+            "overlap_next",
+            "overlap next",
+            "median overlap of a layer's largest singular vectors with the next checkpoint",
+            share=True,
+            drop=7,
+            chance="overlap_random",
+            terminal=True,
+        ),
+        Shown(
+            "overlap_last",
+            "overlap last",
+            "median overlap of a layer's largest singular vectors with the last checkpoint",
+            share=True,
+            drop=6,
+            chance="overlap_random",
+            terminal=True,
+        ),
+        Shown("rate", "rate", "learning rate that the trainer logged", drop=8, terminal=True),
+        Shown("train_loss", "train loss", "mean logged training loss since the checkpoint before", terminal=True),
+        Shown("eval_loss", "eval loss", "evaluation loss that the trainer logged", drop=2, terminal=True),
+    )
+    record: Literal["checkpoint"] = "checkpoint"
+    step: int
+    path: str
+    final: bool = False
+    losses: dict[str, HeldOutLoss] = Field(default_factory=dict)
+    train_loss: Nats | None = None
+    eval_loss: Nats | None = None
+    rate: Ratio | None = None
+    rate_sum: Ratio | None = None
+    rate_norm: Ratio | None = None
+    fro: Norm | None = None
+    relative: Ratio | None = None
+    increment: Norm | None = None
+    cosine: float | None = None
+    spectral_share: Share | None = None
+    effective_rank: float | None = None
+    overlap_next: Share | None = None
+    overlap_last: Share | None = None
+    overlap_random: Share | None = None
+    layers: Count = 0
+    dead: Count = 0
+    non_finite: Count = 0
+
+
+class Choice(WholeRecord):
+    """The checkpoint to keep, judged by one quantity.
+
+    Args:
+        step: The best checkpoint.
+        by: What judged it: the name of an evaluation set.
+        tied: Steps, in order, that this quantity does not distinguish from the best, which is one of them.
+        earliest: The earliest of these.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("by",)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("step", "step", "the best checkpoint", main=True),
+        Shown("by", "by", "what judged it", main=True),
+        Shown("earliest", "earliest", "the earliest checkpoint that is not distinguished from it", main=True),
+    )
+    record: Literal["choice"] = "choice"
+    step: int
+    by: str
+    tied: tuple[int, ...]
+    earliest: int

@@ -116,8 +116,9 @@ def run_init(shown: Shown, results: Sequence[str], *, output: Path | None, overw
         from lora_diag.gating.show import headline
         from lora_diag.rendering.text import quantity
 
-        fields = quantity(text.count("\n[[baseline]]"), "field")
-        shown.print(f"{output}: compares {fields}, layer by layer, with these results; review each tolerance")
+        fields, limits = quantity(text.count("\n[[baseline]]"), "field"), text.count("\n[[rule]]")
+        limited = f" and limits {quantity(limits, 'value')}" if limits else ""
+        shown.print(f"{output}: compares {fields}, layer by layer, with these results{limited}; review each tolerance")
         shown.print(f"Outcome of these results: {headline(judge(output, *results))}")
         shown.print(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
     return DONE

@@ -281,7 +281,7 @@ def _make_verdict(demand: Demand, finding: Finding, status: Status) -> Verdict:
     return Verdict(
         rule=demand.name,
         layer=finding.subject.layer,
-        group=finding.subject.group,
+        group=finding.subject.label or finding.subject.group,
         measured=str(finding.value).lower() if isinstance(finding.value, bool) else finding.value,
         allowed=finding.allowed,
         status="warned" if status == "failed" and demand.severity == "warning" else status,

@@ -136,7 +136,7 @@ def _check_depth(depth: list[int]) -> list[int]:
 
 def _check_where(where: dict[str, int | Value]) -> dict[str, int | Value]:
     for name, value in where.items():
-        parse(f"{name} == " + (f'"{value}"' if isinstance(value, str) else str(value).lower()))
+        parse(f"{name} == " + (f'"{value.replace(chr(34), "")}"' if isinstance(value, str) else str(value).lower()))
     return where
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, date, datetime, time
 from pathlib import Path
 from string import Template
@@ -247,25 +247,57 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
             yield from filter(None, (_draft_comparison(kind, guard, subjects, where) for guard in cls.guards))
 
 
-def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, str]) -> str:
-    """Return a comparison of a value with the baseline; empty if it is not known or zero, or limited by the rank."""
+def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, Any]) -> str:
+    """Return a comparison of a value with the baseline; empty if it is not known or zero, or limited by the rank.
+
+    Rules that limit it, if the guard has ``limit_by``.
+    """
     (field,) = find(f"{kind}.{guard.path}")
-    if guard.role:
-        where = {**where, "role": guard.role}
-        subjects = [s for s in subjects if s.record is None or getattr(s.record, "role", None) == guard.role]
+    subjects = [
+        s for s in subjects if s.record is None or all(getattr(s.record, name, None) == v for name, v in guard.where)
+    ]
     values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
     if not any(values):
         return ""  # no fraction of zero is a tolerance
+    if guard.limit_by:
+        groups: dict[str, list[Subject]] = {}
+        for subject in subjects:
+            groups.setdefault(getattr(subject.record, guard.limit_by), []).append(subject)
+        rules = (
+            _draft_limit(field, guard, group, {**where, guard.limit_by: name}, number)
+            for number, (name, group) in enumerate(groups.items(), 1)
+        )
+        return "\n".join(rules)
     kept = max(len(getattr(subject.record, "s", ())) for subject in subjects)
     if field.path[0] == "rank_at" and math.ceil(1.1 * max(values)) >= kept:
         return ""  # such as the rank of an adapter: its updates cannot need more than it has
-    selection = ", ".join(f'{key} = "{value}"' for key, value in where.items())
+    where |= dict(guard.where)
     return (
         f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
         f'[[baseline]]\nfield = "{kind}.{guard.path}"\nworse = "{guard.worse}"\n'
-        + (f"where = {{ {selection} }}\n" if where else "")
+        + (f"where = {_format_table(where)}\n" if where else "")
         + f'tolerance = "{guard.tolerance}"\nmessage = "{guard.message}"\n{_draft_coverage(field, subjects)}'
     )
+
+
+def _draft_limit(
+    field: RecordField, guard: Guard, subjects: Sequence[Subject], where: Mapping[str, Any], number: int
+) -> str:
+    """Return a rule that limits a value to the largest of these, with the tolerance, and to at least zero."""
+    values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
+    if not all(str(value).isprintable() for value in where.values()):
+        return f"# No limit of {field.name}: {_escape_comment(str(where))} cannot be written here.\n"
+    limit = max(0.0, *values) * (1 + float(guard.tolerance.rstrip("%")) / 100)
+    return (
+        f"# {field.name} is {min(values):.4g} to {max(values):.4g}; the limit may be any number.\n"
+        f'[[rule]]\nname = "{field.name}{number}"\nrequire = "{field.kind}.{field.name} <= {limit:.2g}"\n'
+        f'where = {_format_table(where)}\nmessage = "{guard.message}"\n'
+    )
+
+
+def _format_table(values: Mapping[str, str | bool]) -> str:
+    """Return an inline table of TOML."""
+    return f"{{ {', '.join(f'{key} = {json.dumps(value, ensure_ascii=False)}' for key, value in values.items())} }}"
 
 
 def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:

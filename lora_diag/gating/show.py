@@ -138,15 +138,21 @@ def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
     judged = [(verdict.rule, verdict.allowed) for verdict in shown]
     conditions = ["" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair]
     statuses = tuple(Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown)
+    groups = tuple(crop(safe(verdict.group), width // 4) for verdict in shown)
+    is_whole = all(verdict.layer is None for verdict in shown) and any(groups)
     columns = [
         Column("status", statuses, "left"),
         Column("rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"),
-        Column("record", tuple(crop(safe(verdict.group), width // 4) for verdict in shown), "left", drop=1),
+        Column("record", () if is_whole else groups, "left", drop=1),
         Column("measured", tuple(map(format_measured, shown))),
         Column("allowed", tuple(textwrap.fill(safe(text), max(8, width // 4)) for text in conditions), "left"),
     ]
-    names = ("all layers" if verdict.layer is None else short(verdict.layer) for verdict in shown)
-    return Grid("", "layer", tuple(names), tuple(column for column in columns if any(map(str, column.cells))))
+    names = [
+        short(one.layer) if one.layer else (is_whole and group) or "all layers"
+        for one, group in zip(shown, groups, strict=True)
+    ]
+    kept = tuple(column for column in columns if any(map(str, column.cells)))
+    return Grid("", "record" if is_whole else "layer", tuple(names), kept)
 
 
 def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:

@@ -116,6 +116,7 @@ class Subject:
         record: The record; None if it is missing.
         reason: Reason why it is missing.
         fro: ‖Δ‖_F of the layer; None if unknown.
+        label: Identifies one of several records of a whole run; else empty. Aggregates are over all labels.
     """
 
     layer: str | None = None
@@ -124,6 +125,7 @@ class Subject:
     record: Record | None = None
     reason: str = ""
     fro: float | None = None
+    label: str = ""
 
 
 def list_subjects(
@@ -145,7 +147,11 @@ def list_subjects(
         whole = [record for record in (*results.whole, results.end) if isinstance(record, cls)]
         reason = "the run did not finish" if kind == "end" else f"the file has no {kind} record"
         missing = [] if whole else [Subject(None, ", ".join(prefix), (0,), None, reason)]
-        return [Subject(None, ", ".join(prefix), (i,), record) for i, record in enumerate(whole)] or missing
+        group, names = ", ".join(prefix), [""] * len(whole)
+        if len(whole) > 1:
+            names = [" ".join(str(v) for name in cls.key if (v := getattr(record, name, None))) for record in whole]
+        labels = [", ".join(filter(None, (group, name))) for name in names]
+        return [Subject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)] or missing
     group_fields = tuple(name for name in cls.key if name != "layer")
     groups: dict[tuple[Any, ...], list[Any]] = {}
     if group_fields == ("adapter",):  # each adapter is expected to have records

@@ -86,16 +86,19 @@ class Guard:
         path: The value's dotted name.
         worse: The direction that is worse.
         message: What a worse value means, and what to check.
-        role: Only records of this role are compared; empty for all.
+        where: Fields and their values in the records that are compared; empty for all.
         tolerance: Allowed change for the worse, as a percentage of the earlier value of the same layer. Full fine-tunes
             of one model that differed in their seed had ranks at 90% within 2 of each other, of 72 to 155.
+        limit_by: A field. For each of its values, a rule limits the guarded value to the largest one, with the
+            tolerance, in place of a comparison; empty for a comparison.
     """
 
     path: str
     worse: Literal["higher", "lower"]
     message: str
-    role: str = ""
+    where: tuple[tuple[str, str | bool], ...] = ()
     tolerance: str = "10%"
+    limit_by: str = ""
 
 
 # The shape of a layer, for tables.

@@ -105,6 +105,13 @@ class Probe(WholeRecord):
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("loss", "higher", "the loss on held-out data is higher than before", tolerance="1%"),
+        Guard(
+            "lost_at_most",
+            "higher",
+            "too much may be forgotten on this text: use fewer steps, a lower learning rate, or data of its kind",
+            where=(("shifted", True),),
+            limit_by="set",
+        ),
     )
     record: Literal["probe"] = "probe"
     probe: Literal["truncation", "outputs", "sweep"]

@@ -1,9 +1,10 @@
 """``gate init``: a policy that reads back, passes where it is from, and fails a layer that is 10% worse."""
 
 import pytest
+from scipy.stats import t as student_t
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
 from lora_diag.gating.policy import read_policy
 from lora_diag.gating.run import gate_init
 from lora_diag.records.probe import Probe
@@ -54,6 +55,31 @@ def test_losses_of_probe_are_compared(tmp_path):
     record = building.build(Probe, loss=2.0)
     policy = read_policy("p.toml", gate_init(building.results((), command="probe outputs", whole=[record])))
     assert [(item.field, item.tolerance) for item in policy.regressions] == [("probe.loss", "1%")]
+
+
+def test_limit_of_forgetting_is_written_and_judged_by_upper_end(tmp_path):
+    def run(change, error, name='a "b"'):
+        each = {"probe": "outputs", "tokens": 10, "data": "", "loss": 1.0, "set": name, "shifted": True}
+        upper = change + error * student_t.ppf(0.95, 3)
+        lost = {"change": change, "change_error": error, "lost_at_most": upper, "subject": "adapter"}
+        adapters = [Probe(**each, **lost, name="one"), Probe(**each, **lost | {"lost_at_most": 0.0}, name="two")]
+        task = Probe(**each | {"set": "task", "shifted": False}, **lost | {"lost_at_most": 9.0})
+        return building.results((), command="probe outputs", whole=[*adapters, task])
+
+    before = run(0.1, 0.01)
+    policy = read_policy("p.toml", gate_init(before))
+    assert [rule.where for rule in policy.rules] == [{"set": 'a "b"'}]
+    limit = policy.rules[0].require.test.value
+    assert limit == pytest.approx(1.1 * (0.1 + 0.01 * student_t.ppf(0.95, 3)), rel=0.05)
+    assert judge(policy, before, baseline=[before])[0] == "passed"
+    status, verdicts = judge(policy, run(limit - 0.02, 0.01), baseline=[before])  # not significantly below the limit
+    failed = [verdict for verdict in verdicts if verdict.status == "failed"]
+    assert (status, [verdict.rule for verdict in failed]) == ("failed", [policy.rules[0].name])
+    assert "one" in failed[0].group
+    assert judge(policy, run(limit - 0.03, 0.01), baseline=[before])[0] == "passed"
+    with pytest.raises(UsageError):  # results of another text are no pass
+        judge(policy, run(0.0, 0.01, "other"), baseline=[before])
+    assert read_policy("p.toml", gate_init(run(0.1, 0.01, "\ud800\n[[rule]]"))).rules == []
 
 
 def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):

@@ -302,13 +302,13 @@ class Residual(Distance, LayerRecord):
             "epsilon",
             "higher",
             "the adapter is further from the full fine-tune than before: check its scaling and its rank",
-            role="adapter",
+            where=(("role", "adapter"),),
         ),
         Guard(
             "cosine",
             "lower",
             "the adapter's direction differs more than before: compare its data and its learning rate",
-            role="adapter",
+            where=(("role", "adapter"),),
         ),
     )
     record: Literal["residual"] = "residual"

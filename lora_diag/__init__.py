@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lora_diag.decisions.recover.measure import recover as recover
     from lora_diag.diagnostics.checkpoints.measure import trajectory as trajectory
     from lora_diag.diagnostics.fleet.measure import fleet as fleet
+    from lora_diag.diagnostics.geometry.measure import geometry as geometry
     from lora_diag.diagnostics.interference.measure import interference as interference
     from lora_diag.diagnostics.intruders.measure import intruders as intruders
     from lora_diag.diagnostics.overlap.measure import overlap as overlap

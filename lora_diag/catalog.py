@@ -31,7 +31,8 @@ GROUP = "loradiag.features"
 # Packages with a ``FEATURE``, in the order of each group of ``loradiag --help``.
 _FEATURES = (
     *("diagnostics.spectrum", "diagnostics.fleet", "diagnostics.residual", "diagnostics.overlap"),
-    *("diagnostics.interference", "diagnostics.intruders", "diagnostics.verify_merge", "diagnostics.portability"),
+    *("diagnostics.interference", "diagnostics.intruders", "diagnostics.geometry"),
+    *("diagnostics.verify_merge", "diagnostics.portability"),
     "diagnostics.checkpoints",
     *("tuning", "decisions.allocate", "decisions.plan", "decisions.plan_merge", "decisions.extract"),
     *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
@@ -42,7 +43,8 @@ _FEATURES = (
 # The path from understanding an update over training to shipping an adapter: the next step that a command suggests is
 # later on it, or another run of the same command.
 PATH = (
-    *("checkpoints", "fleet", "probe activations", "spectrum", "intruders", "overlap", "interference"),
+    *("checkpoints", "fleet", "probe activations", "spectrum", "intruders", "geometry"),
+    *("overlap", "interference"),
     *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
     *("probe sweep", "plan", "allocate", "tune", "extract", "residual", "probe outputs"),
     *("plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -197,6 +197,24 @@ def _subtract_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the row blocks of ΔW, ``(rows, in)`` in a dtype, read and subtracted again."""
     for base, tuned in delta.blocks():
         yield tuned.to(dtype) - base.to(dtype)
+
+
+def join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Return the matrix that consists of row blocks, on the device, in float32, or in float64 if it is stored so."""
+    tensors = [move(block, device) for block in blocks]
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.cat([tensor.to(dtype) for tensor in tensors])
+
+
+def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
+    """Return W_tuned ``(out, in)``: as stored, or W_base (``before``) + ΔW in the dtype of ``before``."""
+    if isinstance(delta, StoredDelta):
+        return join_blocks(row_blocks(delta.tuned, delta.shape), device)
+    after, row = before.clone(), 0
+    for block in change.blocks(delta.shape):
+        after[row : row + len(block)] += block.to(after.dtype)
+        row += len(block)
+    return after
 
 
 def compute_on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:

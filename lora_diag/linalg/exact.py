@@ -42,6 +42,7 @@ class Factors:
         u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not requested. In every column
             the entry of largest absolute value is positive; in that of the core if ``method`` is ``factored``.
         vh: Right singular vectors ``(len(s), n)``, likewise, with signs consistent with ``u``.
+        rest: Values after those of ``s`` that a full method computed with them, descending; None if there are none.
     """
 
     s: Tensor
@@ -51,6 +52,7 @@ class Factors:
     fro: float
     u: Tensor | None = None
     vh: Tensor | None = None
+    rest: Tensor | None = None
 
     @property
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -178,6 +180,7 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
         fro=fro,
         u=None if decomposed.u is None else decomposed.u[:, :top],
         vh=None if decomposed.vh is None else decomposed.vh[:top],
+        rest=decomposed.s[len(kept) :],
     )
 
 
@@ -326,7 +329,7 @@ def decompose_gram(
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
     error = _bound_energy_error(k, n, squares, len(kept), fro)
-    return Factors(kept, len(kept) == n, "gram", error, fro, u, vh)
+    return Factors(kept, len(kept) == n, "gram", error, fro, u, vh, squares[len(kept) :].sqrt())
 
 
 def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Factors:

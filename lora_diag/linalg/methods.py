@@ -75,7 +75,7 @@ def decompose(
         fro = norm([matrix])
     if (scale := scale_of(fro, matrix.dtype)) != 1.0:
         scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
-        return replace(scaled, s=scaled.s * scale, fro=fro)
+        return replace(scaled, s=scaled.s * scale, fro=fro, rest=None if scaled.rest is None else scaled.rest * scale)
     smaller = min(matrix.shape)
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)

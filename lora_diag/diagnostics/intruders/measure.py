@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 import torch
-from torch import Tensor
 
-from lora_diag.deltas import Delta, DenseDelta, StoredDelta, row_blocks
+from lora_diag.deltas import Delta, DenseDelta, row_blocks
 from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import UsageError
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, Change, load_change, measure_on_device
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, form_tuned, join_blocks, load_change, measure_on_device
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
-from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
@@ -92,8 +89,8 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
     assert delta.base is not None
-    before = _join_blocks(row_blocks(delta.base, delta.shape), device)
-    after = _form_tuned(delta, change, before, device)
+    before = join_blocks(row_blocks(delta.base, delta.shape), device)
+    after = form_tuned(delta, change, before, device)
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and math.isfinite(fro)):
         return not_finite(delta, "W_base + ΔW is not finite")
@@ -126,24 +123,6 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
         directions=directions,
         method=method,
     )
-
-
-def _join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the matrix that consists of row blocks, on the device, in float32, or in float64 if it is stored so."""
-    tensors = [move(block, device) for block in blocks]
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return torch.cat([tensor.to(dtype) for tensor in tensors])
-
-
-def _form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
-    """Return W_tuned: as stored, or W_base (``before``) + ΔW."""
-    if isinstance(delta, StoredDelta):
-        return _join_blocks(row_blocks(delta.tuned, delta.shape), device)
-    after, row = before.clone(), 0
-    for block in change.blocks(delta.shape):
-        after[row : row + len(block)] += block.to(after.dtype)
-        row += len(block)
-    return after
 
 
 def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:

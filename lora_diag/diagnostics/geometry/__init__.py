@@ -1,0 +1,34 @@
+"""Declaration and options of ``geometry``: where an update lies in the base weights, beside chance and rounding."""
+
+from typing import Annotated
+
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature
+from lora_diag.running.options import LayerOptions, Option
+
+
+class GeometryOptions(LayerOptions, total=False):
+    """Options of ``geometry``."""
+
+    top: Annotated[int, Option(64, "Dimension of the leading singular spaces of W.", "K", least=1)]
+    eta: Annotated[float, Option(1e-3, "Relative change up to which an entry is unchanged.", "E", between=(0, 1))]
+    draws: Annotated[int | None, Option(None, "Draws of each baseline; default: 2, small layers 8.", "N", least=1)]
+
+
+FEATURE = Feature(
+    __name__,
+    "geometry",
+    "Research",
+    commands=(
+        Command(
+            help="Where an update lies in the weights, compared with chance and rounding.",
+            examples=("geometry base/ full_ft/ -o geometry.jsonl", "geometry base/ lora_r8/ --layers mlp"),
+            arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
+            options=(GeometryOptions,),
+            suggest=".show:suggest_next",
+        ),
+    ),
+    records=(".record:Geometry",),
+    functions=(".measure:geometry",),
+    statements=".show:geometry_lines",
+    grids=".show:geometry_grids",
+)

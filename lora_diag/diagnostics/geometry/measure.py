@@ -1,0 +1,216 @@
+"""``geometry``: measure where an update lies in W, and where independent updates of the same size would lie."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Unpack, get_args
+
+import torch
+from torch import Tensor
+
+from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
+from lora_diag.diagnostics.geometry import GeometryOptions
+from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
+from lora_diag.diagnostics.geometry.nulls import add_stored, flip_signs, permute, random_update, undo_rounding
+from lora_diag.diagnostics.geometry.record import Baseline, Format, Geometry
+from lora_diag.layers.change import Change, form_tuned, join_blocks, load_change, measure_on_device
+from lora_diag.layers.resolution import resolution
+from lora_diag.layers.task import LayerSettings, leave_out, not_finite
+from lora_diag.linalg.difference import norm
+from lora_diag.linalg.exact import Factors, numerical_rank
+from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.rotation import Spaces, principal_angles
+from lora_diag.linalg.rounding import LAYOUT
+from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.records import LeftOut, Results
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.options import show_options
+
+NEEDS_BASE = "an update is compared with the weight that it changes, and BASE does not hold this one"
+
+# The smaller the layer, the more draws, up to ``MOST_DRAWS``.
+FEWEST_DRAWS, MOST_DRAWS, ENTRIES_PER_DRAW = 2, 8, 2**17
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GeometrySettings(LayerSettings):
+    """Settings of the measurement of a layer.
+
+    Args:
+        k: Dimension of the leading singular spaces.
+        eta: η, the relative change up to which an entry is unchanged.
+        draws: Draws of each baseline; None to choose by the size of the layer.
+    """
+
+    k: int = 64
+    eta: float = 1e-3
+    draws: int | None = None
+
+
+def max_bytes(delta: Delta, settings: GeometrySettings) -> int:
+    """Return an upper bound of the memory of a layer in bytes: eight float64 copies, and a decomposition of one.
+
+    Example:
+        >>> from lora_diag.deltas import FactoredDelta
+        >>> delta = FactoredDelta("w", (4096, 4096), lambda: None, ("bfloat16", "bfloat16"))
+        >>> round(max_bytes(delta, GeometrySettings()) / 2**20)
+        1
+    """
+    top = min(max(settings.k, min(delta.shape) // 2), *delta.shape)
+    return 9 * 8 * math.prod(delta.shape) + whole_bytes(delta.shape, Allowance(0, "gram", top, vectors=True), 8)
+
+
+def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | LeftOut]:
+    """Measure where the update of a layer lies in W.
+
+    Args:
+        delta: The layer.
+        settings: Settings of the measurement.
+
+    Returns:
+        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have the weight.
+
+    Raises:
+        InputError: A file could not be read, or a decomposition did not converge.
+        MemoryLimitError: The layer does not fit.
+        UsageError: The device is unknown or not available.
+    """
+    if delta.base is None:
+        return (leave_out(delta, "not_in_base", NEEDS_BASE),)
+    return (measure_on_device(partial(_measure, delta, settings), settings.device),)
+
+
+def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> Geometry | LeftOut:
+    """Return the record of a layer with a weight in BASE, measured on this device; see ``measure_layer``."""
+    if settings.memory is not None and device.type == "cpu":
+        description = "both weights, their singular vectors and a baseline take"
+        require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
+    change = load_change(delta, device)
+    if change.non_finite is not None:
+        return not_finite(delta, change.non_finite)
+    assert delta.base is not None
+    weight = join_blocks(row_blocks(delta.base, delta.shape), device).double()
+    update = form_tuned(delta, change, weight, device).double() - weight
+    fro = norm([update])
+    if not math.isfinite(fro):
+        return not_finite(delta, "W_base + ΔW is not finite")
+    common = {"layer": delta.layer, "shape": delta.shape, "eta": settings.eta, "base_fro": norm([weight])}
+    k = max(1, min(settings.k, min(delta.shape) // 2))
+    if fro == 0.0:
+        return Geometry(**common, k=k, fro=fro)
+    factors = decompose(update) if change.factors is None else change.decompose()
+    found = resolution(change.rounding, factors)
+    signal = found.signal_rank if found.signal_rank and found.signal_rank <= min(delta.shape) // 2 else None
+    frame = Frame.of(weight, k, max(k, signal or 0), settings.eta, settings.method)
+    moved, spaces = measure_movement(frame, update, float(factors.s[0]))
+    random = torch.Generator().manual_seed((settings.seed + zlib.crc32(delta.layer.encode())) % 2**63)
+    stored = _find_format(delta, change)
+    signs = None if isinstance(delta, FactoredDelta) else decompose(flip_signs(update, random))
+    left, right = (None if signal is None else angle for angle in _compare_spaces(frame.spaces, spaces, signal or 1))
+    bounds = (math.degrees(math.asin(each.error(k))) for each in (frame.spaces, spaces))
+    return Geometry(
+        **common,
+        k=k,
+        fro=fro,
+        stored=stored,
+        angle_error=min(90.0, math.fsum(bounds)),
+        signal_rank=found.signal_rank,
+        signal_left=left,
+        signal_right=right,
+        rank=numerical_rank(factors),
+        rank_90=_find_rank_90(factors),
+        rank_random=None if signs is None else numerical_rank(signs),
+        rank_90_random=None if signs is None else _find_rank_90(signs),
+        moved=moved,
+        chance=_measure_chance(frame, fro, _count_draws(delta, settings), random),
+        rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random) if stored else None,
+        method=frame.spaces.method,
+    )
+
+
+def _count_draws(delta: Delta, settings: GeometrySettings) -> int:
+    """Return the number of draws of a baseline: as set, or more for a small layer, whose statistics vary more."""
+    by_size = min(MOST_DRAWS, max(FEWEST_DRAWS, ENTRIES_PER_DRAW // math.prod(delta.shape)))
+    return settings.draws or by_size
+
+
+def _find_format(delta: Delta, change: Change) -> Format | None:
+    """Return the format of TUNED's values, bfloat16 also where a float32 file holds such values; None without one."""
+    if not isinstance(delta, StoredDelta) or delta.tuned.is_quantized or change.rounding is None:
+        return None
+    dtype = delta.tuned.dtype
+    if dtype == "float32" and 0 < change.rounding.mantissa[1] <= LAYOUT[torch.bfloat16][2]:
+        dtype = "bfloat16"
+    return next((each for each in get_args(Format) if each == dtype), None)
+
+
+def _find_rank_90(factors: Factors) -> int:
+    """Return the smallest r with C(r) ≥ 0.9 of all singular values."""
+    return rank_at(energy_curve(factors.s.numpy(), factors.fro, complete=True), 0.9) or len(factors.s)
+
+
+def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float]:
+    """Return the mean principal angles of the leading left and right spaces of dimension k, in degrees."""
+    pairs = ((before.u, after.u), (before.v, after.v))
+    left, right = (float(principal_angles(a[:, :k], b[:, :k]).mean()) for a, b in pairs)
+    return left, right
+
+
+def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generator) -> Baseline:
+    """Return the statistics of Gaussian updates of the same norm."""
+    rows, columns = frame.weight.shape
+    updates = (random_update((rows, columns), fro, random).to(frame.weight.device) for _ in range(draws))
+    return pool_draws([measure_movement(frame, update)[0] for update in updates])
+
+
+def _measure_rounding(
+    frame: Frame, update: Tensor, stored: str, draws: int, random: torch.Generator
+) -> Baseline | None:
+    """Return the statistics of the rounding null; None if rounding leaves nothing of any draw."""
+    dtype = getattr(torch, stored)
+    entries = undo_rounding(frame.weight, update, dtype, random)
+    placed = (add_stored(frame.weight, permute(entries, random), dtype) - frame.weight for _ in range(draws))
+    found = [measure_movement(frame, each)[0] for each in placed if bool(each.any())]
+    return pool_draws(found) if found else None
+
+
+@show_options
+def geometry(
+    base: Path | str,
+    tuned: Path | str,
+    **options: Unpack[GeometryOptions],
+) -> Results[Geometry]:
+    r"""Measure where an update lies in the base weights, and where chance and rounding alone would put it.
+
+    Args:
+        base: Base checkpoint.
+        tuned: Fine-tuned checkpoint or adapter.
+        top: k, the dimension of the leading singular spaces of W, at most min(out, in).
+        eta: η: an entry is unchanged if |ΔW| ≤ η·max(|W|, |W + ΔW|). Between bfloat16 files 0.001 is bit identity.
+        draws: Number of draws of each baseline.
+        **options: ``GeometryOptions``.
+
+    Returns:
+        One record per finite matrix that both sides have; other tensors are in ``left_out``.
+
+    Raises:
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
+            resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
+        NothingComparedError: The sides have no weight in common, or none is selected.
+
+    Example:
+        >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        >>> found = geometry(base, tuned, layers=r"0\.mlp\.up_proj").layers[0]
+        >>> round(found.moved.scaling + found.moved.mixing + found.moved.outside, 9)
+        1.0
+    """
+    run = LayerRun("geometry", options, GeometryOptions)
+    k, eta, draws = (run.options[name] for name in ("top", "eta", "draws"))
+    check_request(run.options["method"], k, run.options["tol"])
+    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws)
+    return run.pair(base, tuned, measure_layer, max_bytes, run.own, settings)

@@ -1,0 +1,166 @@
+"""Records of ``geometry``."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, Unit
+
+Degrees = Annotated[float, Unit("degrees"), Field(ge=0, le=90.001)]
+
+# Formats of the rounding null.
+Format = Literal["bfloat16", "float16", "float32", "float64"]
+
+# α: fractions of the entries in a mask.
+ALPHAS = (0.3, 0.1)
+DECILES = 10
+
+
+class Movement(Record):
+    """Where a ΔW lies in W; k is the dimension of the leading singular spaces.
+
+    Args:
+        unchanged: Fraction of entries with |ΔW| ≤ η·max(|W|, |W + ΔW|) ("update sparsity").
+        changed_by_decile: Fraction of changed entries in each decile of |W|, the smallest magnitudes first.
+        row_spread: Standard deviation over rows of the fraction of changed entries.
+        column_spread: The same over columns.
+        low_30: Fraction of the changed entries that are among the 30% smallest of |W|; null if none changed.
+        low_10: The same for 10%.
+        principal_30: Fraction of the changed entries that are among the 30% largest of the reconstruction of W from its
+            k leading singular directions.
+        principal_10: The same for 10%.
+        left_angles: The k principal angles between the leading left singular spaces of W and W + ΔW, ascending.
+        right_angles: The same for the right spaces.
+        shift: Normalised spectral shift ‖σ(W + ΔW) − σ(W)‖ / ‖σ(W)‖.
+        scaling: Fraction of ‖ΔW‖² that scales the k leading singular directions of W, Σ(u_iᵀΔW v_i)².
+        mixing: Fraction that mixes them, Σ_{i≠j}(u_iᵀΔW v_j)².
+        outside: The rest; the three sum to 1.
+        energy_left: ‖UᵀΔW‖² / ‖ΔW‖², U the k leading left singular vectors of W.
+        energy_right: ‖ΔW V‖² / ‖ΔW‖².
+        spectral_ratio: σ_1(ΔW) / σ_1(W); null if W = 0.
+        stable_rank: ‖ΔW‖² / σ_1(ΔW)².
+    """
+
+    unchanged: Share
+    changed_by_decile: tuple[Share, ...]
+    row_spread: Share
+    column_spread: Share
+    low_30: Share | None
+    low_10: Share | None
+    principal_30: Share | None
+    principal_10: Share | None
+    left_angles: tuple[Degrees, ...]
+    right_angles: tuple[Degrees, ...]
+    shift: Ratio
+    scaling: Share
+    mixing: Share
+    outside: Share
+    energy_left: Share
+    energy_right: Share
+    spectral_ratio: Ratio | None
+    stable_rank: Ratio
+
+    @property
+    def angle(self) -> float:
+        """Mean of the principal angles, left and right."""
+        return fmean((*self.left_angles, *self.right_angles))
+
+
+class Baseline(Movement):
+    """The mean of the statistics over draws of an update that is independent of W.
+
+    Args:
+        draws: Number of draws.
+        errors: Standard error of the means, by name; empty for one draw.
+    """
+
+    draws: Count
+    errors: dict[str, float]
+
+
+def _columns() -> tuple[Shown, ...]:
+    """Return the columns of the statistics, each with the value of the stricter baseline in brackets."""
+    rows: tuple[tuple[str, str, str, str, str, int, bool], ...] = (
+        ("unchanged", "unchanged", "fraction of entries with a relative change of at most η", "", "percent", 3, False),
+        ("low_30", "in low 30%", "changed entries among the 30% smallest of |W|", "low", "percent", 0, False),
+        ("principal_30", "in principal 30%", "among the 30% largest of rank-k W", "principal", "percent", 4, False),
+        ("angle", "angle", "mean principal angle of the leading spaces, in degrees", "angle°", ".2g", 0, False),
+        ("shift", "spectral shift", "normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖", "NSS", ".0e", 0, False),
+        ("scaling", "scaling", "fraction of ‖ΔW‖² that scales directions of W", "", "small", 5, True),
+        ("mixing", "mixing", "fraction of ‖ΔW‖² that mixes leading directions of W", "", "small", 5, True),
+        ("energy_left", "left energy", "fraction of ‖ΔW‖² in the leading left space of W", "left", "small", 5, False),
+        ("energy_right", "right energy", "fraction of ‖ΔW‖² in the leading right space", "right", "small", 5, False),
+        ("stable_rank", "stable rank", "‖ΔW‖²/σ_1(ΔW)²", "", ".3g", 6, True),
+        ("spectral_ratio", "σ_1(ΔW)/σ_1(W)", "largest singular value relative to that of W", "σ ratio", ".2g", 6, True),
+    )
+    return tuple(
+        Shown(
+            f"moved.{name}", title, about, head=head, form=form, drop=drop, detail=detail, main=True,
+            chance=f"null.{name}", share=form in {"percent", "small"},
+        )
+        for name, title, about, head, form, drop, detail in rows
+    )  # fmt: skip
+
+
+class Geometry(LayerRecord):
+    """Where the update of one layer lies in W, and where independent updates would lie.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``.
+        k: Dimension of the leading singular spaces.
+        eta: η of ``Movement.unchanged``.
+        fro: ‖ΔW‖_F.
+        base_fro: ‖W‖_F.
+        stored: Format of the rounding null: that of the values of TUNED; null without one, as for adapters and for
+            quantized files.
+        angle_error: Bound on the error of every angle of ``moved``, from the residuals of the singular vectors and the
+            gaps behind the k-th singular values; 90 where there is no gap, so that the spaces are arbitrary.
+        signal_rank: Rank of ΔW above rounding, as in ``spectrum``; null if all kept values are above it, or ΔW = 0.
+        signal_left: Mean principal angle of the leading left spaces of that dimension; null without it, or if it is
+            more than half of min(out, in).
+        signal_right: The same of the right spaces.
+        rank: Numerical rank of ΔW, of the values above 1e-7·σ_1.
+        rank_90: Smallest r with C(r) ≥ 0.9.
+        rank_random: Numerical rank of a matrix with the magnitudes of ΔW at their places and random signs; null for an
+            adapter, whose factors define its rank.
+        rank_90_random: The same for 90% of the energy.
+        moved: The statistics of ΔW; null if ΔW = 0.
+        chance: Those of a Gaussian update of the same norm, added without rounding; null if ΔW = 0.
+        rounding: Those of the rounding null: the entries of ΔW, as they were before rounding, at random places, stored
+            in ``stored``; null without it.
+        method: Method of the singular vectors.
+    """
+
+    shown: ClassVar[tuple[Shown, ...]] = (SHAPE, *_columns())
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("moved.shift", "higher", "the singular values of the weights moved more than before: check the loss"),
+    )
+    record: Literal["geometry"] = "geometry"
+    layer: str
+    shape: tuple[int, int]
+    k: Count
+    eta: float
+    fro: Norm
+    base_fro: Norm
+    stored: Format | None = None
+    angle_error: Degrees = 0.0
+    signal_rank: Count | None = None
+    signal_left: Degrees | None = None
+    signal_right: Degrees | None = None
+    rank: Count = 0
+    rank_90: Count = 0
+    rank_random: Count | None = None
+    rank_90_random: Count | None = None
+    moved: Movement | None = None
+    chance: Baseline | None = None
+    rounding: Baseline | None = None
+    method: str = "none: ΔW is zero"
+
+    @property
+    def null(self) -> Baseline | None:
+        """The stricter baseline: the rounding null, or chance without one."""
+        return self.rounding or self.chance

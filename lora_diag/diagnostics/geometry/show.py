@@ -1,0 +1,262 @@
+"""Terminal output of ``geometry``: kind of movement, what rounding alone gives, and what exceeds both baselines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any
+
+from lora_diag.diagnostics.geometry.record import Baseline, Geometry, Movement
+from lora_diag.feature import Hint
+from lora_diag.records import Results
+from lora_diag.records.base import value_at
+from lora_diag.records.names import part_of
+from lora_diag.rendering.statements import Statement, make_statement, summarize
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.text import number, percent, quantity, span
+
+# Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean principal angle in
+# degrees, normalised spectral shift, changed weights among the 30% smallest. The angles are bounds: more than 10, less
+# than 0.5.
+SOURCE = "Qwen3-8B, arXiv 2606.07082"
+POINTS = {
+    "SFT": (0.081, 10.0, 1e-3, 0.319),
+    "OPD": (0.516, 1.0, 1e-4, 0.536),
+    "RLVR": (0.772, 0.5, 1e-5, 0.735),
+}
+
+# What is compared with both baselines, and its name in a sentence.
+COMPARED = {
+    "low_30": "changes in small weights",
+    "principal_30": "changes in principal weights",
+    "row_spread": "changes by row",
+    "column_spread": "changes by column",
+    "angle": "rotation",
+    "shift": "spectral shift",
+    "scaling": "scaling of directions",
+    "mixing": "mixing of directions",
+    "energy_left": "left alignment",
+    "energy_right": "right alignment",
+    "spectral_ratio": "σ_1",
+}
+
+# A statistic exceeds a baseline if it does by this factor in the median layer, and at all in this fraction of layers.
+CLEAR_FACTOR, CLEAR_SHARE = 1.05, 0.9
+MOST_NAMED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """The statistics of ``POINTS`` over several layers.
+
+    Args:
+        unchanged: Fraction of unchanged entries; None unless TUNED holds bfloat16, as the published models.
+        angle: Mean over layers.
+        shift: ‖σ(W + ΔW) − σ(W)‖ / ‖σ(W)‖ of all layers as one block-diagonal matrix.
+        low: Fraction of the changed entries among the 30% smallest of their layer; None as for ``unchanged``, or
+            without changed entries.
+    """
+
+    unchanged: float | None
+    angle: float
+    shift: float
+    low: float | None
+
+    @classmethod
+    def of(cls, records: Sequence[Geometry]) -> Whole:
+        """Return the statistics of layers with an update."""
+        moved = [record.moved for record in records if record.moved]
+        entries, weights = [math.prod(record.shape) for record in records], [record.base_fro for record in records]
+        changed = [(1 - each.unchanged) * size for each, size in zip(moved, entries, strict=True)]
+        is_rounded = all(record.stored == "bfloat16" for record in records)
+        low = math.fsum(count * (each.low_30 or 0.0) for count, each in zip(changed, moved, strict=True))
+        return cls(
+            unchanged=1 - math.fsum(changed) / sum(entries) if is_rounded else None,
+            angle=fmean(each.angle for each in moved),
+            shift=math.hypot(*(each.shift * size for each, size in zip(moved, weights, strict=True)))
+            / math.hypot(*weights),
+            low=low / math.fsum(changed) if is_rounded and any(changed) else None,
+        )
+
+    def distances(self) -> dict[str, float]:
+        """Return the distance to each published point, the nearest first; 1 is the distance from SFT to RLVR.
+
+        Root mean square over the known statistics; angles and shifts on a logarithmic scale.
+        """
+        sft, rlvr = (_scale(point) for point in (POINTS["SFT"], POINTS["RLVR"]))
+        angle = min(POINTS["SFT"][1], max(POINTS["RLVR"][1], self.angle))
+        own = _scale((self.unchanged, angle, self.shift, self.low))
+        found = {}
+        for name, point in POINTS.items():
+            parts = zip(own, _scale(point), sft, rlvr, strict=True)
+            steps = [(x - y) / (b - a) for x, y, a, b in parts if x is not None and y is not None and a and b]
+            found[name] = math.sqrt(fmean(step**2 for step in steps))
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _scale(point: tuple[float | None, float, float, float | None]) -> tuple[float | None, ...]:
+    """Return the statistics of a point, the logarithm of the angle and of the shift."""
+    return point[0], math.log10(point[1]), math.log10(max(point[2], 1e-12)), point[3]
+
+
+def select_compared(results: Iterable[Any]) -> list[Geometry]:
+    """Return the records of updated matrices within the blocks; of all matrices where there are none."""
+    moved = [record for record in results if isinstance(record, Geometry) and record.moved]
+    return [record for record in moved if part_of(record.layer) == "matrices"] or moved
+
+
+def suggest_next(results: Results[Geometry], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: the loss on earlier data, of an adapter or of a fine-tune without factors."""
+    is_adapter = any(side.role == "adapter" for side in results.run.inputs)
+    probe = "probe outputs {base} {tuned}" if is_adapter else "probe truncation {base} {tuned} --ranks 0"
+    return Hint(f"{probe} --eval earlier_data.txt", "whether the model forgot")
+
+
+def geometry_grids(results: Results[Geometry], per: str = "type") -> list[Grid]:
+    """Return the table; each number with that of the stricter baseline in brackets."""
+    nulls = {"rounding null" if record.rounding else "chance" for record in results if isinstance(record, Geometry)}
+    return [grid_of(Geometry.shown, rows_of(results, per), per, f"in brackets: {' or '.join(sorted(nulls))}")]
+
+
+def geometry_lines(results: Results[Geometry]) -> list[Statement]:
+    """Return the statements of the summary."""
+    records = select_compared(results)
+    if not records:
+        return summarize(results, make_statement("movement", "Movement", "none: no weight changed", priority=0))
+    whole = Whole.of(records)
+    return summarize(
+        results,
+        make_statement("movement", "Movement", _describe_movement(whole), priority=0),
+        make_statement("rounding", "Rounding", _describe_rounding(records), priority=0),
+        make_statement("above", "Above both", *_describe_excess(records), priority=0),
+        make_statement("rank", "Rank", _describe_rank(records)),
+        make_statement("published", "Published", *_describe_published(whole), priority=2),
+        make_statement("baselines", "Baselines", *_describe_baselines(records), priority=2),
+        make_statement("angles", "Angles", _describe_angles(records), priority=2),
+    )
+
+
+def _describe_movement(whole: Whole) -> str:
+    """State the distances to the published points, the nearest first."""
+    (name, nearest), *others = whole.distances().items()
+    rest = ", ".join(f"{other} {distance:.2f}" for other, distance in others)
+    return f"nearest to {name} of Qwen3-8B: distance {nearest:.2f} ({rest}); no proof: size alone can place it there"
+
+
+def _describe_published(whole: Whole) -> list[str]:
+    """State the compared statistics, and those of the published points."""
+    found = [f"angle {number(whole.angle)}°", f"spectral shift {whole.shift:.0e}"]
+    if whole.unchanged is not None:
+        found += [f"unchanged {percent(whole.unchanged)}", f"low overlap {_percent(whole.low)}"]
+    points = (f"{name}: {_describe_point(point)}" for name, point in POINTS.items())
+    return [f"here: {', '.join(found)}", *points, f"of {SOURCE}; distance 1 is that of its SFT and RLVR"]
+
+
+def _describe_point(point: tuple[float, float, float, float]) -> str:
+    """State the numbers of a published point."""
+    return f"{number(point[1])}°, {point[2]:.0e}, {percent(point[0])}, {percent(point[3])}"
+
+
+def _describe_rounding(records: Sequence[Geometry]) -> str:
+    """State the low overlap beside chance and the rounding null."""
+    measured, chance = (_pool(records, side, "low_30") for side in ("moved", "chance"))
+    if not all(record.rounding for record in records):
+        what = "an update that is not stored has no rounding" if not records[0].stored else "rounding removes all of it"
+        return (
+            f"{what}; {_percent(measured)} of changed entries in the 30% smallest weights, {_percent(chance)} by chance"
+        )
+    null, formats = _pool(records, "rounding", "low_30"), "/".join(sorted({record.stored or "" for record in records}))
+    return (
+        f"{_percent(measured)} of changes in the 30% smallest weights; independent changes stored in {formats} have "
+        f"{_percent(null)}, unrounded ones {_percent(chance)}"
+    )
+
+
+def _describe_excess(records: Sequence[Geometry]) -> list[str]:
+    """State which statistics exceed both baselines, and by how much."""
+    lines = []
+    for name, title in COMPARED.items():
+        rows = [_compare(record, name) for record in records]
+        known = [row for row in rows if row is not None]
+        if not known:
+            continue
+        value, level = (median(each) for each in zip(*known, strict=True))
+        above = sum(value > level for value, level in known)
+        if value > CLEAR_FACTOR * level and above >= CLEAR_SHARE * len(known):
+            lines.append((value / level if level else math.inf, f"{title} {number(value)} ({number(level)})"))
+    if not lines:
+        return ["nothing: as an update that is independent of W"]
+    texts = [text for _, text in sorted(lines, reverse=True)]
+    first, rest = (", ".join(part) for part in (texts[:MOST_NAMED], texts[MOST_NAMED:]))
+    return [f"{first}; in brackets the larger baseline", rest]
+
+
+def _compare(record: Geometry, name: str) -> tuple[float, float] | None:
+    """Return a statistic and the larger of its baselines; None where one is not known."""
+    values = [value_at(side, name) for side in (record.moved, record.chance, record.rounding) if side]
+    return None if None in values else (values[0], max(values[1:]))
+
+
+def _describe_rank(records: Sequence[Geometry]) -> str:
+    """State the rank of ΔW beside that of its support and magnitudes."""
+    known = [record for record in records if record.rank_90_random]
+    if not known:
+        return f"median {median(record.rank for record in records):.0f}, that of the factors"
+    of = median(min(record.shape) for record in known)
+    ninety, random = median(r.rank_90 for r in known), median(r.rank_90_random or 0 for r in known)
+    full = sum(record.rank == min(record.shape) for record in known)
+    return (
+        f"90% of ‖ΔW‖² needs rank {ninety:.0f} of {of:.0f}, {random:.0f} with random signs on the same entries; "
+        f"numerically full in {full} of {quantity(len(known))}"
+    )
+
+
+def _describe_baselines(records: Sequence[Geometry]) -> list[str]:
+    """State what the baselines are, with their draws and errors, and when η is bit identity."""
+    draws = [record.null.draws for record in records if record.null]
+    errors = [error for r in records if r.null and (error := r.null.errors.get("low_30")) is not None]
+    lines = [
+        "chance: Gaussian updates of the same norm, not rounded",
+        "rounding: the entries of ΔW as before rounding, at random places of the layer, stored as TUNED"
+        if records[0].stored
+        else "",
+        f"{span(draws, ' to ')} draws per layer"
+        + (f"; standard error of the low overlap {number(median(errors))} in the median layer" if errors else ""),
+    ]
+    if all(record.stored == "bfloat16" and record.eta == 1e-3 for record in records):
+        lines.append("η = 0.001: distinct normal bfloat16 numbers differ by 2^-8 or more, so unchanged is bit identity")
+    return lines
+
+
+def _describe_angles(records: Sequence[Geometry]) -> str:
+    """State the bound on the error of angles, and the angles at the signal rank."""
+    error = max(record.angle_error for record in records)
+    ks = sorted({record.k for record in records})
+    text = f"of the {'/'.join(map(str, ks))} leading directions; error at most {number(error)}°"
+    if known := [r for r in records if r.signal_left is not None and r.signal_right is not None]:
+        angle = median(((r.signal_left or 0) + (r.signal_right or 0)) / 2 for r in known)
+        text += f"; {number(angle)}° at the rank of ΔW above rounding, in {quantity(len(known))}"
+    return text
+
+
+def _pool(records: Sequence[Geometry], side: str, name: str) -> float | None:
+    """Return the mean of a statistic of ``moved``, ``chance`` or ``rounding`` over the changed entries of layers."""
+    pairs = [
+        ((1 - movement.unchanged) * math.prod(record.shape), value)
+        for record in records
+        if (movement := _side_of(record, side)) and (value := value_at(movement, name)) is not None
+    ]
+    total = math.fsum(weight for weight, _ in pairs)
+    return math.fsum(weight * value for weight, value in pairs) / total if total else None
+
+
+def _side_of(record: Geometry, side: str) -> Movement | Baseline | None:
+    """Return the statistics of ΔW or of a baseline."""
+    return {"moved": record.moved, "chance": record.chance, "rounding": record.rounding}[side]
+
+
+def _percent(share: float | None) -> str:
+    """Return a percentage; a dash for None."""
+    return "-" if share is None else percent(share)

@@ -37,9 +37,9 @@ FEATURE = Feature(
                 BASE_ARGUMENT,
                 Argument(
                     "models",
-                    "Full fine-tune, then adapters; adapters alone are compared as equals, in the order of their "
-                    "steps.",
-                    "[TUNED] ADAPTER",
+                    "Full fine-tune, adapters, or both, in this order; adapters alone are compared as equals, in the "
+                    "order of their steps.",
+                    "[TUNED] [ADAPTER]",
                     many=True,
                 ),
             ),

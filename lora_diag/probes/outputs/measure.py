@@ -241,11 +241,8 @@ def probe_outputs(
     reference = run.options.reference
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
-    if not models:
-        raise UsageError(
-            "probe outputs: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
-            "--reference"
-        )
+    if not models and tuned is None:
+        raise UsageError("probe outputs: nothing to compare with BASE; give TUNED or at least one ADAPTER")
     refuse_repeated([path for path, _ in models], tuned)
     if tuned is not None:
         models.insert(0, (tuned, "tuned"))

@@ -274,7 +274,9 @@ def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bo
     if not has_tuned:
         best = min(adapters, key=lambda record: record.nats)
         return [*lines[:1], _compare_with_base(best, base, labels), *lines[1:]]
-    if is_tuned_worse(base):
+    if not adapters:
+        lines = [_compare_with_base(ends["tuned"], base, labels)]
+    elif is_tuned_worse(base):
         difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
         worse = f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"
         lines = [worse, *(_compare_with_base(record, base, labels) for record in adapters), *lines]

@@ -154,6 +154,15 @@ def test_results_are_independent_of_adapter_order(tmp_path):
     assert losses(one, two) == losses(two, one)
 
 
+def test_full_fine_tune_alone_is_compared_with_base(small):
+    base, tuned, other, text = small
+    alone = lora_diag.probe_outputs(base, tuned, evaluate=[text]).whole
+    both = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
+    assert [(record.subject, record.loss, record.change) for record in alone] == [
+        (record.subject, record.loss, record.change) for record in both if record.subject != "adapter"
+    ]
+
+
 def test_run_begun_with_other_sequences_is_not_resumed(small, tmp_path):
     """Earlier versions used the first N sequences for --max-sequences N; the text is the same."""
     base, tuned, other, text = small

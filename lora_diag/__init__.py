@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lora_diag.catalog import read_results as read_results
     from lora_diag.decisions.allocate.run import allocate as allocate
     from lora_diag.decisions.extract.run import extract as extract
+    from lora_diag.decisions.merge.run import merge as merge
     from lora_diag.decisions.plan.measure import plan as plan
     from lora_diag.decisions.plan_merge.measure import plan_merge as plan_merge
     from lora_diag.decisions.recover.measure import recover as recover

@@ -59,6 +59,7 @@ READERS = {"gating", "reports", "plots", "inspection", "environment", "explanati
 BETWEEN = {
     "decisions.allocate": {"probes.sensitivity", "probes.sweep"},
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
+    "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},

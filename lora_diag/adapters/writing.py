@@ -284,7 +284,12 @@ class Described:
 
 
 def write_adapter(
-    folder: Path, parts: Sequence[Part], values: Sequence[Value], described: Described, portable: bool = False
+    folder: Path,
+    parts: Sequence[Part],
+    values: Sequence[Value],
+    described: Described,
+    portable: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write both files of a PEFT LoRA adapter.
 
@@ -295,6 +300,7 @@ def write_adapter(
         described: BASE, for the config.
         portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names: every program
             then uses the same scale. Not for parameters.
+        metadata: Metadata of the weights file, besides its format.
 
     Raises:
         InputError: A file cannot be written.
@@ -315,7 +321,7 @@ def write_adapter(
     if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
-    write_safetensors(folder / WEIGHTS, infos, lambda key: tensors[key][1](), {"format": "pt"})
+    write_safetensors(folder / WEIGHTS, infos, lambda key: tensors[key][1](), {"format": "pt", **(metadata or {})})
     write_config(folder, config)
 
 

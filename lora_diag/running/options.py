@@ -127,6 +127,10 @@ RECOVER = Option(False, "Use the estimate of the update before rounding (see rec
 SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",), least=1)
 TOP = Option(None, "Compute only the K largest singular values; default: all.", "K")
 SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
+WEIGHTS = Option(None, "Weight of each update; default: 1, of a mean 1/K.", "W,W,...", panel=INPUTS)
+CHECKPOINT = Option(
+    False, "Write a checkpoint, BASE plus the update; default: an adapter.", "", ("--checkpoint",), OUTPUT
+)
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
 MEMORY_BUDGET = Option(None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE")

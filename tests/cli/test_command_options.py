@@ -19,6 +19,9 @@ SAMPLES = ROOT / "sample_checkpoints"
 DIFFERENT = {
     "--output": "each command names what it writes",
     "--format": "figures and reports have other formats",
+    "--method": "merge has methods of merging, the others compute singular values",
+    "--density": "interference has one default, and 0; merge has one by method",
+    "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--granularity": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
     "--to": "a format to merge into, or a service to send a report to",

@@ -10,10 +10,11 @@ import torch
 
 import lora_diag
 from lora_diag.diagnostics.interference import measure as interference
-from lora_diag.diagnostics.interference.measure import InterferenceSettings, LayerUpdates, Update
+from lora_diag.diagnostics.interference.measure import InterferenceSettings
 from lora_diag.diagnostics.intruders import measure as intruders
 from lora_diag.errors import MemoryLimitError
 from lora_diag.running.inputs import compare
+from lora_diag.running.updates import LayerUpdates, Update
 from tests.conftest import ROOT, save_model
 from tests.messages import assert_names
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +33,7 @@ from lora_diag.decisions.extract.measure import measure_left_out
 from lora_diag.deltas import Delta, Pairing, stored_name
 from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of, lock, sync, write_whole
-from lora_diag.records import LeftOut, Results, Run
+from lora_diag.records import LeftOut, Run
 from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
@@ -303,24 +304,34 @@ class TensorPlan:
         """Return the name of the tensor of BASE that holds a layer; the layer's name without one."""
         return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
 
-    def write(self, folder: Path, results: Results[Any], files: Mapping[str, Path], base_name: str) -> None:
+    def write(
+        self,
+        folder: Path,
+        results: Iterable[Any],
+        left_out: Iterable[LeftOut],
+        files: Mapping[str, Path],
+        base_name: str,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         """Write the adapter's two files, read them back, and compare them with the measured factors.
 
         Args:
             folder: An existing folder.
-            results: The rank of each layer, 0 for none, and the tensors to store in full.
+            results: The rank of each layer, 0 for none: one record per layer.
+            left_out: The tensors to store in full, and others.
             files: File with the factors of each layer.
             base_name: Name of the base model for the config.
+            metadata: Metadata of the weights file, besides its format.
 
         Raises:
             InputError: The files cannot be written, or differ when read back.
         """
         parts = [Part(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank]
-        names = {self._find_base_name(record.layer) for record in results.left_out if record.reason == "saved"}
+        names = {self._find_base_name(record.layer) for record in left_out if record.reason == "saved"}
         deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
         values = list_full_values(sorted(names), deltas, self.base, self.model, adapted)
-        write_adapter(folder, parts, values, self._describe_base(base_name), self.portable)
+        write_adapter(folder, parts, values, self._describe_base(base_name), self.portable, metadata)
         check_written(folder, self.base, parts)
 
     def _read_architecture(self) -> str:
@@ -342,20 +353,24 @@ class TensorPlan:
         )
 
 
-def plan_tensors(compared: Comparison, save: bool, portable: bool = False) -> TensorPlan:
+def plan_tensors(
+    compared: Comparison, save: bool, portable: bool = False, others: Sequence[Checkpoint | Adapter] = ()
+) -> TensorPlan:
     """Return the treatment of all tensors.
 
     Args:
         compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are kept.
         save: Whether to store tensors without factors in full; a resized vocabulary then gets no factors.
         portable: Whether only matrices that all programs scale equally get factors.
+        others: Further updates with layers in the pairing.
 
     Raises:
         InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None
-    model = Model(base, names_in_memory(tuned, base) if isinstance(tuned, Adapter) else {})
+    adapters = [update for update in (*others, tuned) if isinstance(update, Adapter)]
+    model = Model(base, dict(chain.from_iterable(names_in_memory(adapter, base).items() for adapter in adapters)))
     resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
     targets: dict[str, Target] = {}
     refused: dict[str, str] = {}

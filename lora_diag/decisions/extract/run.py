@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -128,7 +128,7 @@ def extract(
     if recover:
         refuse_without_rounding(compared)
     planned = plan_tensors(compared, unfactored == "save", portable)
-    check_layout(form, [_place_target(target) for target in planned.targets.values()], planned.base)
+    check_layout(form, [place_target(target) for target in planned.targets.values()], planned.base)
     moments = None
     if activations is not None:
         moments = second_moments(activations, planned.base, compared.pairing, kfac=kfac)
@@ -167,7 +167,7 @@ def extract(
             raise _make_no_factors_error(tuned, results)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
-            _write(planned, folder, results, files, name, form)
+            write_in_format(planned, folder, results, results.left_out, files, name, form)
         words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
         command = [*words, *rank_words]
         command += list_words(ExtractOptions, results.run, "allocation", "params", "energy", "rank")
@@ -203,28 +203,44 @@ def extract(
     )
 
 
-def _place_target(target: Target) -> Placed:
+def place_target(target: Target) -> Placed:
     """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
     return Placed(Item(target.layer, target.module, part, shape=shape, kernel=target.kernel), 1, shape)
 
 
-def _write(
+def write_in_format(
     planned: TensorPlan,
     folder: OutputFolder,
-    results: Results[Extraction],
+    results: Iterable[Any],
+    left_out: Iterable[LeftOut],
     files: Mapping[str, Path],
     base_name: str,
     form: str,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the adapter in PEFT's layout, and convert it if ``form`` is another."""
+    """Write the adapter in PEFT's layout, and convert it if ``form`` is another, which has no metadata.
+
+    Args:
+        planned: The treatment of all tensors.
+        folder: The open folder.
+        results: As of ``TensorPlan.write``, like the next ones.
+        left_out: The tensors to store in full, and others.
+        files: File with the factors of each layer.
+        base_name: Name of the base model for the config.
+        form: One of ``LAYOUTS``.
+        metadata: Metadata of the weights file.
+
+    Raises:
+        InputError: A file cannot be written, or differs when read back.
+    """
     if form == PEFT:
-        planned.write(folder.work, results, files, base_name)
+        planned.write(folder.work, results, left_out, files, base_name, metadata)
         return
     scratch = folder.work / FACTORS / PEFT
     scratch.mkdir(exist_ok=True)
-    planned.write(scratch, results, files, base_name)
+    planned.write(scratch, results, left_out, files, base_name)
     convert(open_adapter(scratch), folder.work, scratch, planned.base, form, for_tied_head=True)
     check_converted(folder.work / LAYOUTS[form].file, scratch, planned.base)
 

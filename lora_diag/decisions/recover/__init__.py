@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
-from lora_diag.running.options import ENERGY, EXECUTION, OUTPUT, PARAMS, RANK, FolderOptions, Option
+from lora_diag.running.options import CHECKPOINT, ENERGY, EXECUTION, OUTPUT, PARAMS, RANK, FolderOptions, Option
 
 
 class RecoverOptions(FolderOptions, total=False):
@@ -14,10 +14,7 @@ class RecoverOptions(FolderOptions, total=False):
     energy: Annotated[float | None, ENERGY]
     params: Annotated[str | int | None, PARAMS]
     time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION)]
-    full: Annotated[
-        bool,
-        Option(False, "Write a float32 checkpoint: BASE plus the estimated update.", "", ("--checkpoint",), OUTPUT),
-    ]
+    full: Annotated[bool, CHECKPOINT]
     leave_out_refused: Annotated[
         bool, Option(False, "Write no factors of refused layers; default: the SVD of TUNED − BASE.", panel=OUTPUT)
     ]

@@ -6,7 +6,6 @@ of parameters is allocated by the estimated singular values of all layers, as in
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -22,10 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
-from lora_diag.checkpoints import Checkpoint, TensorInfo, as_path, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.checkpoints.safetensors import write_safetensors
-from lora_diag.checkpoints.tensors import FLOAT_DTYPES
+from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, Replacement, write_changed, write_tensors
 from lora_diag.decisions.allocate.measure import Budget, allocate
 from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, TensorPlan, list_words, plan_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
@@ -35,7 +33,6 @@ from lora_diag.decisions.recover.show import recovery_card
 from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
-from lora_diag.files import write_whole
 from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
@@ -98,7 +95,7 @@ def make_spectrum(record: Recovery) -> Spectrum:
     )
 
 
-RECORDS, MODEL, MODEL_CONFIG = "recovery.jsonl", "model.safetensors", "config.json"
+RECORDS = "recovery.jsonl"
 
 
 class AdapterFolder(OutputFolder):
@@ -115,58 +112,6 @@ class CheckpointFolder(OutputFolder):
     records_name: ClassVar[str] = RECORDS
     own_files: ClassVar[frozenset[str]] = frozenset({MODEL, MODEL_CONFIG, CARD, RECORDS})
     description: ClassVar[str] = "a checkpoint written by recover"
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write the tensors of one layer.
-
-    Args:
-        file: The file; replaced if it exists.
-        tensors: Float32, contiguous.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
-    infos = {name: TensorInfo(name, tuple(tensor.shape), "float32") for name, tensor in tensors.items()}
-    write_safetensors(file, infos, lambda name: tensors[name], {})
-
-
-def write_checkpoint(
-    folder: Path, tuned: Checkpoint, recovered: Iterable[StoredDelta], files: Mapping[str, Path]
-) -> None:
-    """Write ``model.safetensors``, floats in float32, one tensor in memory at a time; ``config.json`` if TUNED has one.
-
-    Args:
-        folder: An existing folder.
-        tuned: TUNED, whose values are used where nothing was recovered.
-        recovered: The layers whose estimated weights replace those of TUNED.
-        files: File with the estimated weight, by layer.
-
-    Raises:
-        InputError: A file cannot be read or written.
-    """
-    deltas_by_tensor: dict[str, list[StoredDelta]] = {}
-    for delta in recovered:
-        deltas_by_tensor.setdefault(delta.tuned.name, []).append(delta)
-    infos = {
-        name: TensorInfo(name, tuned[name].shape, "float32" if tuned[name].dtype in FLOAT_DTYPES else tuned[name].dtype)
-        for name in tuned
-    }
-
-    def read_weight(name: str) -> Tensor:
-        values = tuned.read(name)
-        if tuned[name].dtype in FLOAT_DTYPES:
-            values = values.float()
-        for delta in deltas_by_tensor.get(name, ()):
-            first = delta.tuned.offset
-            values[first : first + math.prod(delta.shape)] = open_checkpoint(files[delta.layer]).read("W")
-        return values.view(tuned[name].shape)
-
-    write_safetensors(folder / MODEL, infos, read_weight, {"format": "pt"})
-    if tuned.config:
-        config = {key: value for key, value in tuned.config.items() if key != "quantization_config"}
-        config |= {key: "float32" for key in ("torch_dtype", "dtype") if key in config}
-        write_whole(folder / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -492,10 +437,12 @@ def recover(
             raise _make_nothing_to_write_error(tuned, results, leave_out_refused)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
-            planned.write(folder.work, results, files, name)
+            planned.write(folder.work, results, results.left_out, files, name)
         elif not folder.whole:
-            replaced = {record.layer for record in results if record.written == "posterior"}
-            write_checkpoint(folder.work, stored, [task.delta for task in tasks if task.layer in replaced], files)
+            estimated = {record.layer for record in results if record.written == "posterior"}
+            sides = [(task.layer, task.shape, task.delta.tuned) for task in tasks if task.layer in estimated]
+            replaced = [Replacement(side.name, side.offset, shape, files[layer]) for layer, shape, side in sides]
+            write_changed(folder.work, stored, replaced, "float32")
         command = ["loradiag", "recover", legible(base), legible(tuned), *list_words(RecoverOptions, results.run)]
         command += ["-o", legible(str(output))]
         folder.finish(recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import INPUTS, OUTPUT, RANKS, LayerOptions, Option
+from lora_diag.running.options import OUTPUT, RANKS, WEIGHTS, LayerOptions, Option
 
 
 class InterferenceOptions(LayerOptions, total=False):
     """Options of ``interference``."""
 
-    weights: Annotated[
-        Sequence[float] | None,
-        Option(None, "Weight of each update in the sum; default: all 1.", "W,W,...", panel=INPUTS),
-    ]
+    weights: Annotated[Sequence[float] | None, WEIGHTS]
     ranks: Annotated[Sequence[int], RANKS]
     density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]
 

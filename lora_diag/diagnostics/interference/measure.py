@@ -17,14 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, locate
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, Unpaired, drop_base, footprint, natural_order
+from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
 from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import UsageError
 from lora_diag.files import RESULTS, check_outputs
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
@@ -54,9 +52,10 @@ from lora_diag.linalg.methods import Allowance, check_request, decompose, requir
 from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results, totals
-from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
+from lora_diag.running.inputs import open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
+from lora_diag.running.updates import LayerUpdates, Update, align_layers, list_unmeasured, split_base
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,30 +72,6 @@ class InterferenceSettings(LayerSettings):
     ranks: tuple[int, ...] = RANKS
     weights: tuple[float, ...] = ()
     density: float = 0.2
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One of several updates of a layer.
-
-    Args:
-        name: The input's path.
-        weight: w_k.
-        delta: Its ΔW.
-    """
-
-    name: str
-    weight: float
-    delta: Delta
-
-
-@dataclass(frozen=True, slots=True)
-class LayerUpdates:
-    """One layer and all its updates; those that do not change it are missing or zero."""
-
-    layer: str
-    shape: tuple[int, int]
-    updates: tuple[Update, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -589,13 +564,13 @@ def interference(
     refuse_repeated(updates)
     opened = None if base is None else open_base(base)
     comparisons = [run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates]
-    tasks = _align_layers(comparisons, settings.weights)
+    tasks = align_layers(comparisons, settings.weights)
     return run.over(
         tasks,
         measure_layer,
         max_bytes,
         settings,
-        _list_unmeasured(comparisons, {task.layer for task in tasks}),
+        list_unmeasured(comparisons, {task.layer for task in tasks}),
         (*comparisons[0].inputs[:-1], *(comparison.inputs[-1] for comparison in comparisons)),
         {"weights": list(settings.weights), "ranks": list(settings.ranks), "density": density},
     )
@@ -619,22 +594,6 @@ def compare_updates(
     if spectrum is not None:
         select_spectra(results).write(spectrum, overwrite)
     return results
-
-
-def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
-    """Return BASE and the updates: adapters alone have no BASE, else it comes first.
-
-    Raises:
-        UsageError: An adapter comes first, but not all inputs are adapters.
-        InputError: An input does not exist, or cannot be fetched or reached.
-    """
-    paths = list(map(as_path, inputs))
-    adapters = [is_adapter(locate(path)) for path in paths]
-    if all(adapters):
-        return None, paths
-    if adapters[0]:
-        raise UsageError(f"{paths[0]}: is an adapter, not BASE; give BASE first, then the updates")
-    return paths[0], paths[1:]
 
 
 def select_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
@@ -662,53 +621,3 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
     if not all(0 < weight < math.inf for weight in weights):
         raise UsageError("--weights: must be positive; subtraction of updates is not measured")
     return weights
-
-
-def _align_layers(comparisons: Sequence[Comparison], weights: Sequence[float]) -> list[LayerUpdates]:
-    """Return the layers that any update has, in natural order, each with its updates.
-
-    Raises:
-        InputError: Two have different shapes for one name.
-        NothingComparedError: No layer is changed by two.
-    """
-    by_layer: dict[str, list[Update]] = {}
-    for comparison, weight in zip(comparisons, weights, strict=True):
-        for delta in comparison.pairing.deltas:
-            if delta.is_matrix:
-                by_layer.setdefault(delta.layer, []).append(Update(_tuned_path(comparison), weight, drop_base(delta)))
-    if not any(len(updates) > 1 for updates in by_layer.values()):
-        examples = "; ".join(
-            f"{_tuned_path(item)} has {min((delta.layer for delta in item.pairing.deltas), default='no layer')}"
-            for item in comparisons
-        )
-        raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
-    for layer, (first, *others) in by_layer.items():
-        for other in others:
-            if other.delta.shape != first.delta.shape:
-                raise InputError(
-                    f"{layer}: {list(first.delta.shape)} in {first.name} but {list(other.delta.shape)} in "
-                    f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
-                )
-    names = sorted(by_layer, key=natural_order)
-    return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
-
-
-def _tuned_path(comparison: Comparison) -> str:
-    """Return the path of the compared update."""
-    return comparison.inputs[-1].path
-
-
-def _list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
-    """Return the compared 1-D tensors, and the unpaired tensors that no comparison pairs, each name once.
-
-    The first comparison that has one counts; ``layers`` are the compared matrices.
-    """
-    vectors: dict[str, Delta] = {}
-    unpaired: dict[str, Unpaired] = {}
-    for delta in (delta for comparison in comparisons for delta in comparison.pairing.deltas if not delta.is_matrix):
-        vectors.setdefault(delta.layer, delta)
-    for comparison in comparisons:
-        for item in comparison.pairing.unpaired:
-            if item.layer not in layers and item.layer not in vectors:
-                unpaired.setdefault(item.layer, replace(item, detail=f"{_tuned_path(comparison)}: {item.detail}"))
-    return Pairing(tuple(vectors.values()), tuple(unpaired.values()))

@@ -1,0 +1,136 @@
+"""``merge``: several updates of one BASE in one adapter or checkpoint; its methods, declaration and options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Section
+from lora_diag.running import options
+from lora_diag.running.options import (
+    OUTPUT,
+    REQUIRED,
+    Callbacks,
+    Device,
+    Matching,
+    Option,
+    Resources,
+    Resuming,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method of merging.
+
+    Args:
+        name: Value of ``--method``; also the function in ``methods.py``, unless ``run`` names another.
+        title: Its name in its paper.
+        source: The paper.
+        averages: Whether the default weights are 1/K; else 1.
+        density: Default fraction of entries to keep; None if it trims nothing.
+        entrywise: Whether it merges entries of ΔW, so that the merge has no factors.
+        needs_factors: Whether every update must have factors.
+        linear: Whether the merge is Σ w_kΔW_k, so that its expectation is known.
+        run: Another function in ``methods.py``.
+    """
+
+    name: str
+    title: str
+    source: str
+    averages: bool = False
+    density: float | None = None
+    entrywise: bool = False
+    needs_factors: bool = False
+    linear: bool = False
+    run: str = ""
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("mean", "weighted mean", "Wortsman et al. 2022", averages=True, linear=True, run="add"),
+        Method("sum", "task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", linear=True, run="add"),
+        Method("ties", "TIES", "Yadav et al. 2023, arXiv 2306.01708", density=0.2, entrywise=True),
+        Method("dare", "DARE", "Yu et al. 2024, arXiv 2311.03099", averages=True, density=0.5, entrywise=True),
+        Method("dare_ties", "DARE with TIES", "Yu et al. 2024, arXiv 2311.03099", density=0.5, entrywise=True),
+        Method("tsv", "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081"),
+        Method("iso_c", "Iso-C", "Marczak et al. 2025, arXiv 2502.04959"),
+        Method("knots_ties", "KnOTS-TIES", "Stoica et al. 2025, arXiv 2410.19735", density=1.0),
+        Method("core_ties", "TIES in Core Space", "Panariello et al. 2025, arXiv 2509.17786", False, 1.0, False, True),
+    )
+}
+
+
+class MergeOptions(Matching, Device, Resources, Resuming, Callbacks, total=False):
+    """Options of ``merge``."""
+
+    method: Annotated[str, Option("mean", "Method of merging.", "|".join(METHODS))]
+    weights: Annotated[Sequence[float] | None, options.WEIGHTS]
+    scale: Annotated[float, Option(1.0, "Factor of the merged update (λ of task arithmetic).", "X")]
+    density: Annotated[
+        float | None, Option(None, "Fraction of entries kept by TIES and DARE; default: by method.", "D")
+    ]
+    rank: Annotated[int | None, options.RANK]
+    energy: Annotated[float | None, options.ENERGY]
+    full: Annotated[bool, options.CHECKPOINT]
+    dtype: Annotated[
+        str | None,
+        Option(
+            None,
+            "Dtype of the output; default: float32, of a checkpoint BASE's.",
+            "float32|bfloat16|float16",
+            ("--output-dtype",),
+            OUTPUT,
+        ),
+    ]
+    portable: Annotated[bool, options.PORTABLE]
+    format: Annotated[
+        str, Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)
+    ]
+    base_name: Annotated[
+        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
+    ]
+    seed: Annotated[int, options.SEED]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
+class MergeRunOptions(MergeOptions, total=False):
+    """``MergeOptions``, and the results file in the folder."""
+
+    output: Annotated[Path, Option(REQUIRED, "Results file.", "FILE", cli=False)]
+
+
+class FolderOutput(TypedDict, total=False):
+    """The output of the command."""
+
+    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), OUTPUT)]
+
+
+FEATURE = Feature(
+    __name__,
+    "merge",
+    "Ship",
+    commands=(
+        Command(
+            help="Merge several updates of one BASE, and state what each keeps.",
+            notes="The merge is an adapter, by default of the exact rank, or a checkpoint.",
+            examples=(
+                "merge base/ sql/ chat/ code/ -o merged/",
+                "merge base/ sql/ chat/ code/ --method tsv --rank 32 -o merged/",
+            ),
+            arguments=(
+                BASE_ARGUMENT,
+                Argument("updates", "Two or more adapters or fine-tuned checkpoints.", "TUNED", True),
+            ),
+            options=(FolderOutput, MergeOptions),
+            suggest=".show:suggest_next",
+        ),
+    ),
+    records=(".record:Merged",),
+    functions=(".run:merge",),
+    statements=".show:merge_lines",
+    grids=".show:merge_grids",
+    section=Section("Merged updates"),
+    questions=(("kept", "How much of each update survives the merge?"),),
+)

@@ -1,0 +1,421 @@
+"""One layer of a merge: the merged update, its factors or the new weight, and what is left of each update in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lora_diag.adapters.writing import store_factors
+from lora_diag.checkpoints.rewriting import write_tensors
+from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
+from lora_diag.decisions.merge import METHODS, Method
+from lora_diag.decisions.merge import methods as mergers
+from lora_diag.decisions.merge.methods import Request
+from lora_diag.decisions.merge.record import Merged
+from lora_diag.deltas import FactoredDelta, Side, footprint, row_blocks
+from lora_diag.errors import InputError
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_change, measure_on_device, why_not_comparable
+from lora_diag.layers.task import leave_out, not_finite
+from lora_diag.linalg import exact
+from lora_diag.linalg.difference import norm
+from lora_diag.linalg.distance import Matrix, frobenius_distance, frobenius_inner, rows_of, shape_of, sum_matrices
+from lora_diag.linalg.methods import Allowance, decompose, require_memory, whole_bytes
+from lora_diag.metrics.energy import energy_curve, rank_at
+from lora_diag.records import LeftOut
+from lora_diag.running.updates import Update
+
+# Rows in which signs are compared.
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTask:
+    """One layer, the updates that change it, and where the merge goes.
+
+    Args:
+        layer: Its name in BASE.
+        shape: ``(out, in)`` as stored in BASE; a 1-D tensor of n entries is ``(1, n)``.
+        updates: The updates with their weights.
+        base: Location of W, for a checkpoint; None for an adapter.
+        transposed: Whether PEFT's B·A is the transpose of the stored ΔW.
+    """
+
+    layer: str
+    shape: tuple[int, int]
+    updates: tuple[Update, ...]
+    base: Side | None = None
+    transposed: bool = False
+
+    @property
+    def is_matrix(self) -> bool:
+        """False for 1-D tensors."""
+        return self.updates[0].delta.is_matrix
+
+    @property
+    def factored(self) -> bool:
+        """Whether all updates have factors."""
+        return all(isinstance(update.delta, FactoredDelta) for update in self.updates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeSettings:
+    """Settings of a merge.
+
+    Args:
+        method: Name of a method.
+        count: K, the number of inputs.
+        scale: λ.
+        density: Fraction of entries to keep.
+        rank: Largest rank of a layer; None for that of the merge, or by ``energy``.
+        energy: Fraction of ‖M‖² that the factors keep; None for all.
+        dtype: Dtype of the output; None for that of BASE.
+        seed: Seed of random masks, rows and updates.
+        device: As in ``--device``.
+        memory: Memory limit of a layer in bytes; None without limit.
+    """
+
+    method: str
+    count: int
+    scale: float = 1.0
+    density: float = 1.0
+    rank: int | None = None
+    energy: float | None = None
+    dtype: str | None = "float32"
+    seed: int = 0
+    device: str = "auto"
+    memory: int | None = None
+
+    @property
+    def truncates(self) -> bool:
+        """Whether a rank or an energy fraction is requested."""
+        return self.rank is not None or self.energy is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """The merge as it is written.
+
+    Args:
+        matrix: M as written: factors in their dtype, or for a checkpoint M itself.
+        factors: Its singular values and vectors; None where it has no factors.
+        fields: Fields of the record.
+    """
+
+    matrix: Matrix
+    factors: exact.Factors | None
+    fields: dict[str, Any]
+
+
+def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
+    """Estimate the memory of a layer in bytes: all updates, and the largest step of merging and factoring them."""
+    entries, count, method = math.prod(task.shape), len(task.updates), METHODS[settings.method]
+    factored = [update.delta for update in task.updates if isinstance(update.delta, FactoredDelta)]
+    stored = sum(map(footprint, factored))
+    stored += sum(
+        entries * (COMPUTED_ENTRY_BYTES if not isinstance(update.delta, FactoredDelta) else 0)
+        for update in task.updates
+    )
+    if not task.is_matrix:
+        return stored + 8 * entries * (count + 2)
+    weight = 8 * entries if task.base is not None else 0
+    if len(factored) == count and not method.entrywise:
+        return 4 * stored + weight
+    copies = 1 if method.linear else 2 + count
+    step = 8 * entries * copies + 96 * min(2**20, entries) * count + (16 * entries if method.density else 0)
+    svd = 0 if method.linear or method.entrywise else 6 * 8 * min(task.shape) * sum(task.shape)
+    factor = 0 if task.base is not None else whole_bytes(task.shape, Allowance(0, "auto", settings.rank, True), 8)
+    return stored + weight + max(step + svd, 8 * entries + factor)
+
+
+def merge_layer(task: MergeTask, settings: MergeSettings, file: Path) -> tuple[Merged | LeftOut, ...]:
+    """Merge the updates of one layer, write the result, and measure what is left of each.
+
+    Args:
+        task: The layer.
+        settings: Settings of the merge.
+        file: Gets ``B`` and ``A``, or for a checkpoint ``W``.
+
+    Returns:
+        One record per update; if an update is not finite, or all are zero, one ``left_out`` record.
+
+    Raises:
+        InputError: A file could not be read or written, or the dtype cannot hold the output.
+        UsageError: The device is unknown or not available.
+        MemoryLimitError: The layer does not fit into the memory limit.
+    """
+    if settings.memory is not None and not task.factored:
+        description = "its updates and their merge take"
+        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
+    records: tuple[Merged | LeftOut, ...] = measure_on_device(
+        partial(_merge_layer, task, settings, file), settings.device
+    )
+    return records
+
+
+def _merge_layer(
+    task: MergeTask, settings: MergeSettings, file: Path, device: torch.device
+) -> tuple[Merged | LeftOut, ...]:
+    parts: list[Matrix] = []
+    norms: list[float] = []
+    for update in task.updates:
+        change = load_change(update.delta, device)
+        part = change.factors if change.factors is not None else change.matrix
+        if part is not None:
+            norms.append(math.sqrt(max(0.0, frobenius_inner(part, part))))
+            parts.append(part)
+        problem = change.non_finite or why_not_comparable(norms[-1])
+        if problem:
+            left_out = not_finite(update.delta, problem)
+            return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
+    changed = [index for index, size in enumerate(norms) if size > 0]
+    if not changed:
+        return (leave_out(task.updates[0].delta, "rank_0", "every update of it is zero"),)
+    weights, chosen_norms = ([of[index] for index in changed] for of in ([u.weight for u in task.updates], norms))
+    method = METHODS[settings.method]
+    chosen = [parts[index] for index in changed]
+    names = [task.updates[index].name for index in changed]
+    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", names)
+    merge = choose_merger(method, task.is_matrix)
+    merged = _scale(merge(chosen, request), settings.scale)
+    longest = abs(settings.scale) * sum(abs(w) * norms[i] for w, i in zip(weights, changed, strict=True))
+    factors = exact.decompose_factored(*merged, vectors=True) if isinstance(merged, tuple) else None
+    fro = norm([merged]) if isinstance(merged, Tensor) else factors.fro if factors is not None else 0.0
+    if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
+        merged, factors, fro = _scale(merged, 0.0), None, 0.0  # updates that cancel leave only rounding
+    write = _write_factors if task.base is None else _write_weight
+    written = write(task, settings, merged, fro, factors, file)
+    chances = _measure_chance(task, settings, chosen, request, merge, written)
+    signs = _compare_signs(chosen, request) if task.is_matrix else [{} for _ in chosen]
+    grams = [[frobenius_inner(one, other) for other in chosen] for one in chosen]
+    own = dict(zip(changed, zip(chances, signs, grams, strict=True), strict=True))
+    records = []
+    for index, (update, part, size) in enumerate(zip(task.updates, parts, norms, strict=True)):
+        fields: dict[str, Any] = {"kept": None, "kept_mean": None, "norm_ratio": None}
+        if index in own:
+            fields = {
+                "kept": frobenius_inner(written.matrix, part) / size**2,
+                "kept_mean": sum(own[index][2]) / settings.count / size**2,
+                **_compare_others(own[index][2], weights, changed.index(index), math.prod(task.shape), chosen_norms),
+                "norm_ratio": fro / size,
+                "directions": _measure_directions(written.factors, part, size),
+                **own[index][0],
+                **own[index][1],
+            }
+        records.append(
+            Merged(
+                layer=task.layer,
+                shape=task.shape if task.is_matrix else task.shape[1:],
+                update=update.name,
+                weight=update.weight,
+                fro=size,
+                merged_fro=fro,
+                **fields,
+                **written.fields,
+            )
+        )
+    return tuple(records)
+
+
+def _compare_others(
+    products: Sequence[float], weights: Sequence[float], index: int, entries: int, norms: Sequence[float]
+) -> dict[str, float | None]:
+    """Return what the others add to an update, and its root mean square for random ones.
+
+    For a uniformly rotated ΔW_j, ⟨ΔW_j, ΔW_k⟩ has the variance ‖ΔW_j‖²‖ΔW_k‖²/(mn).
+
+    Args:
+        products: ⟨ΔW_j, ΔW_k⟩ of all j.
+        weights: w_j.
+        index: k.
+        entries: mn.
+        norms: ‖ΔW_j‖.
+    """
+    if not weights[index]:
+        return {}
+    own, others = weights[index] * norms[index], [j for j in range(len(weights)) if j != index]
+    return {
+        "others": sum(weights[j] * products[j] for j in others) / (own * norms[index]),
+        "others_random": math.hypot(*(weights[j] * norms[j] for j in others)) / abs(own) / math.sqrt(entries),
+    }
+
+
+def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
+    """Return the function of a method; for 1-D tensors, of methods of matrices, that of the weighted mean.
+
+    The authors of TSV-Merge and Iso-C average 1-D tensors, too.
+    """
+    if not is_matrix and not (method.linear or method.entrywise):
+        return lambda parts, request: sum_matrices(parts, [w / sum(request.weights) for w in request.weights])
+    merger: mergers.Merger = getattr(mergers, method.run or method.name)
+    return merger
+
+
+def _scale(matrix: Matrix, factor: float) -> Matrix:
+    """Return c·M."""
+    return (matrix[0] * factor, matrix[1]) if isinstance(matrix, tuple) else matrix * factor
+
+
+def _factor(matrix: Matrix, top: int | None) -> exact.Factors:
+    """Return the singular values and vectors of M."""
+    if isinstance(matrix, tuple):
+        return exact.decompose_factored(*matrix, top=top, vectors=True)
+    return decompose(matrix, "auto", top, vectors=True)
+
+
+def _write_factors(
+    task: MergeTask, settings: MergeSettings, merged: Matrix, fro: float, factors: exact.Factors | None, file: Path
+) -> Written:
+    """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank."""
+    dtype = settings.dtype or "float32"
+    if fro == 0.0:
+        return Written(merged, None, {"rank": 0, "params": 0, "dtype": dtype})
+    top = min(settings.rank or min(task.shape), *task.shape)
+    factors = factors or _factor(merged, top)
+    curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
+    rank = min(top, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum()))
+    if settings.energy is not None:
+        rank = min(rank, rank_at(curve, settings.energy) or rank)
+    b, a = (
+        part.to(dtype=getattr(torch, dtype)).cpu() for part in split_factors(factors, rank, task.transposed, "both")
+    )
+    _check_finite(task, dtype, b, a)
+    b, a = store_factors(file, b, a)
+    if task.transposed:
+        b, a = a.T, b.T
+    device = factors.vectors[0].device
+    stored = b.to(device), a.to(device)
+    fields = {
+        "rank": rank,
+        "params": rank * sum(task.shape),
+        "epsilon": frobenius_distance(merged, stored) / fro,
+        "epsilon_min": math.sqrt(max(0.0, 1 - float(curve[rank - 1]))),
+        "energy_error": factors.energy_error,
+        "dtype": dtype,
+        "method": factors.method,
+    }
+    return Written(stored, _keep_directions(factors, rank), fields)
+
+
+def _keep_directions(factors: exact.Factors, rank: int) -> exact.Factors:
+    """Return the first directions of a decomposition."""
+    u, vh = factors.vectors
+    return exact.Factors(
+        factors.s[:rank], False, factors.method, factors.energy_error, factors.fro, u[:, :rank], vh[:rank]
+    )
+
+
+def _write_weight(
+    task: MergeTask, settings: MergeSettings, merged: Matrix, fro: float, factors: exact.Factors | None, file: Path
+) -> Written:
+    """Write W + M, rounded once."""
+    assert task.base is not None
+    dtype = settings.dtype or task.base.dtype
+    weight, row = torch.empty(task.shape, dtype=getattr(torch, dtype)), 0
+    for block, change in zip(row_blocks(task.base, task.shape), rows_of(merged), strict=True):
+        weight[row : row + len(block)] = block.double() + change.cpu()
+        row += len(block)
+    _check_finite(task, dtype, weight)
+    write_tensors(file, {"W": weight})
+    if factors is not None:
+        factors = _keep_directions(factors, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum()))
+    return Written(merged, factors, {"dtype": dtype, "method": factors.method if factors is not None else ""})
+
+
+def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
+    """Refuse output that is not finite.
+
+    Raises:
+        InputError: An entry overflows the dtype, or BASE holds one that is not finite.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise InputError(f"{task.layer}: {dtype} cannot hold its merge; give --output-dtype float32, or --exclude it")
+
+
+def _measure_directions(factors: exact.Factors | None, part: Matrix, fro: float) -> float | None:
+    """Return ‖UᵀΔWV‖²/‖ΔW‖², U and V the vectors of a decomposition; None without one."""
+    if factors is None:
+        return None
+    u, vh = factors.vectors
+    if isinstance(part, tuple):
+        inside = (u.T @ part[0].double()) @ (part[1].double() @ vh.T)
+    else:
+        inside = u.T @ part.double() @ vh.T
+    return min(1.0, float((inside / fro).square().sum()))
+
+
+def _measure_chance(
+    task: MergeTask,
+    settings: MergeSettings,
+    parts: Sequence[Matrix],
+    request: Request,
+    merge: mergers.Merger,
+    written: Written,
+) -> list[dict[str, float | None]]:
+    """Return what random updates with the same singular values keep: exact for the sum, else from one draw."""
+    if METHODS[settings.method].linear and not settings.truncates:
+        return [{"kept_random": settings.scale * weight} for weight in request.weights]
+    pairs = [part for part in parts if isinstance(part, tuple)]
+    if not task.is_matrix or len(pairs) < len(parts):
+        return [{} for _ in parts]
+    generator = mergers.make_generator(f"{request.seed}:random")
+    drawn: list[Matrix] = [_draw_update(pair, generator) for pair in pairs]
+    merged = _scale(merge(drawn, request), settings.scale)
+    factors = None
+    if written.factors is not None:
+        factors = _factor(merged, len(written.factors.s))
+        u, vh = factors.vectors
+        merged = u * factors.s.to(u.device), vh
+    norms = [math.sqrt(frobenius_inner(part, part)) for part in drawn]
+    return [
+        {
+            "kept_random": frobenius_inner(merged, part) / size**2,
+            "directions_random": _measure_directions(factors, part, size),
+        }
+        for part, size in zip(drawn, norms, strict=True)
+    ]
+
+
+def _draw_update(pair: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return a random update with the singular values of another: uniform orthonormal vectors on either side."""
+    s = exact.decompose_factored(*pair).s
+    left, right = (
+        torch.linalg.qr(torch.randn(size, len(s), generator=generator, dtype=torch.float64))[0]
+        for size in shape_of(pair)
+    )
+    return (left * s).to(pair[0].device), right.T.to(pair[0].device)
+
+
+def _compare_signs(parts: Sequence[Matrix], request: Request) -> list[dict[str, float | None]]:
+    """Return the fraction of entries with opposite signs in each update and the sum of the others, from random rows."""
+    m, _ = shape_of(parts[0])
+    generator = mergers.make_generator(f"{request.seed}:rows")
+    rows = torch.randperm(m, generator=generator)[:SAMPLED_ROWS].sort().values
+    sampled = torch.stack([_take_rows(part, rows) for part in parts])
+    weighted = sampled * torch.tensor(request.weights, dtype=torch.float64).view(-1, 1, 1)
+    total = weighted.sum(0)
+    found: list[dict[str, float | None]] = []
+    for own in weighted:
+        products = own * (total - own)
+        differing, both = (products < 0).sum(1).double(), (products != 0).sum(1).double()
+        if not both.sum():
+            found.append({})
+            continue
+        share = float(differing.sum() / both.sum())
+        spread = float((differing - share * both).square().sum() / max(1, len(rows) - 1)) ** 0.5
+        error = 0.0 if len(rows) == m else spread / float(both.mean()) / math.sqrt(len(rows))
+        found.append({"sign_conflict": share, "sign_conflict_error": error})
+    return found
+
+
+def _take_rows(part: Matrix, rows: Tensor) -> Tensor:
+    """Return rows of an update, float64 on the CPU."""
+    if isinstance(part, tuple):
+        return (part[0][rows.to(part[0].device)].double() @ part[1].double()).cpu()
+    return part[rows.to(part.device)].double().cpu()

@@ -1,0 +1,182 @@
+"""Records of ``merge``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Share, Shown
+
+# An update collides with the others where they remove more than this fraction of it, and more than this number of
+# standard deviations of random updates.
+COLLISION, COLLISION_ERRORS = 0.1, 3.0
+
+
+class Merged(LayerRecord):
+    """One update of a layer, and what is left of it in the merge M that was written.
+
+    Numbers about an update are null where it is zero.
+
+    Args:
+        layer: The weight's name in BASE.
+        shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
+        update: Path of the input with ΔW_k.
+        weight: w_k.
+        fro: ‖ΔW_k‖_F.
+        merged_fro: ‖M‖_F of the exact merge, before truncation and rounding.
+        norm_ratio: ``merged_fro`` / ``fro``.
+        kept: ⟨M, ΔW_k⟩ / ‖ΔW_k‖² of the written M: the factor with which the update is in it. 1 for a whole update, 1/K
+            for the mean of orthogonal ones, below 0 for a reversed one.
+        kept_mean: The same for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
+        kept_random: The same for this merge of random updates with the same singular values: λw_k for an untruncated
+            weighted sum, whose expectation it is; else an estimate, from one random draw. Null for updates without
+            factors, except for the sum, and for 1-D tensors.
+        others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a fraction of it;
+            below 0 where they remove some of it. Null also for w_k = 0.
+        others_random: Root mean square of ``others`` for randomly rotated updates, whose mean is 0.
+        directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy fraction of the update
+            in the spaces of M. Null for a checkpoint whose M has no factors.
+        directions_random: The same for random updates, as ``kept_random``; null for an untruncated weighted sum.
+        sign_conflict: Fraction of entries in which ΔW_k and the weighted sum of the others have opposite signs, of
+            those in which both are nonzero; ½ by chance. From up to 64 random rows. Null for 1-D tensors, and without
+            such an entry.
+        sign_conflict_error: Standard error of ``sign_conflict`` over the rows; 0 if all rows are measured.
+        rank: Rank of the written factors; 0 for a merge of zero. Null for a checkpoint.
+        params: rank·(out + in); null for a checkpoint.
+        epsilon: ‖M − M_written‖_F / ‖M‖_F, from truncation and rounding of factors. Null for a checkpoint and M = 0.
+        epsilon_min: The smallest of any update of this rank (Eckart–Young), up to ``energy_error``; null likewise.
+        energy_error: Bound on the error of ``epsilon_min``²; null likewise.
+        dtype: Dtype of the written values.
+        method: Method of the singular vectors; empty without.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("layer", "update")
+    part_label: ClassVar[str] = "{update}"
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown(
+            "kept",
+            "kept",
+            "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge; in brackets: of random updates",
+            main=True,
+            pool=lambda records: pooled_kept(records, "kept"),
+            form=".3f",
+        ),
+        Shown(
+            "kept_random",
+            "chance",
+            "``kept`` of random updates with the same singular values",
+            pool=lambda records: pooled_kept(records, "kept_random"),
+            form=".3f",
+            terminal=True,
+        ),
+        Shown(
+            "kept_mean",
+            "mean",
+            "``kept`` of the mean of the updates",
+            pool=lambda records: pooled_kept(records, "kept_mean"),
+            form=".3f",
+            drop=4,
+            terminal=True,
+        ),
+        Shown(
+            "others",
+            "others",
+            "what the other updates add to this one, as a fraction of it; below 0: they remove some of it",
+            pool=lambda records: pooled_kept(records, "others"),
+            form=".3f",
+            drop=5,
+            terminal=True,
+            detail=True,
+        ),
+        Shown(
+            "directions",
+            "directions",
+            "energy fraction of the update in the row and column spaces of the merge",
+            share=True,
+            main=True,
+            pool=lambda records: pooled_kept(records, "directions"),
+            form="percent",
+            drop=3,
+        ),
+        Shown(
+            "sign_conflict",
+            "sign conflict",
+            "fraction of entries with opposite signs in the update and the sum of the others; ½ by chance",
+            share=True,
+            head="signs",
+            error="sign_conflict_error",
+            form="percent",
+            drop=5,
+            terminal=True,
+            detail=True,
+        ),
+        Shown("norm_ratio", "‖M‖/‖ΔW‖", "norm of the merge over that of the update", main=True, drop=2),
+        SHAPE,
+        Shown("rank", "rank", "rank of the written factors", pool="range", drop=6, terminal=True, detail=True),
+        Shown(
+            "epsilon",
+            "ε",
+            "‖M − written‖ / ‖M‖",
+            axis="ε of the written merge",
+            pool=lambda records: pooled_epsilon(records),
+            drop=7,
+            terminal=True,
+            detail=True,
+        ),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("kept", "lower", "less of the update survives the merge than before: check weights, rank and conflicts"),
+    )
+    record: Literal["merged"] = "merged"
+    layer: str
+    shape: tuple[int, ...]
+    update: str
+    weight: float
+    fro: Norm
+    merged_fro: Norm
+    norm_ratio: Ratio | None
+    kept: float | None
+    kept_mean: float | None
+    kept_random: float | None = None
+    others: float | None = None
+    others_random: Ratio | None = None
+    directions: Share | None = None
+    directions_random: Share | None = None
+    sign_conflict: Share | None = None
+    sign_conflict_error: Share | None = None
+    rank: Count | None = None
+    params: Count | None = None
+    epsilon: Ratio | None = None
+    epsilon_min: Ratio | None = None
+    energy_error: Share | None = None
+    dtype: str
+    method: str = ""
+
+    @property
+    def collides(self) -> bool:
+        """Whether the others remove more than a tenth of the update, and clearly more than random ones could."""
+        limit = max(COLLISION, COLLISION_ERRORS * (self.others_random or 0.0))
+        return self.others is not None and self.others < -limit
+
+
+def pooled_kept(records: Sequence[Merged], field: str) -> float | None:
+    """Return a fraction of updates over several layers, weighted by ‖ΔW_k‖²; None if a layer has none."""
+    values = [(getattr(record, field), record.fro) for record in records if record.fro]
+    if not values or any(value is None for value, _ in values):
+        return None
+    largest = max(fro for _, fro in values)
+    weights = [(fro / largest) ** 2 for _, fro in values]
+    return math.fsum(v * w for (v, _), w in zip(values, weights, strict=True)) / math.fsum(weights)
+
+
+def select_layers(records: Sequence[Merged]) -> list[Merged]:
+    """Return the first record of each layer, for what its records have in common."""
+    return list({record.layer: record for record in reversed(records)}.values())[::-1]
+
+
+def pooled_epsilon(records: Sequence[Merged], field: str = "epsilon") -> float | None:
+    """Return ‖M − M_written‖ / ‖M‖ over several layers, or another error of the layers; None without any."""
+    layers = [r for r in select_layers(records) if getattr(r, field) is not None and r.merged_fro]
+    whole = math.hypot(*(r.merged_fro for r in layers))
+    return math.hypot(*(getattr(r, field) * r.merged_fro for r in layers)) / whole if whole else None

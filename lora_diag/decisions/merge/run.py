@@ -1,0 +1,314 @@
+"""``merge``: write the merge of several updates as an adapter or a checkpoint, and record what each keeps."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
+
+from lora_diag.adapters.layouts import LAYOUTS, PEFT, check_layout
+from lora_diag.checkpoints import as_path
+from lora_diag.checkpoints.hub import loadable
+from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, Replacement, write_changed
+from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, list_words, plan_tensors
+from lora_diag.decisions.extract.run import place_target, write_in_format
+from lora_diag.decisions.merge import METHODS, MergeOptions, MergeRunOptions, Method
+from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
+from lora_diag.decisions.merge.record import Merged, select_layers
+from lora_diag.decisions.merge.show import merge_card
+from lora_diag.deltas import Delta, Pairing, Side, natural_order
+from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.records import LeftOut, Results, RunInput
+from lora_diag.running.amounts import read_share
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
+from lora_diag.running.layers import LayerRun
+from lora_diag.running.options import fill_options, show_options
+from lora_diag.running.updates import align_layers, list_unmeasured
+
+RECORDS = "merge.jsonl"
+
+# Key of the recipe in the metadata of the written file.
+RECIPE = "loradiag.merge"
+
+
+class MergeFolder(OutputFolder):
+    """The folder of a merge."""
+
+    records_name: ClassVar[str] = RECORDS
+    own_files: ClassVar[frozenset[str]] = frozenset(
+        {WEIGHTS, CONFIG, MODEL, MODEL_CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())}
+    )
+    description: ClassVar[str] = "a merge"
+
+
+@show_options
+def merge(
+    base: Path | str,
+    updates: Sequence[Path | str],
+    output: Path | str,
+    **options: Unpack[MergeOptions],
+) -> Results[Merged]:
+    r"""Merge several updates of one model, and measure what each keeps.
+
+    M of a layer is merged from the updates that change it; an update without the layer counts as zero. The output is an
+    adapter with the exact rank of M, or its best approximation of a lower rank, or with ``full`` the checkpoint W + M.
+
+    Args:
+        base: Base checkpoint.
+        updates: Two or more adapters or fine-tuned checkpoints.
+        output: Folder to write. It is written as ``NAME.part`` and renamed when complete.
+        method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``, ``iso_c``,
+            ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``.
+        weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean`` divides them by their sum.
+        scale: λ, the factor of M.
+        density: Fraction of entries that TIES and DARE keep; default by method.
+        rank: Largest rank of a layer.
+        energy: The smallest rank of each layer that keeps this fraction of ‖M‖².
+        full: Write the checkpoint W + M.
+        dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a checkpoint.
+        portable: Write one rank for all layers: an adapter that every program scales alike.
+        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
+        base_name: The base model's name for config and model card; default ``base`` as given.
+        seed: Seed of DARE's masks, sampled rows and random updates.
+        overwrite: Replace an existing merge in ``output``.
+        **options: ``MergeOptions``.
+
+    Returns:
+        One ``merged`` record for each layer and update, also in ``merge.jsonl`` of the folder.
+
+    Raises:
+        UsageError: An option is invalid, there are fewer than two updates, one is given twice, ``base`` is an adapter,
+            the merge has no factors and no rank is given, or ``output`` is an input or may not be replaced.
+        InputError: An input cannot be read or does not fit ``base``, or the output cannot be written.
+        NothingComparedError: No weight is in two of the updates, or every layer of the merge is zero.
+
+    Example:
+        >>> import tempfile
+        >>> base, *updates = (f"sample_checkpoints/{name}" for name in ("base", "lora_r4", "lora_r16"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     found = merge(base, updates, f"{folder}/merged", layers=r"layers\.0\..*q_proj")
+        >>> [(record.rank, round(record.weight, 3)) for record in found]
+        [(20, 0.5), (20, 0.5)]
+    """
+    arguments = fill_options(MergeOptions, options)
+    method = METHODS[arguments["method"]]
+    if len(updates) < 2:
+        raise UsageError("merge: fewer than two updates; give BASE, then at least two adapters or fine-tunes of it")
+    full, form, portable = (arguments[name] for name in ("full", "format", "portable"))
+    weights = _choose_weights(method, arguments["weights"], len(updates))
+    density = _check_numbers(method, arguments)
+    base, paths = as_path(base), [as_path(path) for path in updates]
+    refuse_repeated(paths, base)
+    folder = MergeFolder(Path(output), (base, *paths), arguments["overwrite"], arguments["resume"])
+    run = LayerRun("merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions)
+    opened = open_base(base)
+    compared = [run.compare(opened, path) for path in paths]
+    aligned = align_layers(compared, weights, vectors=full)
+    deltas: dict[str, Delta] = {}
+    for delta in (delta for comparison in compared for delta in comparison.pairing.deltas):
+        deltas.setdefault(delta.layer, delta)
+    skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
+    pairing = Pairing(tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))), skipped.unpaired)
+    planned = None
+    if full:
+        sides = _find_sides(pairing, base)
+        tasks = [MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned]
+    else:
+        first = replace(compared[0], pairing=pairing)
+        planned = plan_tensors(first, False, portable or form != PEFT, [other.update for other in compared[1:]])
+        check_layout(form, [place_target(target) for target in planned.targets.values()], opened)
+        targets = planned.targets
+        tasks = [
+            MergeTask(item.layer, item.shape, item.updates, transposed=targets[item.layer].transposed)
+            for item in aligned
+            if item.layer in targets
+        ]
+    _refuse_without_factors(tasks, method, arguments)
+    files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
+    run.layout(tasks)  # raises an error on the memory limit before the folder is created
+    folder.open()
+    own = {
+        **{name: arguments[name] for name in ("method", "scale", "rank", "energy", "full", "dtype")},
+        "weights": list(weights),
+        "density": density,
+        **({"portable": True} if portable else {}),
+        **({"format": form} if form != PEFT else {}),
+    }
+
+    def finish(results: Results[Merged]) -> None:
+        layers = select_layers(results.layers)
+        if not any(record.rank or (full and record.merged_fro) for record in layers):
+            folder.discard()
+            raise _make_nothing_error(results)
+        name = arguments["base_name"] or loadable(legible(base.parent if base.is_file() else base))
+        metadata = {RECIPE: _write_recipe(results, own, arguments["seed"])}
+        if not folder.whole and planned is not None:
+            write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
+        elif not folder.whole:
+            replaced = [
+                Replacement(side.name, side.offset, task.shape, files[task.layer])
+                for task in tasks
+                if (side := task.base) is not None and any(record.layer == task.layer for record in layers)
+            ]
+            write_changed(folder.work, opened, replaced, arguments["dtype"], metadata)
+        words = ["loradiag", "merge", legible(base), *map(legible, paths), *list_words(MergeOptions, results.run)]
+        folder.finish(merge_card(results, name, shlex.join([*words, "-o", legible(output)])))
+
+    return run.over(
+        [] if folder.whole else tasks,
+        partial(_merge_layer, files=files),
+        estimate_bytes,
+        run.settings(
+            MergeSettings,
+            count=len(paths),
+            scale=arguments["scale"],
+            density=density or 1.0,
+            rank=arguments["rank"],
+            energy=arguments["energy"],
+            dtype=arguments["dtype"] if full else arguments["dtype"] or "float32",
+        ),
+        Pairing((), skipped.unpaired) if planned is None else planned.measure_left_out,
+        (*compared[0].inputs[:-1], *_describe_inputs(compared)),
+        own,
+        recorded=("layers", "exclude", "device", "seed"),
+        finish=finish,
+    )
+
+
+def _merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSettings) -> tuple[Merged | LeftOut, ...]:
+    return merge_layer(task, settings, files[task.layer])
+
+
+def _choose_weights(method: Method, requested: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Return the weights: as given, divided by their sum for ``mean``, or the method's default.
+
+    Raises:
+        UsageError: There is not one for each update, or one is out of range.
+    """
+    if requested is None:
+        return (1 / count if method.averages else 1.0,) * count
+    weights = tuple(map(float, requested))
+    if len(weights) != count:
+        raise UsageError(f"--weights: {len(weights)} weights for {count} updates; give one for each, in their order")
+    if not all(map(math.isfinite, weights)) or not any(weights):
+        raise UsageError("--weights: must be finite, and not all 0")
+    if method.name != "sum" and min(weights) <= 0:
+        raise UsageError(f"--weights: must be positive for {method.name}; --method sum also subtracts updates")
+    return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
+
+
+def _check_numbers(method: Method, arguments: Mapping[str, Any]) -> float | None:
+    """Check the numbers among the options; return the density, None for a method without one.
+
+    Raises:
+        UsageError: A number is out of range, or does not apply.
+    """
+    rank, energy, scale, density = (arguments[name] for name in ("rank", "energy", "scale", "density"))
+    if rank is not None and energy is not None:
+        raise UsageError("merge: give one of --rank R and --energy FRACTION")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+    if energy is not None:
+        read_share(energy, "--energy")
+    if not math.isfinite(scale) or scale == 0:
+        raise UsageError(f"--scale {scale:g}: must be finite and not 0")
+    if density is not None and method.density is None:
+        raise UsageError(f"--density: {method.name} keeps every entry; remove it, or use a method that trims")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
+    adapter_only = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
+    adapter_only["--format"] = arguments["format"] != PEFT
+    if arguments["full"] and (given := [name for name, value in adapter_only.items() if value]):
+        raise UsageError(f"{given[0]}: applies to adapters; remove it, or --checkpoint")
+    return density if density is not None else method.density
+
+
+def _refuse_without_factors(tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]) -> None:
+    """Refuse a merge that has no factors and no requested rank, or a method that needs factors.
+
+    Raises:
+        UsageError: There is such a layer.
+    """
+    for task in tasks:
+        dense = next((update for update in task.updates if update.delta.is_matrix and not task.factored), None)
+        if dense is not None and method.needs_factors:
+            fix = "use knots_ties or ties, or --exclude it"
+            raise UsageError(f"--method {method.name}: {task.layer} has an update without factors; {fix}")
+        if (
+            (dense is not None or method.entrywise)
+            and not arguments["full"]
+            and not (arguments["rank"] or arguments["energy"])
+        ):
+            why = (
+                f"{method.name} merges single entries" if method.entrywise else f"{task.layer} is not given by factors"
+            )
+            fix = "give --rank R, --energy FRACTION or --checkpoint"
+            raise UsageError(f"merge: {why}, so that the merge has full rank; {fix}")
+
+
+def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
+    """Return the location of every layer in BASE.
+
+    Raises:
+        InputError: BASE does not store one as plain numbers, or two layers have one location.
+    """
+    sides: dict[str, Side] = {}
+    layers: dict[tuple[str, int], str] = {}
+    for delta in pairing.deltas:
+        if delta.base is None:
+            raise InputError(
+                f"{base}: {delta.layer}: BASE stores it as other than plain numbers; write an adapter, or --exclude it"
+            )
+        earlier = layers.setdefault((delta.base.name, delta.base.offset), delta.layer)
+        if earlier != delta.layer:
+            raise InputError(
+                f"{base}: {earlier} and {delta.layer} change one weight of BASE; exclude one of them with --exclude"
+            )
+        sides[delta.layer] = delta.base
+    return sides
+
+
+def _describe_inputs(compared: Sequence[Comparison]) -> list[RunInput]:
+    """Return the updates for the run record, each with a note if it has the bytes of an earlier one."""
+    first: dict[str, str] = {}
+    described = []
+    for item in (comparison.inputs[-1] for comparison in compared):
+        earlier = first.setdefault(item.fingerprint, item.path)
+        notes = item.notes if earlier == item.path else (*item.notes, f"is a copy of {earlier}, and counts again")
+        described.append(item.model_copy(update={"notes": notes}))
+    return described
+
+
+def _write_recipe(results: Results[Merged], own: Mapping[str, Any], seed: int) -> str:
+    """Return how a merge was made, as JSON for the metadata of its file."""
+    base, *updates = results.run.inputs
+    names = ("method", "weights", "scale", "density")
+    return json.dumps(
+        {
+            "version": results.run.version,
+            **{name: own[name] for name in names},
+            "seed": seed,
+            "base": base.fingerprint,
+            "updates": [{"path": item.path, "fingerprint": item.fingerprint} for item in updates],
+        },
+        sort_keys=True,
+    )
+
+
+def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
+    """Return the error for a merge without anything to write."""
+    if results.unmeasured and not results.layers:
+        bad = results.unmeasured[0]
+        return InputError(f"{bad.layer}: {bad.detail}; no other layer can be merged, so nothing was written")
+    if results.layers:
+        return NothingComparedError(
+            "merge: the updates cancel in every layer, so that the merge is BASE itself and nothing was written; "
+            "check --weights, and that an update is not the negative of another"
+        )
+    return NothingComparedError("merge: every update is zero or has no factors, so nothing was written")

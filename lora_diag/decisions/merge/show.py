@@ -1,0 +1,226 @@
+"""Terminal output of ``merge``, and the model card of its output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lora_diag.decisions.merge import METHODS
+from lora_diag.decisions.merge.record import COLLISION, Merged, pooled_epsilon, pooled_kept, select_layers
+from lora_diag.feature import Hint
+from lora_diag.records import Results
+from lora_diag.rendering.html import code_span, model_card
+from lora_diag.rendering.statements import (
+    Statement,
+    left_out,
+    left_out_level,
+    make_statement,
+    short_paths,
+    summarize,
+)
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.text import (
+    count,
+    list_layers,
+    number,
+    percent,
+    quantity,
+    safe,
+    short,
+    span,
+)
+
+# Largest error of an output that counts as the merge itself: factors in float32 have about 1e-7.
+EXACT = 1e-5
+
+
+def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint:
+    """Return the next step: the loss of the merge."""
+    return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
+
+
+def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:
+    """Return the short name and the records of each update, in the order of the inputs."""
+    paths = [item.path for item in results.run.inputs if item.role != "base"]
+    by_path: dict[str, list[Merged]] = {path: [] for path in paths}
+    for record in results:
+        by_path.setdefault(record.update, []).append(record)
+    return [(name, by_path[path]) for name, path in zip(short_paths(paths), paths, strict=True)]
+
+
+def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
+    """Return the tables: one row per update; and one of each update by module type or layer, as details."""
+    updates = [(name, records) for name, records in group_updates(results) if records]
+    if not updates:
+        return []
+    shown = Merged.shown_of({}, results.layers)
+    whole = grid_of([field for field in shown if field.path not in {"shape"}], updates, "type", "updates in the merge")
+    grids = [replace(whole, title="update")]
+    if per == "layer":
+        grids += [grid_of(shown, rows_of(records, per), per, name) for name, records in updates]
+    return grids
+
+
+def compute_length(results: Results[Merged]) -> tuple[float, str]:
+    """Return ‖M‖ over the norm of the longest update, over all layers, and the name of that update."""
+    longest = max(
+        ((math.hypot(*(record.fro for record in records)), name) for name, records in group_updates(results)),
+        default=(0.0, ""),
+    )
+    whole = math.hypot(*(record.merged_fro for record in select_layers(results.layers)))
+    return (whole / longest[0] if longest[0] else 0.0), longest[1]
+
+
+def merge_lines(results: Results[Merged], output: Path | str | None = None) -> list[Statement]:
+    """Return the statements of the summary.
+
+    Args:
+        results: The records.
+        output: Folder of the merge; None to leave out its name.
+    """
+    missing = left_out(results)
+    skipped = make_statement(
+        missing.key, missing.label, *missing.lines, level=left_out_level(results, "rank_0"), priority=2
+    )
+    if not len(results):
+        return summarize(results, skipped=skipped)
+    return summarize(
+        results,
+        _describe_written(results, output),
+        _describe_error(results),
+        _describe_kept(results),
+        _describe_length(results),
+        _describe_collisions(results),
+        skipped=skipped,
+    )
+
+
+def _describe_written(results: Results[Merged], output: Path | str | None) -> Statement:
+    """State the method, the inputs, and what was written."""
+    settings, layers = results.run.settings, select_layers(results.layers)
+    method = METHODS[settings["method"]]
+    what = (
+        f"{'' if output is None else f'{safe(str(output))}: '}{method.title} of {len(group_updates(results))} updates"
+    )
+    what += f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
+    dtypes = "/".join(sorted({record.dtype for record in layers}))
+    if settings["full"]:
+        text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint in {dtypes}"
+    else:
+        written = [record for record in layers if record.rank]
+        params = count(sum(record.params or 0 for record in written))
+        ranks = span(record.rank or 0 for record in written)
+        text = f"{what}: {quantity(len(written))}, rank {ranks}, {params} parameters in {dtypes}"
+    zero = [record for record in layers if record.merged_fro == 0]
+    cancel = (
+        f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}" if zero else ""
+    )
+    return make_statement("wrote", "Written", text, cancel, level="warning" if zero else "note", priority=0)
+
+
+def _describe_error(results: Results[Merged]) -> Statement:
+    """State the error of the written factors."""
+    epsilon, least = pooled_epsilon(results.layers), pooled_epsilon(results.layers, "epsilon_min")
+    if epsilon is None or least is None:
+        return make_statement("error", "Error", "")
+    if epsilon < EXACT:
+        return make_statement("error", "Error", f"none: the factors are the merge (ε = {number(epsilon)})", priority=2)
+    text = f"ε = {number(epsilon)} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
+    least_text = f"; the best of these ranks has {number(least)}" if epsilon > 1.01 * least else ""
+    return make_statement("error", "Error", text + least_text, level="warning" if epsilon > 0.5 else "note")
+
+
+def _describe_kept(results: Results[Merged]) -> Statement:
+    """State what each update keeps, with the mean and random updates as references."""
+    groups = [(name, records) for name, records in group_updates(results) if records]
+    kept = [(name, pooled_kept(records, "kept")) for name, records in groups]
+    shown = ", ".join(f"{name} {_decimal(value)}" for name, value in kept if value is not None)
+    references = []
+    for label, field in (("mean", "kept_mean"), ("chance", "kept_random")):
+        values = [value for _, records in groups if (value := pooled_kept(records, field)) is not None]
+        if values:
+            ends = sorted({_decimal(min(values)), _decimal(max(values))})
+            references.append(f"{label} {' to '.join(ends)}")
+    text = f"{shown} of each update, ⟨M, ΔW⟩/‖ΔW‖²"
+    reversed_names = [name for name, value in kept if value is not None and value < 0]
+    warning = f"reversed by the others: {', '.join(reversed_names)}" if reversed_names else ""
+    return make_statement(
+        "kept",
+        "Kept",
+        text,
+        f"compared with {', '.join(references)}" if references else "",
+        warning,
+        level="warning" if reversed_names else "note",
+        priority=0,
+    )
+
+
+def _describe_length(results: Results[Merged]) -> Statement:
+    """State the norm of the merge; warn where it exceeds that of any update by more than √K."""
+    ratio, name = compute_length(results)
+    limit = math.sqrt(len(group_updates(results)))
+    text = f"‖M‖ is {_decimal(ratio)} times the longest update ({name})"
+    if ratio > limit:
+        text += f", more than √K = {number(limit)}: the updates reinforce each other; lower --scale, or use mean"
+    return make_statement("length", "Length", text, level="warning" if ratio > limit else "note")
+
+
+def _describe_collisions(results: Results[Merged]) -> Statement:
+    """State the layers in which the other updates remove part of an update."""
+    low = sorted((record for record in results if record.collides), key=lambda record: record.others or 0.0)
+    if not low:
+        text = f"none: in no layer do the other updates remove more than {percent(COLLISION)} of one"
+        return make_statement("collisions", "Collisions", text)
+    names = {records[0].update: name for name, records in group_updates(results) if records}
+    worst = [f"{short(r.layer)} ({names[r.update]} {percent(-(r.others or 0.0))})" for r in low[:3]]
+    layers = len({record.layer for record in low})
+    text = f"in {layers} of {quantity(len(select_layers(results.layers)))} the others remove part of an update"
+    return make_statement("collisions", "Collisions", f"{text}; most in {worst[0]}", f"then {', '.join(worst[1:])}")
+
+
+def _decimal(value: float) -> str:
+    """Return a factor with two decimals."""
+    return f"{value:.2f}"
+
+
+def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
+    """Return the ``README.md`` of the folder.
+
+    Args:
+        results: The records.
+        base_name: The base model.
+        command: The command that wrote it.
+    """
+    settings = results.run.settings
+    method = METHODS[settings["method"]]
+    table = ["| update | weight | kept | norm |", "|---|---:|---:|---:|"]
+    for name, records in group_updates(results):
+        if records:
+            kept = pooled_kept(records, "kept")
+            norm = math.hypot(*(record.fro for record in records))
+            cells = [number(records[0].weight), "" if kept is None else _decimal(kept), number(norm)]
+            table.append(f"| {code_span(name)} | {' | '.join(cells)} |")
+    epsilon = pooled_epsilon(results.layers)
+    body = [
+        f"{method.title} ({method.source}) of updates of {code_span(base_name)}. Evaluate it on every task: numbers of "
+        "weights do not say what a merge does to the loss.",
+        "\n".join(table),
+        "`kept` is ⟨M, ΔW⟩/‖ΔW‖², the factor with which an update is in the merge.",
+        f"The factors have a distance of ε = {number(epsilon)} from the merge, relative to its norm."
+        if epsilon
+        else "",
+    ]
+    is_adapter = not settings["full"]
+    return model_card(
+        f"{'LoRA adapter' if is_adapter else 'Checkpoint'} merged with {method.title}",
+        base_name,
+        [part for part in body if part],
+        "merge.jsonl",
+        results.run.version,
+        command,
+        "peft" if is_adapter and settings.get("format", "peft") == "peft" else "",
+        is_adapter,
+    )

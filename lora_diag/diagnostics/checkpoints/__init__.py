@@ -4,17 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import Argument, Command, Feature, Hint
-from lora_diag.running.options import BASE, RANKS, TOP, LayerOptions, Option
+from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
+from lora_diag.running.options import BASE, RANKS, Device, Option, RunOptions
 
 
-class CheckpointsOptions(LayerOptions, total=False):
+class CheckpointsOptions(Device, RunOptions, total=False):
     """Options of ``checkpoints``."""
 
     base: Annotated[str | Path | None, BASE]
     ranks: Annotated[Sequence[int], RANKS.by((1, 4, 16))]
     directions: Annotated[int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)]
-    top: Annotated[int | None, TOP]
 
 
 FEATURE = Feature(
@@ -30,11 +29,25 @@ FEATURE = Feature(
             run=".measure:measure_run",
             arguments=(Argument("inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True),),
             options=(CheckpointsOptions,),
-            hints=(Hint("-o run.jsonl", "saves these results"),),
+            hints=(
+                Hint("plot {output} --figure checkpoints", "curves, increments and overlaps by step"),
+                Hint("-o run.jsonl", "saves these results, for plot, report and gate"),
+            ),
         ),
     ),
-    records=(".record:CheckpointLayer", ".record:Checkpoint"),
+    records=(".record:CheckpointLayer", ".record:Checkpoint", ".record:Trajectory"),
     functions=(".measure:trajectory",),
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",
+    section=Section("A training run", order=15),
+    questions=(("verdict", "Did training go well?"), ("movement", "Does it still change?")),
+    figures=(
+        Figure(
+            "checkpoints",
+            "a training run: norms, energy in one direction, increments, overlap of the steps",
+            needs="checkpoint_layer",
+            made_by="loradiag checkpoints RUN_DIR -o run.jsonl",
+            by_color=False,
+        ),
+    ),
 )

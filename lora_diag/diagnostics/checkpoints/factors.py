@@ -9,10 +9,10 @@ products per layer. So a small increment of a large update loses no digits, whic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from lora_diag.thin import compute_triangle, thin_values
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from lora_diag.checkpoints.file_bytes import Numbers
 
     Array = NDArray[np.float64]
 
@@ -39,13 +37,11 @@ class CheckpointsSettings(LayerSettings):
         ranks: Ranks r of C(r).
         directions: k, the number of largest left singular vectors whose spaces are compared.
         steps: The steps of the checkpoints.
-        top: Number of largest singular values of weights that are not factored; None for all.
     """
 
     ranks: tuple[int, ...]
     directions: int
     steps: tuple[int, ...]
-    top: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +64,22 @@ class Factors:
     """The factors of one update ΔW = s·B·A.
 
     Args:
-        b: B ``(out, r)``.
+        b: B ``(out, r)``, of any floating-point dtype.
         a: A ``(r, in)``.
         scale: s.
     """
 
-    b: Numbers
-    a: Numbers
+    b: NDArray[Any]
+    a: NDArray[Any]
     scale: float = 1.0
+
+    def find_problem(self) -> str | None:
+        """Return why the update is not finite, with the first such entry of a factor; None if it is finite."""
+        for name, factor in (("lora_B", self.b), ("lora_A", self.a)):
+            if not np.isfinite(factor).all():
+                row, column = np.argwhere(~np.isfinite(factor))[0].tolist()
+                return f"{name} holds {float(factor[row, column])} at [{row}, {column}]"
+        return None if np.isfinite(self.scale) else f"its scale is {self.scale}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,29 +87,22 @@ class Evolution:
     """One layer at T steps, all of them finite.
 
     Args:
-        s: Singular values of each ΔW_t, descending.
-        complete: Whether ``s`` has all that can be nonzero, of each step.
-        fro: ‖ΔW_t‖_F ``(T,)``.
+        s: All singular values of each ΔW_t that can be nonzero, descending.
+        fro: ‖ΔW_t‖_F of each.
         increments: ⟨D_s, D_t⟩ ``(T, T)``, with D_1 = ΔW_1.
-        overlaps: ‖U_sᵀU_t‖_F² / k of the spaces of the largest left singular vectors, ``(T, T)``; NaN where ΔW = 0.
-        directions: k of each step ``(T,)``; a pair has the smaller of its two.
-        unchanged: Fraction of entries equal at the step before; None for the first, where it is not known.
-        method: Method of the singular values, of each step.
+        overlaps: As of ``compare_spaces``.
+        directions: k of each step: fewer than requested if the rank is lower.
+        unchanged: Fraction of entries that are equal at the step before; None for the first, where it is not known.
+        method: Method of the singular values of each step.
     """
 
     s: Sequence[Array]
-    complete: Sequence[bool]
-    fro: Array
+    fro: Sequence[float]
     increments: Array
     overlaps: Array
-    directions: NDArray[np.int64]
+    directions: Sequence[int]
     unchanged: Sequence[float | None]
     method: Sequence[str]
-
-    @property
-    def gram(self) -> Array:
-        """⟨ΔW_s, ΔW_t⟩ ``(T, T)``."""
-        return np.asarray(self.increments.cumsum(axis=0).cumsum(axis=1), np.float64)
 
 
 def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | None:
@@ -122,35 +119,49 @@ def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | No
     right = [np.asarray(step.a, np.float64).T for step in steps]
     triangles = [(compute_triangle(b), compute_triangle(a)) for b, a in zip(left, right, strict=True)]
     values = [thin_values(b, a, vectors=True) for b, a in triangles if b is not None and a is not None]
-    fro = np.array([float(each.fro[0]) for each in values])
+    fro = [float(each.fro[0]) for each in values]
     if len(values) < len(steps) or not np.isfinite(fro).all():
         return None
-    b_products, a_products = _multiply_differences(left), _multiply_differences(right)
-    changes = _inner(b_products.changes, a_products.whole)
-    # ⟨δB_s A_s, B_{t−1} δA_t⟩
-    mixed = _inner(_shift(b_products.mixed).transpose(2, 3, 0, 1), a_products.mixed)
-    increments = (
-        changes + mixed + mixed.T + _inner(_shift(_shift(b_products.whole).transpose(2, 3, 0, 1)), a_products.changes)
-    )
+    b, a = _multiply_differences(left), _multiply_differences(right)
+    mixed = _inner(_shift(b.mixed).transpose(2, 3, 0, 1), a.mixed)  # ⟨δB_s A_s, B_{t−1} δA_t⟩
+    both = _inner(_shift(_shift(b.whole).transpose(2, 3, 0, 1)), a.changes)  # ⟨B_{s−1} δA_s, B_{t−1} δA_t⟩
     s = [each.s[0] for each in values]
-    kept = [int((each[:directions] > ZERO * each[0]).sum()) if each[0] > 0 else 0 for each in s]
-    mixes = [each.mix[0][:, :k] for each, k in zip(values, kept, strict=True) if each.mix is not None]
-    overlaps = np.full((len(steps), len(steps)), np.nan)
-    for i, first in enumerate(mixes):
-        for j, second in enumerate(mixes[: i + 1]):
-            if k := min(kept[i], kept[j]):
-                product = b_products.whole[i, : len(first), j, : len(second)]
-                overlaps[i, j] = overlaps[j, i] = min(1.0, float(np.square(first.T @ product @ second).sum()) / k)
+    kept = [count_directions(each, directions) for each in s]
+    mixes = [each.mix[0] for each in values if each.mix is not None]  # U_t = B_t·W_t
+
+    def multiply(i: int, j: int) -> Array:
+        first, second = mixes[i][:, : kept[i]], mixes[j][:, : kept[j]]
+        return np.asarray(first.T @ b.whole[i, : len(first), j, : len(second)] @ second, np.float64)
+
     return Evolution(
         s=s,
-        complete=[True] * len(s),
         fro=fro,
-        increments=increments,
-        overlaps=overlaps,
-        directions=np.array(kept),
-        unchanged=[None, *(_count_equal(*pair) for pair in pairwise(steps))],
+        increments=_inner(b.changes, a.whole) + mixed + mixed.T + both,
+        overlaps=compare_spaces(kept, multiply),
+        directions=kept,
+        unchanged=[None, *(_compare_entries(*pair) for pair in pairwise(steps))],
         method=["factored"] * len(s),
     )
+
+
+def count_directions(s: Array, directions: int) -> int:
+    """Return how many of the first singular values, descending, are not zero."""
+    return int((s[:directions] > ZERO * s[0]).sum()) if len(s) and s[0] > 0 else 0
+
+
+def compare_spaces(sizes: Sequence[int], multiply: Callable[[int, int], Array]) -> Array:
+    """Return ‖U_sᵀU_t‖_F² over the smaller of both dimensions, ``(T, T)``; NaN where a space has none.
+
+    Args:
+        sizes: Dimension of each space.
+        multiply: Returns U_sᵀU_t.
+    """
+    overlaps = np.full((len(sizes), len(sizes)), np.nan)
+    for i, size in enumerate(sizes):
+        for j in range(i + 1):
+            if k := min(size, sizes[j]):
+                overlaps[i, j] = overlaps[j, i] = min(1.0, float(np.square(multiply(i, j)).sum()) / k)
+    return overlaps
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,18 +202,9 @@ def _inner(left: Array, right: Array) -> Array:
     return np.asarray(np.einsum("ipjq,ipjq->ij", left, right), np.float64)
 
 
-def _count_equal(before: Factors, after: Factors) -> float:
-    """Return the fraction of the entries of both factors that are equal."""
-    pairs = [(before.b * before.scale, after.b * after.scale), (before.a, after.a)]
-    if any(first.shape != second.shape for first, second in pairs):
+def _compare_entries(before: Factors, after: Factors) -> float:
+    """Return the fraction of the entries of both factors, B scaled, that are equal."""
+    if before.b.shape != after.b.shape:
         return 0.0
-    return sum(int((x == y).sum()) for x, y in pairs) / sum(x.size for x, _ in pairs)
-
-
-def find_problem(factors: Factors) -> str | None:
-    """Return why an update is not finite, with the first such entry of a factor; None if it is finite."""
-    for name, factor in (("lora_B", factors.b), ("lora_A", factors.a)):
-        if not np.isfinite(factor).all():
-            row, column = np.argwhere(~np.isfinite(factor))[0].tolist()
-            return f"{name} holds {float(factor[row, column])} at [{row}, {column}]"
-    return None if np.isfinite(factors.scale) else f"its scale is {factors.scale}"
+    equal = (before.b * before.scale == after.b * after.scale).sum() + (before.a == after.a).sum()
+    return int(equal) / (after.b.size + after.a.size)

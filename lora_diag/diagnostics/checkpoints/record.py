@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lora_diag.records.base import Count, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
+
+# Overlaps of the spaces of the largest singular vectors, with those of random spaces.
+_OVERLAP: dict[str, Any] = {"share": True, "drop": 7, "chance": "overlap_random", "terminal": True}
+_OVERLAPS = tuple(
+    Shown(f"overlap_{which}", f"overlap {which}", f"of the largest directions with the {which} checkpoint", **_OVERLAP)
+    for which in ("next", "last")
+)
 
 
 class CheckpointLayer(LayerRecord):
@@ -44,38 +51,11 @@ class CheckpointLayer(LayerRecord):
     part_label: ClassVar[str] = "step {step}"
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F", main=True),
-        Shown("relative", "‖ΔW‖/‖W‖", "norm of the update over that of the base weight", axis="‖ΔW‖_F / ‖W‖_F"),
-        Shown("increment", "increment", "‖ΔW_t − ΔW_{t−1}‖_F", axis="‖ΔW_t − ΔW_{t−1}‖_F", main=True),
+        Shown("increment", "increment", "‖ΔW_t − ΔW_{t−1}‖_F", main=True),
         Shown("cosine", "cosine", "of this increment and the one before", main=True, form=".2f"),
-        Shown(
-            "spectral_share",
-            "σ₁² share",
-            "fraction of the energy in the largest singular value",
-            axis="σ₁² / ‖ΔW‖_F²",
-            share=True,
-            main=True,
-        ),
+        Shown("spectral_share", "σ₁² share", "fraction of the energy in σ₁", "σ₁² / ‖ΔW‖_F²", share=True, main=True),
         Shown("effective_rank", "eff. rank", "exp of the entropy of σ_i²/Σσ²", axis="effective rank", main=True),
-        Shown("stable_rank", "stable rank", "‖ΔW‖_F²/σ_1²", axis="stable rank ‖ΔW‖_F² / σ₁²", detail=True),
-        Shown(
-            "overlap_next",
-            "overlap next",
-            "of the spaces of the largest singular vectors with the next checkpoint",
-            share=True,
-            chance="overlap_random",
-            drop=2,
-            terminal=True,
-        ),
-        Shown(
-            "overlap_last",
-            "overlap last",
-            "of the spaces of the largest singular vectors with the last checkpoint",
-            share=True,
-            chance="overlap_random",
-            drop=3,
-            terminal=True,
-        ),
-        Shown("unchanged", "unchanged", "fraction of entries equal in the checkpoint before", share=True, drop=4),
+        *_OVERLAPS,
     )
     record: Literal["checkpoint_layer"] = "checkpoint_layer"
     layer: str
@@ -132,7 +112,6 @@ class Checkpoint(WholeRecord):
         rate: Learning rate logged last up to this step; null likewise.
         rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged rates linear; null
             likewise.
-        rate_norm: √Σ of their squares; null likewise.
         fro: √Σ‖ΔW_t‖_F² over the layers that are finite.
         relative: ``fro`` over √Σ‖W_base‖_F² of the same layers; null without BASE.
         increment: √Σ of the layers' squared increments; null if no layer has one.
@@ -150,43 +129,12 @@ class Checkpoint(WholeRecord):
     key: ClassVar[tuple[str, ...]] = ("step",)
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("fro", "‖ΔW‖", "Frobenius norm of the update over all layers", axis="‖ΔW‖_F", main=True),
-        Shown(
-            "relative",
-            "‖ΔW‖/‖W‖",
-            "norm of the update over that of the base weights",
-            axis="‖ΔW‖_F / ‖W‖_F",
-            drop=1,
-            terminal=True,
-        ),
+        Shown("relative", "‖ΔW‖/‖W‖", "over that of the base weights", drop=1, terminal=True),
         Shown("increment", "increment", "norm of the change since the checkpoint before", drop=1, terminal=True),
         Shown("cosine", "cosine", "of this increment and the one before", drop=3, form=".2f", terminal=True),
-        Shown(
-            "spectral_share",
-            "σ₁² share",
-            "fraction of the energy in a layer's largest singular value, median",
-            share=True,
-            drop=4,
-            terminal=True,
-        ),
-        Shown("effective_rank", "eff. rank", "median effective rank of a layer", drop=5, terminal=True),
-        Shown(
-            "overlap_next",
-            "overlap next",
-            "median overlap of a layer's largest singular vectors with the next checkpoint",
-            share=True,
-            drop=7,
-            chance="overlap_random",
-            terminal=True,
-        ),
-        Shown(
-            "overlap_last",
-            "overlap last",
-            "median overlap of a layer's largest singular vectors with the last checkpoint",
-            share=True,
-            drop=6,
-            chance="overlap_random",
-            terminal=True,
-        ),
+        Shown("spectral_share", "σ₁² share", "median of the layers", share=True, drop=4, terminal=True),
+        Shown("effective_rank", "eff. rank", "median of the layers", drop=5, terminal=True),
+        *_OVERLAPS,
         Shown("rate", "rate", "learning rate that the trainer logged", drop=8, terminal=True),
         Shown("train_loss", "train loss", "mean logged training loss since the checkpoint before", terminal=True),
         Shown("eval_loss", "eval loss", "evaluation loss that the trainer logged", drop=2, terminal=True),
@@ -200,7 +148,6 @@ class Checkpoint(WholeRecord):
     eval_loss: Nats | None = None
     rate: Ratio | None = None
     rate_sum: Ratio | None = None
-    rate_norm: Ratio | None = None
     fro: Norm | None = None
     relative: Ratio | None = None
     increment: Norm | None = None
@@ -213,6 +160,68 @@ class Checkpoint(WholeRecord):
     layers: Count = 0
     dead: Count = 0
     non_finite: Count = 0
+
+
+Verdict = Literal[
+    "non-finite", "out of order", "dead", "collapsed", "spiked", "random walk", "settled", "growing", "moving"
+]
+
+
+class Trajectory(WholeRecord):
+    """The run as a whole, as far as weights show it.
+
+    Args:
+        verdict: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``out of order``: with two
+            checkpoints exchanged the path is much shorter. ``dead``: a layer ends with ΔW = 0, or all do.
+            ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far above its neighbours.
+            ``random walk``: increments without a common direction. ``settled``: it stays near its end from ``settled``
+            on. ``growing``: ‖ΔW‖ still grows; ``moving``: it changes at about the same norm. Null for fewer than three
+            checkpoints.
+        step: The checkpoint that shows it first; null for verdicts on the whole run.
+        dead: Layers with ΔW = 0 at the last checkpoint.
+        non_finite: Layers that are not finite at any.
+        collapsed: Layers whose effective rank ends at less than half of what it was before, with most of the energy in
+            one direction.
+        spiked: Layers with an increment far above its neighbours.
+        repeated: Checkpoints that are equal to the one before.
+        swapped: Two checkpoints whose exchange shortens the path; null without such.
+        spike: The largest ratio of an increment of all layers together to the median of its neighbours, each over the
+            sum of its learning rates, or its number of steps where these are not known; null for fewer than four.
+        spike_step: The checkpoint of that increment.
+        first_share: Energy fraction of the first direction over time; null where updates are not all compared.
+        first_share_random: The same of a random walk with the same norms of increments.
+        linear: R² of the coefficient of that direction as a line in the step; null likewise.
+        linear_random: The same of the random walk.
+        cosine: Mean cosine of consecutive increments of all layers together, weighted by their lengths.
+        growth: Fraction of the final ‖ΔW‖ that was added in the last tenth of the steps.
+        growth_schedule: The same of steps along a line, in proportion to the learning rates; null if not known.
+        settled: The first checkpoint from which on the distance to the last one is at most a tenth of the final ‖ΔW‖;
+            null if it is in the last quarter of the run.
+        settled_schedule: The same of steps along a line, in proportion to the learning rates; null if not known.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("record",)
+    shown: ClassVar[tuple[Shown, ...]] = (Shown("verdict", "verdict", "what the weights show", main=True),)
+    record: Literal["trajectory"] = "trajectory"
+    verdict: Verdict | None
+    step: int | None = None
+    dead: tuple[str, ...] = ()
+    non_finite: tuple[str, ...] = ()
+    collapsed: tuple[str, ...] = ()
+    spiked: tuple[str, ...] = ()
+    repeated: tuple[int, ...] = ()
+    swapped: tuple[int, int] | None = None
+    spike: Ratio | None = None
+    spike_step: int | None = None
+    first_share: Share | None = None
+    first_share_random: Share | None = None
+    linear: Share | None = None
+    linear_random: Share | None = None
+    cosine: float | None = None
+    growth: float | None = None
+    growth_schedule: float | None = None
+    settled: int | None = None
+    settled_schedule: int | None = None
 
 
 class Choice(WholeRecord):

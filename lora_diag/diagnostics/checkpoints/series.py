@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
@@ -29,54 +30,14 @@ STATE = "trainer_state.json"
 # A log of 100,000 entries takes 20 MB.
 MAX_STATE_BYTES = 500_000_000
 
-# Names of checkpoints, the most specific first. Of a folder's entries, only those with such a name count.
+# Steps in names of checkpoints, the most specific pattern first.
 _STEP = re.compile(r"(?:^|[-_.=])(?:checkpoint|ckpt|global_step|step|iter|iteration)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
 _EPOCH = re.compile(r"(?:^|[-_.=])(?:epoch|adapter)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
 _LEADING = re.compile(r"^(\d{1,12})_adapters\.safetensors$")
+_SUFFIXES = {".safetensors", ".pt", ".ckpt", ".bin"}
 
-
-@dataclass(frozen=True, slots=True)
-class Logged:
-    """What a trainer logged, each by its step: training loss, evaluation loss, learning rate.
-
-    Args:
-        loss: Training loss.
-        eval_loss: Evaluation loss.
-        rate: Learning rate.
-    """
-
-    loss: Mapping[int, float] = field(default_factory=dict)
-    eval_loss: Mapping[int, float] = field(default_factory=dict)
-    rate: Mapping[int, float] = field(default_factory=dict)
-
-    def mean_loss(self, after: int, step: int) -> float | None:
-        """Return the mean of the training losses logged after a step, up to another; None without any."""
-        losses = [loss for at, loss in self.loss.items() if after < at <= step]
-        return math.fsum(losses) / len(losses) if losses else None
-
-    def rate_at(self, step: int) -> float | None:
-        """Return the learning rate of a step, linear between logged ones; None without a log."""
-        steps = sorted(self.rate)
-        if not steps:
-            return None
-        i = bisect_left(steps, step)
-        if i == len(steps) or i == 0 or steps[i] == step:
-            return self.rate[steps[min(i, len(steps) - 1)]]
-        low, high = steps[i - 1], steps[i]
-        return self.rate[low] + (self.rate[high] - self.rate[low]) * (step - low) / (high - low)
-
-    def rates_between(self, after: int, step: int) -> tuple[float, float] | None:
-        """Return Σ of the learning rates of the steps after one, up to another, and √Σ of their squares.
-
-        Of long intervals, 1,000 evenly spaced steps stand for all.
-        """
-        count = step - after
-        if count <= 0 or not self.rate:
-            return None
-        points = min(count, 1000)
-        rates = [self.rate_at(after + round((i + 1) * count / points)) or 0.0 for i in range(points)]
-        weight = count / points
-        return weight * math.fsum(rates), math.sqrt(weight * math.fsum(rate * rate for rate in rates))
+# Steps between two checkpoints that are summed one by one; of more, as many evenly spaced ones stand for all.
+_MAX_POINTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,18 +57,36 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """The checkpoints of a run.
+    """The checkpoints of a run, and what the trainer logged by step.
 
     Args:
         steps: In ascending order of their steps.
-        logged: The trainer's log.
         final: The final model in the run's own folder, whose contents may be those of a checkpoint, with the last
             planned step, 0 if it is not known; None without one.
+        losses: Training losses.
+        eval_losses: Evaluation losses.
+        rates: Learning rates.
     """
 
     steps: tuple[Step, ...]
-    logged: Logged
-    final: Step | None = None
+    final: Step | None
+    losses: Mapping[int, float]
+    eval_losses: Mapping[int, float]
+    rates: Mapping[int, float]
+
+    def logged_between(self, after: int, step: int) -> dict[str, float | None]:
+        """Return the fields of a checkpoint's record that the trainer logged, given the step of the one before."""
+        losses = [loss for at, loss in self.losses.items() if after < at <= step]
+        logged: dict[str, float | None] = {
+            "train_loss": math.fsum(losses) / len(losses) if losses else None,
+            "eval_loss": self.eval_losses.get(step),
+        }
+        if self.rates and step > after:
+            known = sorted(self.rates)
+            steps = np.linspace(step, after, min(step - after, _MAX_POINTS), endpoint=False)
+            rates = np.interp(steps, known, [self.rates[at] for at in known])
+            logged |= {"rate": float(rates[0]), "rate_sum": (step - after) * float(rates.mean())}
+        return logged
 
 
 def step_of(path: Path) -> int | None:
@@ -118,22 +97,16 @@ def step_of(path: Path) -> int | None:
     >>> step_of(Path("0000100_adapters.safetensors"))
     100
     """
-    for pattern in (_STEP, _EPOCH, _LEADING):
-        if found := pattern.findall(path.name):
-            return int(found[-1])
-    return None
+    found = [match for pattern in (_STEP, _EPOCH, _LEADING) for match in pattern.findall(path.name)[-1:]]
+    return int(found[0]) if found else None
 
 
-def is_run(path: Path) -> bool:
-    """Return whether a path is a folder that contains checkpoints with steps in their names."""
-    return not isinstance(path, RemotePath) and path.is_dir() and any(_list_named(path))
-
-
-def _list_named(folder: Path) -> list[Path]:
-    """Return the entries of a run's folder whose names state a step, and which are folders or files of weights."""
-    suffixes = {".safetensors", ".pt", ".ckpt", ".bin"}
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the entries of a folder whose names state a step, and which are folders or files of weights."""
+    if isinstance(folder, RemotePath) or not folder.is_dir():
+        return []
     return [
-        path for path in folder.iterdir() if step_of(path) is not None and (path.is_dir() or path.suffix in suffixes)
+        path for path in folder.iterdir() if step_of(path) is not None and (path.is_dir() or path.suffix in _SUFFIXES)
     ]
 
 
@@ -148,36 +121,27 @@ def find_series(paths: Sequence[Path | str]) -> Series:
         InputError: A path does not exist, its step is not known or contradicts its trainer state, two have one step, or
             a trainer state cannot be read.
     """
-    located = [as_path(path) for path in paths]
-    if len(located) > 1:
-        chosen, root = located, None
-    else:
-        (root,) = located
-        if not root.is_dir():
-            problem = "is not a folder" if root.exists() else "no such folder"
-            raise InputError(f"{root}: {problem}; give the folder of a training run, or several checkpoints")
-        chosen = _list_named(root)
-        if not chosen:
-            raise NothingComparedError(
-                f"{root}: contains no checkpoint with a step in its name, such as checkpoint-100 or step_100; give the "
-                "folder that the trainer wrote them to, or several checkpoints"
-            )
-    states = {path: _read_state(path) for path in chosen}
+    located, final = [as_path(path) for path in paths], None
+    if missing := [path for path in located if not path.exists()]:
+        raise InputError(f"{missing[0]}: no such file or folder; check the path")
+    chosen = located if len(located) > 1 else list_checkpoints(located[0])
+    if not chosen:
+        raise NothingComparedError(
+            f"{located[0]}: contains no checkpoint with a step in its name, such as checkpoint-100; give the folder "
+            "that the trainer wrote them to, or several checkpoints"
+        )
+    states = {path: _read_state(path) for path in (*chosen, *located)}
     steps = sorted((Step(_choose_step(path, states[path]), path) for path in chosen), key=lambda step: step.step)
     for first, second in pairwise(steps):
         if first.step == second.step:
             raise InputError(f"{second.path}: is of step {second.step}, and so is {first.path}; give one of the two")
-    latest = next((state for step in reversed(steps) if (state := states[step.path])), {})
-    if root is None or not _holds_weights(root):
-        return Series(tuple(steps), _parse_log(latest))
-    latest = _read_state(root) or latest
-    ended = max(_number(latest.get("global_step")) or 0, _number(latest.get("max_steps")) or 0)
-    return Series(tuple(steps), _parse_log(latest), Step(ended, root, final=True))
-
-
-def _holds_weights(folder: Path) -> bool:
-    """Return whether a run's own folder holds a model: an adapter, or a checkpoint in a usual file."""
-    return any((folder / name).is_file() for name in WEIGHTS) or is_adapter(locate(folder))
+    state = next((states[step.path] for step in reversed(steps) if states[step.path]), {})
+    if len(located) == 1 and (any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))):
+        state = states[located[0]] or state
+        final = Step(
+            max(_number(state.get(name)) or 0 for name in ("global_step", "max_steps")), located[0], final=True
+        )
+    return Series(tuple(steps), final, *(_parse_log(state, name) for name in ("loss", "eval_loss", "learning_rate")))
 
 
 def _read_state(path: Path) -> dict[str, Any]:
@@ -202,24 +166,22 @@ def _choose_step(path: Path, state: Mapping[str, Any]) -> int:
         InputError: It is not known, or the name contradicts the trainer state.
     """
     named, recorded = step_of(path), _number(state.get("global_step"))
-    if not path.exists():
-        raise InputError(f"{path}: no such file or folder; check the path")
     if named is None and recorded is None:
         fix = "name it like checkpoint-100, or give the folder of the run"
         raise InputError(f"{path}: its step is not known: neither its name nor a {STATE} states it; {fix}")
-    if _STEP.search(path.name) and recorded is not None and named != recorded:
-        raise InputError(f"{path}: its name states step {named}, but its {STATE} step {recorded}; restore or rename it")
+    if _STEP.search(path.name) and recorded not in {None, named}:
+        problem = f"its name states step {named}, but its {STATE} step {recorded}"
+        raise InputError(f"{path}: {problem}; restore or rename it")
     return recorded if recorded is not None else named or 0
 
 
-def _parse_log(state: Mapping[str, Any]) -> Logged:
-    """Return losses and learning rates of a trainer state; entries in another form are ignored."""
+def _parse_log(state: Mapping[str, Any], name: str) -> dict[int, float]:
+    """Return a value that a trainer logged, by step; entries in another form are ignored."""
     history = state.get("log_history")
-    values: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "learning_rate": {}}
-    for entry in history if isinstance(history, list) else []:
-        step = _number(entry.get("step")) if isinstance(entry, dict) else None
-        for name, by_step in values.items():
-            value = entry.get(name) if step is not None else None
-            if step is not None and isinstance(value, int | float) and math.isfinite(value) and value >= 0:
-                by_step[step] = float(value)
-    return Logged(values["loss"], values["eval_loss"], values["learning_rate"])
+    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
+    logged = ((_number(entry.get("step")), entry.get(name)) for entry in entries)
+    return {
+        step: float(value)
+        for step, value in logged
+        if step is not None and isinstance(value, int | float) and math.isfinite(value) and value >= 0
+    }

@@ -1,20 +1,23 @@
-"""Terminal output of ``checkpoints``: a table of the checkpoints, and a summary."""
+"""Terminal output of ``checkpoints``: a table of the checkpoints, and what the weights show of the run."""
 
 from __future__ import annotations
 
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from collections.abc import Sequence
+
+from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory
+from lora_diag.diagnostics.checkpoints.verdict import GROWING, judge
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-
-MEANING = "weights do not show quality: compare the checkpoints' held-out losses before one is chosen"
+from lora_diag.rendering.text import format_shown, fraction, list_names, number, quantity
 
 
 def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> list[Grid]:
     """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the last one."""
     checkpoints = results.whole_of(Checkpoint)
-    rows = [(str(record.step), [record]) for record in checkpoints]
-    grids = [grid_of(Checkpoint.shown, rows, "step")] if rows else []
+    grids = (
+        [grid_of(Checkpoint.shown, [(str(each.step), [each]) for each in checkpoints], "step")] if checkpoints else []
+    )
     if per == "layer" and checkpoints:
         last = [record for record in results if record.step == checkpoints[-1].step]
         grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {checkpoints[-1].step}"))
@@ -22,5 +25,83 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
 
 
 def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
-    """Return the statements of the summary."""
-    return summarize(results, make_statement("interpretation", "Interpretation", MEANING))
+    """Return the statements of the summary: the verdict first, then how the run moved."""
+    checkpoints = results.whole_of(Checkpoint)
+    if not checkpoints:
+        return summarize(results)
+    run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
+    problems, movement = _describe_problems(run, checkpoints), _describe_movement(run)
+    if not problems and not movement:
+        movement = [f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"]
+    meaning = "weights do not show quality: no number here leads the held-out loss; compare it before choosing"
+    return summarize(
+        results,
+        make_statement(
+            "verdict", "Verdict", *(problems or movement[:1]), level="warning" if problems else "note", priority=0
+        ),
+        make_statement("movement", "Movement", *movement[not problems :]),
+        make_statement("path", "Path", *(_describe_path(run) if run.first_share is not None else ())),
+        make_statement("interpretation", "Interpretation", meaning),
+    )
+
+
+def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """State what is wrong with the run, the most serious first; empty if nothing is."""
+    total = checkpoints[-1].layers
+
+    def count(layers: Sequence[str]) -> str:
+        return f"{len(layers)} of {quantity(total, 'layer')}: {list_names(layers)}"
+
+    found = []
+    if run.non_finite:
+        first = next((index for index, each in enumerate(checkpoints) if each.non_finite), 0)
+        keep = f"; the last finite checkpoint is {checkpoints[first - 1].step}" if first else ""
+        found.append(f"not finite from step {checkpoints[first].step} on, in {count(run.non_finite)}{keep}")
+    if run.swapped:
+        first, second = run.swapped
+        found.append(f"out of order: with {first} and {second} exchanged the path is much shorter; check both files")
+    if len(run.dead) == total:
+        found.append("nothing was trained: ΔW = 0 in every layer of the last checkpoint")
+    elif run.dead:
+        found.append(f"dead: ΔW = 0 at the last checkpoint in {count(run.dead)}; check that they are trained")
+    if run.collapsed:
+        at = f" at step {run.step}" if run.verdict == "collapsed" else ""
+        found.append(f"collapsed{at}: most of the rank is lost in {count(run.collapsed)}")
+    if run.spiked or run.verdict == "spiked":
+        where = f", above all in {count(run.spiked)}" if run.spiked else ""
+        ratio = f"the change is {number(run.spike or 0.0)} times that of its neighbours"
+        found.append(f"spiked at step {run.spike_step}: {ratio}{where}")
+    if run.repeated:
+        found.append(f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood still")
+    return found
+
+
+def _describe_movement(run: Trajectory) -> list[str]:
+    """State whether the run settled or still moves, and what the learning rates alone give; empty if not known."""
+    if run.growth is None:
+        return []
+    if run.verdict == "random walk":
+        lead = "a random walk: increments have no common direction, and the path is that of independent steps"
+    elif run.settled is not None:
+        lead = f"settled from step {run.settled}: the rest of the run moves ΔW by less than 10%"
+    else:
+        lead = f"still {'growing' if run.growth > GROWING else 'moving'}: the last quarter moves ΔW by more than 10%"
+    if run.growth_schedule is None:
+        alone, growth = "learning rates are not known: shrinking steps may be those of the schedule", ""
+    else:
+        early = run.settled is not None and run.settled < (run.settled_schedule or 0)
+        alone = (
+            f"{'earlier than' if early else 'as'} by the learning rates alone: those settle at {run.settled_schedule}"
+        )
+        growth = f", by the rates alone {number(100 * run.growth_schedule)}%"
+    return [lead, alone, f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}"]
+
+
+def _describe_path(run: Trajectory) -> list[str]:
+    """State how much of the path is one direction, and what a random walk has; empty if not known."""
+    values = [run.first_share, run.first_share_random, run.linear, run.linear_random, run.cosine]
+    share, random, linear, linear_random, cosine = (format_shown(value, fraction) for value in values)
+    return [
+        f"one direction has {share} of the energy over time, of a random walk with equal increments {random}",
+        f"it grows linearly with R² {linear}, of the random walk {linear_random}; cosine of increments {cosine}",
+    ]

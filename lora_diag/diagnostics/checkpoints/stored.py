@@ -10,43 +10,41 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, StoredDelta, row_blocks
-from lora_diag.diagnostics.checkpoints.factors import ZERO, CheckpointsSettings, Evolution, LayerSeries
-from lora_diag.layers.change import (
-    COMPUTED_ENTRY_BYTES,
-    PRODUCT_OVERFLOW,
-    Change,
-    bytes_of,
-    load_addend,
-    load_change,
+from lora_diag.diagnostics.checkpoints.factors import (
+    CheckpointsSettings,
+    Evolution,
+    LayerSeries,
+    compare_spaces,
+    count_directions,
 )
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, bytes_of, load_addend, load_change
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance
 
+Measured = tuple[list[str | None], Evolution | None, float | None]
+
 
 def measure_base(delta: Delta) -> float | None:
-    """Return ‖W_base‖_F; None where it is not finite.
+    """Return ‖W_base‖_F; None without BASE, or where it is not finite.
 
     Raises:
         InputError: A file could not be read.
     """
-    assert delta.base is not None
-    base_fro = norm(row_blocks(delta.base, delta.shape))
+    base_fro = math.nan if delta.base is None else norm(row_blocks(delta.base, delta.shape))
     return base_fro if math.isfinite(base_fro) else None
 
 
-def estimate_stored_bytes(task: LayerSeries, settings: CheckpointsSettings) -> int:
+def estimate_bytes(task: LayerSeries, settings: CheckpointsSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: one ΔW, blocks of all, and those computed in full."""
-    rows, directions = task.shape[0], settings.directions
-    allowance = None if settings.memory is None else Allowance(settings.memory, settings.method, settings.top)
-    single = max(bytes_of(delta, allowance) for delta in task.deltas)
-    computed = (
-        sum(isinstance(delta, DenseDelta) for delta in task.deltas) * COMPUTED_ENTRY_BYTES * math.prod(task.shape)
-    )
-    return single + computed + 32 * BLOCK_ENTRIES + 8 * len(task.deltas) * directions * rows
+    single = max(bytes_of(delta, _make_allowance(settings)) for delta in task.deltas)
+    computed = sum(isinstance(delta, DenseDelta) for delta in task.deltas) * math.prod(task.shape)
+    spaces = len(task.deltas) * settings.directions * task.shape[0]
+    return single + COMPUTED_ENTRY_BYTES * computed + 100 * BLOCK_ENTRIES + 8 * spaces
 
 
-Measured = tuple[list[str | None], Evolution | None, float | None]
+def _make_allowance(settings: CheckpointsSettings) -> Allowance | None:
+    return None if settings.memory is None else Allowance(settings.memory)
 
 
 def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: torch.device) -> Measured:
@@ -65,59 +63,46 @@ def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: tor
         InputError: A file could not be read, or a decomposition did not converge.
         MemoryLimitError: The layer does not fit.
     """
-    allowance = None if settings.memory is None else Allowance(settings.memory, settings.method, settings.top)
     problems: list[str | None] = []
-    values: list[tuple[Factors, Tensor]] = []
+    values: list[Factors] = []
+    spaces: list[Tensor] = []
     base_fro = None
     for delta in task.deltas:
-        change = load_change(delta, device, allowance=allowance)
-        factors, problem = None, change.non_finite
-        if problem is None:
-            factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)
-            problem = None if math.isfinite(factors.fro) else PRODUCT_OVERFLOW
-            base_fro = change.base_fro
-        problems.append(problem)
-        if problem is None and factors is not None:
-            values.append((factors, _compute_directions(change, factors, settings)))
+        change = load_change(delta, device, allowance=_make_allowance(settings))
+        problems.append(change.non_finite)
+        if change.non_finite is None:
+            factors, base_fro = change.decompose(), change.base_fro
+            if not math.isfinite(factors.fro):
+                problems[-1] = PRODUCT_OVERFLOW
+                continue
+            k, space = count_directions(factors.s.numpy(), settings.directions), torch.zeros(task.shape[0], 0)
+            if k:
+                space = change.decompose(top=k, vectors=True).vectors[0][:, :k].cpu()
+            values.append(factors)
+            spaces.append(space.double())
     finite = [delta for delta, problem in zip(task.deltas, problems, strict=True) if problem is None]
     if not finite:
         return problems, None, base_fro
     increments, unchanged = _multiply_increments(finite, task.shape)
-    spaces = [space for _, space in values]
-    overlaps = np.full((len(spaces), len(spaces)), np.nan)
-    for i, first in enumerate(spaces):
-        for j, second in enumerate(spaces[: i + 1]):
-            if k := min(first.shape[1], second.shape[1]):
-                overlaps[i, j] = overlaps[j, i] = min(1.0, float((first.T @ second).square().sum()) / k)
+    sizes = [space.shape[1] for space in spaces]
     found = Evolution(
-        s=[factors.s.numpy() for factors, _ in values],
-        complete=[factors.complete for factors, _ in values],
-        fro=np.array([factors.fro for factors, _ in values]),
+        s=[factors.s.numpy() for factors in values],
+        fro=[factors.fro for factors in values],
         increments=increments,
-        overlaps=overlaps,
-        directions=np.array([space.shape[1] for space in spaces], np.int64),
-        unchanged=unchanged,
-        method=[factors.method for factors, _ in values],
+        overlaps=compare_spaces(sizes, lambda i, j: (spaces[i].T @ spaces[j]).numpy()),
+        directions=sizes,
+        unchanged=unchanged if isinstance(finite[0], StoredDelta) else [None, *unchanged[1:]],
+        method=[factors.method for factors in values],
     )
     return problems, found, base_fro
 
 
-def _compute_directions(change: Change, factors: Factors, settings: CheckpointsSettings) -> Tensor:
-    """Return the left singular vectors of the k largest values that are not zero, ``(out, k)`` float64 on the CPU."""
-    s = factors.s[: settings.directions]
-    k = int((s > ZERO * s[0]).sum()) if factors.fro > 0 else 0
-    if k == 0:
-        return torch.zeros(0, 0, dtype=torch.float64)
-    top = change.decompose(settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
-    return top.vectors[0][:, :k].to("cpu", torch.float64)
-
-
 def _multiply_increments(
     deltas: Sequence[Delta], shape: tuple[int, int]
-) -> tuple[np.ndarray[tuple[int, int], np.dtype[np.float64]], list[float | None]]:
+) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float64]], list[float | None]]:
     """Return ⟨D_s, D_t⟩ of the increments, D_1 = ΔW_1, and the fraction of their entries that are zero.
 
-    The blocks hold the same rows of all updates, so that one pass suffices and no update is in memory whole.
+    A block holds the same rows of all updates, so that one pass suffices and no stored update is in memory whole.
     """
     products = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     unchanged = torch.zeros(len(deltas), dtype=torch.float64)
@@ -129,5 +114,4 @@ def _multiply_increments(
         stack[1:] -= stack[:-1].clone()
         products += stack @ stack.T
         unchanged += (stack == 0).sum(dim=1)
-    fractions = [float(count) / math.prod(shape) for count in unchanged]
-    return products.numpy(), [fractions[0] if isinstance(deltas[0], StoredDelta) else None, *fractions[1:]]
+    return products.numpy(), (unchanged / math.prod(shape)).tolist()

@@ -1,0 +1,112 @@
+"""Figure of ``checkpoints``: norms by module type over the steps, increments by layer, and overlaps of the steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
+from lora_diag.rendering.figures.fields import Types, count_matrices
+from lora_diag.rendering.figures.pages import Page, Panel, key
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
+from lora_diag.rendering.figures.style import CATEGORIES, SHARES, PageStyle, category
+from lora_diag.rendering.text import middle
+
+
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the page: of each run, two curves by module type, and two maps over the steps.
+
+    Raises:
+        UndrawableError: No run has two checkpoints.
+    """
+    records = [record for item in series for record in item.records]
+    types = Types(record.layer for record in records)
+    names = types.pool(types.names[: len(CATEGORIES) - 1])
+    panels = []
+    for item in series:
+        steps = sorted({record.step for record in item.records})
+        groups: dict[str, list[CheckpointLayer]] = {name: [] for name in names.values()}
+        for record in item.records:
+            groups[names[types.of(record.layer)]].append(record)
+        owner = owner_of(item, series) if len(steps) > 1 else ""
+        for title, draw, ylabel, name in (
+            ("norm of the update", partial(_draw_curves, groups=groups, field="fro"), "median ‖ΔW‖_F", "norm"),
+            ("energy in σ₁", partial(_draw_curves, groups=groups, field="spectral_share"), "σ₁²/‖ΔW‖_F²", "share"),
+            ("increment / its largest", partial(_draw_map, cells=_map_increments(item.records)), "layer", "increments"),
+            ("overlap of directions", partial(_draw_map, cells=_map_overlaps(item.records)), "step", "overlaps"),
+        ):
+            draw = partial(draw, steps=steps)
+            panels += [Panel(f"{owner}{title}", draw, "step", ylabel, name=name)] if len(steps) > 1 else []
+    if not panels:
+        raise UndrawableError("fewer than two checkpoints")
+    return Page(
+        "A training run over its checkpoints: norms, energy in one direction, increments, overlap",
+        panels,
+        f"{subject_of(series)}{count_matrices(records)}; curves are medians of the layers of a type",
+        [
+            "Increment: ‖ΔW_t\xa0−\xa0ΔW_{t−1}‖_F of each layer, from the first at the top, over its largest. Overlap: "
+            "median over the layers of ‖U_sᵀU_t‖_F²/k of the largest left singular vectors."
+        ],
+        [key(name, color=category(i), lw=1.5 * style.line) for i, name in enumerate(dict.fromkeys(names.values()))],
+        columns=2 if style.columns > 2 else 1,
+        scale=ScalarMappable(Normalize(0, 1), SHARES),
+        scale_label="fraction",
+    )
+
+
+def _draw_curves(
+    ax: Axes, style: PageStyle, groups: Mapping[str, Sequence[CheckpointLayer]], field: str, steps: Sequence[int]
+) -> None:
+    """Draw the median of a field over the layers of each module type."""
+    for number, (name, group) in enumerate(groups.items()):
+        values = [middle([getattr(record, field) for record in group if record.step == step]) for step in steps]
+        known = [math.nan if value is None else value for value in values]
+        ax.plot(steps, known, color=category(number), label=f"_{name}", lw=1.5 * style.line, marker=".")
+    ax.set_ylim(0)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+    label_ticks(ax, (steps[0], steps[-1], *steps), style)
+
+
+def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
+    """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not known or all zero."""
+    by_layer: dict[str, list[float | None]] = {}
+    for record in records:
+        by_layer.setdefault(record.layer, []).append(record.increment)
+    cells = np.array(list(by_layer.values()), np.float64)
+    largest = np.nan_to_num(cells).max(axis=1, keepdims=True)
+    return np.asarray(cells / np.where(largest > 0, largest, np.nan))
+
+
+def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
+    """Return the median overlaps of all pairs of checkpoints, ``(T, T)``; NaN where they are not known."""
+    count = len({record.step for record in records})
+    cells = np.full((count, count), np.nan)
+    groups: dict[int, list[CheckpointLayer]] = {}
+    for record in records:
+        groups.setdefault(len(record.overlaps), []).append(record)
+    for t, group in groups.items():
+        for s, values in enumerate(zip(*(record.overlaps for record in group), strict=True)):
+            cells[s, t] = cells[t, s] = middle(values) or np.nan
+    return cells
+
+
+def _draw_map(ax: Axes, style: PageStyle, cells: NDArray[np.float64], steps: Sequence[int]) -> None:
+    """Draw fractions over the steps; rows, from the top, are layers, or the steps again."""
+    rows, columns = cells.shape
+    ax.pcolormesh(np.ma.masked_invalid(cells), norm=Normalize(0, 1), cmap=SHARES)
+    ax.set(xlim=(0, columns), ylim=(rows, 0))
+    every = -(-columns // 8)
+    ax.set_xticks(np.arange(0, columns, every) + 0.5, [str(step) for step in steps[::every]])
+    if rows == columns:
+        ax.set_yticks(np.arange(0, rows, every) + 0.5, [str(step) for step in steps[::every]])
+    ax.tick_params(length=0)
+    ax.spines[:].set_visible(False)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.rendering.figures.fields import Types, count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
+from lora_diag.rendering.figures.panels import label_ticks
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, SHARES, PageStyle, category
 from lora_diag.rendering.text import middle

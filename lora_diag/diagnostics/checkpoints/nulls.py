@@ -86,19 +86,22 @@ def spike_ratios(lengths: Sequence[float]) -> list[float]:
 
 
 def best_swap(gram: Array) -> tuple[float, int, int]:
-    """Return the exchange of two checkpoints that shortens the path between them and their neighbours most.
+    """Return the exchange of two checkpoints that shortens the path most, and how much.
+
+    Of the edges that it changes, both the sum and the longest must become shorter: to put an outlier at the end of the
+    path would shorten only the sum.
 
     Returns:
-        The new length of the affected parts of the path over the old one, and both positions; 1 without a shorter path.
+        The larger of the two ratios, new over old, and both positions; 1 without a shorter path.
     """
     apart, count = distances(gram), len(gram)
     best = (1.0, 0, 0)
     for first, second in combinations(range(1, count + 1), 2):
         order = np.arange(count + 1)
         order[[first, second]] = second, first
-        ends = sorted({first - 1, first, second - 1, second} & set(range(count)))  # edges from i to i + 1
-        old = sum(apart[i, i + 1] for i in ends)
-        new = sum(apart[order[i], order[i + 1]] for i in ends)
-        if old > 0:
-            best = min(best, (float(new / old), first - 1, second - 1))
+        edges = sorted({first - 1, first, second - 1, second} & set(range(count)))  # from i to i + 1
+        old = np.array([apart[i, i + 1] for i in edges])
+        new = np.array([apart[order[i], order[i + 1]] for i in edges])
+        if old.min() > 0:
+            best = min(best, (float(max(new.sum() / old.sum(), new.max() / old.max())), first - 1, second - 1))
     return best

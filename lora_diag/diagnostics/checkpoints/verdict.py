@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import mode
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     Array = NDArray[np.float64]
 
 SUDDEN, SHARE_RISE, SLOW = 0.4, 0.25, 0.5
-SPIKED, SPIKED_LAYER = 4.0, 8.0
+SPIKED, SPIKED_LAYER = 3.0, 6.0
 SWAPPED = 0.85
 WALK_COSINE, WALK_SHARE = 0.1, 0.05
 LATEST_SETTLED = 0.75
@@ -113,7 +114,7 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
         ("non-finite", bad, min(bad, default=None)),
         ("out of order", path.get("swapped"), (path.get("swapped") or (None,))[0]),
         ("dead", dead, None),
-        ("collapsed", collapsed, min(collapsed.values(), default=None)),
+        ("collapsed", collapsed, mode(collapsed.values()) if collapsed else None),
         ("spiked", spiked or max(spikes) > SPIKED, spike_step),
         ("random walk", is_walk, None),
         ("settled", path.get("settled"), path.get("settled")),
@@ -144,8 +145,9 @@ def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str,
     for layer, group in groups.items():
         ranks = [record.effective_rank or 0.0 for record in group]
         for t in range(1, len(group)):
-            rise = (group[t].spectral_share or 0.0) - (group[t - 1].spectral_share or 1.0)
-            if rise > SHARE_RISE and max(ranks[t:]) < SUDDEN * ranks[t - 1]:
+            before = slice(max(0, t - 2), t)  # a single spiked checkpoint has more rank than the run
+            rise = (group[t].spectral_share or 0.0) - max(record.spectral_share or 1.0 for record in group[before])
+            if rise > SHARE_RISE and max(ranks[t:]) < SUDDEN * min(ranks[before]):
                 sudden.setdefault(layer, group[t].step)
             if ranks[-1] < SLOW * max(ranks) and max(ranks[t:]) < SLOW * max(ranks[:t]):
                 slow.setdefault(layer, group[t].step)

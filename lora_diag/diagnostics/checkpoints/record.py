@@ -162,7 +162,7 @@ class Checkpoint(WholeRecord):
     non_finite: Count = 0
 
 
-Verdict = Literal[
+State = Literal[
     "non-finite", "out of order", "dead", "collapsed", "spiked", "random walk", "settled", "growing", "moving"
 ]
 
@@ -171,18 +171,18 @@ class Trajectory(WholeRecord):
     """The run as a whole, as far as weights show it.
 
     Args:
-        verdict: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``out of order``: with two
+        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``out of order``: with two
             checkpoints exchanged the path is much shorter. ``dead``: a layer ends with ΔW = 0, or all do.
             ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far above its neighbours.
             ``random walk``: increments without a common direction. ``settled``: it stays near its end from ``settled``
             on. ``growing``: ‖ΔW‖ still grows; ``moving``: it changes at about the same norm. Null for fewer than three
             checkpoints.
-        step: The checkpoint that shows it first; null for verdicts on the whole run.
-        dead: Layers with ΔW = 0 at the last checkpoint.
-        non_finite: Layers that are not finite at any.
-        collapsed: Layers whose effective rank ends at less than half of what it was before, with most of the energy in
-            one direction.
-        spiked: Layers with an increment far above its neighbours.
+        step: The checkpoint that shows it first; null for states of the whole run.
+        dead: Number of layers with ΔW = 0 at the last checkpoint.
+        non_finite: Number of layers that are not finite at any.
+        collapsed: Number of layers that lost most of their rank, suddenly or over the run.
+        spiked: Number of layers with an increment far above its neighbours.
+        affected: The names of these layers, by field.
         repeated: Checkpoints that are equal to the one before.
         swapped: Two checkpoints whose exchange shortens the path; null without such.
         spike: The largest ratio of an increment of all layers together to the median of its neighbours, each over the
@@ -201,14 +201,15 @@ class Trajectory(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("record",)
-    shown: ClassVar[tuple[Shown, ...]] = (Shown("verdict", "verdict", "what the weights show", main=True),)
+    shown: ClassVar[tuple[Shown, ...]] = (Shown("state", "state", "what the weights show", main=True),)
     record: Literal["trajectory"] = "trajectory"
-    verdict: Verdict | None
+    state: State | None
     step: int | None = None
-    dead: tuple[str, ...] = ()
-    non_finite: tuple[str, ...] = ()
-    collapsed: tuple[str, ...] = ()
-    spiked: tuple[str, ...] = ()
+    dead: Count = 0
+    non_finite: Count = 0
+    collapsed: Count = 0
+    spiked: Count = 0
+    affected: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     repeated: tuple[int, ...] = ()
     swapped: tuple[int, int] | None = None
     spike: Ratio | None = None

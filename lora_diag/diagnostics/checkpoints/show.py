@@ -48,39 +48,35 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
 def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> list[str]:
     """State what is wrong with the run, the most serious first; empty if nothing is."""
     total = checkpoints[-1].layers
-
-    def count(layers: Sequence[str]) -> str:
-        return f"{len(layers)} of {quantity(total, 'layer')}: {list_names(layers)}"
-
-    found = []
-    if run.non_finite:
-        first = next((index for index, each in enumerate(checkpoints) if each.non_finite), 0)
-        keep = f"; the last finite checkpoint is {checkpoints[first - 1].step}" if first else ""
-        found.append(f"not finite from step {checkpoints[first].step} on, in {count(run.non_finite)}{keep}")
-    if run.swapped:
-        first, second = run.swapped
-        found.append(f"out of order: with {first} and {second} exchanged the path is much shorter; check both files")
-    if len(run.dead) == total:
-        found.append("nothing was trained: ΔW = 0 in every layer of the last checkpoint")
-    elif run.dead:
-        found.append(f"dead: ΔW = 0 at the last checkpoint in {count(run.dead)}; check that they are trained")
-    if run.collapsed:
-        at = f" at step {run.step}" if run.verdict == "collapsed" else ""
-        found.append(f"collapsed{at}: most of the rank is lost in {count(run.collapsed)}")
-    if run.spiked or run.verdict == "spiked":
-        where = f", above all in {count(run.spiked)}" if run.spiked else ""
-        ratio = f"the change is {number(run.spike or 0.0)} times that of its neighbours"
-        found.append(f"spiked at step {run.spike_step}: {ratio}{where}")
-    if run.repeated:
-        found.append(f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood still")
-    return found
+    named = {
+        key: f"{len(names)} of {quantity(total, 'layer')}: {list_names(names)}" for key, names in run.affected.items()
+    }
+    bad = [index for index, each in enumerate(checkpoints) if each.non_finite]
+    keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad and bad[0] else ""
+    some = f"ΔW = 0 at the last checkpoint in {named.get('dead')}; check that they are trained"
+    at = f" at step {run.step}" if run.state == "collapsed" else ""
+    layers = f", in {named['spiked']}" if run.spiked else ""
+    ratio = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours{layers}"
+    order = f"with {' and '.join(map(str, run.swapped or ()))} exchanged the path is much shorter; check both files"
+    found = (
+        (bad, f"not finite from step {checkpoints[(bad or [0])[0]].step} on, in {named.get('non_finite')}{keep}"),
+        (run.swapped, f"out of order: {order}"),
+        (run.dead, "nothing was trained: ΔW = 0 in every layer" if run.dead == total else f"dead: {some}"),
+        (run.collapsed, f"collapsed{at}: most of the rank is lost in {named.get('collapsed')}"),
+        (run.spiked or run.state == "spiked", f"spiked at step {run.spike_step}: {ratio}"),
+        (
+            run.repeated,
+            f"step {(*run.repeated, 0)[0]} equals the checkpoint before it: a copy, or training stood still",
+        ),
+    )
+    return [text for holds, text in found if holds]
 
 
 def _describe_movement(run: Trajectory) -> list[str]:
     """State whether the run settled or still moves, and what the learning rates alone give; empty if not known."""
     if run.growth is None:
         return []
-    if run.verdict == "random walk":
+    if run.state == "random walk":
         lead = "a random walk: increments have no common direction, and the path is that of independent steps"
     elif run.settled is not None:
         lead = f"settled from step {run.settled}: the rest of the run moves ΔW by less than 10%"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_diag.diagnostics.checkpoints import nulls
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory, Verdict
+from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, State, Trajectory
 from lora_diag.diagnostics.checkpoints.series import Series, Step
 from lora_diag.rendering.text import middle
 from lora_diag.running.fingerprint import legible
@@ -93,7 +93,7 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     for record in layers:
         by_layer.setdefault(record.layer, []).append(record)
     finite = {layer: group for layer, group in by_layer.items() if all(record.fro is not None for record in group)}
-    dead = tuple(layer for layer, group in by_layer.items() if group[-1].dead)
+    dead = [layer for layer, group in by_layer.items() if group[-1].dead]
     collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
     # Increments are compared over the sums of their learning rates or, without these, their numbers of steps.
     rates = [checkpoint.rate_sum or 0.0 for checkpoint in checkpoints]
@@ -103,14 +103,16 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
         return nulls.spike_ratios([(each.increment or 0.0) / scale for each, scale in zip(group, scales, strict=True)])
 
     spikes = find_spikes(checkpoints)
-    spiked = tuple(layer for layer, group in finite.items() if max(find_spikes(group)) > SPIKED_LAYER)
-    spike_step = steps[int(np.argmax(spikes))]
+    spiked = [layer for layer, group in finite.items() if max(find_spikes(group)) > SPIKED_LAYER]
+    spike_step = next((step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, max(spikes))))
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
     cosine = path.get("cosine", 1.0)
     is_walk = path and abs(cosine) < WALK_COSINE and abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
+    affected: dict[str, list[str]] = {"dead": dead, "collapsed": [*collapsed], "spiked": spiked}
+    affected["non_finite"] = [layer for layer in by_layer if layer not in finite]
     bad = [checkpoint.step for checkpoint in checkpoints if checkpoint.non_finite]
-    verdicts: list[tuple[Verdict, object, int | None]] = [
+    states: list[tuple[State, object, int | None]] = [
         ("non-finite", bad, min(bad, default=None)),
         ("out of order", path.get("swapped"), (path.get("swapped") or (None,))[0]),
         ("dead", dead, None),
@@ -121,14 +123,12 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
         ("growing", path.get("growth", 0.0) > GROWING, None),
         ("moving", path, None),
     ]
-    verdict, step = next(((name, step) for name, holds, step in verdicts if holds), (None, None))
+    state, step = next(((name, step) for name, holds, step in states if holds), (None, None))
     return Trajectory(
-        verdict=verdict,
+        state=state,
         step=step,
-        dead=dead,
-        non_finite=tuple(layer for layer in by_layer if layer not in finite),
-        collapsed=tuple(collapsed),
-        spiked=spiked,
+        affected={name: tuple(layers) for name, layers in affected.items()},
+        **{name: len(layers) for name, layers in affected.items()},
         repeated=tuple(each.step for each in checkpoints if each.increment == 0.0 and each.fro),
         spike=max(spikes) or None,
         spike_step=spike_step if max(spikes) else None,

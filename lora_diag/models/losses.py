@@ -95,6 +95,12 @@ class Losses:
         """
         return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
+    def compare(self, base: Losses) -> dict[str, Any]:
+        """Return the fields of a record that compare the losses with those of BASE, as ``Probe`` documents them."""
+        change, error = self.minus(base)
+        upper = None if error is None else change + Estimate(change, error, degrees_of_freedom(len(self.sums))).half()
+        return {"change": change, "change_error": error, "lost_at_most": upper}
+
 
 def predict(model: Model, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
     """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets ``(n_i,)``.
@@ -210,13 +216,9 @@ class Forgetting:
             base: Losses of BASE.
         """
         counts = losses.counts.tolist()
-        change, error = losses.minus(base)
-        upper = None if error is None else change + Estimate(change, error, degrees_of_freedom(len(counts))).half()
         kl_base, kl_base_error = paired_difference(self.kl, [0.0] * len(counts), counts)
         return {
-            "change": change,
-            "change_error": error,
-            "lost_at_most": upper,
+            **losses.compare(base),
             "kl_base": kl_base,
             "kl_base_error": kl_base_error,
             "confident": self.confident / losses.tokens,

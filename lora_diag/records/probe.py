@@ -7,21 +7,25 @@ from typing import Any, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, Nats, Ratio, Record, Share, Shown, WholeRecord
 
-Subject = Literal["base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit"]
+Subject = Literal[
+    "base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit", "checkpoint", "combination"
+]
 
 
 class Probe(WholeRecord):
-    """One loss on one evaluation set: of a truncated update, of an adapter, or of a run of a sweep.
+    """One loss on one evaluation set: of a truncated update, of an adapter, of a run of a sweep, or of a checkpoint.
 
     A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.
 
     Args:
-        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``.
+        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``; or ``checkpoints``, of a run.
         set: The evaluation set, by its file's name.
         shifted: Whether the user declared it as shifted.
         subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; for a sweep's run
-            ``lora``, or ``full`` and ``bitfit`` for the reference lines.
-        name: Path of an adapter or a reference; for BASE the grid that it is rounded to, if any; else empty.
+            ``lora``, or ``full`` and ``bitfit`` for the reference lines; of a run's checkpoints ``checkpoint``, or
+            ``combination`` for an average or extrapolation.
+        name: Path of an adapter, a reference or a checkpoint; the rule of a combination; for BASE the grid that it is
+            rounded to, if any; else empty.
         layer: The layer that was truncated alone; null for all together.
         module_type: The module type that was truncated alone; null for all types together.
         rank: r; null if not applicable.
@@ -29,7 +33,7 @@ class Probe(WholeRecord):
         seed: Seed of the run: of a sweep's factors; otherwise informational only.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
-        loss: Loss in nats; null if a sweep's run diverged.
+        loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
         gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if unknown.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
         kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the loss; not clamped;
@@ -40,8 +44,9 @@ class Probe(WholeRecord):
             block, as in transformers; null at a depth where BASE and TUNED agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
-        change: Loss minus that of BASE (``outputs``), on the same tokens; above 0 on a text of another kind it is what
-            the fine-tune forgot. Null in other probes and in files of earlier versions, as the next five fields.
+        change: Loss minus that of BASE (``outputs``, ``checkpoints``), on the same tokens; above 0 on a text of another
+            kind it is what the fine-tune forgot. Null in other probes and in files of earlier versions, as the next
+            five fields; the last three are of ``outputs`` only.
         change_error: Standard error of ``change``, from paired differences of blocks of sequences; null for one.
         lost_at_most: Upper end of the one-sided 95% interval of ``change``, by Student's t over blocks of sequences;
             null without an error.
@@ -49,8 +54,8 @@ class Probe(WholeRecord):
         kl_base_error: Standard error of ``kl_base``, likewise.
         confident: Fraction of the predictions whose label has a probability above 1/2.
         train_loss: Mean loss over the last tenth of a sweep's steps.
-        nll: For ``outputs`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to 6 decimals, by
-            which any two models can be paired; empty elsewhere.
+        nll: For ``outputs``, ``checkpoints`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to
+            6 decimals, by which any two models can be paired; empty elsewhere.
         predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
         sequences: Number of sequences, for ``truncation``; null elsewhere, where ``nll`` has it.
     """
@@ -114,7 +119,7 @@ class Probe(WholeRecord):
         ),
     )
     record: Literal["probe"] = "probe"
-    probe: Literal["truncation", "outputs", "sweep"]
+    probe: Literal["truncation", "outputs", "sweep", "checkpoints"]
     set: str
     shifted: bool = False
     subject: Subject

@@ -149,6 +149,17 @@ class ProbeRun:
         check_names(texts)
         return texts
 
+    @property
+    def model_settings(self) -> dict[str, Any]:
+        """The settings of running the open model, for the run record."""
+        return {
+            "length": self.model.length,
+            "batch": self.batch,
+            "dtype": self.options["dtype"],
+            "device": self.model.device.type,
+            "tokens": legible(self.model.tokens.about),
+        }
+
     def batches(self, texts: Sequence[Texts]) -> int:
         """Return the number of batches of evaluation sets."""
         return sum(text_set.count_batches(self.batch) for text_set in texts)
@@ -194,19 +205,12 @@ class ProbeRun:
             UsageError: The output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
-        options, model = self.options, self.model
-        run_settings = {
-            "length": model.length,
-            "batch": self.batch,
-            "dtype": options["dtype"],
-            "device": model.device.type,
-            "tokens": legible(model.tokens.about),
-        }
+        options = self.options
         run = Run(
             command=self.command,
             version=__version__,
             inputs=tuple(inputs),
-            settings={**settings, **run_settings, **stated_alpha(options)},
+            settings={**settings, **self.model_settings, **stated_alpha(options)},
         )
         with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
             kept = RunRecords(writer, self.watch)

@@ -5,15 +5,23 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import BASE, RANKS, Device, Option, RunOptions
+from lora_diag.running.options import BASE, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
 
 
-class CheckpointsOptions(Device, RunOptions, total=False):
+class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
     """Options of ``checkpoints``."""
 
     base: Annotated[str | Path | None, BASE]
     ranks: Annotated[Sequence[int], RANKS.by((1, 4, 16))]
     directions: Annotated[int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)]
+    average: Annotated[
+        Sequence[str],
+        Option((), "Averages of the checkpoints to compare by --eval.", "uniform,ema[:DECAY],last:K"),
+    ]
+    extrapolate: Annotated[
+        Sequence[str],
+        Option((), "Extrapolations by F checkpoint intervals, default 1, likewise.", "linear[:F],rank1[:F]"),
+    ]
 
 
 FEATURE = Feature(
@@ -35,7 +43,14 @@ FEATURE = Feature(
             ),
         ),
     ),
-    records=(".record:CheckpointLayer", ".record:Checkpoint", ".record:Trajectory"),
+    records=(
+        ".record:CheckpointLayer",
+        ".record:Checkpoint",
+        ".record:Trajectory",
+        ".record:Choice",
+        ".record:Combination",
+        "lora_diag.records.probe:Probe",
+    ),
     functions=(".measure:trajectory",),
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",

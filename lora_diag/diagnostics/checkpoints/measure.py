@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeGuard, Unpack
+from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
@@ -23,18 +23,22 @@ from lora_diag.diagnostics.checkpoints.factors import (
     LayerSeries,
     measure_factors,
 )
+from lora_diag.diagnostics.checkpoints.held_out import describe_losses
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, list_checkpoints
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
-from lora_diag.records import Results
+from lora_diag.records import Probe, Results
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, open_base
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
 from lora_diag.thin import MAX_RANK
+
+if TYPE_CHECKING:
+    from lora_diag.diagnostics.checkpoints.judge import Judge
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
@@ -202,6 +206,13 @@ def trajectory(
             problem = "holds a model unlike all checkpoints, and its step is not known"
             raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
+    judged = None
+    if layers.options["evaluate"]:
+        if base is None:
+            raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
+        from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
+
+        judged = Judge(layers.options, layers.options["base"], steps)
     layers.torch = not all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas)
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
@@ -218,16 +229,29 @@ def trajectory(
         _estimate_bytes,
         settings,
         Pairing(tuple(delta for delta in last.deltas if not delta.is_matrix), (*last.unpaired, *missing)),
-        (*compared[0].inputs[:-1], *(each.inputs[-1] for each in compared)),
-        {"ranks": list(settings.ranks), "directions": settings.directions, "steps": list(settings.steps)},
+        (*compared[0].inputs[:-1], *(each.inputs[-1] for each in compared), *(judged.inputs if judged else ())),
+        {
+            "ranks": list(settings.ranks),
+            "directions": settings.directions,
+            "steps": list(settings.steps),
+            **(judged.settings if judged else {}),
+        },
         recorded=("layers", "exclude", "device"),
-        conclude=partial(_conclude, steps, series),
+        conclude=partial(_conclude, steps, series, judged),
     )
 
 
-def _conclude(steps: Sequence[Step], series: Series, records: RunRecords[CheckpointLayer]) -> None:
+def _conclude(
+    steps: Sequence[Step], series: Series, judged: Judge | None, records: RunRecords[CheckpointLayer]
+) -> None:
     """Write the records of the checkpoints, and that of the run."""
-    checkpoints = pool_checkpoints(steps, series, records.layers)
+    if judged is not None:
+        judged.judge(records)
+    probes = [record for record in records.records if isinstance(record, Probe)]
+    checkpoints = [
+        each.model_copy(update={"losses": describe_losses(probes, each.path)})
+        for each in pool_checkpoints(steps, series, records.layers)
+    ]
     records.put(*checkpoints, judge(records.layers, checkpoints))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory
 from lora_diag.diagnostics.checkpoints.verdict import GROWING, judge
 from lora_diag.records import Results
@@ -18,6 +19,7 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
     grids = (
         [grid_of(Checkpoint.shown, [(str(each.step), [each]) for each in checkpoints], "step")] if checkpoints else []
     )
+    grids += held_out_grids(results)
     if per == "layer" and checkpoints:
         last = [record for record in results if record.step == checkpoints[-1].step]
         grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {checkpoints[-1].step}"))
@@ -36,6 +38,7 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     meaning = "weights do not show quality: no number here leads the held-out loss; compare it before choosing"
     return summarize(
         results,
+        *held_out_lines(results),
         make_statement(
             "verdict", "Verdict", *(problems or movement[:1]), level="warning" if problems else "note", priority=0
         ),

@@ -503,9 +503,12 @@ def _find_state(path: Path, overwrite: bool = False) -> State:
 
 
 def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
-    """Return a run without the last layer's records if a crash may have interrupted them."""
+    """Return a run without the last layer's records if a crash may have interrupted them.
+
+    Records of the run as a whole follow those of the layers where a layer has several.
+    """
     one_per_layer = all(record.key == ("layer",) for record in earlier.layers[-1:])
-    if one_per_layer or earlier.left_out or earlier.end is not None:
+    if one_per_layer or earlier.whole or earlier.left_out or earlier.end is not None:
         return earlier
     last = earlier.layers[-1].layer
     return replace(earlier, layers=tuple(record for record in earlier.layers if record.layer != last))

@@ -61,6 +61,7 @@ BETWEEN = {
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
+    "diagnostics.checkpoints": {"decisions.merge"},
     "diagnostics.fleet": set(),
     "diagnostics.interference": {"diagnostics.spectrum"},
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import BASE, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
+from lora_diag.running.options import BASE, OUTPUT, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
 
 
 class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
@@ -15,12 +15,14 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
     ranks: Annotated[Sequence[int], RANKS.by((1, 4, 16))]
     directions: Annotated[int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)]
     average: Annotated[
-        Sequence[str],
-        Option((), "Averages of the checkpoints to compare by --eval.", "uniform,ema[:DECAY],last:K"),
+        Sequence[str], Option((), "Averages of checkpoints to compare by --eval.", "uniform,ema[:DECAY],last:K")
     ]
     extrapolate: Annotated[
-        Sequence[str],
-        Option((), "Extrapolations by F checkpoint intervals, default 1, likewise.", "linear[:F],rank1[:F]"),
+        Sequence[str], Option((), "Extrapolations by F (1) intervals, likewise.", "linear[:F],rank1[:F]")
+    ]
+    write: Annotated[Path | str | None, Option(None, "Folder to write them to.", "FOLDER", panel=OUTPUT)]
+    rank: Annotated[
+        int | None, Option(None, "Write adapters of this rank; default: exact.", "R", panel=OUTPUT, least=1)
     ]
 
 

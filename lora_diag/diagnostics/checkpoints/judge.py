@@ -7,58 +7,41 @@ recorded when it is measured, so that an interrupted run resumes after the last 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
-
+from lora_diag.adapters import Adapter
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.deltas import Delta, row_spans
+from lora_diag.decisions.merge.run import MergeFolder, merge
+from lora_diag.deltas import Delta
 from lora_diag.diagnostics.checkpoints.averages import RULES, Rule, combine, read_rules
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import Step
+from lora_diag.diagnostics.checkpoints.verdict import sum_grams
 from lora_diag.errors import InputError
-from lora_diag.layers.change import load_addend
+from lora_diag.files import check_folder_of
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import open_tokens
 from lora_diag.models.swapping import FULL, Swapped
-from lora_diag.records import Probe, RunInput
+from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import compare
+from lora_diag.running.inputs import Comparison, compare
 from lora_diag.running.options import ProbeOptions, Shifted, list_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
 
 
 class JudgeOptions(Shifted, ProbeOptions, total=False):
     """Options of evaluating checkpoints on texts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Contender:
-    """A model to evaluate.
-
-    Args:
-        subject: Kind of model.
-        name: Path of a checkpoint, rule of a combination, empty for BASE.
-        read: Returns its updates; None for a checkpoint that is not finite, which has no loss.
-    """
-
-    subject: Subject
-    name: str
-    read: Callable[[], Sequence[Delta]] | None
+# A model: its kind, its name as in ``Probe``, and what returns its updates; None for a checkpoint that is not finite.
+Contender = tuple[Subject, str, Callable[[], Sequence[Delta]] | None]
 
 
 class Judge:
@@ -84,52 +67,87 @@ class Judge:
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
         self._texts = self._run.read_sets()
-        self._read_rules(len(steps))
-        self.inputs: list[RunInput] = list(map(describe_texts, self._texts))
-        rules = {option.strip("-"): list(options[option.strip("-")]) for option in RULES}
-        self.settings = {**self._run.model_settings, "device": resolve_device(options["device"]).type, **rules}
+        for rule in read_rules(options, len(steps)):  # raises errors before anything is measured
+            if options["write"] is not None:
+                check_folder_of(Path(options["write"]), in_place=True)
+                folder = self._choose_folder(rule)
+                if folder.parent.exists():
+                    MergeFolder(folder, (), options["overwrite"], options["resume"])
+        self.inputs = tuple(map(describe_texts, self._texts))
+        own = {name: list(options[name]) for name in RULES} | {"rank": options["rank"]}
+        self.settings = {**self._run.model_settings, "device": resolve_device(options["device"]).type, **own}
 
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:
         """Evaluate the models that have no records yet, and write the choice and the comparison of combinations.
 
         Raises:
-            UsageError: A rule needs more checkpoints than are finite.
+            UsageError: A rule needs more checkpoints than are finite, or an output folder may not be replaced.
             InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not finite.
         """
         bad = {record.step for record in records.layers if record.non_finite}
         finite = [step for step in self._steps if step.step not in bad]
-        rules = self._read_rules(len(finite))
-        contenders = [Contender("base", "", tuple)]
+        steps, paths = [step.step for step in finite], {legible(step.path): step.step for step in self._steps}
+        by_layer: dict[str, list[CheckpointLayer]] = {}
+        for record in records.layers:
+            by_layer.setdefault(record.layer, []).append(record)
+        gram = None if bad else sum_grams(list(by_layer.values()))
+        contenders: list[Contender] = [("base", "", tuple)]
         for step in self._steps:
-            read = None if step.step in bad else partial(self._read_updates, step)
-            contenders.append(Contender("checkpoint", legible(step.path), read))
-        if rules:
-            combiner = Combiner([step.step for step in finite], list(map(self._read_updates, finite)), records.layers)
-            contenders += [Contender("combination", rule.name, partial(combiner.combine, rule)) for rule in rules]
+            stored = None if step.step in bad else partial(self._read_updates, step.path)
+            contenders.append(("checkpoint", legible(step.path), stored))
+        weights, written = dict[str, tuple[float, ...]](), dict[str, str]()
+        for rule in read_rules(self._options, len(finite)):
+            weights[rule.name] = tuple(rule.weigh(steps, gram).tolist())
+            read: Callable[[], Sequence[Delta]] = partial(self._combine, finite, weights[rule.name])
+            if self._options["write"] is not None:
+                folder = self._write(rule, finite, weights[rule.name])
+                written[rule.name], read = legible(folder), partial(self._read_updates, folder)
+            contenders.append(("combination", rule.name, read))
         self._evaluate(contenders, records)
         probes = [record for record in records.records if isinstance(record, Probe)]
-        paths = {legible(step.path): step.step for step in self._steps}
         records.put(*choose_checkpoints(probes, paths))
-        steps = tuple(step.step for step in finite)
-        weights = {rule.name: () if rule.by_layer else tuple(rule.weigh(steps).tolist()) for rule in rules}
-        records.put(*compare_combinations(probes, paths, steps, weights))
+        records.put(*compare_combinations(probes, paths, tuple(steps), weights, written))
 
-    def _read_rules(self, count: int) -> list[Rule]:
-        """Return all rules for a number of checkpoints.
-
-        Raises:
-            UsageError: A rule is invalid.
-        """
-        return [rule for option in RULES for rule in read_rules(option, self._options[option.strip("-")], count)]
-
-    def _read_updates(self, step: Step) -> Sequence[Delta]:
-        """Return all updates of a checkpoint, also those that --layers and --exclude leave out of other measurements.
-
-        Raises:
-            InputError: It cannot be read, or does not fit BASE.
-        """
+    def _compare(self, path: Path) -> Comparison:
+        """Open a checkpoint with all its weights: --layers and --exclude select other measurements."""
         allowed, alpha = self._options["allow_unmatched"], get_stated_alpha(self._options)
-        return compare(self._base, step.path, allow_unmatched=allowed, stated_alpha=alpha).pairing.deltas
+        return compare(self._base, path, allow_unmatched=allowed, stated_alpha=alpha)
+
+    def _read_updates(self, path: Path) -> Sequence[Delta]:
+        return self._compare(path).pairing.deltas
+
+    def _choose_folder(self, rule: Rule) -> Path:
+        return Path(self._options["write"]) / rule.name.replace(":", "-")
+
+    def _combine(self, steps: Sequence[Step], weights: Sequence[float]) -> list[Delta]:
+        """Return Σ c_tΔW_t of every layer, of the checkpoints with a weight.
+
+        Raises:
+            InputError: A checkpoint lacks an update that others have, or one cannot be read.
+        """
+        used = [(step, weight) for step, weight in zip(steps, weights, strict=True) if weight]
+        by_layer: dict[str, list[Delta]] = {}
+        for step, _ in used:
+            for delta in self._read_updates(step.path):
+                by_layer.setdefault(delta.layer, []).append(delta)
+        if partly := next((layer for layer, deltas in by_layer.items() if len(deltas) < len(used)), None):
+            raise InputError(f"{partly}: is not in all checkpoints, which cannot be combined; give those that have it")
+        return [combine(deltas, [weight for _, weight in used]) for deltas in by_layer.values()]
+
+    def _write(self, rule: Rule, steps: Sequence[Step], weights: Sequence[float]) -> Path:
+        """Write a combination as ``merge`` does: of adapters as an adapter, else as a checkpoint; return its folder.
+
+        Raises:
+            LoradiagError: As ``merge``.
+        """
+        folder = self._choose_folder(rule)
+        folder.parent.mkdir(exist_ok=True)
+        paths = [step.path for step, weight in zip(steps, weights, strict=True) if weight]
+        full = self._options["rank"] is None and not isinstance(self._compare(paths[-1]).update, Adapter)
+        names = ("overwrite", "resume", "rank", "device", "memory", "workers", "alpha", "alpha_is_rank")
+        shared = {name: self._options[name] for name in (*names, "allow_unmatched")}
+        merge(self._base, paths, folder, method="sum", weights=list(filter(None, weights)), full=full, **shared)
+        return folder
 
     def _evaluate(self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]) -> None:
         """Write the missing losses of BASE, which comes first, and of the others.
@@ -138,90 +156,27 @@ class Judge:
             InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not finite.
         """
         run, sets = self._run, [text_set.name for text_set in self._texts]
-        todo = [each for each in contenders if not records.has(sets, subject=each.subject, name=each.name)]
+        lost = {"loss": None, "nll": (), "predictions": ()}
+        todo = [each for each in contenders if not records.has(sets, subject=each[0], name=each[1])]
         if not todo:
             return
         model = run.open(self._base)
-        run.watch.total = run.batches(self._texts) * sum(each.read is not None for each in todo)
-        run.estimate(self._texts[0], f"{quantity(len(todo), 'model')} on {quantity(len(self._texts), 'set')}")
-        for contender in todo:
-            swapped = Swapped(model, contender.read() if contender.read is not None else (), 0)
+        run.watch.total = run.batches(self._texts) * sum(read is not None for *_, read in todo)
+        run.estimate(self._texts[0], f"{quantity(len(todo), 'model')} on {quantity(len(sets), 'set')}")
+        for subject, name, read in todo:
+            swapped = Swapped(model, read() if read is not None else (), 0)
             swapped.arrange({}, FULL)
             for text_set in self._texts:
                 base: Probe | None = next(records.find(subject="base", set=text_set.name), None)
-                fields: dict[str, Any] = {"loss": None, "nll": ()}
-                if contender.read is not None or base is None:
-                    losses = measure(model, text_set, run.batch, partial(run.watch.batch, contender.name or "BASE"))
-                    fields = {**losses.fields_of_run(text_set, None), **losses.by_sequence(contender.subject == "base")}
-                if base is None and fields["loss"] is None:
+                if read is None and base is not None:
+                    records.put(base.model_copy(update=lost | {"subject": subject, "name": name}))
+                    continue
+                losses = measure(model, text_set, run.batch, partial(run.watch.batch, name or "BASE"))
+                fields = {**losses.fields_of_run(text_set, None), **losses.by_sequence(base is None)}
+                if base is None and not losses.is_finite:
                     raise InputError(f"{self._base}: its loss is not finite; check the weights, or use --dtype float32")
-                if base is not None:
-                    fields = {**{name: getattr(base, name) for name in ("set", "shifted", "data", "tokens")}, **fields}
-                    if fields["nll"]:
-                        own, other = (Losses.of(nll, base.predictions) for nll in (fields["nll"], base.nll))
-                        fields |= own.compare(other)
-                records.put(Probe(probe="checkpoints", subject=contender.subject, name=contender.name, **fields))
+                if base is not None and losses.is_finite:  # from the rounded losses, as in a run that is resumed
+                    own, other = (Losses.of(sums, base.predictions) for sums in (fields["nll"], base.nll))
+                    fields |= own.compare(other)
+                records.put(Probe(probe="checkpoints", subject=subject, name=name, **fields))
             swapped.arrange({})
-
-
-@dataclass(frozen=True, slots=True)
-class Combiner:
-    """The checkpoints that averages and extrapolations combine.
-
-    Args:
-        steps: Their steps.
-        updates: The updates of each.
-        layers: The records of their layers, with the products of the updates.
-    """
-
-    steps: Sequence[int]
-    updates: Sequence[Sequence[Delta]]
-    layers: Sequence[CheckpointLayer]
-
-    def combine(self, rule: Rule) -> list[Delta]:
-        """Return Σ c_tΔW_t of every layer.
-
-        Raises:
-            InputError: A checkpoint lacks an update that others have, or one cannot be read.
-        """
-        aligned: dict[str, list[Delta]] = {}
-        for delta in (delta for deltas in self.updates for delta in deltas):
-            aligned.setdefault(delta.layer, []).append(delta)
-        if partly := next((layer for layer, deltas in aligned.items() if len(deltas) < len(self.steps)), None):
-            raise InputError(f"{partly}: is not in all checkpoints, which cannot be combined; give those that have it")
-        grams = self._read_grams() if rule.by_layer else {}
-        combined = []
-        for layer, deltas in aligned.items():
-            gram = None
-            if rule.by_layer:
-                gram = grams[layer] if layer in grams else _multiply(deltas)
-            combined.append(combine(deltas, rule.weigh(self.steps, gram).tolist()))
-        return combined
-
-    def _read_grams(self) -> dict[str, Array]:
-        """Return ⟨ΔW_s, ΔW_t⟩ of the layers whose records have all of them."""
-        by_layer: dict[str, list[CheckpointLayer]] = {}
-        for record in self.layers:
-            by_layer.setdefault(record.layer, []).append(record)
-        grams = {}
-        for layer, group in by_layer.items():
-            whole = np.full((len(group), len(group)), np.nan)
-            for t, record in enumerate(group):
-                known = len(record.gram)
-                whole[t, :known] = whole[:known, t] = np.array(record.gram, np.float64)  # null becomes NaN
-            chosen = [t for t, record in enumerate(group) if record.step in self.steps]
-            part = whole[np.ix_(chosen, chosen)]
-            if np.isfinite(part).all():
-                grams[layer] = part
-        return grams
-
-
-def _multiply(deltas: Sequence[Delta]) -> Array:
-    """Return ⟨ΔW_s, ΔW_t⟩ of one layer, ``(T, T)``, from blocks of the same rows of all updates."""
-    addends, shape = list(map(load_addend, deltas)), deltas[0].shape
-    gram = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
-    for first, last in row_spans((shape[0], shape[1] * len(deltas))):
-        stack = torch.stack([addend.rows(first, last).reshape(-1) for addend in addends])
-        gram += stack @ stack.T
-    product: Array = gram.numpy()
-    return product

@@ -213,8 +213,8 @@ def trajectory(
         from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
 
         judged = Judge(layers.options, layers.options["base"], steps)
-    elif layers.options["average"] or layers.options["extrapolate"]:
-        raise UsageError("--average, --extrapolate: are compared by held-out loss; give --eval FILE")
+    elif given := [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]]:
+        raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
     layers.torch = not all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas)
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores

@@ -257,36 +257,30 @@ class Combination(WholeRecord):
     Args:
         name: The rule, such as ``last:3``.
         steps: Steps of the combined checkpoints.
-        weights: c_t; empty where they differ by layer.
-        losses: Held-out loss by evaluation set, on all its sequences; empty if none was measured.
-        by: The evaluation set that judged it; empty without one.
-        single: Step of the checkpoint with the lowest loss on the first half; null without an evaluation set.
+        weights: c_t.
+        losses: Held-out loss by evaluation set, on all its sequences.
+        by: The evaluation set that judged it.
+        single: Step of the checkpoint with the lowest loss on the first half; null for fewer than four sequences.
         chosen: Whether no other combination has a lower loss on the first half.
-        gain: Loss of ``single`` minus that of the combination on the second half; null for fewer than four sequences.
+        gain: Loss of ``single`` minus that of the combination on the second half; null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
         sequences: Number of sequences of the second half.
-        path: Where it was written; null if it was not.
-        rank: Largest rank of a layer as written; null for a checkpoint.
-        epsilon: √Σ‖M − BA‖_F² / √Σ‖M‖_F² of the written factors, M = Σ_t c_tΔW_t; null for a checkpoint.
+        path: Folder that it was written to, and evaluated from; null if it was not.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("name", "rule", "how checkpoints are combined", main=True),
         Shown("gain", "gain", "loss of the best checkpoint minus its own", form="+.4f", main=True, error="gain_error"),
-        Shown("epsilon", "ε", "relative error of the written factors"),
     )
     record: Literal["combination"] = "combination"
     name: str
     steps: tuple[int, ...]
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...]
     losses: dict[str, HeldOutLoss] = Field(default_factory=dict)
-    by: str = ""
+    by: str
     single: int | None = None
     chosen: bool = False
     gain: Nats | None = None
     gain_error: Nats | None = None
     sequences: Count = 0
     path: str | None = None
-    rank: int | None = None
-    epsilon: float | None = None

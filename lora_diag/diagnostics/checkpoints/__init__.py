@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import BASE, OUTPUT, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
+from lora_diag.running.options import BASE, OUTPUT, RANK, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
 
 
 class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
@@ -20,10 +20,11 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
     extrapolate: Annotated[
         Sequence[str], Option((), "Extrapolations by F (1) intervals, likewise.", "linear[:F],rank1[:F]")
     ]
-    write: Annotated[Path | str | None, Option(None, "Folder to write them to.", "FOLDER", panel=OUTPUT)]
-    rank: Annotated[
-        int | None, Option(None, "Write adapters of this rank; default: exact.", "R", panel=OUTPUT, least=1)
+    write: Annotated[
+        Path | str | None,
+        Option(None, "Folder for these models; exact unless --rank is given.", "FOLDER", panel=OUTPUT),
     ]
+    rank: Annotated[int | None, RANK]
 
 
 FEATURE = Feature(

@@ -20,7 +20,7 @@ from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compa
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import Step
 from lora_diag.diagnostics.checkpoints.verdict import sum_grams
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
 from lora_diag.files import check_folder_of
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.losses import Losses, measure
@@ -67,6 +67,8 @@ class Judge:
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
         self._texts = self._run.read_sets()
+        if (rank := options["rank"]) is not None and (rank < 1 or options["write"] is None):
+            raise UsageError(f"--rank {rank}: is that of adapters in --write FOLDER, from 1 up")
         for rule in read_rules(options, len(steps)):  # raises errors before anything is measured
             if options["write"] is not None:
                 check_folder_of(Path(options["write"]), in_place=True)

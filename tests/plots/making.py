@@ -7,6 +7,8 @@ import numpy as np
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
+from lora_diag.diagnostics.geometry.record import Baseline as Null
+from lora_diag.diagnostics.geometry.record import Geometry, Head, Movement
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.portability.record import Portability
@@ -97,6 +99,28 @@ def allocations(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
     return [
         build(Allocation, layer=layer, shape=(32, 64), rank=int(rng.integers(0, 20)), uniform_rank=8)
+        for layer in layers_of(blocks, types)
+    ]
+
+
+def geometries(blocks, types=TYPES):
+    """Return the records of updates whose statistics differ from those of both baselines."""
+
+    def moved(kind, low, angle, **more):
+        angles = tuple(float(angle * i) for i in range(1, 9))
+        shares = {"low_30": low, "principal_30": 0.6 - low, "left_angles": angles, "right_angles": angles[::-1]}
+        return build(kind, **shares, **more)
+
+    return [
+        build(
+            Geometry,
+            layer=layer,
+            k=8,
+            heads=tuple(build(Head, kind="query", index=i, fro=0.1 + i, base_fro=10.0) for i in range(4)),
+            moved=moved(Movement, 0.5, 0.3),
+            chance=moved(Null, 0.35, 0.2),
+            rounding=moved(Null, 0.45, 0.1),
+        )
         for layer in layers_of(blocks, types)
     ]
 
@@ -381,6 +405,7 @@ def example(name):
         "angles": interferences,
         "union": unions,
         "portability": served,
+        **dict.fromkeys(("geometry", "rotation", "heads"), geometries),
     }
     probes = {
         "sweep": swept,

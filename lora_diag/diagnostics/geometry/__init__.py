@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature
+from lora_diag.feature import BASE_ARGUMENT, TUNED_ARGUMENT, Command, Feature, Figure, Section
 from lora_diag.running.options import LayerOptions, Option
 
 
@@ -13,6 +13,8 @@ class GeometryOptions(LayerOptions, total=False):
     eta: Annotated[float, Option(1e-3, "Relative change up to which an entry is unchanged.", "E", between=(0, 1))]
     draws: Annotated[int | None, Option(None, "Draws of each baseline; default: 2, small layers 8.", "N", least=1)]
 
+
+MADE_BY = "loradiag geometry BASE TUNED -o geometry.jsonl"
 
 FEATURE = Feature(
     __name__,
@@ -31,4 +33,35 @@ FEATURE = Feature(
     functions=(".measure:geometry",),
     statements=".show:geometry_lines",
     grids=".show:geometry_grids",
+    section=Section("Geometry of the update"),
+    questions=(
+        ("movement", "Where does the update lie in the weights?"),
+        ("rounding", "Where does the update lie in the weights?"),
+        ("above", "Where does the update lie in the weights?"),
+    ),
+    figures=(
+        Figure(
+            "geometry",
+            "changed entries in small and principal weights, with both baselines",
+            page=".figures:make_masks_page",
+            made_by=MADE_BY,
+            by_color=False,
+        ),
+        Figure(
+            "rotation",
+            "rotation of the leading singular spaces, with both baselines",
+            needs="geometry",
+            page=".figures:make_angles_page",
+            made_by=MADE_BY,
+            by_color=False,
+        ),
+        Figure(
+            "heads",
+            "relative change of every attention head by depth",
+            needs="geometry",
+            page=".figures:make_heads_page",
+            made_by=MADE_BY,
+            by_color=False,
+        ),
+    ),
 )

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Unpack, get_args
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
 from lora_diag.diagnostics.geometry.nulls import add_stored, flip_signs, permute, random_update, undo_rounding
-from lora_diag.diagnostics.geometry.record import Baseline, Format, Geometry
+from lora_diag.diagnostics.geometry.parts import list_heads, measure_heads, split_magnitude
+from lora_diag.diagnostics.geometry.record import Baseline, Geometry
 from lora_diag.layers.change import Change, form_tuned, join_blocks, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
@@ -32,7 +33,8 @@ from lora_diag.running.options import show_options
 
 NEEDS_BASE = "an update is compared with the weight that it changes, and BASE does not hold this one"
 
-# The smaller the layer, the more draws, up to ``MOST_DRAWS``.
+# Formats of the rounding null; the smaller the layer, the more draws, up to ``MOST_DRAWS``.
+FORMATS = ("bfloat16", "float16", "float32", "float64")
 FEWEST_DRAWS, MOST_DRAWS, ENTRIES_PER_DRAW = 2, 8, 2**17
 
 
@@ -128,6 +130,8 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
         moved=moved,
         chance=_measure_chance(frame, fro, _count_draws(delta, settings), random),
         rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random) if stored else None,
+        magnitude=split_magnitude(weight, update),
+        heads=tuple(measure_heads(list_heads(delta.layer, delta.shape, delta.base.checkpoint.config), weight, update)),
         method=frame.spaces.method,
     )
 
@@ -138,14 +142,14 @@ def _count_draws(delta: Delta, settings: GeometrySettings) -> int:
     return settings.draws or by_size
 
 
-def _find_format(delta: Delta, change: Change) -> Format | None:
+def _find_format(delta: Delta, change: Change) -> str | None:
     """Return the format of TUNED's values, bfloat16 also where a float32 file holds such values; None without one."""
     if not isinstance(delta, StoredDelta) or delta.tuned.is_quantized or change.rounding is None:
         return None
     dtype = delta.tuned.dtype
     if dtype == "float32" and 0 < change.rounding.mantissa[1] <= LAYOUT[torch.bfloat16][2]:
         dtype = "bfloat16"
-    return next((each for each in get_args(Format) if each == dtype), None)
+    return dtype if dtype in FORMATS else None
 
 
 def _find_rank_90(factors: Factors) -> int:

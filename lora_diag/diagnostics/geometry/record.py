@@ -11,9 +11,6 @@ from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio
 
 Degrees = Annotated[float, Unit("degrees"), Field(ge=0, le=90.001)]
 
-# Formats of the rounding null.
-Format = Literal["bfloat16", "float16", "float32", "float64"]
-
 # α: fractions of the entries in a mask.
 ALPHAS = (0.3, 0.1)
 DECILES = 10
@@ -81,6 +78,33 @@ class Baseline(Movement):
     errors: dict[str, float]
 
 
+class Head(Record):
+    """One attention head's part of a projection: rows of a query, key or value, columns of an output.
+
+    Args:
+        kind: ``query``, ``key``, ``value`` or ``output``.
+        index: Its number, from 0 on; of keys and values that of the group of heads that share them.
+        fro: ‖ΔW_h‖_F of its part.
+        base_fro: ‖W_h‖_F.
+        share: ‖ΔW_h‖² / ‖ΔW‖²; the shares of a layer sum to 1.
+        energy: C(r) of its part at some ranks; empty if the head did not change.
+        rank_90: Smallest r with C(r) ≥ 0.9.
+    """
+
+    kind: str
+    index: int
+    fro: Norm
+    base_fro: Norm
+    share: Share
+    energy: dict[str, Share]
+    rank_90: Count
+
+    @property
+    def relative(self) -> float | None:
+        """‖ΔW_h‖ / ‖W_h‖; None if W_h = 0."""
+        return self.fro / self.base_fro if self.base_fro else None
+
+
 def _columns() -> tuple[Shown, ...]:
     """Return the columns of the statistics, each with the value of the stricter baseline in brackets."""
     rows: tuple[tuple[str, str, str, str, str, int, bool], ...] = (
@@ -132,10 +156,27 @@ class Geometry(LayerRecord):
         chance: Those of a Gaussian update of the same norm, added without rounding; null if ΔW = 0.
         rounding: Those of the rounding null: the entries of ΔW, as they were before rounding, at random places, stored
             in ``stored``; null without it.
+        magnitude: Fraction of ‖ΔW‖² that changes the lengths of rows (DoRA's magnitude); the rest changes their
+            directions. Null if ΔW = 0.
+        heads: The heads of a projection of attention, as the config of BASE lays them out; empty for other matrices,
+            and where the config does not fit.
         method: Method of the singular vectors.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (SHAPE, *_columns())
+    shown: ClassVar[tuple[Shown, ...]] = (
+        SHAPE,
+        *_columns(),
+        Shown(
+            "magnitude",
+            "row lengths",
+            "fraction of ‖ΔW‖² that changes the lengths of rows",
+            share=True,
+            form="small",
+            drop=7,
+            terminal=True,
+            detail=True,
+        ),
+    )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("moved.shift", "higher", "the singular values of the weights moved more than before: check the loss"),
     )
@@ -146,7 +187,7 @@ class Geometry(LayerRecord):
     eta: float
     fro: Norm
     base_fro: Norm
-    stored: Format | None = None
+    stored: str | None = None
     angle_error: Degrees = 0.0
     signal_rank: Count | None = None
     signal_left: Degrees | None = None
@@ -158,7 +199,15 @@ class Geometry(LayerRecord):
     moved: Movement | None = None
     chance: Baseline | None = None
     rounding: Baseline | None = None
+    magnitude: Share | None = None
+    heads: tuple[Head, ...] = ()
     method: str = "none: ΔW is zero"
+
+    @property
+    def low_excess(self) -> float | None:
+        """``moved.low_30`` minus that of the stricter baseline; None if one is not known."""
+        values = [side.low_30 for side in (self.moved, self.null) if side]
+        return values[0] - values[1] if len(values) == 2 and values[0] is not None and values[1] is not None else None
 
     @property
     def null(self) -> Baseline | None:

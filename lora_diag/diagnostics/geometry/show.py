@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -12,10 +13,10 @@ from lora_diag.diagnostics.geometry.record import Baseline, Geometry, Movement
 from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.base import value_at
-from lora_diag.records.names import part_of
+from lora_diag.records.names import depth_of, part_of
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, percent, quantity, span
+from lora_diag.rendering.text import number, percent, quantity, short, span
 
 # Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean principal angle in
 # degrees, normalised spectral shift, changed weights among the 30% smallest. The angles are bounds: more than 10, less
@@ -26,6 +27,8 @@ POINTS = {
     "OPD": (0.516, 1.0, 1e-4, 0.536),
     "RLVR": (0.772, 0.5, 1e-5, 0.735),
 }
+
+EXPERT = re.compile(r"expert.*[.\[]\d+(\]|\.)")
 
 # What is compared with both baselines, and its name in a sentence.
 COMPARED = {
@@ -132,6 +135,9 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
         make_statement("rounding", "Rounding", _describe_rounding(records), priority=0),
         make_statement("above", "Above both", *_describe_excess(records), priority=0),
         make_statement("rank", "Rank", _describe_rank(records)),
+        make_statement("heads", "Heads", *_describe_heads(records)),
+        make_statement("experts", "Experts", *_describe_experts(records)),
+        make_statement("rows", "Row lengths", _describe_rows(records), priority=2),
         make_statement("published", "Published", *_describe_published(whole), priority=2),
         make_statement("baselines", "Baselines", *_describe_baselines(records), priority=2),
         make_statement("angles", "Angles", _describe_angles(records), priority=2),
@@ -211,6 +217,46 @@ def _describe_rank(records: Sequence[Geometry]) -> str:
         f"90% of ‖ΔW‖² needs rank {ninety:.0f} of {of:.0f}, {random:.0f} with random signs on the same entries; "
         f"numerically full in {full} of {quantity(len(known))}"
     )
+
+
+def _describe_heads(records: Sequence[Geometry]) -> list[str]:
+    """State the heads that changed most and least relative to their size; nothing without heads."""
+    heads = [
+        (head.relative, f"{head.kind} {head.index} of block {depth_of(record.layer)}")
+        for record in records
+        for head in record.heads
+        if head.relative is not None
+    ]
+    return _describe_extremes(heads, "head")
+
+
+def _describe_experts(records: Sequence[Geometry]) -> list[str]:
+    """State the experts that changed most and least relative to their size; nothing without experts."""
+    experts = [
+        (record.fro / record.base_fro, short(record.layer))
+        for record in records
+        if EXPERT.search(record.layer) and record.base_fro
+    ]
+    return _describe_extremes(experts, "matrix")
+
+
+def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[str]:
+    """State the parts with the largest and the smallest ‖ΔW‖/‖W‖; nothing of fewer than two."""
+    if len(parts) < 2:
+        return []
+    (least, least_name), *_, (most, most_name) = sorted(parts)
+    middle = number(median(value for value, _ in parts))
+    return [
+        f"‖ΔW‖/‖W‖ from {number(least)} ({least_name}) to {number(most)} ({most_name}), median {middle} of "
+        f"{quantity(len(parts), noun)}"
+    ]
+
+
+def _describe_rows(records: Sequence[Geometry]) -> str:
+    """State the fraction of ‖ΔW‖² in the lengths of rows, with that of a random direction."""
+    share = median(record.magnitude or 0.0 for record in records)
+    chance = median(1 / record.shape[1] for record in records)
+    return f"{percent(share)} of ‖ΔW‖² changes lengths of rows (DoRA's magnitude), a random one {percent(chance)}"
 
 
 def _describe_baselines(records: Sequence[Geometry]) -> list[str]:

@@ -62,6 +62,7 @@ def measured(tmp_path, w, t, **options):
     return lora_diag.geometry(*paths, **options).layers[0]
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10**6), m=st.integers(4, 24), n=st.integers(4, 24), size=st.floats(1e-3, 1.0))
 def test_every_statistic_against_numpy(tmp_path_factory, seed, m, n, size):
@@ -109,6 +110,7 @@ def test_scaling_of_directions_neither_mixes_nor_turns(tmp_path):
     assert moved.shift == pytest.approx(0.1 * np.linalg.norm(s[:8]) / np.linalg.norm(s))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [2e-3, 1e-2])
 def test_rounding_null_explains_an_independent_update(tmp_path, size, dtype):
@@ -193,6 +195,7 @@ def test_non_finite_weight_is_left_out(tmp_path):
     assert [item.reason for item in result.left_out] == ["non_finite"]
 
 
+@pytest.mark.slow
 def test_command_gives_same_records_on_any_number_of_workers(loradiag, tmp_path):
     words = ("geometry", SAMPLES / "base", SAMPLES / "full_ft", "--layers", r"0\.self_attn\.[qv]_proj")
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]

@@ -163,7 +163,9 @@ def make_heads_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         UndrawableError: No layer changed, or no projection was split into heads.
     """
     cells = [
-        (f"{owner}{kind}", kind, *grid) for owner, run in _select_moved(series) for kind, *grid in _collect_heads(run)
+        (f"{owner}{kind}", kind, grid, depths)
+        for owner, run in _select_moved(series)
+        for kind, grid, depths in _collect_heads(run)
     ]
     if not cells:
         raise UndrawableError("no projection of attention was split into heads: BASE has no config that fits")

@@ -31,7 +31,7 @@ class Block(NamedTuple):
     """The rows (axis 0) or columns (axis 1) ``first:last`` of a matrix that belong to a head."""
 
     kind: str
-    index: int
+    number: int
     axis: int
     first: int
     last: int
@@ -94,7 +94,7 @@ def measure_heads(blocks: tuple[Block, ...], weight: Tensor, update: Tensor) -> 
         energies = [] if factors is None else curve_at(factors.s.tolist(), fro, True, ranks)
         yield Head(
             kind=block.kind,
-            index=block.index,
+            index=block.number,
             fro=fro,
             base_fro=norm([block.of(weight)]),
             share=fro**2 / total,

@@ -23,8 +23,9 @@ from pydantic import BaseModel
 
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
-from lora_diag.explanations.terms import document_fields, find_models
+from lora_diag.explanations.terms import all_terms, document_fields, find_models, remedy_of
 from lora_diag.feature import GROUPS, Feature
+from lora_diag.linting.rules import MISSING, RULES
 from lora_diag.records import run
 from lora_diag.records.base import Record, Unit
 
@@ -40,6 +41,7 @@ MOVED = {
     "CHANGELOG.md": "changelog.md",
     "lora_diag/explanations/symptoms.md": "guides/symptoms.md",
     "lora_diag/explanations/words.md": "reference/words.md",
+    "lora_diag/explanations/findings.md": "reference/findings.md",
     "CONTRIBUTING.md": "contributing.md",
     "sample_checkpoints/README.md": "get-started/samples.md",
 }
@@ -291,11 +293,25 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def rules_table() -> str:
+    """Return the table of the rules of ``lint``, from their registry and the page of findings."""
+    texts = {term.word: term.text for term in all_terms() if term.role == "finding"}
+    rows = []
+    for rule in RULES.values():
+        what = re.split(r"(?<=[.:]) ", " ".join(texts[rule.id].split("\n\n")[0].split()))[0].rstrip(":")
+        needs = ", ".join(dict.fromkeys(MISSING.get(need, f"--{need}") for need in rule.needs))
+        link = f"[`{rule.id}`](../../lora_diag/explanations/findings.md#{rule.id})"
+        rows.append((link, rule.severity, cell(what), cell(needs), cell(remedy_of(rule.id)[1])))
+    return "## Rules\n\n" + table(("rule", "severity", "finds", "needs", "source"), rows)
+
+
 def completed(here: str, markdown: str) -> str:
     """Return a page with what is generated for it at its end."""
     for feature in catalog.features():
         if here == page_of(feature):
             markdown += f"\n\n{generated(feature)}"
+    if here == "reference/lint.md":
+        markdown += f"\n\n{rules_table()}"
     if here == RESULTS:
         markdown += f"\n\n{results_tables()}"
     if here == "reference/api.md":

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lora_diag.diagnostics.verify_merge.measure import verify_merge as verify_merge
     from lora_diag.gating.run import gate as gate
     from lora_diag.inspection.run import inspect as inspect
+    from lora_diag.linting.run import lint as lint
     from lora_diag.plots.run import plot as plot
     from lora_diag.probes.activations.measure import probe_activations as probe_activations
     from lora_diag.probes.curvature.measure import probe_curvature as probe_curvature

@@ -34,7 +34,15 @@ _FEATURES = (
     *("diagnostics.interference", "diagnostics.intruders", "diagnostics.geometry"),
     *("diagnostics.verify_merge", "diagnostics.portability"),
     "diagnostics.checkpoints",
-    *("tuning", "decisions.allocate", "decisions.plan", "decisions.plan_merge", "decisions.extract", "decisions.merge"),
+    *(
+        "linting",
+        "tuning",
+        "decisions.allocate",
+        "decisions.plan",
+        "decisions.plan_merge",
+        "decisions.extract",
+        "decisions.merge",
+    ),
     *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
     *("probes.truncation", "probes.activations", "probes.outputs", "probes.sweep"),
     *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
@@ -46,7 +54,7 @@ PATH = (
     *("checkpoints", "fleet", "probe activations", "spectrum", "intruders", "geometry"),
     *("overlap", "interference"),
     *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
-    *("probe sweep", "plan", "allocate", "tune", "extract", "merge", "residual", "probe outputs"),
+    *("lint", "probe sweep", "plan", "allocate", "tune", "extract", "merge", "residual", "probe outputs"),
     *("plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
 )
 

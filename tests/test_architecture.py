@@ -53,7 +53,7 @@ OPEN = {"errors", "files", "scratch", "version"}
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
 # Features that use any others: to judge, show or explain their records, to train with them, or to describe the machine.
-READERS = {"gating", "reports", "plots", "inspection", "environment", "explanations", "tuning"}
+READERS = {"gating", "reports", "plots", "inspection", "environment", "explanations", "tuning", "linting"}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
@@ -285,6 +285,10 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
         [["inspect", "r.jsonl"], no_torch],
         [["inspect", str(ROOT / "sample_checkpoints" / "lora_r4")], no_torch],
         [["plan", str(ROOT / "sample_checkpoints" / "base")], no_torch],
+        [
+            ["lint", *(str(ROOT / "sample_checkpoints" / name) for name in ("lora_r4", "base")), "--lr", "1e-4"],
+            no_torch,
+        ],
         [["allocate", "r.jsonl", "--params", "1k", "-o", "c.json"], no_torch],
         [["plot", "r.jsonl", "-o", "x.png"], no_torch],
         [["report", "r.jsonl", "-o", "x.html"], no_torch],

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Measure BASE and TUNED, or verify MERGED = BASE + TUNED, or take RESULTS; judge by POLICY, write everything into FOLDER,
-# and exit as the gate does. All come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY, and
+# Lint CONFIG if it is given. Measure BASE and TUNED, or verify MERGED = BASE + TUNED, or take RESULTS; judge by POLICY,
+# write everything into FOLDER, and exit as the gate does. All come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY, and
 # CACHE, an empty folder outside the checkout or one with the results that were restored for these inputs.
 set -euo pipefail
 verdict=error results="" report="" folder=""
 trap '[ -z "${GITHUB_OUTPUT:-}" ] || printf "%s\n" "verdict=$verdict" "results=$results" "report=$report" "folder=$folder" >>"$GITHUB_OUTPUT"' EXIT
-for input in BASE TUNED MERGED POLICY RESULTS FOLDER; do
+for input in BASE TUNED MERGED POLICY RESULTS CONFIG FOLDER; do
   case ${!input:-} in
     *[[:cntrl:]]*)
       echo "$input: contains a control character; give one path" >&2
@@ -15,6 +15,20 @@ for input in BASE TUNED MERGED POLICY RESULTS FOLDER; do
 done
 folder=${FOLDER:-loradiag} merged=${MERGED:-} results=${RESULTS:-}
 ships=${merged:-${TUNED:-}}
+if [ -n "${CONFIG:-}" ]; then
+  mkdir -p -- "$folder"
+  words=(--overwrite --junit="$folder/lint.xml" --output="$folder/lint.jsonl")
+  if [ -n "${GITHUB_ACTIONS:-}" ]; then words+=(--github); fi
+  loradiag lint "${words[@]}" -- "$CONFIG" ${BASE:+"$BASE"} || {
+    code=$?
+    if [ "$code" = 1 ]; then verdict=failed; fi
+    exit "$code"
+  }
+  if [ -z "$ships" ]; then
+    verdict=passed results=$folder/lint.jsonl
+    exit 0
+  fi
+fi
 if [ -z "$ships" ]; then
   echo "tuned: missing; name the checkpoint or adapter that ships, or nothing checks that the results are of it" >&2
   exit 2

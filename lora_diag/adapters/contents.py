@@ -7,7 +7,7 @@ and saves factors for all of them. Missing factors were lost later: PEFT fills t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -267,23 +267,45 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
     in_memory = names_in_memory(adapter, base)
     layers = (item.layer for item in (*pairing.deltas, *pairing.unpaired))
     adapted = {re.sub(r"\[\d+\]$", "", layer) for layer in layers} | {*in_memory}
-    modules = _list_modules(base, adapted, Model(base, in_memory), config)
-    targeted = find_targets(config, modules.values())
-    targeted -= find_targets(config, targeted, "exclude_modules")
-    saved = config.names("modules_to_save")
-    targets = [
-        name
-        for name, module in modules.items()
-        if module in targeted and not any(is_named(module, key) for key in saved) and _is_in_layers(module, config)
-    ]
+    targets = find_targeted(config, list_modules(base, config, adapted, Model(base, in_memory)))
     if not any(name in adapted for name in targets):
         return None
     missing = [name for name in targets if name not in adapted]
     return len(targets), tuple(sorted(missing, key=natural_order))
 
 
-def _list_modules(base: Checkpoint, adapted: set[str], model: Model, config: Config) -> dict[str, str]:
-    """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE."""
+def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
+    """Return the weights whose modules a config adapts: its targets without those excluded or saved in full.
+
+    Args:
+        config: The adapter's config.
+        modules: The modules in memory, by the names of their weights.
+
+    Raises:
+        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
+    """
+    targeted = find_targets(config, modules.values())
+    targeted -= find_targets(config, targeted, "exclude_modules")
+    saved = config.names("modules_to_save")
+    return [
+        name
+        for name, module in modules.items()
+        if module in targeted and not any(is_named(module, key) for key in saved) and _is_in_layers(module, config)
+    ]
+
+
+def list_modules(
+    base: Checkpoint, config: Config, adapted: Collection[str] = (), model: Model | None = None
+) -> dict[str, str]:
+    """Return the modules in memory that PEFT could adapt, by the names of their weights in BASE.
+
+    Args:
+        base: BASE.
+        config: The adapter's config.
+        adapted: Weights that an adapter changes.
+        model: The model in memory; default the one derived from BASE alone.
+    """
+    model = model or Model(base)
     min_dimensions = 1 if config.text("peft_type").upper() == "LN_TUNING" else 2
     modules: dict[str, str] = {}
     for name in base:

@@ -123,6 +123,19 @@ class SafetensorsFile(TensorFile):
             self._content.fill(content[index * size : (index + 1) * size].data, self._start[name], name)
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
+    def read_range(self, name: str, start: int, stop: int) -> Numbers:
+        """Return the entries ``start:stop`` of a tensor; without torch where ``decodes`` is true."""
+        if not self.decodes(name):
+            return super().read_range(name, start, stop)
+        import numpy as np  # imported here: headers are read without NumPy
+
+        from lora_diag.checkpoints.file_bytes import decode
+
+        width = WIDTH[self.tensors[name].dtype]
+        content = np.empty((stop - start) * width, np.uint8)
+        self._content.fill(content.data, self._start[name] + start * width, name)
+        return decode(content, self.tensors[name].dtype)
+
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, without torch."""
         return self.read_start(name, self._bytes[name])

@@ -121,6 +121,16 @@ class TensorFile:
         """Return whether ``read_arrays`` can read a tensor."""
         return False
 
+    def read_range(self, name: str, start: int, stop: int) -> Numbers:
+        """Return the entries ``start:stop`` of a tensor, float32 or float64; without torch where ``decodes`` is true.
+
+        Raises:
+            InputError: They cannot be read.
+        """
+        entries = self.read(name, start, stop)
+        numbers: Numbers = (entries if self.tensors[name].dtype == "float64" else entries.float()).numpy()
+        return numbers
+
     def read_arrays(self, names: Sequence[str]) -> Numbers:
         """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""
         raise NotImplementedError
@@ -237,6 +247,14 @@ class Checkpoint:
             InputError: The file ended early or could not be read.
         """
         return self._file_by_name[name].read(name, start, self[name].numel if stop is None else stop)
+
+    def read_range(self, name: str, start: int, stop: int) -> Numbers:
+        """Return the entries ``start:stop`` of a tensor, float32 or float64; without torch where ``decodes`` is true.
+
+        Raises:
+            InputError: The file ended early or could not be read.
+        """
+        return self._file_by_name[name].read_range(name, start, stop)
 
     def read_each(self, name: str, spans: Iterable[tuple[int, int]]) -> Iterator[torch.Tensor]:
         """Yield ranges of a tensor's entries in order; for a remote file, the next ranges are fetched in advance.

@@ -18,7 +18,7 @@ TRAINERS = ("axolotl", "llamafactory", "trl", "unsloth")
 # axolotl: ``utils/schemas/peft.py`` of 0.19, which has patterns of whole numbers. LLaMA-Factory:
 # ``hparams/finetuning_args.py`` of 0.9.5. TRL's commands: ``trainer/model_config.py`` of 1.16. unsloth: arguments of
 # ``FastLanguageModel.get_peft_model`` (``models/llama.py`` of 2026.10), which go to PEFT.
-_NAMES = {
+NAMES = {
     "r": ("lora_r", "lora_rank", "lora_r", "r"),
     "lora_alpha": ("lora_alpha", "lora_alpha", "lora_alpha", "lora_alpha"),
     "lora_dropout": ("lora_dropout", "lora_dropout", "lora_dropout", "lora_dropout"),
@@ -51,7 +51,7 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
         UsageError: The config has ranks by layer or target_parameters and the trainer has none, or an alpha of the
             config is not whole and the trainer takes only integers.
     """
-    names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in _NAMES.items()}
+    names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in NAMES.items()}
     if config["rank_pattern"] and not names["rank_pattern"]:
         raise UsageError(f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft")
     if config.get("target_parameters") and not names["target_parameters"]:

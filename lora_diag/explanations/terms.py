@@ -1,8 +1,8 @@
 """Index of the words in loradiag's output.
 
 A word is a command, a column (``Shown.title``), a field of a record, a value of such a field that the field's
-documentation names, a built-in check of ``gate``, or a heading of ``symptoms.md`` or ``words.md``. The texts are those
-of the declarations and of the site.
+documentation names, a built-in check of ``gate``, or a heading of ``symptoms.md``, ``findings.md`` or ``words.md``. The
+texts are those of the declarations and of the site.
 """
 
 from __future__ import annotations
@@ -109,12 +109,20 @@ def all_terms() -> tuple[Term, ...]:
 
 
 def _find_sections() -> Iterator[Term]:
-    """Yield the sections of ``symptoms.md`` and ``words.md``; commas in a heading separate spellings."""
-    for role in ("symptom", "word"):
+    """Yield the sections of the pages of this package; commas in a heading separate spellings."""
+    for role in ("symptom", "finding", "word"):
         for section in (files(__package__) / f"{role}s.md").read_text(encoding="utf-8").split("\n## ")[1:]:
             title, _, body = section.partition("\n")
             word, *others = title.split(", ")
             yield Term(word, role, body.strip(), tuple(others))
+
+
+@cache
+def remedy_of(rule: str) -> tuple[str, str]:
+    """Return what to do about a finding of ``lint``, and the source of its rule: the last paragraphs of its section."""
+    text = next(term.text for term in _find_sections() if term.role == "finding" and term.word == rule)
+    *_, fix, source = (" ".join(part.split()) for part in text.split("\n\n"))
+    return fix.removeprefix("Fix: "), source.removeprefix("Source: ")
 
 
 def _find_commands() -> Iterator[Term]:

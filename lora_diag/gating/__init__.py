@@ -23,8 +23,17 @@ class GateOptions(TypedDict, total=False):
     max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")]
 
 
+class VerdictOutputs(TypedDict, total=False):
+    """Outputs of a command that judges."""
+
+    output: Annotated[Path | None, Option(None, "Verdicts (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)]
+    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
+    github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
 class CommandOptions(TypedDict, total=False):
-    """Options of the command that ``gate()`` has no need of: a built-in policy, inputs to measure, and outputs."""
+    """Options of the command that ``gate()`` has no need of: a built-in policy, inputs to measure, and a model card."""
 
     policy: Annotated[
         str | None, Option(None, "Built-in policy, instead of POLICY; default: none.", "NAME", panel=INPUTS)
@@ -32,11 +41,7 @@ class CommandOptions(TypedDict, total=False):
     base: Annotated[str | None, BASE]
     tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
     adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
-    output: Annotated[Path | None, Option(None, "Verdicts (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)]
-    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
     model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
-    github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
-    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
 class InitOptions(TypedDict, total=False):
@@ -62,7 +67,7 @@ FEATURE = Feature(
             arguments=(
                 Argument("paths", "Policy file, then results files.", "POLICY RESULTS", many=True, optional=True),
             ),
-            options=(GateOptions, CommandOptions),
+            options=(GateOptions, CommandOptions, VerdictOutputs),
             shows=("json", "quiet", "verbose"),
             call=True,
         ),

@@ -207,7 +207,9 @@ def _weights_of(results: Results[Any]) -> list[RunInput]:
 def junit(results: Results[Any]) -> str:
     """Return a JUnit report of a run of ``gate``: one case for each rule, module type and group of records."""
     metric = results.run.settings.get("metric")
-    root = Element("testsuites", name=safe(f"loradiag gate{f', spectra in {metric}' if metric else ''}"))
+    root = Element(
+        "testsuites", name=safe(f"loradiag {results.run.command}{f', spectra in {metric}' if metric else ''}")
+    )
     if weights := _weights_of(results):
         properties = SubElement(root, "properties")
         for item in weights:
@@ -243,7 +245,7 @@ def _set_counts(element: Element) -> None:
 
 def workflow_commands(results: Results[Any]) -> list[str]:
     """Return annotations: at each level, one for each of the first rules, on its line, and one for all others."""
-    policy = next((run_input.path for run_input in results.run.inputs if run_input.role == "policy"), None)
+    policy = next((run_input.path for run_input in results.run.inputs if run_input.role in {"policy", "config"}), None)
     lines = []
     for level in ("error", "warning"):
         shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation == level]
@@ -251,10 +253,11 @@ def workflow_commands(results: Results[Any]) -> list[str]:
         for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
             line = verdicts[0].line
             where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
-            title = _escape_property(f"loradiag gate: {rule}")
+            title = _escape_property(f"loradiag {results.run.command}: {rule}")
             lines.append(f"::{level} {where}title={title}::{_escape_data(_describe(verdicts))}")
         if len(rules) > ANNOTATIONS:
-            lines.append(f"::{level} title=loradiag gate::{len(rules) - ANNOTATIONS} more rules, see the step summary")
+            name = f"loradiag {results.run.command}"
+            lines.append(f"::{level} title={name}::{len(rules) - ANNOTATIONS} more rules, see the step summary")
     return lines
 
 
@@ -278,7 +281,7 @@ def _escape_property(text: str) -> str:
 
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
-    head = f"## loradiag gate: {escape_markdown(headline(results))}\n\n"
+    head = f"## loradiag {results.run.command}: {escape_markdown(headline(results))}\n\n"
     lines = [
         f"- **{escape_markdown(rule)}** {status}: {escape_markdown(describe_reasons(verdicts))}\n"
         for (status, rule), verdicts in by_status(results).items()

@@ -24,6 +24,10 @@ DIFFERENT = {
     "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--granularity": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
+    **dict.fromkeys(
+        ("--alpha", "--dtype", "--lr", "--method", "--optimizer", "--steps", "--tokens"),
+        "lint takes what a configuration says of one run",
+    ),
     "--to": "a format to merge into, or a service to send a report to",
     "--tuned": "gate measures it on --base; probe outputs also takes it as its first model",
 }

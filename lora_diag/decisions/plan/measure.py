@@ -16,13 +16,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.checkpoints import Checkpoint, as_path, locate
+from lora_diag.checkpoints import Checkpoint, TensorFile, TensorInfo, as_path, locate
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.plan import PlanOptions
@@ -50,6 +49,9 @@ from lora_diag.running.options import fill_options, show_options
 BITS_PER_PARAM = 2
 # Typical loss of a language model's data, 1 bit or 0.69 nats a token (Schulman et al. 2025).
 BITS_PER_TOKEN = 1
+
+# Kind of a model without weights.
+DERIVED = "config.json, shapes derived"
 
 # Best learning rate of LoRA over that of full fine-tuning, nearly independent of the rank.
 LORA_RATE = 10
@@ -194,27 +196,6 @@ def fit_ranks(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, bu
     )
 
 
-@dataclass(frozen=True)
-class _Model:
-    """Names and shapes of a model.
-
-    Args:
-        kind: Source, as text.
-        shapes: Shape of every weight by name.
-        size: Stored size in bytes; None if unknown.
-        config: The content of its ``config.json``; empty without one.
-        notes: Notes on the source.
-        is_derived: Whether shapes come from the config alone.
-    """
-
-    kind: str
-    shapes: Mapping[str, tuple[int, ...]]
-    size: int | None
-    config: Mapping[str, Any]
-    notes: tuple[str, ...] = ()
-    is_derived: bool = False
-
-
 @show_options
 def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """Return the cost of full fine-tuning and LoRA of a model, and the ranks that a budget allows.
@@ -261,8 +242,9 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     if not ranks or ranks[0] < 1:
         raise UsageError(f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 up")
     included, excluded = compile_pattern(target, "--layers"), compile_pattern(arguments["exclude"], "--exclude")
-    model = _open_model(base)
-    matrices = [make_matrix(name, shape) for name, shape in model.shapes.items() if len(shape) > 1]
+    model = open_headers(base)
+    infos = [model[name] for name in sorted(model, key=natural_order)]
+    matrices = [make_matrix(info.name, info.shape) for info in infos if len(info.shape) > 1]
     chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
     if not chosen:
         requested = f"--layers {target}" if target is not None else "the model"
@@ -273,7 +255,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     elif memory is not None:
         requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
         fit = fit_ranks(chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param))
-    total = sum(math.prod(shape) for shape in model.shapes.values())
+    total = sum(info.numel for info in infos)
     active, notes = _find_active_share(model.config, matrices)
     capacity = _estimate_capacity(base, arguments, chosen)
     rates, costs = _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
@@ -283,7 +265,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         notes=tuple(map(legible, (*model.notes, *notes))),
         params=total,
         targeted=sum(matrix.entries for matrix in chosen),
-        base_bytes=model.size,
+        base_bytes=compute_stored_size(model),
         dtype=dtype,
         full_bytes=memory_of(total, dtype),
         types=group_types(matrices, frozenset(matrix.name for matrix in chosen)),
@@ -326,7 +308,7 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     )
 
 
-def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+def _estimate_costs(model: Checkpoint, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
     """Return this machine's speed, and the cost of ``spectrum`` for all values and, with krylov, the ``top`` largest.
 
     The gate and up matrices of experts from a config are counted one by one, as checkpoints store them.
@@ -339,12 +321,14 @@ def _estimate_costs(model: _Model, matrices: Sequence[Matrix], top: int) -> tupl
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
-    stored = [part for matrix in matrices for part in split_experts(matrix)] if model.is_derived else matrices
-    return estimate_costs(stored, model.size, top)
+    stored = [part for matrix in matrices for part in split_experts(matrix)] if model.kind == DERIVED else matrices
+    return estimate_costs(stored, compute_stored_size(model), top)
 
 
-def _open_model(base: Path | str) -> _Model:
-    """Return names and shapes: from the config if it is given or alone in its folder, else from headers of weights.
+def open_headers(base: Path | str) -> Checkpoint:
+    """Open BASE by its headers; if a config is given or alone in its folder, names and shapes that follow from it.
+
+    Without weights, the kind is ``DERIVED``, and no entries can be read.
 
     Raises:
         UsageError: The path is an adapter.
@@ -354,25 +338,15 @@ def _open_model(base: Path | str) -> _Model:
     path = locate(base)
     if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
         path = path / "config.json"
-    if path.is_file() and path.suffix == ".json" and not path.name.endswith(".index.json"):
-        config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
-        shapes = dict(weights_of(config, str(path)))
-        is_whole = select_text_config(config) is config
-        notes = () if is_whole else ("only the language model, from its text_config",)
-        dtype = config.get("dtype") or config.get("torch_dtype")
-        size = None
-        if isinstance(dtype, str) and dtype in BYTES:
-            size = BYTES[dtype] * sum(math.prod(shape) for shape in shapes.values())
-        return _Model("config.json, shapes derived", shapes, size, config, notes, is_derived=True)
-    checkpoint = open_base(base)
-    names = sorted(checkpoint, key=natural_order)
-    return _Model(
-        kind=checkpoint.kind,
-        shapes={name: checkpoint[name].shape for name in names},
-        size=_compute_stored_size(checkpoint),
-        config=checkpoint.config,
-        notes=tuple(checkpoint.notes),
-    )
+    if not path.is_file() or path.suffix != ".json" or path.name.endswith(".index.json"):
+        return open_base(base)
+    config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
+    dtype = str(config.get("dtype") or config.get("torch_dtype"))
+    file = TensorFile()
+    file.path = path
+    file.tensors = {name: TensorInfo(name, shape, dtype) for name, shape in weights_of(config, str(path))}
+    notes = () if select_text_config(config) is config else ("only the language model, from its text_config",)
+    return Checkpoint(base, DERIVED, (file,), notes, config)
 
 
 def _has_weights(folder: Path) -> bool:
@@ -381,7 +355,7 @@ def _has_weights(folder: Path) -> bool:
     return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
 
 
-def _compute_stored_size(checkpoint: Checkpoint) -> int | None:
+def compute_stored_size(checkpoint: Checkpoint) -> int | None:
     """Return the stored size of the weights in bytes; None if one is quantized or of another dtype than ``BYTES``."""
     infos = [checkpoint[name] for name in checkpoint]
     if any(info.stored is not None or info.dtype not in BYTES for info in infos):

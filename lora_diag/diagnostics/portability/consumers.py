@@ -144,6 +144,19 @@ def find_largest_rank(contents: Contents) -> int:
     return max([*stated, *(item.rank or 0 for item in contents.items)], default=0)
 
 
+def find_refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
+    """Return the reason for which a consumer does not load an adapter; empty if it does."""
+    if contents.form not in consumer.forms:
+        return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
+    if contents.form == "peft" and not contents.config:
+        return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
+    rank = find_largest_rank(contents)
+    limit = max_lora_rank if max_lora_rank is not None and consumer.rank_option else consumer.largest_rank
+    if limit is not None and rank > limit:
+        return f"rank {rank} is above {consumer.rank_option} {limit}"
+    return rule.refuses(contents)
+
+
 def _divide_by_rank(alpha: float, rank: int, config: Mapping[str, Any]) -> float:
     """Return α/r or, with rsLoRA, α/√r."""
     return float(alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))

@@ -26,7 +26,7 @@ from lora_diag.diagnostics.portability.consumers import (
     Consumer,
     Outcome,
     Rule,
-    find_largest_rank,
+    find_refusal,
     join_reasons,
 )
 from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
@@ -452,19 +452,6 @@ def make_tasks(
             scale = 0.0 if treatment.does == "dropped" else treatment.scale
         tasks.append(Judged(item, outcomes, scale, deltas.get(item.layer)))
     return tasks
-
-
-def find_refusal(consumer: Consumer, rule: Rule, contents: Contents, max_lora_rank: int | None = None) -> str:
-    """Return the reason for which a consumer does not load an adapter; empty if it does."""
-    if contents.form not in consumer.forms:
-        return f"it reads files of {' and '.join(sorted(consumer.forms))}, and this one is of {contents.form}"
-    if contents.form == "peft" and not contents.config:
-        return "adapter_config.json is missing or gives no lora_alpha; --fix writes one"
-    rank = find_largest_rank(contents)
-    limit = max_lora_rank if max_lora_rank is not None and consumer.rank_option else consumer.largest_rank
-    if limit is not None and rank > limit:
-        return f"rank {rank} is above {consumer.rank_option} {limit}"
-    return rule.refuses(contents)
 
 
 def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:

@@ -1,0 +1,210 @@
+"""Fraction of entries that one optimizer step moves in a 16-bit format, from sampled entries of BASE.
+
+An optimizer that adds lr to a stored entry w, in float32 arithmetic and with rounding to nearest, ties to even, changes
+w iff lr > u/2, or lr = u/2 and the mantissa of w is odd, where u is the distance of w to its neighbour in the direction
+of the step. u = 2^(e − p) for p bits of the mantissa and the exponent e of w; towards zero it is half of that where w
+is a power of two. A format of 16 bits has 65,536 codes, so all of this is one table per lr.
+
+Adam's first step is lr·g/(|g| + ε): lr for all entries with |g| ≫ ε (1e-8 by default). Later steps are smaller.
+
+References: Kingma and Ba 2015, section 2.1 (|Δ| ≲ lr); arXiv 2602.03839 (a bf16 weight absorbs updates below |w|/256).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.linting.record import StepShare
+from lora_diag.records.names import module_type_of, type_order
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    Codes = NDArray[np.uint16]
+
+# Bits of the mantissa, and exponent bias.
+FORMATS = {"bfloat16": (7, 127), "float16": (10, 15)}
+
+# Contiguous ranges that are read of each module type, one at random in each of as many equal parts, and their entries.
+RANGES, ENTRIES = 64, 1024
+
+# Entries and steps of a simulated path: 0.3 s.
+PATH_ENTRIES, PATH_STEPS = 4096, 2000
+
+
+def encode(values: Any, dtype: str) -> Codes:
+    """Return numbers as codes of a 16-bit format, rounded to nearest, ties to even.
+
+    >>> [hex(code) for code in encode([1.0, 1.00390625, 1.01171875], "bfloat16")]
+    ['0x3f80', '0x3f80', '0x3f82']
+    """
+    numbers = np.asarray(values, np.float32)
+    if dtype == "float16":
+        with np.errstate(over="ignore"):
+            return numbers.astype(np.float16).view(np.uint16)
+    bits = numbers.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def decode(codes: Codes, dtype: str) -> NDArray[np.float32]:
+    """Return the numbers of codes of a 16-bit format."""
+    if dtype == "float16":
+        return codes.view(np.float16).astype(np.float32)
+    return (codes.astype(np.uint32) << 16).view(np.float32)
+
+
+def gap_tables(dtype: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return for every code the distance to its neighbour away from zero and towards zero; NaN if it is not finite."""
+    bits, bias = FORMATS[dtype]
+    codes = np.arange(1 << 16)
+    mantissa, exponent = codes & ((1 << bits) - 1), (codes >> bits) & ((1 << (15 - bits)) - 1)
+    up = np.ldexp(1.0, np.maximum(exponent, 1) - bias - bits)
+    up[exponent == (1 << (15 - bits)) - 1] = np.nan
+    return up, np.where((mantissa == 0) & (exponent > 1), up / 2, up)
+
+
+def moving_table(dtype: str, step: float) -> NDArray[np.float64]:
+    """Return for every code the fraction of the two directions in which a step changes it; NaN if it is not finite.
+
+    >>> table = moving_table("bfloat16", 2.0**-9)
+    >>> [float(table[code]) for code in encode([1.0, 1.0078125, 0.25], "bfloat16")]
+    [0.0, 0.0, 1.0]
+    """
+    odd = (np.arange(1 << 16) & 1).astype(bool)
+    gaps = gap_tables(dtype)
+    moves = [(step > gap / 2) | ((step == gap / 2) & odd) for gap in gaps]
+    return np.where(np.isnan(gaps[0]), np.nan, (moves[0] + moves[1].astype(float)) / 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Entries of the weights of one module type.
+
+    Args:
+        name: The module type.
+        entries: Number of entries of its weights.
+        ranges: Codes of the sampled ranges; all entries if ``entries`` is their number.
+    """
+
+    name: str
+    entries: int
+    ranges: tuple[Codes, ...]
+
+    @property
+    def sampled(self) -> int:
+        """Number of sampled entries."""
+        return sum(map(len, self.ranges))
+
+    def mean(self, table: NDArray[np.float64]) -> tuple[float, float]:
+        """Return the mean over entries of a value per code, and its standard error from the spread of the ranges."""
+        pairs = [(float(np.nanmean(table[codes])), len(codes)) for codes in self.ranges]
+        mean = sum(value * size for value, size in pairs) / self.sampled
+        if self.sampled == self.entries or len(pairs) < 2:
+            return mean, 0.0
+        return mean, float(np.std([value for value, _ in pairs], ddof=1)) / math.sqrt(len(pairs))
+
+
+def sample_entries(checkpoint: Checkpoint, names: Sequence[str], dtype: str, seed: int = 0) -> list[Sample]:
+    """Return sampled entries of weights by module type, as codes of a format; only these ranges are read.
+
+    Args:
+        checkpoint: BASE.
+        names: The weights; stored as floating-point numbers.
+        dtype: The format in which they are trained.
+        seed: Seed of the positions.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
+    types: dict[str, list[str]] = {}
+    for name in sorted(names, key=type_order):
+        types.setdefault(module_type_of(name), []).append(name)
+    random = np.random.default_rng(seed)
+    places: dict[str, list[tuple[str, int, int]]] = {}
+    totals = {kind: sum(checkpoint[name].numel for name in own) for kind, own in types.items()}
+    for kind, own in types.items():
+        if totals[kind] <= RANGES * ENTRIES:
+            places[kind] = [(name, 0, checkpoint[name].numel) for name in own]
+            continue
+        ends = np.cumsum([checkpoint[name].numel for name in own])
+        for at in (totals[kind] * (np.arange(RANGES) + random.random(RANGES)) / RANGES).astype(np.int64):
+            index = int(np.searchsorted(ends, at, side="right"))
+            size = checkpoint[own[index]].numel
+            start = max(0, min(int(at - ends[index]) + size, size - ENTRIES))
+            places.setdefault(kind, []).append((own[index], start, min(start + ENTRIES, size)))
+    flat = [place for each in places.values() for place in each]
+    reader: Any = map
+    if isinstance(checkpoint.files[0].path, RemotePath):
+        from lora_diag.checkpoints.addresses import map_concurrently as reader  # imported only for remote files
+    codes = reader(lambda place: encode(checkpoint.read_range(*place), dtype), flat)
+    return [Sample(kind, totals[kind], tuple(next(codes) for _ in each)) for kind, each in places.items()]
+
+
+def measure_shares(samples: Sequence[Sample], dtype: str, lr: float) -> list[StepShare]:
+    """Return the fraction of entries that a step of size ``lr`` moves: one record for all, then one per module type."""
+    table = moving_table(dtype, lr)
+    rows = [(sample.name, sample.entries, sample.sampled, *sample.mean(table)) for sample in samples]
+    total = sum(entries for _, entries, *_ in rows)
+    pooled = sum(entries / total * moved for _, entries, _, moved, _ in rows)
+    error = math.hypot(*(entries / total * error for _, entries, _, _, error in rows))
+    rows.insert(0, ("all", total, sum(sampled for _, _, sampled, *_ in rows), pooled, error))
+    names = ("name", "entries", "sampled", "moved", "error")
+    return [StepShare(dtype=dtype, lr=lr, **dict(zip(names, row, strict=True))) for row in rows]
+
+
+def simulate_path(samples: Sequence[Sample], dtype: str, lr: float, steps: int, seed: int = 0) -> Mapping[str, float]:
+    """Return the fraction c = ⟨Q − w, d⟩/‖d‖² of a path d that weights in a 16-bit format follow.
+
+    The model: every entry of a sample gets ``steps`` steps of size ``lr``, and is rounded after each. All steps of an
+    entry have one direction (``one direction``), or each an independent random sign (``random signs``): real paths lie
+    between the two. c = 1 if nothing is lost; it can exceed 1, since a step that moves an entry moves it by u.
+    """
+    random = np.random.default_rng(seed)
+    total = sum(sample.entries for sample in samples)
+    parts = []
+    for sample in samples:
+        codes = np.concatenate(sample.ranges)
+        parts.append(random.choice(codes, max(1, round(PATH_ENTRIES * sample.entries / total))))
+    start = np.concatenate(parts)
+    start = start[np.isfinite(decode(start, dtype))]
+    kept = {}
+    for name in ("one direction", "random signs"):
+        now, distance = start, np.zeros(len(start))
+        signs = random.choice([-1.0, 1.0], len(start)).astype(np.float32)
+        for _ in range(steps):
+            if name == "random signs":
+                signs = random.choice([-1.0, 1.0], len(start)).astype(np.float32)
+            now = encode(decode(now, dtype) + signs * np.float32(lr), dtype)
+            distance += signs
+        moved = (decode(now, dtype).astype(np.float64) - decode(start, dtype)) / lr
+        kept[name] = float(moved @ distance) / max(float(distance @ distance), 1.0)
+    return kept
+
+
+def share_of_uniform(bound: float, dtype: str, lr: float) -> float:
+    """Return the fraction of uniform entries within ± ``bound`` that a step moves."""
+    return float(moving_table(dtype, lr)[encode(np.linspace(-bound, bound, 1 << 20), dtype)].mean())
+
+
+def estimate_rounding(base: Checkpoint, factors: Mapping[str, Any], dtype: str) -> float:
+    """Return √(Σu²/12)/‖ΔW‖ over sampled spacings u of BASE: the rounding error of a merge into its 16-bit format.
+
+    Args:
+        base: BASE.
+        factors: B, A and s of each adapted weight.
+        dtype: Dtype of these weights.
+    """
+    squares = 0.0
+    for thin in factors.values():
+        b, a = thin.read_b().astype(np.float64), thin.read_a().astype(np.float64)
+        squares += thin.read_scale() ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
+    noise = gap_tables(dtype)[0] ** 2 / 12
+    total = sum(sample.entries * sample.mean(noise)[0] for sample in sample_entries(base, list(factors), dtype))
+    return math.sqrt(total / squares) if squares else 0.0

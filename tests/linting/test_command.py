@@ -1,0 +1,96 @@
+"""The command: exit codes, records, JUnit and annotations, ``explain``, and what it costs."""
+
+import json
+import subprocess
+import sys
+from xml.etree import ElementTree
+
+import pytest
+
+from lora_diag import catalog
+from lora_diag.explanations.terms import all_terms, remedy_of
+from lora_diag.linting.record import Finding, StepShare
+from lora_diag.linting.rules import RULES
+from tests.linting.making import PEFT, make_base, write_config
+from tests.messages import assert_names
+from tests.served import ROOT
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    make_base(tmp_path / "base")
+    write_config(tmp_path / "bad.yaml", {"base_model": "x", "learning_rate": 1e-6, "bf16": True})
+    write_config(tmp_path / "adapter_config.json", {**PEFT, "r": 128, "lora_alpha": 8})
+    return tmp_path
+
+
+def test_exit_code_follows_severity(loradiag, inputs):
+    assert loradiag("lint", "bad.yaml", "base").code == 1
+    assert loradiag("lint", "bad.yaml").code == 0
+    assert loradiag("lint", "adapter_config.json", "base").code == 0  # warnings
+    assert loradiag("lint", "adapter_config.json", "base", "--fail-on", "warning").code == 1
+    assert loradiag("lint", "none.yaml", "base").code == 3
+    assert loradiag("lint", "bad.yaml", "none").code == 3
+    assert loradiag("lint", "bad.yaml", "base", "--servers", "nginx").code == 2
+    assert loradiag("lint", "base", "--method", "full", "--lr", "1e-6", "--dtype", "bfloat16").code == 1
+
+
+def test_first_line_is_decision_then_evidence(loradiag, inputs):
+    lines = loradiag("lint", "bad.yaml", "base", brief=True).out.splitlines()
+    assert_names(lines[0], "Lint", "1 error")
+    assert_names(lines[1], "bf16-step", "1.0e-06")
+    assert len(lines) <= 8
+    assert any(line.startswith("Next") and "explain bf16-step" in line for line in lines)
+    assert "clean" in loradiag("lint", str(ROOT / "sample_checkpoints" / "lora_r4")).out
+
+
+def test_records_are_written_and_judged_by_gate(loradiag, inputs):
+    assert loradiag("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
+    results = catalog.read_results(inputs / "l.jsonl")
+    (finding,) = results.whole_of(Finding)
+    assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == ("bf16-step", True, 3)
+    assert results.whole_of(StepShare)[0].name == "all"
+    lines = [json.loads(line) for line in loradiag("lint", "bad.yaml", "base", "--json").out.splitlines()]
+    assert lines[1] == json.loads(finding.model_dump_json())
+    (inputs / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "finding.severity != error"\n')
+    ran = loradiag("gate", "p.toml", "l.jsonl")
+    assert (ran.code, "r " in ran.out) == (1, True)
+    assert "bf16-step" in loradiag("inspect", "l.jsonl").out
+
+
+def test_junit_and_annotations_name_file_and_line(loradiag, inputs):
+    ran = loradiag("lint", "bad.yaml", "base", "--junit", "l.xml", "--github")
+    assert ran.code == 1
+    (line,) = [line for line in ran.out.splitlines() if line.startswith("::error")]
+    assert_names(line, "file=bad.yaml,line=3", "loradiag lint", "bf16-step")
+    assert "float32 master weights" in line
+    root = ElementTree.fromstring((inputs / "l.xml").read_text())
+    suites = {suite.get("name"): suite for suite in root.findall("testsuite")}
+    assert {name for name, suite in suites.items() if suite.get("failures") == "1"} == {"bf16-step"}
+    assert suites["memory"].find("testcase/skipped") is not None
+    assert loradiag("lint", "bad.yaml", "--github", "--json").code == 2
+
+
+def test_every_rule_is_explained_by_one_section():
+    sections = [term.word for term in all_terms() if term.role == "finding"]
+    assert sections == list(RULES)
+    assert all(min(map(len, remedy_of(rule))) > 10 for rule in RULES)
+
+
+def test_hostile_names_stay_text(loradiag, inputs):
+    name = "q_proj\x1b[2J\n::error::x"
+    write_config(inputs / "adapter_config.json", {**PEFT, "target_modules": ["q_proj", name]})
+    ran = loradiag("lint", "adapter_config.json", "base", "--github")
+    assert "\x1b" not in ran.out
+    assert not [line for line in ran.out.splitlines() if line.startswith("::error::")]
+
+
+@pytest.mark.slow
+def test_lint_takes_less_than_a_second_of_processor(inputs):
+    """Without torch; the best of three tries."""
+    code = "import sys; from lora_diag.cli import main; sys.argv[1:] = {}\ntry: main()\nexcept SystemExit: pass\n"
+    code += "assert 'torch' not in sys.modules; import time; print(time.process_time())"
+    words = ["lint", "bad.yaml", "base", "--steps", "100", "-q"]
+    run = [sys.executable, "-c", code.format(words)]
+    tries = [subprocess.run(run, cwd=inputs, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    assert min(map(float, tries)) < 1

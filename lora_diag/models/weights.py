@@ -77,6 +77,29 @@ class Frozen:
             return base.out_features, base.in_features
         return tuple(base.weight.shape)
 
+    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return B ``(m, r)``, A ``(r, n)`` and c ``(r,)`` of the LoRA B·diag(c)·A, as the weight is stored.
+
+        Those of several active adapters are concatenated. B and A have the dtype of the parameters; c, float64, is the
+        scaling, of AdaLoRA times its diagonal.
+        """
+        module, down, up, sizes = self.module, [], [], []
+        for name in module.active_adapters:
+            if name in module.lora_A:
+                down.append(_read_matrix(module.lora_A[name]))
+                up.append(_read_matrix(module.lora_B[name]))
+            elif name in module.lora_embedding_A:
+                down.append(module.lora_embedding_A[name].detach())
+                up.append(module.lora_embedding_B[name].detach())
+            else:
+                continue
+            size = down[-1].new_full((len(down[-1]),), module.scaling[name], dtype=torch.float64)
+            if hasattr(module, "lora_E"):  # AdaLoRA
+                size *= module.lora_E[name].detach()[:, 0] / (module.ranknum[name] + 1e-5)
+            sizes.append(size)
+        b, a, c = torch.cat(up, 1), torch.cat(down, 0), torch.cat(sizes)
+        return (a.T, b.T, c) if isinstance(module.get_base_layer(), nn.Embedding | Conv1D) else (b, a, c)
+
     def gradient(self) -> Tensor | None:
         """Return the sum over the backward passes of this step, float32; None if there was none."""
         return self._sum
@@ -113,6 +136,13 @@ class Frozen:
                 self._sum.addmm_(x.reshape(-1, x.shape[-1]).float().T, rows)
             else:
                 self._sum.addmm_(rows.T, x.reshape(-1, x.shape[-1]).float())
+
+
+def _read_matrix(layer: Any) -> Tensor:
+    """Return the weight of a layer, or a parameter as it is, detached."""
+    weight = layer.weight if isinstance(layer, nn.Module) else layer
+    assert isinstance(weight, Tensor)
+    return weight.detach()
 
 
 Weight = Trained | Frozen
@@ -190,9 +220,14 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
     Raises:
         UsageError: FSDP or DeepSpeed ZeRO-3 has sharded the weight.
     """
-    if hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh") or "_flat_param" in name:
+    if is_sharded(parameter) or "_flat_param" in name:
         problem = f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient"
         raise UsageError(f"{problem}; record with plain data parallelism or on one device")
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Return whether DeepSpeed ZeRO-3 or FSDP 2 has sharded a parameter over processes."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh")
 
 
 def is_unscaled(scaler: Any) -> bool:

@@ -8,12 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from lora_diag.adapters import match_names
 from lora_diag.checkpoints.safetensors import write_safetensors
@@ -25,6 +23,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.linalg.distance import orthonormalize
 from lora_diag.linalg.exact import decompose_factored
+from lora_diag.models.callback import TrainingCallback
 from lora_diag.models.weights import Frozen, Weight, average_over_processes, is_main, is_unscaled, weights_of
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
@@ -42,10 +41,8 @@ def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subs
         ranks: Ranks besides the LoRA's own; larger ones are skipped.
     """
     shape = (weight.shape[0], weight.shape[1])
-    b, a = _read_factors(weight.module)
-    if b.shape[0] != shape[0]:  # Conv1D and embeddings store their weight transposed
-        b, a = a.T, b.T
-    factors = decompose_factored(b, a, vectors=True)
+    b, a, sizes = weight.factors()
+    factors = decompose_factored(b.double() * sizes, a.double(), vectors=True)
     if factors.fro == 0.0 or not bool(torch.isfinite(factors.s).all()):
         problem = "zero" if factors.fro == 0.0 else "not finite"
         detail = f"step {step}: the LoRA is {problem}, so it spans no subspaces"
@@ -55,34 +52,13 @@ def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subs
     return Subspaces(weight.name, orthonormalize(u), orthonormalize(vh.T), measured_ranks, "factored", "resolved")
 
 
-def _read_factors(module: Any) -> tuple[Tensor, Tensor]:
-    """Return B and A of all active adapters of a layer, float64, concatenated, with their scaling."""
-    down, up = [], []
-    for name in module.active_adapters:
-        if name in module.lora_A:
-            weight = _read_matrix(module.lora_A[name])
-            down.append(weight * module.lora_E[name].detach() if hasattr(module, "lora_E") else weight)  # AdaLoRA
-            up.append(_read_matrix(module.lora_B[name]) * module.scaling[name])
-        elif name in module.lora_embedding_A:
-            down.append(module.lora_embedding_A[name].detach())
-            up.append(module.lora_embedding_B[name].detach() * module.scaling[name])
-    return torch.cat(up, 1).double(), torch.cat(down, 0).double()
-
-
-def _read_matrix(layer: Any) -> Tensor:
-    """Return the weight of a layer, or a parameter as it is, detached."""
-    weight = layer.weight if isinstance(layer, nn.Module) else layer
-    assert isinstance(weight, Tensor)
-    return weight.detach()
-
-
 _LOG = logging.getLogger(__name__)
 
 # float16 is not among them: it flushes gradients below 6e-8 to zero.
 DTYPES = ("float32", "bfloat16")
 
 
-class GradientRecorder(TrainerCallback):
+class GradientRecorder(TrainingCallback):
     r"""Record the gradient of every selected matrix that is trained or frozen under a LoRA, at every n-th update.
 
     Pass it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in your own loop::
@@ -213,24 +189,7 @@ class GradientRecorder(TrainerCallback):
                     writer.append(*self._left_out, totals(self.records, self._left_out))
             self._writer = None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(finished=error is None)
-
     # --- in a Trainer ---------------------------------------------------------------------------------------------
-
-    def log_to(self, trainer: Any) -> Self:
-        """Send medians over the layers to a Trainer's log, including TensorBoard and W&B; return the recorder."""
-        self.log = trainer.log
-        return self
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Attach to the model, as ``attach`` does."""
-        self.attach(model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an update; called once for all its backward passes."""
@@ -240,10 +199,6 @@ class GradientRecorder(TrainerCallback):
         """Record if due, as ``step`` does; gradients of trained weights are clipped if the Trainer has a norm limit."""
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Close the recorder, as ``close`` does."""
-        self.close()
 
     # --- shared by both ---------------------------------------------------------------------------------------------
 

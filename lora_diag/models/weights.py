@@ -220,14 +220,15 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
     Raises:
         UsageError: FSDP or DeepSpeed ZeRO-3 has sharded the weight.
     """
-    if is_sharded(parameter) or "_flat_param" in name:
+    if is_sharded(name, parameter):
         problem = f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient"
         raise UsageError(f"{problem}; record with plain data parallelism or on one device")
 
 
-def is_sharded(parameter: Tensor) -> bool:
-    """Return whether DeepSpeed ZeRO-3 or FSDP 2 has sharded a parameter over processes."""
-    return hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh")
+def is_sharded(name: str, parameter: Tensor) -> bool:
+    """Return whether FSDP or DeepSpeed ZeRO-3 has sharded a parameter over processes."""
+    wrapped = "_flat_param" in name or "_fsdp_wrapped_module" in name
+    return wrapped or hasattr(parameter, "ds_id") or hasattr(parameter.data, "device_mesh")
 
 
 def is_unscaled(scaler: Any) -> bool:

@@ -42,7 +42,10 @@ class CheckpointLayer(LayerRecord):
             of the first checkpoint in BASE, null for an adapter.
         dead: Whether ΔW_t = 0.
         non_finite: Why ΔW_t is not finite; null if it is.
-        method: Method of the singular values; of factors ``factored``.
+        method: Method of the singular values; of factors ``factored``, without singular values ``rows``: norms and
+            cosine are estimates from randomly sampled rows, as ``LoraMonitor`` measures weights that are trained.
+        fro_error: Standard error of ``fro`` from the sampling of rows; null if it is not sampled.
+        increment_error: Standard error of ``increment``, likewise.
         gram: ⟨ΔW_t, ΔW_s⟩ for every checkpoint s up to this one; empty if only neighbours were compared.
         overlaps: ‖U_tᵀU_s‖_F²/k for every checkpoint s before this one; empty likewise.
     """
@@ -79,6 +82,8 @@ class CheckpointLayer(LayerRecord):
     dead: bool = False
     non_finite: str | None = None
     method: str = "factored"
+    fro_error: Norm | None = None
+    increment_error: Norm | None = None
     gram: tuple[float | None, ...] = ()
     overlaps: tuple[float | None, ...] = ()
 

@@ -66,18 +66,19 @@ def batch(seed: int, size: int = 2) -> dict[str, torch.Tensor]:
 
 
 def trainer_of(model, folder, callbacks, **settings) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(folder / "trainer"),
-        per_device_train_batch_size=2,
-        max_steps=3,
-        report_to="none",
-        use_cpu=True,
-        logging_steps=1,
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=0.05,
-        **{"max_grad_norm": 0.0, "gradient_accumulation_steps": 2} | settings,
-    )
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "max_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "learning_rate": 0.05,
+        "max_grad_norm": 0.0,
+        "gradient_accumulation_steps": 2,
+    }
+    arguments = TrainingArguments(output_dir=str(folder / "trainer"), **defaults | settings)
     data = [{name: value[0] for name, value in batch(i, 1).items()} for i in range(16)]
     return Trainer(model=model, args=arguments, train_dataset=data, callbacks=callbacks)
 

@@ -1,0 +1,538 @@
+"""Measure the updates of a model in training: the records of ``checkpoints``, without checkpoints.
+
+Of a LoRA, all numbers follow from r×r products of its factors, as in ``factors``; the products are computed on the
+device of the factors, and their eigenvalues on the CPU. Of a weight that is trained itself, ``ROWS`` rows are sampled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lora_diag.catalog import read_results
+from lora_diag.deltas import natural_order, selector
+from lora_diag.diagnostics.checkpoints.factors import (
+    CheckpointsSettings,
+    Evolution,
+    Factors,
+    find_problem,
+)
+from lora_diag.diagnostics.checkpoints.measure import describe_step, pool_checkpoints, pool_layers
+from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.series import Series, Step, parse_log
+from lora_diag.errors import LoradiagError, UsageError
+from lora_diag.files import RESULTS, check_output, lock
+from lora_diag.models.callback import TrainingCallback
+from lora_diag.models.weights import Frozen, Trained, Weight, is_main, is_sharded, weights_of
+from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
+from lora_diag.rendering.text import list_names
+from lora_diag.running.fingerprint import legible
+from lora_diag.thin import MAX_GRAM_ERROR, Grams, ThinValues, compute_triangle, thin_energies, thin_values
+from lora_diag.version import __version__
+
+Array = NDArray[np.float64]
+
+_LOG = logging.getLogger(__name__)
+
+# Role of the input of a run that was measured while it trained.
+ROLE = "training"
+
+# Entries of factors, over all of their layers, that are multiplied at once: 64 MiB in float64, three times.
+PART_ENTRIES = 2**23
+
+# Rows that stand for all of a weight that is trained itself. Their error is in the record: 3% of ‖ΔW‖ where the
+# energies of the rows differ by half of their mean.
+ROWS = 64
+
+_SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=(0, 1, 2))
+
+# The fields of a checkpoint's record that are logged.
+_LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
+
+RULES = ("dead", "non_finite", "spike", "collapse")
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """The updates B·diag(c)·A of L layers at one time, on the CPU.
+
+    Args:
+        b: B ``(L, m, r)``; zeros where the update is not finite.
+        a: A ``(L, r, n)``, likewise.
+        c: c ``(L, r)``, float64.
+        known: Whether each update is finite and known.
+        square: ‖D_t‖_F² of each increment ``(L,)``.
+    """
+
+    b: Tensor
+    a: Tensor
+    c: Tensor
+    known: list[bool]
+    square: Array
+
+    def sides(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return B·diag(c) ``(L, m, r)`` and Aᵀ ``(L, n, r)`` in float64 on a device."""
+        return self.b.to(device).double() * self.c.to(device)[:, None], self.a.to(device).double().mT
+
+
+@dataclass
+class _Part:
+    """Layers under a LoRA whose factors have one shape, which are measured together.
+
+    Args:
+        weights: The layers.
+        base_fro: ‖W_base‖_F of each; None if it is not known.
+        window: The last two moments; zeros before the first.
+        count: Number of moments so far.
+    """
+
+    weights: list[Frozen]
+    base_fro: list[float | None]
+    window: list[_Moment] = field(default_factory=list)
+    count: int = 0
+
+    def measure(self, step: int) -> list[CheckpointLayer]:
+        """Return the records of the layers, and keep their factors for the next time."""
+        b, a, c = (torch.stack(each) for each in zip(*(weight.factors() for weight in self.weights), strict=True))
+        if b.device.type == "mps":  # has no float64
+            b, a, c = b.cpu(), a.cpu(), c.cpu()
+        size, times = len(b), min(self.count, 2) + 1
+        if not self.window:
+            nothing = (torch.zeros_like(each, device="cpu") for each in (b, a, c))
+            self.window = [_Moment(*nothing, known=[False] * size, square=np.zeros(size))] * 2
+        first, before = (moment.sides(b.device) for moment in self.window)
+        now = _Moment(b, a, c, [], np.zeros(0)).sides(b.device)
+        square, product = _multiply_increments(now, before, first)
+        equal = [(x == y).sum((1, 2)) for x, y in zip(now, before, strict=True)]
+        unchanged = ((equal[0] + equal[1]) / (b[0].numel() + a[0].numel())).tolist()
+        left, right = (Grams((side.mT @ side).cpu().numpy(), np.full(size, side.shape[1])) for side in now)
+        values = thin_energies(left, right, np.ones(size))
+        finite = np.isfinite(left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))).tolist()
+        records = []
+        for i, weight in enumerate(self.weights):
+            named: dict[str, Any] = {"layer": weight.name, "step": step, "shape": (b.shape[1], a.shape[2])}
+            named["base_fro"] = self.base_fro[i]
+            if not finite[i]:
+                problem = find_problem(Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()))
+                records.append(CheckpointLayer(**named, fro=None, non_finite=problem or "its norm overflows"))
+                continue
+            s, fro = values.s[i], float(values.fro[i])
+            if values.energy_error[i] > MAX_GRAM_ERROR:
+                exact = _decompose(*(side[i].cpu().numpy() for side in now))
+                s, fro = exact.s[0], float(exact.fro[0])
+            increments = np.zeros((times, times))
+            increments[-2:, -2:] = np.array([[self.window[1].square[i], product[i]], [product[i], square[i]]])[
+                -times:, -times:
+            ]
+            found = Evolution(
+                s=[s] * times,
+                complete=[True] * times,
+                fro=np.full(times, fro),
+                increments=increments,
+                overlaps=np.full((times, times), np.nan),
+                directions=np.zeros(times, np.int64),
+                unchanged=[unchanged[i] if self.count else None] * times,
+                method=["factored"] * times,
+            )
+            known = [*(moment.known[i] for moment in self.window), True][-times:]
+            position = {t: t for t, is_known in enumerate(known) if is_known}
+            fields = describe_step(found, position, times - 1, _SETTINGS, named["shape"], self.base_fro[i])
+            records.append(CheckpointLayer(**{**named, **fields, "gram": (), "overlaps": ()}))
+        kept = (torch.nan_to_num(each.cpu(), 0.0, 0.0, 0.0) for each in (b, a, c))
+        self.window, self.count = [self.window[1], _Moment(*kept, known=finite, square=square)], self.count + 1
+        return records
+
+    def resume(self) -> None:
+        """Take the present factors as those of the moment before; what came before them is not known."""
+        self.measure(0)
+        self.count = 2
+
+
+Sides = tuple[Tensor, Tensor]
+
+
+def _multiply_increments(now: Sides, before: Sides, first: Sides) -> tuple[Array, Array]:
+    """Return ‖D_t‖_F² and ⟨D_t, D_{t−1}⟩ of D_t = ΔW_t − ΔW_{t−1} = [δB_t B_{t−1}] [A_t; δA_t] of L layers, ``(L,)``.
+
+    As in ``factors``, a small increment of a large update loses no digits.
+
+    Args:
+        now: B_t ``(L, m, r)`` and A_tᵀ ``(L, n, r)``.
+        before: The same at t − 1.
+        first: The same at t − 2.
+    """
+    (b, a), (b_before, a_before), (b_first, a_first) = now, before, first
+    left, right = torch.cat([b - b_before, b_before], -1), torch.cat([a, a - a_before], -1)
+    other = torch.cat([b_before - b_first, b_first], -1), torch.cat([a_before, a_before - a_first], -1)
+    square = ((left.mT @ left) * (right.mT @ right)).sum((1, 2))
+    product = ((left.mT @ other[0]) * (right.mT @ other[1])).sum((1, 2))
+    return square.cpu().numpy(), product.cpu().numpy()
+
+
+def _decompose(left: Array, right: Array) -> ThinValues:
+    """Return the singular values of the product of finite factors ``(m, r)`` and ``(n, r)``, small ones too."""
+    b, a = compute_triangle(left), compute_triangle(right)
+    assert b is not None
+    assert a is not None
+    return thin_values(b, a)
+
+
+@dataclass
+class _Rows:
+    """A weight that is trained itself, of which rows are sampled.
+
+    Args:
+        weight: The weight.
+        base_fro: ‖W‖_F when training began; None if it is not known.
+        rows: The sampled rows, ascending.
+        start: Their values when training began; None if they are not known.
+        window: Their values at the last two moments at most; None where they are not finite.
+    """
+
+    weight: Trained
+    base_fro: float | None
+    rows: Tensor
+    start: Tensor | None
+    window: list[Tensor | None]
+
+    @classmethod
+    def sample(cls, weight: Trained, is_start: bool) -> _Rows:
+        """Sample rows that depend on the weight's name alone."""
+        seed = int.from_bytes(hashlib.sha256(weight.name.encode()).digest()[:7])
+        chosen = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
+        rows = cls(weight, _norm(weight.parameter) if is_start else None, chosen, None, [])
+        now = rows.read()
+        rows.start, rows.window = (now if is_start else None), [now]
+        return rows
+
+    def read(self) -> Tensor:
+        """Return the rows as they are now, on the CPU."""
+        parameter = self.weight.parameter.detach()
+        return parameter[self.rows.to(parameter.device)].cpu()
+
+    def measure(self, step: int) -> list[CheckpointLayer]:
+        """Return the record of the weight, and keep its rows for the next time."""
+        m, n = self.weight.shape
+        named: dict[str, Any] = {"layer": self.weight.name, "step": step, "shape": (m, n), "base_fro": self.base_fro}
+        norm = _norm(self.weight.parameter)
+        if norm is None:
+            self.window = [*self.window[-1:], None]
+            return [CheckpointLayer(**named, fro=None, non_finite="it holds NaN or infinite values", method="rows")]
+        now, before = self.read(), self.window[-1]
+        fro = fro_error = increment = increment_error = cosine = unchanged = None
+        if self.start is not None:
+            fro, fro_error = _estimate_norm(now.double() - self.start.double(), m)
+        if before is not None:
+            change = now.double() - before.double()
+            increment, increment_error = _estimate_norm(change, m)
+            unchanged = float((change == 0).double().mean())
+            if len(self.window) > 1 and (first := self.window[-2]) is not None:
+                earlier = before.double() - first.double()
+                norms = float(change.norm() * earlier.norm())
+                cosine = max(-1.0, min(1.0, float((change * earlier).sum()) / norms)) if norms else None
+        self.window = [before, now]
+        return [
+            CheckpointLayer(
+                **named,
+                fro=fro,
+                fro_error=fro_error,
+                relative=fro / self.base_fro if fro is not None and self.base_fro else None,
+                increment=increment,
+                increment_error=increment_error,
+                cosine=cosine,
+                unchanged=unchanged,
+                dead=fro == 0.0 and norm == self.base_fro,
+                method="rows",
+            )
+        ]
+
+
+def _norm(weight: Tensor) -> float | None:
+    """Return ‖W‖_F; None if it is not finite."""
+    norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+    return norm if math.isfinite(norm) else None
+
+
+def _estimate_norm(rows: Tensor, count: int) -> tuple[float, float | None]:
+    """Return ‖X‖_F from a random sample of the rows of X, and its standard error; None if these are all of them.
+
+    Args:
+        rows: The sampled rows ``(k, n)``, k ≥ 2 of more.
+        count: Number of rows of X, m: ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is
+            (1 − k/m)·s²/k (Cochran 1977, *Sampling Techniques*, theorem 2.2), and its root by dividing by 2‖X‖_F.
+    """
+    energies = rows.square().sum(1)
+    fro = math.sqrt(count * float(energies.mean()))
+    if len(rows) == count or not fro:
+        return fro, None if len(rows) == count else 0.0
+    return fro, count * math.sqrt((1 - len(rows) / count) * float(energies.var()) / len(rows)) / (2 * fro)
+
+
+def _base_norm(weight: Frozen) -> float | None:
+    """Return ‖W_base‖_F of the weight under a LoRA; None if it is quantized, offloaded or not finite."""
+    base = weight.module.get_base_layer().weight
+    if base.device.type == "meta" or not base.is_floating_point() or base.dtype.itemsize < 2:
+        return None
+    return _norm(base) if tuple(base.shape) == weight.shape else None
+
+
+class LoraMonitor(TrainingCallback):
+    r"""Measure the update of every trained matrix at every n-th step of training, and log the numbers.
+
+    Pass it to a Trainer of transformers or TRL (``Trainer(..., callbacks=[monitor])``; ``monitor.log_to(trainer)`` adds
+    its numbers to the Trainer's log), or use it in your own loop::
+
+        with LoraMonitor("monitor.jsonl", every=50).attach(model) as monitor:
+            for batch in batches:
+                ...
+                optimizer.step()
+                if monitor.step():                     # True if a rule of stop_on holds
+                    break
+
+    ``loradiag checkpoints monitor.jsonl --follow``, ``inspect``, ``plot``, ``report`` and ``gate`` read the records,
+    also during training. After a resume from a checkpoint, the records up to its step are kept, and new ones follow.
+
+    Args:
+        output: The results file; None for ``monitor.jsonl`` in the Trainer's output folder. That of an earlier run of
+            the monitor is renamed (``monitor.1.jsonl``).
+        every: Measure after the steps ``every``, 2·``every``, …, and in a Trainer after the last.
+        stop_on: Rules that end the training: of ``RULES``, one or several.
+        layers: Regular expression; only weights whose name contains a match. None for all.
+        exclude: Regular expression; no weights whose name contains a match. None to exclude none.
+        log: Called with the numbers of every measured step by name, on the main process.
+
+    Raises:
+        UsageError: An argument is invalid.
+    """
+
+    def __init__(
+        self,
+        output: Path | str | None = None,
+        *,
+        every: int = 50,
+        stop_on: str | Collection[str] = (),
+        layers: str | None = None,
+        exclude: str | None = None,
+        log: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        if every < 1:
+            raise UsageError(f"every={every}: must be at least 1")
+        self.stop_on = {stop_on} if isinstance(stop_on, str) else set(stop_on)
+        if unknown := sorted(self.stop_on - set(RULES)):
+            raise UsageError(f"stop_on={unknown[0]!r}: no such rule; use {', '.join(RULES)}")
+        self.output, self.every, self.log = None if output is None else Path(output), every, log
+        self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        self._parts: list[_Part | _Rows] = []
+        self._writer: ResultsWriter[CheckpointLayer] | None = None
+        self._left_out: list[LeftOut] = []
+        self._step = 0
+        self._earlier: list[CheckpointLayer] = []
+        self._pending: list[CheckpointLayer] = []
+        self._warned: set[str] = set()
+
+    def attach(self, model: nn.Module, step: int = 0) -> Self:
+        """Find the weights of a model, and open the results file; return the monitor.
+
+        Where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3), it says so and measures nothing.
+
+        Args:
+            model: The model, possibly with adapters and data-parallel wrappers.
+            step: Number of updates so far.
+
+        Raises:
+            UsageError: The monitor is attached already, no output is given, the model has nothing to measure, or the
+                file is not a monitor's or is being written.
+            InputError: The output cannot be written.
+        """
+        if self._parts or self._writer is not None:
+            raise UsageError("the monitor is already attached; close it first")
+        self._step = step
+        if not is_main():
+            return self
+        if (
+            sharded := next((name for name, weight in model.named_parameters() if is_sharded(name, weight)), None)
+        ) is not None:
+            problem = "is sharded over processes (FSDP, DeepSpeed ZeRO-3), so no process has its whole update"
+            _LOG.warning(
+                "LoraMonitor measures nothing: %s %s; measure the saved checkpoints with `loradiag checkpoints`",
+                sharded,
+                problem,
+            )
+            return self
+        weights, unread = weights_of(model, self._is_selected)
+        unread |= {each.name: "it is no matrix" for each in weights if len(each.shape) != 2}
+        if unread:
+            _LOG.warning("LoraMonitor leaves out %s: %s", list_names(list(unread)), next(iter(unread.values())))
+        self._left_out = [
+            LeftOut(layer=name, shape=(), reason="no_factors", detail=why) for name, why in unread.items()
+        ]
+        measured = [weight for weight in weights if weight.name not in unread]
+        self._parts = [*_make_parts(measured), *(_Rows.sample(each, step == 0) for each in _drop_tied(measured))]
+        if not self._parts:
+            raise UsageError("nothing to monitor: no selected matrix is trained or under a LoRA")
+        if self.output is None:
+            raise UsageError("output: is required outside of a Trainer; give the name of a results file")
+        if step:
+            for part in self._parts:
+                if isinstance(part, _Part):
+                    part.resume()
+        inputs = (
+            RunInput(role=ROLE, path=legible(self.output.parent), kind="a model in training", tensors=len(measured)),
+        )
+        settings = {**self._settings, "every": self.every, "ranks": list(_SETTINGS.ranks)}
+        self._open(Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings))
+        return self
+
+    def _open(self, run: Run) -> None:
+        """Open the results file; rename that of an earlier run, and copy its records up to the present step.
+
+        Raises:
+            UsageError: The file is not a monitor's, or is being written.
+            InputError: It cannot be read or written.
+        """
+        path, checkpoints = self.output, list[Checkpoint]()
+        by_step: dict[int, list[CheckpointLayer]] = {}
+        assert path is not None
+        if path.exists() and path.stat().st_size:
+            check_output(path, RESULTS, appending=True)
+            os.close(lock(path))
+            earlier = read_results(path)
+            if [each.role for each in earlier.run.inputs] != [ROLE]:
+                raise UsageError(f"{path}: holds results of loradiag {earlier.run.command}; choose another name")
+            for record in earlier:
+                by_step.setdefault(record.step, []).append(record)
+            checkpoints = [each for each in earlier.whole_of(Checkpoint) if each.step <= self._step]
+            aside = next(
+                each for i in count(1) if not (each := path.with_name(f"{path.stem}.{i}{path.suffix}")).exists()
+            )
+            path.rename(aside)
+        self._writer = ResultsWriter(path, run)
+        for checkpoint in checkpoints:
+            self._earlier = by_step[checkpoint.step]
+            self._writer.append(*self._earlier, checkpoint)
+
+    def step(self) -> bool:
+        """Count an update, and measure if it is due; call after the optimizer's step.
+
+        Returns:
+            Whether a rule of ``stop_on`` holds.
+        """
+        stop = self._advance(self._step + 1)
+        self._write([])
+        return stop
+
+    def close(self, finished: bool = True) -> None:
+        """Release the model, and end the results file.
+
+        Args:
+            finished: False to end the file without ``left_out`` records and last line, as that of an interrupted run.
+
+        Raises:
+            InputError: The results file cannot be written.
+        """
+        self._parts = []
+        if self._writer is not None:
+            with self._writer as writer:
+                if finished and self._earlier:
+                    writer.append(*self._left_out, totals(self._earlier, self._left_out))
+            self._writer = None
+
+    # --- in a Trainer ---------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Attach to the model, as ``attach`` does; the file is in the Trainer's output folder by default."""
+        if self.output is None and is_main():
+            self.output = Path(args.output_dir, "monitor.jsonl")
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.attach(model, state.global_step)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the records of the step before, with the losses that the Trainer has logged since."""
+        self._write(state.log_history)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure if it is due; end the training if a rule of ``stop_on`` holds."""
+        if self._advance(state.global_step, state.global_step >= state.max_steps):
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the last records, and close the file, as ``close`` does."""
+        self._write(state.log_history)
+        self.close()
+
+    # --- shared by both -------------------------------------------------------------------------------------------
+
+    def _advance(self, step: int, last: bool = False) -> bool:
+        """Measure the weights after a step if it is due, log and warn; return whether a rule of ``stop_on`` holds."""
+        self._step = step
+        if self._writer is None or (step % self.every and not last):
+            return False
+        stop = False
+        with self._guard():
+            records = [record for part in self._parts for record in part.measure(step)]
+            self._pending = sorted(records, key=lambda record: natural_order(record.layer))
+            pooled = pool_layers(self._pending, self._earlier)
+            if self.log is not None:
+                self.log(
+                    {f"update/{name}": value for name, value in pooled.items() if name in _LOGGED and value is not None}
+                )
+            stop = bool(self._judge() & self.stop_on)
+        return stop
+
+    def _judge(self) -> set[str]:
+        return set()
+
+    def _write(self, history: Sequence[Any]) -> None:
+        """Write the records of the last measured step, if they are not yet written.
+
+        Args:
+            history: The Trainer's log so far, ``log_history`` of its state.
+        """
+        if not self._pending or self._writer is None or self.output is None:
+            return
+        steps = [Step(records[0].step, self.output.parent) for records in (self._earlier, self._pending) if records]
+        logged = Series((), parse_log({"log_history": history}))
+        with self._guard():
+            *_, checkpoint = pool_checkpoints(steps, logged, [*self._earlier, *self._pending])
+            self._writer.append(*self._pending, checkpoint)
+        self._earlier, self._pending = self._pending, []
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """End the measurement where it fails, with a warning: the training goes on."""
+        try:
+            yield
+        except Exception as error:  # such as a full disk, or a GPU without memory
+            trace = not isinstance(error, LoradiagError)
+            _LOG.warning("LoraMonitor stops after step %d: %s", self._step, error, exc_info=trace)
+            self.close(finished=False)
+
+
+def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
+    """Return the layers under a LoRA, together where their factors have one shape and one device."""
+    groups: dict[Any, list[Frozen]] = {}
+    for weight in weights:
+        if isinstance(weight, Frozen):
+            b, a, _ = weight.factors()
+            largest = max(1, PART_ENTRIES // (b.numel() + a.numel()))
+            place = sum(len(group) for key, group in groups.items() if key[:3] == (b.shape, a.shape, b.device))
+            groups.setdefault((b.shape, a.shape, b.device, place // largest), []).append(weight)
+    return [_Part(group, [_base_norm(weight) for weight in group]) for group in groups.values()]
+
+
+def _drop_tied(weights: Sequence[Weight]) -> list[Trained]:
+    """Return the weights that are trained themselves, once where two names share one."""
+    return list({id(weight.parameter): weight for weight in reversed(weights) if isinstance(weight, Trained)}.values())

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
 from types import UnionType
@@ -92,14 +92,19 @@ class Shown:
         return not (self.json or self.quiet)
 
     @contextmanager
-    def callbacks(self) -> Iterator[dict[str, Any]]:
+    def callbacks(self, follow: bool = False) -> Iterator[dict[str, Any]]:
         """Yield the callbacks of a run: a progress bar, a line per record with ``--json``, and notes on its cost.
 
         With ``--verbose`` and without ``--quiet``, print afterwards how much was read.
+
+        Args:
+            follow: Whether the command shows a view that is refreshed, in place of the progress bar.
         """
-        with out.progress_bar(self.quiet) as on_progress:
+        view = out.live_view() if follow and self.table else nullcontext()
+        with out.progress_bar(self.quiet or follow) as on_progress, view as on_view:
             on_note = None if self.quiet else out.print_message
-            yield {"on_progress": on_progress, "on_record": out.record_printer(self.json), "on_note": on_note}
+            on_record = out.record_printer(self.json)
+            yield {"on_progress": on_progress, "on_record": on_record, "on_note": on_note, "on_view": on_view}
         if self.verbose and not self.quiet:
             out.report_reading()
 
@@ -176,7 +181,7 @@ def _measure_and_show(
 
     function = feature.function_of(command)
     rest = [name for name, each in signature(function).parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
-    with shown.callbacks() as callbacks:
+    with shown.callbacks(values.get("follow", False)) as callbacks:
         named = {name: value for name, value in values.items() if name not in rest}
         named |= {name: callback for name, callback in callbacks.items() if name in option_names}
         result = function(*(word for name in rest for word in values[name]), **named)

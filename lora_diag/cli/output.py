@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import select
 import shlex
 import shutil
 import sys
@@ -202,6 +203,48 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
             )
 
         yield show
+
+
+@contextmanager
+def live_view() -> Iterator[Callable[[Callable[[int, bool], str], Sequence[str]], None]]:
+    """Yield a function that shows a text on a terminal in place of the one before; elsewhere it prints lines.
+
+    It draws the text for the width of the terminal and its colours, each time. It raises ``BrokenOutputError`` once the
+    reader has closed standard output, also without lines.
+    """
+    if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
+
+        def print_lines(draw: Callable[[int, bool], str], lines: Sequence[str]) -> None:
+            for line in lines:
+                print_result(line)
+            _check_reader()
+
+        yield print_lines
+        return
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(), auto_refresh=False, transient=True, vertical_overflow="crop") as live:
+
+        def refresh(draw: Callable[[int, bool], str], lines: Sequence[str]) -> None:
+            text = replace_unencodable(public(draw(*terminal())), sys.stdout.encoding or "utf-8")
+            live.update(Text.from_ansi(text), refresh=True)
+
+        yield refresh
+
+
+def _check_reader() -> None:
+    """Check that the reader of standard output has not closed it.
+
+    Raises:
+        BrokenOutputError: It has.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            raise BrokenOutputError
 
 
 def silence_matplotlib() -> None:

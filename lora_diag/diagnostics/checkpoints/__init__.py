@@ -1,8 +1,8 @@
 """Declaration and options of ``checkpoints``: a training run, at all its checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypedDict
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import BASE, OUTPUT, RANK, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
@@ -27,6 +27,15 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
     rank: Annotated[int | None, RANK]
 
 
+class FollowOptions(TypedDict, total=False):
+    """Options of watching a run."""
+
+    follow: Annotated[
+        bool, Option(False, "Refresh one table as checkpoints or records of LoraMonitor arrive.", panel=OUTPUT)
+    ]
+    on_view: Annotated[Callable[..., None] | None, Option(None, "Called at every look at a run.", cli=False)]
+
+
 FEATURE = Feature(
     __name__,
     "checkpoints",
@@ -36,10 +45,16 @@ FEATURE = Feature(
             help="A training run over its checkpoints: growth, collapse, dead layers.",
             notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. Full checkpoints need "
             "BASE, after the run's folder or with --base.",
-            examples=("checkpoints out/ -o run.jsonl", "checkpoints out/ base/", "checkpoints step_*/ --base base/"),
+            examples=(
+                "checkpoints out/ -o run.jsonl",
+                "checkpoints out/ base/",
+                "checkpoints step_*/ --base base/",
+                "checkpoints out/ --follow",
+            ),
             run=".measure:measure_run",
             arguments=(Argument("inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True),),
-            options=(CheckpointsOptions,),
+            options=(CheckpointsOptions, FollowOptions),
+            suggest=".show:suggest_next",
             hints=(
                 Hint("plot {output} --figure checkpoints", "curves, increments and overlaps by step"),
                 Hint("-o run.jsonl", "saves these results, for plot, report and gate"),
@@ -54,7 +69,7 @@ FEATURE = Feature(
         ".record:Combination",
         "lora_diag.records.probe:Probe",
     ),
-    functions=(".measure:trajectory",),
+    functions=(".measure:trajectory", ".monitor:LoraMonitor"),
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",
     section=Section("A training run", order=15),

@@ -7,7 +7,7 @@ Layers whose factors are stored as they are, in safetensors and of a rank up to 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
@@ -103,14 +103,14 @@ def make_records(
         if problem is not None or found is None:
             named |= {"fro": None, "non_finite": problem or "a norm overflows float64"}
         else:
-            named |= _describe_step(found, finite, t, settings)
+            named |= describe_step(found, finite, t, settings)
             named["relative"] = named["fro"] / base_fro if base_fro else None
             named["overlap_random"] = named["directions"] / task.shape[0] if named["directions"] else None
         records.append(CheckpointLayer(**named))
     return tuple(records)
 
 
-def _describe_step(found: Evolution, finite: Sequence[int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
+def describe_step(found: Evolution, finite: Sequence[int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
     """Return what the record of a finite update says of it and of others.
 
     Args:
@@ -257,16 +257,27 @@ def _conclude(
     records.put(*checkpoints, judge(records.layers, checkpoints))
 
 
-def measure_run(inputs: Sequence[Path | str], **options: Unpack[CheckpointsOptions]) -> Results[CheckpointLayer]:
+def measure_run(
+    inputs: Sequence[Path | str],
+    follow: bool = False,
+    on_view: Callable[..., None] | None = None,
+    **options: Unpack[CheckpointsOptions],
+) -> Results[CheckpointLayer]:
     """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an option.
 
     Raises:
-        LoradiagError: As ``trajectory``.
+        LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
     """
     paths = [Path(path) for path in inputs]
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):
         options["base"], paths = paths[1], paths[:1]
-    return trajectory(paths, **options)
+    if not follow:
+        return trajectory(paths, **options)
+    if len(paths) > 1 or options.get("output") or options.get("on_record"):
+        raise UsageError("--follow: shows one run, or a monitor's results file; give its path, without -o and --json")
+    from lora_diag.diagnostics.checkpoints.follow import follow_run  # deferred: imports rich
+
+    return follow_run(paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None))
 
 
 def _align_layers(

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +29,11 @@ from lora_diag.diagnostics.checkpoints.factors import (
     CheckpointsSettings,
     Evolution,
     Factors,
-    find_problem,
 )
-from lora_diag.diagnostics.checkpoints.measure import describe_step, pool_checkpoints, pool_layers
+from lora_diag.diagnostics.checkpoints.measure import describe_step
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
-from lora_diag.diagnostics.checkpoints.series import Series, Step, parse_log
+from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
+from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
 from lora_diag.errors import LoradiagError, UsageError
 from lora_diag.files import RESULTS, check_output, lock
 from lora_diag.models.callback import TrainingCallback
@@ -60,9 +61,18 @@ ROWS = 64
 _SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=(0, 1, 2))
 
 # The fields of a checkpoint's record that are logged.
-_LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
+_LOGGED = ("fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite")
 
-RULES = ("dead", "non_finite", "spike", "collapse")
+# Rules of ``stop_on``: fields of the record of a run that list layers, each with what it means.
+RULES = {
+    "non_finite": "NaN or infinite values",
+    "dead": "ΔW = 0",
+    "collapsed": "most of the rank is lost",
+    "spiked": "a change far above those before it",
+}
+
+# Measurements that the rules look back on: of ``checkpoints``, the whole run.
+LOOK_BACK = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +121,8 @@ class _Part:
             b, a, c = b.cpu(), a.cpu(), c.cpu()
         size, times = len(b), min(self.count, 2) + 1
         if not self.window:
-            nothing = (torch.zeros_like(each, device="cpu") for each in (b, a, c))
-            self.window = [_Moment(*nothing, known=[False] * size, square=np.zeros(size))] * 2
+            nothing = [torch.zeros_like(each, device="cpu") for each in (b, a, c)]
+            self.window = [_Moment(nothing[0], nothing[1], nothing[2], [False] * size, np.zeros(size))] * 2
         first, before = (moment.sides(b.device) for moment in self.window)
         now = _Moment(b, a, c, [], np.zeros(0)).sides(b.device)
         square, product = _multiply_increments(now, before, first)
@@ -122,37 +132,35 @@ class _Part:
         values = thin_energies(left, right, np.ones(size))
         finite = np.isfinite(left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))).tolist()
         records = []
-        for i, weight in enumerate(self.weights):
-            named: dict[str, Any] = {"layer": weight.name, "step": step, "shape": (b.shape[1], a.shape[2])}
-            named["base_fro"] = self.base_fro[i]
+        for i, (weight, base_fro) in enumerate(zip(self.weights, self.base_fro, strict=True)):
+            shape = (b.shape[1], a.shape[2])
+            named: dict[str, Any] = {"layer": weight.name, "step": step, "shape": shape, "base_fro": base_fro}
             if not finite[i]:
-                problem = find_problem(Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()))
-                records.append(CheckpointLayer(**named, fro=None, non_finite=problem or "its norm overflows"))
+                problem = Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()).find_problem()
+                records.append(CheckpointLayer(**named, fro=None, non_finite=problem or "a norm overflows float64"))
                 continue
             s, fro = values.s[i], float(values.fro[i])
             if values.energy_error[i] > MAX_GRAM_ERROR:
                 exact = _decompose(*(side[i].cpu().numpy() for side in now))
                 s, fro = exact.s[0], float(exact.fro[0])
-            increments = np.zeros((times, times))
-            increments[-2:, -2:] = np.array([[self.window[1].square[i], product[i]], [product[i], square[i]]])[
-                -times:, -times:
-            ]
-            found = Evolution(
-                s=[s] * times,
-                complete=[True] * times,
-                fro=np.full(times, fro),
-                increments=increments,
-                overlaps=np.full((times, times), np.nan),
-                directions=np.zeros(times, np.int64),
-                unchanged=[unchanged[i] if self.count else None] * times,
-                method=["factored"] * times,
-            )
             known = [*(moment.known[i] for moment in self.window), True][-times:]
-            position = {t: t for t, is_known in enumerate(known) if is_known}
-            fields = describe_step(found, position, times - 1, _SETTINGS, named["shape"], self.base_fro[i])
+            present = [t for t, is_known in enumerate(known) if is_known]
+            products = np.diag([0.0, self.window[1].square[i], square[i]])
+            products[1, 2] = products[2, 1] = product[i]
+            found = Evolution(
+                s=[s] * len(present),
+                fro=[fro] * len(present),
+                increments=products[-times:, -times:][np.ix_(present, present)],
+                overlaps=np.full((times, times), np.nan),
+                directions=[0] * len(present),
+                unchanged=[unchanged[i] if self.count else None] * len(present),
+                method=["factored"] * len(present),
+            )
+            fields = describe_step(found, present, times - 1, _SETTINGS)
+            fields["relative"] = fro / base_fro if base_fro else None
             records.append(CheckpointLayer(**{**named, **fields, "gram": (), "overlaps": ()}))
-        kept = (torch.nan_to_num(each.cpu(), 0.0, 0.0, 0.0) for each in (b, a, c))
-        self.window, self.count = [self.window[1], _Moment(*kept, known=finite, square=square)], self.count + 1
+        b, a, c = (torch.nan_to_num(each.cpu(), 0.0, 0.0, 0.0) for each in (b, a, c))
+        self.window, self.count = [self.window[1], _Moment(b, a, c, finite, square)], self.count + 1
         return records
 
     def resume(self) -> None:
@@ -339,7 +347,7 @@ class LoraMonitor(TrainingCallback):
         self._writer: ResultsWriter[CheckpointLayer] | None = None
         self._left_out: list[LeftOut] = []
         self._step = 0
-        self._earlier: list[CheckpointLayer] = []
+        self._recent: deque[tuple[Checkpoint, list[CheckpointLayer]]] = deque(maxlen=LOOK_BACK - 1)
         self._pending: list[CheckpointLayer] = []
         self._warned: set[str] = set()
 
@@ -421,8 +429,8 @@ class LoraMonitor(TrainingCallback):
             path.rename(aside)
         self._writer = ResultsWriter(path, run)
         for checkpoint in checkpoints:
-            self._earlier = by_step[checkpoint.step]
-            self._writer.append(*self._earlier, checkpoint)
+            self._recent.append((checkpoint, by_step[checkpoint.step]))
+            self._writer.append(*by_step[checkpoint.step], checkpoint)
 
     def step(self) -> bool:
         """Count an update, and measure if it is due; call after the optimizer's step.
@@ -446,8 +454,8 @@ class LoraMonitor(TrainingCallback):
         self._parts = []
         if self._writer is not None:
             with self._writer as writer:
-                if finished and self._earlier:
-                    writer.append(*self._left_out, totals(self._earlier, self._left_out))
+                if finished and self._recent:
+                    writer.append(*self._left_out, totals(self._recent[-1][1], self._left_out))
             self._writer = None
 
     # --- in a Trainer ---------------------------------------------------------------------------------------------
@@ -455,7 +463,7 @@ class LoraMonitor(TrainingCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Attach to the model, as ``attach`` does; the file is in the Trainer's output folder by default."""
         if self.output is None and is_main():
-            self.output = Path(args.output_dir, "monitor.jsonl")
+            self.output = Path(args.output_dir, MONITOR)
             self.output.parent.mkdir(parents=True, exist_ok=True)
         self.attach(model, state.global_step)
 
@@ -465,7 +473,7 @@ class LoraMonitor(TrainingCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is due; end the training if a rule of ``stop_on`` holds."""
-        if self._advance(state.global_step, state.global_step >= state.max_steps):
+        if self._advance(state.global_step, state.log_history, state.global_step >= state.max_steps):
             control.should_training_stop = True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -475,40 +483,57 @@ class LoraMonitor(TrainingCallback):
 
     # --- shared by both -------------------------------------------------------------------------------------------
 
-    def _advance(self, step: int, last: bool = False) -> bool:
-        """Measure the weights after a step if it is due, log and warn; return whether a rule of ``stop_on`` holds."""
-        self._step = step
-        if self._writer is None or (step % self.every and not last):
-            return False
-        stop = False
-        with self._guard():
-            records = [record for part in self._parts for record in part.measure(step)]
-            self._pending = sorted(records, key=lambda record: natural_order(record.layer))
-            pooled = pool_layers(self._pending, self._earlier)
-            if self.log is not None:
-                self.log(
-                    {f"update/{name}": value for name, value in pooled.items() if name in _LOGGED and value is not None}
-                )
-            stop = bool(self._judge() & self.stop_on)
-        return stop
-
-    def _judge(self) -> set[str]:
-        return set()
-
-    def _write(self, history: Sequence[Any]) -> None:
-        """Write the records of the last measured step, if they are not yet written.
+    def _advance(self, step: int, history: Sequence[Any] = (), last: bool = False) -> bool:
+        """Measure the weights after a step if it is due, log and warn; return whether a rule of ``stop_on`` holds.
 
         Args:
+            step: Number of updates so far.
             history: The Trainer's log so far, ``log_history`` of its state.
+            last: Whether the step is the last, which is always measured.
         """
-        if not self._pending or self._writer is None or self.output is None:
-            return
-        steps = [Step(records[0].step, self.output.parent) for records in (self._earlier, self._pending) if records]
-        logged = Series((), parse_log({"log_history": history}))
-        with self._guard():
-            *_, checkpoint = pool_checkpoints(steps, logged, [*self._earlier, *self._pending])
-            self._writer.append(*self._pending, checkpoint)
-        self._earlier, self._pending = self._pending, []
+        self._step = step
+        stop = set[str]()
+        if self._writer is not None and (step % self.every == 0 or last):
+            with self._guard():
+                records = [record for part in self._parts for record in part.measure(step)]
+                self._pending = sorted(records, key=lambda record: natural_order(record.layer))
+                checkpoint = self._pool(history)
+                if self.log is not None:
+                    values = ((name, getattr(checkpoint, name)) for name in _LOGGED)
+                    self.log({f"update/{name}": value for name, value in values if value is not None})
+                stop = self._warn(checkpoint) & self.stop_on
+        return bool(stop)
+
+    def _pool(self, history: Sequence[Any]) -> Checkpoint:
+        """Return the record of the step that was measured last."""
+        assert self.output is not None
+        groups = [group for _, group in [*self._recent][-1:]] + [self._pending]
+        steps = [Step(group[0].step, self.output.parent) for group in groups]
+        series = make_series(steps, None, {"log_history": list(history)})
+        return pool_checkpoints(steps, series, [record for group in groups for record in group])[-1]
+
+    def _warn(self, checkpoint: Checkpoint) -> set[str]:
+        """Return the rules that hold now, and warn of those that hold for the first time."""
+        moments = [*self._recent, (checkpoint, self._pending)]
+        run = judge([record for _, group in moments for record in group], [each for each, _ in moments])
+        found = {rule: list(getattr(run, rule)) for rule in RULES if getattr(run, rule)}
+        if run.spike is not None and run.spike > SPIKED:
+            found.setdefault("spiked", ["all layers together"])
+        for rule in found.keys() - self._warned:
+            _LOG.warning(
+                "step %d: %s: %s: %s", checkpoint.step, rule.replace("_", "-"), RULES[rule], list_names(found[rule])
+            )
+        self._warned |= found.keys()
+        return set(found)
+
+    def _write(self, history: Sequence[Any]) -> None:
+        """Write the records of the step that was measured last, if they are not yet written."""
+        if self._pending and self._writer is not None:
+            with self._guard():
+                checkpoint = self._pool(history)
+                self._writer.append(*self._pending, checkpoint)
+                self._recent.append((checkpoint, self._pending))
+            self._pending = []
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

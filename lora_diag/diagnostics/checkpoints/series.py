@@ -27,6 +27,9 @@ from lora_diag.errors import InputError, NothingComparedError
 
 STATE = "trainer_state.json"
 
+# Results file that ``LoraMonitor`` writes in the folder of a run.
+MONITOR = "monitor.jsonl"
+
 # A log of 100,000 entries takes 20 MB.
 MAX_STATE_BYTES = 500_000_000
 
@@ -130,7 +133,7 @@ def find_series(paths: Sequence[Path | str]) -> Series:
             f"{located[0]}: contains no checkpoint with a step in its name, such as checkpoint-100; give the folder "
             "that the trainer wrote them to, or several checkpoints"
         )
-    states = {path: _read_state(path) for path in (*chosen, *located)}
+    states = {path: read_state(path) for path in (*chosen, *located)}
     steps = sorted((Step(_choose_step(path, states[path]), path) for path in chosen), key=lambda step: step.step)
     for first, second in pairwise(steps):
         if first.step == second.step:
@@ -141,10 +144,10 @@ def find_series(paths: Sequence[Path | str]) -> Series:
         final = Step(
             max(_number(state.get(name)) or 0 for name in ("global_step", "max_steps")), located[0], final=True
         )
-    return Series(tuple(steps), final, *(_parse_log(state, name) for name in ("loss", "eval_loss", "learning_rate")))
+    return make_series(steps, final, state)
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
     """Return the trainer state of a checkpoint; empty without one.
 
     Raises:
@@ -173,6 +176,11 @@ def _choose_step(path: Path, state: Mapping[str, Any]) -> int:
         problem = f"its name states step {named}, but its {STATE} step {recorded}"
         raise InputError(f"{path}: {problem}; restore or rename it")
     return recorded if recorded is not None else named or 0
+
+
+def make_series(steps: Sequence[Step], final: Step | None, state: Mapping[str, Any]) -> Series:
+    """Return the checkpoints of a run with what its trainer state has logged."""
+    return Series(tuple(steps), final, *(_parse_log(state, name) for name in ("loss", "eval_loss", "learning_rate")))
 
 
 def _parse_log(state: Mapping[str, Any], name: str) -> dict[int, float]:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory
+from lora_diag.diagnostics.checkpoints.series import MONITOR
 from lora_diag.diagnostics.checkpoints.verdict import GROWING, judge
+from lora_diag.feature import Hint
 from lora_diag.records import Results
+from lora_diag.records.base import Shown, pooled_value
 from lora_diag.rendering.statements import Statement, make_statement, summarize
-from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import format_shown, fraction, list_names, number, quantity
+from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table, rows_of
+from lora_diag.rendering.text import format_shown, fraction, list_names, number, quantity, strip, written
 
 
 def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> list[Grid]:
@@ -34,7 +40,8 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
     problems, movement = _describe_problems(run, checkpoints), _describe_movement(run)
     if not problems and not movement:
-        movement = [f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"]
+        few = f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"
+        movement = ["no layer is dead, collapsed, spiked or not finite" if len(checkpoints) > 2 else few]
     meaning = "weights do not show quality: no number here leads the held-out loss; compare it before choosing"
     return summarize(
         results,
@@ -104,3 +111,60 @@ def _describe_path(run: Trajectory) -> list[str]:
         f"one direction has {share} of the energy over time, of a random walk with equal increments {random}",
         f"it grows linearly with R² {linear}, of the random walk {linear_random}; cosine of increments {cosine}",
     ]
+
+
+# Quantities of the live table after the norm, the first to be dropped in a narrow terminal last.
+LIVE = ("increment", "effective_rank", "spectral_share", "cosine")
+
+# Bars of a course.
+BARS = 7
+
+
+def draw_live(results: Results[CheckpointLayer], width: int, color: bool) -> str:
+    """Return a table with the course of each module type, and the verdict, for a terminal that is refreshed."""
+    checkpoints = results.whole_of(Checkpoint)
+    by_step: dict[int, list[CheckpointLayer]] = {each.step: [] for each in checkpoints}
+    for record in results:
+        by_step.setdefault(record.step, []).append(record)
+    rows = [dict(rows_of(group, "type")) for group in by_step.values()]
+    if not checkpoints:
+        return "no step is measured yet"
+    shown = {field.path: field for field in Checkpoint.shown}
+    columns = []
+    for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
+        courses = ([pooled_value(shown[path], row.get(name, ())) for row in rows] for name in rows[-1])
+        columns.append(Column(shown[path].title, tuple(_draw_course(shown[path], each) for each in courses), drop=drop))
+    caption = describe_step(checkpoints[-1], ("train_loss", "eval_loss", "rate"))
+    grid = Grid(caption, "module type", tuple(rows[-1]), tuple(columns), most=len(rows[-1]))
+    return grids_table([grid], [each for each in checkpoints_lines(results) if each.key == "verdict"], width, color)
+
+
+def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
+    """Return bars of the values of all steps over the largest, and the last value."""
+    largest = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
+    bars = strip([None if value is None else max(0.0, value / largest) for value in values], BARS)
+    last = "-" if values[-1] is None else written(values[-1], shown.form, shown.share)
+    return f"{bars:<{BARS}} {last:>6}"
+
+
+def describe_step(checkpoint: Checkpoint, fields: Collection[str] = ()) -> str:
+    """Return numbers of a checkpoint as one line: those of some fields, or all that a table shows."""
+    shown = (field for field in Checkpoint.shown if (field.path in fields if fields else field.in_terminal))
+    texts = [
+        f"{field.title} {written(value, field.form, field.share)}"
+        for field in shown
+        if isinstance(value := field.value(checkpoint), float)
+    ]
+    problems = (f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name)))
+    return ", ".join((f"step {checkpoint.step}", *texts, *problems))
+
+
+def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -> str | Hint | None:
+    """Return the next command after ``--follow``: a plot of a monitor's records, or the results of the checkpoints."""
+    if not values.get("follow"):
+        return None
+    run = Path(values["inputs"][0])
+    if results.run.inputs[0].role == "training":
+        monitor = shlex.quote(str(run / MONITOR if run.is_dir() else run))
+        return f"loradiag plot {monitor} --figure checkpoints   (curves and increments by step)"
+    return Hint("checkpoints {inputs} -o run.jsonl", "saves these results, for plot, report and gate")

@@ -92,7 +92,7 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     by_layer: dict[str, list[CheckpointLayer]] = {}
     for record in layers:
         by_layer.setdefault(record.layer, []).append(record)
-    finite = {layer: group for layer, group in by_layer.items() if all(record.fro is not None for record in group)}
+    finite = {layer: group for layer, group in by_layer.items() if all(record.non_finite is None for record in group)}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
     collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
     # Increments are compared over the sums of their learning rates or, without these, their numbers of steps.

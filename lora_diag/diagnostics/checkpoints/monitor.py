@@ -77,11 +77,11 @@ LOOK_BACK = 16
 
 @dataclass(frozen=True, slots=True)
 class _Moment:
-    """The updates B·diag(c)·A of L layers at one time, on the CPU.
+    """The updates B·diag(c)·A of L layers at one time.
 
     Args:
-        b: B ``(L, m, r)``; zeros where the update is not finite.
-        a: A ``(L, r, n)``, likewise.
+        b: B ``(L, m, r)``.
+        a: A ``(L, r, n)``.
         c: c ``(L, r)``, float64.
         known: Whether each update is finite and known.
         square: ‖D_t‖_F² of each increment ``(L,)``.
@@ -97,6 +97,11 @@ class _Moment:
         """Return B·diag(c) ``(L, m, r)`` and Aᵀ ``(L, n, r)`` in float64 on a device."""
         return self.b.to(device).double() * self.c.to(device)[:, None], self.a.to(device).double().mT
 
+    def keep(self, known: list[bool], square: Array) -> _Moment:
+        """Return a copy on the CPU, with zeros in place of entries that are not finite."""
+        b, a, c = (torch.nan_to_num(each.cpu(), 0.0, 0.0, 0.0) for each in (self.b, self.a, self.c))
+        return _Moment(b, a, c, known, square)
+
 
 @dataclass
 class _Part:
@@ -105,26 +110,31 @@ class _Part:
     Args:
         weights: The layers.
         base_fro: ‖W_base‖_F of each; None if it is not known.
-        window: The last two moments; zeros before the first.
-        count: Number of moments so far.
+        window: The last two moments; the first one, when the monitor attaches, is known by itself only.
     """
 
     weights: list[Frozen]
     base_fro: list[float | None]
     window: list[_Moment] = field(default_factory=list)
-    count: int = 0
 
-    def measure(self, step: int) -> list[CheckpointLayer]:
-        """Return the records of the layers, and keep their factors for the next time."""
+    def __post_init__(self) -> None:
+        now = self._read()
+        nothing = np.zeros(len(self.weights))
+        self.window = [now.keep([known] * len(self.weights), nothing) for known in (False, True)]
+
+    def _read(self) -> _Moment:
+        """Return the factors as they are now, on their device."""
         b, a, c = (torch.stack(each) for each in zip(*(weight.factors() for weight in self.weights), strict=True))
         if b.device.type == "mps":  # has no float64
             b, a, c = b.cpu(), a.cpu(), c.cpu()
-        size, times = len(b), min(self.count, 2) + 1
-        if not self.window:
-            nothing = [torch.zeros_like(each, device="cpu") for each in (b, a, c)]
-            self.window = [_Moment(nothing[0], nothing[1], nothing[2], [False] * size, np.zeros(size))] * 2
+        return _Moment(b, a, c, [], np.zeros(0))
+
+    def measure(self, step: int) -> list[CheckpointLayer]:
+        """Return the records of the layers, and keep their factors for the next time."""
+        moment = self._read()
+        b, a, size = moment.b, moment.a, len(self.weights)
         first, before = (moment.sides(b.device) for moment in self.window)
-        now = _Moment(b, a, c, [], np.zeros(0)).sides(b.device)
+        now = moment.sides(b.device)
         square, product = _multiply_increments(now, before, first)
         equal = [(x == y).sum((1, 2)) for x, y in zip(now, before, strict=True)]
         unchanged = ((equal[0] + equal[1]) / (b[0].numel() + a[0].numel())).tolist()
@@ -143,30 +153,23 @@ class _Part:
             if values.energy_error[i] > MAX_GRAM_ERROR:
                 exact = _decompose(*(side[i].cpu().numpy() for side in now))
                 s, fro = exact.s[0], float(exact.fro[0])
-            known = [*(moment.known[i] for moment in self.window), True][-times:]
-            present = [t for t, is_known in enumerate(known) if is_known]
+            present = [t for t, is_known in enumerate([*(each.known[i] for each in self.window), True]) if is_known]
             products = np.diag([0.0, self.window[1].square[i], square[i]])
             products[1, 2] = products[2, 1] = product[i]
             found = Evolution(
                 s=[s] * len(present),
                 fro=[fro] * len(present),
-                increments=products[-times:, -times:][np.ix_(present, present)],
-                overlaps=np.full((times, times), np.nan),
+                increments=products[np.ix_(present, present)],
+                overlaps=np.full((3, 3), np.nan),
                 directions=[0] * len(present),
-                unchanged=[unchanged[i] if self.count else None] * len(present),
+                unchanged=[unchanged[i]] * len(present),
                 method=["factored"] * len(present),
             )
-            fields = describe_step(found, present, times - 1, _SETTINGS)
+            fields = describe_step(found, present, 2, _SETTINGS)
             fields["relative"] = fro / base_fro if base_fro else None
             records.append(CheckpointLayer(**{**named, **fields, "gram": (), "overlaps": ()}))
-        b, a, c = (torch.nan_to_num(each.cpu(), 0.0, 0.0, 0.0) for each in (b, a, c))
-        self.window, self.count = [self.window[1], _Moment(b, a, c, finite, square)], self.count + 1
+        self.window = [self.window[1], moment.keep(finite, square)]
         return records
-
-    def resume(self) -> None:
-        """Take the present factors as those of the moment before; what came before them is not known."""
-        self.measure(0)
-        self.count = 2
 
 
 Sides = tuple[Tensor, Tensor]
@@ -393,10 +396,6 @@ class LoraMonitor(TrainingCallback):
             raise UsageError("nothing to monitor: no selected matrix is trained or under a LoRA")
         if self.output is None:
             raise UsageError("output: is required outside of a Trainer; give the name of a results file")
-        if step:
-            for part in self._parts:
-                if isinstance(part, _Part):
-                    part.resume()
         inputs = (
             RunInput(role=ROLE, path=legible(self.output.parent), kind="a model in training", tensors=len(measured)),
         )
@@ -559,5 +558,5 @@ def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
 
 
 def _drop_tied(weights: Sequence[Weight]) -> list[Trained]:
-    """Return the weights that are trained themselves, once where two names share one."""
-    return list({id(weight.parameter): weight for weight in reversed(weights) if isinstance(weight, Trained)}.values())
+    """Return the weights that are trained themselves; of a head tied to a table the table, as it is saved."""
+    return list({id(weight.parameter): weight for weight in weights if isinstance(weight, Trained)}.values())

@@ -193,7 +193,7 @@ def _measure_and_show(
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("per")
         values = {**values, "per": "layer" if per == "layer" else "type"}
-        hint = _find_hint(feature, command, result, values)
+        hint = None if values.get("follow") else _find_hint(feature, command, result, values)
         if is_results:
             text = catalog.table(result, *out.terminal(), values["per"], hint, values)
         else:

@@ -217,7 +217,11 @@ def live_view() -> Iterator[Callable[[Callable[[int, bool], str], Sequence[str]]
         def print_lines(draw: Callable[[int, bool], str], lines: Sequence[str]) -> None:
             for line in lines:
                 print_result(line)
-            _check_reader()
+            with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
+                poll = select.poll()
+                poll.register(sys.stdout.fileno(), 0)
+                if any(event & select.POLLERR for _, event in poll.poll(0)):
+                    raise BrokenOutputError
 
         yield print_lines
         return
@@ -232,19 +236,6 @@ def live_view() -> Iterator[Callable[[Callable[[int, bool], str], Sequence[str]]
             live.update(Text.from_ansi(text), refresh=True)
 
         yield refresh
-
-
-def _check_reader() -> None:
-    """Check that the reader of standard output has not closed it.
-
-    Raises:
-        BrokenOutputError: It has.
-    """
-    with suppress(OSError, ValueError, AttributeError):  # no file, or a system without poll
-        poll = select.poll()
-        poll.register(sys.stdout.fileno(), 0)
-        if any(event & select.POLLERR for _, event in poll.poll(0)):
-            raise BrokenOutputError
 
 
 def silence_matplotlib() -> None:

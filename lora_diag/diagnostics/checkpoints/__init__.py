@@ -54,7 +54,6 @@ FEATURE = Feature(
             run=".measure:measure_run",
             arguments=(Argument("inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True),),
             options=(CheckpointsOptions, FollowOptions),
-            suggest=".show:suggest_next",
             hints=(
                 Hint("plot {output} --figure checkpoints", "curves, increments and overlaps by step"),
                 Hint("-o run.jsonl", "saves these results, for plot, report and gate"),

@@ -103,14 +103,14 @@ def make_records(
         if problem is not None or found is None:
             named |= {"fro": None, "non_finite": problem or "a norm overflows float64"}
         else:
-            named |= describe_step(found, finite, t, settings)
+            named |= _describe_step(found, finite, t, settings)
             named["relative"] = named["fro"] / base_fro if base_fro else None
             named["overlap_random"] = named["directions"] / task.shape[0] if named["directions"] else None
         records.append(CheckpointLayer(**named))
     return tuple(records)
 
 
-def describe_step(found: Evolution, finite: Sequence[int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
+def _describe_step(found: Evolution, finite: Sequence[int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
     """Return what the record of a finite update says of it and of others.
 
     Args:

@@ -13,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
@@ -25,23 +25,20 @@ from torch import Tensor, nn
 
 from lora_diag.catalog import read_results
 from lora_diag.deltas import natural_order, selector
-from lora_diag.diagnostics.checkpoints.factors import (
-    CheckpointsSettings,
-    Evolution,
-    Factors,
-)
-from lora_diag.diagnostics.checkpoints.measure import describe_step
+from lora_diag.diagnostics.checkpoints.factors import CheckpointsSettings, Evolution, Factors, LayerSeries
+from lora_diag.diagnostics.checkpoints.measure import make_records
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
 from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
 from lora_diag.errors import LoradiagError, UsageError
 from lora_diag.files import RESULTS, check_output, lock
+from lora_diag.linalg.exact import decompose_factored
 from lora_diag.models.callback import TrainingCallback
 from lora_diag.models.weights import Frozen, Trained, Weight, is_main, is_sharded, weights_of
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.rendering.text import list_names
 from lora_diag.running.fingerprint import legible
-from lora_diag.thin import MAX_GRAM_ERROR, Grams, ThinValues, compute_triangle, thin_energies, thin_values
+from lora_diag.thin import MAX_GRAM_ERROR, Grams, thin_energies
 from lora_diag.version import __version__
 
 Array = NDArray[np.float64]
@@ -58,7 +55,7 @@ PART_ENTRIES = 2**23
 # energies of the rows differ by half of their mean.
 ROWS = 64
 
-_SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=(0, 1, 2))
+_SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=())
 
 # The fields of a checkpoint's record that are logged.
 _LOGGED = ("fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite")
@@ -143,31 +140,30 @@ class _Part:
         finite = np.isfinite(left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))).tolist()
         records = []
         for i, (weight, base_fro) in enumerate(zip(self.weights, self.base_fro, strict=True)):
-            shape = (b.shape[1], a.shape[2])
-            named: dict[str, Any] = {"layer": weight.name, "step": step, "shape": shape, "base_fro": base_fro}
+            s, fro, problem = values.s[i], float(values.fro[i]), None
             if not finite[i]:
                 problem = Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()).find_problem()
-                records.append(CheckpointLayer(**named, fro=None, non_finite=problem or "a norm overflows float64"))
-                continue
-            s, fro = values.s[i], float(values.fro[i])
-            if values.energy_error[i] > MAX_GRAM_ERROR:
-                exact = _decompose(*(side[i].cpu().numpy() for side in now))
-                s, fro = exact.s[0], float(exact.fro[0])
-            present = [t for t, is_known in enumerate([*(each.known[i] for each in self.window), True]) if is_known]
+            elif values.energy_error[i] > MAX_GRAM_ERROR:
+                exact = decompose_factored(now[0][i], now[1][i].mT)
+                s, fro = np.asarray(exact.s, np.float64), exact.fro
+            known = [*(each.known[i] for each in self.window), finite[i]]
+            present = np.flatnonzero(known)
             products = np.diag([0.0, self.window[1].square[i], square[i]])
             products[1, 2] = products[2, 1] = product[i]
             found = Evolution(
-                s=[s] * len(present),
-                fro=[fro] * len(present),
+                s=[s] * 3,
+                fro=[fro] * 3,
                 increments=products[np.ix_(present, present)],
                 overlaps=np.full((3, 3), np.nan),
-                directions=[0] * len(present),
-                unchanged=[unchanged[i]] * len(present),
-                method=["factored"] * len(present),
+                directions=[0] * 3,
+                unchanged=[unchanged[i]] * 3,
+                method=["factored"] * 3,
             )
-            fields = describe_step(found, present, 2, _SETTINGS)
-            fields["relative"] = fro / base_fro if base_fro else None
-            records.append(CheckpointLayer(**{**named, **fields, "gram": (), "overlaps": ()}))
+            layer = LayerSeries(weight.name, (b.shape[1], a.shape[2]), ())
+            problems = [None if is_known else problem or "a norm overflows float64" for is_known in known]
+            *_, record = make_records(layer, replace(_SETTINGS, steps=(0, 0, step)), problems, found, base_fro)
+            # A monitor compares neighbours only.
+            records.append(record.model_copy(update={"gram": (), "overlaps": ()}))
         self.window = [self.window[1], moment.keep(finite, square)]
         return records
 
@@ -193,14 +189,6 @@ def _multiply_increments(now: Sides, before: Sides, first: Sides) -> tuple[Array
     return square.cpu().numpy(), product.cpu().numpy()
 
 
-def _decompose(left: Array, right: Array) -> ThinValues:
-    """Return the singular values of the product of finite factors ``(m, r)`` and ``(n, r)``, small ones too."""
-    b, a = compute_triangle(left), compute_triangle(right)
-    assert b is not None
-    assert a is not None
-    return thin_values(b, a)
-
-
 @dataclass
 class _Rows:
     """A weight that is trained itself, of which rows are sampled.
@@ -210,7 +198,7 @@ class _Rows:
         base_fro: ‖W‖_F when training began; None if it is not known.
         rows: The sampled rows, ascending.
         start: Their values when training began; None if they are not known.
-        window: Their values at the last two moments at most; None where they are not finite.
+        window: Their values at the last two moments; None where they are not known or not finite.
     """
 
     weight: Trained
@@ -224,51 +212,49 @@ class _Rows:
         """Sample rows that depend on the weight's name alone."""
         seed = int.from_bytes(hashlib.sha256(weight.name.encode()).digest()[:7])
         chosen = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
-        rows = cls(weight, _norm(weight.parameter) if is_start else None, chosen, None, [])
-        now = rows.read()
-        rows.start, rows.window = (now if is_start else None), [now]
-        return rows
-
-    def read(self) -> Tensor:
-        """Return the rows as they are now, on the CPU."""
-        parameter = self.weight.parameter.detach()
-        return parameter[self.rows.to(parameter.device)].cpu()
+        now = _read_rows(weight, chosen)
+        return cls(
+            weight, _norm(weight.parameter) if is_start else None, chosen, now if is_start else None, [None, now]
+        )
 
     def measure(self, step: int) -> list[CheckpointLayer]:
         """Return the record of the weight, and keep its rows for the next time."""
-        m, n = self.weight.shape
-        named: dict[str, Any] = {"layer": self.weight.name, "step": step, "shape": (m, n), "base_fro": self.base_fro}
-        norm = _norm(self.weight.parameter)
-        if norm is None:
-            self.window = [*self.window[-1:], None]
-            return [CheckpointLayer(**named, fro=None, non_finite="it holds NaN or infinite values", method="rows")]
-        now, before = self.read(), self.window[-1]
-        fro = fro_error = increment = increment_error = cosine = unchanged = None
-        if self.start is not None:
-            fro, fro_error = _estimate_norm(now.double() - self.start.double(), m)
-        if before is not None:
-            change = now.double() - before.double()
-            increment, increment_error = _estimate_norm(change, m)
-            unchanged = float((change == 0).double().mean())
-            if len(self.window) > 1 and (first := self.window[-2]) is not None:
-                earlier = before.double() - first.double()
-                norms = float(change.norm() * earlier.norm())
-                cosine = max(-1.0, min(1.0, float((change * earlier).sum()) / norms)) if norms else None
+        norm, (first, before) = _norm(self.weight.parameter), self.window
+        now = None if norm is None else _read_rows(self.weight, self.rows)
+        whole, change, earlier = _subtract(now, self.start), _subtract(now, before), _subtract(before, first)
+        (fro, fro_error), (increment, increment_error) = (_estimate_norm(x, self.weight) for x in (whole, change))
+        cosine = None
+        if change is not None and earlier is not None and change.any() and earlier.any():
+            cosine = float(torch.cosine_similarity(change.flatten(), earlier.flatten(), 0))
         self.window = [before, now]
         return [
             CheckpointLayer(
-                **named,
+                layer=self.weight.name,
+                step=step,
+                shape=(self.weight.shape[0], self.weight.shape[1]),
                 fro=fro,
-                fro_error=fro_error,
+                base_fro=self.base_fro,
                 relative=fro / self.base_fro if fro is not None and self.base_fro else None,
                 increment=increment,
-                increment_error=increment_error,
                 cosine=cosine,
-                unchanged=unchanged,
+                unchanged=None if change is None else float((change == 0).double().mean()),
                 dead=fro == 0.0 and norm == self.base_fro,
+                non_finite="it holds NaN or infinite values" if norm is None else None,
                 method="rows",
+                fro_error=fro_error,
+                increment_error=increment_error,
             )
         ]
+
+
+def _read_rows(weight: Trained, rows: Tensor) -> Tensor:
+    """Return rows of a weight as they are now, on the CPU."""
+    return weight.parameter.detach()[rows.to(weight.parameter.device)].cpu()
+
+
+def _subtract(now: Tensor | None, before: Tensor | None) -> Tensor | None:
+    """Return a difference in float64; None if one side is not known."""
+    return None if now is None or before is None else now.double() - before.double()
 
 
 def _norm(weight: Tensor) -> float | None:
@@ -277,19 +263,19 @@ def _norm(weight: Tensor) -> float | None:
     return norm if math.isfinite(norm) else None
 
 
-def _estimate_norm(rows: Tensor, count: int) -> tuple[float, float | None]:
-    """Return ‖X‖_F from a random sample of the rows of X, and its standard error; None if these are all of them.
+def _estimate_norm(rows: Tensor | None, weight: Trained) -> tuple[float | None, float | None]:
+    """Return ‖X‖_F from a random sample of the rows of X, and its standard error; None for what is not known.
 
-    Args:
-        rows: The sampled rows ``(k, n)``, k ≥ 2 of more.
-        count: Number of rows of X, m: ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is
-            (1 − k/m)·s²/k (Cochran 1977, *Sampling Techniques*, theorem 2.2), and its root by dividing by 2‖X‖_F.
+    With k of m rows, ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is (1 − k/m)·s²/k (Cochran 1977,
+    *Sampling Techniques*, theorem 2.2), and the error of its root by dividing by 2‖X‖_F. It is None if k = m.
     """
-    energies = rows.square().sum(1)
+    if rows is None:
+        return None, None
+    energies, count, size = rows.square().sum(1), weight.shape[0], len(rows)
     fro = math.sqrt(count * float(energies.mean()))
-    if len(rows) == count or not fro:
-        return fro, None if len(rows) == count else 0.0
-    return fro, count * math.sqrt((1 - len(rows) / count) * float(energies.var()) / len(rows)) / (2 * fro)
+    if size == count or not fro:
+        return fro, None if size == count else 0.0
+    return fro, count * math.sqrt((1 - size / count) * float(energies.var()) / size) / (2 * fro)
 
 
 def _base_norm(weight: Frozen) -> float | None:
@@ -364,43 +350,37 @@ class LoraMonitor(TrainingCallback):
             step: Number of updates so far.
 
         Raises:
-            UsageError: The monitor is attached already, no output is given, the model has nothing to measure, or the
-                file is not a monitor's or is being written.
+            UsageError: No output is given, the model has nothing to measure, or the file is not a monitor's or is being
+                written.
             InputError: The output cannot be written.
         """
-        if self._parts or self._writer is not None:
-            raise UsageError("the monitor is already attached; close it first")
+        self.close(finished=False)  # of a training that an error ended
         self._step = step
         if not is_main():
             return self
-        if (
-            sharded := next((name for name, weight in model.named_parameters() if is_sharded(name, weight)), None)
-        ) is not None:
-            problem = "is sharded over processes (FSDP, DeepSpeed ZeRO-3), so no process has its whole update"
-            _LOG.warning(
-                "LoraMonitor measures nothing: %s %s; measure the saved checkpoints with `loradiag checkpoints`",
-                sharded,
-                problem,
-            )
+        if sharded := [name for name, weight in model.named_parameters() if is_sharded(name, weight)]:
+            problem = "is sharded over processes (FSDP, DeepSpeed ZeRO-3); measure the saved checkpoints"
+            _LOG.warning("LoraMonitor measures nothing: %s %s with `loradiag checkpoints`", sharded[0], problem)
             return self
         weights, unread = weights_of(model, self._is_selected)
         unread |= {each.name: "it is no matrix" for each in weights if len(each.shape) != 2}
+        self._left_out = [
+            LeftOut(layer=each, shape=(), reason="no_factors", detail=why) for each, why in unread.items()
+        ]
         if unread:
             _LOG.warning("LoraMonitor leaves out %s: %s", list_names(list(unread)), next(iter(unread.values())))
-        self._left_out = [
-            LeftOut(layer=name, shape=(), reason="no_factors", detail=why) for name, why in unread.items()
-        ]
-        measured = [weight for weight in weights if weight.name not in unread]
-        self._parts = [*_make_parts(measured), *(_Rows.sample(each, step == 0) for each in _drop_tied(measured))]
+        # Of a head that is tied to a table, the table, under whose name they are saved.
+        trained = {id(each.parameter): each for each in weights if isinstance(each, Trained) and len(each.shape) == 2}
+        self._parts = [*_make_parts(weights), *(_Rows.sample(each, step == 0) for each in trained.values())]
         if not self._parts:
             raise UsageError("nothing to monitor: no selected matrix is trained or under a LoRA")
         if self.output is None:
             raise UsageError("output: is required outside of a Trainer; give the name of a results file")
-        inputs = (
-            RunInput(role=ROLE, path=legible(self.output.parent), kind="a model in training", tensors=len(measured)),
+        model_input = RunInput(
+            role=ROLE, path=legible(self.output.parent), kind="a model in training", tensors=len(weights)
         )
         settings = {**self._settings, "every": self.every, "ranks": list(_SETTINGS.ranks)}
-        self._open(Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings))
+        self._open(Run(command="checkpoints", version=__version__, inputs=(model_input,), settings=settings))
         return self
 
     def _open(self, run: Run) -> None:
@@ -450,12 +430,13 @@ class LoraMonitor(TrainingCallback):
         Raises:
             InputError: The results file cannot be written.
         """
-        self._parts = []
+        self._parts, self._pending = [], []
         if self._writer is not None:
             with self._writer as writer:
                 if finished and self._recent:
                     writer.append(*self._left_out, totals(self._recent[-1][1], self._left_out))
             self._writer = None
+        self._recent.clear()
 
     # --- in a Trainer ---------------------------------------------------------------------------------------------
 
@@ -472,8 +453,10 @@ class LoraMonitor(TrainingCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is due; end the training if a rule of ``stop_on`` holds."""
+        should_log = control.should_log
         if self._advance(state.global_step, state.log_history, state.global_step >= state.max_steps):
             control.should_training_stop = True
+        control.should_log = should_log  # the Trainer's log resets it, and would not log the loss of this step
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the last records, and close the file, as ``close`` does."""
@@ -549,14 +532,11 @@ def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
     """Return the layers under a LoRA, together where their factors have one shape and one device."""
     groups: dict[Any, list[Frozen]] = {}
     for weight in weights:
-        if isinstance(weight, Frozen):
+        if isinstance(weight, Frozen) and len(weight.shape) == 2:
             b, a, _ = weight.factors()
-            largest = max(1, PART_ENTRIES // (b.numel() + a.numel()))
-            place = sum(len(group) for key, group in groups.items() if key[:3] == (b.shape, a.shape, b.device))
-            groups.setdefault((b.shape, a.shape, b.device, place // largest), []).append(weight)
-    return [_Part(group, [_base_norm(weight) for weight in group]) for group in groups.values()]
-
-
-def _drop_tied(weights: Sequence[Weight]) -> list[Trained]:
-    """Return the weights that are trained themselves; of a head tied to a table the table, as it is saved."""
-    return list({id(weight.parameter): weight for weight in weights if isinstance(weight, Trained)}.values())
+            groups.setdefault((b.shape, a.shape, b.device), []).append(weight)
+    parts = []
+    for (b_shape, a_shape, _), group in groups.items():
+        size = max(1, PART_ENTRIES // (math.prod(b_shape) + math.prod(a_shape)))
+        parts += [group[start : start + size] for start in range(0, len(group), size)]
+    return [_Part(part, [_base_norm(weight) for weight in part]) for part in parts]

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory
-from lora_diag.diagnostics.checkpoints.series import MONITOR
 from lora_diag.diagnostics.checkpoints.verdict import GROWING, judge
-from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.base import Shown, pooled_value
 from lora_diag.rendering.statements import Statement, make_statement, summarize
@@ -157,14 +153,3 @@ def describe_step(checkpoint: Checkpoint, fields: Collection[str] = ()) -> str:
     ]
     problems = (f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name)))
     return ", ".join((f"step {checkpoint.step}", *texts, *problems))
-
-
-def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -> str | Hint | None:
-    """Return the next command after ``--follow``: a plot of a monitor's records, or the results of the checkpoints."""
-    if not values.get("follow"):
-        return None
-    run = Path(values["inputs"][0])
-    if results.run.inputs[0].role == "training":
-        monitor = shlex.quote(str(run / MONITOR if run.is_dir() else run))
-        return f"loradiag plot {monitor} --figure checkpoints   (curves and increments by step)"
-    return Hint("checkpoints {inputs} -o run.jsonl", "saves these results, for plot, report and gate")

@@ -89,6 +89,7 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
     logged = [entry for entry in trainer.state.log_history if "update/fro" in entry]
     assert [entry["step"] for entry in logged] == list(steps)
     assert logged[1]["update/cosine"] == checkpoints[1].cosine
+    assert len([entry for entry in trainer.state.log_history if "loss" in entry]) == 7
 
 
 def test_monitor_of_full_fine_tune_equals_its_checkpoints(tmp_path):

@@ -498,7 +498,7 @@ class LoraMonitor(TrainingCallback):
         """Return the rules that hold now, and warn of those that hold for the first time."""
         moments = [*self._recent, (checkpoint, self._pending)]
         run = judge([record for _, group in moments for record in group], [each for each, _ in moments])
-        found = {rule: list(getattr(run, rule)) for rule in RULES if getattr(run, rule)}
+        found = {rule: list(layers) for rule, layers in run.affected.items() if layers}
         if run.spike is not None and run.spike > SPIKED:
             found.setdefault("spiked", ["all layers together"])
         for rule in found.keys() - self._warned:

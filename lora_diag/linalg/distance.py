@@ -231,6 +231,19 @@ def rows_of(matrix: Matrix) -> Iterator[Tensor]:
             yield matrix[first : first + step].to(torch.float64)
 
 
+def take_rows(matrix: Matrix, rows: Tensor) -> Tensor:
+    """Return some rows of a matrix or a product, float64.
+
+    Args:
+        matrix: X, ``(m, n)``.
+        rows: Their indices, int64.
+    """
+    rows = rows.to(device_of(matrix))
+    if isinstance(matrix, tuple):
+        return matrix[0][rows].to(torch.float64) @ matrix[1].to(torch.float64)
+    return matrix[rows].to(torch.float64)
+
+
 def shape_of(matrix: Matrix) -> tuple[int, int]:
     """Return ``(m, n)`` of a matrix or a product."""
     return (len(matrix[0]), matrix[1].shape[1]) if isinstance(matrix, tuple) else (matrix.shape[0], matrix.shape[1])
@@ -344,7 +357,11 @@ def merge_entries(trimmed: Tensor, weights: Tensor) -> Tensor:
 
 
 def ties_blocks(
-    parts: Sequence[Matrix], weights: Sequence[float], density: float, before: Conflicts, after: Conflicts
+    parts: Sequence[Matrix],
+    weights: Sequence[float],
+    density: float,
+    before: Conflicts | None = None,
+    after: Conflicts | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield Σ w_kX_k and its TIES merge in row blocks, and count the entries with differing signs.
 
@@ -354,8 +371,8 @@ def ties_blocks(
         parts: The X_k, ``(m, n)``.
         weights: The w_k.
         density: Fraction of the entries of each X_k to keep; 1 keeps all.
-        before: Gets the counts of all entries.
-        after: Gets those of the kept entries.
+        before: Gets the counts of all entries; None not to count them.
+        after: Gets those of the kept entries, likewise.
     """
     limits = [magnitude_threshold(part, density) if density < 1 else 0.0 for part in parts]
     for blocks in zip(*map(rows_of, parts), strict=True):
@@ -363,8 +380,9 @@ def ties_blocks(
         scale = torch.tensor(weights, dtype=torch.float64, device=entries.device)
         limit = torch.tensor(limits, dtype=torch.float32, device=entries.device)
         trimmed = entries * (entries.abs().to(torch.float32) >= limit.view(-1, 1, 1))
-        before.count(entries)
-        after.count(trimmed)
+        for conflicts, counted in ((before, entries), (after, trimmed)):
+            if conflicts is not None:
+                conflicts.count(counted)
         yield (entries * scale.view(-1, 1, 1)).sum(0), merge_entries(trimmed, scale)
 
 
@@ -376,5 +394,4 @@ def ties_factor(factors: Sequence[Tensor], weights: Sequence[float], density: fl
         weights: One per factor.
         density: Fraction of the entries of each to keep.
     """
-    ignored = Conflicts()
-    return torch.cat([block for _, block in ties_blocks(factors, weights, density, ignored, ignored)])
+    return torch.cat([block for _, block in ties_blocks(factors, weights, density)])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
 
-from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Section
+from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
 from lora_diag.running import options
 from lora_diag.running.options import (
     OUTPUT,
@@ -133,4 +133,13 @@ FEATURE = Feature(
     grids=".show:merge_grids",
     section=Section("Merged updates"),
     questions=(("kept", "How much of each update survives the merge?"),),
+    figures=(
+        Figure(
+            "merge",
+            "what each update keeps in a merge, compared with the mean and with chance",
+            needs="merged",
+            made_by="loradiag merge BASE TUNED TUNED -o merged",
+            by_color=False,
+        ),
+    ),
 )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,15 @@ from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_change, measure_o
 from lora_diag.layers.task import leave_out, not_finite
 from lora_diag.linalg import exact
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.distance import Matrix, frobenius_distance, frobenius_inner, rows_of, shape_of, sum_matrices
+from lora_diag.linalg.distance import (
+    Matrix,
+    frobenius_distance,
+    frobenius_inner,
+    rows_of,
+    shape_of,
+    sum_matrices,
+    take_rows,
+)
 from lora_diag.linalg.methods import Allowance, decompose, require_memory, whole_bytes
 from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.records import LeftOut
@@ -98,49 +106,29 @@ class MergeSettings:
         return self.rank is not None or self.energy is not None
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """The merge as it is written.
-
-    Args:
-        matrix: M as written: factors in their dtype, or for a checkpoint M itself.
-        factors: Its singular values and vectors; None where it has no factors.
-        fields: Fields of the record.
-    """
-
-    matrix: Matrix
-    factors: exact.Factors | None
-    fields: dict[str, Any]
+# The merge as written: M itself or its factors in their dtype, its decomposition if it has factors, fields of records.
+Written = tuple[Matrix, exact.Factors | None, dict[str, Any]]
 
 
 def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
-    """Estimate the memory of a layer in bytes: all updates, and the largest step of merging and factoring them."""
+    """Return an upper bound on the memory of a layer in bytes: all updates, their merge, and its decomposition."""
     entries, count, method = math.prod(task.shape), len(task.updates), METHODS[settings.method]
-    factored = [update.delta for update in task.updates if isinstance(update.delta, FactoredDelta)]
-    stored = sum(map(footprint, factored))
-    stored += sum(
-        entries * (COMPUTED_ENTRY_BYTES if not isinstance(update.delta, FactoredDelta) else 0)
-        for update in task.updates
-    )
-    if not task.is_matrix:
-        return stored + 8 * entries * (count + 2)
     weight = 8 * entries if task.base is not None else 0
-    if len(factored) == count and not method.entrywise:
-        return 4 * stored + weight
-    copies = 1 if method.linear else 2 + count
-    step = 8 * entries * copies + 96 * min(2**20, entries) * count + (16 * entries if method.density else 0)
-    svd = 0 if method.linear or method.entrywise else 6 * 8 * min(task.shape) * sum(task.shape)
-    factor = 0 if task.base is not None else whole_bytes(task.shape, Allowance(0, "auto", settings.rank, True), 8)
-    return stored + weight + max(step + svd, 8 * entries + factor)
+    if task.factored and not method.entrywise:
+        return 4 * sum(footprint(update.delta) for update in task.updates) + weight
+    blocks = 96 * min(2**20, entries) * count
+    svd = 0 if method.linear or method.entrywise else 48 * min(task.shape) * sum(task.shape)
+    factor = whole_bytes(task.shape, Allowance(0, "auto", settings.rank, vectors=True), 8)
+    return COMPUTED_ENTRY_BYTES * entries * (count + 2) + weight + blocks + max(svd, factor)
 
 
-def merge_layer(task: MergeTask, settings: MergeSettings, file: Path) -> tuple[Merged | LeftOut, ...]:
+def merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSettings) -> tuple[Merged | LeftOut, ...]:
     """Merge the updates of one layer, write the result, and measure what is left of each.
 
     Args:
         task: The layer.
+        files: By layer, the file that gets ``B`` and ``A``, or for a checkpoint ``W``.
         settings: Settings of the merge.
-        file: Gets ``B`` and ``A``, or for a checkpoint ``W``.
 
     Returns:
         One record per update; if an update is not finite, or all are zero, one ``left_out`` record.
@@ -150,11 +138,11 @@ def merge_layer(task: MergeTask, settings: MergeSettings, file: Path) -> tuple[M
         UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit into the memory limit.
     """
-    if settings.memory is not None and not task.factored:
+    if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
         description = "its updates and their merge take"
         require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
     records: tuple[Merged | LeftOut, ...] = measure_on_device(
-        partial(_merge_layer, task, settings, file), settings.device
+        partial(_merge_layer, task, settings, files[task.layer]), settings.device
     )
     return records
 
@@ -162,88 +150,74 @@ def merge_layer(task: MergeTask, settings: MergeSettings, file: Path) -> tuple[M
 def _merge_layer(
     task: MergeTask, settings: MergeSettings, file: Path, device: torch.device
 ) -> tuple[Merged | LeftOut, ...]:
-    parts: list[Matrix] = []
-    norms: list[float] = []
+    changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
-        change = load_change(update.delta, device)
+        change, size = load_change(update.delta, device), 0.0
         part = change.factors if change.factors is not None else change.matrix
         if part is not None:
-            norms.append(math.sqrt(max(0.0, frobenius_inner(part, part))))
-            parts.append(part)
-        problem = change.non_finite or why_not_comparable(norms[-1])
-        if problem:
+            size = math.sqrt(max(0.0, frobenius_inner(part, part)))
+        if problem := change.non_finite or why_not_comparable(size):
             left_out = not_finite(update.delta, problem)
             return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
-    changed = [index for index, size in enumerate(norms) if size > 0]
+        if part is not None and size > 0:
+            changed.append((update, part, size))
     if not changed:
         return (leave_out(task.updates[0].delta, "rank_0", "every update of it is zero"),)
-    weights, chosen_norms = ([of[index] for index in changed] for of in ([u.weight for u in task.updates], norms))
-    method = METHODS[settings.method]
-    chosen = [parts[index] for index in changed]
-    names = [task.updates[index].name for index in changed]
-    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", names)
-    merge = choose_merger(method, task.is_matrix)
-    merged = _scale(merge(chosen, request), settings.scale)
-    longest = abs(settings.scale) * sum(abs(w) * norms[i] for w, i in zip(weights, changed, strict=True))
+    updates, parts, norms = zip(*changed, strict=True)
+    weights = [update.weight for update in updates]
+    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", [update.name for update in updates])
+    merge = choose_merger(METHODS[settings.method], task.is_matrix)
+    merged = sum_matrices([merge(parts, request)], [settings.scale])
     factors = exact.decompose_factored(*merged, vectors=True) if isinstance(merged, tuple) else None
     fro = norm([merged]) if isinstance(merged, Tensor) else factors.fro if factors is not None else 0.0
+    longest = abs(settings.scale) * sum(abs(weight) * size for weight, size in zip(weights, norms, strict=True))
     if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
-        merged, factors, fro = _scale(merged, 0.0), None, 0.0  # updates that cancel leave only rounding
+        merged, factors, fro = sum_matrices([merged], [0.0]), None, 0.0  # updates that cancel leave only rounding
     write = _write_factors if task.base is None else _write_weight
-    written = write(task, settings, merged, fro, factors, file)
-    chances = _measure_chance(task, settings, chosen, request, merge, written)
-    signs = _compare_signs(chosen, request) if task.is_matrix else [{} for _ in chosen]
-    grams = [[frobenius_inner(one, other) for other in chosen] for one in chosen]
-    own = dict(zip(changed, zip(chances, signs, grams, strict=True), strict=True))
-    records = []
-    for index, (update, part, size) in enumerate(zip(task.updates, parts, norms, strict=True)):
-        fields: dict[str, Any] = {"kept": None, "kept_mean": None, "norm_ratio": None}
-        if index in own:
-            fields = {
-                "kept": frobenius_inner(written.matrix, part) / size**2,
-                "kept_mean": sum(own[index][2]) / settings.count / size**2,
-                **_compare_others(own[index][2], weights, changed.index(index), math.prod(task.shape), chosen_norms),
-                "norm_ratio": fro / size,
-                "directions": _measure_directions(written.factors, part, size),
-                **own[index][0],
-                **own[index][1],
-            }
-        records.append(
-            Merged(
-                layer=task.layer,
-                shape=task.shape if task.is_matrix else task.shape[1:],
-                update=update.name,
-                weight=update.weight,
-                fro=size,
-                merged_fro=fro,
-                **fields,
-                **written.fields,
-            )
+    written, factors, fields = write(task, settings, merged, fro, factors, file)
+    chances = _measure_chance(task, settings, parts, request, merge, factors)
+    signs = _compare_signs(parts, request) if task.is_matrix else [{} for _ in parts]
+    return tuple(
+        Merged(
+            layer=task.layer,
+            shape=task.shape if task.is_matrix else task.shape[1:],
+            update=update.name,
+            weight=update.weight,
+            fro=size,
+            merged_fro=fro,
+            norm_ratio=fro / size,
+            kept=frobenius_inner(written, part) / size**2,
+            directions=_measure_directions(factors, part, size),
+            **_compare_others(changed, index, settings.count, math.prod(task.shape)),
+            **chances[index],
+            **signs[index],
+            **fields,
         )
-    return tuple(records)
+        for index, (update, part, size) in enumerate(changed)
+    )
 
 
 def _compare_others(
-    products: Sequence[float], weights: Sequence[float], index: int, entries: int, norms: Sequence[float]
-) -> dict[str, float | None]:
-    """Return what the others add to an update, and its root mean square for random ones.
+    changed: Sequence[tuple[Update, Matrix, float]], index: int, count: int, entries: int
+) -> dict[str, float]:
+    """Return what the mean keeps of an update, what the others add to it, and the latter's root mean square by chance.
 
     For a uniformly rotated ΔW_j, ⟨ΔW_j, ΔW_k⟩ has the variance ‖ΔW_j‖²‖ΔW_k‖²/(mn).
 
     Args:
-        products: ⟨ΔW_j, ΔW_k⟩ of all j.
-        weights: w_j.
+        changed: The updates with their norms.
         index: k.
+        count: K.
         entries: mn.
-        norms: ‖ΔW_j‖.
     """
-    if not weights[index]:
-        return {}
-    own, others = weights[index] * norms[index], [j for j in range(len(weights)) if j != index]
-    return {
-        "others": sum(weights[j] * products[j] for j in others) / (own * norms[index]),
-        "others_random": math.hypot(*(weights[j] * norms[j] for j in others)) / abs(own) / math.sqrt(entries),
-    }
+    own, part, size = changed[index]
+    cosines = [(other, norm, frobenius_inner(matrix, part) / size**2) for other, matrix, norm in changed]
+    found = {"kept_mean": sum(product for _, _, product in cosines) / count}
+    if own.weight:
+        others = [(other.weight / own.weight, norm, product) for other, norm, product in cosines if other is not own]
+        found["others"] = sum(weight * product for weight, _, product in others)
+        found["others_random"] = math.hypot(*(weight * norm for weight, norm, _ in others)) / size / math.sqrt(entries)
+    return found
 
 
 def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
@@ -255,11 +229,6 @@ def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
         return lambda parts, request: sum_matrices(parts, [w / sum(request.weights) for w in request.weights])
     merger: mergers.Merger = getattr(mergers, method.run or method.name)
     return merger
-
-
-def _scale(matrix: Matrix, factor: float) -> Matrix:
-    """Return c·M."""
-    return (matrix[0] * factor, matrix[1]) if isinstance(matrix, tuple) else matrix * factor
 
 
 def _factor(matrix: Matrix, top: int | None) -> exact.Factors:
@@ -275,7 +244,7 @@ def _write_factors(
     """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank."""
     dtype = settings.dtype or "float32"
     if fro == 0.0:
-        return Written(merged, None, {"rank": 0, "params": 0, "dtype": dtype})
+        return merged, None, {"rank": 0, "params": 0, "dtype": dtype}
     top = min(settings.rank or min(task.shape), *task.shape)
     factors = factors or _factor(merged, top)
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
@@ -300,15 +269,13 @@ def _write_factors(
         "dtype": dtype,
         "method": factors.method,
     }
-    return Written(stored, _keep_directions(factors, rank), fields)
+    return stored, _keep_directions(factors, rank), fields
 
 
 def _keep_directions(factors: exact.Factors, rank: int) -> exact.Factors:
     """Return the first directions of a decomposition."""
     u, vh = factors.vectors
-    return exact.Factors(
-        factors.s[:rank], False, factors.method, factors.energy_error, factors.fro, u[:, :rank], vh[:rank]
-    )
+    return replace(factors, s=factors.s[:rank], complete=False, u=u[:, :rank], vh=vh[:rank])
 
 
 def _write_weight(
@@ -325,7 +292,7 @@ def _write_weight(
     write_tensors(file, {"W": weight})
     if factors is not None:
         factors = _keep_directions(factors, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum()))
-    return Written(merged, factors, {"dtype": dtype, "method": factors.method if factors is not None else ""})
+    return merged, factors, {"dtype": dtype, "method": factors.method if factors is not None else ""}
 
 
 def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
@@ -356,7 +323,7 @@ def _measure_chance(
     parts: Sequence[Matrix],
     request: Request,
     merge: mergers.Merger,
-    written: Written,
+    written: exact.Factors | None,
 ) -> list[dict[str, float | None]]:
     """Return what random updates with the same singular values keep: exact for the sum, else from one draw."""
     if METHODS[settings.method].linear and not settings.truncates:
@@ -366,10 +333,10 @@ def _measure_chance(
         return [{} for _ in parts]
     generator = mergers.make_generator(f"{request.seed}:random")
     drawn: list[Matrix] = [_draw_update(pair, generator) for pair in pairs]
-    merged = _scale(merge(drawn, request), settings.scale)
+    merged = sum_matrices([merge(drawn, request)], [settings.scale])
     factors = None
-    if written.factors is not None:
-        factors = _factor(merged, len(written.factors.s))
+    if written is not None:
+        factors = _factor(merged, len(written.s))
         u, vh = factors.vectors
         merged = u * factors.s.to(u.device), vh
     norms = [math.sqrt(frobenius_inner(part, part)) for part in drawn]
@@ -397,7 +364,7 @@ def _compare_signs(parts: Sequence[Matrix], request: Request) -> list[dict[str, 
     m, _ = shape_of(parts[0])
     generator = mergers.make_generator(f"{request.seed}:rows")
     rows = torch.randperm(m, generator=generator)[:SAMPLED_ROWS].sort().values
-    sampled = torch.stack([_take_rows(part, rows) for part in parts])
+    sampled = torch.stack([take_rows(part, rows).cpu() for part in parts])
     weighted = sampled * torch.tensor(request.weights, dtype=torch.float64).view(-1, 1, 1)
     total = weighted.sum(0)
     found: list[dict[str, float | None]] = []
@@ -412,10 +379,3 @@ def _compare_signs(parts: Sequence[Matrix], request: Request) -> list[dict[str, 
         error = 0.0 if len(rows) == m else spread / float(both.mean()) / math.sqrt(len(rows))
         found.append({"sign_conflict": share, "sign_conflict_error": error})
     return found
-
-
-def _take_rows(part: Matrix, rows: Tensor) -> Tensor:
-    """Return rows of an update, float64 on the CPU."""
-    if isinstance(part, tuple):
-        return (part[0][rows.to(part[0].device)].double() @ part[1].double()).cpu()
-    return part[rows.to(part.device)].double().cpu()

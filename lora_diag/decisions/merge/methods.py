@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from lora_diag.linalg.distance import (
-    Conflicts,
     Matrix,
     merge_entries,
     rows_of,
@@ -122,8 +121,7 @@ def add(parts: Sequence[Matrix], request: Request) -> Matrix:
 
 def ties(parts: Sequence[Matrix], request: Request) -> Matrix:
     """Trim, elect signs, average the entries that agree, layer by layer: see ``linalg.distance``."""
-    blocks = ties_blocks(parts, request.weights, request.density, Conflicts(), Conflicts())
-    return torch.cat([merged for _, merged in blocks])
+    return torch.cat([merged for _, merged in ties_blocks(parts, request.weights, request.density)])
 
 
 def make_generator(seed: str) -> torch.Generator:

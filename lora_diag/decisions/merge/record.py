@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Share, Shown
+from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Ratio, Share, Shown
+
+
+def _pool(field: str, title: str, about: str, **options: Any) -> Shown:
+    """Return the column of a value that is pooled over layers with weights ‖ΔW_k‖²."""
+    form = "percent" if options.get("share") else ".3f"
+    return Shown(field, title, about, pool=lambda group: pooled_kept(group, field), form=form, terminal=True, **options)
+
 
 # An update collides with the others where they remove more than this fraction of it, and more than this number of
 # standard deviations of random updates.
@@ -14,9 +21,7 @@ COLLISION, COLLISION_ERRORS = 0.1, 3.0
 
 
 class Merged(LayerRecord):
-    """One update of a layer, and what is left of it in the merge M that was written.
-
-    Numbers about an update are null where it is zero.
+    """One update of a layer, and what is left of it in the merge M that was written; none for an update of zero.
 
     Args:
         layer: The weight's name in BASE.
@@ -33,7 +38,7 @@ class Merged(LayerRecord):
             weighted sum, whose expectation it is; else an estimate, from one random draw. Null for updates without
             factors, except for the sum, and for 1-D tensors.
         others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a fraction of it;
-            below 0 where they remove some of it. Null also for w_k = 0.
+            below 0 where they remove some of it. Null for w_k = 0.
         others_random: Root mean square of ``others`` for randomly rotated updates, whose mean is 0.
         directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy fraction of the update
             in the spaces of M. Null for a checkpoint whose M has no factors.
@@ -54,76 +59,24 @@ class Merged(LayerRecord):
     key: ClassVar[tuple[str, ...]] = ("layer", "update")
     part_label: ClassVar[str] = "{update}"
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "kept",
-            "kept",
-            "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge; in brackets: of random updates",
-            main=True,
-            pool=lambda records: pooled_kept(records, "kept"),
-            form=".3f",
-        ),
-        Shown(
-            "kept_random",
-            "chance",
-            "``kept`` of random updates with the same singular values",
-            pool=lambda records: pooled_kept(records, "kept_random"),
-            form=".3f",
-            terminal=True,
-        ),
-        Shown(
-            "kept_mean",
-            "mean",
-            "``kept`` of the mean of the updates",
-            pool=lambda records: pooled_kept(records, "kept_mean"),
-            form=".3f",
-            drop=4,
-            terminal=True,
-        ),
-        Shown(
-            "others",
-            "others",
-            "what the other updates add to this one, as a fraction of it; below 0: they remove some of it",
-            pool=lambda records: pooled_kept(records, "others"),
-            form=".3f",
-            drop=5,
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "directions",
-            "directions",
-            "energy fraction of the update in the row and column spaces of the merge",
-            share=True,
-            main=True,
-            pool=lambda records: pooled_kept(records, "directions"),
-            form="percent",
-            drop=3,
+        _pool("kept", "kept", "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge", main=True),
+        _pool("kept_random", "chance", "``kept`` of random updates with the same singular values"),
+        _pool("kept_mean", "mean", "``kept`` of the mean of the updates", drop=4),
+        _pool("others", "others", "what the other updates add to this one, as a fraction of it", drop=6, detail=True),
+        _pool(
+            "directions", "directions", "energy fraction of the update in the spaces of the merge", drop=3, share=True
         ),
         Shown(
             "sign_conflict",
-            "sign conflict",
+            "signs",
             "fraction of entries with opposite signs in the update and the sum of the others; ½ by chance",
             share=True,
-            head="signs",
             error="sign_conflict_error",
-            form="percent",
             drop=5,
             terminal=True,
             detail=True,
         ),
         Shown("norm_ratio", "‖M‖/‖ΔW‖", "norm of the merge over that of the update", main=True, drop=2),
-        SHAPE,
-        Shown("rank", "rank", "rank of the written factors", pool="range", drop=6, terminal=True, detail=True),
-        Shown(
-            "epsilon",
-            "ε",
-            "‖M − written‖ / ‖M‖",
-            axis="ε of the written merge",
-            pool=lambda records: pooled_epsilon(records),
-            drop=7,
-            terminal=True,
-            detail=True,
-        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("kept", "lower", "less of the update survives the merge than before: check weights, rank and conflicts"),
@@ -135,9 +88,9 @@ class Merged(LayerRecord):
     weight: float
     fro: Norm
     merged_fro: Norm
-    norm_ratio: Ratio | None
-    kept: float | None
-    kept_mean: float | None
+    norm_ratio: Ratio
+    kept: float
+    kept_mean: float
     kept_random: float | None = None
     others: float | None = None
     others_random: Ratio | None = None

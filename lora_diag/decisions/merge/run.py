@@ -23,7 +23,7 @@ from lora_diag.decisions.merge.record import Merged, select_layers
 from lora_diag.decisions.merge.show import merge_card
 from lora_diag.deltas import Delta, Pairing, Side, natural_order
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
-from lora_diag.records import LeftOut, Results, RunInput
+from lora_diag.records import Results, RunInput
 from lora_diag.running.amounts import read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
@@ -151,18 +151,16 @@ def merge(
         if not folder.whole and planned is not None:
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
-            replaced = [
-                Replacement(side.name, side.offset, task.shape, files[task.layer])
-                for task in tasks
-                if (side := task.base) is not None and any(record.layer == task.layer for record in layers)
-            ]
+            sides = {task.layer: task.base for task in tasks if task.base is not None}
+            parts = [(sides[record.layer], record) for record in layers]
+            replaced = [Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts]
             write_changed(folder.work, opened, replaced, arguments["dtype"], metadata)
         words = ["loradiag", "merge", legible(base), *map(legible, paths), *list_words(MergeOptions, results.run)]
         folder.finish(merge_card(results, name, shlex.join([*words, "-o", legible(output)])))
 
     return run.over(
         [] if folder.whole else tasks,
-        partial(_merge_layer, files=files),
+        partial(merge_layer, files=files),
         estimate_bytes,
         run.settings(
             MergeSettings,
@@ -179,10 +177,6 @@ def merge(
         recorded=("layers", "exclude", "device", "seed"),
         finish=finish,
     )
-
-
-def _merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSettings) -> tuple[Merged | LeftOut, ...]:
-    return merge_layer(task, settings, files[task.layer])
 
 
 def _choose_weights(method: Method, requested: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import (
+    Level,
     Statement,
     left_out,
     left_out_level,
@@ -107,13 +108,14 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     )
     what += f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
     dtypes = "/".join(sorted({record.dtype for record in layers}))
+    dtypes = "" if dtypes == "float32" else f", {dtypes}"
     if settings["full"]:
-        text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint in {dtypes}"
+        text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
         written = [record for record in layers if record.rank]
         params = count(sum(record.params or 0 for record in written))
         ranks = span(record.rank or 0 for record in written)
-        text = f"{what}: {quantity(len(written))}, rank {ranks}, {params} parameters in {dtypes}"
+        text = f"{what}, {quantity(len(written))}, rank {ranks}, {params} parameters{dtypes}"
     zero = [record for record in layers if record.merged_fro == 0]
     cancel = (
         f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}" if zero else ""
@@ -134,28 +136,23 @@ def _describe_error(results: Results[Merged]) -> Statement:
 
 
 def _describe_kept(results: Results[Merged]) -> Statement:
-    """State what each update keeps, with the mean and random updates as references."""
+    """State what the updates keep, with random updates and the mean as references."""
     groups = [(name, records) for name, records in group_updates(results) if records]
-    kept = [(name, pooled_kept(records, "kept")) for name, records in groups]
-    shown = ", ".join(f"{name} {_decimal(value)}" for name, value in kept if value is not None)
-    references = []
-    for label, field in (("mean", "kept_mean"), ("chance", "kept_random")):
+    pooled = [(name, pooled_kept(records, "kept")) for name, records in groups]
+    kept = sorted((value, name) for name, value in pooled if value is not None)
+    if not kept:
+        return make_statement("kept", "Kept", "")
+    ends = dict.fromkeys(f"{_decimal(value)} ({name})" for value, name in (kept[0], kept[-1]))
+    text = f"{' to '.join(ends)} of each update"
+    for label, field in (("chance", "kept_random"), ("mean", "kept_mean")):
         values = [value for _, records in groups if (value := pooled_kept(records, field)) is not None]
-        if values:
-            ends = sorted({_decimal(min(values)), _decimal(max(values))})
-            references.append(f"{label} {' to '.join(ends)}")
-    text = f"{shown} of each update, ⟨M, ΔW⟩/‖ΔW‖²"
-    reversed_names = [name for name, value in kept if value is not None and value < 0]
+        if values and (field == "kept_random" or results.run.settings["method"] != "mean"):
+            text += f"; {label} {' to '.join(dict.fromkeys((_decimal(min(values)), _decimal(max(values)))))}"
+    reversed_names = [name for value, name in kept if value < 0]
     warning = f"reversed by the others: {', '.join(reversed_names)}" if reversed_names else ""
-    return make_statement(
-        "kept",
-        "Kept",
-        text,
-        f"compared with {', '.join(references)}" if references else "",
-        warning,
-        level="warning" if reversed_names else "note",
-        priority=0,
-    )
+    details = f"⟨M, ΔW⟩/‖ΔW‖²: {', '.join(f'{name} {number(value)}' for value, name in kept)}"
+    level: Level = "warning" if reversed_names else "note"
+    return make_statement("kept", "Kept", text, warning, details, level=level, priority=0)
 
 
 def _describe_length(results: Results[Merged]) -> Statement:

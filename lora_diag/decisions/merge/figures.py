@@ -1,0 +1,65 @@
+"""`merge`: what each update keeps in the merge, layer by layer, with random updates and the mean as references."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from lora_diag.decisions.merge.record import Merged
+from lora_diag.rendering.figures.fields import count_matrices
+from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel
+from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError
+from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, PageStyle
+from lora_diag.rendering.statements import short_paths
+
+KEPT, MEAN = CATEGORIES[:2]
+
+
+def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return a page with one panel per update, of the first ones if there are too many.
+
+    Raises:
+        UndrawableError: No update was merged.
+    """
+    by_update: dict[str, list[Merged]] = {}
+    for record in (record for item in series for record in item.records):
+        by_update.setdefault(record.update, []).append(record)
+    if not by_update:
+        raise UndrawableError("no update was merged: there is nothing to draw")
+    shown = dict(list(by_update.items())[:MAX_PANELS])
+    runs = make_slots(list(shown.values()), options.per)
+    names = short_paths(list(shown))
+    low = min(0.0, *(record.kept for records in shown.values() for record in records))
+    panels = [
+        Panel(name, partial(_draw, slots=slots, low=low), "", "kept", style.panel)
+        for name, slots in zip(names, runs, strict=True)
+    ]
+    joined = max(slot.joined for slots in runs for slot in slots)
+    hidden = len(by_update) - len(shown)
+    return Page(
+        "Factor with which each update is in the merge, ⟨M, ΔW⟩/‖ΔW‖²",
+        stack_panels(panels, runs, style),
+        f"{count_matrices(next(iter(shown.values())))}; 1: the whole update, 0: none of it",
+        [
+            "Blocks run from left to right in each module type. Weights alone do not show the loss of a merge.",
+            f"A bar is the median of up to {joined} layers." if joined > 1 else "",
+            f"Not drawn: {hidden} more updates." if hidden else "",
+        ],
+        columns=1,
+        low=True,
+        share=True,
+    )
+
+
+def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Merged]], low: float) -> None:
+    line: dict[str, Any] = {"lw": 1.3 * style.line}
+    draw_bars(ax, slots, median_of(lambda r: r.kept), label="kept", color=KEPT, fill=True, baseline=0, lw=0)
+    draw_bars(ax, slots, median_of(lambda r: r.kept_mean), label="mean of the updates", color=MEAN, **line)
+    draw_bars(ax, slots, median_of(lambda r: r.kept_random), label="random updates", color=INK, ls=DOTTED, **line)
+    ax.set_ylim(bottom=low)
+    ax.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -61,11 +61,7 @@ FEATURE = Feature(
         ),
     ),
     records=(
-        ".record:CheckpointLayer",
-        ".record:Checkpoint",
-        ".record:Trajectory",
-        ".record:Choice",
-        ".record:Combination",
+        *(f".record:{name}" for name in ("CheckpointLayer", "Checkpoint", "Trajectory", "Choice", "Combination")),
         "lora_diag.records.probe:Probe",
     ),
     functions=(".measure:trajectory", ".monitor:LoraMonitor"),

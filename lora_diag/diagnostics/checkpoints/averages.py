@@ -10,7 +10,8 @@
   each tensor; here v is that of all layers together (Wei et al. 2026, "You Only Need Minimal RLVR Training:
   Extrapolating LLMs via Rank-1 Trajectories", arXiv 2605.21468).
 
-An average of products B_tA_t is not the product of averages: it has the factors [c_1B_1 … c_TB_T] and [A_1; …; A_T].
+An average of products B_tA_t is not the product of averages: as an adapter it has the factors [c_1B_1 … c_TB_T] and
+[A_1; …; A_T], which ``merge`` writes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, row_spans
+from lora_diag.deltas import Delta, DenseDelta, row_spans
 from lora_diag.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -108,36 +109,25 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                 "rank1": number > 0,
             }
             if kind not in defaults or not fits[kind]:
-                forms = {"average": f"uniform, ema:D with D below 1, or last:K with K from 2 to {count}"}
-                raise UsageError(f"--{option} {text}: use {forms.get(option, 'linear:F or rank1:F with F above 0')}")
+                forms = f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate linear:F, rank1:F (F > 0)"
+                raise UsageError(f"--{option} {text}: unknown rule, or number out of range; use --average {forms}")
             rules.append(Rule(kind, number))
     return rules
 
 
-def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """Return Σ c_tΔW_t of one layer: in factored form if all updates are, else computed in full.
+def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> DenseDelta:
+    """Return Σ c_tΔW_t of one layer, computed when it is read.
 
     Args:
         deltas: ΔW_t, of one shape.
         weights: c_t.
     """
-    first, factored = deltas[0], [delta for delta in deltas if isinstance(delta, FactoredDelta)]
-    if len(factored) == len(deltas):
-        return FactoredDelta(first.layer, first.shape, partial(_stack, factored, weights), first.dtypes, first.base)
-    return DenseDelta(
-        first.layer, first.shape, partial(_add, deltas, weights), first.dtypes, first.base, first.is_matrix
-    )
-
-
-def _stack(deltas: Sequence[FactoredDelta], weights: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the factors of a sum of products."""
-    from lora_diag.linalg.distance import stack_products  # deferred: imports torch
-
-    return stack_products([delta.load() for delta in deltas], weights)
+    first, load = deltas[0], partial(_add, deltas, weights)
+    return DenseDelta(first.layer, first.shape, load, first.dtypes, first.base, first.is_matrix)
 
 
 def _add(deltas: Sequence[Delta], weights: Sequence[float]) -> torch.Tensor:
-    """Return a sum of updates, float64; each is read in row blocks."""
+    """Return a sum of updates, float64; each is read in row blocks, and of factors no other product is formed."""
     import torch
 
     from lora_diag.layers.change import load_addend  # deferred: imports torch

@@ -19,7 +19,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid
-from lora_diag.rendering.text import format_shown, list_names, plus_minus, short, with_limits
+from lora_diag.rendering.text import list_names, plus_minus, short, with_limits
 
 # Confidence that the best checkpoint is one of those that are not distinguished from the lowest.
 CONFIDENCE = 0.95
@@ -90,9 +90,9 @@ def compare_combinations(
     )
     for rule, by_step in weights.items():
         own = next((probe for probe in combined if probe.name == rule), None)
-        gain: tuple[float | None, float | None] = (None, None)
+        gain, error = None, None
         if own is not None and single is not None:
-            gain = paired_difference(single.nll[half:], own.nll[half:], counts[half:])
+            gain, error = paired_difference(single.nll[half:], own.nll[half:], counts[half:])
         yield Combination(
             name=rule,
             steps=steps,
@@ -101,8 +101,8 @@ def compare_combinations(
             by=name,
             single=None if single is None else paths[single.name],
             chosen=own is not None and own is best,
-            gain=gain[0],
-            gain_error=gain[1],
+            gain=gain,
+            gain_error=error,
             sequences=len(counts) - half,
             path=written.get(rule),
         )
@@ -116,24 +116,17 @@ def _is_better(record: Combination) -> bool:
 
 def held_out_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: what to keep, its losses, those not finite, and whether a combination is better."""
-    probes, choices = results.whole_of(Probe), results.whole_of(Choice)
-    steps = {record.path: record.step for record in results.whole_of(Checkpoint)}
-    lost = [
-        str(steps[p.name]) for p in probes if p.subject == "checkpoint" and p.loss is None and p.set == probes[0].set
-    ]
-    combined = results.whole_of(Combination)
-    chosen = next((record for record in combined if record.chosen and _is_better(record)), None)
-    decisions = [_describe_choice(choice, probes, steps) for choice in choices]
-    if chosen is not None:
-        decisions.insert(
-            0, f"{chosen.name}, written to {chosen.path}" if chosen.path else f"{chosen.name} (add --write FOLDER)"
-        )
-    problem = f"{list_names(lost)}: without a finite loss, and so not chosen" if lost else ""
+    probes, checkpoints = results.whole_of(Probe), results.whole_of(Checkpoint)
+    choices, combined = results.whole_of(Choice), results.whole_of(Combination)
+    steps = {record.path: record.step for record in checkpoints}
+    lost = [str(record.step) for record in checkpoints if not record.losses] if probes else []
+    better = next((record for record in combined if record.chosen and _is_better(record)), None)
+    first = f"{better.path or better.name}, better than every checkpoint" if better else ""
     return [
-        make_statement("keep", "Keep", *decisions, priority=0),
-        make_statement("no_loss", "No loss", problem, level="failure"),
+        make_statement("keep", "Keep", first, *(_describe_choice(each, probes, steps) for each in choices), priority=0),
+        make_statement("no_loss", "No loss", f"{list_names(lost)}: not finite" if lost else "", level="failure"),
         make_statement("combined", "Averages", *_describe_combinations(combined)),
-        make_statement("held_out", "Held-out loss", *_describe_evidence(choices, probes, steps)),
+        make_statement("held_out", "Held-out loss", *_describe_evidence(choices, probes, checkpoints)),
     ]
 
 
@@ -142,13 +135,9 @@ def _describe_choice(choice: Choice, probes: Sequence[Probe], steps: Mapping[str
     order = sorted(steps[probe.name] for probe in _rank(probes, choice.by))
     parts = [str(choice.step)]
     if choice.step == order[-1] and len(order) > 1:
-        parts = [
-            f"{choice.step}, the last",
-            "still falling" if order[-2] not in choice.tied else "may still be falling",
-        ]
+        parts = [f"{choice.step}, the last", f"{'may be ' if order[-2] in choice.tied else ''}still falling"]
     others = [str(step) for step in choice.tied if step != choice.step]
-    is_range = order.index(choice.tied[-1]) - order.index(choice.tied[0]) == len(others) > 1
-    if is_range:
+    if order.index(choice.tied[-1]) - order.index(choice.tied[0]) == len(others) > 1:
         parts.append(f"{choice.tied[0]} to {choice.tied[-1]} do not differ significantly")
     else:
         parts.append(f"not significantly below {list_names(others, 4)}" if others else "significantly below all others")
@@ -169,28 +158,24 @@ def _describe_shift(keep: int, last: int, probes: Sequence[Probe], steps: Mappin
                     break
 
 
-def _describe_evidence(choices: Sequence[Choice], probes: Sequence[Probe], steps: Mapping[str, int]) -> Iterator[str]:
+def _describe_evidence(
+    choices: Sequence[Choice], probes: Sequence[Probe], checkpoints: Sequence[Checkpoint]
+) -> Iterator[str]:
     """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished from it."""
     for choice in choices:
-        ranked, base = _rank(probes, choice.by), _find_base(probes, choice.by)
-        count, best = len(base.predictions), ranked[0]
+        best, count = _rank(probes, choice.by)[0], len(_find_base(probes, choice.by).predictions)
         change = with_limits(best.change or 0.0, paired_half(best.change_error, count))
-        early = next(probe for probe in ranked if steps[probe.name] == choice.earliest)
-        since = (
-            f"; the earliest, {choice.earliest}, is at {_format_excess(early, best, base)}" if early is not best else ""
-        )
+        early = next(record.losses[choice.by] for record in checkpoints if record.step == choice.earliest)
+        since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}" if early.excess else ""
         yield f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
     if choices:
-        yield (
-            f"with {CONFIDENCE:.0%} confidence the best is the lowest or one that does not differ from it: paired by "
-            "sequence, corrected for the number of checkpoints and for choosing on the same text"
-        )
+        yield f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected for their number"
 
 
-def _format_excess(probe: Probe, best: Probe, base: Probe) -> str:
-    """Return a loss minus the lowest, with its standard error."""
-    excess, error = paired_difference(probe.nll, best.nll, base.predictions)
-    return f"{excess:+.4f}" + ("" if error is None else plus_minus(error))
+def _format_excess(loss: HeldOutLoss) -> str:
+    """Return a loss minus the lowest of a checkpoint, with its standard error."""
+    error = "" if loss.excess_error is None else plus_minus(loss.excess_error)
+    return f"{loss.excess:+.4f}{error}" if loss.excess else ""
 
 
 def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
@@ -208,16 +193,15 @@ def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
 
 def held_out_grids(results: Results[Any]) -> list[Grid]:
     """Return the table of all losses: rows for BASE, checkpoints and combinations, two columns per set."""
-    probes = results.whole_of(Probe)
-    names = list(dict.fromkeys(probe.name for probe in probes))
-    steps, columns = {each.path: str(each.step) for each in results.whole_of(Checkpoint)}, list[Column]()
+    probes, steps = results.whole_of(Probe), {each.path: str(each.step) for each in results.whole_of(Checkpoint)}
+    losses = {probe.name: describe_losses(probes, probe.name) for probe in probes}
+    columns = []
     for name in set_names(probes):
-        of_set = {probe.name: probe for probe in probes if probe.set == name}
-        best, known = next(iter(_rank(probes, name)), of_set[""]), [of_set[each] for each in names if each in of_set]
-        losses = [format_shown(probe.loss, "{:.4f}".format) for probe in known]
-        excess = [_format_excess(probe, best, of_set[""]) if probe.nll else "" for probe in known]
-        blank = [""] * (len(names) - len(known))  # of an interrupted run
-        columns += [Column(short(name), (*losses, *blank)), Column("minus best", (*excess, *blank), drop=1)]
-    rows = tuple(steps.get(name, name) or "BASE" for name in names)
-    caption = "Held-out loss (nats), and paired difference from the best checkpoint"
-    return [Grid(caption, "step", rows, tuple(columns))] if probes else []
+        cells = [by_set.get(name) for by_set in losses.values()]
+        columns.append(Column(short(name), tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)))
+        excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
+        columns.append(Column("minus best", excess, drop=1))
+    rows = tuple(steps.get(name, name) or "BASE" for name in losses)
+    return [Grid("Held-out loss, and paired difference from the best checkpoint", "step", rows, tuple(columns))][
+        : len(rows)
+    ]

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters import Adapter
+from lora_diag.adapters import is_adapter
 from lora_diag.adapters.source import get_stated_alpha
+from lora_diag.checkpoints import locate
 from lora_diag.decisions.merge.run import MergeFolder, merge
 from lora_diag.deltas import Delta
 from lora_diag.diagnostics.checkpoints.averages import RULES, Rule, combine, read_rules
@@ -30,7 +31,7 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import Comparison, compare
+from lora_diag.running.inputs import compare
 from lora_diag.running.options import ProbeOptions, Shifted, list_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
@@ -110,13 +111,10 @@ class Judge:
         records.put(*choose_checkpoints(probes, paths))
         records.put(*compare_combinations(probes, paths, tuple(steps), weights, written))
 
-    def _compare(self, path: Path) -> Comparison:
-        """Open a checkpoint with all its weights: --layers and --exclude select other measurements."""
-        allowed, alpha = self._options["allow_unmatched"], get_stated_alpha(self._options)
-        return compare(self._base, path, allow_unmatched=allowed, stated_alpha=alpha)
-
     def _read_updates(self, path: Path) -> Sequence[Delta]:
-        return self._compare(path).pairing.deltas
+        """Return all updates of a checkpoint: --layers and --exclude select those of other measurements."""
+        allowed, alpha = self._options["allow_unmatched"], get_stated_alpha(self._options)
+        return compare(self._base, path, allow_unmatched=allowed, stated_alpha=alpha).pairing.deltas
 
     def _choose_folder(self, rule: Rule) -> Path:
         return Path(self._options["write"]) / rule.name.replace(":", "-")
@@ -145,7 +143,7 @@ class Judge:
         folder = self._choose_folder(rule)
         folder.parent.mkdir(exist_ok=True)
         paths = [step.path for step, weight in zip(steps, weights, strict=True) if weight]
-        full = self._options["rank"] is None and not isinstance(self._compare(paths[-1]).update, Adapter)
+        full = self._options["rank"] is None and not is_adapter(locate(paths[-1]))
         names = ("overwrite", "resume", "rank", "device", "memory", "workers", "alpha", "alpha_is_rank")
         shared = {name: self._options[name] for name in (*names, "allow_unmatched")}
         merge(self._base, paths, folder, method="sum", weights=list(filter(None, weights)), full=full, **shared)

@@ -23,7 +23,6 @@ from lora_diag.diagnostics.checkpoints.factors import (
     LayerSeries,
     measure_factors,
 )
-from lora_diag.diagnostics.checkpoints.held_out import describe_losses
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, list_checkpoints
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
@@ -250,10 +249,7 @@ def _conclude(
     if judged is not None:
         judged.judge(records)
     probes = [record for record in records.records if isinstance(record, Probe)]
-    checkpoints = [
-        each.model_copy(update={"losses": describe_losses(probes, each.path)})
-        for each in pool_checkpoints(steps, series, records.layers)
-    ]
+    checkpoints = pool_checkpoints(steps, series, records.layers, probes)
     records.put(*checkpoints, judge(records.layers, checkpoints))
 
 

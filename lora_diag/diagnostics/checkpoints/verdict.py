@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_diag.diagnostics.checkpoints import nulls
+from lora_diag.diagnostics.checkpoints.held_out import describe_losses
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, State, Trajectory
 from lora_diag.diagnostics.checkpoints.series import Series, Step
+from lora_diag.records import Probe
 from lora_diag.rendering.text import middle
 from lora_diag.running.fingerprint import legible
 
@@ -28,13 +30,16 @@ LATEST_SETTLED = 0.75
 GROWING = 0.02
 
 
-def pool_checkpoints(steps: Sequence[Step], series: Series, layers: Sequence[CheckpointLayer]) -> list[Checkpoint]:
+def pool_checkpoints(
+    steps: Sequence[Step], series: Series, layers: Sequence[CheckpointLayer], probes: Sequence[Probe] = ()
+) -> list[Checkpoint]:
     """Return the record of every checkpoint.
 
     Args:
         steps: The checkpoints, in order.
         series: The run, with the trainer's log.
         layers: The records of their layers.
+        probes: Their held-out losses.
     """
     by_step: dict[int, list[CheckpointLayer]] = {step.step: [] for step in steps}
     for record in layers:
@@ -44,7 +49,8 @@ def pool_checkpoints(steps: Sequence[Step], series: Series, layers: Sequence[Che
     for step in steps:
         group = by_step[step.step]
         fields: dict[str, Any] = {**series.logged_between(before, step.step), **pool_layers(group, earlier)}
-        checkpoints.append(Checkpoint(step=step.step, path=legible(step.path), final=step.final, **fields))
+        fields |= {"path": legible(step.path), "losses": describe_losses(probes, legible(step.path))}
+        checkpoints.append(Checkpoint(step=step.step, final=step.final, **fields))
         before, earlier = step.step, group
     return checkpoints
 

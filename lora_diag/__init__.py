@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from lora_diag.probes.intrinsic.measure import probe_intrinsic as probe_intrinsic
     from lora_diag.probes.outputs.measure import probe_outputs as probe_outputs
     from lora_diag.probes.sensitivity.measure import probe_sensitivity as probe_sensitivity
+    from lora_diag.probes.strength.measure import probe_strength as probe_strength
     from lora_diag.probes.sweep.measure import probe_sweep as probe_sweep
     from lora_diag.probes.truncation.measure import probe_truncation as probe_truncation
     from lora_diag.records import Results as Results

@@ -44,7 +44,7 @@ _FEATURES = (
         "decisions.merge",
     ),
     *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
-    *("probes.truncation", "probes.activations", "probes.outputs", "probes.sweep"),
+    *("probes.truncation", "probes.strength", "probes.activations", "probes.outputs", "probes.sweep"),
     *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
 )
 
@@ -55,7 +55,7 @@ PATH = (
     *("overlap", "interference"),
     *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
     *("lint", "probe sweep", "plan", "allocate", "tune", "extract", "merge", "residual", "probe outputs"),
-    *("plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
+    *("probe strength", "plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
 )
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -125,20 +126,43 @@ def write_portable(
     form = form or adapter.form
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
+    with stage_folder(folder) as work:
+        return convert(adapter, work / "files", work, base, form, dora_to_lora, leave_out)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Refuse a path for a new folder at which something exists, or that cannot be written.
+
+    Raises:
+        UsageError: Something exists there.
+        InputError: The folder cannot be written.
+    """
     check_folder_of(folder)
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
+
+
+@contextmanager
+def stage_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder next to a new one; its ``files`` become the new folder when the block ends.
+
+    After an error, nothing is left of either.
+
+    Raises:
+        UsageError: Something exists at ``folder``.
+        InputError: The folder cannot be written.
+    """
+    check_new_folder(folder)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         (work / "files").mkdir(parents=True)
-        written = convert(adapter, work / "files", work, base, form, dora_to_lora, leave_out)
+        yield work
         (work / "files").rename(folder)
         sync(folder.parent)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return written
 
 
 def convert(
@@ -150,6 +174,7 @@ def convert(
     dora_to_lora: bool = False,
     leave_out: bool = False,
     for_tied_head: bool = False,
+    strengths: Callable[[str], float] = lambda layer: 1.0,
 ) -> Written:
     """Write the files of a portable copy into an existing folder, and return their description.
 
@@ -162,6 +187,7 @@ def convert(
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
         for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
+        strengths: Returns by which factor to multiply the update of a layer.
 
     Raises:
         InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
@@ -188,7 +214,7 @@ def convert(
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     parts = {
-        item.layer: _make_part(item, deltas.get(item.layer), scratch, number, dtype)
+        item.layer: _make_part(item, deltas.get(item.layer), scratch, number, dtype, strengths(item.layer))
         for number, item in enumerate(supported)
     }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
@@ -231,7 +257,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         raise damaged(adapter.path, problem, "give BASE")
 
 
-def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
+def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str, strength: float) -> _Part:
     """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of ``scratch``."""
     import torch
 
@@ -247,10 +273,18 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
+    if strength != 1:
+        load = partial(_multiply, load, strength)
     b, a = load()
     torch_dtype = getattr(torch, dtype)
     is_exact = all(torch.equal(as_float64(x.to(torch_dtype)), x) for x in (b, a))
     return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, fro, is_exact)
+
+
+def _multiply(load: Callable[[], Factors], strength: float) -> Factors:
+    """Return t·B and A."""
+    b, a = load()
+    return strength * b, a
 
 
 def _load_factors(item: Item) -> Factors:

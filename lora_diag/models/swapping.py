@@ -1,4 +1,4 @@
-"""In-place changes of a model's weights: W_0, W_0 + ΔW, or W_0 + ΔW_r, for the layers that a probe truncates.
+"""In-place changes of a model's weights: W_0, W_0 + ΔW, W_0 + t·ΔW, or W_0 + ΔW_r, for the layers of a probe.
 
 Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets and
 σ² are kept, about as many numbers as in an adapter of the largest rank.
@@ -60,7 +60,7 @@ class _Leading:
 
 
 class Swapped:
-    """A model with the weights of BASE plus a truncated update: nothing, all of it, or its best rank-r approximation.
+    """A model with the weights of BASE plus an update: none, all or a multiple of it, or its best rank-r approximation.
 
     Args:
         model: BASE opened by transformers; changed in place.
@@ -85,7 +85,7 @@ class Swapped:
             raise damaged(missing, problem, "exclude it with --exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
-        self._ranks = dict.fromkeys(self._deltas, 0)
+        self._states = dict.fromkeys(self._deltas, (0, 1.0))  # rank and factor of the update in every layer
         for layer in self._deltas:
             self._check(layer)
 
@@ -99,13 +99,29 @@ class Swapped:
         Raises:
             InputError: ΔW of a layer is not finite, or could not be read.
         """
-        for layer, current in self._ranks.items():
+        for layer in self._deltas:
             rank = ranks.get(layer, others)
-            if rank >= min(self._deltas[layer].shape):
-                rank = FULL
-            if rank != current:
-                self._put(layer, rank)
-                self._ranks[layer] = rank
+            self._set(layer, (FULL if rank >= min(self._deltas[layer].shape) else rank, 1.0))
+
+    def scale(self, strengths: Mapping[str, float], others: float) -> None:
+        """Set every layer to W_0 + t·ΔW; for t = 1 it has TUNED's values, for t = 0 those of BASE.
+
+        Args:
+            strengths: t by layer.
+            others: t of layers that are not named.
+
+        Raises:
+            InputError: ΔW of a layer is not finite, or could not be read.
+        """
+        for layer in self._deltas:
+            strength = strengths.get(layer, others)
+            self._set(layer, (FULL, strength) if strength else (0, 1.0))
+
+    def _set(self, layer: str, state: tuple[int, float]) -> None:
+        """Write the weight of one layer by rank and factor of its update, unless it is there already."""
+        if state != self._states[layer]:
+            self._put(layer, *state)
+            self._states[layer] = state
 
     @property
     def layers(self) -> list[str]:
@@ -133,16 +149,16 @@ class Swapped:
             total += leading.energy
         return min(1.0, kept / total) if total else None
 
-    def _put(self, layer: str, rank: int) -> None:
-        """Write W_0 + ΔW_r of one layer; for ``FULL``, TUNED's values if they are stored."""
+    def _put(self, layer: str, rank: int, strength: float) -> None:
+        """Write W_0 + t·ΔW_r of one layer; for ``FULL`` and t = 1, TUNED's values if they are stored."""
         delta, weight = self._deltas[layer], self._tensors[layer]
-        if rank == FULL and isinstance(delta, StoredDelta):
+        if rank == FULL and strength == 1 and isinstance(delta, StoredDelta):
             for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
                 weight[first:last].copy_(block)
             return
         base_blocks, update = row_blocks(_side_of_base(delta), delta.shape), self._iterate_update(layer, rank)
         for (first, last), block, change in zip(row_spans(delta.shape), base_blocks, update, strict=True):
-            weight[first:last].copy_(block.double() + change)
+            weight[first:last].copy_(block.double() + strength * change)
 
     def _iterate_update(self, layer: str, rank: int) -> Iterator[Tensor]:
         """Yield ΔW_r in row blocks, float64; scalar zeros for rank 0."""

@@ -1,0 +1,128 @@
+"""Records of ``probe strength``."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from lora_diag.records.base import Count, Guard, Nats, Shown, WholeRecord
+
+
+class Strength(WholeRecord):
+    """The loss at one strength of the update, W_0 + t·ΔW, on one evaluation set.
+
+    Args:
+        set: The evaluation set, by its file's name.
+        shifted: Whether the user declared it as shifted.
+        scale: t.
+        part: The block or module type at t, others at 1; several are joined by `` + ``; null for the whole update.
+        tokens: Number of predictions in the mean loss.
+        data: Hash of the evaluation file.
+        loss: Mean negative log-likelihood in nats.
+        loss_error: Its standard error, from blocks of sequences; null for one sequence.
+        gap: Loss minus that of TUNED, t = 1, on the same tokens.
+        gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null for one sequence.
+        to_base: Loss minus that of BASE, t = 0, on the same tokens.
+        to_base_error: Standard error of ``to_base``, likewise.
+        kept: (loss_base − loss) / (loss_base − loss_tuned); not clamped; null if these are equal.
+        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals.
+        predictions: Number of predictions of each sequence; only for t = 0 of the whole update.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "scale", "part")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("loss", "loss", "in nats", main=True, form=".4f"),
+        Shown("gap", "gap", "loss minus that of TUNED, t = 1", main=True, terminal=False),
+        Shown("to_base", "to base", "loss minus that of BASE, t = 0", main=True, terminal=False),
+        Shown("other_gap", "to t = 1", "``gap``, empty for TUNED", form="+.4f", terminal=True, error="gap_error"),
+        Shown("change", "to BASE", "``to_base``, empty for BASE", form="+.4f", terminal=True, error="to_base_error"),
+        Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=1, form=".2f", terminal=True),
+    )
+    record: Literal["strength"] = "strength"
+    set: str
+    shifted: bool = False
+    scale: float
+    part: str | None = None
+    tokens: Count
+    data: str
+    loss: Nats
+    loss_error: Nats | None
+    gap: Nats
+    gap_error: Nats | None
+    to_base: Nats
+    to_base_error: Nats | None
+    kept: float | None
+    nll: tuple[Nats, ...]
+    predictions: tuple[Count, ...] = ()
+
+    @property
+    def other_gap(self) -> float | None:
+        """``gap``; None for TUNED itself."""
+        return None if self.part is None and self.scale == 1 else self.gap
+
+    @property
+    def change(self) -> float | None:
+        """``to_base``; None for BASE itself."""
+        return None if self.part is None and self.scale == 0 else self.to_base
+
+
+class StrengthChoice(WholeRecord):
+    """The strength to use by the losses on one evaluation set, which is not shifted.
+
+    All intervals are of 95%, from paired differences of blocks of sequences. Several strengths are compared, so each
+    comparison has the level of 95% for all of them together (Bonferroni).
+
+    Args:
+        set: The evaluation set.
+        recommended: 1, unless a measured t is significantly better; then the best of those.
+        best: The measured t with the lowest loss.
+        best_gap: Loss at ``best`` minus that at t = 1.
+        best_gap_error: Its standard error; null for one sequence.
+        low: Smallest t next to ``best`` at which the loss is not significantly higher; between measured t by a cubic
+            spline through the losses.
+        high: Largest, likewise.
+        gain: Loss of BASE minus that at ``recommended``.
+        gain_error: Its standard error; null for one sequence.
+        sufficient: Smallest t that keeps 90% of ``gain``, likewise; null if the gain is not significant or fewer
+            than five strengths were measured.
+        sufficient_low: Smallest t at which keeping 90% is not excluded; null without ``sufficient``.
+        sufficient_high: Smallest t that significantly keeps 90%; null without one.
+        fit: ``quadratic`` if a parabola fits the losses of the five strengths around ``best``; ``poor`` if it does not,
+            or not at ``optimum``; ``flat`` if its curvature is not significantly positive; ``edge`` if ``best`` is the
+            smallest or the largest t; ``few`` for fewer than five strengths.
+        optimum: t at the minimum of the parabola; null unless ``quadratic``.
+        optimum_low: Lower end of its interval (Fieller).
+        optimum_high: Upper end of its interval.
+        checked: ``optimum`` to two decimals, where the loss was measured.
+        checked_gap: Loss measured there minus the parabola.
+        checked_error: Standard error of ``checked_gap``.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set",)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("recommended", "t", "strength to use", main=True),
+        Shown("gain", "gain", "loss of BASE minus that at the strength to use", main=True, error="gain_error"),
+        Shown("sufficient", "t of 90%", "smallest strength that keeps 90% of the gain", main=True),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("gain", "lower", "the update gains less on held-out data than before", tolerance="5%"),
+    )
+    record: Literal["strength_choice"] = "strength_choice"
+    set: str
+    recommended: float
+    best: float
+    best_gap: Nats
+    best_gap_error: Nats | None
+    low: float
+    high: float
+    gain: Nats
+    gain_error: Nats | None
+    sufficient: float | None = None
+    sufficient_low: float | None = None
+    sufficient_high: float | None = None
+    fit: Literal["quadratic", "poor", "flat", "edge", "few"] = "few"
+    optimum: float | None = None
+    optimum_low: float | None = None
+    optimum_high: float | None = None
+    checked: float | None = None
+    checked_gap: Nats | None = None
+    checked_error: Nats | None = None

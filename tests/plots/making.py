@@ -1,6 +1,7 @@
 """Records made by hand, their numbers by NumPy; nothing here calls the package's own mathematics."""
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from lora_diag.probes.curvature.record import Curvature, LossBound
 from lora_diag.probes.fisher.record import Effect, Fisher
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.sensitivity.record import Sensitivity
+from lora_diag.probes.strength.record import Strength, StrengthChoice
 from lora_diag.records import Agreement, Probe
 from lora_diag.tuning.record import Tune, TuneTrial
 from tests import building
@@ -298,6 +300,24 @@ def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5,
     return result
 
 
+def scaled(scales=(0.0, 0.5, 1.0, 1.5), parts=(), sets=("held_out", "other")):
+    """Return losses by strength: a parabola, best at 1 on the first set and at 0 on others; or of parts at 0."""
+    counts, result = (10, 20, 30, 40), []
+    for place, name in enumerate(sets):
+        more = {"set": name, "shifted": place > 0}
+        for part, scale in [*((None, t) for t in scales), *((part, 0.0) for part in parts)]:
+            loss = 1.5 + (scale - (place == 0)) ** 2 if part is None else 1.6 + 0.1 * len(part)
+            ends = {"gap": loss - 1.5 - (place > 0), "change": loss - 1.5 - (place == 0), "kept": 0.5}
+            nll = tuple(loss * count for count in counts)
+            errors = dict.fromkeys(("loss_error", "gap_error", "change_error"), 0.01)
+            result.append(build(Strength, scale=scale, part=part, loss=loss, nll=nll, **ends, **errors, **more))
+        if place == 0 and not parts:
+            more = {"best_gap_error": 0.0, "gain": 1.0, "gain_error": 0.01, "sufficient": 0.7}
+            more |= {"sufficient_low": 0.6, "sufficient_high": 0.8, "fit": "edge"}
+            result.append(build(StrengthChoice, set=name, **more))
+    return result
+
+
 def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other")):
     """Return the records of units adapted alone, two rates each: the later gains more, and all at the higher rate."""
     rng = np.random.default_rng(0)
@@ -411,6 +431,8 @@ def example(name):
         "sweep": swept,
         "truncation": truncated,
         "alone": alone,
+        "strength": scaled,
+        "parts": partial(scaled, (0.0, 1.0), ("layers.0", "layers.1")),
         "outputs": said,
         "depth": said,
         "sensitivity": adapted,

@@ -38,6 +38,8 @@ BLIND = [record.model_copy(update={"hidden": None}) for record in making.said()]
         ("sweep", BASE, "no run"),
         ("truncation", making.truncated(module_type="mlp.up_proj"), "all layers truncated"),
         ("alone", making.truncated(), "truncated alone"),
+        ("strength", making.scaled((0.0, 1.0)), "fewer than three"),
+        ("parts", making.scaled(), "varied alone"),
         ("outputs", [r for r in making.said() if r.subject != "adapter"], "no model"),
         ("depth", BLIND, "hidden states"),
         ("sensitivity", making.adapted()[:1], "no unit"),
@@ -75,6 +77,26 @@ def test_diverged_run_does_not_prevent_refusal_of_heat_map():
     """A report asks for every figure: one diverged run of a sweep was a traceback."""
     runs = making.probed([making.probe("sweep", "lora", None, rank=4, lr=1.0), *making.swept()])
     assert_names(plots.why_not("heatmap", runs, field="nope"), "numeric field nope")
+
+
+def test_strength_shows_gain_against_cost_at_each_t():
+    records = making.scaled()
+    ax = plots.figure("strength", making.probed(records, command="probe strength")).axes[0]
+    task, other = (
+        [r for r in records if getattr(r, "scale", None) is not None and r.shifted == side] for side in (0, 1)
+    )
+    ((points, _, (sides, heights)),) = ax.containers
+    np.testing.assert_allclose(
+        np.array(points.get_xydata()), [(b.change, -a.change) for a, b in zip(task, other, strict=True)]
+    )
+    half = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 1.5) * 0.01
+    assert [s[1][0] - s[0][0] for s in sides.get_segments()] == pytest.approx([2 * half] * 4)
+    assert [s[1][1] - s[0][1] for s in heights.get_segments()] == pytest.approx([2 * half] * 4)
+    assert [text.get_text() for text in ax.texts] == ["0", "0.5", "1", "1.5"]
+    alone = making.scaled((0.0, 1.0), ("layers.0", "layers.12"))
+    assert bars(plots.figure("parts", making.probed(alone, command="probe strength")).axes[0]) == [
+        (r.part, r.gap, pytest.approx(half)) for r in alone[::-1] if r.part and r.set == "held_out"
+    ]
 
 
 def test_truncation_shows_gaps_with_their_errors():

@@ -33,6 +33,7 @@ TRAINING = {"steps": 2, "widen": 0, "seed": 5}
 PROBES = {
     "truncation": ("base tuned evaluate", 2, {"ranks": (0, 2)}),
     "outputs": ("base tuned adapters evaluate", 2, {}),
+    "strength": ("base tuned evaluate", 2, {"scales": (0.3, 0.6, 0.9, 1.2)}),
     "sweep": ("base data evaluate", 1, {"ranks": (1, 2), "rates": (1e-2,), "seeds": 1, **TRAINING}),
     "sensitivity": ("base data evaluate", 1, {"rank": 1, "rates": (1e-2,), "layers": "h.1.attn", **TRAINING}),
     "intrinsic": (

@@ -25,6 +25,7 @@ MORE = {
     "probe curvature": {"ranks": [0, 4, 16]},
     "probe intrinsic": {"ranks": [1, 8], "dims": [10, 100, 1000], "share": 0.9, "method": "plain", "params": 10**6},
     "probe fisher": {"ranks": [4, 8]},
+    "probe strength": {"by": "type", "scales": [0.0]},
     "probe outputs": {"adapters": ("runs/r4", "runs/r16")},
 }
 RECORDS = {
@@ -34,6 +35,7 @@ RECORDS = {
     "probe fisher": lambda name, set: making.fishers(types=(name, "self_attn.q_proj")),
     "probe outputs": lambda name, set: making.said(sets=(set, "b"), distance=0.654, kl=0.21, agreement=0.83, kept=0.6),
     "probe sweep": lambda name, set: making.swept(sets=(set, "b")),
+    "probe strength": lambda name, set: making.scaled(parts=(name,), sets=(set, "b")),
     "probe truncation": lambda name, set: making.truncated(sets=(set, "b")),
 }
 

@@ -11,8 +11,7 @@ SCALES = Option(
     None,
     "Strengths t to measure besides 0 and 1; default: 0.25,0.5,...,1.5; with --by 0, with --write that of --scale.",
     "T,T,...",
-    least=-10,
-    most=10,
+    between=(-10, 10),
 )
 
 
@@ -26,7 +25,7 @@ class StrengthOptions(Shifted, ProbeOptions, MissingAlpha, total=False):
     write: Annotated[
         Path | str | None, Option(None, "Write the adapter at --scale to a new folder.", "FOLDER", panel=OUTPUT)
     ]
-    scale: Annotated[float | None, Option(None, "With --write: its strength t.", "T", panel=OUTPUT, least=-10, most=10)]
+    scale: Annotated[float | None, Option(None, "With --write: its strength t.", "T", panel=OUTPUT, between=(-10, 10))]
     part: Annotated[
         Sequence[str],
         Option((), "With --write and --by: the part at --scale, others at 1; repeatable.", "NAME", panel=OUTPUT),

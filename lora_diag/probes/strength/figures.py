@@ -61,8 +61,8 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Strength]], task: 
         ]
         if not points:
             continue
-        x = [record.scale if cost is None else cost.to_base for record, cost in points]
-        y = [-record.to_base for record, _ in points]
+        x = [record.scale if cost is None else cost.change for record, cost in points]
+        y = [-record.change for record, _ in points]
         bars: dict[str, Any] = {"yerr": [_half(record) for record, _ in points]}
         if other:
             bars["xerr"] = [_half(cost) for _, cost in points if cost is not None]
@@ -78,7 +78,7 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Strength]], task: 
 
 def _half(record: Strength) -> float:
     """Return half the length of the error bar of the difference from BASE."""
-    return paired_half(record.to_base_error, len(record.nll)) or 0.0
+    return paired_half(record.change_error, len(record.nll)) or 0.0
 
 
 def make_parts_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:

@@ -125,8 +125,8 @@ class _Evaluation:
             zero = Losses.of([0.0] * len(losses.sums), losses.counts.tolist())
             _, loss_error = losses.minus(zero)
             gap, gap_error = losses.minus(tuned)
-            to_base, to_base_error = losses.minus(base)
-            change = base.mean - tuned.mean
+            change, change_error = losses.minus(base)
+            drop = base.mean - tuned.mean
             yield Strength(
                 **losses.on(text_set),
                 **losses.by_sequence(is_base=cell == Cell(0.0)),
@@ -136,9 +136,9 @@ class _Evaluation:
                 loss_error=loss_error,
                 gap=gap,
                 gap_error=gap_error,
-                to_base=to_base,
-                to_base_error=to_base_error,
-                kept=-to_base / change + 0.0 if change else None,
+                change=change,
+                change_error=change_error,
+                kept=-change / drop + 0.0 if drop else None,
             )
 
 

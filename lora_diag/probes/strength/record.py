@@ -21,8 +21,8 @@ class Strength(WholeRecord):
         loss_error: Its standard error, from blocks of sequences; null for one sequence.
         gap: Loss minus that of TUNED, t = 1, on the same tokens.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null for one sequence.
-        to_base: Loss minus that of BASE, t = 0, on the same tokens.
-        to_base_error: Standard error of ``to_base``, likewise.
+        change: Loss minus that of BASE, t = 0, on the same tokens.
+        change_error: Standard error of ``change``, likewise.
         kept: (loss_base − loss) / (loss_base − loss_tuned); not clamped; null if these are equal.
         nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals.
         predictions: Number of predictions of each sequence; only for t = 0 of the whole update.
@@ -32,9 +32,23 @@ class Strength(WholeRecord):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
         Shown("gap", "gap", "loss minus that of TUNED, t = 1", main=True, terminal=False),
-        Shown("to_base", "to base", "loss minus that of BASE, t = 0", main=True, terminal=False),
-        Shown("other_gap", "to t = 1", "``gap``, empty for TUNED", form="+.4f", terminal=True, error="gap_error"),
-        Shown("change", "to BASE", "``to_base``, empty for BASE", form="+.4f", terminal=True, error="to_base_error"),
+        Shown("change", "to base", "loss minus that of BASE, t = 0", main=True, terminal=False),
+        Shown(
+            "to_tuned",
+            "to t = 1",
+            "loss minus that of TUNED, with its standard error; empty for TUNED",
+            form="+.4f",
+            terminal=True,
+            error="gap_error",
+        ),
+        Shown(
+            "to_base",
+            "to BASE",
+            "loss minus that of BASE, with its standard error; empty for BASE",
+            form="+.4f",
+            terminal=True,
+            error="change_error",
+        ),
         Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=1, form=".2f", terminal=True),
     )
     record: Literal["strength"] = "strength"
@@ -48,21 +62,21 @@ class Strength(WholeRecord):
     loss_error: Nats | None
     gap: Nats
     gap_error: Nats | None
-    to_base: Nats
-    to_base_error: Nats | None
+    change: Nats
+    change_error: Nats | None
     kept: float | None
     nll: tuple[Nats, ...]
     predictions: tuple[Count, ...] = ()
 
     @property
-    def other_gap(self) -> float | None:
+    def to_tuned(self) -> float | None:
         """``gap``; None for TUNED itself."""
         return None if self.part is None and self.scale == 1 else self.gap
 
     @property
-    def change(self) -> float | None:
-        """``to_base``; None for BASE itself."""
-        return None if self.part is None and self.scale == 0 else self.to_base
+    def to_base(self) -> float | None:
+        """``change``; None for BASE itself."""
+        return None if self.part is None and self.scale == 0 else self.change
 
 
 class StrengthChoice(WholeRecord):

@@ -33,7 +33,7 @@ def strength_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for name in set_names(records):
         groups = [(row, [record for record in group if record.set == name]) for row, group in rows.items()]
         is_shifted = any(record.shifted for record in records if record.set == name)
-        hidden = {"other_gap", "kept"} if is_shifted else {"change"}
+        hidden = {"to_tuned", "kept"} if is_shifted else {"to_base"}
         shown = (replace(field, head=short(name)) if field.path == "loss" else field for field in Strength.shown)
         columns += columns_of((field for field in shown if field.path not in hidden), groups)
     return [Grid("", "part of the update" if _has_parts(records) else "t", tuple(rows), tuple(columns))] if rows else []
@@ -95,7 +95,7 @@ def _answer(choices: Sequence[StrengthChoice]) -> Statement:
     elif recommended is None:
         line = "it depends: " + ", ".join(f"t = {choice.recommended:g} on {safe(choice.set)}" for choice in choices)
     elif recommended == 1:
-        line = "t = 1 is fine: no other measured strength is significantly better"
+        line = "t = 1 is fine: no other measured t is significantly better"
     else:
         gaps = ", ".join(f"{choice.best_gap:+.4f}{_error(choice.best_gap_error)}" for choice in choices)
         line = f"use t = {recommended:g}: {gaps} nats from t = 1, significantly better"
@@ -113,14 +113,14 @@ def _describe_set(
         costs = sorted({_nearest(of_set, t) for t in targets}, key=lambda record: record.scale)
         named = ", ".join(f"{_to_base(record)} at t = {record.scale:g}" for record in costs if record.scale)
         lowest = min(of_set, key=lambda record: record.loss)
-        return [f"loss minus BASE's: {named}" if named else "", f"lowest loss at t = {lowest.scale:g}"]
+        return [f"{named}, from BASE" if named else "", f"lowest loss at t = {lowest.scale:g}"]
     lead = f"lowest loss at t = {choice.best:g}; not significantly worse: {choice.low:.2f} to {choice.high:.2f}"
     gain = f"gain of t = {choice.recommended:g}: {choice.gain:.4f}{_error(choice.gain_error)} nats"
     if choice.sufficient is not None:
         ends = (f"{end:.2f}" if end is not None else "?" for end in (choice.sufficient_low, choice.sufficient_high))
         lead += f"; {SUFFICIENT_SHARE:.0%} of the gain at t = {choice.sufficient:.2f} [{', '.join(ends)}]"
         near = _nearest(of_set, choice.sufficient)
-        gain += f"; measured at t = {near.scale:g}: {-near.to_base / choice.gain:.1%} of it"
+        gain += f"; measured at t = {near.scale:g}: {-near.change / choice.gain:.1%} of it"
     gap = f"t = {choice.best:g} minus t = 1: {choice.best_gap:+.4f}{_error(choice.best_gap_error)}"
     return [lead, gap if choice.best != 1 else "", gain, _describe_fit(choice)]
 
@@ -153,9 +153,9 @@ def _error(error: float | None) -> str:
 
 def _to_base(record: Strength) -> str:
     """Return the loss minus that of BASE, with its error."""
-    half = paired_half(record.to_base_error, len(record.nll))
-    doubt = " (not significant)" if half is not None and abs(record.to_base) <= half else ""
-    return f"{record.to_base:+.4f}{_error(record.to_base_error)}{doubt}"
+    half = paired_half(record.change_error, len(record.nll))
+    doubt = " (not significant)" if half is not None and abs(record.change) <= half else ""
+    return f"{record.change:+.4f}{_error(record.change_error)}{doubt}"
 
 
 def _answer_parts(records: Sequence[Strength]) -> Statement:
@@ -186,7 +186,7 @@ def _gap(record: Strength) -> str:
 def _describe_part(of_set: Sequence[Strength]) -> list[str]:
     """State which parts raise and lower the loss of a set, and whether their effects add up."""
     parts = [record for record in of_set if record.part is not None]
-    whole = next((record.to_base for record in of_set if record.part is None and record.scale == 1), 0.0)
+    whole = next((record.change for record in of_set if record.part is None and record.scale == 1), 0.0)
     lines = []
     for word, sign in (("rises", 1), ("falls", -1)):
         changed = sorted((r for r in parts if _is_changed(r, of_set, sign)), key=lambda record: -sign * record.gap)

@@ -1,0 +1,112 @@
+"""The best and the sufficient strength against planted parabolas, whose losses, minima and errors are known exactly."""
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lora_diag.probes.strength.curve import Curve, choose, fit_parabola, propose
+from tests import oracles
+
+GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+COUNT, TOKENS = 25, 10
+
+
+def planted(seed, optimum, spread=0.05, grid=GRID):
+    """Return losses of sequences c·(t − t_i)² + a per token, and c and t_i of each sequence."""
+    rng = np.random.default_rng(seed)
+    bends, places = rng.uniform(0.5, 1.5, COUNT), rng.normal(optimum, spread, COUNT)
+    losses = bends * (np.array(grid)[:, None] - places) ** 2 + rng.uniform(1, 2, COUNT)
+    return Curve(grid, TOKENS * losses, (TOKENS,) * COUNT), bends, places
+
+
+def quantile(comparisons=1):
+    """t quantile of a 95% interval (Bonferroni) for overlapping blocks of 5 of 25 sequences: 1.5·(25/5 − 1)."""
+    return scipy.stats.t.ppf(1 - 0.05 / 2 / comparisons, 6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.4, 1.1))
+def test_planted_optimum_is_found_with_its_interval(seed, optimum):
+    curve, bends, places = planted(seed, optimum)
+    found = fit_parabola(curve)
+    assert found.outcome == "quadratic"
+    assert found.optimum == pytest.approx((bends * places).sum() / bends.sum(), abs=1e-9)
+
+    def significance(t):  # of the slope at t, from its definition
+        slopes = 2 * bends * (t - places)
+        return abs(slopes.mean()) / oracles.error_of_mean(slopes.tolist()) - quantile()
+
+    for end in (found.low, found.high):
+        assert significance(end) == pytest.approx(0, abs=1e-6)
+    assert found.low < found.optimum < found.high
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.5, 1.2))
+def test_choice_follows_its_definitions(seed, optimum):
+    curve, bends, places = planted(seed, optimum)
+    fields = choose(curve, GRID)
+
+    def losses(t):
+        return bends * (t - places) ** 2
+
+    def compare(difference, comparisons):
+        return difference.mean(), quantile(comparisons) * oracles.error_of_mean(difference.tolist())
+
+    best = min(GRID, key=lambda t: losses(t).mean())
+    better = []
+    for t in GRID:
+        gap, half = compare(losses(t) - losses(1.0), len(GRID) - 1)
+        better += [t] if gap < -half else []
+    assert fields["best"] == best
+    assert fields["recommended"] == (min(better, key=lambda t: losses(t).mean()) if better else 1)
+    for end, side in ((fields["low"], -1), (fields["high"], 1)):  # not significant up to the end, significant behind it
+        for t, sign in ((end, 1), (end + side * 0.01, -1)):
+            gap, half = compare(losses(t) - losses(best), len(GRID) - 1)
+            assert sign * (half - gap) >= -1e-9 or not 0 <= t <= 1.5
+    base, target = losses(0.0), losses(fields["recommended"])
+
+    def surplus(t):
+        return compare(0.1 * base + 0.9 * target - losses(t), 1)
+
+    exact = scipy.optimize.brentq(lambda t: surplus(t)[0], 0, min(fields["recommended"], optimum))
+    step = fields["recommended"] / 400
+    assert 0 <= fields["sufficient"] - exact <= step + 1e-9
+    for end, sign in ((fields["sufficient_low"], 1), (fields["sufficient_high"], -1)):
+        (gap, half), (before, before_half) = surplus(end), surplus(end - 1.01 * step)
+        assert gap + sign * half >= -1e-9 > before + sign * before_half - 2e-9 or end == 0
+
+
+def test_planted_gain_without_optimum_is_not_fitted():
+    rising = planted(0, 2.5)[0]
+    assert (fit_parabola(rising).outcome, choose(rising, GRID)["best"]) == ("edge", 1.5)
+    pointed = Curve(GRID, TOKENS * np.abs(np.array(GRID)[:, None] - np.full(COUNT, 0.8)), (TOKENS,) * COUNT)
+    assert fit_parabola(pointed).outcome == "poor"
+    bends = np.random.default_rng(1).permutation(np.linspace(-3, 3.1, COUNT))
+    unclear = Curve(GRID, TOKENS * (np.array(GRID)[:, None] - 0.75) ** 2 * bends, (TOKENS,) * COUNT)
+    assert (fit_parabola(unclear).outcome, choose(unclear, GRID)["recommended"]) == ("flat", 1)
+    short = planted(2, 0.5, grid=(0.0, 0.5, 1.0))[0]
+    assert (fit_parabola(short).outcome, propose(short)) == ("few", [])
+
+
+def test_check_refutes_parabola_that_fits_only_the_grid():
+    curve, *_ = planted(3, 0.61)
+    checked = round(fit_parabola(curve).optimum, 2)
+    place = next(i for i, t in enumerate(GRID) if t > checked)
+    truth = TOKENS * 0.05 + curve.nll[place]
+    scales = (*GRID[:place], checked, *GRID[place:])
+    for row, outcome in ((truth, "poor"), (fit_parabola(curve).at(checked), "quadratic")):
+        fields = choose(Curve(scales, np.insert(curve.nll, place, row, axis=0), curve.counts), GRID)
+        assert (fields["fit"], fields.get("optimum") is None) == (outcome, outcome == "poor")
+        assert fields["checked"] == checked
+
+
+def test_one_sequence_decides_nothing():
+    curve, *_ = planted(4, 0.5)
+    one = Curve(GRID, curve.nll[:, :1], (TOKENS,))
+    fields = choose(one, GRID)
+    assert (fields["recommended"], fields["best_gap_error"], fields["fit"]) == (1.0, None, "flat")
+    assert (fields["low"], fields["high"], "sufficient" in fields) == (0.0, 1.5, False)

@@ -112,6 +112,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     return summarize(
         results,
         make_statement("interfere", "Interference", *lines, priority=0),
+        _describe_length(results, unions),
         make_statement("rank_needed", "Rank needed", *_describe_rank_needed(unions)),
         make_statement("merge", "Merge error", *_describe_merges(unions)),
         describe_resolution(
@@ -139,6 +140,29 @@ def _describe_interference(first: str, second: str, records: list[Interference])
     lowest = f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
     sentence = f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
     return sentence + (lowest if worst.relation == "cancel" else "")
+
+
+def compare_lengths(unions: Sequence[Union]) -> float:
+    """Return ‖Σ w_kΔW_k‖ over the largest ‖w_kΔW_k‖, over the layers that several updates change; 0 if those are 0."""
+    norms: dict[str, list[float]] = {}
+    for record in unions:
+        for path, fro in zip(record.updates, record.parts_fro, strict=True):
+            norms.setdefault(path, []).append(fro)
+    longest = max(math.hypot(*own) for own in norms.values())
+    return math.hypot(*(record.fro for record in unions)) / longest if longest else 0.0
+
+
+def _describe_length(results: Results[Interference | Union], unions: Sequence[Union]) -> Statement:
+    """State the lengths of the sum and, with unit weights, of the mean; warn of a sum longer than √K updates."""
+    weights, ratio = results.run.settings["weights"], compare_lengths(unions)
+    limit, is_unit = math.sqrt(len(weights)), set(weights) == {1.0}
+    text = f"‖sum‖ is {number(ratio)} times that of the longest update"
+    text += f", ‖mean‖ {number(ratio / len(weights))}" if is_unit else ""
+    is_long = is_unit and ratio > limit * (1 + 1e-6)  # orthogonal updates of one norm have √K
+    text += (
+        f": more than √K = {number(limit)}, as the updates reinforce each other; merge their mean" if is_long else ""
+    )
+    return make_statement("length", "Length", text, level="warning" if is_long else "note")
 
 
 def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:

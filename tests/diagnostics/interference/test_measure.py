@@ -14,6 +14,7 @@ import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.diagnostics.interference.measure import select_spectra
 from lora_diag.diagnostics.interference.record import Interference, Union
+from lora_diag.diagnostics.interference.show import compare_lengths, interference_lines
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.distance import merge_entries
 from tests import oracles
@@ -35,6 +36,10 @@ def records(found):
 
 
 # ---- oracles
+
+
+def level_of(found, key):
+    return next(statement.level for statement in interference_lines(found) if statement.key == key)
 
 
 def svd(x):
@@ -221,7 +226,10 @@ def test_orthogonal_updates_have_no_interference(tmp_path, skills):
     rng = np.random.default_rng(4)
     q, p = (np.split(orthonormal(rng, size, 4 * skills), skills, axis=1) for size in (40, 30))
     parts = [(left, right.T) for left, right in zip(q, p, strict=True)]
-    pairs, (union,) = records(lora_diag.interference(adapters(tmp_path, parts)))
+    found = lora_diag.interference(adapters(tmp_path, parts))
+    pairs, (union,) = records(found)
+    assert compare_lengths([union]) == pytest.approx(skills**0.5)
+    assert level_of(found, "length") == "note"
     assert {pair.relation for pair in pairs} == {"apart"}
     assert union.spectrum.rank_at["0.99"] == 4 * skills
     assert union.additive["0.99"] == 1
@@ -235,7 +243,10 @@ def test_orthogonal_updates_have_no_interference(tmp_path, skills):
 def test_identical_updates_need_rank_of_one(tmp_path, copies):
     rng = np.random.default_rng(5)
     part = orthonormal(rng, 40, 4), orthonormal(rng, 30, 4).T
-    pairs, (union,) = records(lora_diag.interference(adapters(tmp_path, [part] * copies)))
+    found = lora_diag.interference(adapters(tmp_path, [part] * copies))
+    pairs, (union,) = records(found)
+    assert compare_lengths([union]) == pytest.approx(copies)
+    assert level_of(found, "length") == "warning"
     assert {pair.relation for pair in pairs} == {"reinforce"}
     assert all(pair.cosine == pytest.approx(1) for pair in pairs)
     assert union.spectrum.rank_at["0.99"] == union.rank_for_all["0.99"] == 4

@@ -3,7 +3,7 @@
 A check of records applies to records of any kind that have the fields which it reads.
 
 Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
-Nor is σ_1(ΔW)/σ_1(W_base), which no record holds: ``spike`` judges it by its lower bound σ_1(ΔW)/‖W_base‖_F.
+``spike`` judges σ_1(ΔW)/σ_1(W_base) by its lower bound σ_1(ΔW)/‖W_base‖_F; ``sigma_to_base`` is its upper bound.
 """
 
 from __future__ import annotations

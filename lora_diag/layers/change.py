@@ -48,6 +48,7 @@ class Change:
             is known; None if all are.
         streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
         limit: Memory limit of computations with it in bytes; None without limit.
+        base_sigma: Certified lower bound of σ_1(W_base); None if it was not requested, or the base was not given.
     """
 
     fro: float | None
@@ -58,6 +59,7 @@ class Change:
     non_finite: str | None = None
     streamed: Streamed | None = None
     limit: int | None = None
+    base_sigma: float | None = None
 
     @property
     def row_blocks(self) -> int | None:
@@ -113,7 +115,13 @@ class Change:
         return decompose(self.matrix, method, top, self.fro, vectors, tol, seed)
 
 
-def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance: Allowance | None = None) -> Change:
+def load_change(
+    delta: Delta,
+    device: torch.device,
+    keep: bool = True,
+    allowance: Allowance | None = None,
+    on_base: Callable[[Tensor], None] = lambda base: None,
+) -> Change:
     """Read one layer's ΔW and measure its norms.
 
     Args:
@@ -123,6 +131,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         allowance: The computation and its memory limit, which applies on the CPU and with ``keep`` only; None without
             limit. If a stored ΔW does not fit, its norms are measured, and later computations read it again in row
             blocks.
+        on_base: Called with the rows of W_base as they are read, from the first to the last.
 
     Returns:
         ΔW; without matrix, factors and row blocks if an entry is not finite.
@@ -135,7 +144,7 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     if isinstance(delta, StoredDelta):
         dtype = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, dtype.itemsize)
-        measured = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps())
+        measured = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps(), on_base)
         if measured.non_finite is not None and device.type != "cpu":  # read again to locate the entry
             measured = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
         if measured.non_finite is None and not (measured.rounding and math.isfinite(measured.rounding.bound)):
@@ -151,7 +160,8 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
         raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
     base_fro = None
     if delta.base is not None:
-        base_fro = norm(row_blocks(delta.base, delta.shape))  # read on the CPU in the time of a copy to the device
+        # Read on the CPU in the time of a copy to the device.
+        base_fro = norm(_pass_on(row_blocks(delta.base, delta.shape), on_base))
         if not math.isfinite(base_fro):
             return Change(None, None, non_finite=_explain_non_finite_base(delta.base, delta.shape))
     if isinstance(delta, FactoredDelta):
@@ -162,6 +172,13 @@ def load_change(delta: Delta, device: torch.device, keep: bool = True, allowance
     problem = first_non_finite("the update holds", matrix)
     fro = None if problem else norm([matrix])
     return Change(fro, base_fro, None, matrix if keep and not problem else None, non_finite=problem)
+
+
+def _pass_on(blocks: Iterable[Tensor], on_block: Callable[[Tensor], None]) -> Iterator[Tensor]:
+    """Yield blocks, each passed on before."""
+    for block in blocks:
+        on_block(block)
+        yield block
 
 
 def load_addend(delta: Delta) -> Addend:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Literal
@@ -96,6 +96,7 @@ def difference(
     device: torch.device,
     keep: bool = True,
     steps: Iterable[tuple[Tensor | None, Tensor | None]] | None = None,
+    on_base: Callable[[Tensor], None] = lambda base: None,
 ) -> Difference:
     """Subtract two matrices block by block, and return ΔW with its norms and the effect of rounding.
 
@@ -108,6 +109,7 @@ def difference(
         keep: False to measure only the norms, without keeping ΔW.
         steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none, and
             in place of a side that is not quantized.
+        on_base: Called with the rows of base on the device, from the first to the last.
 
     Returns:
         ΔW and its norms; of a ΔW that is not finite, no matrix, and NaN as norms. On the CPU nothing is read after a
@@ -120,6 +122,7 @@ def difference(
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _move_blocks(blocks, spacings, device):
+        on_base(base)
         dtype = torch.promote_types(rounding.working_dtype(base.dtype), rounding.working_dtype(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor

@@ -12,11 +12,13 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
@@ -102,6 +104,19 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         finally:
             wrapped.unload()
             model.module.eval().requires_grad_(False)
+
+
+def load_factors(model: Model, path: Path) -> None:
+    """Load the weights of PEFT's file of an adapter into a model of ``add_lora`` with the same configuration.
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    with require("reading an adapter", "train"):
+        import peft
+    stored = open_checkpoint(path)
+    weights = {name: stored.read(name).view(stored[name].shape) for name in stored}
+    peft.set_peft_model_state_dict(model.module, weights)
 
 
 def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
                 error = "" if record.kl_base_error is None else plus_minus(record.kl_base_error)
                 tasks.setdefault(record.set, []).append(f"KL(BASE‖{name}) = {number(record.kl_base)}{error}")
     lines = [f"on {short(set_name)}, {', '.join(changes)}" for set_name, changes in shifted.items()]
-    unknown = "" if shifted else "not measured without --shifted FILE; "
+    unknown = "" if shifted else "not measured, as no text is of another kind (--shifted); "
     for set_name, divergences in tasks.items():
         lines.append(f"{unknown}on {short(set_name)}, {', '.join(divergences)} nats: {_PREDICTOR}")
     return make_statement("forgotten", "Forgotten", *lines, priority=0 if shifted else 1)

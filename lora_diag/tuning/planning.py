@@ -45,6 +45,8 @@ KEPT_RATES = 2
 MIN_STEPS = 10
 # Factor for opening models and writing files.
 MARGIN = 1.1
+# Evaluations at the end, which compare the chosen adapter with BASE.
+COMPARED = 2
 # Fraction of a time limit that is kept for the report and the other files.
 WRITING = 0.04
 # A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds of confirmed ones.
@@ -114,7 +116,7 @@ def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, 
     rates = grid + (plan.widen if grid > 1 else 0)  # at each rank, with all steps
     # Runs, 0 where the plan omits the stage; seconds of one; rounds; further seconds.
     costs = {
-        "budget": (0, 0.0, 1, evaluation),
+        "budget": (0, 0.0, 1, (1 + COMPARED) * evaluation),
         "rates": (not is_grid_done and plan.halving * min(ranks, 2) * len(plan.rates), short + evaluation, 1, 0.0),
         "ranks": (ranks * (seeds if is_grid_done else rates + seeds), run, rounds, 0.0),
         "full": (plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds), full_run, rounds, 0.0),

@@ -111,6 +111,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         elif limit is not None and limit != earlier.limit:
             plan = extend_plan(earlier, run, limit, slots)
         assert plan is not None
+        if plan is not earlier and not arguments.shifted:
+            run.watch.note("--shifted FILE, a text of another kind, would measure what the adapter makes BASE forget")
         deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
         is_confirmed = not arguments.dry_run

@@ -28,7 +28,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
 from lora_diag.tuning import planning, trials
-from lora_diag.tuning.planning import Deadline, Omission, Target
+from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
@@ -130,8 +130,9 @@ class Tuner:
 
     @property
     def left(self) -> float:
-        """Seconds left for the search, without the time to train the chosen adapter; infinite without a limit."""
-        return self.deadline.left - (0.0 if self._has_adapter else self.one_run)
+        """Seconds left for the search, without those to train the choice and compare it; infinite without a limit."""
+        comparison = COMPARED * self.deadline.pace * self.plan.evaluation_seconds
+        return self.deadline.left - comparison - (0.0 if self._has_adapter else self.one_run)
 
     def allows(self, runs: float) -> bool:
         """Return whether there is time for this number of runs."""
@@ -297,6 +298,7 @@ class Tuner:
         adapter = self.adapter_folder(incumbent)
         if not (adapter / ADAPTER).is_file():
             self.trials.train(TrialRun(incumbent, self.first_seed, adapter))
+        self.trials.compare_with_base(incumbent, adapter)
         return incumbent, record
 
     def _make_uniform(self, rank: int, name: str = "") -> Variant:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from lora_diag.records import Results
+from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
+from lora_diag.rendering.losses import describe_forgetting
 from lora_diag.rendering.statements import Statement, final_statements, make_statement
 from lora_diag.rendering.tables import Grid, grid_of, grids_table
 from lora_diag.rendering.text import duration, percent, plus_minus, quantity, safe, short, span
@@ -111,7 +112,7 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         ),
         make_statement("gain", "Gain", _describe_gain(choice), priority=0),
         make_statement("edge", "Rate", _describe_edge(choice, trials, plan), level="warning"),
-        make_statement("shifted", "Shifted", _describe_shifted(choice)),
+        _describe_forgotten(choice, results),
         make_statement("next", "Next rank", _describe_next_rank(choice)),
         make_statement("left_out", "Not tried", _describe_omitted(plan, for_time), *others),
         *_describe_trials(decisions),
@@ -176,11 +177,14 @@ def _describe_next_rank(choice: Tune) -> str:
     return f"r={choice.next_rank} {verb} {abs(choice.next_gain):.4f} nats, by mean losses"
 
 
-def _describe_shifted(choice: Tune) -> str:
-    if choice.gain_shifted is None:
-        return ""
+def _describe_forgotten(choice: Tune, results: Results[Any]) -> Statement:
+    """State what the chosen adapter forgot; in files of earlier versions the gain on the first shifted set."""
+    compared = [record for record in results.whole_of(Probe) if record.name == choice.variant]
+    if compared or choice.gain_shifted is None:
+        return describe_forgetting(("choice", compared))
     verb, error = "gains" if choice.gain_shifted >= 0 else "loses", _format_error(choice.gain_shifted_error)
-    return f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
+    text = f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
+    return make_statement("shifted", "Shifted", text)
 
 
 # Stages that compare with the incumbent: key and label of their statements, and its priority.

@@ -30,7 +30,18 @@ from lora_diag.metrics.statistics import errors_needed, paired_difference, paire
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Lora, Training, count_trained, layers_without_head, losses_after
+from lora_diag.models.swapping import FULL
+from lora_diag.models.training import (
+    Cell,
+    Lora,
+    Training,
+    add_lora,
+    count_trained,
+    layers_without_head,
+    load_factors,
+    losses_after,
+)
+from lora_diag.probes.outputs.measure import Contender, measure_outputs
 from lora_diag.probes.sweep.measure import round_weights
 from lora_diag.probes.sweep.verdict import Swept, find_diverged
 from lora_diag.records import Probe
@@ -438,9 +449,9 @@ class Trials:
         """All runs so far."""
         return [record for record in self.kept.records if isinstance(record, TuneTrial)]
 
-    def _has(self, **fields: Any) -> bool:
-        """Return whether a run with these fields is recorded on every set."""
-        return self.kept.has([texts.name for texts in self.sets], record="tune_trial", **fields)
+    def _has(self, record: str = "tune_trial", **fields: Any) -> bool:
+        """Return whether a record with these fields is there for every set."""
+        return self.kept.has([texts.name for texts in self.sets], record=record, **fields)
 
     def train(self, *runs: TrialRun) -> None:
         """Train configurations, as far as that is not done yet; independent runs are trained concurrently on a cluster.
@@ -502,6 +513,27 @@ class Trials:
                 for texts, losses in zip(self.sets, by_set, strict=True)
             )
         )
+
+    def compare_with_base(self, variant: Variant, folder: Path) -> None:
+        """Compare the adapter of a configuration with BASE on every set, unless recorded.
+
+        Args:
+            variant: The configuration; it trains factors only.
+            folder: Folder of its trained adapter.
+
+        Raises:
+            InputError: The adapter cannot be read, or a loss is not finite.
+        """
+        if self._has(record="probe", name=variant.name):
+            return
+        with (
+            round_weights(layers_without_head(self.model.module).values(), self.grid),
+            add_lora(self.model, int(variant.config["r"]), Lora(config=variant.config)) as tuned,
+        ):
+            load_factors(tuned, folder / ADAPTER)
+            contenders = [Contender("base", "", None), Contender("adapter", variant.name, _Adapter(tuned.module))]
+            for texts in self.sets:
+                self.kept.put(*measure_outputs(self.model, contenders, texts, self.training.batch, self.after))
 
     def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
         """Record the runs of a sweep, so that one file has all losses.
@@ -618,6 +650,22 @@ def save_adapter(module: Any, folder: Path) -> None:
     with replace_folder(folder) as part:
         module.save_pretrained(part)
         (part / "README.md").unlink(missing_ok=True)
+
+
+class _Adapter:
+    """An adapter of PEFT in a model, disabled at first.
+
+    Args:
+        module: The model as PEFT wraps it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.arrange({})
+
+    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
+        """Enable the adapter for ``others=FULL``, disable it for 0."""
+        (self._module.enable_adapter_layers if others == FULL else self._module.disable_adapter_layers)()
 
 
 def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:

@@ -11,17 +11,21 @@ from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 import yaml
+from scipy.special import log_softmax
 
 import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.cli.app import commands
 from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.errors import InconclusiveError, UsageError
+from lora_diag.records import Probe
+from lora_diag.rendering.statements import find
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
@@ -32,7 +36,7 @@ from lora_diag.tuning.trials import Measured, Variant
 from tests.building import build, results
 from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
-from tests.probes.making import bert, gpt2, loss_of, opened, some_text, trained
+from tests.probes.making import bert, gpt2, ids_of, loss_of, opened, some_text, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -102,6 +106,21 @@ def test_tune_writes_adapter_that_peft_loads(case):
     arguments = {key: config[key] for key in config.keys() - {"peft_type", "base_model_name_or_path"}}
     arguments["inference_mode"] = False
     assert _lora_of((folder / "config.trl.py").read_text()) == peft.LoraConfig(**arguments)
+
+
+def test_choice_is_compared_with_base_on_every_set(case):
+    base, texts, result, folder, _ = case
+    (choice,) = result.whole_of(Tune)
+    records = {record.set: record for record in result.whole_of(Probe) if record.subject == "adapter"}
+    assert {record.name for record in records.values()} == {choice.variant}
+    before, after = opened(base), opened(base, folder / "adapter")
+    for file in (*texts["evaluate"], *texts["shifted"]):
+        z, z0 = (torch.cat([m(input_ids=w[None]).logits[0, :-1] for w in ids_of(file)]) for m in (after, before))
+        p, p0 = (log_softmax(each.detach().double().numpy(), 1) for each in (z, z0))
+        record = records[file.stem]
+        assert record.kl_base == pytest.approx((np.exp(p0) * (p0 - p)).sum(1).mean(), rel=1e-3)
+        assert record.change == pytest.approx(loss_of(after, file) - loss_of(before, file), abs=1e-5)
+    assert find(tune_lines(result), "forgotten").lead.startswith("on other")
 
 
 def _lora_of(script):

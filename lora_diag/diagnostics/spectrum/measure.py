@@ -11,13 +11,21 @@ from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, record_of
 from lora_diag.errors import MemoryLimitError
-from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, append_note, bytes_of, compute_on_device, load_change
+from lora_diag.layers.change import (
+    PRODUCT_OVERFLOW,
+    Change,
+    append_note,
+    bytes_of,
+    compute_on_device,
+    load_change,
+)
 from lora_diag.layers.metric import Weighted, Weighting, weigh, weighting_bytes
 from lora_diag.layers.recovery import check_cell_memory, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import not_finite
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.exact import Factors
+from lora_diag.linalg.largest import LargestValue
 from lora_diag.records import LeftOut
 from lora_diag.records.vocabulary import Hidden
 
@@ -62,7 +70,7 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
         hidden, note = _estimate_hidden(delta, record.fro, settings)
         record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else note)
-    record = record.model_copy(update={"blocks": change.row_blocks})
+    record = record.model_copy(update={"blocks": change.row_blocks, "base_sigma": change.base_sigma})
     if weighted is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"
@@ -93,10 +101,13 @@ def _compute(
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
         allowance = replace(allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape))
-    change, weighted = load_change(delta, device, allowance=allowance), None
+    largest = LargestValue(delta.shape)
+    change, weighted = load_change(delta, device, allowance=allowance, on_base=largest.add), None
     if change.non_finite is not None:
         return change, None, None
-    if weighting is not None:
+    if weighting is None and change.base_fro:
+        change = replace(change, base_sigma=largest.bound(change.base_fro))
+    elif weighting is not None:
         weighted = weigh(change, delta, weighting, device)
         change = weighted.change
     factors = change.decompose(settings.method, settings.top, tol=settings.tol, seed=settings.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -71,6 +72,8 @@ class Spectrum(LayerRecord):
         hidden: The update before rounding, estimated from rounding cells; null where it was not requested, where
             the files resolve ΔW, for a zero update, and for an adapter.
         weights_fro: ‖ΔW‖_F if ``metric`` is not ``weights``; else null.
+        base_sigma: Certified lower bound of σ_1(W_base), which is not decomposed: the largest of ‖W_base‖_F/√min(m, n)
+            and of power steps over one pass. Null without a base, if it is zero, and in another metric.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -83,6 +86,15 @@ class Spectrum(LayerRecord):
             main=True,
         ),
         Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F"),
+        Shown(
+            "sigma_to_base",
+            "σ₁/σ₁(W) ≤",
+            "certified upper bound of σ_1(ΔW) over σ_1 of the base weight",
+            axis="upper bound of σ₁(ΔW) / σ₁(W_base)",
+            drop=6,
+            terminal=True,
+            detail=True,
+        ),
         Shown(
             "rank_at.0.9",
             "r@90%",
@@ -209,6 +221,7 @@ class Spectrum(LayerRecord):
     metric: Metric = "weights"
     weights_fro: Norm | None = None
     hidden: Hidden | None = None
+    base_sigma: Norm | None = None
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
@@ -294,6 +307,13 @@ class Spectrum(LayerRecord):
     def spike(self) -> Share | None:
         """σ_1² / ‖ΔW‖_F², the energy fraction of the largest direction; None for a zero update."""
         return 1 / self.stable_rank if self.stable_rank else None
+
+    @property
+    def sigma_to_base(self) -> float | None:
+        """Certified upper bound of σ_1(ΔW) / σ_1(W_base), with ``base_sigma``; None without it or a value of ΔW."""
+        if not self.base_sigma or not self.s:
+            return None
+        return min(self.fro, math.sqrt(self.s[0] ** 2 + self.energy_error * self.fro**2)) / self.base_sigma
 
     @property
     def spike_to_base(self) -> float | None:

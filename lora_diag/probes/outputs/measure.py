@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -37,6 +37,13 @@ from lora_diag.running.progress import RunRecords
 OUTPUT_BYTES = 2**30
 
 
+class Switch(Protocol):
+    """What gives a model the weights of BASE and an update, or those of BASE: ``Swapped``, or a trained adapter."""
+
+    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
+        """Set all layers to W_0 + ΔW for ``others=FULL``, to W_0 for 0."""
+
+
 @dataclass(frozen=True)
 class Contender:
     """A measured model: BASE with an update, or BASE itself.
@@ -49,7 +56,7 @@ class Contender:
 
     subject: Subject
     name: str
-    swapped: Swapped | None
+    swapped: Switch | None
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,7 @@ def probe_outputs(
                 run_records.put(record)
         skipped: dict[tuple[str, str], LeftOut] = {}  # each tensor once for each reason
         for comparison, contender in zip(compared, contenders[1:], strict=True):
-            assert contender.swapped is not None
+            assert isinstance(contender.swapped, Swapped)
             for tensor in left_out(comparison.pairing, contender.swapped.absent):
                 skipped.setdefault((tensor.layer, tensor.reason), tensor)
         return list(skipped.values())

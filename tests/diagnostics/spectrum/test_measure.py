@@ -14,6 +14,7 @@ from tests import oracles
 from tests.adapters import making
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
 from tests.messages import assert_names
+from tests.probes.making import SAMPLES, tensors
 
 
 def pair(tmp_path, base: np.ndarray, tuned: np.ndarray):
@@ -48,6 +49,9 @@ def check(record, base: np.ndarray, tuned: np.ndarray) -> None:
     if record.complete:
         assert record.effective_rank == pytest.approx(oracles.effective_rank(s), rel=1e-5)
     assert record.resolution.unchanged == np.mean(base == tuned)
+    largest = np.linalg.norm(base, 2)
+    assert truth["base_fro"] / min(base.shape) ** 0.5 * (1 - 1e-6) <= record.base_sigma <= largest * (1 + 1e-9)
+    assert record.sigma_to_base >= s[0] / largest * (1 - 1e-6)
 
 
 # Every pair of dtypes once, and the options with pairs that widen, narrow and stay.
@@ -261,3 +265,12 @@ def test_shared_merges_have_true_status(folder, tuned):
                 assert record.fro == pytest.approx(expected["fro"], rel=1e-6)
             seen += 1
     assert seen or folder.name in {"identical", "bitfit-like"}
+
+
+def test_adapter_has_ratio_of_largest_values_with_base_only():
+    name, base, adapter = "model.layers.0.mlp.up_proj.weight", SAMPLES / "base", SAMPLES / "lora_r4"
+    (record,) = lora_diag.spectrum(base, adapter, layers=name)
+    largest = np.linalg.norm(tensors(base)[name], 2)
+    assert 0.8 * largest <= record.base_sigma <= largest
+    assert record.s[0] / largest <= record.sigma_to_base <= 1.25 * record.s[0] / largest
+    assert lora_diag.spectrum(adapter, layers=name).layers[0].sigma_to_base is None

@@ -63,6 +63,7 @@ BETWEEN = {
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
     "diagnostics.checkpoints": {"decisions.merge"},
     "diagnostics.fleet": set(),
+    "diagnostics.geometry": {"diagnostics.intruders"},
     "diagnostics.interference": {"diagnostics.spectrum"},
 }
 

@@ -25,28 +25,36 @@ class Spaces:
         s: All min(m, n) singular values, descending, float64, on the CPU.
         u: The left vectors ``(m, K)``, float64.
         v: The right vectors ``(n, K)``.
-        residual: √(‖AV − UΣ‖_F² + ‖AᵀU − VΣ‖_F²) of the computed vectors.
         method: Method of the decomposition.
     """
 
     s: Tensor
     u: Tensor
     v: Tensor
-    residual: float
     method: str
 
-    def error(self, k: int) -> float:
-        """Return a bound on the sine of the angle between the computed and the true leading spaces of dimension k.
 
-        sin θ ≤ residual / δ (Wedin 1972, "Perturbation bounds in connection with singular value decomposition", BIT
-        12), where δ = σ̂_k − σ_{k+1} is the gap. σ_{k+1}² is at most its computed value plus the rounding of a Gram
-        matrix and its eigenvalues, (m + n)·ε·‖A‖_F², which also bounds that of LAPACK. 1 without a gap.
-        """
-        if k >= len(self.s):
-            return 0.0
-        spread = (len(self.u) + len(self.v)) * torch.finfo(torch.float64).eps * float(self.s.square().sum())
-        gap = float(self.s[k - 1]) - math.sqrt(float(self.s[k]) ** 2 + spread)
-        return min(1.0, self.residual / gap) if gap > 0 else 1.0
+def bound_space_error(matrix: Tensor, spaces: Spaces, k: int) -> float:
+    """Return a bound on the sine of the angle between the computed and the true leading spaces of dimension k of A.
+
+    With the residuals R = AV − UΣ and S = AᵀU − VΣ of the k leading vectors, sin θ ≤ √(‖R‖_F² + ‖S‖_F²) / δ (Wedin
+    1972, "Perturbation bounds in connection with singular value decomposition", BIT 12), where δ = σ̂_k − σ_{k+1} is the
+    gap. σ_{k+1}² is at most its computed value plus the rounding of a Gram matrix and its eigenvalues, (m + n)·ε times
+    ‖A‖_F², which also bounds that of LAPACK. 1 without a gap.
+
+    Args:
+        matrix: A, ``(m, n)``.
+        spaces: Its values and leading vectors.
+        k: At most the number of vectors.
+    """
+    if k >= len(spaces.s):
+        return 0.0
+    a, u, v = matrix.to(torch.float64), spaces.u[:, :k], spaces.v[:, :k]
+    s = spaces.s[:k].to(u.device)
+    residual = math.hypot(norm([a @ v - u * s]), norm([a.T @ u - v * s]))
+    spread = sum(a.shape) * torch.finfo(torch.float64).eps * float(spaces.s.square().sum())
+    gap = float(spaces.s[k - 1]) - math.sqrt(float(spaces.s[k]) ** 2 + spread)
+    return min(1.0, residual / gap) if gap > 0 else 1.0
 
 
 def leading_spaces(matrix: Tensor, top: int, method: str = "auto", tol: float = 5e-4, seed: int = 0) -> Spaces:
@@ -74,9 +82,7 @@ def leading_spaces(matrix: Tensor, top: int, method: str = "auto", tol: float = 
     values = found.s if found.rest is None else torch.cat([found.s, found.rest])
     if len(values) < min(matrix.shape):
         values = decompose(matrix, "gram").s
-    a, s = matrix.to(torch.float64), found.s.to(u.device)
-    residual = math.hypot(norm([a @ vh.T - u * s]), norm([a.T @ u - vh.T * s]))
-    return Spaces(values, u, vh.T, residual, found.method)
+    return Spaces(values, u, vh.T, found.method)
 
 
 def principal_angles(u: Tensor, v: Tensor) -> Tensor:

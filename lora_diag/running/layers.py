@@ -170,7 +170,7 @@ class LayerRun:
 
     def pair(
         self,
-        base: Path | str,
+        base: Path | str | Checkpoint,
         tuned: Path | str | None,
         measure: Callable[..., Sequence[L | LeftOut]],
         size: Callable[..., int] = entry_bytes,
@@ -180,7 +180,7 @@ class LayerRun:
         """Measure every matrix that both sides have: ``measure(delta, settings=LayerSettings(...))``.
 
         Args:
-            base: Base checkpoint; or an adapter, if ``tuned`` is None.
+            base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
             tuned: Fine-tuned checkpoint or adapter.
             measure: Returns the records of one layer, or why it has none.
             size: Returns the memory needed to measure a layer, in bytes.

@@ -16,6 +16,7 @@ RUNS = {
     "diagnostics.overlap": lambda _: lora_diag.overlap(BASE, TUNED, [SAMPLES / "gradients"], **HERE),
     "diagnostics.interference": lambda _: lora_diag.interference([ADAPTER, TUNED], base=BASE, **HERE),
     "diagnostics.intruders": lambda _: lora_diag.intruders(BASE, TUNED, **HERE),
+    "diagnostics.geometry": lambda _: lora_diag.geometry(BASE, TUNED, draws=1, **HERE),
     "decisions.extract": lambda folder: lora_diag.extract(BASE, TUNED, folder, rank=8, **HERE),
     "decisions.recover": lambda _: lora_diag.recover(BASE, TUNED, **HERE),
 }

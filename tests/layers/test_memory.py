@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lora_diag
+from lora_diag.diagnostics.geometry import measure as geometry
 from lora_diag.diagnostics.interference import measure as interference
 from lora_diag.diagnostics.interference.measure import InterferenceSettings
 from lora_diag.diagnostics.intruders import measure as intruders
@@ -47,6 +48,9 @@ def needed_and_measured(what, base, *updates):
     if what == "intruders":
         settings = intruders.IntruderSettings()
         return intruders.max_bytes(deltas[0], settings), lambda: intruders.measure_layer(deltas[0], settings)
+    if what == "geometry":
+        settings = geometry.GeometrySettings()
+        return geometry.max_bytes(deltas[0], settings), lambda: geometry.measure_layer(deltas[0], settings)
     settings = InterferenceSettings(weights=(1.0, 1.0))
     task = LayerUpdates(NAME, deltas[0].shape, tuple(Update(f"{n}", 1.0, delta) for n, delta in enumerate(deltas)))
     return interference.max_bytes(task, settings), lambda: interference.measure_layer(task, settings)
@@ -65,7 +69,7 @@ def models(tmp_path_factory):
     return list(map(str, result))
 
 
-@pytest.mark.parametrize("what", ["intruders", "interference"])
+@pytest.mark.parametrize("what", ["intruders", "interference", "geometry"])
 def test_resident_memory_stays_within_plan(models, what):
     words = [sys.executable, "-c", PEAK, what, *models]
     done = subprocess.run(

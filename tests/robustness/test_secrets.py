@@ -34,6 +34,7 @@ MEASURING = {
     "overlap": [[BASE, TUNED, GRADIENTS, *QPROJ]],
     "interference": [[BASE, ADAPTER, TUNED, *QPROJ]],
     "intruders": [[BASE, TUNED, *QPROJ]],
+    "geometry": [[BASE, TUNED, *QPROJ, "--lens"]],
     "verify-merge": [[BASE, ADAPTER, TUNED, *QPROJ]],
     "portability": [[ADAPTER]],
     "plan": [[BASE]],

@@ -12,6 +12,7 @@ class GeometryOptions(LayerOptions, total=False):
     top: Annotated[int, Option(64, "Dimension of the leading singular spaces of W.", "K", least=1)]
     eta: Annotated[float, Option(1e-3, "Relative change up to which an entry is unchanged.", "E", between=(0, 1))]
     draws: Annotated[int | None, Option(None, "Draws of each baseline; default: 2, small layers 8.", "N", least=1)]
+    lens: Annotated[bool, Option(False, "Tokens that the leading directions of ΔW write and read.")]
 
 
 MADE_BY = "loradiag geometry BASE TUNED -o geometry.jsonl"
@@ -23,10 +24,10 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Where an update lies in the weights, compared with chance and rounding.",
-            examples=("geometry base/ full_ft/ -o geometry.jsonl", "geometry base/ lora_r8/ --layers mlp"),
+            examples=("geometry base/ full_ft/ -o geometry.jsonl", "geometry base/ lora_r8/ --layers mlp --lens"),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(GeometryOptions,),
-            suggest=".show:suggest_next",
+            suggest="lora_diag.diagnostics.intruders.show:suggest_next",
         ),
     ),
     records=(".record:Geometry",),

@@ -12,22 +12,27 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
+from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
 from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
 from lora_diag.diagnostics.geometry.nulls import add_stored, flip_signs, permute, random_update, undo_rounding
 from lora_diag.diagnostics.geometry.parts import list_heads, measure_heads, split_magnitude
-from lora_diag.diagnostics.geometry.record import Baseline, Geometry
+from lora_diag.diagnostics.geometry.record import Baseline, Geometry, TokenDirection
+from lora_diag.diagnostics.intruders.measure import IntruderSettings, classify_directions, make_intruders
+from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.layers.change import Change, form_tuned, join_blocks, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors, numerical_rank
 from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
-from lora_diag.linalg.rotation import Spaces, principal_angles
+from lora_diag.linalg.rotation import Spaces, bound_space_error, principal_angles
 from lora_diag.linalg.rounding import LAYOUT
 from lora_diag.metrics.energy import energy_curve, rank_at
 from lora_diag.records import LeftOut, Results
+from lora_diag.running.inputs import open_base
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
@@ -46,11 +51,13 @@ class GeometrySettings(LayerSettings):
         k: Dimension of the leading singular spaces.
         eta: η, the relative change up to which an entry is unchanged.
         draws: Draws of each baseline; None to choose by the size of the layer.
+        lens: Whether to look at tokens.
     """
 
     k: int = 64
     eta: float = 1e-3
     draws: int | None = None
+    lens: bool = False
 
 
 def max_bytes(delta: Delta, settings: GeometrySettings) -> int:
@@ -62,8 +69,8 @@ def max_bytes(delta: Delta, settings: GeometrySettings) -> int:
         >>> round(max_bytes(delta, GeometrySettings()) / 2**20)
         1
     """
-    top = min(max(settings.k, min(delta.shape) // 2), *delta.shape)
-    return 9 * 8 * math.prod(delta.shape) + whole_bytes(delta.shape, Allowance(0, "gram", top, vectors=True), 8)
+    decomposed = whole_bytes(delta.shape, Allowance(0, "gram", min(delta.shape), vectors=True), 8)
+    return 9 * 8 * math.prod(delta.shape) + decomposed
 
 
 def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | LeftOut]:
@@ -107,19 +114,20 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     factors = decompose(update) if change.factors is None else change.decompose()
     found = resolution(change.rounding, factors)
     signal = found.signal_rank if found.signal_rank and found.signal_rank <= min(delta.shape) // 2 else None
-    frame = Frame.of(weight, k, max(k, signal or 0), settings.eta, settings.method)
+    top = min(max(k, signal or 0, IntruderSettings().k), *delta.shape)
+    frame = Frame.of(weight, k, top, settings.eta, settings.method)
     moved, spaces = measure_movement(frame, update, float(factors.s[0]))
     random = torch.Generator().manual_seed((settings.seed + zlib.crc32(delta.layer.encode())) % 2**63)
     stored = _find_format(delta, change)
     signs = None if isinstance(delta, FactoredDelta) else decompose(flip_signs(update, random))
     left, right = (None if signal is None else angle for angle in _compare_spaces(frame.spaces, spaces, signal or 1))
-    bounds = (math.degrees(math.asin(each.error(k))) for each in (frame.spaces, spaces))
+    sines = (bound_space_error(matrix, each, k) for matrix, each in ((weight, frame.spaces), (weight + update, spaces)))
     return Geometry(
         **common,
         k=k,
         fro=fro,
         stored=stored,
-        angle_error=min(90.0, math.fsum(bounds)),
+        angle_error=min(90.0, math.fsum(math.degrees(math.asin(sine)) for sine in sines)),
         signal_rank=found.signal_rank,
         signal_left=left,
         signal_right=right,
@@ -132,8 +140,30 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
         rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random) if stored else None,
         magnitude=split_magnitude(weight, update),
         heads=tuple(measure_heads(list_heads(delta.layer, delta.shape, delta.base.checkpoint.config), weight, update)),
+        lens=tuple(_look(delta, change, update, random)) if settings.lens else (),
+        intruders=_find_intruders(delta, frame, spaces, fro),
         method=frame.spaces.method,
     )
+
+
+def _find_intruders(delta: Delta, frame: Frame, spaces: Spaces, fro: float) -> Intruders:
+    """Return the record that ``intruders`` makes of a layer by default."""
+    settings = IntruderSettings()
+    k = min(settings.k, *delta.shape)
+    directions = classify_directions((frame.spaces.s, frame.spaces.u), (spaces.s[:k], spaces.u[:, :k]), settings)
+    return make_intruders(delta, settings, directions, fro, norm([frame.weight]), frame.spaces.method)
+
+
+def _look(delta: Delta, change: Change, update: Tensor, random: torch.Generator) -> list[TokenDirection]:
+    """Return the tokens of the leading directions of ΔW."""
+    assert delta.base is not None
+    count = min(DIRECTIONS, *delta.shape)
+    factors = (
+        change.decompose(top=count, vectors=True) if change.factors else decompose(update, "auto", count, None, True)
+    )
+    u, vh = factors.vectors
+    kept = min(count, numerical_rank(factors))
+    return look_through(delta.layer, (u[:, :kept], vh[:kept].T), delta.base.checkpoint, random)
 
 
 def _count_draws(delta: Delta, settings: GeometrySettings) -> int:
@@ -196,6 +226,8 @@ def geometry(
         top: k, the dimension of the leading singular spaces of W, at most min(out, in).
         eta: η: an entry is unchanged if |ΔW| ≤ η·max(|W|, |W + ΔW|). Between bfloat16 files 0.001 is bit identity.
         draws: Number of draws of each baseline.
+        lens: Whether to find the tokens that the leading directions of ΔW write through the unembedding of BASE and
+            read through its embedding.
         **options: ``GeometryOptions``.
 
     Returns:
@@ -214,7 +246,10 @@ def geometry(
         1.0
     """
     run = LayerRun("geometry", options, GeometryOptions)
-    k, eta, draws = (run.options[name] for name in ("top", "eta", "draws"))
+    k, eta, draws, lens = (run.options[name] for name in ("top", "eta", "draws", "lens"))
     check_request(run.options["method"], k, run.options["tol"])
-    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws)
-    return run.pair(base, tuned, measure_layer, max_bytes, run.own, settings)
+    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws, lens=lens)
+    opened = open_base(base) if lens else base
+    if isinstance(opened, Checkpoint):
+        find_tables(opened)
+    return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

@@ -24,9 +24,10 @@ class Frame:
     Args:
         weight: W, ``(m, n)`` float64.
         k: Dimension of the leading spaces.
+        top: Number of leading vectors of W + ΔW.
         eta: η, the relative change up to which an entry counts as unchanged.
         method: As in ``decompose``.
-        spaces: Singular values and leading spaces of W.
+        spaces: Singular values and all singular vectors of W.
         decile: Decile of |W| of each entry, from 0 for the smallest; equal magnitudes in the order of entries.
         principal: For each α of ``ALPHAS``, whether an entry is among the α largest magnitudes of the reconstruction of
             W from its k leading singular directions.
@@ -34,6 +35,7 @@ class Frame:
 
     weight: Tensor
     k: int
+    top: int
     eta: float
     method: str
     spaces: Spaces
@@ -42,8 +44,8 @@ class Frame:
 
     @classmethod
     def of(cls, weight: Tensor, k: int, top: int, eta: float, method: str) -> Frame:
-        """Return the frame of W; ``top`` is the number of its leading vectors."""
-        spaces = leading_spaces(weight, top, method)
+        """Return the frame of W."""
+        spaces = leading_spaces(weight, min(weight.shape), method)
         entries = weight.numel()
         decile = torch.empty(entries, dtype=torch.int8, device=weight.device)
         positions = torch.arange(entries, device=weight.device) * DECILES // entries
@@ -52,7 +54,7 @@ class Frame:
         large = ((u * spaces.s[:k].to(u.device)) @ v.T).abs_()
         order = large.reshape(-1).sort().values
         principal = tuple(large >= order[entries - max(1, int(alpha * entries))] for alpha in ALPHAS)
-        return cls(weight, k, eta, method, spaces, decile.view_as(weight), principal)
+        return cls(weight, k, top, eta, method, spaces, decile.view_as(weight), principal)
 
 
 def measure_movement(frame: Frame, update: Tensor, sigma: float | None = None) -> tuple[Movement, Spaces]:
@@ -69,7 +71,7 @@ def measure_movement(frame: Frame, update: Tensor, sigma: float | None = None) -
     after = frame.weight + update
     changed = update.abs() > frame.eta * torch.maximum(frame.weight.abs(), after.abs())
     count = int(changed.sum())
-    spaces = leading_spaces(after, frame.spaces.u.shape[1], frame.method)
+    spaces = leading_spaces(after, frame.top, frame.method)
     k = frame.k
     u, v = frame.spaces.u[:, :k], frame.spaces.v[:, :k]
     split, fro = split_update(update, u, v), norm([update])

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, Unit
 
 Degrees = Annotated[float, Unit("degrees"), Field(ge=0, le=90.001)]
@@ -105,6 +106,29 @@ class Head(Record):
         return self.fro / self.base_fro if self.base_fro else None
 
 
+class TokenDirection(Record):
+    """The tokens of one leading direction of ΔW.
+
+    Args:
+        side: ``writes``: the left direction, through the unembedding. ``reads``: the right one, through the embedding.
+        number: Its number, from 1 for the largest singular value on.
+        tokens: Numbers of the tokens with the largest cosines by size.
+        words: These tokens as text, ``#`` and the number without a tokenizer.
+        cosines: Their cosines with the direction, the mean over the vocabulary subtracted; the sign of a direction is
+            arbitrary, so only signs that differ mean something.
+        cosine_random: Median over as many random directions of the largest cosine.
+        p: p-value of the first token for a random direction, times the tokens and directions looked at in the layer.
+    """
+
+    side: Literal["writes", "reads"]
+    number: Count
+    tokens: tuple[int, ...]
+    words: tuple[str, ...]
+    cosines: tuple[float, ...]
+    cosine_random: Share
+    p: Share
+
+
 def _columns() -> tuple[Shown, ...]:
     """Return the columns of the statistics, each with the value of the stricter baseline in brackets."""
     rows: tuple[tuple[str, str, str, str, str, int, bool], ...] = (
@@ -160,6 +184,9 @@ class Geometry(LayerRecord):
             directions. Null if ΔW = 0.
         heads: The heads of a projection of attention, as the config of BASE lays them out; empty for other matrices,
             and where the config does not fit.
+        lens: The tokens of the leading directions; empty without ``--lens``, and for a matrix that neither writes to
+            nor reads from the residual stream.
+        intruders: The record of ``loradiag intruders`` with its defaults; null if ΔW = 0.
         method: Method of the singular vectors.
     """
 
@@ -201,6 +228,8 @@ class Geometry(LayerRecord):
     rounding: Baseline | None = None
     magnitude: Share | None = None
     heads: tuple[Head, ...] = ()
+    lens: tuple[TokenDirection, ...] = ()
+    intruders: Intruders | None = None
     method: str = "none: ΔW is zero"
 
     @property

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from lora_diag.diagnostics.geometry.record import Baseline, Geometry, Movement
-from lora_diag.feature import Hint
+from lora_diag.diagnostics.geometry.record import Baseline, Geometry, Movement, TokenDirection
+from lora_diag.diagnostics.intruders.show import describe_intruders
 from lora_diag.records import Results
 from lora_diag.records.base import value_at
 from lora_diag.records.names import depth_of, part_of
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, percent, quantity, short, span
+from lora_diag.rendering.text import number, percent, quantity, safe, short, span
 
 # Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean principal angle in
 # degrees, normalised spectral shift, changed weights among the 30% smallest. The angles are bounds: more than 10, less
@@ -42,12 +42,15 @@ COMPARED = {
     "mixing": "mixing of directions",
     "energy_left": "left alignment",
     "energy_right": "right alignment",
-    "spectral_ratio": "σ_1",
+    "spectral_ratio": "σ_1(ΔW)/σ_1(W)",
 }
 
 # A statistic exceeds a baseline if it does by this factor in the median layer, and at all in this fraction of layers.
 CLEAR_FACTOR, CLEAR_SHARE = 1.05, 0.9
 MOST_NAMED = 3
+
+# Level of the test of tokens, and tokens of a direction in a sentence.
+LEVEL, MOST_WORDS = 0.05, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +113,6 @@ def select_compared(results: Iterable[Any]) -> list[Geometry]:
     return [record for record in moved if part_of(record.layer) == "matrices"] or moved
 
 
-def suggest_next(results: Results[Geometry], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: the loss on earlier data, of an adapter or of a fine-tune without factors."""
-    is_adapter = any(side.role == "adapter" for side in results.run.inputs)
-    probe = "probe outputs {base} {tuned}" if is_adapter else "probe truncation {base} {tuned} --ranks 0"
-    return Hint(f"{probe} --eval earlier_data.txt", "whether the model forgot")
-
-
 def geometry_grids(results: Results[Geometry], per: str = "type") -> list[Grid]:
     """Return the table; each number with that of the stricter baseline in brackets."""
     nulls = {"rounding null" if record.rounding else "chance" for record in results if isinstance(record, Geometry)}
@@ -134,9 +130,11 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
         make_statement("movement", "Movement", _describe_movement(whole), priority=0),
         make_statement("rounding", "Rounding", _describe_rounding(records), priority=0),
         make_statement("above", "Above both", *_describe_excess(records), priority=0),
+        make_statement("intruders", "Intruders", *_describe_intruders(records)),
         make_statement("rank", "Rank", _describe_rank(records)),
         make_statement("heads", "Heads", *_describe_heads(records)),
         make_statement("experts", "Experts", *_describe_experts(records)),
+        make_statement("lens", "Lens", *_describe_lens(records)),
         make_statement("rows", "Row lengths", _describe_rows(records), priority=2),
         make_statement("published", "Published", *_describe_published(whole), priority=2),
         make_statement("baselines", "Baselines", *_describe_baselines(records), priority=2),
@@ -219,6 +217,12 @@ def _describe_rank(records: Sequence[Geometry]) -> str:
     )
 
 
+def _describe_intruders(records: Sequence[Geometry]) -> list[str]:
+    """State the number of intruder dimensions; nothing in results without them."""
+    found = [record.intruders for record in records if record.intruders]
+    return [describe_intruders(found)[0]] if found else []
+
+
 def _describe_heads(records: Sequence[Geometry]) -> list[str]:
     """State the heads that changed most and least relative to their size; nothing without heads."""
     heads = [
@@ -252,6 +256,36 @@ def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[st
     ]
 
 
+def _describe_lens(records: Sequence[Geometry]) -> list[str]:
+    """State the directions whose tokens are beyond chance; nothing without ``--lens``."""
+    looked = [record for record in records if record.lens]
+    seen = [(min(1.0, len(looked) * each.p), record, each) for record in looked for each in record.lens]
+    if not seen:
+        return []
+    found = sorted((item for item in seen if item[0] <= LEVEL), key=lambda item: (item[0], -abs(item[2].cosines[0])))
+    lines = [
+        f"{each.number} of {short(record.layer)} {each.side} {_list_words(each)}: cosine {abs(each.cosines[0]):.2f}, "
+        f"{each.cosine_random:.2f} at random, p {'<1e-99' if p < 1e-99 else number(p)}"
+        for p, record, each in found[:MOST_NAMED]
+    ]
+    level = f"p ≤ {LEVEL}, corrected for all tokens, directions and {quantity(len(looked))}"
+    return [f"{len(found)} of {quantity(len(seen), 'direction')} beyond chance ({level})", *lines]
+
+
+def _list_words(direction: TokenDirection) -> str:
+    """Return the tokens of a direction that have the sign of the first, the others after ``against``."""
+    signs = [cosine * direction.cosines[0] > 0 for cosine in direction.cosines]
+    same, other = (
+        ", ".join(
+            repr(safe(word))
+            for word, sign in [*zip(direction.words, signs, strict=True)][:MOST_WORDS]
+            if sign == wanted
+        )
+        for wanted in (True, False)
+    )
+    return f"{same} against {other}" if other else same
+
+
 def _describe_rows(records: Sequence[Geometry]) -> str:
     """State the fraction of ‖ΔW‖² in the lengths of rows, with that of a random direction."""
     share = median(record.magnitude or 0.0 for record in records)
@@ -268,7 +302,7 @@ def _describe_baselines(records: Sequence[Geometry]) -> list[str]:
         "rounding: the entries of ΔW as before rounding, at random places of the layer, stored as TUNED"
         if records[0].stored
         else "",
-        f"{span(draws, ' to ')} draws per layer"
+        f"draws per layer: {span(draws, ' to ')}"
         + (f"; standard error of the low overlap {number(median(errors))} in the median layer" if errors else ""),
     ]
     if all(record.stored == "bfloat16" and record.eta == 1e-3 for record in records):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Unpack
 
 import torch
+from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, row_blocks
 from lora_diag.diagnostics.intruders import IntruderOptions
@@ -17,7 +19,6 @@ from lora_diag.errors import UsageError
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, form_tuned, join_blocks, load_change, measure_on_device
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
 from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut, Results
@@ -94,17 +95,27 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     fro = change.fro if change.fro is not None else norm(change.blocks(delta.shape))
     if not (after.isfinite().all() and math.isfinite(fro)):
         return not_finite(delta, "W_base + ΔW is not finite")
-    k = min(settings.k, *delta.shape)
-    directions: tuple[Direction, ...] = ()
-    if fro == 0.0:
-        base_fro, method = norm([before]), "none: ΔW is zero"
-    else:
+    base_fro, method, directions = norm([before]), "none: ΔW is zero", list[Direction]()
+    if fro:
         base = decompose(before, vectors=True)
+        k = min(settings.k, *delta.shape)
         top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
-        directions = _classify_directions(base, top, settings)
+        directions = classify_directions((base.s, base.vectors[0]), (top.s, top.vectors[0]), settings)
         base_fro, method = base.fro, f"{base.method}, {top.method}"
+    return make_intruders(delta, settings, directions, fro, base_fro, method)
+
+
+def make_intruders(
+    delta: Delta,
+    settings: IntruderSettings,
+    directions: Sequence[Direction],
+    fro: float,
+    base_fro: float,
+    method: str,
+) -> Intruders:
+    """Return the record of a layer, given its classified directions; none if ΔW = 0."""
     rotated, new = (sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder"))
-    rows, vectors = delta.shape[0], min(delta.shape)
+    rows, vectors, k = delta.shape[0], min(delta.shape), min(settings.k, *delta.shape)
     return Intruders(
         layer=delta.layer,
         shape=delta.shape,
@@ -120,18 +131,26 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
         similarity_lowest=min((direction.similarity for direction in directions), default=None),
         similarity_random=similarity_at_random(rows, vectors),
         count_random=k * below_at_random(rows, vectors, settings.epsilon),
-        directions=directions,
+        directions=tuple(directions),
         method=method,
     )
 
 
-def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings) -> tuple[Direction, ...]:
-    """Return each of the largest left singular vectors of W_tuned (``top``) as compared with all of W_base."""
-    (u, _), (top_u, _) = base.vectors, top.vectors
+def classify_directions(
+    base: tuple[Tensor, Tensor], top: tuple[Tensor, Tensor], settings: IntruderSettings
+) -> list[Direction]:
+    """Return each of the largest left singular vectors of W_tuned as compared with all of W_base.
+
+    Args:
+        base: All singular values of W_base, ``(n,)`` on the CPU, and its left vectors, ``(m, n)``.
+        top: The largest of W_tuned, ``(k,)``, and their left vectors, ``(m, k)``.
+        settings: ε and the window.
+    """
+    (s, u), (top_s, top_u) = base, top
     cosines = (u.T @ top_u).abs().cpu()
     directions = []
-    for sigma, column in zip(top.s.tolist(), cosines.T, strict=True):
-        near = (base.s - sigma).abs() <= settings.window * sigma
+    for sigma, column in zip(top_s.tolist(), cosines.T, strict=True):
+        near = (s - sigma).abs() <= settings.window * sigma
         near_count = int(near.sum())
         similarity, nearest = column.max(0)
         projection = min(1.0, float(column[near].square().sum().sqrt()))
@@ -147,7 +166,7 @@ def _classify_directions(base: Factors, top: Factors, settings: IntruderSettings
                 kind=classify_direction(float(similarity), projection, by_chance, settings.epsilon),
             )
         )
-    return tuple(directions)
+    return directions
 
 
 @show_options

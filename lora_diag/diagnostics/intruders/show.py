@@ -34,14 +34,14 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
         random, tested = sum(record.count_random for record in records), sum(record.k for record in records)
         chance = f"about {random:.0f} of {tested} random directions would count: intruders are new, not significant"
         findings = [
-            make_statement("intruders", "Intruders", *_describe_intruders(records), level=level, priority=0),
+            make_statement("intruders", "Intruders", *describe_intruders(records), level=level, priority=0),
             make_statement("chance", "Random baseline", chance, priority=2),
         ]
     meaning = "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss shows it here"
     return summarize(results, *findings, make_statement("interpretation", "Interpretation", meaning))
 
 
-def _describe_intruders(records: Sequence[Intruders]) -> list[str]:
+def describe_intruders(records: Sequence[Intruders]) -> list[str]:
     """State the number of intruders, the layers with the most, and the criterion."""
     total, tested = sum(record.intruders for record in records), sum(record.k for record in records)
     k, epsilon = records[0].k, number(records[0].epsilon)

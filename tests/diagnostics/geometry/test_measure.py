@@ -204,3 +204,17 @@ def test_command_gives_same_records_on_any_number_of_workers(loradiag, tmp_path)
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     assert [row for row in rows[0] if row["record"] == "geometry"] == [r for r in rows[1] if r["record"] == "geometry"]
     assert loradiag("geometry", *words[1:3], "--top", "0").code == 2
+
+
+@pytest.mark.parametrize("tuned", ["full_ft", "lora_r4"])
+def test_intruders_are_those_of_the_command(tuned):
+    sides, only = (SAMPLES / "base", SAMPLES / tuned), {"layers": r"layers\.0\.(mlp\.up|self_attn\.k)"}
+    for record, alone in zip(
+        lora_diag.geometry(*sides, draws=1, **only), lora_diag.intruders(*sides, **only), strict=True
+    ):
+        part = record.intruders
+        assert (part.layer, part.count, part.intruders) == (alone.layer, alone.count, alone.intruders)
+        for first, second in zip(part.directions, alone.directions, strict=True):
+            assert (first.kind, first.nearest, first.window) == (second.kind, second.nearest, second.window)
+            assert first.similarity == pytest.approx(second.similarity, abs=1e-6)
+            assert first.projection == pytest.approx(second.projection, abs=1e-6)

@@ -113,6 +113,7 @@ COMMANDS = {
     "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
     "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
     "intruders": (SAMPLES / "base", SAMPLES / "lora_r4"),
+    "geometry": (SAMPLES / "base", SAMPLES / "full_ft"),
     "verify_merge": (SAMPLES / "base", SAMPLES / "lora_r4", SAMPLES / "full_ft"),
     "fleet": ([SAMPLES / "*"],),
 }

@@ -55,7 +55,7 @@ def test_planted_token_is_found(tmp_path, head, loradiag):
     assert_names(shown.out, "1 of model.layers.0.mlp.down_proj writes ' w17'")
 
 
-def test_random_updates_have_tokens_beyond_chance_in_at_most_five_percent():
+def test_random_updates_rarely_have_tokens_beyond_chance():
     """Bonferroni over tokens and directions, for tokens that are far from independent of each other."""
     source = torch.Generator().manual_seed(2)
     table = torch.randn(WORDS, 8, generator=source) @ torch.randn(8, WIDTH, generator=source) + 1

@@ -71,14 +71,14 @@ def settled_from(remaining: Array) -> int:
     return max((t + 1 for t, value in enumerate(remaining) if value > NEAR), default=0)
 
 
-def spike_ratios(lengths: Sequence[float]) -> list[float]:
+def spike_ratios(lengths: Array) -> list[float]:
     """Return each increment over the median of its neighbours; 0 for a run of fewer than four increments.
 
     Args:
         lengths: ‖D_t‖, in proportion to the steps between checkpoints.
     """
     ratios = []
-    for t, length in enumerate(lengths):
+    for t, length in enumerate(lengths.tolist()):
         near = [*lengths[max(0, t - NEIGHBOURS) : t], *lengths[t + 1 : t + 1 + NEIGHBOURS]]
         middle = median(near) if len(lengths) > 3 else 0.0
         ratios.append(length / middle if middle > 0 else 0.0)

@@ -190,8 +190,8 @@ class Trajectory(WholeRecord):
         affected: The names of these layers, by field.
         repeated: Checkpoints that are equal to the one before.
         swapped: Two checkpoints whose exchange shortens the path; null without such.
-        spike: The largest ratio of an increment of all layers together to the median of its neighbours, each over the
-            sum of its learning rates, or its number of steps where these are not known; null for fewer than four.
+        spike: The largest ratio of an increment of all layers together to the median of its neighbours: the smaller of
+            that per step and that per sum of learning rates, where these are known; null for fewer than four.
         spike_step: The checkpoint of that increment.
         first_share: Energy fraction of the first direction over time; null where updates are not all compared.
         first_share_random: The same of a random walk with the same norms of increments.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SUDDEN, SHARE_RISE, SLOW = 0.4, 0.25, 0.5
 SPIKED, SPIKED_LAYER = 3.0, 6.0
-SWAPPED = 0.85
+SWAPPED = 0.9
 WALK_COSINE, WALK_SHARE = 0.1, 0.05
 LATEST_SETTLED = 0.75
 GROWING = 0.02
@@ -101,12 +101,13 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     finite = {layer: group for layer, group in by_layer.items() if all(record.non_finite is None for record in group)}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
     collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
-    # Increments are compared over the sums of their learning rates or, without these, their numbers of steps.
-    rates = [checkpoint.rate_sum or 0.0 for checkpoint in checkpoints]
-    scales = rates if all(rates) else np.diff(steps, prepend=0).tolist()
+    # A spike is far above its neighbours both per step and per learning rate, where the rates are known.
+    intervals, rates = np.diff(steps, prepend=0), np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints])
+    scales = (intervals, rates if (rates > 0).all() else intervals)
 
     def find_spikes(group: Sequence[CheckpointLayer | Checkpoint]) -> list[float]:
-        return nulls.spike_ratios([(each.increment or 0.0) / scale for each, scale in zip(group, scales, strict=True)])
+        lengths = np.array([each.increment or 0.0 for each in group])
+        return [min(pair) for pair in zip(*(nulls.spike_ratios(lengths / scale) for scale in scales), strict=True)]
 
     spikes = find_spikes(checkpoints)
     spiked = [layer for layer, group in finite.items() if max(find_spikes(group)) > SPIKED_LAYER]

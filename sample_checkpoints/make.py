@@ -1,4 +1,4 @@
-"""Makes the sample checkpoints of this folder: a base model, a full fine-tune, two LoRA fine-tunes and gradients.
+"""Makes the sample checkpoints of this folder: a base model, a full fine-tune, two LoRA fine-tunes, gradients, a run.
 
 A small Llama-architecture byte-level language model is trained on the English text of Python's reference
 documentation, then fine-tuned on Python source code, once with all weights and twice with LoRA. Everything the run
@@ -44,6 +44,8 @@ LORA_RANKS = (4, 16)
 LORA_ALPHA_OVER_RANK = 2
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LORA_SEED = 2
+
+RUN_RANK, RUN_EVERY = 4, 10
 
 # Many topics repeat passages of other topics; these five do not (checked in `topics_corpus`).
 EVAL_TOPICS = ("binary", "import", "objects", "strings", "typesmapping")
@@ -100,6 +102,10 @@ QUICK_PLAN = Plan(
     full=Schedule(steps=20, warmup=4, learning_rate=5e-4, weight_decay=0.0, data_seed=1),
     lora=Schedule(steps=20, warmup=4, learning_rate=5e-3, weight_decay=0.0, data_seed=1),
 )
+
+
+RUN = Schedule(steps=100, warmup=5, learning_rate=5e-3, weight_decay=0.0, data_seed=0)
+QUICK_RUN = Schedule(steps=20, warmup=2, learning_rate=5e-3, weight_decay=0.0, data_seed=0)
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,7 @@ def train(
     text: bytes,
     schedule: Schedule,
     after_backward: Callable[[int], None] = lambda step: None,
+    after_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> None:
     """Trains the parameters of `model` that require gradients.
 
@@ -196,6 +203,7 @@ def train(
         text: Training text.
         schedule: Hyperparameters of the run.
         after_backward: Called with the step number once the gradient is there, before it is clipped.
+        after_step: Called with the step number and its training loss once the weights are updated.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=ADAM_BETAS, weight_decay=schedule.weight_decay)
@@ -210,6 +218,7 @@ def train(
         after_backward(step)
         nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         optimizer.step()
+        after_step(step, loss.item())
         if step % 100 == 0 or step == schedule.steps - 1:
             log(f"{name}: step {step:4d}, training loss {loss.item():.3f}, {time.monotonic() - start:.0f} s")
 
@@ -282,9 +291,9 @@ def make_full_fine_tune(out: Path, plan: Plan, text: bytes) -> None:
     model.save_pretrained(out / "full_ft")
 
 
-def make_lora_fine_tune(out: Path, plan: Plan, text: bytes, rank: int) -> None:
-    """Fine-tunes LoRA factors on all linear layers of the base model."""
-    torch.manual_seed(LORA_SEED)
+def new_adapter(out: Path, rank: int, seed: int) -> peft.PeftModel:
+    """LoRA factors on all linear layers of the base model, before training."""
+    torch.manual_seed(seed)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
@@ -292,9 +301,31 @@ def make_lora_fine_tune(out: Path, plan: Plan, text: bytes, rank: int) -> None:
         lora_dropout=0.0,
         target_modules=list(LORA_TARGETS),
     )
-    model = peft.get_peft_model(load_base(out), config)
+    return peft.get_peft_model(load_base(out), config)
+
+
+def make_lora_fine_tune(out: Path, plan: Plan, text: bytes, rank: int) -> None:
+    """Fine-tunes LoRA factors on all linear layers of the base model."""
+    model = new_adapter(out, rank, LORA_SEED)
     train(f"lora_r{rank}", model, text, plan.lora)
     save_adapter(model, out / f"lora_r{rank}")
+
+
+def make_run(out: Path, schedule: Schedule, text: bytes) -> None:
+    """Fine-tunes LoRA factors and keeps checkpoints on the way, in the layout of a trainer of transformers."""
+    model = new_adapter(out, RUN_RANK, schedule.data_seed)
+    logged: list[dict[str, float]] = []
+
+    def keep_checkpoint(step: int, loss: float) -> None:
+        number = step + 1
+        if number % RUN_EVERY == 0:
+            logged.append({"step": number, "loss": round(loss, 4), "learning_rate": schedule.rate_at(step)})
+            folder = out / "run" / f"checkpoint-{number}"
+            save_adapter(model, folder)
+            state = {"global_step": number, "max_steps": schedule.steps, "log_history": logged}
+            (folder / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+    train("run", model, text, schedule, after_step=keep_checkpoint)
 
 
 def saved_models(out: Path) -> Iterator[tuple[str, nn.Module]]:
@@ -411,7 +442,7 @@ def write_eval_texts(out: Path, corpora: Mapping[str, Corpus]) -> None:
         shutil.copyfile(licence, folder / "LICENSE.txt")
 
 
-def make_all(out: Path, plan: Plan) -> None:
+def make_all(out: Path, plan: Plan, run: Schedule) -> None:
     """Makes every file of the folder."""
     out.mkdir(parents=True, exist_ok=True)
     corpora = {"english": topics_corpus(), "python": python_corpus()}
@@ -420,6 +451,7 @@ def make_all(out: Path, plan: Plan) -> None:
     make_full_fine_tune(out, plan, corpora["python"].train)
     for rank in LORA_RANKS:
         make_lora_fine_tune(out, plan, corpora["python"].train, rank)
+    make_run(out, run, corpora["python"].train)
     losses = measure_losses(out)
     report = {"unit": "nats per byte", "losses": losses, **describe_run(plan, corpora)}
     (out / "losses.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -438,7 +470,7 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     transformers.utils.logging.disable_progress_bar()
     start = time.monotonic()
-    make_all(arguments.out, QUICK_PLAN if arguments.quick else PLAN)
+    make_all(arguments.out, *((QUICK_PLAN, QUICK_RUN) if arguments.quick else (PLAN, RUN)))
     log(f"done in {time.monotonic() - start:.0f} s")
 
 

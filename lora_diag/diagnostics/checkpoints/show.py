@@ -82,21 +82,17 @@ def _describe_movement(run: Trajectory) -> list[str]:
     """State whether the run settled or still moves, and what the learning rates alone give; empty if not known."""
     if run.growth is None:
         return []
+    known = run.growth_schedule is not None
+    alone = f" (by the learning rates alone from {run.settled_schedule})" if known else ""
     if run.state == "random walk":
         lead = "a random walk: increments have no common direction, and the path is that of independent steps"
     elif run.settled is not None:
-        lead = f"settled from step {run.settled}: the rest of the run moves ΔW by less than 10%"
+        lead = f"settled from step {run.settled}{alone}: the rest of the run moves ΔW by less than 10%"
     else:
         lead = f"still {'growing' if run.growth > GROWING else 'moving'}: the last quarter moves ΔW by more than 10%"
-    if run.growth_schedule is None:
-        alone, growth = "learning rates are not known: shrinking steps may be those of the schedule", ""
-    else:
-        early = run.settled is not None and run.settled < (run.settled_schedule or 0)
-        alone = (
-            f"{'earlier than' if early else 'as'} by the learning rates alone: those settle at {run.settled_schedule}"
-        )
-        growth = f", by the rates alone {number(100 * run.growth_schedule)}%"
-    return [lead, alone, f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}"]
+    growth = f", by the learning rates alone {number(100 * (run.growth_schedule or 0.0))}%" if known else ""
+    unknown = "" if known else "learning rates are not known: shrinking steps may be those of the schedule"
+    return [lead, f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}", unknown]
 
 
 def _describe_path(run: Trajectory) -> list[str]:

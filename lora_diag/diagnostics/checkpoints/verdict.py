@@ -22,11 +22,18 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
+# Limits, chosen so that none of 13 healthy runs crosses any of them: 8 LoRA runs and 3 full fine-tunes of the sample
+# model of 10 to 20 checkpoints, with cosine and constant rates, and one of each of a model of 135M parameters.
+# Of 728 series of layers, the effective rank fell from one checkpoint to the next to 0.67 at the lowest, with a rise
+# of σ₁²/‖ΔW‖² by 0.20; that over a run, to 0.44, is not used alone. In the median layer it was to 0.85.
 SUDDEN, SHARE_RISE, SLOW = 0.4, 0.25, 0.5
-SPIKED, SPIKED_LAYER = 3.0, 6.0
-SWAPPED = 0.9
+# The largest increment over the median of its neighbours was 1.4, of a layer 1.7; no exchange shortened a path.
+SPIKED, SPIKED_LAYER, SWAPPED = 3.0, 6.0, 0.9
+# The smallest mean cosine was 0.35.
 WALK_COSINE, WALK_SHARE = 0.1, 0.05
+# A constant pace along a line comes within a tenth of its end at 0.9 of the steps, a random walk at 0.99.
 LATEST_SETTLED = 0.75
+# Constant steps add 10% of the norm in the last tenth, a random walk 5%, a cosine schedule 0.3%.
 GROWING = 0.02
 
 

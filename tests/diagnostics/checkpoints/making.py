@@ -27,7 +27,7 @@ def healthy(seed: int = 0, shape: tuple[int, int] = (24, 20), rank: int = 4) -> 
     """The factors of a run that follows a line, with noise, by the steps of a cosine schedule."""
     rng = np.random.default_rng(seed)
     ends = {name: (rng.standard_normal((shape[0], rank)), rng.standard_normal((rank, shape[1]))) for name in LAYERS}
-    done, made = {name: 0.0 for name in LAYERS}, []
+    done, made = dict.fromkeys(LAYERS, 0.0), []
     rates = [sum(cosine_rate(s, STEPS[-1]) for s in range(t - 9, t + 1)) for t in STEPS]
     for rate in rates:
         for name, (b, _) in ends.items():

@@ -69,7 +69,11 @@ def test_base_is_second_word_or_option(tmp_path, run):
     base = {name: np.ones((6, 5)) for name in LAYERS[:2]}
     steps = [{name: np.eye(6, 5) * t for name in base} for t in (1, 2, 3)]
     save_full(tmp_path, base, steps, (1, 2, 3))
-    words = [["run", "base"], ["run", "--base", "base"], [*(f"run/checkpoint-{t}" for t in (3, 1, 2)), "--base", "base"]]
+    words = [
+        ["run", "base"],
+        ["run", "--base", "base"],
+        [*(f"run/checkpoint-{t}" for t in (3, 1, 2)), "--base", "base"],
+    ]
     outputs = [run("checkpoints", *each, "--json").out.splitlines() for each in words]
     assert outputs[0][1:-1] == outputs[1][1:-1] == outputs[2][1:-1]  # all but the run record, with its time
     assert len(outputs[0]) == 12

@@ -297,11 +297,16 @@ def rules_table() -> str:
     """Return the table of the rules of ``lint``, from their registry and the page of findings."""
     texts = {term.word: term.text for term in all_terms() if term.role == "finding"}
     rows = []
-    for rule in RULES.values():
-        what = re.split(r"(?<=[.:]) ", " ".join(texts[rule.id].split("\n\n")[0].split()))[0].rstrip(":")
-        needs = ", ".join(dict.fromkeys(MISSING.get(need, f"--{need}") for need in rule.needs))
-        link = f"[`{rule.id}`](../../lora_diag/explanations/findings.md#{rule.id})"
-        rows.append((link, rule.severity, cell(what), cell(needs), cell(remedy_of(rule.id)[1])))
+    for name, rule in RULES.items():
+        what = re.split(r"(?<=[.:]) ", " ".join(texts[name].split("\n\n")[0].split()))[0].rstrip(":")
+        given = {"settings", "peft", "invalid", "mismatch", "servers"}
+        needs = ", ".join(
+            dict.fromkeys(
+                MISSING.get(need, f"--{need}") for need in signature(rule.check).parameters if need not in given
+            )
+        )
+        link = f"[`{name}`](../../lora_diag/explanations/findings.md#{name})"
+        rows.append((link, rule.severity, cell(what), cell(needs), cell(remedy_of(name)[1])))
     return "## Rules\n\n" + table(("rule", "severity", "finds", "needs", "source"), rows)
 
 

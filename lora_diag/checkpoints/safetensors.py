@@ -131,10 +131,10 @@ class SafetensorsFile(TensorFile):
 
         from lora_diag.checkpoints.file_bytes import decode
 
-        width = WIDTH[self.tensors[name].dtype]
-        content = np.empty((stop - start) * width, np.uint8)
-        self._content.fill(content.data, self._start[name] + start * width, name)
-        return decode(content, self.tensors[name].dtype)
+        stored = self.locate(name)
+        content = np.empty((stop - start) * WIDTH[stored.dtype], np.uint8)
+        stored.fill(content.data, start)
+        return decode(content, stored.dtype)
 
     def read_bytes(self, name: str) -> bytes:
         """Return the bytes of a small tensor, without torch."""

@@ -127,9 +127,7 @@ class TensorFile:
         Raises:
             InputError: They cannot be read.
         """
-        entries = self.read(name, start, stop)
-        numbers: Numbers = (entries if self.tensors[name].dtype == "float64" else entries.float()).numpy()
-        return numbers
+        return self.read(name, start, stop).double().numpy()
 
     def read_arrays(self, names: Sequence[str]) -> Numbers:
         """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""

@@ -46,9 +46,11 @@ def run_gate(
         NothingComparedError: There is nothing to measure or to judge.
     """
     files, baseline, card = list(paths), options["baseline"], model_card
+    if github and shown.json:
+        raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
     # The content of a baseline is checked as it is read; of a card, only a block is replaced.
     check_outputs([], [(Path(path) if options["ratchet"] else None, RESULTS) for path in baseline], overwrite=True)
-    check_verdict_outputs([*files, *baseline], shown, output, junit, github, overwrite)
+    check_outputs([*files, *baseline], [(output, RESULTS), (junit, JUNIT)], overwrite)
     check_outputs([*files, *baseline, output, junit], [(card, CARD)], overwrite=True)
     if card is not None:
         read_card(card)
@@ -61,9 +63,17 @@ def run_gate(
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
     policy_or_path = ready_policy(policy) if policy is not None else Path(files.pop(0))
     results = judge(policy_or_path, *files, *_measure_inputs(base, tuned, list(adapter), files), **options)
-    write_verdicts(shown, results, results, output, junit, overwrite)
+    if output is not None:
+        results.write(output, overwrite)
+    if junit is not None:
+        write_whole(junit, show.junit(results), JUNIT, overwrite)
     if card is not None:
         write_whole(card, show.model_card(results, read_card(card)), CARD, overwrite=True)
+    if shown.json:
+        from lora_diag.records import lines_of
+
+        for text in lines_of(results.records()):
+            shown.print_line(text)
     has_passed = outcome(results.whole) == "passed"
     if shown.quiet and not has_passed:
         print_message(show.reason(results))
@@ -74,74 +84,15 @@ def run_gate(
             hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
         else:
             hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
+        # A layer's name may look like a workflow command; between these lines GitHub executes none.
+        token = secrets.token_hex(16)
         text = show.verdict_table(results, *shown.terminal, next_command=None if has_passed and card else hint)
-        print_guarded(shown, text, github)
+        shown.print(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
     if github:
-        annotate(shown, results)
+        for command in show.workflow_commands(results):
+            shown.print(command)
+        append_step_summary(show.step_summary(results))
     return EXIT_CODES[outcome(results.whole)]
-
-
-def check_verdict_outputs(
-    inputs: Sequence[Path | str | None],
-    shown: Shown,
-    output: Path | None,
-    junit: Path | None,
-    github: bool,
-    overwrite: bool,
-) -> None:
-    """Refuse outputs of a judging command before any work.
-
-    Raises:
-        UsageError: Options contradict each other, or an output may not be replaced.
-        InputError: An output cannot be written.
-    """
-    if github and shown.json:
-        raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
-    check_outputs(inputs, [(output, RESULTS), (junit, JUNIT)], overwrite)
-
-
-def write_verdicts(
-    shown: Shown,
-    results: Results[Any],
-    verdicts: Results[Any],
-    output: Path | None,
-    junit: Path | None,
-    overwrite: bool,
-) -> None:
-    """Write results to a file and, with ``--json``, to standard output, and their verdicts as JUnit.
-
-    Raises:
-        UsageError: An output may not be replaced.
-        InputError: An output cannot be written.
-    """
-    from lora_diag.gating import show
-    from lora_diag.records import lines_of
-
-    if output is not None:
-        results.write(output, overwrite)
-    if junit is not None:
-        write_whole(junit, show.junit(verdicts), JUNIT, overwrite)
-    for text in lines_of(results.records()) if shown.json else ():
-        shown.print_line(text)
-
-
-def print_guarded(shown: Shown, text: str, github: bool) -> None:
-    """Print text, on GitHub so that it executes no workflow command: a layer's name may look like one."""
-    token = secrets.token_hex(16)
-    shown.print(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
-
-
-def annotate(shown: Shown, verdicts: Results[Any]) -> None:
-    """Print verdicts as annotations of GitHub, and append them to the step summary.
-
-    Raises:
-        InputError: The step summary cannot be written.
-    """
-    from lora_diag.gating.show import step_summary, workflow_commands
-
-    for command in workflow_commands(verdicts):
-        shown.print(command)
-    _append_step_summary(step_summary(verdicts))
 
 
 def run_init(shown: Shown, results: Sequence[str], *, output: Path | None, overwrite: bool) -> int:
@@ -195,7 +146,7 @@ def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], re
     return measure(base, tuned, adapters)
 
 
-def _append_step_summary(text: str) -> None:
+def append_step_summary(text: str) -> None:
     """Append to the step summary of GitHub Actions, if there is one.
 
     Raises:

@@ -1,15 +1,15 @@
 """``lint``: what will go wrong in training, before the first step; its declaration and options."""
 
 from collections.abc import Sequence
-from typing import Annotated, TypedDict
+from typing import Annotated
 
-from lora_diag.feature import Argument, Command, Feature
+from lora_diag.feature import Argument, Command, Feature, Hint
 from lora_diag.gating import VerdictOutputs
 from lora_diag.running.amounts import MAX_RATE
 from lora_diag.running.options import ADAPTER_DTYPE, INPUTS, RANK, STEPS, Option
 
 
-class LintOptions(TypedDict, total=False):
+class LintOptions(VerdictOutputs, total=False):
     """Options of ``lint``: they replace what CONFIG says, or stand for it."""
 
     method: Annotated[str | None, Option(None, "Train LoRA or all weights.", "lora|full", panel=INPUTS)]
@@ -20,13 +20,8 @@ class LintOptions(TypedDict, total=False):
     optimizer: Annotated[str | None, Option(None, "Optimizer, e.g. adamw.", "NAME", panel=INPUTS)]
     steps: Annotated[int | None, STEPS.by(None, help="Training steps, to simulate the path.", panel=INPUTS)]
     tokens: Annotated[str | int | None, Option(None, "Predicted tokens of the training data.", "N", panel=INPUTS)]
-    gpu_memory: Annotated[str | int | None, Option(None, "Memory of the GPU, e.g. 24GB.", "SIZE", panel=INPUTS)]
+    gpu_memory: Annotated[str | None, Option(None, "Memory of the GPU, e.g. 24GB.", "SIZE", panel=INPUTS)]
     servers: Annotated[Sequence[str], Option((), "Programs that must serve the adapter.", "NAME,...", panel=INPUTS)]
-
-
-class Failing(TypedDict, total=False):
-    """What fails."""
-
     fail_on: Annotated[str, Option("error", "Least severity that fails.", "error|warning|note")]
 
 
@@ -40,20 +35,19 @@ FEATURE = Feature(
             notes="CONFIG is an adapter's folder or adapter_config.json, a configuration of axolotl, LLaMA-Factory, "
             "TRL or torchtune, or a Trainer's training_args.bin. Exit codes: 0 clean, 1 findings, 3 unreadable.",
             examples=("lint train.yaml base/", "lint base/ --method full --lr 1e-6 --dtype bfloat16"),
-            run=".command:run_lint",
             arguments=(
                 Argument("config", "Training configuration or adapter; may be missing.", optional=True),
-                Argument(
-                    "base", "Base checkpoint: headers and sampled entries are read; or config.json.", optional=True
-                ),
+                Argument("base", "Base checkpoint, of which little is read; or its config.json.", optional=True),
             ),
-            options=(LintOptions, Failing, VerdictOutputs),
+            options=(LintOptions,),
             shows=("json", "quiet", "verbose"),
-            call=True,
+            hints=(Hint("plan {base}", "parameters and memory of each rank"),),
+            suggest=".show:suggest_next",
+            exit_code=".show:exit_code",
         ),
     ),
     records=(".record:Finding", ".record:StepShare"),
     functions=(".run:lint",),
     statements=".show:lint_lines",
-    grids=".show:lint_grids",
+    table=".show:lint_table",
 )

@@ -32,8 +32,8 @@ from lora_diag.errors import InputError, damaged, require
 from lora_diag.files import open_regular
 from lora_diag.running.fingerprint import legible
 
-# Bytes of a configuration, and values in it, where aliases of YAML count at each use.
-MAX_BYTES, MAX_VALUES = 1_000_000, 100_000
+# Bytes of a configuration, and aliases of YAML in it: 8 make it at most 18 times as large.
+MAX_BYTES, MAX_ALIASES = 1_000_000, 8
 TRAINING_ARGS = "training_args.bin"
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -115,32 +115,20 @@ def read_settings(path: Path) -> Settings:
         UsageError: It is YAML, and PyYAML is not installed.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        raise InputError(f"{path}: has no {CONFIG}; give a training configuration, or the folder of a PEFT adapter")
+        raise InputError(f"{path}: has no {CONFIG}; give a configuration or a PEFT adapter before BASE")
     if not path.is_dir():
         values = _read_values(path)
-        return READERS[_find_family(values, path)](path, values)
-    settings = READERS["peft"](path / CONFIG, _read_values(path / CONFIG))
+        reader = next((reader for reader, keys in READERS.values() if keys & values.keys()), None)
+        if reader is None:
+            fix = f"give one of {', '.join(READERS)}, or options such as --lr and --method"
+            raise damaged(path, "is not a training configuration that is known", fix)
+        return reader(path, values)
+    settings = _read_peft(path / CONFIG, _read_values(path / CONFIG))
     if not (path / TRAINING_ARGS).is_file():
         return settings
-    run = READERS["trl"](path / TRAINING_ARGS, _read_values(path / TRAINING_ARGS))
+    run = _read_trl(path / TRAINING_ARGS, _read_values(path / TRAINING_ARGS))
     same = {name: getattr(run, name) for name in ("lr", "optimizer", "beta2", "steps", "length")}
     return replace(settings, **same, keys={**run.keys, **settings.keys})
-
-
-def _find_family(values: Mapping[str, Any], path: Path) -> str:
-    """Return the trainer that a configuration is for, by keys that only it has."""
-    marks = {
-        "peft": {"peft_type"},
-        "torchtune": {"optimizer._component_", "model._component_"},
-        "llamafactory": {"finetuning_type", "lora_rank", "lora_target", "cutoff_len", "stage"},
-        "axolotl": {"base_model", "sequence_len", "micro_batch_size", "adapter"},
-        "trl": {"learning_rate", "use_peft", "lora_r", "per_device_train_batch_size", "model_name_or_path"},
-    }
-    family = next((name for name, keys in marks.items() if keys & values.keys()), None)
-    if family is None:
-        problem = "is not a training configuration that is known"
-        raise damaged(path, problem, f"give one of {', '.join(marks)}, or options such as --lr and --method")
-    return family
 
 
 def _read_values(path: Path) -> dict[str, Any]:
@@ -152,14 +140,10 @@ def _read_values(path: Path) -> dict[str, Any]:
         values = read_object(path, "training configuration", MAX_BYTES)
     else:
         values = _read_yaml(path)
-    values = {str(key): _plain(value) for key, value in values.items()}
-    inner = {f"{key}.{k}": v for key, value in values.items() if isinstance(value, dict) for k, v in value.items()}
-    return values | inner
-
-
-def _plain(value: Any) -> Any:
-    """Return a word of an ``enum`` in a pickle as text; any other value unchanged."""
-    return value.args[0] if isinstance(value, Record) and value.args and len(value.args) == 1 else value
+    # A word of an enum in a pickle is a record with one argument.
+    plain = {str(key): v.args[0] if isinstance(v, Record) and v.args else v for key, v in values.items()}
+    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
+    return plain | {f"{key}.{inner}": value for key, table in tables.items() for inner, value in table.items()}
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -176,8 +160,9 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
             text = file.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
             raise damaged(path, f"is larger than {MAX_BYTES:,} bytes, too large for a configuration", "check the path")
-        values = yaml.safe_load(text.decode("utf-8-sig"))
-        _count(values, [MAX_VALUES])
+        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
+            raise ValueError(f"more than {MAX_ALIASES} aliases, which can multiply its values without limit")
+        values = yaml.safe_load(text)
     except OSError as error:
         problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
         raise damaged(path, problem, "check the path") from error
@@ -187,20 +172,6 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise damaged(path, f"holds a {type(values).__name__}, not a table of settings", "give a configuration")
     return values
-
-
-def _count(value: Any, room: list[int]) -> None:
-    """Refuse a value with too many parts: nested aliases have any number in a few bytes.
-
-    Raises:
-        ValueError: There are more than ``room``.
-    """
-    room[0] -= 1
-    if room[0] < 0:
-        raise ValueError(f"more than {MAX_VALUES:,} values, by aliases")
-    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        _count(part, room)
 
 
 def _number(path: Path, key: str, value: Any) -> Any:
@@ -221,19 +192,14 @@ def _number(path: Path, key: str, value: Any) -> Any:
 def _read_common(family: str, path: Path, values: Mapping[str, Any], peft: Mapping[str, Any]) -> Settings:
     """Return the settings that every trainer has, and LoRA settings with the trainer's defaults."""
     keys = _KEYS | _OWN_KEYS.get(family, {})
-    found = {name: _number(path, key, values.get(key)) for name, key in keys.items() if name != "optimizer"}
     optimizer = values.get(keys["optimizer"])
+    found = {name: _number(path, key, values.get(key)) for name, key in keys.items() if name != "optimizer"}
+    found |= {"optimizer": name_optimizer(str(optimizer)) if optimizer else None}
+    found["steps"] = found["steps"] if (found["steps"] or 0) >= 1 else None  # a Trainer's default is -1
     given = {key: value for key, value in peft.items() if value is not None}
     defaults = {key: value for key, value in DEFAULTS.get(family, {}).items() if key not in given}
-    return Settings(
-        path,
-        family,
-        Config(path, {"peft_type": "LORA", **defaults, **given}),
-        optimizer=name_optimizer(str(optimizer)) if optimizer else None,
-        keys=keys,
-        defaults=frozenset(defaults),
-        **{**found, "steps": found["steps"] if (found["steps"] or 0) >= 1 else None},
-    )
+    config = Config(path, {"peft_type": "LORA", **defaults, **given})
+    return Settings(path, family, config, keys=keys, defaults=frozenset(defaults), **found)
 
 
 def name_optimizer(text: str) -> str:
@@ -304,19 +270,16 @@ def _read_torchtune(path: Path, values: Mapping[str, Any]) -> Settings:
     names = {"r": "model.lora_rank", "lora_alpha": "model.lora_alpha"}
     peft = {key: _number(path, name, values.get(name)) for key, name in names.items()}
     settings = _read_common("torchtune", path, values, {**peft, "target_modules": targets or None})
-    return replace(
-        settings,
-        method="lora" if peft["r"] else "full",
-        dtype=_DTYPES.get(str(values.get("dtype")), "float32"),
-        quantized="qlora" in str(values.get("model._component_")),
-        keys={**settings.keys, **names, "target_modules": "model.lora_attn_modules"},
-    )
+    keys = {**settings.keys, **names, "target_modules": "model.lora_attn_modules"}
+    quantized, dtype = "qlora" in str(values.get("model._component_")), _DTYPES.get(str(values.get("dtype")), "float32")
+    return replace(settings, method="lora" if peft["r"] else "full", dtype=dtype, quantized=quantized, keys=keys)
 
 
-READERS: dict[str, Callable[[Path, dict[str, Any]], Settings]] = {
-    "peft": _read_peft,
-    "axolotl": _read_axolotl,
-    "llamafactory": _read_llamafactory,
-    "trl": _read_trl,
-    "torchtune": _read_torchtune,
+# The readers by trainer, with keys of which each configuration has one; the first that fits is taken.
+READERS: dict[str, tuple[Callable[[Path, dict[str, Any]], Settings], set[str]]] = {
+    "peft": (_read_peft, {"peft_type"}),
+    "torchtune": (_read_torchtune, {"optimizer._component_", "model._component_"}),
+    "llamafactory": (_read_llamafactory, {"finetuning_type", "lora_rank", "lora_target", "cutoff_len", "stage"}),
+    "axolotl": (_read_axolotl, {"base_model", "sequence_len", "micro_batch_size", "adapter"}),
+    "trl": (_read_trl, {"learning_rate", "use_peft", "lora_r", "per_device_train_batch_size", "model_name_or_path"}),
 }

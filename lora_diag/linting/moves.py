@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.file_bytes import decode
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.linting.record import StepShare
 from lora_diag.records.names import module_type_of, type_order
@@ -53,34 +54,26 @@ def encode(values: Any, dtype: str) -> Codes:
     return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def decode(codes: Codes, dtype: str) -> NDArray[np.float32]:
-    """Return the numbers of codes of a 16-bit format."""
-    if dtype == "float16":
-        return codes.view(np.float16).astype(np.float32)
-    return (codes.astype(np.uint32) << 16).view(np.float32)
-
-
 def gap_tables(dtype: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return for every code the distance to its neighbour away from zero and towards zero; NaN if it is not finite."""
+    """Return for every code the distance to its neighbour away from zero and towards zero; inf if it is not finite."""
     bits, bias = FORMATS[dtype]
     codes = np.arange(1 << 16)
     mantissa, exponent = codes & ((1 << bits) - 1), (codes >> bits) & ((1 << (15 - bits)) - 1)
     up = np.ldexp(1.0, np.maximum(exponent, 1) - bias - bits)
-    up[exponent == (1 << (15 - bits)) - 1] = np.nan
+    up[exponent == (1 << (15 - bits)) - 1] = np.inf
     return up, np.where((mantissa == 0) & (exponent > 1), up / 2, up)
 
 
 def moving_table(dtype: str, step: float) -> NDArray[np.float64]:
-    """Return for every code the fraction of the two directions in which a step changes it; NaN if it is not finite.
+    """Return for every code the fraction of the two directions in which a step changes it; 0 if it is not finite.
 
     >>> table = moving_table("bfloat16", 2.0**-9)
     >>> [float(table[code]) for code in encode([1.0, 1.0078125, 0.25], "bfloat16")]
     [0.0, 0.0, 1.0]
     """
     odd = (np.arange(1 << 16) & 1).astype(bool)
-    gaps = gap_tables(dtype)
-    moves = [(step > gap / 2) | ((step == gap / 2) & odd) for gap in gaps]
-    return np.where(np.isnan(gaps[0]), np.nan, (moves[0] + moves[1].astype(float)) / 2)
+    up, down = ((step > gap / 2) | ((step == gap / 2) & odd) for gap in gap_tables(dtype))
+    return (up + down.astype(np.float64)) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +97,7 @@ class Sample:
 
     def mean(self, table: NDArray[np.float64]) -> tuple[float, float]:
         """Return the mean over entries of a value per code, and its standard error from the spread of the ranges."""
-        pairs = [(float(np.nanmean(table[codes])), len(codes)) for codes in self.ranges]
+        pairs = [(float(np.mean(table[codes])), len(codes)) for codes in self.ranges]
         mean = sum(value * size for value, size in pairs) / self.sampled
         if self.sampled == self.entries or len(pairs) < 2:
             return mean, 0.0
@@ -173,18 +166,15 @@ def simulate_path(samples: Sequence[Sample], dtype: str, lr: float, steps: int, 
         codes = np.concatenate(sample.ranges)
         parts.append(random.choice(codes, max(1, round(PATH_ENTRIES * sample.entries / total))))
     start = np.concatenate(parts)
-    start = start[np.isfinite(decode(start, dtype))]
+    start = start[np.isfinite(decode(start.view(np.uint8), dtype))]
     kept = {}
-    for name in ("one direction", "random signs"):
-        now, distance = start, np.zeros(len(start))
-        signs = random.choice([-1.0, 1.0], len(start)).astype(np.float32)
-        for _ in range(steps):
-            if name == "random signs":
-                signs = random.choice([-1.0, 1.0], len(start)).astype(np.float32)
-            now = encode(decode(now, dtype) + signs * np.float32(lr), dtype)
-            distance += signs
-        moved = (decode(now, dtype).astype(np.float64) - decode(start, dtype)) / lr
-        kept[name] = float(moved @ distance) / max(float(distance @ distance), 1.0)
+    for name, draws in (("one direction", 1), ("random signs", steps)):
+        signs = random.choice([-1.0, 1.0], (draws, len(start))).astype(np.float32)
+        now, path = start, signs.sum(axis=0, dtype=np.float64) * (steps / draws)
+        for step in range(steps):
+            now = encode(decode(now.view(np.uint8), dtype) + signs[step % draws] * np.float32(lr), dtype)
+        moved = (decode(now.view(np.uint8), dtype).astype(np.float64) - decode(start.view(np.uint8), dtype)) / lr
+        kept[name] = float(moved @ path) / max(float(path @ path), 1.0)
     return kept
 
 
@@ -205,6 +195,6 @@ def estimate_rounding(base: Checkpoint, factors: Mapping[str, Any], dtype: str) 
     for thin in factors.values():
         b, a = thin.read_b().astype(np.float64), thin.read_a().astype(np.float64)
         squares += thin.read_scale() ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
-    noise = gap_tables(dtype)[0] ** 2 / 12
+    noise = np.nan_to_num(gap_tables(dtype)[0], posinf=0.0) ** 2 / 12
     total = sum(sample.entries * sample.mean(noise)[0] for sample in sample_entries(base, list(factors), dtype))
     return math.sqrt(total / squares) if squares else 0.0

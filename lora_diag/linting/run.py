@@ -1,9 +1,10 @@
-"""``lint``: open what is given, judge every rule, and return the findings."""
+"""``lint``: open what is given, judge every rule, and return or write the findings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -14,10 +15,14 @@ from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.explanations.terms import remedy_of
+from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
+from lora_diag.gating.command import append_step_summary
+from lora_diag.gating.show import junit, step_summary
 from lora_diag.linting import LintOptions
 from lora_diag.linting.configs import SUFFIXES, TRAINING_ARGS, Settings, name_optimizer, read_settings
 from lora_diag.linting.record import SEVERITIES, Finding
-from lora_diag.linting.rules import MISSING, RULES, Facts, Rule
+from lora_diag.linting.rules import MISSING, RULES, Facts
+from lora_diag.linting.show import as_verdicts
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
 from lora_diag.running.amounts import read_bytes, read_count
@@ -51,6 +56,11 @@ def lint(
         tokens: Predicted tokens of the training data, such as ``"2M"``.
         gpu_memory: Memory of the GPU, such as ``"24GB"``.
         servers: Programs that will serve the adapter; their findings are then errors.
+        fail_on: Least severity of a finding that fails.
+        output: Results file to write.
+        junit: JUnit report to write.
+        github: Append to the step summary of GitHub Actions, and print annotations.
+        overwrite: Replace an existing output.
         **options: ``LintOptions``.
 
     Returns:
@@ -58,8 +68,8 @@ def lint(
         run name the rules that were judged, and what is missing to judge others.
 
     Raises:
-        UsageError: An option is invalid, nothing is given, or PyYAML is missing.
-        InputError: An input cannot be read.
+        UsageError: An option is invalid, nothing is given, PyYAML is missing, or an output may not be replaced.
+        InputError: An input cannot be read, or an output cannot be written.
 
     Example:
         >>> found = lint("sample_checkpoints/lora_r4", "sample_checkpoints/base", alpha=1)
@@ -69,10 +79,10 @@ def lint(
     arguments = fill_options(LintOptions, options)
     if unknown := [name for name in arguments["servers"] if name not in CONSUMERS]:
         raise UsageError(f"--servers {unknown[0]}: unknown program; give one of {', '.join(CONSUMERS)}")
-    tokens, memory = arguments["tokens"], arguments["gpu_memory"]
-    tokens = None if tokens is None else read_count(str(tokens), "--tokens")
-    if memory is not None:
-        memory = read_bytes(f"{memory}B" if isinstance(memory, int) else memory, "--gpu-memory")
+    tokens = read_count(str(given), "--tokens") if (given := arguments["tokens"]) is not None else None
+    memory = read_bytes(given, "--gpu-memory") if (given := arguments["gpu_memory"]) is not None else None
+    output, report, overwrite = arguments["output"], arguments["junit"], arguments["overwrite"]
+    check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
     config, base = _order_inputs(config, base)
     path = None if config is None else locate(as_path(config))
     settings = Settings(path or Path(), "options", Config(Path("options"), {}))
@@ -86,15 +96,18 @@ def lint(
     findings, judged, missing = _judge(facts)
     inputs = [] if config is None else [RunInput(role="config", path=legible(config), kind=settings.family, tensors=0)]
     inputs += [] if checkpoint is None else [describe("base", checkpoint)]
-    run = Run(
-        command="lint",
-        version=__version__,
-        inputs=tuple(inputs),
-        settings={"judged": judged, "not_judged": missing, "method": settings.method, "lr": settings.lr},
-        made=timestamp(),
-    )
+    own = {"judged": judged, "not_judged": missing, "fail_on": arguments["fail_on"], "lr": settings.lr}
+    run = Run(command="lint", version=__version__, inputs=tuple(inputs), settings=own, made=timestamp())
     end = End(layers=0, left_out=0, fro=None, base_fro=None)
-    return Results(run, (), (), end, (*findings, *(facts.shares if settings.method == "full" else ())))
+    shares = facts.steps[1] if settings.method == "full" and facts.steps else []
+    results = Results[Any](run, (), (), end, (*findings, *shares))
+    if output is not None:
+        results.write(output, overwrite)
+    if report is not None:
+        write_whole(report, junit(as_verdicts(results)), JUNIT, overwrite)
+    if arguments["github"]:
+        append_step_summary(step_summary(as_verdicts(results)))
+    return results
 
 
 def _order_inputs(config: Path | str | None, base: Path | str | None) -> tuple[Path | str | None, Path | str | None]:
@@ -108,10 +121,9 @@ def _order_inputs(config: Path | str | None, base: Path | str | None) -> tuple[P
     if config is None or base is not None:
         return config, base
     path = as_path(config)
-    is_config = path.name == TRAINING_ARGS or (path.suffix in SUFFIXES and path.name != "config.json")
-    if (is_config and not path.name.endswith(".index.json")) or is_adapter(locate(path)):
-        return config, None
-    return None, config
+    is_base = path.name == "config.json" or path.name.endswith(".index.json")
+    is_config = path.name == TRAINING_ARGS or (path.suffix in SUFFIXES and not is_base)
+    return (config, None) if is_config or is_adapter(locate(path)) else (None, config)
 
 
 def _is_weights(path: Path) -> bool:
@@ -126,13 +138,9 @@ def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     own |= {"optimizer": name_optimizer(given["optimizer"])} if "optimizer" in given else {}
     factors = {key: given[name] for name, key in _FACTORS.items() if name in given}
     flags = {_FACTORS.get(name, name): f"--{name}" for name in (*own, *_FACTORS) if name in given}
-    return replace(
-        settings,
-        **own,
-        peft=Config(settings.peft.path, {**settings.peft.values, **factors}),
-        keys={**settings.keys, **flags},
-        defaults=settings.defaults - factors.keys(),
-    )
+    peft = Config(settings.peft.path, {**settings.peft.values, **factors})
+    defaults = settings.defaults - factors.keys()
+    return replace(settings, **own, peft=peft, keys={**settings.keys, **flags}, defaults=defaults)
 
 
 def _open_saved(path: Path, facts: Facts) -> Facts:
@@ -142,41 +150,33 @@ def _open_saved(path: Path, facts: Facts) -> Facts:
         InputError: Its files cannot be read.
     """
     try:
-        adapter = open_adapter(path)
-    except InputError as error:
-        open_source(path)  # raises if the files are unreadable, and not only unlike the config
-        if facts.settings.method != "lora":
-            raise
-        return replace(facts, mismatch=str(error))
-    facts = replace(facts, adapter=adapter)
-    if facts.base is None or facts.entries is None:
-        return facts
-    try:
-        return replace(facts, pairing=pair_update(facts.base, adapter)[0])
+        facts = replace(facts, adapter=open_adapter(path), mismatch="")
+        if facts.adapter is None or facts.base is None or facts.entries is None:
+            return facts
+        return replace(facts, pairing=pair_update(facts.base, facts.adapter)[0])
     except (InputError, NothingComparedError) as error:
+        open_source(path)  # raises if the files are unreadable, and not only unlike the config
+        if facts.adapter is None and facts.settings.method != "lora":
+            raise
         return replace(facts, mismatch=str(error))
 
 
 def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
     """Return the findings, the rules that were judged, and what to give for those that were not."""
     findings, judged, missing = list[Finding](), list[str](), dict[str, str]()
-    for rule in RULES.values():
-        if rule.method and facts.settings.method is not None and rule.method != facts.settings.method:
+    for name, rule in RULES.items():
+        if rule.method and facts.settings.method not in {rule.method, None}:
             continue
-        lacking = [MISSING.get(name, f"--{name}") for name in rule.needs if getattr(facts, name) is None]
+        known = {need: getattr(facts, need) for need in signature(rule.check).parameters}
+        lacking = [MISSING.get(need, f"--{need}") for need, value in known.items() if value is None]
         lacking += ["--method"] if rule.method and facts.settings.method is None else []
         if lacking:
-            missing[rule.id] = lacking[0]
+            missing[name] = lacking[0]
             continue
-        judged.append(rule.id)
-        findings += _find(rule, facts)
+        judged.append(name)
+        fix, source = remedy_of(name)
+        for key, evidence, severity in rule.check(**known):
+            where, line = facts.settings.locate(key)
+            place = {"severity": severity or rule.severity, "where": where, "line": line}
+            findings.append(Finding(id=name, **place, evidence=evidence, fix=fix, source=source))
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), judged, missing
-
-
-def _find(rule: Rule, facts: Facts) -> Iterator[Finding]:
-    """Yield the findings of one rule."""
-    fix, source = remedy_of(rule.id)
-    for key, evidence, severity in rule.check(facts):
-        where, line = facts.settings.locate(key)
-        severity = severity or rule.severity
-        yield Finding(id=rule.id, severity=severity, where=where, line=line, evidence=evidence, fix=fix, source=source)

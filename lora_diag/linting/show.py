@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import shlex
+import secrets
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lora_diag.gating.record import Verdict
+from lora_diag.errors import DONE, GATE_FAILED
+from lora_diag.gating.record import Verdict, outcome
+from lora_diag.gating.show import workflow_commands
 from lora_diag.linting.record import SEVERITIES, Finding, StepShare
 from lora_diag.records import Results
 from lora_diag.rendering.statements import Level, Statement, is_verbose, make_statement
-from lora_diag.rendering.tables import Grid, grid_of
+from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import quantity, safe
 
+_CLEAN = "no finding"
+_FAILED, _WARNED = {"status": "failed", "severity": "error"}, {"status": "warned", "severity": "warning"}
 _LEVELS: Mapping[str, Level] = {"error": "failure", "warning": "warning", "note": "note"}
 
 
@@ -36,44 +40,49 @@ def lint_lines(results: Results[Any]) -> list[Statement]:
     return [*statements, *([make_statement("not_judged", "Not judged", *lines, priority=2)] if lines else [])]
 
 
-def suggest_next(results: Results[Any]) -> str | None:
-    """Return the next command: the explanation of the first finding, or without one the cost of other ranks."""
-    if findings := results.whole_of(Finding):
-        return f"loradiag explain {findings[0].id}   (why, and the source)"
-    bases = [item.path for item in results.run.inputs if item.role == "base"]
-    return f"{shlex.join(['loradiag', 'plan', *bases])}   (parameters and memory of each rank)" if bases else None
+def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> str | None:
+    """Return the next command: the explanation of the first finding; None without one."""
+    findings = results.whole_of(Finding)
+    return f"loradiag explain {findings[0].id}   (why, and the source)" if findings else None
 
 
-def lint_grids(results: Results[Any], per: str) -> list[Grid]:
-    """Return the table of moved entries by module type; none without ``-v``."""
-    shares = results.whole_of(StepShare)
-    if not shares or not is_verbose():
-        return []
-    return [grid_of(StepShare.shown, [(share.name, [share]) for share in shares], "module type")]
+def exit_code(results: Results[Any]) -> int:
+    """Return 1 if a finding is at or above ``fail_on``."""
+    return GATE_FAILED if outcome(as_verdicts(results).whole) == "failed" else DONE
 
 
-def as_verdicts(results: Results[Any], fail_on: str) -> Results[Any]:
+def lint_table(
+    results: Results[Any], width: int = 80, color: bool = False, next_command: str | None = None, github: bool = False
+) -> str:
+    """Return the findings for a terminal, with moved entries by module type if that is verbose.
+
+    Args:
+        results: A run of ``lint``.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+        next_command: The suggested next command, printed last; None without one.
+        github: Whether to add annotations of GitHub Actions.
+    """
+    rows = [(share.name, [share]) for share in results.whole_of(StepShare)] if is_verbose() else []
+    grids = [grid_of(StepShare.shown, rows, "module type")] if rows else []
+    text = grids_table(grids, lint_lines(results), width, color, next_command)
+    if not github:
+        return text
+    token = secrets.token_hex(16)  # what a file holds may look like a workflow command; GitHub executes none in between
+    return "\n".join([f"::stop-commands::{token}", text, f"::{token}::", *workflow_commands(as_verdicts(results))])
+
+
+def as_verdicts(results: Results[Any]) -> Results[Any]:
     """Return verdicts of a gate: findings at or above ``fail_on`` failed, others warned; other judged rules passed."""
-    failing, settings = SEVERITIES[: SEVERITIES.index(fail_on) + 1], results.run.settings
+    settings = results.run.settings
+    failing = SEVERITIES[: SEVERITIES.index(settings["fail_on"]) + 1]
     verdicts = []
     for item in results.whole_of(Finding):
-        fails = item.severity in failing
-        verdicts.append(
-            Verdict(
-                rule=item.id,
-                group=item.where,
-                measured=item.evidence,
-                allowed="no finding",
-                status="failed" if fails else "warned",
-                severity="error" if fails else "warning",
-                message=item.fix,
-                line=item.line,
-            )
-        )
+        state = _FAILED if item.severity in failing else _WARNED
+        place = {"group": item.where, "line": item.line, "measured": item.evidence, "message": item.fix}
+        verdicts.append(Verdict(rule=item.id, allowed=_CLEAN, **{**place, **state}))
     clean = [rule for rule in settings["judged"] if rule not in {verdict.rule for verdict in verdicts}]
-    verdicts += [Verdict(rule=rule, allowed="no finding", status="passed") for rule in clean]
-    verdicts += [
-        Verdict(rule=rule, allowed="no finding", status="not judged", message=f"give {need}")
-        for rule, need in settings["not_judged"].items()
-    ]
+    verdicts += [Verdict(rule=rule, allowed=_CLEAN, status="passed") for rule in clean]
+    for rule, need in settings["not_judged"].items():
+        verdicts.append(Verdict(rule=rule, allowed=_CLEAN, status="not judged", message=f"give {need}"))
     return Results(results.run, (), (), results.end, tuple(verdicts))

@@ -68,7 +68,6 @@ def test_junit_and_annotations_name_file_and_line(loradiag, inputs):
     suites = {suite.get("name"): suite for suite in root.findall("testsuite")}
     assert {name for name, suite in suites.items() if suite.get("failures") == "1"} == {"bf16-step"}
     assert suites["memory"].find("testcase/skipped") is not None
-    assert loradiag("lint", "bad.yaml", "--github", "--json").code == 2
 
 
 def test_every_rule_is_explained_by_one_section():

@@ -164,6 +164,11 @@ def test_severity_depends_on_numbers(case, rule, severity, bases, tmp_path):
     assert found[rule].severity == severity
 
 
+def test_invalid_pattern_is_located_at_its_key(bases, tmp_path):
+    found = find({"config": {**PEFT, "rank_pattern": ["q_proj"]}}, bases, tmp_path)
+    assert found["pattern-invalid"].where.endswith("rank_pattern")
+
+
 def test_pattern_of_exponential_time_is_found(bases, tmp_path, monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     found = find({"config": {**PEFT, "target_modules": r"(\w+\.?)+x"}}, bases, tmp_path)
@@ -180,7 +185,9 @@ def test_missing_facts_are_named_and_not_judged():
     settings = results.run.settings
     assert settings["not_judged"]["target-unmatched"] == "BASE"
     assert settings["not_judged"]["rank-rate"] == "--lr"
-    assert {*settings["judged"]} | {*settings["not_judged"]} == {r.id for r in RULES.values() if r.method != "full"}
+    assert {*settings["judged"]} | {*settings["not_judged"]} == {
+        name for name, rule in RULES.items() if rule.method != "full"
+    }
 
 
 def test_shapes_of_config_alone_suffice_for_targets(bases, tmp_path):

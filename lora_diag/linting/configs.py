@@ -100,8 +100,7 @@ class Settings:
         name = self.keys.get(key, key)
         if name.startswith("--"):
             return name, None
-        is_text = self.path.is_file() and self.path.suffix in SUFFIXES
-        lines = self.path.read_text("utf-8", "replace").splitlines() if is_text else []
+        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.suffix in SUFFIXES else []
         pattern = re.compile(rf"\s*[\"']?{re.escape(name.rpartition('.')[2])}[\"']?\s*:")
         line = next((number for number, text in enumerate(lines, 1) if pattern.match(text)), None)
         return f"{legible(self.path)}{f':{line}' if line else ''} {name}".rstrip(), line

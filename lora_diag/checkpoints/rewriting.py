@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.folder import open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
@@ -16,6 +16,9 @@ from lora_diag.files import write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+# Key of the recipe of a merge in the metadata of its file.
+RECIPE = "loradiag.merge"
 
 MODEL, MODEL_CONFIG = "model.safetensors", "config.json"
 
@@ -35,6 +38,18 @@ class Replacement:
     offset: int
     shape: tuple[int, ...]
     file: Path
+
+
+def read_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the recipe of a merge from the metadata of its file; empty without one, or with one that is damaged."""
+    for file in checkpoint.files:
+        try:
+            recipe = json.loads(file.metadata.get(RECIPE, "null"))
+        except ValueError:
+            continue
+        if isinstance(recipe, dict) and isinstance(recipe.get("updates"), list):
+            return recipe
+    return {}
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

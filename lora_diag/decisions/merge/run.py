@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Unpack
 from lora_diag.adapters.layouts import LAYOUTS, PEFT, check_layout
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, Replacement, write_changed
+from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, list_words, plan_tensors
 from lora_diag.decisions.extract.run import place_target, write_in_format
 from lora_diag.decisions.merge import METHODS, MergeOptions, MergeRunOptions, Method
@@ -32,9 +32,6 @@ from lora_diag.running.options import fill_options, show_options
 from lora_diag.running.updates import align_layers, list_unmeasured
 
 RECORDS = "merge.jsonl"
-
-# Key of the recipe in the metadata of the written file.
-RECIPE = "loradiag.merge"
 
 
 class MergeFolder(OutputFolder):
@@ -282,7 +279,7 @@ def _describe_inputs(compared: Sequence[Comparison]) -> list[RunInput]:
 def _write_recipe(results: Results[Merged], own: Mapping[str, Any], seed: int) -> str:
     """Return how a merge was made, as JSON for the metadata of its file."""
     base, *updates = results.run.inputs
-    names = ("method", "weights", "scale", "density")
+    names = ("method", "weights", "scale", "density", "rank", "energy")
     return json.dumps(
         {
             "version": results.run.version,

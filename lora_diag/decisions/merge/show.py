@@ -173,9 +173,9 @@ def _describe_collisions(results: Results[Merged]) -> Statement:
         return make_statement("collisions", "Collisions", text)
     names = {records[0].update: name for name, records in group_updates(results) if records}
     worst = [f"{short(r.layer)} ({names[r.update]} {percent(-(r.others or 0.0))})" for r in low[:3]]
-    layers = len({record.layer for record in low})
-    text = f"in {layers} of {quantity(len(select_layers(results.layers)))} the others remove part of an update"
-    return make_statement("collisions", "Collisions", f"{text}; most in {worst[0]}", f"then {', '.join(worst[1:])}")
+    layers = f"{len({r.layer for r in low})} of {quantity(len(select_layers(results.layers)))}"
+    text = f"in {layers} the others remove up to {percent(-(low[0].others or 0.0))} of an update"
+    return make_statement("collisions", "Collisions", text, f"most in {', '.join(worst)}")
 
 
 def _decimal(value: float) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lora_diag.adapters import Adapter
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.rewriting import read_recipe
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
 from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
@@ -27,6 +28,8 @@ from lora_diag.linalg.merge import Addend, Check, Rounding, Whole, stored_dtype,
 from lora_diag.linalg.methods import require_memory
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut, Results
+from lora_diag.running.fingerprint import legible
+from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import RunOptions, show_options
 
@@ -302,6 +305,7 @@ def verify_merge(
     assert updates.base is not None
     refused_merge = (Adapter, f"an adapter, not a merged checkpoint; the order is: {ORDER}")
     written = run.compare(updates.base, merged, "merged", refuse=refused_merge, **everything)
+    notes = _compare_recipes(updates, written)
     selected = selector(run.options["layers"], run.options["exclude"])
     tasks, unpaired = _align_layers(updates.pairing, written.pairing, merged, selected)
     return run.over(
@@ -310,10 +314,31 @@ def verify_merge(
         lambda task, settings: task.footprint,
         LayerSettings(),
         Pairing((), unpaired),
-        (*updates.inputs, written.inputs[-1]),
+        (*updates.inputs, written.inputs[-1].model_copy(update={"notes": (*written.inputs[-1].notes, *notes)})),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
+
+
+def _compare_recipes(updates: Comparison, written: Comparison) -> tuple[str, ...]:
+    """Return a note if ``loradiag merge`` made MERGED and the adapter from different inputs or settings.
+
+    Raises:
+        UsageError: It made MERGED from several updates, of which the adapter is one.
+    """
+    assert isinstance(updates.update, Adapter)
+    assert isinstance(written.update, Checkpoint)
+    recipe, other = read_recipe(written.update), read_recipe(updates.update.checkpoint)
+    if not recipe:
+        return ()
+    digests = [update.get("fingerprint") for update in recipe["updates"] if isinstance(update, dict)]
+    made = legible(f"the merge of {len(recipe['updates'])} updates with --method {recipe.get('method')}")
+    if not other and updates.inputs[-1].fingerprint in digests:
+        fix = "write the same merge as an adapter (loradiag merge without --checkpoint), and give it as ADAPTER"
+        raise UsageError(f"{written.update.path}: is {made}, not of this adapter alone; {fix}")
+    if recipe != other:
+        return (f"is {made}; ADAPTER is not the merge of the same updates and settings",)
+    return (f"is {made}, as ADAPTER",)
 
 
 def _measure_layer(task: faults.MergedLayer, settings: LayerSettings) -> Sequence[Merge | LeftOut]:

@@ -168,6 +168,26 @@ def test_checkpoint_is_base_plus_merge(loradiag, tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
+def test_verify_merge_accepts_written_checkpoint(loradiag, three, tmp_path):
+    """Against the adapter of the same merge; another merge fails, and one of several updates is refused."""
+    for method in ("mean", "sum"):
+        assert loradiag("merge", "base", "a", "b", "-o", method, "--method", method).code == 0
+    assert loradiag("merge", "base", "a", "b", "-o", "merged", "--checkpoint").code == 0
+    right = loradiag("verify-merge", "base", "mean", "merged")
+    assert right.code == 0, right.out
+    assert_names(right.out, "merge of 2 updates", "as ADAPTER")
+    wrong = loradiag("verify-merge", "base", "sum", "merged")
+    assert wrong.code == 1
+    assert_names(wrong.out, "not the merge of the same updates")
+    alone = loradiag("verify-merge", "base", "a", "merged")
+    assert alone.code == 2
+    assert_names(alone.err, "merged", "2 updates", "--checkpoint")
+    tensors = load_file(tmp_path / "merged" / "model.safetensors")
+    for damaged in ("[", '{"updates": 3}', '{"updates": [3]}'):
+        save_file(tensors, tmp_path / "merged" / "model.safetensors", {"loradiag.merge": damaged})
+        assert loradiag("verify-merge", "base", "mean", "merged").code == 0
+
+
 def test_opposite_updates_cancel(loradiag, tmp_path):
     """In one layer: it is said, and BASE stays; in all: nothing is written."""
     make_base(tmp_path / "base")

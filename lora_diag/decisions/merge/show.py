@@ -26,6 +26,7 @@ from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import (
     count,
     list_layers,
+    list_names,
     number,
     percent,
     quantity,
@@ -82,10 +83,7 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
         results: The records.
         output: Folder of the merge; None to leave out its name.
     """
-    missing = left_out(results)
-    skipped = make_statement(
-        missing.key, missing.label, *missing.lines, level=left_out_level(results, "rank_0"), priority=2
-    )
+    skipped = replace(left_out(results), level=left_out_level(results, "rank_0"))
     if not len(results):
         return summarize(results, skipped=skipped)
     return summarize(
@@ -95,6 +93,7 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
         _describe_kept(results),
         _describe_length(results),
         _describe_collisions(results),
+        _describe_lost(results),
         skipped=skipped,
     )
 
@@ -140,8 +139,6 @@ def _describe_kept(results: Results[Merged]) -> Statement:
     groups = [(name, records) for name, records in group_updates(results) if records]
     pooled = [(name, pooled_kept(records, "kept")) for name, records in groups]
     kept = sorted((value, name) for name, value in pooled if value is not None)
-    if not kept:
-        return make_statement("kept", "Kept", "")
     ends = dict.fromkeys(f"{_decimal(value)} ({name})" for value, name in (kept[0], kept[-1]))
     text = f"{' to '.join(ends)} of each update"
     for label, field in (("chance", "kept_random"), ("mean", "kept_mean")):
@@ -176,6 +173,13 @@ def _describe_collisions(results: Results[Merged]) -> Statement:
     layers = f"{len({r.layer for r in low})} of {quantity(len(select_layers(results.layers)))}"
     text = f"in {layers} the others remove up to {percent(-(low[0].others or 0.0))} of an update"
     return make_statement("collisions", "Collisions", text, f"most in {', '.join(worst)}")
+
+
+def _describe_lost(results: Results[Merged]) -> Statement:
+    """Warn of changed 1-D tensors that an adapter does not hold."""
+    lost = [item.layer for item in results.left_out if item.reason == "vector" and item.fro]
+    text = f"{quantity(len(lost), 'changed 1-D tensor')}: {list_names(lost)}; --checkpoint holds them" if lost else ""
+    return make_statement("lost", "Not included", text, level="warning")
 
 
 def _decimal(value: float) -> str:

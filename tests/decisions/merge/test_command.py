@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 from tests.messages import assert_names
 
 Q, UP, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.norm"
+SAMPLES = ROOT / "sample_checkpoints"
 SHAPES = {Q: (12, 16), UP: (20, 16)}
 
 
@@ -226,6 +227,15 @@ def test_colliding_layer_is_named(loradiag, tmp_path):
     ran = loradiag("merge", "base", "a", "b", "-o", "out")
     assert ran.code == 0
     assert re.search(r"Collisions +in 1 of 1 .*q_proj", ran.out, re.DOTALL)
+
+
+def test_trained_biases_outside_adapter_are_named(loradiag):
+    """A merged adapter has factors only: what else an update changes is not silently lost."""
+    pair = [SAMPLES / "full_ft", SAMPLES / "lora_r4"]
+    ran = loradiag("merge", SAMPLES / "base", *pair, "-o", "out", "--rank", "2", brief=True)
+    assert ran.code == 0, ran.err
+    assert "9 changed 1-D tensors" in ran.out
+    assert "--checkpoint" in ran.out
 
 
 REFUSED = [

@@ -124,18 +124,19 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
     records = select_compared(results)
     if not records:
         return summarize(results, make_statement("movement", "Movement", "none: no weight changed", priority=0))
-    whole = Whole.of(records)
+    is_dora = any("DoRA" in side.kind for side in results.run.inputs)
+    whole, rank = Whole.of(records), 1 if records[0].lens else 0
     return summarize(
         results,
         make_statement("movement", "Movement", _describe_movement(whole), priority=0),
-        make_statement("rounding", "Rounding", _describe_rounding(records), priority=0),
-        make_statement("above", "Above both", *_describe_excess(records), priority=0),
+        make_statement("rounding", "Rounding", _describe_rounding(records), priority=rank),
+        make_statement("lens", "Lens", *_describe_lens(records), priority=0),
+        make_statement("above", "Above both", *_describe_excess(records), priority=rank),
         make_statement("intruders", "Intruders", *_describe_intruders(records)),
         make_statement("rank", "Rank", _describe_rank(records)),
         make_statement("heads", "Heads", *_describe_heads(records)),
         make_statement("experts", "Experts", *_describe_experts(records)),
-        make_statement("lens", "Lens", *_describe_lens(records)),
-        make_statement("rows", "Row lengths", _describe_rows(records), priority=2),
+        make_statement("rows", "Row lengths", _describe_rows(records), priority=1 if is_dora else 2),
         make_statement("published", "Published", *_describe_published(whole), priority=2),
         make_statement("baselines", "Baselines", *_describe_baselines(records), priority=2),
         make_statement("angles", "Angles", _describe_angles(records), priority=2),
@@ -269,7 +270,8 @@ def _describe_lens(records: Sequence[Geometry]) -> list[str]:
         for p, record, each in found[:MOST_NAMED]
     ]
     level = f"p ≤ {LEVEL}, corrected for all tokens, directions and {quantity(len(looked))}"
-    return [f"{len(found)} of {quantity(len(seen), 'direction')} beyond chance ({level})", *lines]
+    lead = f"{len(found)} of {quantity(len(seen), 'direction')} beyond chance"
+    return [f"{lead}; {lines[0]}" if lines else f"{lead} ({level})", *lines[1:], level if lines else ""]
 
 
 def _list_words(direction: TokenDirection) -> str:

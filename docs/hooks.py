@@ -302,7 +302,9 @@ def rules_table() -> str:
         given = {"settings", "peft", "invalid", "mismatch", "servers"}
         needs = ", ".join(
             dict.fromkeys(
-                MISSING.get(need, f"--{need}") for need in signature(rule.check).parameters if need not in given
+                MISSING.get(need, f"--{need}".replace("_", "-"))
+                for need in signature(rule.check).parameters
+                if need not in given
             )
         )
         link = f"[`{name}`](../../lora_diag/explanations/findings.md#{name})"

@@ -13,6 +13,7 @@ References: Kingma and Ba 2015, section 2.1 (|Δ| ≲ lr); arXiv 2602.03839 (a b
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,16 +55,6 @@ def encode(values: Any, dtype: str) -> Codes:
     return ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
-def gap_tables(dtype: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return for every code the distance to its neighbour away from zero and towards zero; inf if it is not finite."""
-    bits, bias = FORMATS[dtype]
-    codes = np.arange(1 << 16)
-    mantissa, exponent = codes & ((1 << bits) - 1), (codes >> bits) & ((1 << (15 - bits)) - 1)
-    up = np.ldexp(1.0, np.maximum(exponent, 1) - bias - bits)
-    up[exponent == (1 << (15 - bits)) - 1] = np.inf
-    return up, np.where((mantissa == 0) & (exponent > 1), up / 2, up)
-
-
 def moving_table(dtype: str, step: float) -> NDArray[np.float64]:
     """Return for every code the fraction of the two directions in which a step changes it; 0 if it is not finite.
 
@@ -71,9 +62,14 @@ def moving_table(dtype: str, step: float) -> NDArray[np.float64]:
     >>> [float(table[code]) for code in encode([1.0, 1.0078125, 0.25], "bfloat16")]
     [0.0, 0.0, 1.0]
     """
-    odd = (np.arange(1 << 16) & 1).astype(bool)
-    up, down = ((step > gap / 2) | ((step == gap / 2) & odd) for gap in gap_tables(dtype))
-    return (up + down.astype(np.float64)) / 2
+    bits, bias = FORMATS[dtype]
+    codes = np.arange(1 << 16)
+    mantissa, exponent = codes & ((1 << bits) - 1), (codes >> bits) & ((1 << (15 - bits)) - 1)
+    gap = np.ldexp(1.0, np.maximum(exponent, 1) - bias - bits)  # to the neighbour away from zero
+    gap[exponent == (1 << (15 - bits)) - 1] = np.inf
+    gaps = gap, np.where((mantissa == 0) & (exponent > 1), gap / 2, gap)
+    up, down = ((step > gap / 2) | ((step == gap / 2) & (codes & 1 == 1)) for gap in gaps)
+    return np.asarray((up + down.astype(np.float64)) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +92,16 @@ class Sample:
         return sum(map(len, self.ranges))
 
     def mean(self, table: NDArray[np.float64]) -> tuple[float, float]:
-        """Return the mean over entries of a value per code, and its standard error from the spread of the ranges."""
+        """Return the mean over entries of a value per code, and its standard error.
+
+        The error is √(Σ(y_i − y_{i+1})² / 2(n − 1)n) over the means y of successive ranges, since each is a stratum
+        (Wolter 2007, Introduction to Variance Estimation, section 8.2); 0 if all entries were read.
+        """
         pairs = [(float(np.mean(table[codes])), len(codes)) for codes in self.ranges]
         mean = sum(value * size for value, size in pairs) / self.sampled
         if self.sampled == self.entries or len(pairs) < 2:
             return mean, 0.0
-        return mean, float(np.std([value for value, _ in pairs], ddof=1)) / math.sqrt(len(pairs))
+        return mean, math.sqrt(float(np.mean(np.diff([value for value, _ in pairs]) ** 2)) / 2 / len(pairs))
 
 
 def sample_entries(checkpoint: Checkpoint, names: Sequence[str], dtype: str, seed: int = 0) -> list[Sample]:
@@ -183,18 +183,24 @@ def share_of_uniform(bound: float, dtype: str, lr: float) -> float:
     return float(moving_table(dtype, lr)[encode(np.linspace(-bound, bound, 1 << 20), dtype)].mean())
 
 
-def estimate_rounding(base: Checkpoint, factors: Mapping[str, Any], dtype: str) -> float:
-    """Return √(Σu²/12)/‖ΔW‖ over sampled spacings u of BASE: the rounding error of a merge into its 16-bit format.
+def estimate_rounding(base: Checkpoint, factors: Mapping[str, Any], dtype: str, seed: int = 0) -> float:
+    """Return ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F of a merge, estimated from sampled entries of W.
+
+    Entries of ΔW are taken as normal, with the norm of ΔW in the module type, and independent of W.
 
     Args:
         base: BASE.
         factors: B, A and s of each adapted weight.
-        dtype: Dtype of these weights.
+        dtype: The 16-bit dtype of these weights, to which Q rounds.
+        seed: Seed of the entries of ΔW.
     """
-    squares = 0.0
-    for thin in factors.values():
+    squares = Counter[str]()
+    for layer, thin in factors.items():
         b, a = thin.read_b().astype(np.float64), thin.read_a().astype(np.float64)
-        squares += thin.read_scale() ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
-    noise = np.nan_to_num(gap_tables(dtype)[0], posinf=0.0) ** 2 / 12
-    total = sum(sample.entries * sample.mean(noise)[0] for sample in sample_entries(base, list(factors), dtype))
-    return math.sqrt(total / squares) if squares else 0.0
+        squares[module_type_of(layer)] += thin.read_scale() ** 2 * float(((b.T @ b) * (a @ a.T)).sum())
+    random, error = np.random.default_rng(seed), 0.0
+    for sample in sample_entries(base, list(factors), dtype, seed):
+        w = decode(np.concatenate(sample.ranges).view(np.uint8), dtype).astype(np.float64)
+        x = w + random.normal(0, math.sqrt(squares[sample.name] / sample.entries), len(w))
+        error += sample.entries * float(np.nanmean((decode(encode(x, dtype).view(np.uint8), dtype) - x) ** 2))
+    return math.sqrt(error / squares.total()) if squares.total() else 0.0

@@ -46,7 +46,7 @@ class StepShare(WholeRecord):
         dtype: The dtype, ``bfloat16`` or ``float16``.
         lr: Size of the step: the learning rate, as in Adam's first step.
         moved: Fraction of the entries that change, as the mean of both directions.
-        error: Standard error of ``moved``, from the spread between the sampled ranges; 0 if all entries were read.
+        error: Standard error of ``moved``, from differences of successive sampled ranges; 0 if all entries were read.
         entries: Number of entries.
         sampled: Number of sampled entries.
     """

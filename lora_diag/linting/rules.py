@@ -71,7 +71,7 @@ class Facts:
         pairing: Its ΔW in BASE; None without both.
         mismatch: Why the saved adapter does not fit its config or BASE; empty if it does, None without one.
         tokens: Predicted tokens of the training data.
-        memory: Bytes of the GPU.
+        gpu_memory: Bytes of the GPU.
         servers: Names of programs that will serve the adapter; empty for the usual ones.
     """
 
@@ -81,7 +81,7 @@ class Facts:
     pairing: Pairing | None = None
     mismatch: str | None = None
     tokens: int | None = None
-    memory: int | None = None
+    gpu_memory: int | None = None
     servers: Sequence[str] = ()
 
     @property
@@ -220,7 +220,6 @@ MISSING = {
     **dict.fromkeys(("entries", "steps"), "BASE with its weights, --lr and --dtype"),
     **dict.fromkeys(("mismatch", "adapter", "pairing"), "an adapter and BASE"),
     "scaling": "--rank and --alpha",
-    "memory": "--gpu-memory",
 }
 
 RULES: dict[str, Rule] = {}
@@ -394,15 +393,15 @@ def check_capacity(tokens: int, targeted: Targeted, params: int) -> Iterator[Pro
 
 
 @rule("memory", "error")
-def check_memory(memory: int, base: Checkpoint, params: int, dtype: str, settings: Settings) -> Iterator[Problem]:
+def check_memory(gpu_memory: int, base: Checkpoint, params: int, dtype: str, settings: Settings) -> Iterator[Problem]:
     """Find weights, gradients and optimizer state that exceed the GPU's memory; a lower bound."""
     optimizer = settings.optimizer if settings.optimizer in STATE else "sgd"
     trained = math.ceil(params * Training(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param)
     entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries
-    if trained + frozen > memory:
+    if trained + frozen > gpu_memory:
         text = f"{byte_count(trained)} trained ({optimizer}, {dtype}) and {byte_count(frozen)} frozen"
-        yield Problem("memory", f"{text} exceed {byte_count(memory)}")
+        yield Problem("memory", f"{text} exceed {byte_count(gpu_memory)}")
 
 
 @rule("length", "warning")
@@ -439,7 +438,7 @@ def _describe_service(consumer: Consumer, contents: Contents) -> str:
 
 @rule("merge-storage", "warning")
 def check_merge(pairing: Pairing, base: Checkpoint, entries: list[str]) -> Iterator[Problem]:
-    """Find updates that a merge into BASE's dtype rounds away: √(Σu²/12)/‖ΔW‖ over the spacings u of its entries."""
+    """Find updates that a merge into BASE's dtype rounds away, by the rule of ``plan-merge`` on sampled entries."""
     factors = {delta.layer: getattr(delta, "thin", None) for delta in pairing.deltas}
     dtypes = {base[name].dtype if name in entries else "" for name in factors}
     if all(factors.values()) and len(dtypes) == 1 and dtypes <= {*SIXTEEN_BITS}:

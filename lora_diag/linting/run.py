@@ -90,7 +90,7 @@ def lint(
         settings = replace(settings, family="adapter", method="lora") if _is_weights(path) else read_settings(path)
     settings = _apply_options(settings, arguments)
     checkpoint = None if base is None else open_headers(base)
-    facts = Facts(settings, checkpoint, tokens=tokens, memory=memory, servers=arguments["servers"])
+    facts = Facts(settings, checkpoint, tokens=tokens, gpu_memory=memory, servers=arguments["servers"])
     if path is not None and (_is_weights(path) or any((path / name).is_file() for name in ADAPTER_WEIGHTS)):
         facts = _open_saved(path, facts)
     findings, judged, missing = _judge(facts)
@@ -168,7 +168,7 @@ def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
         if rule.method and facts.settings.method not in {rule.method, None}:
             continue
         known = {need: getattr(facts, need) for need in signature(rule.check).parameters}
-        lacking = [MISSING.get(need, f"--{need}") for need, value in known.items() if value is None]
+        lacking = [MISSING.get(need, f"--{need}".replace("_", "-")) for need, value in known.items() if value is None]
         lacking += ["--method"] if rule.method and facts.settings.method is None else []
         if lacking:
             missing[name] = lacking[0]

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr, ndtri, stdtr, stdtrit
+from scipy.special import fdtrc, ndtr, ndtri, stdtr, stdtrit
 
 Array = NDArray[np.float64]
 
@@ -232,6 +232,58 @@ def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
     freedom = sum(len(group) - 1 for group in groups)
     spread = math.fsum((value - math.fsum(group) / len(group)) ** 2 for group in groups for value in group)
     return (spread / freedom if freedom else 0.0), freedom
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A straight line through losses of runs that are paired by seed.
+
+    Args:
+        slope: Change of the loss per unit of x, with its standard error from the residuals.
+        spread: Standard deviation of the residuals.
+        lack: p-value of the F test of the residuals against the spread of runs at the same x: small where the line
+            does not fit; None without such a spread.
+    """
+
+    slope: Estimate
+    spread: float
+    lack: float | None
+
+
+def fit_line(xs: Sequence[float], cells: Sequence[Mapping[int, float]]) -> Line | None:
+    """Fit loss = seed + slope·x + error by least squares; None for fewer than three x, or without degrees of freedom.
+
+    Args:
+        xs: x of each cell.
+        cells: Losses by seed at each x; seeds may be missing.
+
+    Reference: Draper and Smith 1998, Applied Regression Analysis, section 2.1 (lack of fit).
+
+    Example:
+        >>> found = fit_line([0.0, 1.0, 2.0], [{0: 3.0, 1: 4.0}, {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}])
+        >>> round(found.slope.value, 6), found.slope.freedom
+        (-1.0, 3)
+    """
+    seeds = {seed: i for i, seed in enumerate(dict.fromkeys(seed for cell in cells for seed in cell))}
+    runs = [(x, seeds[seed], loss) for x, cell in zip(xs, cells, strict=True) for seed, loss in cell.items()]
+    freedom = len(runs) - len(seeds) - 1
+    if len(set(xs)) < 3 or freedom < 1:
+        return None
+    design = np.zeros((len(runs), len(seeds) + 1))
+    for row, (x, seed, _) in enumerate(runs):
+        design[row, 0] = x
+        design[row, 1 + seed] = 1.0
+    losses = np.array([loss for _, _, loss in runs])
+    fitted, _, rank, _ = np.linalg.lstsq(design, losses, rcond=None)
+    if rank < design.shape[1]:
+        return None
+    squares = float(((losses - design @ fitted) ** 2).sum())
+    error = math.sqrt(squares / freedom * float(np.linalg.inv(design.T @ design)[0, 0]))
+    pure, pure_freedom = blocked_variance(cells)
+    lack, extra = None, freedom - pure_freedom
+    if pure > 0 and pure_freedom and extra > 0:
+        lack = float(fdtrc(extra, pure_freedom, max(0.0, squares - pure * pure_freedom) / extra / pure))
+    return Line(Estimate(float(fitted[0]), error, freedom), math.sqrt(squares / freedom), lack)
 
 
 def welch_error(first: tuple[float, float], second: tuple[float, float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ Only one layer's ΔW and its decomposition are in memory at a time. Between rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,19 +90,21 @@ class Swapped:
         for layer in self._deltas:
             self._check(layer)
 
-    def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
+    def arrange(self, ranks: Mapping[str, int], others: int = 0, match_norm: bool = False) -> None:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0.
 
         Args:
             ranks: r by layer: ``FULL``, 0 to ``max_rank``, or at least min(out, in), which is the same as ``FULL``.
             others: r of layers that are not named.
+            match_norm: Whether every ΔW_r is lengthened to the norm of ΔW.
 
         Raises:
             InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer in self._deltas:
             rank = ranks.get(layer, others)
-            self._set(layer, (FULL if rank >= min(self._deltas[layer].shape) else rank, 1.0))
+            rank = FULL if rank >= min(self._deltas[layer].shape) else rank
+            self._set(layer, (rank, self._lengthening(layer, rank) if match_norm and rank > 0 else 1.0))
 
     def scale(self, strengths: Mapping[str, float], others: float) -> None:
         """Set every layer to W_0 + t·ΔW; for t = 1 it has TUNED's values, for t = 0 those of BASE.
@@ -148,6 +151,12 @@ class Swapped:
             kept += float(leading.squares[:rank].sum())
             total += leading.energy
         return min(1.0, kept / total) if total else None
+
+    def _lengthening(self, layer: str, rank: int) -> float:
+        """Return ‖ΔW‖ / ‖ΔW_r‖ of one layer for r ≥ 1; 1 for a zero update."""
+        leading = self._decompose_layer(layer)
+        kept = float(leading.squares[:rank].sum())
+        return math.sqrt(leading.energy / kept) if kept else 1.0
 
     def _put(self, layer: str, rank: int, strength: float) -> None:
         """Write W_0 + t·ΔW_r of one layer; for ``FULL`` and t = 1, TUNED's values if they are stored."""

@@ -29,6 +29,7 @@ class Probe(WholeRecord):
         layer: The layer that was truncated alone; null for all together.
         module_type: The module type that was truncated alone; null for all types together.
         rank: r; null if not applicable.
+        match_norm: Whether a truncated update is lengthened to the norm of ΔW, (‖ΔW‖/‖ΔW_r‖)·ΔW_r in each layer.
         lr: Peak learning rate of a sweep's run; null otherwise.
         seed: Seed of the run: of a sweep's factors; otherwise informational only.
         tokens: Number of predictions in the mean loss.
@@ -54,13 +55,15 @@ class Probe(WholeRecord):
         kl_base_error: Standard error of ``kl_base``, likewise.
         confident: Fraction of the predictions whose label has a probability above 1/2.
         train_loss: Mean loss over the last tenth of a sweep's steps.
-        nll: For ``outputs``, ``checkpoints`` and ``sweep``: summed negative log-likelihood of each sequence, in nats to
-            6 decimals, by which any two models can be paired; empty elsewhere.
+        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, by which any two models can be
+            paired; empty without a finite loss, and for ``truncation`` without ``--match-norm``.
         predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
         sequences: Number of sequences, for ``truncation``; null elsewhere, where ``nll`` has it.
     """
 
-    key: ClassVar[tuple[str, ...]] = ("probe", "set", "subject", "name", "layer", "module_type", "rank", "lr", "seed")
+    key: ClassVar[tuple[str, ...]] = (
+        *("probe", "set", "subject", "name", "layer", "module_type", "rank", "match_norm", "lr", "seed"),
+    )
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
         Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False),
@@ -150,6 +153,7 @@ class Probe(WholeRecord):
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
     sequences: Count | None = None
+    match_norm: bool = False
 
     @property
     def to_tuned(self) -> float | None:

@@ -162,6 +162,7 @@ LABELS = Option("data", "Labels of the loss: those of the text, or sampled from 
 SEED = Option(0, "Seed of all random numbers.", "N", least=0, most=2**63 - 1)
 # Weights that get an adapter: by default all matrices except embeddings, head and routers.
 TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
+MATCH_NORM = Option(False, "Lengthen ΔW_r to the norm of ΔW: (‖ΔW‖/‖ΔW_r‖)·ΔW_r; a probe measures both.")
 PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
 EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)

@@ -14,6 +14,7 @@ from lora_diag.metrics.statistics import (
     MAX_RUNS,
     Estimate,
     blocked_variance,
+    fit_line,
     p_value,
     runs_needed,
     spearman,
@@ -140,3 +141,30 @@ def test_planned_runs_have_power_80_percent():
 
 def test_estimate_without_error_is_sure():
     assert [Estimate(1.0, 0.0, 3).confidence_below(limit) for limit in (0.5, 1.0, 2.0)] == [0.0, 0.5, 1.0]
+
+
+def test_fitted_line_equals_scipy_and_removes_seeds():
+    random = np.random.default_rng(0)
+    x, y = np.arange(5.0), random.standard_normal(5)
+    truth = stats.linregress(x, y)
+    found = fit_line(x, [{0: loss} for loss in y])
+    assert (found.slope.value, found.slope.error) == pytest.approx((truth.slope, truth.stderr))
+    assert (found.slope.freedom, found.lack) == (3, None)
+    cells = [{seed: y[i] + 10 * seed + 0.1 * random.standard_normal() for seed in range(3)} for i in range(5)]
+    shifted = [{seed: loss - 10 * seed for seed, loss in cell.items()} for cell in cells]
+    mean = [np.mean([*cell.values()]) for cell in shifted]
+    assert fit_line(x, cells).slope.value == pytest.approx(stats.linregress(x, mean).slope)
+    assert fit_line(x[:2], cells[:2]) is None
+    assert fit_line(x[:3], [{0: 1.0}, {1: 2.0}, {2: 3.0}]) is None  # no seed has two ranks
+
+
+def test_lack_of_fit_is_uniform_for_lines_and_small_for_curves():
+    random, x = np.random.default_rng(1), np.arange(5.0)
+
+    def lack(curve):
+        cells = [{seed: -value + curve * value**2 + random.standard_normal() for seed in range(3)} for value in x]
+        return fit_line(x, cells).lack
+
+    share = np.mean([lack(0.0) < 0.05 for _ in range(400)])
+    assert 0.02 <= share <= 0.09
+    assert np.mean([lack(1.0) < 0.05 for _ in range(50)]) > 0.9

@@ -29,6 +29,7 @@ class ExtractOptions(FolderOptions, total=False):
             "list", "Tensors without factors: list them, or store them in full.", "list|save", ("--unfactored",), OUTPUT
         ),
     ]
+    match_norm: Annotated[bool, options.MATCH_NORM]
     portable: Annotated[bool, options.PORTABLE]
     format: Annotated[
         str, Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)

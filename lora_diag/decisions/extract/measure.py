@@ -145,11 +145,13 @@ class ExtractionSettings(LayerSettings):
         dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         recover: Whether to factor the estimated update before rounding where its directions are significant.
+        match_norm: Whether to lengthen B·A to the norm of ΔW.
     """
 
     dtype: str = "float32"
     split: Literal["both", "b"] = "both"
     recover: bool = False
+    match_norm: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +239,10 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     if weighted is not None:
         factors = _project(change, best, rank, weighted)
         plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
-    curve = _compute_curve(plain, rank)
+    curve, lengthened = _compute_curve(plain, rank), None
+    if settings.match_norm:
+        lengthened = plain.fro / float(torch.linalg.vector_norm(factors.s[:rank]))
+        factors = replace(factors, s=factors.s * lengthened)
     parts = split_factors(factors, rank, layer.transposed, settings.split)
     b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
@@ -256,6 +261,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         energy_error=plain.energy_error,
         epsilon=_compute_gap(change, b.to(device), a.to(device), layer.shape) / plain.fro,
         epsilon_min=math.sqrt(1 - float(curve[-1])),
+        lengthened=lengthened,
         fro=plain.fro,
         base_fro=change.base_fro,
         dtype=settings.dtype,

@@ -70,6 +70,8 @@ class Extraction(LayerRecord):
         energy_error: Bound on the error of ``kept``.
         epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the stored factors in their dtype.
         epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), up to ``energy_error``.
+        lengthened: ‖ΔW‖_F / ‖ΔW_r‖_F, by which the factors are multiplied (``--match-norm``); ``epsilon`` is then above
+            ``epsilon_min``. Null if they are not.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F; null for an update given by factors, for which W_base is not read.
         dtype: Dtype of the stored factors.
@@ -162,6 +164,7 @@ class Extraction(LayerRecord):
     data: OnData | None = None
     hidden: Hidden | None = None
     blocks: Count | None = None
+    lengthened: Ratio | None = None
 
     @property
     def estimated(self) -> bool:

@@ -66,6 +66,7 @@ def extract(
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
             directions are significant, see ``recover``; the other layers as without this option.
+        match_norm: Write (‖ΔW‖/‖ΔW_r‖)·ΔW_r instead of ΔW_r in every layer: the same directions, at the length of ΔW.
         activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
             then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
             ``params`` and ``signal`` refer to that metric. Layers without C are factored as without this option.
@@ -107,13 +108,15 @@ def extract(
     arguments = fill_options(ExtractOptions, options)
     activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
     split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
-    form, recover = arguments["format"], arguments["recover"]
+    form, recover, match_norm = (arguments[name] for name in ("format", "recover", "match_norm"))
     base, tuned = as_path(base), as_path(tuned)
     folder = OutputFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
     rank_name, rank_value = read_rank_option(arguments)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:
         raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
+    if match_norm and activations is not None:
+        raise UsageError("--match-norm: matches the norm of the weights; remove it or --activations")
     if kfac and activations is None:
         raise UsageError(NEEDS_ACTIVATIONS)
     rate = None if sweep is None else swept_rate(sweep)
@@ -167,7 +170,8 @@ def extract(
             raise _make_no_factors_error(tuned, results)
         name = base_name or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
-            write_in_format(planned, folder, results, results.left_out, files, name, form)
+            metadata = {"loradiag.match_norm": "B·A = (‖ΔW‖/‖ΔW_r‖)·ΔW_r"} if match_norm else None
+            write_in_format(planned, folder, results, results.left_out, files, name, form, metadata)
         words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
         command = [*words, *rank_words]
         command += list_words(ExtractOptions, results.run, "allocation", "params", "energy", "rank")
@@ -181,7 +185,7 @@ def extract(
         tasks,
         partial(_extract_layer, files=files),
         estimate_bytes,
-        run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover),
+        run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover, match_norm=match_norm),
         planned.measure_left_out,
         (
             *other_inputs,
@@ -196,6 +200,7 @@ def extract(
             **({"portable": True} if portable else {}),
             **({"format": form} if form != PEFT else {}),
             **({"recover": True} if recover else {}),
+            **({"match_norm": True} if match_norm else {}),
             **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
         },
         recorded=RECORDED if moments is None else (*RECORDED, "metric"),

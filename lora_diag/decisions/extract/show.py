@@ -67,6 +67,7 @@ def extraction_card(results: Results[Extraction], base_name: str, command: str, 
         f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a distance of "
         f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the factors in the file); "
         f"the lower bound for adapters of these ranks is {number(pooled(results.layers, 'least_epsilon'))}.",
+        f"It is {length}." if (length := _describe_length(results)) else "",
         f"**Part of it is an estimate**: {estimate}." if (estimate := _describe_estimate(results)) else "",
         "\n".join(_describe_errors_on_data(results) if weighted else ()),
         "\n".join(table),
@@ -137,7 +138,16 @@ def _describe_errors(results: Results[Extraction]) -> list[str]:
     kept = f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights is kept (ε = {epsilon}"
     if any(record.data for record in results):
         return [f"{kept})", *_describe_errors_on_data(results)]
-    return [f"{kept}; lower bound for these ranks {floor})"]
+    return [f"{kept}; lower bound for these ranks {floor})", _describe_length(results)]
+
+
+def _describe_length(results: Results[Extraction]) -> str:
+    """State that the factors are not the nearest update of their rank, but lengthened; empty if they are not."""
+    factors = [record.lengthened for record in results if record.lengthened is not None]
+    if not factors:
+        return ""
+    text = f"lengthened to ‖ΔW‖, {min(factors):.3g} to {max(factors):.3g} times"
+    return f"{text}: not the nearest update of this rank, which has ε = {number(pooled(results.layers, 'epsilon_min'))}"
 
 
 def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:

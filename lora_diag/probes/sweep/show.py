@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diag.feature import Hint
+from lora_diag.metrics.statistics import LEVEL, errors_needed, fit_line
 from lora_diag.probes.sweep import verdict as judging
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
@@ -32,6 +34,7 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
             make_statement(f"to_{one}", f"To {judging.LINES[one]}", *_compare_with(one, judged))
             for one in judging.LINES
         ),
+        make_statement("fit", "Fit", *(line for swept in judged for line in _describe_fit(swept, len(judged) > 1))),
         make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
         reading=_READING + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
     )
@@ -66,6 +69,24 @@ def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator
         means = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
         one_run = f"; {line} is one run" if found.fixed else ""
         yield f"{where}{answer}; {means} ({with_limits(found.gap, found.half)}){one_run}"
+
+
+def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
+    """Yield the slope of the losses over log₂ r with its interval, or that it explains nothing; from three ranks."""
+    rows = [row for row in swept.rows if row.rank]
+    line = fit_line([math.log2(row.rank or 1) for row in rows], [row.runs for row in rows])
+    if line is None:
+        return
+    half = errors_needed(line.slope.freedom) * line.slope.error
+    slope = f"{with_limits(line.slope.value, half)} nats per doubling of r"
+    if abs(line.slope.value) <= half:
+        answer = f"explains nothing: {slope} is not significant"
+    elif line.lack is not None and line.lack < 1 - LEVEL:
+        answer = f"no straight line in log₂ r: residuals of {number(line.spread)} exceed the spread of seeds ({slope})"
+    else:
+        answer = slope
+    where = f"on {short(swept.set)}: " if name_set else ""
+    yield f"{where}{answer}; within r={rows[0].rank} to {rows[-1].rank} and these steps only"
 
 
 def _make_grid(swept: judging.Swept) -> Grid:

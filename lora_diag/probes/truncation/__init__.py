@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import GRANULARITY, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
+from lora_diag.running.options import GRANULARITY, MATCH_NORM, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
 
 
 class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe truncation``."""
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
+    match_norm: Annotated[bool, MATCH_NORM]
     per: Annotated[str, GRANULARITY]
     rest: Annotated[
         str,

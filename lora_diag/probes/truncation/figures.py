@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +30,7 @@ def make_alone_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     Raises:
         UndrawableError: No layer or type was truncated alone, or the requested rank was not measured.
     """
+    series = [replace(item, records=tuple(r for r in item.records if not r.match_norm)) for item in series]
     records = [record for item in series for record in item.records if name_part(record)]
     ranks = sorted({record.rank for record in records if record.rank is not None})
     if not ranks:
@@ -65,7 +67,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         UndrawableError: No rank was measured with all layers truncated.
     """
     # All layers truncated together, BASE and TUNED.
-    runs = [[r for r in item.records if r.layer is None and r.module_type is None] for item in series]
+    runs = [[r for r in item.records if not name_part(r) and not r.match_norm] for item in series]
     if not any(record.subject == "truncated" for records in runs for record in records):
         raise UndrawableError("no rank was measured with all layers truncated (--granularity all)")
     single, width = len(series) == 1, style.line

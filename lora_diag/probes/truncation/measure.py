@@ -36,6 +36,7 @@ class Cell:
         layers: The truncated layers.
         layer: The layer that is truncated alone; None otherwise.
         module_type: The module type that is truncated alone; None otherwise.
+        match_norm: Whether ΔW_r is lengthened to the norm of ΔW in every truncated layer.
     """
 
     subject: Subject
@@ -43,11 +44,12 @@ class Cell:
     layers: tuple[str, ...] = ()
     layer: str | None = None
     module_type: str | None = None
+    match_norm: bool = False
 
     @property
     def fields(self) -> dict[str, Any]:
         """Fields that identify the records of the configuration."""
-        return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type")}
+        return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type", "match_norm")}
 
     @property
     def label(self) -> str:
@@ -59,13 +61,16 @@ class Cell:
 BASE, TUNED = Cell("base"), Cell("tuned")
 
 
-def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str) -> list[Cell]:
+def cells_of(
+    chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: str, match_norm: bool = False
+) -> list[Cell]:
     """Return the truncations to measure, by layer or type, then by rank, without BASE and TUNED.
 
     Args:
         chosen: Shapes of the layers that are truncated.
         ranks: Ranks, ascending; those that truncate nothing are skipped.
         per: ``all``, ``layer`` or ``type``.
+        match_norm: Whether each truncation above rank 0 is followed by that with the norm of ΔW.
     """
     cells: list[Cell] = []
     groups: dict[str, list[str]] = {}
@@ -74,7 +79,13 @@ def cells_of(chosen: Mapping[str, tuple[int, int]], ranks: Sequence[int], per: s
     for name, layers in groups.items():
         largest = max(min(chosen[layer]) for layer in layers)
         alone = {"layer": name if per == "layer" else None, "module_type": name if per == "type" else None}
-        cells += [Cell("truncated", rank, tuple(layers), **alone) for rank in ranks if rank < largest]
+        lengths = (False, True) if match_norm else (False,)
+        cells += [
+            Cell("truncated", rank, tuple(layers), match_norm=matched, **alone)
+            for rank in ranks
+            for matched in (lengths if rank else (False,))
+            if rank < largest
+        ]
     return cells
 
 
@@ -105,7 +116,7 @@ def measure_truncations(
     """
 
     def measure_cell(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
-        swapped.arrange(ranks, others)
+        swapped.arrange(ranks, others, cell.match_norm)
         return {text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label)) for text_set in texts}
 
     def records_of(cell: Cell, by_set: Mapping[str, Losses], energy: float | None = None) -> Iterator[Probe]:
@@ -118,6 +129,7 @@ def measure_truncations(
                 **losses.on(text_set),
                 **cell.fields,
                 sequences=len(losses.sums),
+                **(losses.by_sequence(is_base=cell is BASE) if any(one.match_norm for one in cells) else {}),
                 loss=losses.mean,
                 gap=gap,
                 gap_error=error,
@@ -147,6 +159,8 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
+        match_norm: Also measure (‖ΔW‖/‖ΔW_r‖)·ΔW_r in every layer: its distance from ΔW_r is the loss of length, the
+            rest of the gap to TUNED the loss of direction.
         per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
             TUNED.
         rest: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the matrices only.
@@ -172,12 +186,13 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    per, rest, ranks = run.options.per, run.options.rest, list(check_ranks(run.options.ranks, 0))
+    per, rest, match_norm = run.options.per, run.options.rest, run.options.match_norm
+    ranks = list(check_ranks(run.options.ranks, 0))
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
-    cells = cells_of(chosen, ranks, per)
+    cells = cells_of(chosen, ranks, per, match_norm)
     model = run.open(base)
     texts = run.read_sets()
     swapped = Swapped(model, deltas, ranks[-1])
@@ -193,4 +208,5 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         return left_out(compared.pairing, swapped.absent)
 
     settings = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
+    settings |= {"match_norm": True} if match_norm else {}
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

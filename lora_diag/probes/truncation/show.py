@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any
 
 from lora_diag.feature import Hint
+from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import describe_losses, format_gap, format_kept, gap_half, on_set, probe_summary
 from lora_diag.rendering.statements import Statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
-from lora_diag.rendering.text import format_shown, fraction, short
+from lora_diag.rendering.text import format_shown, fraction, short, with_limits
 
 # Fraction of the change of the loss that is enough.
 SUFFICIENT_SHARE = 0.9
@@ -24,6 +25,7 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     groups: dict[str, list[Probe]] = {}
     for record in sorted(records, key=lambda record: order.index(record.subject)):
         name, part = record.subject.upper() if record.rank is None else f"r={record.rank}", name_part(record)
+        name += " at ‖ΔW‖" if record.match_norm else ""
         groups.setdefault(f"{short(part)} {name}" if part else name, []).append(record)
     if not groups:
         return []
@@ -62,13 +64,16 @@ _READING = (
 
 def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
     """State the losses of BASE and TUNED, the sufficient rank, and the costliest parts truncated alone."""
-    alone = [record for record in records if name_part(record)]
+    matched = [record for record in records if record.match_norm]
+    plain = [record for record in records if not record.match_norm]
+    alone = [record for record in plain if name_part(record)]
     ends = {record.subject: record for record in records if record.rank is None}
     if len(ends) < 2:
         return on_set(name, "not measured yet", shifted=records[0].shifted)
     base, tuned = ends["base"], ends["tuned"]
-    ranks = sorted((r for r in records if r.rank is not None and not name_part(r)), key=lambda r: r.rank or 0)
+    ranks = sorted((r for r in plain if r.rank is not None and not name_part(r)), key=lambda r: r.rank or 0)
     lines = _describe_ranks(ranks, "gain" if tuned.nats < base.nats else "rise of the loss") if ranks else []
+    lines[1:1] = [_describe_length(ranks, matched, base.predictions)] if matched and ranks else []
     lines += [_describe_costliest(alone)] if alone else []
     losses = describe_losses(base, tuned)
     # Without a significant change, fractions of it decide nothing.
@@ -79,7 +84,7 @@ def _describe_set(name: str, records: Sequence[Probe]) -> Statement:
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step: an adapter of the sufficient rank on the first set; None without one."""
     records = results.whole_of(Probe)
-    of_first = [record for record in records if record.set == records[0].set and not name_part(record)]
+    of_first = [r for r in records if r.set == records[0].set and not name_part(r) and not r.match_norm]
     rank = min((r.rank for r in of_first if r.rank and (r.kept or 0.0) >= SUFFICIENT_SHARE), default=None)
     if rank is None:
         return None
@@ -100,6 +105,18 @@ def _describe_ranks(by_rank: Sequence[Probe], word: str) -> list[str]:
         if equal
         else f"the gap to TUNED is significant at every rank, up to r={last.rank}",
     ]
+
+
+def _describe_length(ranks: Sequence[Probe], matched: Sequence[Probe], predictions: Sequence[int]) -> str:
+    """State, at each rank, how the loss changes where ΔW_r is lengthened to ‖ΔW‖, with its paired interval."""
+    by_rank, changes = {record.rank: record for record in ranks}, []
+    for record in sorted(matched, key=lambda record: record.rank or 0):
+        if record.rank in by_rank and not name_part(record):
+            change, error = paired_difference(record.nll, by_rank[record.rank].nll, predictions)
+            half = paired_half(error, len(predictions))
+            is_clear = half is not None and abs(change) > half
+            changes.append(f"r={record.rank} {with_limits(change, half)}{'' if is_clear else ' (not significant)'}")
+    return f"length restored to ‖ΔW‖ changes the loss by {', '.join(changes)}; what remains of a gap is direction"
 
 
 def _describe_costliest(alone: Sequence[Probe]) -> str:

@@ -5,15 +5,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 
+import lora_diag
 from lora_diag import deltas
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.extract.measure import ExtractionSettings, Layer, Rank, extract
 from lora_diag.deltas import FactoredDelta, pair
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, UsageError
 from tests.messages import raises_naming
 from tests.oracles import best_approximation, with_spectrum
+from tests.probes.making import SAMPLES
 
 
 def layer_of(change, tmp_path, rank, transposed=False):
@@ -58,6 +61,34 @@ def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank
         assert np.allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-4)
     else:
         assert np.allclose(a @ a.T, np.eye(r), atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_lengthened_factors_have_norm_of_update(tmp_path, transposed):
+    layer, real = layer_of(np.random.default_rng(3).standard_normal((11, 9)) * 0.1, tmp_path, Rank(2), transposed)
+    kept = RunRecords()
+    record = extract(layer, ExtractionSettings(match_norm=True), kept)
+    product = (kept.b.double() @ kept.a.double()).numpy()
+    product = product.T if transposed else product
+    nearest = best_approximation(real, 2)
+    factor = np.linalg.norm(real) / np.linalg.norm(nearest)
+    assert np.allclose(product, factor * nearest, atol=1e-6 * np.linalg.norm(real))
+    assert record.lengthened == pytest.approx(factor, rel=1e-6)
+    assert record.epsilon == pytest.approx(np.sqrt(2 - 2 / factor), rel=1e-5)  # above the Eckart–Young minimum
+    assert record.epsilon_min == pytest.approx(np.sqrt(1 - 1 / factor**2), rel=1e-5)
+
+
+def test_match_norm_is_in_metadata_and_card(tmp_path):
+    pair = SAMPLES / "base", SAMPLES / "full_ft"
+    options = {"rank": 2, "layers": r"layers\.0\..*q_proj", "match_norm": True}
+    found = lora_diag.extract(*pair, tmp_path / "adapter", **options)
+    with safe_open(tmp_path / "adapter" / "adapter_model.safetensors", "pt") as file:
+        assert "‖ΔW‖/‖ΔW_r‖" in file.metadata()["loradiag.match_norm"]
+    assert "--match-norm" in (tmp_path / "adapter" / "README.md").read_text()
+    norm = lora_diag.spectrum(pair[0], tmp_path / "adapter").layers[0].fro
+    assert norm == pytest.approx(found.layers[0].fro, rel=1e-5)
+    with raises_naming(UsageError, "match_norm", "activations"):
+        lora_diag.extract(*pair, tmp_path / "other", activations=tmp_path / "none", **options)
 
 
 def test_error_of_matrix_in_several_blocks(tmp_path, monkeypatch):

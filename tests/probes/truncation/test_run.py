@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import lora_diag
 from lora_diag.errors import InputError, UsageError
 from lora_diag.models.opening import Weights
+from lora_diag.probes.truncation.show import truncation_lines
 from tests import oracles
 from tests.messages import mentions, raises_naming
 from tests.probes.making import SAMPLES, bert, best, gpt2, labelled, moved, opened, some_text, tensors, window_losses
@@ -79,6 +80,24 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
             ]
             truth = sum(s[: record.rank].sum() for s in squares) / sum(s.sum() for s in squares)
             assert record.energy == pytest.approx(truth, abs=1e-6)
+
+
+def test_lengthened_update_is_measured_with_truncated_one(case):
+    base, tuned, text = case
+    found = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), match_norm=True)
+    before, after = tensors(base), tensors(tuned)
+    weights = {}
+    for name, value in weights_at(before, after, 2, "tuned").items():
+        factor = 1.0
+        if is_truncated(name, value):
+            factor = np.linalg.norm(after[name] - before[name]) / np.linalg.norm(value - before[name])
+        weights[name] = before[name] + factor * (value - before[name])
+    by_length = {record.match_norm: record for record in found.whole if record.rank == 2}
+    assert by_length[True].loss == pytest.approx(window_losses(base, weights, text, 32).mean(), abs=1e-4)
+    plain = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2)).whole
+    assert [(r.rank, r.loss) for r in found.whole if not r.match_norm] == [(r.rank, r.loss) for r in plain]
+    change = by_length[True].loss - by_length[False].loss
+    assert f"r=2 {change:+.4f}" in next(one for one in truncation_lines(found) if one.key == "on").text
 
 
 @pytest.mark.parametrize("per", ["layer", "type"])

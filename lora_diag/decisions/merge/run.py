@@ -302,4 +302,5 @@ def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
             "merge: the updates cancel in every layer, so that the merge is BASE itself and nothing was written; "
             "check --weights, and that an update is not the negative of another"
         )
-    return NothingComparedError("merge: every update is zero or has no factors, so nothing was written")
+    why = "every update is zero, or PEFT has no place for its factors"
+    return NothingComparedError(f"merge: {why}, so nothing was written; --checkpoint merges all weights")

@@ -58,12 +58,9 @@ def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
     updates = [(name, records) for name, records in group_updates(results) if records]
     if not updates:
         return []
-    shown = Merged.shown_of({}, results.layers)
-    whole = grid_of([field for field in shown if field.path not in {"shape"}], updates, "type", "updates in the merge")
-    grids = [replace(whole, title="update")]
-    if per == "layer":
-        grids += [grid_of(shown, rows_of(records, per), per, name) for name, records in updates]
-    return grids
+    layers = [grid_of(Merged.shown, rows_of(records, per), per, name) for name, records in updates]
+    whole = replace(grid_of(Merged.shown, updates, "type", "updates in the merge"), title="update")
+    return [whole, *(layers if per == "layer" else [])]
 
 
 def compute_length(results: Results[Merged]) -> tuple[float, str]:
@@ -102,12 +99,10 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     """State the method, the inputs, and what was written."""
     settings, layers = results.run.settings, select_layers(results.layers)
     method = METHODS[settings["method"]]
-    what = (
-        f"{'' if output is None else f'{safe(str(output))}: '}{method.title} of {len(group_updates(results))} updates"
-    )
+    what = "" if output is None else f"{safe(str(output))}: "
+    what += f"{method.title} of {len(group_updates(results))} updates"
     what += f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
-    dtypes = "/".join(sorted({record.dtype for record in layers}))
-    dtypes = "" if dtypes == "float32" else f", {dtypes}"
+    dtypes = "".join(f", {dtype}" for dtype in sorted({record.dtype for record in layers}) if dtype != "float32")
     if settings["full"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
@@ -116,10 +111,9 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
         ranks = span(record.rank or 0 for record in written)
         text = f"{what}, {quantity(len(written))}, rank {ranks}, {params} parameters{dtypes}"
     zero = [record for record in layers if record.merged_fro == 0]
-    cancel = (
-        f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}" if zero else ""
-    )
-    return make_statement("wrote", "Written", text, cancel, level="warning" if zero else "note", priority=0)
+    cancel = f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"
+    level: Level = "warning" if zero else "note"
+    return make_statement("wrote", "Written", text, cancel if zero else "", level=level, priority=0)
 
 
 def _describe_error(results: Results[Merged]) -> Statement:

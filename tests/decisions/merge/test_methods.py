@@ -1,6 +1,7 @@
 """Every method compared with its paper's formula in float64 NumPy, and the laws that methods claim to keep."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,8 +11,18 @@ from hypothesis import strategies as st
 
 from lora_diag.decisions.merge import METHODS
 from lora_diag.decisions.merge import methods as mergers
-from lora_diag.decisions.merge.measure import choose_merger
+from lora_diag.decisions.merge.measure import (
+    MergeSettings,
+    MergeTask,
+    _draw_update,
+    choose_merger,
+    estimate_bytes,
+    merge_layer,
+)
 from lora_diag.decisions.merge.methods import Request
+from lora_diag.deltas import FactoredDelta
+from lora_diag.errors import MemoryLimitError
+from lora_diag.running.updates import Update
 
 
 def trim(matrix, density):
@@ -195,3 +206,26 @@ def test_factors_are_merged_without_their_product(name):
     request = Request([1.0, 1.0], 1.0, "0", ["a", "b"])
     b, _ = choose_merger(METHODS[name], True)(parts, request)
     assert b.shape[1] == 2
+
+
+def test_random_update_has_singular_values_of_another():
+    """And random directions: the next draw differs."""
+    (pair,) = to_torch(draw_factors(0, 1, 14, 18, 3))
+    generator = mergers.make_generator("seed")
+    first, second = (dense(_draw_update(pair, generator)) for _ in range(2))
+    expected = np.linalg.svd(dense(pair), compute_uv=False)
+    assert np.allclose(np.linalg.svd(first, compute_uv=False), expected)
+    assert abs((first * second).sum()) < 0.5 * (expected**2).sum()
+
+
+def test_memory_limit_leaves_large_layer_out(tmp_path):
+    """TIES forms ΔW: a layer above the limit is named, and nothing is written for it."""
+    delta = FactoredDelta(
+        "w", (3000, 2000), lambda: tuple(map(torch.tensor, draw_factors(0, 1, 3000, 2000, 1)[0])), (None, "float64")
+    )
+    task = MergeTask("w", delta.shape, (Update("a", 1.0, delta), Update("b", 1.0, delta)))
+    ties_settings = MergeSettings(method="ties", count=2, rank=2, memory=2**26)
+    assert estimate_bytes(task, ties_settings) > 2**26 > estimate_bytes(task, replace(ties_settings, method="mean"))
+    with pytest.raises(MemoryLimitError, match="3000x2000"):
+        merge_layer(task, {"w": tmp_path / "w"}, ties_settings)
+    assert not (tmp_path / "w").exists()

@@ -37,6 +37,8 @@ MAX_STATE_BYTES = 500_000_000
 _STEP = re.compile(r"(?:^|[-_.=])(?:checkpoint|ckpt|global_step|step|iter|iteration)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
 _EPOCH = re.compile(r"(?:^|[-_.=])(?:epoch|adapter)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
 _LEADING = re.compile(r"^(\d{1,12})_adapters\.safetensors$")
+# Names of what a trainer or a copy has not finished: ``tmp-checkpoint-40``, ``.checkpoint-40``, ``step_40.part``.
+_UNFINISHED = re.compile(r"^(\.|tmp)|\.(part|tmp|incomplete)$")
 _SUFFIXES = {".safetensors", ".pt", ".ckpt", ".bin"}
 
 # Steps between two checkpoints that are summed one by one; of more, as many evenly spaced ones stand for all.
@@ -108,9 +110,8 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Return the entries of a folder whose names state a step, and which are folders or files of weights."""
     if isinstance(folder, RemotePath) or not folder.is_dir():
         return []
-    return [
-        path for path in folder.iterdir() if step_of(path) is not None and (path.is_dir() or path.suffix in _SUFFIXES)
-    ]
+    named = [path for path in folder.iterdir() if step_of(path) is not None and not _UNFINISHED.search(path.name)]
+    return [path for path in named if path.is_dir() or path.suffix in _SUFFIXES]
 
 
 def find_series(paths: Sequence[Path | str]) -> Series:

@@ -121,8 +121,8 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     spike_step = next((step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, max(spikes))))
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
-    cosine = path.get("cosine", 1.0)
-    is_walk = path and abs(cosine) < WALK_COSINE and abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
+    is_walk = path.get("cosine") is not None and abs(path["cosine"]) < WALK_COSINE
+    is_walk = is_walk and abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
     affected: dict[str, list[str]] = {"dead": dead, "collapsed": [*collapsed], "spiked": spiked}
     affected["non_finite"] = [layer for layer in by_layer if layer not in finite]
     bad = [checkpoint.step for checkpoint in checkpoints if checkpoint.non_finite]
@@ -185,6 +185,7 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
     steps, fro = [checkpoint.step for checkpoint in checkpoints], math.sqrt(gram[-1, -1])
     products = nulls.increments_of(gram)
     lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    weight = float((lengths[1:] * lengths[:-1]).sum())
     (share, linear), (share_random, linear_random) = (
         nulls.first_direction(each, steps) for each in (gram, nulls.random_walk(gram))
     )
@@ -197,7 +198,7 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
         "first_share_random": share_random,
         "linear": linear,
         "linear_random": linear_random,
-        "cosine": float(products.diagonal(1).sum() / max((lengths[1:] * lengths[:-1]).sum(), 1e-300)),
+        "cosine": float(products.diagonal(1).sum() / weight) if weight > 0 else None,
         "swapped": tuple(steps[i] for i in swapped) if ratio < SWAPPED else None,
         "settled": settled if settled <= LATEST_SETTLED * steps[-1] else None,
         "settled_schedule": steps[nulls.settled_from(1 - rates / rates[-1])] if by_rates else None,

@@ -28,7 +28,8 @@ def steps_of(results):
 def test_steps_are_read_from_names(tmp_path, name):
     for step, update in zip((9, 10, 100), healthy(), strict=False):
         lora(tmp_path / "out" / name.format(step), update)
-    (tmp_path / "out" / "runs").mkdir()
+    for other in ("runs", "tmp-checkpoint-200", "step_200.part"):
+        (tmp_path / "out" / other).mkdir()
     (tmp_path / "out" / "step_notes.txt").write_text("")
     assert steps_of(lora_diag.trajectory(tmp_path / "out")) == [9, 10, 100]
     paths = [tmp_path / "out" / name.format(step) for step in (100, 9, 10)]

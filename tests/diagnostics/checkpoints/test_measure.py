@@ -174,6 +174,9 @@ def test_equal_checkpoints_have_increment_zero(tmp_path):
     again = [record for record in found if record.step == TIMES[1]]
     assert [(record.increment, record.cosine, record.unchanged) for record in again] == [(0, None, 1)] * 2
     assert found.whole[-1].repeated == (TIMES[1],)
+    still = lora_diag.trajectory(save_run(tmp_path / "still", [steps[0]] * 3, TIMES)).whole[-1]
+    assert (still.repeated, still.cosine) == (TIMES[1:], None)
+    assert still.state != "random walk"
 
 
 def test_update_that_is_not_finite_leaves_others_measured(tmp_path):

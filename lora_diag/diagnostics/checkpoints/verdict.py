@@ -163,7 +163,7 @@ def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str,
             rise = (group[t].spectral_share or 0.0) - max(record.spectral_share or 1.0 for record in group[before])
             if rise > SHARE_RISE and max(ranks[t:]) < SUDDEN * min(ranks[before]):
                 sudden.setdefault(layer, group[t].step)
-            if ranks[-1] < SLOW * max(ranks) and max(ranks[t:]) < SLOW * max(ranks[:t]):
+            if max(ranks[t:]) < SLOW * sorted(ranks[:t])[-2:][0]:  # the second largest
                 slow.setdefault(layer, group[t].step)
     return {**slow, **sudden} if 2 * len(slow) > len(groups) else sudden
 

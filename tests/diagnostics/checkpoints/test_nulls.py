@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 
 import lora_diag
 from lora_diag.diagnostics.checkpoints import nulls
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
+from lora_diag.diagnostics.checkpoints.verdict import find_collapses
 from tests.diagnostics.checkpoints.making import LAYERS, STEPS, healthy, save_run
 from tests.messages import assert_names
 
@@ -156,3 +158,30 @@ def test_constant_steps_still_grow(tmp_path):
     from lora_diag.diagnostics.checkpoints.show import checkpoints_lines
 
     assert_names("\n".join(statement.text for statement in checkpoints_lines(results)), "learning rates are not known")
+
+
+def test_noise_at_the_end_of_a_schedule_is_no_spike(tmp_path):
+    """Where learning rates go to zero, rounding or noise of a fixed size has a large ratio to them."""
+    rng = np.random.default_rng(0)
+    updates = [
+        {name: ((b + 0.03 * rng.standard_normal(b.shape)).astype(np.float32), a) for name, (b, a) in update.items()}
+        for update in healthy()
+    ]
+    assert lora_diag.trajectory(save_run(tmp_path / "run", updates)).whole[-1].state == "settled"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "shares", "found"),
+    [
+        ([3, 3, 3, 1, 1], [0.5, 0.5, 0.5, 0.9, 0.9], {"w": 3}),
+        ([3, 3, 8, 3, 3], [0.5, 0.5, 0.2, 0.5, 0.5], {}),  # one noisy checkpoint
+        ([3, 3, 3, 1, 3], [0.5, 0.5, 0.5, 0.9, 0.5], {}),  # it recovers
+        ([6, 5, 3, 2, 1], [0.3, 0.5, 0.6, 0.8, 0.9], {"w": 3}),  # in all layers
+    ],
+)
+def test_collapse_is_sudden_or_common_and_stays(ranks, shares, found):
+    layers = [
+        CheckpointLayer(layer="w", step=t, shape=(9, 9), fro=1.0, effective_rank=rank, spectral_share=share)
+        for t, (rank, share) in enumerate(zip(ranks, shares, strict=True))
+    ]
+    assert find_collapses({"w": layers}) == found

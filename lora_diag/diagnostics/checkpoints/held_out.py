@@ -14,12 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, Choice, Combination, HeldOutLoss
-from lora_diag.metrics.statistics import Estimate, degrees_of_freedom, paired_difference, paired_half
+from lora_diag.metrics.statistics import (
+    MAX_RUNS,
+    Estimate,
+    degrees_of_freedom,
+    paired_difference,
+    paired_half,
+    runs_needed,
+)
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid
-from lora_diag.rendering.text import list_names, plus_minus, short, with_limits
+from lora_diag.rendering.text import list_names, plus_minus, safe, short, with_limits
 
 # Confidence that the best checkpoint is one of those that are not distinguished from the lowest.
 CONFIDENCE = 0.95
@@ -35,6 +42,11 @@ def _find_base(probes: Sequence[Probe], name: str) -> Probe:
     return next(probe for probe in probes if probe.set == name and probe.subject == "base")
 
 
+def _find_level(count: int) -> float:
+    """Return the confidence of each of the comparisons of so many checkpoints with the best."""
+    return 1 - (1 - CONFIDENCE) / max(1, count - 1)
+
+
 def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Iterator[Choice]:
     """Yield the choice by each evaluation set that decides; none without a finite loss.
 
@@ -47,8 +59,8 @@ def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Ite
         tied = []
         for probe in ranked:
             excess, error = paired_difference(probe.nll, ranked[0].nll, counts)
-            level = 1 - (1 - CONFIDENCE) / max(1, len(ranked) - 1)
-            if error is None or excess <= Estimate(excess, error, degrees_of_freedom(len(counts))).half(level):
+            limit = error and Estimate(excess, error, degrees_of_freedom(len(counts))).half(_find_level(len(ranked)))
+            if limit is None or excess <= limit:
                 tied.append(steps[probe.name])
         if ranked:
             yield Choice(step=steps[ranked[0].name], by=name, tied=tuple(sorted(tied)), earliest=min(tied))
@@ -120,12 +132,10 @@ def held_out_lines(results: Results[Any]) -> list[Statement]:
     choices, combined = results.whole_of(Choice), results.whole_of(Combination)
     steps = {record.path: record.step for record in checkpoints}
     lost = [str(record.step) for record in checkpoints if not record.losses] if probes else []
-    better = next((record for record in combined if record.chosen and _is_better(record)), None)
-    first = f"{better.path or better.name}, better than every checkpoint" if better else ""
     return [
-        make_statement("keep", "Keep", first, *(_describe_choice(each, probes, steps) for each in choices), priority=0),
+        make_statement("keep", "Keep", *(_describe_choice(each, probes, steps) for each in choices), priority=0),
         make_statement("no_loss", "No loss", f"{list_names(lost)}: not finite" if lost else "", level="failure"),
-        make_statement("combined", "Averages", *_describe_combinations(combined)),
+        make_statement("combined", "Averages", *_describe_combinations(combined), priority=0),
         make_statement("held_out", "Held-out loss", *_describe_evidence(choices, probes, checkpoints)),
     ]
 
@@ -137,7 +147,9 @@ def _describe_choice(choice: Choice, probes: Sequence[Probe], steps: Mapping[str
     if choice.step == order[-1] and len(order) > 1:
         parts = [f"{choice.step}, the last", f"{'may be ' if order[-2] in choice.tied else ''}still falling"]
     others = [str(step) for step in choice.tied if step != choice.step]
-    if order.index(choice.tied[-1]) - order.index(choice.tied[0]) == len(others) > 1:
+    if len(_find_base(probes, choice.by).predictions) < 2:
+        parts.append("not compared with the others: one sequence has no error")
+    elif order.index(choice.tied[-1]) - order.index(choice.tied[0]) == len(others) > 1:
         parts.append(f"{choice.tied[0]} to {choice.tied[-1]} do not differ significantly")
     else:
         parts.append(f"not significantly below {list_names(others, 4)}" if others else "significantly below all others")
@@ -163,10 +175,14 @@ def _describe_evidence(
 ) -> Iterator[str]:
     """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished from it."""
     for choice in choices:
-        best, count = _rank(probes, choice.by)[0], len(_find_base(probes, choice.by).predictions)
+        (best, *others), count = _rank(probes, choice.by), len(_find_base(probes, choice.by).predictions)
         change = with_limits(best.change or 0.0, paired_half(best.change_error, count))
         early = next(record.losses[choice.by] for record in checkpoints if record.step == choice.earliest)
-        since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}" if early.excess else ""
+        since = ""
+        if early.excess and early.excess_error:
+            needed = runs_needed(early.excess, early.excess_error * count**0.5, 1, level=_find_level(len(others) + 1))
+            since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}, which "
+            since += f"{needed or f'more than {MAX_RUNS}'} sequences would decide"
         yield f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
     if choices:
         yield f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected for their number"
@@ -183,9 +199,10 @@ def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
     chosen = next((record for record in combined if record.chosen), None)
     if chosen is not None and chosen.gain is not None:
         difference = with_limits(-chosen.gain, paired_half(chosen.gain_error, chosen.sequences))
+        verdict = f"better, {safe(chosen.path or 'add --write FOLDER')}" if _is_better(chosen) else "not better"
         yield (
-            f"{'better' if _is_better(chosen) else 'not better'}: {chosen.name} minus {chosen.single} is {difference}, "
-            f"both the best on one half of {short(chosen.by)} and compared on the other"
+            f"{verdict}: {chosen.name} minus {chosen.single} is {difference}, both the best on one half of "
+            f"{short(chosen.by)} and compared on the other"
         )
     elif combined:
         yield f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them to choose by"

@@ -269,8 +269,9 @@ def measure_run(
         options["base"], paths = paths[1], paths[:1]
     if not follow:
         return trajectory(paths, **options)
-    if len(paths) > 1 or options.get("output") or options.get("on_record"):
-        raise UsageError("--follow: shows one run, or a monitor's results file; give its path, without -o and --json")
+    if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
+        problem = "shows one run, or a monitor's results file; give its path, without -o, --json and --eval"
+        raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.follow import follow_run  # deferred: imports rich
 
     return follow_run(paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None))

@@ -74,8 +74,9 @@ class Rule:
             return np.where(ages == 0, 1 + self.number, np.where(ages == 1, -self.number, 0.0))
         if self.kind == "rank1":
             if gram is None:
-                problem = "needs the products of all checkpoints, and some are not finite"
-                raise InputError(f"--extrapolate {self.name}: {problem}; give the finite checkpoints one by one")
+                problem = "needs the products of all checkpoints in all layers"
+                fix = "give finite checkpoints one by one, without --layers and --exclude"
+                raise InputError(f"--extrapolate {self.name}: {problem}; {fix}")
             u, intervals = (
                 np.linalg.eigh(gram).eigenvectors[:, -1],
                 (np.array(steps) - steps[-1]) / (steps[-1] - steps[-2]),
@@ -112,7 +113,7 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                 forms = f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate linear:F, rank1:F (F > 0)"
                 raise UsageError(f"--{option} {text}: unknown rule, or number out of range; use --average {forms}")
             rules.append(Rule(kind, number))
-    return rules
+    return list(dict.fromkeys(rules))
 
 
 def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> DenseDelta:

@@ -14,14 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, Choice, Combination, HeldOutLoss
-from lora_diag.metrics.statistics import (
-    MAX_RUNS,
-    Estimate,
-    degrees_of_freedom,
-    paired_difference,
-    paired_half,
-    runs_needed,
-)
+from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.statements import Statement, make_statement
@@ -58,8 +51,10 @@ def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Ite
         ranked, counts = _rank(probes, name), _find_base(probes, name).predictions
         tied = []
         for probe in ranked:
-            excess, error = paired_difference(probe.nll, ranked[0].nll, counts)
-            limit = error and Estimate(excess, error, degrees_of_freedom(len(counts))).half(_find_level(len(ranked)))
+            excess, error = stats.paired_difference(probe.nll, ranked[0].nll, counts)
+            limit = error and stats.Estimate(excess, error, stats.degrees_of_freedom(len(counts))).half(
+                _find_level(len(ranked))
+            )
             if limit is None or excess <= limit:
                 tied.append(steps[probe.name])
         if ranked:
@@ -71,8 +66,8 @@ def describe_losses(probes: Sequence[Probe], path: str) -> dict[str, HeldOutLoss
     losses = {}
     for own in (probe for probe in probes if probe.name == path and probe.loss is not None):
         ranked, counts = _rank(probes, own.set), _find_base(probes, own.set).predictions
-        excess, excess_error = paired_difference(own.nll, ranked[0].nll, counts) if ranked else (None, None)
-        _, error = paired_difference(own.nll, [0.0] * len(counts), counts)
+        excess, excess_error = stats.paired_difference(own.nll, ranked[0].nll, counts) if ranked else (None, None)
+        _, error = stats.paired_difference(own.nll, [0.0] * len(counts), counts)
         losses[own.set] = HeldOutLoss(loss=own.nats, error=error, excess=excess, excess_error=excess_error)
     return losses
 
@@ -104,7 +99,7 @@ def compare_combinations(
         own = next((probe for probe in combined if probe.name == rule), None)
         gain, error = None, None
         if own is not None and single is not None:
-            gain, error = paired_difference(single.nll[half:], own.nll[half:], counts[half:])
+            gain, error = stats.paired_difference(single.nll[half:], own.nll[half:], counts[half:])
         yield Combination(
             name=rule,
             steps=steps,
@@ -122,7 +117,7 @@ def compare_combinations(
 
 def _is_better(record: Combination) -> bool:
     """Return whether a combination is significantly better than the best checkpoint on the second half."""
-    half = paired_half(record.gain_error, record.sequences)
+    half = stats.paired_half(record.gain_error, record.sequences)
     return record.gain is not None and half is not None and record.gain > half
 
 
@@ -163,8 +158,8 @@ def _describe_shift(keep: int, last: int, probes: Sequence[Probe], steps: Mappin
         kept, final = by_step.get(keep), by_step.get(last)
         for first, second, where in ((kept, final, f"from {keep} on"), (base, kept, f"from BASE to {keep}")):
             if first is not None and second is not None:
-                change, error = paired_difference(second.nll, first.nll, base.predictions)
-                half = paired_half(error, len(base.predictions))
+                change, error = stats.paired_difference(second.nll, first.nll, base.predictions)
+                half = stats.paired_half(error, len(base.predictions))
                 if half is not None and abs(change) > half:
                     yield f"{short(name)} loss {first.nats:.3f} → {second.nats:.3f} {where}"
                     break
@@ -176,13 +171,17 @@ def _describe_evidence(
     """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished from it."""
     for choice in choices:
         (best, *others), count = _rank(probes, choice.by), len(_find_base(probes, choice.by).predictions)
-        change = with_limits(best.change or 0.0, paired_half(best.change_error, count))
+        change = with_limits(best.change or 0.0, stats.paired_half(best.change_error, count))
         early = next(record.losses[choice.by] for record in checkpoints if record.step == choice.earliest)
         since = ""
         if early.excess and early.excess_error:
-            needed = runs_needed(early.excess, early.excess_error * count**0.5, 1, level=_find_level(len(others) + 1))
+            needed = stats.runs_needed(
+                early.excess, early.excess_error * count**0.5, 1, level=_find_level(len(others) + 1)
+            )
             since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}, which "
-            since += f"{needed or f'more than {MAX_RUNS}'} sequences would decide"
+            since += (
+                f"{f'about {max(needed, count + 1)}' if needed else f'over {stats.MAX_RUNS}'} sequences would decide"
+            )
         yield f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
     if choices:
         yield f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected for their number"
@@ -198,7 +197,7 @@ def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
     """State whether the best combination is better than the best checkpoint."""
     chosen = next((record for record in combined if record.chosen), None)
     if chosen is not None and chosen.gain is not None:
-        difference = with_limits(-chosen.gain, paired_half(chosen.gain_error, chosen.sequences))
+        difference = with_limits(-chosen.gain, stats.paired_half(chosen.gain_error, chosen.sequences))
         verdict = f"better, {safe(chosen.path or 'add --write FOLDER')}" if _is_better(chosen) else "not better"
         yield (
             f"{verdict}: {chosen.name} minus {chosen.single} is {difference}, both the best on one half of "

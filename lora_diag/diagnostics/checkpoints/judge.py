@@ -93,7 +93,8 @@ class Judge:
         by_layer: dict[str, list[CheckpointLayer]] = {}
         for record in records.layers:
             by_layer.setdefault(record.layer, []).append(record)
-        gram = None if bad else sum_grams(list(by_layer.values()))
+        partial_gram = bad or self._options["layers"] or self._options["exclude"]
+        gram = None if partial_gram else sum_grams(list(by_layer.values()))
         contenders: list[Contender] = [("base", "", tuple)]
         for step in self._steps:
             stored = None if step.step in bad else partial(self._read_updates, step.path)

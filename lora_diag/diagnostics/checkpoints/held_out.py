@@ -173,15 +173,11 @@ def _describe_evidence(
         (best, *others), count = _rank(probes, choice.by), len(_find_base(probes, choice.by).predictions)
         change = with_limits(best.change or 0.0, stats.paired_half(best.change_error, count))
         early = next(record.losses[choice.by] for record in checkpoints if record.step == choice.earliest)
-        since = ""
+        since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}" if early.excess else ""
         if early.excess and early.excess_error:
-            needed = stats.runs_needed(
-                early.excess, early.excess_error * count**0.5, 1, level=_find_level(len(others) + 1)
-            )
-            since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}, which "
-            since += (
-                f"{f'about {max(needed, count + 1)}' if needed else f'over {stats.MAX_RUNS}'} sequences would decide"
-            )
+            spread, level = early.excess_error * count**0.5, _find_level(len(others) + 1)
+            needed = stats.runs_needed(early.excess, spread, 1, level=level)
+            since += f" (about {max(needed, count + 1)} would decide)" if needed else ""
         yield f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
     if choices:
         yield f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected for their number"

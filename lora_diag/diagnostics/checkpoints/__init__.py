@@ -47,7 +47,7 @@ FEATURE = Feature(
             "BASE, after the run's folder or with --base.",
             examples=(
                 "checkpoints out/ -o run.jsonl",
-                "checkpoints out/ base/",
+                "checkpoints out/ base/ --eval held_out.txt --shifted other.txt",
                 "checkpoints step_*/ --base base/",
                 "checkpoints out/ --follow",
             ),
@@ -68,7 +68,11 @@ FEATURE = Feature(
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",
     section=Section("A training run", order=15),
-    questions=(("verdict", "Did training go well?"), ("movement", "Does it still change?")),
+    questions=(
+        ("keep", "Which checkpoint to keep?"),
+        ("verdict", "Did training go well?"),
+        ("movement", "Does it still change?"),
+    ),
     figures=(
         Figure(
             "checkpoints",

@@ -22,6 +22,8 @@ DIFFERENT = {
     "--method": "merge has methods of merging, the others compute singular values",
     "--density": "interference has one default, and 0; merge has one by method",
     "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
+    "--directions": "intruders tests each, checkpoints compares their spaces",
+    "--write": "probe strength writes one adapter, checkpoints several models",
     "--granularity": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
     **dict.fromkeys(

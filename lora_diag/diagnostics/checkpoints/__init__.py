@@ -64,7 +64,7 @@ FEATURE = Feature(
         *(f".record:{name}" for name in ("CheckpointLayer", "Checkpoint", "Trajectory", "Choice", "Combination")),
         "lora_diag.records.probe:Probe",
     ),
-    functions=(".measure:trajectory", ".monitor:LoraMonitor"),
+    functions=(".measure:trajectory", ".monitor:LoraMonitor", ".axolotl:AxolotlPlugin"),
     statements=".show:checkpoints_lines",
     grids=".show:checkpoints_grids",
     section=Section("A training run", order=15),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints, read_state
 from lora_diag.diagnostics.checkpoints.show import describe_step, draw_live
-from lora_diag.errors import InputError, LoradiagError
+from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.records import Results, is_results_file
 
 # Seconds between two looks at the files.
@@ -24,7 +26,7 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
     """Show the records of a run until it ends, or until Ctrl-C.
 
     The records are those that ``LoraMonitor`` writes, if there are any; else those of the checkpoints, which are
-    measured when none of their files has changed for an interval.
+    measured whenever a file of one has changed.
 
     Args:
         run: The folder of a run, or the results file of a monitor.
@@ -41,33 +43,24 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
     if not run.exists():
         raise InputError(f"{run}: no such file or folder; give the folder that the trainer writes to")
     monitor = run if run.is_file() else run / MONITOR
-    results: Results[CheckpointLayer] | None = None
-    waiting, printed = f"{run}: waiting for checkpoints, or for {monitor.name}", set[str]()
-    before = measured = _list_states([])
-    pause, ended = INTERVAL, False
+    waiting, results, measured, printed = f"{run}: waiting for {monitor.name} or checkpoints", None, None, set[str]()
+    ended = False
     try:
         while not ended:
-            is_monitored = is_results_file(monitor)
-            checkpoints = [] if is_monitored else list_checkpoints(run)
-            now = _list_states([monitor] if is_monitored else checkpoints)
-            if now != measured and (is_monitored or now == before):
-                start, measured = time.monotonic(), now
+            is_monitored, start = is_results_file(monitor), time.monotonic()
+            paths = [monitor] if is_monitored else list_checkpoints(run)
+            if measured != (measured := _list_states(paths)) and paths:
                 try:
                     results = read_results(monitor) if is_monitored else measure()
-                    ended = results.end is not None if is_monitored else _has_ended(checkpoints)
-                except LoradiagError as error:  # of a file that is being written, or too few checkpoints
-                    waiting = f"{waiting.partition(' (')[0]} ({error})"
-                pause = max(INTERVAL, 10 * (time.monotonic() - start))
-            shown = results
-            lines = [waiting] if shown is None else [describe_step(each) for each in shown.whole_of(Checkpoint)]
-            on_view(
-                lambda width, color: waiting if shown is None else draw_live(shown, width, color),  # noqa: B023
-                [line for line in lines if line not in printed],
-            )
+                    ended = results.end is not None if is_monitored else _has_ended(paths)
+                except (InputError, NothingComparedError) as error:  # of a file that is being written, or only one
+                    waiting = f"waiting for more: {error}"
+            shown = results.whole_of(Checkpoint) if results is not None else []
+            lines = [describe_step(each) for each in shown] or [waiting]
+            on_view(partial(draw_live, results, waiting), [line for line in lines if line not in printed])
             printed |= set(lines)
-            before = now
             if not ended:
-                time.sleep(pause)
+                time.sleep(max(INTERVAL, 10 * (time.monotonic() - start)))
     except KeyboardInterrupt:
         if results is None:
             raise
@@ -77,9 +70,10 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
 
 def _list_states(paths: Sequence[Path]) -> list[tuple[Path, int, int]]:
     """Return size and time of the last change of every file at some paths."""
-    files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    states = [(file, file.stat()) for file in files if file.is_file()]
-    return [(file, status.st_size, status.st_mtime_ns) for file, status in states]
+    with suppress(OSError):  # of a file that is removed at this moment
+        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+        return [(file, status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
+    return []
 
 
 def _has_ended(checkpoints: Sequence[Path]) -> bool:

@@ -48,8 +48,8 @@ _LOG = logging.getLogger(__name__)
 # Role of the input of a run that was measured while it trained.
 ROLE = "training"
 
-# Entries of factors, over all of their layers, that are multiplied at once: 64 MiB in float64, three times.
-PART_ENTRIES = 2**23
+# Entries of factors, over all of their layers, that are multiplied at once: 16 MiB in float64, ten times.
+PART_ENTRIES = 2**21
 
 # Rows that stand for all of a weight that is trained itself. Their error is in the record: 3% of ‖ΔW‖ where the
 # energies of the rows differ by half of their mean.
@@ -58,15 +58,10 @@ ROWS = 64
 _SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=())
 
 # The fields of a checkpoint's record that are logged.
-_LOGGED = ("fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite")
+_LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
 
-# Rules of ``stop_on``: fields of the record of a run that list layers, each with what it means.
-RULES = {
-    "non_finite": "NaN or infinite values",
-    "dead": "ΔW = 0",
-    "collapsed": "most of the rank is lost",
-    "spiked": "a change far above those before it",
-}
+# Rules of ``stop_on``: the layers that ``checkpoints`` counts in the record of a run.
+RULES = ("dead", "non_finite", "collapsed", "spiked")
 
 # Measurements that the rules look back on: of ``checkpoints``, the whole run.
 LOOK_BACK = 16
@@ -359,14 +354,11 @@ class LoraMonitor(TrainingCallback):
         if not is_main():
             return self
         if sharded := [name for name, weight in model.named_parameters() if is_sharded(name, weight)]:
-            problem = "is sharded over processes (FSDP, DeepSpeed ZeRO-3); measure the saved checkpoints"
-            _LOG.warning("LoraMonitor measures nothing: %s %s with `loradiag checkpoints`", sharded[0], problem)
+            _LOG.warning("LoraMonitor measures nothing: %s is sharded over processes (FSDP, ZeRO-3)", sharded[0])
             return self
         weights, unread = weights_of(model, self._is_selected)
         unread |= {each.name: "it is no matrix" for each in weights if len(each.shape) != 2}
-        self._left_out = [
-            LeftOut(layer=each, shape=(), reason="no_factors", detail=why) for each, why in unread.items()
-        ]
+        self._left_out = [LeftOut(layer=name, shape=(), reason="no_factors", detail=unread[name]) for name in unread]
         if unread:
             _LOG.warning("LoraMonitor leaves out %s: %s", list_names(list(unread)), next(iter(unread.values())))
         # Of a head that is tied to a table, the table, under whose name they are saved.
@@ -376,11 +368,9 @@ class LoraMonitor(TrainingCallback):
             raise UsageError("nothing to monitor: no selected matrix is trained or under a LoRA")
         if self.output is None:
             raise UsageError("output: is required outside of a Trainer; give the name of a results file")
-        model_input = RunInput(
-            role=ROLE, path=legible(self.output.parent), kind="a model in training", tensors=len(weights)
-        )
+        inputs = (RunInput(role=ROLE, path=legible(self.output.parent), kind="in training", tensors=len(weights)),)
         settings = {**self._settings, "every": self.every, "ranks": list(_SETTINGS.ranks)}
-        self._open(Run(command="checkpoints", version=__version__, inputs=(model_input,), settings=settings))
+        self._open(Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings))
         return self
 
     def _open(self, run: Run) -> None:
@@ -402,10 +392,8 @@ class LoraMonitor(TrainingCallback):
             for record in earlier:
                 by_step.setdefault(record.step, []).append(record)
             checkpoints = [each for each in earlier.whole_of(Checkpoint) if each.step <= self._step]
-            aside = next(
-                each for i in count(1) if not (each := path.with_name(f"{path.stem}.{i}{path.suffix}")).exists()
-            )
-            path.rename(aside)
+            names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(1))
+            path.rename(next(name for name in names if not name.exists()))
         self._writer = ResultsWriter(path, run)
         for checkpoint in checkpoints:
             self._recent.append((checkpoint, by_step[checkpoint.step]))
@@ -444,7 +432,6 @@ class LoraMonitor(TrainingCallback):
         """Attach to the model, as ``attach`` does; the file is in the Trainer's output folder by default."""
         if self.output is None and is_main():
             self.output = Path(args.output_dir, MONITOR)
-            self.output.parent.mkdir(parents=True, exist_ok=True)
         self.attach(model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -481,8 +468,8 @@ class LoraMonitor(TrainingCallback):
                 self._pending = sorted(records, key=lambda record: natural_order(record.layer))
                 checkpoint = self._pool(history)
                 if self.log is not None:
-                    values = ((name, getattr(checkpoint, name)) for name in _LOGGED)
-                    self.log({f"update/{name}": value for name, value in values if value is not None})
+                    values = checkpoint.model_dump(include=_LOGGED, exclude_none=True)
+                    self.log({f"update/{name}": value for name, value in values.items()})
                 stop = self._warn(checkpoint) & self.stop_on
         return bool(stop)
 
@@ -502,9 +489,7 @@ class LoraMonitor(TrainingCallback):
         if run.spike is not None and run.spike > SPIKED:
             found.setdefault("spiked", ["all layers together"])
         for rule in found.keys() - self._warned:
-            _LOG.warning(
-                "step %d: %s: %s: %s", checkpoint.step, rule.replace("_", "-"), RULES[rule], list_names(found[rule])
-            )
+            _LOG.warning("step %d: %s: %s", checkpoint.step, rule.replace("_", "-"), list_names(found[rule]))
         self._warned |= found.keys()
         return set(found)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from lora_diag.records.base import Count, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
 
@@ -289,3 +289,13 @@ class Combination(WholeRecord):
     gain_error: Nats | None = None
     sequences: Count = 0
     path: str | None = None
+
+
+class AxolotlArguments(BaseModel):
+    """Settings of ``AxolotlPlugin`` in a configuration of axolotl.
+
+    Args:
+        lora_monitor: Arguments of ``LoraMonitor``.
+    """
+
+    lora_monitor: dict[str, Any] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
@@ -112,22 +112,27 @@ LIVE = ("increment", "effective_rank", "spectral_share", "cosine")
 BARS = 7
 
 
-def draw_live(results: Results[CheckpointLayer], width: int, color: bool) -> str:
-    """Return a table with the course of each module type, and the verdict, for a terminal that is refreshed."""
-    checkpoints = results.whole_of(Checkpoint)
+def draw_live(results: Results[CheckpointLayer] | None, waiting: str, width: int, color: bool) -> str:
+    """Return a table with the course of each module type, and the verdict, for a terminal that is refreshed.
+
+    Args:
+        results: The records so far; None without any.
+        waiting: Text in place of the table while no step is measured.
+        width: Columns of the terminal.
+        color: Whether to use ANSI colours.
+    """
+    if results is None or not (checkpoints := results.whole_of(Checkpoint)):
+        return waiting
     by_step: dict[int, list[CheckpointLayer]] = {each.step: [] for each in checkpoints}
     for record in results:
         by_step.setdefault(record.step, []).append(record)
     rows = [dict(rows_of(group, "type")) for group in by_step.values()]
-    if not checkpoints:
-        return "no step is measured yet"
     shown = {field.path: field for field in Checkpoint.shown}
     columns = []
     for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
         courses = ([pooled_value(shown[path], row.get(name, ())) for row in rows] for name in rows[-1])
         columns.append(Column(shown[path].title, tuple(_draw_course(shown[path], each) for each in courses), drop=drop))
-    caption = describe_step(checkpoints[-1], ("train_loss", "eval_loss", "rate"))
-    grid = Grid(caption, "module type", tuple(rows[-1]), tuple(columns), most=len(rows[-1]))
+    grid = Grid(describe_step(checkpoints[-1]), "module type", tuple(rows[-1]), tuple(columns), most=len(rows[-1]))
     return grids_table([grid], [each for each in checkpoints_lines(results) if each.key == "verdict"], width, color)
 
 
@@ -139,13 +144,9 @@ def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
     return f"{bars:<{BARS}} {last:>6}"
 
 
-def describe_step(checkpoint: Checkpoint, fields: Collection[str] = ()) -> str:
-    """Return numbers of a checkpoint as one line: those of some fields, or all that a table shows."""
-    shown = (field for field in Checkpoint.shown if (field.path in fields if fields else field.in_terminal))
-    texts = [
-        f"{field.title} {written(value, field.form, field.share)}"
-        for field in shown
-        if isinstance(value := field.value(checkpoint), float)
-    ]
+def describe_step(checkpoint: Checkpoint) -> str:
+    """Return the numbers of a checkpoint as one line."""
+    values = {shown: value for shown in Checkpoint.shown if isinstance(value := shown.value(checkpoint), float)}
+    texts = (f"{shown.title} {written(value, shown.form, shown.share)}" for shown, value in values.items())
     problems = (f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name)))
     return ", ".join((f"step {checkpoint.step}", *texts, *problems))

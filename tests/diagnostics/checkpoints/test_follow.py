@@ -91,7 +91,7 @@ def test_follow_ends_when_reader_closes_pipe(tmp_path):
         read_until(process.stdout.fileno(), "step 10")
         process.stdout.close()
         assert process.wait(PATIENCE) == 0  # without a further record
-        assert process.stderr.read() == b""
+        assert process.communicate()[1] == b""
 
 
 @pytest.mark.slow
@@ -111,7 +111,7 @@ def test_follow_refreshes_one_table_in_terminal_until_ctrl_c(tmp_path):
         assert process.wait(PATIENCE) == 0
         assert rest.endswith("\x1b[?25h") or "\x1b[?25h" in rest  # the cursor is shown again
         assert "Verdict" in rest
-        assert process.stderr.read() == b""
+        assert process.communicate()[1] == b""
     os.close(leader)
 
 
@@ -178,7 +178,7 @@ def test_follow_refuses_what_it_cannot_follow(tmp_path, monkeypatch):
     with raises_naming(InputError, tmp_path / "nowhere"):
         follow_run(tmp_path / "nowhere", lambda: None, lambda draw, lines: None)
     with raises_naming(UsageError, "BASE"):  # which no later file will give
-        collect(tmp_path, monkeypatch, lambda number: (tmp_path / f"checkpoint-{number}").mkdir(), refuse)
+        collect(tmp_path, monkeypatch, lambda number: (tmp_path / "step_1.safetensors").touch(), refuse)
     for option in ({"output": tmp_path / "r.jsonl"}, {"on_record": lambda record: None}):
         with raises_naming(UsageError, "--follow", "-o", "--json"):
             measure_run([tmp_path], follow=True, **option)

@@ -1,7 +1,10 @@
 """``LoraMonitor`` against the checkpoints of the same steps and dense NumPy, in a real Trainer and in loops."""
 
+import importlib
 import json
 import logging
+import sys
+import types
 from itertools import pairwise
 
 import numpy as np
@@ -336,3 +339,20 @@ def test_monitor_measures_or_names_other_layers(tmp_path, caplog, settings):
     expected = {record.layer: record.fro for record in lora_diag.spectrum(tmp_path / "adapter")}
     found = {record.layer: record.fro for record in lora_diag.read_results(tmp_path / "m.jsonl")}
     assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_axolotl_plugin_adds_monitor_with_settings(monkeypatch):
+    base = types.ModuleType("axolotl.integrations.base")
+    base.BasePlugin = type("BasePlugin", (), {"register": lambda self, cfg: None})
+    for name, module in {"axolotl": types, "axolotl.integrations": types, base.__name__: base}.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "lora_diag.diagnostics.checkpoints.axolotl", raising=False)
+    plugin = importlib.import_module("lora_diag.diagnostics.checkpoints.axolotl").AxolotlPlugin()
+    monkeypatch.delitem(sys.modules, "lora_diag.diagnostics.checkpoints.axolotl")
+    assert isinstance(plugin, base.BasePlugin)
+    module, _, name = plugin.get_input_args().rpartition(".")
+    arguments = getattr(importlib.import_module(module), name)
+    for given, every in (({"every": 7, "stop_on": ["dead"]}, 7), (None, 50)):
+        trainer = types.SimpleNamespace(log=print)
+        (monitor,) = plugin.add_callbacks_post_trainer(arguments(lora_monitor=given), trainer)
+        assert (monitor.every, monitor.log) == (every, print)

@@ -30,9 +30,8 @@ def lint_lines(results: Results[Any]) -> list[Statement]:
     level = _LEVELS[findings[0].severity] if findings else "ok"
     statements = [make_statement("lint", "Lint", text, level=level, priority=0)]
     for item in findings:
-        text, remedy = f"{item.id}: {safe(item.evidence)}", f"at {safe(item.where)}; {item.fix}"
-        label = item.severity.capitalize()
-        statements.append(make_statement(item.id, label, text, remedy, level=_LEVELS[item.severity]))
+        text, fix = f"{item.id}: {safe(item.evidence)}", f"at {safe(item.where)}; {item.fix}"
+        statements.append(make_statement(item.id, item.severity.capitalize(), text, fix, level=_LEVELS[item.severity]))
     rules: dict[str, list[str]] = {}
     for rule, need in settings["not_judged"].items():
         rules.setdefault(need, []).append(rule)

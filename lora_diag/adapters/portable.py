@@ -1,4 +1,4 @@
-"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names.
+"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names; or one of t·ΔW.
 
 Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
 this common rank. Other updates than pairs of factors cannot be represented, except DoRA by the nearest LoRA of its
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_contents
-from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
+from lora_diag.adapters.layouts import GGUF, LAYOUTS, PEFT, Placed, Slot
 from lora_diag.adapters.updates import Site, as_float64, read
-from lora_diag.adapters.writing import pad_factor, store_factors, write_config
+from lora_diag.adapters.writing import WEIGHTS, pad_factor, store_factors, write_config
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
@@ -225,6 +225,46 @@ def convert(
     norm = math.hypot(*(part.fro for part in truncated.values()))
     epsilon = math.hypot(*(part.epsilon * part.fro for part in truncated.values())) / (norm or 1.0)
     return Written(rank, dtype, {name: part.epsilon for name, part in truncated.items()}, epsilon, unsupported)
+
+
+def write_strength(adapter: Adapter, folder: Path, base: Checkpoint, strength: float, layers: Collection[str]) -> None:
+    """Write the files of a copy whose update is t·ΔW, in the format of the adapter, into an existing folder.
+
+    Where one t applies to all of a PEFT LoRA, α of its config is multiplied (``lora_alpha`` and ``alpha_pattern``),
+    which is exact: s = α/r and α/√r are linear in α. In other formats, and where t differs between layers, it is a
+    portable copy whose factors B are multiplied, because not every program reads ``alpha_pattern``.
+
+    Args:
+        adapter: The adapter.
+        folder: The existing folder.
+        base: Its BASE.
+        strength: t.
+        layers: Layers, by their names in BASE, whose update is multiplied by t; empty for all.
+
+    Raises:
+        InputError: The update of a weight is not proportional to a factor, a file cannot be read or written, or BASE
+            does not fit the adapter.
+        NothingComparedError: No ΔW can be measured against BASE.
+    """
+    config, checkpoint = adapter.source.config, adapter.checkpoint
+    by_alpha = not layers and adapter.form == PEFT and config is not None and adapter.source.stored is None
+    supported = LOW_RANK_PARTS | ({"experts"} if by_alpha else set())
+    for item in read_contents(adapter, base).items:
+        if item.part not in supported:
+            problem = f"the update of {item.layer} ({item.part}) is not a product of factors that t could multiply"
+            raise damaged(adapter.path, problem, "merge the adapter at this strength instead")
+    if config is None or not by_alpha:
+        strengths = dict.fromkeys(layers, strength)
+        others = 1.0 if layers else strength
+        convert(adapter, folder, folder, base, adapter.form, strengths=lambda layer: strengths.get(layer, others))
+        return
+    infos = {name: checkpoint[name] for name in checkpoint}
+    alphas = {key: strength * value for key, value in config.table("alpha_pattern").items()}
+    write_safetensors(
+        folder / WEIGHTS, infos, lambda name: checkpoint.read(name).view(infos[name].shape), {"format": "pt"}
+    )
+    alpha = strength * config.number("lora_alpha")
+    write_config(folder, {**config.values, "lora_alpha": alpha, "alpha_pattern": alphas})
 
 
 def _why_changed(item: Item, contents: Contents, form: str) -> str:

@@ -88,6 +88,22 @@ def tower_of(layer: str) -> tuple[str, ...]:
     return tuple(layer[: match.start()].split(".")) if match else ()
 
 
+def name_unit(layer: str, per: str) -> str:
+    """Return the name of a layer's unit: itself, its ``block``, or its module ``type``, also outside the blocks.
+
+    >>> [name_unit("model.layers.3.mlp.up_proj.weight", per) for per in ("block", "type")]
+    ['model.layers.3', 'mlp.up_proj']
+    >>> name_unit("lm_head.weight", "block")
+    'lm_head'
+    """
+    if per == "layer":
+        return layer
+    depth = depth_of(layer)
+    if per == "type" or depth is None:
+        return module_type_of(layer)
+    return ".".join((*tower_of(layer), str(depth)))
+
+
 def short_names(paths: Iterable[str], display: Callable[[str], str] = str) -> dict[str, str]:
     """Return labels of paths: their last part, or as many last parts as needed to distinguish them.
 

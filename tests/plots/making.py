@@ -1,7 +1,6 @@
 """Records made by hand, their numbers by NumPy; nothing here calls the package's own mathematics."""
 
 import math
-from functools import partial
 
 import numpy as np
 
@@ -312,7 +311,7 @@ def scaled(scales=(0.0, 0.5, 1.0, 1.5), parts=(), sets=("held_out", "other")):
             errors = dict.fromkeys(("loss_error", "gap_error", "change_error"), 0.01)
             result.append(build(Strength, scale=scale, part=part, loss=loss, nll=nll, **ends, **errors, **more))
         if place == 0 and not parts:
-            more = {"best_gap_error": 0.0, "gain": 1.0, "gain_error": 0.01, "sufficient": 0.7}
+            more = {"best_gap_error": 0.0, "gain": 1.0, "gain_error": 0.01, "sufficient": 0.7, "low": 0.5, "high": 1.0}
             more |= {"sufficient_low": 0.6, "sufficient_high": 0.8, "fit": "edge"}
             result.append(build(StrengthChoice, set=name, **more))
     return result
@@ -432,7 +431,6 @@ def example(name):
         "truncation": truncated,
         "alone": alone,
         "strength": scaled,
-        "parts": partial(scaled, (0.0, 1.0), ("layers.0", "layers.1")),
         "outputs": said,
         "depth": said,
         "sensitivity": adapted,

@@ -39,7 +39,6 @@ BLIND = [record.model_copy(update={"hidden": None}) for record in making.said()]
         ("truncation", making.truncated(module_type="mlp.up_proj"), "all layers truncated"),
         ("alone", making.truncated(), "truncated alone"),
         ("strength", making.scaled((0.0, 1.0)), "fewer than three"),
-        ("parts", making.scaled(), "varied alone"),
         ("outputs", [r for r in making.said() if r.subject != "adapter"], "no model"),
         ("depth", BLIND, "hidden states"),
         ("sensitivity", making.adapted()[:1], "no unit"),
@@ -93,10 +92,6 @@ def test_strength_shows_gain_against_cost_at_each_t():
     assert [s[1][0] - s[0][0] for s in sides.get_segments()] == pytest.approx([2 * half] * 4)
     assert [s[1][1] - s[0][1] for s in heights.get_segments()] == pytest.approx([2 * half] * 4)
     assert [text.get_text() for text in ax.texts] == ["0", "0.5", "1", "1.5"]
-    alone = making.scaled((0.0, 1.0), ("layers.0", "layers.12"))
-    assert bars(plots.figure("parts", making.probed(alone, command="probe strength")).axes[0]) == [
-        (r.part, r.gap, pytest.approx(half)) for r in alone[::-1] if r.part and r.set == "held_out"
-    ]
 
 
 def test_truncation_shows_gaps_with_their_errors():

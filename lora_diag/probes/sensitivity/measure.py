@@ -29,7 +29,7 @@ from lora_diag.models.training import ALPHA_OVER_RANK, Cell, Training, layers_wi
 from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
-from lora_diag.records.names import depth_of, module_type_of, tower_of
+from lora_diag.records.names import name_unit
 from lora_diag.rendering.text import quantity
 from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
@@ -63,7 +63,7 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
     """
     groups: dict[str, list[str]] = {}
     for weight in layers:
-        groups.setdefault(_name_unit(base_names[weight], per), []).append(weight)
+        groups.setdefault(name_unit(base_names[weight], per), []).append(weight)
     return [
         Unit(
             name,
@@ -73,16 +73,6 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
         )
         for name, weights in groups.items()
     ]
-
-
-def _name_unit(layer: str, per: str) -> str:
-    """Return the name of a layer's unit; a layer outside the blocks belongs to its module type, not to a ``block``."""
-    if per == "layer":
-        return layer
-    depth = depth_of(layer)
-    if per == "type" or depth is None:
-        return module_type_of(layer)
-    return ".".join((*tower_of(layer), str(depth)))
 
 
 def _make_trial(model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:

@@ -7,28 +7,20 @@ from typing import Annotated
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import OUTPUT, MissingAlpha, Option, ProbeOptions, Shifted
 
-SCALES = Option(
-    None,
-    "Strengths t to measure besides 0 and 1; default: 0.25,0.5,...,1.5; with --by 0, with --write that of --scale.",
-    "T,T,...",
-    between=(-10, 10),
-)
+SCALES = Option(None, "Strengths t; default: 0.25,0.5,...,1.5, or 0 with --by.", "T,T,...", between=(-10, 10))
+SCALE = Option(None, "With --write: its strength t.", "T", panel=OUTPUT, between=(-10, 10))
+WRITE = Option(None, "Write the adapter at --scale to a new folder.", "FOLDER", panel=OUTPUT)
 
 
 class StrengthOptions(Shifted, ProbeOptions, MissingAlpha, total=False):
     """Options of ``probe strength``."""
 
     scales: Annotated[Sequence[float] | None, SCALES]
-    by: Annotated[
-        str, Option("all", "Vary t of the whole update, or of one block or module type at a time.", "all|block|type")
-    ]
-    write: Annotated[
-        Path | str | None, Option(None, "Write the adapter at --scale to a new folder.", "FOLDER", panel=OUTPUT)
-    ]
-    scale: Annotated[float | None, Option(None, "With --write: its strength t.", "T", panel=OUTPUT, between=(-10, 10))]
+    by: Annotated[str, Option("all", "Vary t of all of the update, or of each part alone.", "all|block|type")]
+    write: Annotated[Path | str | None, WRITE]
+    scale: Annotated[float | None, SCALE]
     part: Annotated[
-        Sequence[str],
-        Option((), "With --write and --by: the part at --scale, others at 1; repeatable.", "NAME", panel=OUTPUT),
+        Sequence[str], Option((), "With --write and --by: only this part; repeatable.", "NAME", panel=OUTPUT)
     ]
 
 
@@ -39,10 +31,7 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss at each strength t of the update, W + t·ΔW.",
-            examples=(
-                "probe strength base/ adapter/ --eval held_out.txt --shifted other.txt -o strength.jsonl",
-                "probe strength base/ adapter/ --eval held_out.txt --write adapter-0.8/ --scale 0.8",
-            ),
+            examples=("probe strength base/ adapter/ --eval held_out.txt --shifted other.txt -o strength.jsonl",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(StrengthOptions,),
             shows=("json", "quiet", "verbose"),
@@ -61,13 +50,6 @@ FEATURE = Feature(
             "strength",
             "gain on the task against loss on other texts, by strength of the update",
             made_by="loradiag probe strength BASE TUNED --eval FILE --shifted FILE -o strength.jsonl",
-        ),
-        Figure(
-            "parts",
-            "loss without one block or module type of the update",
-            needs="strength",
-            page=".figures:make_parts_page",
-            made_by="loradiag probe strength BASE TUNED --eval FILE --by block -o strength.jsonl",
         ),
     ),
 )

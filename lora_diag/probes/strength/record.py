@@ -31,24 +31,8 @@ class Strength(WholeRecord):
     key: ClassVar[tuple[str, ...]] = ("set", "scale", "part")
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
-        Shown("gap", "gap", "loss minus that of TUNED, t = 1", main=True, terminal=False),
-        Shown("change", "to base", "loss minus that of BASE, t = 0", main=True, terminal=False),
-        Shown(
-            "to_tuned",
-            "to t = 1",
-            "loss minus that of TUNED, with its standard error; empty for TUNED",
-            form="+.4f",
-            terminal=True,
-            error="gap_error",
-        ),
-        Shown(
-            "to_base",
-            "to BASE",
-            "loss minus that of BASE, with its standard error; empty for BASE",
-            form="+.4f",
-            terminal=True,
-            error="change_error",
-        ),
+        Shown("to_tuned", "to t = 1", "loss minus that of TUNED", form="+.4f", terminal=True, error="gap_error"),
+        Shown("to_base", "to BASE", "loss minus that of BASE", form="+.4f", terminal=True, error="change_error"),
         Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=1, form=".2f", terminal=True),
     )
     record: Literal["strength"] = "strength"
@@ -91,34 +75,28 @@ class StrengthChoice(WholeRecord):
         best: The measured t with the lowest loss.
         best_gap: Loss at ``best`` minus that at t = 1.
         best_gap_error: Its standard error; null for one sequence.
-        low: Smallest t next to ``best`` at which the loss is not significantly higher; between measured t by a cubic
-            spline through the losses.
-        high: Largest, likewise.
+        low: Next t below ``best`` at which the loss is significantly higher, by a cubic spline through the losses; the
+            smallest t without one; null for fewer than five strengths.
+        high: Next t above, likewise.
         gain: Loss of BASE minus that at ``recommended``.
         gain_error: Its standard error; null for one sequence.
         sufficient: Smallest t that keeps 90% of ``gain``, likewise; null if the gain is not significant or fewer
             than five strengths were measured.
         sufficient_low: Smallest t at which keeping 90% is not excluded; null without ``sufficient``.
         sufficient_high: Smallest t that significantly keeps 90%; null without one.
-        fit: ``quadratic`` if a parabola fits the losses of the five strengths around ``best``; ``poor`` if it does not,
-            or not at ``optimum``; ``flat`` if its curvature is not significantly positive; ``edge`` if ``best`` is the
-            smallest or the largest t; ``few`` for fewer than five strengths.
+        fit: ``quadratic`` if the parabola through the best of the run's t and its neighbours holds at its minimum;
+            ``poor`` if it does not; ``flat`` if its curvature is not significant; ``edge`` if that t is the smallest or
+            the largest; ``few`` for fewer than five strengths.
         optimum: t at the minimum of the parabola; null unless ``quadratic``.
         optimum_low: Lower end of its interval (Fieller).
         optimum_high: Upper end of its interval.
         checked: ``optimum`` to two decimals, where the loss was measured.
         checked_gap: Loss measured there minus the parabola.
-        checked_error: Standard error of ``checked_gap``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("recommended", "t", "strength to use", main=True),
-        Shown("gain", "gain", "loss of BASE minus that at the strength to use", main=True, error="gain_error"),
-        Shown("sufficient", "t of 90%", "smallest strength that keeps 90% of the gain", main=True),
-    )
     guards: ClassVar[tuple[Guard, ...]] = (
-        Guard("gain", "lower", "the update gains less on held-out data than before", tolerance="5%"),
+        Guard("gain", "lower", "the update gains less on held-out data", tolerance="5%"),
     )
     record: Literal["strength_choice"] = "strength_choice"
     set: str
@@ -126,8 +104,8 @@ class StrengthChoice(WholeRecord):
     best: float
     best_gap: Nats
     best_gap_error: Nats | None
-    low: float
-    high: float
+    low: float | None = None
+    high: float | None = None
     gain: Nats
     gain_error: Nats | None
     sufficient: float | None = None
@@ -139,4 +117,3 @@ class StrengthChoice(WholeRecord):
     optimum_high: float | None = None
     checked: float | None = None
     checked_gap: Nats | None = None
-    checked_error: Nats | None = None

@@ -7,7 +7,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.probes.strength.curve import Curve, choose, fit_parabola, propose
+from lora_diag.probes.strength.curve import Curve, choose, fit_parabola
 from tests import oracles
 
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
@@ -31,17 +31,17 @@ def quantile(comparisons=1):
 @given(st.integers(0, 10**6), st.floats(0.4, 1.1))
 def test_planted_optimum_is_found_with_its_interval(seed, optimum):
     curve, bends, places = planted(seed, optimum)
-    found = fit_parabola(curve)
-    assert found.outcome == "quadratic"
-    assert found.optimum == pytest.approx((bends * places).sum() / bends.sum(), abs=1e-9)
+    found = fit_parabola(curve, GRID)
+    assert found["fit"] == "quadratic"
+    assert found["optimum"] == pytest.approx((bends * places).sum() / bends.sum(), abs=1e-9)
 
-    def significance(t):  # of the slope at t, from its definition
+    def is_significant(t):  # of the slope at t, from its definition
         slopes = 2 * bends * (t - places)
-        return abs(slopes.mean()) / oracles.error_of_mean(slopes.tolist()) - quantile()
+        return abs(slopes.mean()) > quantile() * oracles.error_of_mean(slopes.tolist())
 
-    for end in (found.low, found.high):
-        assert significance(end) == pytest.approx(0, abs=1e-6)
-    assert found.low < found.optimum < found.high
+    for end, side in (("optimum_low", 1), ("optimum_high", -1)):  # found in steps of 0.005
+        assert is_significant(found[end])
+        assert not is_significant(found[end] + side * 0.00501)
 
 
 @settings(max_examples=15, deadline=None)
@@ -63,10 +63,14 @@ def test_choice_follows_its_definitions(seed, optimum):
         better += [t] if gap < -half else []
     assert fields["best"] == best
     assert fields["recommended"] == (min(better, key=lambda t: losses(t).mean()) if better else 1)
-    for end, side in ((fields["low"], -1), (fields["high"], 1)):  # not significant up to the end, significant behind it
-        for t, sign in ((end, 1), (end + side * 0.01, -1)):
-            gap, half = compare(losses(t) - losses(best), len(GRID) - 1)
-            assert sign * (half - gap) >= -1e-9 or not 0 <= t <= 1.5
+    for end, last in (
+        (fields["low"], 0.0),
+        (fields["high"], 1.5),
+    ):  # the first that is significantly worse, or the last
+        step = (end - best) and (last - best) / 400
+        (gap, half), (before, half_before) = (compare(losses(t) - losses(best), 6) for t in (end, end - step))
+        assert gap > half - 1e-9 or end == last
+        assert before <= half_before + 1e-9
     base, target = losses(0.0), losses(fields["recommended"])
 
     def surplus(t):
@@ -82,31 +86,37 @@ def test_choice_follows_its_definitions(seed, optimum):
 
 def test_planted_gain_without_optimum_is_not_fitted():
     rising = planted(0, 2.5)[0]
-    assert (fit_parabola(rising).outcome, choose(rising, GRID)["best"]) == ("edge", 1.5)
-    pointed = Curve(GRID, TOKENS * np.abs(np.array(GRID)[:, None] - np.full(COUNT, 0.8)), (TOKENS,) * COUNT)
-    assert fit_parabola(pointed).outcome == "poor"
+    assert (fit_parabola(rising, GRID), choose(rising, GRID)["best"]) == ({"fit": "edge"}, 1.5)
+    more = (*GRID[:4], 0.78, *GRID[4:])  # the optimum of the parabola through (0.5, 0.3), (0.75, 0.05), (1, 0.2)
+    pointed = Curve(more, TOKENS * np.abs(np.array(more)[:, None] - np.full(COUNT, 0.8)), (TOKENS,) * COUNT)
+    assert fit_parabola(pointed, GRID) == {
+        "fit": "poor",
+        "checked": 0.78,
+        "checked_gap": pytest.approx(-0.02688),
+    }
     bends = np.random.default_rng(1).permutation(np.linspace(-3, 3.1, COUNT))
     unclear = Curve(GRID, TOKENS * (np.array(GRID)[:, None] - 0.75) ** 2 * bends, (TOKENS,) * COUNT)
-    assert (fit_parabola(unclear).outcome, choose(unclear, GRID)["recommended"]) == ("flat", 1)
+    assert (fit_parabola(unclear, GRID), choose(unclear, GRID)["recommended"]) == ({"fit": "flat"}, 1)
     short = planted(2, 0.5, grid=(0.0, 0.5, 1.0))[0]
-    assert (fit_parabola(short).outcome, propose(short)) == ("few", [])
+    assert choose(short, short.scales).keys() & {"low", "sufficient", "optimum"} == set()
 
 
 def test_check_refutes_parabola_that_fits_only_the_grid():
-    curve, *_ = planted(3, 0.61)
-    checked = round(fit_parabola(curve).optimum, 2)
+    curve, bends, places = planted(3, 0.61)
+    optimum = (bends * places).sum() / bends.sum()
+    checked, exact = round(optimum, 2), bends * (round(optimum, 2) - places) ** 2
     place = next(i for i, t in enumerate(GRID) if t > checked)
-    truth = TOKENS * 0.05 + curve.nll[place]
+    offset = (curve.at(0.0) - TOKENS * bends * places**2) / TOKENS
     scales = (*GRID[:place], checked, *GRID[place:])
-    for row, outcome in ((truth, "poor"), (fit_parabola(curve).at(checked), "quadratic")):
+    for more, outcome in ((0.2, "poor"), (0.0, "quadratic")):
+        row = TOKENS * (exact + offset + more)
         fields = choose(Curve(scales, np.insert(curve.nll, place, row, axis=0), curve.counts), GRID)
-        assert (fields["fit"], fields.get("optimum") is None) == (outcome, outcome == "poor")
-        assert fields["checked"] == checked
+        assert (fields["fit"], "optimum" in fields) == (outcome, outcome == "quadratic")
+        assert (fields["checked"], fields["checked_gap"]) == (checked, pytest.approx(more))
 
 
 def test_one_sequence_decides_nothing():
     curve, *_ = planted(4, 0.5)
-    one = Curve(GRID, curve.nll[:, :1], (TOKENS,))
-    fields = choose(one, GRID)
+    fields = choose(Curve(GRID, curve.nll[:, :1], (TOKENS,)), GRID)
     assert (fields["recommended"], fields["best_gap_error"], fields["fit"]) == (1.0, None, "flat")
     assert (fields["low"], fields["high"], "sufficient" in fields) == (0.0, 1.5, False)

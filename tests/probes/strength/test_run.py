@@ -50,9 +50,9 @@ def adapter(case, tmp_path_factory):
 
 
 def part_of(name):
-    """The block of a tensor of GPT-2."""
+    """The block of a tensor of GPT-2, or its type outside the blocks."""
     words = name.removeprefix("transformer.").split(".")
-    return f"transformer.h.{words[1]}" if words[0] == "h" else "outside blocks"
+    return f"transformer.h.{words[1]}" if words[0] == "h" else name.removesuffix(".weight")
 
 
 def test_losses_equal_independent_computation(case):
@@ -200,11 +200,11 @@ REFUSED = [
     ({"scales": (11.0,)}, "11"),
     ({"scales": (math.nan,)}, "nan"),
     ({"by": "layer"}, "layer"),
-    ({"scale": 0.5}, "scale", "write"),
-    ({"part": ["x"]}, "part", "write"),
+    ({"scale": 0.5}, "write", "scale"),
+    ({"part": ["x"]}, "write", "part"),
     ({"write": "new"}, "write", "scale"),
-    ({"write": "new", "scale": 1.0}, "TUNED itself"),
-    ({"write": "new", "scale": 0.0}, "BASE itself"),
+    ({"write": "new", "scale": 1.0}, "scale=1", "itself"),
+    ({"write": "new", "scale": 0.0}, "scale=0", "itself"),
     ({"write": "new", "scale": 0.5, "by": "block"}, "write", "part"),
     ({"write": "new", "scale": 0.5, "by": "block", "part": ["h.9"]}, "h.9", "transformer.h.0"),
     ({"write": "there", "scale": 0.5}, "there", "exists"),
@@ -266,5 +266,5 @@ def test_command_is_shown_again_and_gated(case, adapter, loradiag, tmp_path):
         )
         assert loradiag("gate", "policy.toml", "s.jsonl").code == code
     assert loradiag(*words, "--by", "block", "--scales", "0,0.5", "-o", "p.jsonl").code == 0
-    for file, figure in (("s.jsonl", "strength"), ("p.jsonl", "parts")):
-        assert loradiag("plot", file, "--figure", figure, "-o", f"{figure}.png").code == 0
+    assert_names(loradiag("inspect", "p.jsonl").out, "Strength", "part")
+    assert loradiag("plot", "s.jsonl", "--figure", "strength", "-o", "strength.png").code == 0

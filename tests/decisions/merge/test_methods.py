@@ -184,6 +184,9 @@ def test_merge_of_equal_updates(name):
     expected = {"sum": 2 * product, "iso_c": iso_c([product], [2.0], 1)}.get(name, product)
     assert np.allclose(found, expected, atol=1e-7 * np.linalg.norm(expected))
     assert np.linalg.matrix_rank(found, tol=1e-6) == 3
+    if not METHODS[name].needs_factors:
+        whole = [torch.tensor(product)] * 2
+        assert np.allclose(merge(name, whole, weights), expected, atol=1e-7 * np.linalg.norm(expected))
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,8 +11,9 @@ from lora_diag.running.options import (
     OUTPUT,
     REQUIRED,
     Callbacks,
-    Device,
     Matching,
+    ModelOptions,
+    Notes,
     Option,
     Resources,
     Resuming,
@@ -61,11 +62,37 @@ METHODS = {
     )
 }
 
+# Value of ``--method`` that compares all.
+ALL = "all"
 
-class MergeOptions(Matching, Device, Resources, Resuming, Callbacks, total=False):
+
+class JudgeOptions(ModelOptions, Notes, total=False):
+    """Options of comparing merges by their losses."""
+
+    evaluate: Annotated[
+        Sequence[str],
+        Option(
+            (),
+            "Held-out text, of the task of the update whose folder is NAME, or of none; repeatable.",
+            "[NAME=]FILE",
+            ("--eval",),
+            options.INPUTS,
+        ),
+    ]
+    scales: Annotated[
+        Sequence[float], Option((), "With --eval: factors λ to choose from, instead of --scale.", "X,...")
+    ]
+    choose: Annotated[
+        str, Option("worst", "With --eval: choose by the worst task, or by the mean of all.", "worst|mean")
+    ]
+
+
+class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total=False):
     """Options of ``merge``."""
 
-    method: Annotated[str, Option("mean", "Method of merging.", "|".join(METHODS))]
+    method: Annotated[
+        str, Option("mean", "Method of merging; with --eval, all compares them.", "|".join((*METHODS, ALL)))
+    ]
     weights: Annotated[Sequence[float] | None, options.WEIGHTS]
     scale: Annotated[float, Option(1.0, "Factor of the merged update (λ of task arithmetic).", "X")]
     density: Annotated[
@@ -74,14 +101,13 @@ class MergeOptions(Matching, Device, Resources, Resuming, Callbacks, total=False
     rank: Annotated[int | None, options.RANK]
     energy: Annotated[float | None, options.ENERGY]
     full: Annotated[bool, options.CHECKPOINT]
-    dtype: Annotated[
+    output_dtype: Annotated[
         str | None,
         Option(
             None,
             "Dtype of the output; default: float32, of a checkpoint BASE's.",
             "float32|bfloat16|float16",
-            ("--output-dtype",),
-            OUTPUT,
+            panel=OUTPUT,
         ),
     ]
     portable: Annotated[bool, options.PORTABLE]
@@ -118,6 +144,7 @@ FEATURE = Feature(
             examples=(
                 "merge base/ sql/ chat/ code/ -o merged/",
                 "merge base/ sql/ chat/ code/ --method tsv --rank 32 -o merged/",
+                "merge base/ sql/ chat/ --method all --eval sql=sql.txt --eval chat=chat.txt -o merged/",
             ),
             arguments=(
                 BASE_ARGUMENT,
@@ -127,7 +154,7 @@ FEATURE = Feature(
             suggest=".show:suggest_next",
         ),
     ),
-    records=(".record:Merged",),
+    records=(".record:Merged", ".record:MergedLoss"),
     functions=(".run:merge",),
     statements=".show:merge_lines",
     grids=".show:merge_grids",
@@ -139,6 +166,14 @@ FEATURE = Feature(
             "what each update keeps in a merge, compared with the mean and with chance",
             needs="merged",
             made_by="loradiag merge BASE TUNED TUNED -o merged",
+            by_color=False,
+        ),
+        Figure(
+            "merged",
+            "held-out loss of merges, compared with the updates alone",
+            needs="merged_loss",
+            page=".figures:make_loss_page",
+            made_by="loradiag merge BASE TUNED TUNED --method all --eval NAME=FILE -o merged",
             by_color=False,
         ),
     ),

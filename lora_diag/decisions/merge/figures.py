@@ -9,12 +9,14 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lora_diag.decisions.merge.record import Merged
+from lora_diag.decisions.merge.record import Merged, MergedLoss
+from lora_diag.decisions.merge.show import name_model
+from lora_diag.metrics.statistics import paired_half
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel
-from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError
-from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, PageStyle
+from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel, Row, make_rows_page
+from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, sets_of, stack_panels
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
+from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle
 from lora_diag.rendering.statements import short_paths
 
 KEPT, MEAN = CATEGORIES[:2]
@@ -54,6 +56,42 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         low=True,
         share=True,
     )
+
+
+def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
+    """Return the losses of merges minus those of the updates alone, or of BASE, one panel per text.
+
+    Raises:
+        UndrawableError: No merge was judged.
+    """
+    records = [record for item in series for record in item.records]
+    if not records:
+        raise UndrawableError("no merge was judged by its loss")
+
+    def rows_of(item: Series[MergedLoss], name: str, color: str) -> list[Row]:
+        return [row for record in item.records if record.set == name and (row := _make_row(record)) is not None]
+
+    return make_rows_page(
+        series,
+        rows_of,
+        sets_of(records),
+        style,
+        title="Held-out loss of each merge minus that of the update alone",
+        about=f"{subject_of(series)}on a text of no update: minus that of BASE; mean negative log-likelihood, nats",
+        xlabel="loss minus the reference (nats)",
+        notes=["Error bars: two paired standard errors, more for few sequences (t). In colour: what was written."],
+        ordered=True,
+    )
+
+
+def _make_row(record: MergedLoss) -> Row | None:
+    """Return the row of a model; None for the one that others are compared with."""
+    reference = "base" if record.update is None else "alone"
+    value, error = (record.change, record.change_error) if record.update is None else (record.gap, record.gap_error)
+    if value is None or record.method == reference:
+        return None
+    half = paired_half(error, len(record.nll) - record.skipped)
+    return Row(name_model(record.method, record.scale), value, half, KEPT if record.chosen else QUIET)
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Merged]], low: float) -> None:

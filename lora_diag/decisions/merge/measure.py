@@ -21,9 +21,16 @@ from lora_diag.decisions.merge.methods import Request
 from lora_diag.decisions.merge.record import Merged
 from lora_diag.deltas import FactoredDelta, Side, footprint, row_blocks
 from lora_diag.errors import InputError
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_change, measure_on_device, why_not_comparable
+from lora_diag.layers.change import (
+    COMPUTED_ENTRY_BYTES,
+    compute_on_device,
+    load_change,
+    measure_on_device,
+    why_not_comparable,
+)
 from lora_diag.layers.task import leave_out, not_finite
 from lora_diag.linalg import exact
+from lora_diag.linalg.devices import resolve_device
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.distance import (
     Matrix,
@@ -138,18 +145,57 @@ def merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSetti
         UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit into the memory limit.
     """
-    if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
-        description = "its updates and their merge take"
-        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
+    _require_memory(task, settings)
     records: tuple[Merged | LeftOut, ...] = measure_on_device(
         partial(_merge_layer, task, settings, files[task.layer]), settings.device
     )
     return records
 
 
-def _merge_layer(
-    task: MergeTask, settings: MergeSettings, file: Path, device: torch.device
-) -> tuple[Merged | LeftOut, ...]:
+def _require_memory(task: MergeTask, settings: MergeSettings) -> None:
+    """Refuse a layer that has to be formed and does not fit into the memory limit.
+
+    Raises:
+        MemoryLimitError: It does not fit.
+    """
+    if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
+        description = "its updates and their merge take"
+        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
+
+
+@dataclass(frozen=True, slots=True)
+class _Merge:
+    """A merge of one layer as it was written.
+
+    Args:
+        changed: The updates that are not zero, each with its ΔW and norm.
+        request: What the method got.
+        merge: The method.
+        fro: ‖M‖_F before truncation and rounding.
+        written: What was written, its decomposition, and fields of records.
+    """
+
+    changed: Sequence[tuple[Update, Matrix, float]]
+    request: Request
+    merge: mergers.Merger
+    fro: float
+    written: Written
+
+
+def write_merge(task: MergeTask, settings: MergeSettings, file: Path) -> LeftOut | None:
+    """Write the merge of one layer without measuring what it keeps; return why there is none.
+
+    Raises:
+        InputError: A file could not be read or written, or the dtype cannot hold the output.
+        UsageError: The device is unknown or not available.
+        MemoryLimitError: The layer does not fit into the memory limit.
+    """
+    _require_memory(task, settings)
+    merged, _ = compute_on_device(partial(_write_merge, task, settings, file), resolve_device(settings.device))
+    return merged if isinstance(merged, LeftOut) else None
+
+
+def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: torch.device) -> _Merge | LeftOut:
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
         change, size = load_change(update.delta, device), 0.0
@@ -158,11 +204,11 @@ def _merge_layer(
             size = math.sqrt(max(0.0, frobenius_inner(part, part)))
         if problem := change.non_finite or why_not_comparable(size):
             left_out = not_finite(update.delta, problem)
-            return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
+            return left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"})
         if part is not None and size > 0:
             changed.append((update, part, size))
     if not changed:
-        return (leave_out(task.updates[0].delta, "rank_0", "every update of it is zero"),)
+        return leave_out(task.updates[0].delta, "rank_0", "every update of it is zero")
     updates, parts, norms = zip(*changed, strict=True)
     weights = [update.weight for update in updates]
     request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", [update.name for update in updates])
@@ -174,9 +220,19 @@ def _merge_layer(
     if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
         merged, factors, fro = sum_matrices([merged], [0.0]), None, 0.0  # updates that cancel leave only rounding
     write = _write_factors if task.base is None else _write_weight
-    written, factors, fields = write(task, settings, merged, fro, factors, file)
-    chances = _measure_chance(task, settings, parts, request, merge, factors)
-    signs = _compare_signs(parts, request) if task.is_matrix else [{} for _ in parts]
+    return _Merge(changed, request, merge, fro, write(task, settings, merged, fro, factors, file))
+
+
+def _merge_layer(
+    task: MergeTask, settings: MergeSettings, file: Path, device: torch.device
+) -> tuple[Merged | LeftOut, ...]:
+    done = _write_merge(task, settings, file, device)
+    if isinstance(done, LeftOut):
+        return (done,)
+    written, factors, fields = done.written
+    parts = [part for _, part, _ in done.changed]
+    chances = _measure_chance(task, settings, parts, done.request, done.merge, factors)
+    signs = _compare_signs(parts, done.request) if task.is_matrix else [{} for _ in parts]
     return tuple(
         Merged(
             layer=task.layer,
@@ -184,16 +240,16 @@ def _merge_layer(
             update=update.name,
             weight=update.weight,
             fro=size,
-            merged_fro=fro,
-            norm_ratio=fro / size,
+            merged_fro=done.fro,
+            norm_ratio=done.fro / size,
             kept=frobenius_inner(written, part) / size**2,
             directions=_measure_directions(factors, part, size),
-            **_compare_others(changed, index, settings.count, math.prod(task.shape)),
+            **_compare_others(done.changed, index, settings.count, math.prod(task.shape)),
             **chances[index],
             **signs[index],
             **fields,
         )
-        for index, (update, part, size) in enumerate(changed)
+        for index, (update, part, size) in enumerate(done.changed)
     )
 
 

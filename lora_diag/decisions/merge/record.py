@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Ratio, Share, Shown
+from lora_diag.records.base import Count, Guard, LayerRecord, Nats, Norm, Ratio, Share, Shown, WholeRecord
 
 
 def _pool(field: str, title: str, about: str, **options: Any) -> Shown:
@@ -133,3 +133,63 @@ def pooled_epsilon(records: Sequence[Merged], field: str = "epsilon") -> float |
     layers = [r for r in select_layers(records) if getattr(r, field) is not None and r.merged_fro]
     whole = math.hypot(*(r.merged_fro for r in layers))
     return math.hypot(*(getattr(r, field) * r.merged_fro for r in layers)) / whole if whole else None
+
+
+class MergedLoss(WholeRecord):
+    """The loss of one merge on one held-out text; also that of BASE, and of an update alone on the text of its task.
+
+    Numbers are null if the loss is not finite. Errors are paired by sequence; null for one sequence.
+
+    Args:
+        set: Name of the text.
+        shifted: False.
+        data: Hash of the sequences.
+        tokens: Number of predictions in all sequences.
+        update: Path of the update whose task it is; null for a text of none.
+        method: Method of the merge, ``base`` for BASE, or ``alone`` for the update alone.
+        scale: λ; null for ``base`` and ``alone``.
+        loss: Mean loss per prediction over the sequences after ``skipped``.
+        loss_error: Its standard error.
+        change: ``loss`` minus that of BASE.
+        change_error: Standard error of ``change``.
+        gap: ``loss`` minus that of the update alone; null for a text of no update.
+        gap_error: Standard error of ``gap``.
+        kept: Fraction of the update's gain over BASE; null if it has none, or there is no update.
+        skipped: Number of first sequences that chose the merge, and are in no number but ``cost``; 0 for one merge.
+        cost: What the choice minimizes over these sequences (all, if none is skipped): the largest rise above the
+            updates alone over the texts, or their mean (``choose``); on a text of no update, above BASE.
+        chosen: Whether this merge was written.
+        nll: Negative log-likelihood of every sequence, in nats.
+        predictions: Number of predictions of every sequence; for ``base`` only.
+    """
+
+    key: ClassVar[tuple[str, ...]] = ("set", "method", "scale")
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("loss", "loss", "held-out loss per token, in nats", main=True),
+        Shown("change", "to BASE", "loss minus that of BASE", main=True, error="change_error"),
+        Shown("gap", "to alone", "loss minus that of the update alone, on the text of its task", error="gap_error"),
+        Shown("kept", "kept", "fraction of the gain of the update alone", form=".2f", main=True),
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard("loss", "higher", "the merge is worse on this text than before: compare methods with --method all"),
+    )
+    record: Literal["merged_loss"] = "merged_loss"
+    set: str
+    shifted: bool = False
+    data: str
+    tokens: Count
+    update: str | None = None
+    method: str
+    scale: float | None = None
+    loss: Nats | None
+    loss_error: Nats | None = None
+    change: Nats | None = None
+    change_error: Nats | None = None
+    gap: Nats | None = None
+    gap_error: Nats | None = None
+    kept: float | None = None
+    skipped: Count = 0
+    cost: Nats | None = None
+    chosen: bool = False
+    nll: tuple[Nats, ...] = ()
+    predictions: tuple[Count, ...] = ()

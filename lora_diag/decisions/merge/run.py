@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
 from lora_diag.adapters.layouts import LAYOUTS, PEFT, check_layout
+from lora_diag.catalog import read_results
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, list_words, plan_tensors
 from lora_diag.decisions.extract.run import place_target, write_in_format
-from lora_diag.decisions.merge import METHODS, MergeOptions, MergeRunOptions, Method
+from lora_diag.decisions.merge import ALL, METHODS, MergeOptions, MergeRunOptions, Method
+from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
-from lora_diag.decisions.merge.record import Merged, select_layers
+from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
 from lora_diag.decisions.merge.show import merge_card
 from lora_diag.deltas import Delta, Pairing, Side, natural_order
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.records import Results, RunInput
+from lora_diag.rendering.statements import short_paths
 from lora_diag.running.amounts import read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
@@ -61,14 +64,20 @@ def merge(
         updates: Two or more adapters or fine-tuned checkpoints.
         output: Folder to write. It is written as ``NAME.part`` and renamed when complete.
         method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``, ``iso_c``,
-            ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``.
+            ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``. With ``evaluate`` also ``all``:
+            of those that can be written, the one that is chosen by its losses.
         weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean`` divides them by their sum.
         scale: λ, the factor of M.
         density: Fraction of entries that TIES and DARE keep; default by method.
         rank: Largest rank of a layer.
         energy: The smallest rank of each layer that keeps this fraction of ‖M‖².
         full: Write the checkpoint W + M.
-        dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a checkpoint.
+        evaluate: Held-out texts, each ``NAME=FILE`` with the name of an update's folder, whose task it is, or ``FILE``.
+            Losses of BASE, of each update on its own text, and of the merge are measured.
+        scales: With ``evaluate``: factors λ to choose from.
+        choose: With several merges: the one with the smallest rise of the loss on the ``worst`` task, or in the
+            ``mean``, above the updates alone, by the first half of each text.
+        output_dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a checkpoint.
         portable: Write one rank for all layers: an adapter that every program scales alike.
         format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
         base_name: The base model's name for config and model card; default ``base`` as given.
@@ -94,27 +103,25 @@ def merge(
         [(20, 0.5), (20, 0.5)]
     """
     arguments = fill_options(MergeOptions, options)
-    method = METHODS[arguments["method"]]
     if len(updates) < 2:
         raise UsageError("merge: fewer than two updates; give BASE, then at least two adapters or fine-tunes of it")
     full, form, portable = (arguments[name] for name in ("full", "format", "portable"))
-    weights = _choose_weights(method, arguments["weights"], len(updates))
-    density = _check_numbers(method, arguments)
+    candidates = list_candidates(arguments, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
     folder = MergeFolder(Path(output), (base, *paths), arguments["overwrite"], arguments["resume"])
     run = LayerRun("merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions)
     opened = open_base(base)
     compared = [run.compare(opened, path) for path in paths]
-    aligned = align_layers(compared, weights, vectors=full)
+    aligned = align_layers(compared, candidates[0].weights, vectors=full)
     deltas: dict[str, Delta] = {}
     for delta in (delta for comparison in compared for delta in comparison.pairing.deltas):
         deltas.setdefault(delta.layer, delta)
     skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
     pairing = Pairing(tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))), skipped.unpaired)
     planned = None
+    sides = _find_sides(pairing, base) if full or arguments["evaluate"] else {}
     if full:
-        sides = _find_sides(pairing, base)
         tasks = [MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned]
     else:
         first = replace(compared[0], pairing=pairing)
@@ -126,16 +133,42 @@ def merge(
             for item in aligned
             if item.layer in targets
         ]
-    _refuse_without_factors(tasks, method, arguments)
-    files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
+    candidates = _select_writable(candidates, tasks, arguments)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
+    settings = run.settings(
+        MergeSettings,
+        count=len(paths),
+        scale=arguments["scale"],
+        density=candidates[0].density or 1.0,
+        rank=arguments["rank"],
+        energy=arguments["energy"],
+        dtype=arguments["output_dtype"] if full else arguments["output_dtype"] or "float32",
+    )
+    chosen, judge, losses = candidates[0], None, list[MergedLoss]()
+    if arguments["evaluate"] and folder.whole:
+        written = read_results(folder.records).run.settings
+        chosen = next(each for each in candidates if each.method.name == written["method"])
+        settings = replace(settings, scale=written["scale"])
+    if arguments["evaluate"]:
+        judge = MergeJudge(arguments, base, compared, short_paths([legible(path) for path in paths]))
+    if judge is not None and not folder.whole:
+        losses = judge.judge(candidates, tasks, sides, settings, folder.final)
+        best = next(record for record in losses if record.chosen)
+        chosen = next(each for each in candidates if each.method.name == best.method)
+        settings = replace(settings, scale=best.scale or 1.0)
+    settings = replace(settings, method=chosen.method.name, density=chosen.density or 1.0)
+    tasks = [chosen.weigh(task, [each.inputs[-1].path for each in compared]) for task in tasks]
+    files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     folder.open()
     own = {
-        **{name: arguments[name] for name in ("method", "scale", "rank", "energy", "full", "dtype")},
-        "weights": list(weights),
-        "density": density,
+        "method": chosen.method.name,
+        "scale": settings.scale,
+        **{name: arguments[name] for name in ("rank", "energy", "full", "output_dtype")},
+        "weights": list(chosen.weights),
+        "density": chosen.density,
         **({"portable": True} if portable else {}),
         **({"format": form} if form != PEFT else {}),
+        **(judge.settings if judge is not None else {}),
     }
 
     def finish(results: Results[Merged]) -> None:
@@ -148,10 +181,9 @@ def merge(
         if not folder.whole and planned is not None:
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
-            sides = {task.layer: task.base for task in tasks if task.base is not None}
             parts = [(sides[record.layer], record) for record in layers]
             replaced = [Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts]
-            write_changed(folder.work, opened, replaced, arguments["dtype"], metadata)
+            write_changed(folder.work, opened, replaced, arguments["output_dtype"], metadata)
         words = ["loradiag", "merge", legible(base), *map(legible, paths), *list_words(MergeOptions, results.run)]
         folder.finish(merge_card(results, name, shlex.join([*words, "-o", legible(output)])))
 
@@ -159,21 +191,62 @@ def merge(
         [] if folder.whole else tasks,
         partial(merge_layer, files=files),
         estimate_bytes,
-        run.settings(
-            MergeSettings,
-            count=len(paths),
-            scale=arguments["scale"],
-            density=density or 1.0,
-            rank=arguments["rank"],
-            energy=arguments["energy"],
-            dtype=arguments["dtype"] if full else arguments["dtype"] or "float32",
-        ),
+        settings,
         Pairing((), skipped.unpaired) if planned is None else planned.measure_left_out,
-        (*compared[0].inputs[:-1], *_describe_inputs(compared)),
+        (*compared[0].inputs[:-1], *_describe_inputs(compared), *(judge.inputs if judge is not None else ())),
         own,
         recorded=("layers", "exclude", "device", "seed"),
         finish=finish,
+        conclude=lambda records: records.put(*losses),
     )
+
+
+def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]:
+    """Return the merges that the options request: one, or with ``all`` one per method.
+
+    Args:
+        arguments: All options of ``merge``.
+        count: K.
+
+    Raises:
+        UsageError: An option is out of range or does not apply, or merges are compared without an evaluation set.
+    """
+    name, evaluate, scales = arguments["method"], arguments["evaluate"], arguments["scales"]
+    if name != ALL:
+        methods = [METHODS[name]]
+    else:
+        methods = list(METHODS.values())
+        arguments = {**arguments, "density": None}
+    if (name == ALL or scales) and not evaluate:
+        option = "--method all" if name == ALL else "--scales"
+        raise UsageError(f"{option}: compares merges by their loss; give --eval NAME=FILE, held-out text of each task")
+    if not all(math.isfinite(scale) and scale for scale in scales):
+        raise UsageError("--scales: must be finite and not 0")
+    return [
+        Candidate(method, _choose_weights(method, arguments["weights"], count), _check_numbers(method, arguments))
+        for method in methods
+    ]
+
+
+def _select_writable(
+    candidates: Sequence[Candidate], tasks: Sequence[MergeTask], arguments: Mapping[str, Any]
+) -> list[Candidate]:
+    """Return the candidates that can be written as requested; a single one must be.
+
+    Raises:
+        UsageError: None can, for want of factors.
+    """
+    writable, problem = [], UsageError("merge: no method can be written")
+    for candidate in candidates:
+        try:
+            _refuse_without_factors(tasks, candidate.method, arguments)
+        except UsageError as error:
+            problem = error
+        else:
+            writable.append(candidate)
+    if not writable:
+        raise problem
+    return writable
 
 
 def _choose_weights(method: Method, requested: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -278,7 +351,7 @@ def _describe_inputs(compared: Sequence[Comparison]) -> list[RunInput]:
 
 def _write_recipe(results: Results[Merged], own: Mapping[str, Any], seed: int) -> str:
     """Return how a merge was made, as JSON for the metadata of its file."""
-    base, *updates = results.run.inputs
+    base, *updates = (item for item in results.run.inputs if item.role != "eval")
     names = ("method", "weights", "scale", "density", "rank", "energy")
     return json.dumps(
         {

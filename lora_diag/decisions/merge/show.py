@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_diag.decisions.merge import METHODS
-from lora_diag.decisions.merge.record import COLLISION, Merged, pooled_epsilon, pooled_kept, select_layers
+from lora_diag.decisions.merge.record import (
+    COLLISION,
+    Merged,
+    MergedLoss,
+    pooled_epsilon,
+    pooled_kept,
+    select_layers,
+)
 from lora_diag.feature import Hint
+from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Results
+from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
 from lora_diag.rendering.statements import (
     Level,
@@ -22,17 +31,19 @@ from lora_diag.rendering.statements import (
     short_paths,
     summarize,
 )
-from lora_diag.rendering.tables import Grid, grid_of, rows_of
+from lora_diag.rendering.tables import Column, Grid, grid_of, rows_of
 from lora_diag.rendering.text import (
     count,
     list_layers,
     list_names,
     number,
     percent,
+    plus_minus,
     quantity,
     safe,
     short,
     span,
+    with_limits,
 )
 
 # Largest error of an output that counts as the merge itself: factors in float32 have about 1e-7.
@@ -41,12 +52,14 @@ EXACT = 1e-5
 
 def suggest_next(results: Results[Merged], values: Mapping[str, Any]) -> Hint:
     """Return the next step: the loss of the merge."""
+    if results.whole_of(MergedLoss):
+        return Hint("verify-merge {base} {output} served/", "after a merge into the served weights")
     return Hint("probe outputs {base} {output} --eval held_out.txt", "the loss, once per task")
 
 
 def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:
     """Return the short name and the records of each update, in the order of the inputs."""
-    paths = [item.path for item in results.run.inputs if item.role != "base"]
+    paths = [item.path for item in results.run.inputs if item.role not in {"base", "eval"}]
     by_path: dict[str, list[Merged]] = {path: [] for path in paths}
     for record in results:
         by_path.setdefault(record.update, []).append(record)
@@ -60,7 +73,7 @@ def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
         return []
     layers = [grid_of(Merged.shown, rows_of(records, per), per, name) for name, records in updates]
     whole = replace(grid_of(Merged.shown, updates, "type", "updates in the merge"), title="update")
-    return [whole, *(layers if per == "layer" else [])]
+    return [*_make_loss_grids(results), whole, *(layers if per == "layer" else [])]
 
 
 def compute_length(results: Results[Merged]) -> tuple[float, str]:
@@ -86,6 +99,8 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
     return summarize(
         results,
         _describe_written(results, output),
+        _describe_choice(results),
+        *_describe_worse(results),
         _describe_error(results),
         _describe_kept(results),
         _describe_length(results),
@@ -114,6 +129,98 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     cancel = f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"
     level: Level = "warning" if zero else "note"
     return make_statement("wrote", "Written", text, cancel if zero else "", level=level, priority=0)
+
+
+def _find_losses(results: Results[Merged]) -> dict[tuple[str, float | None], list[MergedLoss]]:
+    """Return the losses of each model, by method and λ, in the order of the texts."""
+    by_model: dict[tuple[str, float | None], list[MergedLoss]] = {}
+    for record in results.whole_of(MergedLoss):
+        by_model.setdefault((record.method, record.scale), []).append(record)
+    return by_model
+
+
+def name_model(method: str, scale: float | None) -> str:
+    """Return the label of a model by the method and λ of its records."""
+    if scale is None:
+        return {"base": "BASE", "alone": "update alone"}[method]
+    return method if scale == 1 else f"{method} λ={scale:g}"
+
+
+def _make_loss_grids(results: Results[Merged]) -> list[Grid]:
+    """Return the table of losses: one row per model, two columns per text; none without a text."""
+    by_model = _find_losses(results)
+    if not by_model:
+        return []
+    sets, columns = set_names(results.whole_of(MergedLoss)), []
+    for name in sets:
+        cells = [next((record for record in group if record.set == name), None) for group in by_model.values()]
+        losses = ("-" if cell is None or cell.loss is None else f"{cell.loss:.4f}" for cell in cells)
+        columns.append(Column(short(name), tuple(losses)))
+        own = any(cell is not None and cell.gap is not None for cell in cells)
+        columns.append(
+            Column("to alone" if own else "to BASE", tuple(_format_gap(cell, own) for cell in cells), drop=1)
+        )
+    rows = tuple(name_model(*model) + (" *" if group[0].chosen else "") for model, group in by_model.items())
+    return [Grid("held-out loss; * was written", "model", rows, tuple(columns))]
+
+
+def _format_gap(record: MergedLoss | None, own: bool) -> str:
+    """Return the loss minus that of the update alone, or of BASE, with its standard error; empty for that model."""
+    gap, error = (None, None) if record is None else (record.change, record.change_error)
+    if record is not None and own:
+        gap, error = record.gap, record.gap_error
+    if record is None or gap is None or record.method == ("alone" if own else "base"):
+        return ""
+    return f"{gap:+.4f}" + ("" if error is None else plus_minus(error))
+
+
+def _describe_choice(results: Results[Merged]) -> Statement:
+    """State the chosen merge, its rise above the updates alone, and the merges that are not distinguished from it."""
+    by_model = _find_losses(results)
+    chosen = next(((model, group) for model, group in by_model.items() if group[0].chosen), None)
+    if chosen is None:
+        return make_statement("loss", "Loss", "")
+    model, group = chosen
+    counts = {record.set: record.predictions for record in by_model["base", None]}
+    gaps = [(record.gap, record) for record in group if record.gap is not None]
+    text = name_model(*model)
+    if gaps:
+        gap, worst = max(gaps, key=lambda pair: pair[0])
+        kept = "" if worst.kept is None else f", {percent(worst.kept)} of its gain"
+        half = paired_half(worst.gap_error, len(counts[worst.set]) - worst.skipped)
+        text += f": the worst task is {short(worst.set)}, {with_limits(gap, half)} above its update alone{kept}"
+    others = [each for each, records in by_model.items() if each[1] is not None and not records[0].chosen]
+    alike = [name_model(*each) for each in others if not _is_worse(by_model[each], group, counts)]
+    tied = f"not distinguished from it on any text: {list_names(alike)}" if alike else ""
+    skipped = group[0].skipped
+    how = "chosen by the first half of each text; the losses are of the second" if skipped else ""
+    return make_statement("loss", "Loss", text, tied, how, priority=0)
+
+
+def _is_worse(records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Mapping[str, Sequence[int]]) -> bool:
+    """Return whether a merge is significantly worse than the chosen one on any text, or has no finite loss."""
+    for own, best in zip(records, chosen, strict=True):
+        if not own.nll:
+            return True
+        first, of_set = own.skipped, counts[own.set]
+        gap, error = paired_difference(own.nll[first:], best.nll[first:], of_set[first:])
+        half = paired_half(error, len(of_set) - first)
+        if half is not None and gap > half:
+            return True
+    return False
+
+
+def _describe_worse(results: Results[Merged]) -> Iterator[Statement]:
+    """Warn of the written merge, and name the others, that are significantly worse than BASE on a text."""
+    written, others = list[str](), list[str]()
+    for record in results.whole_of(MergedLoss):
+        sequences = len(record.nll) - record.skipped
+        half = paired_half(record.change_error, sequences) if record.scale is not None else None
+        if half is not None and (record.change or 0.0) > half:
+            model, change = name_model(record.method, record.scale), with_limits(record.change or 0.0, half)
+            (written if record.chosen else others).append(f"{model} on {short(record.set)} ({change})")
+    yield make_statement("worse", "Worse than BASE", "; ".join(written), level="warning", priority=0)
+    yield make_statement("worse_others", "Others worse than BASE", "; ".join(others))
 
 
 def _describe_error(results: Results[Merged]) -> Statement:

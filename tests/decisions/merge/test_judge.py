@@ -1,0 +1,137 @@
+"""Losses of merges and the choice among them, compared with transformers and NumPy themselves."""
+
+import numpy as np
+import pytest
+
+import lora_diag
+from lora_diag.decisions.merge import METHODS
+from lora_diag.decisions.merge.judge import MergeJudge
+from lora_diag.decisions.merge.record import MergedLoss
+from lora_diag.errors import InputError, UsageError
+from tests import oracles
+from tests.messages import assert_names
+from tests.probes.making import gpt2, moved, some_text, tensors, window_losses
+
+SCALES = (0.5, 1.0)
+
+
+@pytest.fixture(scope="module")
+def case(tmp_path_factory):
+    """BASE, two fine-tunes, the text of the first one's task, a text of none."""
+    folder = tmp_path_factory.mktemp("merged")
+    base = gpt2(folder / "base")
+    updates = [moved(base, folder / name, 0.05, seed) for name, seed in (("one", 1), ("two", 2))]
+    texts = some_text(folder, "first", 12), some_text(folder, "second", 9, source="shifted")
+    return base, updates, *texts
+
+
+def merged(case, output, **options):
+    base, updates, first, second = case
+    texts = [f"one={first}", str(second)]
+    return lora_diag.merge(base, updates, output, full=True, evaluate=texts, batch=4, **options)
+
+
+def losses_of(case, make):
+    """Losses of the windows of both texts, with weights made from those of BASE and both updates."""
+    base, updates, *texts = case
+    weights, one, two = map(tensors, (base, *updates))
+    made = {name: make(weights[name], one[name] - weights[name], two[name] - weights[name]) for name in weights}
+    return {text.stem: window_losses(base, made, text, 32) for text in texts}
+
+
+@pytest.mark.slow
+def test_all_methods_are_judged_and_the_best_is_written(case, tmp_path):
+    found = merged(case, tmp_path / "out", method="all", scales=SCALES)
+    records = found.whole_of(MergedLoss)
+    expected = {
+        ("base", None): losses_of(case, lambda w, a, b: w),
+        ("alone", None): losses_of(case, lambda w, a, b: w + a),
+        **{("mean", s): losses_of(case, lambda w, a, b, s=s: w + s * (a + b) / 2) for s in SCALES},
+        **{("sum", s): losses_of(case, lambda w, a, b, s=s: w + s * (a + b)) for s in SCALES},
+    }
+    base, alone = expected["base", None], expected["alone", None]["first"]
+    methods = {record.method for record in records if record.scale is not None}
+    assert methods == {name for name, method in METHODS.items() if not method.needs_factors}
+    assert len(records) == 2 + 1 + 2 * len(methods) * len(SCALES)
+    costs = {}
+    for record in records:
+        half = {"first": 6, "second": 4}[record.set]
+        assert record.skipped == half
+        costs[record.method, record.scale] = record.cost
+        if (record.method, record.scale) not in expected:
+            continue
+        own = expected[record.method, record.scale]
+        changes = (own[record.set] - base[record.set])[half:]
+        assert record.loss == pytest.approx(own[record.set][half:].mean(), abs=2e-5)
+        assert record.change == pytest.approx(changes.mean(), abs=2e-5)
+        assert record.change_error == pytest.approx(oracles.error_of_mean(changes), abs=2e-5)
+        assert (record.gap is None) == (record.set == "second")
+        if record.gap is not None:
+            assert record.gap == pytest.approx((own["first"] - alone)[half:].mean(), abs=2e-5)
+        if record.scale is not None:
+            rises = (own["first"] - alone)[:6].mean(), (own["second"] - base["second"])[:4].mean()
+            assert record.cost == pytest.approx(max(rises), abs=2e-5)
+    best = min((key for key in costs if key[1] is not None), key=costs.__getitem__)
+    chosen = {(record.method, record.scale) for record in records if record.chosen}
+    assert chosen == {best}
+    assert (found.run.settings["method"], found.run.settings["scale"]) == best
+    written = window_losses(case[0], tensors(tmp_path / "out"), case[2], 32)[6:]
+    (told,) = (record for record in records if record.chosen and record.set == "first")
+    assert written.mean() == pytest.approx(told.loss, abs=2e-5)
+
+
+@pytest.mark.slow
+def test_choice_by_the_mean_of_one_method(case, tmp_path, monkeypatch):
+    found = merged(case, tmp_path / "out", method="sum", scales=(0.25, 1.0), choose="mean")
+    one, two = (losses_of(case, lambda w, a, b, s=s: w + s * (a + b)) for s in (0.25, 1.0))
+    base, alone = losses_of(case, lambda w, a, b: w), losses_of(case, lambda w, a, b: w + a)
+    costs = [
+        np.mean([(own["first"] - alone["first"])[:6].mean(), (own["second"] - base["second"])[:4].mean()])
+        for own in (one, two)
+    ]
+    records = found.whole_of(MergedLoss)
+    assert sorted({r.cost for r in records if r.scale is not None}) == pytest.approx(sorted(costs), abs=2e-5)
+    assert found.run.settings["scale"] == (0.25, 1.0)[int(np.argmin(costs))]
+    monkeypatch.setattr(MergeJudge, "judge", lambda *arguments: pytest.fail("a finished merge is not judged again"))
+    again = merged(case, tmp_path / "out", method="sum", scales=(0.25, 1.0), choose="mean", resume=True)
+    assert again.whole_of(MergedLoss) == records
+
+
+@pytest.mark.slow
+def test_single_merge_of_adapters_is_judged_by_all_sequences(case, tmp_path):
+    base, updates, first, _ = case
+    for update in updates:
+        lora_diag.extract(base, update, output=tmp_path / update.name, rank=3)
+    adapters = [tmp_path / update.name for update in updates]
+    found = lora_diag.merge(base, adapters, tmp_path / "out", evaluate=[f"two={first}"], batch=4, rank=2)
+    by_method = {record.method: record for record in found.whole_of(MergedLoss)}
+    assert {record.skipped for record in by_method.values()} == {0}
+    probed = lora_diag.probe_outputs(base, None, [adapters[1], tmp_path / "out"], evaluate=[first], batch=4).whole
+    assert [by_method[name].loss for name in ("base", "alone", "mean")] == pytest.approx(
+        [record.loss for record in probed], abs=1e-6
+    )
+    assert (by_method["mean"].chosen, by_method["mean"].update) == (True, str(adapters[1]))
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"method": "all"}, ["method=all", "evaluate"]),
+        ({"scales": [0.5]}, ["scales", "evaluate"]),
+        ({"evaluate": ["three=text.txt"]}, ["three", "one", "two"]),
+        ({"evaluate": ["one=text.txt"]}, ["text.txt"]),
+    ],
+)
+def test_unusable_texts_and_options_are_refused(case, tmp_path, options, facts):
+    base, updates, *_ = case
+    with pytest.raises((UsageError, InputError)) as error:
+        lora_diag.merge(base, updates, tmp_path / "out", full=True, **options)
+    assert_names(str(error.value), *facts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_too_short_to_choose_by_is_refused(case, tmp_path):
+    with pytest.raises(UsageError) as error:
+        merged(case, tmp_path / "out", method="all", max_sequences=4)
+    assert_names(str(error.value), "first.txt", "4 sequences")
+    assert not list(tmp_path.iterdir())

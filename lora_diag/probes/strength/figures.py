@@ -43,7 +43,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     ]
     about = f"{subject_of(series)}gain: loss of BASE minus that at t; t = 0 is BASE, 1 is TUNED"
     notes = ["Error bars: two paired standard errors, more for few sequences (t)."]
-    notes += ["Numbers at the points are t. Higher and further left is better."] if shifted else []
+    notes += ["Numbers at the points are t, of the first run. Higher and further left is better."] if shifted else []
     return Page("Gain by strength of the update", panels, about, notes, run_keys(series, marker="o"))
 
 
@@ -57,7 +57,7 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Strength]], task: 
         y, heights = zip(*((-record.change, _half(record)) for record in points), strict=True)
         line: dict[str, Any] = {"color": category(number), "lw": 1.2 * style.line, "elinewidth": 0.9 * style.line}
         ax.errorbar(x, y, heights, widths, **line, marker="o", ms=3.2 * style.line, label="_strength")
-        for record, *place in zip(points, x, y, strict=True) if other else ():
+        for record, *place in zip(points, x, y, strict=True) if other and not number else ():
             offset, size = (4 * style.line, -7 * style.line), style.ticks
             ax.annotate(f"{record.scale:g}", (place[0], place[1]), offset, textcoords="offset points", size=size)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))

@@ -1,8 +1,8 @@
 """Run the study: python -m examples.real_llm FOLDER [--quick] [--domain FILE].
 
 Two tasks, a domain (the King James Bible) and a format (the head of a function as JSON), each learned by full
-fine-tuning and by LoRA at six ranks, with rates tuned for each and three seeds where a claim needs them; then the
-commands of loradiag on the results. What is done is skipped and what was interrupted is resumed. Results files are in
+fine-tuning and by LoRA at six ranks, with rates tuned for each, the domain with three seeds; then the commands of
+loradiag on the results. What is done is skipped and what was interrupted is resumed. Results files are in
 FOLDER/results, what the commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or
 --domain. ``--quick`` takes the first task alone, with fewer ranks, steps and seeds.
 """
@@ -44,7 +44,7 @@ class Study:
     def __init__(self, folder: Path, quick: bool, domain: Path | None) -> None:
         self.folder, self.quick, self.domain = folder, quick, domain
         self.ranks = [1, 8] if quick else [1, 2, 4, 8, 16, 64]
-        self.seeds = [] if quick else [1, 2]
+        self.seeds = {"domain": [] if quick else [1, 2], "format": []}
         self.steps = 10 if quick else 20
         # The best rate of each task and rank; rank 0 is full fine-tuning.
         self.rates: dict[tuple[str, int], float] = {}
@@ -58,11 +58,11 @@ class Study:
         self.stage("texts", folder / "texts" / "other.txt", lambda: make_texts(folder / "texts", self.domain))
         self.learn("domain")
         self.measure("domain")
-        self.store()
-        self.look_closer()
         if not self.quick:
             self.learn("format")
             self.measure("format")
+        self.store()
+        self.look_closer()
 
     def stage(self, name: str, done: Path, work: Callable[[], object]) -> None:
         """Do a piece of work unless its result is there, and print how long it took."""
@@ -134,7 +134,7 @@ class Study:
                 runs[rate] = self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate)
                 losses[rate] = self.find_loss(task, runs[rate], runs.values())
             self.rates[task, rank] = min(losses, key=losses.__getitem__)
-        for seed in self.seeds:
+        for seed in self.seeds[task]:
             for rank in (0, 1, 8, 64):
                 self.train(task, f"{_name(rank)}-seed{seed}", rank, self.rates[task, rank], seed)
 
@@ -156,8 +156,9 @@ class Study:
         """Measure for one task how low-rank the update is, what LoRA misses, and whether the loss cares."""
         full, texts = self.chosen(task, 0), self.texts(task)
         adapters = [self.chosen(task, rank) for rank in self.ranks]
-        seeds = [f"{task}/{_name(rank)}-seed{seed}" for seed in self.seeds for rank in (1, 8, 64)]
-        reference = ["--reference", f"{task}/full-seed1"] if self.seeds else []
+        other_seeds = self.seeds[task]
+        seeds = [f"{task}/{_name(rank)}-seed{seed}" for seed in other_seeds for rank in (1, 8, 64)]
+        reference = ["--reference", f"{task}/full-seed1"] if other_seeds else []
         spectrum = self.command(f"spectrum-{task}", "spectrum", "base", full)
         self.command(f"residual-{task}", "residual", "base", full, *adapters)
         models = ["base", full, *adapters, *seeds, *reference]
@@ -170,8 +171,8 @@ class Study:
         allocation = json.loads((self.folder / config).read_text(encoding="utf-8"))
         lora = {key: allocation[key] for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
         rate = self.rates[task, 8]
-        allocated = [self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *self.seeds)]
-        uniform = [self.chosen(task, 8), *(f"{task}/lora_r8-seed{seed}" for seed in self.seeds)]
+        allocated = [self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *other_seeds)]
+        uniform = [self.chosen(task, 8), *(f"{task}/lora_r8-seed{seed}" for seed in other_seeds)]
         self.command(f"allocation-{task}", "probe", "outputs", "base", full, *allocated, *uniform, *texts)
 
     def store(self) -> None:

@@ -36,7 +36,7 @@ FEATURE = Feature(
             "TRL or torchtune, or a Trainer's training_args.bin. Exit codes: 0 clean, 1 findings, 3 unreadable.",
             examples=("lint train.yaml base/", "lint base/ --method full --lr 1e-6 --dtype bfloat16"),
             arguments=(
-                Argument("config", "Training configuration or adapter; may be missing.", optional=True),
+                Argument("config", "Training configuration or adapter; may be left out.", optional=True),
                 Argument("base", "Base checkpoint, of which little is read; or its config.json.", optional=True),
             ),
             options=(LintOptions,),

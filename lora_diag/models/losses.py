@@ -189,9 +189,8 @@ def divergence(p: Tensor, q: Tensor) -> float:
 class Forgetting:
     """Running comparison of a model's predictions with those of BASE over the sequences of a set.
 
-    KL(p_base ‖ p) on the new task is the best published predictor of what a fine-tune forgets elsewhere; norms of ΔW
-    predict it less well (Shenfeld, Pari and Agrawal 2025, "RL's Razor: why online reinforcement learning forgets less",
-    arXiv 2509.04259).
+    KL(p_base ‖ p) on the new task predicted what fine-tunes forget elsewhere better than norms of ΔW did (Shenfeld,
+    Pari and Agrawal 2025, "RL's Razor: why online reinforcement learning forgets less", arXiv 2509.04259).
 
     Args:
         kl: Σ KL(p_base ‖ p) over the predictions of each sequence, in nats.

@@ -73,7 +73,7 @@ class JudgeOptions(ModelOptions, Notes, total=False):
         Sequence[str],
         Option(
             (),
-            "Held-out text, of the task of the update whose folder is NAME, or of none; repeatable.",
+            "Held-out text; NAME is the folder of the update whose task it is; repeatable.",
             "[NAME=]FILE",
             ("--eval",),
             options.INPUTS,
@@ -105,7 +105,7 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
         str | None,
         Option(
             None,
-            "Dtype of the output; default: float32, of a checkpoint BASE's.",
+            "Dtype of the output; default: float32, for a checkpoint that of BASE.",
             "float32|bfloat16|float16",
             panel=OUTPUT,
         ),
@@ -139,7 +139,7 @@ FEATURE = Feature(
     "Ship",
     commands=(
         Command(
-            help="Merge several updates of one BASE, and state what each keeps.",
+            help="Merge updates of one BASE, and state what each keeps.",
             notes="The merge is an adapter, by default of the exact rank, or a checkpoint.",
             examples=(
                 "merge base/ sql/ chat/ code/ -o merged/",

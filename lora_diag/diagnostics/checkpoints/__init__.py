@@ -15,14 +15,14 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
     ranks: Annotated[Sequence[int], RANKS.by((1, 4, 16))]
     directions: Annotated[int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)]
     average: Annotated[
-        Sequence[str], Option((), "Averages of checkpoints to compare by --eval.", "uniform,ema[:DECAY],last:K")
+        Sequence[str], Option((), "With --eval: averages of checkpoints to compare.", "uniform,ema[:DECAY],last:K")
     ]
     extrapolate: Annotated[
-        Sequence[str], Option((), "Extrapolations by F (1) intervals, likewise.", "linear[:F],rank1[:F]")
+        Sequence[str], Option((), "With --eval: extrapolations by F intervals; default F: 1.", "linear[:F],rank1[:F]")
     ]
     write: Annotated[
         Path | str | None,
-        Option(None, "Folder for these models; exact unless --rank is given.", "FOLDER", panel=OUTPUT),
+        Option(None, "Folder for averages and extrapolations; exact unless --rank is given.", "FOLDER", panel=OUTPUT),
     ]
     rank: Annotated[int | None, RANK]
 
@@ -42,7 +42,7 @@ FEATURE = Feature(
     "Train",
     commands=(
         Command(
-            help="A training run over its checkpoints: growth, collapse, dead layers.",
+            help="A training run over its checkpoints, and which to keep.",
             notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. Full checkpoints need "
             "BASE, after the run's folder or with --base.",
             examples=(

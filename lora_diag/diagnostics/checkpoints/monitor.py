@@ -504,7 +504,7 @@ class LoraMonitor(TrainingCallback):
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
-        """End the measurement where it fails, with a warning: the training goes on."""
+        """End the measurement where it fails, with a warning: the training continues."""
         try:
             yield
         except Exception as error:  # such as a full disk, or a GPU without memory

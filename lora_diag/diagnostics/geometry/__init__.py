@@ -1,4 +1,4 @@
-"""Declaration and options of ``geometry``: where an update lies in the base weights, beside chance and rounding."""
+"""Declaration and options of ``geometry``: where an update lies in the base weights, next to chance and rounding."""
 
 from typing import Annotated
 
@@ -23,7 +23,7 @@ FEATURE = Feature(
     "Research",
     commands=(
         Command(
-            help="Where an update lies in the weights, compared with chance and rounding.",
+            help="Where an update lies in the weights, next to baselines.",
             examples=("geometry base/ full_ft/ -o geometry.jsonl", "geometry base/ lora_r8/ --layers mlp --lens"),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(GeometryOptions,),

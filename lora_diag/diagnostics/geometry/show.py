@@ -165,7 +165,7 @@ def _describe_point(point: tuple[float, float, float, float]) -> str:
 
 
 def _describe_rounding(records: Sequence[Geometry]) -> str:
-    """State the low overlap beside chance and the rounding null."""
+    """State the low overlap next to chance and the rounding null."""
     measured, chance = (_pool(records, side, "low_30") for side in ("moved", "chance"))
     if not all(record.rounding for record in records):
         what = "an update that is not stored has no rounding" if not records[0].stored else "rounding removes all of it"
@@ -205,7 +205,7 @@ def _compare(record: Geometry, name: str) -> tuple[float, float] | None:
 
 
 def _describe_rank(records: Sequence[Geometry]) -> str:
-    """State the rank of ΔW beside that of its support and magnitudes."""
+    """State the rank of ΔW next to that of its support and magnitudes."""
     known = [record for record in records if record.rank_90_random]
     if not known:
         return f"median {median(record.rank for record in records):.0f}, that of the factors"

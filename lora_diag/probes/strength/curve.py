@@ -87,11 +87,11 @@ def fit_parabola(curve: Curve, grid: Sequence[float]) -> dict[str, Any]:
     window = grid[grid.index(best) - 1 : grid.index(best) + 2]
     losses = [curve.mean(scale) for scale in window]
     coefficients = np.linalg.inv(np.vander(window, increasing=True)) @ [curve.at(scale) for scale in window]
-    _, slope, bend = coefficients
-    optimum = -float(slope.sum() / bend.sum()) / 2
+    _, slope, quadratic = coefficients
+    optimum = -float(slope.sum() / quadratic.sum()) / 2
 
     def has_slope(scale: float) -> bool:
-        mean, half = curve.compare(slope + 2 * scale * bend)
+        mean, half = curve.compare(slope + 2 * scale * quadratic)
         return abs(mean) > half
 
     low, high = (_search(optimum, optimum + side, has_slope) for side in (-REACH, REACH))

@@ -21,6 +21,8 @@ DIFFERENT = {
     "--format": "figures and reports have other formats",
     "--method": "merge has methods of merging, the others compute singular values",
     "--density": "interference has one default, and 0; merge has one by method",
+    "--eval": "merge gives a text to the update that it tests",
+    "--scales": "probe strength has strengths of an update, merge factors of the merge",
     "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--directions": "intruders tests each, checkpoints compares their spaces",
     "--write": "probe strength writes one adapter, checkpoints several models",

@@ -12,18 +12,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lora_diag.deltas import Delta
 from lora_diag.layers.task import LayerSettings
 from lora_diag.thin import compute_triangle, thin_values
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    Array = NDArray[np.float64]
+Array = NDArray[np.float64]
 
 # Singular values below this fraction of σ_1 are not compared: their vectors are rounding of stored float32 numbers.
 ZERO = 1e-6

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, group_by
 from lora_diag.rendering.figures.fields import Types, count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import label_ticks
@@ -79,10 +79,8 @@ def _draw_curves(
 
 def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not known or all zero."""
-    by_layer: dict[str, list[float | None]] = {}
-    for record in records:
-        by_layer.setdefault(record.layer, []).append(record.increment)
-    cells = np.array(list(by_layer.values()), np.float64)
+    rows = [[record.increment for record in group] for group in group_by(records, "layer").values()]
+    cells = np.array(rows, np.float64)
     largest = np.nan_to_num(cells).max(axis=1, keepdims=True)
     return np.asarray(cells / np.where(largest > 0, largest, np.nan))
 
@@ -91,10 +89,8 @@ def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     """Return the median overlaps of all pairs of checkpoints, ``(T, T)``; NaN where they are not known."""
     count = len({record.step for record in records})
     cells = np.full((count, count), np.nan)
-    groups: dict[int, list[CheckpointLayer]] = {}
-    for record in records:
-        groups.setdefault(len(record.overlaps), []).append(record)
-    for t, group in groups.items():
+    for group in group_by(records, "step").values():
+        t = len(group[0].overlaps)
         for s, values in enumerate(zip(*(record.overlaps for record in group), strict=True)):
             cells[s, t] = cells[t, s] = middle(values) or np.nan
     return cells

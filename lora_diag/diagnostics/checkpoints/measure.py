@@ -272,7 +272,7 @@ def measure_run(
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
         problem = "shows one run, or a monitor's results file; give its path, without -o, --json and --eval"
         raise UsageError(f"--follow: {problem}")
-    from lora_diag.diagnostics.checkpoints.follow import follow_run  # deferred: imports rich
+    from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None))
 

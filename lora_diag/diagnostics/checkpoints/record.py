@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
@@ -86,6 +87,14 @@ class CheckpointLayer(LayerRecord):
     increment_error: Norm | None = None
     gram: tuple[float | None, ...] = ()
     overlaps: tuple[float | None, ...] = ()
+
+
+def group_by(records: Iterable[CheckpointLayer], field: str) -> dict[Any, list[CheckpointLayer]]:
+    """Return records by the value of a field, in the order of first occurrence."""
+    groups: dict[Any, list[CheckpointLayer]] = {}
+    for record in records:
+        groups.setdefault(getattr(record, field), []).append(record)
+    return groups
 
 
 class HeldOutLoss(Record):

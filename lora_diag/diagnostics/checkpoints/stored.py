@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.checkpoints.factors import (
+    Array,
     CheckpointsSettings,
     Evolution,
     LayerSeries,
@@ -97,9 +97,7 @@ def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: tor
     return problems, found, base_fro
 
 
-def _multiply_increments(
-    deltas: Sequence[Delta], shape: tuple[int, int]
-) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float64]], list[float | None]]:
+def _multiply_increments(deltas: Sequence[Delta], shape: tuple[int, int]) -> tuple[Array, list[float | None]]:
     """Return ⟨D_s, D_t⟩ of the increments, D_1 = ΔW_1, and the fraction of their entries that are zero.
 
     A block holds the same rows of all updates, so that one pass suffices and no stored update is in memory whole.

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints import follow
-from lora_diag.diagnostics.checkpoints.follow import follow_run
+from lora_diag.diagnostics.checkpoints import show
 from lora_diag.diagnostics.checkpoints.measure import measure_run
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.show import follow_run
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import ResultsWriter, Run, RunInput, totals
 from tests.conftest import PATIENCE
@@ -123,13 +123,13 @@ def collect(run, monkeypatch, on_look, measure=lambda: pytest.fail("measured")) 
         looks.append(seconds)
         on_look(len(looks))
 
-    monkeypatch.setattr(follow.time, "sleep", pause)
+    monkeypatch.setattr(show.time, "sleep", pause)
     return follow_run(run, measure, lambda draw, new: lines.extend(new)), lines, looks
 
 
 def test_follow_reads_only_files_that_changed(tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr(follow, "read_results", lambda path: reads.append(path) or lora_diag.read_results(path))
+    monkeypatch.setattr(show, "read_results", lambda path: reads.append(path) or lora_diag.read_results(path))
     with open_monitor(tmp_path / "m.jsonl") as writer:
         writer.append(*records_of(10))
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import t as student_t
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints.averages import Rule, read_rules
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
+from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
 from lora_diag.errors import UsageError
 from lora_diag.records import Probe
 from tests import oracles

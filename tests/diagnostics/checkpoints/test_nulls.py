@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints import nulls
+from lora_diag.diagnostics.checkpoints import verdict
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.verdict import find_collapses
 from tests.diagnostics.checkpoints.making import LAYERS, STEPS, healthy, save_run
@@ -29,24 +29,24 @@ def line(lengths):
 @given(st.integers(0, 2**32 - 1), st.lists(st.floats(0.2, 5), min_size=4, max_size=12))
 def test_expected_walk_is_near_simulated_walks(seed, lengths):
     gram = walk(np.random.default_rng(seed), lengths)
-    expected, steps = nulls.random_walk(gram), range(1, len(lengths) + 1)
+    expected, steps = verdict.random_walk(gram), range(1, len(lengths) + 1)
     np.testing.assert_allclose(expected, gram, atol=0.12 * gram.max())
-    for found, null in zip(*(nulls.first_direction(each, steps) for each in (gram, expected)), strict=True):
+    for found, null in zip(*(verdict.first_direction(each, steps) for each in (gram, expected)), strict=True):
         assert found == pytest.approx(null, abs=0.08)
 
 
 def test_long_walk_has_limits_of_brownian_motion():
     """Its covariance min(s, t) has the eigenfunction sin(πt/2), whose share is 4/π² of 1/2."""
     t = (np.arange(600) + 1) / 600
-    share, linear = nulls.first_direction(nulls.random_walk(np.minimum.outer(t, t)), range(1, 601))
+    share, linear = verdict.first_direction(verdict.random_walk(np.minimum.outer(t, t)), range(1, 601))
     assert share == pytest.approx(8 / np.pi**2, abs=3e-3)
     assert linear == pytest.approx(np.corrcoef(t, np.sin(np.pi * t / 2))[0, 1] ** 2, abs=3e-3)
 
 
 def test_line_is_one_direction():
-    share, linear = nulls.first_direction(line([1.0] * 8), range(1, 9))
+    share, linear = verdict.first_direction(line([1.0] * 8), range(1, 9))
     assert (share, linear) == pytest.approx((1, 1))
-    assert nulls.settled_from(nulls.distances(line([1.0] * 8))[1:, -1] / 8) == 7
+    assert verdict.settled_from(verdict.distances(line([1.0] * 8))[1:, -1] / 8) == 7
 
 
 @settings(max_examples=30, deadline=None)
@@ -55,12 +55,12 @@ def test_exchange_of_checkpoints_is_found(seed, count, straight, data):
     rng = np.random.default_rng(seed)
     lengths = rng.uniform(0.9, 1.1, count)
     gram = line(lengths) if straight else walk(rng, lengths)
-    assert nulls.best_swap(gram)[0] > 0.9
+    assert verdict.best_swap(gram)[0] > 0.9
     first = data.draw(st.integers(0, count - 3))
     second = data.draw(st.integers(first + 1, count - 2))
     order = np.arange(count)
     order[[first, second]] = second, first
-    ratio, *positions = nulls.best_swap(gram[np.ix_(order, order)])
+    ratio, *positions = verdict.best_swap(gram[np.ix_(order, order)])
     assert ratio < 0.9
     assert positions == [first, second]
 
@@ -68,7 +68,7 @@ def test_exchange_of_checkpoints_is_found(seed, count, straight, data):
 def test_outlier_is_no_exchange():
     gram = walk(np.random.default_rng(0), [1.0] * 8)
     gram[3, 3] += 400
-    assert nulls.best_swap(gram)[0] > 0.9
+    assert verdict.best_swap(gram)[0] > 0.9
 
 
 def zero(update, name):

@@ -49,13 +49,10 @@ def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Ite
     """
     for name in main_sets(probes):
         ranked, counts = _rank(probes, name), _find_base(probes, name).predictions
-        tied = []
+        freedom, tied = stats.degrees_of_freedom(len(counts)), []
         for probe in ranked:
             excess, error = stats.paired_difference(probe.nll, ranked[0].nll, counts)
-            limit = error and stats.Estimate(excess, error, stats.degrees_of_freedom(len(counts))).half(
-                _find_level(len(ranked))
-            )
-            if limit is None or excess <= limit:
+            if error is None or excess <= stats.Estimate(excess, error, freedom).half(_find_level(len(ranked))):
                 tied.append(steps[probe.name])
         if ranked:
             yield Choice(step=steps[ranked[0].name], by=name, tied=tuple(sorted(tied)), earliest=min(tied))
@@ -73,46 +70,28 @@ def describe_losses(probes: Sequence[Probe], path: str) -> dict[str, HeldOutLoss
 
 
 def compare_combinations(
-    probes: Sequence[Probe],
-    paths: Mapping[str, int],
-    steps: tuple[int, ...],
-    weights: Mapping[str, tuple[float, ...]],
-    written: Mapping[str, str],
+    probes: Sequence[Probe], paths: Mapping[str, int], combinations: Sequence[Combination]
 ) -> Iterator[Combination]:
-    """Yield the record of every combination.
+    """Yield the record of every combination, with its losses and its comparison with the best checkpoint.
 
     Args:
         probes: The losses.
         paths: Steps of all checkpoints by path.
-        steps: Steps of the combined checkpoints.
-        weights: Their weights by combination.
-        written: Folders by combination.
+        combinations: The combinations, without losses.
     """
     name = main_sets(probes)[0]
     counts, combined = _find_base(probes, name).predictions, _rank(probes, name, "combination")
     half = len(counts) // 2
-    single, best = (
-        min(group, key=lambda probe: sum(probe.nll[:half]), default=None) if half > 1 else None
-        for group in (_rank(probes, name), combined)
-    )
-    for rule, by_step in weights.items():
-        own = next((probe for probe in combined if probe.name == rule), None)
-        gain, error = None, None
+    groups = (_rank(probes, name), combined) if half > 1 else ((), ())
+    single, best = (min(group, key=lambda probe: sum(probe.nll[:half]), default=None) for group in groups)
+    for combination in combinations:
+        fields = {"losses": describe_losses(probes, combination.name), "by": name, "sequences": len(counts) - half}
+        own = next((probe for probe in combined if probe.name == combination.name), None)
+        fields |= {"single": single and paths[single.name], "chosen": own is not None and own is best}
         if own is not None and single is not None:
             gain, error = stats.paired_difference(single.nll[half:], own.nll[half:], counts[half:])
-        yield Combination(
-            name=rule,
-            steps=steps,
-            weights=by_step,
-            losses=describe_losses(probes, rule),
-            by=name,
-            single=None if single is None else paths[single.name],
-            chosen=own is not None and own is best,
-            gain=gain,
-            gain_error=error,
-            sequences=len(counts) - half,
-            path=written.get(rule),
-        )
+            fields |= {"gain": gain, "gain_error": error}
+        yield combination.model_copy(update=fields)
 
 
 def _is_better(record: Combination) -> bool:

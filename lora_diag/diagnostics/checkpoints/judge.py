@@ -26,6 +26,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ from lora_diag.decisions.merge.run import MergeFolder, merge
 from lora_diag.deltas import Delta, DenseDelta, row_spans
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
-from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, group_by
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, Combination, group_by
 from lora_diag.diagnostics.checkpoints.series import Step
 from lora_diag.diagnostics.checkpoints.verdict import sum_grams
 from lora_diag.errors import InputError, UsageError
@@ -101,10 +102,8 @@ class Rule:
                 problem = "needs the products of all checkpoints in all layers"
                 fix = "give finite checkpoints one by one, without --layers and --exclude"
                 raise InputError(f"--extrapolate {self.name}: {problem}; {fix}")
-            u, intervals = (
-                np.linalg.eigh(gram).eigenvectors[:, -1],
-                (np.array(steps) - steps[-1]) / (steps[-1] - steps[-2]),
-            )
+            u = np.linalg.eigh(gram).eigenvectors[:, -1]
+            intervals = (np.array(steps) - steps[-1]) / (steps[-1] - steps[-2])
             return np.asarray(np.polyval(np.polyfit(intervals, u, 1), self.number) * u, np.float64)
         weights = self.number**ages if self.kind == "ema" else np.where(ages < (self.number or math.inf), 1.0, 0.0)
         return np.asarray(weights / weights.sum(), np.float64)
@@ -126,14 +125,8 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
             found = re.fullmatch(r"(\w+)(?::(\d*\.?\d+))?", text)
             kind, given = found.groups() if found else ("", None)
             number = defaults.get(kind, math.nan) if given is None else float(given)
-            fits = {
-                "uniform": given is None,
-                "ema": 0 < number < 1,
-                "last": number in range(2, count + 1),
-                "linear": number > 0,
-                "rank1": number > 0,
-            }
-            if kind not in defaults or not fits[kind]:
+            fits = {"uniform": given is None, "ema": 0 < number < 1, "last": number in range(2, count + 1)}
+            if kind not in defaults or not fits.get(kind, number > 0):
                 forms = f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate linear:F, rank1:F (F > 0)"
                 raise UsageError(f"--{option} {text}: unknown rule, or number out of range; use --average {forms}")
             rules.append(Rule(kind, number))
@@ -213,25 +206,26 @@ class Judge:
         """
         bad = {record.step for record in records.layers if record.non_finite}
         finite = [step for step in self._steps if step.step not in bad]
-        steps, paths = [step.step for step in finite], {legible(step.path): step.step for step in self._steps}
+        steps, paths = tuple(step.step for step in finite), {legible(step.path): step.step for step in self._steps}
         partial_gram = bad or self._options["layers"] or self._options["exclude"]
         gram = None if partial_gram else sum_grams(list(group_by(records.layers, "layer").values()))
         contenders: list[Contender] = [("base", "", tuple)]
         for step in self._steps:
             stored = None if step.step in bad else partial(self._read_updates, step.path)
             contenders.append(("checkpoint", legible(step.path), stored))
-        weights, written = dict[str, tuple[float, ...]](), dict[str, str]()
+        combinations = []
         for rule in read_rules(self._options, len(finite)):
-            weights[rule.name] = tuple(rule.weigh(steps, gram).tolist())
-            read: Callable[[], Sequence[Delta]] = partial(self._combine, finite, weights[rule.name])
-            if self._options["write"] is not None:
-                folder = self._write(rule, finite, weights[rule.name])
-                written[rule.name], read = legible(folder), partial(self._read_updates, folder)
+            weights = tuple(rule.weigh(steps, gram).tolist())
+            used = {step.path: weight for step, weight in zip(finite, weights, strict=True) if weight}
+            folder = self._write(rule, used) if self._options["write"] is not None else None
+            read = partial(self._read_updates, folder) if folder is not None else partial(self._combine, used)
             contenders.append(("combination", rule.name, read))
+            path = None if folder is None else legible(folder)
+            combinations.append(Combination(name=rule.name, steps=steps, weights=weights, by="", path=path))
         self._evaluate(contenders, records)
         probes = [record for record in records.records if isinstance(record, Probe)]
         records.put(*choose_checkpoints(probes, paths))
-        records.put(*compare_combinations(probes, paths, tuple(steps), weights, written))
+        records.put(*compare_combinations(probes, paths, combinations))
 
     def _read_updates(self, path: Path) -> Sequence[Delta]:
         """Return all updates of a checkpoint: --layers and --exclude select those of other measurements."""
@@ -241,22 +235,20 @@ class Judge:
     def _choose_folder(self, rule: Rule) -> Path:
         return Path(self._options["write"]) / rule.name.replace(":", "-")
 
-    def _combine(self, steps: Sequence[Step], weights: Sequence[float]) -> list[Delta]:
-        """Return Σ c_tΔW_t of every layer, of the checkpoints with a weight.
+    def _combine(self, weights: Mapping[Path, float]) -> list[Delta]:
+        """Return Σ c_tΔW_t of every layer, given c_t by path.
 
         Raises:
             InputError: A checkpoint lacks an update that others have, or one cannot be read.
         """
-        used = [(step, weight) for step, weight in zip(steps, weights, strict=True) if weight]
         by_layer: dict[str, list[Delta]] = {}
-        for step, _ in used:
-            for delta in self._read_updates(step.path):
-                by_layer.setdefault(delta.layer, []).append(delta)
-        if partly := next((layer for layer, deltas in by_layer.items() if len(deltas) < len(used)), None):
+        for delta in chain.from_iterable(map(self._read_updates, weights)):
+            by_layer.setdefault(delta.layer, []).append(delta)
+        if partly := next((layer for layer, deltas in by_layer.items() if len(deltas) < len(weights)), None):
             raise InputError(f"{partly}: is not in all checkpoints, which cannot be combined; give those that have it")
-        return [combine(deltas, [weight for _, weight in used]) for deltas in by_layer.values()]
+        return [combine(deltas, list(weights.values())) for deltas in by_layer.values()]
 
-    def _write(self, rule: Rule, steps: Sequence[Step], weights: Sequence[float]) -> Path:
+    def _write(self, rule: Rule, weights: Mapping[Path, float]) -> Path:
         """Write a combination as ``merge`` does: of adapters as an adapter, else as a checkpoint; return its folder.
 
         Raises:
@@ -264,11 +256,10 @@ class Judge:
         """
         folder = self._choose_folder(rule)
         folder.parent.mkdir(exist_ok=True)
-        paths = [step.path for step, weight in zip(steps, weights, strict=True) if weight]
-        full = self._options["rank"] is None and not is_adapter(locate(paths[-1]))
+        full = self._options["rank"] is None and not is_adapter(locate([*weights][-1]))
         names = ("overwrite", "resume", "rank", "device", "memory", "workers", "alpha", "alpha_is_rank")
         shared = {name: self._options[name] for name in (*names, "allow_unmatched")}
-        merge(self._base, paths, folder, method="sum", weights=list(filter(None, weights)), full=full, **shared)
+        merge(self._base, [*weights], folder, method="sum", weights=list(weights.values()), full=full, **shared)
         return folder
 
     def _evaluate(self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]) -> None:

@@ -7,7 +7,7 @@ Layers whose factors are stored as they are, in safetensors and of a rank up to 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
@@ -17,6 +17,7 @@ from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions
 from lora_diag.diagnostics.checkpoints.factors import (
+    Array,
     CheckpointsSettings,
     Evolution,
     Factors,
@@ -38,6 +39,9 @@ from lora_diag.thin import MAX_RANK
 
 if TYPE_CHECKING:
     from lora_diag.diagnostics.checkpoints.judge import Judge
+
+# Why an update with finite factors is not finite.
+OVERFLOW = "a norm overflows float64"
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
@@ -95,60 +99,69 @@ def make_records(
         found: Measurements of the finite ones, in order; None if there are none, or a norm overflows.
         base_fro: ‖W_base‖_F; None if it is not known.
     """
-    finite = [t for t, problem in enumerate(problems) if problem is None]
+    place = {t: i for i, t in enumerate(t for t, problem in enumerate(problems) if problem is None)}
     records = []
     for t, (step, problem) in enumerate(zip(settings.steps, problems, strict=True)):
-        named: dict[str, Any] = {"layer": task.layer, "step": step, "shape": task.shape, "base_fro": base_fro}
-        if problem is not None or found is None:
-            named |= {"fro": None, "non_finite": problem or "a norm overflows float64"}
-        else:
-            named |= _describe_step(found, finite, t, settings)
-            named["relative"] = named["fro"] / base_fro if base_fro else None
-            named["overlap_random"] = named["directions"] / task.shape[0] if named["directions"] else None
-        records.append(CheckpointLayer(**named))
+        fields: dict[str, Any] = {"fro": None, "non_finite": problem or OVERFLOW}
+        if problem is None and found is not None:
+            fields = _describe_step(found, place, t, settings)
+            fields["relative"] = fields["fro"] / base_fro if base_fro else None
+            fields["overlap_random"] = fields["directions"] / task.shape[0] if fields["directions"] else None
+        records.append(CheckpointLayer(layer=task.layer, step=step, shape=task.shape, base_fro=base_fro, **fields))
     return tuple(records)
 
 
-def _describe_step(found: Evolution, finite: Sequence[int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
-    """Return what the record of a finite update says of it and of others.
+def _describe_step(found: Evolution, place: Mapping[int, int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
+    """Return the fields of the record of a finite update.
 
     Args:
         found: Measurements of the finite updates.
-        finite: Their positions among the checkpoints.
-        t: Position of this one.
+        place: Their positions in these measurements, by position among the checkpoints.
+        t: Position of this one among the checkpoints.
         settings: Settings of the measurement.
     """
-    place = {position: i for i, position in enumerate(finite)}
-    i, s, fro, products = place[t], found.s[place[t]], found.fro[place[t]], found.increments
-    gram = products.cumsum(axis=0).cumsum(axis=1)
-    curve = energy_curve(s, fro, complete=True) if fro else None
+    i, products = place[t], found.increments
+    gram, squares = products.cumsum(axis=0).cumsum(axis=1), products.diagonal()
     # After an update that is not finite there is no increment; the first one starts at BASE.
-    lengths = [math.sqrt(max(0.0, products[place[u], place[u]])) if u in place else 0.0 for u in (t, t - 1)]
     is_known = t == 0 or t - 1 in place
-    is_bent = is_known and t > 0 and (t == 1 or t - 2 in place) and min(lengths) > 0
+    before = squares[i - 1] if t > 0 and is_known and (t == 1 or t - 2 in place) else None
 
     def overlap(other: int) -> float | None:
         value = found.overlaps[i, place[other]] if other in place and other != t else math.nan
         return None if math.isnan(value) else _round(value)
 
     return {
-        "fro": fro,
-        "sigma_1": float(s[0]) if len(s) else 0.0,
-        "spectral_share": min(1.0, float((s[0] / fro) ** 2)) if fro else None,
-        "stable_rank": stable_rank(s, fro) if fro else None,
-        "effective_rank": effective_rank(s) if fro else None,
-        "energy": {str(r): None if curve is None else float(curve[min(r, len(s)) - 1]) for r in settings.ranks},
+        **describe_values(found.s[i], found.fro[i], settings.ranks),
+        **describe_increment(squares[i] if is_known else None, before, products[i, i - 1]),
         "directions": found.directions[i],
         "overlap_next": overlap(t + 1),
         "overlap_last": overlap(len(settings.steps) - 1),
-        "increment": _round(lengths[0]) if is_known else None,
-        "cosine": max(-1.0, min(1.0, _round(products[i, i - 1] / math.prod(lengths)))) if is_bent else None,
         "unchanged": found.unchanged[i] if is_known else None,
-        "dead": fro == 0.0,
         "method": found.method[i],
         "gram": tuple(_round(gram[i, place[u]]) if u in place else None for u in range(t + 1)),
         "overlaps": tuple(map(overlap, range(t))),
     }
+
+
+def describe_values(s: Array, fro: float, ranks: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a record that follow from all singular values of a finite update and its norm."""
+    curve = energy_curve(s, fro, complete=True) if fro else None
+    return {
+        "fro": fro,
+        "dead": fro == 0.0,
+        "sigma_1": float(s[0]) if len(s) else 0.0,
+        "spectral_share": min(1.0, float((s[0] / fro) ** 2)) if fro else None,
+        "stable_rank": stable_rank(s, fro) if fro else None,
+        "effective_rank": effective_rank(s) if fro else None,
+        "energy": {str(r): None if curve is None else float(curve[min(r, len(s)) - 1]) for r in ranks},
+    }
+
+
+def describe_increment(square: float | None, before: float | None, product: float) -> dict[str, float | None]:
+    """Return the fields of an increment from ‖D_t‖_F² and ‖D_{t−1}‖_F², None if not known, and ⟨D_t, D_{t−1}⟩."""
+    length, earlier = (None if value is None else math.sqrt(max(0.0, value)) for value in (square, before))
+    cosine = max(-1.0, min(1.0, _round(product / (length * earlier)))) if length and earlier else None
+    return {"increment": None if length is None else _round(length), "cosine": cosine}
 
 
 def _round(value: float) -> float:

@@ -13,20 +13,19 @@ import os
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lora_diag.catalog import read_results
 from lora_diag.deltas import natural_order, selector
-from lora_diag.diagnostics.checkpoints.factors import CheckpointsSettings, Evolution, Factors, LayerSeries
-from lora_diag.diagnostics.checkpoints.measure import make_records
+from lora_diag.diagnostics.checkpoints.factors import Array, Factors
+from lora_diag.diagnostics.checkpoints.measure import OVERFLOW, describe_increment, describe_values
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
 from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
@@ -41,8 +40,6 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.thin import MAX_GRAM_ERROR, Grams, thin_energies
 from lora_diag.version import __version__
 
-Array = NDArray[np.float64]
-
 _LOG = logging.getLogger(__name__)
 
 # Role of the input of a run that was measured while it trained.
@@ -55,7 +52,8 @@ PART_ENTRIES = 2**21
 # energies of the rows differ by half of their mean.
 ROWS = 64
 
-_SETTINGS = CheckpointsSettings(ranks=(1, 4, 16), directions=0, steps=())
+# Ranks r of C(r).
+RANKS = (1, 4, 16)
 
 # The fields of a checkpoint's record that are logged.
 _LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
@@ -135,30 +133,21 @@ class _Part:
         finite = np.isfinite(left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))).tolist()
         records = []
         for i, (weight, base_fro) in enumerate(zip(self.weights, self.base_fro, strict=True)):
-            s, fro, problem = values.s[i], float(values.fro[i]), None
-            if not finite[i]:
+            s, fro = values.s[i], float(values.fro[i])
+            if finite[i]:
+                if values.energy_error[i] > MAX_GRAM_ERROR:
+                    exact = decompose_factored(now[0][i], now[1][i].mT)
+                    s, fro = np.asarray(exact.s, np.float64), exact.fro
+                was_known, is_known = (each.known[i] for each in self.window)
+                earlier = self.window[1].square[i] if was_known and is_known else None
+                fields = describe_values(s, fro, RANKS) | {"unchanged": unchanged[i] if is_known else None}
+                fields |= describe_increment(square[i] if is_known else None, earlier, product[i])
+                fields["relative"] = fro / base_fro if base_fro else None
+            else:
                 problem = Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()).find_problem()
-            elif values.energy_error[i] > MAX_GRAM_ERROR:
-                exact = decompose_factored(now[0][i], now[1][i].mT)
-                s, fro = np.asarray(exact.s, np.float64), exact.fro
-            known = [*(each.known[i] for each in self.window), finite[i]]
-            present = np.flatnonzero(known)
-            products = np.diag([0.0, self.window[1].square[i], square[i]])
-            products[1, 2] = products[2, 1] = product[i]
-            found = Evolution(
-                s=[s] * 3,
-                fro=[fro] * 3,
-                increments=products[np.ix_(present, present)],
-                overlaps=np.full((3, 3), np.nan),
-                directions=[0] * 3,
-                unchanged=[unchanged[i]] * 3,
-                method=["factored"] * 3,
-            )
-            layer = LayerSeries(weight.name, (b.shape[1], a.shape[2]), ())
-            problems = [None if is_known else problem or "a norm overflows float64" for is_known in known]
-            *_, record = make_records(layer, replace(_SETTINGS, steps=(0, 0, step)), problems, found, base_fro)
-            # A monitor compares neighbours only.
-            records.append(record.model_copy(update={"gram": (), "overlaps": ()}))
+                fields = {"fro": None, "non_finite": problem or OVERFLOW}
+            shape = (b.shape[1], a.shape[2])
+            records.append(CheckpointLayer(layer=weight.name, step=step, shape=shape, base_fro=base_fro, **fields))
         self.window = [self.window[1], moment.keep(finite, square)]
         return records
 
@@ -369,7 +358,7 @@ class LoraMonitor(TrainingCallback):
         if self.output is None:
             raise UsageError("output: is required outside of a Trainer; give the name of a results file")
         inputs = (RunInput(role=ROLE, path=legible(self.output.parent), kind="in training", tensors=len(weights)),)
-        settings = {**self._settings, "every": self.every, "ranks": list(_SETTINGS.ranks)}
+        settings = {**self._settings, "every": self.every, "ranks": list(RANKS)}
         self._open(Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings))
         return self
 

@@ -15,6 +15,7 @@ from scipy.stats import t as student_t
 import lora_diag
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
 from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
+from lora_diag.diagnostics.checkpoints.record import Combination
 from lora_diag.errors import UsageError
 from lora_diag.records import Probe
 from tests import oracles
@@ -192,7 +193,8 @@ def test_combination_is_chosen_and_reported_on_different_halves():
     losses = {"1": rng.normal(2, 0.1, 10), "2": rng.normal(2, 0.1, 10)}
     combined = {"uniform": rng.normal(2, 0.1, 10), "last:2": rng.normal(2, 0.1, 10)}
     probes = list(probes_of(losses, combined))
-    records = list(compare_combinations(probes, {"1": 1, "2": 2}, (1, 2), dict.fromkeys(combined, (0.5, 0.5)), {}))
+    drafts = [Combination(name=name, steps=(1, 2), weights=(0.5, 0.5), by="") for name in combined]
+    records = list(compare_combinations(probes, {"1": 1, "2": 2}, drafts))
     single = min(losses, key=lambda name: losses[name][:5].mean())
     chosen = min(combined, key=lambda name: combined[name][:5].mean())
     assert [(r.name, r.single, r.chosen) for r in records] == [(n, int(single), n == chosen) for n in combined]

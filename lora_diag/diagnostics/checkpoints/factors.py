@@ -9,7 +9,7 @@ products per layer. So a small increment of a large update loses no digits, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -88,8 +88,7 @@ class Evolution:
         s: All singular values of each ΔW_t that can be nonzero, descending.
         fro: ‖ΔW_t‖_F of each.
         increments: ⟨D_s, D_t⟩ ``(T, T)``, with D_1 = ΔW_1.
-        overlaps: As of ``compare_spaces``.
-        directions: k of each step: fewer than requested if the rank is lower.
+        spaces: U_t ``(out, k_t)`` of each, the first left singular vectors; fewer than requested if the rank is lower.
         unchanged: Fraction of entries that are equal at the step before; None for the first, where it is not known.
         method: Method of the singular values of each step.
     """
@@ -97,8 +96,7 @@ class Evolution:
     s: Sequence[Array]
     fro: Sequence[float]
     increments: Array
-    overlaps: Array
-    directions: Sequence[int]
+    spaces: Sequence[Array]
     unchanged: Sequence[float | None]
     method: Sequence[str]
 
@@ -124,19 +122,12 @@ def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | No
     mixed = _inner(_shift(b.mixed).transpose(2, 3, 0, 1), a.mixed)  # ⟨δB_s A_s, B_{t−1} δA_t⟩
     both = _inner(_shift(_shift(b.whole).transpose(2, 3, 0, 1)), a.changes)  # ⟨B_{s−1} δA_s, B_{t−1} δA_t⟩
     s = [each.s[0] for each in values]
-    kept = [count_directions(each, directions) for each in s]
-    mixes = [each.mix[0] for each in values if each.mix is not None]  # U_t = B_t·W_t
-
-    def multiply(i: int, j: int) -> Array:
-        first, second = mixes[i][:, : kept[i]], mixes[j][:, : kept[j]]
-        return np.asarray(first.T @ b.whole[i, : len(first), j, : len(second)] @ second, np.float64)
-
+    mixes = [each.mix[0, :, : count_directions(each.s[0], directions)] for each in values if each.mix is not None]
     return Evolution(
         s=s,
         fro=fro,
         increments=_inner(b.changes, a.whole) + mixed + mixed.T + both,
-        overlaps=compare_spaces(kept, multiply),
-        directions=kept,
+        spaces=[factor @ mix for factor, mix in zip(left, mixes, strict=True)],
         unchanged=[None, *(_compare_entries(*pair) for pair in pairwise(steps))],
         method=["factored"] * len(s),
     )
@@ -147,19 +138,10 @@ def count_directions(s: Array, directions: int) -> int:
     return int((s[:directions] > ZERO * s[0]).sum()) if len(s) and s[0] > 0 else 0
 
 
-def compare_spaces(sizes: Sequence[int], multiply: Callable[[int, int], Array]) -> Array:
-    """Return ‖U_sᵀU_t‖_F² over the smaller of both dimensions, ``(T, T)``; NaN where a space has none.
-
-    Args:
-        sizes: Dimension of each space.
-        multiply: Returns U_sᵀU_t.
-    """
-    overlaps = np.full((len(sizes), len(sizes)), np.nan)
-    for i, size in enumerate(sizes):
-        for j in range(i + 1):
-            if k := min(size, sizes[j]):
-                overlaps[i, j] = overlaps[j, i] = min(1.0, float(np.square(multiply(i, j)).sum()) / k)
-    return overlaps
+def compare_spaces(first: Array, second: Array) -> float | None:
+    """Return ‖UᵀV‖_F² over the smaller dimension of U and V; None if it is 0."""
+    k = min(first.shape[1], second.shape[1])
+    return min(1.0, float(np.square(first.T @ second).sum()) / k) if k else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from lora_diag.diagnostics.checkpoints.factors import (
     Evolution,
     Factors,
     LayerSeries,
+    compare_spaces,
     measure_factors,
 )
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
@@ -127,13 +128,14 @@ def _describe_step(found: Evolution, place: Mapping[int, int], t: int, settings:
     before = squares[i - 1] if t > 0 and is_known and (t == 1 or t - 2 in place) else None
 
     def overlap(other: int) -> float | None:
-        value = found.overlaps[i, place[other]] if other in place and other != t else math.nan
-        return None if math.isnan(value) else _round(value)
+        known = other in place and other != t
+        value = compare_spaces(found.spaces[i], found.spaces[place[other]]) if known else None
+        return None if value is None else _round(value)
 
     return {
         **describe_values(found.s[i], found.fro[i], settings.ranks),
         **describe_increment(squares[i] if is_known else None, before, products[i, i - 1]),
-        "directions": found.directions[i],
+        "directions": found.spaces[i].shape[1],
         "overlap_next": overlap(t + 1),
         "overlap_last": overlap(len(settings.steps) - 1),
         "unchanged": found.unchanged[i] if is_known else None,

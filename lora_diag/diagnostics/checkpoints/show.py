@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,14 +24,11 @@ from lora_diag.rendering.text import format_shown, fraction, list_names, number,
 
 def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> list[Grid]:
     """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the last one."""
-    checkpoints = results.whole_of(Checkpoint)
-    grids = (
-        [grid_of(Checkpoint.shown, [(str(each.step), [each]) for each in checkpoints], "step")] if checkpoints else []
-    )
-    grids += held_out_grids(results)
-    if per == "layer" and checkpoints:
-        last = [record for record in results if record.step == checkpoints[-1].step]
-        grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {checkpoints[-1].step}"))
+    rows = [(str(each.step), [each]) for each in results.whole_of(Checkpoint)]
+    grids = [*([grid_of(Checkpoint.shown, rows, "step")] if rows else []), *held_out_grids(results)]
+    if per == "layer" and rows:
+        last = [record for record in results if str(record.step) == rows[-1][0]]
+        grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {rows[-1][0]}"))
     return grids
 
 
@@ -41,48 +38,45 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     if not checkpoints:
         return summarize(results)
     run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
-    problems, movement = _describe_problems(run, checkpoints), _describe_movement(run)
+    problems, movement = list(_describe_problems(run, checkpoints)), _describe_movement(run)
     if not problems and not movement:
         few = f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"
         movement = ["no layer is dead, collapsed, spiked or not finite" if len(checkpoints) > 2 else few]
+    verdict = problems or movement[:1]
     meaning = "weights do not show quality: no number here leads the held-out loss; compare it before choosing"
     return summarize(
         results,
         *held_out_lines(results),
-        make_statement(
-            "verdict", "Verdict", *(problems or movement[:1]), level="warning" if problems else "note", priority=0
-        ),
+        make_statement("verdict", "Verdict", *verdict, level="warning" if problems else "note", priority=0),
         make_statement("movement", "Movement", *movement[not problems :]),
-        make_statement("path", "Path", *(_describe_path(run) if run.first_share is not None else ())),
+        make_statement("path", "Path", *_describe_path(run)),
         make_statement("interpretation", "Interpretation", meaning),
     )
 
 
-def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """State what is wrong with the run, the most serious first; empty if nothing is."""
-    total = checkpoints[-1].layers
-    named = {
-        key: f"{len(names)} of {quantity(total, 'layer')}: {list_names(names)}" for key, names in run.affected.items()
-    }
-    bad = [index for index, each in enumerate(checkpoints) if each.non_finite]
-    keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad and bad[0] else ""
-    some = f"ΔW = 0 at the last checkpoint in {named.get('dead')}; check that they are trained"
-    at = f" at step {run.step}" if run.state == "collapsed" else ""
-    layers = f", in {named['spiked']}" if run.spiked else ""
-    ratio = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours{layers}"
-    order = f"with {' and '.join(map(str, run.swapped or ()))} exchanged the path is much shorter; check both files"
-    found = (
-        (bad, f"not finite from step {checkpoints[(bad or [0])[0]].step} on, in {named.get('non_finite')}{keep}"),
-        (run.swapped, f"out of order: {order}"),
-        (run.dead, "nothing was trained: ΔW = 0 in every layer" if run.dead == total else f"dead: {some}"),
-        (run.collapsed, f"collapsed{at}: most of the rank is lost in {named.get('collapsed')}"),
-        (run.spiked or run.state == "spiked", f"spiked at step {run.spike_step}: {ratio}"),
-        (
-            run.repeated,
-            f"step {(*run.repeated, 0)[0]} equals the checkpoint before it: a copy, or training stood still",
-        ),
-    )
-    return [text for holds, text in found if holds]
+def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+    """State what is wrong with the run, the most serious first."""
+    layers = quantity(checkpoints[-1].layers, "layer")
+    named = {key: f"{len(names)} of {layers}: {list_names(names)}" for key, names in run.affected.items()}
+    if bad := [index for index, each in enumerate(checkpoints) if each.non_finite]:
+        keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad[0] else ""
+        yield f"not finite from step {checkpoints[bad[0]].step} on, in {named['non_finite']}{keep}"
+    if run.swapped:
+        order = " and ".join(map(str, run.swapped))
+        yield f"out of order: with {order} exchanged the path is much shorter; check both files"
+    if run.dead == checkpoints[-1].layers:
+        yield "nothing was trained: ΔW = 0 in every layer"
+    elif run.dead:
+        yield f"dead: ΔW = 0 at the last checkpoint in {named['dead']}; check that they are trained"
+    if run.collapsed:
+        at = f" at step {run.step}" if run.state == "collapsed" else ""
+        yield f"collapsed{at}: most of the rank is lost in {named['collapsed']}"
+    if run.spiked or run.state == "spiked":
+        layers = f", in {named['spiked']}" if run.spiked else ""
+        ratio = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours"
+        yield f"spiked at step {run.spike_step}: {ratio}{layers}"
+    if run.repeated:
+        yield f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood still"
 
 
 def _describe_movement(run: Trajectory) -> list[str]:
@@ -104,6 +98,8 @@ def _describe_movement(run: Trajectory) -> list[str]:
 
 def _describe_path(run: Trajectory) -> list[str]:
     """State how much of the path is one direction, and what a random walk has; empty if not known."""
+    if run.first_share is None:
+        return []
     values = [run.first_share, run.first_share_random, run.linear, run.linear_random, run.cosine]
     share, random, linear, linear_random, cosine = (format_shown(value, fraction) for value in values)
     return [

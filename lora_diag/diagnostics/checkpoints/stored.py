@@ -14,7 +14,6 @@ from lora_diag.diagnostics.checkpoints.factors import (
     CheckpointsSettings,
     Evolution,
     LayerSeries,
-    compare_spaces,
     count_directions,
 )
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, bytes_of, load_addend, load_change
@@ -84,13 +83,11 @@ def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: tor
     if not finite:
         return problems, None, base_fro
     increments, unchanged = _multiply_increments(finite, task.shape)
-    sizes = [space.shape[1] for space in spaces]
     found = Evolution(
         s=[factors.s.numpy() for factors in values],
         fro=[factors.fro for factors in values],
         increments=increments,
-        overlaps=compare_spaces(sizes, lambda i, j: (spaces[i].T @ spaces[j]).numpy()),
-        directions=sizes,
+        spaces=[space.numpy() for space in spaces],
         unchanged=unchanged if isinstance(finite[0], StoredDelta) else [None, *unchanged[1:]],
         method=[factors.method for factors in values],
     )

@@ -15,16 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
-from lora_diag.diagnostics.checkpoints import CheckpointsOptions
-from lora_diag.diagnostics.checkpoints.factors import (
-    Array,
-    CheckpointsSettings,
-    Evolution,
-    Factors,
-    LayerSeries,
-    compare_spaces,
-    measure_factors,
-)
+from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, list_checkpoints
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
@@ -50,7 +41,7 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
     return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
 
 
-def measure_layer(task: LayerSeries, settings: CheckpointsSettings) -> tuple[CheckpointLayer, ...]:
+def measure_layer(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> tuple[CheckpointLayer, ...]:
     """Measure one layer at all checkpoints.
 
     Args:
@@ -71,24 +62,24 @@ def measure_layer(task: LayerSeries, settings: CheckpointsSettings) -> tuple[Che
 
         measured, note = compute_on_device(partial(measure_stored, task, settings), resolve_device(settings.device))
         return tuple(append_note(record, note) for record in make_records(task, settings, *measured))
-    stored = [delta.thin for delta in task.deltas if is_thin(delta) and delta.thin is not None]
-    read = [Factors(each.read_b(), each.read_a(), each.read_scale()) for each in stored]
-    problems = [factors.find_problem() for factors in read]
-    finite = [factors for factors, problem in zip(read, problems, strict=True) if problem is None]
+    thin = [delta.thin for delta in task.deltas if is_thin(delta) and delta.thin is not None]
+    read = [factors.Factors(each.read_b(), each.read_a(), each.read_scale()) for each in thin]
+    problems = [each.find_problem() for each in read]
+    finite = [each for each, problem in zip(read, problems, strict=True) if problem is None]
     base_fro = None
     if task.deltas[0].base is not None:
         from lora_diag.diagnostics.checkpoints.stored import measure_base  # deferred: imports torch
 
         base_fro = measure_base(task.deltas[0])
-    found = measure_factors(finite, settings.directions) if finite else None
+    found = factors.measure_factors(finite, settings.directions) if finite else None
     return make_records(task, settings, problems, found, base_fro)
 
 
 def make_records(
-    task: LayerSeries,
-    settings: CheckpointsSettings,
+    task: factors.LayerSeries,
+    settings: factors.CheckpointsSettings,
     problems: Sequence[str | None],
-    found: Evolution | None,
+    found: factors.Evolution | None,
     base_fro: float | None,
 ) -> tuple[CheckpointLayer, ...]:
     """Return the records of a layer.
@@ -112,12 +103,14 @@ def make_records(
     return tuple(records)
 
 
-def _describe_step(found: Evolution, place: Mapping[int, int], t: int, settings: CheckpointsSettings) -> dict[str, Any]:
+def _describe_step(
+    found: factors.Evolution, place: Mapping[int, int], t: int, settings: factors.CheckpointsSettings
+) -> dict[str, Any]:
     """Return the fields of the record of a finite update.
 
     Args:
         found: Measurements of the finite updates.
-        place: Their positions in these measurements, by position among the checkpoints.
+        place: Their positions in them, by position among the checkpoints.
         t: Position of this one among the checkpoints.
         settings: Settings of the measurement.
     """
@@ -129,7 +122,7 @@ def _describe_step(found: Evolution, place: Mapping[int, int], t: int, settings:
 
     def overlap(other: int) -> float | None:
         known = other in place and other != t
-        value = compare_spaces(found.spaces[i], found.spaces[place[other]]) if known else None
+        value = factors.compare_spaces(found.spaces[i], found.spaces[place[other]]) if known else None
         return None if value is None else _round(value)
 
     return {
@@ -145,7 +138,7 @@ def _describe_step(found: Evolution, place: Mapping[int, int], t: int, settings:
     }
 
 
-def describe_values(s: Array, fro: float, ranks: Sequence[int]) -> dict[str, Any]:
+def describe_values(s: factors.Array, fro: float, ranks: Sequence[int]) -> dict[str, Any]:
     """Return the fields of a record that follow from all singular values of a finite update and its norm."""
     curve = energy_curve(s, fro, complete=True) if fro else None
     return {
@@ -171,7 +164,7 @@ def _round(value: float) -> float:
     return float(f"{value:.9g}")
 
 
-def _estimate_bytes(task: LayerSeries, settings: CheckpointsSettings) -> int:
+def _estimate_bytes(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     if not all(map(is_thin, task.deltas)):
         from lora_diag.diagnostics.checkpoints.stored import estimate_bytes  # deferred: imports torch
@@ -213,27 +206,27 @@ def trajectory(
         raise InputError(f"{series.steps[0].path}: is the only checkpoint; give a run of several, or use spectrum")
     steps = [*series.steps, *([series.final] if series.final else [])]
     compared = [layers.compare(step.path, None) if base is None else layers.compare(base, step.path) for step in steps]
-    if series.final is not None:
-        if compared[-1].inputs[-1].fingerprint in {each.inputs[-1].fingerprint for each in compared[:-1]}:
-            del steps[-1], compared[-1]
-        elif series.final.step <= series.steps[-1].step:
-            problem = "holds a model unlike all checkpoints, and its step is not known"
-            raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
+    *prints, final_print = (each.inputs[-1].fingerprint for each in compared)
+    if series.final is not None and final_print in prints:
+        del steps[-1], compared[-1]
+    elif series.final is not None and series.final.step <= series.steps[-1].step:
+        problem = "holds a model unlike all checkpoints, and its step is not known"
+        raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
-    judged = None
+    given, judged = [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]], None
+    if layers.options["evaluate"] and base is None:
+        raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
     if layers.options["evaluate"]:
-        if base is None:
-            raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
         from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
 
         judged = Judge(layers.options, layers.options["base"], steps)
-    elif given := [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]]:
+    elif given:
         raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
     layers.torch = not all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas)
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
     settings = layers.settings(
-        CheckpointsSettings,
+        factors.CheckpointsSettings,
         ranks=check_ranks(layers.options["ranks"]),
         directions=layers.options["directions"],
         steps=tuple(step.step for step in steps),
@@ -294,7 +287,7 @@ def measure_run(
 
 def _align_layers(
     steps: Sequence[Step], compared: Sequence[Comparison]
-) -> tuple[list[LayerSeries], tuple[Unpaired, ...]]:
+) -> tuple[list[factors.LayerSeries], tuple[Unpaired, ...]]:
     """Return the matrices that all checkpoints have, in natural order, and those that some lack.
 
     Raises:
@@ -304,7 +297,7 @@ def _align_layers(
     for step, comparison in zip(steps, compared, strict=True):
         for delta in comparison.matrices:
             by_layer.setdefault(delta.layer, {})[step] = delta
-    tasks: list[LayerSeries] = []
+    tasks: list[factors.LayerSeries] = []
     missing: list[Unpaired] = []
     for layer in sorted(by_layer, key=natural_order):
         deltas = by_layer[layer]
@@ -316,7 +309,7 @@ def _align_layers(
             detail = legible(f"not in {len(lacking)} of {len(steps)} checkpoints, such as {lacking[0].path}")
             missing.append(Unpaired(layer, shape, "only_in_adapter", detail))
         else:
-            tasks.append(LayerSeries(layer, shape, tuple(deltas[step] for step in steps)))
+            tasks.append(factors.LayerSeries(layer, shape, tuple(deltas[step] for step in steps)))
     if not tasks:
         raise InputError(f"{steps[0].path}: no matrix is in all checkpoints; give the checkpoints of one run")
     return tasks, tuple(missing)

@@ -130,10 +130,9 @@ def find_series(paths: Sequence[Path | str]) -> Series:
         raise InputError(f"{missing[0]}: no such file or folder; check the path")
     chosen = located if len(located) > 1 else list_checkpoints(located[0])
     if not chosen:
-        raise NothingComparedError(
-            f"{located[0]}: contains no checkpoint with a step in its name, such as checkpoint-100; give the folder "
-            "that the trainer wrote them to, or several checkpoints"
-        )
+        problem = "contains no checkpoint with a step in its name, such as checkpoint-100"
+        fix = "give the folder that the trainer wrote them to, or several checkpoints"
+        raise NothingComparedError(f"{located[0]}: {problem}; {fix}")
     states = {path: read_state(path) for path in (*chosen, *located)}
     steps = sorted((Step(_choose_step(path, states[path]), path) for path in chosen), key=lambda step: step.step)
     for first, second in pairwise(steps):
@@ -142,9 +141,8 @@ def find_series(paths: Sequence[Path | str]) -> Series:
     state = next((states[step.path] for step in reversed(steps) if states[step.path]), {})
     if len(located) == 1 and (any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))):
         state = states[located[0]] or state
-        final = Step(
-            max(_number(state.get(name)) or 0 for name in ("global_step", "max_steps")), located[0], final=True
-        )
+        planned = max(_number(state.get(name)) or 0 for name in ("global_step", "max_steps"))
+        final = Step(planned, located[0], final=True)
     return make_series(steps, final, state)
 
 
@@ -170,27 +168,23 @@ def _choose_step(path: Path, state: Mapping[str, Any]) -> int:
         InputError: It is not known, or the name contradicts the trainer state.
     """
     named, recorded = step_of(path), _number(state.get("global_step"))
-    if named is None and recorded is None:
-        fix = "name it like checkpoint-100, or give the folder of the run"
-        raise InputError(f"{path}: its step is not known: neither its name nor a {STATE} states it; {fix}")
     if _STEP.search(path.name) and recorded not in {None, named}:
         problem = f"its name states step {named}, but its {STATE} step {recorded}"
         raise InputError(f"{path}: {problem}; restore or rename it")
-    return recorded if recorded is not None else named or 0
+    if (step := named if recorded is None else recorded) is None:
+        fix = "name it like checkpoint-100, or give the folder of the run"
+        raise InputError(f"{path}: its step is not known: neither its name nor a {STATE} states it; {fix}")
+    return step
 
 
 def make_series(steps: Sequence[Step], final: Step | None, state: Mapping[str, Any]) -> Series:
-    """Return the checkpoints of a run with what its trainer state has logged."""
-    return Series(tuple(steps), final, *(_parse_log(state, name) for name in ("loss", "eval_loss", "learning_rate")))
-
-
-def _parse_log(state: Mapping[str, Any], name: str) -> dict[int, float]:
-    """Return a value that a trainer logged, by step; entries in another form are ignored."""
+    """Return the checkpoints of a run with what its trainer state has logged; other forms of entries are ignored."""
+    logged: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "learning_rate": {}}
     history = state.get("log_history")
-    entries = [entry for entry in history if isinstance(entry, dict)] if isinstance(history, list) else []
-    logged = ((_number(entry.get("step")), entry.get(name)) for entry in entries)
-    return {
-        step: float(value)
-        for step, value in logged
-        if step is not None and isinstance(value, int | float) and math.isfinite(value) and value >= 0
-    }
+    for entry in history if isinstance(history, list) else []:
+        step = _number(entry.get("step")) if isinstance(entry, dict) else None
+        for name, values in logged.items():
+            value = None if step is None else entry.get(name)
+            if step is not None and isinstance(value, int | float) and math.isfinite(value) and value >= 0:
+                values[step] = float(value)
+    return Series(tuple(steps), final, *logged.values())

@@ -9,19 +9,13 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, StoredDelta, row_blocks
-from lora_diag.diagnostics.checkpoints.factors import (
-    Array,
-    CheckpointsSettings,
-    Evolution,
-    LayerSeries,
-    count_directions,
-)
+from lora_diag.diagnostics.checkpoints import factors
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, bytes_of, load_addend, load_change
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance
 
-Measured = tuple[list[str | None], Evolution | None, float | None]
+Measured = tuple[list[str | None], factors.Evolution | None, float | None]
 
 
 def measure_base(delta: Delta) -> float | None:
@@ -34,7 +28,7 @@ def measure_base(delta: Delta) -> float | None:
     return base_fro if math.isfinite(base_fro) else None
 
 
-def estimate_bytes(task: LayerSeries, settings: CheckpointsSettings) -> int:
+def estimate_bytes(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> int:
     """Estimate the memory of measuring a layer in bytes: one ΔW, blocks of all, and those computed in full."""
     single = max(bytes_of(delta, _make_allowance(settings)) for delta in task.deltas)
     computed = sum(isinstance(delta, DenseDelta) for delta in task.deltas) * math.prod(task.shape)
@@ -42,11 +36,11 @@ def estimate_bytes(task: LayerSeries, settings: CheckpointsSettings) -> int:
     return single + COMPUTED_ENTRY_BYTES * computed + 100 * BLOCK_ENTRIES + 8 * spaces
 
 
-def _make_allowance(settings: CheckpointsSettings) -> Allowance | None:
+def _make_allowance(settings: factors.CheckpointsSettings) -> Allowance | None:
     return None if settings.memory is None else Allowance(settings.memory)
 
 
-def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: torch.device) -> Measured:
+def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSettings, device: torch.device) -> Measured:
     """Measure one layer at all checkpoints.
 
     Args:
@@ -70,31 +64,31 @@ def measure_stored(task: LayerSeries, settings: CheckpointsSettings, device: tor
         change = load_change(delta, device, allowance=_make_allowance(settings))
         problems.append(change.non_finite)
         if change.non_finite is None:
-            factors, base_fro = change.decompose(), change.base_fro
-            if not math.isfinite(factors.fro):
+            found, base_fro = change.decompose(), change.base_fro
+            if not math.isfinite(found.fro):
                 problems[-1] = PRODUCT_OVERFLOW
                 continue
-            k, space = count_directions(factors.s.numpy(), settings.directions), torch.zeros(task.shape[0], 0)
+            k, space = factors.count_directions(found.s.numpy(), settings.directions), torch.zeros(task.shape[0], 0)
             if k:
                 space = change.decompose(top=k, vectors=True).vectors[0][:, :k].cpu()
-            values.append(factors)
+            values.append(found)
             spaces.append(space.double())
     finite = [delta for delta, problem in zip(task.deltas, problems, strict=True) if problem is None]
     if not finite:
         return problems, None, base_fro
     increments, unchanged = _multiply_increments(finite, task.shape)
-    found = Evolution(
-        s=[factors.s.numpy() for factors in values],
-        fro=[factors.fro for factors in values],
+    evolution = factors.Evolution(
+        s=[each.s.numpy() for each in values],
+        fro=[each.fro for each in values],
         increments=increments,
         spaces=[space.numpy() for space in spaces],
         unchanged=unchanged if isinstance(finite[0], StoredDelta) else [None, *unchanged[1:]],
-        method=[factors.method for factors in values],
+        method=[each.method for each in values],
     )
-    return problems, found, base_fro
+    return problems, evolution, base_fro
 
 
-def _multiply_increments(deltas: Sequence[Delta], shape: tuple[int, int]) -> tuple[Array, list[float | None]]:
+def _multiply_increments(deltas: Sequence[Delta], shape: tuple[int, int]) -> tuple[factors.Array, list[float | None]]:
     """Return ⟨D_s, D_t⟩ of the increments, D_1 = ΔW_1, and the fraction of their entries that are zero.
 
     A block holds the same rows of all updates, so that one pass suffices and no stored update is in memory whole.

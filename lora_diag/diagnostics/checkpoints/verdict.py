@@ -108,7 +108,8 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
     by_layer = group_by(layers, "layer")
-    finite = {layer: group for layer, group in by_layer.items() if all(record.non_finite is None for record in group)}
+    unfit = [layer for layer, group in by_layer.items() if any(record.non_finite is not None for record in group)]
+    finite = {layer: group for layer, group in by_layer.items() if layer not in unfit}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
     collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
     # A spike is far above its neighbours both per step and per learning rate, where the rates are known.
@@ -124,9 +125,8 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     spike_step = next((step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, max(spikes))))
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
-    is_walk = path.get("cosine") is not None and abs(path["cosine"]) < WALK_COSINE
-    is_walk = is_walk and abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
-    unfit = [layer for layer in by_layer if layer not in finite]
+    turn, shares = path.get("cosine"), [path.get(name, 0.0) for name in ("first_share", "first_share_random")]
+    is_walk = turn is not None and abs(turn) < WALK_COSINE and abs(shares[0] - shares[1]) < WALK_SHARE
     affected = {"dead": dead, "collapsed": [*collapsed], "spiked": spiked, "non_finite": unfit}
     bad = [checkpoint.step for checkpoint in checkpoints if checkpoint.non_finite]
     states: list[tuple[State, object, int | None]] = [
@@ -189,9 +189,8 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
     products = increments_of(gram)
     lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
     weight = float((lengths[1:] * lengths[:-1]).sum())
-    (share, linear), (share_random, linear_random) = (
-        first_direction(each, steps) for each in (gram, random_walk(gram))
-    )
+    share, linear = first_direction(gram, steps)
+    share_random, linear_random = first_direction(random_walk(gram), steps)
     ratio, *swapped = best_swap(gram)
     settled = steps[settled_from(distances(gram)[1:, -1] / fro)]
     rates = np.cumsum([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints])
@@ -278,14 +277,12 @@ def best_swap(gram: Array) -> tuple[float, int, int]:
     Returns:
         The larger of the two ratios, new over old, and both positions; 1 without a shorter path.
     """
-    apart, count = distances(gram), len(gram)
-    best = (1.0, 0, 0)
-    for first, second in combinations(range(1, count + 1), 2):
-        order = np.arange(count + 1)
+    apart, best = distances(gram), (1.0, 0, 0)
+    for first, second in combinations(range(1, len(apart)), 2):
+        order = np.arange(len(apart))
         order[[first, second]] = second, first
-        edges = sorted({first - 1, first, second - 1, second} & set(range(count)))  # from i to i + 1
-        old = np.array([apart[i, i + 1] for i in edges])
-        new = np.array([apart[order[i], order[i + 1]] for i in edges])
+        edges = sorted({first - 1, first, second - 1, second} - {len(gram)})  # from i to i + 1
+        old, new = apart.diagonal(1)[edges], apart[order[:-1], order[1:]][edges]
         if old.min() > 0:
             best = min(best, (float(max(new.sum() / old.sum(), new.max() / old.max())), first - 1, second - 1))
     return best

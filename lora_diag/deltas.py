@@ -368,7 +368,7 @@ def is_head(name: str) -> bool:
 
 
 def is_table(name: str) -> bool:
-    """Return whether a weight is an embedding, ``(vocab, dim)``, by its name."""
+    """Return whether a weight is an embedding, of tokens or of positions, by its name."""
     return part_of(name) == "vocabulary" and not is_head(name)
 
 

@@ -670,7 +670,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
     return float(2.0 ** -(LAYOUT[dtype][2] + 1))
 
 
-def stored_dtype(values: Tensor) -> torch.dtype:
+def shortest_dtype(values: Tensor) -> torch.dtype:
     """Return the shortest dtype that represents more than half of the normal values exactly; else the stored one.
 
     A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, stored_dtype, ulp
+from lora_diag.linalg.merge import Product, Rounding, Whole, check_merge, shortest_dtype, ulp
 from tests.oracles import bf16
 
 # dtype -> NumPy's rounding to it (as float64), unit roundoff, smallest number.
@@ -193,11 +193,11 @@ def test_products_and_matrices_agree_within_tolerance():
 
 def test_numbers_of_shorter_dtype_are_recognised():
     values = torch.randn(1000)
-    assert stored_dtype(values) == torch.float32
-    assert stored_dtype(values.bfloat16().float()) == torch.bfloat16
-    assert stored_dtype(values.half().float()) == torch.float16
-    assert stored_dtype(values.half()) == torch.float16
-    assert stored_dtype((values * 1e-7).half()) == torch.float16  # subnormal numbers have few bits
+    assert shortest_dtype(values) == torch.float32
+    assert shortest_dtype(values.bfloat16().float()) == torch.bfloat16
+    assert shortest_dtype(values.half().float()) == torch.float16
+    assert shortest_dtype(values.half()) == torch.float16
+    assert shortest_dtype((values * 1e-7).half()) == torch.float16  # subnormal numbers have few bits
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])

@@ -24,7 +24,7 @@ from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.task import LayerSettings
-from lora_diag.linalg.merge import Addend, Check, Rounding, Whole, stored_dtype, unit_roundoff
+from lora_diag.linalg.merge import Addend, Check, Rounding, Whole, shortest_dtype, unit_roundoff
 from lora_diag.linalg.methods import require_memory
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 from lora_diag.records import LeftOut, Results
@@ -201,11 +201,11 @@ def _find_dtype(task: faults.MergedLayer) -> tuple[torch.dtype, bool]:
     for w, m, _ in task.blocks():
         changed = m[m.double() != w.double()]
         if len(changed):
-            return stored_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
+            return shortest_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
         unchanged = m.reshape(-1)[:SAMPLE] if unchanged is None else unchanged
         if not task.adapted:
             return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately
-    shortest = stored_dtype(unchanged) if unchanged is not None else stored
+    shortest = shortest_dtype(unchanged) if unchanged is not None else stored
     return shortest, shortest != stored
 
 

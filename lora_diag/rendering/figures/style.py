@@ -267,7 +267,7 @@ def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
 
 
 def _is_unambiguous(short: Mapping[str, str]) -> bool:
-    """Return whether no short name equals another one or ends another full name."""
+    """Return whether no two short names are equal, and no shortened one ends another full name."""
     ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
     unambiguous = not any(other.endswith(end) for name, end in ends for other in short if other != name)
     return unambiguous and len(set(short.values())) == len(short)

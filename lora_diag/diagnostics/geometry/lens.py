@@ -46,9 +46,9 @@ def find_tables(base: Checkpoint) -> tuple[Side, Side]:
         InputError: The checkpoint has none, or several that may be it.
     """
     tables = [name for name in base if is_table(name) and len(base[name].shape) == 2]
-    words = [name for name in tables if re.search(r"(embed_tokens|wte|tok_embeddings|word_embeddings|embed_in)", name)]
+    tokens = [name for name in tables if re.search(r"(embed_tokens|wte|tok_embeddings|word_embeddings|embed_in)", name)]
     heads = [name for name in base if is_head(name) and len(base[name].shape) == 2]
-    embedding = words if len(words) == 1 else tables
+    embedding = tokens if len(tokens) == 1 else tables
     if len(embedding) != 1 or not (heads or has_tied_head(base)):
         problem = f"has {len(embedding)} token embeddings and {len(heads)} heads over the vocabulary"
         raise InputError(f"{base.path}: {problem}; --lens needs one of each: give the whole model, or leave out --lens")
@@ -62,7 +62,7 @@ def look_through(
 
     Args:
         layer: The weight's name.
-        vectors: U ``(m, n)`` and V ``(n, n)`` of the leading directions, float64.
+        vectors: U ``(m, K)`` and V ``(n, K)`` of the K leading directions, float64.
         base: BASE, with the tables of ``find_tables``.
         random: Source of random directions.
     """
@@ -120,7 +120,7 @@ def rank_tokens(
 
 @lru_cache(maxsize=2)
 def read_words(path: Path) -> tuple[str, ...]:
-    """Return the tokens of a ``tokenizer.json`` as text, by number; empty without the file.
+    """Return the vocabulary of a ``tokenizer.json`` as text, by number, without added tokens; empty without the file.
 
     Raises:
         InputError: The file cannot be read, or has no vocabulary.

@@ -61,13 +61,13 @@ class GeometrySettings(LayerSettings):
 
 
 def max_bytes(delta: Delta, settings: GeometrySettings) -> int:
-    """Return an upper bound of the memory of a layer in bytes: eight float64 copies, and a decomposition of one.
+    """Return an upper bound of the memory of a layer in bytes: nine float64 copies, and one with its decomposition.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
         >>> delta = FactoredDelta("w", (4096, 4096), lambda: None, ("bfloat16", "bfloat16"))
         >>> round(max_bytes(delta, GeometrySettings()) / 2**20)
-        1
+        2240
     """
     decomposed = whole_bytes(delta.shape, Allowance(0, "gram", min(delta.shape), vectors=True), 8)
     return 9 * 8 * math.prod(delta.shape) + decomposed
@@ -223,7 +223,7 @@ def geometry(
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
-        top: k, the dimension of the leading singular spaces of W, at most min(out, in).
+        top: k, the dimension of the leading singular spaces of W, at most half of min(out, in).
         eta: η: an entry is unchanged if |ΔW| ≤ η·max(|W|, |W + ΔW|). Between bfloat16 files 0.001 is bit identity.
         draws: Number of draws of each baseline.
         lens: Whether to find the tokens that the leading directions of ΔW write through the unembedding of BASE and

@@ -46,7 +46,7 @@ def list_heads(layer: str, shape: tuple[int, int], config: Mapping[str, Any]) ->
 
     Args:
         layer: The weight's name.
-        shape: ``(m, n)``; heads are rows, or columns of an output projection and of a fused weight stored transposed.
+        shape: ``(m, n)``; heads are rows, or columns of an output projection; the reverse in GPT-2, stored transposed.
         config: ``config.json`` of the model.
 
     Example:
@@ -112,8 +112,9 @@ def split_magnitude(weight: Tensor, update: Tensor) -> float:
     into magnitude and direction.
 
     Example:
-        >>> split_magnitude(torch.eye(2), torch.eye(2) / 2), split_magnitude(torch.eye(2), torch.ones(2, 2).tril(-1))
-        (1.0, 0.17157287895679474)
+        >>> updates = torch.eye(2) / 2, torch.ones(2, 2).tril(-1)
+        >>> [round(split_magnitude(torch.eye(2), update), 4) for update in updates]
+        [1.0, 0.1716]
     """
     lengths = [torch.linalg.vector_norm(rows, dim=1) for rows in (weight, weight + update)]
     return min(1.0, float((lengths[1] - lengths[0]).square().sum()) / norm([update]) ** 2)

@@ -82,6 +82,8 @@ class Baseline(Movement):
 class Head(Record):
     """One attention head's part of a projection: rows of a query, key or value, columns of an output.
 
+    In GPT-2, whose matrices are stored transposed, the reverse.
+
     Args:
         kind: ``query``, ``key``, ``value`` or ``output``.
         index: Its number, from 0 on; of keys and values that of the group of heads that share them.
@@ -171,7 +173,7 @@ class Geometry(LayerRecord):
         signal_left: Mean principal angle of the leading left spaces of that dimension; null without it, or if it is
             more than half of min(out, in).
         signal_right: The same of the right spaces.
-        rank: Numerical rank of ΔW, of the values above 1e-7·σ_1.
+        rank: Numerical rank of ΔW: the number of singular values above 1e-7·σ_1, for an adapter 1e-10·σ_1.
         rank_90: Smallest r with C(r) ≥ 0.9.
         rank_random: Numerical rank of a matrix with the magnitudes of ΔW at their places and random signs; null for an
             adapter, whose factors define its rank.

@@ -33,7 +33,8 @@ FEATURE = Feature(
         Command(
             help="What will go wrong in training, before the first step.",
             notes="CONFIG is an adapter's folder or adapter_config.json, a configuration of axolotl, LLaMA-Factory, "
-            "TRL or torchtune, or a Trainer's training_args.bin. Exit codes: 0 clean, 1 findings, 3 unreadable.",
+            "TRL or torchtune, or a Trainer's training_args.bin. Exit codes: 0 no finding of the severity of --fail-on "
+            "or above, 1 findings, 3 unreadable.",
             examples=("lint train.yaml base/", "lint base/ --method full --lr 1e-6 --dtype bfloat16"),
             arguments=(
                 Argument("config", "Training configuration or adapter; may be left out.", optional=True),

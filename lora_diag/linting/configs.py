@@ -67,17 +67,18 @@ class Settings:
 
     Args:
         path: The file.
-        family: The trainer: ``peft``, ``axolotl``, ``llamafactory``, ``trl``, ``torchtune``, or ``options``.
+        family: The trainer: ``peft``, ``axolotl``, ``llamafactory``, ``trl``, ``torchtune``; ``options``
+            without a configuration; ``adapter`` for an adapter without one.
         peft: LoRA settings, with the keys of ``adapter_config.json``.
         method: ``lora`` or ``full``, or another one's name; None if it is not given.
         lr: Peak learning rate.
         optimizer: ``adamw``, ``adamw8bit``, or the trainer's name; None if it is not given.
         beta2: Adam's β₂.
         dtype: Dtype of the trained weights; ``auto`` for that of BASE; None if unknown.
-        steps: Number of steps, if it is fixed.
+        steps: Number of steps, if it is fixed; of torchtune, that of an epoch.
         length: Tokens of a sequence.
         quantized: Whether BASE is loaded in 4 or 8 bits.
-        keys: Setting, or key of ``peft`` -> its key in the file.
+        keys: Setting, or key of ``peft`` -> its key in the file, or the option that gives it.
         defaults: The keys of ``peft`` whose values are the trainer's defaults.
     """
 
@@ -237,9 +238,9 @@ def _read_axolotl(path: Path, values: Mapping[str, Any]) -> Settings:
     method = "lora" if adapter == "qlora" else adapter
     half = "bfloat16" if values.get("bf16") or values.get("bfloat16") else "float16" if values.get("fp16") else ""
     has_masters = any(values.get(key) for key in ("fsdp", "fsdp_config", "deepspeed"))
-    casts = values.get("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
+    stays_half = values.get("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
     keys = {**settings.keys, "dtype": "fp16" if half == "float16" else "bf16"}
-    return replace(settings, method=method, dtype=half if half and casts else "float32", keys=keys)
+    return replace(settings, method=method, dtype=half if half and stays_half else "float32", keys=keys)
 
 
 def _read_llamafactory(path: Path, values: Mapping[str, Any]) -> Settings:

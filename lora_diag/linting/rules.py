@@ -104,7 +104,7 @@ class Facts:
         return kinds.most_common(1)[0][0] if kinds else None
 
     @property
-    def entries(self) -> list[str] | None:
+    def weights(self) -> list[str] | None:
         """The weights of BASE whose entries can be sampled; None without any."""
         infos = [self.base[name] for name in self.base] if self.base is not None and self.base.kind != DERIVED else []
         return [
@@ -186,11 +186,11 @@ class Facts:
     @cached_property
     def steps(self) -> tuple[list[moves.Sample], list[StepShare]] | None:
         """Sampled entries of BASE in the 16-bit dtype in which they are trained, and fractions that a step moves."""
-        if self.lr is None or self.dtype is None or self.entries is None or self.base is None:
+        if self.lr is None or self.dtype is None or self.weights is None or self.base is None:
             return None
         if self.dtype not in SIXTEEN_BITS:
             return [], []
-        samples = moves.sample_entries(self.base, self.entries, self.dtype)
+        samples = moves.sample_entries(self.base, self.weights, self.dtype)
         return samples, moves.measure_shares(samples, self.dtype, self.lr)
 
 
@@ -217,8 +217,9 @@ class Rule(NamedTuple):
 MISSING = {
     **dict.fromkeys(("base", "modules", "paths"), "BASE"),
     **dict.fromkeys(("targeted", "contents", "params"), "BASE and target modules"),
-    **dict.fromkeys(("entries", "steps"), "BASE with its weights, --lr and --dtype"),
-    **dict.fromkeys(("mismatch", "adapter", "pairing"), "an adapter and BASE"),
+    **dict.fromkeys(("weights", "steps"), "BASE with its weights, --lr and --dtype"),
+    **dict.fromkeys(("mismatch", "adapter"), "an adapter"),
+    "pairing": "an adapter and BASE",
     "scaling": "--rank and --alpha",
 }
 
@@ -237,7 +238,7 @@ def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Che
 
 @rule("bf16-step", "error", "full")
 def check_steps(steps: tuple[list[moves.Sample], list[StepShare]], settings: Settings) -> Iterator[Problem]:
-    """Find weights in 16 bits of which a step of size lr moves few; with a number of steps, simulate a path."""
+    """Find weights in 16 bits of which a step of size lr moves less than half; simulate the path of given steps."""
     samples, shares = steps
     if not shares or shares[0].moved >= HALF:
         return
@@ -437,10 +438,10 @@ def _describe_service(consumer: Consumer, contents: Contents) -> str:
 
 
 @rule("merge-storage", "warning")
-def check_merge(pairing: Pairing, base: Checkpoint, entries: list[str]) -> Iterator[Problem]:
+def check_merge(pairing: Pairing, base: Checkpoint, weights: list[str]) -> Iterator[Problem]:
     """Find updates that a merge into BASE's dtype rounds away, by the rule of ``plan-merge`` on sampled entries."""
     factors = {delta.layer: getattr(delta, "thin", None) for delta in pairing.deltas}
-    dtypes = {base[name].dtype if name in entries else "" for name in factors}
+    dtypes = {base[name].dtype if name in weights else "" for name in factors}
     if all(factors.values()) and len(dtypes) == 1 and dtypes <= {*SIXTEEN_BITS}:
         (dtype,) = dtypes
         error = moves.estimate_rounding(base, factors, dtype)

@@ -32,7 +32,7 @@ from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
 
 # Options that are LoRA settings, with their keys in ``adapter_config.json``.
-_FACTORS = {"rank": "r", "alpha": "lora_alpha"}
+_LORA_KEYS = {"rank": "r", "alpha": "lora_alpha"}
 
 
 @show_options
@@ -59,7 +59,7 @@ def lint(
         fail_on: Least severity of a finding that fails.
         output: Results file to write.
         junit: JUnit report to write.
-        github: Append to the step summary of GitHub Actions, and print annotations.
+        github: Append to the step summary of GitHub Actions; the command also prints annotations.
         overwrite: Replace an existing output.
         **options: ``LintOptions``.
 
@@ -136,10 +136,10 @@ def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     given = {name: value for name, value in options.items() if value is not None}
     own: dict[str, Any] = {name: given[name] for name in ("method", "lr", "dtype", "steps") if name in given}
     own |= {"optimizer": name_optimizer(given["optimizer"])} if "optimizer" in given else {}
-    factors = {key: given[name] for name, key in _FACTORS.items() if name in given}
-    flags = {_FACTORS.get(name, name): f"--{name}" for name in (*own, *_FACTORS) if name in given}
-    peft = Config(settings.peft.path, {**settings.peft.values, **factors})
-    defaults = settings.defaults - factors.keys()
+    lora = {key: given[name] for name, key in _LORA_KEYS.items() if name in given}
+    flags = {_LORA_KEYS.get(name, name): f"--{name}" for name in (*own, *_LORA_KEYS) if name in given}
+    peft = Config(settings.peft.path, {**settings.peft.values, **lora})
+    defaults = settings.defaults - lora.keys()
     return replace(settings, **own, peft=peft, keys={**settings.keys, **flags}, defaults=defaults)
 
 
@@ -151,7 +151,7 @@ def _open_saved(path: Path, facts: Facts) -> Facts:
     """
     try:
         facts = replace(facts, adapter=open_adapter(path), mismatch="")
-        if facts.adapter is None or facts.base is None or facts.entries is None:
+        if facts.adapter is None or facts.base is None or facts.weights is None:
             return facts
         return replace(facts, pairing=pair_update(facts.base, facts.adapter)[0])
     except (InputError, NothingComparedError) as error:

@@ -116,7 +116,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         tuned: Fine-tuned checkpoint or adapter.
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution, to measure what each strength costs there.
-        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of each part.
+        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of each part; with
+            ``write`` None for none but ``scale``.
         by: ``all`` for one t of the whole update; or each ``block`` or module ``type`` at t, the others at 1.
         write: New folder for the adapter at strength ``scale``, in its own format; None to write none. The loss of
             what was written is measured before the folder gets its name.
@@ -125,7 +126,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         **options: ``StrengthOptions``.
 
     Returns:
-        The records are in ``whole``: a loss for each strength and set, and a choice for each set that is not shifted.
+        The records are in ``whole``: a loss for each strength and set; for ``by="all"`` also a choice for each
+        set that is not shifted.
 
     Raises:
         UsageError: An option is invalid, BASE is an adapter, ``write`` exists or TUNED is no adapter to write, the

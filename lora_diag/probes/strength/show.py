@@ -82,7 +82,7 @@ def _answer(choice: StrengthChoice) -> str:
 
 
 def _describe_choice(choice: StrengthChoice) -> list[str]:
-    """State the best, the equal and the smallest sufficient strength on a set."""
+    """State the best strength on a set, those not significantly worse, and the smallest sufficient one."""
     lead = f"lowest loss at t = {choice.best:g}"
     if choice.low is not None:
         lead += f"; not significantly worse: {choice.low:.2f} to {choice.high:.2f}"

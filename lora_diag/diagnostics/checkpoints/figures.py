@@ -35,18 +35,19 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     panels = []
     for item in series:
         steps = sorted({record.step for record in item.records})
+        if len(steps) < 2:
+            continue
         groups: dict[str, list[CheckpointLayer]] = {name: [] for name in names.values()}
         for record in item.records:
             groups[names[types.of(record.layer)]].append(record)
-        owner = owner_of(item, series) if len(steps) > 1 else ""
         for title, draw, ylabel, name in (
             ("norm of the update", partial(_draw_curves, groups=groups, field="fro"), "median ‖ΔW‖_F", "norm"),
             ("energy in σ₁", partial(_draw_curves, groups=groups, field="spectral_share"), "σ₁²/‖ΔW‖_F²", "share"),
             ("increment / its largest", partial(_draw_map, cells=_map_increments(item.records)), "layer", "increments"),
             ("overlap of directions", partial(_draw_map, cells=_map_overlaps(item.records)), "step", "overlaps"),
         ):
-            draw = partial(draw, steps=steps)
-            panels += [Panel(f"{owner}{title}", draw, "step", ylabel, name=name)] if len(steps) > 1 else []
+            draw, owner = partial(draw, steps=steps), owner_of(item, series)
+            panels.append(Panel(f"{owner}{title}", draw, "step", ylabel, name=name))
     if not panels:
         raise UndrawableError("fewer than two checkpoints")
     return Page(

@@ -94,12 +94,6 @@ def compare_combinations(
         yield combination.model_copy(update=fields)
 
 
-def _is_better(record: Combination) -> bool:
-    """Return whether a combination is significantly better than the best checkpoint on the second half."""
-    half = stats.paired_half(record.gain_error, record.sequences)
-    return record.gain is not None and half is not None and record.gain > half
-
-
 def held_out_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: what to keep, its losses, those not finite, and whether a combination is better."""
     probes, checkpoints = results.whole_of(Probe), results.whole_of(Checkpoint)
@@ -169,15 +163,13 @@ def _format_excess(loss: HeldOutLoss) -> str:
 
 
 def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
-    """State whether the best combination is better than the best checkpoint."""
+    """State whether the best combination is significantly better than the best checkpoint on the second half."""
     chosen = next((record for record in combined if record.chosen), None)
     if chosen is not None and chosen.gain is not None:
-        difference = with_limits(-chosen.gain, stats.paired_half(chosen.gain_error, chosen.sequences))
-        verdict = f"better, {safe(chosen.path or 'add --write FOLDER')}" if _is_better(chosen) else "not better"
-        yield (
-            f"{verdict}: {chosen.name} minus {chosen.single} is {difference}, both the best on one half of "
-            f"{short(chosen.by)} and compared on the other"
-        )
+        half, where = stats.paired_half(chosen.gain_error, chosen.sequences), safe(chosen.path or "add --write FOLDER")
+        verdict = f"better, {where}" if half is not None and chosen.gain > half else "not better"
+        difference = f"{chosen.name} minus {chosen.single} is {with_limits(-chosen.gain, half)}"
+        yield f"{verdict}: {difference}, both the best on one half of {short(chosen.by)} and compared on the other"
     elif combined:
         yield f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them to choose by"
 
@@ -193,6 +185,5 @@ def held_out_grids(results: Results[Any]) -> list[Grid]:
         excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
         columns.append(Column("minus best", excess, drop=1))
     rows = tuple(steps.get(name, name) or "BASE" for name in losses)
-    return [Grid("Held-out loss, and paired difference from the best checkpoint", "step", rows, tuple(columns))][
-        : len(rows)
-    ]
+    title = "Held-out loss, and paired difference from the best checkpoint"
+    return [Grid(title, "step", rows, tuple(columns))] if rows else []

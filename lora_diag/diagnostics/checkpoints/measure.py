@@ -225,12 +225,10 @@ def trajectory(
     layers.torch = not all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas)
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
-    settings = layers.settings(
-        factors.CheckpointsSettings,
-        ranks=check_ranks(layers.options["ranks"]),
-        directions=layers.options["directions"],
-        steps=tuple(step.step for step in steps),
-    )
+    ranks, k = check_ranks(layers.options["ranks"]), layers.options["directions"]
+    numbers = tuple(step.step for step in steps)
+    settings = layers.settings(factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers)
+    own = {"ranks": list(ranks), "directions": k, "steps": list(numbers)}
     last = compared[-1].pairing
     return layers.over(
         tasks,
@@ -239,12 +237,7 @@ def trajectory(
         settings,
         Pairing(tuple(delta for delta in last.deltas if not delta.is_matrix), (*last.unpaired, *missing)),
         (*compared[0].inputs[:-1], *(each.inputs[-1] for each in compared), *(judged.inputs if judged else ())),
-        {
-            "ranks": list(settings.ranks),
-            "directions": settings.directions,
-            "steps": list(settings.steps),
-            **(judged.settings if judged else {}),
-        },
+        own | (judged.settings if judged else {}),
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
     )

@@ -26,7 +26,7 @@ from lora_diag.catalog import read_results
 from lora_diag.deltas import natural_order, selector
 from lora_diag.diagnostics.checkpoints.factors import Array, Factors
 from lora_diag.diagnostics.checkpoints.measure import OVERFLOW, describe_increment, describe_values
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, group_by
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
 from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
 from lora_diag.errors import LoradiagError, UsageError
@@ -197,17 +197,17 @@ class _Rows:
         seed = int.from_bytes(hashlib.sha256(weight.name.encode()).digest()[:7])
         chosen = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
         now = _read_rows(weight, chosen)
-        return cls(
-            weight, _norm(weight.parameter) if is_start else None, chosen, now if is_start else None, [None, now]
-        )
+        base_fro, start = (_norm(weight.parameter), now) if is_start else (None, None)
+        return cls(weight, base_fro, chosen, start, [None, now])
 
     def measure(self, step: int) -> list[CheckpointLayer]:
         """Return the record of the weight, and keep its rows for the next time."""
         norm, (first, before) = _norm(self.weight.parameter), self.window
         now = None if norm is None else _read_rows(self.weight, self.rows)
         whole, change, earlier = _subtract(now, self.start), _subtract(now, before), _subtract(before, first)
-        (fro, fro_error), (increment, increment_error) = (_estimate_norm(x, self.weight) for x in (whole, change))
-        cosine = None
+        rows, columns = self.weight.shape
+        fields = _estimate_norm("fro", whole, rows) | _estimate_norm("increment", change, rows)
+        fro, cosine = fields["fro"], None
         if change is not None and earlier is not None and change.any() and earlier.any():
             cosine = float(torch.cosine_similarity(change.flatten(), earlier.flatten(), 0))
         self.window = [before, now]
@@ -215,18 +215,15 @@ class _Rows:
             CheckpointLayer(
                 layer=self.weight.name,
                 step=step,
-                shape=(self.weight.shape[0], self.weight.shape[1]),
-                fro=fro,
+                shape=(rows, columns),
                 base_fro=self.base_fro,
                 relative=fro / self.base_fro if fro is not None and self.base_fro else None,
-                increment=increment,
                 cosine=cosine,
                 unchanged=None if change is None else float((change == 0).double().mean()),
                 dead=fro == 0.0 and norm == self.base_fro,
                 non_finite="it holds NaN or infinite values" if norm is None else None,
                 method="rows",
-                fro_error=fro_error,
-                increment_error=increment_error,
+                **fields,
             )
         ]
 
@@ -247,19 +244,19 @@ def _norm(weight: Tensor) -> float | None:
     return norm if math.isfinite(norm) else None
 
 
-def _estimate_norm(rows: Tensor | None, weight: Trained) -> tuple[float | None, float | None]:
-    """Return ‖X‖_F from a random sample of the rows of X, and its standard error; None for what is not known.
+def _estimate_norm(name: str, rows: Tensor | None, count: int) -> dict[str, Any]:
+    """Return the fields of ‖X‖_F from a random sample of its rows, and of its standard error; none if X is not known.
 
     With k of m rows, ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is (1 − k/m)·s²/k (Cochran 1977,
     *Sampling Techniques*, theorem 2.2), and the error of its root by dividing by 2‖X‖_F. It is None if k = m.
     """
     if rows is None:
-        return None, None
-    energies, count, size = rows.square().sum(1), weight.shape[0], len(rows)
-    fro = math.sqrt(count * float(energies.mean()))
-    if size == count or not fro:
-        return fro, None if size == count else 0.0
-    return fro, count * math.sqrt((1 - size / count) * float(energies.var()) / size) / (2 * fro)
+        return {name: None}
+    energies, size = rows.square().sum(1), len(rows)
+    fro, error = math.sqrt(count * float(energies.mean())), None if size == count else 0.0
+    if size < count and fro:
+        error = count * math.sqrt((1 - size / count) * float(energies.var()) / size) / (2 * fro)
+    return {name: fro, f"{name}_error": error}
 
 
 def _base_norm(weight: Frozen) -> float | None:
@@ -369,8 +366,7 @@ class LoraMonitor(TrainingCallback):
             UsageError: The file is not a monitor's, or is being written.
             InputError: It cannot be read or written.
         """
-        path, checkpoints = self.output, list[Checkpoint]()
-        by_step: dict[int, list[CheckpointLayer]] = {}
+        path, checkpoints, by_step = self.output, list[Checkpoint](), dict[int, list[CheckpointLayer]]()
         assert path is not None
         if path.exists() and path.stat().st_size:
             check_output(path, RESULTS, appending=True)
@@ -378,8 +374,7 @@ class LoraMonitor(TrainingCallback):
             earlier = read_results(path)
             if [each.role for each in earlier.run.inputs] != [ROLE]:
                 raise UsageError(f"{path}: holds results of loradiag {earlier.run.command}; choose another name")
-            for record in earlier:
-                by_step.setdefault(record.step, []).append(record)
+            by_step = group_by(earlier, "step")
             checkpoints = [each for each in earlier.whole_of(Checkpoint) if each.step <= self._step]
             names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(1))
             path.rename(next(name for name in names if not name.exists()))

@@ -104,7 +104,8 @@ class Shown:
         with out.progress_bar(self.quiet or follow) as on_progress, view as on_view:
             on_note = None if self.quiet else out.print_message
             on_record = out.record_printer(self.json)
-            yield {"on_progress": on_progress, "on_record": on_record, "on_note": on_note, "on_view": on_view}
+            own = {"on_view": on_view} if follow else {}
+            yield {"on_progress": on_progress, "on_record": on_record, "on_note": on_note, **own}
         if self.verbose and not self.quiet:
             out.report_reading()
 

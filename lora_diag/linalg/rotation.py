@@ -161,7 +161,7 @@ def spectral_shift(before: Tensor, after: Tensor) -> float:
 
     At most ‖A − B‖_F / ‖A‖_F (Mirsky 1960, "Symmetric gauge functions and unitarily invariant norms").
 
-    >>> round(spectral_shift(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 4.5])), 9)
+    >>> round(spectral_shift(torch.tensor([3.0, 4.0]).double(), torch.tensor([3.0, 4.5]).double()), 9)
     0.1
     """
     return float((after - before).norm() / before.norm())

@@ -122,7 +122,10 @@ REFUSED = {
         ({"labels": "mine"}, "labels"), ({"ranks": (0,)}, "ranks"), ({"data": "none.txt"}, "no such file", InputError),
         ({"layers": "nothing"}, "", NothingComparedError),
     ],
-    "outputs": [({"adapters": ()}, "at least one ADAPTER"), ({"tuned": None, "reference": "x"}, "reference.*tuned")],
+    "outputs": [
+        ({"adapters": (), "tuned": None}, "one ADAPTER"),
+        ({"tuned": None, "reference": "x"}, "reference.*tuned"),
+    ],
 }  # fmt: skip
 
 

@@ -154,10 +154,10 @@ def compare_lengths(unions: Sequence[Union]) -> float:
 
 def _describe_length(results: Results[Interference | Union], unions: Sequence[Union]) -> Statement:
     """State the lengths of the sum and, with unit weights, of the mean; warn of a sum longer than √K updates."""
-    weights, ratio = results.run.settings["weights"], compare_lengths(unions)
-    limit, is_unit = math.sqrt(len(weights)), set(weights) == {1.0}
+    ratio, count = compare_lengths(unions), len({path for record in unions for path in record.updates})
+    limit, is_unit = math.sqrt(count), set(results.run.settings.get("weights", ())) == {1.0}
     text = f"‖sum‖ is {number(ratio)} times that of the longest update"
-    text += f", ‖mean‖ {number(ratio / len(weights))}" if is_unit else ""
+    text += f", ‖mean‖ {number(ratio / count)}" if is_unit else ""
     is_long = is_unit and ratio > limit * (1 + 1e-6)  # orthogonal updates of one norm have √K
     text += (
         f": more than √K = {number(limit)}, as the updates reinforce each other; merge their mean" if is_long else ""

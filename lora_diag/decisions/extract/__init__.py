@@ -31,12 +31,8 @@ class ExtractOptions(FolderOptions, total=False):
     ]
     match_norm: Annotated[bool, options.MATCH_NORM]
     portable: Annotated[bool, options.PORTABLE]
-    format: Annotated[
-        str, Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)
-    ]
-    base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
-    ]
+    format: Annotated[str, options.FORMAT]
+    base_name: Annotated[str | None, options.BASE_NAME]
     sweep: Annotated[Path | str | None, options.SWEEP]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 

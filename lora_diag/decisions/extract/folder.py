@@ -235,7 +235,8 @@ def list_words(group: type, run: Run, *others: str) -> list[str]:
     words = []
     for name, value in list_typed_options(group, run.settings).items():
         if name not in {"device", *others}:
-            words += [list_options(group)[name][1].flag(name), *([] if value is True else [legible(str(value))])]
+            typed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            words += [list_options(group)[name][1].flag(name), *([] if value is True else [legible(typed)])]
     return words
 
 

@@ -7,17 +7,7 @@ from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
 from lora_diag.running import options
-from lora_diag.running.options import (
-    OUTPUT,
-    REQUIRED,
-    Callbacks,
-    Matching,
-    ModelOptions,
-    Notes,
-    Option,
-    Resources,
-    Resuming,
-)
+from lora_diag.running.options import REQUIRED, Callbacks, Matching, ModelOptions, Notes, Option, Resources, Resuming
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,20 +95,16 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
         str | None,
         Option(
             None,
-            "Dtype of the output; default: float32, for a checkpoint that of BASE.",
+            "Output dtype; default: float32, for a checkpoint BASE's.",
             "float32|bfloat16|float16",
-            panel=OUTPUT,
+            panel=options.OUTPUT,
         ),
     ]
     portable: Annotated[bool, options.PORTABLE]
-    format: Annotated[
-        str, Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)
-    ]
-    base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
-    ]
+    format: Annotated[str, options.FORMAT]
+    base_name: Annotated[str | None, options.BASE_NAME]
     seed: Annotated[int, options.SEED]
-    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=options.OUTPUT)]
 
 
 class MergeRunOptions(MergeOptions, total=False):
@@ -130,7 +116,7 @@ class MergeRunOptions(MergeOptions, total=False):
 class FolderOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), OUTPUT)]
+    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), options.OUTPUT)]
 
 
 FEATURE = Feature(

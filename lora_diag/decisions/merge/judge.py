@@ -1,14 +1,14 @@
 """Held-out losses of BASE, of each update on the text of its task, and of every candidate merge; the choice among them.
 
 What is judged is what would be written: the factors or the weights of a candidate are computed by the code that writes
-the merge, into scratch files, and λ multiplies them. The losses of all sequences are recorded. With several candidates
-one is chosen by the first half of each text, and the numbers that are shown are those of the second half, so that they
-are not the lowest by chance.
+the merge, into scratch files. Several λ multiply one output in float32; one that is rounded to a shorter dtype is made
+for each λ, and weights that a checkpoint in another dtype than BASE holds unchanged are rounded as in the file. The
+losses of all sequences are recorded. With several candidates one is chosen by the first half of each text, and the
+numbers that are shown are those of the second half, so that they are not the lowest by chance.
 """
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,16 +23,20 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.merge import JudgeOptions, Method
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
-from lora_diag.deltas import DenseDelta, Side
+from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
 from lora_diag.errors import InputError, UsageError
-from lora_diag.metrics.statistics import paired_difference
+from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.swapping import FULL, Swapped
-from lora_diag.records import LeftOut, RunInput
+from lora_diag.records import RunInput
 from lora_diag.rendering.text import quantity
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.options import list_options
 from lora_diag.running.probing import ProbeRun, describe_texts
+from lora_diag.running.updates import tuned_path
+
+# A model whose losses are compared: ``base``, ``alone`` or a method, and λ of a method.
+Model = tuple[str, float | None]
 
 # Fewest sequences of a text of which one half chooses and the other reports.
 MIN_SEQUENCES = 8
@@ -61,6 +65,9 @@ class Candidate:
 def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[int | None, str]]:
     """Return the update, by its place, and the path of each text; None for a text of no update.
 
+    A name may contain ``=``, as may a path: ``NAME=FILE`` is the text of an update unless only a file of that whole
+    name exists.
+
     Args:
         texts: Each ``NAME=FILE`` or ``FILE``.
         names: Short names of the updates.
@@ -74,13 +81,15 @@ def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[
     """
     tasks: list[tuple[int | None, str]] = []
     for text in map(str, texts):
-        name, equals, path = text.partition("=")
-        if not equals or Path(text).exists():
-            tasks.append((None, text))
-        elif name in names:
+        name = max((name for name in names if text.startswith(f"{name}=")), key=len, default=None)
+        path = text if name is None else text[len(name) + 1 :]
+        if name is not None and (Path(path).exists() or not Path(text).exists()):
             tasks.append((names.index(name), path))
+        elif "=" not in text or Path(text).exists():
+            tasks.append((None, text))
         else:
-            raise UsageError(f"--eval {text}: {name} names no update; use one of {', '.join(names)}, or FILE alone")
+            unknown = text.partition("=")[0]
+            raise UsageError(f"--eval {text}: {unknown} names no update; use one of {', '.join(names)}, or FILE alone")
     return tasks
 
 
@@ -103,18 +112,12 @@ class MergeJudge:
     ) -> None:
         tasks = read_tasks(options["evaluate"], names)
         own = {name: options[name] for name in list_options(JudgeOptions)} | {"evaluate": [path for _, path in tasks]}
-        self._run, self._options, self._base, self._compared = (
-            ProbeRun("merge", own, JudgeOptions),
-            options,
-            base,
-            compared,
-        )
+        self._options, self._base, self._compared = options, base, compared
+        self._run = ProbeRun("merge", own, JudgeOptions)
         self._run.check_files(base)
         self._run.open(base)
         self._texts = self._run.read_sets()
         self._task = {text_set.name: task for text_set, (task, _) in zip(self._texts, tasks, strict=True)}
-        self._base_losses: dict[str, Losses] = {}
-        self._alone: dict[str, Losses] = {}
 
     @property
     def inputs(self) -> list[RunInput]:
@@ -148,152 +151,136 @@ class MergeJudge:
             UsageError: A text has too few sequences to choose by one half and report the other.
             InputError: A file cannot be read or written, or a loss of BASE or an update is not finite.
         """
-        scales = [float(scale) for scale in self._options["scales"]] or [settings.scale]
-        choosing = len(candidates) * len(scales) > 1
-        if choosing and (few := next((t for t in self._texts if len(t.sequences) < MIN_SEQUENCES), None)):
+        scales = list(dict.fromkeys(map(float, self._options["scales"]))) or [settings.scale]
+        count, run = len(candidates) * len(scales), self._run
+        if count > 1 and (few := next((t for t in self._texts if len(t.sequences) < MIN_SEQUENCES), None)):
             problem = f"has {quantity(len(few.sequences), 'sequence')}, and half of them choose the merge"
-            raise UsageError(
-                f"--eval {few.path}: {problem}; give at least {MIN_SEQUENCES}, or one --method and --scale"
-            )
-        run, alone = self._run, [text_set for text_set in self._texts if self._task[text_set.name] is not None]
-        passes = len(candidates) * len(scales) + 1
-        run.watch.total = passes * run.batches(self._texts) + run.batches(alone)
-        merges = quantity(len(candidates) * len(scales), "merge")
-        run.estimate(
-            self._texts[0], f"BASE, each update on its text, and {merges} on {quantity(len(self._texts), 'set')}"
-        )
-        self._measure_references()
-        losses: dict[tuple[str, float], dict[str, Losses]] = {}
-        for candidate in candidates:
-            with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-                deltas = self._merge(candidate, tasks, sides, settings, Path(scratch))
-                swapped = Swapped(run.model, deltas, 0)
-                for scale in scales:
-                    swapped.scale({}, scale)
-                    losses[candidate.method.name, scale] = self._measure(f"{candidate.method.name} λ={scale:g}")
-                swapped.scale({}, 0.0)
-        return list(self._make_records(losses, choosing))
-
-    def _measure(self, label: str) -> dict[str, Losses]:
-        return {
-            each.name: measure(self._run.model, each, self._run.batch, lambda: self._run.watch.batch(label))
-            for each in self._texts
+            fix = f"give at least {MIN_SEQUENCES}, or one --method and --scale"
+            raise UsageError(f"--eval {few.path}: {problem}; {fix}")
+        run.watch.total = (count + 1) * run.batches(self._texts)
+        run.watch.total += run.batches([text_set for text_set in self._texts if self._task[text_set.name] is not None])
+        merges = f"{quantity(count, 'merge')} on {quantity(len(self._texts), 'set')}"
+        run.estimate(self._texts[0], f"BASE, each update on its text, and {merges}")
+        losses: dict[Model, dict[str, Losses]] = {
+            ("base", None): self._measure("BASE", self._texts),
+            ("alone", None): self._measure_alone(),
         }
-
-    def _measure_references(self) -> None:
-        """Measure BASE on every text, and each update on its own."""
-        self._base_losses = self._measure("BASE")
-        for index in sorted({task for task in self._task.values() if task is not None}):
-            swapped = Swapped(self._run.model, self._compared[index].pairing.deltas, 0)
-            swapped.arrange({}, FULL)
-            label = self._compared[index].inputs[-1].path
-            for text_set in (each for each in self._texts if self._task[each.name] == index):
-                self._alone[text_set.name] = measure(
-                    self._run.model, text_set, self._run.batch, partial(self._run.watch.batch, label)
-                )
-            swapped.arrange({})
-        for losses, who in ((self._base_losses, self._base), (self._alone, "an update")):
-            if bad := next((name for name, found in losses.items() if not found.is_finite), None):
+        for who, found in ((self._base, losses["base", None]), ("an update", losses["alone", None])):
+            if bad := next((name for name, own in found.items() if not own.is_finite), None):
                 raise InputError(f"{who}: its loss on {bad} is not finite; check the weights, or use --dtype float32")
+        exact = all((settings.dtype or side.dtype) == "float32" for side in sides.values())
+        for candidate in candidates:
+            for written in [1.0] if exact else scales:
+                with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+                    own = replace(
+                        settings, method=candidate.method.name, scale=written, density=candidate.density or 1.0
+                    )
+                    swapped = Swapped(run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0)
+                    if self._options["full"] and settings.dtype:
+                        self._round(settings.dtype)
+                    for scale in scales if exact else [written]:
+                        swapped.scale({}, scale / written)
+                        label = f"{candidate.method.name} λ={scale:g}"
+                        losses[candidate.method.name, scale] = self._measure(label, self._texts)
+                    swapped.scale({}, 0.0)
+        return list(self._make_records(losses, count > 1))
 
-    def _merge(
+    def _measure(self, label: str, texts: Sequence[Texts]) -> dict[str, Losses]:
+        step = partial(self._run.watch.batch, label)
+        return {each.name: measure(self._run.model, each, self._run.batch, step) for each in texts}
+
+    def _measure_alone(self) -> dict[str, Losses]:
+        """Return the losses of each update on the texts of its task."""
+        losses: dict[str, Losses] = {}
+        for index, compared in enumerate(self._compared):
+            if own := [text_set for text_set in self._texts if self._task[text_set.name] == index]:
+                swapped = Swapped(self._run.model, compared.pairing.deltas, 0)
+                swapped.arrange({}, FULL)
+                losses |= self._measure(tuned_path(compared), own)
+                swapped.arrange({})
+        return losses
+
+    @torch.no_grad()
+    def _round(self, dtype: str) -> None:
+        """Round all weights of the model, as those that a merge does not change are in a checkpoint of this dtype."""
+        for parameter in self._run.model.module.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+
+    def _write(
         self,
         candidate: Candidate,
         tasks: Sequence[MergeTask],
         sides: Mapping[str, Side],
         settings: MergeSettings,
         scratch: Path,
-    ) -> list[DenseDelta]:
-        """Write a candidate with λ = 1 to scratch files; return its layers."""
-        settings = replace(settings, method=candidate.method.name, scale=1.0, density=candidate.density or 1.0)
-        paths, deltas = [each.inputs[-1].path for each in self._compared], []
+    ) -> Iterator[Delta]:
+        """Write a candidate to scratch files; yield its layers, without those whose updates are zero or cancel."""
+        paths = list(map(tuned_path, self._compared))
         for index, task in enumerate(tasks):
             file = scratch / f"{index}.safetensors"
-            written = write_merge(candidate.weigh(task, paths), settings, file)
-            if isinstance(written, LeftOut) or not file.exists():
-                continue  # every update of it is zero, or they cancel
-            side, first = sides[task.layer], task.updates[0].delta
-            load = partial(_read_written, file, task, side)
-            deltas.append(DenseDelta(task.layer, task.shape, load, (side.dtype, "float32"), side, first.is_matrix))
-        return deltas
+            if write_merge(candidate.weigh(task, paths), settings, file) is not None or not file.exists():
+                continue
+            base, layer = sides[task.layer], task.layer
+            if task.base is None:
+                yield FactoredDelta(
+                    layer, task.shape, partial(_read_factors, file, task), (base.dtype, "float32"), base
+                )
+            else:
+                yield StoredDelta(layer, task.shape, base, Side(open_checkpoint(file), "W"), task.is_matrix)
 
-    def _make_records(
-        self, losses: Mapping[tuple[str, float], Mapping[str, Losses]], choosing: bool
-    ) -> Iterator[MergedLoss]:
+    def _make_records(self, losses: Mapping[Model, Mapping[str, Losses]], choosing: bool) -> Iterator[MergedLoss]:
         """Yield the records: of BASE, of updates alone, and of candidates, of which one is chosen."""
-        cost = {key: self._compare(own, choosing) for key, own in losses.items()}
-        if not (finite := {key: value for key, value in cost.items() if math.isfinite(value)}):
+        base, alone = losses["base", None], losses["alone", None]
+        half = {text_set.name: len(text_set.sequences) // 2 if choosing else 0 for text_set in self._texts}
+        cost: dict[Model, float] = {}
+        for model, own in losses.items():
+            if model[1] is not None and all(found.is_finite for found in own.values()):
+                first = {name: slice(half[name] or None) for name in own}
+                rises = [
+                    _part(own[name], s).minus(_part(alone.get(name, base[name]), s))[0] for name, s in first.items()
+                ]
+                cost[model] = max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
+        if not cost:
             raise InputError(f"{self._base}: no merge has a finite loss; check the weights, or use --dtype float32")
-        best = min(finite, key=finite.__getitem__)
-        rows: list[tuple[str, float | None, Mapping[str, Losses]]] = [
-            ("base", None, self._base_losses),
-            ("alone", None, self._alone),
-            *((method, scale, own) for (method, scale), own in losses.items()),
-        ]
-        for method, scale, own in rows:
+        best = min(cost, key=cost.__getitem__)
+        for model, own in losses.items():
             for text_set in (each for each in self._texts if each.name in own):
-                name, found = text_set.name, own[text_set.name]
-                index = self._task[name]
-                half = len(text_set.sequences) // 2 if choosing else 0
+                name, index = text_set.name, self._task[text_set.name]
                 yield MergedLoss(
-                    **found.on(text_set),
-                    **found.by_sequence(is_base=method == "base"),
-                    method=method,
-                    scale=scale,
-                    update=None if index is None else self._compared[index].inputs[-1].path,
-                    skipped=half,
-                    cost=None if scale is None or not math.isfinite(cost[method, scale]) else cost[method, scale],
-                    chosen=scale is not None and (method, scale) == best,
-                    **_compare(found, self._base_losses[name], self._alone.get(name), half),
+                    **own[name].on(text_set),
+                    **own[name].by_sequence(is_base=model[0] == "base"),
+                    method=model[0],
+                    scale=model[1],
+                    update=None if index is None else tuned_path(self._compared[index]),
+                    skipped=half[name],
+                    cost=cost.get(model),
+                    chosen=model == best,
+                    **_compare(own[name], base[name], alone.get(name), slice(half[name], None)),
                 )
 
-    def _compare(self, losses: Mapping[str, Losses], choosing: bool) -> float:
-        """Return what is minimized: the largest, or mean, rise of the loss above each update alone on its text.
 
-        On a text of no update it is that above BASE. Infinite if a loss is not finite.
-        """
-        rises = []
-        for text_set in self._texts:
-            name, own = text_set.name, losses[text_set.name]
-            other = self._alone.get(name, self._base_losses[name])
-            last = len(text_set.sequences) // 2 if choosing else len(text_set.sequences)
-            rises.append(float((own.sums - other.sums)[:last].sum() / own.counts[:last].sum()))
-        if not all(map(math.isfinite, rises)):
-            return math.inf
-        return max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
+def _part(losses: Losses, span: slice) -> Losses:
+    return Losses(losses.sums[span], losses.counts[span])
 
 
-def _compare(own: Losses, base: Losses, alone: Losses | None, first: int) -> dict[str, Any]:
-    """Return the loss of a model from a sequence on, and its paired differences from BASE and from the update alone."""
+def _compare(own: Losses, base: Losses, alone: Losses | None, span: slice) -> dict[str, float | None]:
+    """Return the loss of a model on some sequences, and its paired differences from BASE and from the update alone."""
     if not own.is_finite:
         return {"loss": None}
-    counts = own.counts[first:].tolist()
-
-    def against(other: Tensor) -> tuple[float, float | None]:
-        return paired_difference(own.sums[first:].tolist(), other[first:].tolist(), counts)
-
-    loss, loss_error = against(torch.zeros_like(own.sums))
-    change, change_error = against(base.sums)
-    gap, gap_error = (None, None) if alone is None else against(alone.sums)
-    gain = None if gap is None else gap - change
-    return {
-        "loss": loss,
-        "loss_error": loss_error,
-        "change": change,
-        "change_error": change_error,
-        "gap": gap,
-        "gap_error": gap_error,
-        "kept": -change / gain if gain is not None and gain > 0 else None,
-    }
+    own, base = _part(own, span), _part(base, span)
+    zero = Losses(torch.zeros_like(own.sums), own.counts)
+    pairs = {"loss": own.minus(zero), "change": own.minus(base)}
+    kept = None
+    if alone is not None:
+        pairs["gap"] = own.minus(_part(alone, span))
+        gain = pairs["gap"][0] - pairs["change"][0]
+        kept = -pairs["change"][0] / gain if gain > 0 else None
+    errors = {f"{name}_error": error for name, (_, error) in pairs.items()}
+    return {name: value for name, (value, _) in pairs.items()} | errors | {"kept": kept}
 
 
-def _read_written(file: Path, task: MergeTask, side: Side) -> Tensor:
-    """Return the update in a scratch file, ``(out, in)`` float64: B·A, or W' − W of a checkpoint."""
+def _read_factors(file: Path, task: MergeTask) -> tuple[Tensor, Tensor]:
+    """Return B ``(out, r)`` and A ``(r, in)`` of a scratch file, for the weight as BASE stores it."""
     stored = open_checkpoint(file)
-    if task.base is not None:
-        rows, columns = task.shape
-        weight = side.read(0, rows * columns).double()
-        return stored.read("W").double().view(task.shape) - weight.view(task.shape)
-    b, a = (stored.read(name).view(stored[name].shape).double() for name in ("B", "A"))
-    product = b @ a
-    return product.T if task.transposed else product
+    b, a = (stored.read(name).view(stored[name].shape) for name in ("B", "A"))
+    return (a.T, b.T) if task.transposed else (b, a)

@@ -107,11 +107,6 @@ class MergeSettings:
     device: str = "auto"
     memory: int | None = None
 
-    @property
-    def truncates(self) -> bool:
-        """Whether a rank or an energy fraction is requested."""
-        return self.rank is not None or self.energy is not None
-
 
 # The merge as written: M itself or its factors in their dtype, its decomposition if it has factors, fields of records.
 Written = tuple[Matrix, exact.Factors | None, dict[str, Any]]
@@ -145,22 +140,10 @@ def merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSetti
         UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit into the memory limit.
     """
-    _require_memory(task, settings)
     records: tuple[Merged | LeftOut, ...] = measure_on_device(
         partial(_merge_layer, task, settings, files[task.layer]), settings.device
     )
     return records
-
-
-def _require_memory(task: MergeTask, settings: MergeSettings) -> None:
-    """Refuse a layer that has to be formed and does not fit into the memory limit.
-
-    Raises:
-        MemoryLimitError: It does not fit.
-    """
-    if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
-        description = "its updates and their merge take"
-        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +173,15 @@ def write_merge(task: MergeTask, settings: MergeSettings, file: Path) -> LeftOut
         UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit into the memory limit.
     """
-    _require_memory(task, settings)
     merged, _ = compute_on_device(partial(_write_merge, task, settings, file), resolve_device(settings.device))
     return merged if isinstance(merged, LeftOut) else None
 
 
 def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: torch.device) -> _Merge | LeftOut:
+    """Write the merge of one layer; a layer that has to be formed must fit into the memory limit."""
+    if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
+        description = "its updates and their merge take"
+        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
         change, size = load_change(update.delta, device), 0.0
@@ -382,7 +368,7 @@ def _measure_chance(
     written: exact.Factors | None,
 ) -> list[dict[str, float | None]]:
     """Return what random updates with the same singular values keep: exact for the sum, else from one draw."""
-    if METHODS[settings.method].linear and not settings.truncates:
+    if METHODS[settings.method].linear and settings.rank is None and settings.energy is None:
         return [{"kept_random": settings.scale * weight} for weight in request.weights]
     pairs = [part for part in parts if isinstance(part, tuple)]
     if not task.is_matrix or len(pairs) < len(parts):
@@ -427,11 +413,8 @@ def _compare_signs(parts: Sequence[Matrix], request: Request) -> list[dict[str, 
     for own in weighted:
         products = own * (total - own)
         differing, both = (products < 0).sum(1).double(), (products != 0).sum(1).double()
-        if not both.sum():
-            found.append({})
-            continue
-        share = float(differing.sum() / both.sum())
-        spread = float((differing - share * both).square().sum() / max(1, len(rows) - 1)) ** 0.5
-        error = 0.0 if len(rows) == m else spread / float(both.mean()) / math.sqrt(len(rows))
-        found.append({"sign_conflict": share, "sign_conflict_error": error})
+        share = float(differing.sum() / both.sum())  # not a number without an entry of both
+        spread = ((differing - share * both).square().sum() / max(1, len(rows) - 1)).sqrt()
+        error = 0.0 if len(rows) == m else float(spread / both.mean() / math.sqrt(len(rows)))
+        found.append({"sign_conflict": share, "sign_conflict_error": error} if both.any() else {})
     return found

@@ -165,9 +165,9 @@ class MergedLoss(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("set", "method", "scale")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "held-out loss per token, in nats", main=True),
-        Shown("change", "to BASE", "loss minus that of BASE", main=True, error="change_error"),
-        Shown("gap", "to alone", "loss minus that of the update alone, on the text of its task", error="gap_error"),
+        Shown("loss", "loss", "held-out loss per token, in nats", main=True, form=".4f"),
+        Shown("change", "to BASE", "loss minus that of BASE", main=True, form="+.4f", error="change_error"),
+        Shown("gap", "to alone", "loss minus that of the update alone", form="+.4f", terminal=True, error="gap_error"),
         Shown("kept", "kept", "fraction of the gain of the update alone", form=".2f", main=True),
     )
     guards: ClassVar[tuple[Guard, ...]] = (

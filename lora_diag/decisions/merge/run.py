@@ -18,12 +18,12 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, list_words, plan_tensors
 from lora_diag.decisions.extract.run import place_target, write_in_format
-from lora_diag.decisions.merge import ALL, METHODS, MergeOptions, MergeRunOptions, Method
+from lora_diag.decisions.merge import ALL, METHODS, JudgeOptions, MergeOptions, MergeRunOptions, Method
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
 from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
 from lora_diag.decisions.merge.show import merge_card
-from lora_diag.deltas import Delta, Pairing, Side, natural_order
+from lora_diag.deltas import Pairing, Side, natural_order
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.statements import short_paths
@@ -31,8 +31,8 @@ from lora_diag.running.amounts import read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun
-from lora_diag.running.options import fill_options, show_options
-from lora_diag.running.updates import align_layers, list_unmeasured
+from lora_diag.running.options import fill_options, list_options, show_options
+from lora_diag.running.updates import align_layers, list_unmeasured, tuned_path
 
 RECORDS = "merge.jsonl"
 
@@ -114,50 +114,41 @@ def merge(
     opened = open_base(base)
     compared = [run.compare(opened, path) for path in paths]
     aligned = align_layers(compared, candidates[0].weights, vectors=full)
-    deltas: dict[str, Delta] = {}
-    for delta in (delta for comparison in compared for delta in comparison.pairing.deltas):
-        deltas.setdefault(delta.layer, delta)
+    deltas = {delta.layer: delta for each in reversed(compared) for delta in each.pairing.deltas}  # the first's count
     skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
     pairing = Pairing(tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))), skipped.unpaired)
-    planned = None
     sides = _find_sides(pairing, base) if full or arguments["evaluate"] else {}
+    planned = None
     if full:
         tasks = [MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned]
     else:
         first = replace(compared[0], pairing=pairing)
         planned = plan_tensors(first, False, portable or form != PEFT, [other.update for other in compared[1:]])
-        check_layout(form, [place_target(target) for target in planned.targets.values()], opened)
         targets = planned.targets
-        tasks = [
-            MergeTask(item.layer, item.shape, item.updates, transposed=targets[item.layer].transposed)
-            for item in aligned
-            if item.layer in targets
-        ]
+        check_layout(form, list(map(place_target, targets.values())), opened)
+        kept = [(item, targets[item.layer].transposed) for item in aligned if item.layer in targets]
+        tasks = [MergeTask(item.layer, item.shape, item.updates, transposed=turned) for item, turned in kept]
     candidates = _select_writable(candidates, tasks, arguments)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
     settings = run.settings(
         MergeSettings,
         count=len(paths),
-        scale=arguments["scale"],
-        density=candidates[0].density or 1.0,
-        rank=arguments["rank"],
-        energy=arguments["energy"],
-        dtype=arguments["output_dtype"] if full else arguments["output_dtype"] or "float32",
+        **{name: arguments[name] for name in ("scale", "rank", "energy")},
+        dtype=arguments["output_dtype"] or (None if full else "float32"),
     )
-    chosen, judge, losses = candidates[0], None, list[MergedLoss]()
-    if arguments["evaluate"] and folder.whole:
-        written = read_results(folder.records).run.settings
-        chosen = next(each for each in candidates if each.method.name == written["method"])
-        settings = replace(settings, scale=written["scale"])
+    method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
     if arguments["evaluate"]:
         judge = MergeJudge(arguments, base, compared, short_paths([legible(path) for path in paths]))
-    if judge is not None and not folder.whole:
-        losses = judge.judge(candidates, tasks, sides, settings, folder.final)
-        best = next(record for record in losses if record.chosen)
-        chosen = next(each for each in candidates if each.method.name == best.method)
-        settings = replace(settings, scale=best.scale or 1.0)
+        if folder.whole:  # what was chosen; settings that do not fit it are refused as of any resumed run
+            written = read_results(folder.records).run.settings
+            method, scale = written["method"], written["scale"] if arguments["scales"] else settings.scale
+        else:
+            losses = judge.judge(candidates, tasks, sides, settings, folder.final)
+            method, scale = next((record.method, record.scale) for record in losses if record.chosen)
+        settings = replace(settings, scale=scale)
+    chosen = next((each for each in candidates if each.method.name == method), candidates[0])
     settings = replace(settings, method=chosen.method.name, density=chosen.density or 1.0)
-    tasks = [chosen.weigh(task, [each.inputs[-1].path for each in compared]) for task in tasks]
+    tasks = [chosen.weigh(task, list(map(tuned_path, compared))) for task in tasks]
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     folder.open()
     own = {
@@ -184,8 +175,9 @@ def merge(
             parts = [(sides[record.layer], record) for record in layers]
             replaced = [Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts]
             write_changed(folder.work, opened, replaced, arguments["output_dtype"], metadata)
-        words = ["loradiag", "merge", legible(base), *map(legible, paths), *list_words(MergeOptions, results.run)]
-        folder.finish(merge_card(results, name, shlex.join([*words, "-o", legible(output)])))
+        typed = list_words(MergeOptions, results.run, *list_options(JudgeOptions))  # what they chose is in the others
+        words = ["loradiag", "merge", *map(legible, (base, *paths)), *typed, "-o", legible(output)]
+        folder.finish(merge_card(results, name, shlex.join(words)))
 
     return run.over(
         [] if folder.whole else tasks,
@@ -211,19 +203,17 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
     Raises:
         UsageError: An option is out of range or does not apply, or merges are compared without an evaluation set.
     """
-    name, evaluate, scales = arguments["method"], arguments["evaluate"], arguments["scales"]
-    if name != ALL:
-        methods = [METHODS[name]]
-    else:
-        methods = list(METHODS.values())
-        arguments = {**arguments, "density": None}
-    if (name == ALL or scales) and not evaluate:
-        option = "--method all" if name == ALL else "--scales"
-        raise UsageError(f"{option}: compares merges by their loss; give --eval NAME=FILE, held-out text of each task")
-    if not all(math.isfinite(scale) and scale for scale in scales):
-        raise UsageError("--scales: must be finite and not 0")
+    _check_numbers(arguments)
+    name, density = arguments["method"], arguments["density"]
+    methods = METHODS.values() if name == ALL else [METHODS[name]]
+    if density is not None and all(method.density is None for method in methods):
+        raise UsageError(f"--density: {name} keeps every entry; remove it, or use a method that trims")
     return [
-        Candidate(method, _choose_weights(method, arguments["weights"], count), _check_numbers(method, arguments))
+        Candidate(
+            method,
+            _choose_weights(method, arguments["weights"], count),
+            method.density if density is None or method.density is None else density,
+        )
         for method in methods
     ]
 
@@ -236,17 +226,26 @@ def _select_writable(
     Raises:
         UsageError: None can, for want of factors.
     """
-    writable, problem = [], UsageError("merge: no method can be written")
-    for candidate in candidates:
-        try:
-            _refuse_without_factors(tasks, candidate.method, arguments)
-        except UsageError as error:
-            problem = error
-        else:
-            writable.append(candidate)
-    if not writable:
-        raise problem
-    return writable
+    problems = [_explain_unwritable(tasks, candidate.method, arguments) for candidate in candidates]
+    if all(problems):
+        raise UsageError(problems[-1])
+    return [candidate for candidate, problem in zip(candidates, problems, strict=True) if not problem]
+
+
+def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]) -> str:
+    """Return why a method needs factors that an update lacks, or its merge has none and no rank is requested."""
+    limited = arguments["full"] or arguments["rank"] or arguments["energy"]
+    for task in tasks:
+        dense = task.is_matrix and not task.factored
+        if dense and method.needs_factors:
+            fix = "use knots_ties or ties, or --exclude it"
+            return f"--method {method.name}: {task.layer} has an update without factors; {fix}"
+        if (dense or method.entrywise) and not limited:
+            dense_layer = f"{task.layer} is not given by factors"
+            why = f"{method.name} merges single entries" if method.entrywise else dense_layer
+            fix = "give --rank R, --energy FRACTION or --checkpoint"
+            return f"merge: {why}, so that the merge has full rank; {fix}"
+    return ""
 
 
 def _choose_weights(method: Method, requested: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -267,53 +266,32 @@ def _choose_weights(method: Method, requested: Sequence[float] | None, count: in
     return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
 
 
-def _check_numbers(method: Method, arguments: Mapping[str, Any]) -> float | None:
-    """Check the numbers among the options; return the density, None for a method without one.
+def _check_numbers(arguments: Mapping[str, Any]) -> None:
+    """Check the numbers among the options, and which are given together.
 
     Raises:
-        UsageError: A number is out of range, or does not apply.
+        UsageError: A number is out of range, or an option does not apply.
     """
-    rank, energy, scale, density = (arguments[name] for name in ("rank", "energy", "scale", "density"))
-    if rank is not None and energy is not None:
-        raise UsageError("merge: give one of --rank R and --energy FRACTION")
-    if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+    rank, energy, density, full = (arguments[name] for name in ("rank", "energy", "density", "full"))
+    scales = [arguments["scale"], *arguments["scales"]]
+    bad_scale = next((scale for scale in scales if not math.isfinite(scale) or scale == 0), None)
+    compared = "--method all" if arguments["method"] == ALL else "--scales" if arguments["scales"] else ""
+    of_adapters = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
+    of_adapters["--format"] = arguments["format"] != PEFT
+    given = next((option for option, value in of_adapters.items() if value), "")
+    text = "give --eval NAME=FILE, held-out text of each task"
+    for is_wrong, problem in (
+        (rank is not None and energy is not None, "merge: give one of --rank R and --energy FRACTION"),
+        (rank is not None and rank < 1, f"--rank {rank}: must be a whole number from 1 up"),
+        (bad_scale is not None, f"--scale {bad_scale}: must be finite and not 0"),
+        (density is not None and not 0 < density <= 1, f"--density {density}: must be above 0 and at most 1"),
+        (full and given, f"{given}: applies to adapters; remove it, or --checkpoint"),
+        (compared and not arguments["evaluate"], f"{compared}: compares merges by their loss; {text}"),
+    ):
+        if is_wrong:
+            raise UsageError(problem)
     if energy is not None:
         read_share(energy, "--energy")
-    if not math.isfinite(scale) or scale == 0:
-        raise UsageError(f"--scale {scale:g}: must be finite and not 0")
-    if density is not None and method.density is None:
-        raise UsageError(f"--density: {method.name} keeps every entry; remove it, or use a method that trims")
-    if density is not None and not 0 < density <= 1:
-        raise UsageError(f"--density {density:g}: must be above 0 and at most 1")
-    adapter_only = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
-    adapter_only["--format"] = arguments["format"] != PEFT
-    if arguments["full"] and (given := [name for name, value in adapter_only.items() if value]):
-        raise UsageError(f"{given[0]}: applies to adapters; remove it, or --checkpoint")
-    return density if density is not None else method.density
-
-
-def _refuse_without_factors(tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]) -> None:
-    """Refuse a merge that has no factors and no requested rank, or a method that needs factors.
-
-    Raises:
-        UsageError: There is such a layer.
-    """
-    for task in tasks:
-        dense = next((update for update in task.updates if update.delta.is_matrix and not task.factored), None)
-        if dense is not None and method.needs_factors:
-            fix = "use knots_ties or ties, or --exclude it"
-            raise UsageError(f"--method {method.name}: {task.layer} has an update without factors; {fix}")
-        if (
-            (dense is not None or method.entrywise)
-            and not arguments["full"]
-            and not (arguments["rank"] or arguments["energy"])
-        ):
-            why = (
-                f"{method.name} merges single entries" if method.entrywise else f"{task.layer} is not given by factors"
-            )
-            fix = "give --rank R, --energy FRACTION or --checkpoint"
-            raise UsageError(f"merge: {why}, so that the merge has full rank; {fix}")
 
 
 def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
@@ -324,17 +302,14 @@ def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
     """
     sides: dict[str, Side] = {}
     layers: dict[tuple[str, int], str] = {}
-    for delta in pairing.deltas:
-        if delta.base is None:
-            raise InputError(
-                f"{base}: {delta.layer}: BASE stores it as other than plain numbers; write an adapter, or --exclude it"
-            )
-        earlier = layers.setdefault((delta.base.name, delta.base.offset), delta.layer)
-        if earlier != delta.layer:
-            raise InputError(
-                f"{base}: {earlier} and {delta.layer} change one weight of BASE; exclude one of them with --exclude"
-            )
-        sides[delta.layer] = delta.base
+    for layer, side in ((delta.layer, delta.base) for delta in pairing.deltas):
+        if side is None:
+            problem = f"{layer}: BASE stores it as other than plain numbers"
+            raise InputError(f"{base}: {problem}; write an adapter, or --exclude it")
+        if (earlier := layers.setdefault((side.name, side.offset), layer)) != layer:
+            problem = f"{earlier} and {layer} change one weight of BASE"
+            raise InputError(f"{base}: {problem}; exclude one of them with --exclude")
+        sides[layer] = side
     return sides
 
 

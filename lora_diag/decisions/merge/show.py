@@ -9,42 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.decisions.merge import METHODS
-from lora_diag.decisions.merge.record import (
-    COLLISION,
-    Merged,
-    MergedLoss,
-    pooled_epsilon,
-    pooled_kept,
-    select_layers,
-)
+from lora_diag.decisions.merge.record import COLLISION, Merged, MergedLoss, pooled_epsilon, pooled_kept, select_layers
 from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
-from lora_diag.rendering.statements import (
-    Level,
-    Statement,
-    left_out,
-    left_out_level,
-    make_statement,
-    short_paths,
-    summarize,
-)
-from lora_diag.rendering.tables import Column, Grid, grid_of, rows_of
+from lora_diag.rendering.statements import Statement, left_out, left_out_level, make_statement, short_paths, summarize
+from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import (
     count,
     list_layers,
     list_names,
     number,
     percent,
-    plus_minus,
     quantity,
     safe,
     short,
     span,
     with_limits,
 )
+
+# What a table of losses does not repeat of the models that others are compared with.
+_OWN: dict[str, dict[str, Any]] = {"base": {"change": None, "kept": None}, "alone": {"gap": None, "kept": None}}
 
 # Largest error of an output that counts as the merge itself: factors in float32 have about 1e-7.
 EXACT = 1e-5
@@ -99,8 +86,7 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
     return summarize(
         results,
         _describe_written(results, output),
-        _describe_choice(results),
-        *_describe_worse(results),
+        *_describe_choice(results),
         _describe_error(results),
         _describe_kept(results),
         _describe_length(results),
@@ -126,9 +112,10 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
         ranks = span(record.rank or 0 for record in written)
         text = f"{what}, {quantity(len(written))}, rank {ranks}, {params} parameters{dtypes}"
     zero = [record for record in layers if record.merged_fro == 0]
-    cancel = f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"
-    level: Level = "warning" if zero else "note"
-    return make_statement("wrote", "Written", text, cancel if zero else "", level=level, priority=0)
+    cancel = (
+        [f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"] if zero else []
+    )
+    return make_statement("wrote", "Written", text, *cancel, level="warning" if zero else "note", priority=0)
 
 
 def _find_losses(results: Results[Merged]) -> dict[tuple[str, float | None], list[MergedLoss]]:
@@ -147,80 +134,60 @@ def name_model(method: str, scale: float | None) -> str:
 
 
 def _make_loss_grids(results: Results[Merged]) -> list[Grid]:
-    """Return the table of losses: one row per model, two columns per text; none without a text."""
+    """Return a table of losses for each text: one row per model."""
+    by_model, grids = _find_losses(results), []
+    for name in set_names(results.whole_of(MergedLoss)):
+        rows = [
+            (name_model(*model) + (" *" if record.chosen else ""), [record.model_copy(update=_OWN.get(model[0], {}))])
+            for model, group in by_model.items()
+            for record in group
+            if record.set == name
+        ]
+        grids.append(grid_of(MergedLoss.shown, rows, "model", f"held-out loss on {short(name)}; * was written"))
+    return grids
+
+
+def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
+    """State the chosen merge and its rise above the updates alone, and which merges are worse than it or than BASE."""
     by_model = _find_losses(results)
-    if not by_model:
-        return []
-    sets, columns = set_names(results.whole_of(MergedLoss)), []
-    for name in sets:
-        cells = [next((record for record in group if record.set == name), None) for group in by_model.values()]
-        losses = ("-" if cell is None or cell.loss is None else f"{cell.loss:.4f}" for cell in cells)
-        columns.append(Column(short(name), tuple(losses)))
-        own = any(cell is not None and cell.gap is not None for cell in cells)
-        columns.append(
-            Column("to alone" if own else "to BASE", tuple(_format_gap(cell, own) for cell in cells), drop=1)
-        )
-    rows = tuple(name_model(*model) + (" *" if group[0].chosen else "") for model, group in by_model.items())
-    return [Grid("held-out loss; * was written", "model", rows, tuple(columns))]
-
-
-def _format_gap(record: MergedLoss | None, own: bool) -> str:
-    """Return the loss minus that of the update alone, or of BASE, with its standard error; empty for that model."""
-    gap, error = (None, None) if record is None else (record.change, record.change_error)
-    if record is not None and own:
-        gap, error = record.gap, record.gap_error
-    if record is None or gap is None or record.method == ("alone" if own else "base"):
-        return ""
-    return f"{gap:+.4f}" + ("" if error is None else plus_minus(error))
-
-
-def _describe_choice(results: Results[Merged]) -> Statement:
-    """State the chosen merge, its rise above the updates alone, and the merges that are not distinguished from it."""
-    by_model = _find_losses(results)
-    chosen = next(((model, group) for model, group in by_model.items() if group[0].chosen), None)
-    if chosen is None:
-        return make_statement("loss", "Loss", "")
-    model, group = chosen
-    counts = {record.set: record.predictions for record in by_model["base", None]}
-    gaps = [(record.gap, record) for record in group if record.gap is not None]
+    model, group = next(((model, group) for model, group in by_model.items() if group[0].chosen), (None, []))
+    if model is None:
+        return
     text = name_model(*model)
-    if gaps:
-        gap, worst = max(gaps, key=lambda pair: pair[0])
+    if gaps := [record for record in group if record.gap is not None]:
+        worst = max(gaps, key=lambda record: record.gap or 0.0)
+        rise = with_limits(worst.gap or 0.0, paired_half(worst.gap_error, len(worst.nll) - worst.skipped))
         kept = "" if worst.kept is None else f", {percent(worst.kept)} of its gain"
-        half = paired_half(worst.gap_error, len(counts[worst.set]) - worst.skipped)
-        text += f": the worst task is {short(worst.set)}, {with_limits(gap, half)} above its update alone{kept}"
-    others = [each for each, records in by_model.items() if each[1] is not None and not records[0].chosen]
-    alike = [name_model(*each) for each in others if not _is_worse(by_model[each], group, counts)]
-    tied = f"not distinguished from it on any text: {list_names(alike)}" if alike else ""
-    skipped = group[0].skipped
-    how = "chosen by the first half of each text; the losses are of the second" if skipped else ""
-    return make_statement("loss", "Loss", text, tied, how, priority=0)
+        text += f": the worst task is {short(worst.set)}, {rise} above its update alone{kept}"
+    counts = [record.predictions for record in by_model["base", None]]
+    merges = {name_model(*each): records for each, records in by_model.items() if each[1] is not None}
+    alike = [name for name, each in merges.items() if each is not group and not _is_worse(each, group, counts)]
+    tied = f"; not significantly worse on any text: {list_names(alike, len(METHODS))}" if alike else ""
+    how = "chosen by the first half of each text; the losses are of the second" if group[0].skipped else ""
+    yield make_statement("loss", "Loss", text + tied, how, priority=0)
+    for key, label, is_chosen in (("worse", "Worse than BASE", True), ("worse_others", "Others", False)):
+        named, changes = list[str](), list[str]()
+        for name, records in merges.items():
+            halves = [(r, paired_half(r.change_error, len(r.nll) - r.skipped)) for r in records]
+            worse = [(r, r.change, half) for r, half in halves if half is not None and r.change and r.change > half]
+            if worse and records[0].chosen == is_chosen:
+                named.append(f"{name} on {' and '.join(short(r.set) for r, *_ in worse)}")
+                changes += [f"{name} on {short(r.set)}: {with_limits(change, half)}" for r, change, half in worse]
+        lead = f"{'' if is_chosen else 'worse than BASE: '}{'; '.join(named)}" if named else ""
+        yield make_statement(key, label, lead, *changes, level="warning" if is_chosen else "note", priority=0)
 
 
-def _is_worse(records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Mapping[str, Sequence[int]]) -> bool:
+def _is_worse(records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]) -> bool:
     """Return whether a merge is significantly worse than the chosen one on any text, or has no finite loss."""
-    for own, best in zip(records, chosen, strict=True):
+    for own, best, of_set in zip(records, chosen, counts, strict=True):
         if not own.nll:
             return True
-        first, of_set = own.skipped, counts[own.set]
-        gap, error = paired_difference(own.nll[first:], best.nll[first:], of_set[first:])
-        half = paired_half(error, len(of_set) - first)
+        rest = slice(own.skipped, None)
+        gap, error = paired_difference(own.nll[rest], best.nll[rest], of_set[rest])
+        half = paired_half(error, len(of_set[rest]))
         if half is not None and gap > half:
             return True
     return False
-
-
-def _describe_worse(results: Results[Merged]) -> Iterator[Statement]:
-    """Warn of the written merge, and name the others, that are significantly worse than BASE on a text."""
-    written, others = list[str](), list[str]()
-    for record in results.whole_of(MergedLoss):
-        sequences = len(record.nll) - record.skipped
-        half = paired_half(record.change_error, sequences) if record.scale is not None else None
-        if half is not None and (record.change or 0.0) > half:
-            model, change = name_model(record.method, record.scale), with_limits(record.change or 0.0, half)
-            (written if record.chosen else others).append(f"{model} on {short(record.set)} ({change})")
-    yield make_statement("worse", "Worse than BASE", "; ".join(written), level="warning", priority=0)
-    yield make_statement("worse_others", "Others worse than BASE", "; ".join(others))
 
 
 def _describe_error(results: Results[Merged]) -> Statement:
@@ -249,8 +216,7 @@ def _describe_kept(results: Results[Merged]) -> Statement:
     reversed_names = [name for value, name in kept if value < 0]
     warning = f"reversed by the others: {', '.join(reversed_names)}" if reversed_names else ""
     details = f"⟨M, ΔW⟩/‖ΔW‖²: {', '.join(f'{name} {number(value)}' for value, name in kept)}"
-    level: Level = "warning" if reversed_names else "note"
-    return make_statement("kept", "Kept", text, warning, details, level=level, priority=0)
+    return make_statement("kept", "Kept", text, warning, details, level="warning" if warning else "note", priority=0)
 
 
 def _describe_length(results: Results[Merged]) -> Statement:

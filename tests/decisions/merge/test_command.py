@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -187,6 +188,16 @@ def test_verify_merge_accepts_written_checkpoint(loradiag, three, tmp_path):
     for damaged in ("[", '{"updates": 3}', '{"updates": [3]}'):
         save_file(tensors, tmp_path / "merged" / "model.safetensors", {"loradiag.merge": damaged})
         assert loradiag("verify-merge", "base", "mean", "merged").code == 0
+
+
+def test_card_has_the_command_that_wrote_the_merge(loradiag, three, tmp_path):
+    assert loradiag("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
+    (line,) = re.findall(r"^    loradiag (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    before = read_deltas(tmp_path / "out")
+    ran = loradiag(*shlex.split(line), "--overwrite")
+    assert ran.code == 0, ran.err
+    for layer, delta in read_deltas(tmp_path / "out").items():
+        assert np.array_equal(delta, before[layer])
 
 
 def test_opposite_updates_cancel(loradiag, tmp_path):

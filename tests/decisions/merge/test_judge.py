@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 
 import lora_diag
-from lora_diag.decisions.merge import METHODS
+from lora_diag.decisions.merge import METHODS, MergeOptions, judge
 from lora_diag.decisions.merge.judge import MergeJudge
 from lora_diag.decisions.merge.record import MergedLoss
+from lora_diag.decisions.merge.run import list_candidates
 from lora_diag.errors import InputError, UsageError
+from lora_diag.models.losses import measure
+from lora_diag.running.options import fill_options
 from tests import oracles
 from tests.messages import assert_names
 from tests.probes.making import gpt2, moved, some_text, tensors, window_losses
@@ -76,8 +79,8 @@ def test_all_methods_are_judged_and_the_best_is_written(case, tmp_path):
     assert chosen == {best}
     assert (found.run.settings["method"], found.run.settings["scale"]) == best
     written = window_losses(case[0], tensors(tmp_path / "out"), case[2], 32)[6:]
-    (told,) = (record for record in records if record.chosen and record.set == "first")
-    assert written.mean() == pytest.approx(told.loss, abs=2e-5)
+    (best_record,) = (record for record in records if record.chosen and record.set == "first")
+    assert written.mean() == pytest.approx(best_record.loss, abs=2e-5)
 
 
 @pytest.mark.slow
@@ -95,6 +98,77 @@ def test_choice_by_the_mean_of_one_method(case, tmp_path, monkeypatch):
     monkeypatch.setattr(MergeJudge, "judge", lambda *arguments: pytest.fail("a finished merge is not judged again"))
     again = merged(case, tmp_path / "out", method="sum", scales=(0.25, 1.0), choose="mean", resume=True)
     assert again.whole_of(MergedLoss) == records
+
+
+@pytest.mark.slow
+def test_merge_with_a_loss_that_is_nan_is_not_chosen(case, tmp_path, monkeypatch):
+    """Not even if only a sequence after those that choose has one."""
+    chosen = merged(case, tmp_path / "clean", method="sum", scales=SCALES).run.settings["scale"]
+
+    def spoil(model, texts, batch, step):
+        found = measure(model, texts, batch, step)
+        if step.args == (f"sum λ={chosen:g}",):
+            found.sums[-1] = float("nan")
+        return found
+
+    monkeypatch.setattr(judge, "measure", spoil)
+    found = merged(case, tmp_path / "out", method="sum", scales=SCALES)
+    assert {found.run.settings["scale"]} == {*SCALES} - {chosen}
+    spoilt = [record for record in found.whole_of(MergedLoss) if record.scale == chosen]
+    assert {(record.loss, record.cost, record.nll) for record in spoilt} == {(None, None, ())}
+
+
+@pytest.mark.slow
+def test_rounded_checkpoint_is_judged_as_written(case, tmp_path):
+    """Also weights that no update changes, and λ within the rounding."""
+    base, updates, first, _ = case
+    for update in updates:
+        lora_diag.extract(base, update, output=tmp_path / update.name, rank=2, layers="c_fc")
+    adapters, out = [tmp_path / update.name for update in updates], tmp_path / "out"
+    options = {"evaluate": [f"two={first}"], "output_dtype": "bfloat16", "batch": 4, "scales": [0.3]}
+    found = lora_diag.merge(base, adapters, out, full=True, **options)
+    (best_record,) = (record for record in found.whole_of(MergedLoss) if record.chosen)
+    assert best_record.loss == pytest.approx(window_losses(base, tensors(out), first, 32).mean(), abs=2e-6)
+
+
+@pytest.mark.slow
+def test_interruption_leaves_nothing_and_resume_checks_settings(case, tmp_path, monkeypatch):
+    def interrupt(model, texts, batch, step):
+        if "sum" in step.args[0]:
+            raise KeyboardInterrupt
+        return measure(model, texts, batch, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            merged(case, tmp_path / "out", method="sum")
+    assert not list(tmp_path.iterdir())
+    merged(case, tmp_path / "out", method="sum")
+    for other in ({"method": "mean"}, {"method": "sum", "scale": 2.0}):
+        with pytest.raises(UsageError):
+            merged(case, tmp_path / "out", resume=True, **other)
+
+
+def test_names_and_paths_may_contain_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.txt", "rank=4.txt", "lr=1=x.txt"):
+        (tmp_path / name).touch()
+    names = ["lr", "lr=1", "rank"]
+    texts = ["lr=text.txt", "lr=1=text.txt", "lr=rank=4.txt", "rank=4.txt", "lr=1=x.txt", "rank=none.txt"]
+    assert judge.read_tasks(texts, names) == [
+        (0, "text.txt"),
+        (1, "text.txt"),
+        (0, "rank=4.txt"),
+        (None, "rank=4.txt"),
+        (None, "lr=1=x.txt"),
+        (2, "none.txt"),
+    ]
+
+
+def test_density_applies_to_the_methods_that_trim():
+    options = {**fill_options(MergeOptions, {}), "method": "all", "density": 0.3, "evaluate": ["text.txt"]}
+    found = {candidate.method: candidate.density for candidate in list_candidates(options, 2)}
+    assert found == {method: None if method.density is None else 0.3 for method in METHODS.values()}
 
 
 @pytest.mark.slow

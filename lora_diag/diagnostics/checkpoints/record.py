@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from lora_diag.records.base import Count, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
+from lora_diag.records.base import Count, Guard, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
 
 # Overlaps of the spaces of the largest singular vectors, with those of random spaces.
 _OVERLAP: dict[str, Any] = {"share": True, "drop": 7, "chance": "overlap_random", "terminal": True}
@@ -60,6 +60,11 @@ class CheckpointLayer(LayerRecord):
         Shown("spectral_share", "σ₁² share", "fraction of the energy in σ₁", "σ₁² / ‖ΔW‖_F²", share=True, main=True),
         Shown("effective_rank", "eff. rank", "exp of the entropy of σ_i²/Σσ²", axis="effective rank", main=True),
         *_OVERLAPS,
+    )
+    guards: ClassVar[tuple[Guard, ...]] = (
+        Guard(
+            "effective_rank", "lower", "the update has fewer effective directions at this step than before: a collapse"
+        ),
     )
     record: Literal["checkpoint_layer"] = "checkpoint_layer"
     layer: str

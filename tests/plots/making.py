@@ -5,7 +5,9 @@ import math
 import numpy as np
 
 from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.merge.record import Merged, MergedLoss
 from lora_diag.decisions.recover.record import Recovery
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.geometry.record import Baseline as Null
 from lora_diag.diagnostics.geometry.record import Geometry, Head, Movement
@@ -25,6 +27,9 @@ from tests.building import build, layer_spectrum
 
 # The command of a kind of record, where they are not called the same.
 COMMANDS = {"allocation": "allocate", "union": "interference", "fleet": "spectrum --adapters"}
+COMMANDS |= {"checkpoint_layer": "checkpoints", "merged": "merge"}
+
+MERGED = [("base", "models/base"), ("tuned", "runs/sql"), ("tuned", "runs/chat")]
 
 TYPES = (
     "self_attn.q_proj",
@@ -56,6 +61,47 @@ def model(blocks, types=TYPES, values=32, **more):
         for block in range(blocks)
         for place, name in enumerate(types)
     ]
+
+
+def trained(blocks, types=TYPES, steps=(10, 250, 500, 750, 1000)):
+    """Return the checkpoints of a run whose updates grow and whose directions come to rest."""
+    result = []
+    for place, layer in enumerate(layers_of(blocks, types)):
+        for t, step in enumerate(steps):
+            norms = {
+                "fro": (1 + 0.1 * place) * (t + 1) ** 0.5,
+                "increment": 1 / (t + 1),
+                "spectral_share": 0.5 / (t + 1),
+            }
+            overlaps = tuple(0.9 ** (t - s) for s in range(t))
+            result.append(build(CheckpointLayer, layer=layer, step=step, shape=(32, 64), overlaps=overlaps, **norms))
+    return result
+
+
+def merged(blocks, types=TYPES, updates=("runs/sql", "runs/chat")):
+    """Return what a merge keeps of updates: less of the later ones, and less than nothing of some layers."""
+    rng = np.random.default_rng(blocks)
+    result = []
+    for i, update in enumerate(updates):
+        for layer in layers_of(blocks, types):
+            kept = {"kept": rng.random() - 0.2 * i, "kept_mean": 0.5, "kept_random": 0.5 + 0.1 * rng.random()}
+            result.append(build(Merged, layer=layer, shape=(32, 64), update=update, **kept))
+    return result
+
+
+def judged(methods=("sum", "ties", "dare"), scales=(0.5, 1.0), sets=("sql", "chat", "other"), updates=2):
+    """Return the losses of merges on the text of each update and on one of none; the first merge was written."""
+    counts, result = (10, 20, 30, 40), []
+    merges = [(method, scale) for method in methods for scale in scales]
+    for place, name in enumerate(sets):
+        alone = [("alone", None)] if place < updates else []
+        for number, model in enumerate([("base", None), *alone, *merges]):
+            loss = 1.5 + 0.03 * number
+            more = {"change": loss - 2, "change_error": 0.02, "chosen": model == merges[0]}
+            more |= {"update": f"runs/{name}", "gap": loss - 1.4, "gap_error": 0.01} if alone else {}
+            nll, (method, scale) = tuple(loss * count for count in counts), model
+            result.append(build(MergedLoss, set=name, method=method, scale=scale, loss=loss, nll=nll, **more))
+    return result
 
 
 def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", rank=8, **more):
@@ -424,6 +470,8 @@ def example(name):
         "angles": interferences,
         "union": unions,
         "portability": served,
+        "checkpoints": trained,
+        "merge": merged,
         **dict.fromkeys(("geometry", "rotation", "heads"), geometries),
     }
     probes = {
@@ -440,6 +488,8 @@ def example(name):
     }
     if name == "tune":
         return searched()
+    if name == "merged":
+        return building.results(merged(1), command="merge", inputs=MERGED, whole=judged())
     if name in probes:
         return probed(probes[name]())
     return results(adapters(9) if name == "fleet" else records.get(name, model)(2))

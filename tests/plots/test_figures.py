@@ -181,6 +181,21 @@ def test_union_figure_has_ranks():
     assert plots.why_not("union", making.results([lone])) == "no layer is changed by two updates"
 
 
+def test_merges_of_two_runs_are_not_pooled():
+    records = making.merged(2, ("q_proj",))
+    runs = [making.results([r.model_copy(update={"kept": r.kept + i}) for r in records]) for i in range(2)]
+    page = plots.figure("merge", runs, labels=["one", "two"])
+    drawn = {ax.get_title(loc="left"): next(p for p in ax.patches if p.get_label() == "kept") for ax in page.axes}
+    assert list(drawn) == ["one: sql", "one: chat", "two: sql", "two: chat"]
+    for number, (title, bars) in enumerate(drawn.items()):
+        kept = [r.kept + number // 2 for r in records if title.endswith(r.update.removeprefix("runs/"))]
+        np.testing.assert_allclose(bars.get_data().values, kept)
+    losses = plots.figure("merged", [making.example("merged")] * 2, labels=["one", "two"])
+    names = [label.get_text() for label in losses.axes[0].get_yticklabels()]
+    assert len(names) == len(set(names)) == 2 * 7
+    assert {name.partition(":")[0] for name in names} == {"one", "two"}
+
+
 def test_fleet_figure_names_outliers():
     ax = plots.fleet(making.adapters(20))
     drawn = points(ax)

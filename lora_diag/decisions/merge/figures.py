@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +16,7 @@ from lora_diag.metrics.statistics import paired_half
 from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel, Row, make_rows_page
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, sets_of, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
+from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle
 from lora_diag.rendering.statements import short_paths
 
@@ -23,22 +24,24 @@ KEPT, MEAN = CATEGORIES[:2]
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a page with one panel per update, of the first ones if there are too many.
+    """Return a page with one panel per update and run, of the first ones if there are too many.
 
     Raises:
         UndrawableError: No update was merged.
     """
-    by_update: dict[str, list[Merged]] = {}
-    for record in (record for item in series for record in item.records):
-        by_update.setdefault(record.update, []).append(record)
+    by_update: dict[tuple[int, str], list[Merged]] = {}
+    for number, item in enumerate(series):
+        for record in item.records:
+            by_update.setdefault((number, record.update), []).append(record)
     if not by_update:
         raise UndrawableError("no update was merged: there is nothing to draw")
     shown = dict(list(by_update.items())[:MAX_PANELS])
     runs = make_slots(list(shown.values()), options.per)
-    names = short_paths(list(shown))
+    owners = [owner_of(series[number], series) for number, _ in shown]
+    names = map(str.__add__, owners, short_paths([update for _, update in shown]))
     low = min(0.0, *(record.kept for records in shown.values() for record in records))
     panels = [
-        Panel(name, partial(_draw, slots=slots, low=low), "", "kept", style.panel)
+        Panel(name, partial(_draw, slots=slots, low=low), "", "kept", style.panel, name=name)
         for name, slots in zip(names, runs, strict=True)
     ]
     joined = max(slot.joined for slots in runs for slot in slots)
@@ -69,9 +72,10 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         raise UndrawableError("no merge was judged by its loss")
 
     def rows_of(item: Series[MergedLoss], name: str, color: str) -> list[Row]:
-        return [row for record in item.records if record.set == name and (row := _make_row(record)) is not None]
+        owner, found = owner_of(item, series), [record for record in item.records if record.set == name]
+        return [row for record in found if (row := _make_row(record, owner)) is not None]
 
-    return make_rows_page(
+    page = make_rows_page(
         series,
         rows_of,
         sets_of(records),
@@ -82,16 +86,17 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         notes=["Error bars: two paired standard errors, more for few sequences (t). In colour: what was written."],
         ordered=True,
     )
+    return replace(page, keys=())  # names of rows, not colours, distinguish runs
 
 
-def _make_row(record: MergedLoss) -> Row | None:
-    """Return the row of a model; None for the one that others are compared with."""
+def _make_row(record: MergedLoss, owner: str) -> Row | None:
+    """Return the row of a model of a run; None for the one that others are compared with."""
     reference = "base" if record.update is None else "alone"
     value, error = (record.change, record.change_error) if record.update is None else (record.gap, record.gap_error)
     if value is None or record.method == reference:
         return None
     half = paired_half(error, len(record.nll) - record.skipped)
-    return Row(name_model(record.method, record.scale), value, half, KEPT if record.chosen else QUIET)
+    return Row(f"{owner}{name_model(record.method, record.scale)}", value, half, KEPT if record.chosen else QUIET)
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Merged]], low: float) -> None:

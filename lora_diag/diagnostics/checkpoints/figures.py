@@ -93,7 +93,8 @@ def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     for group in group_by(records, "step").values():
         t = len(group[0].overlaps)
         for s, values in enumerate(zip(*(record.overlaps for record in group), strict=True)):
-            cells[s, t] = cells[t, s] = middle(values) or np.nan
+            overlap = middle(values)
+            cells[s, t] = cells[t, s] = math.nan if overlap is None else overlap
     return cells
 
 

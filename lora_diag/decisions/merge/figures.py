@@ -14,7 +14,7 @@ from lora_diag.decisions.merge.record import Merged, MergedLoss
 from lora_diag.decisions.merge.show import name_model
 from lora_diag.metrics.statistics import paired_half
 from lora_diag.rendering.figures.fields import count_matrices
-from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel, Row, make_rows_page
+from lora_diag.rendering.figures.pages import MAX_PANELS, ROWS, Page, Panel, Row, make_rows_page
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, sets_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle
@@ -73,7 +73,8 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
 
     def rows_of(item: Series[MergedLoss], name: str, color: str) -> list[Row]:
         owner, found = owner_of(item, series), [record for record in item.records if record.set == name]
-        return [row for record in found if (row := _make_row(record, owner)) is not None]
+        rows = [row for record in found if (row := _make_row(record, owner)) is not None]
+        return sorted(rows, key=lambda row: row.value)[:ROWS]
 
     page = make_rows_page(
         series,
@@ -83,7 +84,10 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         title="Held-out loss of each merge minus that of the update alone",
         about=f"{subject_of(series)}on a text of no update: minus that of BASE; mean negative log-likelihood, nats",
         xlabel="loss minus the reference (nats)",
-        notes=["Error bars: two paired standard errors, more for few sequences (t). In colour: what was written."],
+        notes=[
+            "Error bars: two paired standard errors, more for few sequences (t). In colour: what was written.",
+            f"Up to {ROWS} models of each run, those with the lowest losses.",
+        ],
         ordered=True,
     )
     return replace(page, keys=())  # names of rows, not colours, distinguish runs

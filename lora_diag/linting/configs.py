@@ -170,7 +170,8 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise damaged(path, f"is not readable YAML ({reason[:300]})", "correct it") from error
     if not isinstance(values, dict):
-        raise damaged(path, f"holds a {type(values).__name__}, not a table of settings", "give a configuration")
+        held = "is empty" if values is None else f"holds a {type(values).__name__}, not a table of settings"
+        raise damaged(path, held, "give a configuration")
     return values
 
 

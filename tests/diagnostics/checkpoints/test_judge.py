@@ -17,6 +17,7 @@ from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compa
 from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
 from lora_diag.diagnostics.checkpoints.record import Combination
 from lora_diag.errors import UsageError
+from lora_diag.metrics.statistics import degrees_of_freedom
 from lora_diag.records import Probe
 from tests import oracles
 from tests.messages import assert_names
@@ -202,6 +203,16 @@ def test_combination_is_chosen_and_reported_on_different_halves():
         gains = losses[single][5:] - combined[record.name][5:]
         assert record.gain == pytest.approx(gains.mean())
         assert record.gain_error == pytest.approx(oracles.error_of_mean(gains))
+
+
+@pytest.mark.parametrize(("times", "tied"), [(0.999, True), (1.001, False)])
+def test_limit_of_choice_is_corrected_for_comparisons(times, tied):
+    noise = np.random.default_rng(1).normal(0, 0.1, 10)
+    noise -= noise.mean()
+    limit = oracles.error_of_mean(noise) * student_t.ppf(1 - 0.05 / 2, degrees_of_freedom(10))
+    losses = {"1": np.full(10, 2.0), "2": 2 + noise + times * limit, "3": np.full(10, 9.0)}
+    (choice,) = choose_checkpoints(list(probes_of(losses)), {"1": 1, "2": 2, "3": 3})
+    assert (choice.step, choice.tied) == (1, (1, 2) if tied else (1,))
 
 
 def test_best_checkpoint_is_rarely_left_out():

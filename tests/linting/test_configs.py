@@ -105,7 +105,7 @@ BOMB = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
         ("learning_rate: fast\nbase_model: x", "learning_rate"),
         ("learning_rate: .inf\nbase_model: x", "learning_rate"),
         ("- a\n- b", "list"),
-        ("", "NoneType"),
+        ("", "is empty"),
         ("a: [", "YAML"),
         ("a: !!python/object/apply:os.system ['true']", "YAML"),
         ("a: &a [*a]", "not a training configuration"),

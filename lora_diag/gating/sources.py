@@ -15,7 +15,7 @@ from lora_diag.gating.conditions import KINDS, LAYER_KINDS, RecordField, Value, 
 from lora_diag.gating.policy import Regression
 from lora_diag.records import Results, RunInput, totals
 from lora_diag.records.base import Record
-from lora_diag.records.vocabulary import METRIC_NAMES, Metric, metric_of
+from lora_diag.records.vocabulary import METRIC_NAMES, NOISE_MARKS, Metric, metric_of
 
 # Reasons of left-out tensors that need no record: 1-D tensors have no rank; of the others the remaining rows are
 # measured.
@@ -203,7 +203,7 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
         return None, f"{field.name} is inconclusive in the record itself"
     resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
     verdict = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
-    if isinstance(verdict, str) and verdict != "resolved" and field.doubtful_at_floor and floor != "ignore":
+    if verdict in NOISE_MARKS and field.doubtful_at_floor and floor != "ignore":
         return None, f"{verdict}: {field.name} may be that of the files' rounding, not of the update"
     return value, ""
 

@@ -83,7 +83,7 @@ class Swapped:
         self.absent = tuple(delta for layer, delta in by_layer.items() if layer not in self._tensors)
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             problem = "not part of the model that transformers builds from BASE"
-            raise damaged(missing, problem, "exclude it with --exclude")
+            raise damaged(missing, problem, "exclude it where the command has --exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
         self._states = dict.fromkeys(self._deltas, (0, 1.0))  # rank and factor of the update in every layer
@@ -202,7 +202,7 @@ class Swapped:
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
                     f"{layer}: the model that transformers builds from BASE has other values than BASE's file, so "
-                    "it cannot be swapped; exclude it with --exclude"
+                    "it cannot be swapped; exclude it where the command has --exclude"
                 )
 
 
@@ -220,5 +220,5 @@ def _load_finite(delta: Delta) -> Change:
     """
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
-        raise InputError(f"{delta.layer}: {change.non_finite}; exclude it with --exclude")
+        raise InputError(f"{delta.layer}: {change.non_finite}; exclude it where the command has --exclude")
     return change

@@ -158,7 +158,7 @@ def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
         worst = max(gaps, key=lambda record: record.gap or 0.0)
         rise = with_limits(worst.gap or 0.0, paired_half(worst.gap_error, len(worst.nll) - worst.skipped))
         kept = "" if worst.kept is None else f", {percent(worst.kept)} of its gain"
-        text += f": the worst task is {short(worst.set)}, {rise} above its update alone{kept}"
+        text += f": the worst task is {short(worst.set)}, {rise} compared with its update alone{kept}"
     counts = [record.predictions for record in by_model["base", None]]
     merges = {name_model(*each): records for each, records in by_model.items() if each[1] is not None}
     alike = [name for name, each in merges.items() if each is not group and not _is_worse(each, group, counts)]

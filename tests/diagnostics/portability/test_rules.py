@@ -167,6 +167,14 @@ def test_peft_before_0_14_refuses_configs_with_later_fields():
     assert isinstance(applied("peft==0.14.0", later), dict)
 
 
+@pytest.mark.parametrize("saved", ["lm_head", ["lm_head"], {"lm_head": 1}, 5])
+def test_vllm_refuses_saved_modules_however_they_are_written(saved):
+    contents = FEATURES["one rank, one alpha"]
+    assert isinstance(applied("vllm==0.33.0", contents), dict)
+    reason = applied("vllm==0.33.0", replace(contents, config={**contents.config, "modules_to_save": saved}))
+    assert str(saved).strip("[]'") in reason
+
+
 @pytest.mark.slow
 def test_peft_itself_gives_the_intended_scales():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")

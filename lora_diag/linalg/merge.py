@@ -251,6 +251,10 @@ class Product:
         b, a = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double() for x in (self.b / scale, self.a))
         return Product(b * scale, a)
 
+    def take(self, rows: Tensor) -> Product:
+        """Return the rows of ΔW with these indices."""
+        return Product(self.b[rows], self.a)
+
     def transpose(self) -> Product:
         """Return ΔWᵀ."""
         return Product(self.a.T, self.b.T)
@@ -318,6 +322,14 @@ class Whole:
             return self.rows(first, last) * (factors[first:last, None] if axis == 0 else factors)
 
         return Whole(self.shape, read)
+
+    def take(self, rows: Tensor) -> Whole:
+        """Return the rows of ΔW with these indices."""
+
+        def read(first: int, last: int) -> Tensor:
+            return torch.cat([self.rows(row, row + 1) for row in rows[first:last].tolist()])
+
+        return Whole((len(rows), self.shape[1]), read, self.exact)
 
     def transpose(self) -> Whole:
         """Return ΔWᵀ."""
@@ -558,6 +570,10 @@ def _add_rows(
         rounding: Possible rounding of a correct merge.
         span: First row and the one after the last.
     """
+    if isinstance(addend, Product) and not addend.b.numel() and torch.equal(w, m):
+        check.entries, check.unchanged = check.entries + m.numel(), check.unchanged + m.numel()
+        check.base += _inner(w, w)
+        return
     delta = addend.rows(*span)
     size = delta.abs()
     error, summed = addend.error(*span, size, w, rounding)

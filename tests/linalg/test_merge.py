@@ -139,6 +139,29 @@ def test_merge_sums_equal_numpy():
     assert 0.99 * (m != w).sum() < result.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_rows_taken_from_addend_equal_rows_of_matrix(factor):
+    rng = np.random.default_rng(5)
+    b, a = rng.standard_normal((9, 2)), rng.standard_normal((2, 4))
+    delta, rows = factor * (b @ a), np.array([0, 3, 8])
+    whole = torch.from_numpy(b @ a)
+    for addend in (Product(*tensors(b, a)), Whole((9, 4), lambda first, last: whole[first:last])):
+        taken = addend.times(factor).take(torch.from_numpy(rows))
+        np.testing.assert_allclose(taken.rows(0, 3), delta[rows], rtol=1e-14)
+        np.testing.assert_allclose(taken.rows(1, 2), delta[rows[1:2]], rtol=1e-14)
+
+
+def test_unadapted_rows_are_counted_also_where_equal():
+    w = np.random.default_rng(6).standard_normal((3000, 8)).astype(np.float32)
+    m = w.copy()
+    m[2500, 3] += 1
+    addend = Product(torch.zeros(3000, 0).double(), torch.zeros(0, 8).double())
+    check = check_merge([(*tensors(w, m), None)], w.shape, addend, Rounding(torch.float32, 2**-24))
+    assert (check.entries, check.unchanged, check.count, check.moved) == (w.size, w.size - 1, 1, 1)
+    assert check.beyond[0].nonzero().tolist() == [[2500]]
+    assert (check.base, check.observed) == pytest.approx(((w.astype(float) ** 2).sum(), 1), rel=1e-6)
+
+
 def test_small_update_is_rounded_entrywise():
     """ΔW = 0.6 spacings everywhere: every entry must move. A tolerance of one ulp would let a dropped merge pass."""
     w = np.full((8, 8), 1.0)

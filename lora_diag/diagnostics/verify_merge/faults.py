@@ -2,8 +2,9 @@
 
 Common faults are tested one by one. A fault is a hypothesis "M is W + D', rounded" with another D' than the adapter's
 ΔW: c·ΔW, ΔWᵀ, another expert's ΔW. It is accepted if it explains all but one entry in a thousand, or if ‖M − W − D'‖ is
-at most rounding plus 5% of ‖D'‖, and explains clearly more than ΔW. The failure itself was established before, by
-single entries or by their sum; this only gives the likely cause.
+at most rounding plus 5% of ‖D'‖, and explains clearly more than ΔW. A sample of rows rules out most hypotheses, and
+those that it does not are tested on the whole layer. The failure itself was established before, by single entries or by
+their sum; this only gives the likely cause.
 """
 
 from __future__ import annotations
@@ -47,8 +48,16 @@ FLOAT32_ROUNDOFF = 2.0**-24
 # Minimum number of rows and columns with entries that a scale explains and 1 does not, and their minimum fraction.
 MIN_LINES, MIN_COHERENCE = 32, 0.95
 
+# Number of entries, in rows evenly spaced over the layer, that a hypothesis must fit before it is tested on all. They
+# rule it out by their unexplained entries if these are too many for the whole layer, which is certain, and if they are
+# also further off than twice what is accepted, which rows that are unlike the others could feign.
+SAMPLED_ENTRIES = 2**16
+
 # Maximum number of steps to the scale; two or three are usual, more where ΔW is close to the spacing of M.
 MAX_SECANT_STEPS = 12
+
+# Maximum distance of a fitted scale from its equation's solution, in standard errors: float32 sums are no smoother.
+SCALE_TOLERANCE = 0.1
 
 # Minimum cosine of a layer's change with the ΔW of another layer that was added to it.
 MIN_COSINE = 0.5
@@ -97,6 +106,7 @@ class MergedLayer:
         missing: Why MERGED does not have the layer; empty if it does.
         kept: The first blocks, kept once they are read: an incorrect layer is compared with many hypotheses.
         max_kept: Maximum number of blocks to keep.
+        sampled: Sampled rows, as one block, kept once they are read.
     """
 
     layer: str
@@ -110,6 +120,7 @@ class MergedLayer:
     missing: str = ""
     kept: list[Block] = field(default_factory=list, repr=False, compare=False)
     max_kept: int = 1
+    sampled: list[Block] = field(default_factory=list, repr=False, compare=False)
 
     def blocks(self) -> Iterator[Block]:
         """Yield row blocks of W and M, with the spacings of M's format; None for those of a floating-point dtype."""
@@ -122,6 +133,20 @@ class MergedLayer:
             if len(self.kept) < self.max_kept:
                 self.kept.append(block)
             yield block
+
+    def sample(self) -> tuple[Tensor, MergedLayer]:
+        """Return evenly spaced rows, and a layer of these rows alone: of ``SAMPLED_ENTRIES`` entries, or one row."""
+        rows, columns = self.shape
+        chosen = torch.arange(min(rows, max(1, SAMPLED_ENTRIES // columns)))
+        chosen = chosen * rows // len(chosen)
+        if not self.sampled:
+            parts = []
+            for (first, last), block in zip(row_spans(self.shape), self.blocks(), strict=True):
+                inside = chosen[(chosen >= first) & (chosen < last)] - first
+                parts.append([part[inside] if part is not None else None for part in block])
+            w, m, step = zip(*parts, strict=True)
+            self.sampled.append((torch.cat(w), torch.cat(m), torch.cat(step) if step[0] is not None else None))
+        return chosen, replace(self, shape=(len(chosen), columns), kept=self.sampled)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -228,6 +253,22 @@ class Trial:
     def retry(self, addend: Addend | None = None, whole: bool = True, **changes: Any) -> Trial:
         """Return the trial of another D', by default the same, with changes of its rounding; see ``check_merge``."""
         return try_merge(self.task, addend or self.addend, replace(self.rounding, **changes), whole)
+
+    def retry_if_plausible(self, addend: Addend | None = None, **changes: Any) -> Trial | None:
+        """Return ``retry``; None where sampled rows rule out that D' explains nearly all entries, or is close."""
+        sample = self.retry_sample(addend or self.addend, **changes)
+        return None if self.is_refuted_by(sample) else self.retry(addend, **changes)
+
+    def retry_sample(self, addend: Addend, **changes: Any) -> Trial:
+        """Return the trial of a D' on sampled rows."""
+        rows, task = self.task.sample()
+        return try_merge(task, addend.take(rows), replace(self.rounding, **changes))
+
+    def is_refuted_by(self, sample: Trial) -> bool:
+        """Return whether sampled rows have too many unexplained entries for the whole layer, and are far off."""
+        check = sample.check
+        limit = 2 * _limit_residual(check.expected, check.allowed)
+        return check.count > MAX_UNEXPLAINED * self.check.entries and check.residual > limit
 
     def make_precise(self) -> Trial:
         """Return the trial with a D' computed at least in float32, from factors that were not cast."""
@@ -377,6 +418,8 @@ def fit_scale(trial: Trial) -> Fit | None:
         return None
     error = (inner - trial.check.ideal) / expected
     factor, fit = 1.0 + error, None
+    if trial.is_refuted_by(trial.retry_sample(trial.addend.times(factor), cast=True)):
+        return None
     for _ in range(MAX_SECANT_STEPS):
         if factor in {0.0, 1.0} or not math.isfinite(factor):
             break
@@ -388,7 +431,7 @@ def fit_scale(trial: Trial) -> Fit | None:
             break
         unit = abs(factor) / slope
         fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
-        if abs(new_error) <= 0.01 * check.scale_error * abs(factor) + 1e-15:
+        if abs(new_error) <= SCALE_TOLERANCE * check.scale_error * abs(factor) + 1e-15:
             break
         factor += new_error / slope
     return fit
@@ -402,7 +445,7 @@ def _find_coarse_arithmetic(trial: Trial) -> Fault | None:
     addends: list[Addend] = [trial.addend, *(trial.addend.times(factor) for factor in rounded)]
     if isinstance(trial.addend, Product):
         addends.append(trial.addend.truncate_factors(trial.task.scale or 1.0))
-    trials = (trial.retry(addend, roundoff=BFLOAT16_ROUNDOFF, cast=True) for addend in addends)
+    trials = (trial.retry(addend, False, roundoff=BFLOAT16_ROUNDOFF, cast=True) for addend in addends)
     coarse = next((other for other in trials if other.explains), None)
     if coarse is None:
         return None
@@ -428,7 +471,10 @@ def _find_partial(trial: Trial) -> Fault | None:
 def _choose_hypothesis(trial: Trial) -> Fault | None:
     """Return the common fault that explains the layer with the fewest unexplained entries; None if none does."""
     fitting: list[tuple[int, float, Fault]] = []
-    for fault, check in _list_hypotheses(trial):
+    for fault, other in _list_hypotheses(trial):
+        if other is None:
+            continue
+        check = other.check
         near = check.residual <= min(_limit_residual(check.expected, check.allowed), trial.check.residual / 2)
         if near or check.count <= min(MAX_UNEXPLAINED * check.entries, trial.check.count / 2):
             fitting.append((check.count, check.residual, fault))
@@ -443,27 +489,38 @@ def _limit_residual(squares: float, allowed: float) -> float:
     return MAX_DISTANCE**2 * squares + allowed * 2 / 3
 
 
-def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Check]]:
-    """Yield every common fault that a layer may have, with the check of its hypothesis."""
+def _list_hypotheses(trial: Trial) -> Iterator[tuple[Fault, Trial | None]]:
+    """Yield every common fault that a layer may have, with its trial; None where sampled rows rule it out."""
     task, addend = trial.task, trial.addend
-    on_top = check_merge(_merge_twice(trial), task.shape, addend, trial.rounding)
-    yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), on_top
+    yield Fault("wrong scale", f"ΔW was added times 2: {ADDED_TWICE}, one after the other"), _merge_twice(trial)
     for factor, why in trial.list_wrong_scales().items():
         fault = Fault("wrong scale", f"ΔW was added times {factor:.4g}: {why}")
-        yield fault, trial.retry(addend.times(factor)).check
+        yield fault, trial.retry_if_plausible(addend.times(factor))
     if task.is_matrix and task.shape[0] == task.shape[1]:
-        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), trial.retry(addend.transpose()).check
+        yield Fault("transposed", "ΔWᵀ was added in the place of ΔW"), trial.retry_if_plausible(addend.transpose())
     if has_halves(task.layer, task.shape):
         fault = Fault("wrong order", "ΔW was added with its upper and lower half in each other's place")
-        yield fault, trial.retry(addend.swap_halves()).check
+        yield fault, trial.retry_if_plausible(addend.swap_halves())
     if nearest := _find_nearest_layer(task):
-        yield Fault("wrong order", f"the ΔW of {nearest[0]} was added here"), trial.retry(nearest[1]).check
+        fault = Fault("wrong order", f"the ΔW of {nearest[0]} was added here")
+        yield fault, trial.retry_if_plausible(nearest[1])
 
 
-def _merge_twice(trial: Trial) -> Iterator[Block]:
-    """Yield the blocks of a merge whose W already includes ΔW, rounded."""
-    for span, (w, m, step) in zip(row_spans(trial.task.shape), trial.task.blocks(), strict=True):
-        yield (w.double() + trial.addend.rows(*span)).to(trial.rounding.dtype), m, step
+def _merge_twice(trial: Trial) -> Trial | None:
+    """Return the trial of a W that already includes ΔW, rounded; None where sampled rows rule it out."""
+    rows, task = trial.task.sample()
+    for layer, addend in ((task, trial.addend.take(rows)), (trial.task, trial.addend)):
+        check = check_merge(_add_update(layer, addend, trial.rounding.dtype), layer.shape, addend, trial.rounding)
+        other = Trial(layer, addend, trial.rounding, check)
+        if trial.is_refuted_by(other):
+            return None
+    return other
+
+
+def _add_update(task: MergedLayer, addend: Addend, dtype: torch.dtype) -> Iterator[Block]:
+    """Yield the blocks of a layer with W + ΔW, rounded to a dtype, as W."""
+    for span, (w, m, step) in zip(row_spans(task.shape), task.blocks(), strict=True):
+        yield (w.double() + addend.rows(*span)).to(dtype), m, step
 
 
 def has_halves(layer: str, shape: tuple[int, int]) -> bool:
@@ -501,14 +558,15 @@ def list_wrong_scales(s: float | None, rank: int | None) -> dict[float, str]:
 
 
 def _find_nearest_layer(task: MergedLayer) -> tuple[str, Addend] | None:
-    """Return the layer whose ΔW is nearest in direction to the change, by the first rows; None if none is near."""
-    w, m, _ = next(task.blocks())
+    """Return the layer whose ΔW is nearest in direction to the change, by sampled rows; None if none is near."""
+    chosen, sample = task.sample()
+    w, m, _ = next(sample.blocks())
     observed = m.double() - w.double()
     best, nearest = MIN_COSINE * float(torch.linalg.vector_norm(observed)), None
     for delta in task.others:
         if delta.layer != task.layer and delta.shape == task.shape:
             addend, _ = sum_addends((delta,), task.shape)
-            rows = addend.rows(0, len(observed))
+            rows = addend.take(chosen).rows(0, len(chosen))
             along = float((observed * rows).sum()) / (float(torch.linalg.vector_norm(rows)) or 1.0)
             if along > best:
                 best, nearest = along, (delta.layer, addend)
@@ -528,8 +586,8 @@ def _find_rounded_base(trial: Trial) -> Fault | None:
     for dtype in (torch.bfloat16, torch.float16):
         if LAYOUT[dtype][2] >= LAYOUT[trial.rounding.dtype][2]:
             continue
-        check = trial.retry(bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True).check
-        if check.count <= MAX_UNEXPLAINED * trial.check.entries and not check.drifted:
+        other = trial.retry_if_plausible(bases=(dtype,), roundoff=unit_roundoff(dtype), cast=True)
+        if other and other.check.count <= MAX_UNEXPLAINED * trial.check.entries and not other.check.drifted:
             return Fault("other base", f"ΔW was added to BASE rounded to {str(dtype).removeprefix('torch.')}")
     return None
 
@@ -542,8 +600,10 @@ def _find_uneven_scale(trial: Trial) -> Fault | None:
     axis = stretches[0].axis
     lines = trial.check.lines[axis]
     factors = 1 + torch.where(lines.energy > 0, lines.difference / lines.energy, 0.0)
-    check = trial.retry(trial.addend.scale_lines(factors, axis)).check
-    if check.count > MAX_UNEXPLAINED * trial.check.entries and check.residual > check.allowed:
+    other = trial.retry_if_plausible(trial.addend.scale_lines(factors, axis))
+    if other is None or (
+        other.check.count > MAX_UNEXPLAINED * trial.check.entries and other.check.residual > other.check.allowed
+    ):
         return None
     masks = torch.zeros(len(stretches), len(factors), dtype=torch.bool)
     for mask, stretch in zip(masks, stretches, strict=True):

@@ -88,7 +88,8 @@ class Merge(LayerRecord):
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
-        cause: Likely cause as text; empty if the status is ``ok``.
+        cause: Likely cause as text; empty if the status is ``ok``. Sought on a sample of rows, and tested on the whole
+            layer.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

@@ -147,7 +147,7 @@ def load_change(
         measured = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps(), on_base)
         if measured.non_finite is not None and device.type != "cpu":  # read again to locate the entry
             measured = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
-        if measured.non_finite is None and not (measured.rounding and math.isfinite(measured.rounding.bound)):
+        if measured.roundings and not measured.roundings.is_finite:
             measured.non_finite = SPACING_OVERFLOW
         matrix, measured.matrix = measured.matrix, None
         streamed = None

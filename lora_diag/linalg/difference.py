@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import repeat
 from typing import Literal
 
@@ -66,7 +67,7 @@ class Rounding:
         return float(self.noise.unit) * math.sqrt(float(self.noise.rows.sum()))
 
 
-@dataclass(slots=True)
+@dataclass
 class Difference:
     """Result of one pass over a pair of matrices.
 
@@ -76,7 +77,7 @@ class Difference:
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``. NaN if not finite.
         base_fro: ‖W_base‖_F, likewise.
         unchanged: Fraction of bit-identical entries; across dtypes, of equal entries. NaN if ΔW is not finite.
-        rounding: Effect of rounding; None if ΔW is not finite.
+        roundings: The spacing of both sides; None if ΔW is not finite.
         mantissa: Mantissa bits that the stored values of base and tuned really use; zeros if ΔW is not finite.
         non_finite: Why ΔW or a norm is not finite, with the first such entry if it is known; None if both are.
     """
@@ -85,9 +86,14 @@ class Difference:
     fro: float
     base_fro: float
     unchanged: float
-    rounding: Rounding | None
+    roundings: _Roundings | None
     mantissa: tuple[int, int]
     non_finite: str | None = None
+
+    @cached_property
+    def rounding(self) -> Rounding | None:
+        """Effect of rounding, computed on demand: for small matrices it takes longer than the norms. None as above."""
+        return self.roundings.summarize() if self.roundings else None
 
 
 def difference(
@@ -161,7 +167,7 @@ def difference(
         fro=fro,
         base_fro=base_fro,
         unchanged=same / max(1, math.prod(shape)),
-        rounding=roundings.summarize(),
+        roundings=roundings,
         mantissa=(roundings.base.mantissa, roundings.tuned.mantissa),
     )
 
@@ -214,6 +220,11 @@ class _Roundings:
         values = rounding.fetch_sums(sides, *self.sample.join(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
         return [float(value) for value in values[4:]]
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the squares of the spacing are finite."""
+        return math.isfinite(self.base.squares + self.tuned.squares)
 
     def summarize(self) -> Rounding:
         """Return the effect of rounding over all blocks, whose sums have been fetched."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,39 +83,45 @@ def _bound_excess(sums: Sums, fourth: Sums, terms: int, lines: int) -> Sums:
 
 
 def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
-    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its log P.
+    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its P.
 
     A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
     matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
     and b, rows and columns of that energy may stand alone above the others.
     """
     most_p, most_q = (1 - 1e-9) / row_pole, (1 - 1e-9) / column_pole
+    # Where P·A(P) = Q·B(Q) needs a larger Q, λ² increases with P.
+    most_p = _solve(a, most_q * float((b / (1 - b * most_q)).sum()), most_p) or most_p
 
-    def squared(log_p: float) -> float:
-        p = math.exp(log_p)
-        target = p * float((a / (1 - a * p)).sum())
-        q = _solve(b, target, most_q)
-        return target / p / most_q if q is None else target / p / q
+    def evaluate(p: float) -> tuple[tuple[float, float], float]:
+        """Return λ² and P, and a number of the sign of d log λ²/d log P.
 
-    top = math.log(most_p)
-    return min((squared(log_p), log_p) for log_p in (_minimize(squared, top - 14, top), top))
+        With t = P·A(P), F = dt/d log P and G = dt/d log Q it is 1 − t/F − t/G: −1 at 0, increasing, and linear if all
+        variances are equal.
+        """
+        left = 1 - a * p
+        terms = a * p / left
+        target = float(terms.sum())
+        q = _solve(b, target, most_q) or most_q
+        right = 1 - b * q
+        slope = 1 - target / float((terms / left).sum()) - target / float((b * q / right**2).sum())
+        return (target / p / q, p), slope
 
-
-def _minimize(convex: Callable[[float], float], low: float, high: float) -> float:
-    """Return the minimizer of a convex function within 1e-6, by golden-section search."""
-    golden = (math.sqrt(5) - 1) / 2
-    left, right = high - golden * (high - low), low + golden * (high - low)
-    at_left, at_right = convex(left), convex(right)
-    while high - low > 1e-6:
-        if at_left <= at_right:
-            high, right, at_right = right, left, at_left
-            left = high - golden * (high - low)
-            at_left = convex(left)
+    low, high = 0.0, most_p
+    at_low, (best, at_high), last = -1.0, evaluate(high), 0.0
+    while at_high > 0 and high - low > 1e-9 * high:
+        middle = (low * at_high - high * at_low) / (at_high - at_low)
+        found, slope = evaluate(middle)
+        best = min(best, found)
+        if abs(slope) < 1e-7:
+            break
+        # Illinois: an end that stays twice counts half, or it would never move.
+        if slope < 0:
+            low, at_low, at_high = middle, slope, at_high / 2 if last < 0 else at_high
         else:
-            low, left, at_left = left, right, at_right
-            right = low + golden * (high - low)
-            at_right = convex(right)
-    return left if at_left <= at_right else right
+            high, at_high, at_low = middle, slope, at_low / 2 if last > 0 else at_low
+        last = slope
+    return best
 
 
 def _solve(b: Sums, target: float, upper: float) -> float | None:
@@ -141,8 +146,7 @@ def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
     With M the trace of the resolvent and Q as in ``_minimize_edge``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
     density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
     """
-    squared, log_p = _minimize_edge(a, b, float(a.max()), float(b.max()))
-    p = math.exp(log_p)
+    squared, p = _minimize_edge(a, b, float(a.max()), float(b.max()))
     largest = (1 - 1e-12) / float(b.max())
     q = _solve(b, p * float((a / (1 - a * p)).sum()), largest) or largest
 

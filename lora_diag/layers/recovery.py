@@ -29,7 +29,9 @@ from lora_diag.linalg.cells import (
     Moments,
     add_noise,
     cell_halves,
+    encode_widths,
     join_cells,
+    list_codes,
     moments,
     round_to_nearest,
 )
@@ -198,10 +200,10 @@ class Estimate:
 def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     """Estimate the memory of recovering a layer in bytes.
 
-    Whole: cells with both halves of BASE's, the posterior mean, and copies; float32. If that exceeds a limit, cells are
-    computed again from the files whenever they are read; the posterior mean is kept where it fits.
+    Whole: cells with both halves of BASE's and codes, the posterior mean, and copies; 4 bytes each. If that exceeds a
+    limit, cells are computed again from the files whenever they are read; the posterior mean is kept where it fits.
     """
-    whole = BLOCK_BYTES + 4 * 7 * math.prod(shape)
+    whole = BLOCK_BYTES + 4 * 8 * math.prod(shape)
     if memory is None or whole <= memory:
         return whole
     return min(memory, _min_bytes(shape) + 4 * math.prod(shape))
@@ -307,6 +309,7 @@ class _StoredPair:
         delta: Their difference.
         unit: A power of two, in which cells are given.
         device: Device of the cells.
+        widths: Codes of the widths of cells that occur; None if they are not known, or widths have no codes.
     """
 
     base: _Stored
@@ -314,6 +317,7 @@ class _StoredPair:
     delta: StoredDelta
     unit: float
     device: torch.device
+    widths: tuple[int, ...] | None = None
 
     @property
     def entries(self) -> int:
@@ -343,12 +347,14 @@ class _StoredPair:
             float(((2 * finite / unit).double() ** 2 / 12).sum()),
             float(((torch.maximum(low, high) / unit).double() ** 2).sum()),
         )
+        stored = ((low + high) / unit).float()
         if not rounded:
-            return Cells(lo, hi), stats
+            return Cells(lo, hi, codes=encode_widths(stored, None), widths=self.widths), stats
         low, high = self.base.halves(w, self.base.scales(first, first + len(w), shape, w))
         # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
         low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
-        return Cells(lo, hi, (low / unit).float(), (high / unit).float()), stats
+        codes = encode_widths(stored, ((low + high) / unit).float())
+        return Cells(lo, hi, (low / unit).float(), (high / unit).float(), None, codes, self.widths), stats
 
 
 def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
@@ -406,7 +412,7 @@ def recover_layer(
     pair = _StoredPair(stored[0], stored[1], delta, unit, device)
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
     keep = memory is None or _min_bytes(delta.shape) + 4 * pair.entries <= memory
-    all_cells, stats = _read_cells(pair, whole_fits)
+    pair, all_cells, stats = _read_cells(pair, whole_fits)
     unchanged = stats.unchanged / pair.entries
     changed = pair.entries - stats.unchanged
     if (stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED) or stats.reach < RESOLVED * stats.square:
@@ -418,9 +424,10 @@ def recover_layer(
             unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
         )
     rms = math.sqrt(stats.square / pair.entries)
-    cells, start, start_gain = _choose_start(all_cells, rms)
-    size = fit_size(cells, rms)
-    model = _fit_model(pair, cells, size, start, seed, keep)
+    merged, start, start_gain = _choose_start(all_cells.merge(), rms)
+    cells = all_cells if merged.rounded else all_cells.exact_start()
+    size = fit_size(merged, rms)
+    model = _fit_model(pair, cells, merged, size, start, seed, keep)
     fit, size, scales = model.fit, model.size, model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
@@ -480,6 +487,7 @@ class _Model:
 
     Args:
         cells: Divided by the scales.
+        merged: Distinct cells; not divided.
         size: Size of their contents.
         scales: None if all are 1.
         fit: Fit of the changed entries.
@@ -488,6 +496,7 @@ class _Model:
     """
 
     cells: CellMatrix
+    merged: CellMatrix
     size: Size
     scales: Scales | None
     fit: Binades
@@ -495,7 +504,9 @@ class _Model:
     recovered: Recovered | None = None
 
 
-def _fit_model(pair: _StoredPair, cells: CellMatrix, size: Size, start: Start, seed: int, keep: bool) -> _Model:
+def _fit_model(
+    pair: _StoredPair, cells: CellMatrix, merged: CellMatrix, size: Size, start: Start, seed: int, keep: bool
+) -> _Model:
     """Return the first model that fits: a listed shape, a flat density, scales, L and one variance, L and scales.
 
     Scales are those of rows and columns. Steps of Adam in one direction move all entries by about as much, and flat
@@ -506,20 +517,20 @@ def _fit_model(pair: _StoredPair, cells: CellMatrix, size: Size, start: Start, s
 
     def test_shape(shaped: Shaped) -> _Model:
         law = Law(shaped.deviation, shape=shaped.shape)
-        return _Model(cells, size, None, _compare_binades(pair, cells, law, None, start), law)
+        return _Model(cells, merged, size, None, _compare_binades(pair, cells, law, None, start), law)
 
-    plain = test_shape(hidden_models.fit_shape(cells, size.deviation))
+    plain = test_shape(hidden_models.fit_shape(merged, size.deviation))
     if plain.fit.is_rejected(start):
-        density = hidden_models.fit_density(cells, size.deviation)
+        density = hidden_models.fit_density(merged, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(hidden_models.fit_deviation(cells, density.shape, density.deviation))
+            flat = test_shape(hidden_models.fit_deviation(merged, density.shape, density.deviation))
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
     if plain.fit.is_rejected(start) and (scaled := hidden_models.fit_scales(cells, size)) is not None:
         scales, divided, fitted = scaled
         law = Law(fitted.deviation)
-        tried.append(_Model(divided, fitted, scales, _compare_binades(pair, divided, law, scales, start), law))
+        tried.append(_Model(divided, merged, fitted, scales, _compare_binades(pair, divided, law, scales, start), law))
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
@@ -548,7 +559,7 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
         fro, of_scales = hidden_models.measure_norm(cells, size.deviation, model.scales)
         misfit = math.hypot(MISFIT_OF_SCALES, of_scales)
     else:
-        density = hidden_models.fit_density(cells, size.deviation)
+        density = hidden_models.fit_density(model.merged, size.deviation)
         fro, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
     misplaced = MISFIT_PER_MISPLACED * model.fit.misplaced
     uneven = MISFIT_PER_UNEVEN * min(model.fit.unevenness, MAX_UNEVENNESS)
@@ -596,18 +607,26 @@ def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
     return next(iter(side.checkpoint.read_each(side.name, [head])))
 
 
-def _read_cells(pair: _StoredPair, whole: bool) -> tuple[CellMatrix, _Stats]:
-    """Read both sides, and return the cells, in memory if ``whole``, and their sums."""
+def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix, _Stats]:
+    """Read both sides; return them with the widths that occur, the cells, in memory if ``whole``, and their sums."""
     rounded = pair.base.mantissa <= pair.tuned.mantissa
-    count = (4 if rounded else 2) if whole else 0
-    ends, sums = [torch.empty(pair.delta.shape, device=pair.device) for _ in range(count)], []
-    for (first, _), (w, t) in zip(row_spans(pair.delta.shape), pair.delta.blocks(), strict=True):
+    parts: list[Tensor | None] = []
+    sums, widths = [], set[int]()
+    coded = True
+    for (first, last), (w, t) in zip(row_spans(pair.delta.shape), pair.delta.blocks(), strict=True):
         cells, stats = pair.cells(first, w, t, rounded)
         sums.append(stats)
-        for end, part in zip(ends, (cells.lo, cells.hi, cells.below, cells.above), strict=False):
-            assert part is not None
-            end[first : first + len(part)] = part
-    return Cells(*ends) if whole else _stream_cells(pair, rounded), _Stats(*map(sum, zip(*sums, strict=True)))
+        coded = coded and cells.codes is not None
+        widths |= set(() if cells.codes is None else list_codes(cells.codes))
+        rows = (cells.lo, cells.hi, cells.below, cells.above, None, cells.codes)
+        if whole and not parts:
+            parts = [None if part is None else part.new_empty(pair.delta.shape) for part in rows]
+        for every, part in zip(parts, rows, strict=False):
+            if every is not None and part is not None:
+                every[first:last] = part
+    pair = replace(pair, widths=tuple(sorted(widths)) if coded else None)
+    matrix = Cells(*parts, widths=pair.widths) if whole else _stream_cells(pair, rounded)  # type: ignore[arg-type, misc]
+    return pair, matrix, _Stats(*map(sum, zip(*sums, strict=True)))
 
 
 def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start, float | None]:

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, shrink
+from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, select_between, shrink
 from lora_diag.linalg.streamed import Streamed
 
 # Number of entries of the sample to which the size is first fitted, in layers of more than twice as many.
@@ -168,13 +168,14 @@ def _sum_moments(cells: CellMatrix, deviation: float, fast: bool = False) -> _Su
     """Return the sums for x ~ N(0, s²) given its cell, s = ``deviation``."""
     sums = _Sums()
     for first, last in cells.spans():
-        posterior = moments(cells.rows(first, last), 0.0, deviation, fast)
+        block = cells.rows(first, last)
+        posterior = moments(block, 0.0, deviation, fast)
         square = ((posterior.mean / deviation) ** 2 + posterior.variance / deviation**2).double()
-        sums.square += float(square.sum())
-        sums.scores += float((square - 1).square().sum())
-        sums.known += float((1 - posterior.variance / deviation**2).double().sum())
-        sums.log_likelihood += float(posterior.log_mass.double().sum())
-        sums.entries += square.numel()
+        sums.square += block.total(square)
+        sums.scores += block.total((square - 1).square())
+        sums.known += block.total(1 - posterior.variance / deviation**2)
+        sums.log_likelihood += block.total(posterior.log_mass)
+        sums.entries += block.count
     return sums
 
 
@@ -292,7 +293,7 @@ def fit_low_rank(
         rule: Rule for s given L.
         start: Initial L; None for L = 0.
         seed: Seed of the first vectors.
-        held_out: Cells that are open in ``cells``, for the rule ``held_out``; None to keep the s of ``start``.
+        held_out: Cells that are not to be known; the rule ``held_out`` without them keeps the s of ``start``.
         keep: Whether posterior means are kept in memory.
 
     Returns:
@@ -306,7 +307,7 @@ def fit_low_rank(
     mean: Callable[[int, int], Tensor | float] = (lambda *_: 0.0) if start is None else start.rows
     momentum, previous, basis = 1.0, start, None if start is None else start.vh.T
     for iteration in range(1, MAX_ITERATIONS + 1):
-        posterior = _Posterior(cells, mean, deviation, buffer)
+        posterior = _Posterior(cells, mean, deviation, buffer, held_out)
         estimate, basis = _compute_shrunk_svd(posterior, basis, seed)
         if rule == "held_out":
             step = 0.0 if part is None else part.scoring_step(part.low_rank_at(estimate), deviation, deviation)
@@ -333,6 +334,7 @@ class _Posterior:
         mean: Rows of L.
         deviation: s.
         buffer: Where the blocks of the first pass are kept; None to compute them in every pass.
+        held_out: Cells that are not to be known.
         information: q, after the first pass; 0 before.
     """
 
@@ -340,6 +342,7 @@ class _Posterior:
     mean: Callable[[int, int], Tensor | float]
     deviation: float
     buffer: Tensor | None
+    held_out: HeldOut | None
     information: float = 0.0
 
     def blocks(self) -> Iterator[Tensor]:
@@ -347,9 +350,14 @@ class _Posterior:
         if self.buffer is not None and self.information:
             yield from (self.buffer[first:last] for first, last in self.cells.spans())
             return
-        variance = 0.0
+        variance, columns = 0.0, self.cells.shape[1]
         for first, last in self.cells.spans():
-            posterior = moments(self.cells.rows(first, last), self.mean(first, last), self.deviation, fast=True)
+            mean = self.mean(first, last)
+            posterior = moments(self.cells.rows(first, last), mean, self.deviation, fast=True)
+            if self.held_out is not None:
+                inside = select_between(self.held_out.entries, first * columns, last * columns) - first * columns
+                posterior.mean.view(-1)[inside] = mean.reshape(-1)[inside] if isinstance(mean, Tensor) else mean
+                posterior.variance.view(-1)[inside] = self.deviation**2
             variance += float(posterior.variance.sum(dtype=torch.float64))
             if self.buffer is not None:
                 self.buffer[first:last] = posterior.mean
@@ -379,9 +387,11 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
         basis = _widen_basis(basis, shape[1], width, posterior.cells.device, seed)
         for _ in range(passes):
             left = torch.linalg.qr(streamed.times(basis))[0]
-            projected = streamed.T.times(left).T
-            basis = torch.linalg.qr(projected.T)[0]
-        small_u, s, vh = torch.linalg.svd(projected.double(), full_matrices=False)
+            basis = streamed.T.times(left)
+        # Values above the noise edge are far above the rounding of the Gram matrix in float64.
+        squares, small_u = torch.linalg.eigh(basis.double().T @ basis.double())
+        s, small_u = squares.flip(0).clamp(min=1e-300).sqrt(), small_u.flip(1)
+        vh = (basis.double() @ small_u / s).T
         found = posterior.shrink(small_u, s, vh)
         if found.rank + 4 <= width or width == smaller:
             u = (left.double() @ found.u).float()
@@ -470,9 +480,8 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
     """
     entries = _draw_held_out(cells.shape, seed, cells.device)
     held_out = HeldOut(cells.at(entries), entries)
-    known = cells.open_entries(entries)
     baseline = moments(held_out.cells, 0.0, size.deviation).log_mass
-    low_rank = fit_low_rank(known, size, seed=seed, keep=keep)
+    low_rank = fit_low_rank(cells, size, seed=seed, held_out=held_out, keep=keep)
     rule: Rule = "norm"
     if not low_rank.rank:
         return Recovered(0.0, None)
@@ -486,7 +495,7 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
     for other_rule in other_rules:
         if rule == "held_out" and deviation < first.deviation / 2:
             break  # almost nothing is outside L, where ``debiased`` is not better
-        fit = fit_low_rank(known, size, other_rule, first, seed, held_out if other_rule == "held_out" else None, keep)
+        fit = fit_low_rank(cells, size, other_rule, first, seed, held_out, keep)
         if not fit.rank:
             continue
         likeliest = held_out.fit_deviation(fit)

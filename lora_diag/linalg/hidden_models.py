@@ -126,9 +126,9 @@ def _sum_scores(cells: CellMatrix, shape: Shape, deviation: float) -> _Sums:
         for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
             square = part_moments.variance + part_moments.mean**2
             score += p * ((square / deviation - mean * part_moments.mean) / (deviation * spread**2) - 1)
-        sums.score += float(score.sum(dtype=torch.float64))
-        sums.squares += float(score.double().square().sum())
-        sums.log_likelihood += float(total.sum(dtype=torch.float64))
+        sums.score += block.total(score)
+        sums.squares += block.total(score.square())
+        sums.log_likelihood += block.total(total)
     return sums
 
 
@@ -215,13 +215,12 @@ def fit_density(cells: CellMatrix, deviation: float) -> Density:
     unit = deviation if sample is cells else fit_size(sample, deviation).deviation
     grid = torch.arange(0, END + SPACING / 2, SPACING, dtype=torch.float64)
     likelihood = _compute_likelihood(sample, grid * unit, KERNEL * unit)
-    weights, scores, features = _fit_coefficients(likelihood, grid)
+    counts = torch.cat([sample.rows(*span).weights.cpu() for span in sample.spans()])
+    weights, information, features = _fit_coefficients(likelihood, counts, grid)
     square = grid**2 + KERNEL**2
     mean = float(weights @ square)
     slope = (weights * (square - mean)) @ features
-    variance = float(
-        slope @ torch.linalg.solve(scores.T @ scores + PRIOR_PRECISION * torch.eye(len(POWERS)).double(), slope)
-    )
+    variance = float(slope @ torch.linalg.solve(information, slope))
     fourth = float(weights @ (grid**4 + 6 * grid**2 * KERNEL**2 + 3 * KERNEL**4))
     error = math.sqrt(variance * sample.count / cells.count) / (2 * mean)
     return Density(deviation * math.sqrt(mean), error, fourth / mean**2, _make_shape(weights, grid))
@@ -255,8 +254,8 @@ def _compute_likelihood(cells: CellMatrix, points: Tensor, kernel: float) -> Ten
     return logs.sub_(logs.max(1, keepdim=True).values).exp_()
 
 
-def _fit_coefficients(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of the grid, the scores of every cell, and the features that coefficients multiply."""
+def _fit_coefficients(likelihood: Tensor, counts: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of the grid, the information on the coefficients, and the features that they multiply."""
     features = torch.stack([(grid / 2) ** power for power in POWERS], 1)
     features = features - features.mean(0)
     multiplicity = torch.ones_like(grid)
@@ -269,13 +268,14 @@ def _fit_coefficients(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor,
 
     def objective(trial: Tensor) -> float:
         away = trial - start
-        return float((likelihood @ weights_at(trial)).log().sum() - 0.5 * PRIOR_PRECISION * away @ away)
+        return float(counts @ (likelihood @ weights_at(trial)).log() - 0.5 * PRIOR_PRECISION * away @ away)
 
     weights, current = weights_at(coefficients), objective(coefficients)
     for _ in range(NEWTON_STEPS):
         scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
-        gradient = scores.sum(0) - PRIOR_PRECISION * (coefficients - start)
-        step = torch.linalg.solve(scores.T @ scores + prior, gradient)
+        gradient = counts @ scores - PRIOR_PRECISION * (coefficients - start)
+        information = scores.T @ (scores * counts[:, None]) + prior
+        step = torch.linalg.solve(information, gradient)
         previous = current
         for _ in range(12):
             current = objective(coefficients + step)
@@ -289,7 +289,7 @@ def _fit_coefficients(likelihood: Tensor, grid: Tensor) -> tuple[Tensor, Tensor,
         weights = weights_at(coefficients)
         if current - previous < 1e-3:
             break
-    return weights, scores, features
+    return weights, information, features
 
 
 # Standard deviations of the score test from which rows or columns count as different; rounds of fitting.

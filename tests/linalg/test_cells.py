@@ -13,7 +13,17 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr
 from scipy.stats import truncnorm
 
-from lora_diag.linalg.cells import GRIDS, Binades, Cells, cell_halves, moments, round_to_nearest
+from lora_diag.linalg.cells import (
+    GRIDS,
+    MIN_MERGED,
+    Binades,
+    Cells,
+    cell_halves,
+    encode_widths,
+    list_codes,
+    moments,
+    round_to_nearest,
+)
 from lora_diag.linalg.hidden_models import Scales
 
 SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
@@ -97,11 +107,6 @@ def test_derived_cell_rows_equal_whole(first):
     rows, columns = torch.arange(1.0, 7), torch.tensor([1.0, 2, 4, 8])
     scaled = Scales(rows, columns, rows * 0, columns * 0).divide(cells).rows(first, 6)
     assert torch.equal(scaled.lo, (lo / torch.outer(rows, columns))[first:])
-    opened = cells.open_entries(torch.tensor([1, 9, 22])).rows(first, 6)
-    expected = lo.clone()
-    expected.view(-1)[[1, 9, 22]] = -math.inf
-    assert torch.equal(opened.lo, expected[first:])
-    assert torch.equal(opened.hi.isinf(), expected[first:].isinf())
 
 
 def by_definition(lo, hi, start, mean, deviation):
@@ -157,6 +162,57 @@ def test_moments_equal_definition(dtype, error, rounded, scale, mean, center, ha
     assert abs(float(result.mean) - expected[0]) <= error * math.sqrt(expected[1])
     assert float(result.variance) == pytest.approx(expected[1], rel=error)
     assert float(result.log_mass) == pytest.approx(expected[2], abs=error)
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+@settings(max_examples=15)
+@given(seed=st.integers(0, 999), scale=st.integers(-12, 0), deviation=st.floats(0.03, 2))
+def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
+    """Cells narrower and wider than s, far outside and too wide for a table; 1 and 1.5 times a power of two wide."""
+    rng = np.random.default_rng(seed)
+    stored, start = ((1 + rng.integers(0, 2, 12) / 2) * 2.0 ** rng.integers(-8, 4, 12) for _ in range(2))
+    stored[0] = 2.0**12
+    center, mu = rng.normal(size=12) * 2, rng.normal(size=12)
+    center[1] = 30.0
+    c = 2.0**scale
+    parts = [center - stored / 2, center + stored / 2, *((start / 4, 3 * start / 4) if rounded else ())]
+    lo, hi, *halves = (torch.tensor(part * c).float()[None] for part in parts)
+    widths = [torch.tensor(width * c).float()[None] for width in (stored, start)]
+    codes = encode_widths(widths[0], widths[1] if rounded else None)
+    cells = Cells(lo, hi, *(halves or (None, None)), None, codes, list_codes(codes))
+    result = moments(cells, torch.tensor(mu * c).float()[None], deviation * c)
+    for i in range(12):
+        ends = [float(part[0, i]) for part in (lo, hi, *halves)]
+        expected = by_definition(*ends[:2], tuple(ends[2:]) or None, float(np.float32(mu[i] * c)), deviation * c)
+        assert abs(float(result.mean[0, i]) - expected[0]) <= 2e-5 * deviation * c + 4e-7 * c * abs(center[i])
+        assert abs(float(result.variance[0, i]) - expected[1]) <= 1e-4 * (deviation * c) ** 2
+        assert float(result.log_mass[0, i]) == pytest.approx(expected[2], abs=1e-3, rel=1e-5)
+
+
+def test_other_widths_have_no_code():
+    widths = torch.tensor([[0.5, 1.5]])
+    assert encode_widths(widths, None) is not None
+    assert encode_widths(widths * 1.1, None) is None
+    assert encode_widths(widths, widths * 1.1) is None
+
+
+@pytest.mark.parametrize("block", [2**20, 50])
+def test_merged_cells_count_every_entry(block, monkeypatch):
+    monkeypatch.setattr("lora_diag.linalg.cells.MERGED_AT_ONCE", block)
+    rng = np.random.default_rng(3)
+    lo, below = (torch.tensor(rng.integers(0, 3, (80, 40)) / 4).float() for _ in range(2))
+    cells = Cells(lo, lo + 1, below + 1, below + 2)
+    merged = cells.merge()
+    numbers = np.stack([part.numpy().ravel() for part in (lo, below)], 1)
+    distinct, counts = np.unique(numbers, axis=0, return_counts=True)
+    found = torch.cat([merged.lo, merged.below - 1, merged.counts]).T.tolist()
+    assert sorted(found) == [[*pair, count] for pair, count in zip(distinct.tolist(), counts.tolist(), strict=True)]
+    assert merged.count == merged.exact_start().rows(0, 1).count == 3200
+    assert torch.equal(merged.hi, merged.lo + 1)
+    assert merged.total(merged.lo**2) == pytest.approx(float(lo.double().square().sum()))
+    many = torch.rand(40, MIN_MERGED)
+    different = Cells(many, many + 1)
+    assert different.merge() is different
 
 
 @given(power=st.integers(-20, 20), seed=st.integers(0, 99), rounded=st.booleans())

@@ -1,6 +1,7 @@
 """Size, shape, scales and low rank of an update from its cells, against definitions written out, and laws."""
 
 import math
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -96,6 +97,19 @@ def test_size_has_largest_likelihood(rounded):
     assert result.log_likelihood == pytest.approx(-best.fun, rel=1e-6 if not rounded else 1e-4)
     curvature = (loss(best.x + 0.01) + loss(best.x - 0.01) - 2 * best.fun) / 1e-4
     assert result.error == pytest.approx(1 / math.sqrt(curvature), rel=0.15)
+
+
+def test_merged_cells_have_the_same_size_shape_and_density():
+    w, _, t = planted(120, 100, 0, 2e-5, 4)
+    cells = cells_of(w, t)
+    merged = cells.merge()
+    assert merged.shape[1] < cells.count / 8
+    whole, part = (fit_size(each, rms_of(w, t)) for each in (cells, merged))
+    assert astuple(part) == pytest.approx(astuple(whole), rel=1e-6)
+    for function in (fit_shape, fit_density):
+        whole_fit, part_fit = (function(each, whole.deviation) for each in (cells, merged))
+        assert part_fit.deviation == pytest.approx(whole_fit.deviation, rel=1e-5)
+        assert part_fit.shape.kurtosis == pytest.approx(whole_fit.shape.kurtosis, rel=1e-4)
 
 
 @given(m=st.integers(2, 40), n=st.integers(2, 40), q=st.floats(0.05, 1.0), factor=st.floats(1.01, 30.0))
@@ -295,7 +309,7 @@ def test_likelihood_equals_definition_and_fit_maximizes_it():
     mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))
     expected = mass / mass.max(1, keepdims=True)
     assert np.abs(result.numpy() - expected).max() < 5e-3
-    weights, _, features = hidden_density._fit_coefficients(result, grid)
+    weights, _, features = hidden_density._fit_coefficients(result, torch.ones(len(result)).double(), grid)
     best = float((result @ weights).log().sum())
     for column in features.T:
         for step in (-0.05, 0.05):

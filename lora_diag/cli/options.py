@@ -136,7 +136,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     """Return the function of a command, with the parameters that Typer reads and the declared help as docstring."""
     groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
 
-    def run(**values: Any) -> None:
+    def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError("-o: cannot write to an address; name a local path")
         values = {name: _hide_secrets(value) for name, value in values.items()}
@@ -151,12 +151,13 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
-                names = {name for group in groups for name in list_options(group)}
+                names = {name for group in groups for name in list_options(group) if not is_default(context, name)}
                 code = _measure_and_show(feature, command, shown, values, names)
         if code:
             raise typer.Exit(code)
 
     parameters = [
+        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
         *map(_make_argument, command.arguments),
         *(parameter for group in groups for parameter in _list_options(group)),
         *(_make_parameter(name, str if name == "per" else bool, DISPLAY[name]) for name in command.shows),
@@ -164,6 +165,11 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
     return run
+
+
+def is_default(context: typer.Context, name: str) -> bool:
+    """Return whether the value of an option is its default, and was not given."""
+    return getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
@@ -177,13 +183,17 @@ def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
 def _measure_and_show(
     feature: Feature, command: Command, shown: Shown, values: dict[str, Any], option_names: set[str]
 ) -> int:
-    """Call the function of a command with its values and callbacks, show the result, and return the exit code."""
+    """Call the function of a command with its values and callbacks, show the result, and return the exit code.
+
+    The function gets the options of ``option_names`` only: those with a default, which it knows, are left out.
+    """
     from lora_diag.records import Results, lines_of
 
     function = feature.function_of(command)
     rest = [name for name, each in signature(function).parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
     with shown.callbacks(values.get("follow", False)) as callbacks:
-        named = {name: value for name, value in values.items() if name not in rest}
+        passed = {*option_names, *(argument.name for argument in command.arguments)}.difference(rest)
+        named = {name: value for name, value in values.items() if name in passed}
         named |= {name: callback for name, callback in callbacks.items() if name in option_names}
         result = function(*(word for name in rest for word in values[name]), **named)
     is_results = isinstance(result, Results)

@@ -210,7 +210,7 @@ class Texts:
         path: The path as given.
         sequences: In the order of the file.
         hash: 16 hex digits of the SHA-256 of the file, or of a data set's rows.
-        about: Number and form of the sequences.
+        form: What the sequences are, such as ``windows of 64 tokens``.
         notes: How many rows or sequences were truncated or left out.
         shifted: Whether the user declared it as shifted.
     """
@@ -219,9 +219,22 @@ class Texts:
     path: str
     sequences: tuple[Sequence, ...]
     hash: str
-    about: str
+    form: str
     notes: tuple[str, ...] = ()
     shifted: bool = False
+
+    @property
+    def about(self) -> str:
+        """Number and form of the sequences."""
+        return f"{len(self.sequences)} {self.form}"
+
+    def reduce(self, count: int, reason: str) -> Texts:
+        """Return the set with ``count`` of its sequences, evenly spaced, because neighbours are alike, and a note."""
+        if count >= (n := len(self.sequences)):
+            return self
+        note = f"{count} of {n} sequences, evenly spaced, {reason}"
+        sequences = tuple(self.sequences[i * n // count] for i in range(count))
+        return replace(self, sequences=sequences, notes=(*self.notes, note))
 
     def count_batches(self, size: int) -> int:
         """Return the number of batches of at most ``size`` sequences."""
@@ -272,14 +285,11 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
         notes.append(f"{empty} of {len(cut)} {source.unit} have nothing to predict and are left out")
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
-    if max_sequences is not None and max_sequences < len(sequences):
-        notes.append(f"{max_sequences} of {len(sequences)} sequences, evenly spaced, by --max-sequences")
-        sequences = [sequences[i * len(sequences) // max_sequences] for i in range(max_sequences)]
     form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
-    about = f"{len(sequences)} {form}"
     if model.kind == "masked":
-        about += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
-    return Texts(source.name, str(path), tuple(sequences), source.digest, about, tuple(notes), shifted=shifted)
+        form += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
+    texts = Texts(source.name, str(path), tuple(sequences), source.digest, form, tuple(notes), shifted=shifted)
+    return texts if max_sequences is None else texts.reduce(max_sequences, "by --max-sequences")
 
 
 def check_names(texts: list[Texts]) -> None:

@@ -89,10 +89,10 @@ def tower_of(layer: str) -> tuple[str, ...]:
 
 
 def name_unit(layer: str, per: str) -> str:
-    """Return the name of a layer's unit: itself, its ``block``, or its module ``type``, also outside the blocks.
+    """Return the name of a layer's unit: itself, its block or ``part`` of it, or its module type, also outside blocks.
 
-    >>> [name_unit("model.layers.3.mlp.up_proj.weight", per) for per in ("block", "type")]
-    ['model.layers.3', 'mlp.up_proj']
+    >>> [name_unit("model.layers.3.mlp.up_proj.weight", per) for per in ("block", "part", "type")]
+    ['model.layers.3', 'model.layers.3.mlp', 'mlp.up_proj']
     >>> name_unit("lm_head.weight", "block")
     'lm_head'
     """
@@ -101,7 +101,8 @@ def name_unit(layer: str, per: str) -> str:
     depth = depth_of(layer)
     if per == "type" or depth is None:
         return module_type_of(layer)
-    return ".".join((*tower_of(layer), str(depth)))
+    parts = [module_type_of(layer).partition(".")[0]] if per == "part" else []
+    return ".".join((*tower_of(layer), str(depth), *parts))
 
 
 def short_names(paths: Iterable[str], display: Callable[[str], str] = str) -> dict[str, str]:

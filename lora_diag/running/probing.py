@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +23,18 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
-from lora_diag.running.options import ProbeOptions, fill_options, stated_alpha
+from lora_diag.running.options import ProbeOptions, fill_options, list_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
 # Limit of the seeds of probes: later runs add to the seed, and random generators take 63 bits.
 MAX_SEED = 2**31
+
+# Parameters times tokens of forward passes in about ten minutes: on two cores of an AMD EPYC, which do 8e10 a second
+# without other programs, and on a GPU. Counts and no clock: a command with its defaults measures the same everywhere.
+CPU_WORK, GPU_WORK = 4e13, 4e15
+# Numbers of sequences to which a run with default options is reduced; with fewer than eight, errors are not reliable.
+SEQUENCES = tuple(("max_sequences", 2**k) for k in range(12, 2, -1))
 
 
 class Options(dict[str, Any]):
@@ -56,6 +64,7 @@ class ProbeRun:
         watch: Callbacks for progress, records and notes.
         batch: Sequences per batch.
         model: BASE, once it is open.
+        reduced: Options that ``fit`` reduced, by name, as text with their values before.
 
     Raises:
         UsageError: An option is invalid.
@@ -67,6 +76,9 @@ class ProbeRun:
     def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
         self.options = Options(fill_options(group, options))
+        self._given = {name for name, value in options.items() if value is not None}
+        self._declared = list_options(group)
+        self.reduced: dict[str, str] = {}
         self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
         self.batch: int = self.options["batch"]
         if (seed := self.options.get("seed", 0)) >= MAX_SEED:
@@ -149,6 +161,43 @@ class ProbeRun:
         check_names(texts)
         return texts
 
+    def count_tokens(self, sets: Sequence[Texts]) -> float:
+        """Return the number of tokens of evaluation sets, of at most ``max_sequences`` sequences each."""
+        total, limit = 0.0, self.options.max_sequences or math.inf
+        for each in sets:
+            total += min(1.0, limit / len(each.sequences)) * sum(len(one.ids) for one in each.sequences)
+        return total
+
+    def fit(
+        self,
+        sets: Sequence[Texts],
+        count_tokens: Callable[[], float],
+        reductions: Sequence[tuple[str, Any]] = SEQUENCES,
+        params: int | None = None,
+    ) -> list[Texts]:
+        """Reduce options that were not given until the run takes about ten minutes; return the sets for these options.
+
+        Args:
+            sets: Evaluation sets; a number of sequences above that of the largest is no reduction.
+            count_tokens: Returns the tokens of all forward passes with the present options; a backward pass counts as
+                the forward passes that take as long.
+            reductions: Names and values of options, in the order in which they are tried.
+            params: Number of parameters of the model; None for that of the opened one.
+        """
+        most = max(len(each.sequences) for each in sets)
+        params = params or sum(parameter.numel() for parameter in self.model.module.parameters())
+        work = CPU_WORK if resolve_device(self.options.device).type == "cpu" else GPU_WORK
+        whole = {**self.options, "max_sequences": most}
+        for name, value in reductions:
+            if count_tokens() * params <= work:
+                break
+            if name not in self._given and not (name == "max_sequences" and value >= most):
+                before, after = (re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value))
+                self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
+                self.options[name] = value
+        count = self.options.max_sequences if "max_sequences" in self.reduced else most
+        return [each.reduce(count, "for about ten minutes; more with --max-sequences") for each in sets]
+
     @property
     def model_settings(self) -> dict[str, Any]:
         """The settings of running the open model, for the run record."""
@@ -158,6 +207,7 @@ class ProbeRun:
             "dtype": self.options["dtype"],
             "device": self.model.device.type,
             "tokens": legible(self.model.tokens.about),
+            **({"reduced": list(self.reduced.values())} if self.reduced else {}),
         }
 
     def batches(self, texts: Sequence[Texts]) -> int:

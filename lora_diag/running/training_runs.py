@@ -446,6 +446,20 @@ class TrainRun(ProbeRun):
             texts, options.steps, self.batch, options.seed, kind or Lora(), checkpointing=checkpointing
         )
 
+    def count_run_tokens(self, cost: float) -> float:
+        """Return the tokens of forward passes that take as long as a run, evaluated on every set.
+
+        ``cost`` is the time of a step, in forward passes of its batch.
+        """
+        text = self.training.texts.sequences
+        trained: float = self.options.steps * self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
+        return cost * trained + self.count_tokens(self.sets)
+
+    def fit_runs(self, count_tokens: Callable[[], float], reductions: Sequence[tuple[str, Any]]) -> None:
+        """Reduce options as ``fit`` does, and set ``sets`` and ``training`` again."""
+        self.sets = self.fit(self.sets, count_tokens, reductions)
+        self.training = replace(self.training, steps=self.options.steps)
+
     @contextmanager
     def joined(self) -> Iterator[None]:
         """Stay connected to the cluster of the option ``engine``, if there is one; set ``on`` and the device.

@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
 from lora_diag.linalg import krylov
-from lora_diag.linalg.krylov import DENSE_UP_TO, LOSS, PROBE, WORTH, eigenpairs, full_cost, krylov_cost
+from lora_diag.linalg.krylov import (
+    DENSE_UP_TO,
+    LOSS,
+    PROBE,
+    WORTH,
+    eigenpairs,
+    extreme_eigenpairs,
+    full_cost,
+    krylov_cost,
+)
 from lora_diag.linalg.methods import decompose
 from tests import oracles
 from tests.messages import raises_naming
@@ -162,21 +171,19 @@ def symmetric(values, seed):
     return (q * np.asarray(values)) @ q.T
 
 
-def found(h, count, end, seed=0):
+def found(h, count, seed=0):
     matrix = torch.from_numpy(h).float()
-    largest = float(np.linalg.eigvalsh(h)[-1]) if end == "smallest" else 0.0
-    return eigenpairs(lambda x: matrix @ x, len(h), count, end, seed, torch.device("cpu"), largest)
+    return eigenpairs(lambda x: matrix @ x, len(h), count, seed, torch.device("cpu"))
 
 
 @given(
     st.integers(2, 2 * DENSE_UP_TO),
     st.integers(1, 6),
-    st.sampled_from(["largest", "smallest"]),
     st.sampled_from(["spread", "spikes", "repeated", "negative", "low rank", "zero"]),
     st.integers(0, 100),
 )
 @settings(max_examples=40, deadline=None)
-def test_values_and_vectors_equal_dense_solver(size, count, end, kind, seed):
+def test_values_and_vectors_equal_dense_solver(size, count, kind, seed):
     rng = np.random.default_rng(seed)
     values = {
         "spread": rng.standard_normal(size),
@@ -188,9 +195,8 @@ def test_values_and_vectors_equal_dense_solver(size, count, end, kind, seed):
     }[kind]
     count = min(count, size)
     h = symmetric(values, seed)
-    truth = np.linalg.eigvalsh(h)
-    truth = truth[::-1] if end == "largest" else truth
-    answer = found(h, count, end)
+    truth = np.linalg.eigvalsh(h)[::-1]
+    answer = found(h, count)
     scale = max(np.abs(truth).max(), 1e-6)
     assert len(answer.values) == count
     values = answer.values.numpy()
@@ -198,8 +204,7 @@ def test_values_and_vectors_equal_dense_solver(size, count, end, kind, seed):
     assert values[0] == pytest.approx(truth[0], abs=near)
     # Behind the first one may be passed over, as a copy is that comes by rounding alone; never is one beyond its place.
     assert np.abs(values[:, None] - truth).min(1).max() <= near
-    beyond = values - truth[:count] if end == "largest" else truth[:count] - values
-    assert beyond.max() <= near
+    assert (values - truth[:count]).max() <= near
     v = answer.vectors.double().numpy()
     np.testing.assert_allclose(v.T @ v, np.eye(count), atol=1e-4)
     rest = h @ v[:, 0] - answer.values[0].item() * v[:, 0]
@@ -209,8 +214,36 @@ def test_values_and_vectors_equal_dense_solver(size, count, end, kind, seed):
     x = rng.standard_normal((size, 20))
     quotients = np.einsum("ij,ij->j", x, h @ x) / (x**2).sum(0)
     outermost = answer.values[0].item()
-    assert (quotients <= outermost + 1e-3 * scale).all() if end == "largest" else True
-    assert (quotients >= outermost - 1e-3 * scale).all() if end == "smallest" else True
+    assert (quotients <= outermost + 1e-3 * scale).all()
+
+
+@given(
+    st.integers(1, 2 * DENSE_UP_TO),
+    st.sampled_from(["spread", "spikes", "repeated", "positive", "negative", "low rank", "zero"]),
+    st.integers(0, 100),
+)
+@settings(max_examples=30, deadline=None)
+def test_both_ends_of_one_process_equal_dense_solver(size, kind, seed):
+    rng = np.random.default_rng(seed)
+    values = {
+        "spread": rng.standard_normal(size),
+        "spikes": np.r_[100.0, -5.0, 0.1 * rng.standard_normal(size)][:size],
+        "repeated": np.r_[[2.0] * 3, [-3.0] * 3, rng.random(size)][:size],
+        "positive": np.r_[[7.0, 5.0], np.zeros(size)][:size] + 1e-3 * rng.random(size),
+        "negative": -1 - rng.random(size),
+        "low rank": np.r_[3.0, 1.0, np.zeros(size)][:size],
+        "zero": np.zeros(size),
+    }[kind]
+    h, calls = symmetric(values, seed), []
+    matrix = torch.from_numpy(h).float()
+    ends = extreme_eigenpairs(lambda x: calls.append(x) or matrix @ x, size, seed, torch.device("cpu"))
+    truth, scale = np.linalg.eigvalsh(h), np.abs(values).max()
+    for end, exact in zip(ends, truth[[-1, 0]], strict=True):
+        value = end.values.item()
+        assert np.abs(truth - value).min() <= end.residual + 1e-5 * scale  # what the residual promises
+        assert value == pytest.approx(exact, abs=2e-3 * scale)
+        assert end.residual <= 2e-3 * scale
+    assert ends[0].products + ends[1].products == len(calls)
 
 
 def test_products_are_counted_and_one_seed_gives_one_answer():
@@ -221,15 +254,20 @@ def test_products_are_counted_and_one_seed_gives_one_answer():
         calls.append(x)
         return matrix @ x
 
-    one = eigenpairs(product, 200, 3, "largest", 5, torch.device("cpu"))
+    one = eigenpairs(product, 200, 3, 5, torch.device("cpu"))
     assert one.products == len(calls)
-    again = eigenpairs(product, 200, 3, "largest", 5, torch.device("cpu"))
+    again = eigenpairs(product, 200, 3, 5, torch.device("cpu"))
     assert torch.equal(one.vectors, again.vectors)
 
 
 def test_non_finite_or_unconverged_matrix_is_reported(monkeypatch):
     with pytest.raises(InputError, match="not finite"):
-        eigenpairs(lambda x: x * float("nan"), 100, 1, "largest", 0, torch.device("cpu"))
+        eigenpairs(lambda x: x * float("nan"), 100, 1, 0, torch.device("cpu"))
+    with pytest.raises(InputError, match="not finite"):
+        extreme_eigenpairs(lambda x: x * float("nan"), 100, 0, torch.device("cpu"))
     monkeypatch.setattr("lora_diag.linalg.krylov.MAX_RESTARTS", 1)
+    wide = torch.from_numpy(symmetric(np.linspace(0, 1, 400), 0)).float()
+    with raises_naming(InputError, "converge", 19):
+        extreme_eigenpairs(lambda x: wide @ x, 400, 0, torch.device("cpu"))
     with raises_naming(InputError, "converge", 1):
-        found(symmetric(np.linspace(0, 1, 400), 0), 8, "largest")
+        found(symmetric(np.linspace(0, 1, 400), 0), 8)

@@ -7,7 +7,9 @@ import pytest
 
 import lora_diag
 from lora_diag.catalog import read_results
+from lora_diag.cli.app import commands
 from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.running import probing
 from tests.messages import raises_naming
 from tests.probes.making import gpt2, moved, some_text
 
@@ -167,3 +169,43 @@ def test_texts_and_models_given_twice_are_refused(inputs):
         measure("sweep", inputs, data=text)
     with pytest.raises(UsageError, match="TUNED itself"):
         lora_diag.probe_outputs(base, tuned, [tuned], evaluate=[text])
+
+
+# Probe -> options of a run that a small amount of work reduces, and the options that do the same.
+REDUCED = {
+    "truncation": ({}, {"max_sequences": 8}),
+    "outputs": ({}, {"max_sequences": 8}),
+    "strength": ({"scales": (0.5,)}, {"max_sequences": 8}),
+    "fisher": ({"layers": "h.0.attn"}, {"max_sequences": 8, "ranks": (8,)}),
+    "curvature": (
+        {"layers": "h.0.attn.c_proj", "along": (0.5,)},
+        {"max_sequences": 8, "top": 1, "probes": 5, "ranks": (1, 4, 16, 64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("probe", REDUCED)
+def test_run_with_defaults_is_reduced_to_amount_of_work(inputs, tmp_path, monkeypatch, probe):
+    """As if the options were given, on evenly spaced sequences; what is given is not reduced."""
+    monkeypatch.setattr(probing, "CPU_WORK", 1)
+    options, smaller = REDUCED[probe]
+    given = {name: inputs[name] for name in PROBES[probe][0].split()} | options
+    given["evaluate"], run = [some_text(tmp_path, "held", windows=19)], getattr(lora_diag, f"probe_{probe}")
+    reduced, explicit = run(**given), run(**given, **smaller)
+    assert (reduced.whole, reduced.layers) == (explicit.whole, explicit.layers)
+    assert len(reduced.run.settings["reduced"]) == len(smaller)
+    assert "--max-sequences 8 (of 19)" in reduced.run.settings["reduced"]
+    assert {**explicit.run.settings, "reduced": reduced.run.settings["reduced"]} == reduced.run.settings
+
+
+def test_default_typed_on_command_line_is_not_reduced(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(probing, "CPU_WORK", 1)
+    text, output = some_text(tmp_path, "held", windows=12), tmp_path / "curvature.jsonl"
+    options = ["--layers", "h.0.attn.c_proj", "--eigenvalues", "5", "--ranks", "2", "--eval", text, "-o", output]
+    words = list(map(str, [inputs["base"], inputs["tuned"], *options]))
+    commands("probe curvature")(["probe", "curvature", *words], standalone_mode=False)
+    shown = " ".join(capsys.readouterr().out.split())
+    settings = read_results(output).run.settings
+    assert (settings["top"], settings["probes"], settings["ranks"]) == (5, 5, [2])
+    assert settings["reduced"] == ["--max-sequences 8 (of 12)", "--trace-vectors 5 (of 10)"]
+    assert all(words in shown for words in settings["reduced"])

@@ -35,7 +35,7 @@ import torch
 
 from lora_diag.adapters import is_adapter
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.checkpoints import locate
+from lora_diag.checkpoints import locate, open_checkpoint
 from lora_diag.decisions.merge.run import MergeFolder, merge
 from lora_diag.deltas import Delta, DenseDelta, row_spans
 from lora_diag.diagnostics.checkpoints.factors import Array
@@ -184,7 +184,10 @@ class Judge:
         self._run = ProbeRun("checkpoints", {name: options[name] for name in list_options(JudgeOptions)}, JudgeOptions)
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
-        self._texts = self._run.read_sets()
+        sets, stored = self._run.read_sets(), open_checkpoint(base)
+        params = sum(math.prod(stored[name].shape) for name in stored)
+        models = 1 + len(steps) + len(read_rules(options, len(steps)))
+        self._texts = self._run.fit(sets, lambda: models * self._run.count_tokens(sets), params=params)
         if (rank := options["rank"]) is not None and (rank < 1 or options["write"] is None):
             raise UsageError(f"--rank {rank}: is that of adapters in --write FOLDER, from 1 up")
         for rule in read_rules(options, len(steps)):  # raises errors before anything is measured

@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs
+from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs, extreme_eigenpairs
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, predict
 from lora_diag.models.opening import Model, Weights
@@ -42,12 +42,19 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import Options, ProbeRun, describe_texts, left_out
+from lora_diag.running.probing import SEQUENCES, Options, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
 SHARE = 0.9
 SHARES = (0.9, 0.95, 0.99)
+
+# Time of a Hessian-vector product in forward passes: 9.5 of a Llama with 135 M parameters. Nine matrix products by each
+# weight: one forward, two for the gradient, six for its derivative; a gradient alone took 4.
+PRODUCT = 9.5
+# Reductions of a run with default options; at BASE the eigenpairs are what the gradient is projected on.
+REDUCTIONS = (*SEQUENCES[:-1], ("top", 1), SEQUENCES[-1], ("probes", 5), ("ranks", (1, 4, 16, 64)))
+REDUCTIONS_AT_BASE = (*SEQUENCES, ("probes", 5), ("top", 2))
 
 # Singular values below this fraction of the largest are rounding errors of float32.
 ROUNDING = 1e-6
@@ -141,15 +148,19 @@ class LossFunction:
         vectors = self._fill([torch.zeros_like(parameter) for parameter in self._parameters], vector)
         return self._sum(lambda loss, logits: _multiply(self.matrix, loss, logits, self._parameters, vectors))
 
-    def ends(self, count: int, seed: int) -> tuple[Eigenpairs, Eigenpairs]:
+    def ends(self, count: int, seed: int, vectors: bool) -> tuple[Eigenpairs, Eigenpairs]:
         """Return the ``count`` largest eigenpairs, or all if there are fewer, and the smallest one.
+
+        ``vectors`` is whether eigenvectors of the largest are needed; without, they may be missing.
 
         Raises:
             InputError: Lanczos did not converge, or a product is not finite.
         """
         n, device = self.params, self.model.device
-        top = eigenpairs(self.product, n, min(count, n), "largest", seed, device)
-        return top, eigenpairs(self.product, n, 1, "smallest", seed, device, float(top.values[0]))
+        largest, smallest = extreme_eigenpairs(self.product, n, seed, device)
+        if count > 1 or vectors:
+            largest = eigenpairs(self.product, n, min(count, n), seed, device)
+        return largest, smallest
 
     def _sum(self, step: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
         """Return the sum of a step's results over batches, divided by the number of predictions, ``(n,)``."""
@@ -422,7 +433,7 @@ def probe_curvature(
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     given = run.options
-    ranks = list(check_ranks(given.ranks, 0))
+    check_ranks(given.ranks, 0)
     if not all(0 < t <= 1 for t in given.along):
         raise UsageError(f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]")
     fractions = sorted({*map(float, given.along), 1.0})
@@ -438,8 +449,7 @@ def probe_curvature(
     compared = None if tuned is None else run.compare(base, tuned)
     chosen = truncated_layers(compared.pairing.deltas, **run.selection) if compared else {}
     model = run.open(base)
-    (texts,) = run.read_sets()
-    swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
+    sets = run.read_sets()
     inputs, skipped = compared.inputs if compared else (), list[LeftOut]()
     if compared is None:
         stored = open_checkpoint(base)
@@ -449,6 +459,16 @@ def probe_curvature(
             LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
             for name, shape in shapes.items()
         ]
+    largest_rank = max(map(min, chosen.values()))
+
+    def count_tokens() -> float:
+        bounds = sum(rank < largest_rank for rank in given.ranks) * (1 + len(fractions)) if compared else 0
+        blocks = len(chosen) if given.per == "layer" else 0
+        return PRODUCT * _count_products(given, blocks + 1, bounds, compared is None) * run.count_tokens(sets)
+
+    (texts,) = run.fit(sets, count_tokens, REDUCTIONS if compared else REDUCTIONS_AT_BASE)
+    ranks = list(check_ranks(given.ranks, 0))
+    swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
     matrix: Matrix = "ggn" if given.ggn else "hessian"
     settings = {
         "ranks": ranks if swapped else [],
@@ -508,7 +528,7 @@ def _measure(
     if swapped is not None:
         swapped.arrange({}, FULL)
     blocks, bounds = len(missing) if given.per == "layer" else 0, len(ranks) * (1 + len(fractions))
-    products, note = _estimate_cost(loss_function, given, blocks, None not in done, bounds)
+    products, note = _estimate_cost(loss_function, given, blocks, None not in done, bounds, swapped is None)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     watch.note(note)
     gradient = loss_function.gradient()
@@ -560,7 +580,8 @@ def _iterate_curvatures(
         own_gradient = gradient if layer is None else parts[layer]
         if ends:
             more |= {"eigenvalues": tuple(ends[0].values.tolist()), "residual": ends[0].residual}
-            more |= {"smallest": float(ends[1].values[0]), "products": sum(pairs.products for pairs in ends)}
+            more |= {"smallest": float(ends[1].values[0]), "smallest_residual": ends[1].residual}
+            more |= {"products": sum(pairs.products for pairs in ends)}
         return Curvature(
             set=loss_function.texts.name,
             data=loss_function.texts.hash,
@@ -581,7 +602,7 @@ def _iterate_curvatures(
         return _make_surrogates(block, own_gradient, largest, block is loss_function) if at == "base" else {}
 
     if not has_joint or given.per == "all":
-        ends = loss_function.ends(given.top, given.seed)
+        ends = loss_function.ends(given.top, given.seed, at == "base")
         of_layer = surrogates(loss_function, gradient, ends[0])
         together = layers if given.per == "all" else ()
         yield [
@@ -590,13 +611,21 @@ def _iterate_curvatures(
         ]
     for layer in layers if given.per == "layer" else ():
         block = loss_function.only(layer)
-        ends = block.ends(given.top, given.seed)
+        ends = block.ends(given.top, given.seed, at == "base")
         of_layer = surrogates(block, parts[layer].reshape(-1), ends[0])
         yield [record(layer, traces[layer], ends, surrogate=of_layer.get(layer))]
 
 
+def _count_products(given: Options, operators: int, bounds: int, vectors: bool) -> int:
+    """Return the estimated number of products, of which ``operators`` is the number of matrices with eigenvalues."""
+    # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
+    lanczos = 25 + (25 + 5 * given.top) * (given.top > 1 or vectors)
+    count: int = operators * lanczos + given.probes + bounds
+    return count
+
+
 def _estimate_cost(
-    loss_function: LossFunction, given: Options, blocks: int, joint: bool, bounds: int
+    loss_function: LossFunction, given: Options, blocks: int, joint: bool, bounds: int, vectors: bool
 ) -> tuple[int, str]:
     """Time one product; return the estimated number of products, and a note on duration and memory.
 
@@ -606,13 +635,14 @@ def _estimate_cost(
         blocks: Number of layers whose own eigenpairs are requested.
         joint: Whether the joint eigenpairs are requested.
         bounds: Number of products of the bounds.
+        vectors: Whether eigenvectors are needed.
     """
     start = time.perf_counter()
     loss_function.product(loss_function.weights())
     seconds = time.perf_counter() - start
-    # Lanczos takes about 25 products and 5 for each eigenpair, once for the largest and once for the smallest.
-    products = (joint + blocks) * (2 * 25 + 5 * (given.top + 1)) + given.probes + bounds
-    memory = 4 * loss_function.params * basis_size(loss_function.params, given.top) / 2**30
+    products = _count_products(given, joint + blocks, bounds, vectors)
+    vectors_kept = basis_size(loss_function.params, given.top) if given.top > 1 or vectors else 3
+    memory = 4 * loss_function.params * vectors_kept / 2**30
     basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
     of_blocks = f" and {quantity(blocks, 'block')}" if blocks else ""
     return products, (

@@ -67,6 +67,7 @@ class Curvature(WholeRecord):
         eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
         residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ; null if not computed.
         smallest: The smallest eigenvalue μ; null if not computed.
+        smallest_residual: ‖Hv − μv‖, likewise; null if not computed, and in files of earlier versions.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Standard error of ``trace``; null with one random vector.
         trace_vectors: Number of random vectors; null in files of earlier versions.
@@ -97,6 +98,7 @@ class Curvature(WholeRecord):
     eigenvalues: tuple[float, ...] = ()
     residual: float | None = None
     smallest: float | None = None
+    smallest_residual: float | None = None
     trace: float
     trace_error: float | None
     trace_vectors: Count | None = None
@@ -120,7 +122,9 @@ class Curvature(WholeRecord):
     @property
     def strongly_convex(self) -> bool:
         """Whether μ was computed and is above zero by more than float32 rounding, 1e-4·|λ|."""
-        return self.smallest is not None and self.smallest > 1e-4 * abs(self.eigenvalues[0])
+        if self.smallest is None:
+            return False
+        return self.smallest - (self.smallest_residual or 0.0) > 1e-4 * abs(self.eigenvalues[0])
 
 
 class LossBound(WholeRecord):

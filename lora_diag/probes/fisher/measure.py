@@ -40,7 +40,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.rendering.text import quantity
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import ProbeRun, describe_texts, left_out
+from lora_diag.running.probing import SEQUENCES, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Memory limit of the logits of the unchanged model, which are kept because every change is compared with them.
@@ -295,7 +295,7 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
     evaluate, labels, seed = run.options.evaluate, run.options.labels, run.options.seed
-    ranks = check_ranks(run.options.ranks)
+    check_ranks(run.options.ranks)
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
     run.check_files(base, tuned, needs_set=False)
@@ -303,15 +303,24 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     deltas = compared.pairing.deltas
     chosen = truncated_layers(deltas, **run.selection)
     model = run.open(base)
-    texts = run.read(run.options.data)
-    effect_texts = run.read(evaluate[0]) if evaluate else texts if run.options.measure else None
-    swapped = Swapped(model, deltas, max(ranks))
     weights, linear = Weights(model.module), linear_layers(model.module)
     modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
     if not modules:
         raise NothingComparedError(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
         )
+    sets = [run.read(path) for path in (run.options.data, *evaluate)]
+    passes = sum(1 for _ in groups_of({layer: chosen[layer] for layer in modules}))
+    has_effects = bool(evaluate) or run.options.measure
+
+    def count_tokens() -> float:
+        measured = has_effects * len(modules) * len(run.options.ranks)
+        return _BACKWARD * passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
+
+    texts, *others = run.fit(sets, count_tokens, (*SEQUENCES, ("ranks", (8, 64)), ("ranks", (8,))))
+    ranks = check_ranks(run.options.ranks)
+    effect_texts = (others or [texts])[0] if has_effects else None
+    swapped = Swapped(model, deltas, max(ranks))
     probe = _Probe(run, swapped, modules, texts, effect_texts, ranks, Draw(labels, seed))
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
@@ -332,8 +341,8 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         return [*left_out(compared.pairing, swapped.absent), *problems]
 
     settings = {"ranks": list(ranks), "labels": labels, "seed": seed, **run.selection}
-    sets = [describe_texts(texts, "data"), *([describe_texts(effect_texts)] if effect_texts is not None else [])]
-    return run.over([*compared.inputs, *sets], settings, measure_missing)
+    described = [describe_texts(texts, "data"), *([describe_texts(effect_texts)] if effect_texts is not None else [])]
+    return run.over([*compared.inputs, *described], settings, measure_missing)
 
 
 @dataclass(frozen=True)

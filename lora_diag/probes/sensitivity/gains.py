@@ -65,6 +65,11 @@ class Gain:
         """Whether ``gain`` differs significantly from zero."""
         return self.half is not None and abs(self.gain) > self.half
 
+    @staticmethod
+    def undivided(gains: Sequence[Gain]) -> list[Gain]:
+        """Return the gains of units that are not a part of another unit."""
+        return [gain for gain in gains if not any({*gain.layers} < {*other.layers} for other in gains)]
+
 
 @dataclass(frozen=True, slots=True)
 class Correlation:

@@ -27,13 +27,23 @@ from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import ALPHA_OVER_RANK, Cell, Training, layers_without_head, losses_after
 from lora_diag.probes.sensitivity import SensitivityOptions
+from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import name_unit
 from lora_diag.rendering.text import quantity
 from lora_diag.running.options import show_options
+from lora_diag.running.probing import SEQUENCES
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
+
+# Time of a step of LoRA on one unit, in forward passes of its batch; the mean over depths, to which gradients go back.
+STEP_ALONE = 1.7
+# Fraction of the blocks whose parts are measured, if their gains are significant.
+PARTED = 0.25
+# Reductions of a run with default options.
+REDUCTIONS = (*SEQUENCES[:-2], ("per", "block"), ("widen", 0), ("rates", (1e-2,)), ("steps", 25), ("steps", 10))
+REDUCTIONS += (SEQUENCES[-2], ("steps", 5), SEQUENCES[-1], ("steps", 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +69,8 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
     Args:
         layers: Layers by the names of their weights in the model.
         base_names: Names of the same weights in BASE, by those in the model.
-        per: ``layer``; ``block`` for the layers of one depth; ``type`` for those of one module type.
+        per: ``layer``; ``block`` for the layers of one depth, ``part`` for its attention, MLP and so on; ``type`` for
+            those of one module type.
     """
     groups: dict[str, list[str]] = {}
     for weight in layers:
@@ -227,7 +238,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions)
-    rank, delta, per = run.options.rank, run.options.delta, run.options.per
+    rank, delta = run.options.rank, run.options.delta
     run.check_files(base)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)
@@ -235,6 +246,19 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     run.read_all()
     base_names, left_out = _choose_layers(model, stored, selected)
     linear = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
+    ranks = (rank, rank + delta) if delta is not None else (rank,)
+
+    def count_tokens() -> float:
+        given, rates = run.options, len(set(run.options.rates))
+        units = len(units_of(linear, base_names, given.per)) * (1 + 2 * PARTED * ("per" in run.reduced))
+        runs: float = units * len(ranks) * (rates + given.widen * (rates > 1) + given.seeds - 1)
+        return runs * run.count_run_tokens(STEP_ALONE)
+
+    run.fit_runs(count_tokens, REDUCTIONS)
+    per, parted = run.options.per, 0
+    if "per" in run.reduced:
+        parted = math.ceil(PARTED * len(units_of(linear, base_names, per)))
+        run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
         **run.settings("per", "rank", "delta"),
         "rates": sorted(set(run.options.rates)),
@@ -244,11 +268,18 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        ranks = (rank, rank + delta) if delta is not None else (rank,)
         plan, units = run.plan_runs(run_records), units_of(linear, base_names, per)
         bases: dict[str, Losses] = {}
-        trials = [partial(_make_trial, model, unit, bases) for unit in units]
-        arms = [Arm((one,), tuple(settings["rates"]), make_trial) for make_trial in trials for one in ranks]
+
+        def make_arms(units: Sequence[Unit]) -> list[Arm]:
+            trials = [partial(_make_trial, model, unit, bases) for unit in units]
+            return [Arm((one,), tuple(settings["rates"]), make_trial) for make_trial in trials for one in ranks]
+
+        def parts_of(blocks: Sequence[tuple[str, ...]]) -> list[Unit]:
+            parts = units_of(linear, base_names, "part")
+            return [part for part in parts for layers in blocks if {*part.layers} < {*layers}]
+
+        arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
         has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
         passes = 0 if has_scores else texts.count_batches(run.batch)
@@ -257,6 +288,9 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
         description = f"of LoRA on {quantity(len(units), 'unit')} alone"
+        if parted:  # the parts of any blocks, to count the runs
+            timed_first += make_arms(parts_of([unit.layers for unit in units[:parted]]))
+            description += f" and on the parts of up to {parted} of them"
         plan.report_cost({description: timed_first}, 1, 4 * entries if passes else 0, passes)
         if passes:
             after = partial(run.watch.batch, "gradient")
@@ -269,6 +303,11 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
             bases[held_out.name] = measure(model, held_out, run.batch, partial(run.watch.batch, "BASE"))
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
+            plan.run(arm)
+        measured = [record for record in run_records.records if isinstance(record, Sensitivity)]
+        gains = Gain.undivided(gains_of(measured, run.sets[0].name, run.sets[0].name, rank, run.options.seed))
+        clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
+        for arm in make_arms(parts_of([gain.layers for gain in clear[:parted]])):
             plan.run(arm)
         return left_out
 

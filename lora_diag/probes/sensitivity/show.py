@@ -49,7 +49,7 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: gains by set; first-order scores; higher rank; learning rates."""
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _compute_gains(results)
-    first = next(iter(gains.values()), [])
+    first = Gain.undivided(next(iter(gains.values()), []))
     return probe_summary(
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
@@ -127,7 +127,7 @@ def _describe_set(
     base = next(record for record in records if record.set == name and not record.unit)
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
-    unit = title_of(settings["per"])
+    unit, gains = title_of(settings["per"]), Gain.undivided(gains)
     better, worse = (sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1))
     best, *others = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
     named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in (best, *others))

@@ -160,7 +160,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
     if write is not None and not run.options.resume:
         check_new_folder(Path(write))
     model = run.open(base)
-    texts = run.read_sets()
+    sets = run.read_sets()
+    texts = run.fit(sets, lambda: (len(cells) + 2) * run.count_tokens(sets))
     swapped = Swapped(model, compared.pairing.deltas, 0)
     grid = sorted({0.0, 1.0, *(cell.scale for cell in cells if cell.part is None)})
     tasks = [text_set.name for text_set in texts if not text_set.shifted]

@@ -194,12 +194,13 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
     chosen = truncated_layers(deltas, **run.selection)
     cells = cells_of(chosen, ranks, per, match_norm)
     model = run.open(base)
-    texts = run.read_sets()
+    sets = run.read_sets()
+    texts = run.fit(sets, lambda: (len(cells) + 2) * run.count_tokens(sets))
     swapped = Swapped(model, deltas, ranks[-1])
-    sets = [text_set.name for text_set in texts]
+    names = [text_set.name for text_set in texts]
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        todo = [cell for cell in cells if not run_records.has(sets, **cell.fields)]
+        todo = [cell for cell in cells if not run_records.has(names, **cell.fields)]
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {quantity(len(chosen))}"
         run.estimate(texts[0], f"{len(todo) + 2} losses on {quantity(len(texts), 'set')}", svds)

@@ -1,6 +1,7 @@
 """Layers adapted alone, against a training loop written without the package; gradients against autograd in float64."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,9 +16,22 @@ from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
 from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
+from lora_diag.running import probing
 from tests import oracles
 from tests.messages import assert_names, mentions
-from tests.probes.making import bert, diverge_at, ids_of, lettered, moved, opened, tensors, trained, training_case
+from tests.probes.making import (
+    bert,
+    diverge_at,
+    gpt2,
+    ids_of,
+    lettered,
+    moved,
+    opened,
+    some_text,
+    tensors,
+    trained,
+    training_case,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
@@ -184,3 +198,31 @@ def test_weights_of_other_layers_are_refused(case, measured, tmp_path):
     other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
     with pytest.raises(UsageError, match="no gain of a layer"):
         lora_diag.allocate(other, total_rank=2, weights=measured[1])
+
+
+def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
+    """Blocks, with the options that the run states, and then the parts of the best one; by a plain loop."""
+    monkeypatch.setattr(probing, "CPU_WORK", 1)
+    base = gpt2(tmp_path / "base")
+    train, held = some_text(tmp_path, "train", windows=9), some_text(tmp_path, windows=20)
+    options = {"data": train, "evaluate": [held], "rank": 2, "batch": 4, "seed": SEED}
+    found = lora_diag.probe_sensitivity(base, **options, output=tmp_path / "s.jsonl")
+    smaller = {"per": "block", "steps": 3, "rates": (1e-2,), "widen": 0, "max_sequences": 8}
+    explicit = runs_of(lora_diag.probe_sensitivity(base, **options, **smaller))
+    runs = {record.unit: record for record in runs_of(found)}
+    assert [*runs.values()][: len(explicit)] == explicit
+    blocks, best = [f"transformer.h.{depth}" for depth in range(2)], max(explicit[1:], key=lambda run: run.gain)
+    parts = [f"{best.unit}.attn", f"{best.unit}.mlp"]
+    assert [*runs] == ["", *blocks, *parts]
+    assert sorted(layer for part in parts for layer in runs[part].layers) == sorted(best.layers)
+    assert len(found.run.settings["reduced"]) == len(smaller)
+    windows = ids_of(held)[[i * 20 // 8 for i in range(8)]]
+    spaced = tmp_path / "spaced.txt"
+    spaced.write_bytes(bytes(windows.flatten().tolist()))
+    for part in parts:
+        target = rf"{re.escape(part)}\..*c_\w+"
+        truth = trained(base, train, spaced, 2, 1e-2, SEED, 3, 4, SEED, target_modules=target)
+        assert runs[part].loss == pytest.approx(truth, abs=1e-4)
+    again = lora_diag.probe_sensitivity(base, **options, output=tmp_path / "s.jsonl", resume=True)
+    assert again.whole == found.whole
+    assert_names(table(found, 200), "--granularity block (of layer)", "parts of 1 block")

@@ -446,14 +446,19 @@ class TrainRun(ProbeRun):
             texts, options.steps, self.batch, options.seed, kind or Lora(), checkpointing=checkpointing
         )
 
-    def count_run_tokens(self, cost: float) -> float:
-        """Return the tokens of forward passes that take as long as a run, evaluated on every set.
+    def count_train_tokens(self, sizes: float, rates: Sequence[float], step: float, extra: float = 0) -> float:
+        """Return the tokens of forward passes that take as long as the runs of a number of sizes.
 
-        ``cost`` is the time of a step, in forward passes of its batch.
+        Args:
+            sizes: Number of sizes, or of units.
+            rates: Learning rates of each.
+            step: Time of a step in forward passes of its batch.
+            extra: Further time of a step, in tokens.
         """
-        text = self.training.texts.sequences
-        trained: float = self.options.steps * self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
-        return cost * trained + self.count_tokens(self.sets)
+        given, text = self.options, self.training.texts.sequences
+        runs = sizes * (len(set(rates)) + given.widen * (len(rates) > 1) + given.seeds - 1)
+        tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
+        return float(runs * (given.steps * (step * tokens + extra) + self.count_tokens(self.sets)))
 
     def fit_runs(self, count_tokens: Callable[[], float], reductions: Sequence[tuple[str, Any]]) -> None:
         """Reduce options as ``fit`` does, and set ``sets`` and ``training`` again."""

@@ -31,6 +31,7 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of, tower_of
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
+from lora_diag.running.probing import SEQUENCES
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
@@ -39,6 +40,15 @@ Method = Literal["plain", "said"]
 # Size of the factors of a Hadamard matrix: 2²² entries in blocks of 1024 took 38 ms of one core by additions of pairs,
 # and 7, 9 and 12 ms by matrix products with factors of 16, 32 and 64.
 FACTOR = 16
+
+# Times of a step of full fine-tuning and of LoRA, in forward passes of its batch.
+FULL_STEP, LORA_STEP = 3.1, 2.3
+# Time of P·z and its gradient, in tokens of a forward pass: 6 s of a core for 135 M parameters.
+PROJECTION = 1500
+# Reductions of a run with default options.
+REDUCTIONS = (("seeds", 1), ("widen", 0), *SEQUENCES[:-2], ("ranks", (1, 8)), ("dims", (100, 1000, 10000)))
+REDUCTIONS += (("steps", 50), ("paces", (3e-3,)), ("full_rates", (3e-4,)), ("lora_rates", (3e-3,)), ("steps", 20))
+REDUCTIONS += (SEQUENCES[-2], ("ranks", (1,)), ("steps", 10), SEQUENCES[-1])
 
 # Change of a layer's scale in one step at the peak rate, independent of the learning rate of z.
 SCALE_STEP = 0.01
@@ -285,7 +295,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     run = TrainRun("probe intrinsic", options, IntrinsicOptions)
     dims, share, dtype = run.options.dims, run.options.share, run.options.dtype
     method: Method = "said" if run.options.method == "said" else "plain"
-    lora_ranks = list(check_ranks(run.options.ranks)) if run.options.ranks else []
+    check_ranks(run.options.ranks or [1])
     if dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "
@@ -297,8 +307,17 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     for dim in dims:
         check_dim(dim, total, count_scales(model.module) if method == "said" else 0)
     run.read_all()
+
+    def count_tokens() -> float:
+        given = run.options
+        tokens = run.count_train_tokens(1, given.full_rates, FULL_STEP)
+        tokens += run.count_train_tokens(len(given.dims), given.paces, FULL_STEP, PROJECTION)
+        return tokens + run.count_train_tokens(len(given.ranks), given.lora_rates, LORA_STEP)
+
+    run.fit_runs(count_tokens, REDUCTIONS)
+    lora_ranks = sorted(set(run.options.ranks))
     settings = {
-        "dims": sorted(set(dims)),
+        "dims": sorted(set(run.options.dims)),
         "method": method,
         "share": share,
         "ranks": lora_ranks,

@@ -249,10 +249,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        given, rates = run.options, len(set(run.options.rates))
-        units = len(units_of(linear, base_names, given.per)) * (1 + 2 * PARTED * ("per" in run.reduced))
-        runs: float = units * len(ranks) * (rates + given.widen * (rates > 1) + given.seeds - 1)
-        return runs * run.count_run_tokens(STEP_ALONE)
+        units = len(units_of(linear, base_names, run.options.per)) * (1 + 2 * PARTED * ("per" in run.reduced))
+        return run.count_train_tokens(units * len(ranks), run.options.rates, STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
     per, parted = run.options.per, 0

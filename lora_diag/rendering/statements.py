@@ -204,13 +204,6 @@ def left_out(results: Results[Any], *details: str) -> Statement:
     return make_statement("left_out", "Left out", line, *details, level=level, priority=2)
 
 
-def _state_reduced(results: Results[Any]) -> Iterator[Statement]:
-    """Yield the statement of the options that a probe reduced."""
-    if reduced := results.run.settings.get("reduced"):
-        lead = f"to about ten minutes of two cores: {', '.join(reduced)}; give these options to measure more"
-        yield make_statement("reduced", "Reduced", lead, priority=0)
-
-
 def left_out_level(results: Results[Any], *expected: Reason) -> Level:
     """Return ``warning`` if a tensor was skipped for a reason that is neither usual nor ``expected``, else ``note``."""
     return "note" if {item.reason for item in results.left_out} <= {*EXPECTED, *expected} else "warning"
@@ -303,9 +296,12 @@ def summarize(
         skipped: The statement of skipped tensors; default: ``left_out``.
         so_far: Contents of an unfinished run.
     """
-    found, skipped = [statement for statement in findings if statement.lead], skipped or left_out(results)
-    statements = [state_inputs(results, *extra), *found, *_state_reduced(results)]
-    statements += [skipped, *final_statements(results, so_far)]
+    options = "; ".join(results.run.settings.get("reduced", ()))
+    advice = "for about ten minutes on two cores; give these options to measure more"
+    reduced = make_statement("reduced", "Reduced", options, advice, priority=0)
+    found = [statement for statement in (*findings, reduced) if statement.lead]
+    skipped = skipped or left_out(results)
+    statements = [state_inputs(results, *extra), *found, skipped, *final_statements(results, so_far)]
     # What the other statements do not cover comes first: layers of an unfinished run, and unexpected skipped tensors.
     return sorted(
         statements,

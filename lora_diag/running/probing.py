@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -64,6 +63,7 @@ class ProbeRun:
         watch: Callbacks for progress, records and notes.
         batch: Sequences per batch.
         model: BASE, once it is open.
+        params: Its number of parameters.
         reduced: Options that ``fit`` reduced, by name, as text with their values before.
 
     Raises:
@@ -72,6 +72,7 @@ class ProbeRun:
     """
 
     model: Model
+    params: int
 
     def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
         self.command = command
@@ -118,6 +119,7 @@ class ProbeRun:
         """
         dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
         self.model = open_model(base, resolve_device(self.options["device"]), dtype, length, tokenizer)
+        self.params = sum(parameter.numel() for parameter in self.model.module.parameters())
         return self.model
 
     def read(self, path: Path | str, shifted: bool = False) -> Texts:
@@ -161,19 +163,15 @@ class ProbeRun:
         check_names(texts)
         return texts
 
-    def count_tokens(self, sets: Sequence[Texts]) -> float:
+    def count_tokens(self, sets: Sequence[Texts]) -> int:
         """Return the number of tokens of evaluation sets, of at most ``max_sequences`` sequences each."""
-        total, limit = 0.0, self.options.max_sequences or math.inf
-        for each in sets:
-            total += min(1.0, limit / len(each.sequences)) * sum(len(one.ids) for one in each.sequences)
-        return total
+        return sum(len(one.ids) for each in sets for one in each.sequences[: self.options.max_sequences])
 
     def fit(
         self,
         sets: Sequence[Texts],
         count_tokens: Callable[[], float],
         reductions: Sequence[tuple[str, Any]] = SEQUENCES,
-        params: int | None = None,
     ) -> list[Texts]:
         """Reduce options that were not given until the run takes about ten minutes; return the sets for these options.
 
@@ -182,19 +180,19 @@ class ProbeRun:
             count_tokens: Returns the tokens of all forward passes with the present options; a backward pass counts as
                 the forward passes that take as long.
             reductions: Names and values of options, in the order in which they are tried.
-            params: Number of parameters of the model; None for that of the opened one.
         """
         most = max(len(each.sequences) for each in sets)
-        params = params or sum(parameter.numel() for parameter in self.model.module.parameters())
         work = CPU_WORK if resolve_device(self.options.device).type == "cpu" else GPU_WORK
         whole = {**self.options, "max_sequences": most}
         for name, value in reductions:
-            if count_tokens() * params <= work:
+            if count_tokens() * self.params <= work:
                 break
             if name not in self._given and not (name == "max_sequences" and value >= most):
                 before, after = (re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value))
                 self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
                 self.options[name] = value
+        if self.reduced:
+            self.watch.note(f"reduced to about ten minutes of two cores: {'; '.join(self.reduced.values())}")
         count = self.options.max_sequences if "max_sequences" in self.reduced else most
         return [each.reduce(count, "for about ten minutes; more with --max-sequences") for each in sets]
 

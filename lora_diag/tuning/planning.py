@@ -42,7 +42,9 @@ SHORT_ROUND_DIVISOR = 4
 # Number of learning rates that continue after it.
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
-MIN_STEPS = 10
+MIN_STEPS = 5
+# Evaluations whose sequences a time limit reduces to about ten minutes in all; the smallest search has 17.
+EVALUATIONS = 30
 # Factor for opening models and writing files.
 MARGIN = 1.1
 # Evaluations at the end, which compare the chosen adapter with BASE.
@@ -155,10 +157,11 @@ class Omission(StrEnum):
     HALF = "half of the steps"
     THREE_QUARTERS = "three quarters of the steps"
     SEVEN_EIGHTHS = "seven eighths of the steps"
+    FIFTEEN_SIXTEENTHS = "fifteen sixteenths of the steps"
 
 
 # Omissions of steps; each includes the ones before it.
-STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS)
+STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS, Omission.FIFTEEN_SIXTEENTHS)
 
 # Changed fields of a plan by omission, in the order in which these are applied until the search fits. Of the ranks, the
 # smallest and the largest stay.

@@ -31,7 +31,7 @@ from lora_diag.running.probing import Options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
-from lora_diag.tuning.planning import Deadline, Target, extend_plan, plan_of, target_of
+from lora_diag.tuning.planning import EVALUATIONS, Deadline, Target, extend_plan, plan_of, target_of
 from lora_diag.tuning.record import Tune, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.trials import ADAPTER, Variant, replace_folder
@@ -103,6 +103,8 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(kind)
+        if limit is not None or (earlier is not None and earlier.limit is not None):
+            run.sets = run.fit(run.sets, lambda: EVALUATIONS * run.count_tokens(run.sets))
         target = target_of(model, stored, arguments.targets, kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots

@@ -185,9 +185,9 @@ class Judge:
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
         sets, stored = self._run.read_sets(), open_checkpoint(base)
-        params = sum(math.prod(stored[name].shape) for name in stored)
+        self._run.params = sum(math.prod(stored[name].shape) for name in stored)
         models = 1 + len(steps) + len(read_rules(options, len(steps)))
-        self._texts = self._run.fit(sets, lambda: models * self._run.count_tokens(sets), params=params)
+        self._texts = self._run.fit(sets, lambda: models * self._run.count_tokens(sets))
         if (rank := options["rank"]) is not None and (rank < 1 or options["write"] is None):
             raise UsageError(f"--rank {rank}: is that of adapters in --write FOLDER, from 1 up")
         for rule in read_rules(options, len(steps)):  # raises errors before anything is measured

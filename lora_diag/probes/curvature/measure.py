@@ -459,12 +459,11 @@ def probe_curvature(
             LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
             for name, shape in shapes.items()
         ]
-    largest_rank = max(map(min, chosen.values()))
 
     def count_tokens() -> float:
-        bounds = sum(rank < largest_rank for rank in given.ranks) * (1 + len(fractions)) if compared else 0
-        blocks = len(chosen) if given.per == "layer" else 0
-        return PRODUCT * _count_products(given, blocks + 1, bounds, compared is None) * run.count_tokens(sets)
+        bounds, blocks = len(given.ranks) * (1 + len(fractions)), len(chosen) * (given.per == "layer")
+        products = _count_products(given, blocks + 1, bounds if compared else 0, compared is None)
+        return PRODUCT * products * run.count_tokens(sets)
 
     (texts,) = run.fit(sets, count_tokens, REDUCTIONS if compared else REDUCTIONS_AT_BASE)
     ranks = list(check_ranks(given.ranks, 0))
@@ -620,8 +619,7 @@ def _count_products(given: Options, operators: int, bounds: int, vectors: bool) 
     """Return the estimated number of products, of which ``operators`` is the number of matrices with eigenvalues."""
     # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
     lanczos = 25 + (25 + 5 * given.top) * (given.top > 1 or vectors)
-    count: int = operators * lanczos + given.probes + bounds
-    return count
+    return int(operators * lanczos + given.probes + bounds)
 
 
 def _estimate_cost(

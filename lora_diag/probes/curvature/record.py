@@ -122,9 +122,8 @@ class Curvature(WholeRecord):
     @property
     def strongly_convex(self) -> bool:
         """Whether μ was computed and is above zero by more than float32 rounding, 1e-4·|λ|."""
-        if self.smallest is None:
-            return False
-        return self.smallest - (self.smallest_residual or 0.0) > 1e-4 * abs(self.eigenvalues[0])
+        least = (self.smallest or 0.0) - (self.smallest_residual or 0.0)
+        return least > 1e-4 * max((0.0, *self.eigenvalues))
 
 
 class LossBound(WholeRecord):

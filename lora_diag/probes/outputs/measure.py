@@ -36,9 +36,6 @@ from lora_diag.running.progress import RunRecords
 # Memory limit of logits and hidden states of two models together.
 OUTPUT_BYTES = 2**30
 
-# Time of a forward pass with the comparison of its logits, in forward passes.
-_COMPARED = 2
-
 
 class Switch(Protocol):
     """What gives a model the weights of BASE and an update, or those of BASE: ``Swapped``, or a trained adapter."""
@@ -262,7 +259,8 @@ def probe_outputs(
     compared = [run.compare(base, path) for path, _ in models]
     model = run.open(base)
     sets = run.read_sets()
-    texts = run.fit(sets, lambda: _COMPARED * (len(models) + 1) * run.count_tokens(sets))
+    # The comparison of logits takes about as long as a forward pass.
+    texts = run.fit(sets, lambda: 2 * (len(models) + 1) * run.count_tokens(sets))
     contenders = [Contender("base", "", None)]
     inputs = [compared[0].inputs[0]]
     for (_, role), comparison in zip(models, compared, strict=True):

@@ -253,9 +253,9 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         return run.count_train_tokens(units * len(ranks), run.options.rates, STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    per, parted = run.options.per, 0
-    if "per" in run.reduced:
-        parted = math.ceil(PARTED * len(units_of(linear, base_names, per)))
+    units, parts = (units_of(linear, base_names, per) for per in (run.options.per, "part"))
+    parted = math.ceil(PARTED * len(units)) if "per" in run.reduced else 0
+    if parted:
         run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
         **run.settings("per", "rank", "delta"),
@@ -266,16 +266,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     }
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        plan, units = run.plan_runs(run_records), units_of(linear, base_names, per)
+        plan = run.plan_runs(run_records)
         bases: dict[str, Losses] = {}
 
         def make_arms(units: Sequence[Unit]) -> list[Arm]:
             trials = [partial(_make_trial, model, unit, bases) for unit in units]
             return [Arm((one,), tuple(settings["rates"]), make_trial) for make_trial in trials for one in ranks]
 
-        def parts_of(blocks: Sequence[tuple[str, ...]]) -> list[Unit]:
-            parts = units_of(linear, base_names, "part")
-            return [part for part in parts for layers in blocks if {*part.layers} < {*layers}]
+        def divide(blocks: Sequence[Unit | Gain]) -> list[Arm]:
+            return make_arms([part for part in parts for block in blocks if {*part.layers} < {*block.layers}])
 
         arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
@@ -286,9 +285,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
         description = f"of LoRA on {quantity(len(units), 'unit')} alone"
-        if parted:  # the parts of any blocks, to count the runs
-            timed_first += make_arms(parts_of([unit.layers for unit in units[:parted]]))
-            description += f" and on the parts of up to {parted} of them"
+        timed_first += divide(units[:parted])  # to count the runs
         plan.report_cost({description: timed_first}, 1, 4 * entries if passes else 0, passes)
         if passes:
             after = partial(run.watch.batch, "gradient")
@@ -302,10 +299,10 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
-        measured = [record for record in run_records.records if isinstance(record, Sensitivity)]
-        gains = Gain.undivided(gains_of(measured, run.sets[0].name, run.sets[0].name, rank, run.options.seed))
+        runs, own = (record for record in run_records.records if isinstance(record, Sensitivity)), run.sets[0].name
+        gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options.seed))
         clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
-        for arm in make_arms(parts_of([gain.layers for gain in clear[:parted]])):
+        for arm in divide(clear[:parted]):
             plan.run(arm)
         return left_out
 

@@ -177,6 +177,10 @@ REDUCED = {
     "outputs": ({}, {"max_sequences": 8}),
     "strength": ({"scales": (0.5,)}, {"max_sequences": 8}),
     "fisher": ({"layers": "h.0.attn"}, {"max_sequences": 8, "ranks": (8,)}),
+    "intrinsic": (
+        {"dims": (5,), "ranks": (1,), "steps": 2, "batch": 4},
+        {"max_sequences": 8, "seeds": 1, "widen": 0, "paces": (3e-3,), "full_rates": (3e-4,), "lora_rates": (3e-3,)},
+    ),
     "curvature": (
         {"layers": "h.0.attn.c_proj", "along": (0.5,)},
         {"max_sequences": 8, "top": 1, "probes": 5, "ranks": (1, 4, 16, 64)},

@@ -26,6 +26,7 @@ from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.errors import InconclusiveError, UsageError
 from lora_diag.records import Probe
 from lora_diag.rendering.statements import find
+from lora_diag.running import probing
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
@@ -460,3 +461,14 @@ def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path):
     assert b"made 2023-11-14 22:13 UTC" in found[0]["run/report.html"]
     assert found[0].keys() == found[1].keys()
     assert [name for name, content in found[0].items() if found[1][name] != content] == []
+
+
+def test_time_limit_reduces_evaluation_sets(case, tmp_path, monkeypatch):
+    monkeypatch.setattr(probing, "CPU_WORK", 1)
+    base, texts, *_ = case
+    texts = texts | {"evaluate": [some_text(tmp_path, "held", windows=12, source="shifted")]}
+    for limit, is_reduced in ((None, False), ("9h", True)):
+        notes: list[str] = []
+        options = {**OPTIONS, "time": limit, "dry_run": True, "on_note": notes.append}
+        lora_diag.tune(base, tmp_path / "run", **texts, **options)
+        assert any("--max-sequences 8 (of 12)" in note for note in notes) == is_reduced

@@ -85,6 +85,7 @@ LIBRARIES = {
         "models",
         "running",
         "environment",
+        "thin",
         "tuning",
         "trackers.py",
         *FEATURES,

@@ -216,9 +216,8 @@ def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
     if dtype in FLOAT8:
         return _make_table(dtype)[content.astype(np.intp)]
     if dtype == "bfloat16":  # the upper half of a float32
-        upper_halves = content.view("<u2")
-        bits = np.empty(len(upper_halves), np.uint32)
-        np.left_shift(upper_halves, 16, out=bits, dtype=np.uint32)
+        bits = content.view("<u2").astype(np.uint32)
+        bits <<= 16
         return bits.view(np.float32)
     if is_native(dtype):
         return content.view(_NUMPY_DTYPES[dtype])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from lora_diag.thin import LENGTH, ROWS, fold, sketch
+from lora_diag.thin import BOTH, COLUMNS, LENGTH, ROWS, fold, sketch
 
 
 def cosine(x: np.ndarray, y: np.ndarray) -> float:
@@ -69,3 +69,18 @@ def test_sketches_of_orthogonal_spaces_are_orthogonal():
     q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
     first, second = (sketch((u, u.T), "x") for u in (q[:, :16], q[:, 16:]))
     assert abs(cosine(first, second)) < 4 / math.sqrt(LENGTH)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 16), (700, 3), (1, 1)])
+@pytest.mark.parametrize("by", [ROWS, COLUMNS, BOTH])
+def test_fold_adds_each_row_to_one_bucket(rows, columns, by):
+    """Also a stack whose columns are stored one by one, at distances that are multiples of 4096 bytes."""
+    hashed = fold(np.eye(rows), by)
+    assert (np.abs(hashed).sum(axis=0) == len(by)).all()
+    assert set(np.unique(hashed)) <= {-1.0, 0.0, 1.0}
+    stored = np.random.default_rng(7).standard_normal((3, columns, rows)).astype(np.float32)
+    for stack in (stored.transpose(0, 2, 1), np.ascontiguousarray(stored.transpose(0, 2, 1))):
+        folded = fold(stack, by)
+        assert folded.dtype == np.float32
+        assert folded == pytest.approx(hashed @ stack.astype(np.float64), abs=1e-4)
+        assert (folded[1] == fold(stack[1], by)).all()

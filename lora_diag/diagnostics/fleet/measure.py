@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from lora_diag.checkpoints.file_bytes import Numbers
 
 
-# Maximum number of entries of factors that are read at once: 4 MiB in float32.
-ENTRIES = 2**20
+# Maximum number of entries of factors that are read at once: 2 MiB in float32.
+ENTRIES = 2**19
 
 # The fraction of the energy that a layer's rank is counted to.
 ENERGY = 0.99
@@ -192,7 +192,7 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
 
 
 def measure_dense(path: str, delta: Delta, device: str) -> Measured:
-    """Measure one layer from its decomposition, with one thread of torch.
+    """Measure one layer from its decomposition.
 
     Args:
         path: The adapter's path.
@@ -202,7 +202,6 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     Raises:
         InputError: A file cannot be read, an entry or a norm is not finite, or the decomposition does not converge.
     """
-    torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     change = load_change(delta, resolve_device(device))
     if change.non_finite is not None:
         raise InputError(f"{path}: {delta.layer}: {change.non_finite}")
@@ -446,6 +445,8 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
     """Measure one adapter; return a ``left_out`` record if it cannot be measured."""
     path = member.seen.path
     base = settings.base.path if settings.base is not None else None
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     try:
         if base is None and not is_adapter(locate(path)):
             holds_adapters = path.is_dir() and any(map(is_adapter, path.iterdir()))
@@ -463,6 +464,8 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
     except LoradiagError as error:
         detail = str(error).removeprefix(f"{path}: ")
         return (LeftOut(layer=member.layer, shape=(), reason="unreadable", detail=detail),)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:

@@ -120,8 +120,10 @@ def _describe_length(ranks: Sequence[Probe], matched: Sequence[Probe], predictio
 
 
 def _describe_costliest(alone: Sequence[Probe]) -> str:
-    """Name the parts with the largest cost of truncation alone, at the smallest measured rank."""
+    """Name the parts whose truncation alone raises the loss most, at the smallest measured rank, if significantly."""
     smallest = min(record.rank or 0 for record in alone)
-    costliest = sorted((r for r in alone if r.rank == smallest), key=lambda record: -(record.gap or 0.0))[:3]
+    rising = [r for r in alone if r.rank == smallest and (r.gap or 0.0) > (gap_half(r) or 0.0)]
+    costliest = sorted(rising, key=lambda record: -(record.gap or 0.0))[:3]
     named = ", ".join(f"{short(name_part(r))} {format_gap(r)}" for r in costliest)
-    return f"truncated alone to r={smallest}, the loss rises most for {named}"
+    rises = f"the loss rises most for {named}" if named else "none raises the loss significantly"
+    return f"truncated alone to r={smallest}, {rises}"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.errors import InputError
-from lora_diag.linalg.devices import move, move_if_small
+from lora_diag.linalg.devices import move, move_if_small, zeros
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, gram_of_rows, merge_small_blocks, rows_at_once, times_wide
 
@@ -386,7 +386,7 @@ def _compute_gram(tall: Matrix, cached_blocks: int) -> Tensor:
         return gram_matrix(tall)
     if tall.transposed:
         return gram_of_rows(tall.T, cached_blocks)
-    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    gram = zeros((tall.shape[1], tall.shape[1]), torch.float64, tall.device)
     for block in merge_small_blocks(tall.read(), ROWS):
         gram_matrix(block, gram)
     return gram
@@ -405,7 +405,7 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
     n = matrix.shape[1]
     width = math.ceil(n / PANELS)
     if gram is None:
-        gram = torch.zeros(n, n, dtype=torch.float64, device=matrix.device)
+        gram = zeros((n, n), torch.float64, matrix.device)
     for rows in torch.split(matrix, rows_at_once(matrix)):
         block = rows.to(torch.float64)
         for first in range(0, n, width):

@@ -72,7 +72,8 @@ class Profile:
                 top = float(spacing.amax()) if spacing.numel() else 0.0  # ``max`` took 55 us a piece, not 15
             if not 0.0 < top * scale < math.inf:
                 return self.rows.new_full((), float(top * scale))
-            self._set_unit(max(self.unit, top * scale))
+            if top * scale > self.unit:
+                self._set_unit(top * scale)
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
         # 1/top is exact for powers of two, which most spacings are; a division took 45 us a piece, not 17

@@ -117,10 +117,9 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     product = x.new_empty(len(a), x.shape[1])
     back = x.new_zeros(x.shape[1], a.shape[1])
     rows = PASS_ROWS if torch.get_num_threads() > 1 else LARGE_ROWS if a.numel() >= LARGE else SMALL_ROWS
-    for row in range(0, len(a), rows):
-        part = a[row : row + rows]
-        part_product = torch.mm(part, x, out=product[row : row + rows])
-        back.addmm_(part_product.T, part)  # a thin matrix on the left, see ``times``
+    for part, out in zip(torch.split(a, rows), torch.split(product, rows), strict=True):
+        torch.mm(part, x, out=out)
+        back.addmm_(out.T, part)  # a thin matrix on the left, see ``times``
     return product, back.T
 
 

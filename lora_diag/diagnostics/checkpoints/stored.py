@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.checkpoints import factors
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, bytes_of, load_addend, load_change
+from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, Change, bytes_of, load_addend, load_change
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance
@@ -64,15 +65,13 @@ def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSetti
         change = load_change(delta, device, allowance=_make_allowance(settings))
         problems.append(change.non_finite)
         if change.non_finite is None:
-            found, base_fro = change.decompose(), change.base_fro
-            if not math.isfinite(found.fro):
+            found, base_fro = _decompose(change, task.shape, settings.directions), change.base_fro
+            if found is None:
                 problems[-1] = PRODUCT_OVERFLOW
                 continue
-            k, space = factors.count_directions(found.s.numpy(), settings.directions), torch.zeros(task.shape[0], 0)
-            if k:
-                space = change.decompose(top=k, vectors=True).vectors[0][:, :k].cpu()
+            k = factors.count_directions(found.s.numpy(), settings.directions)
             values.append(found)
-            spaces.append(space.double())
+            spaces.append(found.vectors[0][:, :k].cpu().double())
     finite = [delta for delta, problem in zip(task.deltas, problems, strict=True) if problem is None]
     if not finite:
         return problems, None, base_fro
@@ -86,6 +85,19 @@ def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSetti
         method=[each.method for each in values],
     )
     return problems, evolution, base_fro
+
+
+def _decompose(change: Change, shape: tuple[int, int], directions: int) -> Factors | None:
+    """Return all singular values of ΔW, with its ``directions`` largest left vectors; None if its norm overflows.
+
+    The values that come with the vectors are used where they are all: one Gram matrix gives both.
+    """
+    if change.factors is not None and not math.isfinite(change.decompose().fro):
+        return None
+    largest = change.decompose(top=min(directions, *shape), vectors=True)
+    values = largest.s if largest.rest is None else torch.cat([largest.s, largest.rest])
+    whole = replace(largest, s=values) if len(values) == min(shape) else change.decompose()
+    return replace(whole, u=largest.u, vh=largest.vh) if math.isfinite(whole.fro) else None
 
 
 def _multiply_increments(deltas: Sequence[Delta], shape: tuple[int, int]) -> tuple[factors.Array, list[float | None]]:

@@ -6,12 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lora_diag
 from lora_diag.diagnostics.checkpoints.factors import Factors, measure_factors
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.stored import _decompose
+from lora_diag.layers.change import Change
 from tests import oracles
 from tests.conftest import ROOT
 from tests.diagnostics.checkpoints.making import LAYERS, save_full, save_run
@@ -213,3 +216,23 @@ def test_numbers_equal_those_of_spectrum():
             assert record.fro == pytest.approx(spectrum.fro, rel=1e-6)
             assert record.effective_rank == pytest.approx(spectrum.effective_rank, rel=1e-6)
             assert record.spectral_share == pytest.approx(spectrum.spike, rel=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (180, 140), (140, 180)])
+@pytest.mark.parametrize("factored", [False, True])
+def test_stored_update_gives_all_values_and_largest_vectors(shape, factored):
+    b, a = torch.randn(shape[0], 5).double(), torch.randn(5, shape[1]).double()
+    x = (b @ a).numpy()
+    change = Change(None, None, factors=(b, a)) if factored else Change(float(np.linalg.norm(x)), None, matrix=b @ a)
+    found = _decompose(change, shape, K)
+    u, sigma, _ = np.linalg.svd(x, full_matrices=False)
+    np.testing.assert_allclose(found.s[:5], sigma[:5], rtol=1e-10)
+    assert len(found.s) == (5 if factored else min(shape))
+    assert found.s[5:].sum() < 1e-5 * sigma[0]
+    own = found.vectors[0][:, :K].numpy()
+    np.testing.assert_allclose(own @ own.T, u[:, :K] @ u[:, :K].T, atol=1e-9)
+
+
+def test_stored_update_whose_norm_overflows_is_refused():
+    huge = torch.full((3, 1), 1e200, dtype=torch.float64)
+    assert _decompose(Change(None, None, factors=(huge, huge.T)), (3, 3), 2) is None

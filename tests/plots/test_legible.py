@@ -93,7 +93,7 @@ def shown_texts(figure):
     for ax in figure.axes:
         result += [ax.title, ax._left_title, ax._right_title, ax.xaxis.label, ax.yaxis.label, *ax.texts]
         for axis in (ax.xaxis, ax.yaxis):
-            result += [tick.label1 for tick in axis._update_ticks()] + [tick.label2 for tick in axis._update_ticks()]
+            result += [label for tick in axis._update_ticks() for label in (tick.label1, tick.label2)]
     shown = [text for text in result if text.get_visible() and text.get_text().strip()]
     # Names turned by 45 degrees have no box of their own.
     return [(text, thin_box(text, renderer)) for text in shown if text.get_rotation() % 90 == 0]

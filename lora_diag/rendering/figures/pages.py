@@ -230,7 +230,8 @@ def freeze_layout(figure: Figure) -> Figure:
     SVG, whose clip paths are named by a hash of their bounds. Positions are therefore rounded to a millionth of the
     page.
     """
-    figure.draw_without_rendering()
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
     figure.set_layout_engine("none")
     for ax in figure.axes:
         position = ax.get_position(original=True)

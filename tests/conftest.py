@@ -24,6 +24,10 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the process that hands t
     import numpy as np
     import torch
 
+# Compiled once, not by every worker and command, also where the environment asks for the latter.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 # Every run tries the same examples, and none fails because a machine is slow; ``make fuzz`` tries others.
 PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("same", PATIENT, derandomize=True)

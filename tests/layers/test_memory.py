@@ -56,12 +56,10 @@ def needed_and_measured(what, base, *updates):
     return interference.max_bytes(task, settings), lambda: interference.measure_layer(task, settings)
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """BASE and two updates, each with a large and a small matrix."""
-    folder, rng = tmp_path_factory.mktemp("whole"), torch.Generator().manual_seed(0)
-    shapes = {NAME: SHAPE, SMALL: (90, 80)}
-    base = {name: torch.randn(shape, generator=rng) * 0.02 for name, shape in shapes.items()}
+def write_models(folder, shape):
+    """Write BASE and two updates, each with a large and a small matrix; return their paths."""
+    rng = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(size, generator=rng) * 0.02 for name, size in {NAME: shape, SMALL: (90, 80)}.items()}
     result = [save_model(folder / "base", {name: value.bfloat16() for name, value in base.items()})]
     for number in range(2):
         tuned = {name: (w + 1e-2 * torch.randn(w.shape, generator=rng)).bfloat16() for name, w in base.items()}
@@ -69,9 +67,14 @@ def models(tmp_path_factory):
     return list(map(str, result))
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("whole"), SHAPE)
+
+
 @pytest.mark.parametrize("what", ["intruders", "interference", "geometry"])
-def test_resident_memory_stays_within_plan(models, what):
-    words = [sys.executable, "-c", PEAK, what, *models]
+def test_resident_memory_stays_within_plan(tmp_path, what):
+    words = [sys.executable, "-c", PEAK, what, *write_models(tmp_path, (1000, 840))]
     done = subprocess.run(
         words, capture_output=True, text=True, check=False, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "PATH": ""}
     )

@@ -11,7 +11,7 @@ from tests.conftest import ROOT, Ran
 
 SAMPLES = ROOT / "sample_checkpoints"
 QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
-WIDTHS = (60, 100, 400)
+WIDTHS = (60, 400)
 
 # No other text contains MARK, and every cut of a secret into lines leaves one whole, since lines are joined again.
 MARK = "Qz7"

@@ -37,6 +37,23 @@ def weightwatcher(base: Path, tuned: Path) -> None:
     print(f"\n{details.to_json(orient='records')}")
 
 
+def losses(base: Path, tuned: Path, adapter: Path, text: Path) -> None:
+    """The mean loss of BASE, TUNED and BASE with the adapter on a text: the loop that ``probe outputs`` replaces."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from tests.benchmarks.real import LENGTH, SEQUENCES
+
+    ids = AutoTokenizer.from_pretrained(base)(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    sequences = ids[0, : SEQUENCES * LENGTH].view(-1, LENGTH) if ids.numel() >= SEQUENCES * LENGTH else ids
+    for path in (base, tuned, adapter):
+        model = AutoModelForCausalLM.from_pretrained(base if path == adapter else path, dtype=torch.float32)
+        if path == adapter:
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with torch.no_grad():
+            print([float(model(input_ids=row[None], labels=row[None]).loss) for row in sequences])
+
+
 def loradiag_each(*adapters: Path) -> None:
     """The spectrum of every adapter, in one process."""
     import lora_diag
@@ -53,7 +70,7 @@ def gradience_each(*adapters: Path) -> None:
         audit_lora_peft_dir(adapter, compute_udr=False)
 
 
-SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, loradiag_each, gradience_each)}
+SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, losses, loradiag_each, gradience_each)}
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]

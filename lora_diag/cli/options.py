@@ -151,7 +151,9 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
-                names = {name for group in groups for name in list_options(group) if not is_default(context, name)}
+                source = context.get_parameter_source  # an option with a default is filled in by the function
+                names = {name for group in groups for name in list_options(group)}
+                names = {name for name in names if getattr(source(name), "name", "") != "DEFAULT"}
                 code = _measure_and_show(feature, command, shown, values, names)
         if code:
             raise typer.Exit(code)
@@ -165,11 +167,6 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
     return run
-
-
-def is_default(context: typer.Context, name: str) -> bool:
-    """Return whether the value of an option is its default, and was not given."""
-    return getattr(context.get_parameter_source(name), "name", "") == "DEFAULT"
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:

@@ -297,7 +297,7 @@ def summarize(
         so_far: Contents of an unfinished run.
     """
     options = "; ".join(results.run.settings.get("reduced", ()))
-    advice = "for about ten minutes on two cores; give these options to measure more"
+    advice = "to take ten minutes on two cores, or not much more; give these options to measure more"
     reduced = make_statement("reduced", "Reduced", options, advice, priority=0)
     found = [statement for statement in (*findings, reduced) if statement.lead]
     skipped = skipped or left_out(results)

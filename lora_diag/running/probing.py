@@ -32,6 +32,8 @@ MAX_SEED = 2**31
 # Parameters times tokens of forward passes in about ten minutes: on two cores of an AMD EPYC, which do 8e10 a second
 # without other programs, and on a GPU. Counts and no clock: a command with its defaults measures the same everywhere.
 CPU_WORK, GPU_WORK = 4e13, 4e15
+# Names and values of options, in the order in which they are tried until a run is short enough.
+Reductions = Sequence[tuple[str, Any]]
 # Numbers of sequences to which a run with default options is reduced; with fewer than eight, errors are not reliable.
 SEQUENCES = tuple(("max_sequences", 2**k) for k in range(12, 2, -1))
 
@@ -167,34 +169,30 @@ class ProbeRun:
         """Return the number of tokens of evaluation sets, of at most ``max_sequences`` sequences each."""
         return sum(len(one.ids) for each in sets for one in each.sequences[: self.options.max_sequences])
 
-    def fit(
-        self,
-        sets: Sequence[Texts],
-        count_tokens: Callable[[], float],
-        reductions: Sequence[tuple[str, Any]] = SEQUENCES,
-    ) -> list[Texts]:
+    def fit(self, sets: Sequence[Texts], count: Callable[[], float], reductions: Reductions = SEQUENCES) -> list[Texts]:
         """Reduce options that were not given until the run takes about ten minutes; return the sets for these options.
 
         Args:
             sets: Evaluation sets; a number of sequences above that of the largest is no reduction.
-            count_tokens: Returns the tokens of all forward passes with the present options; a backward pass counts as
-                the forward passes that take as long.
+            count: Returns the tokens of all forward passes with the present options; a backward pass counts as the
+                forward passes that take as long.
             reductions: Names and values of options, in the order in which they are tried.
         """
         most = max(len(each.sequences) for each in sets)
         work = CPU_WORK if resolve_device(self.options.device).type == "cpu" else GPU_WORK
         whole = {**self.options, "max_sequences": most}
         for name, value in reductions:
-            if count_tokens() * self.params <= work:
+            if count() * self.params <= work:
                 break
             if name not in self._given and not (name == "max_sequences" and value >= most):
                 before, after = (re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value))
                 self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
                 self.options[name] = value
         if self.reduced:
-            self.watch.note(f"reduced to about ten minutes of two cores: {'; '.join(self.reduced.values())}")
-        count = self.options.max_sequences if "max_sequences" in self.reduced else most
-        return [each.reduce(count, "for about ten minutes; more with --max-sequences") for each in sets]
+            time_of_two_cores = duration(600 * count() * self.params / work)
+            self.watch.note(f"reduced to about {time_of_two_cores} of two cores: {'; '.join(self.reduced.values())}")
+        kept = self.options.max_sequences if "max_sequences" in self.reduced else most
+        return [each.reduce(kept, "for about ten minutes; more with --max-sequences") for each in sets]
 
     @property
     def model_settings(self) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
-from lora_diag.running.probing import ProbeRun, describe_texts
+from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
 # A shape and a footprint by which the engine sends every run alone: its cost is above that of a batch of layers.
@@ -460,9 +460,9 @@ class TrainRun(ProbeRun):
         tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
         return float(runs * (given.steps * (step * tokens + extra) + self.count_tokens(self.sets)))
 
-    def fit_runs(self, count_tokens: Callable[[], float], reductions: Sequence[tuple[str, Any]]) -> None:
+    def fit_runs(self, count: Callable[[], float], reductions: Reductions) -> None:
         """Reduce options as ``fit`` does, and set ``sets`` and ``training`` again."""
-        self.sets = self.fit(self.sets, count_tokens, reductions)
+        self.sets = self.fit(self.sets, count, reductions)
         self.training = replace(self.training, steps=self.options.steps)
 
     @contextmanager

@@ -39,7 +39,7 @@ from lora_diag.probes.curvature.record import Curvature, LossBound, Matrix, Surr
 from lora_diag.probes.curvature.record import Point as Where
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.text import duration, quantity
+from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES, Options, ProbeRun, describe_texts, left_out
@@ -527,9 +527,14 @@ def _measure(
     if swapped is not None:
         swapped.arrange({}, FULL)
     blocks, bounds = len(missing) if given.per == "layer" else 0, len(ranks) * (1 + len(fractions))
-    products, note = _estimate_cost(loss_function, given, blocks, None not in done, bounds, swapped is None)
+    products = _count_products(given, (None not in done) + blocks, bounds, swapped is None)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
-    watch.note(note)
+    start = time.perf_counter()
+    loss_function.product(loss_function.weights())
+    seconds, kept = time.perf_counter() - start, basis_size(loss_function.params, given.top)
+    gib = 4 * loss_function.params * (kept if given.top > 1 or swapped is None else 3) / 2**30
+    of = f"some {products} Hessian-vector products of {seconds:.2g} s each; Lanczos takes {gib:.1f} GiB"
+    watch.note(f"about {duration(products * seconds)}: {of}")
     gradient = loss_function.gradient()
     losses = measure(loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss"))
     if missing or None not in done:
@@ -620,30 +625,3 @@ def _count_products(given: Options, operators: int, bounds: int, vectors: bool) 
     # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
     lanczos = 25 + (25 + 5 * given.top) * (given.top > 1 or vectors)
     return int(operators * lanczos + given.probes + bounds)
-
-
-def _estimate_cost(
-    loss_function: LossFunction, given: Options, blocks: int, joint: bool, bounds: int, vectors: bool
-) -> tuple[int, str]:
-    """Time one product; return the estimated number of products, and a note on duration and memory.
-
-    Args:
-        loss_function: The loss.
-        given: Options of the run.
-        blocks: Number of layers whose own eigenpairs are requested.
-        joint: Whether the joint eigenpairs are requested.
-        bounds: Number of products of the bounds.
-        vectors: Whether eigenvectors are needed.
-    """
-    start = time.perf_counter()
-    loss_function.product(loss_function.weights())
-    seconds = time.perf_counter() - start
-    products = _count_products(given, joint + blocks, bounds, vectors)
-    vectors_kept = basis_size(loss_function.params, given.top) if given.top > 1 or vectors else 3
-    memory = 4 * loss_function.params * vectors_kept / 2**30
-    basis = f"; Lanczos takes {memory:.1f} GiB" if memory >= 0.1 else ""
-    of_blocks = f" and {quantity(blocks, 'block')}" if blocks else ""
-    return products, (
-        f"about {duration(products * seconds)}: some {products} Hessian-vector products of {seconds:.2g} s each, all "
-        f"layers jointly{of_blocks}{basis}"
-    )

@@ -310,12 +310,12 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
         )
     sets = [run.read(path) for path in (run.options.data, *evaluate)]
-    passes = sum(1 for _ in groups_of({layer: chosen[layer] for layer in modules}))
     has_effects = bool(evaluate) or run.options.measure
 
     def count_tokens() -> float:
+        passes = _BACKWARD * sum(1 for _ in groups_of({layer: chosen[layer] for layer in modules}))
         measured = has_effects * len(modules) * len(run.options.ranks)
-        return _BACKWARD * passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
+        return passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
 
     texts, *others = run.fit(sets, count_tokens, (*SEQUENCES, ("ranks", (8, 64)), ("ranks", (8,))))
     ranks = check_ranks(run.options.ranks)

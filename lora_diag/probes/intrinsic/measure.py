@@ -309,10 +309,9 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     run.read_all()
 
     def count_tokens() -> float:
-        given = run.options
-        tokens = run.count_train_tokens(1, given.full_rates, FULL_STEP)
-        tokens += run.count_train_tokens(len(given.dims), given.paces, FULL_STEP, PROJECTION)
-        return tokens + run.count_train_tokens(len(given.ranks), given.lora_rates, LORA_STEP)
+        tokens = run.count_train_tokens(1, run.options.full_rates, FULL_STEP)
+        tokens += run.count_train_tokens(len(run.options.dims), run.options.paces, FULL_STEP, PROJECTION)
+        return tokens + run.count_train_tokens(len(run.options.ranks), run.options.lora_rates, LORA_STEP)
 
     run.fit_runs(count_tokens, REDUCTIONS)
     lora_ranks = sorted(set(run.options.ranks))

@@ -212,7 +212,7 @@ class _Roundings:
                 self.subtracted.add(block, None, unchanged, row, weight=coarse)
             return
         if rounding.is_finer(self.base, self.tuned):
-            self.energies.add(block, base, unchanged.entries if unchanged else None)
+            self.energies.add(block, base)
         if subtracted and mantissa in (self.base.mantissa, self.tuned.mantissa):
             self.subtracted.add(block, None, unchanged, row)
 

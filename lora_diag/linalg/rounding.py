@@ -296,13 +296,15 @@ def write_spacings(values: Tensor, out: Tensor) -> int:
     flat = values.reshape(-1)
     sample = flat[:: len(flat) // 256 | 1]
     for dtype in SHORTER[values.dtype]:
-        if (
-            _fits_dtype(sample, dtype).float().mean() > 0.5
-            and (fits := _fits_dtype(values, dtype)).float().mean() > 0.5
-        ):
-            mantissa = LAYOUT[dtype][2]
-            short = out.clamp(min=torch.finfo(dtype).tiny)
-            torch.where(fits, short, out * 2.0 ** (mantissa - own_mantissa), out=out)
+        if 2 * int(_fits_dtype(sample, dtype).sum()) <= len(sample):
+            continue
+        fits = _fits_dtype(values, dtype)
+        number, mantissa, tiny = int(torch.count_nonzero(fits)), LAYOUT[dtype][2], torch.finfo(dtype).tiny
+        if 2 * number > len(flat):
+            if number == len(flat):  # ``where`` takes as long as the comparison
+                out.clamp_(min=tiny)
+            else:
+                torch.where(fits, out.clamp(min=tiny), out * 2.0 ** (mantissa - own_mantissa), out=out)
             return mantissa
     return own_mantissa
 
@@ -438,11 +440,12 @@ class Moves:
     def of(cls, changes: Tensor, spacing: Tensor) -> Moves:
         """Return the numbers of changed entries of a sample, given |ΔW| and u of each entry."""
         binade = spacing.view(torch.int64) >> 52
-        lowest = int(binade.min()) if len(binade) else 0
-        binade = binade - lowest
-        entries = torch.bincount(binade)
-        changed = torch.bincount(binade[changes > 0], minlength=len(entries))
-        far = torch.bincount(binade[changes > 1.5 * spacing], minlength=len(entries))
+        lowest, highest = (int(end) for end in binade.aminmax()) if len(binade) else (0, -1)
+        # three bins a binade: not changed, changed, by more than one u
+        bins = 3 * (binade - lowest) + (changes > 0) + (changes > 1.5 * spacing)
+        binades = highest - lowest + 1
+        still, near, far = torch.bincount(bins, minlength=3 * binades).view(binades, 3).T
+        changed, entries = near + far, still + near + far
         present = entries > 0
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
         return cls(2.0 ** values[present], *(counts[present].double() for counts in (entries, changed, far)))
@@ -497,24 +500,16 @@ class Energies:
         """Return the sums of no entries, on the device of the blocks."""
         return cls(torch.zeros(3, _BINS, dtype=torch.float64, device=device))
 
-    def add(self, block: Tensor, base: Tensor, unchanged: Tensor | None) -> None:
-        """Add a block.
-
-        Args:
-            block: Block of ΔW.
-            base: Block of W_base.
-            unchanged: True where ΔW is 0; None if nowhere.
-        """
-        bins = _compute_bins(base)
-        parts = zip(torch.split(bins, _PART), torch.split(block.reshape(-1), _PART), strict=True)
-        for part, changes in parts:  # stays in the cache
+    def add(self, block: Tensor, base: Tensor) -> None:
+        """Add a block of ΔW and of W_base."""
+        parts = zip(torch.split(_compute_bins(base), _PART), torch.split(block.reshape(-1), _PART), strict=True)
+        for bins, changes in parts:  # stays in the cache, and in memory that is not returned in between: 1.1, not 6 ms
             squares = changes.to(torch.float64).square()
-            count = torch.bincount(part, minlength=_BINS)
-            if unchanged is not None:
-                count -= torch.bincount(part[squares == 0], minlength=_BINS)
-            self.sums[0] += count
-            self.sums[1] += torch.bincount(part, squares, minlength=_BINS)
-            self.sums[2] += torch.bincount(part, squares.square_(), minlength=_BINS)
+            count = torch.bincount(bins, squares.sign())
+            used = slice(len(count))
+            self.sums[0, used] += count
+            self.sums[1, used] += torch.bincount(bins, squares)
+            self.sums[2, used] += torch.bincount(bins, squares.square_())
 
     def add_on_gpu(self, block: Tensor, base: Tensor) -> None:
         """Add a block as ``add``, in multiples of 2⁻³⁶ of a bin's largest term: integers add up alike in any order."""
@@ -554,21 +549,22 @@ class Energies:
         squares = (spacing / unit) ** 2
         middle = float(values[torch.searchsorted(n.cumsum(0), float(n.sum()) / 2)])
         z = values / (values + middle)
-        columns = torch.stack([squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))], 1)
-        total, fit = n.sum(), squares * float((changes / n / squares).median())
+        columns = torch.stack([squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))])
+        total, fit, level = n.sum(), squares, float((changes / n / squares).median())
+        changes, fourth = changes / level, fourth / level / level  # the squares of ``fit`` are far from overflow
         for _ in range(_ITERATIONS):
-            weighted = columns / fit[:, None]
-            scale = (n[:, None] * weighted.square()).sum(0).div(total).sqrt()
-            weighted /= scale
-            inverse = torch.linalg.pinv(weighted.T @ (n[:, None] * weighted), hermitian=True, rtol=1e-13)
-            solution = inverse @ (weighted.T @ (changes / fit))
-            fitted = columns @ (solution / scale)
+            weights = 1 / fit.square()
+            products = (n * weights * columns) @ columns.T
+            scale = products.diagonal().div(total).sqrt()
+            inverse = torch.linalg.pinv(products / torch.outer(scale, scale), hermitian=True, rtol=1e-13)
+            solution = inverse @ (columns @ (changes * weights) / scale)
+            fitted = (solution / scale) @ columns
             previous, fit = fit, torch.maximum(fitted, 0.05 * fit)
             if bool(((fit - previous).abs() <= _CONVERGED * previous).all()):
                 break
-        residual = (fourth - 2 * fitted * changes + n * fitted**2) / previous**2
-        variance = inverse @ (weighted.T @ (residual[:, None] * weighted)) @ inverse
-        factor = 1 / (float(scale[0]) * unit**2)
+        residual = (fourth - 2 * fitted * changes + n * fitted**2) * weights.square()
+        variance = inverse @ ((residual * columns) @ columns.T / torch.outer(scale, scale)) @ inverse
+        factor = level / (float(scale[0]) * unit**2)
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor
 
 

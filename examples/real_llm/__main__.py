@@ -4,7 +4,8 @@ Two tasks, a domain (the King James Bible) and a format (the head of a function 
 fine-tuning and by LoRA at six ranks, with rates tuned for each, the domain with three seeds; then the commands of
 loradiag on the results. What is done is skipped and what was interrupted is resumed. Results files are in
 FOLDER/results, what the commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or
---domain. ``--quick`` takes the first task alone, with fewer ranks, steps and seeds.
+--domain. ``--quick`` takes the first task alone, with fewer ranks, steps, seeds and sequences, one storage format, and
+of the slow measurements on single layers none.
 """
 
 from __future__ import annotations
@@ -118,6 +119,7 @@ class Study:
 
     def texts(self, task: str, sequences: int = 32, part: str = "eval") -> list[object]:
         """Return the options that name a held-out text of a task."""
+        sequences = min(sequences, 8) if self.quick else sequences
         path = f"texts/{task}_{part}{SUFFIXES[task]}"
         return ["--eval", path, "--max-sequences", sequences, "--length", LENGTHS[task]]
 
@@ -188,7 +190,10 @@ class Study:
         self.command("spectrum-bf16", "spectrum", "base-bf16", "domain/full-bf16")
         self.command("recover-bf16", "recover", "base-bf16", "domain/full-bf16", "--layers", BLOCKS)
         self.command("outputs-bf16", "probe", "outputs", "base", full, "--reference", "domain/full-bf16", *texts)
-        for name, options in FORMATS.items():
+        if not self.quick:
+            self.command("recover", "recover", "base-bf16", "domain/full-bf16", "--checkpoint", output="recovered")
+            self.command("outputs-recovered", "probe", "outputs", "base", full, "--reference", "recovered", *texts)
+        for name, options in list(FORMATS.items())[: 1 if self.quick else None]:
             self.command(f"plan-merge-{name}", "plan-merge", "base", adapter, *options)
             self.stage(f"merge {name}", folder / f"merged-{name}", lambda: write_merge(folder, folder / adapter, name))  # noqa: B023
             pair = [f"rounded-{name}", f"merged-{name}"]
@@ -201,6 +206,8 @@ class Study:
         for run in (full, adapter):
             name = f"overlap-{'full' if run == full else 'lora'}"
             self.command(name, "overlap", "base", run, f"{run}-gradients", "--ranks", "1,8,64")
+        if self.quick:
+            return
         pair, blocks = ["base", full], ["--layers", BLOCKS]
         alone = [*blocks, "--granularity", "layer", "--ranks", "0,8"]
         self.command("truncation-layer", "probe", "truncation", *pair, *texts, *alone)

@@ -1,7 +1,7 @@
 """Run the study: python -m examples.real_llm FOLDER [--quick] [--domain FILE].
 
 Two tasks, a domain (the King James Bible) and a format (the head of a function as JSON), each learned by full
-fine-tuning and by LoRA at six ranks, with rates tuned for each, the domain with three seeds; then the commands of
+fine-tuning and by LoRA, the domain at six ranks, with rates tuned for each, and with three seeds; then the commands of
 loradiag on the results. What is done is skipped and what was interrupted is resumed. Results files are in
 FOLDER/results, what the commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or
 --domain. ``--quick`` takes the first task alone, with fewer ranks, steps, seeds and sequences, one storage format, and
@@ -44,7 +44,7 @@ class Study:
 
     def __init__(self, folder: Path, quick: bool, domain: Path | None) -> None:
         self.folder, self.quick, self.domain = folder, quick, domain
-        self.ranks = [1, 8] if quick else [1, 2, 4, 8, 16, 64]
+        self.ranks = {"domain": [1, 8] if quick else [1, 2, 4, 8, 16, 64], "format": [1, 8, 64]}
         self.seeds = {"domain": [] if quick else [1, 2], "format": []}
         self.steps = 10 if quick else 20
         # The best rate of each task and rank; rank 0 is full fine-tuning.
@@ -128,7 +128,7 @@ class Study:
 
         If the best rate is the lowest or highest tried, the next one is tried, too, up to four in all.
         """
-        for rank in (0, *self.ranks):
+        for rank in (0, *self.ranks[task]):
             runs = {rate: self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate) for rate in RATES}
             losses = {rate: self.find_loss(task, run, runs.values()) for rate, run in runs.items()}
             while len(runs) < 4 and (best := min(losses, key=losses.__getitem__)) in {min(runs), max(runs)}:
@@ -157,7 +157,7 @@ class Study:
     def measure(self, task: str) -> None:
         """Measure for one task how low-rank the update is, what LoRA misses, and whether the loss cares."""
         full, texts = self.chosen(task, 0), self.texts(task)
-        adapters = [self.chosen(task, rank) for rank in self.ranks]
+        adapters = [self.chosen(task, rank) for rank in self.ranks[task]]
         other_seeds = self.seeds[task]
         seeds = [f"{task}/{_name(rank)}-seed{seed}" for seed in other_seeds for rank in (1, 8, 64)]
         reference = ["--reference", f"{task}/full-seed1"] if other_seeds else []

@@ -297,8 +297,8 @@ def summarize(
         so_far: Contents of an unfinished run.
     """
     options = "; ".join(results.run.settings.get("reduced", ()))
-    advice = "to take ten minutes on two cores, or not much more; give these options to measure more"
-    reduced = make_statement("reduced", "Reduced", options, advice, priority=0)
+    lead = f"{options}: to take ten minutes on two cores, or not much more; give these options to measure more"
+    reduced = make_statement("reduced", "Reduced", options and lead, priority=0)
     found = [statement for statement in (*findings, reduced) if statement.lead]
     skipped = skipped or left_out(results)
     statements = [state_inputs(results, *extra), *found, skipped, *final_statements(results, so_far)]

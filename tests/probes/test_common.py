@@ -6,7 +6,7 @@ import re
 import pytest
 
 import lora_diag
-from lora_diag.catalog import read_results
+from lora_diag.catalog import read_results, table
 from lora_diag.cli.app import commands
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running import probing
@@ -199,6 +199,7 @@ def test_run_with_defaults_is_reduced_to_amount_of_work(inputs, tmp_path, monkey
     assert (reduced.whole, reduced.layers) == (explicit.whole, explicit.layers)
     assert len(reduced.run.settings["reduced"]) == len(smaller)
     assert "--max-sequences 8 (of 19)" in reduced.run.settings["reduced"]
+    assert ["Reduced" in table(found, 80) for found in (reduced, explicit)] == [True, False]
     assert {**explicit.run.settings, "reduced": reduced.run.settings["reduced"]} == reduced.run.settings
 
 

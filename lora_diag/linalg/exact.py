@@ -317,20 +317,46 @@ def decompose_gram(
     tall = matrix.T if is_wide else matrix
     k, n = tall.shape
     gram = move_if_small(_compute_gram(tall, cached_blocks))
-    u = vh = None
+    u = vh = eigenvectors = None
     if vectors:
         eigenvalues, eigenvectors = _compute_eigenvectors(gram, top)
-        v = move(eigenvectors.flip(1), tall.device)
-        # A·V has orthogonal columns; QR makes them orthonormal, where σ = 0 too
-        u, r = torch.linalg.qr(times_wide(tall, v))
-        u = u * torch.where(r.diagonal() < 0, -1.0, 1.0)
-        u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
     else:
         eigenvalues = _compute_eigenvalues(gram, in_place)
     squares = eigenvalues.clamp(min=0).flip(0).cpu()
     kept = squares[:top].sqrt()
+    if eigenvectors is not None:
+        v = move(eigenvectors.flip(1), tall.device)
+        u = _orthonormalize(times_wide(tall, v), kept)
+        u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
     error = _bound_energy_error(k, n, squares, len(kept), fro)
     return Factors(kept, len(kept) == n, "gram", error, fro, u, vh, squares[len(kept) :].sqrt())
+
+
+# As computed, columns of A·V/σ have inner products of a few ε·σ_1²/(σ_iσ_j): 2e-11 where all σ_i ≥ ACCURATE·σ_1. From
+# RESOLVED·σ_1 on, rounding of A·V is small enough for a column to be orthogonalized against others.
+ACCURATE, RESOLVED = 1e-3, 1e-6
+
+
+def _orthonormalize(product: Tensor, s: Tensor) -> Tensor:
+    """Return orthonormal columns that span those of A·V, which are orthogonal but for rounding.
+
+    Large ones are divided by their norms σ_i, a few small ones orthogonalized against them, twice, and by QR. Where a
+    σ_i is near 0, QR of all makes its column orthogonal to the others.
+
+    Args:
+        product: A·V, ``(k, p)``.
+        s: The σ_i, descending, on the CPU.
+    """
+    accurate = int((s >= ACCURATE * s[0]).sum())
+    if not s[0] or s[-1] < RESOLVED * s[0] or 2 * accurate < len(s):
+        accurate = 0
+    u, rest = product[:, :accurate] / s[:accurate].to(product.device), product[:, accurate:]
+    if accurate == len(s):
+        return u
+    for _ in range(2 if accurate else 0):
+        rest = rest - u @ (u.T @ rest)
+    q, r = torch.linalg.qr(rest)
+    return torch.cat([u, q * torch.where(r.diagonal() < 0, -1.0, 1.0)], dim=1)
 
 
 def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Factors:

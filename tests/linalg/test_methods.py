@@ -90,6 +90,21 @@ def test_small_and_thin_matrices(method, shape):
     check_vectors(factors, matrix)
 
 
+@pytest.mark.parametrize("digits", [0.5, 2.9, 3.5, 5.9, 6.1, 9])
+@pytest.mark.parametrize("shape", [(90, 60), (60, 90)], ids=str)
+def test_vectors_of_small_values_are_orthonormal(shape, digits):
+    """Values on both sides of the limits from which columns of A·V are divided, orthogonalized or all decomposed."""
+    matrix = oracles.with_spectrum(np.logspace(0, -digits, 60), *shape, seed=8)
+    factors = decompose(torch.from_numpy(matrix), "gram", vectors=True)
+    check_vectors(factors, matrix)
+    u = factors.vectors[0].numpy()
+    left, s, _ = np.linalg.svd(matrix, full_matrices=False)
+    for rank in (1, 20, 40):  # the space of the largest
+        if s[rank - 1] > 1e-6:
+            angles = np.linalg.svd(left[:, :rank].T @ u[:, :rank], compute_uv=False)
+            assert angles.min() > 1 - 1e-6
+
+
 @pytest.mark.parametrize("method", FULL)
 @pytest.mark.parametrize("top", [1, 7, 39, 40, 100])
 def test_top_keeps_largest(method, top):

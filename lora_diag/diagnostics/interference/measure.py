@@ -48,7 +48,8 @@ from lora_diag.linalg.distance import (
     ties_blocks,
     ties_factor,
 )
-from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.methods import EXACT_UP_TO, Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.streamed import times_wide
 from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results, totals
@@ -82,7 +83,7 @@ class Part:
         update: The update.
         change: Its ΔW as read.
         matrix: ΔW without the weight, dense or as factors.
-        factors: The decomposition of ΔW, with all singular vectors.
+        factors: The decomposition of ΔW: all singular values, and the vectors that are compared.
         rank: Number of singular values above rounding.
         resolution: Resolution of ΔW under the rounding of the files.
     """
@@ -106,12 +107,12 @@ class Part:
 
     @property
     def u(self) -> Tensor:
-        """Left singular vectors of the values in ``s``, as columns."""
+        """Left singular vectors of the largest values in ``s``, as columns."""
         return self.factors.vectors[0][:, : self.rank]
 
     @property
     def v(self) -> Tensor:
-        """Right singular vectors of the values in ``s``, as columns."""
+        """Right singular vectors of the largest values in ``s``, as columns."""
         return self.factors.vectors[1][: self.rank].T
 
     @property
@@ -134,7 +135,12 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     change = load_change(update.delta, device)
     if change.non_finite is not None:
         return change
-    factors = change.decompose(settings.method, None, True, settings.tol, settings.seed)
+    top, method = max(settings.ranks), settings.method
+    if method == "auto" and min(update.delta.shape) > EXACT_UP_TO:
+        method = "gram"  # all values are needed, few vectors
+    factors = change.decompose(method, None if change.factors else top, True, settings.tol, settings.seed)
+    if factors.rest is not None:
+        factors = replace(factors, s=torch.cat([factors.s, factors.rest]), complete=True, rest=None)
     if problem := why_not_comparable(factors.fro):
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
@@ -142,10 +148,18 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     return Part(update, change, matrix, factors, exact.numerical_rank(factors), resolution(change.rounding, factors))
 
 
-def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> float:
-    """Return ‖UᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U‖²/‖ΔW‖², for orthonormal columns U."""
-    inside = (space.T @ (part.v if rows else part.u)) * part.s.to(space.device)
-    return min(1.0, float((inside**2).sum() / (part.s**2).sum()))
+def _project(space: Tensor, part: Part, rows: bool = False) -> Tensor:
+    """Return UᵀΔW, or with ``rows`` (ΔW·U)ᵀ, without the weight, for orthonormal columns U."""
+    if isinstance(part.matrix, tuple):
+        b, a = (factor.to(torch.float64) for factor in part.matrix)
+        return (b @ (a @ space)).T if rows else (space.T @ b) @ a
+    return times_wide(part.matrix if rows else part.matrix.T, space).T
+
+
+def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> Tensor:
+    """Return ‖U_rᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U_r‖²/‖ΔW‖², for the first r of orthonormal columns, each r."""
+    energies = _project(space, part, rows).div_(part.factors.fro).square_().sum(1)
+    return energies.cumsum(0).clamp(max=1.0).cpu()
 
 
 # B, A and s of one adapter: ΔW = s·B·A.
@@ -309,16 +323,19 @@ def _measure_sum(
     """Return the fields of a nonzero sum: what its directions keep, STI, and alignment."""
     u, vh = factors.vectors
     # ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖² for every r: sums over the leading r×r blocks of UᵀΔW_kV.
-    kept_by_part = []
+    kept_by_part, within = [], []
     for part in changed:
-        core = ((u.T @ part.u) * part.s.to(u.device)) @ (part.v.T @ vh.T)
-        kept_by_part.append((core**2).cumsum(0).cumsum(1).diagonal().cpu() / (part.s**2).sum())
+        inside = _project(u, part).div_(part.factors.fro)
+        core = (inside @ vh.T).square_()
+        # Row r up to r, and column r up to r − 1, are what the block of r has more than that of r − 1.
+        kept_by_part.append((core.tril().sum(1) + core.triu(1).sum(0)).cumsum(0).cpu())
+        within.append(inside.square_().sum(1).cumsum(0).clamp(max=1.0).cpu())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
     weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: exact.numerical_rank(factors)]
     # The smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959).
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     alignment_rank = rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
-    alignments = [math.sqrt(_compute_energy_within(u[:, :alignment_rank], part)) for part in changed]
+    alignments = [math.sqrt(energies[alignment_rank - 1]) for energies in within]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
         "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()},
@@ -382,9 +399,9 @@ _SORTED, _COMPARED = 16, 96
 def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
     """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
 
-    An update without factors keeps ΔW and all singular vectors. The steps are decomposing one update, decomposing the
-    sum in float64, products of the sum's vectors with theirs, and TIES, which sorts the entries of one update at a
-    time.
+    An update without factors keeps ΔW and the vectors of its largest values; all are counted, which leaves room for
+    UᵀΔW. The steps are decomposing one update, decomposing the sum in float64, products of the sum's vectors with each
+    update, and TIES, which sorts the entries of one update at a time.
     """
     entries, smaller_side = math.prod(task.shape), min(task.shape)
     vectors = 8 * smaller_side * sum(task.shape)
@@ -475,10 +492,13 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
     # Up to the larger number of directions; larger ranks give the same.
     ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
+    pairs = ((first, second), (second, first))
+    left = [_compute_energy_within(one.u, other) for one, other in pairs]
+    right = [_compute_energy_within(one.v, other, rows=True) for one, other in pairs]
     near = all(
-        _is_near_chance((one.v if rows else one.u)[:, :relation_rank], other, rows)
-        for rows in (False, True)
-        for one, other in ((first, second), (second, first))
+        _is_near_chance(energies, relation_rank, task.shape[side], other)
+        for side, both in enumerate((left, right))
+        for energies, (_, other) in zip(both, pairs, strict=True)
     )
     noise = "unresolved" in {first.resolution.verdict, second.resolution.verdict}
     return Interference(
@@ -492,26 +512,26 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
         cosine_random=cosine_random,
         columns={str(r): agreement(first.u[:, :r], second.u[:, :r]) for r in ranks},
         rows={str(r): agreement(first.v[:, :r], second.v[:, :r]) for r in ranks},
-        energy={str(r): _measure_energy_overlap(first, second, r) for r in ranks},
+        energy={str(r): _make_energy_overlap(left, r, task.shape[0]) for r in ranks},
         relation="noise" if noise else subspaces.classify_relation(near, cosine, cosine_random),
     )
 
 
-def _measure_energy_overlap(first: Part, second: Part, rank: int) -> EnergyOverlap:
-    """Return the overlap of the ``rank`` largest directions of each update with the other update."""
-    u, w = first.u[:, :rank], second.u[:, :rank]
+def _make_energy_overlap(within: Sequence[Tensor], rank: int, rows: int) -> EnergyOverlap:
+    """Return the overlap of the ``rank`` largest directions of each of two updates with the other update."""
+    first, second = (min(rank, len(energies)) for energies in within)
     return EnergyOverlap(
-        second_in_first=_compute_energy_within(u, second),
-        first_in_second=_compute_energy_within(w, first),
-        random_first=u.shape[1] / len(u),
-        random_second=w.shape[1] / len(w),
+        second_in_first=float(within[0][first - 1]),
+        first_in_second=float(within[1][second - 1]),
+        random_first=first / rows,
+        random_second=second / rows,
     )
 
 
-def _is_near_chance(space: Tensor, part: Part, rows: bool) -> bool:
-    """Return whether an update's energy in a column space, or with ``rows`` row space, is near that in a random one."""
-    share = _compute_energy_within(space, part, rows)
-    return subspaces.is_near_chance(share, space.shape[1], len(space), part.effective_rank)
+def _is_near_chance(within: Tensor, rank: int, dimension: int, part: Part) -> bool:
+    """Return whether an update's energy in a space of ``rank`` directions is near that in a random one."""
+    columns = min(rank, len(within))
+    return subspaces.is_near_chance(float(within[columns - 1]), columns, dimension, part.effective_rank)
 
 
 @show_options

@@ -199,6 +199,26 @@ def test_random_adapters_against_numpy(tmp_path_factory, seed, m, n, ranks, dens
         assert union.merges["linear"] is None
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(140, 132), (132, 140)], ids=str)
+def test_full_updates_of_more_values_than_ranks(tmp_path, shape):
+    """Only the vectors of the largest requested rank are computed, and all values."""
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal(shape)
+    parts = [oracles.with_spectrum(np.arange(1, 133) ** -p, *shape, seed=seed) for p, seed in ((0.3, 1), (1.0, 2))]
+    for name, weight in (("base", base), ("x", base + parts[0]), ("y", base + parts[1])):
+        save_model(tmp_path / name, {LAYER: torch.from_numpy(weight)})
+    paths = [tmp_path / "x", tmp_path / "y"]
+    (pair,), (union,) = records(lora_diag.interference(paths, base=tmp_path / "base", ranks=[2, 5], weights=[1, 0.5]))
+    check_union(union, parts, [1, 0.5], 0.2)
+    for rank in (2, 5):
+        for side in ("columns", "rows"):
+            assert getattr(pair, side)[str(rank)].overlap == pytest.approx(overlap(*parts, rank, side), abs=1e-6)
+        u, w = (svd(x)[0][:, :rank] for x in parts)
+        energy = [np.linalg.norm(v.T @ x) ** 2 / np.linalg.norm(x) ** 2 for v, x in ((u, parts[1]), (w, parts[0]))]
+        assert [pair.energy[str(rank)].second_in_first, pair.energy[str(rank)].first_in_second] == pytest.approx(energy)
+
+
 # ---- planted
 
 

@@ -31,7 +31,6 @@ from lora_diag.linalg.cells import (
     cell_halves,
     encode_widths,
     join_cells,
-    list_codes,
     moments,
     round_to_nearest,
 )
@@ -309,7 +308,7 @@ class _StoredPair:
         delta: Their difference.
         unit: A power of two, in which cells are given.
         device: Device of the cells.
-        widths: Codes of the widths of cells that occur; None if they are not known, or widths have no codes.
+        widths: Codes of the widths of cells that occur.
     """
 
     base: _Stored
@@ -317,7 +316,7 @@ class _StoredPair:
     delta: StoredDelta
     unit: float
     device: torch.device
-    widths: tuple[int, ...] | None = None
+    widths: tuple[int, ...] = ()
 
     @property
     def entries(self) -> int:
@@ -611,20 +610,18 @@ def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix
     """Read both sides; return them with the widths that occur, the cells, in memory if ``whole``, and their sums."""
     rounded = pair.base.mantissa <= pair.tuned.mantissa
     parts: list[Tensor | None] = []
-    sums, widths = [], set[int]()
-    coded = True
+    sums, codes = [], set[int]()
     for (first, last), (w, t) in zip(row_spans(pair.delta.shape), pair.delta.blocks(), strict=True):
         cells, stats = pair.cells(first, w, t, rounded)
         sums.append(stats)
-        coded = coded and cells.codes is not None
-        widths |= set(() if cells.codes is None else list_codes(cells.codes))
-        rows = (cells.lo, cells.hi, cells.below, cells.above, None, cells.codes)
+        assert cells.codes is not None
+        codes.update(cells.codes.view(-1).bincount().nonzero()[:, 0].tolist())
         if whole and not parts:
-            parts = [None if part is None else part.new_empty(pair.delta.shape) for part in rows]
-        for every, part in zip(parts, rows, strict=False):
+            parts = [None if part is None else part.new_empty(pair.delta.shape) for part in cells.parts]
+        for every, part in zip(parts, cells.parts, strict=False):
             if every is not None and part is not None:
                 every[first:last] = part
-    pair = replace(pair, widths=tuple(sorted(widths)) if coded else None)
+    pair = replace(pair, widths=tuple(sorted(codes - {0})))
     matrix = Cells(*parts, widths=pair.widths) if whole else _stream_cells(pair, rounded)  # type: ignore[arg-type, misc]
     return pair, matrix, _Stats(*map(sum, zip(*sums, strict=True)))
 

@@ -226,8 +226,8 @@ class Cells(CellMatrix):
         below: Extent of the cell of W below it; None if the start is W.
         above: Extent above it.
         counts: Number of entries with the cell, float64; None for 1.
-        codes: ``encode_widths`` of the entries, int32; None if they have none.
-        widths: The codes that occur in the matrix; None if moments take no table.
+        codes: ``encode_widths`` of the entries, int32; None without ``widths``.
+        widths: The codes for which moments are tabulated.
     """
 
     lo: Tensor
@@ -236,7 +236,7 @@ class Cells(CellMatrix):
     above: Tensor | None = None
     counts: Tensor | None = None
     codes: Tensor | None = None
-    widths: tuple[int, ...] | None = None
+    widths: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -286,19 +286,23 @@ class Cells(CellMatrix):
         """Return entries by row-major index, as one row."""
         return self._select(lambda part: part.reshape(-1)[entries][None])
 
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """One number per entry each, in the order of the fields."""
+        return self.lo, self.hi, self.below, self.above, self.counts, self.codes
+
     def map(self, function: Callable[[Tensor], Tensor]) -> Cells:
         """Return the cells, without codes, with a function applied to both ends and both extents."""
-        return replace(self, counts=None, codes=None, widths=None)._select(function)
+        return replace(self, counts=None, codes=None, widths=())._select(function)
 
     def _select(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        parts = (self.lo, self.hi, self.below, self.above, self.counts, self.codes)
-        return Cells(*(None if part is None else function(part) for part in parts), widths=self.widths)  # type: ignore[arg-type, misc]
+        return Cells(*(None if part is None else function(part) for part in self.parts), widths=self.widths)  # type: ignore[arg-type, misc]
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
     """Return the cells of all blocks, joined along a dimension."""
-    fields = [[getattr(block, name) for block in blocks] for name in ("lo", "hi", "below", "above", "counts", "codes")]
-    parts = (None if tensors[0] is None else torch.cat(tensors, dim) for tensors in fields)
+    columns = zip(*(block.parts for block in blocks), strict=True)
+    parts = (None if tensors[0] is None else torch.cat(tensors, dim) for tensors in columns)
     return Cells(*parts, widths=blocks[0].widths)  # type: ignore[arg-type, misc]
 
 
@@ -360,7 +364,7 @@ def moments(cells: Cells, mean: Tensor | float, deviation: float, fast: bool = F
         >>> round(float(found.mean) ** 2, 9) == round(2 / math.pi, 9), round(float(found.log_mass.exp()), 9)
         (True, 0.5)
     """
-    if cells.codes is not None and cells.widths is not None:
+    if cells.widths:
         return _interpolate(cells, mean, deviation)
     return _integrate_cells(cells, mean, deviation, *(FAST if fast else NODES[cells.lo.dtype]))
 
@@ -432,22 +436,16 @@ POINTS, MARGIN, MAX_DISTANCE = 4, 8.0, 128.0
 _LOW_BITS, _CODE_BITS = 22, 9
 
 
-def encode_widths(stored: Tensor, start: Tensor | None) -> Tensor | None:
-    """Return the widths of both cells of each entry as one int32 number; None if one is not 1 or 1.5 times 2^k.
+def encode_widths(stored: Tensor, start: Tensor | None) -> Tensor:
+    """Return the widths of both cells of each entry as one int32 number; 0 if one is not 1 or 1.5 times 2^k.
 
     Args:
         stored: Widths of the cells of T; float32.
         start: Widths of the cells of W; None without them.
     """
-    widths = [width.view(torch.int32) for width in (stored, torch.zeros_like(stored) if start is None else start)]
-    if any(bool((bits & ((1 << _LOW_BITS) - 1)).any()) for bits in widths):
-        return None
-    return (widths[0] >> _LOW_BITS << _CODE_BITS) | (widths[1] >> _LOW_BITS)
-
-
-def list_codes(codes: Tensor) -> tuple[int, ...]:
-    """Return the numbers of ``encode_widths`` that occur; ascending."""
-    return tuple(codes.view(-1).bincount().nonzero()[:, 0].tolist())
+    bits = stored.view(torch.int32), (torch.zeros_like(stored) if start is None else start).view(torch.int32)
+    codes = (bits[0] >> _LOW_BITS << _CODE_BITS) | (bits[1] >> _LOW_BITS)
+    return codes.mul_(((bits[0] | bits[1]) & ((1 << _LOW_BITS) - 1)) == 0)
 
 
 class _Table(NamedTuple):
@@ -499,7 +497,6 @@ def _tabulate(codes: tuple[int, ...], deviation: float, rounded: bool, device: t
 def _interpolate(cells: Cells, mean: Tensor | float, deviation: float) -> Moments:
     """Return the moments by cubic interpolation over the distance of μ from the center of the cell; exact outside."""
     assert cells.codes is not None
-    assert cells.widths is not None
     table = _tabulate(cells.widths, deviation, cells.rounded, cells.device)
     codes, shape = cells.codes.reshape(-1), cells.shape
     center = (cells.lo + cells.hi) / 2
@@ -524,7 +521,7 @@ def _interpolate(cells: Cells, mean: Tensor | float, deviation: float) -> Moment
     found = Moments(mean_of, slope.mul_(POINTS * deviation**2).view(shape), log_mass.view(shape))
     if len(outside):
         some = mean if isinstance(mean, float) else mean.reshape(-1)[outside][None]
-        exact = moments(replace(cells.at(outside), codes=None), some, deviation)
+        exact = moments(replace(cells.at(outside), widths=()), some, deviation)
         for part, values in zip(found, exact, strict=True):
             part.view(-1)[outside] = values[0]
     return found

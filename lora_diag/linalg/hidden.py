@@ -26,7 +26,7 @@ from torch import Tensor
 from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, select_between, shrink
 from lora_diag.linalg.streamed import Streamed
 
-# Number of entries of the sample to which the size is first fitted, in layers of more than twice as many.
+# Number of entries from which the start of training is chosen, in layers of more than twice as many distinct cells.
 SAMPLE = 2**19
 
 # Up to this many rows or columns, singular values come from the full decomposition.
@@ -122,18 +122,13 @@ def fit_size(cells: CellMatrix, guess: float) -> Size:
         cells: Cells of the entries.
         guess: Initial deviation, such as the root mean square of ΔW; positive.
     """
-    deviation, sample = guess, cells.sample(SAMPLE)
+    deviation = guess
     for _ in range(60):
-        step = _scoring_step(_sum_moments(sample, deviation, fast=True))
-        deviation *= math.exp(step)
-        if abs(step) < 1e-4:
-            break
-    for _ in range(8):
         sums = _sum_moments(cells, deviation)
         step = _scoring_step(sums)
+        deviation *= math.exp(step)
         if abs(step) < 1e-4:
             break
-        deviation *= math.exp(step)
     return Size(
         deviation=deviation,
         fro=deviation * math.sqrt(sums.square),
@@ -164,12 +159,12 @@ class _Sums:
         return 1 / math.sqrt(self.scores) if self.scores > 0 else math.inf
 
 
-def _sum_moments(cells: CellMatrix, deviation: float, fast: bool = False) -> _Sums:
+def _sum_moments(cells: CellMatrix, deviation: float) -> _Sums:
     """Return the sums for x ~ N(0, s²) given its cell, s = ``deviation``."""
     sums = _Sums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
-        posterior = moments(block, 0.0, deviation, fast)
+        posterior = moments(block, 0.0, deviation)
         square = ((posterior.mean / deviation) ** 2 + posterior.variance / deviation**2).double()
         sums.square += block.total(square)
         sums.scores += block.total((square - 1).square())
@@ -240,19 +235,15 @@ def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
     """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
     part = held_out.subsample()
     rows, columns = part.entries // low_rank.vh.shape[1], part.entries % low_rank.vh.shape[1]
-    lengths = low_rank.values.eta.to(low_rank.u).clone()
-    mean, known = part.low_rank_at(low_rank), 0.0
+    unit = low_rank.u[rows] * low_rank.vh.T[columns]
+    lengths, known = low_rank.values.eta.to(unit), torch.zeros(())
     for _ in range(3):  # directions are orthogonal, and so nearly are their entries
+        mean = (unit @ lengths)[None]
         posterior = moments(part.cells, mean, deviation, fast=True)
-        known = float((1 - posterior.variance / deviation**2).sum(dtype=torch.float64))
-        for i in range(low_rank.rank):
-            unit = low_rank.u[rows, i] * low_rank.vh[i, columns]
-            information = float((unit.square() * (1 - posterior.variance[0] / deviation**2)).sum(dtype=torch.float64))
-            step = float((unit * (posterior.mean - mean)[0]).sum(dtype=torch.float64)) / max(information, 1e-9)
-            lengths[i] += step
-        mean = part.low_rank_at(low_rank.with_lengths(lengths))
+        known = 1 - posterior.variance[0] / deviation**2
+        lengths += (unit.T @ (posterior.mean - mean)[0]) / (unit.square().T @ known).clamp(min=1e-9)
     count = low_rank.u.shape[0] * low_rank.vh.shape[1]
-    return lengths.double().cpu(), deviation * math.sqrt(count / max(known, 1e-9))
+    return lengths.double().cpu(), deviation * math.sqrt(count / max(float(known.sum(dtype=torch.float64)), 1e-9))
 
 
 def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[float, Tensor]:

@@ -20,7 +20,6 @@ from lora_diag.linalg.cells import (
     Cells,
     cell_halves,
     encode_widths,
-    list_codes,
     moments,
     round_to_nearest,
 )
@@ -179,7 +178,7 @@ def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
     lo, hi, *halves = (torch.tensor(part * c).float()[None] for part in parts)
     widths = [torch.tensor(width * c).float()[None] for width in (stored, start)]
     codes = encode_widths(widths[0], widths[1] if rounded else None)
-    cells = Cells(lo, hi, *(halves or (None, None)), None, codes, list_codes(codes))
+    cells = Cells(lo, hi, *(halves or (None, None)), None, codes, tuple(codes.unique().tolist()))
     result = moments(cells, torch.tensor(mu * c).float()[None], deviation * c)
     for i in range(12):
         ends = [float(part[0, i]) for part in (lo, hi, *halves)]
@@ -190,10 +189,9 @@ def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
 
 
 def test_other_widths_have_no_code():
-    widths = torch.tensor([[0.5, 1.5]])
-    assert encode_widths(widths, None) is not None
-    assert encode_widths(widths * 1.1, None) is None
-    assert encode_widths(widths, widths * 1.1) is None
+    widths = torch.tensor([[0.5, 1.5, 1.75, 1.1]])
+    assert (encode_widths(widths, None) == 0).tolist() == [[False, False, True, True]]
+    assert (encode_widths(widths[:, :2], widths[:, [0, 3]]) == 0).tolist() == [[False, True]]
 
 
 @pytest.mark.parametrize("block", [2**20, 50])

@@ -187,8 +187,8 @@ class CellMatrix:
         merged: Cells | None = None
         for first, last in self.spans(MERGED_AT_ONCE):
             block = self.rows(first, last)
-            distinct = block.merge_block()
-            merged = distinct if merged is None else join_cells([merged, distinct], 1).merge_block()
+            distinct = block.merge_block()[0]
+            merged = distinct if merged is None else join_cells([merged, distinct], 1).merge_block()[0]
             if merged.shape[1] * MIN_MERGED > min(self.count, 2 * block.count):
                 return self
         return self if merged is None else merged
@@ -267,16 +267,20 @@ class Cells(CellMatrix):
         """Return the sum of one value per cell over all entries, in float64."""
         return float((values if self.counts is None else values * self.counts).sum(dtype=torch.float64))
 
-    def merge_block(self) -> Cells:
-        """Return the distinct cells with their counts, as one row without codes; cells of one 64-bit hash are equal."""
+    def merge_block(self) -> tuple[Cells, Tensor]:
+        """Return the distinct cells with their counts, as one row without codes, and the number of every entry's.
+
+        Cells of one 64-bit hash count as equal.
+        """
         ends = [part for part in (self.lo, self.hi, self.below, self.above) if part is not None]
         key = torch.zeros(self.lo.numel(), dtype=torch.int64, device=self.device)
         for part, factor in zip(ends, HASH_FACTORS, strict=False):
-            key.mul_(factor).add_(part.reshape(-1).view(torch.int32))
+            bits = torch.int32 if part.dtype == torch.float32 else torch.int64
+            key.mul_(factor).add_(part.reshape(-1).view(bits))
         distinct, index = torch.unique(key, return_inverse=True)
         first = torch.zeros_like(distinct).scatter_(0, index, torch.arange(len(key), device=self.device))
         counts = torch.zeros_like(distinct, dtype=torch.float64).index_add_(0, index, self.weights)
-        return replace(self.map(lambda part: part.reshape(-1)[first][None]), counts=counts[None])
+        return replace(self.map(lambda part: part.reshape(-1)[first][None]), counts=counts[None]), index
 
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``, as views."""

@@ -194,9 +194,9 @@ class HeldOut:
     def low_rank_at(self, low_rank: LowRank) -> Tensor:
         """Return L at the entries, as one row."""
         rows, columns = self.entries // low_rank.vh.shape[1], self.entries % low_rank.vh.shape[1]
-        left = low_rank.u * low_rank.values.eta.to(low_rank.u)
-        spans = torch.split(torch.arange(len(self.entries), device=self.entries.device), 2**16)
-        return torch.cat([(left[rows[part]] * low_rank.vh.T[columns[part]]).sum(1) for part in spans])[None]
+        left, right = low_rank.u * low_rank.values.eta.to(low_rank.u), low_rank.vh.T.contiguous()
+        spans = torch.split(torch.arange(len(self.entries), device=self.entries.device), 2**12)
+        return torch.cat([(left[rows[part]] * right[columns[part]]).sum(1) for part in spans])[None]
 
     def log_likelihood(self, low_rank: LowRank, deviation: float) -> Tensor:
         """Return the log-likelihood of every cell under N(L, s²)."""

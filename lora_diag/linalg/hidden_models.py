@@ -55,6 +55,7 @@ class Shape:
         """Return the moments of x = deviation·u, u of this shape, given its cell."""
         if len(self.parts) == 1:
             return moments(cells, 0.0, deviation, fast)
+        size, (cells, index) = cells.shape, cells.merge_block()
         parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
         share, total = self.posterior_shares(parts)
         center, variance = torch.zeros_like(total), torch.zeros_like(total)
@@ -62,7 +63,7 @@ class Shape:
             center += p * part.mean
         for p, part in zip(share, parts, strict=True):
             variance += p * (part.variance + (part.mean - center) ** 2)
-        return Moments(center, variance, total)
+        return Moments(*(part.view(-1)[index].view(size) for part in (center, variance, total)))
 
     def posterior_shares(self, parts: list[Moments]) -> tuple[Tensor, Tensor]:
         """Return the posterior probability of each part, and the logarithm of the likelihood."""

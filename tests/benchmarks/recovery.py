@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.recovery planted 5      rank 8 and σ ~ 1/i, 768², by seed
     python -m tests.benchmarks.recovery coverage 1     of the intervals of ‖X‖, C(r) and ranks, by kind of X and W
+    python -m tests.benchmarks.recovery speed [BASE TUNED]    a planted 4096² layer, or a model; idle machine
 
 Errors are ‖X̂_r − X‖_F/‖X‖_F against the update before rounding.
 """
@@ -25,7 +26,7 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import StoredDelta, pair
 from lora_diag.layers.recovery import Estimate, recover_layer
 from lora_diag.records.vocabulary import Hidden
-from tests.benchmarks.measure import print_table
+from tests.benchmarks.measure import machine, print_table, run
 
 CPU = torch.device("cpu")
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -238,5 +239,26 @@ def coverage(seeds: int = 1, first: int = 9000) -> None:
     print_table(head, (covered.row(label) for label, covered in measure_coverage(seeds, first).items()))
 
 
+def speed(*model: str) -> None:
+    """Print the time of records and of a whole recovered checkpoint: of a model, or of a planted 4096² layer."""
+    print(machine())
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sides = [Path(side) for side in model] or [folder / "base.safetensors", folder / "tuned.safetensors"]
+        if not model:
+            rng = np.random.default_rng(0)
+            w, x = bf16_weight(4096, 4096, rng), update(4096, 4096, "rank 8", 1e-5, rng)
+            for file, weights in zip(sides, (w, w + x), strict=True):
+                save_file({"layers.0.up_proj.weight": weights.bfloat16()}, file)
+        command = [sys.executable, "-m", "lora_diag", "recover", "-q", *sides]
+        outputs = {"records": ["-o", folder / "records.jsonl"], "checkpoint": ["--checkpoint", "-o", folder / "whole"]}
+        used = ((what, run([*command, *words])) for what, words in outputs.items())
+        rows = ((what, f"{each.wall:.0f}", f"{each.cpu:.0f}", f"{each.peak_mib:.0f}") for what, each in used)
+        print_table("recover | wall s | processor s | MiB", rows)
+
+
 if __name__ == "__main__":
-    {"planted": planted, "coverage": coverage}[sys.argv[1]](*map(int, sys.argv[2:]))
+    if sys.argv[1] == "speed":
+        speed(*sys.argv[2:])
+    else:
+        {"planted": planted, "coverage": coverage}[sys.argv[1]](*map(int, sys.argv[2:]))

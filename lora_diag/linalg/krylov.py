@@ -330,15 +330,19 @@ def _decompose(
             rounds = 3  # the Krylov space is exhausted; these blocks are computed again
             continue
         basis, ritz = grown, _rayleigh_ritz(*projected)
-        last = float(ritz.squares[top - 1])
+        columns, last, flat = target, float(ritz.squares[top - 1]), _is_flat(ritz, top, fro, tall)
         error = expected = trace_bound(ritz.squares[:top], fro, tall)
         if error > tol:
             assumed = min(mu, correction * _estimate_mu(ritz, fro, tall))
             expected = inertia_bound(ritz.squares, ritz.residuals, top, fro, assumed, tall)
             if mu < math.inf and expected <= tol and (not vectors or last > mu):  # μ of an earlier probe may do
                 error = min(error, inertia_bound(ritz.squares, ritz.residuals, top, fro, mu, tall))
-            # after a refuted estimate of μ a probe needs a margin
-            likely = expected <= (tol / 2 if progress.refuted else tol) and (not vectors or last > assumed)
+            # A probe needs a margin after a refuted estimate of μ, and where it alone exceeds the cost of a failure, of
+            # few values, whose estimate is from beyond K unless it is that of noise.
+            few = not flat and 3 * top < columns
+            exceeds = progress.exceeds_loss(columns, PROBE) and not progress.exceeds_loss(columns)
+            cautious = progress.refuted > 0 or (few and exceeds)
+            likely = expected <= (tol / 2 if cautious else tol) and (not vectors or last > assumed)
             if error > tol and likely:
                 probed = _bound_outside(tall, basis.q, generator)
                 correction, mu = correction * max(1.0, probed / assumed), min(mu, probed)
@@ -349,10 +353,10 @@ def _decompose(
                     progress.refute(probed / assumed)
         if error <= tol:
             return _make_factors(tall, basis, ritz, top, vectors, is_wide, fro, error)
-        flat = _is_flat(ritz, top, fro, tall)
         if flat and (vectors or expected > NEAR * tol):
             return None
-        target = progress.next_check(basis.q.shape[1], max(expected, tol), flat, max_columns)
+        below_noise = last < _noise_edge(ritz, fro, tall)
+        target = progress.next_check(columns, max(expected, tol), flat, below_noise, max_columns)
     return None
 
 
@@ -427,11 +431,16 @@ class _Progress:
         self.refuted += PROBE * math.prod(self.shape)
         self.mildly = factor < MILD
 
+    def exceeds_loss(self, columns: int, probe: float = 0.0) -> bool:
+        """Return whether a check at so many columns, and a probe at this cost per entry, cost more than ``LOSS``."""
+        beyond = self.cost(columns) + probe * math.prod(self.shape) > LOSS * self.full
+        return beyond and self.budget < math.inf
+
     def cost(self, columns: int, top: int = 0) -> float:
         """Return the cost of all checks and refuted probes so far, and of a check at so many columns."""
         return self.refuted + krylov_cost(self.shape, [*(p for p, _ in self.checks if p < columns), columns], top)
 
-    def next_check(self, columns: int, bound: float, flat: bool, max_columns: int) -> int:
+    def next_check(self, columns: int, bound: float, flat: bool, below_noise: bool, max_columns: int) -> int:
         """Record a check that missed ``tol``; return the number of columns at the next one.
 
         More than ``max_columns`` if a full method is expected to be cheaper.
@@ -440,10 +449,11 @@ class _Progress:
             columns: Columns of the basis.
             bound: The bound with that basis, at least ``tol``.
             flat: Whether the spectrum is that of noise.
+            below_noise: Whether θ_K is below the edge of noise with the energy that was not found.
             max_columns: Maximum number of columns.
         """
         previous = self.checks[-1] if self.checks else None
-        costly = self.budget < math.inf and self.cost(columns) > LOSS * self.full
+        costly = self.exceeds_loss(columns)
         if costly and self.refuted and not self.mildly and bound > REFUTED * self.tol:
             return max_columns + 1
         self.checks.append((columns, bound))
@@ -466,7 +476,9 @@ class _Progress:
         while blocks > 1 and self.cost(columns + blocks * BLOCK) > affordable:
             blocks -= 1
         # a check costs as much as some columns, and more with the size of the basis
-        return columns + max(math.ceil(columns / 8 / BLOCK), blocks) * BLOCK
+        target = columns + max(math.ceil(columns / 8 / BLOCK), blocks) * BLOCK
+        hopeless = below_noise and not flat and bound > REFUTED * self.tol
+        return max_columns + 1 if hopeless and self.exceeds_loss(target) else target
 
 
 def _make_first_block(a: Matrix, generator: torch.Generator) -> _Basis:

@@ -133,6 +133,17 @@ def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
             assert krylov_cost(matrix.shape, checks, 64) + (len(probes) - 1) * probing <= WORTH * full + probing
 
 
+@pytest.mark.slow
+def test_attempt_ends_at_loss_if_value_k_is_below_noise(monkeypatch):
+    """Its bound falls as predicted at first; followed to the end, the attempt cost half of all values."""
+    checks, solve = [], krylov._rayleigh_ritz
+    monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest))
+    matrix = torch.diag(torch.arange(1, 2561.0) ** -0.4)
+    assert krylov.decompose_krylov(matrix, float(matrix.double().norm()), 128) is None
+    assert len(checks) > 1
+    assert krylov_cost(matrix.shape, checks) <= LOSS * full_cost(matrix.shape)
+
+
 @pytest.mark.parametrize("name", ["power law", "rank 20, loud noise"])
 def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
     """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64 eigenvalues."""

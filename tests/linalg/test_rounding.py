@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg.difference import difference
-from lora_diag.linalg.rounding import LAYOUT, Spacing, write_spacings
+from lora_diag.linalg.rounding import LAYOUT, Energies, Spacing, write_spacings
 from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.conftest import as_numpy
 
@@ -179,3 +179,17 @@ def test_signal_rank_of_part_of_spectrum():
     assert signal_rank(s, 0.5, complete=True) == 3
     assert verdict(0.0, 1.0, None) == "resolved"
     assert verdict(0.0, 0.0, 0) == "unresolved"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_energies_are_histograms_of_changed_entries(dtype):
+    rng = np.random.default_rng(0)
+    base = (rng.normal(size=(300, 400)) * 0.02).astype(np.float32)
+    change = rng.normal(size=base.shape).astype(np.float32) * (rng.random(base.shape) < 0.6)
+    energies, block = Energies.of(CPU), torch.from_numpy(change).to(dtype)
+    energies.add(block, torch.from_numpy(base).to(dtype))
+    bits, moved = (base.view(np.int32) >> 16) & (2**15 - 1), change != 0
+    for power, sums in enumerate(energies.sums):
+        expected = np.bincount(bits[moved], np.float64(change[moved]) ** (2 * power), 2**15)
+        np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-12)
+    np.testing.assert_array_equal(block.numpy(), change)  # not overwritten

@@ -140,6 +140,16 @@ def matrix(small: bool, peers: bool) -> None:
     print_figures(commands_in_turn(commands, 1 if small else 5), "loradiag spectrum")
 
 
+def files(small: bool, peers: bool) -> None:
+    """Files of one bf16 matrix in whole processes, over reading, subtracting and the norm."""
+    for rows, columns in ((192, 256),) if small else ((2048, 5632), (2048, 8192), (4096, 4096), (4096, 11008)):
+        folder = made("make_file_pair", FOLDER / f"file-{rows}x{columns}", rows, columns)
+        sides = folder / "base", folder / "tuned"
+        commands = spectrum_commands(*sides) | {"torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]}
+        print(f"\n{rows}×{columns}")
+        print_figures(commands_in_turn(commands, 1 if small else 3), "floor: read both, subtract, norm")
+
+
 def model(small: bool, peers: bool) -> None:
     """A 1 B-parameter sharded bf16 pair, whole processes; other tools on a quarter of its layers."""
     for name in ("1B", "1B/4") if peers else ("1B",):
@@ -287,9 +297,8 @@ def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
     }
 
 
-PARTS = {
-    part.__name__: part for part in (kernels, spectra, matrix, model, residual, adapters, fleet, reading, rounding)
-}
+MEASURED = (kernels, spectra, matrix, files, model, residual, adapters, fleet, reading, rounding)
+PARTS = {part.__name__: part for part in MEASURED}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

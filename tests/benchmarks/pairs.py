@@ -73,6 +73,15 @@ def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int, devic
     return base, tuned
 
 
+def make_file_pair(folder: Path, rows: int, columns: int) -> Path:
+    """Write base/ and tuned/, each a file of one matrix."""
+    sides = weight(rows, columns, torch.Generator().manual_seed(0))
+    for side, matrix in zip(("base", "tuned"), sides, strict=True):
+        (folder / side).mkdir(parents=True, exist_ok=True)
+        save_file({"w.weight": matrix}, folder / side / "model.safetensors")
+    return folder
+
+
 def make_adapter(
     folder: Path, hidden: int, inner: int, kv: int, layers: int, rank: int, seed: int, bits: int = 32
 ) -> Path:
@@ -96,4 +105,6 @@ def make_adapter(
 
 if __name__ == "__main__":
     what, folder, *sizes = sys.argv[1:]
-    {"make_pair": make_pair, "make_adapter": make_adapter}[what](Path(folder), *map(int, sizes))
+    {"make_pair": make_pair, "make_file_pair": make_file_pair, "make_adapter": make_adapter}[what](
+        Path(folder), *map(int, sizes)
+    )

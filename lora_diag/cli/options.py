@@ -182,14 +182,16 @@ def _measure_and_show(
 ) -> int:
     """Call the function of a command with its values and callbacks, show the result, and return the exit code.
 
-    The function gets the options of ``option_names`` only: those with a default, which it knows, are left out.
+    The function gets the options of ``option_names``, and those that it has no default for.
     """
     from lora_diag.records import Results, lines_of
 
     function = feature.function_of(command)
-    rest = [name for name, each in signature(function).parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
+    parameters = signature(function).parameters
+    rest = [name for name, each in parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
+    needed = {name for name, each in parameters.items() if each.default is Parameter.empty}
     with shown.callbacks(values.get("follow", False)) as callbacks:
-        passed = {*option_names, *(argument.name for argument in command.arguments)}.difference(rest)
+        passed = {*option_names, *needed, *(argument.name for argument in command.arguments)}.difference(rest)
         named = {name: value for name, value in values.items() if name in passed}
         named |= {name: callback for name, callback in callbacks.items() if name in option_names}
         result = function(*(word for name in rest for word in values[name]), **named)

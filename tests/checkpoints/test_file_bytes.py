@@ -50,7 +50,7 @@ def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
     (update,) = open_adapter(adapter).pair(base)[0].deltas
     layer = MergedLayer("w", (300, 50), *(deltas.Side(side, "w.weight") for side in (base, merged)), (update,))
     result = []
-    for memory, low, high in ((None, 2, 2), (layer.needed, 10, 100)):
+    for memory, low, high in ((None, 2, 2), (layer.needed, 3, 100)):
         READING.clear()
         result.append(verify(layer, memory))
         assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high

@@ -295,7 +295,7 @@ _UNSUPPORTED = {
 def _refuse_vllm(contents: Contents, since: str) -> str:
     """Return why the versions of vLLM from ``since`` do not load an adapter; empty if they do."""
     config = contents.config
-    allowed = {"classifier", "score"} if since != "0.10" else set()
+    allowed = ("classifier", "score") if since != "0.10" else ()
     given = config.get("modules_to_save") or []
     saved = [str(name) for name in (given if isinstance(given, list) else [given]) if name not in allowed]
     start = config.get("init_lora_weights")

@@ -144,8 +144,10 @@ class MergedLayer:
             for (first, last), block in zip(row_spans(self.shape), self.blocks(), strict=True):
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
                 parts.append([part[inside] if part is not None else None for part in block])
-            w, m, step = zip(*parts, strict=True)
-            self.sampled.append((torch.cat(w), torch.cat(m), torch.cat(step) if step[0] is not None else None))
+            w, m, steps = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
+            for first, last in row_spans((len(chosen), columns)):
+                step = steps[first:last] if steps is not None else None
+                self.sampled.append((w[first:last], m[first:last], step))
         return chosen, replace(self, shape=(len(chosen), columns), kept=self.sampled)
 
     @property

@@ -82,7 +82,7 @@ def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint 
         return Hint("extract {base} {tuned} --rank 16 -o adapter/", "the best adapter of the files' difference")
     command = "--checkpoint -o recovered/"
     command = command if values["output"] is None else f"recover {{base}} {{tuned}} {command}"
-    return Hint(command, "the better checkpoint; --rank R for an adapter") if is_measured else None
+    return Hint(command, "the estimate as a checkpoint; --rank R for an adapter") if is_measured else None
 
 
 def select_misfits(records: Iterable[Recovery]) -> list[Recovery]:

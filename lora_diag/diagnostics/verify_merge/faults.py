@@ -9,6 +9,7 @@ their sum; this only gives the likely cause.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -144,10 +145,10 @@ class MergedLayer:
             for (first, last), block in zip(row_spans(self.shape), self.blocks(), strict=True):
                 inside = chosen[(chosen >= first) & (chosen < last)] - first
                 parts.append([part[inside] if part is not None else None for part in block])
-            w, m, steps = (None if each[0] is None else torch.cat(each) for each in zip(*parts, strict=True))
-            for first, last in row_spans((len(chosen), columns)):
-                step = steps[first:last] if steps is not None else None
-                self.sampled.append((w[first:last], m[first:last], step))
+            w, m, step = zip(*parts, strict=True)
+            whole = torch.cat(w), torch.cat(m), torch.cat(step) if step[0] is not None else None
+            for span in itertools.starmap(slice, row_spans((len(chosen), columns))):
+                self.sampled.append((whole[0][span], whole[1][span], None if whole[2] is None else whole[2][span]))
         return chosen, replace(self, shape=(len(chosen), columns), kept=self.sampled)
 
     @property

@@ -118,7 +118,7 @@ def check_request(method: str, top: int | None, tol: float) -> None:
     if method not in {"auto", *METHODS}:
         raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")
     if method == "krylov" and top is None:
-        raise UsageError("--method krylov: computes the largest values only; give their number with --top K")
+        raise UsageError("--method krylov: computes the largest values only; give --top K, or use auto")
     if top is not None and top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
     if not 0 < tol < 1:

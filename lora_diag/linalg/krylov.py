@@ -758,7 +758,7 @@ def extreme_eigenpairs(
             top = Eigenpairs(values[-1:], none, float(errors[-1]), 0)
             return top, Eigenpairs(values[:1], none, float(errors[0]), step)
         before, x = x, y.div_(beta)
-    raise InputError(f"Lanczos did not converge in {step} products; give more --eigenvalues")
+    raise InputError(f"Lanczos did not converge in {step} products; give another --seed, or fewer layers")
 
 
 def _solve_dense(times: Callable[[Any], Any], size: int, count: int) -> tuple[Tensor, Tensor]:

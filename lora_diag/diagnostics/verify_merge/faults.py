@@ -400,8 +400,10 @@ class Fit:
     check: Check
 
     def __str__(self) -> str:
-        """Return the factor with the digits that its error permits, and the error."""
-        digits = min(12, max(2, 1 - math.floor(math.log10(max(self.error, 1e-12)))))
+        """Return the factor with the fewest digits within two errors, and the error."""
+        most = min(12, max(2, 1 - math.floor(math.log10(max(self.error, 1e-12)))))
+        near = (n for n in range(2, most) if abs(round(self.factor, n) - self.factor) <= 2 * self.error)
+        digits = next(near, most)
         return f"{self.factor:.{digits}f} ± {self.error:.1g}"
 
 

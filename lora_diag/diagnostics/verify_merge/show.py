@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
@@ -33,6 +34,7 @@ WEAK_RETENTION = 0.9
 
 # Maximum number of causes stated per fault.
 SHOWN = 3
+_ERROR = re.compile(r"(?<=\d) ± [\d.e+-]+(?=[,:])")
 
 
 def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
@@ -124,7 +126,8 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
     by_status: dict[MergeStatus, dict[str, list[Merge]]] = {}
     for record in sorted(results, key=lambda record: ORDER.index(record.status)):
         if record.failed:
-            by_status.setdefault(record.status, {}).setdefault(record.cause, []).append(record)
+            cause = _ERROR.sub("", record.cause)  # layers with one scale differ in its error
+            by_status.setdefault(record.status, {}).setdefault(cause, []).append(record)
     lines = []
     for status, causes in by_status.items():
         listed = [f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]

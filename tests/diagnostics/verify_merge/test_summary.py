@@ -2,6 +2,7 @@
 
 import pytest
 
+from lora_diag.diagnostics.verify_merge.faults import Fit
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge, outcome
 from lora_diag.diagnostics.verify_merge.show import ORDER, REMEDIES, merge_lines
 from lora_diag.records import Results
@@ -54,3 +55,14 @@ def test_failing_statuses_come_first_with_remedy():
     assert set(REMEDIES) == set(failing)
     assert list(ORDER[: len(failing)]) == failing
     assert set(ORDER) >= CORRECT
+
+
+def test_layers_with_one_wrong_scale_are_stated_together():
+    """Fits of one scale differ by their errors; another scale is a cause of its own."""
+    fits = (("a", 1.4999999987, 2e-9), ("b", 1.5000000021, 3e-9), ("c", 1.5001, 3e-9))
+    causes = {name: f"ΔW was added times {Fit(factor, error, 1e-8, None)}, which" for name, factor, error in fits}
+    assert causes["a"] == "ΔW was added times 1.50 ± 2e-09, which"
+    found = find(
+        merge_lines(results_of(*(wrong("wrong scale", layer=n, cause=c) for n, c in causes.items()))), "wrong_scale"
+    )
+    assert [line.partition(":")[0] for line in found.lines] == ["a, b", "c"]

@@ -30,6 +30,10 @@ SPACING_OVERFLOW = "the squares of the spacing of its numbers overflow float64"
 # Range of norms of compared updates, so that squares of their quotients are finite in float64.
 MIN_NORM, MAX_NORM = 1e-75, 1e75
 
+# Parts of a block for steps in float64: results of 2^20 entries are new pages in every step, which took 12 ms instead
+# of 2 for ‖ΔW − B·A‖ at 1536×576 on an AMD EPYC.
+PARTS = 4
+
 # Memory per entry of an update that is computed in full (LoHa, LoKr, ...): float64, with one factor or copy.
 COMPUTED_ENTRY_BYTES = 16
 
@@ -66,22 +70,29 @@ class Change:
         """Number of row blocks in which ΔW is read repeatedly; None if it is in memory."""
         return None if self.streamed is None else len(list(row_spans(self.streamed.shape)))
 
-    def blocks(self, shape: tuple[int, int]) -> Iterator[Tensor]:
+    def blocks(self, shape: tuple[int, int], parts: int = 1) -> Iterator[Tensor]:
         """Yield ΔW in row blocks, float64; a product of factors is formed block by block.
+
+        Args:
+            shape: ``(out, in)``.
+            parts: Number of blocks into which each of 2^20 entries is split.
 
         Raises:
             InputError: A file could not be read again.
         """
         if self.streamed is not None:
-            yield from (block.to(torch.float64) for block in self.streamed.read())
+            yield from (part.to(torch.float64) for block in self.streamed.read() for part in torch.chunk(block, parts))
             return
-        for first, last in row_spans(shape):
-            if self.factors is not None:
-                b, a = self.factors
-                yield b[first:last].to(torch.float64) @ a.to(torch.float64)
-            else:
-                assert self.matrix is not None
-                yield self.matrix[first:last].to(torch.float64)
+        for start, stop in row_spans(shape):
+            step = math.ceil((stop - start) / parts)
+            for first in range(start, stop, step):
+                rows = slice(first, min(stop, first + step))
+                if self.factors is not None:
+                    b, a = self.factors
+                    yield b[rows].to(torch.float64) @ a.to(torch.float64)
+                else:
+                    assert self.matrix is not None
+                    yield self.matrix[rows].to(torch.float64)
 
     def decompose(
         self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 5e-4, seed: int = 0

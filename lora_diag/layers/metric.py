@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, Side, row_blocks
 from lora_diag.errors import InputError, MemoryLimitError
-from lora_diag.layers.change import Change, why_not_comparable
+from lora_diag.layers.change import PARTS, Change, why_not_comparable
 from lora_diag.layers.resolution import Gains
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import first_non_finite, norm
@@ -150,7 +150,7 @@ class Metric:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)
             gap, norm, inner = compare_blocks(
-                zip(self.change.blocks(self.shape), other.blocks(self.shape), strict=True)
+                zip(*(each.blocks(self.shape, PARTS) for each in (self.change, other)), strict=True)
             )
         if why_not_comparable(norm):
             return Distances(), norm

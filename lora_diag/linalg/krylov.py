@@ -57,6 +57,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -118,6 +119,7 @@ def rounding_allowance(a: Matrix) -> float:
     return 2 * 4 * math.sqrt(a.shape[1]) * torch.finfo(a.dtype).eps / 2
 
 
+@cache
 def enlargement(dimension: int, probes: int, degree: int) -> float:
     """Return 1/(1 − ε): μ over the largest Ritz value of a probe.
 

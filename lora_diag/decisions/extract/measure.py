@@ -26,7 +26,7 @@ from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
+from lora_diag.layers.change import PARTS, PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, weighting_bytes
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
@@ -391,8 +391,9 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
         return frobenius_distance(change.factors, (b, a))
     b, a = b.to(torch.float64), a.to(torch.float64)
     distance, row = 0.0, 0
-    for block in change.blocks(shape):
-        distance = math.hypot(distance, norm([block - b[row : row + len(block)] @ a]))
+    for block in change.blocks(shape, PARTS):
+        gap = torch.addmm(block, b[row : row + len(block)], a, alpha=-1)
+        distance = math.hypot(distance, norm([gap]))
         row += len(block)
     return distance
 

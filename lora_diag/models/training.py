@@ -376,7 +376,7 @@ def train(model: Model, cell: Cell, training: Training, after: Callable[[], None
         after: Called after every step.
     """
     parameters = [parameter for parameter in model.module.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=training.decay, fused=True)
     model.module.train()
     step_losses: list[float] = []
     for step, batch in enumerate(training.batches()):

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_diag.errors import UsageError
+
+Value = TypeVar("Value")
 
 
 def resolve_device(word: str) -> torch.device:
@@ -70,31 +73,36 @@ def use_own_stream(device: torch.device) -> Iterator[None]:
     stream.synchronize()
 
 
-class _FullFloat32:
-    """Multiply float32 matrices in float32 within the block, which several threads may enter.
+class SharedSetting(Generic[Value]):
+    """A setting of the process within a block, which several threads may enter; the last one to leave restores it.
 
-    The bounds rest on its 24 bits. TensorFloat-32, which training code and NVIDIA's containers
-    (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``) turn on for the whole process, has 11.
+    Args:
+        read: Returns the setting.
+        write: Changes it.
+        value: The setting within the block.
     """
 
-    def __init__(self) -> None:
-        self.lock, self.inside, self.before = threading.Lock(), 0, ""
+    def __init__(self, read: Callable[[], Value], write: Callable[[Value], object], value: Value) -> None:
+        self.read, self.write, self.value = read, write, value
+        self.lock, self.inside, self.before = threading.Lock(), 0, value
 
     def __enter__(self) -> None:
         with self.lock:
             if not self.inside:
-                self.before = torch.get_float32_matmul_precision()
-                torch.set_float32_matmul_precision("highest")
+                self.before = self.read()
+                self.write(self.value)
             self.inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
             self.inside -= 1
             if not self.inside:
-                torch.set_float32_matmul_precision(self.before)
+                self.write(self.before)
 
 
-_full_float32 = _FullFloat32()
+# The bounds rest on the 24 bits of float32. TensorFloat-32, which training code and NVIDIA's containers
+# (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``) turn on for the whole process, has 11.
+_full_float32 = SharedSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
 
 
 def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.errors import InputError
+from lora_diag.linalg import openblas
 from lora_diag.linalg.devices import move, move_if_small, zeros
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, gram_of_rows, merge_small_blocks, rows_at_once, times_wide
@@ -42,7 +43,7 @@ class Factors:
         u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not requested. In every column
             the entry of largest absolute value is positive; in that of the core if ``method`` is ``factored``.
         vh: Right singular vectors ``(len(s), n)``, likewise, with signs consistent with ``u``.
-        rest: Values after those of ``s`` that a full method computed with them, descending; None if there are none.
+        rest: Values after those of ``s``, descending; None where they were not computed with them.
     """
 
     s: Tensor
@@ -279,10 +280,10 @@ PANELS, LEAST_PANEL = 16, 72
 # (8192²: 16 s and 1.5 GiB against 28 s and 1.1 GiB).
 IN_PLACE_FROM = 12288
 
-# In matrices of this order or more, up to this fraction of the eigenvectors is computed without the others: 64 of 4096
-# in 2.9 s instead of 8.4 s, 64 of 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. Only where
-# the matrix has all cores: SciPy's LAPACK takes every core, holds the interpreter's lock and waits for all its threads
-# at every column, so that with concurrent work it was up to ten times slower than torch's.
+# Up to this fraction of the eigenvectors is computed without the others: 64 of 4096 in 2.9 s instead of 8.4 s, 64 of
+# 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. In small matrices one thread does it, from
+# this order on all cores do, but only where the matrix has them: the threads wait for each other at every column, so
+# that with concurrent work it was up to ten times slower than torch's.
 SUBSET_FROM, SUBSET_SHARE = 2048, 1 / 8
 ALL_CORES = torch.get_num_threads()
 
@@ -329,7 +330,8 @@ def decompose_gram(
         u = _orthonormalize(times_wide(tall, v), kept)
         u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
     error = _bound_energy_error(k, n, squares, len(kept), fro)
-    return Factors(kept, len(kept) == n, "gram", error, fro, u, vh, squares[len(kept) :].sqrt())
+    rest = squares[len(kept) :].sqrt() if len(squares) == n else None
+    return Factors(kept, len(kept) == n, "gram", error, fro, u, vh, rest)
 
 
 # As computed, columns of A·V/σ have inner products of a few ε·σ_1²/(σ_iσ_j): 2e-11 where all σ_i ≥ ACCURATE·σ_1. From
@@ -391,7 +393,7 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     if gram is None:
         raise ValueError("a stack of at least one matrix is needed")
     scale = scale or 1.0
-    squares = torch.linalg.eigvalsh(move_if_small(gram), UPLO="L").clamp_(min=0).flip(0).cpu()
+    squares = _compute_eigenvalues(move_if_small(gram), in_place=False).clamp_(min=0).flip(0).cpu()
     possible = min(len(gram), rows)
     kept = squares[:possible][:top].sqrt()
     error = _bound_energy_error(rows, len(gram), squares, len(kept), fro / scale)
@@ -443,6 +445,8 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
 def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
     """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be overwritten."""
+    if openblas.suits(gram):
+        return openblas.eigenvalues(gram)
     if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
         values: Tensor = torch.linalg.eigvalsh(gram, UPLO="L")
         return values
@@ -459,28 +463,10 @@ def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor
     """Return the ``top`` largest eigenvalues, or all, ascending; and the vectors of the ``top`` largest (None: all)."""
     n = len(gram)
     has_all_cores = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
-    if top is not None and has_all_cores and n >= SUBSET_FROM and top <= SUBSET_SHARE * n:
-        largest = _compute_largest(gram, top)
+    suits = openblas.suits(gram) or (has_all_cores and n >= SUBSET_FROM)
+    if top is not None and top <= SUBSET_SHARE * n and suits:
+        largest = openblas.largest_eigenpairs(gram, top)
         if largest is not None:
             return largest
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values, vectors if top is None else vectors[:, -top:]
-
-
-def _compute_largest(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
-    """Return the largest eigenvalues, ascending, and their vectors, by bisection and inverse iteration.
-
-    None if inverse iteration does not converge, or if bisection cannot separate the ``top``-th value from the next ones
-    and returns fewer, as observed for 600 equal values.
-    """
-    import scipy.linalg
-
-    n = len(gram)
-    try:
-        # The lower triangle by rows is the upper one by columns.
-        values, vectors = scipy.linalg.eigh(
-            gram.numpy().T, lower=False, subset_by_index=(n - top, n - 1), check_finite=False, driver="evr"
-        )
-    except np.linalg.LinAlgError:
-        return None
-    return (torch.from_numpy(values), torch.from_numpy(vectors)) if len(values) == top else None

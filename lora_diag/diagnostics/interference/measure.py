@@ -139,8 +139,11 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     if method == "auto" and min(update.delta.shape) > EXACT_UP_TO:
         method = "gram"  # all values are needed, few vectors
     factors = change.decompose(method, None if change.factors else top, True, settings.tol, settings.seed)
-    if factors.rest is not None:
-        factors = replace(factors, s=torch.cat([factors.s, factors.rest]), complete=True, rest=None)
+    rest = factors.rest
+    if rest is None and factors.method == "gram":  # its largest vectors were computed alone
+        rest = change.decompose("gram").s[len(factors.s) :]
+    if rest is not None:
+        factors = replace(factors, s=torch.cat([factors.s, rest]), complete=True, rest=None)
     if problem := why_not_comparable(factors.fro):
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix

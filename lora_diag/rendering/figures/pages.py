@@ -232,7 +232,7 @@ def freeze_layout(figure: Figure) -> Figure:
     """
     if (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # not "none", for which savefig draws twice
     for ax in figure.axes:
         position = ax.get_position(original=True)
         ax.set_position(Bbox(np.round(position.get_points(), 6)))

@@ -71,13 +71,19 @@ def same_numbers():
     import torch
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for devices that are not here
 
 
 @pytest.fixture(autouse=True)
 def whole_summaries(monkeypatch):
     """Let commands in this process show every line of their summaries, as ``show_all`` does for those in others."""
     monkeypatch.setattr("lora_diag.cli.options.LINES", None)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave the static figures out of the HTML reports of this process, as ``draw_nothing`` does in others."""
+    monkeypatch.setattr("lora_diag.reports.html.images_of", lambda evidence: [])
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,9 @@ PATIENCE = 900
 # The environment variable with the path of the server's socket.
 SOCKET = "LORADIAG_TEST_SERVER"
 
+# The environment variable with the ``prepare`` of the commands of a shell, if any.
+PREPARE = "LORADIAG_TEST_PREPARE"
+
 # ``-S -E``: start in 0.02 s. The words of a command follow.
 PROGRAM = [sys.executable, "-S", "-E", str(Path(__file__).resolve())]
 
@@ -83,6 +86,27 @@ def show_all(job: dict) -> None:
     options.LINES = None
 
 
+def draw_nothing(job: dict) -> None:
+    """Leave the static figures out of HTML reports, of which they are nearly all time; ``tests/reports`` has them."""
+    from lora_diag.reports import html
+
+    html.images_of = lambda evidence: []
+
+
+def peak(anew: bool = False) -> int:
+    """Return the peak of the resident memory of this process in bytes; ``anew`` from now on, without what is freed.
+
+    Not of ``getrusage``, which begins with what the parent took.
+    """
+    import ctypes
+    import re
+
+    if anew:
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def _connected(path: str) -> socket.socket:
     import fcntl
 
@@ -103,7 +127,8 @@ def _connected(path: str) -> socket.socket:
 
 
 def _start(path: str) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # Strings have other hashes in commands than in tests, so that what depends on them differs.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
     nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     return os.posix_spawn(
         sys.executable, [sys.executable, "-m", "tests.served", path], environment, file_actions=nothing
@@ -196,7 +221,7 @@ def _be_the_command(job: dict, files: list[int]) -> None:
         os.environ.clear()
         os.environ.update(job["environment"])
         _take(dict(zip(job["files"], files, strict=True)))
-        if "prepare" in job:
+        if job.get("prepare"):
             module, function = job["prepare"].split(":")
             getattr(importlib.import_module(module), function)(job)
         from lora_diag.__main__ import main
@@ -251,6 +276,7 @@ def _pass_on() -> int:
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET])
     job = {"words": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}  # noqa: PTH109
+    job["prepare"] = os.environ.get(PREPARE)
     _send(connection, job, files)
     answers = connection.makefile()
     child = int(answers.readline())

@@ -197,7 +197,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("file", MADE)
-def test_write_replaces_own_files_others_on_request(run, tmp_path, records, file):
+def test_write_replaces_own_files_others_on_request(run, tmp_path, records, undrawn, file):
     """What a command wrote it replaces unasked, under one of two names of a hard link; a stranger's with a word."""
     for extra in {".parquet": ["pandas", "pyarrow"], ".png": ["matplotlib"]}.get(Path(file).suffix, []):
         pytest.importorskip(extra)

@@ -23,10 +23,10 @@ def files(tmp_path):
 
 
 def test_page_with_name_and_one_without(loradiag, files, tmp_path):
-    ran = loradiag("report", *files)
+    ran = loradiag("report", files[2])  # curves of three steps: the figure that is drawn soonest
     assert (ran.code, ran.out) == (0, "")
     assert re.fullmatch(r"report\.html: \d.* MB\n", ran.err)
-    ran = loradiag("report", *files, "-o", "my page.html", "-q")
+    ran = loradiag("report", files[2], "-o", "my page.html", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
     one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))
     changing = r"made \S+ \S+ UTC|<!-- loradiag \w+ -->\n$"

@@ -1,7 +1,5 @@
 """Computations with all singular vectors of several matrices stay within planned memory, or report what is missing."""
 
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +16,7 @@ from lora_diag.running.inputs import compare
 from lora_diag.running.updates import LayerUpdates, Update
 from tests.conftest import ROOT, save_model
 from tests.messages import assert_names
+from tests.served import peak
 
 pytestmark = pytest.mark.slow
 
@@ -25,20 +24,14 @@ SHAPE = 1400, 1200
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
 SAMPLE = ROOT / "sample_checkpoints"
 
-PEAK = """
-import re, sys, torch
-from pathlib import Path
-from tests.layers.test_memory import NAME, SMALL, needed_and_measured
 
-torch.set_num_threads(1)
-needed_and_measured(SMALL, *sys.argv[1:])[1]()  # the libraries it loads are no part of a layer's memory
-needed, measure = needed_and_measured(NAME, *sys.argv[1:])
-# not getrusage, which begins with what the parent took
-resident = lambda: 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-before = resident()
-measure()
-print(needed, resident() - before)
-"""
+def print_peak(job):
+    """Print the estimated memory of a layer, and by how much the resident memory of a process grows."""
+    needed_and_measured(SMALL, *job["words"])[1]()  # the libraries it loads are no part of a layer's memory
+    needed, measure = needed_and_measured(NAME, *job["words"])
+    before = peak(anew=True)
+    measure()
+    raise SystemExit(f"{needed} {peak() - before}")
 
 
 def needed_and_measured(layer, what, base, *updates):
@@ -72,13 +65,10 @@ def models(tmp_path_factory):
 
 
 @pytest.mark.parametrize("what", ["intruders", "interference", "geometry"])
-def test_resident_memory_stays_within_plan(tmp_path, what):
-    words = [sys.executable, "-c", PEAK, what, *write_models(tmp_path, (1000, 840))]
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, cwd=ROOT, env={"OMP_NUM_THREADS": "1", "PATH": ""}
-    )
-    assert done.returncode == 0, done.stderr
-    needed, grown = map(int, done.stdout.split())
+def test_resident_memory_stays_within_plan(tmp_path, server, what):
+    words, prepare = [what, *write_models(tmp_path, (1000, 840))], "tests.layers.test_memory:print_peak"
+    _, _, err = server.run(words, ROOT, environment={}, prepare=prepare)
+    needed, grown = map(int, err.decode().split())
     assert 0.3 * needed < grown <= needed
 
 

@@ -1,8 +1,6 @@
 """Row blocks compared with the whole matrix and float64 NumPy; used memory compared with the estimate."""
 
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,6 +13,7 @@ from lora_diag.linalg import methods as limits
 from lora_diag.linalg.methods import Allowance, decompose, decompose_streamed
 from lora_diag.linalg.streamed import COLUMNS, Streamed, gram_of_rows, merge_small_blocks, normal, times_wide
 from tests import oracles
+from tests.served import peak
 
 pytestmark = pytest.mark.slow
 
@@ -156,35 +155,24 @@ def test_oversized_layer_is_reported_before_reading():
         decompose_streamed(unread, Allowance(PLENTY, top=0), 1.0)
 
 
-PEAK = """
-import re, sys, torch
-from pathlib import Path
-from lora_diag.linalg.methods import Allowance, decompose_streamed
-from lora_diag.linalg.streamed import Streamed
-from lora_diag.linalg import methods
+def print_peak(job: dict) -> None:
+    """Print the method by which a process decomposes a matrix, and by how many MiB its resident memory grows."""
+    m, n, top, vectors, limit = map(int, job["words"])
+    scale = torch.arange(1, n + 1) ** -1.0
+    rows = 2**20 // n
+    block = torch.randn(rows, n) * scale
 
-def resident():  # not getrusage, which begins with what the parent took
-    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+    def read():  # 2^20 entries at a time, the same in every pass
+        for first in range(0, m, rows):
+            yield torch.cos(torch.arange(first, min(m, first + rows)))[:, None] * block[: m - first]
 
-torch.set_num_threads(1)
-torch.manual_seed(0)
-m, n, top, vectors, limit = map(int, sys.argv[1:])
-scale = torch.arange(1, n + 1) ** -1.0
-
-rows = 2**20 // n
-block = torch.randn(rows, n) * scale
-
-def read():  # 2^20 entries at a time, the same in every pass
-    for first in range(0, m, rows):
-        yield torch.cos(torch.arange(first, min(m, first + rows)))[:, None] * block[: m - first]
-
-warm = torch.randn(300, 300, dtype=torch.float64)
-torch.linalg.eigh(warm @ warm.T), torch.linalg.qr(warm), torch.linalg.eigvalsh(warm @ warm.T)
-fro = sum(float(block.double().square().sum()) for block in read()) ** 0.5
-before = resident()
-found = decompose_streamed(Streamed(read, (m, n)), Allowance(limit, top=top or None, vectors=bool(vectors)), fro)
-print(found.method, (resident() - before) / 2**20)
-"""
+    warm = torch.randn(300, 300, dtype=torch.float64)
+    torch.linalg.eigh(warm @ warm.T), torch.linalg.qr(warm), torch.linalg.eigvalsh(warm @ warm.T)
+    fro = sum(float(block.double().square().sum()) for block in read()) ** 0.5
+    before = peak(anew=True)
+    allowance = Allowance(limit * 2**20, top=top or None, vectors=bool(vectors))
+    result = decompose_streamed(Streamed(read, (m, n)), allowance, fro)
+    raise SystemExit(f"{result.method} {(peak() - before) / 2**20}")
 
 
 @pytest.mark.parametrize(
@@ -196,12 +184,11 @@ print(found.method, (resident() - before) / 2**20)
         ((1024, 24000), 24, 1, 80, "krylov"),
     ],
 )
-def test_memory_stays_within_limit(shape, top, vectors, limit, method):
+def test_memory_stays_within_limit(shape, top, vectors, limit, method, server, tmp_path):
     """Resident memory of a process of its own; the limit is less than the bytes of the matrix."""
     assert limit * 2**20 < 4 * math.prod(shape)
-    words = [sys.executable, "-c", PEAK, *map(str, (*shape, top, vectors, limit * 2**20))]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env={"OMP_NUM_THREADS": "1", "PATH": ""})
-    assert done.returncode == 0, done.stderr
-    ran, grown = done.stdout.split()
+    words, prepare = (*shape, top, vectors, limit), "tests.linalg.test_limited:print_peak"
+    _, _, err = server.run(words, tmp_path, environment={}, prepare=prepare)
+    ran, grown = err.decode().split()
     assert ran.split(":")[0] == method
     assert float(grown) <= limit

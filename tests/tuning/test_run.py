@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -26,6 +25,7 @@ from lora_diag.decisions.allocate.peft_config import make_config
 from lora_diag.errors import InconclusiveError, UsageError
 from lora_diag.records import Probe
 from lora_diag.rendering.statements import find
+from lora_diag.reports.html import images_of
 from lora_diag.running import probing
 from lora_diag.tuning import planning
 from lora_diag.tuning import run as run_module
@@ -35,11 +35,14 @@ from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.show import tune_lines
 from lora_diag.tuning.trials import Measured, Variant
 from tests.building import build, results
-from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 from tests.probes.making import bert, gpt2, ids_of, loss_of, opened, some_text, trained
+from tests.served import show_all
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
+    pytest.mark.usefixtures("undrawn"),  # the report of ``case`` is drawn
+]
 
 OPTIONS = {"params": 4500, "ranks": (2, 8), "rates": (1e-2, 3e-2), "steps": 6, "seeds": 2, "batch": 4, "widen": 0}
 
@@ -428,35 +431,33 @@ def test_summary_names_what_is_not_significant():
     assert "NOT" not in summarize(significant=True, gain_error=0.001)
 
 
-SEARCH = """
-import json, sys
-from pathlib import Path
-import torch
-import lora_diag
-from lora_diag.tuning import planning
-planning.time_steps = lambda *_: (0.01, 0.01)  # the only numbers of a search that are measured times
-torch.set_num_threads(1)
-options = json.loads(sys.argv[2])
-lora_diag.tune(Path(sys.argv[1]), Path("run"), **options)
-"""
+def fix_step_times(job=None):
+    """Fix the only numbers of a search that are measured times; show whole summaries."""
+    show_all(job)
+    planning.time_steps = lambda *_: (0.01, 0.01)
 
 
 @pytest.mark.slow
-def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path):
+def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path, monkeypatch, run, server):
     """Under SOURCE_DATE_EPOCH, every file has the same bytes, given the seconds of a step."""
-    base = gpt2(tmp_path / "base")
     held = some_text(tmp_path, "held_out", windows=2, source="shifted")
-    options = OPTIONS | {"steps": 2, "seeds": 1, "ranks": (2,), "rates": (1e-2,), "no_full": True}
-    options |= {"data": str(some_text(tmp_path, "train", windows=5)), "evaluate": [str(held)]}
-    found = []
-    for seed in ("1", "2"):
-        folder = tmp_path / seed
-        folder.mkdir()
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        words = [sys.executable, "-c", SEARCH, str(base), json.dumps(options)]
-        subprocess.run(words, cwd=folder, env=environment, check=True, capture_output=True)
-        files = (path for path in (folder / "run").rglob("*") if path.is_file())
-        found.append({str(path.relative_to(folder)): path.read_bytes() for path in files})
+    words = ["tune", gpt2(tmp_path / "base"), "--data", some_text(tmp_path, "train", windows=5), "--eval", held]
+    words += ["--params", "4500", "--ranks", "2", "--lr", "1e-2", "--steps", "2", "--repeats", "1", "--batch", "4"]
+    words += ["--widen", "0", "--no-full", "--yes", "--quiet", "-o", "run"]
+    here, there = tmp_path / "here", tmp_path / "there"
+    there.mkdir()
+    code, _, err = server.run(words, there, environment={**os.environ}, prepare="tests.tuning.test_run:fix_step_times")
+    assert code == 5, err  # of one seed, no choice is significant
+    here.mkdir()
+    monkeypatch.setattr("lora_diag.reports.html.images_of", images_of)
+    monkeypatch.setattr(planning, "time_steps", planning.time_steps)
+    fix_step_times()
+    monkeypatch.chdir(here)
+    assert run(*words).code == 5
+    found = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (here, there)
+    ]
     assert {"run/report.html", "run/tune.jsonl", "run/trials/uniform-r2/adapter_config.json"} <= set(found[0])
     assert b"made 2023-11-14 22:13 UTC" in found[0]["run/report.html"]
     assert found[0].keys() == found[1].keys()

@@ -1,10 +1,11 @@
 """Recorded gradients against autograd: in a real Trainer with real PEFT, and in loops of one's own."""
 
+import contextlib
 import copy
 import math
 import os
-import subprocess
-import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ import lora_diag
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.overlap.recorder import GradientRecorder
 from lora_diag.errors import UsageError
-from tests.conftest import PATIENCE, ROOT, as_numpy
+from tests.conftest import ROOT, as_numpy
 from tests.linalg.test_subspace import dense_overlaps
 from tests.messages import assert_names, raises_naming
+from tests.served import Server
 
 VOCABULARY = 24
 
@@ -359,8 +361,9 @@ def test_sharded_weights_are_refused(tmp_path):
         GradientRecorder(tmp_path / "g").attach(model)
 
 
-def one_of_two(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def train_one_of_two(job: dict) -> None:
+    warnings.simplefilter("ignore")
+    rank, folder = int(job["words"][0]), Path(job["cwd"])
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     model = nn.parallel.DistributedDataParallel(with_lora(llama(), modules_to_save=["lm_head"]))
     with GradientRecorder(folder / "g", every=1).attach(model) as recorder:
@@ -370,19 +373,19 @@ def one_of_two(rank: int, folder: Path) -> None:
     os._exit(0)  # gloo now and then hangs while the other process takes its own end down
 
 
-def test_two_processes_record_gradient_of_whole_batch_once(tmp_path):
+def test_two_processes_record_gradient_of_whole_batch_once(tmp_path, server):
     """DistributedDataParallel on gloo: a LoRA, an lm_head that is trained, each process with half of the batch."""
-    script = "import sys; from pathlib import Path; from tests.diagnostics.overlap.test_recorder import one_of_two\n"
-    script += "one_of_two(int(sys.argv[1]), Path(sys.argv[2]))"
-    words = [sys.executable, "-W", "ignore", "-c", script]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # what the name of the machine resolves to may not answer
-    running = [subprocess.Popen([*words, str(rank), str(tmp_path)], cwd=ROOT, env=environment) for rank in (0, 1)]
-    try:
-        assert [process.wait(timeout=PATIENCE) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    prepare = "tests.diagnostics.overlap.test_recorder:train_one_of_two"
+
+    def run(rank: int):
+        (tmp_path / f"printed{rank}").mkdir()
+        with contextlib.closing(Server(tmp_path / f"printed{rank}")) as own:
+            return own.run([rank], tmp_path, environment=environment, prepare=prepare)
+
+    with ThreadPoolExecutor(2) as both:
+        for code, _, err in both.map(run, (0, 1)):
+            assert code == 0, err
     expected = record(with_lora(llama(), modules_to_save=["lm_head"]), accumulated, tmp_path / "one")
     result = saved(tmp_path / "g", 0)
     assert set(result) == set(expected)

@@ -209,7 +209,7 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
     assert progress[-1].done == progress[-1].total
 
 
-def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, monkeypatch):
+def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, monkeypatch, undrawn):
     """Time is up while the pilot is trained, which is ended; with more time here, all is as of one machine."""
     base, options = tiny
     options |= {"params": 1100, "ranks": (2,), "rates": (1e-2,), "widen": 0, "no_full": True}

@@ -99,9 +99,9 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[0])).replace(str(ROOT), ""))
-def test_error_is_one_message_with_exit_code(loradiag, tmp_path, case):
+def test_error_is_one_message_with_exit_code(run, tmp_path, case):
     words, named, *code = case
-    ran = loradiag(*words)
+    ran = run(*words)
     assert (ran.code, ran.out) == (code[0] if code else 2, ""), ran.err
     assert named in ran.err
     assert ran.err.startswith("Error: ")

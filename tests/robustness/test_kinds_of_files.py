@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.errors import InputError
 from lora_diag.files import open_regular
-from tests.conftest import ROOT
+from tests.conftest import PATIENCE, ROOT
 from tests.messages import raises_naming
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
@@ -36,14 +37,22 @@ def place(path: Path, what: str) -> None:
         path.mkdir()
 
 
+@pytest.fixture
+def patient():
+    """End this process where a command in it waits."""
+    signal.alarm(PATIENCE)
+    yield
+    signal.alarm(0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["pipe", "device", "folder"])
 @pytest.mark.parametrize("name", PLACES)
-def test_no_command_waits_for_what_is_no_file(loradiag, tmp_path: Path, name: str, what: str) -> None:
+def test_no_command_waits_for_what_is_no_file(run, patient, tmp_path: Path, name: str, what: str) -> None:
     place(tmp_path / "in" / name, what)
     for words in (["inspect", "in"], ["spectrum", SAMPLES / "base", "in"], ["inspect", f"in/{name}"],
                   ["spectrum", "--gradients", "in"]):  # fmt: skip
-        ran = loradiag(*words)
+        ran = run(*words)
         assert ran.code == 3, ran.out + ran.err
         assert ran.err.count("\n") == 1
         assert "in" in ran.err
@@ -51,12 +60,12 @@ def test_no_command_waits_for_what_is_no_file(loradiag, tmp_path: Path, name: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_pipe_in_adapter_does_not_wait(loradiag, tmp_path: Path, name: str) -> None:
+def test_pipe_in_adapter_does_not_wait(run, patient, tmp_path: Path, name: str) -> None:
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     os.mkfifo(tmp_path / "a" / name)
-    assert loradiag("fleet", "a", SAMPLES / "lora_r16").code == 3
-    assert loradiag("spectrum", SAMPLES / "base", "a").code == 3
+    assert run("fleet", "a", SAMPLES / "lora_r16").code == 3
+    assert run("spectrum", SAMPLES / "base", "a").code == 3
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:

@@ -20,32 +20,32 @@ def measured(tmp_path_factory):
     return path
 
 
-def test_config_records_and_json_agree(loradiag, measured, tmp_path):
-    ran = loradiag("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
+def test_config_records_and_json_agree(run, measured, tmp_path):
+    ran = run("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     ranks = {record["layer"]: record["rank"] for record in ran.records if record["record"] == "allocation"}
     assert config["r"] in ranks.values()
     assert ran.records[-2]["record"] == "left_out"
     assert [record["record"] for record in ran.records].count("certificate") == 1
-    assert loradiag("allocate", measured, "--energy", "0.5", "-o", "a.jsonl", "-q").out == ""
+    assert run("allocate", measured, "--energy", "0.5", "-o", "a.jsonl", "-q").out == ""
     assert (tmp_path / "a.jsonl").read_text() == ran.out
-    repeated = loradiag("inspect", "a.jsonl").out
-    live = loradiag("allocate", measured, "--energy", "0.5").out
+    repeated = run("inspect", "a.jsonl").out
+    live = run("allocate", measured, "--energy", "0.5").out
     assert repeated.strip() == live[: live.index("Next")].strip()
 
 
-def test_config_check_builds_model(loradiag, measured, tmp_path):
+def test_config_check_builds_model(run, measured, tmp_path):
     pytest.importorskip("transformers")
     pytest.importorskip("peft")
     words = ["allocate", measured, "--params", "50k", "-q"]
-    checked = loradiag(*words, "-o", "adapter_config.json", "--check", ROOT / "sample_checkpoints/base")
+    checked = run(*words, "-o", "adapter_config.json", "--check", ROOT / "sample_checkpoints/base")
     assert (checked.code, checked.out) == (0, "")
     assert (tmp_path / "adapter_config.json").exists()
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_layer": 1, "n_head": 1}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_config.json").unlink()
-    other = loradiag(*words, "-o", "adapter_config.json", "--check", "config.json")
+    other = run(*words, "-o", "adapter_config.json", "--check", "config.json")
     assert other.code == 3
     assert_names(other.err, "PEFT", "accept")
     assert not (tmp_path / "adapter_config.json").exists()

@@ -28,7 +28,7 @@ def policy(tmp_path):
     return make
 
 
-def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
+def test_each_error_kind_has_its_exit_code(run, results, policy, tmp_path):
     write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False)
     write(tmp_path / "none.jsonl", [])
     (tmp_path / "cut.jsonl").write_bytes(results.read_bytes()[:40])
@@ -49,45 +49,45 @@ def test_each_error_kind_has_its_exit_code(loradiag, results, policy, tmp_path):
         (4, [name, "none.jsonl"], "no records"),
         (5, [name, "u.jsonl"], ""),
     ):
-        ran = loradiag("gate", *words)
+        ran = run("gate", *words)
         assert (ran.code, words) == (code, words), ran.err + ran.out
         assert text in ran.err
         assert ran.err.count("\n") == (1 if text else 0)
 
 
-def test_json_equals_file_and_inspect_shows_it(loradiag, results, policy, tmp_path):
+def test_json_equals_file_and_inspect_shows_it(run, results, policy, tmp_path):
     name = policy(0.08)
-    ran = loradiag("gate", name, "r.jsonl", "--json", "-o", "v.jsonl")
+    ran = run("gate", name, "r.jsonl", "--json", "-o", "v.jsonl")
     assert ran.code == 1
     assert ran.out == (tmp_path / "v.jsonl").read_text()
     assert [ran.records[0]["command"], ran.records[-1]["record"]] == ["gate", "end"]
     verdicts = [record for record in ran.records if record["record"] == "verdict"]
     assert {v["layer"] for v in verdicts if v["rule"] == "drift"} == set(LAYERS)
-    live = loradiag("gate", name, "r.jsonl").out
-    repeated = loradiag("inspect", "v.jsonl")
+    live = run("gate", name, "r.jsonl").out
+    repeated = run("inspect", "v.jsonl")
     assert repeated.code == 0
     assert repeated.out.strip() == live[: live.index("Next")].strip()
 
 
-def test_quiet_keeps_one_line_with_reason(loradiag, results, policy):
-    ran = loradiag("gate", policy(0.08), "r.jsonl", "-q")
+def test_quiet_keeps_one_line_with_reason(run, results, policy):
+    ran = run("gate", policy(0.08), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
     words = LAYERS[5].removesuffix(".weight"), "0.0906", "relative <= 0.08", "look at the learning rate"
     assert_names(ran.err, "FAILED", "drift", *words)
-    ran = loradiag("gate", policy(0.2), "r.jsonl", "-q")
+    ran = run("gate", policy(0.2), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
 
 
-def test_reports_are_written_and_model_card_is_kept(loradiag, results, policy, tmp_path):
+def test_reports_are_written_and_model_card_is_kept(run, results, policy, tmp_path):
     (tmp_path / "README.md").write_text("# My model\n")
     words = ["--junit", "j.xml", "--model-card", "README.md"]
-    assert loradiag("gate", policy(0.08), "r.jsonl", *words).code == 1
+    assert run("gate", policy(0.08), "r.jsonl", *words).code == 1
     root = ElementTree.fromstring((tmp_path / "j.xml").read_text())
     assert (root.get("failures"), root.find(".//failure").get("type")) == ("2", "failed")
     card = (tmp_path / "README.md").read_text()
     assert card.startswith("# My model\n")
     assert "FAILED" in card
-    assert loradiag("gate", policy(0.2), "r.jsonl", *words).code == 0
+    assert run("gate", policy(0.2), "r.jsonl", *words).code == 0
     card = (tmp_path / "README.md").read_text()
     assert "PASSED" in card
     assert "FAILED" not in card
@@ -113,37 +113,37 @@ def test_github_mode_escapes_commands_and_writes_step_summary(loradiag, tmp_path
     assert "more are in" not in summary
 
 
-def test_gate_init_writes_passing_policy(loradiag, results, tmp_path):
-    ran = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
+def test_gate_init_writes_passing_policy(run, results, tmp_path):
+    ran = run("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (ran.code, ran.err) == (0, "")
     assert "loradiag gate p.toml r.jsonl" in ran.out
-    assert loradiag("gate", "p.toml", "r.jsonl").code == 0
-    printed = loradiag("gate", "init", "r.jsonl").out
+    assert run("gate", "p.toml", "r.jsonl").code == 0
+    printed = run("gate", "init", "r.jsonl").out
     assert printed.replace("policy.toml", "p.toml") == (tmp_path / "p.toml").read_text()
     content = (tmp_path / "p.toml").read_bytes()
-    refused = loradiag("gate", "init", "r.jsonl", "-o", "p.toml")
+    refused = run("gate", "init", "r.jsonl", "-o", "p.toml")
     assert (refused.code, "--overwrite" in refused.err, (tmp_path / "p.toml").read_bytes()) == (2, True, content)
-    assert loradiag("gate", "init", "r.jsonl", "-o", "p.toml", "-q", "--overwrite").code == 0
+    assert run("gate", "init", "r.jsonl", "-o", "p.toml", "-q", "--overwrite").code == 0
 
 
-def test_gate_measures_like_existing_file(loradiag, tmp_path):
+def test_gate_measures_like_existing_file(run, tmp_path):
     base, adapter = SAMPLES / "base", SAMPLES / "lora_r4"
-    assert loradiag("spectrum", base, adapter, "-o", "s.jsonl", "-q").code == 0
-    assert loradiag("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
+    assert run("spectrum", base, adapter, "-o", "s.jsonl", "-q").code == 0
+    assert run("gate", "--policy", "adapter-basic", "s.jsonl", "-q", "-o", "a.jsonl").code == 0
     words = ["--base", base, "--adapter", adapter]
-    assert loradiag("gate", "--policy", "adapter-basic", *words, "-q", "-o", "b.jsonl").code == 0
+    assert run("gate", "--policy", "adapter-basic", *words, "-q", "-o", "b.jsonl").code == 0
     a, b = ((tmp_path / name).read_text().splitlines()[1:-1] for name in ("a.jsonl", "b.jsonl"))
     assert len(a) > 30
     assert a == b
 
 
-def test_adapter_is_measured_against_base_and_fine_tune(loradiag, tmp_path):
+def test_adapter_is_measured_against_base_and_fine_tune(run, tmp_path):
     (tmp_path / "p.toml").write_text(
         '[[rule]]\nname = "far"\nrequire = "residual.epsilon <= 1"\nlayers = "q_proj"\nwhere = {role = "adapter"}\n'
         '[[rule]]\nname = "near"\nrequire = "spectrum.relative <= 1"\n'
     )
     words = ["--base", SAMPLES / "base", "--tuned", SAMPLES / "full_ft", "--adapter", SAMPLES / "lora_r4"]
-    ran = loradiag("gate", "p.toml", *words, "--json")
+    ran = run("gate", "p.toml", *words, "--json")
     statuses = {(record["rule"], record["status"]) for record in ran.records if record.get("layer")}
     assert ran.code == 1
     assert statuses == {("far", "failed"), ("near", "passed")}

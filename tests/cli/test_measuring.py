@@ -35,28 +35,28 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_table_records_and_gate_agree(loradiag, tmp_path, command):
+def test_table_records_and_gate_agree(run, tmp_path, command):
     words, rules = COMMANDS[command]
-    ran = loradiag(*command.split(), *words, "-o", "r.jsonl")
+    ran = run(*command.split(), *words, "-o", "r.jsonl", width=80)
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
-    assert loradiag("inspect", "r.jsonl").out == ran.out[: ran.out.index("\nNext ")] + "\n"
-    assert loradiag("inspect", "r.jsonl", "--per", "layer").code == 0
-    assert loradiag(*command.split(), *words, "--json").out == (tmp_path / "r.jsonl").read_text()
+    assert run("inspect", "r.jsonl", width=80).out == ran.out[: ran.out.index("\nNext ")] + "\n"
+    assert run("inspect", "r.jsonl", "--per", "layer").code == 0
+    assert run(*command.split(), *words, "--json").out == (tmp_path / "r.jsonl").read_text()
     for rule, code in rules.items():
         (tmp_path / "p.toml").write_text(f'[[rule]]\nname = "r"\nrequire = "{rule}"\n')
-        judged = loradiag("gate", "p.toml", "r.jsonl")
+        judged = run("gate", "p.toml", "r.jsonl")
         assert judged.code == code, rule + judged.out + judged.err
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_interrupted_run_is_resumed(loradiag, tmp_path, command):
+def test_interrupted_run_is_resumed(run, tmp_path, command):
     words = (*command.split(), *COMMANDS[command][0], "-o", "r.jsonl", "-q")
-    assert loradiag(*words).code == 0
+    assert run(*words).code == 0
     text = (tmp_path / "r.jsonl").read_text()
     lines = text.splitlines(keepends=True)
     for kept in {2, len(lines) - 2}:
         (tmp_path / "r.jsonl").write_text("".join(lines[:kept]) + lines[kept][:9])
-        assert loradiag(*words).code == 2
-        assert loradiag(*words, "--resume").code == 0
+        assert run(*words).code == 2
+        assert run(*words, "--resume").code == 0
         assert (tmp_path / "r.jsonl").read_text() == text

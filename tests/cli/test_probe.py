@@ -34,49 +34,49 @@ def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_
     assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
 
 
-def test_activations_are_recorded_and_read_by_residual(loradiag, pair, tmp_path):
+def test_activations_are_recorded_and_read_by_residual(run, pair, tmp_path):
     base, _, text, _ = pair
-    ran = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
+    ran = run("probe", "activations", base, "--data", text, "-o", "a.safetensors")
     assert ran.code == 0
     assert_names(ran.out, "--activations a.safetensors")
-    repeated = loradiag("probe", "activations", base, "--data", text, "-o", "a.safetensors")
+    repeated = run("probe", "activations", base, "--data", text, "-o", "a.safetensors")
     assert (repeated.code, "--overwrite" in repeated.err) == (2, True)
 
 
-def test_outputs_are_shown_again_and_gated(loradiag, pair, tmp_path):
+def test_outputs_are_shown_again_and_gated(run, pair, tmp_path):
     base, tuned, text, _ = pair
     other = moved(base, tmp_path / "other", seed=3)
-    ran = loradiag("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
+    ran = run("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
     assert ran.code == 0
     rule = '[[rule]]\nname = "gap"\nrequire = "probe.gap <= {}"\nwhere = {{ subject = "adapter" }}\n'
     for limit, code in ((1e6, 0), (-1e6, 1)):
         (tmp_path / "policy.toml").write_text(rule.format(limit))
-        assert loradiag("gate", "policy.toml", "o.jsonl").code == code
+        assert run("gate", "policy.toml", "o.jsonl").code == code
 
 
-def test_sweep_prints_its_cost_first_and_verdict_with_spread(loradiag, pair, tmp_path):
+def test_sweep_prints_its_cost_first_and_verdict_with_spread(run, pair, tmp_path):
     base, _, text, shifted = pair
     words = ("--ranks", "1,2", "--lr", "1e-2,3e-2", "--steps", "4", "-o", "s.jsonl")
-    ran = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, *words)
+    ran = run("probe", "sweep", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
     assert ran.err.startswith("about ")
-    wrong = loradiag("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
+    wrong = run("probe", "sweep", base, "--data", text, "--eval", shifted, "--lr", "x")
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
 
 
-def test_sensitivities_set_ranks_of_config(loradiag, pair, tmp_path):
+def test_sensitivities_set_ranks_of_config(run, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("--rank", "1", "--lr", "1e-2", "--steps", "2", "-o", "s.jsonl")
-    ran = loradiag("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
+    ran = run("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
     assert_names(ran.out, "--layer-weights s.jsonl")
-    assert loradiag("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
+    assert run("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
     words = ("--total-rank", "9", "--layer-weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
-    planned = loradiag("allocate", "spectrum.jsonl", *words)
+    planned = run("allocate", "spectrum.jsonl", *words)
     assert planned.code == 0
-    assert loradiag("extract", base, tuned, "--allocation", "ranks.jsonl", "-o", "adapter").code == 0
+    assert run("extract", base, tuned, "--allocation", "ranks.jsonl", "-o", "adapter").code == 0
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    wrong = loradiag("allocate", "spectrum.jsonl", "--total-rank", "9", "--layer-weights", "spectrum.jsonl")
+    wrong = run("allocate", "spectrum.jsonl", "--total-rank", "9", "--layer-weights", "spectrum.jsonl")
     assert (wrong.code, "holds results of loradiag spectrum" in wrong.err) == (3, True)
 
 

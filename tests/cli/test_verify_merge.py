@@ -20,14 +20,14 @@ def merged(tmp_path):
     return peft_merge(tmp_path, llama(torch.bfloat16))
 
 
-def test_wrong_merge_fails_and_faults_come_first(merged, loradiag):
+def test_wrong_merge_fails_and_faults_come_first(merged, run):
     def change(before, after):
         after[NAMES[0]] = before[NAMES[0]]
         after["model.norm.weight"] += 1
         del after[NAMES[3]]
 
     merged.spoil(change)
-    ran = loradiag("verify-merge", "base", "adapter", "spoilt")
+    ran = run("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:3]
     assert [status in row for row, status in zip(rows, ("missing", "dropped", "changed"), strict=True)] == [True] * 3
@@ -61,28 +61,28 @@ def scaled(folder, dtype, relative, c, size=SIZE) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("c", "code"), [(1.0, 0), (1.002, 1), (1.01, 1), (1.05, 1)])
-def test_gate_fails_every_wrong_scale(tmp_path, loradiag, dtype, c, code):
+def test_gate_fails_every_wrong_scale(tmp_path, run, dtype, c, code):
     scaled(tmp_path, dtype, 0.3, c)
-    assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
-    ran = loradiag("gate", "--policy", "merge", "merge.jsonl", "--json")
+    assert run("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
+    ran = run("gate", "--policy", "merge", "merge.jsonl", "--json")
     assert ran.code == code
     (merged,) = [record for record in ran.records if record.get("rule") == "merged" and record["layer"]]
     assert merged["status"] == ("failed" if code else "passed")
 
 
 @pytest.mark.parametrize("c", [1.0, 1.02])
-def test_gate_fails_unverifiable_scale(tmp_path, loradiag, c):
+def test_gate_fails_unverifiable_scale(tmp_path, run, c):
     scaled(tmp_path, torch.bfloat16, 1e-4, c, size=16)
-    assert loradiag("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == 5
-    assert loradiag("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
+    assert run("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == 5
+    assert run("gate", "--policy", "merge", "merge.jsonl", "-q").code == 5
 
 
-def test_control_characters_in_names_are_escaped(merged, loradiag):
+def test_control_characters_in_names_are_escaped(merged, run):
     def change(before, after):
         after["evil\x1b[2J.weight"] = torch.ones(3)
 
     merged.spoil(change)
-    ran = loradiag("verify-merge", "base", "adapter", "spoilt")
+    ran = run("verify-merge", "base", "adapter", "spoilt")
     assert ran.code == 0
     assert "\x1b" not in ran.out
     assert_names(ran.out, "only in MERGED")

@@ -24,15 +24,15 @@ def inputs(tmp_path):
     return tmp_path
 
 
-def test_exit_code_follows_severity(loradiag, inputs):
-    assert loradiag("lint", "bad.yaml", "base").code == 1
-    assert loradiag("lint", "bad.yaml").code == 0
-    assert loradiag("lint", "adapter_config.json", "base").code == 0  # warnings
-    assert loradiag("lint", "adapter_config.json", "base", "--fail-on", "warning").code == 1
-    assert loradiag("lint", "none.yaml", "base").code == 3
-    assert loradiag("lint", "bad.yaml", "none").code == 3
-    assert loradiag("lint", "bad.yaml", "base", "--servers", "nginx").code == 2
-    assert loradiag("lint", "base", "--method", "full", "--lr", "1e-6", "--dtype", "bfloat16").code == 1
+def test_exit_code_follows_severity(run, inputs):
+    assert run("lint", "bad.yaml", "base").code == 1
+    assert run("lint", "bad.yaml").code == 0
+    assert run("lint", "adapter_config.json", "base").code == 0  # warnings
+    assert run("lint", "adapter_config.json", "base", "--fail-on", "warning").code == 1
+    assert run("lint", "none.yaml", "base").code == 3
+    assert run("lint", "bad.yaml", "none").code == 3
+    assert run("lint", "bad.yaml", "base", "--servers", "nginx").code == 2
+    assert run("lint", "base", "--method", "full", "--lr", "1e-6", "--dtype", "bfloat16").code == 1
 
 
 def test_first_line_is_decision_then_evidence(loradiag, inputs):
@@ -44,22 +44,22 @@ def test_first_line_is_decision_then_evidence(loradiag, inputs):
     assert "clean" in loradiag("lint", str(ROOT / "sample_checkpoints" / "lora_r4")).out
 
 
-def test_records_are_written_and_judged_by_gate(loradiag, inputs):
-    assert loradiag("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
+def test_records_are_written_and_judged_by_gate(run, inputs):
+    assert run("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
     results = catalog.read_results(inputs / "l.jsonl")
     (finding,) = results.whole_of(Finding)
     assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == ("bf16-step", True, 3)
     assert results.whole_of(StepShare)[0].name == "all"
-    lines = [json.loads(line) for line in loradiag("lint", "bad.yaml", "base", "--json").out.splitlines()]
+    lines = [json.loads(line) for line in run("lint", "bad.yaml", "base", "--json").out.splitlines()]
     assert lines[1] == json.loads(finding.model_dump_json())
     (inputs / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "finding.severity != error"\n')
-    ran = loradiag("gate", "p.toml", "l.jsonl")
+    ran = run("gate", "p.toml", "l.jsonl")
     assert (ran.code, "r " in ran.out) == (1, True)
-    assert "bf16-step" in loradiag("inspect", "l.jsonl").out
+    assert "bf16-step" in run("inspect", "l.jsonl").out
 
 
-def test_junit_and_annotations_name_file_and_line(loradiag, inputs):
-    ran = loradiag("lint", "bad.yaml", "base", "--junit", "l.xml", "--github")
+def test_junit_and_annotations_name_file_and_line(run, inputs):
+    ran = run("lint", "bad.yaml", "base", "--junit", "l.xml", "--github")
     assert ran.code == 1
     (line,) = [line for line in ran.out.splitlines() if line.startswith("::error")]
     assert_names(line, "file=bad.yaml,line=3", "loradiag lint", "bf16-step")
@@ -76,10 +76,10 @@ def test_every_rule_is_explained_by_one_section():
     assert all(min(map(len, remedy_of(rule))) > 10 for rule in RULES)
 
 
-def test_hostile_names_stay_text(loradiag, inputs):
+def test_hostile_names_stay_text(run, inputs):
     name = "q_proj\x1b[2J\n::error::x"
     write_config(inputs / "adapter_config.json", {**PEFT, "target_modules": ["q_proj", name]})
-    ran = loradiag("lint", "adapter_config.json", "base", "--github")
+    ran = run("lint", "adapter_config.json", "base", "--github")
     assert "\x1b" not in ran.out
     assert not [line for line in ran.out.splitlines() if line.startswith("::error::")]
 

@@ -90,9 +90,9 @@ def total(deltas, weights, layer):
         (["--method", "sum", "--weights", "1,-2,0.5", "--scale", "2"], [2, -4, 1]),
     ],
 )
-def test_adapter_is_weighted_sum(loradiag, three, tmp_path, words, weights):
+def test_adapter_is_weighted_sum(run, three, tmp_path, words, weights):
     _, deltas = three
-    ran = loradiag("merge", "base", "a", "b", "c", "-o", "out", "--json", *words)
+    ran = run("merge", "base", "a", "b", "c", "-o", "out", "--json", *words)
     assert ran.code == 0, ran.err
     written = read_deltas(tmp_path / "out")
     assert written.keys() == deltas[0].keys()
@@ -124,12 +124,12 @@ def test_adapter_is_weighted_sum(loradiag, three, tmp_path, words, weights):
 
 
 @pytest.mark.parametrize("method", ["sum", "tsv", "ties"])
-def test_rank_writes_truncated_merge(loradiag, three, tmp_path, method):
+def test_rank_writes_truncated_merge(run, three, tmp_path, method):
     """The best approximation of the exact merge, and its error; the recipe is in the file."""
     _, deltas = three
     exact = {"ties": ["--energy", "1"]}.get(method, [])
-    assert loradiag("merge", "base", "a", "b", "-o", "whole", "--method", method, *exact).code == 0
-    ran = loradiag("merge", "base", "a", "b", "-o", "cut", "--method", method, "--rank", "2", "--json")
+    assert run("merge", "base", "a", "b", "-o", "whole", "--method", method, *exact).code == 0
+    ran = run("merge", "base", "a", "b", "-o", "cut", "--method", method, "--rank", "2", "--json")
     whole, cut = read_deltas(tmp_path / "whole"), read_deltas(tmp_path / "cut")
     for layer in whole:
         u, s, vh = np.linalg.svd(whole[layer])
@@ -151,14 +151,14 @@ def test_rank_writes_truncated_merge(loradiag, three, tmp_path, method):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_checkpoint_is_base_plus_merge(loradiag, tmp_path, dtype):
+def test_checkpoint_is_base_plus_merge(run, tmp_path, dtype):
     """Of an adapter and a fine-tune; 1-D tensors and untouched ones are there, rounded once."""
     base = make_base(tmp_path / "base")
     delta = make_adapter(tmp_path / "a", 1)
     rng = np.random.default_rng(5)
     tuned = {name: np.float32(value + rng.standard_normal(value.shape) * 0.01) for name, value in base.items()}
     save(tmp_path / "tuned", tuned)
-    ran = loradiag("merge", "base", "a", "tuned", "-o", "out", "--checkpoint", "--output-dtype", dtype)
+    ran = run("merge", "base", "a", "tuned", "-o", "out", "--checkpoint", "--output-dtype", dtype)
     assert ran.code == 0, ran.err
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == base.keys()
@@ -170,72 +170,72 @@ def test_checkpoint_is_base_plus_merge(loradiag, tmp_path, dtype):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
-def test_verify_merge_accepts_written_checkpoint(loradiag, three, tmp_path):
+def test_verify_merge_accepts_written_checkpoint(run, three, tmp_path):
     """Against the adapter of the same merge; another merge fails, and one of several updates is refused."""
     for method in ("mean", "sum"):
-        assert loradiag("merge", "base", "a", "b", "-o", method, "--method", method).code == 0
-    assert loradiag("merge", "base", "a", "b", "-o", "merged", "--checkpoint").code == 0
-    right = loradiag("verify-merge", "base", "mean", "merged")
+        assert run("merge", "base", "a", "b", "-o", method, "--method", method).code == 0
+    assert run("merge", "base", "a", "b", "-o", "merged", "--checkpoint").code == 0
+    right = run("verify-merge", "base", "mean", "merged")
     assert right.code == 0, right.out
     assert_names(right.out, "merge of 2 updates", "as ADAPTER")
-    wrong = loradiag("verify-merge", "base", "sum", "merged")
+    wrong = run("verify-merge", "base", "sum", "merged")
     assert wrong.code == 1
     assert_names(wrong.out, "not the merge of the same updates")
-    alone = loradiag("verify-merge", "base", "a", "merged")
+    alone = run("verify-merge", "base", "a", "merged")
     assert alone.code == 2
     assert_names(alone.err, "merged", "2 updates", "--checkpoint")
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     for damaged in ("[", '{"updates": 3}', '{"updates": [3]}'):
         save_file(tensors, tmp_path / "merged" / "model.safetensors", {"loradiag.merge": damaged})
-        assert loradiag("verify-merge", "base", "mean", "merged").code == 0
+        assert run("verify-merge", "base", "mean", "merged").code == 0
 
 
-def test_card_has_the_command_that_wrote_the_merge(loradiag, three, tmp_path):
-    assert loradiag("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
+def test_card_has_the_command_that_wrote_the_merge(run, three, tmp_path):
+    assert run("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
     (line,) = re.findall(r"^    loradiag (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
     before = read_deltas(tmp_path / "out")
-    ran = loradiag(*shlex.split(line), "--overwrite")
+    ran = run(*shlex.split(line), "--overwrite")
     assert ran.code == 0, ran.err
     for layer, delta in read_deltas(tmp_path / "out").items():
         assert np.array_equal(delta, before[layer])
 
 
-def test_opposite_updates_cancel(loradiag, tmp_path):
+def test_opposite_updates_cancel(run, tmp_path):
     """In one layer: it is said, and BASE stays; in all: nothing is written."""
     make_base(tmp_path / "base")
     rng = np.random.default_rng(0)
     b, a = rng.standard_normal((12, 2)), rng.standard_normal((2, 16))
     make_adapter(tmp_path / "a", 1, layers=(Q,), factors=(b, a))
     make_adapter(tmp_path / "b", 1, layers=(Q,), factors=(-b, a))
-    ran = loradiag("merge", "base", "a", "b", "-o", "out")
+    ran = run("merge", "base", "a", "b", "-o", "out")
     assert ran.code == 4
     assert_names(ran.err, "cancel", "--weights")
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.part").exists()
     make_adapter(tmp_path / "c", 3, layers=(UP,))
     make_adapter(tmp_path / "d", 4, layers=(UP,))
-    ran = loradiag("merge", "base", "a", "b", "c", "d", "-o", "out")
+    ran = run("merge", "base", "a", "b", "c", "d", "-o", "out")
     assert ran.code == 0
     assert_names(ran.out, "cancel", "q_proj")
     assert read_deltas(tmp_path / "out").keys() == {f"{UP}.weight"}
 
 
-def test_longer_sum_is_warned_about(loradiag, three, tmp_path):
+def test_longer_sum_is_warned_about(run, three, tmp_path):
     """Copies add up to K times the update: longer than √K, and a note says that they are copies."""
     shutil.copytree(tmp_path / "a", tmp_path / "copy")
-    long = loradiag("merge", "base", "a", "copy", "-o", "out", "--method", "sum")
+    long = run("merge", "base", "a", "copy", "-o", "out", "--method", "sum")
     assert "√K" in long.out
     assert_names(long.out, "copy of a")
-    assert "√K" not in loradiag("merge", "base", "a", "b", "-o", "out2", "--method", "sum").out
+    assert "√K" not in run("merge", "base", "a", "b", "-o", "out2", "--method", "sum").out
 
 
-def test_colliding_layer_is_named(loradiag, tmp_path):
+def test_colliding_layer_is_named(run, tmp_path):
     make_base(tmp_path / "base")
     rng = np.random.default_rng(0)
     b, a = rng.standard_normal((12, 2)), rng.standard_normal((2, 16))
     make_adapter(tmp_path / "a", 1, layers=(Q,), factors=(b, a))
     make_adapter(tmp_path / "b", 1, layers=(Q,), factors=(-0.5 * b, a))
-    ran = loradiag("merge", "base", "a", "b", "-o", "out")
+    ran = run("merge", "base", "a", "b", "-o", "out")
     assert ran.code == 0
     assert re.search(r"Collisions +in 1 of 1 .*q_proj", ran.out, re.DOTALL)
 

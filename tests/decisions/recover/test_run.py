@@ -143,12 +143,12 @@ def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
     assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
 
 
-def test_model_that_lost_its_steps_is_answered_no(loradiag, lost, tmp_path):
+def test_model_that_lost_its_steps_is_answered_no(run, lost, tmp_path):
     """The adapter is written, and the exit code says that most of it is not an estimate."""
     folder, _ = lost
     for name, code, answer in (("one", 0, "yes"), ("two", 5, "no")):
         sides = (folder / "base" / name, folder / "tuned" / name)
-        ran = loradiag("recover", *sides, "--rank", "2", "-o", tmp_path / f"a{name}")
+        ran = run("recover", *sides, "--rank", "2", "-o", tmp_path / f"a{name}")
         assert ran.code == code, ran.err
         result = lora_diag.read_results(tmp_path / f"a{name}" / "recovery.jsonl")
         (finding,) = [line for line in recovery_lines(result) if line.key == "hidden"]
@@ -296,30 +296,30 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
         (["--layers", "nowhere"], 4, "--exclude leaves out"),
     ],
 )
-def test_exit_codes_and_messages(loradiag, models, tmp_path, words, code, message):
-    ran = loradiag("recover", *models[:2], *words)
+def test_exit_codes_and_messages(run, models, tmp_path, words, code, message):
+    ran = run("recover", *models[:2], *words)
     assert ran.code == code, ran.err
     assert message in ran.err
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.part").exists()
 
 
-def test_bad_inputs_end_with_one_message(loradiag, models, tmp_path):
+def test_bad_inputs_end_with_one_message(run, models, tmp_path):
     base, tuned, before, *_ = models
     broken = dict(before)
     broken[Q] = before[Q].clone()
     broken[Q][1, 2] = float("nan")
     save_model(tmp_path / "nan", broken)
-    ran = loradiag("recover", base, tmp_path / "nan", "--layers", "q_proj")
+    ran = run("recover", base, tmp_path / "nan", "--layers", "q_proj")
     assert ran.code == 3
     assert "[1, 2]" in ran.err
     lora(tmp_path / "lora", {Q: (torch.ones(96, 1), torch.ones(1, 80))})
-    ran = loradiag("recover", base, tmp_path / "lora")
+    ran = run("recover", base, tmp_path / "lora")
     assert ran.code == 2
     assert "is an adapter" in ran.err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "model.safetensors").write_bytes(b"mine")
-    assert loradiag("recover", base, tuned, "--checkpoint", "-o", "mine", "--overwrite").code == 2
+    assert run("recover", base, tuned, "--checkpoint", "-o", "mine", "--overwrite").code == 2
     assert (tmp_path / "mine" / "model.safetensors").read_bytes() == b"mine"
 
 

@@ -30,10 +30,10 @@ def patterned(tmp_path):
     return adapter(tmp_path, factors(), alpha_pattern={"v_proj": 6}, target_modules=["q_proj", "v_proj"])
 
 
-def test_required_program_with_wrong_update_fails(patterned, loradiag):
-    ran = loradiag("portability", "adapter", "--require", "vllm", "--json")
+def test_required_program_with_wrong_update_fails(patterned, run):
+    ran = run("portability", "adapter", "--require", "vllm", "--json")
     assert ran.code == 0
-    ran = loradiag("portability", "adapter", "--require", "llamacpp", "--json")
+    ran = run("portability", "adapter", "--require", "llamacpp", "--json")
     assert ran.code == 1
     found = [record for record in ran.records if record["record"] == "portability"]
     result = {r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"]) for r in found}
@@ -94,7 +94,7 @@ def test_intended_scales_of_another_program(patterned):
 
 
 @pytest.mark.parametrize("form", ["dora", "ia3"])
-def test_suggested_remedy_runs(tmp_path, loradiag, form):
+def test_suggested_remedy_runs(tmp_path, run, form):
     if form == "dora":
         lengths = {f"{module}.lora_magnitude_vector": np.ones(12) for module in MODULES}
         adapter(tmp_path, factors() | lengths, use_dora=True, target_modules=["q_proj", "v_proj"])
@@ -102,9 +102,9 @@ def test_suggested_remedy_runs(tmp_path, loradiag, form):
         scales = {f"{module}.ia3_l": np.full((12, 1), 1.1) for module in MODULES}
         adapter(tmp_path, scales, peft_type="IA3", target_modules=["q_proj", "v_proj"], feedforward_modules=[])
     base(tmp_path, {f"{module}.weight": normal(12, 12, seed=n) for n, module in enumerate(MODULES)})
-    text = " ".join(loradiag("portability", "adapter", "base").out.split())
+    text = " ".join(run("portability", "adapter", "base").out.split())
     command = re.search(r"Next loradiag (.*?) \(", text)[1]
-    assert loradiag(*command.split()).code == 0
+    assert run(*command.split()).code == 0
 
 
 def test_weight_that_intended_program_drops(tmp_path):
@@ -129,11 +129,11 @@ def test_untrained_layer_is_exact(tmp_path):
     assert other.status == "wrong"
 
 
-def test_ranks_above_server_limit(tmp_path, loradiag):
+def test_ranks_above_server_limit(tmp_path, run):
     adapter(tmp_path, factors((20, 20, 20, 20)), r=20, target_modules=["q_proj", "v_proj"])
-    ran = loradiag("portability", "adapter", "--consumers", "vllm")
+    ran = run("portability", "adapter", "--consumers", "vllm")
     assert (ran.code, "--max-lora-rank 32" in ran.out) == (0, True)
-    ran = loradiag("portability", "adapter", "--require", "vllm", "--max-lora-rank", "16")
+    ran = run("portability", "adapter", "--require", "vllm", "--max-lora-rank", "16")
     assert ran.code == 1
     assert "rank 20 is above --max-lora-rank 16" in ran.out
 
@@ -152,19 +152,19 @@ def test_ranks_above_server_limit(tmp_path, loradiag):
         (("adapter", "base", "--layers", "q_proj"), 3, "match none of"),
     ],
 )
-def test_portability_refuses_bad_input(patterned, tmp_path, loradiag, words, code, message):
+def test_portability_refuses_bad_input(patterned, tmp_path, run, words, code, message):
     base(tmp_path, {"other.weight": normal(3, 3)})
-    ran = loradiag("portability", *words)
+    ran = run("portability", *words)
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err
     assert not (tmp_path / "out").exists()
 
 
-def test_non_finite_entry_is_named(tmp_path, loradiag):
+def test_non_finite_entry_is_named(tmp_path, run):
     tensors = factors()
     tensors[f"{MODULES[0]}.lora_B.weight"][0, 0] = np.nan
     adapter(tmp_path, tensors)
-    ran = loradiag("portability", "adapter", "-o", "p.jsonl")
+    ran = run("portability", "adapter", "-o", "p.jsonl")
     assert ran.code == 3
     assert MODULES[0] in ran.err
 
@@ -180,14 +180,14 @@ def test_names_equal_base(tmp_path):
 
 
 @pytest.mark.parametrize(("limit", "code"), [(0.01, 1), (0.6, 0)])
-def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, loradiag, limit, code):
-    assert loradiag("portability", "adapter", "-o", "p.jsonl").code == 0
+def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, run, limit, code):
+    assert run("portability", "adapter", "-o", "p.jsonl").code == 0
     (tmp_path / "gate.toml").write_text(f'[[rule]]\nname = "x"\nrequire = "portability.epsilon <= {limit}"\n')
-    assert loradiag("gate", "gate.toml", "p.jsonl").code == code
-    assert loradiag("report", "p.jsonl", "-o", "report.html").code == 0
+    assert run("gate", "gate.toml", "p.jsonl").code == code
+    assert run("report", "p.jsonl", "-o", "report.html").code == 0
 
 
-def test_rules_need_no_adapter(loradiag):
-    ran = loradiag("portability", "--rules")
+def test_rules_need_no_adapter(run):
+    ran = run("portability", "--rules")
     assert ran.code == 0
     assert_names(ran.out, "target_modules")

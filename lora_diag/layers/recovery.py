@@ -37,7 +37,6 @@ from lora_diag.linalg.cells import (
 from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.hidden import (
-    FULL_SVD_UP_TO,
     HELD_OUT_FRACTION,
     MAX_HELD_OUT,
     SAMPLE,
@@ -48,7 +47,7 @@ from lora_diag.linalg.hidden import (
     fit_size,
     recover,
 )
-from lora_diag.linalg.hidden_models import NORMAL, Scales, Shape, Shaped
+from lora_diag.linalg.hidden_models import NORMAL, Density, Scales, Shape, Shaped
 from lora_diag.linalg.rounding import SHORTER
 from lora_diag.linalg.streamed import Streamed
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
@@ -211,8 +210,7 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
 def _min_bytes(shape: tuple[int, int]) -> int:
     """Estimate the memory of recovery in row blocks, in bytes: held-out cells with their indices, and thin factors."""
     held_out = min(MAX_HELD_OUT, int(HELD_OUT_FRACTION * math.prod(shape)))
-    small = 4 * math.prod(shape) if min(shape) <= FULL_SVD_UP_TO else 0
-    return BLOCK_BYTES + 64 * held_out + 6 * 4 * 128 * sum(shape) + 3 * small
+    return BLOCK_BYTES + 64 * held_out + 6 * 4 * 128 * sum(shape)
 
 
 def check_cell_memory(shape: tuple[int, int], memory: int | None) -> None:
@@ -514,15 +512,15 @@ def _fit_model(
     it can be tested. If no model fits, the first is returned, rejected.
     """
 
-    def test_shape(shaped: Shaped) -> _Model:
-        law = Law(shaped.deviation, shape=shaped.shape)
+    def test_shape(found: Shaped | Density) -> _Model:
+        law = Law(found.deviation, shape=found.shape)
         return _Model(cells, merged, size, None, _compare_binades(pair, cells, law, None, start), law)
 
     plain = test_shape(hidden_models.fit_shape(merged, size.deviation))
     if plain.fit.is_rejected(start):
         density = hidden_models.fit_density(merged, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(hidden_models.fit_deviation(merged, density.shape, density.deviation))
+            flat = test_shape(density)  # a fit of its deviation to all entries moved it by less than its tolerance
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]

@@ -10,7 +10,7 @@ Maximizing the likelihood of s itself makes it collapse. The second rule keeps m
 third less error if cells are informative, but overfits otherwise. A third rule, ``held_out``, maximizes the likelihood
 of held-out cells, which includes the error of L and does not collapse: on updates of exactly low rank it has up to half
 the error of the others. Held-out cells decide between them (``recover``), and their s is that of the posterior moments.
-L has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015).
+L has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015), and over-relaxation.
 """
 
 from __future__ import annotations
@@ -29,12 +29,18 @@ from lora_diag.linalg.streamed import Streamed
 # Number of entries from which the start of training is chosen, in layers of more than twice as many distinct cells.
 SAMPLE = 2**19
 
-# Up to this many rows or columns, singular values come from the full decomposition.
-FULL_SVD_UP_TO = 192
-
 # Maximum step of log s, smallest s/s0, and tolerance: float32 moments permit no finer steps.
 MAX_STEP, MIN_DEVIATION, TOLERANCE = 0.3, 0.03, 3e-3
 MAX_ITERATIONS = 100
+
+# α: iterations take singular values of (1 − 1/α)L + M/α, M the posterior mean given L. Moments change by the fraction
+# 1 − q_ij of a change of L_ij, so that this is a gradient step of size 1/α with curvatures q_ij ≤ 1, which momentum
+# β < 1 keeps stable for 1/α < (2 + 2β)/(1 + 2β), hence for α > 3/4.
+RELAXATION = 0.8
+
+# Singular vectors that are kept beyond the rank of L, and random ones that are added to them, in every iteration. With
+# 4 of each, values near the noise edge took up to twice the iterations to appear, and a fit ended without some.
+EXTRA = 32
 
 Rule = Literal["norm", "debiased", "held_out"]
 
@@ -298,7 +304,8 @@ def fit_low_rank(
     mean: Callable[[int, int], Tensor | float] = (lambda *_: 0.0) if start is None else start.rows
     momentum, previous, basis = 1.0, start, None if start is None else start.vh.T
     for iteration in range(1, MAX_ITERATIONS + 1):
-        posterior = _Posterior(cells, mean, deviation, buffer, held_out)
+        relaxation = 1.0 if previous is None else max(RELAXATION, previous.information)
+        posterior = _Posterior(cells, mean, deviation, buffer, held_out, relaxation)
         estimate, basis = _compute_shrunk_svd(posterior, basis, seed)
         if rule == "held_out":
             step = 0.0 if part is None else part.scoring_step(part.low_rank_at(estimate), deviation, deviation)
@@ -318,7 +325,7 @@ def fit_low_rank(
 
 @dataclass(slots=True)
 class _Posterior:
-    """E[X | cells] for a mean L, computed when it is read.
+    """E[X | cells] − (1 − α)·L for a mean L, computed when it is read.
 
     Args:
         cells: The cells.
@@ -326,6 +333,7 @@ class _Posterior:
         deviation: s.
         buffer: Where the blocks of the first pass are kept; None to compute them in every pass.
         held_out: Cells that are not to be known.
+        relaxation: α.
         information: q, after the first pass; 0 before.
     """
 
@@ -334,44 +342,44 @@ class _Posterior:
     deviation: float
     buffer: Tensor | None
     held_out: HeldOut | None
+    relaxation: float
     information: float = 0.0
 
     def blocks(self) -> Iterator[Tensor]:
-        """Yield E[X | cells] in row blocks."""
+        """Yield E[X | cells] − (1 − α)·L in row blocks."""
         if self.buffer is not None and self.information:
             yield from (self.buffer[first:last] for first, last in self.cells.spans())
             return
         variance, columns = 0.0, self.cells.shape[1]
         for first, last in self.cells.spans():
             mean = self.mean(first, last)
-            posterior = moments(self.cells.rows(first, last), mean, self.deviation, fast=True)
+            rows = self.cells.rows(first, last)
+            block, variances, _ = moments(rows, mean, self.deviation, fast=True, likelihood=False)
             if self.held_out is not None:
                 inside = select_between(self.held_out.entries, first * columns, last * columns) - first * columns
-                posterior.mean.view(-1)[inside] = mean.reshape(-1)[inside] if isinstance(mean, Tensor) else mean
-                posterior.variance.view(-1)[inside] = self.deviation**2
-            variance += float(posterior.variance.sum(dtype=torch.float64))
+                block.view(-1)[inside] = mean.reshape(-1)[inside] if isinstance(mean, Tensor) else mean
+                variances.view(-1)[inside] = self.deviation**2
+            variance += float(variances.sum(dtype=torch.float64))
+            if self.relaxation < 1:
+                block.sub_(mean, alpha=1 - self.relaxation)
             if self.buffer is not None:
-                self.buffer[first:last] = posterior.mean
-            yield posterior.mean
+                self.buffer[first:last] = block
+            yield block
         self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
 
     def shrink(self, u: Tensor, s: Tensor, vh: Tensor) -> LowRank:
         """Return L with the singular values above the noise edge, shrunk."""
-        values = shrink(s, self.cells.shape, self.deviation, self.information)
+        values = shrink(s, self.cells.shape, self.deviation, self.information, self.relaxation)
         rank = len(values.eta)
         return LowRank(u[:, :rank], vh[:rank], values, self.deviation, self.information, 0, False)
 
 
-def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> tuple[LowRank, Tensor | None]:
-    """Return L from the values above the noise edge, and a first basis for the next call; None for small matrices."""
+def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> tuple[LowRank, Tensor]:
+    """Return L from the values above the noise edge, and a first basis for the next call."""
     shape = posterior.cells.shape
     smaller = min(shape)
-    if smaller <= FULL_SVD_UP_TO:
-        matrix = torch.cat(list(posterior.blocks()))
-        found = posterior.shrink(*torch.linalg.svd(matrix.double(), full_matrices=False))
-        return replace(found, u=found.u.to(matrix), vh=found.vh.to(matrix)), None
     streamed = Streamed(posterior.blocks, shape, device=posterior.cells.device)
-    width = 24 if basis is None else basis.shape[1] + 8
+    width = 24 if basis is None else basis.shape[1] + EXTRA
     while True:
         width = min(width, smaller)
         passes = 3 if basis is None else 1
@@ -381,12 +389,12 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
             basis = streamed.T.times(left)
         # Values above the noise edge are far above the rounding of the Gram matrix in float64.
         squares, small_u = torch.linalg.eigh(basis.double().T @ basis.double())
-        s, small_u = squares.flip(0).clamp(min=1e-300).sqrt(), small_u.flip(1)
+        s, small_u = squares.flip(0).clamp(min=1e-14 * float(squares[-1]) + 1e-300).sqrt(), small_u.flip(1)
         vh = (basis.double() @ small_u / s).T
         found = posterior.shrink(small_u, s, vh)
         if found.rank + 4 <= width or width == smaller:
             u = (left.double() @ found.u).float()
-            return replace(found, u=u, vh=found.vh.float()), vh[: found.rank + 4].T.float()
+            return replace(found, u=u, vh=found.vh.float()), vh[: found.rank + EXTRA].T.float()
         basis, width = vh.T.float(), 2 * width
 
 

@@ -180,6 +180,9 @@ def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
     codes = encode_widths(widths[0], widths[1] if rounded else None)
     cells = Cells(lo, hi, *(halves or (None, None)), None, codes, tuple(codes.unique().tolist()))
     result = moments(cells, torch.tensor(mu * c).float()[None], deviation * c)
+    rough = moments(cells, torch.tensor(mu * c).float()[None], deviation * c, likelihood=False)
+    assert torch.equal(rough.mean, result.mean)
+    assert float((rough.variance - result.variance).abs().max()) <= 3e-3 * (deviation * c) ** 2
     for i in range(12):
         ends = [float(part[0, i]) for part in (lo, hi, *halves)]
         expected = by_definition(*ends[:2], tuple(ends[2:]) or None, float(np.float32(mu[i] * c)), deviation * c)

@@ -112,16 +112,23 @@ def test_merged_cells_have_the_same_size_shape_and_density():
         assert part_fit.shape.kurtosis == pytest.approx(whole_fit.shape.kurtosis, rel=1e-4)
 
 
-@given(m=st.integers(2, 40), n=st.integers(2, 40), q=st.floats(0.05, 1.0), factor=st.floats(1.01, 30.0))
-def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor):
+@given(
+    m=st.integers(2, 40),
+    n=st.integers(2, 40),
+    q=st.floats(0.05, 1.0),
+    factor=st.floats(1.01, 30.0),
+    relaxation=st.floats(0.05, 1.0),
+)
+def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor, relaxation):
     s = 0.7
     noise = s / math.sqrt(q)
     x = noise * (m * n) ** 0.25 * factor
     y = float(add_noise(torch.tensor([x], dtype=torch.float64), (m, n), noise)[0])
     eta = math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y  # Gavish and Donoho 2017
-    sigma = (1 - q) * eta + q * y
+    relaxation = max(relaxation, q)
+    sigma = (1 - q) * eta + q * y - (1 - relaxation) * eta
     values = torch.tensor([sigma, 0.999 * noise_edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
-    result = shrink(values, (m, n), s, q)
+    result = shrink(values, (m, n), s, q, relaxation)
     assert result.debiased.tolist() == pytest.approx([x], rel=1e-6)
     assert result.eta.tolist() == pytest.approx([eta], rel=1e-5)
     assert result.noise == pytest.approx(noise)
@@ -180,6 +187,44 @@ def test_pure_noise_has_no_direction(seed):
     size = fit_size(cells, rms_of(w, t))
     assert recover(cells, size, seed).low_rank is None
     assert abs(math.log(size.fro / float(x.norm()))) < 5 * size.error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["norm", "debiased"])
+def test_fit_is_a_fixed_point_of_the_whole_posterior_mean(rule):
+    """L is a fixed point: the singular values of the whole posterior mean given L, in float64, shrink to those of L."""
+    rng = np.random.default_rng(8)
+    u, v = (np.linalg.qr(rng.normal(size=(count, 240)))[0] for count in (400, 240))
+    x = torch.tensor((u / np.arange(1, 241)) @ v.T).float()
+    w = torch.tensor(rng.normal(size=(400, 240)) * 0.02).bfloat16().float()
+    t = (w + x * (2e-5 / float(x.square().mean().sqrt()))).bfloat16().float()
+    cells = cells_of(w, t)
+    result = fit_low_rank(cells, fit_size(cells, rms_of(w, t)), rule)
+    posterior = moments(cells, result.rows(0, 400), result.deviation)
+    q = 1 - float(posterior.variance.double().mean()) / result.deviation**2
+    s = torch.tensor(np.linalg.svd(posterior.mean.double().numpy(), compute_uv=False))
+    expected = shrink(s, (400, 240), result.deviation, q).eta
+    assert abs(len(expected) - result.rank) <= 1
+    together = min(len(expected), result.rank)
+    assert float((expected[:together] - result.values.eta[:together]).norm() / expected.norm()) < 0.003
+
+
+@pytest.mark.slow
+def test_fit_is_stable_where_cells_know_a_few_columns():
+    """Steps of 2/(1 + q) with momentum diverge here."""
+    rng = np.random.default_rng(1)
+    w = rng.normal(size=(128, 160)) * 0.02
+    w[:, 7] *= 50
+    w[3] *= 20
+    x = rng.normal(size=(128, 2)) @ rng.standard_t(3, (2, 160))
+    w, x = torch.tensor(w), torch.tensor(x / x.std() * 1e-5)
+    base, t = w.bfloat16().double(), (w + x).float().bfloat16().double()
+    below, above = cell_halves(t, GRIDS["bfloat16"])
+    parts = (t - base - below, t - base + above, *cell_halves(base, GRIDS["bfloat16"]))
+    cells = Cells(*(part.float() for part in parts))
+    result = fit_low_rank(cells, fit_size(cells, 1e-5))
+    assert result.converged
+    assert error(result.rows(0, 128), x) < 0.2
 
 
 @pytest.mark.slow

@@ -197,7 +197,7 @@ def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     for layer in (Q, UP):
         steps = [(tensors[layer].double() - before[layer].double()) for tensors in (plain, long)]
         assert float(steps[1].norm()) == pytest.approx(result[layer].fro_estimate, rel=1e-3)
-        assert float(steps[0].norm()) < 0.999 * float(steps[1].norm())
+        assert float(steps[0].norm()) < 0.9999 * float(steps[1].norm())
         assert torch.nn.functional.cosine_similarity(*(step.flatten() for step in steps), dim=0) > 0.999
     plain, long = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "r3long"))
     ratio = [float(long[key].norm() / plain[key].norm()) for key in plain if Q.removesuffix(".weight") in key]

@@ -79,7 +79,7 @@ class Lines(NamedTuple):
 
     def join_pairs(self) -> Lines:
         """Return the sums of lines 0 and 1, of lines 2 and 3, and so on."""
-        return Lines(*(torch.nn.functional.pad(sums, (0, len(sums) % 2)).view(-1, 2).sum(1) for sums in self))
+        return Lines(*torch.nn.functional.pad(torch.stack(self), (0, len(self.energy) % 2)).view(6, -1, 2).sum(2))
 
 
 @dataclass(frozen=True, slots=True)

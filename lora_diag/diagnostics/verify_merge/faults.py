@@ -410,7 +410,7 @@ class Fit:
 def fit_scale(trial: Trial) -> Fit | None:
     """Solve c*(γ) = c for the scale γ, c*(γ) being c of W + γ·ΔW rounded once, by chords from γ = 1.
 
-    Where rounding swallows part of ΔW, c is not the scale that was applied.
+    Where rounding swallows part of ΔW, c is not the scale that was applied. The check is of the factor before the last.
 
     Returns:
         The fit; None where ΔW is zero, or c does not determine γ.
@@ -435,10 +435,11 @@ def fit_scale(trial: Trial) -> Fit | None:
         if not slope > 0:
             break
         unit = abs(factor) / slope
-        fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
-        if abs(new_error) <= SCALE_TOLERANCE * check.scale_error * abs(factor) + 1e-15:
-            break
         factor += new_error / slope
+        fit = Fit(factor, check.scale_error * unit, check.scale_limit * unit, check)
+        # below what roundings common to all entries may be, the last correction needs no check
+        if abs(new_error) <= max(SCALE_TOLERANCE * check.scale_error * abs(factor) + 1e-15, check.common_error / 2):
+            break
     return fit
 
 

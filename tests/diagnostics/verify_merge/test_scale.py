@@ -107,6 +107,15 @@ def test_precise_merge_resolves_scale_within_error(relative, c):
     assert abs(named - c) < 6 * error < 0.01
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_scale_in_float32_is_within_its_error(seed):
+    c = 1.23456789012
+    w, b, a = factors((192, 160), 8, 0.01, 2.0, torch.float32, seed)
+    cause = verified(w, ORDERS["in float32"](w, b, a, 2.0 * c), b, a, 2.0).cause
+    named, error = map(float, cause.removeprefix("ΔW was added times ").split(",")[0].split(" ± "))
+    assert abs(named - c) < 6 * error < 1e-6
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_diagonal_is_not_a_wrong_scale(dtype):
     """AdaLoRA's E and VeRA's d: each rounding of them is shared by a whole column of B."""

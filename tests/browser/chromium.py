@@ -43,7 +43,7 @@ def pipe() -> tuple[int, int]:
 class Page:
     """One tab. Whatever the page logs, throws or asks the network for is kept, and asserted on by the tests."""
 
-    def __init__(self, profile: Path, javascript: bool = True, dark: bool = False):
+    def __init__(self, profile: Path):
         to_browser, self._write = pipe()
         self._read, from_browser = pipe()
         words = [
@@ -77,10 +77,6 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        if not javascript:
-            self.call("Emulation.setScriptExecutionDisabled", value=True)
-        if dark:
-            self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
 
     def __enter__(self):
         return self

@@ -197,16 +197,22 @@ def test_hostile_names_are_text_on_screen(tab, tmp_path):
     assert any("</a>" in text for text in legend)
 
 
-def test_page_without_javascript_has_figures_and_table(report, tmp_path):
-    with Page(tmp_path, javascript=False) as page:
-        page.size(1280)
-        page.open(report, ready="document.readyState === 'complete'")
-        images = "[...document.querySelectorAll('.static-figures img')]"
-        assert page.js(f"{images}.filter((i) => i.naturalWidth > 300 && i.alt).length") >= 4
-        assert page.js(f"{images}.filter((i) => i.naturalWidth <= 300 || !i.alt).length") == 0
-        assert len(column(page, 0)) == 14
-        assert page.js("getComputedStyle(document.querySelector('.charts-only')).display") == "none"
-        assert (page.problems, page.requests) == ([], [])
+@pytest.fixture
+def scriptless(tab):
+    tab.call("Emulation.setScriptExecutionDisabled", value=True)
+    yield tab
+    tab.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_page_without_javascript_has_figures_and_table(scriptless, report):
+    page = scriptless
+    page.open(report, ready="document.readyState === 'complete'")
+    images = "[...document.querySelectorAll('.static-figures img')]"
+    assert page.js(f"{images}.filter((i) => i.naturalWidth > 300 && i.alt).length") >= 4
+    assert page.js(f"{images}.filter((i) => i.naturalWidth <= 300 || !i.alt).length") == 0
+    assert len(column(page, 0)) == 14
+    assert page.js("getComputedStyle(document.querySelector('.charts-only')).display") == "none"
+    assert (page.problems, page.requests) == ([], [])
 
 
 CONTRAST = """(() => {
@@ -232,14 +238,13 @@ CONTRAST = """(() => {
 })()"""
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_text_has_contrast_of_wcag_aa(report, tmp_path, dark):
-    with Page(tmp_path, dark=dark) as page:
-        page.size(1280)
-        page.open(report)
-        ground = page.js("getComputedStyle(document.documentElement).backgroundColor")
-        assert (ground == "rgb(255, 255, 255)") != dark
-        assert page.js(CONTRAST) == []
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+def test_text_has_contrast_of_wcag_aa(page, report, scheme):
+    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.open(report)
+    ground = page.js("getComputedStyle(document.documentElement).backgroundColor")
+    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+    assert page.js(CONTRAST) == []
 
 
 def test_page_elements_have_accessible_names(page):

@@ -42,7 +42,7 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("memory")
     rng = torch.Generator().manual_seed(0)
     before, after = {}, {}
-    for name, (m, n) in {NAME: (90000, 512), SMALL: (96, 80)}.items():
+    for name, (m, n) in {NAME: (180000, 256), SMALL: (96, 80)}.items():
         base = torch.randn(m, n, generator=rng) * 0.02
         low = torch.randn(m, 12, generator=rng) @ (torch.randn(12, n, generator=rng) * 1e-3)
         before[name], after[name] = base.bfloat16(), (base + low).bfloat16()

@@ -38,8 +38,8 @@ from lora_diag.linalg.devices import move
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.hidden import (
     HELD_OUT_FRACTION,
+    LARGE_SAMPLE,
     MAX_HELD_OUT,
-    SAMPLE,
     Z95,
     LowRank,
     Recovered,
@@ -631,7 +631,7 @@ def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start,
     """
     if not all_cells.rounded:
         return all_cells, "stored", None
-    cells = all_cells.sample(SAMPLE)
+    cells = all_cells.sample(LARGE_SAMPLE)
     samples = (cells.exact_start(), cells)
     exact, rounded = (hidden_models.fit_shape(each, fit_size(each, rms).deviation) for each in samples)
     gain = rounded.log_likelihood - exact.log_likelihood

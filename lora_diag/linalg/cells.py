@@ -174,11 +174,11 @@ class CellMatrix:
         return join_cells(parts, 1)
 
     def sample(self, entries: int) -> CellMatrix:
-        """Return about this many entries, as one row; these cells themselves if there are at most twice as many.
+        """Return about this many entries, as one row; these cells themselves if at most twice as many, or merged.
 
         The step is odd, so that of 2^k columns they are not from a few only.
         """
-        if math.prod(self.shape) <= 2 * entries:
+        if math.prod(self.shape) <= 2 * entries or math.prod(self.shape) < self.count:
             return self
         return self.at(torch.arange(0, self.count, self.count // entries | 1, device=self.device))
 

@@ -26,8 +26,8 @@ from torch import Tensor
 from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, select_between, shrink
 from lora_diag.linalg.streamed import Streamed
 
-# Number of entries from which the start of training is chosen, in layers of more than twice as many distinct cells.
-SAMPLE = 2**19
+# Number of entries from which the start of training is chosen and shapes are scaled, where twice as many are distinct.
+LARGE_SAMPLE = 2**19
 
 # Maximum step of log s, smallest s/s0, and tolerance: float32 moments permit no finer steps.
 MAX_STEP, MIN_DEVIATION, TOLERANCE = 0.3, 0.03, 3e-3
@@ -389,13 +389,12 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
             basis = streamed.T.times(left)
         # Values above the noise edge are far above the rounding of the Gram matrix in float64.
         squares, small_u = torch.linalg.eigh(basis.double().T @ basis.double())
-        s, small_u = squares.flip(0).clamp(min=1e-14 * float(squares[-1]) + 1e-300).sqrt(), small_u.flip(1)
-        vh = (basis.double() @ small_u / s).T
+        s, small_u = squares.flip(0).clamp(min=1e-14 * float(squares[-1]) + 1e-60).sqrt(), small_u.flip(1)
+        vh = (basis @ small_u.float() / s.float()).T
         found = posterior.shrink(small_u, s, vh)
         if found.rank + 4 <= width or width == smaller:
-            u = (left.double() @ found.u).float()
-            return replace(found, u=u, vh=found.vh.float()), vh[: found.rank + EXTRA].T.float()
-        basis, width = vh.T.float(), 2 * width
+            return replace(found, u=left @ found.u.float()), vh[: found.rank + EXTRA].T
+        basis, width = vh.T, 2 * width
 
 
 def _widen_basis(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:

@@ -24,13 +24,13 @@ rows and columns by √a and √b gives cells of one variance. The posterior of 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lora_diag.linalg.cells import CellMatrix, Cells, Moments, moments
-from lora_diag.linalg.hidden import HeldOut, LowRank, Size, fit_size
+from lora_diag.linalg.hidden import LARGE_SAMPLE, HeldOut, LowRank, Size, fit_size
 
 # Entries on which shapes are compared, and how many steps their scales take at most.
 SHAPE_SAMPLE, STEPS = 2**15, 20
@@ -156,7 +156,7 @@ def fit_shape(cells: CellMatrix, guess: float) -> Shaped:
 
     Args:
         cells: Cells of the entries.
-        guess: A deviation to start from, such as that of the normal shape.
+        guess: Their deviation if they are normal.
     """
     sample = cells.sample(SHAPE_SAMPLE)
     fits = [fit_deviation(sample, NORMAL, guess)]
@@ -169,8 +169,11 @@ def fit_shape(cells: CellMatrix, guess: float) -> Shaped:
             if fits[-1].log_likelihood < last.log_likelihood:
                 break
             last = fits[-1]
-    best = max(fits, key=lambda fit: fit.log_likelihood)
-    return best if sample is cells else fit_deviation(cells, best.shape, best.deviation)
+    best, larger = max(fits, key=lambda fit: fit.log_likelihood), cells.sample(LARGE_SAMPLE)
+    fitted = best if sample is larger else fit_deviation(larger, best.shape, best.deviation)
+    if larger is cells:
+        return fitted
+    return replace(fitted, deviation=fitted.deviation * guess / fit_size(larger, guess).deviation)
 
 
 # Spacing and end of the grid, and the deviation of the kernel, in units of s0.

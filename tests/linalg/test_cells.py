@@ -211,6 +211,7 @@ def test_merged_cells_count_every_entry(block, monkeypatch):
     assert merged.count == merged.exact_start().rows(0, 1).count == 3200
     assert torch.equal(merged.hi, merged.lo + 1)
     assert merged.total(merged.lo**2) == pytest.approx(float(lo.double().square().sum()))
+    assert merged.sample(2) is merged
     many = torch.rand(40, MIN_MERGED)
     different = Cells(many, many + 1)
     assert different.merge() is different

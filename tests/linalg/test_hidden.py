@@ -25,6 +25,7 @@ from lora_diag.linalg.hidden_models import (
     SPACING,
     Scales,
     fit_density,
+    fit_deviation,
     fit_scales,
     fit_shape,
     measure_lengths,
@@ -371,6 +372,11 @@ def test_sampled_entries_estimate_full_size(monkeypatch):
     assert part.deviation == pytest.approx(whole.deviation, rel=0.02)
     assert part.deviation != whole.deviation
     assert part.deviation == pytest.approx(float(x.square().mean().sqrt()), rel=0.03)
+    monkeypatch.setattr(hidden_density, "SHAPE_SAMPLE", 2**12)
+    monkeypatch.setattr(hidden_density, "LARGE_SAMPLE", 2**13)
+    guess = fit_size(cells, 1.0).deviation
+    shaped = fit_shape(cells, guess)
+    assert shaped.deviation == pytest.approx(fit_deviation(cells, shaped.shape, guess).deviation, rel=0.01)
 
 
 @pytest.mark.parametrize("shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}")

@@ -45,6 +45,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_diag.linalg.rounding import LAYOUT
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -94,11 +96,11 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         >>> below.tolist(), above.tolist()
         ([0.03125, 0.0625, 16.0], [0.0625, 0.0625, inf])
     """
-    fraction, exponent = torch.frexp(values)  # |fraction| in [1/2, 1), so ⌊log2|v|⌋ is one less
-    exponent = torch.where(values == 0, grid.smallest, exponent - 1)
-    outer = torch.ldexp(torch.ones_like(values), exponent.clamp(min=grid.smallest) - grid.mantissa - 1)
-    power = (fraction.abs() == 0.5) & (exponent > grid.smallest)
-    inner = torch.where(power, outer / 2, outer)
+    integer, exponents, mantissa = LAYOUT[values.dtype]
+    bits, tiny = values.view(integer), 2.0**grid.smallest
+    power = (bits & exponents).view(values.dtype).clamp_(min=tiny)  # 2^⌊log2|v|⌋; frexp took three times as long
+    outer = power * 2.0 ** -(grid.mantissa + 1)
+    inner = torch.where((bits & ((1 << mantissa) - 1) == 0) & (power > tiny), outer / 2, outer)
     if grid.saturates:
         outer = torch.where(values.abs() >= grid.largest, math.inf, outer)
     negative = values < 0

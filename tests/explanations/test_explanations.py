@@ -96,6 +96,7 @@ def test_commands_of_symptoms_exist(words):
     typer.main.get_command(application).make_context(name, words[len(name.split()) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_schema_accepts_every_record(results_validator, path):
     for line in path.read_text(encoding="utf-8").splitlines():

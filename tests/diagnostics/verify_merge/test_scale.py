@@ -42,6 +42,7 @@ def test_scale_and_error_equal_oracle(dtype, u, s):
     assert record.scale_error == pytest.approx(error, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correct_merges_pass_within_error(dtype, order):

@@ -39,7 +39,7 @@ MAX_ITERATIONS = 100
 RELAXATION = 0.8
 
 # Singular vectors that are kept beyond the rank of L, and random ones that are added to them, in every iteration. With
-# 4 of each, values near the noise edge took up to twice the iterations to appear, and a fit ended without some.
+# 4 and 8, values near the noise edge took up to twice the iterations to appear, and a fit ended without some.
 EXTRA = 32
 
 Rule = Literal["norm", "debiased", "held_out"]

@@ -461,12 +461,9 @@ def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
 
 def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
     """Return the ``top`` largest eigenvalues, or all, ascending; and the vectors of the ``top`` largest (None: all)."""
-    n = len(gram)
-    has_all_cores = not gram.is_cuda and torch.get_num_threads() == ALL_CORES
-    suits = openblas.suits(gram) or (has_all_cores and n >= SUBSET_FROM)
-    if top is not None and top <= SUBSET_SHARE * n and suits:
-        largest = openblas.largest_eigenpairs(gram, top)
-        if largest is not None:
-            return largest
+    n, has_all_cores = len(gram), not gram.is_cuda and torch.get_num_threads() == ALL_CORES
+    suits = openblas.suits(gram) or (openblas.FOUND and has_all_cores and n >= SUBSET_FROM)
+    if top and top <= SUBSET_SHARE * n and suits and (largest := openblas.largest_eigenpairs(gram, top)):
+        return largest
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values, vectors if top is None else vectors[:, -top:]

@@ -58,25 +58,23 @@ def eigenvalues(gram: Tensor) -> Tensor:
 def largest_eigenpairs(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
     """Return the largest eigenvalues, ascending, and their vectors, by bisection and inverse iteration.
 
-    Above ``ONE_THREAD_UP_TO`` on all threads of OpenBLAS.
+    Above ``ONE_THREAD_UP_TO`` on all threads of OpenBLAS, which must be ``FOUND``.
 
     Args:
         gram: Float64, on the CPU, given by its lower triangle.
         top: Number of values.
 
     Returns:
-        ``(top,)`` and ``(n, top)``; None without OpenBLAS, if inverse iteration does not converge, or if bisection
-        cannot separate the ``top``-th value from the next ones and returns fewer, as observed for 600 equal values.
+        ``(top,)`` and ``(n, top)``; None if inverse iteration does not converge, or if bisection cannot separate the
+        ``top``-th value from the next ones and returns fewer, as observed for 600 equal values.
     """
-    if not FOUND:
-        return None
     dsyevr, integer = FOUND[2:]
     n, zero = integer(len(gram)), ctypes.c_double(0.0)
     matrix, values, vectors = gram.numpy().copy(), np.empty(len(gram)), np.empty((top, len(gram)))
     counts = np.zeros(1 + 2 * top, integer)  # of values, and workspace
     addresses = [ctypes.c_void_p(array.ctypes.data) for array in (matrix, counts, values, vectors, counts[1:])]
-    words = 102, *map(ctypes.c_char, b"VIU")  # by columns, and the lower triangle by rows is the upper one by columns
     chosen = n, zero, zero, integer(len(gram) - top + 1), n, zero
     with _one_thread if len(gram) <= ONE_THREAD_UP_TO else nullcontext():
-        failed = dsyevr(*words, n, addresses[0], *chosen, *addresses[1:4], n, addresses[4])
+        # 102: by columns; the lower triangle by rows is the upper one (U) by columns
+        failed = dsyevr(102, *map(ctypes.c_char, b"VIU"), n, addresses[0], *chosen, *addresses[1:4], n, addresses[4])
     return None if failed or counts[0] < top else (torch.from_numpy(values[:top]), torch.from_numpy(vectors).T)

@@ -392,8 +392,7 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
     b, a = b.to(torch.float64), a.to(torch.float64)
     distance, row = 0.0, 0
     for block in change.blocks(shape, PARTS):
-        gap = torch.addmm(block, b[row : row + len(block)], a, alpha=-1)
-        distance = math.hypot(distance, norm([gap]))
+        distance = math.hypot(distance, norm([torch.addmm(block, b[row : row + len(block)], a, alpha=-1)]))
         row += len(block)
     return distance
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.linalg import _umath_linalg
 from torch import Tensor
 
 from lora_diag.linalg.devices import SharedSetting
@@ -24,19 +23,23 @@ from lora_diag.linalg.devices import SharedSetting
 # with torch (MKL), of 1024 68 instead of 116; the 8 largest with vectors 13 instead of 42, and 63 instead of 263.
 ONE_THREAD_UP_TO = 1024
 
-WORDS = "openblas_get_num_threads", "openblas_set_num_threads", "LAPACKE_dsyevr"
+WORDS = "openblas_get_num_threads", "openblas_set_num_threads", "LAPACKE_dsyevr", "openblas_get_config"
 
 
 def _find() -> tuple[Any, ...]:
-    """Return the functions ``WORDS`` of OpenBLAS, and the type of their integers; empty without OpenBLAS.
+    """Return the functions ``WORDS`` of OpenBLAS but the last, and the type of their integers; empty without OpenBLAS.
 
-    Builds differ in the first and the last part of all names; with the last part integers have 64 bits.
+    Builds differ in the first and the last part of all names, and in the size of integers.
     """
-    library = ctypes.CDLL(_umath_linalg.__file__)  # finds names in the libraries that it is linked to, too
-    for first, last in product(("scipy_", ""), ("64_", "")):
-        with suppress(AttributeError):
-            functions = [getattr(library, f"{first}{word}{last}") for word in WORDS]
-            return *functions, ctypes.c_int64 if last else ctypes.c_int32
+    with suppress(ImportError, OSError):  # a later NumPy may have another module
+        from numpy.linalg import _umath_linalg
+
+        library = ctypes.CDLL(_umath_linalg.__file__)  # finds names in the libraries that it is linked to, too
+        for first, last in product(("scipy_", ""), ("64_", "")):
+            with suppress(AttributeError):
+                *functions, configuration = (getattr(library, f"{first}{word}{last}") for word in WORDS)
+                configuration.restype = ctypes.c_char_p
+                return *functions, ctypes.c_int64 if b"USE64BITINT" in configuration() else ctypes.c_int32
     return ()
 
 

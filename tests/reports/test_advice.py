@@ -144,7 +144,7 @@ def test_page_without_update_has_no_step():
 
 def test_distances_ask_for_loss():
     step = steps(model(EASY))["measure the loss"]
-    assert step.command == "loradiag probe outputs base full_ft ADAPTER --eval HELD_OUT_TEXT -o outputs.jsonl"
+    assert step.command == "loradiag probe truncation base full_ft --eval HELD_OUT_TEXT -o truncation.jsonl"
     step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))["measure the loss"]
     assert step.argv[5] == "lora"
 
@@ -224,7 +224,7 @@ def test_advice_names_each_fine_tune_once():
     assert [(step.about, step.argv[2]) for step in raised] == [(("full_ft",), "one.jsonl"), (("other",), "other.jsonl")]
     flat = [Evidence(tuple(Source("s.jsonl", spectra(model(FLAT).layers, inputs=(("base", "b"), ("tuned", name))))
                            for name in group)) for group in (["x"], ["x", "y"])]  # fmt: skip
-    assert [step for step in advice(flat[1]) if step.rule == "raise the rank"] == advice(flat[0])[:1]  # for both, once
+    assert [step for step in advice(flat[1]) if step.rule == "raise the rank"] == advice(flat[0])[-1:]  # for both, once
 
 
 def test_unfinished_run_is_announced_first_and_supports_no_step():

@@ -42,7 +42,7 @@ FEATURE = Feature(
             options=(SpectrumOptions,),
             suggest=".show:suggest_next",
             hints=(
-                Hint("allocate {output} --energy 0.9 -o adapter_config.json", "a rank for each layer of an adapter"),
+                Hint("allocate {output}", "ranks of each layer by several rules, and of a budget"),
                 Hint("-o results.jsonl", "saves these results, for allocate"),
             ),
         ),

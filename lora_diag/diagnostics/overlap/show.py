@@ -171,12 +171,12 @@ MIN_REACH = 0.1
 
 
 def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: a sweep of ranks if most layers end near random; else the adapter's loss, or extraction."""
+    """Return the next step: the adapter's loss; else a sweep of ranks if most layers end near random, or extraction."""
+    if reference_is_adapter(results):
+        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
     relevant = _select_relevant(tracks(results))
     if 2 * len(_select_near(relevant)) > len(relevant):
         return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")
-    if reference_is_adapter(results):
-        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
     return Hint(f"extract {{base}} {{tuned}} --rank {USUAL_RANK} -o adapter/", "an adapter in these subspaces")
 
 
@@ -191,7 +191,10 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
     relevant = _select_relevant(shown)
     findings = []
     if relevant:
-        interpretation = "overlap increases with rank for any subspace: compare with random, not with 1"
+        interpretation = (
+            "overlap increases with rank for any subspace: compare with random, not with 1; on a language model κ of "
+            "an adapter as good as full fine-tuning ended near random in 11 of 21 matrices"
+        )
         if reference_is_adapter(results):
             interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
         findings = [
@@ -276,7 +279,8 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
         sentences.append(f"in {list_layers(raise_rank)} use a higher rank: κ exceeds the baseline at r={rank}")
     if others:
         sentences.append(
-            f"in {list_layers(others)} initialize the adapter from recent gradients, or move its parameters to other "
-            "layers: the gradients are outside at every rank measured below full rank"
+            f"in {list_layers(others)}, if the held-out loss is too high, initialize the adapter from recent "
+            "gradients, or move its parameters to other layers: the gradients are outside at every rank measured below "
+            "full rank"
         )
     return sentences

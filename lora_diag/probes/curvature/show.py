@@ -25,7 +25,7 @@ _READINGS = {
 }
 # Relative error below which the second-order model is accurate.
 ACCURATE_ERROR = 0.1
-# Ratio of the bound to the measured gap above which it is too loose for a choice: 700 to 12,000 on two models.
+# Ratio of the bound to the measured gap above which it is too loose for a choice: 680 to 29,000 on three models.
 LOOSE_RATIO = 100.0
 
 

@@ -81,7 +81,8 @@ def correlate_predictors(records: Sequence[Fisher], ranks: Sequence[int]) -> lis
     return [Correlations(rank, layers) for rank, layers in measured.items() if len(layers) >= MIN_COUNT]
 
 
-# Ratio of ½F to the KL above which it is too high; on the sample model 2.0 with the text's labels, 1.0 with drawn ones.
+# Ratio of ½F to the KL above which it is too high; with the text's labels 2.0 on the sample model and 1.7 on one of
+# 135 M, with drawn ones 1.0 on the former.
 HIGH_RATIO = 1.5
 
 # The rank of the table's fractions, if it is among the ranks of the run; else the first.

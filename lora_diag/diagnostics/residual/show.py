@@ -136,7 +136,7 @@ def _describe_rank_limit(records: Sequence[Residual]) -> str:
     if not ranked:
         return "no layer with a known rank was compared with TUNED"
     beyond = math.hypot(*(record.floor for record in ranked)) / _pool_fro(records)
-    return f"{percent(beyond**2)} of ‖ΔW‖² needs a higher rank"
+    return f"{percent(beyond**2)} of ‖ΔW‖² is beyond the adapter's ranks"
 
 
 def _pool_fro(records: Iterable[Residual]) -> float:

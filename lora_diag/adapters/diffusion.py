@@ -47,9 +47,10 @@ PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|control
 FILE = "pytorch_lora_weights"
 METADATA = "lora_adapter_metadata"
 
-# Names of the two factors in current diffusers, and before PEFT; and of α.
+# Names of the two factors in current diffusers, in its text encoders, and before PEFT; and of α.
 PART = re.compile(
-    r"(?P<module>.+?)(?:\.lora\.|\.|(?P<old>_lora\.))(?P<part>lora_A|lora_B|lora_down|lora_up|down|up|alpha)(\.weight)?"
+    r"(?P<module>.+?)(?:\.lora(?:_linear_layer)?\.|\.|(?P<old>_lora\.))"
+    r"(?P<part>lora_A|lora_B|lora_down|lora_up|down|up|alpha)(\.weight)?"
 )
 DOWN = {"lora_A", "lora_down", "down"}
 
@@ -207,8 +208,10 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         if part == "alpha":
             _check_alpha(source, name)
         module = match["module"]
-        if match["old"]:  # ``attn1.processor.to_q`` is ``attn1.to_q``, and ``to_out`` is ``to_out.0``
-            module = re.sub(r"\.to_out$", ".to_out.0", module.replace(".processor", ""))
+        if match["old"]:  # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP, ``q_proj``
+            is_clip = module.startswith("text_encoder")
+            pattern, new = (r"\.to_(\w+)$", r".\1_proj") if is_clip else (r"\.to_out$", ".to_out.0")
+            module = re.sub(pattern, new, module.replace(".processor", ""))
         modules.setdefault(module, {})[part] = name
     without_alpha = [module for module, parts in modules.items() if "alpha" not in parts]
     scalings = _read_scalings(source, without_alpha)

@@ -210,6 +210,8 @@ class _Index:
             yield self.bare.get(drop_all_wrappers(candidate), [])
         if "." not in name.rpartition(".")[0]:
             yield self.flattened.get(flatten_name(name), [])
+            # CLIP of transformers 5 has no ``text_model``.
+            yield self.flattened.get(flatten_name(name).removeprefix("text_model_"), [])
 
     def select_fitting(self, names: Iterable[str], shape: Shape, transposed: bool) -> list[str]:
         """Return the stored names whose weights fit a requested shape."""

@@ -183,6 +183,22 @@ def test_diffusers_before_peft(tmp_path):
     close(result[f"{Q}.weight"], UP @ DOWN)
 
 
+@pytest.mark.parametrize("wrapper", ["text_model.", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_encoder.text_model.0.q_proj.lora_linear_layer.{}.weight",
+        "text_encoder.text_model.0.to_q_lora.{}.weight",
+        "lora_te_text_model_0_q_proj.lora_{}.weight",
+    ],
+)
+def test_names_of_clip_are_those_of_any_transformers(tmp_path, name, wrapper):
+    tensors = {name.format("up"): UP, name.format("down"): DOWN}
+    path = write(tmp_path / "pytorch_lora_weights.safetensors", tensors)
+    result, _ = changes(path, base(tmp_path, {f"{wrapper}0.q_proj.weight": W}))
+    close(result[f"{wrapper}0.q_proj.weight"], UP @ DOWN)
+
+
 def mlx(tmp_path, tensors, **config):
     write(tmp_path / "adapter" / "adapters.safetensors", tensors)
     config = {"fine_tune_type": "lora", "lora_parameters": {"rank": 2, "scale": 10.0}} | config

@@ -495,10 +495,17 @@ LLAMACPP = Consumer(
 #   one. So do modules of a text encoder (of transformers 5; of 4, its feed-forward layers got their own).
 # - ``dora_scale`` is deleted with a warning before anything is loaded, in every pipeline (``lora_pipeline.py``): B·A
 #   alone is added. ``lora_magnitude_vector`` in a diffusers file is loaded.
+# - In a diffusers file without a transformer, a name without "lora" (``.alpha``) is a ValueError.
+# - So is a text encoder of which no name is recognized: in kohya files ``out_proj`` and the MLP are, in those of
+#   diffusers attention projections and ``lora_linear_layer`` (``utils/state_dict_utils.py``).
+# - With transformers 5, CLIP has no ``text_model``, and whole names in patterns of older metadata match nothing. Not
+#   judged here.
 #
-# The last two were found by running 0.42.1 (``tests.benchmarks.servers``), and read in all four versions. Date read:
-# 2026-11-30.
+# All from ``_convert_unet_lora_key`` on was found by running 0.42.1 (``tests.benchmarks.servers``); all but the last
+# was read in all four versions. Date read: 2026-11-30.
 
+_TEXT_ENCODER = re.compile(r"lora_te[12]?|text_encoder(_2)?")
+_RECOGNIZED = re.compile(r"attn_out_proj\.|mlp_fc\d\.|_proj\.lora_[AB]\.|lora_linear_layer\.|to_out_lora\.")
 _UNET_BLOCK = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
 _WITHOUT_OWN_ALPHA = re.compile(r"lora_te\d?_|lora_unet_.*_to_(?:q|k|v|out_0)$")
 
@@ -506,7 +513,15 @@ _WITHOUT_OWN_ALPHA = re.compile(r"lora_te\d?_|lora_unet_.*_to_(?:q|k|v|out_0)$")
 def _refuse_diffusers(contents: Contents) -> str:
     """Return why diffusers does not load an adapter; empty if it does."""
     odd = contents.first("other")
-    return f"{odd.key}: a part that is no LoRA" if odd is not None else ""
+    reads_alpha = contents.form == "kohya" or "transformer" in contents.components
+    alpha = next((item for item in contents.pairs if item.alpha is not None and not reads_alpha), None)
+    encoders = [name for name in contents.components if _TEXT_ENCODER.fullmatch(name)]
+    unknown = [name for name in encoders if not any(_RECOGNIZED.search(item.key) for item in contents.components[name])]
+    return join_reasons(
+        f"{odd.key}: a part that is no LoRA" if odd is not None else "",
+        f"{alpha.module} has a tensor of its alpha" if alpha is not None else "",
+        f"{unknown[0]}: names of no layout that is recognized" if unknown else "",
+    )
 
 
 def _is_of_unet(contents: Contents) -> bool:

@@ -227,7 +227,7 @@ def test_diffusers_scales_equal_its_own_function(modules):
     import diffusers
     from diffusers.utils.peft_utils import get_peft_kwargs
 
-    keys = [f"unet.block{n}.to_q" for n in range(len(modules))]
+    keys = [f"transformer.block{n}.to_q" for n in range(len(modules))]
     ranks = {f"{key}.lora_B.weight": rank for key, (rank, _) in zip(keys, modules, strict=True)}
     alphas = {f"{key}.alpha": alpha for key, (_, alpha) in zip(keys, modules, strict=True) if alpha is not None}
     result = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
@@ -290,6 +290,32 @@ def test_alphas_of_kohya_files_are_read(consumer, names, rank, alphas, scales):
     """Also where α is missing: it is the rank."""
     items = tuple(item_of(name, rank, 1.0, alpha) for name, alpha in zip(names, alphas, strict=True))
     assert list(applied(consumer, Contents("kohya", items)).values()) == scales
+
+
+ENCODER = "text_encoder.text_model.encoder.layers.0"
+
+
+@pytest.mark.parametrize(
+    ("form", "module", "up", "alpha", "problem"),
+    [
+        ("diffusers", "unet.mid_block.attn.to_q", "lora_B", 8.0, "alpha"),
+        ("diffusers", "transformer.attn.to_q", "lora_B", 8.0, ""),
+        ("diffusers", f"{ENCODER}.self_attn.q_proj", "lora_B", 8.0, "alpha"),
+        ("diffusers", f"{ENCODER}.self_attn.q_proj", "lora_B", None, ""),
+        ("diffusers", f"{ENCODER}.mlp.fc1", "lora_B", None, "recognized"),
+        ("diffusers", f"{ENCODER}.mlp.fc1", "lora_linear_layer.up", None, ""),
+        ("diffusers", f"{ENCODER}.self_attn.to_q_lora", "up", None, "recognized"),
+        ("diffusers", f"{ENCODER}.self_attn.to_out_lora", "up", None, ""),
+        ("kohya", "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_up", 8.0, "recognized"),
+        ("kohya", "lora_te1_text_model_encoder_layers_0_self_attn_out_proj", "lora_up", 8.0, ""),
+        ("kohya", "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_up", 8.0, ""),
+    ],
+)
+def test_diffusers_refuses_what_its_loader_does_not_name(form, module, up, alpha, problem):
+    item = Item(f"{module}.weight", module, "factors", f"{module}.{up}.weight", 4, 1.0, alpha)
+    reason = CONSUMERS["diffusers"].rules[0].refuses(Contents(form, (item,)))
+    assert problem in reason
+    assert bool(problem) == bool(reason)
 
 
 @pytest.mark.parametrize(("form", "does"), [("kohya", "applied"), ("diffusers", "intended")])

@@ -3,10 +3,10 @@ r"""What programs that serve adapters apply, as run, and what ``portability`` pr
     python -m tests.benchmarks.servers MODEL [--out FILE] [--programs NAMES] [--python PATH] [--llamacpp FOLDER]
 
 MODEL is the folder of a small Llama with a tied head (SmolLM2-135M-Instruct in float32, with its tokenizer). A copy
-with a head of its own, adapters of PEFT, mlx-lm, diffusers and kohya, and a U-Net are made in ``--work``, from seeds.
+with a head of its own, adapters of PEFT, mlx-lm, diffusers and kohya, a U-Net and a CLIP are made in ``--work``.
 
 Every program runs in a process of its own, so that an error or an abort is a result. The changes of its outputs on four
-passages of 12 tokens (of the U-Net: on three noises) are compared with those of PEFT: ``slope`` is their regression,
+passages of 12 tokens (of diffusers: on three inputs) are compared with those of PEFT: ``slope`` is their regression,
 the scale that was applied, and ``error`` their relative error. The third number, ``from prediction``, is their error
 against transformers or diffusers with the weights W + ΔW of which ``portability`` predicts ΔW. A prediction is right if
 that is below ``TOLERANCE``, or if an adapter that is predicted to be refused is refused. For PEFT's own rows, and for
@@ -63,6 +63,7 @@ from tests.benchmarks.servers.adapters import (
     Case,
     image_adapters,
     make_peft,
+    make_text_encoder,
     make_unet,
     mlx_adapters,
 )
@@ -142,12 +143,14 @@ class Shop:
         self.inputs = [tokenizer(text)["input_ids"][:12] for text in PASSAGES]
 
     def base(self, name: str) -> Path:
-        """Return a model: ``tied`` (the given one), ``untied``, ``mlx-tied``, ``mlx-untied``, ``q4`` or ``unet``."""
+        """Return a model: ``tied`` (the given one), ``untied``, with ``mlx-``, ``q4``, ``unet`` or ``text_encoder``."""
         folder = self.model if name == "tied" else self.folder / name
         if not folder.exists():
             part = fresh(folder)
             if name == "unet":
                 make_unet(part)
+            elif name == "text_encoder":
+                make_text_encoder(part)
             elif name == "q4":
                 self._dequantise(part)
             elif name == "untied":
@@ -276,7 +279,7 @@ def explain(code: int, log: str) -> str:
 def predict(adapter: Path, base: Path, program: str, version: str) -> list[Portability]:
     """Return the records of ``portability``; builds of llama.cpp have one rule."""
     consumer = CONSUMERS[program] if program == "llama.cpp" else f"{CONSUMERS[program]}=={version}"
-    return list(lora_diag.portability(adapter, base, consumers=[consumer]))
+    return list(lora_diag.portability(adapter, base, consumers=[consumer], allow_unmatched=program == "diffusers"))
 
 
 def describe(records: Sequence[Portability]) -> str:
@@ -299,7 +302,7 @@ def add_updates(adapter: Path, base: Path, records: Sequence[Portability] = ()) 
     predicted = {record.layer: record for record in records}
     (source,) = base.glob("*.safetensors")
     before, weights = load_file(source), {}
-    for delta in opened.pair(checkpoint)[0].deltas:
+    for delta in opened.pair(checkpoint, allow_unmatched=opened.form in {"kohya", "diffusers"})[0].deltas:
         status = predicted[delta.layer].status if records else "exact"
         if status == "dropped":
             continue
@@ -451,31 +454,33 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
         folder = fresh(shop.folder / "mlx")
         for name, path in mlx_adapters(shop.base(base), folder, base == "tied").items():
             model, title = shop.base(base), f"mlx-lm: {name}, {base}" if "LoRA on" in name else f"mlx-lm: {name}"
+            plain = shop.base("untied") if "lm_head" in name else model
             try:
-                stated = shop.change_by(path, model)
+                stated = shop.change_by(path, plain)
             except InputError as error:
                 outcome = shop.change("mlx-lm", shop.base(f"mlx-{base}"), path)
                 end = outcome if isinstance(outcome, str) else "runs"
                 problem = f"not read: {str(error).partition(': ')[2]}"
                 yield Row("mlx-lm", shop.versions["mlx-lm"], title, "by hand", problem, end, agrees=end != "runs")
                 continue
-            file = File("mlx-lm", title, "by hand", path, shop.base(f"mlx-{base}"), path, model, model, stated)
+            file = File("mlx-lm", title, "by hand", path, shop.base(f"mlx-{base}"), path, model, plain, stated)
             yield measure(shop, file)
 
 
 def image_rows(shop: Shop) -> Iterator[Row]:
-    """Yield the rows of adapters of the U-Net, as their programs write them and as ``--fix`` does."""
-    unet = shop.base("unet")
+    """Yield the rows of adapters of the U-Net and the text encoder, as their programs and ``--fix`` write them."""
+    unet, encoder = shop.base("unet"), shop.base("text_encoder")
     folder = fresh(shop.folder / "images")
-    for name, path in image_adapters(unet, folder).items():
-        stated = shop.change_by(path, unet, program="diffusers")
-        yield measure(shop, File("diffusers", name, "by hand", path, unet, path, unet, unet, stated))
-        for form in ("kohya", "diffusers"):
+    for name, path in image_adapters(unet, encoder, folder).items():
+        base = encoder if "text encoder" in name else unet
+        stated = shop.change_by(path, base, program="diffusers")
+        yield measure(shop, File("diffusers", name, "by hand", path, base, path, base, base, stated))
+        for form in ("kohya", "diffusers") if "U-Net" not in name else ():
             out = path.parent / form
             fixed = out / LAYOUTS[form].file
-            file = File("diffusers", name, f"--fix {form}", fixed, unet, fixed, unet, unet, stated)
+            file = File("diffusers", name, f"--fix {form}", fixed, base, fixed, base, base, stated)
             try:
-                lora_diag.make_portable(path, out, unet, form=form)
+                lora_diag.make_portable(path, out, base, form=form)
             except InputError as error:
                 yield not_written(file, error)
             else:

@@ -1,4 +1,4 @@
-"""Adapters with seeded factors: of PEFT and mlx-lm for a language model, of diffusers and kohya for a small U-Net."""
+"""Adapters with seeded factors: of PEFT and mlx-lm for a language model, of diffusers and kohya for image models."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def mlx_adapters(base: Path, folder: Path, tied: bool) -> dict[str, Path]:
     ) -> None:
         tensors: Tensors = {}
         for module in modules:
-            weight = weights[f"{module}.weight"]
+            weight = weights[f"{TABLE if tied and module == HEAD else module}.weight"]
             b, a = random_pair(weight, (ranks or {}).get(module, rank), seeded, SCALE)
             tensors |= {f"{module}.lora_a": b, f"{module}.lora_b": a} if module == TABLE else {}
             tensors |= {f"{module}.lora_a": a.T, f"{module}.lora_b": b.T} if module != TABLE else {}
@@ -148,9 +148,9 @@ def mlx_adapters(base: Path, folder: Path, tied: bool) -> dict[str, Path]:
     written: dict[str, Path] = {}
     everywhere = [f"model.layers.{n}.{module}" for n in range(blocks) for module in INSIDE]
     late = [f"model.layers.{n}.{module}" for n in last for module in INSIDE]
+    write("LoRA on embed_tokens", [*late, TABLE], [*INSIDE, TABLE])
+    write("LoRA on lm_head", [*late, HEAD], [*INSIDE, HEAD])
     if not tied:
-        write("LoRA on embed_tokens", [*late, TABLE], [*INSIDE, TABLE])
-        write("LoRA on lm_head", [*late, HEAD], [*INSIDE, HEAD])
         return written
     write("scale = 20", everywhere, num_layers=-1)
     write("last 4 blocks, no keys", late, keys=None)
@@ -160,7 +160,6 @@ def mlx_adapters(base: Path, folder: Path, tied: bool) -> dict[str, Path]:
     write("no num_layers", late, num_layers=None)
     write("unequal ranks", late, ranks={late[0]: 4})
     write("DoRA", late, kind="dora")
-    write("LoRA on embed_tokens", [*late, TABLE], [*INSIDE, TABLE])
     return written
 
 
@@ -175,10 +174,22 @@ def make_unet(folder: Path) -> None:
     UNet2DConditionModel(cross_attention_dim=32, attention_head_dim=8, **sizes, **kinds).save_pretrained(folder)
 
 
-def image_adapters(base: Path, folder: Path) -> dict[str, Path]:
-    """Write adapters of a U-Net as kohya's scripts, LyCORIS and diffusers write them; return them by name."""
-    weights = load_file(base / "diffusion_pytorch_model.safetensors")
+def make_text_encoder(folder: Path) -> None:
+    """Write a text encoder of two blocks."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    CLIPTextModel(CLIPTextConfig(vocab_size=100, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+
+
+def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
+    """Write adapters of a U-Net or text encoder as kohya's scripts, LyCORIS and diffusers do; return them by name."""
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors") | load_file(encoder / "model.safetensors")
     linear = [name for name in weights if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight"))]
+    text = [
+        name for name in weights if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")) and "layers" in name
+    ]
     convolutions = [name for name in weights if name.endswith(("conv1.weight", "conv2.weight"))]
     seeded = torch.Generator().manual_seed(2)
     written: dict[str, Path] = {}
@@ -186,10 +197,13 @@ def image_adapters(base: Path, folder: Path) -> dict[str, Path]:
     def ranks_of(at: int) -> int:
         return 4 if at % 3 else 8
 
-    def kohya(name: str, rank: Callable[[int], int], alpha: Callable[[int], float | None], **more: bool) -> None:
+    def kohya(
+        name: str, rank: Callable[[int], int], alpha: Callable[[int], float | None], keys: Any = linear, **more: Any
+    ) -> None:
         tensors: Tensors = {}
-        for at, key in enumerate([*linear, *(convolutions if more.get("convolutions") else [])]):
-            module = f"lora_unet_{key.removesuffix('.weight').replace('.', '_')}"
+        for at, key in enumerate(keys):
+            component = f"lora_{more.get('encoder', 'te')}_text_model" if key in text else "lora_unet"
+            module = f"{component}_{key.removesuffix('.weight').replace('.', '_')}"
             b, a = random_pair(weights[key], rank(at), seeded)
             kernel = weights[key].shape[1:]
             tensors[f"{module}.lora_up.weight"] = b.reshape(*b.shape, *(1 for _ in kernel[1:]))
@@ -200,13 +214,21 @@ def image_adapters(base: Path, folder: Path) -> dict[str, Path]:
                 tensors[f"{module}.dora_scale"] = weights[key].norm(dim=1, keepdim=True) * 1.05
         save(name, tensors)
 
-    def diffusers(name: str, rank: Callable[[int], int], metadata: dict[str, Any] | None = None) -> None:
+    def diffusers(
+        name: str,
+        rank: Callable[[int], int],
+        metadata: dict[str, Any] | None = None,
+        keys: Iterable[str] = linear,
+        parts: tuple[str, str] = ("lora_B", "lora_A"),
+        alpha: float | None = None,
+    ) -> None:
         tensors: Tensors = {}
-        for at, key in enumerate(linear):
-            module = f"unet.{key.removesuffix('.weight')}"
-            tensors[f"{module}.lora_B.weight"], tensors[f"{module}.lora_A.weight"] = random_pair(
-                weights[key], rank(at), seeded
-            )
+        for at, key in enumerate(keys):
+            module = f"{'text_encoder.text_model' if key in text else 'unet'}.{key.removesuffix('.weight')}"
+            names = parts if key in text else ("lora_B", "lora_A")
+            pair = random_pair(weights[key], rank(at), seeded)
+            tensors |= {f"{module}.{part}.weight": factor for part, factor in zip(names, pair, strict=True)}
+            tensors |= {f"{module}.alpha": torch.tensor(alpha)} if alpha else {}
         save(name, tensors, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
 
     def save(name: str, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
@@ -221,7 +243,7 @@ def image_adapters(base: Path, folder: Path) -> dict[str, Path]:
     kohya("kohya: one α, unequal ranks", ranks_of, lambda at: 4)
     kohya("kohya: unequal α and ranks", ranks_of, lambda at: 2 + at % 2)
     kohya("kohya: α in some modules", lambda at: 4, lambda at: 8 if at % 2 else None)
-    kohya("kohya: convolutions", lambda at: 4, lambda at: 2, convolutions=True)
+    kohya("kohya: convolutions", lambda at: 4, lambda at: 2, [*linear, *convolutions])
     kohya("kohya: DoRA", lambda at: 4, lambda at: 4, dora=True)
     diffusers("diffusers: r = 4", lambda at: 4)
     diffusers("diffusers: unequal ranks", ranks_of)
@@ -237,4 +259,21 @@ def image_adapters(base: Path, folder: Path) -> dict[str, Path]:
             hadamard |= {f"{module}.hada_{part}_a": b, f"{module}.hada_{part}_b": a}
         hadamard[f"{module}.alpha"] = torch.tensor(4.0)
     save("LyCORIS: LoHa", hadamard)
+
+    title, short = "kohya, text encoder", [key for key in text if ".q_proj" in key or ".k_proj" in key]
+    kohya(f"{title}: r = 4, α = 8", lambda at: 4, lambda at: 8, text)
+    kohya(f"{title}: lora_te1, no α, unequal ranks", ranks_of, lambda at: None, text, encoder="te1")
+    kohya(f"{title}: unequal α and ranks", ranks_of, lambda at: 2 + at % 2, text)
+    kohya(f"{title}: α in some modules", lambda at: 4, lambda at: 8 if at % 2 else None, text)
+    kohya(f"{title}: q and k only", lambda at: 4, lambda at: 8, short)
+    kohya(f"{title} and U-Net", lambda at: 4, lambda at: 8 if at < len(text) else 2, [*text, *linear], encoder="te1")
+    title, own = "diffusers, text encoder", ("lora_linear_layer.up", "lora_linear_layer.down")
+    diffusers(f"{title}: lora_A", lambda at: 4, keys=text)
+    diffusers(f"{title}: lora_A, MLP only", lambda at: 4, keys=[key for key in text if ".mlp." in key])
+    diffusers(f"{title}: lora_A, α", lambda at: 4, keys=text, alpha=8.0)
+    diffusers(f"{title}: unequal ranks", ranks_of, keys=text, parts=own)
+    names = sorted({key.split(".")[-2] for key in text})
+    metadata = {"text_encoder.r": 4, "text_encoder.lora_alpha": 6, "text_encoder.target_modules": names}
+    diffusers(f"{title}: metadata", lambda at: 4, metadata, text, own)
+    diffusers(f"{title} and U-Net", lambda at: 4, keys=[*text, *linear], parts=own)
     return written

@@ -97,21 +97,25 @@ def run_mlx(job: Job) -> Outputs:
 
 
 def run_diffusers(job: Job) -> Outputs:
-    """Return the outputs of a U-Net for seeded noise; the adapter is loaded into a pipeline that has nothing else."""
+    """Return the outputs of the model, a U-Net or a text encoder: the adapter is loaded into a pipeline of both."""
     import torch
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from safetensors.torch import load_file
+    from transformers import CLIPTextModel
 
-    unet = UNet2DConditionModel.from_pretrained(job["model"])
+    folder, name = Path(job["model"]).parent, Path(job["model"]).name
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    model = unet if name == "unet" else encoder
     if job["weights"]:
-        unexpected = unet.load_state_dict(load_file(job["weights"]), strict=False).unexpected_keys
+        unexpected = model.load_state_dict(load_file(job["weights"]), strict=False).unexpected_keys
         assert not unexpected, unexpected
-    parts = dict.fromkeys(("vae", "text_encoder", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
-    pipeline = StableDiffusionPipeline(unet=unet, requires_safety_checker=False, **parts)
+    parts = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
+    pipeline = StableDiffusionPipeline(unet=unet, text_encoder=encoder, requires_safety_checker=False, **parts)
     if job["adapter"]:
-        before = sum(parameter.numel() for parameter in unet.parameters())
+        before = sum(parameter.numel() for parameter in model.parameters())
         pipeline.load_lora_weights(Path(job["adapter"]).parent, weight_name=Path(job["adapter"]).name)
-        if sum(parameter.numel() for parameter in unet.parameters()) == before:
+        if sum(parameter.numel() for parameter in model.parameters()) == before:
             raise SystemExit("load_lora_weights added nothing")
     seeded, size = torch.Generator().manual_seed(0), unet.config.sample_size
     outputs = []
@@ -119,7 +123,9 @@ def run_diffusers(job: Job) -> Outputs:
         for step in (1, 300, 700):
             noise = torch.randn(1, unet.config.in_channels, size, size, generator=seeded)
             context = torch.randn(1, 5, unet.config.cross_attention_dim, generator=seeded)
-            outputs.append(unet.eval()(noise, step, context).sample[0].numpy())
+            tokens = torch.randint(encoder.config.vocab_size, (1, 12), generator=seeded)
+            image, text = unet.eval()(noise, step, context).sample, encoder.eval()(tokens).last_hidden_state
+            outputs.append((image if model is unet else text)[0].numpy())
     return outputs
 
 

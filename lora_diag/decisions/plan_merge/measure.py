@@ -11,9 +11,13 @@ values are zero.
     mxfp4       groups of 32: e2m1(x/s)·s, saturating at ±6; s = 2^(⌊log₂ max|x|⌋ − 2), 2^−127 ≤ s ≤ 2^127
     nvfp4       groups of 16: e2m1(x/(s·g))·s·g; g = fl32(max|x| of the matrix / 2688), s = e4m3(max|x| / (6g))
     int4        groups of --group-size: clamp(round(x/s), −7, 7)·s; s = fl32(max|x| / 7)
+    q8_0        groups of 32: round(x/s)·fl16(s); s = max|x| / 127
+    q5_0, q4_0  groups of 32, b bits: min(⌊x/s + ½⌋, 2^(b−1) − 1)·fl16(s); s = −x_m / 2^(b−1), |x_m| = max|x|
+    q5_1, q4_1  groups of 32, b bits: ⌊(x − min x)/s + ½⌋·fl16(s) + fl16(min x); s = (max x − min x) / (2^b − 1)
 
 Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4); NVIDIA, Pretraining Large
-Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448). Round to nearest, without calibration.
+Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448); llama.cpp, ``ggml-quants.c`` (q8_0 to q4_1). Round to nearest,
+without calibration or importance matrix.
 """
 
 from __future__ import annotations
@@ -46,7 +50,7 @@ from lora_diag.running.options import show_options
 # Largest values.
 E4M3, E2M1, INT4 = 448.0, 6.0, 7.0
 # Number of inputs that share a scale.
-GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128}
+GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128, **dict.fromkeys(("q8_0", "q5_0", "q5_1", "q4_0", "q4_1"), 32)}
 SIXTEEN_BIT = ("bf16", "fp16")
 # Largest exponent of e2m1, and the exponents that E8M0 has.
 E2M1_EXPONENT, E8M0 = 2, 127
@@ -57,7 +61,7 @@ class Target:
     """A storage format.
 
     Args:
-        name: ``bf16``, ``fp16``, ``fp8``, ``mxfp4``, ``nvfp4`` or ``int4``.
+        name: The format, as ``--to`` names it.
         group: Number of inputs that share a scale; 0 without groups.
         per_tensor: Whether fp8 has one scale for the whole matrix.
     """
@@ -94,6 +98,7 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
     padding = -x.shape[1] % target.group
     groups = torch.nn.functional.pad(x, (0, padding)).view(len(x), -1, target.group)
     top = groups.abs().amax(dim=2, keepdim=True)
+    minima: Tensor | float = 0.0
     if target.name == "mxfp4":
         exponent = (torch.frexp(top).exponent - 1 - E2M1_EXPONENT).clamp(-E8M0, E8M0)
         scales = torch.ldexp(torch.ones_like(top, dtype=torch.float64), exponent)
@@ -102,11 +107,32 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         global_scale = _replace_zeros(peaks / (E2M1 * E4M3))[:, :, None]
         scales = _round_e4m3(top / (E2M1 * global_scale)) * global_scale.double()
         codes = torch.where(scales == 0, 0.0, _round_e2m1(groups.double() / _replace_zeros(scales)))
-    else:
+    elif target.name == "int4":
         scales = _replace_zeros(top / INT4).double()
         codes = (groups.double() / scales).round().clamp(-INT4, INT4)
-    codes, values = (part.reshape(len(x), -1)[:, : x.shape[1]] for part in (codes, codes * scales))
+    else:
+        codes, scales, minima = _round_gguf(groups, target.name)
+    codes, values = (part.reshape(len(x), -1)[:, : x.shape[1]] for part in (codes, codes * scales + minima))
     return codes, values
+
+
+def _round_gguf(groups: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scales and minima of groups in a block format of llama.cpp, which computes in float32."""
+    levels, sizes = 2 ** int(name[1]), groups.abs()
+    low, first = torch.zeros_like(groups[:, :, :1]), -levels // 2
+    if name == "q8_0":
+        scales = sizes.amax(dim=2, keepdim=True) / 127
+    elif name.endswith("_0"):
+        scales = groups.gather(2, sizes.argmax(dim=2, keepdim=True)) / first
+    else:
+        low, first = groups.amin(dim=2, keepdim=True), 0
+        scales = (groups.amax(dim=2, keepdim=True) - low) / (levels - 1)
+    ratios = (groups - low) * torch.where(scales == 0, 0.0, 1 / scales)
+    if name == "q8_0":
+        codes = (ratios.abs() + 0.5).floor().copysign(ratios)
+    else:
+        codes = (ratios - first + 0.5).trunc().clamp(0, levels - 1) + first
+    return codes.double(), scales.half().double(), low.half().double()
 
 
 def _replace_zeros(scale: Tensor) -> Tensor:
@@ -344,7 +370,8 @@ def plan_merge(
     Args:
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter.
-        to: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4`` or ``int4``: format of the merged weights.
+        to: Format of the merged weights: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4``, ``int4``, or one of
+            GGUF, ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0`` or ``q4_1``.
         group_size: Number of inputs that share a scale of ``int4``; default 128.
         scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per matrix.
         **options: ``PlanMergeOptions``.

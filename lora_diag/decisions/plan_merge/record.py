@@ -16,6 +16,10 @@ Conclusion = Literal["merge", "merge into 16 bit", "serve unmerged"]
 # its gain, those of fp16 (0.09 at full size) nothing (docs/reference/plan-merge.md).
 COEFFICIENT_TOLERANCE = 0.1
 MAX_ERROR = 0.5
+# Where BASE is served in the format, too, a merge is no worse than the adapter on the rounded BASE if c is within the
+# tolerance, and the squared error exceeds that of rounding BASE by at most this fraction of it plus MAX_ERROR². It was
+# compared with losses in seven formats (docs/evidence.md).
+MAX_EXCESS = 0.01
 
 _STYLES = {"merge": "", "merge into 16 bit": "bold yellow", "serve unmerged": "bold yellow"}
 
@@ -37,6 +41,14 @@ class FormatEffect(Record):
         if self.arrived is None or self.error is None:
             return False
         return abs(self.arrived - 1) <= COEFFICIENT_TOLERANCE and self.error <= MAX_ERROR
+
+
+def is_no_worse_than_unmerged(target: FormatEffect, base_error: float | None) -> bool:
+    """Return whether a merge is as near W + ΔW as Q(W) with the adapter, by ``MAX_EXCESS``; False if one is null."""
+    if target.arrived is None or target.error is None or base_error is None:
+        return False
+    kept = abs(target.arrived - 1) <= COEFFICIENT_TOLERANCE
+    return kept and target.error**2 <= (1 + MAX_EXCESS) * base_error**2 + MAX_ERROR**2
 
 
 def conclude(to: str, target: FormatEffect, sixteen: Iterable[FormatEffect], base_error: float | None) -> Conclusion:

@@ -10,6 +10,7 @@ from lora_diag.decisions.plan_merge.record import (
     FormatEffect,
     PlannedMerge,
     conclude_together,
+    is_no_worse_than_unmerged,
     pool_effects,
     pool_ratios,
 )
@@ -43,7 +44,9 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
         _describe_conclusion(records),
         make_statement("arrived", "Kept", f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)),
         make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
-        make_statement("base", "Base", _describe_base(records), priority=2),
+        make_statement(
+            "base", "Unmerged", _describe_base(records), priority=2 if conclude_together(records) == "merge" else 1
+        ),
     )
 
 
@@ -93,10 +96,11 @@ def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffe
 
 
 def _describe_base(records: Sequence[PlannedMerge]) -> str:
-    """State the error of the format on BASE alone; if it is large, that a quantized BASE as it is has no such error."""
-    error = pool_ratios(records, lambda record: record.base_error)
-    if error is None:
+    """Compare the merge with the adapter on the rounded BASE; where BASE is quantized, also on BASE as it is."""
+    effect, error = pool_effects(records), pool_ratios(records, lambda record: record.base_error)
+    if effect.error is None or error is None:
         return ""
-    unmerged = "; BASE as it is, with the adapter unmerged, has no such error"
+    result = "no worse (rule of thumb)" if is_no_worse_than_unmerged(effect, error) else "worse"
+    text = f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the merge is {result}"
     quantized = error > MAX_ERROR and any(record.base_noise is not None for record in records)
-    return f"{records[0].to} alone changes BASE by {number(error)} ‖ΔW‖{unmerged if quantized else ''}"
+    return f"{text}; BASE as it is, with the adapter unmerged, has no such error" if quantized else text

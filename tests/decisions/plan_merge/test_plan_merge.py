@@ -12,7 +12,13 @@ import lora_diag
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.plan_merge import measure as measuring
 from lora_diag.decisions.plan_merge.measure import GROUPS, MergeTask, PlanSettings, Target, quantize
-from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude, conclude_together
+from lora_diag.decisions.plan_merge.record import (
+    FormatEffect,
+    PlannedMerge,
+    conclude,
+    conclude_together,
+    is_no_worse_than_unmerged,
+)
 from lora_diag.deltas import FactoredDelta, Side
 from lora_diag.errors import UsageError
 from tests.adapters.making import lora
@@ -26,6 +32,7 @@ TARGETS = [
     *(Target(name, GROUPS.get(name, 0)) for name in ("bf16", "fp16", "fp8", "mxfp4", "nvfp4")),
     Target("fp8", 0, per_tensor=True),
     Target("int4", 32),
+    *(Target(name, 32) for name in GROUPS if name.startswith("q")),
 ]
 
 
@@ -81,11 +88,33 @@ def oracle(x, target):
                 g = f32(peak / f32(2688))
                 s = float(nearest(np.array(float(f32(top / f32(f32(6) * g)))), E4M3)) * float(g)
                 code = nearest(part / s, E2M1) if s else np.zeros(len(part))
-            else:
+            elif target.name == "int4":
                 s = f32(top / f32(7))
                 code = np.clip(np.round(part.astype(float) / float(s)), -7, 7)
+            else:
+                code, numbers = oracle_gguf(np.pad(part, (0, size - len(part))), target.name)
+                codes[i, at : at + size], values[i, at : at + size] = code[: len(part)], numbers[: len(part)]
+                continue
             codes[i, at : at + size], values[i, at : at + size] = code, code * float(s)
     return codes, values
+
+
+def oracle_gguf(part, name):
+    """Return codes and values of a block of llama.cpp: b bits, a scale in fp16, and in the types _1 a minimum."""
+    f32, half, bits = np.float32, lambda number: float(np.float16(number)), int(name[1])
+    if name == "q8_0":
+        s = np.abs(part).max() / f32(127)
+        r = part * (f32(1) / s)
+        code = np.array([int(abs(x) + 0.5) * (1 if x > 0 else -1) for x in r.astype(float)])
+        return code, code * half(s)
+    if name.endswith("_0"):
+        s = part[np.abs(part).argmax()] / f32(-(2 ** (bits - 1)))
+        r = part * (f32(1) / s) + f32(2 ** (bits - 1) + 0.5)
+        code = np.array([min(int(x), 2**bits - 1) - 2 ** (bits - 1) for x in r])
+        return code, code * half(s)
+    s = (part.max() - part.min()) / f32(2**bits - 1)
+    code = np.array([int(x) for x in (part - part.min()) * (f32(1) / s if s else f32(0)) + f32(0.5)])
+    return code, code * half(s) + half(part.min())
 
 
 def difficult():
@@ -112,6 +141,16 @@ def test_quantize_rounds_as_the_format_is_defined(target):
     np.testing.assert_array_equal(values.numpy(), expected[1])
     repeated = quantize(values.float(), target, peaks(values.float().numpy(), target))[1].numpy()
     np.testing.assert_allclose(repeated, expected[1], rtol=1e-6)  # what a format holds already is not rounded
+
+
+@pytest.mark.parametrize("name", [name for name in GROUPS if name.startswith("q")])
+def test_quantize_agrees_with_the_gguf_package(name):
+    quants = pytest.importorskip("gguf.quants")
+    x = np.random.default_rng(6).standard_normal((64, 96)).astype(np.float32)
+    x[0], x[1, :32], x[2], x[3] = 0, 1, np.round(4 * x[2]), 1e-9 * x[3]
+    kind = getattr(quants.GGMLQuantizationType, name.upper())
+    expected = quants.dequantize(quants.quantize(x, kind), kind)
+    np.testing.assert_array_equal(quantize(torch.tensor(x), Target(name, 32))[1].float().numpy(), expected)
 
 
 def test_fp16_overflows_and_zeros_stay_zero():
@@ -166,9 +205,9 @@ def test_record_follows_from_the_definitions(target, tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_update_on_the_grid_arrives_in_full(target, tmp_path):
     top, unit = {"fp8": (448, 1), "nvfp4": (2688, 448)}.get(target.name, (6, 1))
-    top = 7 if target.name == "int4" else top
-    w, a = torch.zeros(8, 64), torch.tensor([[0.0, 1, 2, 3, 0, -1, -2, 1] * 8]) * unit
-    w[:, ::16], a[:, ::16] = top, 0
+    top = {"int4": 7, "q8_0": 127, "q5_0": 16, "q4_0": 8, "q5_1": 16, "q4_1": 8}.get(target.name, top)
+    w, a = torch.zeros(8, 64), torch.tensor([[0.0, 0, 2, 3, 0, -1, -2, 1] * 8]) * unit
+    w[:, ::16], w[:, 1::16], a[:, ::16] = top, 1 - top if target.name.endswith("_1") else 0, 0
     base, adapter = write(tmp_path, w, torch.tensor([[1.0], [0]] * 4), a)
     (record,) = lora_diag.plan_merge(base, adapter, **options(target))
     assert (record.arrived, record.error, record.base_error, record.conclusion) == (1.0, 0.0, 0.0, "merge")
@@ -246,6 +285,23 @@ NONE = FormatEffect(arrived=None, error=None)
 )
 def test_conclude_follows_the_rules(to, target, sixteen, base_error, expected):
     assert conclude(to, target, sixteen, base_error) == expected
+
+
+@pytest.mark.parametrize(
+    ("arrived", "error", "base_error", "expected"),
+    [
+        (1.0, 9.0, 9.0, True),
+        (1.0, 9.04, 9.0, True),  # 0.9% more energy
+        (1.0, 9.06, 9.0, False),  # 1.3% and 1.08
+        (1.0, 0.49, 0.0, True),
+        (1.0, 0.51, 0.0, False),
+        (0.89, 9.0, 9.0, False),
+        (None, None, 9.0, False),
+        (1.0, 9.0, None, False),
+    ],
+)
+def test_merge_is_compared_with_the_rounded_base(arrived, error, base_error, expected):
+    assert is_no_worse_than_unmerged(FormatEffect(arrived=arrived, error=error), base_error) is expected
 
 
 def test_conclusion_of_several_layers_weighs_them_by_energy():

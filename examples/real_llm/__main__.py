@@ -1,11 +1,11 @@
 """Run the study: python -m examples.real_llm FOLDER [--quick] [--domain FILE].
 
 Two tasks, a domain (the King James Bible) and a format (the head of a function as JSON), each learned by full
-fine-tuning and by LoRA, the domain at six ranks, with rates tuned for each, and with three seeds; then the commands of
-loradiag on the results. What is done is skipped and what was interrupted is resumed. Results files are in
-FOLDER/results, what the commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or
---domain. ``--quick`` takes the first task alone, with fewer ranks, steps, seeds and sequences, one storage format, and
-of the slow measurements on single layers none.
+fine-tuning and by LoRA at six ranks, with rates tuned for each, and with three seeds; then the commands of loradiag on
+the results. What is done is skipped and what was interrupted is resumed. Results files are in FOLDER/results, what the
+commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or --domain. ``--quick`` takes
+the first task alone, with fewer ranks, steps, seeds, rates and sequences, one storage format, and of the slow
+measurements on single layers none.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from examples.real_llm.merging import FORMATS, write_merge
+from examples.real_llm.merging import ROUND, write_merge
 from examples.real_llm.model import make_base, make_texts, save_rounded
 from examples.real_llm.training import train
 
@@ -44,10 +44,11 @@ class Study:
 
     def __init__(self, folder: Path, quick: bool, domain: Path | None) -> None:
         self.folder, self.quick, self.domain = folder, quick, domain
-        self.ranks = {"domain": [1, 8] if quick else [1, 2, 4, 8, 16, 64], "format": [1, 8, 64]}
-        self.seeds = {"domain": [] if quick else [1, 2], "format": []}
+        self.ranks = [1, 8] if quick else [1, 2, 4, 8, 16, 64]
+        self.seeds = [] if quick else [1, 2]
         self.steps = 10 if quick else 20
-        # The best rate of each task and rank; rank 0 is full fine-tuning.
+        # Runs of each task and rank, the one with the best rate first; rank 0 is full fine-tuning.
+        self.runs: dict[tuple[str, int], list[str]] = {}
         self.rates: dict[tuple[str, int], float] = {}
 
     def run(self) -> None:
@@ -126,17 +127,22 @@ class Study:
     def learn(self, task: str) -> None:
         """Tune the rate of full fine-tuning and of each rank, on text that nothing else uses; then train other seeds.
 
-        If the best rate is the lowest or highest tried, the next one is tried, too, up to four in all.
+        If the best rate is the lowest or highest tried, the next is tried, too, up to four in all (quick: three).
         """
-        for rank in (0, *self.ranks[task]):
+        for rank in (0, *self.ranks):
             runs = {rate: self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate) for rate in RATES}
             losses = {rate: self.find_loss(task, run, runs.values()) for rate, run in runs.items()}
-            while len(runs) < 4 and (best := min(losses, key=losses.__getitem__)) in {min(runs), max(runs)}:
+            while len(runs) < (3 if self.quick else 4) and (best := min(losses, key=losses.__getitem__)) in {
+                min(runs),
+                max(runs),
+            }:
                 rate = best * 10**0.5 if best == max(runs) else best / 10**0.5
                 runs[rate] = self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate)
                 losses[rate] = self.find_loss(task, runs[rate], runs.values())
-            self.rates[task, rank] = min(losses, key=losses.__getitem__)
-        for seed in self.seeds[task]:
+            in_order = sorted(losses, key=losses.__getitem__)
+            self.rates[task, rank] = in_order[0]
+            self.runs[task, rank] = [runs[rate] for rate in in_order]
+        for seed in self.seeds:
             for rank in (0, 1, 8, 64):
                 self.train(task, f"{_name(rank)}-seed{seed}", rank, self.rates[task, rank], seed)
 
@@ -150,41 +156,37 @@ class Study:
         records = list(map(json.loads, found.read_text(encoding="utf-8").splitlines()))
         return next(float(each["loss"]) for each in records if each.get("subject") in {"tuned", "adapter"})
 
-    def chosen(self, task: str, rank: int) -> str:
-        """Return the path of the run of a rank at its best rate; rank 0 is the full fine-tune."""
-        return f"{task}/{_name(rank)}-{self.rates[task, rank]:.2g}"
-
     def measure(self, task: str) -> None:
         """Measure for one task how low-rank the update is, what LoRA misses, and whether the loss cares."""
-        full, texts = self.chosen(task, 0), self.texts(task)
-        adapters = [self.chosen(task, rank) for rank in self.ranks[task]]
-        other_seeds = self.seeds[task]
-        seeds = [f"{task}/{_name(rank)}-seed{seed}" for seed in other_seeds for rank in (1, 8, 64)]
-        reference = ["--reference", f"{task}/full-seed1"] if other_seeds else []
+        full, *other_full = self.runs[task, 0]
+        texts = self.texts(task)
+        adapters = [self.runs[task, rank][0] for rank in self.ranks]
+        seeds = [f"{task}/{_name(rank)}-seed{seed}" for seed in self.seeds for rank in (1, 8, 64)]
         spectrum = self.command(f"spectrum-{task}", "spectrum", "base", full)
-        self.command(f"residual-{task}", "residual", "base", full, *adapters)
-        models = ["base", full, *adapters, *seeds, *reference]
+        reference = ["--reference", f"{task}/full-seed1"] if self.seeds else []
+        self.command(f"residual-{task}", "residual", "base", full, *adapters, *reference)
+        # Other rates show what a lower one costs on the task and saves on other text.
+        models = ["base", full, *adapters, *self.runs[task, 8][1:], *seeds]
         self.command(f"outputs-{task}", "probe", "outputs", *models, *texts, *OTHER)
+        for run in [] if self.quick else [*other_full, *(f"{task}/full-seed{seed}" for seed in self.seeds)]:
+            pair = ["base", full, "--reference", run]
+            self.command(f"outputs-{run.replace('/', '-')}", "probe", "outputs", *pair, *texts, *OTHER)
         self.command(f"truncation-{task}", "probe", "truncation", "base", full, *texts, *OTHER)
         by_type = ["--granularity", "type", "--ranks", "0,8"]
         self.command(f"truncation-type-{task}", "probe", "truncation", "base", full, *texts, *by_type)
         config = f"{task}-allocation.json"
-        self.command(f"allocate-{task}", "allocate", spectrum, "--match", self.chosen(task, 8), output=config)
+        self.command(f"allocate-{task}", "allocate", spectrum, "--match", self.runs[task, 8][0], output=config)
         allocation = json.loads((self.folder / config).read_text(encoding="utf-8"))
         lora = {key: allocation[key] for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
         rate = self.rates[task, 8]
-        allocated = [self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *other_seeds)]
-        uniform = [self.chosen(task, 8), *(f"{task}/lora_r8-seed{seed}" for seed in other_seeds)]
+        allocated = [self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *self.seeds)]
+        uniform = [self.runs[task, 8][0], *(f"{task}/lora_r8-seed{seed}" for seed in self.seeds)]
         self.command(f"allocation-{task}", "probe", "outputs", "base", full, *allocated, *uniform, *texts)
 
     def store(self) -> None:
         """Measure what storage in 16 bit hides and what a merge keeps, for the first task."""
-        folder, texts, full, adapter = (
-            self.folder,
-            self.texts("domain"),
-            self.chosen("domain", 0),
-            self.chosen("domain", 8),
-        )
+        folder, texts = self.folder, self.texts("domain")
+        full, adapter = self.runs["domain", 0][0], self.runs["domain", 8][0]
         rounded = folder / "domain" / "full-bf16"
         self.stage("round full", rounded, lambda: save_rounded(folder / full, rounded))
         self.command("spectrum-bf16", "spectrum", "base-bf16", "domain/full-bf16")
@@ -193,15 +195,15 @@ class Study:
         if not self.quick:
             self.command("recover", "recover", "base-bf16", "domain/full-bf16", "--checkpoint", output="recovered")
             self.command("outputs-recovered", "probe", "outputs", "base", full, "--reference", "recovered", *texts)
-        for name, options in list(FORMATS.items())[: 1 if self.quick else None]:
-            self.command(f"plan-merge-{name}", "plan-merge", "base", adapter, *options)
+        for name in list(ROUND)[: 1 if self.quick else None]:
+            self.command(f"plan-merge-{name}", "plan-merge", "base", adapter, "--to", name)
             self.stage(f"merge {name}", folder / f"merged-{name}", lambda: write_merge(folder, folder / adapter, name))  # noqa: B023
             pair = [f"rounded-{name}", f"merged-{name}"]
             self.command(f"merge-loss-{name}", "probe", "outputs", *pair, adapter, *texts)
 
     def look_closer(self) -> None:
         """Measure gradients, energy, Fisher information and curvature on ``BLOCKS``, and the intrinsic dimension."""
-        full, adapter, texts = self.chosen("domain", 0), self.chosen("domain", 8), self.texts("domain")
+        full, adapter, texts = self.runs["domain", 0][0], self.runs["domain", 8][0], self.texts("domain")
         text, few = ["--data", "texts/domain_train.txt"], self.texts("domain", 8)
         for run in (full, adapter):
             name = f"overlap-{'full' if run == full else 'lora'}"
@@ -214,8 +216,8 @@ class Study:
         self.command("fisher", "probe", "fisher", *pair, *text, *few, *blocks, "--ranks", "1,8,64")
         few_values = ["--ranks", "0,8", "--eigenvalues", 3, "--trace-vectors", 4]
         self.command("curvature", "probe", "curvature", *pair, *few, *blocks, *few_values)
-        rates = ["--lr", "1e-4,3e-4", "--full-lr", self.rates["domain", 0] / 20, "--lora-lr", self.rates["domain", 1]]
-        size = ["--dims", "100,1000,10000", "--ranks", 1, "--repeats", 1, "--widen", 1]
+        rates = ["--lr", "1e-3,3e-3", "--full-lr", self.rates["domain", 0] / 20, "--lora-lr", self.rates["domain", 1]]
+        size = ["--dims", "100,1000,10000", "--ranks", 1, "--repeats", 1]
         runs = ["--steps", self.steps, "--batch", 4]
         self.command("intrinsic", "probe", "intrinsic", "base", *text, *texts, *size, *rates, *runs)
 

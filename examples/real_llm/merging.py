@@ -13,14 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-# Options of plan-merge for each format.
-FORMATS = {
-    "bf16": ["--to", "bf16"],
-    "fp8": ["--to", "fp8"],
-    "mxfp4": ["--to", "mxfp4"],
-    "q4_1": ["--to", "int4", "--group-size", "32"],
-}
-
 
 def _round_fp8(weight: Tensor) -> Tensor:
     """Return a matrix in float8_e4m3fn with one scale per row, as float32."""
@@ -33,11 +25,15 @@ def _round_gguf(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
     return torch.from_numpy(dequantize(quantize(np.ascontiguousarray(weight.numpy()), kind), kind).copy())
 
 
+# By the names that ``plan-merge --to`` has.
 ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "bf16": lambda weight: weight.bfloat16().float(),
     "fp8": _round_fp8,
     "mxfp4": lambda weight: _round_gguf(weight, GGMLQuantizationType.MXFP4),
-    "q4_1": lambda weight: _round_gguf(weight, GGMLQuantizationType.Q4_1),
+    **{
+        kind.name.lower(): lambda weight, kind=kind: _round_gguf(weight, kind)
+        for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+    },
 }
 
 

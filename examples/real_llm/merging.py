@@ -1,15 +1,17 @@
-"""Merges of an adapter, and BASE alone, rounded to storage formats and written dequantized."""
+"""Merges of an adapter, and BASE alone, rounded to storage formats and written dequantized; a checkpoint as GGUF."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
+from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFReader, get_tensor_name_map
 from gguf.quants import dequantize, quantize
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -55,3 +57,31 @@ def write_merge(folder: Path, adapter: Path, name: str) -> None:
                 module.weight.copy_(ROUND[name](module.weight))
         model.save_pretrained(folder / out)
         AutoTokenizer.from_pretrained(folder / "base").save_pretrained(folder / out)
+
+
+def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
+    """Write BASE's GGUF file with the linear layers of a checkpoint in Q4_1, as llama.cpp's converter orders their rows.
+
+    Args:
+        base: GGUF file of BASE, a Llama whose linear layers are in Q4_1.
+        checkpoint: Folder of a checkpoint of the same model.
+        out: File to write.
+    """
+    unfinished = out.with_suffix(".part")
+    shutil.copy(base, unfinished)
+    file = GGUFReader(unfinished, "r+")
+    stored = {tensor.name: tensor for tensor in file.tensors if tensor.tensor_type == GGMLQuantizationType.Q4_1}
+    heads = {
+        part: int(file.fields[f"llama.attention.head_count{key}"].contents()) for part, key in (("q", ""), ("k", "_kv"))
+    }
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, int(file.fields["llama.block_count"].contents()))
+    for name, weight in load_file(checkpoint / "model.safetensors").items():
+        tensor = stored.get(names.get_name(name, (".weight",)) or "")
+        if tensor is None:
+            continue
+        rows = weight.numpy()
+        if (part := name[-len("q_proj.weight")]) in heads and "_proj" in name:
+            rows = rows.reshape(heads[part], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+        tensor.data[:] = quantize(np.ascontiguousarray(rows), GGMLQuantizationType.Q4_1)
+    file.data.flush()
+    unfinished.rename(out)

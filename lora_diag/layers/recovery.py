@@ -48,7 +48,7 @@ from lora_diag.linalg.hidden import (
     recover,
 )
 from lora_diag.linalg.hidden_models import NORMAL, Density, Scales, Shape, Shaped
-from lora_diag.linalg.rounding import SHORTER
+from lora_diag.linalg.rounding import SHORTER, is_dequantized
 from lora_diag.linalg.streamed import Streamed
 from lora_diag.metrics.energy import THRESHOLDS, rank_at
 from lora_diag.records.vocabulary import Hidden
@@ -399,7 +399,11 @@ def recover_layer(
         MemoryLimitError: The limit is too small for row blocks.
     """
     check_cell_memory(delta.shape, memory)
-    stored = [_Stored.of(side, _read_sample(side, delta.shape)) for side in (delta.base, delta.tuned)]
+    samples = [_read_sample(side, delta.shape) for side in (delta.base, delta.tuned)]
+    rows = samples[1][: len(samples[1]) // delta.shape[1] * delta.shape[1]].view(-1, delta.shape[1])
+    if not delta.tuned.is_quantized and is_dequantized(rows):
+        return _make_refusal(0.0, "TUNED was dequantized from 4 bits, whose rounding cells are unknown")
+    stored = [_Stored.of(side, sample) for side, sample in zip((delta.base, delta.tuned), samples, strict=True)]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
         return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")

@@ -306,7 +306,7 @@ def _move_blocks(
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]]:
     """Yield blocks and their spacings on a device: in pieces for the cache of a CPU, in few large ones on a GPU."""
-    pairs = zip(blocks, steps, strict=False)
+    pairs = _add_steps(zip(blocks, steps, strict=False))
     if device.type != "cpu":
         pending: list[tuple[Tensor | None, ...]] = []
         entries = 0
@@ -329,6 +329,22 @@ def _move_blocks(
         yield from zip(
             torch.split(base, rows), torch.split(tuned, rows), zip(base_steps, tuned_steps, strict=False), strict=False
         )
+
+
+def _add_steps(
+    pairs: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]],
+) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]]:
+    """Add the spacing of values that were dequantized into a float dtype, if those of the first block of tuned were.
+
+    A dequantized base alone is not rounded: it may be the start of training.
+    """
+    hidden: tuple[bool, bool] | None = None
+    for (base, tuned), (base_step, tuned_step) in pairs:
+        if hidden is None:
+            coarse = tuned_step is None and rounding.is_dequantized(tuned)
+            hidden = coarse and base_step is None and rounding.is_dequantized(base), coarse
+        base_step = rounding.find_steps(base) if hidden[0] else base_step
+        yield (base, tuned), (base_step, rounding.find_steps(tuned) if hidden[1] else tuned_step)
 
 
 def _join_blocks(

@@ -279,6 +279,17 @@ def test_directions_that_are_no_result_are_not_reported(
     assert (hidden.fro_estimate is None) == (status == "refused")
 
 
+def test_recover_refuses_values_dequantized_from_4_bits(tmp_path):
+    from tests.linalg.test_rounding import dequantized
+
+    rng = np.random.default_rng(9)
+    w = rng.normal(size=(64, 96)) * 0.02
+    t = torch.tensor(dequantized(w + 1e-4 * rng.normal(size=w.shape), "Q4_1")).float()
+    result = estimate(tmp_path, torch.tensor(dequantized(w, "Q4_1")).float(), t).hidden
+    assert result.status == "refused"
+    assert "4 bits" in result.reason
+
+
 def test_recover_refuses_format_without_known_cells():
     from tests.conftest import SHARED
 

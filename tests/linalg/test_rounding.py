@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg.difference import difference
-from lora_diag.linalg.rounding import LAYOUT, Energies, Spacing, write_spacings
+from lora_diag.linalg.rounding import LAYOUT, Energies, Spacing, find_steps, is_dequantized, write_spacings
 from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.conftest import as_numpy
 
@@ -193,3 +193,110 @@ def test_energies_are_histograms_of_changed_entries(dtype):
         expected = np.bincount(bits[moved], np.float64(change[moved]) ** (2 * power), 2**15)
         np.testing.assert_allclose(sums.numpy(), expected, rtol=1e-12)
     np.testing.assert_array_equal(block.numpy(), change)  # not overwritten
+
+
+NF4 = np.array(
+    [
+        -1,
+        -0.6962,
+        -0.5251,
+        -0.3949,
+        -0.2844,
+        -0.1848,
+        -0.0911,
+        0,
+        0.0796,
+        0.1609,
+        0.2461,
+        0.3379,
+        0.4407,
+        0.5626,
+        0.723,
+        1,
+    ]
+)
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+# Levels of a group with its largest entry scaled to 1, and inputs of a group; None: 16 levels from minimum to maximum.
+FOUR_BITS = {
+    "Q4_1": (None, 32),
+    "int4": (np.arange(-7, 8) / 7, 128),
+    "NF4": (NF4, 64),
+    "MXFP4": (np.concatenate([-E2M1, E2M1]) / 6, 32),
+}
+
+
+def dequantized(x: np.ndarray, kind: str) -> np.ndarray:
+    """Round each group of inputs to the nearest level of a 4-bit format."""
+    levels, size = FOUR_BITS[kind]
+    result = np.empty_like(x)
+    for i, row in enumerate(x):
+        for at in range(0, len(row), size):
+            group = row[at : at + size]
+            values = np.linspace(group.min(), group.max(), 16) if levels is None else levels * np.abs(group).max()
+            result[i, at : at + size] = values[np.abs(group[:, None] - values).argmin(axis=1)]
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FOUR_BITS)
+def test_dequantized_4_bit_values_are_recognized(kind, dtype):
+    x = np.random.default_rng(1).standard_normal((40, 256))
+    stored = torch.tensor(dequantized(x, kind)).to(dtype)
+    assert is_dequantized(stored)
+    stored[::9, ::70] += 1  # some edited by hand
+    assert is_dequantized(stored)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda x: x,
+        lambda x: x.bfloat16(),
+        lambda x: x.half(),
+        lambda x: x.to(torch.float8_e4m3fn).float(),
+        lambda x: (x / x.abs().max() * 127).round() / 127,
+        lambda x: torch.zeros_like(x),
+        lambda x: torch.ones_like(x),
+        lambda x: x[:, :72].sign(),  # no groups of 32
+        lambda x: x[:0],
+    ],
+    ids=["float32", "bfloat16", "float16", "float8", "int8", "zeros", "ones", "72 columns", "no rows"],
+)
+def test_other_values_are_not_taken_for_4_bits(convert):
+    assert not is_dequantized(convert(torch.randn(40, 256, generator=torch.Generator().manual_seed(2))))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), levels=st.integers(1, 16))
+def test_step_is_distance_to_nearest_other_level(seed, levels):
+    rng = np.random.default_rng(seed)
+    table = np.sort(rng.choice(1000, levels, replace=False)) / 64  # exact in float32
+    x = table[rng.integers(0, levels, (3, 64))]
+    found = find_steps(torch.tensor(x)).numpy().reshape(3, 64)
+    for i, j in np.ndindex(x.shape):
+        others = [abs(x[i, j] - y) for y in x[i, j // 32 * 32 : (j // 32 + 1) * 32] if y != x[i, j]]
+        assert found[i, j] == min(others, default=0.0)
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+@pytest.mark.parametrize("base_too", [True, False])
+def test_noise_of_dequantized_values_is_that_of_4_bits(kind, base_too):
+    """Stored in float32, both sides or TUNED alone; the update is as large as a step."""
+    rng = np.random.default_rng(3)
+    w = rng.standard_normal((96, 256))
+    t = w + 0.3 * rng.standard_normal(w.shape)
+    stored = [dequantized(w, kind) if base_too else w, dequantized(t, kind)]
+    result = difference([tuple(map(torch.tensor, np.float32(stored)))], w.shape, CPU)
+    error = np.linalg.norm((stored[1] - stored[0]) - (t - w))
+    assert result.mantissa[1] == 0
+    assert result.rounding.fro == pytest.approx(error, rel=0.2)
+    assert error < result.rounding.bound
+
+
+def test_dequantized_base_may_be_the_start_of_training():
+    """BASE was dequantized from 4 bits, TUNED was trained from it in float32: its own rounding is all that counts."""
+    rng = np.random.default_rng(4)
+    w = dequantized(rng.standard_normal((64, 256)), "Q4_1")
+    t = w + 1e-4 * rng.standard_normal(w.shape)
+    result = difference([(torch.tensor(w).float(), torch.tensor(t).float())], w.shape, CPU)
+    assert result.rounding.fro < 1e-3 * result.fro

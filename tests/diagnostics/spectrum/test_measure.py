@@ -13,6 +13,7 @@ from lora_diag.diagnostics.spectrum.show import summary_lines
 from tests import oracles
 from tests.adapters import making
 from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
+from tests.linalg.test_rounding import dequantized
 from tests.messages import assert_names
 from tests.probes.making import SAMPLES, tensors
 
@@ -173,6 +174,21 @@ def test_subtraction_in_float32_changes_energy_within_bound(tmp_path, n):
     errors = [abs(record.energy[str(r)] - oracles.energy_at(s, r)) for r in range(1, n)]
     assert 1e-12 < max(errors) <= record.energy_error + 4 * 2.0**-24
     assert record.fro == pytest.approx(np.linalg.norm(tuned.astype(np.float64) - base), rel=2.0**-24)
+
+
+def test_dequantized_4_bit_pair_in_float32_is_unresolved(loradiag, tmp_path):
+    """Small changes move the minima of whole groups, which looks like a low rank."""
+    rng = np.random.default_rng(8)
+    w = rng.standard_normal((128, 256)) * 0.02
+    t = w + 1e-4 * rng.standard_normal(w.shape)
+    for name, side in (("base", w), ("tuned", t)):
+        save_model(
+            tmp_path / name, {"model.layers.0.mlp.up_proj.weight": torch.tensor(dequantized(side, "Q4_1")).float()}
+        )
+    assert loradiag("spectrum", "base", "tuned", "-o", "run.jsonl").code == 0
+    (record,) = lora_diag.read_results(tmp_path / "run.jsonl")
+    assert record.resolution.verdict == "unresolved"
+    assert record.resolution.signal_rank == 0
 
 
 def test_resolution_of_bf16_pair(tmp_path):

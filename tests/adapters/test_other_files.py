@@ -189,6 +189,7 @@ def test_diffusers_before_peft(tmp_path):
     [
         "text_encoder.text_model.0.q_proj.lora_linear_layer.{}.weight",
         "text_encoder.text_model.0.to_q_lora.{}.weight",
+        "text_encoder_2.text_model.0.q_proj.lora_linear_layer.{}.weight",
         "lora_te_text_model_0_q_proj.lora_{}.weight",
     ],
 )

@@ -190,7 +190,8 @@ def join_reasons(*reasons: str) -> str:
 # - 0.13 and before: the same, and the first key of both tables together decides about r and α (read in 0.13.2).
 #
 # Where r is not that of the file's factors, loading fails with a size mismatch. A config with a field that 0.13.2 does
-# not know is a TypeError there; 0.14 ignores it with a warning (``config.py``; run with 0.13.2, 0.14.0 and 0.21.2).
+# not know is a TypeError there; 0.14 ignores it with a warning, trained token rows among them (``config.py``; run with
+# 0.13.2, 0.14.0 and 0.21.2).
 # Date read: 2026-11-30.
 
 # Fields of ``LoraConfig`` in 0.13.2.
@@ -236,6 +237,8 @@ def _refuse_peft_old(contents: Contents, together: bool) -> str:
 
 def _apply_peft_old(contents: Contents, item: Item, together: bool) -> Outcome:
     """Return the treatment of an item by PEFT 0.14, or with ``together`` (one key decides r and α) by earlier ones."""
+    if item.part == "rows":
+        return Outcome("dropped", why="trainable_token_indices is not read")
     if item.part not in {"factors", "embedding", "convolution"}:
         return _apply_peft(contents, item)
     rank, alpha = _find_settings(contents, item, together)
@@ -492,7 +495,8 @@ LLAMACPP = Consumer(
 # - ``lora_adapter_metadata`` in the file takes the place of all this.
 # - In a kohya file of a U-Net, ``_convert_unet_lora_key`` renames attention projections to ``…processor.to_q_lora``,
 #   which ``_get_alpha_name`` does not expect: their own α are found under no module, and each gets the most frequent
-#   one. So do modules of a text encoder (of transformers 5; of 4, its feed-forward layers got their own).
+#   one. So does attention of text encoders and, with transformers 5, whose ``CLIPTextModel`` has no ``text_model``,
+#   the MLP of the first; not that of the second (``CLIPTextModelWithProjection``).
 # - ``dora_scale`` is deleted with a warning before anything is loaded, in every pipeline (``lora_pipeline.py``): B·A
 #   alone is added. ``lora_magnitude_vector`` in a diffusers file is loaded.
 # - In a diffusers file without a transformer, a name without "lora" (``.alpha``) is a ValueError.
@@ -507,7 +511,7 @@ LLAMACPP = Consumer(
 _TEXT_ENCODER = re.compile(r"lora_te[12]?|text_encoder(_2)?")
 _RECOGNIZED = re.compile(r"attn_out_proj\.|mlp_fc\d\.|_proj\.lora_[AB]\.|lora_linear_layer\.|to_out_lora\.")
 _UNET_BLOCK = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
-_WITHOUT_OWN_ALPHA = re.compile(r"lora_te\d?_|lora_unet_.*_to_(?:q|k|v|out_0)$")
+_WITHOUT_OWN_ALPHA = re.compile(r"lora_te1?_|lora_te2_.*_self_attn_|lora_unet_.*_to_(?:q|k|v|out_0)$")
 
 
 def _refuse_diffusers(contents: Contents) -> str:

@@ -149,8 +149,8 @@ class Shop:
             part = fresh(folder)
             if name == "unet":
                 make_unet(part)
-            elif name == "text_encoder":
-                make_text_encoder(part)
+            elif name.startswith("text_encoder"):
+                make_text_encoder(part, name == "text_encoder_2")
             elif name == "q4":
                 self._dequantise(part)
             elif name == "untied":
@@ -469,10 +469,10 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
 
 def image_rows(shop: Shop) -> Iterator[Row]:
     """Yield the rows of adapters of the U-Net and the text encoder, as their programs and ``--fix`` write them."""
-    unet, encoder = shop.base("unet"), shop.base("text_encoder")
+    unet, encoder, second = map(shop.base, ("unet", "text_encoder", "text_encoder_2"))
     folder = fresh(shop.folder / "images")
     for name, path in image_adapters(unet, encoder, folder).items():
-        base = encoder if "text encoder" in name else unet
+        base = second if "text encoder 2" in name else encoder if "text encoder" in name else unet
         stated = shop.change_by(path, base, program="diffusers")
         yield measure(shop, File("diffusers", name, "by hand", path, base, path, base, base, stated))
         for form in ("kohya", "diffusers") if "U-Net" not in name else ():

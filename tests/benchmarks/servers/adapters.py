@@ -174,13 +174,14 @@ def make_unet(folder: Path) -> None:
     UNet2DConditionModel(cross_attention_dim=32, attention_head_dim=8, **sizes, **kinds).save_pretrained(folder)
 
 
-def make_text_encoder(folder: Path) -> None:
-    """Write a text encoder of two blocks."""
-    from transformers import CLIPTextConfig, CLIPTextModel
+def make_text_encoder(folder: Path, second: bool) -> None:
+    """Write a text encoder of two blocks, as the first or the second of a pipeline."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    CLIPTextModel(CLIPTextConfig(vocab_size=100, max_position_embeddings=16, **sizes)).save_pretrained(folder)
+    config = CLIPTextConfig(vocab_size=100, max_position_embeddings=16, **sizes)
+    (CLIPTextModelWithProjection if second else CLIPTextModel)(config).save_pretrained(folder)
 
 
 def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
@@ -276,4 +277,5 @@ def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
     metadata = {"text_encoder.r": 4, "text_encoder.lora_alpha": 6, "text_encoder.target_modules": names}
     diffusers(f"{title}: metadata", lambda at: 4, metadata, text, own)
     diffusers(f"{title} and U-Net", lambda at: 4, keys=[*text, *linear], parts=own)
+    kohya("kohya, text encoder 2: unequal α and ranks", ranks_of, lambda at: 2 + at % 2, text, encoder="te2")
     return written

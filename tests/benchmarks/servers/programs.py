@@ -99,19 +99,24 @@ def run_mlx(job: Job) -> Outputs:
 def run_diffusers(job: Job) -> Outputs:
     """Return the outputs of the model, a U-Net or a text encoder: the adapter is loaded into a pipeline of both."""
     import torch
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from safetensors.torch import load_file
-    from transformers import CLIPTextModel
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
     folder, name = Path(job["model"]).parent, Path(job["model"]).name
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     encoder = CLIPTextModel.from_pretrained(folder / "text_encoder")
-    model = unet if name == "unet" else encoder
+    second = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2")
+    model = {"unet": unet, "text_encoder": encoder, "text_encoder_2": second}[name]
     if job["weights"]:
         unexpected = model.load_state_dict(load_file(job["weights"]), strict=False).unexpected_keys
         assert not unexpected, unexpected
     parts = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
-    pipeline = StableDiffusionPipeline(unet=unet, text_encoder=encoder, requires_safety_checker=False, **parts)
+    if model is second:
+        parts = {"vae": None, "tokenizer": None, "tokenizer_2": None, "scheduler": None, "add_watermarker": False}
+        pipeline = StableDiffusionXLPipeline(unet=unet, text_encoder=encoder, text_encoder_2=second, **parts)
+    else:
+        pipeline = StableDiffusionPipeline(unet=unet, text_encoder=encoder, requires_safety_checker=False, **parts)
     if job["adapter"]:
         before = sum(parameter.numel() for parameter in model.parameters())
         pipeline.load_lora_weights(Path(job["adapter"]).parent, weight_name=Path(job["adapter"]).name)
@@ -124,8 +129,10 @@ def run_diffusers(job: Job) -> Outputs:
             noise = torch.randn(1, unet.config.in_channels, size, size, generator=seeded)
             context = torch.randn(1, 5, unet.config.cross_attention_dim, generator=seeded)
             tokens = torch.randint(encoder.config.vocab_size, (1, 12), generator=seeded)
-            image, text = unet.eval()(noise, step, context).sample, encoder.eval()(tokens).last_hidden_state
-            outputs.append((image if model is unet else text)[0].numpy())
+            if model is unet:
+                outputs.append(model.eval()(noise, step, context).sample[0].numpy())
+            else:
+                outputs.append(model.eval()(tokens).last_hidden_state[0].numpy())
     return outputs
 
 

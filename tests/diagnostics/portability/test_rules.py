@@ -159,6 +159,12 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
             assert result[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
 
 
+@pytest.mark.parametrize(("version", "does"), [("0.14.0", "dropped"), ("0.15.0", "full")])
+def test_peft_0_14_does_not_read_token_rows(version, does):
+    item = Item("embed_tokens.weight", "embed_tokens", "rows")
+    assert CONSUMERS["peft"].find_rule(version).applies(Contents("peft", (item,)), item).does == does
+
+
 def test_peft_before_0_14_refuses_configs_with_later_fields():
     contents = FEATURES["one rank, one alpha"]
     later = replace(contents, config={**contents.config, "alora_invocation_tokens": None})
@@ -276,6 +282,10 @@ def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
         assert ours[item.module] == pytest.approx(result["alpha_pattern"].get(module, result["lora_alpha"]) / 4)
 
 
+ENCODERS = [
+    [f"lora_te{n}_text_model_encoder_layers_0_{leaf}" for leaf in ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1")]
+    for n in (1, 2)
+]
 TRANSFORMERS = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_q")
 
 
@@ -283,6 +293,8 @@ TRANSFORMERS = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transforme
     ("consumer", "names", "rank", "alphas", "scales"),
     [
         ("diffusers", TRANSFORMERS, 4, (2.0, 8.0), [0.5, 2.0]),
+        ("diffusers", ENCODERS[0], 4, (8.0, 8.0, 2.0), [2.0, 2.0, 2.0]),
+        ("diffusers", ENCODERS[1], 4, (8.0, 8.0, 2.0), [2.0, 2.0, 0.5]),
         ("kohya", ("lora_unet_0", "lora_unet_1", "lora_unet_2"), 8, (None, 0.0, 2.0), [1.0, 1.0, 0.25]),
     ],
 )

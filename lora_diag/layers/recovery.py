@@ -400,8 +400,9 @@ def recover_layer(
     """
     check_cell_memory(delta.shape, memory)
     samples = [_read_sample(side, delta.shape) for side in (delta.base, delta.tuned)]
-    rows = samples[1][: len(samples[1]) // delta.shape[1] * delta.shape[1]].view(-1, delta.shape[1])
-    if not delta.tuned.is_quantized and is_dequantized(rows):
+    whole = len(samples[1]) // delta.shape[1] * delta.shape[1]
+    base, tuned = (sample[:whole].view(-1, delta.shape[1]) for sample in samples)
+    if not delta.tuned.is_quantized and is_dequantized(tuned) and is_dequantized(tuned, base):
         return _make_refusal(0.0, "TUNED was dequantized from 4 bits, whose rounding cells are unknown")
     stored = [_Stored.of(side, sample) for side, sample in zip((delta.base, delta.tuned), samples, strict=True)]
     if stored[0] is None or stored[1] is None:

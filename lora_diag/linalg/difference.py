@@ -311,7 +311,10 @@ def _move_blocks(
         pending: list[tuple[Tensor | None, ...]] = []
         entries = 0
         for (base, tuned), spacings in pairs:
-            moved = (step if step is None else move(step.reshape(base.shape), device) for step in spacings)
+            moved = [step if step is None else move(step.reshape(base.shape), device) for step in spacings]
+            if pending and [step is None for step in moved] != [step is None for step in pending[0][2:]]:
+                yield _join_blocks(pending)
+                pending, entries = [], 0
             pending.append((move(base, device), move(tuned, device), *moved))
             entries += base.numel()
             if entries >= GPU_PIECE_ENTRIES:
@@ -334,14 +337,18 @@ def _move_blocks(
 def _add_steps(
     pairs: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]],
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]]:
-    """Add the spacing of values that were dequantized into a float dtype, if those of the first block of tuned were.
+    """Add the spacing of values that were dequantized into a float dtype, if those of the first changed block were.
 
-    A dequantized base alone is not rounded: it may be the start of training.
+    A dequantized base alone is not rounded: it may be the start of training, also where tuned keeps most of its values.
     """
     hidden: tuple[bool, bool] | None = None
     for (base, tuned), (base_step, tuned_step) in pairs:
         if hidden is None:
             coarse = tuned_step is None and rounding.is_dequantized(tuned)
+            if coarse and not (base != tuned).any():
+                yield (base, tuned), (base_step, tuned_step)
+                continue
+            coarse = coarse and rounding.is_dequantized(tuned, base)
             hidden = coarse and base_step is None and rounding.is_dequantized(base), coarse
         base_step = rounding.find_steps(base) if hidden[0] else base_step
         yield (base, tuned), (base_step, rounding.find_steps(tuned) if hidden[1] else tuned_step)

@@ -276,24 +276,43 @@ SHORTER = {
 GROUP, LEVELS = 32, 16
 
 
-def is_dequantized(values: Tensor) -> bool:
+def is_dequantized(values: Tensor, start: Tensor | None = None) -> bool:
     """Return whether the values of a float dtype lie on at most 16 levels in groups of 32 inputs of a row.
 
-    So do those of int4, Q4_0, Q4_1, NF4 and MXFP4 after dequantization. Of up to 64 groups of the block, nine of ten
-    must, so that a few edited entries do not matter, and half must have more than one level.
+    So do those of int4, Q4_0, Q4_1, NF4 and MXFP4 after dequantization. Of up to 128 groups, nine of ten must, so that
+    a few edited entries do not matter, and half must have more than one level. Pruned weights have few values, too: of
+    the entries other than zero, more than half must share their value with another of the group. Of Gaussian and
+    heavy-tailed weights in these formats 78 to 92% do, of pruned ones in bfloat16, int8 and float8 at most 25%.
 
     Args:
         values: ``(rows, columns)``, any float dtype.
+        start: The values before training; only groups and entries that differ from it count, as values that training
+            did not change are those of ``start``. None to count all.
     """
     if values.shape[1] % GROUP or not values.numel():
         return False
-    groups = values.reshape(-1, GROUP)
-    levels = 1 + (groups[:: len(groups) // 64 | 1].float().sort(dim=1).values.diff(dim=1) != 0).sum(dim=1)
-    return bool((levels <= LEVELS).double().mean() >= 0.9 and (levels > 1).double().mean() >= 0.5)
+    groups, counted = values.reshape(-1, GROUP), None
+    if start is not None:
+        changed = groups != start.reshape(-1, GROUP)
+        used = changed.any(dim=1)
+        groups, counted = groups[used], changed[used]
+    step = len(groups) // 64 | 1
+    groups = groups[::step].float()
+    counted = groups != 0 if counted is None else counted[::step] & (groups != 0)
+    number = (groups[:, :, None] == groups[:, None]).sum(dim=2)  # of the entries of the group with this value
+    levels = (1 / number).sum(dim=1).round()
+    few = (levels <= LEVELS).double().mean() >= 0.9 and (levels > 1).double().mean() >= 0.5
+    return bool(few and 2 * (counted & (number > 1)).sum() > counted.sum())
+
+
+# Largest over smallest spacing of a 4-bit format: 4 in MXFP4, 3.8 in NF4, 1 in the others.
+UNEVENNESS = 4.0
 
 
 def find_steps(values: Tensor) -> Tensor:
     """Return the spacing of dequantized values: the distance to the nearest other level in the group of 32.
+
+    Levels between an outlier and the others may be missing, so it is at most four times the smallest of the group.
 
     Args:
         values: ``(rows, columns)``, columns a multiple of 32.
@@ -305,11 +324,13 @@ def find_steps(values: Tensor) -> Tensor:
         >>> find_steps(torch.arange(32.0).div(4).floor()[None])[:3]
         tensor([1., 1., 1.])
     """
-    steps = []
-    for groups in torch.split(values.reshape(-1, GROUP).float(), 2**11):
-        distances = (groups[:, :, None] - groups[:, None]).abs()
-        steps.append(distances.masked_fill_(distances == 0, math.inf).amin(dim=2).flatten())
-    found = torch.cat(steps)
+    found = torch.empty(values.numel(), dtype=torch.float32)
+    parts = (torch.split(matrix.reshape(-1, GROUP), 2**11) for matrix in (values, found))
+    for groups, steps in zip(*parts, strict=True):
+        groups = groups.float()
+        distances = (groups[:, :, None] - groups[:, None]).abs_()
+        torch.amin(distances.masked_fill_(distances == 0, math.inf), dim=2, out=steps)
+        torch.minimum(steps, UNEVENNESS * steps.amin(dim=1, keepdim=True), out=steps)
     return found.masked_fill_(found.isinf(), 0.0)
 
 

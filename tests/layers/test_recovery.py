@@ -290,6 +290,16 @@ def test_recover_refuses_values_dequantized_from_4_bits(tmp_path):
     assert "4 bits" in result.reason
 
 
+def test_recover_takes_dequantized_base_left_unchanged(tmp_path):
+    from tests.linalg.test_rounding import dequantized
+
+    rng = np.random.default_rng(9)
+    w = torch.tensor(dequantized(rng.normal(size=(256, 256)) * 0.02, "Q4_1")).bfloat16()
+    t = (w.float() + 1e-6 * torch.tensor(rng.normal(size=w.shape)).float()).bfloat16()
+    assert 0.9 < float((w == t).float().mean()) < 1
+    assert "4 bits" not in (estimate(tmp_path, w, t).hidden.reason or "")
+
+
 def test_recover_refuses_format_without_known_cells():
     from tests.conftest import SHARED
 

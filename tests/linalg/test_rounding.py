@@ -13,6 +13,7 @@ from lora_diag.linalg.difference import difference
 from lora_diag.linalg.rounding import LAYOUT, Energies, Spacing, find_steps, is_dequantized, write_spacings
 from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.conftest import as_numpy
+from tests.standin import GPU, StandIn
 
 CPU = torch.device("cpu")
 SHORT = [torch.bfloat16, torch.float16]
@@ -274,8 +275,9 @@ def test_step_is_distance_to_nearest_other_level(seed, levels):
     x = table[rng.integers(0, levels, (3, 64))]
     found = find_steps(torch.tensor(x)).numpy().reshape(3, 64)
     for i, j in np.ndindex(x.shape):
-        others = [abs(x[i, j] - y) for y in x[i, j // 32 * 32 : (j // 32 + 1) * 32] if y != x[i, j]]
-        assert found[i, j] == min(others, default=0.0)
+        group = np.unique(x[i, j // 32 * 32 : (j // 32 + 1) * 32])
+        others = [abs(x[i, j] - y) for y in group if y != x[i, j]]
+        assert found[i, j] == min([*others, *(4 * np.diff(group))], default=0.0)
 
 
 @pytest.mark.parametrize("kind", FOUR_BITS)
@@ -291,6 +293,64 @@ def test_noise_of_dequantized_values_is_that_of_4_bits(kind, base_too):
     assert result.mantissa[1] == 0
     assert result.rounding.fro == pytest.approx(error, rel=0.2)
     assert error < result.rounding.bound
+
+
+def prune(x: np.ndarray, fraction: float) -> np.ndarray:
+    """Return x with a fraction of its entries, the same for every x of its shape, set to zero."""
+    return x * (np.random.default_rng(7).random(x.shape) >= fraction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("fraction", [0.5, 0.65, 0.8, 0.95])
+def test_pruned_values_are_not_taken_for_4_bits(fraction, dtype):
+    x = np.random.default_rng(6).standard_normal((64, 256))
+    assert not is_dequantized(torch.tensor(prune(x, fraction)).to(dtype).float())
+
+
+@pytest.mark.parametrize("base_too", [True, False])
+@pytest.mark.parametrize("fraction", [0.65, 0.8, 0.95])
+def test_pruned_pair_has_the_noise_of_its_dtype(fraction, base_too):
+    rng = np.random.default_rng(6)
+    w = rng.standard_normal((64, 256))
+    t = prune(w + 0.01 * rng.standard_normal(w.shape), fraction)
+    stored = [prune(w, fraction) if base_too else w, t]
+    result = difference([tuple(map(torch.tensor, np.float32(stored)))], w.shape, CPU)
+    assert result.rounding.fro < 0.01 * result.fro
+
+
+@pytest.mark.parametrize("kind", FOUR_BITS)
+@pytest.mark.parametrize("trained", ["few rows", "few entries"])
+def test_few_changes_of_a_dequantized_base_are_resolved(kind, trained):
+    """TUNED keeps nearly all values of BASE, which is the start of training."""
+    rng = np.random.default_rng(4)
+    w = dequantized(rng.standard_normal((64, 256)), kind)
+    chosen = np.arange(64)[:, None] >= 62 if trained == "few rows" else rng.random(w.shape) < 0.03
+    t = w + chosen * 0.01 * rng.standard_normal(w.shape)
+    assert is_dequantized(torch.tensor(t))
+    stored = [(torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float()) for rows in (slice(40), slice(40, 64))]
+    result = difference(stored, w.shape, CPU)
+    assert result.rounding.fro < 0.01 * result.fro
+
+
+def test_dequantized_tuned_is_recognized_after_unchanged_rows():
+    rng = np.random.default_rng(3)
+    w = dequantized(rng.standard_normal((64, 256)), "int4")
+    t = np.concatenate([w[:32], dequantized(w[32:] + 0.3 * rng.standard_normal((32, 256)), "int4")])
+    stored = [(torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float()) for rows in (slice(32), slice(32, 64))]
+    assert difference(stored, w.shape, CPU).mantissa == (23, 23)  # of the first block
+    assert difference(stored[1:], (32, 256), CPU).mantissa == (0, 0)
+    result = difference(stored, w.shape, CPU).rounding
+    with StandIn():
+        on_gpu = difference(stored, w.shape, GPU).rounding
+    assert result.fro > 0.1 * np.linalg.norm(t - w)
+    assert on_gpu.fro == pytest.approx(result.fro)
+
+
+def test_outlier_does_not_spread_the_levels():
+    """Without an upper limit the spacing of the outlier would be 14 of 15 levels."""
+    x = np.zeros((1, 32))
+    x[0, :4] = 15, 1, 1, 2
+    assert find_steps(torch.tensor(x)).tolist()[:5] == [4, 1, 1, 1, 1]
 
 
 def test_dequantized_base_may_be_the_start_of_training():

@@ -127,11 +127,13 @@ def _round_gguf(groups: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     else:
         low, first = groups.amin(dim=2, keepdim=True), 0
         scales = (groups.amax(dim=2, keepdim=True) - low) / (levels - 1)
-    ratios = (groups - low) * torch.where(scales == 0, 0.0, 1 / scales)
+    inverse = 1 / scales
+    # infinite for a scale of 0, or of less than 2⁻¹²⁸, which is 0 in fp16
+    ratios = (groups - low) * torch.where(inverse.isinf(), 0.0, inverse)
     if name == "q8_0":
         codes = (ratios.abs() + 0.5).floor().copysign(ratios)
     else:
-        codes = (ratios - first + 0.5).trunc().clamp(0, levels - 1) + first
+        codes = (ratios + (0.5 - first)).trunc().clamp(0, levels - 1) + first
     return codes.double(), scales.half().double(), low.half().double()
 
 

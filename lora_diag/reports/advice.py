@@ -293,7 +293,7 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
     facts["min_rank"] = min(item.rank for item in capacities)
     size_options = ("--energy", f"{MIN_ENERGY:g}", "--min-rank", str(facts["min_rank"]), "-o", "adapter_config.json")
     then = ("allocate", evidence.update.name, *size_options)
-    condition = "" if evidence.contests else ", if the loss needs it"
+    condition = "" if any(contest.outcome == "worse" for contest in evidence.contests) else ", if the loss needs it"
     return facts | {"action": f"Raise the rank where it is too small{condition}", "then": then}
 
 

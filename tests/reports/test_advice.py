@@ -149,6 +149,15 @@ def test_distances_ask_for_loss():
     assert step.argv[5] == "lora"
 
 
+def test_rank_is_raised_without_condition_if_an_adapter_is_worse():
+    from tests.reports.test_loss_advice import outputs
+
+    short = model(FLAT)
+    worse, undecided = outputs({"a": 0.3}), outputs({"a": 0.09}, error=0.05)
+    actions = [steps(*runs)["raise the rank"].do for runs in ((short, worse), (short, undecided), (short,))]
+    assert ["if the loss needs it" in action for action in actions] == [False, True, True]
+
+
 def test_path_with_blanks_stays_one_argument():
     path = "my 'models'/$(rm -rf) {base}"
     results = spectra(model(EASY).layers, inputs=(("base", path), ("tuned", "t")))

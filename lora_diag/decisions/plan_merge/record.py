@@ -44,9 +44,14 @@ class FormatEffect(Record):
 
 
 def is_no_worse_than_unmerged(target: FormatEffect, base_error: float | None) -> bool:
-    """Return whether a merge is as near W + ΔW as Q(W) with the adapter, by ``MAX_EXCESS``; False if one is null."""
+    """Return whether a merge is as near W + ΔW as Q(W) with the adapter, by ``MAX_EXCESS``; False if one is null.
+
+    Where the format holds W itself, so that Q(W) with the adapter loses nothing, the merge has to keep the update.
+    """
     if target.arrived is None or target.error is None or base_error is None:
         return False
+    if base_error <= MAX_ERROR:
+        return target.survives
     kept = abs(target.arrived - 1) <= COEFFICIENT_TOLERANCE
     return kept and target.error**2 <= (1 + MAX_EXCESS) * base_error**2 + MAX_ERROR**2
 

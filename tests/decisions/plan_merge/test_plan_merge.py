@@ -298,6 +298,8 @@ def test_conclude_follows_the_rules(to, target, sixteen, base_error, expected):
         (1.0, 9.06, 9.0, False),  # 1.3% and 1.08
         (1.0, 0.49, 0.0, True),
         (1.0, 0.51, 0.0, False),
+        (1.0, 0.6, 0.45, False),  # the conclusion is that BASE in this format and the adapter lose nothing
+        (1.0, 0.6, 0.55, True),
         (0.89, 9.0, 9.0, False),
         (None, None, 9.0, False),
         (1.0, 9.0, None, False),

@@ -501,7 +501,8 @@ LLAMACPP = Consumer(
 #   alone is added. ``lora_magnitude_vector`` in a diffusers file is loaded.
 # - In a diffusers file without a transformer, a name without "lora" (``.alpha``) is a ValueError.
 # - So is a text encoder of which no name is recognized: in kohya files ``out_proj`` and the MLP are, in those of
-#   diffusers attention projections and ``lora_linear_layer`` (``utils/state_dict_utils.py``).
+#   diffusers attention projections and ``lora_linear_layer`` (``utils/state_dict_utils.py``). Where the MLP alone is,
+#   the query, key and value of the old names and of kohya are dropped with a warning, as without ``to_out_lora``.
 # - With transformers 5, CLIP has no ``text_model``, and whole names in patterns of older metadata match nothing. Not
 #   judged here.
 #
@@ -510,6 +511,8 @@ LLAMACPP = Consumer(
 
 _TEXT_ENCODER = re.compile(r"lora_te[12]?|text_encoder(_2)?")
 _RECOGNIZED = re.compile(r"attn_out_proj\.|mlp_fc\d\.|_proj\.lora_[AB]\.|lora_linear_layer\.|to_out_lora\.")
+_OLD_PROJECTION = re.compile(r"_attn_[qkv]_proj\.|\.to_[qkv]_lora\.")
+_OLD_OUTPUT = re.compile(r"_attn_out_proj\.|\.to_out_lora\.")
 _UNET_BLOCK = re.compile(r"lora_unet_(?:down_blocks|mid_block|up_blocks|input_blocks|middle_block|output_blocks)_")
 _WITHOUT_OWN_ALPHA = re.compile(r"lora_te1?_|lora_te2_.*_self_attn_|lora_unet_.*_to_(?:q|k|v|out_0)$")
 
@@ -538,12 +541,16 @@ def _apply_diffusers(contents: Contents, item: Item, alpha_is_rank: bool) -> Out
     """Return the treatment of an item by diffusers; ``alpha_is_rank``: without any α, α = r in every module."""
     if item.rank is None:
         return Outcome("full")
+    component = parse_component(item.module)
+    is_old = _TEXT_ENCODER.fullmatch(component) and _OLD_PROJECTION.search(item.key)
+    if is_old and not any(_OLD_OUTPUT.search(other.key) for other in contents.components[component]):
+        return Outcome("dropped", why="its name is recognized only with factors of out_proj in the text encoder")
     if (item.part == "dora" and contents.form != "kohya") or (contents.has_metadata and item.alpha is None):
         return Outcome("intended", item.scale)
     is_found = not (_WITHOUT_OWN_ALPHA.match(item.module) and _is_of_unet(contents))
     if item.alpha is not None and is_found:
         return Outcome("applied", item.alpha / item.rank)
-    items = sorted(contents.components[parse_component(item.module)], key=lambda other: other.key)
+    items = sorted(contents.components[component], key=lambda other: other.key)
     alphas = [other.alpha for other in items if other.alpha is not None]
     if not alphas and alpha_is_rank:
         return Outcome("applied", 1.0)

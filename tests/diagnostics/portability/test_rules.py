@@ -330,6 +330,26 @@ def test_diffusers_refuses_what_its_loader_does_not_name(form, module, up, alpha
     assert bool(problem) == bool(reason)
 
 
+@pytest.mark.parametrize(
+    ("form", "names", "does"),
+    [
+        ("kohya", ("self_attn_q_proj.lora_up", "mlp_fc1.lora_up"), ["dropped", "applied"]),
+        ("kohya", ("self_attn_q_proj.lora_up", "self_attn_out_proj.lora_up"), ["applied", "applied"]),
+        ("diffusers", ("self_attn.to_v_lora.up", "mlp.fc1.lora_linear_layer.up"), ["dropped", "applied"]),
+        ("diffusers", ("self_attn.to_v_lora.up", "self_attn.to_out_lora.up"), ["applied", "applied"]),
+        ("diffusers", ("self_attn.q_proj.lora_B", "mlp.fc1.lora_B"), ["applied", "applied"]),
+    ],
+)
+def test_diffusers_drops_old_projections_without_an_output(form, names, does):
+    """Run with diffusers 0.42.1 and transformers 5: ``_load_lora_into_text_encoder``."""
+    start = f"{ENCODER}." if form == "diffusers" else "lora_te_text_model_encoder_layers_0_"
+    keys = [f"{start}{name}.weight" for name in names]
+    contents = Contents(form, tuple(Item(key, key.rsplit(".", 3)[0], "factors", key, 4, 1.0, None) for key in keys))
+    rule = CONSUMERS["diffusers"].rules[0]
+    assert rule.refuses(contents) == ""
+    assert [rule.applies(contents, item).does for item in contents.items] == does
+
+
 @pytest.mark.parametrize(("form", "does"), [("kohya", "applied"), ("diffusers", "intended")])
 def test_diffusers_deletes_the_magnitudes_of_kohya(form, does):
     item = item_of(KOHYA_LAYERS[0], 4, 0.5, 2.0, kind="dora")

@@ -244,6 +244,7 @@ class _Stored:
         stored = side.info.stored
         if stored is not None:
             return cls(side, stored, stored) if stored in GRIDS else None
+        sample = sample[sample != 0] if sample.any() else sample  # zeros fit every dtype
         for short in SHORTER[sample.dtype]:
             if (sample.to(short).to(sample.dtype) == sample).double().mean() > 0.5:
                 return cls(side, str(short).removeprefix("torch."), side.dtype)

@@ -338,7 +338,8 @@ def write_spacings(values: Tensor, out: Tensor) -> int:
     """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits used by most entries.
 
     A float32 number that was not rounded to bfloat16 fits it with probability 2⁻¹⁶, a float16 number bfloat16 with 1/8;
-    so a majority that fits was rounded, regardless of a few entries that do not (a manual edit).
+    so if of the entries other than zero a majority fits, they were rounded, regardless of a few that do not (a manual
+    edit).
 
     Args:
         values: float64, float32, float16 or bfloat16; any shape.
@@ -363,11 +364,12 @@ def write_spacings(values: Tensor, out: Tensor) -> int:
             continue
         fits = _fits_dtype(values, dtype)
         number, mantissa, tiny = int(torch.count_nonzero(fits)), LAYOUT[dtype][2], torch.finfo(dtype).tiny
-        if 2 * number > len(flat):
-            if number == len(flat):  # ``where`` takes as long as the comparison
-                out.clamp_(min=tiny)
-            else:
-                torch.where(fits, out.clamp(min=tiny), out * 2.0 ** (mantissa - own_mantissa), out=out)
+        if number == len(flat):  # ``where`` takes as long as the comparison
+            out.clamp_(min=tiny)
+            return mantissa
+        others = int(torch.count_nonzero(values)) if 2 * number > len(flat) else 0
+        if 2 * (number - len(flat) + others) > others:  # zeros, as of pruned weights, fit every dtype
+            torch.where(fits, out.clamp(min=tiny), out * 2.0 ** (mantissa - own_mantissa), out=out)
             return mantissa
     return own_mantissa
 
@@ -386,9 +388,11 @@ def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
     out.clamp_(min=torch.finfo(values.dtype).tiny)
     mantissa = torch.full((), own_mantissa, device=values.device)
     exact = out.clone() if SHORTER[values.dtype] else out
+    others = torch.count_nonzero(values)
+    zeros = values.numel() - others
     for dtype in reversed(SHORTER[values.dtype]):
         fits = _fits_dtype(values, dtype)
-        mostly_fit = torch.count_nonzero(fits) > fits.numel() / 2
+        mostly_fit = (2 * (torch.count_nonzero(fits) - zeros) > others) | (others == 0)
         shorter = LAYOUT[dtype][2]
         mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own_mantissa))
         out.copy_(torch.where(mostly_fit, mixed, out))

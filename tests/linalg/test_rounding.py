@@ -318,6 +318,19 @@ def test_pruned_pair_has_the_noise_of_its_dtype(fraction, base_too):
     assert result.rounding.fro < 0.01 * result.fro
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("fraction", [0.0, 0.6, 0.95])
+def test_zeros_do_not_make_float32_values_bfloat16(fraction, on_gpu):
+    """TUNED was trained in float32 from a pruned BASE in bfloat16, whose rounding is no noise."""
+    rng = np.random.default_rng(8)
+    w = torch.tensor(prune(rng.standard_normal((128, 256)), fraction)).bfloat16().float()
+    t = w + 1e-3 * torch.tensor(prune(rng.standard_normal(w.shape), fraction)).float()
+    with StandIn():
+        result = difference([(w, t)], w.shape, GPU if on_gpu else CPU)
+        assert result.rounding.fro < 0.001 * result.fro
+    assert result.mantissa == (7, 23)
+
+
 @pytest.mark.parametrize("kind", FOUR_BITS)
 @pytest.mark.parametrize("trained", ["few rows", "few entries"])
 def test_few_changes_of_a_dequantized_base_are_resolved(kind, trained):

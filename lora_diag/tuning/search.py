@@ -32,7 +32,7 @@ from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
-# LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025); 6 to 63 in evidence.md.
+# LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025); 2 to 63 in evidence.md.
 FULL_OVER_LORA = 0.1
 # "Higher ranks" are trained at this multiple of the budget.
 RAISED_FACTOR = 1.5

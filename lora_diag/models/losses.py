@@ -153,7 +153,7 @@ def measure(
     texts: Texts,
     size: int,
     after: Callable[[], None] = lambda: None,
-    on_logits: Callable[[Tensor], None] = lambda logits: None,
+    on_logits: Callable[[Tensor], object] = lambda logits: None,
 ) -> Losses:
     """Return the losses of a model on the sequences of a set.
 

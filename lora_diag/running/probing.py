@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
@@ -210,7 +212,14 @@ class ProbeRun:
         """Return the number of batches of evaluation sets."""
         return sum(text_set.count_batches(self.batch) for text_set in texts)
 
-    def estimate(self, texts: Texts, description: str, extra: str = "", passes: int | None = None) -> None:
+    def estimate(
+        self,
+        texts: Texts,
+        description: str,
+        extra: str = "",
+        passes: int | None = None,
+        on_logits: Callable[[Tensor], object] = lambda logits: None,
+    ) -> None:
         """Time one batch, after another to warm up, and report an estimate of the run's duration.
 
         Args:
@@ -218,11 +227,12 @@ class ProbeRun:
             description: Description of the work.
             extra: Text to append.
             passes: Total number of forward passes; default ``watch.total``.
+            on_logits: What the run computes from the logits of each sequence.
         """
         first, passes = texts.first(self.batch), self.watch.total if passes is None else passes
         measure(self.model, first, self.batch)  # the first pass includes initialization
         start = time.perf_counter()
-        measure(self.model, first, self.batch)
+        measure(self.model, first, self.batch, on_logits=on_logits)
         seconds = time.perf_counter() - start
         self.watch.note(
             f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} s each{extra}"

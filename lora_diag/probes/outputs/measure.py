@@ -276,7 +276,11 @@ def probe_outputs(
             if not all(run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders)
         ]
         run.watch.total = len(contenders) * run.batches(todo)
-        run.estimate(texts[0], f"{len(contenders)} models on {quantity(len(todo), 'set')}")
+        run.estimate(
+            texts[0],
+            f"{len(contenders)} models on {quantity(len(todo), 'set')}",
+            on_logits=lambda logits: [divergence(logits, logits) for _ in ("base", "tuned")],
+        )
         for text_set in todo:
             for record in measure_outputs(model, contenders, text_set, run.batch, run.watch.batch):
                 run_records.put(record)

@@ -226,3 +226,18 @@ def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given
         save_file({"a.weight": torch.ones(1)}, tmp_path / name / file)
     monkeypatch.setattr(measuring, "probe_outputs", lambda base, tuned, others: (tuned, others))
     assert measuring.compare_models("base", models, given) == (tuned, others)
+
+
+def test_estimate_of_time_includes_comparison_of_logits(small, monkeypatch):
+    class BegunError(Exception):
+        pass
+
+    def begin(*args):
+        raise BegunError
+
+    compared, divergence = [], measuring.divergence
+    monkeypatch.setattr(measuring, "divergence", lambda p, q: compared.append(p.shape) or divergence(p, q))
+    monkeypatch.setattr(measuring, "measure_outputs", begin)
+    with pytest.raises(BegunError):
+        lora_diag.probe_outputs(*small[:2], evaluate=[small[3]], length=16, batch=2)
+    assert len(compared) == 2 * 2  # with BASE and with TUNED, for each sequence of a batch

@@ -256,12 +256,13 @@ def test_dequantized_4_bit_values_are_recognized(kind, dtype):
         lambda x: x.half(),
         lambda x: x.to(torch.float8_e4m3fn).float(),
         lambda x: (x / x.abs().max() * 127).round() / 127,
+        lambda x: (x / x.abs().amax(dim=1, keepdim=True) * 31).round(),
         lambda x: torch.zeros_like(x),
         lambda x: torch.ones_like(x),
         lambda x: x[:, :72].sign(),  # no groups of 32
         lambda x: x[:0],
     ],
-    ids=["float32", "bfloat16", "float16", "float8", "int8", "zeros", "ones", "72 columns", "no rows"],
+    ids=["float32", "bfloat16", "float16", "float8", "int8", "6 bits", "zeros", "ones", "72 columns", "no rows"],
 )
 def test_other_values_are_not_taken_for_4_bits(convert):
     assert not is_dequantized(convert(torch.randn(40, 256, generator=torch.Generator().manual_seed(2))))

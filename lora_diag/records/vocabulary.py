@@ -30,7 +30,8 @@ class Resolution(Record):
 
     Args:
         unchanged: Fraction of the entries that are bit-identical on both sides; null for an adapter.
-        mantissa: Mantissa bits in use by the stored values of base and tuned; null for an adapter.
+        mantissa: Mantissa bits in use by the stored values of base and tuned; 0 for a quantized format, also of values
+            that were dequantized from 4 bits; null for an adapter.
         rounding_fro: Bound on ‖E‖_F, the norm of the rounding error of ΔW; by Mirsky Σ(σ_i − σ̂_i)² ≤ ‖E‖_F².
         noise_fro: Expected ‖E‖_F if E behaves like noise.
         edge: Upper edge of the singular values of such noise: the largest exceeds it in at most 1% of layers. Not below

@@ -61,6 +61,8 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
         return Hint(f"recover {{base}} {{tuned}}{selection}", "estimates the update before rounding")
     if values["output"] or values["tuned"] is None:
         return None
+    if 2 * sum(record.resolution.verdict == "unresolved" for record in changed) > len(changed):
+        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what is left of the update in the loss")
     # Not the rank at 90% of the energy: for the loss it was 50 times too large on a language model (docs/evidence.md).
     return Hint(f"probe truncation {{base}} {{tuned}}{selection} --eval held_out.txt", "which rank the loss needs")
 
@@ -231,12 +233,14 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     verdicts = [record.resolution.verdict for record in changed]
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
     norm = f"{NORMS[changed[0].metric][0]}²"
+    source, remedy = "rounding", "save the fine-tune in float32"
+    if 2 * sum((record.resolution.mantissa or (0, 1))[1] == 0 for record in changed) > len(changed):
+        source, remedy = "rounding to a quantized format", "measure the fine-tune before it was quantized"
     statement = describe_resolution(
         verdicts,
         f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with most",
-        f"rounding is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}\n"
-        "ranks beyond the signal rank count noise; save the fine-tune in float32, or measure the adapter instead of "
-        "its merge",
+        f"{source} is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}\n"
+        f"ranks beyond the signal rank count noise; {remedy}, or measure the adapter instead of its merge",
         marks=NOISE_MARKS,
     )
     if statement.level == "note":

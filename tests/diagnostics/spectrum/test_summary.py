@@ -26,6 +26,16 @@ def test_next_command_keeps_selection_of_layers():
     assert "exclude" not in hint.command
 
 
+@pytest.mark.parametrize(("mantissa", "source"), [((7, 7), "rounding is"), ((23, 0), "quantized format")])
+def test_unresolved_update_is_not_to_be_truncated(mantissa, source):
+    seen = {"noise_fro": 5.0, "signal_rank": 0, "verdict": "unresolved", "mantissa": mantissa}
+    one = layer_spectrum("layers.0.q_proj.weight", [1.0] * 32, (8, 16, 64), shape=(32, 32), resolution=seen)
+    found = results([one], norms=1.0, ranks=[8, 16, 64], top=None)
+    hint = suggest_next(found, dict.fromkeys(("activations", "kfac", "output", "exclude", "layers")) | {"tuned": "t"})
+    assert_names(hint.command, "probe outputs")
+    assert_names(find(summary_lines(found), "resolved").lead, source)
+
+
 def test_every_reason_has_text():
     from typing import get_args
 

@@ -80,7 +80,7 @@ def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
         if tensor is None:
             continue
         rows = weight.numpy()
-        if (part := name[-len("q_proj.weight")]) in heads and "_proj" in name:
+        if (part := name.split(".")[-2].removesuffix("_proj")) in heads:
             rows = rows.reshape(heads[part], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
         tensor.data[:] = quantize(np.ascontiguousarray(rows), GGMLQuantizationType.Q4_1)
     file.data.flush()

@@ -297,7 +297,7 @@ def is_dequantized(values: Tensor, start: Tensor | None = None) -> bool:
         used = changed.any(dim=1)
         groups, counted = groups[used], changed[used]
     step = len(groups) // 64 | 1
-    groups = groups[::step].float()
+    groups = groups[::step].to(working_dtype(values.dtype))
     counted = groups != 0 if counted is None else counted[::step] & (groups != 0)
     number = (groups[:, :, None] == groups[:, None]).sum(dim=2)  # of the entries of the group with this value
     levels = (1 / number).sum(dim=1).round()
@@ -318,16 +318,16 @@ def find_steps(values: Tensor) -> Tensor:
         values: ``(rows, columns)``, columns a multiple of 32.
 
     Returns:
-        The spacing of every entry, 1-D, float32; 0 in a group of equal values.
+        The spacing of every entry, 1-D, float64 for float64, else float32; 0 in a group of equal values.
 
     Example:
         >>> find_steps(torch.arange(32.0).div(4).floor()[None])[:3]
         tensor([1., 1., 1.])
     """
-    found = torch.empty(values.numel(), dtype=torch.float32)
+    found = torch.empty(values.numel(), dtype=working_dtype(values.dtype))
     parts = (torch.split(matrix.reshape(-1, GROUP), 2**11) for matrix in (values, found))
     for groups, steps in zip(*parts, strict=True):
-        groups = groups.float()
+        groups = groups.to(found.dtype)
         distances = (groups[:, :, None] - groups[:, None]).abs_()
         torch.amin(distances.masked_fill_(distances == 0, math.inf), dim=2, out=steps)
         torch.minimum(steps, UNEVENNESS * steps.amin(dim=1, keepdim=True), out=steps)

@@ -143,8 +143,12 @@ def spectral_error(value: float, fro: float, energy_error: float) -> float:
         >>> spectral_error(1.0, 1.0, 0.0), round(spectral_error(1.0, 1.0, 0.18), 12), spectral_error(0.0, 1.0, 0.5)
         (0.0, 0.2, 1.0)
     """
-    tolerance = 2 * energy_error * fro**2
-    return max(value - math.sqrt(max(0.0, value**2 - tolerance)), math.sqrt(value**2 + tolerance) - value)
+    if fro == 0.0:
+        return 0.0
+    share = value / fro  # the squares of values above 1e154 overflow
+    below = share - math.sqrt(max(0.0, share**2 - 2 * energy_error))
+    above = math.sqrt(share**2 + 2 * energy_error) - share
+    return fro * max(below, above)
 
 
 def thinned_ranks(values: int, points: int) -> list[int]:

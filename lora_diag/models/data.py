@@ -12,8 +12,9 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -290,6 +291,17 @@ def read_texts(path: Path | str, model: Model, max_sequences: int | None = None,
         form += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
     texts = Texts(source.name, str(path), tuple(sequences), source.digest, form, tuple(notes), shifted=shifted)
     return texts if max_sequences is None else texts.reduce(max_sequences, "by --max-sequences")
+
+
+def name_apart(texts: Iterable[Texts], labels: Iterable[str | None]) -> list[Texts]:
+    """Return sets in which those that share a name have their label, if there is one, in its place."""
+    texts = list(texts)
+    names = [text_set.name for text_set in texts]
+    apart = []
+    for text_set, label in zip_longest(texts, labels):
+        shared = names.count(text_set.name) > 1
+        apart.append(replace(text_set, name=label) if label and shared else text_set)
+    return apart
 
 
 def check_names(texts: list[Texts]) -> None:

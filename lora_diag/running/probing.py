@@ -15,7 +15,7 @@ from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
 from lora_diag.linalg.devices import resolve_device
-from lora_diag.models.data import Texts, check_names, check_texts, read_texts
+from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
 from lora_diag.models.losses import measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
@@ -155,8 +155,11 @@ class ProbeRun:
         for path in (*options.evaluate, *options.get("shifted", ()), *data):
             check_texts(path)
 
-    def read_sets(self) -> list[Texts]:
+    def read_sets(self, labels: Sequence[str | None] = ()) -> list[Texts]:
         """Return all evaluation sets.
+
+        Args:
+            labels: Names of the first sets, for those whose files have the same name; None for that of the file.
 
         Raises:
             UsageError: Two have one name, or as ``read``.
@@ -164,6 +167,7 @@ class ProbeRun:
         """
         shifted = self.options.get("shifted", ())
         texts = [*map(self.read, self.options.evaluate), *(self.read(path, shifted=True) for path in shifted)]
+        texts = name_apart(texts, labels)
         check_names(texts)
         return texts
 

@@ -248,6 +248,15 @@ def test_dequantized_4_bit_values_are_recognized(kind, dtype):
     assert is_dequantized(stored)
 
 
+@pytest.mark.parametrize("scale", [1e-200, 1e150])
+def test_float64_beyond_float32_is_no_4_bit_format(scale):
+    x = np.random.default_rng(1).standard_normal((40, 256)) * scale
+    assert not is_dequantized(torch.tensor(x))
+    stored = torch.tensor(dequantized(x, "int4"))
+    assert is_dequantized(stored)
+    assert torch.allclose(find_steps(stored) / scale, find_steps(stored / scale), rtol=1e-9)
+
+
 @pytest.mark.parametrize(
     "convert",
     [

@@ -178,6 +178,7 @@ def test_knee_is_furthest_above_chord():
     # A value that lost at most so much energy is at most so far off, both ways.
     for moved in (-0.2, 0.2):
         assert abs(math.sqrt(1 + moved) - 1) <= spectral_error(1.0, 1.0, 0.1) + 1e-15
+    assert spectral_error(1e200, 2e200, 0.1) == pytest.approx(1e200 * spectral_error(1.0, 2.0, 0.1))
 
 
 def test_alike_finds_planted_copies_and_shared_spaces():

@@ -90,8 +90,7 @@ class OutputFolder:
         if self.finished:
             self.work = self.final
         self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
-        if any(os.path.realpath(path) == str(self.final) for path in inputs):
-            raise UsageError(f"{final}: is an input; choose another folder for -o")
+        self._refuse_inside(inputs)
         self._check_final()
         if self.finished or not self.work.exists():
             return
@@ -102,6 +101,19 @@ class OutputFolder:
         raise UsageError(
             f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete it"
         )
+
+    def _refuse_inside(self, inputs: Sequence[Path | str]) -> None:
+        """Refuse a target that is an input or inside one, whose files must stay as they are.
+
+        Raises:
+            UsageError: The target is there.
+        """
+        for path in inputs:
+            source = Path(os.path.realpath(path))
+            if source == self.final:
+                raise UsageError(f"{self.final}: is an input; choose another folder for -o")
+            if source in self.final.parents:
+                raise UsageError(f"{self.final}: is inside the input {path}; choose a folder outside it for -o")
 
     def _refuse_running(self) -> None:
         """Refuse a folder that another process is writing, which must not be deleted.

@@ -116,7 +116,7 @@ class MergeJudge:
         self._run = ProbeRun("merge", own, JudgeOptions)
         self._run.check_files(base)
         self._run.open(base)
-        self._texts = self._run.read_sets()
+        self._texts = self._run.read_sets([None if task is None else names[task] for task, _ in tasks])
         self._task = {text_set.name: task for text_set, (task, _) in zip(self._texts, tasks, strict=True)}
 
     @property

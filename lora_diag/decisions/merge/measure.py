@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,9 @@ def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
         return 4 * sum(footprint(update.delta) for update in task.updates) + weight
     blocks = 96 * min(2**20, entries) * count
     svd = 0 if method.linear or method.entrywise else 48 * min(task.shape) * sum(task.shape)
-    factor = whole_bytes(task.shape, Allowance(0, "auto", settings.rank, vectors=True), 8)
+    # of a method that makes singular values equal, all directions are computed
+    top = settings.rank if method.linear else None
+    factor = whole_bytes(task.shape, Allowance(0, "auto", top, vectors=True), 8)
     return COMPUTED_ENTRY_BYTES * entries * (count + 2) + weight + blocks + max(svd, factor)
 
 
@@ -197,7 +199,8 @@ def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: t
         return leave_out(task.updates[0].delta, "rank_0", "every update of it is zero")
     updates, parts, norms = zip(*changed, strict=True)
     weights = [update.weight for update in updates]
-    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", [update.name for update in updates])
+    names = [update.name for update in updates]
+    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", names, settings.count)
     merge = choose_merger(METHODS[settings.method], task.is_matrix)
     merged = sum_matrices([merge(parts, request)], [settings.scale])
     factors = exact.decompose_factored(*merged, vectors=True) if isinstance(merged, tuple) else None
@@ -205,8 +208,12 @@ def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: t
     longest = abs(settings.scale) * sum(abs(weight) * size for weight, size in zip(weights, norms, strict=True))
     if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
         merged, factors, fro = sum_matrices([merged], [0.0]), None, 0.0  # updates that cancel leave only rounding
-    write = _write_factors if task.base is None else _write_weight
-    return _Merge(changed, request, merge, fro, write(task, settings, merged, fro, factors, file))
+    if task.base is None:
+        total = _find_sum(settings, parts, weights)
+        written = _write_factors(task, settings, merged, fro, factors, file, total)
+    else:
+        written = _write_weight(task, settings, merged, fro, factors, file)
+    return _Merge(changed, request, merge, fro, written)
 
 
 def _merge_layer(
@@ -281,21 +288,26 @@ def _factor(matrix: Matrix, top: int | None) -> exact.Factors:
 
 
 def _write_factors(
-    task: MergeTask, settings: MergeSettings, merged: Matrix, fro: float, factors: exact.Factors | None, file: Path
+    task: MergeTask,
+    settings: MergeSettings,
+    merged: Matrix,
+    fro: float,
+    factors: exact.Factors | None,
+    file: Path,
+    total: Callable[[], Matrix] | None,
 ) -> Written:
-    """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank."""
+    """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank; ``total`` as in ``_keep_leading``."""
     dtype = settings.dtype or "float32"
     if fro == 0.0:
         return merged, None, {"rank": 0, "params": 0, "dtype": dtype}
     top = min(settings.rank or min(task.shape), *task.shape)
-    factors = factors or _factor(merged, top)
+    factors = factors or _factor(merged, top if total is None else top + 1)
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     rank = min(top, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum()))
     if settings.energy is not None:
         rank = min(rank, rank_at(curve, settings.energy) or rank)
-    b, a = (
-        part.to(dtype=getattr(torch, dtype)).cpu() for part in split_factors(factors, rank, task.transposed, "both")
-    )
+    kept = _keep_leading(merged, factors, rank, total)
+    b, a = (part.to(dtype=getattr(torch, dtype)).cpu() for part in split_factors(kept, rank, task.transposed, "both"))
     _check_finite(task, dtype, b, a)
     b, a = store_factors(file, b, a)
     if task.transposed:
@@ -311,7 +323,36 @@ def _write_factors(
         "dtype": dtype,
         "method": factors.method,
     }
-    return stored, _keep_directions(factors, rank), fields
+    return stored, kept, fields
+
+
+def _keep_leading(
+    merged: Matrix, factors: exact.Factors, rank: int, total: Callable[[], Matrix] | None
+) -> exact.Factors:
+    """Return the first directions of M; among equal singular values, those with most of the sum of the updates.
+
+    Args:
+        merged: M.
+        factors: Its decomposition, one direction more than ``rank`` if it has more.
+        rank: Number of directions to keep.
+        total: As of ``_find_sum``.
+    """
+    if total is not None and mergers.has_equal(factors.s, rank):
+        if not factors.complete:
+            factors = _factor(merged, None)
+        u, vh = factors.vectors
+        u, vh = mergers.order_equal(u, factors.s, vh, rank, total())
+        factors = replace(factors, u=u, vh=vh)
+    return _keep_directions(factors, rank)
+
+
+def _find_sum(
+    settings: MergeSettings, parts: Sequence[Matrix], weights: Sequence[float]
+) -> Callable[[], Matrix] | None:
+    """Return a function that computes λΣ w_kΔW_k; None if M is that sum."""
+    if METHODS[settings.method].linear:
+        return None
+    return partial(sum_matrices, parts, [settings.scale * weight for weight in weights])
 
 
 def _keep_directions(factors: exact.Factors, rank: int) -> exact.Factors:
@@ -352,11 +393,7 @@ def _measure_directions(factors: exact.Factors | None, part: Matrix, fro: float)
     if factors is None:
         return None
     u, vh = factors.vectors
-    if isinstance(part, tuple):
-        inside = (u.T @ part[0].double()) @ (part[1].double() @ vh.T)
-    else:
-        inside = u.T @ part.double() @ vh.T
-    return min(1.0, float((inside / fro).square().sum()))
+    return min(1.0, float((mergers.project(u, part, vh) / fro).square().sum()))
 
 
 def _measure_chance(
@@ -378,7 +415,9 @@ def _measure_chance(
     merged = sum_matrices([merge(drawn, request)], [settings.scale])
     factors = None
     if written is not None:
-        factors = _factor(merged, len(written.s))
+        rank = len(written.s)
+        total = _find_sum(settings, drawn, request.weights)
+        factors = _keep_leading(merged, _factor(merged, rank + 1), rank, total)
         u, vh = factors.vectors
         merged = u * factors.s.to(u.device), vh
     norms = [math.sqrt(frobenius_inner(part, part)) for part in drawn]

@@ -45,12 +45,14 @@ class Request:
         density: Fraction of entries to keep.
         seed: Seed of random masks: one per layer and run.
         names: Names of the updates, which distinguish their masks.
+        count: K, the number of updates of the merge, including those that are zero here.
     """
 
     weights: Sequence[float]
     density: float
     seed: str
     names: Sequence[str]
+    count: int
 
 
 Merger = Callable[[Sequence[Matrix], Request], Matrix]
@@ -110,6 +112,44 @@ def _count_nonzero(s: Tensor) -> int:
     return int((s > ZERO * s[:1]).sum())
 
 
+def has_equal(s: Tensor, rank: int) -> bool:
+    """Return whether σ_rank and the next one are equal up to ``EQUAL``, so that rounding chooses between them."""
+    return 0 < rank < len(s) and float(s[rank]) >= (1 - EQUAL) * float(s[rank - 1])
+
+
+def order_equal(u: Tensor, s: Tensor, vh: Tensor, rank: int, total: Matrix) -> tuple[Tensor, Tensor]:
+    """Return U and Vᵀ in which those of the values equal to σ_rank come first that have most of S = Σ w_kΔW_k.
+
+    The vectors U_g and V_g of equal singular values are determined up to one rotation Q of both, which a decomposition
+    leaves to rounding. The first j columns of U_gQ and V_gQ have the largest Σ_i ⟨u_iv_iᵀ, S⟩ if Q are the eigenvectors
+    of the symmetric part of C = U_gᵀSV_g, the largest eigenvalue first (Fan 1949). Those of Iso-C are the singular
+    vectors of S. Where these eigenvalues are equal, too, the choice is arbitrary.
+
+    Args:
+        u: ``(m, r)``.
+        s: ``(r,)``, descending.
+        vh: ``(r, n)``.
+        rank: Number of directions that will be kept.
+        total: S, ``(m, n)``.
+    """
+    if not has_equal(s, rank):
+        return u, vh
+    group = ((s - s[rank - 1]).abs() <= EQUAL * s[rank - 1]).nonzero().flatten().to(u.device)
+    core = project(u[:, group], total, vh[group])
+    rotation = torch.linalg.eigh(core + core.T)[1].flip(1)
+    u, vh = u.clone(), vh.clone()
+    u[:, group] = u[:, group] @ rotation
+    vh[group] = rotation.T @ vh[group]
+    return u, vh
+
+
+def project(u: Tensor, matrix: Matrix, vh: Tensor) -> Tensor:
+    """Return UᵀXV for U ``(m, p)`` and Vᵀ ``(q, n)``."""
+    if isinstance(matrix, tuple):
+        return (u.T @ matrix[0].double()) @ (matrix[1].double() @ vh.T)
+    return u.T @ matrix.double() @ vh.T
+
+
 def add(parts: Sequence[Matrix], request: Request) -> Matrix:
     """M = Σ w_kΔW_k: factors side by side (PEFT's ``cat``), or the sum.
 
@@ -161,17 +201,19 @@ def tsv(parts: Sequence[Matrix], request: Request) -> Matrix:
 
     U = [U_1 … U_K] = PDQᵀ is replaced with its polar factor U⊥ = PQᵀ, the nearest matrix with orthonormal columns, and
     V likewise. Directions that several updates share up to ``EQUAL`` count once in P and Q, so that equal updates give
-    their mean. An update of lower rank keeps its own directions; the authors' code fills up with arbitrary ones, of
-    singular value 0.
+    their mean. K counts all updates of the merge, also those that are zero in this layer. An update of lower rank keeps
+    its own directions; the authors' code fills up with arbitrary ones, of singular value 0.
 
     Reference: Gargiulo et al. 2025, "Task Singular Vectors", arXiv 2412.00081.
     """
     frame = reduce_to_cores(parts)
-    at_most = min(shape_of(parts[0])) // len(parts)
+    at_most = min(shape_of(parts[0])) // request.count
+    total = sum_matrices(frame.cores, request.weights)
     left, right, values = [], [], []
     for core, weight in zip(frame.cores, request.weights, strict=True):
         u, s, vh = _decompose(core)
         rank = min(_count_nonzero(s), max(1, at_most))
+        u, vh = order_equal(u, s, vh, rank, total)
         left.append(u[:, :rank])
         right.append(vh[:rank])
         values.append(weight * s[:rank])

@@ -345,6 +345,10 @@ def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
         return InputError(f"{bad.layer}: {bad.detail}; no other layer can be merged, so nothing was written")
+    density = results.run.settings["density"]
+    if results.layers and density is not None and density < 1:
+        problem = f"--density {density:g}: keeps no entry of any update"
+        return NothingComparedError(f"{problem}, so that the merge is BASE itself and nothing was written; keep more")
     if results.layers:
         return NothingComparedError(
             "merge: the updates cancel in every layer, so that the merge is BASE itself and nothing was written; "

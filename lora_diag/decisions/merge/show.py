@@ -112,10 +112,12 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
         ranks = span(record.rank or 0 for record in written)
         text = f"{what}, {quantity(len(written))}, rank {ranks}, {params} parameters{dtypes}"
     zero = [record for record in layers if record.merged_fro == 0]
-    cancel = (
-        [f"the updates cancel in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"] if zero else []
-    )
-    return make_statement("wrote", "Written", text, *cancel, level="warning" if zero else "note", priority=0)
+    if not zero:
+        return make_statement("wrote", "Written", text, level="note", priority=0)
+    trimmed = settings["density"] is not None and settings["density"] < 1
+    why = "no entry is kept" if trimmed else "the updates cancel"
+    warning = f"{why} in {quantity(len(zero))}, where the merge is BASE: {list_layers(zero)}"
+    return make_statement("wrote", "Written", text, warning, level="warning", priority=0)
 
 
 def _find_losses(results: Results[Merged]) -> dict[tuple[str, float | None], list[MergedLoss]]:

@@ -220,6 +220,29 @@ def test_opposite_updates_cancel(run, tmp_path):
     assert read_deltas(tmp_path / "out").keys() == {f"{UP}.weight"}
 
 
+def test_density_below_one_entry_is_named(run, three, tmp_path):
+    """Trimmed updates did not cancel; here only the layer of 12 × 16 entries loses all of them, or both do."""
+    ran = run("merge", "base", "a", "b", "-o", "out", "--method", "ties", "--rank", "2", "--density", "1e-6")
+    assert ran.code == 4
+    assert_names(ran.err, "--density", "1e-06")
+    assert "cancel" not in ran.err
+    assert not (tmp_path / "out").exists()
+    ran = run("merge", "base", "a", "b", "-o", "out", "--method", "ties", "--rank", "2", "--density", "0.004")
+    assert ran.code == 0
+    assert_names(ran.out, "no entry is kept", "q_proj")
+
+
+def test_output_inside_an_input_is_refused(run, three, tmp_path):
+    (tmp_path / "link").symlink_to("a")
+    before = sorted(path.name for path in (tmp_path / "a").iterdir())
+    for output, source in (("a/merged", "a"), ("link/merged", "a"), ("base/merged", "base")):
+        ran = run("merge", "base", "a", "b", "-o", output)
+        assert ran.code == 2, output
+        assert_names(ran.err, "inside", source, "-o")
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == before
+    assert run("merge", "base", "a", "b", "-o", "ab").code == 0  # a name that begins alike
+
+
 def test_longer_sum_is_warned_about(run, three, tmp_path):
     """Copies add up to K times the update: longer than √K, and a note says that they are copies."""
     shutil.copytree(tmp_path / "a", tmp_path / "copy")

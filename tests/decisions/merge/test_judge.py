@@ -43,6 +43,21 @@ def losses_of(case, make):
 
 
 @pytest.mark.slow
+def test_texts_of_one_file_name_are_told_apart(case, tmp_path):
+    """By the update whose task each is; two texts of one name and one update remain an error."""
+    base, updates, *texts = case
+    files = [tmp_path / name / "eval.txt" for name in ("one", "two")]
+    for file, text in zip(files, texts, strict=True):
+        file.parent.mkdir()
+        file.write_text(text.read_text())
+    named = [f"one={files[0]}", f"two={files[1]}"]
+    found = lora_diag.merge(base, updates, tmp_path / "out", full=True, evaluate=named, batch=4)
+    assert {record.set for record in found.whole_of(MergedLoss)} == {"one", "two"}
+    with pytest.raises(UsageError, match="eval"):
+        lora_diag.merge(base, updates, tmp_path / "b", full=True, evaluate=[f"one={file}" for file in files], batch=4)
+
+
+@pytest.mark.slow
 def test_all_methods_are_judged_and_the_best_is_written(case, tmp_path):
     found = merged(case, tmp_path / "out", method="all", scales=SCALES)
     records = found.whole_of(MergedLoss)

@@ -92,7 +92,8 @@ def dense(matrix):
 
 
 def merge(name, parts, weights=None, density=1.0, seed="0"):
-    request = Request(weights or [1.0] * len(parts), density, seed, [f"u{n}" for n in range(len(parts))])
+    names = [f"u{n}" for n in range(len(parts))]
+    request = Request(weights or [1.0] * len(parts), density, seed, names, len(parts))
     return dense(choose_merger(METHODS[name], True)(parts, request))
 
 
@@ -151,7 +152,7 @@ def test_dare_keeps_and_rescales_entries(name):
         assert np.allclose(found[kept], part.numpy()[kept] / 0.3)
         assert abs(kept.sum() - 900) < 4 * math.sqrt(3000 * 0.3 * 0.7)
     assert not np.array_equal(merge("dare", parts[:1], density=0.3, seed="b"), alone[0])
-    request = Request([1.0, 0.5], 0.3, "a", ["u0", "u1"])
+    request = Request([1.0, 0.5], 0.3, "a", ["u0", "u1"], 2)
     dropped = [x.numpy() for x in mergers._drop(parts, request)]
     assert not np.array_equal(dropped[0] != 0, dropped[1] != 0)
     expected = dropped[0] + dropped[1] / 2 if name == "dare" else elect(dropped, [1.0, 0.5])
@@ -206,7 +207,7 @@ def test_factors_are_merged_without_their_product(name):
     parts = [
         (torch.randn(300_000, 1, generator=generator), torch.randn(1, 200_000, generator=generator)) for _ in range(2)
     ]
-    request = Request([1.0, 1.0], 1.0, "0", ["a", "b"])
+    request = Request([1.0, 1.0], 1.0, "0", ["a", "b"], 2)
     b, _ = choose_merger(METHODS[name], True)(parts, request)
     assert b.shape[1] == 2
 

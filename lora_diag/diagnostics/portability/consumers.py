@@ -32,7 +32,8 @@ class Outcome:
             not load the adapter.
         scale: s'; None without factors, and if dropped or refused.
         why: The reason, in one sentence; empty for the usual case.
-        unjudged: What may prevent it, which depends on a BASE that is not given; empty if nothing does.
+        unjudged: What may prevent it, which depends on a BASE that is not given or on what no file says; empty if
+            nothing does.
     """
 
     does: Literal["applied", "intended", "full", "dropped", "refused"]
@@ -171,7 +172,7 @@ def _explain_possible_tie(form: str, contents: Contents) -> str:
     """Return the problem of an adapter if its BASE, which is not given, has a tied head; empty without one."""
     if contents.tied is not None or not (reason := _explain_tie(form, contents)):
         return ""
-    return f"the adapter is refused if {reason}"
+    return f"the adapter is refused if {reason}: give BASE"
 
 
 def join_reasons(*reasons: str) -> str:
@@ -279,8 +280,10 @@ PEFT = Consumer(
 # - 0.10: any ``modules_to_save`` is refused, and so are stacked experts; ``lora_bias`` is applied with
 #   ``--enable-lora-bias`` and dropped without (read in 0.10.0). When that changed between 0.10 and 0.28 was not read.
 #
-# Whether a model of vLLM takes factors on a module is not known here, only that none takes them on a convolution. Date
-# read: 2026-11-27.
+# Whether a model of vLLM takes factors on a module is not known here, only that none takes them on a convolution. Of
+# stacked experts the orientation is not known, either: they are ``unknown``. Date read: 2026-11-27.
+
+_EXPERTS_UNJUDGED = "whether it applies factors of stacked experts, and which way round, depends on its model class"
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -320,7 +323,9 @@ def _refuse_vllm(contents: Contents, since: str) -> str:
 
 def _apply_vllm(contents: Contents, item: Item) -> Outcome:
     """Return the treatment of an item by vLLM since 0.32."""
-    return Outcome("full") if item.part in {"value", "norm"} else Outcome("applied", item.scale)
+    if item.part in {"value", "norm"}:
+        return Outcome("full")
+    return Outcome("applied", item.scale, unjudged=_EXPERTS_UNJUDGED if item.part == "experts" else "")
 
 
 def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
@@ -330,7 +335,8 @@ def _apply_vllm_old(contents: Contents, item: Item) -> Outcome:
     if item.part == "bias":
         return Outcome("dropped", why="lora_B.bias is overwritten by lora_B.weight")
     scale = _divide_by_rank(contents.config["lora_alpha"], contents.config["r"], contents.config)
-    return Outcome("applied", scale, "one scale for all modules; patterns are not read")
+    unjudged = _EXPERTS_UNJUDGED if item.part == "experts" else ""
+    return Outcome("applied", scale, "one scale for all modules; patterns are not read", unjudged)
 
 
 VLLM = Consumer(

@@ -81,7 +81,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         (unknown, COLORS["wrong"], "different ΔW, ε not known without BASE"),
         ("dropped" in statuses, COLORS["dropped"], "dropped (ε = 1)"),
         ("refused" in statuses, COLORS["refused"], "refused: no ΔW at all"),
-        ("unknown" in statuses, COLORS["unknown"], "not known without BASE"),
+        ("unknown" in statuses, COLORS["unknown"], "not known"),
     )
     layers = len({record.layer for record in records})
     return Page(

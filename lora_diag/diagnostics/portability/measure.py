@@ -442,10 +442,10 @@ def make_tasks(
     deltas = {delta.layer: delta for delta in (pairing.deltas if pairing is not None else ())}
     tasks = []
     for item in contents.items:
-        outcomes = {
-            name: refused.get(name) or replace(rule.applies(contents, item), unjudged=unjudged[name])
-            for name, (_, rule) in chosen.items()
-        }
+        outcomes = dict[Name, Outcome]()
+        for name, (_, rule) in chosen.items():
+            outcome = refused.get(name) or rule.applies(contents, item)
+            outcomes[name] = replace(outcome, unjudged=outcome.unjudged or unjudged[name])
         scale = item.scale
         if reference is not None:
             treatment = reference.applies(contents, item)

@@ -29,7 +29,7 @@ class Portability(LayerRecord):
             the adapter with ``--fix``. ``dropped``: it silently leaves the weight as it is; merge the adapter, or serve
             it elsewhere. ``full``: it takes a weight that the file holds in full. ``refused``: it stops with an error,
             which holds for the whole adapter; write the adapter with ``--fix``. ``unknown``: that depends on a BASE
-            which is not given; give it.
+            which is not given, or on what no file says; ``why`` states it.
         part: Its contents in the file: ``factors``, ``dora``, ``bias``, ``value`` and so on.
         rank: r of its factors; null without factors.
         scale: s' by which the consumer multiplies B·A; null without factors, and if dropped or refused.

@@ -95,7 +95,8 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     if values["rules"] or values["fix"]:
         return None
     statuses = {record.status for record in results} - {*AS_INTENDED}
-    if values["base"] is None and "unknown" in statuses:
+    without_base = {record.part for record in results if record.status == "unknown"} - {"experts"}
+    if values["base"] is None and without_base:
         return Hint("portability {adapter} BASE", "with the base checkpoint")
     if statuses:
         return _suggest_remedy({record.part for record in results}, "BASE" if values["base"] is None else "{base}")
@@ -169,7 +170,7 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -
         )
     texts = {
         "changed": "no: another ΔW in {}",
-        "unknown": "not known without BASE in {}: give BASE",
+        "unknown": "not known in {}",
         "exact": f"{'as intended' if is_whole else 'as written, which is not the whole update,'} in {{}}",
     }
     clauses = [texts[kind].format(", ".join(of_kind)) for kind, of_kind in titles.items() if of_kind]
@@ -188,7 +189,8 @@ def _describe_consumer(name: Name, records: list[Portability], results: Results[
         worst = max(wrong, key=lambda record: record.epsilon or 0.0)
         largest = "" if worst.epsilon is None else f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
         clauses.append(f"a different ΔW in {len(wrong)} of {len(records)} weights{largest}")
-    clauses += ["not known without BASE"] if faulty["unknown"] else []
+    if unknown := faulty["unknown"]:
+        clauses.append(f"not known in {len(unknown)} of {len(records)} weights")
     reasons = list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
     needed, newer = (results.run.settings.get(key) or {} for key in ("ranks_to_set", "newer"))
     option = f"start it with {needed[name[0]]}" if name[0] in needed and not faulty["refused"] else ""

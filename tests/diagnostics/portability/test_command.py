@@ -191,3 +191,26 @@ def test_rules_need_no_adapter(run):
     ran = run("portability", "--rules")
     assert ran.code == 0
     assert_names(ran.out, "target_modules")
+
+
+@pytest.mark.parametrize("consumer", ["vllm", "vllm==0.31"])
+@pytest.mark.parametrize("turned", [False, True], ids=["this PEFT", "the other orientation"])
+def test_stacked_experts_are_not_known_in_vllm(tmp_path, run, consumer, turned):
+    """Its source does not say which model classes take them, and in which orientation."""
+    owner, experts, rank = "model.layers.0.mlp.experts", 3, 2
+    sizes = (5, 8) if turned else (8, 5)
+    pair = {
+        f"{owner}.lora_A.weight": normal(experts * rank, sizes[0]),
+        f"{owner}.lora_B.weight": normal(sizes[1], experts * rank, seed=1),
+    }
+    query = "model.layers.0.self_attn.q_proj"
+    plain = {f"{query}.lora_A.weight": normal(rank, 8), f"{query}.lora_B.weight": normal(6, rank, seed=2)}
+    adapter(tmp_path, pair | plain, target_parameters=["experts.down_proj"], target_modules=["q_proj"])
+    ran = run("portability", "adapter", "--consumers", consumer, "--require", consumer, "--json")
+    assert ran.code == 1
+    found = [record for record in ran.records if record["record"] == "portability"]
+    experts_found = [record for record in found if record["part"] == "experts"]
+    assert {(record["status"], record["epsilon"]) for record in experts_found} == {("unknown", None)}
+    assert all("model class" in record["why"] for record in experts_found)
+    assert {record["status"] for record in found if record["part"] == "factors"} == {"exact"}
+    assert_names(run("portability", "adapter", "--consumers", consumer).out, "not known", "vLLM")

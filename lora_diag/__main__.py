@@ -45,7 +45,9 @@ def main() -> None:
         from lora_diag.cli import main as run
 
         run()
-    except Exception as error:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # also one that is no Exception, such as a panic of Rust
         raise SystemExit(_report_unexpected(error)) from error
 
 
@@ -62,7 +64,7 @@ def _check_address_space() -> None:
             raise MemoryError
 
 
-def _report_unexpected(error: Exception) -> int:
+def _report_unexpected(error: BaseException) -> int:
     """Print one message about an error that has none of its own, and return the exit code; 1 is for failed checks only.
 
     An error of missing memory gets a message of its own. The whole traceback is printed if ``LORADIAG_TRACEBACK``

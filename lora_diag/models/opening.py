@@ -6,6 +6,7 @@ Handles transformers, independent of measurements. Code in a checkpoint is never
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, UsageError, damaged, require
+from lora_diag.errors import InputError, LoradiagError, UsageError, damaged, require
+from lora_diag.models.config import check_unquantized, read_config
 
 Kind = Literal["causal", "masked", "classifier"]
 
@@ -36,6 +38,9 @@ _KINDS: dict[str, tuple[Kind, str]] = {
     "ForCausalLM": ("causal", "AutoModelForCausalLM"),
     "LMHeadModel": ("causal", "AutoModelForCausalLM"),
 }
+
+# Files with the vocabulary of a tokenizer; where a folder has none, ``auto`` may mean bytes.
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 
 # Models that are open, inside ``keep_open``.
 _KEPT: ContextVar[dict[tuple[Any, ...], Model] | None] = ContextVar("_KEPT", default=None)
@@ -128,9 +133,9 @@ def _load_model(base: Path | str, device: torch.device | None, dtype: str, lengt
     """
     with require("running a model, or its tokenizer,", "train"):
         import transformers
-    where, options = _locate_base(base)
+    folder, where, options = _locate_base(base)
     with _suppress_messages(transformers):
-        config = _read_config(transformers, base, where, options)
+        config = _read_config(transformers, base, folder, where, options)
         kind, opener = _infer_kind(base, config)
         module = None
         if device is not None:
@@ -151,17 +156,17 @@ def _load_module(opener: Any, base: Path | str, where: str, dtype: str, config: 
     Raises:
         InputError: The model is quantized or lacks weights, or transformers cannot open it.
     """
-    if getattr(config, "quantization_config", None) is not None:
-        raise InputError(
-            f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
-            "rounded weights probe sweep and tune train on with --quantized"
-        )
-    try:
+    check_unquantized(base, config)
+    _refuse_embedded_adapter(base, where, options)
+    with _report_failure(f"{base}: transformers cannot open this model"):
         module, info = opener.from_pretrained(
-            where, dtype=getattr(torch, dtype), trust_remote_code=False, output_loading_info=True, **options
+            where,
+            config=config,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise InputError(
             f"{base}: has no weights for {', '.join(missing[:3])}{' and others' if missing[3:] else ''}, which "
@@ -189,19 +194,51 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
     return _load_model(base, None, "float32", length, tokenizer)
 
 
-def _read_config(transformers: Any, base: Path | str, where: str, options: dict[str, Any]) -> Any:
+def _read_config(transformers: Any, base: Path | str, folder: Path, where: str, options: dict[str, Any]) -> Any:
     """Return the model's config.
 
     Raises:
         UsageError: BASE is an adapter.
-        InputError: transformers cannot open it.
+        InputError: A value is invalid, or transformers cannot open it.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
-        if is_adapter(locate(base)):
+        with _report_failure(f"{base}: transformers cannot open this model, by its config.json"):
+            return read_config(transformers.AutoConfig.from_pretrained, folder / "config.json", where, options)
+    except InputError as error:
+        if isinstance(error.__cause__, OSError | ValueError | KeyError) and is_adapter(folder):
             raise UsageError(f"{base}: is an adapter; give its base model") from error
-        raise InputError(f"{base}: transformers cannot open this model: {_first_line_of_error(error)}") from error
+        raise
+
+
+def _refuse_embedded_adapter(base: Path | str, where: str, options: dict[str, Any]) -> None:
+    """Refuse an adapter in the folder of a model: transformers would apply it, or open the model that it names.
+
+    Raises:
+        InputError: There is one.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    given = {key: value for key, value in options.items() if key != "subfolder"}
+    if find_adapter_config_file(where, **given) is not None:
+        problem = "has an adapter_config.json, by which transformers would change the model or open another one"
+        raise damaged(base, problem, "move the adapter to a folder of its own")
+
+
+@contextlib.contextmanager
+def _report_failure(problem: str, fix: str = "") -> Iterator[None]:
+    """Turn whatever a library raises for a damaged file into one message.
+
+    A panic of the tokenizers' Rust code is no ``Exception``.
+
+    Raises:
+        InputError: The block failed.
+    """
+    try:
+        yield
+    except (LoradiagError, MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise InputError(f"{problem}: {_first_line_of_error(error)}{fix}") from error
 
 
 def _choose_length(config: Any, length: int | None) -> int:
@@ -235,8 +272,8 @@ def _suppress_messages(transformers: Any) -> Any:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
-    """Return the first argument and the options of transformers' ``from_pretrained`` for a path or a Hub id.
+def _locate_base(base: Path | str) -> tuple[Path, str, dict[str, Any]]:
+    """Return the local folder of a path or a Hub id, and transformers' first argument and options for it.
 
     Raises:
         InputError: The model does not exist, is remote, or is a file.
@@ -247,10 +284,10 @@ def _locate_base(base: Path | str) -> tuple[str, dict[str, Any]]:
     if local == Path(base):
         if not local.is_dir():
             raise InputError(f"{base}: is a file; to run the model, give the folder with its config.json")
-        return str(local), {"local_files_only": True}
+        return local, str(local), {"local_files_only": True}
     hub_id = hub.parse(Path(base).as_posix())
     assert hub_id is not None
-    return hub_id.repo, {"revision": hub_id.revision or "main", "subfolder": hub_id.subfolder}
+    return local, hub_id.repo, {"revision": hub_id.revision or "main", "subfolder": hub_id.subfolder}
 
 
 def _infer_kind(base: Path | str, config: Any) -> tuple[Kind, str]:
@@ -286,25 +323,30 @@ def _open_tokenizer(
         return _make_byte_tokens("--tokenizer bytes")
     if requested != "auto":
         where, options = requested, {"local_files_only": True}
+    path = _find_vocabulary(where)
+    source = path or (base if requested == "auto" else requested)
+    fix = (
+        "; give another folder with --tokenizer DIR, or UTF-8 bytes as token ids with --tokenizer bytes (not for "
+        "masked models)"
+    )
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
-        # For some families transformers creates one without a vocabulary if there are no files.
-        if len(set(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
-            raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:  # the last case: transformers 4, no files
-        if requested == "auto" and vocabulary == 256 and kind != "masked":
+        with _report_failure(f"{source}: transformers cannot open a tokenizer", fix), _discard_standard_error():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+            # For some families transformers creates one without a vocabulary if there are no files.
+            if len(set(tokenizer(_SAMPLE, add_special_tokens=False)["input_ids"])) < 2:
+                raise ValueError("it has no vocabulary")
+            with_special = list(tokenizer("a")["input_ids"])
+    except InputError:
+        if requested == "auto" and path is None and vocabulary == 256 and kind != "masked":
             return _make_byte_tokens("no tokenizer in BASE and a vocabulary of 256")
-        source = base if requested == "auto" else requested
-        raise InputError(
-            f"{source}: transformers cannot open a tokenizer: {_first_line_of_error(error)}; give another folder with "
-            "--tokenizer DIR, or UTF-8 bytes as token ids with --tokenizer bytes (not for masked models)"
-        ) from error
+        raise
 
     def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        with _report_failure(f"{source}: the tokenizer fails on a text", fix):
+            return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     # The special tokens around a text are determined by experiment, because every family has its own rule.
-    with_special, inside = list(tokenizer("a")["input_ids"]), ids("a")
+    inside = ids("a")
     begin = next((i for i in range(len(with_special)) if with_special[i : i + len(inside)] == inside), 0)
     last = () if kind == "causal" else tuple(with_special[begin + len(inside) :])
     mask = tokenizer.mask_token_id
@@ -314,17 +356,42 @@ def _open_tokenizer(
     return Tokens(ids, tuple(with_special[:begin]), last, tokenizer.pad_token_id or 0, f"tokenizer of {where}", mask)
 
 
+def _find_vocabulary(folder: str) -> Path | None:
+    """Return the file of a folder that holds a tokenizer's vocabulary; None without one, or for a name on the Hub."""
+    return next((path for name in _VOCABULARIES if (path := Path(folder) / name).is_file()), None)
+
+
+@contextlib.contextmanager
+def _discard_standard_error() -> Iterator[None]:
+    """Discard what a library writes to standard error by itself: a panic of Rust, up to 20 kB."""
+    try:
+        kept = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:  # noqa: PTH123
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _make_byte_tokens(reason: str) -> Tokens:
     """Return the tokenizer whose token ids are UTF-8 bytes, described with the reason for its choice."""
     return Tokens(lambda text: list(text.encode()), (), (), 0, f"UTF-8 bytes are the token ids ({reason})")
 
 
-def _first_line_of_error(error: Exception) -> str:
+def _first_line_of_error(error: BaseException) -> str:
     """Return the first line of transformers' message; the other lines are about other models.
 
-    If it is the heading of a list of ways to get a tokenizer, there are no tokenizer files.
+    The message of an error of Python itself, such as ``'x'`` of a KeyError, says nothing without its type. If the line
+    is the heading of a list of ways to get a tokenizer, there are no tokenizer files.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
+    if isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError):
+        return f"{type(error).__name__}: {line}"
     return "it has no tokenizer files" if line.endswith("one of") else line
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, require
+from lora_diag.errors import InputError, LoradiagError, require
+from lora_diag.models.config import read_config
 
 
 def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[int, float]]:
@@ -37,9 +38,8 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")  # warnings on unmatched names: missing ranks report them
         try:
-            model_config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
+            path, local = folder / "config.json", {"local_files_only": True}
+            model_config = read_config(transformers.AutoConfig.from_pretrained, path, str(folder), local)
             model_class: Any = getattr(transformers, (model_config.architectures or [""])[0], None)
             # A name from the file: only model classes of transformers are accepted.
             auto_class: Any = transformers.AutoModelForCausalLM
@@ -47,7 +47,9 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
                 model: Any = model_class(model_config)
             else:
                 model = auto_class.from_config(model_config)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        except (LoradiagError, MemoryError):
+            raise
+        except Exception as error:  # whatever transformers raises for a damaged config.json
             raise InputError(f"{base}: transformers cannot build this model: {error}") from error
         try:
             options = {key: deepcopy(value) for key, value in config.items() if key != "peft_type"}

@@ -42,6 +42,8 @@ def start(*words: str, environment: dict[str, str] | None = None) -> subprocess.
         ("OSError(12, 'Cannot allocate memory')", ["out of memory", "ulimit -v"]),
         ("MemoryError()", ["out of memory", "ulimit -v"]),
         ("KeyError(sys.argv[2])", ["unexpected KeyError", "http://host/x"]),
+        ("type('PanicException', (BaseException,), {})('odd')", ["unexpected PanicException", "odd", "defect"]),
+        ("GeneratorExit()", ["unexpected GeneratorExit", "defect"]),
     ],
 )
 def test_unexpected_error_is_one_message_with_exit_code_3(error: str, facts: list[str]) -> None:

@@ -256,6 +256,11 @@ class LayerRecord(Record):
         """Return the presentation of a run's records; ``shown`` where it depends on neither settings nor records."""
         return cls.shown
 
+    @classmethod
+    def check_together(cls, records: Sequence[Any]) -> str | None:
+        """Return what is missing among the records of a finished run, with layer and field; None if complete."""
+        return None
+
     if TYPE_CHECKING:
 
         @property

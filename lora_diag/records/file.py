@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from io import FileIO
@@ -80,13 +80,27 @@ def read_results(path: Path | str) -> Results[Any]:
         raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
         raise damaged(path, "does not match the SHA-256 in its last line, so it was edited or damaged", "measure again")
+    layers = tuple(record for record in records if isinstance(record, LayerRecord))
+    if isinstance(end, End):
+        _check_together(layers, path)
     return Results(
         records[0],
-        tuple(record for record in records if isinstance(record, LayerRecord)),
+        layers,
         tuple(record for record in records if isinstance(record, LeftOut)),
         next((record for record in records if isinstance(record, End)), None),
         tuple(record for record in records if isinstance(record, WholeRecord)),
     )
+
+
+def _check_together(layers: Sequence[LayerRecord], path: Path) -> None:
+    """Refuse the layer records of a finished run that contradict each other.
+
+    Raises:
+        InputError: They do.
+    """
+    for kind in dict.fromkeys(map(type, layers)):
+        if problem := kind.check_together([record for record in layers if type(record) is kind]):
+            raise damaged(path, problem, "measure again")
 
 
 def iterate_records(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:

@@ -80,7 +80,10 @@ def _draw_curves(
 
 def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not known or all zero."""
-    rows = [[record.increment for record in group] for group in group_by(records, "layer").values()]
+    steps, rows = group_by(records, "step"), []
+    for group in group_by(records, "layer").values():
+        by_step = {record.step: record.increment for record in group}  # of a killed run, without some of the last step
+        rows.append([by_step.get(step) for step in steps])
     cells = np.array(rows, np.float64)
     largest = np.nan_to_num(cells).max(axis=1, keepdims=True)
     return np.asarray(cells / np.where(largest > 0, largest, np.nan))
@@ -88,11 +91,11 @@ def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
 
 def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     """Return the median overlaps of all pairs of checkpoints, ``(T, T)``; NaN where they are not known."""
-    count = len({record.step for record in records})
-    cells = np.full((count, count), np.nan)
-    for group in group_by(records, "step").values():
-        t = len(group[0].overlaps)
-        for s, values in enumerate(zip(*(record.overlaps for record in group), strict=True)):
+    groups = group_by(records, "step").values()
+    cells = np.full((len(groups), len(groups)), np.nan)
+    for t, group in enumerate(groups):
+        known = [record.overlaps for record in group if len(record.overlaps) == t]  # empty where it is not finite
+        for s, values in enumerate(zip(*known, strict=True)):
             overlap = middle(values)
             cells[s, t] = cells[t, s] = math.nan if overlap is None else overlap
     return cells

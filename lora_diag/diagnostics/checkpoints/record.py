@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
@@ -92,6 +92,19 @@ class CheckpointLayer(LayerRecord):
     increment_error: Norm | None = None
     gram: tuple[float | None, ...] = ()
     overlaps: tuple[float | None, ...] = ()
+
+    @classmethod
+    def check_together(cls, records: Sequence[Any]) -> str | None:
+        """Return which layer lacks a step, or overlaps with earlier steps; None if every layer has all."""
+        steps = list(group_by(records, "step"))
+        for layer, group in group_by(records, "layer").items():
+            if sorted(record.step for record in group) != sorted(steps):
+                return f"layer {layer!r} is recorded at {len(group)} of the run's {len(steps)} steps"
+            for index, record in enumerate(group):
+                if record.overlaps and len(record.overlaps) != index:
+                    place = f"layer {layer!r}, step {record.step}"
+                    return f"{place}: overlaps has {len(record.overlaps)} entries, where {index} steps came before"
+        return None
 
 
 def group_by(records: Iterable[CheckpointLayer], field: str) -> dict[Any, list[CheckpointLayer]]:

@@ -11,6 +11,7 @@ from lora_diag.diagnostics.checkpoints.record import Checkpoint
 from lora_diag.diagnostics.checkpoints.series import find_series
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from tests.adapters.making import lora
+from tests.conftest import edit_results
 from tests.diagnostics.checkpoints.making import LAYERS, STEPS, cosine_rate, healthy, save_full, save_run, write_state
 from tests.messages import assert_names, raises_naming
 
@@ -168,6 +169,45 @@ def test_figure_draws_norms_and_overlaps_of_records(out):
     assert cells[0, 4] == pytest.approx(record.increment / largest)
     pair = overlaps.collections[0].get_array().reshape(len(STEPS), len(STEPS))
     assert pair[4, 2] == pytest.approx(np.median([r.overlaps[2] for r in results if r.step == STEPS[4]]))
+
+
+def edited(path, change):
+    """Change the parsed records of layers in a results file."""
+
+    def change_lines(text):
+        records = [json.loads(line) for line in text.splitlines()]
+        change([record for record in records if record["record"] == "checkpoint_layer"])
+        return "".join(json.dumps(record) + "\n" for record in records)
+
+    edit_results(path, change_lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "facts"),
+    [
+        (lambda layers: layers[0].update(layer="another"), ["layer", "another", "1", str(len(STEPS)), "steps"]),
+        (lambda layers: layers[2].update(overlaps=[0.5] * 9), [f"step {STEPS[2]}", "overlaps", "9"]),
+    ],
+)
+def test_altered_layers_are_one_message(out, tmp_path, run, change, facts):
+    assert run("checkpoints", out, "-q", "-o", "run.jsonl").code == 0
+    edited(tmp_path / "run.jsonl", change)
+    for words in (["report", "run.jsonl", "-o", "report.html"], ["plot", "run.jsonl", "-o", "x.png"]):
+        ran = run(*words)
+        assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
+        assert_names(ran.err, "run.jsonl", *facts)
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_layer_that_is_not_finite_at_one_step_is_drawn(tmp_path):
+    updates = healthy()
+    name = next(iter(updates[3]))
+    updates[3] = updates[3] | {name: (np.full_like(updates[3][name][0], np.nan), *updates[3][name][1:])}
+    results = lora_diag.trajectory(save_run(tmp_path / "out", updates))
+    assert sum(record.non_finite is not None for record in results) == 1
+    overlaps = results.plot("checkpoints").axes[3].collections[0].get_array().reshape(len(STEPS), len(STEPS))
+    known = [record.overlaps[2] for record in results if record.step == STEPS[3] and record.overlaps]
+    assert overlaps[3, 2] == pytest.approx(np.median(known))
 
 
 def test_two_checkpoints_have_no_course(tmp_path):

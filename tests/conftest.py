@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -103,6 +104,22 @@ def edit_results(path: Path, change) -> None:
     path.write_text("".join([*lines, re.sub(r'("sha256": ?)"\w*"', rf'\g<1>"{digest}"', last)]))
 
 
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Fail where the block takes longer, also where it waits for a file or a process; not where a thread does."""
+
+    def fail(*_):
+        pytest.fail(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @dataclass
 class Ran:
     code: int
@@ -127,10 +144,10 @@ def loradiag(tmp_path, server):
     """Run the command in a process of its own; a traceback is always a failure.
 
     ``anew`` starts Python anew, for what it reads of its environment only when it starts. Summaries are whole, as with
-    ``--verbose``, unless they are to be ``brief``.
+    ``--verbose``, unless they are to be ``brief``. After ``patience`` seconds the command is ended.
     """
 
-    def run(*words, cwd=tmp_path, env=None, anew=False, brief=False) -> Ran:
+    def run(*words, cwd=tmp_path, env=None, anew=False, brief=False, patience=PATIENCE) -> Ran:
         env = {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", **(env or {})}
         if anew:
             done = subprocess.run(
@@ -139,12 +156,12 @@ def loradiag(tmp_path, server):
                 cwd=cwd,
                 env=env,
                 check=False,
-                timeout=PATIENCE,
+                timeout=patience,
             )
             code, out, err = done.returncode, done.stdout, done.stderr
         else:
             whole = {} if brief else {"prepare": "tests.served:show_all"}
-            code, out, err = server.run(words, cwd, environment=env, **whole)
+            code, out, err = server.run(words, cwd, environment=env, patience=patience, **whole)
         ran = Ran(code, out.decode(), err.decode())
         assert "Traceback" not in ran.err, ran.err
         return ran

@@ -58,7 +58,8 @@ class Server:
             cwd: Its folder.
             after: Seconds after which the command gets the signal ``with_signal``.
             with_signal: That signal.
-            **job: ``environment``; ``prepare``, "module:function", which the child calls with all of these first.
+            **job: ``environment``; ``prepare``, "module:function", which the child calls with all of these first;
+                ``patience``, seconds after which the system ends it.
         """
         with contextlib.ExitStack() as files:
             taken = files.enter_context(open(os.devnull))  # noqa: PTH123
@@ -216,7 +217,7 @@ def _be_the_command(job: dict, files: list[int]) -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
-        signal.alarm(PATIENCE)
+        signal.alarm(job.get("patience", PATIENCE))
         os.chdir(job["cwd"])
         os.environ.clear()
         os.environ.update(job["environment"])

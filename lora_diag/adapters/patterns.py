@@ -4,7 +4,8 @@ A key k of ``rank_pattern`` or ``alpha_pattern`` matches module m iff ``re.match
 in the order of the file wins (``peft.utils.other.get_pattern_key``). ``target_modules`` and ``exclude_modules`` are a
 list of names, or one expression for the whole path. The expressions are from untrusted files, and Python's engine
 backtracks. Engines that do not have no lookaheads, which trainers write, and static bounds refuse harmless patterns.
-Hence the engine is Python's own, in a process that is ended when its time is over.
+Hence the engine is Python's own, in a process that is ended when its time is over, and ends by itself if this one was
+killed.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
 @lru_cache(maxsize=64)
 def _match_in_process(method: str, patterns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the rows of ``match_names``, without those of the first pattern that takes too long and its successors."""
-    command = [sys.executable, "-I", "-S", matcher.__file__]
+    command = [sys.executable, "-I", "-S", matcher.__file__, str(math.ceil(SECONDS))]
     request = json.dumps([method, patterns, names]).encode()
     try:
         output = subprocess.run(command, input=request, capture_output=True, timeout=SECONDS, check=False).stdout

@@ -1,6 +1,11 @@
 """Regular expressions of a config: PEFT's results, or one message in bounded time."""
 
+import contextlib
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,9 +17,13 @@ from lora_diag.adapters import patterns
 from lora_diag.adapters.patterns import find_targets, read_pattern
 from lora_diag.adapters.source import Config
 from lora_diag.errors import InputError
+from tests.conftest import ROOT, time_limit
 
 MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(80) for name in ("q_proj", "v_proj")]
 PATH = Path("adapter_config.json")
+
+# Matching is ended after 0.5 or 2 s of its own.
+PATIENCE = 30
 
 # As Unsloth writes for vision models, and ms-swift for multimodal ones.
 UNSLOTH = (
@@ -68,17 +77,68 @@ def test_target_names_match_whole_parts() -> None:
 )
 def test_hostile_pattern_ends_with_a_message(key: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
-    begin = time.monotonic()
-    with pytest.raises(InputError, match=r"adapter_config\.json: .*could not be matched with 160 names") as caught:
+    message = r"adapter_config\.json: .*could not be matched with 160 names"
+    with time_limit(PATIENCE), pytest.raises(InputError, match=message) as caught:
         use(key, pattern)
-    assert time.monotonic() - begin < 60
     assert f"{key}: the pattern {pattern!r}" in str(caught.value)
+
+
+def test_time_of_patterns_is_as_promised() -> None:
+    assert patterns.SECONDS <= 10
+
+
+# A process that matches a pattern for years, and its number.
+MATCHING = """
+from pathlib import Path
+from lora_diag.adapters import patterns
+from lora_diag.adapters.source import Config
+patterns.SECONDS = 2.0
+patterns.find_targets(Config(Path("c"), {"target_modules": r"([a-z_.0-9]+)+X"}), ["model.layers.0.self_attn.q_proj"])
+"""
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process has not ended; one that nobody waits for is a zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are listed by Linux only")
+def test_matching_ends_after_its_parent_was_killed() -> None:
+    parent = subprocess.Popen([sys.executable, "-c", MATCHING], cwd=ROOT, start_new_session=True)
+    children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    with time_limit(PATIENCE):
+        while not (started := children.read_text().split()):
+            assert parent.poll() is None
+            time.sleep(0.01)
+    (child,) = map(int, started)
+    parent.kill()
+    parent.wait()
+    assert is_running(child)
+    try:
+        with time_limit(PATIENCE):
+            while is_running(child):
+                time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def test_matching_that_only_waits_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "waiting.py").write_text("import time\ntime.sleep(1000)\n")
+    monkeypatch.setattr(patterns.matcher, "__file__", str(tmp_path / "waiting.py"))
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    with time_limit(PATIENCE), pytest.raises(InputError, match="could not be matched"):
+        use("target_modules", "(a|b)+only here")
 
 
 def test_slow_pattern_among_others_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 2.0)
     table = {"(q|v)_proj": 4, HOSTILE[0]: 8, "[a-z]+": 2}
-    with pytest.raises(InputError) as caught:
+    with time_limit(PATIENCE), pytest.raises(InputError) as caught:
         read_pattern(Config(PATH, {"rank_pattern": table}), "rank_pattern", MODULES)
     assert repr(HOSTILE[0]) in str(caught.value)
 

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,15 @@ import pytest
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.errors import InputError
 from lora_diag.files import open_regular
-from tests.conftest import PATIENCE, ROOT
+from tests.conftest import ROOT, time_limit
 from tests.messages import raises_naming
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes on this system")
 
 SAMPLES = ROOT / "sample_checkpoints"
+
+# A command that refuses an input takes less than one second.
+SECONDS = 30
 
 # Inputs whose weights are found in a folder, and what stands in their place.
 PLACES = [
@@ -37,22 +39,14 @@ def place(path: Path, what: str) -> None:
         path.mkdir()
 
 
-@pytest.fixture
-def patient():
-    """End this process where a command in it waits."""
-    signal.alarm(PATIENCE)
-    yield
-    signal.alarm(0)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["pipe", "device", "folder"])
 @pytest.mark.parametrize("name", PLACES)
-def test_no_command_waits_for_what_is_no_file(run, patient, tmp_path: Path, name: str, what: str) -> None:
+def test_no_command_waits_for_what_is_no_file(loradiag, tmp_path: Path, name: str, what: str) -> None:
     place(tmp_path / "in" / name, what)
     for words in (["inspect", "in"], ["spectrum", SAMPLES / "base", "in"], ["inspect", f"in/{name}"],
                   ["spectrum", "--gradients", "in"]):  # fmt: skip
-        ran = run(*words)
+        ran = loradiag(*words, patience=SECONDS)
         assert ran.code == 3, ran.out + ran.err
         assert ran.err.count("\n") == 1
         assert "in" in ran.err
@@ -60,21 +54,21 @@ def test_no_command_waits_for_what_is_no_file(run, patient, tmp_path: Path, name
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-def test_pipe_in_adapter_does_not_wait(run, patient, tmp_path: Path, name: str) -> None:
+def test_pipe_in_adapter_does_not_wait(loradiag, tmp_path: Path, name: str) -> None:
     shutil.copytree(SAMPLES / "lora_r4", tmp_path / "a")
     (tmp_path / "a" / name).unlink()
     os.mkfifo(tmp_path / "a" / name)
-    assert run("fleet", "a", SAMPLES / "lora_r16").code == 3
-    assert run("spectrum", SAMPLES / "base", "a").code == 3
+    assert loradiag("fleet", "a", SAMPLES / "lora_r16", patience=SECONDS).code == 3
+    assert loradiag("spectrum", SAMPLES / "base", "a", patience=SECONDS).code == 3
 
 
 def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "null").symlink_to(os.devnull)
     for name in ("pipe", "null", "."):
-        with raises_naming(InputError, "not a regular file"):
+        with time_limit(SECONDS), raises_naming(InputError, "not a regular file"):
             open_regular(tmp_path / name)
-        with raises_naming(InputError, "not a regular file"):
+        with time_limit(SECONDS), raises_naming(InputError, "not a regular file"):
             FileBytes(tmp_path / name).fill(memoryview(bytearray(1)), 0, "w")
     (tmp_path / "file").write_bytes(b"abc")
     with open_regular(tmp_path / "file") as file:

@@ -11,6 +11,8 @@ from tests.conftest import ROOT, Ran
 
 SAMPLES = ROOT / "sample_checkpoints"
 QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
+# An address where none is expected: the printed run record repeats the option as it was given.
+QPROJ_OR_ADDRESS = ("--layers", rf"{QPROJ[1]}|http://me:{{password}}@{{host}}/x")
 WIDTHS = (60, 400)
 
 # No other text contains MARK, and every cut of a secret into lines leaves one whole, since lines are joined again.
@@ -26,6 +28,7 @@ GRADIENTS = "http://{host}/gradients/grad_step000000.safetensors?sig={signature}
 MEASURING = {
     "spectrum": [
         *([BASE, TUNED, *QPROJ, *more] for more in ((), ("--json",), ("-o", "s.jsonl"))),
+        [BASE, TUNED, *QPROJ_OR_ADDRESS, "--json"],
         [ADAPTER, *QPROJ, "-v"],
         ["--gradients", GRADIENTS, *QPROJ],
     ],

@@ -65,12 +65,17 @@ def largest_eigenpairs(gram: Tensor, top: int) -> tuple[Tensor, Tensor] | None:
 
     Args:
         gram: Float64, on the CPU, given by its lower triangle.
-        top: Number of values.
+        top: Number of values, from 1 to n.
 
     Returns:
         ``(top,)`` and ``(n, top)``; None if inverse iteration does not converge, or if bisection cannot separate the
         ``top``-th value from the next ones and returns fewer, as observed for 600 equal values.
+
+    Raises:
+        ValueError: ``top`` is out of range, on which LAPACK prints a message of its own.
     """
+    if not 1 <= top <= len(gram):
+        raise ValueError(f"top {top}: must be from 1 to {len(gram)}")
     dsyevr, integer = FOUND[2:]
     n, zero = integer(len(gram)), ctypes.c_double(0.0)
     matrix, values, vectors = gram.numpy().copy(), np.empty(len(gram)), np.empty((top, len(gram)))

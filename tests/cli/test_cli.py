@@ -145,7 +145,7 @@ def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path
     for name in ("ff.safetensors", "ff.jsonl"):
         os.mkfifo(tmp_path / name)
         for words in (["inspect", name], ["spectrum", "base", name]):
-            ran = loradiag(*words)
+            ran = loradiag(*words, patience=30)
             assert ran.code == 3
             assert re.fullmatch(rf"Error: {re.escape(name)}: .*\n", ran.err)
 

@@ -37,6 +37,13 @@ def test_largest_eigenpairs_are_those_of_all(n, top, rank, seed):
     np.testing.assert_allclose(openblas.eigenvalues(torch.from_numpy(np.tril(gram)))[n - top :], values, atol=tolerance)
 
 
+@pytest.mark.parametrize("top", [0, -1, 4])
+def test_number_of_eigenpairs_out_of_range_is_refused(top, capfd):
+    with pytest.raises(ValueError, match=f"top {top}"):
+        openblas.largest_eigenpairs(torch.eye(3, dtype=torch.float64), top)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_gram_is_the_same_without_openblas(monkeypatch):
     matrix = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     fro = float(matrix.double().norm())

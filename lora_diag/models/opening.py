@@ -216,7 +216,7 @@ def _refuse_embedded_adapter(base: Path | str, where: str, options: dict[str, An
     Raises:
         InputError: There is one.
     """
-    from transformers.utils import find_adapter_config_file
+    from transformers.utils.peft_utils import find_adapter_config_file
 
     given = {key: value for key, value in options.items() if key != "subfolder"}
     if find_adapter_config_file(where, **given) is not None:

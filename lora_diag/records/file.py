@@ -98,8 +98,11 @@ def _check_together(layers: Sequence[LayerRecord], path: Path) -> None:
     Raises:
         InputError: They do.
     """
-    for kind in dict.fromkeys(map(type, layers)):
-        if problem := kind.check_together([record for record in layers if type(record) is kind]):
+    by_kind: dict[type[LayerRecord], list[LayerRecord]] = {}
+    for record in layers:
+        by_kind.setdefault(type(record), []).append(record)
+    for kind, records in by_kind.items():
+        if problem := kind.check_together(records):
             raise damaged(path, problem, "measure again")
 
 

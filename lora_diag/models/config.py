@@ -22,7 +22,7 @@ SIZES = (
     *("hidden_size", "n_embd", "num_attention_heads", "n_head", "num_hidden_layers", "n_layer", "num_layers"),
     *("max_position_embeddings", "n_positions", "vocab_size"),
 )
-# Published decoders have at most 200 blocks; building one takes 4 ms, and 0.7 kB without its weights.
+# Far above published decoders. Building a block took 4 ms without its weights: 4 s for as many.
 MAX_BLOCKS = 1_000
 BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
 

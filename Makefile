@@ -44,7 +44,7 @@ tag: $(BIN)/python ## check that TAG is the version and has an entry in the chan
 	$(BIN)/python .github/check_tag.py $(TAG)
 
 man: $(VENV)/demo ## write build/man/man1/loradiag*.1 from the options of the commands
-	$(BIN)/python docs/man.py build/man/man1
+	$(BIN)/python tools/man.py build/man/man1
 
 lock: $(VENV)/test ## write image.lock, the versions in .venv of what the container needs
 	$(BIN)/python -m pip install --quiet uv
@@ -60,14 +60,14 @@ samples: $(VENV)/train ## train the sample checkpoints again
 	$(BIN)/python sample_checkpoints/make.py
 
 bench: $(VENV)/test ## measure speed and memory beside the alternatives
-	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m benchmarks
 
 bench-quick: $(VENV)/test ## measure the kernels for a minute; fail if one is 1.3 times slower than its stored ratio
-	$(BIN)/python -m tests.benchmarks.quick
+	$(BIN)/python -m benchmarks.quick
 
 bench-gpu: ## check the numbers of a GPU, measure it, and write the tables into docs/benchmarks.md
 	$(MAKE) .venv-gpu/demo VENV=.venv-gpu VENV_OPTIONS=--system-site-packages
-	.venv-gpu/$(notdir $(BIN))/python -m tests.benchmarks.gpu --write
+	.venv-gpu/$(notdir $(BIN))/python -m benchmarks.gpu --write
 
 fuzz: $(VENV)/test ## damage inputs at random for MINUTES (10), other ones with another SEED (0)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness --minutes $(or $(MINUTES),10) --seed $(or $(SEED),0)

@@ -45,7 +45,8 @@ os.environ["LORADIAG_TRACEBACK"] = "1"
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"
 
-SHARED = ROOT.parent / "shared"
+# Small real adapters and checkpoints with their truth, malformed ones, and storage formats.
+DATA = ROOT / "tests" / "data"
 
 
 def pytest_configure(config):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.benchmarks import gpu, quick
+from benchmarks import gpu, quick
 
 
 def test_quick_refuses_slower_kernels_only():

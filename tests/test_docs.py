@@ -1,7 +1,6 @@
 """The docs show what the program prints today."""
 
 import doctest
-import importlib.util
 import re
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import yaml
 
 from lora_diag import catalog
 from tests.conftest import ROOT
+from tools import hooks, refresh
 
 pytestmark = pytest.mark.slow
 
@@ -24,22 +24,11 @@ def name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-def imported(path: Path):
-    """A module of the docs, which are no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hooks = imported(ROOT / "docs" / "hooks.py")
-
-
 PRINTED: dict[str, str] = {}  # pages show the same commands
 
 
 @pytest.fixture
-def refresh(loradiag):
+def refreshed(loradiag, monkeypatch):
     def output(words: str) -> str:
         if words in PRINTED:
             return PRINTED[words]
@@ -48,15 +37,14 @@ def refresh(loradiag):
         PRINTED[words] = ran.out.strip("\n")
         return PRINTED[words]
 
-    module = imported(ROOT / "docs" / "refresh.py")
-    module.output = output  # by a process that need not start anew
-    return module
+    monkeypatch.setattr(refresh, "output", output)  # by a process that need not start anew
+    return refresh.refreshed
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_transcripts_equal_command_output(page, refresh):
+def test_transcripts_equal_command_output(page, refreshed):
     text = page.read_text(encoding="utf-8")
-    assert refresh.refreshed(text) == text, "run `python docs/refresh.py`"
+    assert refreshed(text) == text, "run `python tools/refresh.py`"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)

@@ -6,10 +6,9 @@ import re
 import pytest
 
 from tests.served import ROOT
-from tests.test_release import script
+from tools import notebooks as make
 
 NOTEBOOKS = ROOT / "docs" / "notebooks"
-make = script("docs", "notebooks", "make.py")
 
 
 @pytest.mark.slow

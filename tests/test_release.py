@@ -133,7 +133,7 @@ def test_lock_of_container_satisfies_requirements():
 
 
 def test_man_pages_have_every_option(tmp_path):
-    man = script("docs", "man.py")
+    man = script("tools", "man.py")
     man.main(tmp_path)
     for name, command in man.every(man.commands()):
         page = (tmp_path / f"{name.replace(' ', '-')}.1").read_text(encoding="utf-8")

@@ -12,13 +12,11 @@ from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import LoradiagError
 from tests.adapters.making import dense
-from tests.conftest import SHARED
+from tests.conftest import DATA
 
-CASES = sorted(path.parent.name for path in (SHARED / "cases").glob("*/adapter") if (path.parent / "merged").exists())
+CASES = sorted(path.parent.name for path in (DATA / "cases").glob("*/adapter") if (path.parent / "merged").exists())
 # A bf16 merge is rounded to 8 bits, so its ΔW is off by more than the adapter's.
 TOLERANCE = {"llama-bf16": 5e-3}
-
-pytestmark = pytest.mark.skipif(not CASES, reason="the shared cases are not here")
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -32,7 +30,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_layer_is_what_peft_merges(case):
-    folder = SHARED / "cases" / case
+    folder = DATA / "cases" / case
     base, merged = tensors(folder / "base"), tensors(folder / "merged")
     truth = json.loads((folder / "truth.json").read_text())
     pairing, _ = open_adapter(folder / "adapter").pair(open_checkpoint(folder / "base"))
@@ -67,7 +65,7 @@ def test_every_layer_is_what_peft_merges(case):
     ],
 )
 def test_malformed_adapter_is_refused_with_one_message(case, words):
-    folder = SHARED / "bad" / case
+    folder = DATA / "bad" / case
     assert is_adapter(folder / "adapter")
     with pytest.raises(LoradiagError, match=words) as error:
         open_adapter(folder / "adapter").pair(open_checkpoint(folder / "base"))

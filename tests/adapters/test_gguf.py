@@ -15,11 +15,11 @@ from tests.adapters import making
 from tests.adapters.making import changes, close, dense, normal
 from tests.checkpoints.gguf_files import write_gguf
 from tests.checkpoints.test_shared_cases import assert_true
-from tests.conftest import SHARED
+from tests.conftest import DATA
 from tests.messages import raises_naming
 
 gguf = pytest.importorskip("gguf")
-CASES = [SHARED / "formats" / name for name in ("gguf-lora", "gguf-lora-embed")]
+CASES = [DATA / "formats" / name for name in ("gguf-lora", "gguf-lora-embed")]
 CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -44,7 +44,6 @@ def in_pairs(b, heads):
     return out
 
 
-@pytest.mark.skipif(not CASES[0].exists(), reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_gguf_case_has_true_weights(case):
     truth = json.loads((case / "truth.json").read_text())

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lora_diag
-from tests.conftest import SHARED, save_model, weights
+from tests.conftest import DATA, save_model, weights
 from tests.served import PATIENCE, PROGRAM, ROOT
 
 
@@ -150,7 +150,7 @@ def test_pipes_are_refused_and_not_waited_for(loradiag, pair_of_models, tmp_path
             assert re.fullmatch(rf"Error: {re.escape(name)}: .*\n", ran.err)
 
 
-BAD = SHARED / "bad"
+BAD = DATA / "bad"
 EXIT = {
     "zero-dw": 0,
     "html-injection": 0,
@@ -163,7 +163,6 @@ EXIT = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not BAD.is_dir(), reason="the malformed inputs are not part of a plain clone")
 def test_shared_malformed_inputs_are_refused(loradiag, tmp_path):
     for folder in sorted(path for path in BAD.iterdir() if path.is_dir()):
         tuned = folder / ("adapter" if (folder / "adapter").is_dir() else "merged")

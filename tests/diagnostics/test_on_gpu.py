@@ -3,7 +3,7 @@
 import pytest
 
 import lora_diag
-from tests.benchmarks.gpu import EXCEEDED, fields
+from benchmarks.gpu import EXCEEDED, fields
 from tests.served import ROOT
 from tests.standin import GPU, counted
 

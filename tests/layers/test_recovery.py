@@ -13,6 +13,7 @@ from lora_diag.deltas import pair
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers import recovery
 from lora_diag.layers.recovery import recover_layer, recovery_bytes
+from tests.conftest import DATA
 from tests.linalg.test_hidden import planted
 from tests.standin import OnGpu, stand_in
 
@@ -301,11 +302,7 @@ def test_recover_takes_dequantized_base_left_unchanged(tmp_path):
 
 
 def test_recover_refuses_format_without_known_cells():
-    from tests.conftest import SHARED
-
-    case = SHARED / "cases" / "bnb-nf4-double"
-    if not case.exists():
-        pytest.skip("no such files here")
+    case = DATA / "cases" / "bnb-nf4-double"
     base = open_checkpoint(next(case.glob("base*")))
     delta = next(one for one in pair(base, base).deltas if one.tuned.info.stored)
     result = recover_layer(delta, 1.0, (1,), 0, CPU).hidden

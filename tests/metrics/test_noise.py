@@ -7,11 +7,11 @@ import pytest
 import torch
 from scipy import optimize
 
+from benchmarks import noise as simulated
 from lora_diag.layers.resolution import noise_of, resolution
 from lora_diag.linalg.difference import difference
 from lora_diag.linalg.methods import decompose
 from lora_diag.metrics.resolution import Noise, _minimize_edge, signal_rank
-from tests.benchmarks import noise as simulated
 
 CPU = torch.device("cpu")
 

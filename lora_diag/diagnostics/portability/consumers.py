@@ -512,7 +512,7 @@ LLAMACPP = Consumer(
 # - With transformers 5, CLIP has no ``text_model``, and whole names in patterns of older metadata match nothing. Not
 #   judged here.
 #
-# All from ``_convert_unet_lora_key`` on was found by running 0.42.1 (``tests.benchmarks.servers``); all but the last
+# All from ``_convert_unet_lora_key`` on was found by running 0.42.1 (``benchmarks.servers``); all but the last
 # was read in all four versions. Date read: 2026-11-30.
 
 _TEXT_ENCODER = re.compile(r"lora_te[12]?|text_encoder(_2)?")

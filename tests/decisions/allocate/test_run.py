@@ -10,7 +10,7 @@ from lora_diag.catalog import read_results_of
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import write_allocation
 from lora_diag.errors import InputError, UsageError
-from tests.conftest import ROOT, SHARED
+from tests.conftest import DATA, ROOT
 from tests.decisions.allocate.records import llama, results
 from tests.messages import raises_naming
 
@@ -54,10 +54,9 @@ def test_written_parameter_count_equals_adapter():
         lora_diag.allocate(spectra, match="nothing/here")
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared cases")
 def test_adapter_without_factors_cannot_be_matched():
     with raises_naming(InputError, "known size"):
-        lora_diag.allocate(SPECTRA, match=SHARED / "cases/ia3/adapter")
+        lora_diag.allocate(SPECTRA, match=DATA / "cases/ia3/adapter")
 
 
 @pytest.mark.parametrize("budgets", [{}, {"params": 100, "energy": 0.9}, {"total_rank": 0}, {"energy": 2.0}])

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora_diag
-from docs.refresh import prompt
 from tests.conftest import ROOT
 from tests.messages import assert_names
+from tools.refresh import prompt
 
 Q, UP, NORM = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj", "model.norm"
 SAMPLES = ROOT / "sample_checkpoints"

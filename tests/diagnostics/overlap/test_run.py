@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
-from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+from tests.conftest import DATA, ROOT, as_numpy, save_model, weights
 from tests.linalg.test_subspace import dense_overlaps
 from tests.messages import assert_names, raises_naming
 from tests.test_gradients import save_step
@@ -41,10 +41,8 @@ def test_full_fine_tune_spectrum_equals_numpy(where):
     if where == "samples":
         base, tuned, grads = SAMPLES / "base", SAMPLES / "full_ft", SAMPLES / "gradients"
     else:
-        case = SHARED / "cases" / "gradients"
-        if not case.exists():
-            pytest.skip("the shared cases are not here")
-        base, tuned, grads = case / "base", SHARED / "cases" / "full-ft" / "merged", case / "grads"
+        case = DATA / "cases" / "gradients"
+        base, tuned, grads = case / "base", DATA / "cases" / "full-ft" / "merged", case / "grads"
     before, after = load(base), load(tuned)
     gradients = {int(file.stem[-6:]): load_file(file) for file in sorted(grads.glob("*.safetensors"))}
     update = {k: as_numpy(after[k]) - as_numpy(before[k]) for k in before if before[k].ndim == 2}

@@ -14,7 +14,7 @@ from lora_diag.adapters.contents import Contents, Item
 from lora_diag.diagnostics.portability.consumers import CONSUMERS, is_before
 from lora_diag.diagnostics.portability.measure import FEATURES, portability
 from lora_diag.errors import UsageError
-from tests.conftest import SHARED
+from tests.conftest import DATA
 from tests.messages import assert_names
 
 # The names of the truths -> what ``--for`` takes.
@@ -28,11 +28,10 @@ NAMES = {
     "diffusers_old": "diffusers==0.36.0",
     "kohya": "kohya",
 }
-CASES = sorted(path.parent for path in (SHARED / "formats").glob("serve-*/truth.json"))
+CASES = sorted(path.parent for path in (DATA / "formats").glob("serve-*/truth.json"))
 HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 
 
-@pytest.mark.skipif(not CASES, reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_rules_agree_with_the_truth_of_each_case(case):
     truth = json.loads((case / "truth.json").read_text())

@@ -15,7 +15,7 @@ from lora_diag.errors import UsageError
 from lora_diag.metrics.subspaces import compute_distances, find_limit, pool_distances
 from tests import oracles
 from tests.adapters import making
-from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+from tests.conftest import DATA, ROOT, as_numpy, save_model, weights
 from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
@@ -323,9 +323,7 @@ def test_residual_identities(seed, m, n, rank, scale):
 
 @pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])
 def test_shared_merges_equal_their_adapters(case):
-    folder = SHARED / "cases" / case
-    if not folder.exists():
-        pytest.skip("the shared cases are not here")
+    folder = DATA / "cases" / case
     results = lora_diag.residual(folder / "base", folder / "merged", [folder / "adapter"])
     moved = [record for record in results if record.fro > 0]
     assert moved

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.linalg.exact import decompose_gram, decompose_stack
-from tests.conftest import ROOT, SHARED, as_numpy, save_model, weights
+from tests.conftest import DATA, ROOT, as_numpy, save_model, weights
 from tests.messages import mentions, raises_naming
 from tests.test_gradients import save_step
 
@@ -33,9 +33,7 @@ def curve(s):
 def test_expert_values_equal_stack(where):
     base, folder = SAMPLES / "base", SAMPLES / "gradients"
     if where == "cases":
-        base, folder = (SHARED / "cases" / "gradients" / name for name in ("base", "grads"))
-        if not base.exists():
-            pytest.skip("the shared cases are not here")
+        base, folder = (DATA / "cases" / "gradients" / name for name in ("base", "grads"))
     taken = [load_file(file) for file in sorted(folder.glob("*.safetensors"))]
     result = lora_diag.spectrum(base, gradients=[folder], ranks=[2, 8])
     assert {record.layer for record in result} == {name for name, value in taken[0].items() if value.ndim == 2}

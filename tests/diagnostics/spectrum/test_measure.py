@@ -12,7 +12,7 @@ from lora_diag.deltas import FactoredDelta
 from lora_diag.diagnostics.spectrum.show import summary_lines
 from tests import oracles
 from tests.adapters import making
-from tests.conftest import SHARED, as_numpy, save_model, save_sharded, weights
+from tests.conftest import DATA, as_numpy, save_model, save_sharded, weights
 from tests.linalg.test_rounding import dequantized
 from tests.messages import assert_names
 from tests.probes.making import SAMPLES, tensors
@@ -251,8 +251,8 @@ def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):
 
 
 def cases():
-    """Real pairs made with PEFT and transformers, with truth computed elsewhere; absent in a plain clone."""
-    for folder in sorted((SHARED / "cases").glob("*")):
+    """Real pairs made with PEFT and transformers, with truth computed elsewhere."""
+    for folder in sorted((DATA / "cases").glob("*")):
         tuned = next((folder / name for name in ("merged", "tuned") if (folder / name).is_dir()), None)
         if (
             tuned is not None
@@ -263,9 +263,7 @@ def cases():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("folder", "tuned"), [*cases()] or [pytest.param(None, None, marks=pytest.mark.skip("no cases here"))]
-)
+@pytest.mark.parametrize(("folder", "tuned"), cases())
 def test_shared_merges_have_true_status(folder, tuned):
     truth = json.loads((folder / "truth.json").read_text())
     results = lora_diag.spectrum(folder / "base", tuned)

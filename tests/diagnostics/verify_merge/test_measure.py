@@ -19,7 +19,7 @@ from lora_diag.diagnostics.verify_merge.record import outcome
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.engines import local
 from tests.adapters import making
-from tests.conftest import SHARED, save_model
+from tests.conftest import DATA, save_model
 from tests.merges import Merged, gpt2, llama, mixtral, peft_merge, write
 from tests.messages import assert_names, raises_naming
 
@@ -27,7 +27,7 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-CASES = sorted(path.parent.name for path in (SHARED / "cases").glob("*/adapter") if (path.parent / "merged").exists())
+CASES = sorted(path.parent.name for path in (DATA / "cases").glob("*/adapter") if (path.parent / "merged").exists())
 Q, Q1 = (f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1))
 UP = "model.layers.0.mlp.up_proj.weight"
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -56,7 +56,7 @@ def statuses(results) -> dict[str, str]:
 @pytest.mark.skipif(not CASES, reason="the shared cases are not here")
 @pytest.mark.parametrize("case", CASES)
 def test_shared_correct_merges_pass(case):
-    folder = SHARED / "cases" / case
+    folder = DATA / "cases" / case
     results = verify_merge(folder / "base", folder / "adapter", folder / "merged")
     assert outcome(results) == "correct"
     # PiSSA's part of W was taken out by a float32 SVD; everything else is right to the last bit.

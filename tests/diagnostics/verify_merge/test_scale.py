@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.merge_scale import ORDERS, factors, verified
 from lora_diag.linalg.merge import Product, Rounding, check_merge
-from tests.benchmarks.merge_scale import ORDERS, factors, verified
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RSLORA = 16 / math.sqrt(8)

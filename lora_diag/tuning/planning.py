@@ -124,7 +124,7 @@ def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, 
         "full": (plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds), full_run, rounds, 0.0),
         "seeds": ((plan.more_seeds and has_ranks) * ranks * plan.repeats, run, 1, 0.0),
         "finer": ((plan.finer and has_ranks) * (rates + seeds), run, rounds, 0.0),
-        "redistribution": (plan.redistribute * (4 + seeds), run, 3, short),
+        "redistribution": (plan.redistribute * (3 + seeds), run, 3, 0.0),
         "trials": (plan.trials, run, plan.trials, 0.0),
     }
     stages = []

@@ -41,7 +41,7 @@ RECORDS = "tune.jsonl"
 NOT_ARGUMENTS = ("peft_type", "base_model_name_or_path", "inference_mode")
 FILES = (
     RECORDS,
-    *("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl", "weights.json"),
+    *("sweep.jsonl", "rates.jsonl", "pilot.jsonl", "spectrum.jsonl"),
     *("adapter_config.json", "gate.toml", "report.html"),
     *("config.axolotl.yaml", "config.llamafactory.yaml", "config.trl.py"),
 )

@@ -5,7 +5,6 @@ Decisions of an interrupted run are read from its records; its training runs are
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,6 @@ from lora_diag.decisions.allocate.run import allocate
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
 from lora_diag.models.training import Training, layers_without_head
-from lora_diag.probes.sensitivity.measure import compute_gradients
 from lora_diag.probes.sweep.measure import probe_sweep
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
@@ -460,83 +458,49 @@ class Tuner:
         elif self.swept.verdict.outcome == "no gain":
             self.decide(*decision, "not needed", f"no rank lowers the loss of BASE, {incumbent.name} neither")
         else:
-            choose, runs = partial(self._choose_best, incumbent), 3 + self.plan.repeats
+            choose, runs = partial(self._choose_best, incumbent), 2 + self.plan.repeats
             return self._attempt(decision, runs, choose, "not tried", "no time was left") or incumbent
         return incumbent
 
-    def _make_candidates(self) -> list[Variant]:
-        """Train a pilot, and return non-uniform ranks of the same budget, by its spectrum and by gradients at BASE.
+    def _make_candidate(self) -> Variant | None:
+        """Train a pilot, and return non-uniform ranks of the same budget by its spectrum.
 
-        Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are recorded and left out.
+        Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are recorded, and None is
+        returned.
         """
-        shared = self.choice.rank
+        name, shared = "marginal", self.choice.rank
         rank = min(2 * shared, max(min(shape) for shape in self.target.shapes.values()))
         pilot = self._make_uniform(rank, f"pilot-r{rank}")
         self._train_with_adapters(pilot)
         path, device = self.folder / "pilot.jsonl", self.run_.options["device"]
         spectrum(self.base, self.adapter_folder(pilot), output=path, overwrite=True, device=device)
-        strategies: dict[str, dict[str, Any]] = {
-            "marginal": {},
-            "prior": {"weights": self._measure_gradient_weights(), "method": "heuristic"},
-        }
-        candidates = []
-        for name, options in strategies.items():
-            try:  # every layer is trained, unless ranks are 1 on average
-                allocated = self._allocate_from_pilot(shared * self.plan.per_rank, min(1, shared - 1), **options)
-                config = self.target.config_of(allocated)
-            except LoradiagError as error:
-                self.decide("redistribution", name, "not tried", str(error))
-                continue
-            if {record.rank for record in allocated} == {shared}:
-                self.decide("redistribution", name, "not needed", "gives every layer the shared rank")
-                continue
-            candidates.append(Variant(name, config, self.choice.lr, self.plan.steps))
-        return candidates
+        try:  # every layer is trained, unless ranks are 1 on average
+            allocated = self._allocate_from_pilot(shared * self.plan.per_rank, min(1, shared - 1))
+            config = self.target.config_of(allocated)
+        except LoradiagError as error:
+            self.decide("redistribution", name, "not tried", str(error))
+            return None
+        if {record.rank for record in allocated} == {shared}:
+            self.decide("redistribution", name, "not needed", "gives every layer the shared rank")
+            return None
+        return Variant(name, config, self.choice.lr, self.plan.steps)
 
-    def _allocate_from_pilot(self, params: int, min_rank: int, **options: Any) -> Results[Allocation]:
+    def _allocate_from_pilot(self, params: int, min_rank: int) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
-        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ALL_LAYERS, **options)
-
-    def _measure_gradient_weights(self) -> Path:
-        """Return the file of ‖G‖/‖W‖ by layer, G the gradient at BASE over the first batches of training."""
-        path = self.folder / "weights.json"
-        if not path.is_file():
-            texts = replace(self.training, steps=planning.short_steps(self.plan.steps)).used_texts
-            layers = {f"{module_path}.weight": layer for module_path, layer in self.target.layers.items()}
-            gradients_by_layer = compute_gradients(
-                self.run_.model, layers, texts, self.training.batch, lambda: self._report_batches("gradient")
-            )
-            weights = {}
-            for name, gradient in gradients_by_layer.items():
-                weight = layers[name].get_parameter("weight")
-                stored = self.target.stored[name.removesuffix(".weight")]
-                weights[stored] = float(gradient.double().norm() / weight.double().norm())
-            path.write_text(json.dumps(weights, indent=2) + "\n", encoding="utf-8")
-        return path
+        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ALL_LAYERS)
 
     # -- contests ----------------------------------------------------------------------------------------------------
 
     def _choose_best(self, incumbent: Variant) -> Variant:
-        """Return the incumbent, or the candidate of non-uniform ranks that beats it.
-
-        Only the candidate with the lowest loss of the first seed is tested. If it was chosen among several, this seed
-        is left out of the paired seeds.
-        """
-        decision, candidates = ("redistribution", "non-uniform ranks"), self._make_candidates()
-        if not candidates:
+        """Return the incumbent, or the candidate of non-uniform ranks that beats it."""
+        decision, candidate = ("redistribution", "non-uniform ranks"), self._make_candidate()
+        if candidate is None:
             self.decide(*decision, "not tried", "no other ranks to try")
             return incumbent
-        self._train_with_adapters(*candidates)
-        gaps = {one.name: self._gap_at_first_seed(incumbent, one) for one in candidates}
-        best = min(candidates, key=lambda candidate: gaps[candidate.name].value)
-        for one in candidates:
-            if one is not best:
-                why = f"{best.name} has a lower loss at the first seed"
-                self._decide_on("redistribution", one, "rejected", why, gaps[one.name])
-        is_kept = self._contest("redistribution", incumbent, best, fresh=len(candidates) > 1)
-        result = f"{best.name} is better" if is_kept else f"{incumbent.name} is as good"
+        is_kept = self._contest("redistribution", incumbent, candidate)
+        result = f"{candidate.name} is better" if is_kept else f"{incumbent.name} is as good"
         self.decide(*decision, "kept" if is_kept else "rejected", f"{result} at the same budget")
-        return best if is_kept else incumbent
+        return candidate if is_kept else incumbent
 
     def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
         """Return the gap of the first seed on the deciding set; ∞ if the challenger diverged, −∞ if only the other."""
@@ -544,9 +508,7 @@ class Tuner:
         value = math.inf if after is None else after - (math.inf if before is None else before)
         return Gap(value, None, 1)
 
-    def _contest(
-        self, stage: str, incumbent: Variant, challenger: Variant, reason: str = "", fresh: bool = False
-    ) -> bool:
+    def _contest(self, stage: str, incumbent: Variant, challenger: Variant, reason: str = "") -> bool:
         """Compare a challenger with the incumbent, record the outcome, and return whether the challenger is kept.
 
         Only a challenger that is ahead by the tolerance at the first seed is trained with further seeds, as is the
@@ -557,7 +519,6 @@ class Tuner:
             incumbent: The configuration to beat.
             challenger: The other.
             reason: Why it is tried, with a semicolon.
-            fresh: Whether to leave out the first seed, by which the challenger was chosen.
         """
         self._train_with_adapters(challenger)
         gap, tolerance = self._gap_at_first_seed(incumbent, challenger), self.swept.verdict.tolerance
@@ -566,8 +527,6 @@ class Tuner:
             self._decide_on(stage, challenger, "rejected", why, gap)
             return False
         seeds = list(range(self.first_seed, self.first_seed + max(self.plan.repeats, 2)))
-        if fresh:
-            seeds = [*seeds[1:], *([seeds[-1] + 1] if len(seeds) < 3 else [])]
         self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
         result = self._compare(incumbent, challenger, seeds)
         why = VERDICTS[result.outcome].format(incumbent.name)

@@ -67,8 +67,7 @@ ERRORS = {
         ("--params 50k --layers zzz", "--layers zzz"), ("--memory-budget 2", "--memory-budget 2"),
         ("--memory-budget 2GB --optimizer lion", "--optimizer lion"), ("--energy 90", "--energy 90"),
         ("--params 50k --scaling 0 -o adapter_config.json", "--scaling 0"), ("--params 50k -o ranks.txt", ".jsonl"),
-        ("--strategy best", "--strategy"), (f"--params 50k --layer-weights {STEPS[0]}", "UTF-8", 3),
-        ("--energy 0.9 --strategy heuristic", "--strategy"), ("--params 50k --strategy greedy", "--strategy"),
+        (f"--params 50k --layer-weights {STEPS[0]}", "UTF-8", 3),
         ("--params 50k --check config.json", "--check"), ("--params 50k -o a.jsonl --check config.json", "--check"),
     ],
     ("extract", BASE, TUNED, "-o", "adapter"): [

@@ -64,20 +64,19 @@ def test_sweep_prints_its_cost_first_and_verdict_with_spread(run, pair, tmp_path
     assert (wrong.code, "--lr x" in wrong.err) == (2, True)
 
 
-def test_sensitivities_set_ranks_of_config(run, pair, tmp_path):
+def test_layer_weights_of_other_commands_are_refused(run, pair, tmp_path):
     base, tuned, text, shifted = pair
     words = ("--rank", "1", "--lr", "1e-2", "--steps", "2", "-o", "s.jsonl")
     ran = run("probe", "sensitivity", base, "--data", text, "--eval", shifted, *words)
     assert ran.code == 0
-    assert_names(ran.out, "--layer-weights s.jsonl")
     assert run("spectrum", base, tuned, "-q", "-o", "spectrum.jsonl").code == 0
-    words = ("--total-rank", "9", "--layer-weights", "s.jsonl", "--max-rank", "4", "-o", "ranks.jsonl")
-    planned = run("allocate", "spectrum.jsonl", *words)
-    assert planned.code == 0
+    for other in ("s.jsonl", "spectrum.jsonl"):
+        wrong = run("allocate", "spectrum.jsonl", "--total-rank", "9", "--layer-weights", other)
+        assert wrong.code == 3
+        assert_names(wrong.err, other, "probe fisher")
+    assert run("allocate", "spectrum.jsonl", "--total-rank", "9", "-o", "ranks.jsonl").code == 0
     assert run("extract", base, tuned, "--allocation", "ranks.jsonl", "-o", "adapter").code == 0
     assert (tmp_path / "adapter" / "adapter_config.json").exists()
-    wrong = run("allocate", "spectrum.jsonl", "--total-rank", "9", "--layer-weights", "spectrum.jsonl")
-    assert (wrong.code, "holds results of loradiag spectrum" in wrong.err) == (3, True)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_non_uniform_ranks_have_the_same_budget_and_seeds(case):
     (choice,) = result.whole_of(Tune)
     trials = result.whole_of(TuneTrial)
     uniform = next(one.params for one in trials if one.variant == f"uniform-r{choice.rank}")
-    others = [one for one in trials if one.variant in {"prior", "marginal"}]
+    others = [one for one in trials if one.variant == "marginal"]
     assert others
     assert all(one.params <= uniform for one in others)
     shared = {one.seed for one in trials if one.variant == f"uniform-r{choice.rank}"}
@@ -271,7 +271,7 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
     configs_ = {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/adapter_config.json")}
     configs_["written"] = json.loads((run / "adapter_config.json").read_text())
     assert {"uniform-r2", "pilot-r4", "written"} <= configs_.keys()
-    assert configs_.keys() & {"prior", "marginal"}
+    assert "marginal" in configs_
     for name, config in configs_.items():
         alpha = kinds["lora_alpha"] / (2 if name.endswith("half-alpha") else 1)
         assert (config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (alpha, True, True)
@@ -350,7 +350,7 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     decided = next(i for i, line in enumerate(lines) if '"name":"non-uniform ranks"' in line)
     (run / "tune.jsonl").write_text("".join(lines[: decided + 1]))
     resumed = lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS)
-    assert not {one.variant for one in resumed.whole_of(TuneTrial)} & {"prior", "marginal"}  # the decision stands
+    assert not {one.variant for one in resumed.whole_of(TuneTrial)} & {"marginal"}  # the decision stands
     labels = []
     more = lora_diag.tune(
         base, run, resume=True, time="2h", on_progress=lambda e: labels.append(e.label), **texts, **OPTIONS
@@ -366,7 +366,7 @@ def test_trainers_get_expressible_ranks():
     """LLaMA-Factory has one rank for all layers, and gets the uniform one; TRL has patterns."""
     shared = make_config(["q", "v"], 4, 8, task="CAUSAL_LM")
     mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}
-    variant, settings = Variant("prior", mixed, 1e-3, 9), {"batch": 8, "length": 64}
+    variant, settings = Variant("marginal", mixed, 1e-3, 9), {"batch": 8, "length": 64}
     result = configs("base", ("a.jsonl", "b.jsonl"), variant, shared, settings)
     axolotl, factory = (yaml.safe_load(result[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory"))
     assert (axolotl["lora_rank_pattern"], axolotl["learning_rate"]) == ({"0.q": 8}, 1e-3)
@@ -390,8 +390,8 @@ def test_allocate_ranks_pooler_like_other_layers(tmp_path):
 @pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
 def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is trained."""
-    incumbent, *others = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in ("uniform", "prior", "marginal"))
-    losses, trained_seeds, outcomes = {"uniform": 1.0, "prior": 1.0 + gap, "marginal": 1.5}, set(), {}
+    incumbent, other = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in ("uniform", "marginal"))
+    losses, trained_seeds, outcomes = {"uniform": 1.0, "marginal": 1.0 + gap}, set(), {}
     tuner = object.__new__(Tuner)
     tuner.own, tuner.shifted, tuner.first_seed, tuner.folder = "dev", [], 0, Path("run")
     tuner.swept = SimpleNamespace(verdict=SimpleNamespace(tolerance=0.005))
@@ -401,14 +401,13 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
         runs=lambda variant, *_: {"dev": {seed: Measured(losses[variant.name]) for seed in (0, *trained_seeds)}},
         predictions={},
     )
-    tuner._make_candidates = lambda: others
+    tuner._make_candidate = lambda: other
     tuner.decide = lambda stage, name, outcome, *_, **__: outcomes.update({name: outcome})
     tuner._count_params = lambda variant: 1
     best = tuner._choose_best(incumbent)
     assert trained_seeds == ({0, 1, 2} if goes_on else {0})
-    assert best.name == ("prior" if goes_on else "uniform")
-    assert outcomes["non-uniform ranks"] == ("kept" if goes_on else "rejected")
-    assert outcomes["marginal"] == "rejected"
+    assert best.name == ("marginal" if goes_on else "uniform")
+    assert outcomes == dict.fromkeys(("non-uniform ranks", "marginal"), "kept" if goes_on else "rejected")
 
 
 def test_diverged_challenger_never_leads():

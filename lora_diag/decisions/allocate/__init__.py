@@ -29,7 +29,7 @@ class AllocateOptions(TypedDict, total=False):
         Path | str | Mapping[str, float] | None,
         Option(
             None,
-            "JSON object of factors by layer, or results of probe sensitivity or fisher.",
+            "JSON object of factors by layer, or results of probe fisher.",
             "FILE",
             ("--layer-weights",),
             INPUTS,
@@ -37,15 +37,6 @@ class AllocateOptions(TypedDict, total=False):
     ]
     portable: Annotated[bool, options.PORTABLE]
     relative: Annotated[bool, Option(False, "Count the energy of every layer as 1.")]
-    method: Annotated[
-        str,
-        Option(
-            "optimal",
-            "Maximum energy, or r ∝ s·√(d_in + d_out) with sensitivity s.",
-            "optimal|heuristic",
-            ("--strategy",),
-        ),
-    ]
     optimizer: Annotated[str, options.OPTIMIZER]
     dtype: Annotated[str, options.ADAPTER_DTYPE]
     allow_unfinished: Annotated[bool, options.UNFINISHED]

@@ -21,8 +21,7 @@ Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r)
 (weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
 exceeds λ. The right side is least where those steps just fill the budget: with all steps sorted by gain per cost, at
 the first one that does not fit. This is the greedy order, so one sort gives the greedy prefix and its bound. The rest
-of the budget is filled with later steps that fit; if the table of all budgets is small, dynamic programming finds the
-optimum.
+of the budget is filled with later steps that fit.
 
 One rank for all layers with a rank, which every serving program scales alike: programs that read one r and one
 lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one rank r the choice is which layers
@@ -30,8 +29,7 @@ get it; every r of a grid is tried, and the allocation that keeps most is taken.
 
 References: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
 with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
-σ²/(d_in + d_out). Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix); Bellman 1957 (the
-table).
+σ²/(d_in + d_out). Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix).
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diag.decisions.allocate.record import Allocation, Baseline, CappedBy, Certificate, Method
+from lora_diag.decisions.allocate.record import Allocation, Baseline, CappedBy, Certificate
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
 from lora_diag.decisions.targets import compile_pattern, why_no_target
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -396,10 +394,6 @@ def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
     return np.asarray([start, *(rank for rank in possible if rank > start)], np.int64)
 
 
-# Index of the heuristic prior among the rules.
-PRIOR = 1
-
-
 @dataclass(frozen=True)
 class Rule:
     """The result of a rule for a budget.
@@ -470,10 +464,6 @@ def _take_steps(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[In
     return last_key, (steps.ranks_after(chosen), cost)
 
 
-# Largest table of the exact method: about 1 s and 100 MB (2 cores in 2026; 40 M entries took 0.4 s).
-MAX_TABLE, MAX_WORK = 4e7, 2e8
-
-
 @dataclass(frozen=True)
 class Steps:
     """All steps of all units, unit by unit, in order of rank.
@@ -519,8 +509,8 @@ class BudgetedRanks:
         cost: Total cost of the steps.
         bound: Upper bound on the gain within the budget.
         price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
-        optimal: True if this is known to be the optimum: found by the exact method, or because all steps were taken or
-            the greedy prefix spends the whole budget.
+        optimal: True if this is known to be the optimum: all steps were taken, or the greedy prefix spends the whole
+            budget.
     """
 
     ranks: Ints
@@ -548,13 +538,12 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], stops: Sequence[I
     )
 
 
-def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
+def spend(steps: Steps, budget: int) -> BudgetedRanks:
     """Choose steps within a budget.
 
     Args:
         steps: Available steps.
         budget: Budget for steps, from 0 up.
-        exact: Whether to find the optimum if its table is small.
 
     Returns:
         A choice whose gain is at least that of the greedy prefix, and a bound on every choice.
@@ -579,12 +568,6 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
     bound = gain + left * price
     counts = np.bincount(steps.unit[order[:fitting]], minlength=len(steps.start)).astype(np.int64)
     _add_fitting_steps(steps, counts, left)
-    # The largest unit in which costs are integers, and the cells of the budget in this unit, rounded down.
-    coarse = int(np.gcd.reduce(steps.cost))
-    cells = budget // coarse
-    is_exact = exact and (cells + 1) * len(steps.start) <= MAX_TABLE and (cells + 1) * len(steps.gain) <= MAX_WORK
-    if is_exact:
-        counts = _find_best_steps(steps, counts, coarse, cells)
     chosen = _make_mask(steps, counts)
     gain = math.fsum(steps.gain[chosen])
     return BudgetedRanks(
@@ -593,7 +576,7 @@ def spend(steps: Steps, budget: int, exact: bool = True) -> BudgetedRanks:
         cost=int(steps.cost[chosen].sum()),
         bound=max(bound, gain),  # equal if the prefix fills the budget, up to rounding of sums
         price=price,
-        optimal=is_exact or (exact and left == 0),
+        optimal=left == 0,
     )
 
 
@@ -621,39 +604,6 @@ def _add_fitting_steps(steps: Steps, counts: Ints, left: int) -> None:
         best = int(np.argmax(steps.gain[steps_at] / steps.cost[steps_at]))
         counts[open_units[best]] += 1
         left -= int(steps.cost[steps_at[best]])
-
-
-def _find_best_steps(steps: Steps, counts: Ints, coarse: int, cells: int) -> Ints:
-    """Return the optimal number of steps of each unit by dynamic programming; ``counts`` if they have as much gain.
-
-    best[b] after unit u = max over its number of steps k of best[b − cost(k)] before it + gain(k).
-
-    Args:
-        steps: All steps.
-        counts: Number of steps of each unit of another choice, ``(units,)``.
-        coarse: The unit of b.
-        cells: The budget in this unit.
-    """
-    best = np.zeros(cells + 1)
-    choice = np.zeros((len(steps.start), cells + 1), np.uint16)
-    for unit, of_unit in enumerate(steps.slices):
-        previous = best.copy()
-        sums = zip(np.cumsum(steps.gain[of_unit]), np.cumsum(steps.cost[of_unit]) // coarse, strict=True)
-        for k, (gain, cost) in enumerate(sums, 1):
-            if cost > cells:
-                break
-            candidate = previous[: cells + 1 - cost] + gain
-            better = candidate > best[cost:]
-            best[cost:][better] = candidate[better]
-            choice[unit, cost:][better] = k
-    exact = np.zeros_like(counts)
-    cell = cells
-    for unit, of_unit in reversed(list(enumerate(steps.slices))):
-        exact[unit] = choice[unit, cell]
-        cell -= int(steps.cost[of_unit][: exact[unit]].sum()) // coarse
-    # Of equal choices, the greedy one: its ranks do not jump with a rounding error.
-    gains = [math.fsum(steps.gain[_make_mask(steps, taken)]) for taken in (counts, exact)]
-    return exact if gains[1] > gains[0] else counts
 
 
 def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
@@ -764,10 +714,8 @@ def allocate(
     losses: Mapping[str, Sequence[float]] | None = None,
     left_out: Sequence[LeftOut] = (),
     save_heads: bool = True,
-    method: Method = "optimal",
-    scores: Mapping[str, float] | None = None,
 ) -> Allocated:
-    """Choose the ranks that keep the most energy within a budget, or the ranks of the heuristic prior.
+    """Choose the ranks that keep the most energy within a budget.
 
     If the budget is an energy fraction, choose the smallest rank of each layer that keeps it.
 
@@ -784,8 +732,6 @@ def allocate(
             energy.
         left_out: Tensors without a spectrum, including heads that only TUNED has.
         save_heads: Whether heads are trained in full and paid for first; else they are layers.
-        method: ``optimal``, or ``heuristic`` for r ∝ s·√(d_in + d_out).
-        scores: s by layer for the heuristic; None for the weights, or ‖ΔW‖/‖W‖ without weights.
 
     Returns:
         The ranks of the candidates in the order of ``records``, their distance from the optimum, and the other tensors.
@@ -821,17 +767,14 @@ def allocate(
             f"raise it, or exclude a head with --exclude {heads[0]}"
         )
     chosen, left = _choose_ranks(units, steps, all_steps, budget, fixed, reserved)
-    if losses is not None:  # the exact method considered the corners only
+    if losses is not None:  # only the corners were considered
         chosen = replace(chosen, optimal=chosen.gain >= chosen.bound)
-    sensitivities = np.array([_compute_sensitivity(unit, scores or weights) for unit in units])
+    sensitivities = np.array([_compute_sensitivity(unit, weights) for unit in units])
     rule_results = apply_rules(units, all_steps, left, sensitivities)
     if budget.unit == "energy":
         rule_results.pop()  # the allocation itself
-    if method == "heuristic":
-        prior = rule_results[PRIOR]
-        if not prior.ranks.any():
-            raise UsageError(f"{budget.option}: too small for the first rank of the {prior.name}; raise it")
-        chosen = _bound_ranks(units, steps, prior.ranks, prior.cost, chosen)
+    else:
+        chosen = _take_better_rule(units, steps, chosen, rule_results)
     layers = _make_records(units, chosen.ranks, rule_results[0].ranks)
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
@@ -839,6 +782,16 @@ def allocate(
         certificate=_make_certificate(units, steps, budget, fixed + reserved, saved_params, chosen, rule_results),
         left_out=(*saved, *not_selected, *(item for item in left_out if item.layer not in saved_names)),
     )
+
+
+def _take_better_rule(
+    units: Sequence[Unit], steps: Steps, chosen: BudgetedRanks, rule_results: Sequence[Rule]
+) -> BudgetedRanks:
+    """Return the chosen ranks, or those of a rule that keeps more: a few large steps may fill a small budget better."""
+    best = max(rule_results, key=lambda rule: _compute_kept_energy(units, rule.ranks))
+    if _compute_kept_energy(units, best.ranks) <= _compute_kept_energy(units, chosen.ranks):
+        return chosen
+    return _bound_ranks(units, steps, best.ranks, best.cost, chosen)
 
 
 def _bound_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks) -> BudgetedRanks:
@@ -996,7 +949,7 @@ def _compare_baseline(
     rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
 ) -> Baseline:
     """Return the record of another rule, compared with ranks chosen for energy at its cost."""
-    equal = spend(steps, rule.cost)
+    equal = _take_better_rule(units, steps, spend(steps, rule.cost), [rule])
     gains = [
         float(unit.curve[rank] - unit.curve[rule_rank])
         for unit, rank, rule_rank in zip(units, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)

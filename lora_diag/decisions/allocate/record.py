@@ -10,7 +10,6 @@ from typing import ClassVar, Literal
 from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, WholeRecord
 
 CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
-Method = Literal["optimal", "heuristic"]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
 
 # Note on spectra of an unfinished run, in the inputs of the run record.

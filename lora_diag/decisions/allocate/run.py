@@ -1,8 +1,8 @@
 """``allocate``: distribute ranks over layers, with a bound on the distance from the optimum.
 
-``--layer-weights`` takes results of ``probe sensitivity``, whose gains become factors of energies, or of ``probe
-fisher``, whose tails replace energies. Without a budget, the command gives the ranks of each layer by rules that use
-one spectrum; rules that need every singular value are undefined for a truncated one.
+``--layer-weights`` takes factors of energies, or results of ``probe fisher``, whose tails replace energies. Without a
+budget, the command gives the ranks of each layer by rules that use one spectrum; rules that need every singular value
+are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -32,8 +32,6 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
 from lora_diag.metrics.energy import energy_curve, gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
-from lora_diag.probes.sensitivity.gains import Weights, gains_of, weights_of
-from lora_diag.probes.sensitivity.record import Sensitivity
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.names import part_of
@@ -43,9 +41,6 @@ from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import fill_options, list_typed_options, show_options
 from lora_diag.version import __version__
-
-# Commands whose results give weights of layers.
-WEIGHT_COMMANDS = ("probe sensitivity", "probe fisher")
 
 # ‖ΔW‖_F of two measurements of one update differ by at most this fraction.
 _SAME = 1e-3
@@ -59,61 +54,11 @@ class LayerWeights:
         described: Input for the run record; None for weights from the user.
         factors: Factors of the layers' energies.
         losses: F(0), F(1), … by layer, which replace the energies.
-        scores: The gain of each layer alone, for the heuristic prior; the gain of a unit is divided among its layers by
-            energy.
     """
 
     described: RunInput | None = None
     factors: dict[str, float] | None = None
     losses: dict[str, tuple[float, ...]] | None = None
-    scores: dict[str, float] | None = None
-
-
-def _read_measured_weights(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
-    """Return w_ℓ = max(0, ΔL_ℓ) / Σ_{i≤r}σ_{ℓ,i}² by layer, or F_ℓ(r), with the input for the run record.
-
-    Args:
-        path: Results of ``probe sensitivity``, whose first set decides; or of ``probe fisher``.
-        spectra: Spectra of the update to allocate ranks for.
-        allow_unfinished: Accept the results of an interrupted run.
-
-    Raises:
-        UsageError: No layer of the spectra was measured, or none has a gain.
-        InputError: The file cannot be read, is of another command or of another update, or is unfinished.
-    """
-    results = read_results(path)
-    if results.run.command not in WEIGHT_COMMANDS:
-        raise InputError(
-            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe "
-            "sensitivity or fisher, or a JSON object of layer and factor"
-        )
-    if not allow_unfinished:
-        _require_finished(results, f"--layer-weights {path}")
-    if results.run.command == "probe fisher":
-        return _read_tails(path, results, spectra)
-    records = results.whole_of(Sensitivity)
-    settings = results.run.settings
-    first_set = records[0].set if records else ""
-    gains = gains_of(records, first_set, first_set, settings["rank"], settings["seed"])
-    measured = weights_of(gains, settings["rank"], spectra.layers)
-    if not any(layer in measured.factors for gain in gains for layer in gain.layers):
-        raise UsageError(f"--layer-weights {path}: has no gain of a layer of these spectra; measure both on one BASE")
-    if not any(measured.factors.values()):
-        raise UsageError(
-            f"--layer-weights {path}: no changed layer lowers the loss on {first_set} alone, so all weights are 0; use "
-            "other weights"
-        )
-    notes = _make_notes(measured)
-    if settings["delta"]:
-        ranks = f"r={settings['rank']} to {settings['rank'] + settings['delta']}"
-        notes.append(
-            f"gains from {ranks} are not used: ranks from them trained no better (docs, reference/probe-sensitivity)"
-        )
-    kind = f"results of probe sensitivity, r={settings['rank']} per {settings['per']}, gains on {legible(first_set)}"
-    described = RunInput(
-        role="weights", path=legible(path), kind=kind, tensors=len(measured.factors), notes=tuple(notes)
-    )
-    return LayerWeights(described, factors=measured.factors, scores=measured.scores)
 
 
 def _require_finished(results: Results[Any], name: str) -> None:
@@ -129,13 +74,26 @@ def _require_finished(results: Results[Any], name: str) -> None:
         )
 
 
-def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -> LayerWeights:
+def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
     """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher``, with the input for the run record.
+
+    Args:
+        path: The results.
+        spectra: Spectra of the update to allocate ranks for.
+        allow_unfinished: Accept the results of an interrupted run.
 
     Raises:
         UsageError: No layer of the spectra was measured.
-        InputError: The results are of another update than the spectra.
+        InputError: The file cannot be read, is of another command or of another update, or is unfinished.
     """
+    results = read_results(path)
+    if results.run.command != "probe fisher":
+        raise InputError(
+            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe fisher, or "
+            "a JSON object of layer and factor"
+        )
+    if not allow_unfinished:
+        _require_finished(results, f"--layer-weights {path}")
     records = {record.layer: record for record in results.whole_of(Fisher)}
     in_both = [record for record in spectra if record.layer in records]
     if not in_both:
@@ -156,18 +114,6 @@ def _read_tails(path: Path, results: Results[Any], spectra: Results[Spectrum]) -
     kind = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
     described = RunInput(role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes))
     return LayerWeights(described, losses={record.layer: records[record.layer].fisher for record in in_both})
-
-
-def _make_notes(weights: Weights) -> list[str]:
-    """Return notes on layers with weight 0, gains within noise, and spectra with too few values."""
-    missing = [layer for layer in weights.not_adapted if part_of(layer) == "matrices"]
-    groups = [
-        (weights.negative, "have no gain alone and get weight 0, so no rank"),
-        (missing, "were not adapted alone and get weight 0, so no rank"),
-        (weights.unclear, "have no significant gain, and are used unchanged"),
-        (weights.short, "have fewer values than the trained rank: measure spectra with a larger --top"),
-    ]
-    return [f"{len(names)} of them {problem}: {list_names(names)}" for names, problem in groups if names]
 
 
 def apply_rank_rules(record: Spectrum) -> Policies:
@@ -216,14 +162,11 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         layers: Only layers whose name contains a match; None for the matrices that adapters usually target: weights of
             layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or
-            results of ``probe sensitivity``: the gain of each layer alone per energy at the trained rank; or results of
-            ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy maximized.
+        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or results
+            of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy maximized.
         portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two and half-way
             between them): a config without patterns, which every program that serves the adapter scales alike.
         relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
-        method: ``optimal``: maximum energy; ``heuristic``: r ∝ s·√(d_in + d_out), with s the given weights, the gains
-            of ``probe sensitivity``, or ‖ΔW‖/‖W‖.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
         dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
         allow_unfinished: Accept the results of an interrupted run.
@@ -247,20 +190,17 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         ([6, 9, 9, 7], 7936.0)
     """
     arguments = fill_options(AllocateOptions, options)
-    weights, portable, method = arguments["weights"], arguments["portable"], arguments["method"]
+    weights, portable = arguments["weights"], arguments["portable"]
     energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
-    if method == "heuristic" and energy is not None:
-        raise UsageError("--strategy heuristic: needs a budget other than --energy; give --params or another budget")
-    if portable and (energy is not None or method == "heuristic"):
-        option = "--energy" if energy is not None else "--strategy heuristic"
-        raise UsageError(f"--portable: divides a budget over layers of one rank, and {option} gives each its own")
+    if portable and energy is not None:
+        raise UsageError("--portable: divides a budget over layers of one rank, and --energy gives each its own")
     budget = _make_budget(arguments)
     ranks_from = arguments["ranks_from"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(arguments["min_rank"], arguments["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
     if isinstance(weights, str | Path) and is_results_file(weights):
-        layer_weights = _read_measured_weights(Path(weights), spectra, allow_unfinished)
+        layer_weights = _read_tails(Path(weights), spectra, allow_unfinished)
     else:
         layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
     if layer_weights.losses is not None and arguments["relative"]:
@@ -278,8 +218,6 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         exclude=arguments["exclude"],
         losses=layer_weights.losses,
         left_out=spectra.left_out,
-        method=method,
-        scores=layer_weights.scores,
     )
     chosen = allocate_one_rank(choose, constraints) if portable else choose(constraints)
     if portable and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None)) is not None:
@@ -302,7 +240,6 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
             "exclude": arguments["exclude"],
             "weights": legible(weights) if isinstance(weights, str | Path) else weights,
             "relative": arguments["relative"],
-            "method": method,
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
             "optimizer": arguments["optimizer"] if has_memory else None,

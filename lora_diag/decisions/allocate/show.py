@@ -181,7 +181,7 @@ _CRITERIA = {
 def _describe_findings(results: Results[Allocation], certificate: Certificate) -> Iterator[Statement]:
     """State the ranks, their cost, the energy that they keep compared with the optimum and other rules, and limits."""
     settings = results.run.settings
-    heuristic, portable = settings.get("method") == "heuristic", settings.get("portable")
+    portable = settings.get("portable")
     is_fisher = any(record.fisher is not None for record in results)
     whole, limits = _CRITERIA["fisher" if is_fisher else settings.get("metric", "weights")]
     if not is_fisher and settings.get("weights") is not None:
@@ -192,7 +192,6 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
         "allocated",
         "Allocated",
         f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}" if ranks else "none",
-        "ranks of the heuristic prior r ∝ s·√(d_in+d_out), not chosen for energy" if heuristic else "",
         f"rank 0: {list_layers(zero)}; --min-rank sets a minimum" if zero else "",
     )
     yield make_statement("budget", "Budget", _describe_budget(results, certificate))
@@ -212,7 +211,7 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
         # An upper bound is rounded up.
         gain = math.ceil(certificate.more_at_most(more) * 1e4 - 1e-9) / 1e4
         text = f"{more:,} more {_UNITS[certificate.unit]} keep at most another {gain:.2%}"
-        yield make_statement("more", "Marginal gain", "" if heuristic else text)
+        yield make_statement("more", "Marginal gain", text)
     yield make_statement("limits", "Limits", *(() if portable else _describe_limits(results)))
     yield make_statement("note", "Note", f"{limits}: compare the held-out loss")
     yield from (make_statement("warning", "Warning", text, level="failure") for text in _make_warnings(results))

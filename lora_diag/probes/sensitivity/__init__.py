@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Section
 from lora_diag.running.options import DATA, GRANULARITY, RANK, RATES, SEEDS, STEPS, LayerTrainOptions, Option, Shifted
 
 
@@ -31,10 +31,7 @@ FEATURE = Feature(
             arguments=(BASE_ARGUMENT,),
             options=(SensitivityOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(
-                Hint("allocate SPECTRUM.jsonl --params 10M --layer-weights {output}", "ranks where the loss gains"),
-                SAVE_PROBE,
-            ),
+            hints=(SAVE_PROBE,),
         ),
     ),
     records=(".record:Sensitivity", ".record:FirstOrder"),

@@ -1,4 +1,4 @@
-"""Gain of each unit alone, predictors of it, and weights for an allocation, from records of ``probe sensitivity``.
+"""Gain of each unit alone, and predictors of it, from records of ``probe sensitivity``.
 
 Uses records only. At every rank a unit has the learning rate with its lowest loss.
 """
@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from lora_diag.metrics.statistics import p_value, paired_difference, paired_half, spearman, spearman_interval
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
@@ -190,53 +190,3 @@ def correlate_scores(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> li
             )
         )
     return by_score
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Weights of the layers' energies from measured gains.
-
-    Args:
-        factors: w_ℓ by layer.
-        scores: w_ℓ times the energy at rank r: the gain of a unit, divided among its layers by energy.
-        negative: Units whose gain was not positive: weight 0.
-        unclear: Units whose gain is positive but not significant; it is used unchanged.
-        not_adapted: Layers of the spectra that were not adapted: weight 0.
-        short: Layers whose spectrum is incomplete and has fewer values than the trained rank.
-    """
-
-    factors: dict[str, float]
-    scores: dict[str, float]
-    negative: tuple[str, ...]
-    unclear: tuple[str, ...]
-    not_adapted: tuple[str, ...]
-    short: tuple[str, ...]
-
-
-def weights_of(gains: Sequence[Gain], rank: int, spectra: Sequence[Any]) -> Weights:
-    """Return w_ℓ = max(0, ΔL_u) / Σ_{k∈u} Σ_{i≤r}σ_{k,i}², the loss gain per energy at rank r.
-
-    The weighted energy of a unit at the trained rank equals its measured gain, if positive. The layers of a unit share
-    one factor.
-
-    Args:
-        gains: Gains on the deciding set.
-        rank: The trained rank r.
-        spectra: Spectra of the update to allocate ranks for.
-    """
-    captured = {spectrum.layer: math.fsum(s**2 for s in spectrum.s[:rank]) for spectrum in spectra}
-    factors = dict.fromkeys(captured, 0.0)
-    for gain in gains:
-        energy = math.fsum(captured.get(layer, 0.0) for layer in gain.layers)
-        for layer in gain.layers:
-            if layer in factors and energy > 0:
-                factors[layer] = max(0.0, gain.gain) / energy
-    adapted = {layer for gain in gains for layer in gain.layers}
-    return Weights(
-        factors,
-        {layer: factor * captured[layer] for layer, factor in factors.items()},
-        tuple(gain.unit for gain in gains if gain.gain <= 0),
-        tuple(gain.unit for gain in gains if gain.gain > 0 and not gain.is_clear),
-        tuple(layer for layer in captured if layer not in adapted),
-        tuple(spectrum.layer for spectrum in spectra if not spectrum.complete and len(spectrum.s) < rank),
-    )

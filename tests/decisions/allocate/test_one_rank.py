@@ -62,7 +62,6 @@ def test_portable_config_is_exact_in_every_program(tmp_path):
     ("options", "message"),
     [
         ({"energy": 0.9}, "energy gives each its own"),
-        ({"params": 2000, "method": "heuristic"}, "method heuristic gives each its own"),
         ({"params": 3}, "even the cheapest rank"),
         ({"params": 2000, "min_rank": 5, "max_rank": 5}, "no rank lies between"),
     ],

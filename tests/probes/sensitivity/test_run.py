@@ -10,7 +10,7 @@ import torch
 import lora_diag
 import lora_diag.models.training
 from lora_diag.catalog import table
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import InputError
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import read_texts
 from lora_diag.models.opening import open_model
@@ -18,17 +18,15 @@ from lora_diag.probes.sensitivity import measure as sensitivity
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.running import probing
 from tests import oracles
-from tests.messages import assert_names, mentions
+from tests.messages import assert_names
 from tests.probes.making import (
     bert,
     diverge_at,
     gpt2,
     ids_of,
     lettered,
-    moved,
     opened,
     some_text,
-    tensors,
     trained,
     training_case,
 )
@@ -167,37 +165,6 @@ def test_classifier_head_is_not_adapted(tmp_path):
     assert all(record.gain > 0 for record in runs_of(result) if record.unit)
     assert {item.layer: item.detail for item in result.left_out}["classifier.weight"] == "the head is not adapted"
     assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(result)}
-
-
-def test_gains_become_weights_of_allocation(case, measured, tmp_path):
-    """w·Σ_{i≤2}σ² is the gain, by NumPy; layers that were not adapted get no rank."""
-    base, *_ = case
-    tuned = moved(base, tmp_path / "tuned")
-    spectra = lora_diag.spectrum(base, tuned)
-    plan = lora_diag.allocate(spectra, total_rank=12, weights=measured[1])
-    changed, before = tensors(tuned), tensors(base)
-    runs = [r for r in runs_of(measured[0]) if r.set == "held_out" and r.rank == 2 and r.unit]
-    ranked = {record.layer: record for record in plan}
-    for unit in {record.unit for record in runs}:
-        mine = [record for record in runs if record.unit == unit]
-        rate = min((r for r in mine if r.seed == SEED), key=lambda r: r.loss).lr
-        gain = np.mean([record.gain for record in mine if record.lr == rate])
-        values = np.linalg.svd(changed[unit] - before[unit], compute_uv=False)
-        expected = max(0.0, gain) / (values[:2] ** 2).sum()
-        assert ranked[unit].weight == pytest.approx(expected, rel=1e-3, abs=1e-9)
-    others = [record for record in plan if record.layer not in {r.unit for r in runs}]
-    assert {(record.weight, record.rank) for record in others} == {(0.0, 0)}
-    weights = plan.run.inputs[-1]
-    assert weights.role == "weights"
-    assert any(mentions(note, 6, "adapted") for note in weights.notes)
-    assert any(mentions(note, "gains", "r=2", 3) for note in weights.notes)
-
-
-def test_weights_of_other_layers_are_refused(case, measured, tmp_path):
-    base, *_ = case
-    other = lora_diag.spectrum(base, moved(base, tmp_path / "again"), layers="h.0")
-    with pytest.raises(UsageError, match="no gain of a layer"):
-        lora_diag.allocate(other, total_rank=2, weights=measured[1])
 
 
 def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):

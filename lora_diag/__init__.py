@@ -73,6 +73,7 @@ def __getattr__(name: str) -> Any:
         AttributeError: There is no such name.
     """
     from importlib import import_module
+    from importlib.util import find_spec
 
     if not name.startswith("_"):
         from lora_diag.calls import for_python
@@ -80,7 +81,8 @@ def __getattr__(name: str) -> Any:
 
         if name in _OTHER_EXPORTS:
             return for_python(getattr(import_module(_OTHER_EXPORTS[name]), name))
-        if name in functions():
+        # ``from lora_diag import catalog`` asks here first, and must load no plugin.
+        if find_spec(f"{__name__}.{name}") is None and name in functions():
             return for_python(functions()[name]())
     raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")
 

@@ -81,9 +81,9 @@ def _report_unexpected(error: BaseException) -> int:
         message = "out of memory: less is available than loradiag needs; free memory, or raise its limit (ulimit -v)"
     full_traceback = traceback.format_exc() if os.environ.get("LORADIAG_TRACEBACK") else ""
     try:
-        from lora_diag.cli.output import forget_output, print_message, public
+        from lora_diag.cli.output import forget_output, print_message, print_traceback
 
-        sys.stderr.write(public(full_traceback))
+        print_traceback(full_traceback)
         print_message(f"Error: {message}")
         forget_output()
     except Exception:  # nothing can be imported or written; the text may have secrets

@@ -7,6 +7,7 @@ All lists of commands, records, tables, figures, report sections and public func
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
 from html import escape
@@ -52,13 +53,31 @@ PATH = (
 )
 
 
+# Whether this process loads features of installed packages; ``loradiag gate`` does not unless it is asked to.
+_uses_plugins = os.environ.get("LORADIAG_PLUGINS") != "0"
+
+
+def disable_plugins() -> None:
+    """Load no feature of installed packages in this process; to be called before the catalog is read."""
+    global _uses_plugins
+    _uses_plugins = False
+
+
+@cache
+def built_in() -> tuple[Feature, ...]:
+    """Return loradiag's own features."""
+    return tuple(import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES)
+
+
 @cache
 def features() -> tuple[Feature, ...]:
-    """Return all features: loradiag's own, then those of installed packages.
+    """Return all features: loradiag's own, then those of installed packages unless plugins are disabled.
 
     A package's feature is skipped if it fails to load, or if its name exists already.
     """
-    loaded_features: list[Feature] = [import_module(f"lora_diag.{name}").FEATURE for name in _FEATURES]
+    if not _uses_plugins:
+        return built_in()
+    loaded_features = list(built_in())
     names = {feature.name for feature in loaded_features}
     for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, entry.value)):
         try:
@@ -69,7 +88,9 @@ def features() -> tuple[Feature, ...]:
                 raise ValueError(f"the command {plugin.name} already exists")
             for path in plugin.records:
                 plugin.load(path)
-        except Exception as error:  # a plugin can fail in any way, and must not stop loradiag
+        # A plugin can fail in any way, such as by sys.exit(0), and must not stop loradiag. Ctrl-C during an import ends
+        # the command before it gets here (``__main__``).
+        except BaseException as error:
             _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
             continue
         names.add(plugin.name)

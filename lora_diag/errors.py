@@ -18,7 +18,18 @@ def safe(text: str) -> str:
     >>> safe("q_proj\x1b[2J")
     'q_proj\\x1b[2J'
     """
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def safe_lines(text: str) -> str:
+    r"""Escape the unprintable characters of a text except the ends of its lines.
+
+    >>> safe_lines("a\x1b[2J\nb")
+    'a\\x1b[2J\nb'
+    """
+    return "\n".join(map(safe, text.split("\n")))
 
 
 # Longest message, in characters: it quotes files, in which a name may have any length.

@@ -97,6 +97,8 @@ class Command:
         table: ``module:name`` of ``table(result, width, color, ...)`` for what is no ``Results``; it gets the values
             that its parameters name, and ``next_command``.
         exit_code: ``module:name`` of ``exit_code(results) -> int``, if the code depends on the results.
+        annotations: ``module:name`` of ``annotations(results) -> list[str]``, the commands of GitHub Actions that the
+            option ``github`` prints below the results.
         call: Whether ``run`` is ``run(shown, **values) -> int`` instead, which prints by ``shown``
             (``lora_diag.cli.options.Shown``) and returns the exit code.
         needs_input: Whether the command without arguments shows its help.
@@ -114,6 +116,7 @@ class Command:
     suggest: str = ""
     table: str = ""
     exit_code: str = ""
+    annotations: str = ""
     call: bool = False
     needs_input: bool = True
 

@@ -134,12 +134,63 @@ def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
     assert "nuclear" in result.stderr
 
 
-def test_broken_plugin_is_named_once(tmp_path):
-    broken = tmp_path / "broken-1.0.dist-info"
+def install_broken(folder, code):
+    """Install a plugin of this code."""
+    broken = folder / "broken-1.0.dist-info"
     broken.mkdir()
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
     (broken / "entry_points.txt").write_text("[loradiag.features]\nbroken = broken_plugin:FEATURE\n")
-    (tmp_path / "broken_plugin.py").write_text("raise RuntimeError('no such thing')\n")
+    (folder / "broken_plugin.py").write_text(code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import sys; sys.exit(0)", "raise KeyboardInterrupt", "raise GeneratorExit", "raise BaseException('x\\n::y')"],
+)
+def test_plugin_stops_no_command(tmp_path, code):
+    install_broken(tmp_path, code)
+    result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", SAMPLES / "base")
+    assert result.returncode == 0
+    assert "tensors" in result.stdout
+    assert len(result.stderr.splitlines()) == 1
+    assert "broken_plugin" in result.stderr
+
+
+GATE = ["-m", "lora_diag", "gate", "--base", SAMPLES / "base", "--adapter", SAMPLES / "lora_r4", "--policy"]
+
+
+def test_gate_loads_no_plugin_unless_asked(tmp_path):
+    """Not even one that ends its process."""
+    install_broken(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w').close(); import os; os._exit(0)")
+    (tmp_path / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-9"\n')
+    result = started(tmp_path, tmp_path, *GATE, "strict.toml")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert not (tmp_path / "ran").exists()
+    assert started(tmp_path, tmp_path, *GATE, "strict.toml", "--plugins").returncode == 0
+    assert (tmp_path / "ran").exists()
+
+
+def test_no_command_loads_plugins_if_switched_off(tmp_path, monkeypatch):
+    install_broken(tmp_path, "import os; os._exit(0)")
+    monkeypatch.setenv("LORADIAG_PLUGINS", "0")
+    result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", "nowhere")
+    assert result.returncode == 3
+
+
+def test_gate_judges_results_of_plugin_with_plugins(measured, plugins):
+    words = ["-m", "lora_diag", "gate", "fails.toml", "nuclear.jsonl"]
+    assert started(plugins, measured[0], *words, "--plugins").returncode == 1
+    refused = started(plugins, measured[0], *words)
+    assert refused.returncode == 2
+    assert_names(refused.stderr, "flatness", "--plugins")
+    (measured[0] / "any.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1"\n')
+    refused = started(plugins, measured[0], *words[:3], "any.toml", "nuclear.jsonl")
+    assert refused.returncode == 3
+    assert_names(refused.stderr, "nuclear", "--plugins")
+
+
+def test_broken_plugin_is_named_once(tmp_path):
+    install_broken(tmp_path, "raise RuntimeError('no such thing')\n")
     result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", SAMPLES / "base")
     assert result.returncode == 0
     assert result.stderr.count("broken_plugin") == 1

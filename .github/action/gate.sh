@@ -3,7 +3,26 @@
 # write everything into FOLDER, and exit as the gate does. All come from the environment; on GitHub also GITHUB_OUTPUT and GITHUB_STEP_SUMMARY, and
 # CACHE, an empty folder outside the checkout or one with the results that were restored for these inputs.
 set -euo pipefail
+export LORADIAG_PLUGINS=0
 verdict=error results="" report="" folder=""
+
+# Refuse a path with a link in the checkout: a committed one may lead anywhere.
+refuse_links() {
+  local part=$1
+  while [ "$part" != . ] && [ "$part" != / ]; do
+    while [ "$part" != / ] && [ "${part%/}" != "$part" ]; do part=${part%/}; done
+    case $part in
+      "$PWD"/* | "$(pwd -P)"/* | [!/]*)
+        if [ -L "$part" ]; then
+          echo "$1: $part is a symbolic link; give a folder without links, or remove it" >&2
+          exit 2
+        fi
+        ;;
+    esac
+    part=$(dirname -- "$part")
+  done
+}
+
 trap '[ -z "${GITHUB_OUTPUT:-}" ] || printf "%s\n" "verdict=$verdict" "results=$results" "report=$report" "folder=$folder" >>"$GITHUB_OUTPUT"' EXIT
 for input in BASE TUNED MERGED POLICY RESULTS CONFIG FOLDER; do
   case ${!input:-} in
@@ -13,7 +32,9 @@ for input in BASE TUNED MERGED POLICY RESULTS CONFIG FOLDER; do
       ;;
   esac
 done
-folder=${FOLDER:-loradiag} merged=${MERGED:-} results=${RESULTS:-}
+merged=${MERGED:-} results=${RESULTS:-}
+refuse_links "${FOLDER:-loradiag}"
+folder=${FOLDER:-loradiag}
 ships=${merged:-${TUNED:-}}
 if [ -n "${CONFIG:-}" ]; then
   mkdir -p -- "$folder"
@@ -58,9 +79,8 @@ fi
 
 words=(--overwrite --junit="$folder/gate.xml" --output="$folder/verdicts.jsonl" --for="$ships")
 if [ -n "${GITHUB_ACTIONS:-}" ]; then words+=(--github); fi
-if [ -e "$policy" ]; then words+=(-- "$policy"); else words+=(--policy="$policy" --); fi
 code=0
-loradiag gate "${words[@]}" "$results" || code=$?
+loradiag gate "${words[@]}" --policy="$policy" -- "$results" || code=$?
 case $code in
   0) judged=passed ;;
   1) judged=failed ;;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import logging
 import os
 import re
 import signal
@@ -19,7 +20,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
-from lora_diag.cli.output import BrokenOutputError, forget_output, print_message
+from lora_diag.cli.output import BrokenOutputError, MessageHandler, forget_output, print_message
 from lora_diag.errors import DONE, UNREADABLE, LoradiagError
 from lora_diag.feature import GROUPS
 from lora_diag.running.options import EXECUTION, INPUTS, PANELS, list_options
@@ -143,8 +144,23 @@ def _find_command(arguments: list[str]) -> str:
     return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
 
 
+def _judges_without_plugins(arguments: list[str]) -> bool:
+    """Return whether the command is ``gate`` without ``--plugins``: no other package takes part in its verdict.
+
+    >>> [_judges_without_plugins(words.split()) for words in ("gate p r", "gate p --plugins r", "inspect r")]
+    [True, False, False]
+    """
+    options = arguments[: arguments.index("--")] if "--" in arguments else arguments
+    return arguments[:1] == ["gate"] and "--plugins" not in options
+
+
 def main() -> None:
     """Run the command line; convert each user-facing error to one message, and exit with its code."""
+    logger = logging.getLogger("lora_diag")
+    if not logger.handlers:
+        logger.addHandler(MessageHandler())
+    if _judges_without_plugins(sys.argv[1:]):
+        catalog.disable_plugins()
     code = _run()
     with suppress(ValueError):  # not the main thread, which receives no Ctrl-C
         # All output is written; an interrupt during interpreter shutdown loses nothing.
@@ -188,7 +204,7 @@ def _run() -> int:
         format_message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
         if not callable(format_message) or not isinstance(code, int):
             raise
-        if "\n" in format_message():  # the help of a command without arguments
+        if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
         else:
             print_message(f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}")

@@ -118,6 +118,10 @@ class Shown:
         """Print a result to standard output, as ``output.print_result`` does."""
         out.print_result(text)
 
+    def print_annotated(self, text: str, commands: Sequence[str]) -> None:
+        """Print a result and commands of GitHub Actions, as ``output.print_annotated`` does."""
+        out.print_annotated(text, commands)
+
     def print_line(self, json: str) -> None:
         """Print a line of JSON to standard output, as ``output.print_json`` does."""
         out.print_json(json)
@@ -209,7 +213,10 @@ def _measure_and_show(
         else:
             values |= {"next_command": hint, "verbose": shown.verbose}
             text = catalog.draw_table(feature.load(command.table), result, *out.terminal(), values)
-        out.print_result(text)
+        if values.get("github"):
+            out.print_annotated(text, feature.load(command.annotations)(result))
+        else:
+            out.print_result(text)
     if not is_results:
         return DONE
     out.report_unmeasured(result.unmeasured)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import select
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from textwrap import fill
 from typing import TYPE_CHECKING, TextIO
 
 from lora_diag.errors import InputError, shorten
-from lora_diag.rendering.text import byte_count, replace_unencodable, safe
+from lora_diag.rendering.text import byte_count, replace_unencodable, safe, safe_lines
 
 if TYPE_CHECKING:
     from lora_diag.records import AnyRecord, LeftOut
@@ -29,6 +30,16 @@ MIN_WIDTH = 60
 
 # Maximum number of unmeasured layers listed one by one; a large model has 70,000 layers.
 MAX_NAMED = 20
+
+# Environment variables of programs that execute commands which they find in the output of a job.
+CI_VARIABLES = ("GITHUB_ACTIONS", "GITLAB_CI")
+
+# The only control characters of a text for the terminal: line ends, and colours where there are colours.
+_LINE_END, _COLOR = r"\r?\n", r"\x1b\[[\d;]*m"
+
+# The first character of a command: at GitHub ``::`` at the beginning of a line, whose blanks it ignores, and ``##[``
+# anywhere (``ActionCommand.cs`` of actions/runner); at GitLab the markers of a section, anywhere.
+_CI_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOR})*):(?=:)|#(?=#\[)|s(?=ection_(?:start|end):)", re.MULTILINE)
 
 
 class BrokenOutputError(Exception):
@@ -47,7 +58,47 @@ def print_message(text: str) -> None:
             if sys.stderr.isatty():
                 width = _terminal_columns(sys.stderr)
                 shown = fill(shown, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-            print(shown, file=sys.stderr)
+            print(escape_commands(shown), file=sys.stderr)
+
+
+def print_traceback(text: str) -> None:
+    """Print a traceback to standard error."""
+    sys.stderr.write(escape_commands(safe_lines(public(text))))
+
+
+class MessageHandler(logging.Handler):
+    """Prints what the package logs as messages."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the text of a log record."""
+        print_message(record.getMessage())
+
+
+def escape_commands(text: str) -> str:
+    r"""Return text in which a CI system finds no command; unchanged elsewhere.
+
+    >>> import os
+    >>> os.environ["GITLAB_CI"] = "true"
+    >>> escape_commands("a\n  ::error::b ##[error]c section_start:1:d")
+    'a\n  \\x3a:error::b \\x23#[error]c \\x73ection_start:1:d'
+    >>> del os.environ["GITLAB_CI"]
+    """
+    return _replace_commands(text, r"\x{:02x}")
+
+
+def _replace_commands(text: str, form: str) -> str:
+    """Return text with the first character of each CI command as its code in a form; unchanged outside CI."""
+    if not any(map(os.environ.get, CI_VARIABLES)):
+        return text
+    return _CI_COMMAND.sub(lambda match: (match[1] or "") + form.format(ord(match[0][-1])), text)
+
+
+def _make_printable(text: str) -> str:
+    """Return text with all control characters escaped but line ends, and colours where there are colours."""
+    kept = f"{_LINE_END}|{_COLOR}" if terminal()[1] else _LINE_END
+    parts = re.split(f"({kept})", text)
+    parts[::2] = map(safe, parts[::2])
+    return "".join(parts)
 
 
 def _terminal_columns(stream: TextIO) -> int:
@@ -88,15 +139,47 @@ def _public_word(word: str) -> str:
 
 
 def print_result(text: str) -> None:
-    """Print a result to standard output, in its encoding and without the secrets of addresses.
+    """Print a result to standard output, without unprintable characters, CI commands and the secrets of addresses.
 
     Raises:
         BrokenOutputError: The reader closed the pipe.
         InputError: Standard output is closed, or cannot be written.
     """
+    _write_result(escape_commands(_make_printable(replace_unencodable(public(text), _find_encoding()))))
+
+
+def print_annotated(text: str, commands: Sequence[str]) -> None:
+    """Print a result between lines at which GitHub Actions stops and resumes to execute commands, then own commands.
+
+    Raises:
+        BrokenOutputError: See ``print_result``.
+        InputError: See ``print_result``.
+    """
+    if text:
+        token = secrets.token_hex(16)
+        _write_result(f"::stop-commands::{token}")
+        print_result(text)
+        _write_result(f"::{token}::")
+    for command in commands:
+        # The first two characters are ours; the rest has names from files.
+        text = replace_unencodable(public(command[2:]), _find_encoding())
+        _write_result(command[:2] + escape_commands(safe(text)))
+
+
+def _find_encoding() -> str:
+    """Return the encoding of standard output."""
+    return getattr(sys.stdout, "encoding", None) or "utf-8"
+
+
+def _write_result(text: str) -> None:
+    """Write lines to standard output.
+
+    Raises:
+        BrokenOutputError: See ``print_result``.
+        InputError: See ``print_result``.
+    """
     if sys.stdout is None or sys.stdout.closed:
         raise InputError("standard output: cannot be written: it is closed")
-    text = replace_unencodable(public(text), sys.stdout.encoding or "utf-8")
     # Not an OSError: typer turns a closed pipe into exit code 1, which means that a gate failed.
     try:
         print(text, flush=True)
@@ -107,15 +190,19 @@ def print_result(text: str) -> None:
 
 
 def print_json(line: str) -> None:
-    """Print a line of JSON, in ASCII unless the encoding of standard output is UTF-8.
+    r"""Print JSON, with ``\u`` escapes of unprintable characters, and of all but ASCII if the output is not UTF-8.
 
     Raises:
         BrokenOutputError: See ``print_result``.
         InputError: See ``print_result``.
     """
-    if (getattr(sys.stdout, "encoding", None) or "utf-8").lower() != "utf-8":
-        line = re.sub(r"[^\x00-\x7f]", lambda match: dumps(match[0])[1:-1], line)
-    print_result(line)
+    is_utf8 = _find_encoding().lower() == "utf-8"
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] if is_utf8 and match[0].isprintable() else dumps(match[0])[1:-1]
+
+    text = re.sub(r"[^ -~\n]", escape, public(line))
+    _write_result(_replace_commands(text, r"\u{:04x}"))
 
 
 def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:

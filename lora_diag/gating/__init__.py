@@ -34,19 +34,23 @@ class VerdictOutputs(TypedDict, total=False):
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
-class CommandOptions(TypedDict, total=False):
-    """Options of the command that ``gate()`` has no need of: a built-in policy, inputs to measure, and a model card."""
+class PluginOptions(TypedDict, total=False):
+    """Whether plugins take part; read in ``lora_diag.cli.app`` before any is loaded."""
 
-    policy: Annotated[
-        str | None, Option(None, "Built-in policy, instead of POLICY; default: none.", "NAME", panel=INPUTS)
-    ]
+    plugins: Annotated[bool, Option(False, "Load installed plugins, for results of their commands.", panel=INPUTS)]
+
+
+class CommandOptions(PluginOptions, total=False):
+    """Options of the command that ``gate()`` has no need of: a policy, inputs to measure, a model card, plugins."""
+
+    policy: Annotated[str | None, Option(None, "Policy, instead of the argument POLICY.", "POLICY", panel=INPUTS)]
     base: Annotated[str | None, BASE]
     tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
     adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
     model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
 
 
-class InitOptions(TypedDict, total=False):
+class InitOptions(PluginOptions, total=False):
     """Options of ``gate init``."""
 
     output: Annotated[
@@ -67,7 +71,13 @@ FEATURE = Feature(
             examples=("gate policy.toml results.jsonl --junit gate.xml",),
             run=".command:run_gate",
             arguments=(
-                Argument("paths", "Policy file, then results files.", "POLICY RESULTS", many=True, optional=True),
+                Argument(
+                    "paths",
+                    "Policy: built-in or a file, then results files.",
+                    "POLICY RESULTS",
+                    many=True,
+                    optional=True,
+                ),
             ),
             options=(GateOptions, CommandOptions, VerdictOutputs),
             shows=("json", "quiet", "verbose"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ def run_gate(
     paths: Sequence[str],
     *,
     policy: str | None,
+    plugins: bool,
     base: str | None,
     tuned: str | None,
     adapter: Sequence[str],
@@ -55,14 +55,13 @@ def run_gate(
     if card is not None:
         read_card(card)
     from lora_diag.gating import show
-    from lora_diag.gating.policy import ready_policy
     from lora_diag.gating.record import outcome
     from lora_diag.gating.run import gate as judge
 
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
-    policy_or_path = ready_policy(policy) if policy is not None else Path(files.pop(0))
-    results = judge(policy_or_path, *files, *_measure_inputs(base, tuned, list(adapter), files), **options)
+    chosen = files.pop(0) if policy is None else policy
+    results = judge(chosen, *files, *_measure_inputs(base, tuned, list(adapter), files), **options)
     if output is not None:
         results.write(output, overwrite)
     if junit is not None:
@@ -77,6 +76,7 @@ def run_gate(
     has_passed = outcome(results.whole) == "passed"
     if shown.quiet and not has_passed:
         print_message(show.reason(results))
+    text = ""
     if shown.table:
         if has_passed:
             hint = f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"
@@ -84,18 +84,16 @@ def run_gate(
             hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
         else:
             hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
-        # A layer's name may look like a workflow command; between these lines GitHub executes none.
-        token = secrets.token_hex(16)
         text = show.verdict_table(results, *shown.terminal, next_command=None if has_passed and card else hint)
-        shown.print(f"::stop-commands::{token}\n{text}\n::{token}::" if github else text)
     if github:
-        for command in show.workflow_commands(results):
-            shown.print(command)
+        shown.print_annotated(text, show.workflow_commands(results))
         append_step_summary(show.step_summary(results))
+    elif shown.table:
+        shown.print(text)
     return EXIT_CODES[outcome(results.whole)]
 
 
-def run_init(shown: Shown, results: Sequence[str], *, output: Path | None, overwrite: bool) -> int:
+def run_init(shown: Shown, results: Sequence[str], *, plugins: bool, output: Path | None, overwrite: bool) -> int:
     """Print a policy, or write it and print the outcome of the results it is made from; return the exit code.
 
     Raises:

@@ -408,4 +408,4 @@ def _describe_unknown(name: str) -> str:
             return f"no record has a field '{name}'; did you mean '{guess}'?"
     elif any(first in kind.model_fields for kind in KINDS.values()):
         return f"'{name}' is not one value: name one in it, such as energy.8, tail.8.fro or resolution.verdict"
-    return f"no record has a field '{name}'; docs/reference/gate.md lists them"
+    return f"no record has a field '{name}'; docs/reference/gate.md lists them; --plugins adds those of plugins"

@@ -343,7 +343,9 @@ class Checks(PolicyTable):
         base: BASE is the model that the adapter names. If not: measure it on its own base, or pin this one by its
             fingerprint.
         dead: The update is not zero. If it is: the layer was not trained, or not saved; compare target names and the
-            optimizer.
+            optimizer. An update that underflows to zero where it is served counts as zero.
+        negative: No adapter has a negative scaling. If one has: it is subtracted, which no training does; correct
+            lora_alpha.
         missing: Every layer of the baseline has a result. If not: measure all layers.
         unused_rank: Every direction of the rank is used. If not: a smaller rank is the same adapter at less cost.
         spike: No direction dominates an update, and none is larger than its base weight. If one does: training diverged
@@ -359,6 +361,7 @@ class Checks(PolicyTable):
     complete: Level = "error"
     base: Level = "error"
     dead: Level = "error"
+    negative: Level = "error"
     missing: Level = "error"
     unused_rank: Level = "warning"
     spike: Level = "warning"
@@ -555,6 +558,24 @@ def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]
     return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])
 
 
+def find_policy(name: str) -> Policy:
+    """Return a built-in policy, or that of a file, which is written as a path: with a folder, or ending in ``.toml``.
+
+    So no file in the current folder, such as one that a pull request adds, stands for a built-in policy.
+
+    Raises:
+        UsageError: The name is neither; or as ``read_policy``.
+    """
+    if name in READY:
+        return ready_policy(name)
+    if Path(name).name == name and not name.endswith(".toml"):
+        raise UsageError(
+            f"{name}: is no built-in policy ({', '.join(READY)}); give the path of a policy file, such as ./{name}, in "
+            "the order: loradiag gate POLICY RESULTS..."
+        )
+    return read_policy(name)
+
+
 def ready_policy(name: str) -> Policy:
     """Return a built-in policy.
 
@@ -566,10 +587,7 @@ def ready_policy(name: str) -> Policy:
         'Is this adapter sound?'
     """
     if name not in READY:
-        raise UsageError(
-            f"--policy {name}: unknown; give one of {', '.join(READY)}, or a policy file without --policy: loradiag "
-            f"gate {name} RESULTS"
-        )
+        raise UsageError(f"{name}: is no built-in policy; give one of {', '.join(READY)}")
     return read_policy(name, read_text(f"{name}.toml")).model_copy(update={"ready": True})
 
 

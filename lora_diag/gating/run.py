@@ -17,7 +17,7 @@ from lora_diag.gating import GateOptions
 from lora_diag.gating.checks import compare_inputs
 from lora_diag.gating.conditions import KINDS, RecordField, find
 from lora_diag.gating.judge import judge
-from lora_diag.gating.policy import READY, SPIKE, Policy, read_age, read_policy, read_text
+from lora_diag.gating.policy import READY, SPIKE, Policy, find_policy, read_age, read_policy, read_text
 from lora_diag.gating.record import Verdict, outcome
 from lora_diag.gating.sources import (
     Baseline,
@@ -47,7 +47,8 @@ def gate(
     """Judge results by a policy.
 
     Args:
-        policy: A policy file, or a policy.
+        policy: A policy, the name of a built-in one, or a policy file; a text with neither a folder nor the suffix
+            ``.toml`` is a name.
         results: Results files, or results in memory.
         baseline: Results files of earlier runs to compare with; by default those that the policy names.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
@@ -83,7 +84,9 @@ def gate(
         raise UsageError("--ratchet: give the file to tighten with --baseline, once")
     if ratchet:
         check_output(Path(baseline[0]), RESULTS, overwrite=True)  # its content is checked when it is read
-    rules = policy if isinstance(policy, Policy) else read_policy(policy)
+    rules = policy
+    if not isinstance(rules, Policy):
+        rules = find_policy(rules) if isinstance(rules, str) else read_policy(rules)
     if baseline and not rules.regressions:
         raise UsageError(
             f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; add one, or remove "

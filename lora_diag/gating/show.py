@@ -145,7 +145,7 @@ def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
         Column("rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"),
         Column("record", () if is_whole else groups, "left", drop=1),
         Column("measured", tuple(map(format_measured, shown))),
-        Column("allowed", tuple(textwrap.fill(safe(text), max(8, width // 4)) for text in conditions), "left"),
+        Column("allowed", tuple(Text(textwrap.fill(safe(text), max(8, width // 4))) for text in conditions), "left"),
     ]
     names = [
         short(one.layer) if one.layer else (is_whole and group) or "all layers"

@@ -45,6 +45,7 @@ FEATURE = Feature(
             hints=(Hint("plan {base}", "parameters and memory of each rank"),),
             suggest=".show:suggest_next",
             exit_code=".show:exit_code",
+            annotations=".show:annotations",
         ),
     ),
     records=(".record:Finding", ".record:StepShare"),

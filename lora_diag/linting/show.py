@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -50,9 +49,7 @@ def exit_code(results: Results[Any]) -> int:
     return GATE_FAILED if outcome(as_verdicts(results).whole) == "failed" else DONE
 
 
-def lint_table(
-    results: Results[Any], width: int = 80, color: bool = False, next_command: str | None = None, github: bool = False
-) -> str:
+def lint_table(results: Results[Any], width: int = 80, color: bool = False, next_command: str | None = None) -> str:
     """Return the findings for a terminal, with moved entries by module type if that is verbose.
 
     Args:
@@ -60,15 +57,15 @@ def lint_table(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
         next_command: The suggested next command, printed last; None without one.
-        github: Whether to add annotations of GitHub Actions.
     """
     rows = [(share.name, [share]) for share in results.whole_of(StepShare)] if is_verbose() else []
     grids = [grid_of(StepShare.shown, rows, "module type")] if rows else []
-    text = grids_table(grids, lint_lines(results), width, color, next_command)
-    if not github:
-        return text
-    token = secrets.token_hex(16)  # what a file holds may look like a workflow command; GitHub executes none in between
-    return "\n".join([f"::stop-commands::{token}", text, f"::{token}::", *workflow_commands(as_verdicts(results))])
+    return grids_table(grids, lint_lines(results), width, color, next_command)
+
+
+def annotations(results: Results[Any]) -> list[str]:
+    """Return annotations of GitHub Actions, as of a gate."""
+    return workflow_commands(as_verdicts(results))
 
 
 def as_verdicts(results: Results[Any]) -> Results[Any]:

@@ -197,7 +197,7 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         kind = KINDS.get(name, None if strict else _UndefinedRecord)
         if kind is None or not issubclass(kind, _IN_FILES):
             problem = f"line {number} is not a record: unknown kind {name!r}"
-            raise damaged(path, problem, "install the package that defines it")
+            raise damaged(path, problem, "install the package that defines it (gate: --plugins)")
         record: Any = kind.model_validate(content)
         return record  # type: ignore[no-any-return]  # _IN_FILES are the members of AnyRecord
     except ValidationError as error:

@@ -169,11 +169,13 @@ def make_statement(
 ) -> Statement:
     """Return a statement with several lines, without empty ones; ``summarize`` omits a statement without any.
 
+    Unprintable characters are escaped, line ends too.
+
     >>> make_statement("reach", "Reach", "0.4 of ‖G‖", "0.2 for a fresh adapter").details
     ('0.2 for a fresh adapter',)
     """
-    lead, *details = [part for line in lines if line for part in line.split("\n")] or [""]
-    return Statement(key, label, lead, tuple(details), level, answer, scoped, priority)
+    lead, *details = [safe(line) for line in lines if line] or [""]
+    return Statement(key, safe(label), lead, tuple(details), level, safe(answer), scoped, priority)
 
 
 def find(statements: Iterable[Statement], key: str) -> Statement | None:
@@ -233,6 +235,7 @@ def describe_resolution(
     verdicts: Iterable[str],
     yes: str,
     otherwise: str,
+    *details: str,
     noun: str = "matrix",
     owner: str = "",
     marks: Mapping[str, str] | None = None,
@@ -243,6 +246,7 @@ def describe_resolution(
         verdicts: ``Resolution.verdict`` of each matrix.
         yes: The statement if all are resolved.
         otherwise: What it means for those that are not.
+        details: Further lines where some are not.
         noun: What was judged.
         owner: Addition to the noun, such as `` of TUNED``.
         marks: Marks of the verdicts in the command's table; None without marks.
@@ -250,9 +254,10 @@ def describe_resolution(
     judged = list(verdicts)
     texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
     unclear = list_counts(judged, texts)
-    text = f"{' and '.join(unclear)} of {quantity(len(judged), noun)}{owner}; {otherwise}" if unclear else yes
-    level: Level = "warning" if unclear else "note"
-    return make_statement("resolved", "Resolution", text, level=level, priority=2)
+    if not unclear:
+        return make_statement("resolved", "Resolution", yes, priority=2)
+    text = f"{' and '.join(unclear)} of {quantity(len(judged), noun)}{owner}; {otherwise}"
+    return make_statement("resolved", "Resolution", text, *details, level="warning", priority=2)
 
 
 def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:

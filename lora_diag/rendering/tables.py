@@ -19,7 +19,7 @@ from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Statement, is_verbose, summary_of
-from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, short, to_text, written
+from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, safe_lines, short, to_text, written
 
 # Terminal width from which tables show longer names and more details.
 WIDE = 120
@@ -37,7 +37,7 @@ class Column:
 
     Args:
         title: Its heading.
-        cells: Cells from the first row to the last.
+        cells: Cells from the first row to the last. Unprintable characters are escaped; only a ``Text`` has line ends.
         justify: Alignment of the cells.
         drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the last column; 0 for
             never.
@@ -49,6 +49,10 @@ class Column:
     justify: Literal["left", "right"] = "right"
     drop: int = 0
     detail: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", safe(self.title))
+        object.__setattr__(self, "cells", tuple(map(_make_printable, self.cells)))
 
     @property
     def width(self) -> int:
@@ -62,7 +66,7 @@ class Grid:
     """A table, independent of the output format.
 
     Args:
-        caption: Caption; may be empty.
+        caption: Caption; may be empty. In all texts, unprintable characters are escaped.
         title: Title of the column of names.
         names: One per row.
         columns: The others.
@@ -78,6 +82,11 @@ class Grid:
     about: str = ""
     most: int | None = None
     detail: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("caption", "title", "about"):
+            object.__setattr__(self, name, safe(getattr(self, name)))
+        object.__setattr__(self, "names", tuple(map(safe, self.names)))
 
     def render(self, width: int) -> list[RenderableType]:
         """Return caption, table and number of other rows for a terminal of a given width; details only with ``-v``."""
@@ -279,6 +288,13 @@ def grids_table(
     """
     tables = [part for grid in grids for part in grid.render(width)]
     return to_text(Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color)
+
+
+def _make_printable(cell: str | Text) -> str | Text:
+    """Return a cell with its unprintable characters escaped."""
+    if isinstance(cell, str):
+        return safe(cell)
+    return Text(safe_lines(cell.plain), style=cell.style)
 
 
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:

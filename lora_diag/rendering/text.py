@@ -12,6 +12,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lora_diag.errors import safe as safe
+from lora_diag.errors import safe_lines as safe_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -54,11 +55,15 @@ SHADES = (
 
 
 def to_text(renderable: RenderableType, width: int, color: bool) -> str:
-    """Return the text as shown by a terminal of ``width`` columns, with ANSI colours if ``color``."""
+    """Return the text as shown by a terminal of ``width`` columns, with ANSI colours if ``color``.
+
+    The only control characters are line ends and these colours, whatever the texts contain.
+    """
     from rich.console import Console  # deferred: a third of the time of --help
+    from rich.segment import Segment, Segments
 
     buffer = io.StringIO()
-    Console(
+    console = Console(
         file=buffer,
         width=width,
         force_terminal=color,
@@ -67,7 +72,9 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
         markup=False,
         emoji=False,
         legacy_windows=False,
-    ).print(renderable)
+    )
+    segments = [Segment(safe_lines(segment.text), segment.style) for segment in console.render(renderable)]
+    console.print(Segments(segments), crop=False)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
 

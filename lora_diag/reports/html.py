@@ -29,7 +29,7 @@ from lora_diag.metrics.energy import curve_at, thinned_ranks
 from lora_diag.records.names import depth_of
 from lora_diag.records.run import timestamp
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, metric_of
-from lora_diag.rendering.text import plain, safe, select_evenly, short
+from lora_diag.rendering.text import plain, safe, safe_lines, select_evenly, short
 from lora_diag.reports.evidence import Evidence, Source, format_minute
 from lora_diag.reports.fields import Field, fields_of, layers_of
 from lora_diag.reports.subject import (
@@ -117,12 +117,13 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_make_printable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.filters |= {"safe_text": safe, "short": short, "cell": plain}
+    templates.filters |= {"short": short, "cell": plain}
     # Plain JSON: the filter of Jinja2 escapes it for a script element.
-    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":"), "ensure_ascii": False}
+    templates.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     layers = layers_of(evidence)
     columns = fields_of(evidence, layers)
     if not any(column.is_number for column in columns):
@@ -153,6 +154,12 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         data=data,
         plotly=_pack_script(get_plotlyjs) if layers else "",
     )
+
+
+def _make_printable(value: Any) -> Any:
+    """Return a value of the page with the unprintable characters of a text escaped, except line ends."""
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return safe_lines(value) if is_text else value
 
 
 def _list_parts(

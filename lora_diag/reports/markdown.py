@@ -12,7 +12,7 @@ from lora_diag.gating.show import verdict_grid
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.html import escape_markdown
 from lora_diag.rendering.tables import Grid
-from lora_diag.rendering.text import crop, plain, safe, short
+from lora_diag.rendering.text import crop, plain, safe, safe_lines, short
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import fields_of, layers_of
 from lora_diag.reports.subject import (
@@ -46,7 +46,7 @@ def markdown_report(evidence: Evidence) -> str:
         *_make_gate(evidence),
         _list_runs(evidence),
     ]
-    return _join_fitting([part for part in parts if part])
+    return safe_lines(_join_fitting([part for part in parts if part]))
 
 
 def _join_fitting(parts: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import save_model
 from tests.served import PREPARE, PROGRAM, ROOT
@@ -204,6 +204,78 @@ def test_action_measures_despite_committed_results(shell, repository):
     assert (code, result["verdict"]) == (1, "failed")
     forge(committed)
     assert gitlab(shell, POLICY="gates/adapter.toml") == 1
+
+
+LAX = '[checks]\nspike = "off"\n[[rule]]\nname = "overwritten"\nrequire = "relative <= 1000"\n'
+
+
+@pytest.mark.parametrize("policy", ["", "adapter-basic"])
+def test_committed_file_is_no_built_in_policy(shell, repository, policy):
+    """A file of the checkout with the name of a built-in policy, and lax rules."""
+    config = repository / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 320}))
+    (repository / "adapter-basic").write_text(LAX)
+    code, result = action(shell, repository, POLICY=policy)
+    assert (code, result["verdict"]) == (1, "failed")
+    assert gitlab(shell, POLICY=policy) == 1
+    results = result["results"]
+    assert shell(f"loradiag gate adapter-basic {results} --for adapter") == 1
+    assert shell(f"loradiag gate --policy adapter-basic --for adapter {results}") == 1
+
+
+@pytest.mark.parametrize("policy", ["./adapter-basic", "gates/merge", "lax.toml"])
+def test_policy_of_path_is_a_file(shell, repository, policy):
+    (repository / policy).write_text(LAX.replace("1000", "1e-9"))
+    code, result = action(shell, repository, POLICY=policy)
+    assert (code, result["verdict"]) == (1, "failed")
+    assert gitlab(shell, POLICY=policy) == 1
+
+
+def test_file_without_folder_or_suffix_is_no_policy(shell, repository):
+    (repository / "lax").write_text(LAX)
+    code, result = action(shell, repository, POLICY="lax")
+    assert (code, result["verdict"]) == (2, "error")
+    assert gitlab(shell, POLICY="lax") == 2
+
+
+@pytest.mark.parametrize(
+    ("link", "folder"),
+    [
+        *(("loradiag", "loradiag"), ("loradiag", "loradiag//"), ("loradiag", "./loradiag/."), ("out", "out/a/b")),
+        ("gates/out", "gates/out/x"),
+    ],
+)
+def test_action_writes_through_no_committed_link(shell, repository, tmp_path, link, folder):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (repository / link).symlink_to(outside)
+    for name in (folder, f"{repository}/{folder}"):
+        code, result = action(shell, repository, FOLDER=name, CONFIG="adapter")
+        assert (code, result["verdict"], result["folder"]) == (2, "error", "")
+    if link == "loradiag":
+        assert gitlab(shell, POLICY="adapter-basic") == 2
+    assert not any(outside.iterdir())
+
+
+def test_action_writes_below_link_outside_checkout(shell, repository, tmp_path):
+    """Folders of a runner may be links, such as /tmp of macOS."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    code, result = action(shell, repository, FOLDER=str(tmp_path / "link" / "out"))
+    assert (code, result["verdict"]) == (0, "passed")
+    assert (tmp_path / "real" / "out" / "gate.xml").is_file()
+
+
+def test_action_carries_no_command_of_a_tensor_name(shell, repository, capfd):
+    weights = load_file(repository / "adapter" / "adapter_model.safetensors")
+    weights["base_model.model.##[set-output name=verdict;]passed.lora_A.weight"] = next(iter(weights.values())).clone()
+    save_file(weights, repository / "adapter" / "adapter_model.safetensors")
+    capfd.readouterr()
+    code, result = action(shell, repository, GITHUB_ACTIONS="true")
+    printed = "".join(capfd.readouterr())
+    assert (code, result["verdict"]) == (3, "error")
+    assert "set-output" in printed
+    assert "##[" not in printed
 
 
 def forge(results) -> None:

@@ -88,7 +88,7 @@ def _make_costs_grid(plan: Plan) -> Grid:
 def _make_statements(plan: Plan) -> Iterator[Statement]:
     matrices = sum(row.matrices for row in plan.types if row.targeted)
     if plan.fit is not None:
-        yield make_statement("budget", "Budget", _describe_fit(plan, plan.fit), priority=0)
+        yield make_statement("budget", "Budget", *_describe_fit(plan, plan.fit), priority=0)
     if too_large := next((row.rank for row in plan.ranks if row.rho >= 1), None):
         text = f"r={too_large} has more parameters than the matrices themselves: LoRA saves nothing"
         yield make_statement("note", "Note", text)
@@ -126,14 +126,16 @@ def _describe_capacity(capacity: PlanCapacity) -> Iterator[Statement]:
     yield make_statement("rate", "Learning rate", rate)
 
 
-def _describe_fit(plan: Plan, fit: PlanFit) -> str:
+def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
     """State the largest rank within the budget, and when full fine-tuning of the matrices costs no more."""
     asked = safe(fit.asked)
     if fit.rank == 0:
-        return f"{asked}: too small for r=1, which takes {plan.per_rank:,} parameters"
-    text = f"{asked}: {fit.budget:,} parameters allow r ≤ {fit.rank} everywhere: {fit.spent:,} used, {fit.left:,} left"
+        return [f"{asked}: too small for r=1, which takes {plan.per_rank:,} parameters"]
+    lines = [
+        f"{asked}: {fit.budget:,} parameters allow r ≤ {fit.rank} everywhere: {fit.spent:,} used, {fit.left:,} left"
+    ]
     if fit.rank == fit.full_rank:
-        text += "\nthat is full rank: a larger budget has no effect"
+        lines.append("that is full rank: a larger budget has no effect")
     if fit.spent >= plan.targeted:
-        text += f"\nthat saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}"
-    return text
+        lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")
+    return lines

@@ -119,7 +119,7 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
             [record.resolution.verdict for record in unions if record.fro > 0],
             "yes: rounding plays no part in the sums",
             "overlaps there may be those of the files' rounding",
-            "sum",
+            noun="sum",
         ),
     )
 

@@ -239,7 +239,7 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     statement = describe_resolution(
         verdicts,
         f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with most",
-        f"{source} is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}\n"
+        f"{source} is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}",
         f"ranks beyond the signal rank count noise; {remedy}, or measure the adapter instead of its merge",
         marks=NOISE_MARKS,
     )

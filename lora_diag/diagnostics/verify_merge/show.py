@@ -78,7 +78,7 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
             make_statement("correct", "Correctness", _describe_correctness(results), level=level, priority=0),
             *_describe_faults(results),
             make_statement("rounding", "Rounding", _describe_rounding(results)),
-            make_statement("lost", "Lost update", _describe_weakened(results), level="warning"),
+            make_statement("lost", "Lost update", *_describe_weakened(results), level="warning"),
         ]
     skipped = left_out(results)
     return summarize(
@@ -161,13 +161,13 @@ def _format_kept(share: float) -> str:
     return f"{share:.2%}" if 0.99 < share < 1.01 else percent(share)
 
 
-def _describe_weakened(results: Results[Merge]) -> str:
+def _describe_weakened(results: Results[Merge]) -> tuple[str, ...]:
     """State the layers in which rounding removed much of the update or added much noise; empty without any."""
     weak = [record for kept, record in _list_correct(results) if kept < WEAK_RETENTION or (record.residual or 0.0) > 1]
     if not weak:
-        return ""
+        return ()
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
-        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}\n"
-        "the dtype is too coarse for this adapter: serve it unmerged, or merge into float32"
+        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}",
+        "the dtype is too coarse for this adapter: serve it unmerged, or merge into float32",
     )

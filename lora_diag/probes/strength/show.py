@@ -46,8 +46,8 @@ def strength_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the strength to use, or the parts that hurt; and what it costs on other texts."""
     records, choices = results.whole_of(Strength), results.whole_of(StrengthChoice)
     has_parts, settings = any(record.part is not None for record in records), results.run.settings
-    answer = _answer_parts(records) if has_parts else "\n".join(map(_answer, choices))
-    statements = [make_statement("strength", "Strength", answer, priority=0)]
+    answers = [_answer_parts(records)] if has_parts else list(map(_answer, choices))
+    statements = [make_statement("strength", "Strength", *answers, priority=0)]
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
         lines = _describe_parts(of_set) if has_parts else _describe_cost(of_set, choices)

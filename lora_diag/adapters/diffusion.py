@@ -14,7 +14,6 @@ Reference: kohya-ss/sd-scripts ``networks/lora.py``; KohakuBlueleaf/LyCORIS ``ly
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import replace
@@ -29,6 +28,7 @@ from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
 from lora_diag.adapters.updates import Family, Reading, Site, Update, flatten_shape, format_ranks, read
 from lora_diag.checkpoints import Checkpoint
+from lora_diag.checkpoints.documents import loads
 from lora_diag.errors import damaged
 
 if TYPE_CHECKING:
@@ -232,7 +232,7 @@ def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scalin
     """Return the scaling of each given module for whose component of the pipeline the metadata have settings."""
     where = f"{METADATA} in the file's metadata"
     try:
-        settings = json.loads(source.metadata.get(METADATA, "{}"))
+        settings = loads(source.metadata.get(METADATA, "{}"))
     except (ValueError, RecursionError) as error:
         raise damaged(source.path, f"{where} is not valid JSON ({error})") from error
     if not isinstance(settings, dict):

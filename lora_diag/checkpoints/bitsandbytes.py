@@ -14,13 +14,13 @@ those written by ``QuantState.as_dict(packed=True)`` and ``Linear8bitLt``.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.packing import damaged_tensor, gaps
 from lora_diag.checkpoints.scaled import ScaledWeight, grid_of
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, WIDTH, Checkpoint, TensorInfo
@@ -223,7 +223,7 @@ def _read_state(source: Checkpoint, name: str) -> dict[str, Any]:
     try:
         if source[name].numel > MAX_STATE_BYTES:
             raise ValueError(f"it has {source[name].numel:,} entries")
-        state = json.loads(source.read_bytes(name))
+        state = loads(source.read_bytes(name))
         if not isinstance(state, dict):
             raise ValueError(f"it holds a {type(state).__name__}")
     except (ValueError, RecursionError) as error:

@@ -19,7 +19,6 @@ Reference: ``torch.distributed.checkpoint.metadata``, ``.filesystem`` and ``.pla
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -30,7 +29,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from lora_diag.checkpoints.documents import is_plain_name
+from lora_diag.checkpoints.documents import is_plain_name, loads
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Record, attribute, describe, load
 from lora_diag.checkpoints.parts import MAX_DIMENSIONS, WRAPPERS, Archive, Box, Boxes, PartsFolder, are_sizes
@@ -140,7 +139,7 @@ class PiecesFolder(PartsFolder):
 def _read_offsets(file: SafetensorsFile) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the name and the first index of each piece in a file."""
     try:
-        info: Any = json.loads(file.metadata[PIECES_INFO])
+        info: Any = loads(file.metadata[PIECES_INFO])
     except (KeyError, ValueError, RecursionError) as error:
         raise damaged(file.path, f"{PIECES_INFO} is missing from the header or invalid") from error
     for name, tensor in file.tensors.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -19,23 +20,31 @@ MAX_INDEX_BYTES = 100_000_000
 QUANTIZE_CONFIG = "quantize_config.json"
 
 
-def loads(content: bytes, build_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
-    r"""Return the value of JSON; refuse a lone surrogate (``\ud800``), which results and adapters cannot hold.
+def loads(content: bytes | str) -> Any:
+    r"""Return the value of JSON in which no object has a key twice.
 
-    Args:
-        content: The JSON.
-        build_object: Builds an object from its pairs; None for a dictionary.
+    Readers differ in which of two values they take. A lone surrogate (``\ud800``), which results and adapters cannot
+    hold, is refused, too.
 
     Raises:
-        ValueError: The content is not JSON, has a lone surrogate, or ``build_object`` refuses an object.
+        ValueError: The content is not JSON, or refused.
         RecursionError: The content is nested too deeply.
     """
     # json.loads would decode bytes of a lone surrogate.
-    text = content.decode(json.detect_encoding(content))
-    value = json.loads(text, object_pairs_hook=build_object)
+    text = content if isinstance(content, str) else content.decode(json.detect_encoding(content))
+    value = json.loads(text, object_pairs_hook=_build_object)
     if "\\ud" in text.lower():
         json.dumps(value, ensure_ascii=False).encode()
     return value
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the dictionary of these pairs; raise ValueError if a key repeats."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        repeated, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"{repeated!r} appears twice")
+    return entries
 
 
 def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
@@ -47,7 +56,8 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
         limit: Maximum size in bytes.
 
     Raises:
-        InputError: The file is missing, too large, cannot be read, is not JSON, or does not hold an object.
+        InputError: The file is missing, too large, cannot be read, is not JSON, does not hold an object, or has a key
+            twice.
     """
     try:
         if path.stat().st_size > limit:

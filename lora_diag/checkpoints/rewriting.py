@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lora_diag.checkpoints.documents import loads
 from lora_diag.checkpoints.folder import open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
@@ -44,7 +45,7 @@ def read_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the recipe of a merge from the metadata of its file; empty without one, or with one that is damaged."""
     for file in checkpoint.files:
         try:
-            recipe = json.loads(file.metadata.get(RECIPE, "null"))
+            recipe = loads(file.metadata.get(RECIPE, "null"))
         except ValueError:
             continue
         if isinstance(recipe, dict) and isinstance(recipe.get("updates"), list):

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,22 +158,13 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     try:
-        header = loads(raw, _refuse_duplicates)
+        header = loads(raw)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
     if not isinstance(header, dict):
         problem = f"the safetensors header is a {type(header).__name__}, not an object"
         raise damaged(path, problem, "copy or download it again")
     return header, 8 + length, size - 8 - length
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the dictionary of these JSON pairs; raise ValueError if a name repeats."""
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        repeated, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"{repeated!r} appears twice")
-    return entries
 
 
 def _parse_tensors(

@@ -18,6 +18,7 @@ from itertools import zip_longest
 from pathlib import Path, PurePath
 from typing import Any
 
+from lora_diag.checkpoints.documents import loads
 from lora_diag.errors import InputError, UsageError, damaged
 from lora_diag.models.opening import Model
 
@@ -175,7 +176,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         InputError: The file cannot be read, or is not JSON.
     """
     try:
-        document = json.loads(path.read_text())
+        document = loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
     return document if isinstance(document, dict) else {}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lora_diag.adapters import diffusion, gguf, lora, lycoris, mlx, peft
+from lora_diag.adapters.patterns import Scale, compute_scale
 from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import (
     ADAPTER_WEIGHTS,
@@ -93,6 +95,18 @@ class Adapter:
             if not value.is_copy:
                 changed.append(AdaptedWeight(layer=value.weight, shape=info.shape, form="value", dtype=info.dtype))
         return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
+
+    def scaling(self) -> tuple[float, float] | None:
+        """Return the smallest and the largest scaling of the updates, reading α where it is stored; None without any.
+
+        Raises:
+            InputError: The file could not be read.
+        """
+        scales = [update.scale for update in self.reading.updates if update.scale is not None]
+        stored = {update.alpha: update.rank for update in self.reading.updates if update.alpha}
+        scales += [compute_scale(self.checkpoint, Scale(1.0, alpha, rank or 1)) for alpha, rank in stored.items()]
+        finite = list(filter(math.isfinite, scales))
+        return (min(finite), max(finite)) if finite else None
 
     def warnings(self) -> tuple[str, ...]:
         """Return warnings on a large rank and on updates that are zero; read the tensors that are initialized to zero.

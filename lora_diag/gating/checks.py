@@ -28,6 +28,10 @@ from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, finger
 # smallest singular values of a product of float32 factors.
 UNUSED = 1e-6
 
+# Largest ‖BA‖_F with which no entry of BA is a normal number of the dtype that computes it: float32, or float16 if the
+# factors are stored in it, of which entries below half its smallest number are rounded to zero.
+UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-25}
+
 # Maximum difference between the clocks of the machines that measure and judge.
 MAX_CLOCK_DIFFERENCE = timedelta(days=1)
 
@@ -66,11 +70,13 @@ Check = Callable[[Policy, Sources, Sources], Iterator[Alarm]]
 def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Verdict]:
     """Yield the verdicts of all enabled built-in checks but ``inputs``: one if there is no alarm, else one per alarm.
 
-    The check ``missing`` yields none without a baseline.
+    The check ``missing`` yields none without a baseline, and ``negative`` none without the scaling of an adapter.
     """
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
         if severity == "off" or (name == "missing" and not baseline):
+            continue
+        if name == "negative" and not any(map(_list_scalings, sources)):
             continue
         alarms = list(check(policy, sources, baseline))
         found: Status = "failed" if severity == "error" else "warned"
@@ -183,22 +189,60 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
     """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
     for source in sources:
         spectra = _select_records([source], *_SPECTRUM_FIELDS)
-        unchanged = [r for r in spectra if (r.fro if r.weights_fro is None else r.weights_fro) == 0]
+        norms = [record.fro if record.weights_fro is None else record.weights_fro for record in spectra]
         if _is_of_adapter(source):
-            text = "the adapter changes nothing here: it was not trained, or not saved"
-            yield from (Alarm(text, record.layer, 0.0) for record in unchanged)
-        elif spectra and len(unchanged) == len(spectra):
+            for record, norm in zip(spectra, norms, strict=True):
+                if text := _explain_dead(norm, record.dtypes[1], _find_least_scale(source)):
+                    yield Alarm(text, record.layer, norm)
+        elif spectra and not any(norms):
             yield Alarm("nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?", None, 0.0)
     has_update: dict[str, bool] = {}
     for residual in _select_records(sources, "role", "adapter", "adapter_fro", "rank"):
         if residual.role == "adapter":
-            has_update[residual.adapter] = has_update.get(residual.adapter, False) or residual.adapter_fro > 0
-            if residual.rank and residual.adapter_fro == 0:
-                text = f"the adapter {residual.adapter} changes nothing here: it was not trained"
-                yield Alarm(text, residual.layer, 0.0)
+            text = _explain_dead(residual.adapter_fro)
+            has_update[residual.adapter] = has_update.get(residual.adapter, False) or not text
+            if residual.rank and text:
+                yield Alarm(f"{residual.adapter}: {text}", residual.layer, residual.adapter_fro)
     for adapter, has_changes in has_update.items():
         if not has_changes:
             yield Alarm(f"the adapter {adapter} changes nothing at all", None, 0.0)
+
+
+def _explain_dead(norm: float, dtype: str = "float32", scale: float = 1.0) -> str:
+    """Return why an update has no effect where it is served; empty if it has one.
+
+    Args:
+        norm: ‖ΔW‖_F = ‖s·BA‖_F.
+        dtype: Dtype of the factors.
+        scale: The least |s| that it may have, 1 or more.
+    """
+    if norm == 0:
+        return "the adapter changes nothing here: it was not trained, or not saved"
+    computed = dtype if dtype in UNDERFLOW else "float32"
+    if norm / scale >= UNDERFLOW[computed]:
+        return ""
+    return f"the adapter changes nothing here: the product of its factors underflows to zero in {computed}"
+
+
+def _list_scalings(source: ResultsSource) -> list[tuple[str, tuple[float, float]]]:
+    """Return the path and the smallest and largest scaling of each adapter of results whose scaling is known."""
+    inputs = (item for item in source.results.run.inputs if item.role == "adapter")
+    return [(item.path, item.scaling) for item in inputs if item.scaling is not None]
+
+
+def _find_least_scale(source: ResultsSource) -> float:
+    """Return the least |s| of the adapters of results, or 1 if that is larger or not known."""
+    scales = [0.0 if least < 0 < most else min(abs(least), abs(most)) for _, (least, most) in _list_scalings(source)]
+    return max(1.0, min(scales, default=1.0))
+
+
+def _check_negative(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each adapter with a negative scaling."""
+    for source in sources:
+        for path, (least, _) in _list_scalings(source):
+            if least < 0:
+                text = f"{path}: a negative scaling subtracts the adapter from BASE: correct lora_alpha (alpha_pattern)"
+                yield Alarm(text, None, least)
 
 
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -263,6 +307,7 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "complete": ("factors for every target", _check_complete),
     "base": ("the base that the adapter names", _check_base),
     "dead": ("the update is not zero", _check_dead_layers),
+    "negative": ("no negative scaling", _check_negative),
     "missing": ("every layer of the baseline", _check_missing),
     "unused_rank": ("every direction of the rank is used", _check_unused_rank),
     "spike": ("no direction dominates", _check_spikes),

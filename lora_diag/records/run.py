@@ -58,6 +58,7 @@ class RunInput(Record):
             in its config.
         targets: Number of weights of BASE that an adapter's config targets; null if unknown.
         lacking: Targeted weights that the adapter's file does not contain.
+        scaling: Smallest and largest scaling s of an adapter's updates, such as α/r; null if unknown.
     """
 
     role: str
@@ -71,6 +72,7 @@ class RunInput(Record):
     names: tuple[str, ...] = ()
     targets: Count | None = None
     lacking: tuple[str, ...] = ()
+    scaling: tuple[float, float] | None = None
 
 
 class Run(Record):

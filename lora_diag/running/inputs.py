@@ -336,6 +336,7 @@ def describe_adapter(
         names=(legible(base_name),) if base_name else (),
         targets=targets[0] if targets is not None else None,
         lacking=tuple(map(legible, targets[1])) if targets is not None else (),
+        scaling=adapter.scaling(),
     )
 
 

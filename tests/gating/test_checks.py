@@ -4,7 +4,7 @@ import pytest
 
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError
-from tests.gating.making import ADAPTER, LAYERS, judge, left_out, residual, spectrum, write
+from tests.gating.making import ADAPTER, LAYERS, judge, left_out, lines, residual, sealed, spectrum, write
 from tests.messages import raises_naming
 
 
@@ -52,6 +52,50 @@ def test_each_fault_is_found_by_its_check_alone(tmp_path, name, record, lost, in
     if name not in {"non_finite", "finished"}:
         assert found(path, f'[checks]\n{name} = "off"') == ("passed", [])
         assert found(path, f'[checks]\n{name} = "error"')[0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("s", "dtypes", "scaling", "is_dead"),
+    [
+        ((1e-39, 1e-39), ("float32", "float32"), (2.0, 2.0), True),
+        ((1e-39, 0.0), ("bfloat16", "bfloat16"), None, True),
+        ((1e-39, 0.0), ("float32", "float64"), None, True),
+        ((2e-38, 0.0), ("float32", "float32"), (1.0, 1.0), False),
+        ((2e-38, 0.0), ("float32", "float32"), (0.5, 0.5), False),
+        ((1e-30, 0.0), ("float32", "float32"), (1e20, 1e20), True),
+        ((1e-30, 0.0), ("float32", "float32"), (1.0, 1e20), False),
+        ((2e-8, 1e-8), ("float32", "float16"), None, True),
+        ((2e-8, 1e-8), ("float16", "float32"), None, False),
+        ((4e-8, 1e-8), ("float16", "float16"), None, False),
+    ],
+)
+def test_dead_counts_products_that_underflow(tmp_path, s, dtypes, scaling, is_dead):
+    """Entries are at most ‖BA‖; float32 has normal numbers from 2^-126, float16 numbers that round to zero to 2^-25."""
+    records = lines([spectrum("x.weight", s=s, dtypes=list(dtypes))], inputs=ADAPTER)
+    records[0]["inputs"][1]["scaling"] = scaling
+    (tmp_path / "r.jsonl").write_text(sealed(records))
+    _, verdicts = judge("[checks]\n", tmp_path / "r.jsonl")
+    (dead,) = [verdict for verdict in verdicts if verdict.rule == "dead"]
+    assert dead.status == ("failed" if is_dead else "passed")
+    assert ("underflows" in dead.message) == is_dead
+
+
+def test_dead_residual_counts_underflow(tmp_path):
+    dead = residual(LAYERS[1], "a", 1.0, adapter_fro=1e-84)
+    wanted = ("failed", [("dead", LAYERS[1], "failed")])
+    assert found(write(tmp_path / "r.jsonl", [residual(LAYERS[0], "a", 0.5), dead], inputs=ADAPTER)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("scaling", "status"), [((-2.0, -2.0), "failed"), ((-2.0, 1.0), "failed"), ((0.5, 2.0), "passed"), (None, None)]
+)
+def test_negative_scaling_fails(tmp_path, scaling, status):
+    records = lines([spectrum("x.weight", method="factored")], inputs=ADAPTER)
+    records[0]["inputs"][1]["scaling"] = scaling
+    (tmp_path / "r.jsonl").write_text(sealed(records))
+    outcome, verdicts = judge("[checks]\n", tmp_path / "r.jsonl")
+    assert outcome == (status or "passed")
+    assert [verdict.status for verdict in verdicts if verdict.rule == "negative"] == ([status] if status else [])
 
 
 def test_dead_adapter_among_residuals_is_found(tmp_path):

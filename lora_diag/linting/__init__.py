@@ -45,7 +45,7 @@ FEATURE = Feature(
             hints=(Hint("plan {base}", "parameters and memory of each rank"),),
             suggest=".show:suggest_next",
             exit_code=".show:exit_code",
-            annotations=".show:annotations",
+            annotations=".show:list_annotations",
         ),
     ),
     records=(".record:Finding", ".record:StepShare"),

@@ -63,7 +63,7 @@ def lint_table(results: Results[Any], width: int = 80, color: bool = False, next
     return grids_table(grids, lint_lines(results), width, color, next_command)
 
 
-def annotations(results: Results[Any]) -> list[str]:
+def list_annotations(results: Results[Any]) -> list[str]:
     """Return annotations of GitHub Actions, as of a gate."""
     return workflow_commands(as_verdicts(results))
 

@@ -44,6 +44,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {"r": 16, "lora_alpha": 32},
 }
 
+# Parts of the names of Adams whose state is float32 whatever the weights are: bitsandbytes 0.50, optim/optimizer.py;
+# apex, fused_adam.py; transformers 5, trainer_optimizer.py.
+FLOAT32_STATE = ("32bit", "bitsandbytes", "bnb", "paged", "apex", "anyprecision")
+
 # Setting -> its key in a Trainer's arguments; and the keys of other trainers.
 _KEYS = {
     "lr": "learning_rate",
@@ -72,7 +76,7 @@ class Settings:
         peft: LoRA settings, with the keys of ``adapter_config.json``.
         method: ``lora`` or ``full``, or another one's name; None if it is not given.
         lr: Peak learning rate.
-        optimizer: ``adamw``, ``adamw8bit``, or the trainer's name; None if it is not given.
+        optimizer: A name of ``name_optimizer``; None if it is not given.
         beta2: Adam's β₂.
         dtype: Dtype of the trained weights; ``auto`` for that of BASE; None if unknown.
         steps: Number of steps, if it is fixed; of torchtune, that of an epoch.
@@ -204,13 +208,21 @@ def _read_common(family: str, path: Path, values: Mapping[str, Any], peft: Mappi
 
 
 def name_optimizer(text: str) -> str:
-    """Return ``adamw`` or ``adamw8bit`` for a trainer's name of an Adam; another name in lower case.
+    """Return ``adamw`` for a trainer's name of an Adam; another name in lower case.
 
-    >>> name_optimizer("bitsandbytes.optim.PagedAdamW8bit"), name_optimizer("adamw_torch_fused"), name_optimizer("lion")
-    ('adamw8bit', 'adamw', 'lion')
+    Of bitsandbytes (paged too) and of others with a state of their own dtype: ``adamw8bit``, or ``adamw32bit``.
+
+    >>> name_optimizer("bitsandbytes.optim.PagedAdamW8bit"), name_optimizer("bitsandbytes.optim.PagedAdamW")
+    ('adamw8bit', 'adamw32bit')
+    >>> name_optimizer("adamw_torch_fused"), name_optimizer("adamw_torch_4bit"), name_optimizer("lion")
+    ('adamw', 'adamw_torch_4bit', 'lion')
     """
     name = text.rpartition(".")[2].lower()
-    return ("adamw8bit" if "8bit" in name else "adamw") if "adamw" in name or name == "adam" else name
+    if not re.search(r"adamw|^(paged)?adam(\d+bit)?$", name) or re.search("4bit|fp8|flash", name):
+        return name
+    if "8bit" in name:
+        return "adamw8bit"
+    return "adamw32bit" if any(word in text.lower() for word in FLOAT32_STATE) else "adamw"
 
 
 def _read_peft(path: Path, values: Mapping[str, Any]) -> Settings:

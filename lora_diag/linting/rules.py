@@ -396,7 +396,8 @@ def check_capacity(tokens: int, targeted: Targeted, params: int) -> Iterator[Pro
 @rule("memory", "error")
 def check_memory(gpu_memory: int, base: Checkpoint, params: int, dtype: str, settings: Settings) -> Iterator[Problem]:
     """Find weights, gradients and optimizer state that exceed the GPU's memory; a lower bound."""
-    optimizer = settings.optimizer if settings.optimizer in STATE else "sgd"
+    named = (settings.optimizer or "").removesuffix("32bit")
+    optimizer = named if named in STATE else "sgd"
     trained = math.ceil(params * Training(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param)
     entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries

@@ -15,7 +15,7 @@ from tests.messages import raises_naming
 # Recipe -> family, method, lr, dtype, optimizer, r, alpha, targets; as the trainer's documentation says.
 SAID = {
     "axolotl examples/llama-3/lora-1b.yml": ("axolotl", "lora", 2e-4, "float32", "adamw8bit", 16, 32, SEVEN),
-    "axolotl examples/llama-3/qlora.yml": ("axolotl", "lora", 2e-4, "float32", "adamw", 32, 16, "all-linear"),
+    "axolotl examples/llama-3/qlora.yml": ("axolotl", "lora", 2e-4, "float32", "adamw32bit", 32, 16, "all-linear"),
     "axolotl examples/llama-3/fft-8b.yaml": ("axolotl", "full", 2e-5, "bfloat16", "adamw8bit", None, None, None),
     "LLaMA-Factory examples/train_lora/qwen3_lora_sft.yaml": (
         *("llamafactory", "lora", 1e-4, "float32", None, 8, 16, "all-linear"),
@@ -140,7 +140,22 @@ def test_large_file_is_refused(tmp_path):
         read_settings(path)
 
 
-def test_optimizer_names_are_normalized():
-    assert [name_optimizer(name) for name in ("paged_adamw_8bit", "torch.optim.AdamW", "adam", "SGD")] == [
-        *("adamw8bit", "adamw", "adamw", "sgd")
-    ]
+# Trainer's name -> ours; the dtype of the state is from the source of each optimizer.
+OPTIMIZERS = {
+    "adamw": ["torch.optim.AdamW", "adam", "adamw_torch_fused", "adamw_hf", "galore_adamw"],
+    "adamw8bit": ["adamw_bnb_8bit", "paged_adamw_8bit", "torchao.optim.AdamW8bit", "q_galore_adamw8bit"],
+    "adamw32bit": [
+        *("paged_adamw_32bit", "adamw_bnb_32bit", "adamw_apex_fused", "adamw_anyprecision"),
+        *(f"bitsandbytes.optim.{name}" for name in ("Adam", "AdamW", "AdamW32bit", "PagedAdam", "PagedAdamW")),
+    ],
+    "adamw_torch_4bit": ["adamw_torch_4bit"],
+    "ao_adamw_fp8": ["ao_adamw_fp8"],
+    "adamax": ["torch.optim.Adamax"],
+    "paged_lion_32bit": ["paged_lion_32bit"],
+    "sgd": ["SGD"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_optimizer_names_are_normalized(name):
+    assert {name_optimizer(text) for text in OPTIMIZERS[name]} == {name}

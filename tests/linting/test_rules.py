@@ -24,7 +24,7 @@ CASES = {
     ),
     "adam-bf16": (
         {**BF16, "lr": 0.01, "optimizer": "adamw"},
-        {**BF16, "lr": 0.01, "optimizer": "adamw_8bit"},
+        {**BF16, "lr": 0.01, "optimizer": "paged_adamw_32bit"},
         ["β₂ = 0.999"],
     ),
     "fp16-weights": ({"config": PEFT, "dtype": "float16"}, {"config": PEFT, "dtype": "float32"}, ["float16"]),
@@ -91,7 +91,7 @@ CASES = {
     "memory": (
         {
             "config": PEFT,
-            "optimizer": "adamw",
+            "optimizer": "paged_adamw_32bit",
             "gpu_memory": "820KB",
         },  # 18,432·16 bytes, and 2 bytes for each of 262,784 entries
         {"config": PEFT, "optimizer": "adamw", "gpu_memory": "821KB"},

@@ -39,10 +39,14 @@ from lora_diag.rendering.text import byte_count, count, list_names, number, quan
 # many entries (docs/reference/lint.md).
 FEW, HALF = 0.05, 0.5
 
-# Scales, and the learning rate at rank 16 and scale 2 that moves ΔW alike, beyond those of ten published recipes
-# (docs/reference/lint.md; TRL has a scale of 1/16 at rank 256).
-SCALES, MAX_LORA_RATE = (0.1, 8.0), 7e-4
+# Scales, and learning rates at rank 16 and scale 2 that move ΔW alike, beyond those of nearly all of 313 published
+# configurations, and the rates of the middle 90% (docs/reference/lint.md).
+SCALES, MIN_LORA_RATE, MAX_LORA_RATE = (0.1, 8.0), 1.5e-6, 7e-4
+USUAL_RATES = (5e-6, 6e-4)
 REFERENCE = 2 * math.sqrt(16)
+# Σ lr of a run, at rank 16 and scale 2, that suffices however small the rate is: 7,000 steps of MIN_LORA_RATE, which a
+# published run of reinforcement learning makes.
+LONG_PATH = 1e-2
 
 SIXTEEN_BITS = ("bfloat16", "float16")
 # Optimizers whose steps have about the size of the learning rate in every entry.
@@ -375,12 +379,29 @@ def check_rank(targeted: Targeted, scaling: Scales) -> Iterator[Problem]:
 
 @rule("rank-rate", "warning", "lora")
 def check_rate(lr: float, scaling: Scales) -> Iterator[Problem]:
-    """Find learning rates that move ΔW, by lr·s·√r, more than any published recipe does."""
+    """Find learning rates that move ΔW, by lr·s·√r, more than nearly all published recipes do."""
+    reach, text = _find_reach(lr, scaling)
+    if lr * reach > MAX_LORA_RATE:
+        yield Problem("lr", f"{text} moves ΔW like lr {number(lr * reach)} at rank 16 and scale 2")
+
+
+@rule("rate-low", "warning", "lora")
+def check_low_rate(lr: float, scaling: Scales, settings: Settings) -> Iterator[Problem]:
+    """Find learning rates that move ΔW less than published recipes do, where no long run makes up for it."""
+    reach, text = _find_reach(lr, scaling)
+    path = lr * reach * (settings.steps or 0)
+    if reach > 0 and lr * reach < MIN_LORA_RATE and path < LONG_PATH:
+        low, high = USUAL_RATES
+        text += f", where lr {number(low / reach)} to {number(high / reach)} is usual"
+        if settings.steps:
+            text += f": {settings.steps} steps move ΔW at most like {number(path / low)} of the lowest of these"
+        yield Problem("lr", text)
+
+
+def _find_reach(lr: float, scaling: Scales) -> tuple[float, str]:
+    """Return the largest s·√r as a multiple of that of rank 16 and scale 2, and a text with its lr, r and s."""
     rank, scale = max(scaling.values(), key=lambda pair: pair[1] * math.sqrt(pair[0]))
-    rate = lr * scale * math.sqrt(rank) / REFERENCE
-    if rate > MAX_LORA_RATE:
-        text = f"lr {number(lr)} at rank {rank} and scale {number(scale)} moves ΔW like lr {number(rate)}"
-        yield Problem("lr", f"{text} at rank 16 and scale 2")
+    return scale * math.sqrt(rank) / REFERENCE, f"lr {number(lr)} at rank {rank} and scale {number(scale)}"
 
 
 @rule("capacity", "note", "lora")

@@ -1,4 +1,4 @@
-"""Every rule finds a case that triggers it, and not the one next to it; numbers by hand; ten published recipes."""
+"""Every rule finds a case that triggers it, and not the one next to it; numbers by hand; published recipes."""
 
 import pytest
 
@@ -83,6 +83,11 @@ CASES = {
         {"config": {**PEFT, "r": 64, "lora_alpha": 128}, "lr": 2e-4},
         ["rank 256", "scale 2", "8.0e-04"],  # 2e-4·√(256/16)
     ),
+    "rate-low": (
+        {"config": {**PEFT, "r": 8, "lora_alpha": 16}, "lr": 5e-7},
+        {"config": {**PEFT, "r": 64, "lora_alpha": 32}, "lr": 3e-6},  # an example of verl, at the limit
+        ["5.0e-07", "rank 8", "scale 2", "7.1e-06", "8.5e-04"],  # 5e-6 and 6e-4 over √(8/16)
+    ),
     "capacity": (
         {"config": PEFT, "tokens": 18_433},  # 16·2·(128 + 128 + 128 + 192) parameters
         {"config": PEFT, "tokens": 18_432},
@@ -162,6 +167,50 @@ def test_rule_finds_its_case_and_not_its_neighbour(rule, bases, tmp_path):
 def test_severity_depends_on_numbers(case, rule, severity, bases, tmp_path):
     found = find(case, bases, tmp_path)
     assert found[rule].severity == severity
+
+
+BF16_FULL = {
+    "trl": ({"model_name_or_path": "x", "dtype": "bfloat16", "learning_rate": 1e-5}, "optim"),
+    "axolotl": ({"base_model": "x", "bf16": True, "learning_rate": 1e-5}, "optimizer"),
+    "llamafactory": ({"finetuning_type": "full", "pure_bf16": True, "learning_rate": 1e-5}, "optim"),
+    "torchtune": ({"model": {"_component_": "m"}, "dtype": "bf16"}, "optimizer"),
+}
+
+
+@pytest.mark.parametrize("family", BF16_FULL)
+@pytest.mark.parametrize("found", [True, False])
+def test_state_of_bitsandbytes_is_float32(family, found, tmp_path):
+    values, key = BF16_FULL[family]
+    name = "adamw_torch" if found else "paged_adamw_32bit"
+    if family == "torchtune":
+        name = {"_component_": "torch.optim.AdamW" if found else "bitsandbytes.optim.PagedAdamW", "lr": 1e-5}
+    results = lint(write_config(tmp_path / "c.yaml", {**values, key: name}))
+    assert "adam-bf16" in results.run.settings["judged"]
+    assert ("adam-bf16" in {finding.id for finding in results.whole_of(Finding)}) == found
+
+
+@pytest.mark.parametrize(
+    ("values", "options", "found"),
+    [
+        ({"r": 16}, {"lr": 1e-6, "steps": 60}, True),
+        ({"r": 16}, {"lr": 1e-6, "steps": 10_000}, False),  # as far as 100 steps of 1e-4
+        ({"r": 32}, {"lr": 1e-6}, True),
+        ({"r": 16, "use_rslora": True}, {"lr": 1e-6}, False),  # s = 8
+        ({"r": 16}, {"lr": 1e-6, "optimizer": "adafactor"}, False),  # steps of another size
+        ({"r": 16}, {"lr": 2e-4, "steps": 3}, False),
+        ({"r": 16, "rank_pattern": {"up_proj": 256}, "alpha_pattern": {"up_proj": 512}}, {"lr": 1e-6}, False),
+        ({"r": 16, "lora_alpha": 0}, {"lr": 1e-6}, False),  # "scale" names it
+    ],
+)
+def test_low_rate_depends_on_rank_scale_and_steps(values, options, found, bases, tmp_path):
+    case = {"config": {**PEFT, "lora_alpha": 2 * values["r"], **values}, **options}
+    assert ("rate-low" in find(case, bases, tmp_path)) == found
+
+
+def test_low_rate_counts_given_steps(bases, tmp_path):
+    found = find({"config": PEFT, "lr": 1e-6, "steps": 60}, bases, tmp_path)["rate-low"]
+    assert_names(found.evidence, "60 steps", "like 12 of")  # 60·1e-6 / 5e-6
+    assert found.severity == "warning"
 
 
 def test_invalid_pattern_is_located_at_its_key(bases, tmp_path):

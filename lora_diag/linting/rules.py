@@ -270,7 +270,7 @@ def check_factors(lr: float, dtype: str, targeted: Targeted) -> Iterator[Problem
         yield Problem("dtype", f"{text}, and lr/10, late in a decay, {small_percent(late)}", severity)
 
 
-@rule("adam-bf16", "warning")
+@rule("adam-bf16", "note")
 def check_state(dtype: str, settings: Settings) -> Iterator[Problem]:
     """Find AdamW's state in bf16 with a β₂ at which v·β₂ rounds to v: 1 − β₂ ≤ 2⁻⁹."""
     beta2 = settings.beta2 or 0.999

@@ -157,6 +157,7 @@ def test_rule_finds_its_case_and_not_its_neighbour(rule, bases, tmp_path):
         ({"config": {**PEFT, "target_modules": ["q_proj", "wq"]}}, "target-unmatched", "warning"),
         ({"config": {**PEFT, "rank_pattern": {"q_proj": 4, "0.self_attn.q_proj": 8}}}, "rank-pattern", "warning"),
         ({"config": {"peft_type": "LORA", "r": 32}}, "scale", "note"),  # α = 8 by default
+        ({**BF16, "lr": 1e-5, "optimizer": "adamw"}, "adam-bf16", "note"),
         ({**BF16, "lr": 1e-5}, "bf16-step", "warning"),
         ({**BF16, "lr": 1e-6}, "bf16-step", "error"),
         ({"config": PEFT, "dtype": "bfloat16", "lr": 2e-3}, "lora-16bit", "note"),

@@ -394,7 +394,7 @@ def check_low_rate(lr: float, scaling: Scales, settings: Settings) -> Iterator[P
         low, high = USUAL_RATES
         text += f", where lr {number(low / reach)} to {number(high / reach)} is usual"
         if settings.steps:
-            text += f": {settings.steps} steps move ΔW at most like {number(path / low)} of the lowest of these"
+            text += f": {settings.steps} steps move ΔW at most like {number(path / low)} at the lowest of these"
         yield Problem("lr", text)
 
 

@@ -210,7 +210,7 @@ def test_low_rate_depends_on_rank_scale_and_steps(values, options, found, bases,
 
 def test_low_rate_counts_given_steps(bases, tmp_path):
     found = find({"config": PEFT, "lr": 1e-6, "steps": 60}, bases, tmp_path)["rate-low"]
-    assert_names(found.evidence, "60 steps", "like 12 of")  # 60·1e-6 / 5e-6
+    assert_names(found.evidence, "60 steps", "like 12 at")  # 60·1e-6 / 5e-6
     assert found.severity == "warning"
 
 

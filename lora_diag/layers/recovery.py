@@ -633,13 +633,16 @@ def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix
 def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start, float | None]:
     """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
 
-    The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does.
+    The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does. Both are
+    offered the same shapes, with heavier tails than those of a model.
     """
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(LARGE_SAMPLE)
     samples = (cells.exact_start(), cells)
-    exact, rounded = (hidden_models.fit_shape(each, fit_size(each, rms).deviation) for each in samples)
+    exact, rounded = (
+        hidden_models.fit_shape(each, fit_size(each, rms).deviation, hidden_models.HEAVIEST) for each in samples
+    )
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
 

@@ -91,6 +91,10 @@ NORMAL = Shape(((1.0, 0.0, 1.0),))
 FLATTER = (_make_flat(2, 0.4), _make_flat(4, 0.8), _make_flat(4, 0.92), _make_flat(2, 0.88))
 HEAVIER = tuple(map(_make_heavy, (0.2, 0.35, 0.5)))
 
+# The choice of the start also needs the tails of updates of rank 1 and of unequal rows. Without them 18 of 147 planted
+# layers that began at a rounded start fitted a stored one better; with them none, and none of 147 the other way round.
+HEAVIEST = (*HEAVIER, *map(_make_heavy, (0.7, 0.9)))
+
 
 @dataclass(frozen=True, slots=True)
 class Shaped:
@@ -151,18 +155,21 @@ def fit_deviation(cells: CellMatrix, shape: Shape, guess: float) -> Shaped:
     return Shaped(shape, deviation, sums.log_likelihood)
 
 
-def fit_shape(cells: CellMatrix, guess: float) -> Shaped:
+def fit_shape(cells: CellMatrix, guess: float, heavier: tuple[Shape, ...] | None = None) -> Shaped:
     """Return the likeliest shape of the entries: flatter and heavier ones are tried until the likelihood falls.
 
     Args:
         cells: Cells of the entries.
         guess: Their deviation if they are normal.
+        heavier: Shapes with heavy tails, ascending; None for those of a model.
     """
     sample = cells.sample(SHAPE_SAMPLE)
     fits = [fit_deviation(sample, NORMAL, guess)]
-    # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is refused
-    # only where those are not offered together; real updates did not need both.
-    for candidates in (FLATTER, HEAVIER[:1] if sample.rounded else HEAVIER):
+    if heavier is None:
+        # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is
+        # refused only where those are not offered together. Directions explain the tails of other updates.
+        heavier = HEAVIER[:1] if sample.rounded else HEAVIER
+    for candidates in (FLATTER, heavier):
         last = fits[0]
         for shape in candidates:
             fits.append(fit_deviation(sample, shape, last.deviation))

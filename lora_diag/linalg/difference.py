@@ -127,7 +127,7 @@ def difference(
     same = row = 0
     unread: list[Tensor] = []
     spacings = repeat((None, None)) if steps is None else steps
-    for base, tuned, block_steps in _move_blocks(blocks, spacings, device):
+    for base, tuned, block_steps in _move_blocks(roundings.inspect(blocks), spacings, device):
         on_base(base)
         dtype = torch.promote_types(rounding.working_dtype(base.dtype), rounding.working_dtype(tuned.dtype))
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
@@ -182,6 +182,14 @@ class _Roundings:
         self.base, self.tuned, self.subtracted = (rounding.Spacing.of(shape, device) for _ in range(3))
         self.sample, self.energies = rounding.Sample(shape), rounding.Energies.of(device)
         self.sampled: list[Tensor] = []
+        self.base_is_dequantized: bool | None = None
+
+    def inspect(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the blocks; the first shows, before it is moved to a GPU, whether BASE was dequantized."""
+        for base, tuned in blocks:
+            if self.base_is_dequantized is None:
+                self.base_is_dequantized = rounding.is_dequantized(base)
+            yield base, tuned
 
     def add(
         self,
@@ -256,6 +264,9 @@ class _Roundings:
         """Return whether the stored BASE is the start of training, with β and its error if estimated."""
         if not rounding.is_finer(self.base, self.tuned):
             return "rounded", None
+        # Rounding errors of such values are not spread evenly: their copies fit β = 0 as well.
+        if self.base_is_dequantized:
+            return "unknown", None
         estimate = self.energies.estimate_base_rounding(self.base.mantissa)
         if estimate is None:
             return "unknown", None

@@ -42,7 +42,8 @@ class Resolution(Record):
         base_noise_fro: Expected norm of the rounding error of BASE, if it was rounded after the start of training;
             null for an adapter.
         base_rounding: β of E[ΔW²] = β·ulp²/12 + f(|w|), f smooth, and its standard error: 1 if BASE was rounded after
-            the start, 0 if not; null where TUNED is not stored more finely, or too few entries changed.
+            the start, 0 if not; null where TUNED is not stored more finely, too few entries changed, the model does not
+            fit, or BASE was dequantized from 4 bits: its copies fit 0, too.
         untouched: Estimated fraction of entries that training did not change (a sparse update), excluding those that
             rounding left unchanged; null for an adapter.
         signal_rank: Number of singular values above the edge; null if all kept values are and there are more. A lower

@@ -138,6 +138,37 @@ def test_changes_proportional_to_weight_are_not_rounding(kind):
         assert (text[0.3, "rounded"], text[0.3, "exact"]) == ("rounded", "exact")
 
 
+def quantize(weights):
+    """Return bfloat16 weights after Q4_0, in which the largest of 32 keeps its value, at a scale in float16."""
+    groups = weights.reshape(-1, 32)
+    largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
+    scale = (largest / -8).half().double()
+    return (scale * (groups / scale).round().clamp(-8, 7)).reshape(weights.shape)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("size", [1e-6, 1e-5])
+def test_copy_of_dequantized_weights_is_not_the_start(size, seed):
+    """Rounding errors of its levels are not spread evenly, so that a copy fits the start as well."""
+    rng = np.random.default_rng(seed)
+    start = quantize(torch.from_numpy(rng.standard_normal((192, 320)) * 0.02).bfloat16().double())
+    tuned = (start + planted(rng, start.shape, 4, size)).float()
+    rounding = difference([(start.bfloat16(), tuned)], start.shape, CPU).rounding
+    assert (rounding.start, rounding.base_rounding) == ("unknown", None)
+    assert rounding.fro >= float((start.bfloat16().double() - start).norm())
+
+
+def test_start_is_unknown_where_rounding_errors_are_uneven():
+    """Weights of every other range of |w| were on BASE's grid, those between them were rounded."""
+    rng = np.random.default_rng(7)
+    start = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02)
+    base = start.bfloat16().double()
+    fine = torch.where((start.abs() * 300).floor() % 2 == 0, base, start)
+    moves = planted(rng, start.shape, 4, 1e-6)
+    assert difference([(base.bfloat16(), (fine + moves).float())], start.shape, CPU).rounding.start == "unknown"
+    assert difference([(base.bfloat16(), (base + moves).float())], start.shape, CPU).rounding.start == "exact"
+
+
 def test_unknown_start_counts_rounding_of_base():
     """Rounding makes up 0.1%: one layer does not tell; its rounding is no signal in either case."""
     rng = np.random.default_rng(0)

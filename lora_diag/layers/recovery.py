@@ -44,6 +44,7 @@ from lora_diag.linalg.hidden import (
     LowRank,
     Recovered,
     Size,
+    bound_energies,
     fit_size,
     recover,
 )
@@ -451,7 +452,7 @@ def recover_layer(
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     recovered = model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
-    fro_estimate, error, kurtosis = _measure_norm(model)
+    fro_estimate, error, density = _measure_norm(model)
     fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
         return Estimate(
@@ -459,7 +460,7 @@ def recover_layer(
         )
     stored_fro = fro_estimate * pair.unit
     common |= {
-        "kurtosis": kurtosis,
+        "kurtosis": None if density is None else density.kurtosis,
         "fro_estimate": stored_fro,
         "fro_interval": (stored_fro * math.exp(-Z95 * error), stored_fro * math.exp(Z95 * error)),
     }
@@ -467,6 +468,7 @@ def recover_layer(
         no_gain = "no direction is significant: none predicts held-out entries better than the size of the update alone"
         hidden = Hidden(status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common)
         return Estimate(hidden, model.cells, model.law, scales, pair.unit)
+    recovered = _bound_flat_update(recovered, density)
     curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, pair.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
@@ -547,13 +549,14 @@ def _fit_model(
     return plain
 
 
-def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
-    """Return ‖X‖_F in units, the standard error of its logarithm, and the kurtosis of the density that was fitted.
+def _measure_norm(model: _Model) -> tuple[float, float, Density | None]:
+    """Return ‖X‖_F in units, the standard error of its logarithm, and the density that was fitted.
 
-    The kurtosis is None with scales or L.
+    The density is None with scales or L.
     """
     cells, size, recovered = model.cells, model.size, model.recovered
-    error, misfit, kurtosis = size.error, MISFIT, None
+    error, misfit = size.error, MISFIT
+    density: Density | None = None
     # With L a single variance does not fit, so there is no single size.
     if recovered is not None and recovered.low_rank is not None:
         fro = model.law.norm(cells, model.scales)
@@ -563,10 +566,10 @@ def _measure_norm(model: _Model) -> tuple[float, float, float | None]:
         misfit = math.hypot(MISFIT_OF_SCALES, of_scales)
     else:
         density = hidden_models.fit_density(model.merged, size.deviation)
-        fro, error, kurtosis = density.deviation * math.sqrt(cells.count), density.error, density.kurtosis
+        fro, error = density.deviation * math.sqrt(cells.count), density.error
     misplaced = MISFIT_PER_MISPLACED * model.fit.misplaced
     uneven = MISFIT_PER_UNEVEN * min(model.fit.unevenness, MAX_UNEVENNESS)
-    return fro, math.hypot(error, misfit, misplaced, uneven), kurtosis
+    return fro, math.hypot(error, misfit, misplaced, uneven), density
 
 
 def _make_refusal(unchanged: float, reason: str) -> Estimate:
@@ -696,6 +699,18 @@ def _find_fault(recovered: Recovered, scales: Scales | None, fro: float) -> str 
     return None
 
 
+def _bound_flat_update(recovered: Recovered, density: Density | None) -> Recovered:
+    """Return the directions with an upper bound that needs no normal remainder, if the entries are flatter than one."""
+    if density is None or density.kurtosis >= NORMAL.kurtosis:
+        return recovered
+    assert recovered.held_out is not None
+    assert recovered.unseen is not None
+    assert recovered.upper is not None
+    lengths, error = hidden_models.estimate_linear_lengths(recovered.held_out, recovered.unseen, density)
+    allowed = bound_energies(lengths, error, recovered.unseen.values.eta.double().cpu())
+    return replace(recovered, upper=torch.maximum(recovered.upper, allowed))
+
+
 def _compute_energy_curves(
     recovered: Recovered,
     size: Size,
@@ -710,9 +725,9 @@ def _compute_energy_curves(
     x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
     values only; with scales, the lengths that held-out cells show less 1.96 standard errors. Upper ends use x_i + 1.96τ
     with the remaining variance spread over all directions, for the directions beyond them the largest value that could
-    stay hidden, and at least what held-out cells allow. Values themselves are those of the fit times its stretch,
-    together at most ‖X‖ (``fro``). Lower ends divide by the upper end of the 95% interval of ‖X‖, upper ends by its
-    lower end; ``error`` is the standard error of log ‖X‖.
+    stay hidden. Where held-out cells allow more, counted with that variance, all upper ends are raised by it. Values
+    themselves are those of the fit times its stretch, together at most ‖X‖ (``fro``). Lower ends divide by the upper
+    end of the 95% interval of ‖X‖, upper ends by its lower end; ``error`` is the standard error of log ‖X‖.
     """
     low_rank = recovered.low_rank
     assert low_rank is not None
@@ -743,8 +758,10 @@ def _compute_energy_curves(
     upper = np.cumsum((high.numpy() / lowest) ** 2)
     if recovered.upper is not None:
         highest = recovered.upper.numpy()[: len(x)]
-        allowed = np.cumsum((x.numpy() / lowest) ** 2)[: len(highest)] * highest
-        upper[: len(highest)] = np.maximum(upper[: len(highest)], allowed)
+        noisy = add_noise(x, shape, remainder * spread).numpy()
+        allowed = np.cumsum((noisy / lowest) ** 2)[: len(highest)] * highest
+        more = np.maximum(0.0, allowed - upper[: len(highest)])
+        upper += np.append(more, np.full(count - len(more), more[-1]))
     upper[: len(curve)] = np.maximum(upper[: len(curve)], curve)
     upper = np.maximum.accumulate(upper)
     upper = np.minimum(1.0, upper)

@@ -268,9 +268,19 @@ def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
     square = float(eta.square().sum())
     excess = float((lengths * eta).sum()) / square - 1
     factor = 1 + max(0.0, excess) * PRIOR_DEVIATION**2 / (PRIOR_DEVIATION**2 + error**2 / square)
+    return factor, bound_energies(lengths, error, eta)
+
+
+def bound_energies(lengths: Tensor, error: float, eta: Tensor) -> Tensor:
+    """Return the largest Σ_{i≤r}x_i² that lengths allow, over the estimated one, for every r; at least 1.
+
+    Args:
+        lengths: c_i, the lengths in the directions of L.
+        error: Their standard error.
+        eta: η of L.
+    """
     norms = (lengths.square() - error**2).cumsum(0).clamp(min=0.0).sqrt()
-    upper = (norms + Z95 * error).square() / eta.square().cumsum(0)
-    return factor, upper.clamp(min=1.0)
+    return ((norms + Z95 * error).square() / eta.square().cumsum(0)).clamp(min=1.0)
 
 
 def fit_low_rank(

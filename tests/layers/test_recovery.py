@@ -140,6 +140,37 @@ def test_recover_notes_base_rounded_after_start(tmp_path):
     assert off(result, x) < 0.05
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("rank", "spread"), [(1, 0.0), (4, 0.8)])
+def test_rounded_start_is_found_under_heavy_tails(tmp_path, rank, spread):
+    """Entries of rank 1, or of unequal rows: under a stored start ‖X‖ would be too large, or refused."""
+    rng = np.random.default_rng(6)
+    start = torch.tensor(rng.normal(size=(192, 256)) * 0.02)
+    x = rng.normal(size=(192, rank)) @ rng.normal(size=(rank, 256)) * np.exp(spread * rng.normal(size=(192, 1)))
+    x = torch.tensor(x * 6e-5 / np.sqrt((x**2).mean()))
+    hidden = estimate(tmp_path, start.bfloat16(), (start + x).bfloat16()).hidden
+    assert (hidden.start, hidden.status) == ("rounded", "recovered")
+    assert hidden.fro_interval[0] <= float(x.norm()) <= hidden.fro_interval[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [12, 15])
+def test_energies_of_flat_update_are_in_their_intervals(tmp_path, seed):
+    """Entries saturate, as in steps of Adam: what is outside the directions is not normal."""
+    rng = np.random.default_rng(seed)
+    x = np.tanh(rng.normal(size=(192, 5)) @ rng.normal(size=(5, 256))) + 0.3 * rng.normal(size=(192, 256))
+    w = torch.tensor(rng.normal(size=x.shape) * 0.02).bfloat16()
+    x *= 1.5e-5 / np.sqrt((x**2).mean())
+    hidden = estimate(tmp_path, w, (w.double() + torch.tensor(x)).bfloat16()).hidden
+    assert hidden.status == "recovered"
+    s = np.linalg.svd(x, compute_uv=False)
+    share = np.cumsum(s**2) / (s**2).sum()
+    for r in (1, 4, 16):
+        low, high = hidden.energy_interval[str(r)]
+        assert low <= share[r - 1] <= high
+    assert hidden.energy_interval["1"][1] < 2 * share[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
 def test_scaled_eight_bit_weights(tmp_path, dtype):
     rng = np.random.default_rng(5)

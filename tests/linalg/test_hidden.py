@@ -24,6 +24,7 @@ from lora_diag.linalg.hidden_models import (
     NORMAL,
     SPACING,
     Scales,
+    estimate_linear_lengths,
     fit_density,
     fit_deviation,
     fit_scales,
@@ -312,6 +313,25 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
     assert (errors.numpy() < 0.1 * true[0]).all()
     assert (np.abs(lengths.numpy() - true) < 3.5 * errors.numpy()).all()
     assert true[0] - float(s[0]) > 3 * float(errors[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rms", [2e-5, 8e-5])
+def test_linear_lengths_need_no_normal_remainder(rms):
+    """Where all entries are of about one size, the likelihood of a normal remainder is off, E[x | cell] is not."""
+    rng = np.random.default_rng(8)
+    x = np.sign(rng.normal(size=(300, 3)) @ rng.normal(size=(3, 280))) * (1 + 0.2 * rng.normal(size=(300, 280)))
+    x *= rms / np.sqrt((x**2).mean())
+    w = torch.tensor(rng.normal(size=x.shape) * 0.02).bfloat16().double()
+    cells = cells_of(w, (w + torch.tensor(x)).bfloat16().double()).map(lambda part: (part / rms).float())
+    u, s, vh = np.linalg.svd(x / rms, full_matrices=False)
+    values = Shrunk(torch.tensor(0.8 * s[:3]), torch.tensor(s[:3]), 0.1)
+    low_rank = LowRank(torch.tensor(u[:, :3]).float(), torch.tensor(vh[:3]).float(), values, 0.6, 0.2, 1, True)
+    entries = torch.arange(0, x.size, 3)
+    held_out = HeldOut(cells.at(entries), entries)
+    lengths, error = estimate_linear_lengths(held_out, low_rank, fit_density(cells, fit_size(cells, 1.0).deviation))
+    assert error < 0.03 * s[2]
+    assert (np.abs(lengths.numpy() - s[:3]) < 3.5 * error).all()
 
 
 def drawn(kind, side, rng):

@@ -468,8 +468,8 @@ def recover_layer(
         no_gain = "no direction is significant: none predicts held-out entries better than the size of the update alone"
         hidden = Hidden(status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common)
         return Estimate(hidden, model.cells, model.law, scales, pair.unit)
-    recovered = _bound_flat_update(recovered, density)
-    curve, curve_fields = _compute_energy_curves(recovered, size, scales, fro_estimate, error, ranks, pair.unit)
+    bounded = _bound_flat_update(recovered, density)
+    curve, curve_fields = _compute_energy_curves(bounded, size, scales, fro_estimate, error, ranks, pair.unit)
     reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
     hidden = Hidden(
         status="recovered",

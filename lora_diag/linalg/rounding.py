@@ -452,7 +452,7 @@ _BINS, _PART = 2**15, 2**16
 _CONVERGED, _ITERATIONS = 1e-3, 50
 
 # β of ``Energies`` is None if the median squared error of the fitted means of bins, over their variance, is above this;
-# 0.455, the median of χ² with one degree of freedom, is expected. It was 0.41 to 0.91 in 44 planted layers whose start
+# 0.455, the median of χ² with one degree of freedom, is expected. It was 0.41 to 0.91 in planted layers whose start
 # was decided, and 1.0 to 77 in 29 layers that were wrongly taken for the start: their BASE was a bfloat16 copy of
 # weights dequantized from 4 bits, whose rounding errors are not spread evenly.
 MAX_START_MISFIT = 1.1

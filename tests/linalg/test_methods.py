@@ -105,6 +105,20 @@ def test_vectors_of_small_values_are_orthonormal(shape, digits):
             assert angles.min() > 1 - 1e-6
 
 
+@pytest.mark.parametrize("large", [1, 10, 100])
+def test_left_vectors_have_norm_one(large):
+    """The Gram matrix has σ² to some ε·σ_1², a millionth of which the small σ² are here.
+
+    Inner products stay below 100·ε·σ_1²/(σ_iσ_j), four times what was measured on several processors.
+    """
+    s = np.r_[np.ones(large), np.full(200 - large, 1.001e-3)]
+    factors = decompose(torch.from_numpy(oracles.with_spectrum(s, 300, 200, seed=11)), "gram", vectors=True)
+    u = factors.vectors[0].numpy()
+    assert np.abs(np.linalg.norm(u, axis=0) - 1).max() < 1e-14
+    bound = 100 * np.finfo(float).eps / np.outer(s, s)
+    assert np.all(np.abs(u.T @ u - np.eye(200)) <= bound)
+
+
 @pytest.mark.parametrize("method", FULL)
 @pytest.mark.parametrize("top", [1, 7, 39, 40, 100])
 def test_top_keeps_largest(method, top):

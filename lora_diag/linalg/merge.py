@@ -9,7 +9,15 @@ where δ bounds the rounding inside ΔW. With u the unit roundoff of the arithme
 - ΔW rounded once as a product and once after scaling (both in d): 2u|ΔW|;
 - factors cast to d before the product, where they are stored more finely: 4u·P (B, A and up to two diagonals);
 - the product summed in float32: (r + 8)·2⁻²⁴·P (Higham 2002, eq. 3.5);
-- W + ΔW in float32, where d is shorter: 2⁻²⁴(|W| + |ΔW|).
+- W + ΔW in float32, where d is shorter: 2⁻²⁴(|W| + |ΔW|);
+- terms of the product added to W one after the other: (r − 1)·2⁻²⁴|W| (2⁻⁵³ where d is float64).
+
+The last one is for W + s·B·A in one call (GEMM with β = 1). It sums W and r products in an order of its own: the
+products first, W first, or parts of them (split-K), with or without FMA. In a sum of r + 1 terms in any order a term
+takes part in r additions at most, so the error is below γ_r|W| + γ_(r+2)P, γ_k = k·u/(1 − k·u), with two more roundings
+of every product without FMA: that of itself, and that of its scaling (Higham 2002, eq. 3.4 and section 4.2). Of the r
+roundings of W one is in ulp_d(M)/2 or W + ΔW, and (r + 8)P covers those of P. MKL adds the terms to W one by one where
+it may use SSE2 only: errors beyond ulp(M)/2 + (r + 10)u·P were 14u|W| at r = 64, 18 at 128; with FMA there were none.
 
 An update that is not a product of two factors (DoRA, LoHa, rotations) has the bound (4u + 16·2⁻²⁴)(|W| + |ΔW| + rms
 ΔW).
@@ -189,7 +197,9 @@ class Product:
         u = rounding.roundoff
         casts = 4 * u if rounding.cast else 0.0
         small = smallest_subnormal(rounding.dtype)  # below the normal numbers, rounding has an absolute error
-        bound = 2 * u * size + (casts + (self.b.shape[1] + 8) * _U32) * magnitude + (2 + rounding.scale) * small
+        rank = self.b.shape[1]
+        bound = 2 * u * size + (casts + (rank + 8) * _U32) * magnitude + (2 + rounding.scale) * small
+        bound += max(0, rank - 1) * min(_U32, unit_roundoff(rounding.dtype)) * w.abs()
         if rounding.cast:
             bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
         return bound, magnitude

@@ -14,6 +14,23 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 RSLORA = 16 / math.sqrt(8)
 
 
+def add_terms(w, b, a, s):
+    """Add the terms of the product to W one by one in float32, as a matrix product without FMA does."""
+    total = w.float()
+    for k in range(b.shape[1]):
+        total = total + (s * b[:, k : k + 1]) * a[k : k + 1]
+    return total.to(w.dtype)
+
+
+def split_terms(w, b, a, s):
+    """Add partial products to W one by one in float32 (split-K)."""
+    half = b.shape[1] // 2
+    return add_terms(w.float() + s * (b[:, :half] @ a[:half]), b[:, half:], a[half:], s).to(w.dtype)
+
+
+CORRECT = ORDERS | {"term by term": add_terms, "split terms": split_terms}
+
+
 def oracle(w, m, b, a, s, u, casts):
     """Return c, c* and the standard error of c, entry by entry in NumPy float64."""
     w64, m64, b64, a64 = (t.double().numpy() for t in (w, m, b, a))
@@ -43,25 +60,25 @@ def test_scale_and_error_equal_oracle(dtype, u, s):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", CORRECT)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correct_merges_pass_within_error(dtype, order):
     for seed, s in enumerate((2.0, 1.5, RSLORA) * 2):
         for relative in (3e-4, 0.001, 0.005, 0.01, 0.3):
             w, b, a = factors((64, 48), 4, relative, s, dtype, seed)
-            record = verified(w, ORDERS[order](w, b, a, s), b, a, s)
+            record = verified(w, CORRECT[order](w, b, a, s), b, a, s)
             assert record.status == "ok" or (relative < 0.01 and not record.failed), record.cause
             off = abs(record.scale - record.scale_expected)
             rounded = abs(float(torch.tensor(s, dtype=torch.float64).to(dtype)) / s - 1)
             assert off < 5 * record.scale_error + rounded + 6 * 2.0**-24
 
 
-@pytest.mark.parametrize("order", [name for name in ORDERS if name != "scale in the dtype"])
+@pytest.mark.parametrize("order", [name for name in CORRECT if name != "scale in the dtype"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("c", [0.98, 0.99, 0.995, 1.005, 1.01, 1.015, 1.02, 1.05])
 def test_wrong_scale_is_named(dtype, order, c):
     w, b, a = factors((96, 96), 8, 0.3, RSLORA, dtype, 1)
-    record = verified(w, ORDERS[order](w, b, a, RSLORA * c), b, a, RSLORA)
+    record = verified(w, CORRECT[order](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause
     assert record.scale == pytest.approx(c, abs=2e-3)
     assert record.retained is None
@@ -145,6 +162,19 @@ def test_entry_off_by_more_than_casts_of_factors_is_found():
     m[3, 5] += 10 * 2.0**-8 * 2.0 * float(b[3].abs() @ a[:, 5].abs())
     record = verified(w, m, b, a, 2.0)
     assert (record.status, record.differing) == ("other", 1)
+
+
+@pytest.mark.parametrize("order", ["term by term", "split terms"])
+@pytest.mark.parametrize("rank", [4, 64, 128])
+def test_order_of_sum_is_no_coarse_arithmetic(rank, order):
+    w, b, a = factors((128, 160), rank, 0.01, 1.5, torch.float32, 1)
+    m = CORRECT[order](w, b, a, 1.5)
+    assert verified(w, m, b, a, 1.5).status == "ok"
+    i, j = 7, 11  # an entry beyond what r roundings of W, and of the terms, can be
+    terms = 1.5 * float(b[i].abs() @ a[:, j].abs())
+    m[i, j] += 2 * 2.0**-24 * ((rank + 1) * float(w[i, j].abs()) + (rank + 12) * terms)
+    record = verified(w, m, b, a, 1.5)
+    assert (record.status == "ok", record.differing) == (False, 1)
 
 
 def spread(w, b, a, s, dtype, pattern, c):

@@ -7,7 +7,7 @@ BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 # Compiled once, not by every process of the tests, also where the environment asks for the latter.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo check test docs wheel tag man lock lowest samples bench bench-quick bench-gpu fuzz sbom licences clean help
+.PHONY: demo check test test-plain docs wheel tag man lock lowest samples bench bench-quick bench-gpu fuzz sbom licences clean help
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -21,6 +21,12 @@ test: $(VENV)/test ## set up, then lint, types and the whole test suite
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict lora_diag
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile
+
+# What holds in these settings and in those of `make test` does not depend on the order of sums, nor on FMA.
+test-plain: $(VENV)/test ## run the tests of numbers as on a processor without AVX and FMA
+	OPENBLAS_CORETYPE=Prescott MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 \
+	  $(BIN)/pytest -n auto --dist loadfile tests/linalg tests/metrics tests/layers \
+	  tests/diagnostics/verify_merge tests/test_docs.py
 
 check: $(VENV)/test ## lint, types and the tests that are not slow, in about a minute
 	$(BIN)/ruff check -q .

@@ -4,6 +4,7 @@ import doctest
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,10 +42,54 @@ def refreshed(loradiag, monkeypatch):
     return refresh.refreshed
 
 
+# A number with a fraction or an exponent; not a version, nor a part of a name.
+NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w]|\.\d)")
+
+
+def agree(printed: str, written: str) -> bool:
+    """Return whether two texts differ at most by one unit in the last digit of numbers that are not integers.
+
+    A number near the middle of two printed ones is rounded to either, by the order in which a processor adds. A number
+    that is determined to the digits that are printed cannot differ by more.
+    """
+    if NUMBER.sub("#", printed) != NUMBER.sub("#", written):
+        return False
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(written), strict=True)
+    return all(one == other or is_next(Decimal(one), Decimal(other)) for one, other in pairs)
+
+
+def is_next(one: Decimal, other: Decimal) -> bool:
+    """Return whether two numbers of at least two digits, some after the point, are neighbours in the last one."""
+    digits, last = one.as_tuple()[1:]
+    if last >= 0 or len(digits) < 2:
+        return False
+    return last == other.as_tuple().exponent and abs(one - other) <= Decimal(10) ** last
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ("loss 0.586, 3 of 12 layers, 2.0e-06, 1.2.3", True),
+        ("loss 0.584, 3 of 12 layers, 1.9e-06, 1.2.3", True),
+        ("loss 0.587, 3 of 12 layers, 2.0e-06, 1.2.3", False),
+        ("loss 0.59, 3 of 12 layers, 2.0e-06, 1.2.3", False),
+        ("loss -0.585, 3 of 12 layers, 2.0e-06, 1.2.3", False),
+        ("loss 0.585, 4 of 12 layers, 2.0e-06, 1.2.3", False),
+        ("loss 0.585, 3 of 12 layers, 2.0e-05, 1.2.3", False),
+        ("loss 0.585, 3 of 12 layers, 2e-06, 1.2.3", False),
+        ("loss 0.585, 3 of 12 layers, 2.0e-06, 1.2.4", False),
+        ("cost 0.585, 3 of 12 layers, 2.0e-06, 1.2.3", False),
+    ],
+)
+def test_wrong_digit_of_transcript_is_found(other, same):
+    assert agree(other, "loss 0.585, 3 of 12 layers, 2.0e-06, 1.2.3") == same
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_transcripts_equal_command_output(page, refreshed):
     text = page.read_text(encoding="utf-8")
-    assert refreshed(text) == text, "run `python tools/refresh.py`"
+    printed = refreshed(text)
+    assert agree(printed, text) or printed == text, "run `python tools/refresh.py`"  # the latter shows the lines
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)

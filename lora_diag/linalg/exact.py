@@ -355,8 +355,8 @@ def _orthonormalize(product: Tensor, s: Tensor) -> Tensor:
     accurate = int((s >= ACCURATE * s[0]).sum())
     if not s[0] or s[-1] < RESOLVED * s[0] or 2 * accurate < len(s):
         accurate = 0
-    u, rest = product[:, :accurate], product[:, accurate:]
-    u = u / torch.linalg.vector_norm(u, dim=0)
+    large, rest = product[:, :accurate], product[:, accurate:]
+    u: Tensor = large / torch.linalg.vector_norm(large, dim=0)
     if accurate == len(s):
         return u
     for _ in range(2 if accurate else 0):

@@ -6,8 +6,10 @@ command. ``__main__`` reports any other exception in one message, with the exit 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
@@ -40,6 +42,30 @@ def shorten(text: str) -> str:
     """Return a message of at most ``MAX_MESSAGE`` characters: the middle of a longer one is left out."""
     half = MAX_MESSAGE // 2 - 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
+
+
+class _Quoting(reprlib.Repr):
+    """Formats the start of a value: at most 4 items, in at most 2 levels."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"a whole number of {x.bit_length():,} bits"
+
+    def repr_type(self, x: type, level: int) -> str:
+        return f"a {x.__name__}"
+
+
+_QUOTING = _Quoting()
+_QUOTING.maxlevel, _QUOTING.maxstring, _QUOTING.maxother = 2, 80, 80
+_QUOTING.maxdict = _QUOTING.maxlist = _QUOTING.maxtuple = 4
+
+
+def quote(value: Any) -> str:
+    """Return a value from a file for a message: the start of a long one, of which no more is formatted.
+
+    >>> quote("fast"), quote([[["a"]], 1.5]), quote(list(range(9))), quote(10**4000)
+    ("'fast'", '[[...], 1.5]', '[0, 1, 2, 3, ...]', 'a whole number of 13,288 bits')
+    """
+    return _QUOTING.repr(value)
 
 
 def install_command(extras: str = "", *packages: str) -> str:

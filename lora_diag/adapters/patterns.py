@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 from lora_diag.adapters import matcher
-from lora_diag.adapters.source import AdapterFiles, Config, is_named, is_number
+from lora_diag.adapters.source import AdapterFiles, Config, ends_of, is_number
 from lora_diag.adapters.updates import read
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError, damaged
+from lora_diag.errors import InputError, damaged, quote
 
 # Seconds for all patterns of one table with all modules, including 0.02 s to start the process. Usual tables take 1 ms.
 SECONDS = 10.0
@@ -30,8 +30,9 @@ SECONDS = 10.0
 # Longest pattern: compiling takes memory in proportion.
 MAX_LENGTH = 100_000
 
-# A pattern without these neither repeats nor chooses, so its time is linear and it needs no process.
-_BRANCHING = frozenset("*+?{}|()[]")
+# A pattern without these neither repeats nor chooses, so its time is linear and it needs no process, unless there are
+# more pairs of a pattern and a name, of which each takes up to 1 µs.
+_BRANCHING, MAX_PAIRS = frozenset("*+?{}|()[]"), 1_000_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
     table = config.table(key)
     for text, value in table.items():
         if not is_number(value):
-            problem = f"{key}[{text!r}] must be a finite number in float32, not {value!r}"
+            problem = f"{key}[{quote(text)}] must be a finite number in float32, not {quote(value)}"
             raise damaged(config.path, problem, "correct it")
     names = tuple(dict.fromkeys(modules))
     rows = _match(f"{config.path}: {key}", "match", {rf"(.*\.)?({text})$": text for text in table}, names)
@@ -115,8 +116,10 @@ def find_targets(config: Config, modules: Iterable[str], key: str = "target_modu
         (row,) = _match(f"{config.path}: {key}", "fullmatch", {targets: targets}, names)
         return frozenset(name for name, digit in zip(names, row, strict=True) if digit == "1")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
-        raise InputError(f"{config.path}: {key} must be names or one regular expression, not {targets!r}; correct it")
-    return frozenset(name for name in names if any(is_named(name, target) for target in targets))
+        problem = f"{key} must be names or one regular expression, not {quote(targets)}"
+        raise damaged(config.path, problem, "correct it")
+    wanted = frozenset(targets)
+    return frozenset(name for name in names if not wanted.isdisjoint(ends_of(name)))
 
 
 def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[str, ...]) -> list[str]:
@@ -134,13 +137,14 @@ def _match(where: str, method: str, patterns: Mapping[str, str], names: tuple[st
     for text in patterns.values():
         if len(text) > MAX_LENGTH:
             raise InputError(f"{where}: the pattern {text[:80]!r}… has {len(text):,} characters; simplify it")
-    branching = tuple(pattern for pattern, text in patterns.items() if not _BRANCHING.isdisjoint(text))
-    in_process = _match_in_process(method, branching, names) if branching else ()
-    row_by_pattern = dict(zip(branching, in_process, strict=False))
+    are_many = len(patterns) * len(names) > MAX_PAIRS
+    branching = [p for p, text in patterns.items() if are_many or not _BRANCHING.isdisjoint(text)]
+    in_process = _match_in_process(method, tuple(branching), names) if branching else ()
+    row_by_pattern = dict[str, str | None].fromkeys(branching) | dict(zip(branching, in_process, strict=False))
     rows = []
     for pattern, text in patterns.items():
-        is_branching = pattern in branching
-        row = row_by_pattern.get(pattern) if is_branching else matcher.match_names(method, pattern, list(names))
+        is_branching = pattern in row_by_pattern
+        row = row_by_pattern[pattern] if is_branching else matcher.match_names(method, pattern, list(names))
         if row is None:
             problem = f"could not be matched with {len(names)} names in {SECONDS:g} s (nested or many repeats)"
             raise damaged(where, f"the pattern {text[:80]!r} {problem}", "simplify it, or give a list of names")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
@@ -22,7 +22,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.errors import InputError, UsageError, damaged, quote
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
@@ -86,7 +86,7 @@ class Config:
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or not 1 <= value <= MAX_WHOLE:
-            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {value!r}; correct it")
+            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {quote(value)}; correct it")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -97,7 +97,7 @@ class Config:
         """
         value = self.values.get(key, default)
         if not is_number(value):
-            raise InputError(f"{self.path}: {key} must be a finite number in float32, not {value!r}; correct it")
+            raise InputError(f"{self.path}: {key} must be a finite number in float32, not {quote(value)}; correct it")
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -308,6 +308,18 @@ def is_named(module: str, name: str) -> bool:
     (True, False)
     """
     return module == name or module.endswith(f".{name}")
+
+
+def ends_of(module: str) -> Iterator[str]:
+    """Yield the names that match a module by ``is_named``, the longest first.
+
+    >>> list(ends_of("h.0.q_proj"))
+    ['h.0.q_proj', '0.q_proj', 'q_proj']
+    """
+    yield module
+    for index, character in enumerate(module, start=1):
+        if character == ".":
+            yield module[index:]
 
 
 def find_pair(source: AdapterFiles, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:

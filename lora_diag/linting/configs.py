@@ -1,7 +1,7 @@
 """Training configurations: one reader per trainer, each to the same plain data.
 
 LoRA settings are read into the keys of ``adapter_config.json``, so that the rules use what reads adapters. Unknown keys
-are ignored. Nothing in a file is run: YAML is read by PyYAML's safe loader, ``training_args.bin`` as inert data.
+are ignored.
 
 What decides the dtype of the trained weights, as read in November 2026:
 
@@ -17,23 +17,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lora_diag.adapters.source import CONFIG, Config, is_number
-from lora_diag.checkpoints.documents import read_object
-from lora_diag.checkpoints.file_bytes import FileBytes
-from lora_diag.checkpoints.inert import Record
-from lora_diag.checkpoints.parts import Archive
+from lora_diag.adapters.source import CONFIG, Config
 from lora_diag.decisions.trainers import NAMES, TRAINERS
-from lora_diag.errors import InputError, damaged, require
-from lora_diag.files import open_regular
+from lora_diag.errors import InputError, damaged
+from lora_diag.linting.values import Values
+from lora_diag.running.amounts import MAX_RATE
 from lora_diag.running.fingerprint import legible
 
-# Bytes of a configuration, and aliases of YAML in it: 8 make it at most 18 times as large.
-MAX_BYTES, MAX_ALIASES = 1_000_000, 8
 TRAINING_ARGS = "training_args.bin"
 SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -61,6 +55,15 @@ _OWN_KEYS = {
     "llamafactory": {"length": "cutoff_len"},
     "torchtune": {"lr": "optimizer.lr", "optimizer": "optimizer._component_", "length": "tokenizer.max_seq_len"}
     | {"beta2": "", "steps": "max_steps_per_epoch"},
+}
+# Setting of LoRA -> its type; tables of patterns are checked by a rule, which locates them in the file.
+_LORA_TYPES: dict[str, Callable[[Values, str], Any]] = {
+    "r": Values.whole,
+    **dict.fromkeys(("lora_alpha", "lora_dropout"), Values.number),
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), Values.names),
+    "target_parameters": Values.names,
+    "task_type": Values.text,
+    **dict.fromkeys(("use_rslora", "use_dora"), Values.flag),
 }
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "torch.bfloat16": "bfloat16"}
 
@@ -121,90 +124,38 @@ def read_settings(path: Path) -> Settings:
     if path.is_dir() and not (path / CONFIG).is_file():
         raise InputError(f"{path}: has no {CONFIG}; give a configuration or a PEFT adapter before BASE")
     if not path.is_dir():
-        values = _read_values(path)
-        reader = next((reader for reader, keys in READERS.values() if keys & values.keys()), None)
+        values = Values.read(path)
+        reader = next((reader for reader, keys in READERS.values() if keys & values.table.keys()), None)
         if reader is None:
             fix = f"give one of {', '.join(READERS)}, or options such as --lr and --method"
             raise damaged(path, "is not a training configuration that is known", fix)
-        return reader(path, values)
-    settings = _read_peft(path / CONFIG, _read_values(path / CONFIG))
+        return reader(values)
+    settings = _read_peft(Values.read(path / CONFIG))
     if not (path / TRAINING_ARGS).is_file():
         return settings
-    run = _read_trl(path / TRAINING_ARGS, _read_values(path / TRAINING_ARGS))
+    run = _read_trl(Values.read(path / TRAINING_ARGS))
     same = {name: getattr(run, name) for name in ("lr", "optimizer", "beta2", "steps", "length")}
     return replace(settings, **same, keys={**run.keys, **settings.keys})
 
 
-def _read_values(path: Path) -> dict[str, Any]:
-    """Return a configuration as a table; nested tables also under ``outer.inner``."""
-    if path.suffix == ".bin":
-        content = Archive(FileBytes(path)).value
-        values = content.state if isinstance(content, Record) and isinstance(content.state, dict) else {}
-    elif path.suffix == ".json":
-        values = read_object(path, "training configuration", MAX_BYTES)
-    else:
-        values = _read_yaml(path)
-    # A word of an enum in a pickle is a record with one argument.
-    plain = {str(key): v.args[0] if isinstance(v, Record) and v.args else v for key, v in values.items()}
-    tables = {key: value for key, value in plain.items() if isinstance(value, dict)}
-    return plain | {f"{key}.{inner}": value for key, table in tables.items() for inner, value in table.items()}
-
-
-def _read_yaml(path: Path) -> dict[Any, Any]:
-    """Return the table in a YAML file, by the safe loader.
-
-    Raises:
-        InputError: The file cannot be read, is too large, or holds no table.
-        UsageError: PyYAML is not installed.
-    """
-    with require(f"{path}: reading YAML", "hub"):
-        import yaml
-    try:
-        with open_regular(path) as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise damaged(path, f"is larger than {MAX_BYTES:,} bytes, too large for a configuration", "check the path")
-        if sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)) > MAX_ALIASES:
-            raise ValueError(f"more than {MAX_ALIASES} aliases, which can multiply its values without limit")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
-        raise damaged(path, problem, "check the path") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise damaged(path, f"is not readable YAML ({reason[:300]})", "correct it") from error
-    if not isinstance(values, dict):
-        held = "is empty" if values is None else f"holds a {type(values).__name__}, not a table of settings"
-        raise damaged(path, held, "give a configuration")
-    return values
-
-
-def _number(path: Path, key: str, value: Any) -> Any:
-    """Return a number, also one that YAML reads as text (``2e-5``); None for null and for a reference (``${lr}``).
-
-    Raises:
-        InputError: It is no finite number.
-    """
-    if value is None or (isinstance(value, str) and value.startswith("${")):
-        return None
-    with suppress(ValueError):
-        value = float(value) if isinstance(value, str) else value
-    if not is_number(value):
-        raise damaged(path, f"{key} must be a number, not {str(value)[:80]!r}", "correct it")
-    return value
-
-
-def _read_common(family: str, path: Path, values: Mapping[str, Any], peft: Mapping[str, Any]) -> Settings:
+def _read_common(family: str, values: Values, peft: Mapping[str, Any]) -> Settings:
     """Return the settings that every trainer has, and LoRA settings with the trainer's defaults."""
     keys = _KEYS | _OWN_KEYS.get(family, {})
-    optimizer = values.get(keys["optimizer"])
-    found = {name: _number(path, key, values.get(key)) for name, key in keys.items() if name != "optimizer"}
-    found |= {"optimizer": name_optimizer(str(optimizer)) if optimizer else None}
-    found["steps"] = found["steps"] if (found["steps"] or 0) >= 1 else None  # a Trainer's default is -1
+    optimizer, steps = values.text(keys["optimizer"]), values.whole(keys["steps"])
     given = {key: value for key, value in peft.items() if value is not None}
     defaults = {key: value for key, value in DEFAULTS.get(family, {}).items() if key not in given}
-    config = Config(path, {"peft_type": "LORA", **defaults, **given})
-    return Settings(path, family, config, keys=keys, defaults=frozenset(defaults), **found)
+    return Settings(
+        path=values.path,
+        family=family,
+        peft=Config(values.path, {"peft_type": "LORA", **defaults, **given}),
+        lr=values.number(keys["lr"], 0, MAX_RATE),
+        optimizer=name_optimizer(optimizer) if optimizer else None,
+        beta2=values.number(keys["beta2"], 0, 1),
+        steps=steps if steps and steps >= 1 else None,  # a Trainer's default is -1
+        length=values.whole(keys["length"]),
+        keys=keys,
+        defaults=frozenset(defaults),
+    )
 
 
 def name_optimizer(text: str) -> str:
@@ -225,71 +176,82 @@ def name_optimizer(text: str) -> str:
     return "adamw32bit" if any(word in text.lower() for word in FLOAT32_STATE) else "adamw"
 
 
-def _read_peft(path: Path, values: Mapping[str, Any]) -> Settings:
-    method = str(values.get("peft_type")).lower()
-    return replace(_read_common("peft", path, {}, values), method=method, dtype="float32", keys={})
+def _read_peft(values: Values) -> Settings:
+    _read_lora(values, {key: key for key in _LORA_TYPES})
+    settings = _read_common("peft", Values(values.path, {}), values.table)
+    method = (values.text("peft_type") or "").lower() or None
+    return replace(settings, method=method, dtype="float32", keys={})
 
 
-def _read_trainer(family: str, path: Path, values: Mapping[str, Any]) -> Settings:
+def _read_lora(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return the LoRA settings of a file by the keys of ``adapter_config.json``, of which ``names`` has the names."""
+    return {key: _LORA_TYPES.get(key, Values.get)(values, name) for key, name in names.items() if name}
+
+
+def _read_trainer(family: str, values: Values) -> Settings:
     """Return the settings of a trainer whose names of LoRA settings ``decisions.trainers`` has."""
     names = {key: by_trainer[TRAINERS.index(family)] for key, by_trainer in NAMES.items()}
-    peft: dict[str, Any] = {key: values.get(name) for key, name in names.items() if name}
+    peft = _read_lora(values, names)
     for key in ("target_modules", "modules_to_save"):
         if isinstance(peft[key], str) and re.fullmatch(r"[\w., ]+", peft[key]):  # LLaMA-Factory's list
             peft[key] = [part.strip() for part in peft[key].split(",")]
-    if values.get("lora_target_linear") is True or peft["target_modules"] in (["all"], ["all-linear"], "all-linear"):
+    if values.flag("lora_target_linear") or peft["target_modules"] in (["all"], ["all-linear"], "all-linear"):
         peft["target_modules"] = "all-linear"
-    peft |= {key: _number(path, names[key], peft[key]) for key in ("r", "lora_alpha")}
-    settings = _read_common(family, path, values, peft)
-    quantized = any(values.get(key) for key in ("load_in_4bit", "load_in_8bit", "quantization_bit"))
-    return replace(settings, keys={**settings.keys, **names}, quantized=quantized)
+    settings = _read_common(family, values, peft)
+    in_bits = values.flag("load_in_4bit") or values.flag("load_in_8bit") or values.number("quantization_bit")
+    return replace(settings, keys={**settings.keys, **names}, quantized=bool(in_bits))
 
 
-def _read_axolotl(path: Path, values: Mapping[str, Any]) -> Settings:
-    settings = _read_trainer("axolotl", path, values)
-    adapter = str(values.get("adapter") or "full")
+def _read_axolotl(values: Values) -> Settings:
+    settings = _read_trainer("axolotl", values)
+    adapter = values.text("adapter", "full")
     method = "lora" if adapter == "qlora" else adapter
-    half = "bfloat16" if values.get("bf16") or values.get("bfloat16") else "float16" if values.get("fp16") else ""
-    has_masters = any(values.get(key) for key in ("fsdp", "fsdp_config", "deepspeed"))
-    stays_half = values.get("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
+    half = "bfloat16" if values.has("bf16", "bfloat16") else "float16" if values.has("fp16") else ""
+    has_masters = values.has("fsdp", "fsdp_config", "deepspeed")
+    stays_half = values.flag("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
     keys = {**settings.keys, "dtype": "fp16" if half == "float16" else "bf16"}
     return replace(settings, method=method, dtype=half if half and stays_half else "float32", keys=keys)
 
 
-def _read_llamafactory(path: Path, values: Mapping[str, Any]) -> Settings:
-    settings = _read_trainer("llamafactory", path, values)
-    method = str(values.get("finetuning_type") or "lora")
-    dtype = "bfloat16" if values.get("pure_bf16") or values.get("use_badam") else "float32"
-    peft = Config(path, {"lora_alpha": 2 * settings.peft.values["r"], **settings.peft.values})
+def _read_llamafactory(values: Values) -> Settings:
+    settings = _read_trainer("llamafactory", values)
+    method = values.text("finetuning_type", "lora")
+    dtype = "bfloat16" if values.flag("pure_bf16") or values.flag("use_badam") else "float32"
+    peft = Config(values.path, {"lora_alpha": 2 * settings.peft.values["r"], **settings.peft.values})
     return replace(settings, peft=peft, method=method, dtype=dtype, keys={**settings.keys, "dtype": "pure_bf16"})
 
 
-def _read_trl(path: Path, values: Mapping[str, Any]) -> Settings:
-    settings = _read_trainer("trl", path, values)
-    is_script = "model_name_or_path" in values  # else a Trainer's arguments, which do not say how the model is loaded
-    key = next((name for name in ("dtype", "torch_dtype") if name in values), "dtype")
-    dtype = str(values.get(key) or "float32") if is_script or key in values else None
-    method = "lora" if values.get("use_peft") else "full" if is_script else None
+def _read_trl(values: Values) -> Settings:
+    settings = _read_trainer("trl", values)
+    # Else a Trainer's arguments, which do not say how the model is loaded.
+    is_script = "model_name_or_path" in values.table
+    key = next((name for name in ("dtype", "torch_dtype") if name in values.table), "dtype")
+    dtype = values.text(key, "float32") if is_script or key in values.table else None
+    method = "lora" if values.flag("use_peft") else "full" if is_script else None
     if method == "lora":
         dtype = "bfloat16" if settings.quantized else "float32"
     dtype = _DTYPES.get(str(dtype), dtype)
     return replace(settings, method=method, dtype=dtype, keys={**settings.keys, "dtype": key})
 
 
-def _read_torchtune(path: Path, values: Mapping[str, Any]) -> Settings:
-    targets = ["o_proj" if name == "output_proj" else name for name in values.get("model.lora_attn_modules") or ()]
-    targets += ["gate_proj", "up_proj", "down_proj"] if values.get("model.apply_lora_to_mlp") else []
-    targets += ["lm_head"] if values.get("model.apply_lora_to_output") else []
-    names = {"r": "model.lora_rank", "lora_alpha": "model.lora_alpha"}
-    peft = {key: _number(path, name, values.get(name)) for key, name in names.items()}
-    settings = _read_common("torchtune", path, values, {**peft, "target_modules": targets or None})
-    keys = {**settings.keys, **names, "target_modules": "model.lora_attn_modules"}
-    quantized, dtype = "qlora" in str(values.get("model._component_")), _DTYPES.get(str(values.get("dtype")), "float32")
+def _read_torchtune(values: Values) -> Settings:
+    names = {"r": "model.lora_rank", "lora_alpha": "model.lora_alpha", "target_modules": "model.lora_attn_modules"}
+    peft = _read_lora(values, names)
+    given = peft["target_modules"] or []
+    given = [given] if isinstance(given, str) else given
+    targets = ["o_proj" if name == "output_proj" else name for name in given]
+    targets += ["gate_proj", "up_proj", "down_proj"] if values.flag("model.apply_lora_to_mlp") else []
+    targets += ["lm_head"] if values.flag("model.apply_lora_to_output") else []
+    settings = _read_common("torchtune", values, {**peft, "target_modules": targets or None})
+    quantized = "qlora" in (values.text("model._component_") or "")
+    dtype = values.text("dtype", "float32")
+    dtype = _DTYPES.get(str(dtype), dtype)
+    keys = {**settings.keys, **names}
     return replace(settings, method="lora" if peft["r"] else "full", dtype=dtype, quantized=quantized, keys=keys)
 
 
 # The readers by trainer, with keys of which each configuration has one; the first that fits is taken.
-READERS: dict[str, tuple[Callable[[Path, dict[str, Any]], Settings], set[str]]] = {
+READERS: dict[str, tuple[Callable[[Values], Settings], set[str]]] = {
     "peft": (_read_peft, {"peft_type"}),
     "torchtune": (_read_torchtune, {"optimizer._component_", "model._component_"}),
     "llamafactory": (_read_llamafactory, {"finetuning_type", "lora_rank", "lora_target", "cutoff_len", "stage"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
+from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -13,7 +14,7 @@ from lora_diag.adapters.source import ADAPTER_WEIGHTS, CONFIG, Config, open_sour
 from lora_diag.checkpoints import as_path, locate
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import InputError, NothingComparedError, UsageError, shorten
 from lora_diag.explanations.terms import remedy_of
 from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
 from lora_diag.gating.command import append_step_summary
@@ -30,6 +31,9 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import describe, pair_update
 from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
+
+# Findings of one rule, of which a hostile configuration has any number.
+MAX_FINDINGS = 20
 
 # Options that are LoRA settings, with their keys in ``adapter_config.json``.
 _LORA_KEYS = {"rank": "r", "alpha": "lora_alpha"}
@@ -175,8 +179,12 @@ def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
             continue
         judged.append(name)
         fix, source = remedy_of(name)
-        for key, evidence, severity in rule.check(**known):
+        problems = [*islice(rule.check(**known), MAX_FINDINGS + 1)]
+        if len(problems) > MAX_FINDINGS:
+            last = problems[MAX_FINDINGS - 1]
+            problems[MAX_FINDINGS - 1 :] = [last._replace(evidence=f"{last.evidence}; and more, which are not listed")]
+        for key, evidence, severity in problems:
             where, line = facts.settings.locate(key)
             place = {"severity": severity or rule.severity, "where": where, "line": line}
-            findings.append(Finding(id=name, **place, evidence=evidence, fix=fix, source=source))
+            findings.append(Finding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source))
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), judged, missing

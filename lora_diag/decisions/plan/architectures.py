@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_diag.deltas import CONVOLUTION, EXPERTS
-from lora_diag.errors import InputError
+from lora_diag.errors import InputError, quote
 
 Shape = tuple[int, ...]
 Weights = Iterator[tuple[str, Shape]]
 
-MAX_BLOCKS = 10_000
+# Published decoders have at most 200 blocks, and no size above 300,000 (vocabularies).
+MAX_BLOCKS, MAX_SIZE = 1_000, 2**31
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ class Reader:
         value = next((self.values[key] for key in keys if self.values.get(key) is not None), default)
         if value is None:
             raise InputError(f"{self.where}: has no {keys[0]}; give the checkpoint itself")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{self.where}: {keys[0]} must be a whole number from 1 up, not {value!r}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+            raise InputError(f"{self.where}: {keys[0]} must be a whole number from 1 to 2^31, not {quote(value)}")
         return value
 
     def blocks(self, *keys: str) -> int:
@@ -174,7 +175,7 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     if build is None:
         supported = ", ".join(BUILDERS)
         raise InputError(
-            f"{where}: model_type {model_type!r} is not supported ({supported}); give the checkpoint itself, "
+            f"{where}: model_type {quote(model_type)} is not supported ({supported}); give the checkpoint itself, "
             "of which only headers are read"
         )
     return list(build(reader))
@@ -259,7 +260,10 @@ def _list_experts(hidden: int, prefix: str, experts: int, inner: int) -> Weights
 def _is_dense(reader: Reader, index: int) -> bool:
     """Return whether a block of a mixture of experts is dense (Qwen: ``mlp_only_layers``, ``decoder_sparse_step``)."""
     step = reader.size("decoder_sparse_step", default=1)
-    return index in (reader.values.get("mlp_only_layers") or []) or (index + 1) % step > 0
+    dense = reader.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise InputError(f"{reader.where}: mlp_only_layers must be a list, not {quote(dense)}")
+    return index in dense or (index + 1) % step > 0
 
 
 def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: int) -> Weights:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lora_diag.adapters import Adapter, contents
 from lora_diag.adapters.contents import Contents, Item, Part, find_missing_targets, find_targeted, read_contents
 from lora_diag.adapters.patterns import Scaling, find_targets
-from lora_diag.adapters.source import Config, is_named
+from lora_diag.adapters.source import Config, ends_of
 from lora_diag.adapters.writing_targets import TABLE, Model, names_in_memory
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
@@ -179,7 +179,8 @@ class Facts:
         if not self.targeted or not self.scaling or self.base is None:
             return None
         peft, is_dora = self.peft, self.peft.flag("use_dora")
-        saved = [m for m in (self.modules or {}).values() if any(is_named(m, n) for n in peft.names("modules_to_save"))]
+        names = frozenset(peft.names("modules_to_save"))
+        saved = [module for module in (self.modules or {}).values() if not names.isdisjoint(ends_of(module))]
         items = [Item(f"{module}.weight", module, "value", f"{module}.weight") for module in saved]
         for module, matrix in self.targeted.items():
             table: Part = "embedding" if TABLE.search(matrix.name) else "factors"
@@ -231,7 +232,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Check]:
-    """Register a rule; see ``Rule``."""
+    """Register a rule, which yields its worst problem first; see ``Rule``."""
 
     def register(check: Check) -> Check:
         RULES[id] = Rule(severity, method, check)
@@ -305,7 +306,8 @@ def check_targets(base: Checkpoint, targeted: Targeted, paths: set[str], peft: C
     """Find target names that match no module of BASE: a warning if others match."""
     targets, leaves = peft.values["target_modules"], sorted({path.rpartition(".")[2] for path in paths} - {""})
     names = targets if isinstance(targets, list) else [targets] if not targeted else []
-    for name in [name for name in names if not any(is_named(path, name) for path in paths)]:
+    known = _list_names_of(paths)
+    for name in (name for name in names if name not in known):
         near = ", ".join(get_close_matches(name, leaves, n=3, cutoff=0.5) or leaves[:9])
         text = f"{name!r} matches no module of BASE, which has {near}"
         if not (is_head(f"{name}.weight") and has_tied_head(base)):
@@ -332,9 +334,15 @@ def check_twice(peft: Config) -> Iterator[Problem]:
 @rule("save-unmatched", "warning", "lora")
 def check_saved_names(paths: set[str], peft: Config) -> Iterator[Problem]:
     """Find names in ``modules_to_save`` that match no module of BASE, heads that a task adds aside."""
+    known = _list_names_of(paths)
     for name in peft.names("modules_to_save") if peft.text("task_type").upper() not in TASKS_WITH_HEAD else ():
-        if not is_head(f"{name}.weight") and not any(is_named(path, name) for path in paths):
+        if not is_head(f"{name}.weight") and name not in known:
             yield Problem("modules_to_save", f"{name!r} matches no module of BASE")
+
+
+def _list_names_of(paths: set[str]) -> set[str]:
+    """Return the names of which each matches a module, by ``is_named``."""
+    return {name for path in paths for name in ends_of(path)}
 
 
 @rule("tied-weights", "warning", "lora")
@@ -349,9 +357,10 @@ def check_tied(base: Checkpoint, peft: Config) -> Iterator[Problem]:
 @rule("rank-pattern", "error", "lora")
 def check_keys(targeted: Targeted, peft: Config) -> Iterator[Problem]:
     """Find keys of ``rank_pattern`` and ``alpha_pattern`` that match nothing, or contradict each other."""
-    for text in Scaling.read(peft, list(targeted)).notes(list(targeted)):
+    is_warning = {text: "matches no module" not in text for text in Scaling.read(peft, [*targeted]).notes([*targeted])}
+    for text in sorted(is_warning, key=is_warning.__getitem__):
         key, _, problem = text.partition(": ")
-        yield Problem(key, problem, None if "matches no module" in problem else "warning")
+        yield Problem(key, problem, "warning" if is_warning[text] else None)
 
 
 @rule("scale", "warning", "lora")

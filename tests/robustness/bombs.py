@@ -1,5 +1,6 @@
-"""Small files that ask for much memory or time: pickles that repeat values, shapes without data, deep policies."""
+"""Small files that ask for much memory or time: pickles that repeat values, shapes without data, deep settings."""
 
+import json
 import random
 import resource
 import struct
@@ -339,4 +340,61 @@ POLICIES: dict[str, str] = {
     "a long file": "x = 1\n" * 1_000_000,
     "many rules": "".join(RULE.format(number) for number in range(1_500)),
     "quotes": "x = " + '"\\' * 40_000 + "\n",
+}
+
+
+# --- configurations of trainers --------------------------------------------------------------------------------------
+
+# The limit of YAML, below which a parser is asked at all.
+YAML_BYTES = 100_000
+LORA = "base_model: x\nadapter: lora\nlora_r: 8\nlora_alpha: 16\n"
+NAMES = [f"m{number}" for number in range(60_000)]
+
+
+def yaml_of(text: str, size: int = YAML_BYTES) -> Write:
+    return lambda at: write(at / "c.yaml", text[:size])
+
+
+def peft_of(**values: Any) -> Write:
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"], **values}
+    return lambda at: write(at / "c.json", json.dumps(config))
+
+
+def arguments_of(**state: Any) -> Write:
+    """Write an adapter's folder with a Trainer's arguments."""
+
+    def make(folder: Path) -> Path:
+        write(folder / "adapter_config.json", json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+        archive(folder / "training_args.bin", made(name("transformers.training_args", "TrainingArguments"), **state))
+        return folder
+
+    return make
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+CONFIGURATIONS: dict[str, Write] = {
+    "brackets": yaml_of("[" * 990_000, 990_000),
+    "brackets below the limit": yaml_of("[" * YAML_BYTES),
+    "braces": yaml_of("{a: " * YAML_BYTES),
+    "dashes": yaml_of("- " * 400_000, 800_000),
+    "dashes below the limit": yaml_of("- " * YAML_BYTES),
+    "keys": yaml_of("".join(f"k{number}: {number}\n" for number in range(70_000)), 990_000),
+    "keys below the limit": yaml_of("".join(f"k{number}: {number}\n" for number in range(6_000))),
+    "base 60": yaml_of(f"{LORA}learning_rate: 1{':1' * 450_000}\n", 990_000),
+    "base 60 below the limit": yaml_of(f"{LORA}learning_rate: 1{':1' * 49_000}\n"),
+    "hexadecimal": yaml_of(f"{LORA}learning_rate: 0x{'f' * 99_000}\n"),
+    "a merged table": yaml_of(
+        f"{LORA}m: &m {{{', '.join(f'k{number}: 1' for number in range(8_000))}}}\nn: {{<<: [*m, *m, *m, *m, *m, *m]}}\n"
+    ),
+    "targets": yaml_of(f"{LORA}lora_target_modules: [{', '.join(NAMES)}]\n", 990_000),
+    "targets in JSON": peft_of(target_modules=NAMES, modules_to_save=NAMES),
+    "one long target": peft_of(target_modules=["a" * 900_000]),
+    "ranks": peft_of(rank_pattern=dict.fromkeys(NAMES, 8)),
+    **{f"arguments: {key}": arguments_of(**{key: nested(9)}) for key in ("learning_rate", "optim", "dtype")},
+    "arguments: torch_dtype": arguments_of(torch_dtype=nested(9)),
+    "arguments: integer": arguments_of(learning_rate=Code(b"\x8b" + struct.pack("<i", 900_000) + b"\x7f" * 900_000)),
 }

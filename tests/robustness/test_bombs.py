@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.robustness.bombs import FILES, PEAK, POLICIES
+from tests.conftest import SAMPLES, time_limit
+from tests.robustness.bombs import CONFIGURATIONS, FILES, PEAK, POLICIES
 from tests.robustness.conftest import Commands
 
 pytestmark = pytest.mark.slow
@@ -51,4 +52,14 @@ def test_small_policy_takes_little_memory(limited: Limited, tmp_path: Path, kind
     code, err = limited("gate", "p.toml", "missing.jsonl")
     assert code in {2, 3}
     assert ("p.toml" in err) == (kind != "many rules")
+    assert len(err) < 2500
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_small_configuration_takes_little(limited: Limited, tmp_path: Path, kind: str) -> None:
+    path = CONFIGURATIONS[kind](tmp_path)
+    with time_limit(60):
+        code, err = limited("lint", str(path), str(SAMPLES / "base"))
+    assert code in {0, 1, 3}
+    assert "unexpected" not in err
     assert len(err) < 2500

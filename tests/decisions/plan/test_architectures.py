@@ -56,7 +56,7 @@ def test_names_and_shapes_equal_transformers(kind, more):
         ({"model_type": "llama", "hidden_size": -8}, "hidden_size must be a whole number"),
         ({"model_type": "llama", "hidden_size": True}, "hidden_size must be a whole number"),
         ({"model_type": ["llama"]}, "is not supported"),
-        ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "at most 10,000 blocks"),
+        ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "at most 1,000 blocks"),
     ],
 )
 def test_incomplete_config_is_refused(config, message):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from hypothesis import strategies as st
 
 from lora_diag.adapters import patterns
 from lora_diag.adapters.patterns import find_targets, read_pattern
-from lora_diag.adapters.source import Config
+from lora_diag.adapters.source import Config, ends_of, is_named
 from lora_diag.errors import InputError
 from tests.conftest import ROOT, time_limit
+from tests.messages import raises_naming
 
 MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(80) for name in ("q_proj", "v_proj")]
 PATH = Path("adapter_config.json")
@@ -91,7 +93,7 @@ def test_time_of_patterns_is_as_promised() -> None:
 MATCHING = """
 from pathlib import Path
 from lora_diag.adapters import patterns
-from lora_diag.adapters.source import Config
+from lora_diag.adapters.source import Config, ends_of, is_named
 patterns.SECONDS = 2.0
 patterns.find_targets(Config(Path("c"), {"target_modules": r"([a-z_.0-9]+)+X"}), ["model.layers.0.self_attn.q_proj"])
 """
@@ -163,3 +165,30 @@ def test_any_pattern_matches_like_peft_or_is_refused(pattern: str) -> None:
         return
     compiled = re.compile(rf"(.*\.)?({pattern})$")
     assert result == {module for module in modules if compiled.match(module) or module == pattern}
+
+
+def test_ends_of_module_are_the_names_that_match_it() -> None:
+    names = {module[start:] for module in MODULES[:3] for start in range(len(module))} | {"", "x", "proj", ".q_proj"}
+    for module in [*MODULES[:3], "a", "", "a..b", "a."]:
+        assert {name for name in names if is_named(module, name)} == names & {*ends_of(module)}
+
+
+@pytest.mark.slow
+def test_many_plain_patterns_are_matched_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.3)
+    table = {f"m{number}": 8 for number in range(30_000)}
+    with time_limit(PATIENCE), raises_naming(InputError, PATH.name, "rank_pattern"):
+        read_pattern(Config(PATH, {"rank_pattern": table}), "rank_pattern", MODULES)
+
+
+def test_value_of_wrong_type_is_quoted_in_short() -> None:
+    config = Config(PATH, {"r": 10**4000, "rank_pattern": {"a": ["x"] * 10_000}, "target_modules": [1] * 10_000})
+    uses: dict[str, Callable[[], object]] = {
+        "r": lambda: config.integer("r"),
+        "rank_pattern": lambda: read_pattern(config, "rank_pattern", MODULES),
+        "target_modules": lambda: find_targets(config, MODULES),
+    }
+    for key, use_of_key in uses.items():
+        with raises_naming(InputError, PATH.name, key) as caught:
+            use_of_key()
+        assert len(str(caught.value)) < 300

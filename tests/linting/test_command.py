@@ -8,9 +8,11 @@ from xml.etree import ElementTree
 import pytest
 
 from lora_diag import catalog
+from lora_diag.errors import MAX_MESSAGE
 from lora_diag.explanations.terms import all_terms, remedy_of
 from lora_diag.linting.record import Finding, StepShare
 from lora_diag.linting.rules import RULES
+from lora_diag.linting.run import MAX_FINDINGS, lint
 from tests.linting.making import PEFT, make_base, write_config
 from tests.messages import assert_names
 from tests.served import ROOT
@@ -82,6 +84,25 @@ def test_hostile_names_stay_text(run, inputs):
     ran = run("lint", "adapter_config.json", "base", "--github")
     assert "\x1b" not in ran.out
     assert not [line for line in ran.out.splitlines() if line.startswith("::error::")]
+
+
+def test_findings_of_a_rule_are_limited(inputs):
+    names = [f"{name}{number}" for number in range(5_000) for name in ("m", "\n::error::")]
+    path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", *names, "a" * 100_000]})
+    found = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "target-unmatched"]
+    assert len(found) == MAX_FINDINGS
+    assert "more" in found[-1].evidence
+    path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", "a" * 100_000]})
+    (long,) = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "target-unmatched"]
+    assert len(long.evidence) <= MAX_MESSAGE
+
+
+def test_errors_are_not_hidden_behind_warnings(inputs):
+    overlapping = {f"[{letter}q]_proj": rank for rank, letter in enumerate("abcdefghijklmnoprstuvwxyz", 1)}
+    path = write_config(inputs / "c.json", {**PEFT, "rank_pattern": {**overlapping, "none": 4}})
+    found = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "rank-pattern"]
+    assert len(found) == MAX_FINDINGS
+    assert found[0].severity == "error"
 
 
 @pytest.mark.slow

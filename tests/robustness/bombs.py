@@ -387,9 +387,7 @@ CONFIGURATIONS: dict[str, Write] = {
     "base 60": yaml_of(f"{LORA}learning_rate: 1{':1' * 450_000}\n", 990_000),
     "base 60 below the limit": yaml_of(f"{LORA}learning_rate: 1{':1' * 49_000}\n"),
     "hexadecimal": yaml_of(f"{LORA}learning_rate: 0x{'f' * 99_000}\n"),
-    "a merged table": yaml_of(
-        f"{LORA}m: &m {{{', '.join(f'k{number}: 1' for number in range(8_000))}}}\nn: {{<<: [*m, *m, *m, *m, *m, *m]}}\n"
-    ),
+    "a merged table": yaml_of(f"{LORA}m: &m {{{': 1, '.join(NAMES[:8_000])}: 1}}\nn: {{<<: [*m, *m, *m, *m, *m]}}\n"),
     "targets": yaml_of(f"{LORA}lora_target_modules: [{', '.join(NAMES)}]\n", 990_000),
     "targets in JSON": peft_of(target_modules=NAMES, modules_to_save=NAMES),
     "one long target": peft_of(target_modules=["a" * 900_000]),

@@ -57,11 +57,15 @@ def test_names_and_shapes_equal_transformers(kind, more):
         ({"model_type": "llama", "hidden_size": True}, "hidden_size must be a whole number"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "at most 1,000 blocks"),
+        ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**4}, "at most 1,000 blocks"),
+        ({"model_type": "llama", "hidden_size": 10**4000}, "hidden_size must be .* not a whole number of 13,288 bits"),
+        ({"model_type": "x" * 100_000}, "is not supported"),
     ],
 )
 def test_incomplete_config_is_refused(config, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError, match=message) as caught:
         weights_of(config, "config.json")
+    assert len(str(caught.value)) < 500
 
 
 def test_text_part_of_larger_model_is_read():

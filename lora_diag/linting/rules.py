@@ -232,7 +232,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Check]:
-    """Register a rule, which yields its worst problem first; see ``Rule``."""
+    """Register a rule; see ``Rule``."""
 
     def register(check: Check) -> Check:
         RULES[id] = Rule(severity, method, check)
@@ -357,10 +357,9 @@ def check_tied(base: Checkpoint, peft: Config) -> Iterator[Problem]:
 @rule("rank-pattern", "error", "lora")
 def check_keys(targeted: Targeted, peft: Config) -> Iterator[Problem]:
     """Find keys of ``rank_pattern`` and ``alpha_pattern`` that match nothing, or contradict each other."""
-    is_warning = {text: "matches no module" not in text for text in Scaling.read(peft, [*targeted]).notes([*targeted])}
-    for text in sorted(is_warning, key=is_warning.__getitem__):
+    for text in Scaling.read(peft, list(targeted)).notes(list(targeted)):
         key, _, problem = text.partition(": ")
-        yield Problem(key, problem, "warning" if is_warning[text] else None)
+        yield Problem(key, problem, None if "matches no module" in problem else "warning")
 
 
 @rule("scale", "warning", "lora")

@@ -22,7 +22,7 @@ from lora_diag.files import open_regular
 
 # Bytes of a configuration in JSON or training_args.bin, which has about 6 kB: a rank for each layer takes some 100 kB.
 MAX_BYTES = 1_000_000
-# Bytes of YAML, of which published recipes have at most 5 kB: PyYAML without libyaml takes 3 s for as many.
+# Bytes of YAML, of which published recipes have at most 21 kB: PyYAML without libyaml takes 3 s for as many.
 MAX_YAML_BYTES = 100_000
 # Tables and lists in each other, and aliases: 8 make a file at most 18 times as large.
 MAX_DEPTH, MAX_ALIASES = 32, 8

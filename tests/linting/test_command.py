@@ -97,14 +97,6 @@ def test_findings_of_a_rule_are_limited(inputs):
     assert len(long.evidence) <= MAX_MESSAGE
 
 
-def test_errors_are_not_hidden_behind_warnings(inputs):
-    overlapping = {f"[{letter}q]_proj": rank for rank, letter in enumerate("abcdefghijklmnoprstuvwxyz", 1)}
-    path = write_config(inputs / "c.json", {**PEFT, "rank_pattern": {**overlapping, "none": 4}})
-    found = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "rank-pattern"]
-    assert len(found) == MAX_FINDINGS
-    assert found[0].severity == "error"
-
-
 @pytest.mark.slow
 def test_lint_is_quick_and_needs_no_torch(inputs):
     """The best of three tries; a quiet machine takes 0.5 s of the processor, a busy one up to 0.9 s."""

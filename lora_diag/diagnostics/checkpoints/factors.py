@@ -91,6 +91,8 @@ class Evolution:
         spaces: U_t ``(out, k_t)`` of each, the first left singular vectors; fewer than requested if the rank is lower.
         unchanged: Fraction of entries that are equal at the step before; None for the first, where it is not known.
         method: Method of the singular values of each step.
+        kinship: Cosine of each A and that of the step before; None for the first, and where it is not known. Empty for
+            updates that are no factors.
     """
 
     s: Sequence[Array]
@@ -99,6 +101,7 @@ class Evolution:
     spaces: Sequence[Array]
     unchanged: Sequence[float | None]
     method: Sequence[str]
+    kinship: Sequence[float | None] = ()
 
 
 def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | None:
@@ -130,6 +133,7 @@ def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | No
         spaces=[factor @ mix for factor, mix in zip(left, mixes, strict=True)],
         unchanged=[None, *(_compare_entries(*pair) for pair in pairwise(steps))],
         method=["factored"] * len(s),
+        kinship=[None, *(_compare_directions(*pair) for pair in pairwise(right))],
     )
 
 
@@ -188,3 +192,11 @@ def _compare_entries(before: Factors, after: Factors) -> float:
         return 0.0
     equal = (before.b * before.scale == after.b * after.scale).sum() + (before.a == after.a).sum()
     return int(equal) / (after.b.size + after.a.size)
+
+
+def _compare_directions(before: Array, after: Array) -> float | None:
+    """Return the cosine of two factors; None if their shapes differ, or one is zero."""
+    if before.shape != after.shape or not (before.any() and after.any()):
+        return None
+    cosine = float((before * after).sum() / np.linalg.norm(before) / np.linalg.norm(after))
+    return max(-1.0, min(1.0, float(f"{cosine:.6g}")))

@@ -17,7 +17,7 @@ from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
-from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, list_checkpoints
+from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, holds_weights, list_checkpoints
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
@@ -132,6 +132,7 @@ def _describe_step(
         "overlap_next": overlap(t + 1),
         "overlap_last": overlap(len(settings.steps) - 1),
         "unchanged": found.unchanged[i] if is_known else None,
+        "kinship": found.kinship[i] if is_known and found.kinship else None,
         "method": found.method[i],
         "gram": tuple(_round(gram[i, place[u]]) if u in place else None for u in range(t + 1)),
         "overlaps": tuple(map(overlap, range(t))),
@@ -200,8 +201,8 @@ def trajectory(
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
     series = find_series([run] if isinstance(run, str | Path) else run)
     base = None if layers.options["base"] is None else open_base(layers.options["base"])
-    if base is None and (full := [step.path for step in series.steps if not is_adapter(locate(step.path))]):
-        raise UsageError(f"{full[0]}: is not an adapter; give BASE after the run, to compare its checkpoints with")
+    if base is None:
+        _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
         raise InputError(f"{series.steps[0].path}: is the only checkpoint; give a run of several, or use spectrum")
     steps = [*series.steps, *([series.final] if series.final else [])]
@@ -241,6 +242,21 @@ def trajectory(
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
     )
+
+
+def _require_adapters(steps: Sequence[Step]) -> None:
+    """Require that all checkpoints are adapters, which need no BASE.
+
+    Raises:
+        InputError: One has no weights, as while a trainer writes it.
+        UsageError: One has weights of a model.
+    """
+    for step in steps:
+        if is_adapter(locate(step.path)):
+            continue
+        if step.path.is_dir() and not holds_weights(step.path):
+            raise InputError(f"{step.path}: has no weights; remove it, or wait if a trainer is writing it")
+        raise UsageError(f"{step.path}: is not an adapter; give BASE after the run, to compare its checkpoints with")
 
 
 def _conclude(

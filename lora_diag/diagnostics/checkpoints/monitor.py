@@ -28,6 +28,7 @@ from lora_diag.diagnostics.checkpoints.factors import Array, Factors
 from lora_diag.diagnostics.checkpoints.measure import OVERFLOW, describe_increment, describe_values
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, group_by
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
+from lora_diag.diagnostics.checkpoints.trainer import collect_log
 from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
 from lora_diag.errors import LoradiagError, UsageError
 from lora_diag.files import RESULTS, check_output, lock
@@ -59,7 +60,7 @@ RANKS = (1, 4, 16)
 _LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
 
 # Rules of ``stop_on``: the layers that ``checkpoints`` counts in the record of a run.
-RULES = ("dead", "non_finite", "collapsed", "spiked")
+RULES = ("dead", "non_finite", "collapsed", "spiked", "frozen")
 
 # Measurements that the rules look back on: of ``checkpoints``, the whole run.
 LOOK_BACK = 16
@@ -462,7 +463,7 @@ class LoraMonitor(TrainingCallback):
         assert self.output is not None
         groups = [group for _, group in [*self._recent][-1:]] + [self._pending]
         steps = [Step(group[0].step, self.output.parent) for group in groups]
-        series = make_series(steps, None, {"log_history": list(history)})
+        series = make_series(steps, None, collect_log(history))
         return pool_checkpoints(steps, series, [record for group in groups for record in group])[-1]
 
     def _warn(self, checkpoint: Checkpoint) -> set[str]:

@@ -41,6 +41,8 @@ class CheckpointLayer(LayerRecord):
         cosine: Cosine of this increment and the one before; null for the first checkpoint and zero increments.
         unchanged: Fraction of stored entries (of an adapter: of its factors) that are equal in the checkpoint before;
             of the first checkpoint in BASE, null for an adapter.
+        kinship: Cosine of the stored factor A and that of the checkpoint before, near 0 for factors of two runs; null
+            for weights, and where the rank has changed.
         dead: Whether ΔW_t = 0.
         non_finite: Why ΔW_t is not finite; null if it is.
         method: Method of the singular values; of factors ``factored``, without singular values ``rows``: norms and
@@ -85,6 +87,7 @@ class CheckpointLayer(LayerRecord):
     increment: Norm | None = None
     cosine: float | None = None
     unchanged: Share | None = None
+    kinship: float | None = None
     dead: bool = False
     non_finite: str | None = None
     method: str = "factored"
@@ -138,6 +141,7 @@ class Checkpoint(WholeRecord):
         step: Training step, or epoch where the run counts only those.
         path: Its path.
         final: Whether it is the final model in the run's own folder.
+        foreign: Whether its log contradicts that of the checkpoint before: they are of two runs.
         losses: Held-out loss by evaluation set; empty if none was measured.
         train_loss: Mean of the training losses that the trainer logged since the checkpoint before; null without a log.
         eval_loss: Evaluation loss that the trainer logged at this step; null likewise.
@@ -175,6 +179,7 @@ class Checkpoint(WholeRecord):
     step: int
     path: str
     final: bool = False
+    foreign: bool = False
     losses: dict[str, HeldOutLoss] = Field(default_factory=dict)
     train_loss: Nats | None = None
     eval_loss: Nats | None = None
@@ -195,7 +200,17 @@ class Checkpoint(WholeRecord):
 
 
 State = Literal[
-    "non-finite", "out of order", "dead", "collapsed", "spiked", "random walk", "settled", "growing", "moving"
+    "non-finite",
+    "two runs",
+    "out of order",
+    "dead",
+    "collapsed",
+    "spiked",
+    "frozen",
+    "random walk",
+    "settled",
+    "growing",
+    "moving",
 ]
 
 
@@ -203,19 +218,22 @@ class Trajectory(WholeRecord):
     """The run as a whole, as far as weights show it.
 
     Args:
-        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``out of order``: with two
-            checkpoints exchanged the path is much shorter. ``dead``: a layer ends with ΔW = 0, or all do.
-            ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far above its neighbours.
-            ``random walk``: increments without a common direction. ``settled``: it stays near its end from ``settled``
-            on. ``growing``: ‖ΔW‖ still grows; ``moving``: it changes at about the same norm. Null for fewer than three
-            checkpoints.
+        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``two runs``: the checkpoints are
+            not of one run. ``out of order``: with two checkpoints exchanged the path is much shorter. ``dead``: a layer
+            ends with ΔW = 0, or all do. ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far
+            above its neighbours. ``frozen``: a layer stopped, while others move. ``random walk``: increments without a
+            common direction. ``settled``: it stays near its end from ``settled`` on. ``growing``: ‖ΔW‖ still grows;
+            ``moving``: it changes at about the same norm. Null for fewer than three checkpoints.
         step: The checkpoint that shows it first; null for states of the whole run.
         dead: Number of layers with ΔW = 0 at the last checkpoint.
         non_finite: Number of layers that are not finite at any.
         collapsed: Number of layers that lost most of their rank, suddenly or over the run.
         spiked: Number of layers with an increment far above its neighbours.
+        frozen: Number of layers that moved, and are unchanged from ``frozen_step`` to the end while others move.
+        frozen_step: The last checkpoint at which the first of these layers moved; null without any.
         affected: The names of these layers, by field.
         repeated: Checkpoints that are equal to the one before.
+        other_run: The first checkpoint that is not of the same run as the one before it; null without such.
         swapped: Two checkpoints whose exchange shortens the path; null without such.
         spike: The largest ratio of an increment of all layers together to the median of its neighbours: the smaller of
             that per step and that per sum of learning rates, where these are known; null for fewer than four.
@@ -225,6 +243,10 @@ class Trajectory(WholeRecord):
         linear: R² of the coefficient of that direction as a line in the step; null likewise.
         linear_random: The same of the random walk.
         cosine: Mean cosine of consecutive increments of all layers together, weighted by their lengths.
+        cosine_momentum: The same of a random walk with momentum 0.9 and checkpoints at the median distance of these.
+        cosine_far: The same of increments that are 20 or more steps apart: 0 of a random walk, with momentum up to 0.9
+            too; null without such increments.
+        drift: Fraction of the final ‖ΔW‖² from inner products of these increments; null likewise.
         growth: Fraction of the final ‖ΔW‖ that was added in the last tenth of the steps.
         growth_schedule: The same of steps along a line, in proportion to the learning rates; null if not known.
         settled: The first checkpoint from which on the distance to the last one is at most a tenth of the final ‖ΔW‖;
@@ -241,8 +263,11 @@ class Trajectory(WholeRecord):
     non_finite: Count = 0
     collapsed: Count = 0
     spiked: Count = 0
+    frozen: Count = 0
+    frozen_step: int | None = None
     affected: dict[str, tuple[str, ...]] = Field(default_factory=dict)
     repeated: tuple[int, ...] = ()
+    other_run: int | None = None
     swapped: tuple[int, int] | None = None
     spike: Ratio | None = None
     spike_step: int | None = None
@@ -251,6 +276,9 @@ class Trajectory(WholeRecord):
     linear: Share | None = None
     linear_random: Share | None = None
     cosine: float | None = None
+    cosine_momentum: float | None = None
+    cosine_far: float | None = None
+    drift: float | None = None
     growth: float | None = None
     growth_schedule: float | None = None
     settled: int | None = None

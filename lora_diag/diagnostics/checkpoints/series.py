@@ -10,28 +10,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import as_path, locate
-from lora_diag.checkpoints.documents import read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.remote import RemotePath
+from lora_diag.diagnostics.checkpoints.trainer import STATE, Log, read_log
 from lora_diag.errors import InputError, NothingComparedError
-
-STATE = "trainer_state.json"
 
 # Results file that ``LoraMonitor`` writes in the folder of a run.
 MONITOR = "monitor.jsonl"
-
-# A log of 100,000 entries takes 20 MB.
-MAX_STATE_BYTES = 500_000_000
 
 # Steps in names of checkpoints, the most specific pattern first.
 _STEP = re.compile(r"(?:^|[-_.=])(?:checkpoint|ckpt|global_step|step|iter|iteration)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
@@ -39,6 +33,8 @@ _EPOCH = re.compile(r"(?:^|[-_.=])(?:epoch|adapter)[-_=]?(\d{1,12})(?![\d.]*\d)"
 _LEADING = re.compile(r"^(\d{1,12})_adapters\.safetensors$")
 # Names of what a trainer or a copy has not finished: ``tmp-checkpoint-40``, ``.checkpoint-40``, ``step_40.part``.
 _UNFINISHED = re.compile(r"^(\.|tmp)|\.(part|tmp|incomplete)$")
+# Files of a trainer that are no weights.
+_STATES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)\b|rng_state_\d|optim_states")
 _SUFFIXES = {".safetensors", ".pt", ".ckpt", ".bin"}
 
 # Steps between two checkpoints that are summed one by one; of more, as many evenly spaced ones stand for all.
@@ -71,6 +67,7 @@ class Series:
         losses: Training losses.
         eval_losses: Evaluation losses.
         rates: Learning rates.
+        foreign: Steps of checkpoints whose log contradicts that of the one before: of another run.
     """
 
     steps: tuple[Step, ...]
@@ -78,6 +75,7 @@ class Series:
     losses: Mapping[int, float]
     eval_losses: Mapping[int, float]
     rates: Mapping[int, float]
+    foreign: Set[int] = frozenset()
 
     def logged_between(self, after: int, step: int) -> dict[str, float | None]:
         """Return the fields of a checkpoint's record that the trainer logged, given the step of the one before."""
@@ -114,6 +112,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for path in named if path.is_dir() or path.suffix in _SUFFIXES]
 
 
+def holds_weights(folder: Path) -> bool:
+    """Return whether a file in the folder of a checkpoint may hold weights, and not only what else a trainer saves."""
+    return any(path.suffix in _SUFFIXES and not _STATES.match(path.name) for path in folder.rglob("*"))
+
+
 def find_series(paths: Sequence[Path | str]) -> Series:
     """Return the checkpoints of a run in the order of their steps.
 
@@ -133,41 +136,48 @@ def find_series(paths: Sequence[Path | str]) -> Series:
         problem = "contains no checkpoint with a step in its name, such as checkpoint-100"
         fix = "give the folder that the trainer wrote them to, or several checkpoints"
         raise NothingComparedError(f"{located[0]}: {problem}; {fix}")
-    states = {path: read_state(path) for path in (*chosen, *located)}
-    steps = sorted((Step(_choose_step(path, states[path]), path) for path in chosen), key=lambda step: step.step)
+    steps, foreign, log = _order(chosen)
     for first, second in pairwise(steps):
         if first.step == second.step:
             raise InputError(f"{second.path}: is of step {second.step}, and so is {first.path}; give one of the two")
-    state = next((states[step.path] for step in reversed(steps) if states[step.path]), {})
     if len(located) == 1 and (any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))):
-        state = states[located[0]] or state
-        planned = max(_number(state.get(name)) or 0 for name in ("global_step", "max_steps"))
-        final = Step(planned, located[0], final=True)
-    return make_series(steps, final, state)
+        log = read_log(located[0]) or log
+        final = Step(max(log.step or 0, log.planned or 0), located[0], final=True)
+    return make_series(steps, final, log, foreign)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """Return the trainer state of a checkpoint; empty without one.
+def _order(paths: Sequence[Path]) -> tuple[list[Step], Set[int], Log]:
+    """Return checkpoints in the order of their steps, those of another run than the one before, and the last log.
+
+    Logs are read one after the other, and two are in memory at a time.
 
     Raises:
-        InputError: It cannot be read.
+        InputError: A step is not known or contradicts its trainer state, or a trainer state cannot be read.
     """
-    file = path / STATE
-    return read_object(file, "trainer state", MAX_STATE_BYTES) if path.is_dir() and file.is_file() else {}
+    steps, foreign = list[Step](), set[int]()
+    last, last_step = Log(), 0
+    before: Log | None = None
+    for path in sorted(paths, key=lambda path: step_of(path) or 0):
+        log = read_log(path)
+        step = _choose_step(path, log or Log())
+        steps.append(Step(step, path))
+        if log is None:
+            continue
+        if before is not None and log.contradicts(before):
+            foreign.add(step)
+        before = log
+        if step >= last_step:
+            last, last_step = log, step
+    return sorted(steps, key=lambda step: step.step), foreign, last
 
 
-def _number(value: Any) -> int | None:
-    """Return a step from a trainer state; None if it is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**12 else None
-
-
-def _choose_step(path: Path, state: Mapping[str, Any]) -> int:
+def _choose_step(path: Path, log: Log) -> int:
     """Return the step of a checkpoint.
 
     Raises:
         InputError: It is not known, or the name contradicts the trainer state.
     """
-    named, recorded = step_of(path), _number(state.get("global_step"))
+    named, recorded = step_of(path), log.step
     if _STEP.search(path.name) and recorded not in {None, named}:
         problem = f"its name states step {named}, but its {STATE} step {recorded}"
         raise InputError(f"{path}: {problem}; restore or rename it")
@@ -177,14 +187,7 @@ def _choose_step(path: Path, state: Mapping[str, Any]) -> int:
     return step
 
 
-def make_series(steps: Sequence[Step], final: Step | None, state: Mapping[str, Any]) -> Series:
-    """Return the checkpoints of a run with what its trainer state has logged; other forms of entries are ignored."""
-    logged: dict[str, dict[int, float]] = {"loss": {}, "eval_loss": {}, "learning_rate": {}}
-    history = state.get("log_history")
-    for entry in history if isinstance(history, list) else []:
-        step = _number(entry.get("step")) if isinstance(entry, dict) else None
-        for name, values in logged.items():
-            value = None if step is None else entry.get(name)
-            if step is not None and isinstance(value, int | float) and math.isfinite(value) and value >= 0:
-                values[step] = float(value)
-    return Series(tuple(steps), final, *logged.values())
+def make_series(steps: Sequence[Step], final: Step | None, log: Log, foreign: Set[int] = frozenset()) -> Series:
+    """Return the checkpoints of a run with what its trainer logged."""
+    values = log.values
+    return Series(tuple(steps), final, values["loss"], values["eval_loss"], values["learning_rate"], foreign)

@@ -12,8 +12,9 @@ from typing import Any
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
 from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory, group_by
-from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints, read_state
-from lora_diag.diagnostics.checkpoints.verdict import GROWING, judge
+from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints
+from lora_diag.diagnostics.checkpoints.trainer import read_log
+from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, pooled_value
@@ -61,20 +62,28 @@ def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> It
     if bad := [index for index, each in enumerate(checkpoints) if each.non_finite]:
         keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad[0] else ""
         yield f"not finite from step {checkpoints[bad[0]].step} on, in {named['non_finite']}{keep}"
-    if run.swapped:
+    if run.other_run is not None:
+        problem = f"step {run.other_run} is not of the run of the checkpoint before it"
+        yield f"two runs: {problem}; give the checkpoints of one run"
+    elif run.swapped:
         order = " and ".join(map(str, run.swapped))
         yield f"out of order: with {order} exchanged the path is much shorter; check both files"
     if run.dead == checkpoints[-1].layers:
         yield "nothing was trained: ΔW = 0 in every layer"
     elif run.dead:
         yield f"dead: ΔW = 0 at the last checkpoint in {named['dead']}; check that they are trained"
-    if run.collapsed:
+    if run.collapsed and run.other_run is None:
         at = f" at step {run.step}" if run.state == "collapsed" else ""
         yield f"collapsed{at}: most of the rank is lost in {named['collapsed']}"
-    if run.spiked or run.state == "spiked":
+    if (run.spiked or run.state == "spiked") and run.other_run is None:
         layers = f", in {named['spiked']}" if run.spiked else ""
-        ratio = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours"
-        yield f"spiked at step {run.spike_step}: {ratio}{layers}"
+        step = run.step if run.state == "spiked" else run.spike_step
+        change = "changes far more than at its neighbours and other layers do"
+        if step == run.spike_step:
+            change = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours"
+        yield f"spiked at step {step}: {change}{layers}"
+    if run.frozen:
+        yield f"frozen: unchanged from step {run.frozen_step} on, while others move, in {named['frozen']}"
     if run.repeated:
         yield f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood still"
 
@@ -100,11 +109,19 @@ def _describe_path(run: Trajectory) -> list[str]:
     """State how much of the path is one direction, and what a random walk has; empty if not known."""
     if run.first_share is None:
         return []
-    values = [run.first_share, run.first_share_random, run.linear, run.linear_random, run.cosine]
-    share, random, linear, linear_random, cosine = (format_shown(value, fraction) for value in values)
+    values = [run.first_share, run.first_share_random, run.linear, run.linear_random, run.cosine, run.cosine_momentum]
+    share, random, linear, linear_random, cosine, momentum = (format_shown(value, fraction) for value in values)
+    far = f"no increments are {APART} steps apart: a random walk is not told from a path with a direction"
+    if run.drift is not None:
+        common = (
+            f"have the cosine {format_shown(run.cosine_far, fraction)} and give {number(100 * run.drift)}% of ‖ΔW‖²"
+        )
+        far = f"increments {APART} or more steps apart {common}, of a random walk 0"
     return [
         f"one direction has {share} of the energy over time, of a random walk with equal increments {random}",
-        f"it grows linearly with R² {linear}, of the random walk {linear_random}; cosine of increments {cosine}",
+        f"it grows linearly with R² {linear}, of the random walk {linear_random}",
+        f"cosine of increments {cosine}, of a random walk with momentum 0.9 {momentum}",
+        far,
     ]
 
 
@@ -215,5 +232,5 @@ def _list_states(paths: Sequence[Path]) -> list[tuple[Path, int, int]]:
 
 def _has_ended(checkpoints: Sequence[Path]) -> bool:
     """Return whether a checkpoint is that of the last planned step, as its trainer state says."""
-    states = [read_state(path) for path in checkpoints]
-    return any(state.get("global_step") == state.get("max_steps", 0) for state in states if state)
+    logs = map(read_log, checkpoints)
+    return any(log.step == log.planned for log in logs if log is not None and log.step is not None)

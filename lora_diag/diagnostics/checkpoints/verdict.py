@@ -36,14 +36,32 @@ NEAR = 0.1
 NEIGHBOURS = 2
 
 # Limits, chosen so that none of 13 healthy runs crosses any of them: 8 LoRA runs and 3 full fine-tunes of the sample
-# model of 10 to 20 checkpoints, with cosine and constant rates, and one of each of a model of 135M parameters.
-# Of 728 series of layers, the effective rank fell from one checkpoint to the next to 0.67 at the lowest, with a rise
-# of σ₁²/‖ΔW‖² by 0.20; that over a run, to 0.44, is not used alone. In the median layer it was to 0.85.
-SUDDEN, SHARE_RISE, SLOW = 0.4, 0.25, 0.5
+# model of 10 to 20 checkpoints, with cosine and constant rates, and one of each of a model of 135M parameters. Of 76
+# simulated runs of many schedules (Adam, LoRA of 10 layers, 20 to 100 checkpoints) none does either.
+# A lost direction loses its energy; a direction that grows beside others takes none from them. In simulated runs whose
+# effective rank minus 1 more than halved, the energy outside of σ₁ fell to 0.46 at the lowest, and to 0.0012 at the
+# highest where all directions but one were removed.
+SUDDEN, SUDDEN_ENERGY = 0.4, 0.25
+SLOW, SLOW_ENERGY = 0.5, 0.5
 # The largest increment over the median of its neighbours was 1.4, of a layer 1.7; no exchange shortened a path.
 SPIKED, SPIKED_LAYER, SWAPPED = 3.0, 6.0, 0.9
-# The smallest mean cosine was 0.35.
-WALK_COSINE, WALK_SHARE = 0.1, 0.05
+# Over the same ratio of the median layer, where that is above 1, that of a layer was 1.7 at the highest, too; with
+# steps 60 times as large in one layer, for 5 of the 20 steps between two checkpoints, it was 2.3 to 5.0.
+SPIKED_ALONE, ENOUGH_LAYERS = 2.0, 4
+# The smallest mean cosine of the 13 was 0.35. Between two runs in turn cosines are near −1, between states with
+# independent noise −0.5.
+WALK_COSINE, WALK_SHARE, WALK_DRIFT, ALTERNATING = 0.1, 0.05, 0.1, -0.7
+# Of a walk with momentum 0.9 the cosine of far increments is 0.02 with checkpoints every 5 or 10 steps; of the sample
+# run it is 0.08, while its drift of 0.09 and the mean cosine of 0.53 are those that momentum alone could give.
+WALK_FAR = 0.05
+# Simulated walks have the cosine of momentum to 0.02; healthy runs that have converged exceed it by 0.12 and more.
+WALK_MOMENTUM = 0.05
+# Increments so many steps apart are not correlated by momentum up to 0.9: at most 0.12.
+MOMENTUM, APART = 0.9, 20
+# Cosine of the factors A of two checkpoints; of two random starts, about 1/√(r·in).
+UNRELATED = 0.1
+# A layer without any changed entry is frozen if another has changed more of its entries: rounding hides no such step.
+CHANGED = 0.5
 # A constant pace along a line comes within a tenth of its end at 0.9 of the steps, a random walk at 0.99.
 LATEST_SETTLED = 0.75
 # Constant steps add 10% of the norm in the last tenth, a random walk 5%, a cosine schedule 0.3%.
@@ -67,6 +85,7 @@ def pool_checkpoints(
         group, path = by_step[step.step], legible(step.path)
         fields = series.logged_between(before, step.step) | pool_layers(group, earlier)
         losses = describe_losses(probes, path)
+        fields |= {"foreign": step.step in series.foreign}
         checkpoints.append(Checkpoint(step=step.step, path=path, final=step.final, losses=losses, **fields))
         before, earlier = step.step, group
     return checkpoints
@@ -111,31 +130,30 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     unfit = [layer for layer, group in by_layer.items() if any(record.non_finite is not None for record in group)]
     finite = {layer: group for layer, group in by_layer.items() if layer not in unfit}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
+    frozen = find_frozen({layer: group for layer, group in finite.items() if layer not in dead})
     collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
     # A spike is far above its neighbours both per step and per learning rate, where the rates are known.
-    intervals, rates = np.diff(steps, prepend=0), np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints])
-    scales = (intervals, rates if (rates > 0).all() else intervals)
-
-    def find_spikes(group: Sequence[CheckpointLayer | Checkpoint]) -> list[float]:
-        lengths = np.array([each.increment or 0.0 for each in group])
-        return [min(pair) for pair in zip(*(spike_ratios(lengths / scale) for scale in scales), strict=True)]
-
-    spikes = find_spikes(checkpoints)
-    spiked = [layer for layer, group in finite.items() if max(find_spikes(group)) > SPIKED_LAYER]
+    intervals = np.asarray(np.diff(steps, prepend=0), np.float64)
+    rates = np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints], np.float64)
+    scales = (intervals, rates) if (rates > 0).all() else (intervals,)
+    spikes = find_spikes(checkpoints, scales)
+    spiked = find_spiked_layers({layer: find_spikes(group, scales) for layer, group in finite.items()}, steps)
     spike_step = next((step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, max(spikes))))
+    spiked_at = mode(spiked.values()) if spiked else None
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
-    turn, shares = path.get("cosine"), [path.get(name, 0.0) for name in ("first_share", "first_share_random")]
-    is_walk = turn is not None and abs(turn) < WALK_COSINE and abs(shares[0] - shares[1]) < WALK_SHARE
-    affected = {"dead": dead, "collapsed": [*collapsed], "spiked": spiked, "non_finite": unfit}
+    other_run = find_other_run(by_layer, checkpoints)
+    affected = {"dead": dead, "collapsed": [*collapsed], "spiked": [*spiked], "frozen": [*frozen], "non_finite": unfit}
     bad = [checkpoint.step for checkpoint in checkpoints if checkpoint.non_finite]
     states: list[tuple[State, object, int | None]] = [
         ("non-finite", bad, min(bad, default=None)),
+        ("two runs", other_run, other_run),
         ("out of order", path.get("swapped"), (path.get("swapped") or (None,))[0]),
         ("dead", dead, None),
         ("collapsed", collapsed, mode(collapsed.values()) if collapsed else None),
-        ("spiked", spiked or max(spikes) > SPIKED, spike_step),
-        ("random walk", is_walk, None),
+        ("spiked", spiked or max(spikes) > SPIKED, spike_step if max(spikes) > SPIKED else spiked_at),
+        ("frozen", frozen, min(frozen.values(), default=None)),
+        ("random walk", path and is_walk(path), None),
         ("settled", path.get("settled"), path.get("settled")),
         ("growing", path.get("growth", 0.0) > GROWING, None),
         ("moving", path, None),
@@ -149,6 +167,8 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
         repeated=tuple(each.step for each in checkpoints if each.increment == 0.0 and each.fro),
         spike=max(spikes) or None,
         spike_step=spike_step if max(spikes) else None,
+        frozen_step=min(frozen.values(), default=None),
+        other_run=other_run,
         **path,
     )
 
@@ -156,19 +176,94 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
 def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, int]:
     """Return the layers that lost most of their rank, each with the checkpoint that shows it first.
 
-    Suddenly, from one checkpoint to the next; or over the run, if more than half of all layers do.
+    Suddenly, from one checkpoint to the next; or over the run, if more than half of all layers do. Two earlier
+    checkpoints must show the rank: the first update of a run, and one with a spike, have more of it. Energy outside of
+    σ₁ must be lost, too: near the start, where Adam's step is lr·sign(g) of high rank, it grows as the rank falls.
     """
     sudden, slow = dict[str, int](), dict[str, int]()
     for layer, group in groups.items():
-        ranks = [record.effective_rank or 0.0 for record in group]
-        for t in range(1, len(group)):
-            before = slice(max(0, t - 2), t)  # a single spiked checkpoint has more rank than the run
-            rise = (group[t].spectral_share or 0.0) - max(record.spectral_share or 1.0 for record in group[before])
-            if rise > SHARE_RISE and max(ranks[t:]) < SUDDEN * min(ranks[before]):
+        ranks = [record.effective_rank or 1.0 for record in group]
+        rest = [(record.fro or 0.0) ** 2 * (1 - (record.spectral_share or 0.0)) for record in group]
+        for t in range(2, len(group)):
+            rank, energy = max(ranks[t:]), max(rest[t:])
+            # An effective rank is at least 1.
+            falls = rank - 1 < SUDDEN * (min(ranks[t - 2 : t]) - 1)
+            if falls and energy < SUDDEN_ENERGY * min(rest[t - 2 : t]):
                 sudden.setdefault(layer, group[t].step)
-            if max(ranks[t:]) < SLOW * sorted(ranks[:t])[-2:][0]:  # the second largest
+            # The second largest of all before: two checkpoints had it.
+            if rank < SLOW * sorted(ranks[:t])[-2] and energy < SLOW_ENERGY * sorted(rest[:t])[-2]:
                 slow.setdefault(layer, group[t].step)
     return {**slow, **sudden} if 2 * len(slow) > len(groups) else sudden
+
+
+def find_frozen(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, int]:
+    """Return the layers that moved and then stopped for the rest of the run, each with its last step that moved it.
+
+    No stored entry of the layer changes, while another layer changes most of its entries.
+    """
+    frozen = dict[str, int]()
+    least = list[float]()  # of all layers, by checkpoint
+    for column in zip(*groups.values(), strict=True):
+        least.append(min(1.0 if record.unchanged is None else record.unchanged for record in column))
+    for layer, group in groups.items():
+        # A sample of rows does not show that the others stood still, too.
+        moves = [t for t, record in enumerate(group) if record.unchanged != 1.0 or record.method == "rows"]
+        last = moves[-1] if moves else 0
+        if (group[last].increment or 0.0) > 0 and min(least[last + 1 :], default=1.0) < CHANGED:
+            frozen[layer] = group[last].step
+    return frozen
+
+
+def find_spikes(group: Sequence[CheckpointLayer | Checkpoint], scales: Sequence[Array]) -> list[float]:
+    """Return the ratio of each increment to its neighbours: the smallest over what increments are in proportion to."""
+    lengths = np.array([each.increment or 0.0 for each in group])
+    return [min(pair) for pair in zip(*(spike_ratios(lengths / scale) for scale in scales), strict=True)]
+
+
+def find_spiked_layers(ratios: Mapping[str, Sequence[float]], steps: Sequence[int]) -> dict[str, int]:
+    """Return the layers with a spike, each with its checkpoint.
+
+    Args:
+        ratios: By layer, the ratio of each increment to its neighbours. Of several layers, what all have in common,
+            such as a schedule, is divided out.
+        steps: The steps of the checkpoints.
+    """
+    spiked = dict[str, int]()
+    if not ratios:
+        return spiked
+    common = np.maximum(np.median(list(ratios.values()), axis=0), 1.0)
+    for layer, values in ratios.items():
+        largest = int(np.argmax(values))
+        alone = np.array(values) / common if len(ratios) >= ENOUGH_LAYERS else np.zeros(len(values))
+        if values[largest] > SPIKED_LAYER:
+            spiked[layer] = steps[largest]
+        elif alone.max() > SPIKED_ALONE:
+            spiked[layer] = steps[int(alone.argmax())]
+    return spiked
+
+
+def find_other_run(groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints: Sequence[Checkpoint]) -> int | None:
+    """Return the first checkpoint that is not of the same run as the one before it; None without such.
+
+    Its log contradicts the other's; or its factors A are unrelated in most layers; or most increments take back the
+    one before, as between two runs in turn.
+    """
+    for checkpoint, records in zip(checkpoints, zip(*groups.values(), strict=True), strict=True):
+        kinship = middle([record.kinship for record in records])
+        if checkpoint.foreign or (kinship is not None and kinship < UNRELATED):
+            return checkpoint.step
+    turns = [checkpoint.cosine for checkpoint in checkpoints if checkpoint.cosine is not None]
+    return checkpoints[1].step if len(turns) > 2 and median(turns) < ALTERNATING else None
+
+
+def is_walk(path: Mapping[str, Any]) -> bool:
+    """Return whether a path is that of independent steps, with momentum or without."""
+    turn, momentum, drift, far = (path[name] for name in ("cosine", "cosine_momentum", "drift", "cosine_far"))
+    if turn is None or drift is None or far is None:
+        return False
+    is_turning = -WALK_COSINE < turn < max(WALK_COSINE, momentum + WALK_MOMENTUM)
+    is_spread = abs(path["first_share"] - path["first_share_random"]) < WALK_SHARE
+    return bool(is_turning and is_spread and drift < WALK_DRIFT and far < WALK_FAR)
 
 
 def sum_grams(groups: Sequence[Sequence[CheckpointLayer]]) -> Array | None:
@@ -191,6 +286,7 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
     weight = float((lengths[1:] * lengths[:-1]).sum())
     share, linear = first_direction(gram, steps)
     share_random, linear_random = first_direction(random_walk(gram), steps)
+    drift, far_cosine = measure_drift(gram, steps)
     ratio, *swapped = best_swap(gram)
     settled = steps[settled_from(distances(gram)[1:, -1] / fro)]
     rates = np.cumsum([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints])
@@ -201,6 +297,9 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
         "linear": linear,
         "linear_random": linear_random,
         "cosine": float(products.diagonal(1).sum() / weight) if weight > 0 else None,
+        "cosine_momentum": correlate_momentum(median(np.diff(steps, prepend=0).tolist())),
+        "cosine_far": far_cosine,
+        "drift": drift,
         "swapped": tuple(steps[i] for i in swapped) if ratio < SWAPPED else None,
         "settled": settled if settled <= LATEST_SETTLED * steps[-1] else None,
         "settled_schedule": steps[settled_from(1 - rates / rates[-1])] if by_rates else None,
@@ -217,6 +316,36 @@ def _at_nine_tenths(steps: Sequence[int], values: Array) -> float:
 def increments_of(gram: Array) -> Array:
     """Return ⟨D_s, D_t⟩ of the increments D_t = ΔW_t − ΔW_{t−1}, D_1 = ΔW_1, from the Gram matrix of ΔW_1, …, ΔW_T."""
     return np.diff(np.diff(gram, axis=0, prepend=0.0), axis=1, prepend=0.0)
+
+
+def measure_drift(gram: Array, steps: Sequence[int]) -> tuple[float | None, float | None]:
+    """Return what increments at least ``APART`` steps apart have in common: a fraction of ‖ΔW_T‖², and a mean cosine.
+
+    ‖ΔW_T‖² = Σ_i‖D_i‖² + Σ_{i≠j}⟨D_i, D_j⟩; of a random walk all ⟨D_i, D_j⟩ have expectation 0. The fraction finds a
+    slow drift in many steps, the cosine that of a schedule whose first steps have most of the energy. Both are None
+    without such increments, the cosine also where they are zero.
+    """
+    products, starts = increments_of(gram), np.array([0, *steps[:-1]])
+    lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
+    is_far = starts[None, :] - np.array(steps)[:, None] >= APART
+    if not is_far.any():
+        return None, None
+    common, most = float(products[is_far].sum()), float(np.outer(lengths, lengths)[is_far].sum())
+    return 2 * common / float(gram[-1, -1]), common / most if most > 0 else None
+
+
+def correlate_momentum(interval: float, momentum: float = MOMENTUM) -> float:
+    """Return the cosine of consecutive increments of n steps each, of a random walk with momentum.
+
+    Velocities of steps k apart have the correlation βᵏ. Their sum over n steps has the variance n(1 + β)/(1 − β) −
+    2β(1 − βⁿ)/(1 − β)², and the covariance β(1 − βⁿ)²/(1 − β)² with the next sum.
+
+    >>> [round(correlate_momentum(n), 2) for n in (1, 10, 20, 100)]
+    [0.9, 0.52, 0.31, 0.05]
+    """
+    left = 1.0 - float(momentum**interval)
+    variance = interval * (1 + momentum) * (1 - momentum) - 2 * momentum * left
+    return momentum * left**2 / variance
 
 
 def random_walk(gram: Array) -> Array:
@@ -263,8 +392,8 @@ def spike_ratios(lengths: Array) -> list[float]:
     ratios = []
     for t, length in enumerate(lengths.tolist()):
         near = [*lengths[max(0, t - NEIGHBOURS) : t], *lengths[t + 1 : t + 1 + NEIGHBOURS]]
-        middle = median(near) if len(lengths) > 3 else 0.0
-        ratios.append(length / middle if middle > 0 else 0.0)
+        moving = [each for each in near if each > 0]  # before and after, a layer may be frozen
+        ratios.append(length / median(moving) if moving and len(lengths) > 3 else 0.0)
     return ratios
 
 

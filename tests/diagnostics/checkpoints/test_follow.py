@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,37 @@ def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
     assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20]
     assert_names(lines[0], "waiting", "monitor.jsonl")
     assert [line.partition(",")[0] for line in lines[-2:]] == ["step 10", "step 20"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "trainer_state.json", "training_args.bin", "optimizer.pt"])
+def test_follow_waits_for_weights_of_checkpoint(tmp_path, monkeypatch, name):
+    """PEFT writes README.md before the weights; another folder may never get any."""
+    adapter, run = Path("sample_checkpoints/lora_r4"), tmp_path / "out"
+    for step in (10, 20):
+        shutil.copytree(adapter, run / f"checkpoint-{step}")
+
+    def on_look(number):
+        if number == 1:
+            (run / "checkpoint-30").mkdir()
+            (run / "checkpoint-30" / name).write_text("{}")
+        if number == 3:
+            shutil.copytree(adapter, run / "checkpoint-30", dirs_exist_ok=True)
+            (run / "checkpoint-30" / "trainer_state.json").write_text('{"global_step": 30, "max_steps": 30}')
+
+    results, _, looks = collect(run, monkeypatch, on_look, partial(measure_run, [run]))
+    assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20, 30]
+    assert len(looks) == 3
+
+
+def test_checkpoint_without_weights_is_named(tmp_path):
+    shutil.copytree("sample_checkpoints/lora_r4", tmp_path / "checkpoint-10")
+    (tmp_path / "checkpoint-20").mkdir()
+    (tmp_path / "checkpoint-20" / "README.md").touch()
+    with raises_naming(InputError, tmp_path / "checkpoint-20", "no weights"):
+        lora_diag.trajectory(tmp_path)
+    (tmp_path / "checkpoint-20" / "model.safetensors").touch()
+    with raises_naming(UsageError, tmp_path / "checkpoint-20", "BASE"):
+        lora_diag.trajectory(tmp_path)
 
 
 def test_follow_refuses_what_it_cannot_follow(tmp_path, monkeypatch):

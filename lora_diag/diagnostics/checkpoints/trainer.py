@@ -20,15 +20,15 @@ from lora_diag.files import open_regular
 
 STATE = "trainer_state.json"
 
-# A million steps that are logged one by one take 47 MB written without blanks, and 100,000 entries of 25 numbers as
-# TRL's GRPO logs them 90 MB as transformers writes them.
+# 500,000 entries with a loss, a rate and a norm each take 84 MB as transformers writes them, and 100,000 of 25 numbers,
+# as TRL's GRPO logs them, 90 MB.
 MAX_STATE_BYTES = 100_000_000
 
 # Characters that are read at once, and those of the largest value in the file; an entry has less than 2,000.
 PIECE = 1_000_000
 
-# Entries of the log. With a loss and a rate each, a million take 180 MB.
-MAX_ENTRIES = 2_000_000
+# Entries of the log. Two logs are in memory at a time.
+MAX_ENTRIES = 500_000
 
 # Losses and learning rates from here on are no numbers of a training: a float32 is at most 3.4e38.
 LARGEST = 1e100

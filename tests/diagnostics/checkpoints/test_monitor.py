@@ -17,6 +17,7 @@ from transformers import Trainer
 
 import lora_diag
 from lora_diag import LoraMonitor
+from lora_diag.diagnostics.checkpoints.monitor import RULES
 from lora_diag.diagnostics.checkpoints.record import Checkpoint
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import ResultsWriter
@@ -172,9 +173,29 @@ def collapse(t, factors):
         factors[B0].copy_(factors[B0][:, :1] * torch.tensor([1.0, 0.0, 0.0]))
 
 
+def freeze():
+    """Return a change that keeps the factors of the layer from step 4 on."""
+    held = {}
+
+    def change(t, factors):
+        for name in (B0, B0.replace("lora_B", "lora_A")):
+            if t == 4:
+                held[name] = factors[name].clone()
+            if t > 4:
+                factors[name].copy_(held[name])
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("rule", "change", "first"),
-    [("dead", kill, 4), ("non_finite", poison, 4), ("spiked", spike, 6), ("collapsed", collapse, 4)],
+    [
+        ("dead", kill, 4),
+        ("non_finite", poison, 4),
+        ("spiked", spike, 6),
+        ("collapsed", collapse, 4),
+        ("frozen", freeze(), 5),
+    ],
 )
 def test_monitor_warns_once_and_stops_on_planted_problem(tmp_path, caplog, rule, change, first):
     stopped = planted(tmp_path, change, stop_on=rule)
@@ -204,7 +225,7 @@ def test_monitor_measures_again_after_non_finite_step(tmp_path):
 
 
 def test_monitor_finds_nothing_in_healthy_run(tmp_path, caplog):
-    assert not any(planted(tmp_path, lambda t, factors: None, stop_on=("dead", "spiked", "collapsed", "non_finite")))
+    assert not any(planted(tmp_path, lambda t, factors: None, stop_on=RULES))
     assert not caplog.records
 
 

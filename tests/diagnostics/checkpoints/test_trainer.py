@@ -17,8 +17,8 @@ from lora_diag.errors import InputError
 from tests.diagnostics.checkpoints.making import healthy, save_run, write_state
 from tests.messages import raises_naming
 
-# Measured: 282 MB in one checkpoint, 448 MB in several, since two logs are compared; a short state takes 79 MB.
-MILLION_ENTRIES_MB = 500
+# MAX_ENTRIES in each of three checkpoints, with all three numbers: 340 MB as measured, of which 79 MB are the program.
+MOST_ENTRIES_MB = 400
 
 
 def write_text(folder, text: str):
@@ -115,13 +115,13 @@ def test_size_and_number_of_entries_are_limited(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["empty entries", "million steps in three checkpoints"])
+@pytest.mark.parametrize("kind", ["empty entries", "most entries in three checkpoints"])
 def test_large_state_takes_stated_memory(tmp_path, kind):
     run = save_run(tmp_path / "out", healthy()[:3], (10, 20, 30), state=False)
     history, steps = "{}," * 33_000_000 + "{}", [30]
     if kind != "empty entries":
-        entries = (f'{{"step":{step},"loss":1.5,"learning_rate":1e-4}}' for step in range(1, 1_000_000))
-        history, steps = ",".join(entries), [10, 20, 30]
+        entry = '{{"step":{},"loss":1.5,"eval_loss":2.5,"learning_rate":1e-4}}'
+        history, steps = ",".join(map(entry.format, range(1, trainer.MAX_ENTRIES))), [10, 20, 30]
     for step in steps:
         write_text(run / f"checkpoint-{step}", f'{{"global_step": {step}, "log_history": [{history}]}}')
     program = (
@@ -133,4 +133,4 @@ def test_large_state_takes_stated_memory(tmp_path, kind):
     code, megabytes = map(int, done.stdout.split())
     shutil.rmtree(run)
     assert code == (3 if kind == "empty entries" else 0)
-    assert megabytes < (150 if kind == "empty entries" else MILLION_ENTRIES_MB)
+    assert megabytes < (150 if kind == "empty entries" else MOST_ENTRIES_MB)

@@ -51,7 +51,7 @@ def run_report(
         output = options["output"] = Path("report.html")
     rendered = report(*results, **options)
     if output is None:
-        shown.print(str(rendered).rstrip("\n"))
+        shown.print(str(rendered).rstrip("\r\n"))
         return DONE
     shown.message(f"{shlex.quote(str(output))}: {byte_count(Path(output).stat().st_size)}")
     return DONE

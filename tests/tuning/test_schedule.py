@@ -65,7 +65,7 @@ def test_stage_cost_equals_sum_of_runs():
     assert result["seeds"] == (9, pytest.approx(99))
     assert result["finer"] == (7, pytest.approx(77))
     assert result["full"] == (7, pytest.approx(7 * 31))
-    assert result["redistribution"] == (6, pytest.approx(66 + 2.5))
+    assert result["redistribution"] == (5, pytest.approx(55))
     assert result["trials"] == (6, pytest.approx(66))
     assert "rates" not in result
     assert seconds_of(make_plan()) == pytest.approx(MARGIN * sum(seconds for _, seconds in result.values()))

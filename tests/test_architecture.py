@@ -57,7 +57,7 @@ READERS = {"gating", "reports", "plots", "inspection", "environment", "explanati
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
-    "decisions.allocate": {"probes.sensitivity", "probes.sweep"},
+    "decisions.allocate": {"probes.sweep"},
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},

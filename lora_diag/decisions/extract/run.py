@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, ClassVar, Unpack
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import Item, Part
@@ -18,7 +18,6 @@ from lora_diag.adapters.writing_targets import Target
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
-from lora_diag.decisions.extract.folder import FACTORS, OutputFolder, TensorPlan, list_words, plan_tensors
 from lora_diag.decisions.extract.measure import (
     ExtractionSettings,
     Layer,
@@ -29,6 +28,7 @@ from lora_diag.decisions.extract.measure import (
 from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.show import extraction_card
+from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
@@ -40,6 +40,17 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import NEEDS_ACTIVATIONS, refuse_without_rounding, second_moments
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
+from lora_diag.running.output_folder import ADAPTER_FILES, FACTORS, OutputFolder, list_words
+
+RECORDS = "extraction.jsonl"
+
+
+class ExtractionFolder(OutputFolder):
+    """The folder of an extraction."""
+
+    records_name: ClassVar[str] = RECORDS
+    own_files: ClassVar[frozenset[str]] = ADAPTER_FILES | {RECORDS}
+    description: ClassVar[str] = "an extraction"
 
 
 @show_options
@@ -110,7 +121,7 @@ def extract(
     split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
     form, recover, match_norm = (arguments[name] for name in ("format", "recover", "match_norm"))
     base, tuned = as_path(base), as_path(tuned)
-    folder = OutputFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
+    folder = ExtractionFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
     rank_name, rank_value = read_rank_option(arguments)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:

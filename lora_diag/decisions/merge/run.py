@@ -11,13 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
-from lora_diag.adapters.layouts import LAYOUTS, PEFT, check_layout
+from lora_diag.adapters.layouts import PEFT, check_layout
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
-from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, list_words, plan_tensors
 from lora_diag.decisions.extract.run import place_target, write_in_format
+from lora_diag.decisions.extract.tensor_plan import plan_tensors
 from lora_diag.decisions.merge import ALL, METHODS, JudgeOptions, MergeOptions, MergeRunOptions, Method
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
@@ -32,6 +32,7 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import fill_options, list_options, show_options
+from lora_diag.running.output_folder import ADAPTER_FILES, OutputFolder, list_words
 from lora_diag.running.updates import align_layers, list_unmeasured, tuned_path
 
 RECORDS = "merge.jsonl"
@@ -41,9 +42,7 @@ class MergeFolder(OutputFolder):
     """The folder of a merge."""
 
     records_name: ClassVar[str] = RECORDS
-    own_files: ClassVar[frozenset[str]] = frozenset(
-        {WEIGHTS, CONFIG, MODEL, MODEL_CONFIG, CARD, RECORDS, *(layout.file for layout in LAYOUTS.values())}
-    )
+    own_files: ClassVar[frozenset[str]] = ADAPTER_FILES | {MODEL, MODEL_CONFIG, RECORDS}
     description: ClassVar[str] = "a merge"
 
 

@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lora_diag.adapters import Adapter
+from lora_diag.adapters.source import CONFIG
+from lora_diag.adapters.writing import WEIGHTS
 from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, Replacement, write_changed, write_tensors
 from lora_diag.decisions.allocate.measure import Budget, allocate
-from lora_diag.decisions.extract.folder import CARD, CONFIG, WEIGHTS, OutputFolder, TensorPlan, list_words, plan_tensors
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
+from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.decisions.recover import RecoverOptions
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.show import recovery_card
@@ -53,6 +55,7 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
+from lora_diag.running.output_folder import CARD, OutputFolder, list_words
 
 # Source of what is written for a layer.
 Written = Literal["posterior", "file", "nothing"]

@@ -65,14 +65,15 @@ def align_layers(
 
     Raises:
         InputError: Two have different shapes for one name.
-        NothingComparedError: No layer is changed by two.
+        NothingComparedError: There are several updates, and no layer is changed by two of them.
     """
     by_layer: dict[str, list[Update]] = {}
     for comparison, weight in zip(comparisons, weights, strict=True):
         for delta in comparison.pairing.deltas:
             if vectors or delta.is_matrix:
                 by_layer.setdefault(delta.layer, []).append(Update(tuned_path(comparison), weight, drop_base(delta)))
-    if not any(len(updates) > 1 for updates in by_layer.values()):
+    is_shared = any(len(updates) > 1 for updates in by_layer.values())
+    if len(comparisons) > 1 and not is_shared:
         examples = "; ".join(
             f"{tuned_path(item)} has {min((delta.layer for delta in item.pairing.deltas), default='no layer')}"
             for item in comparisons

@@ -1,4 +1,4 @@
-"""``merge``: several updates of one BASE in one adapter or checkpoint; its methods, declaration and options."""
+"""``merge``: updates of one BASE in one adapter or checkpoint; its methods, declaration and options."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
         str, Option("mean", "Method of merging; with --eval, all compares them.", "|".join((*METHODS, ALL)))
     ]
     weights: Annotated[Sequence[float] | None, options.WEIGHTS]
-    scale: Annotated[float, Option(1.0, "Factor of the merged update (λ of task arithmetic).", "X")]
+    scale: Annotated[float, Option(1.0, "Factor of the merged update, or of a single one.", "X")]
     density: Annotated[
         float | None, Option(None, "Fraction of entries kept by TIES and DARE; default: by method.", "D")
     ]
@@ -126,15 +126,17 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Merge updates of one BASE, and state what each keeps.",
-            notes="The merge is an adapter, by default of the exact rank, or a checkpoint.",
+            notes="The merge is an adapter, by default of the exact rank, or a checkpoint. One update alone is written "
+            "at the strength --scale.",
             examples=(
                 "merge base/ sql/ chat/ code/ -o merged/",
                 "merge base/ sql/ chat/ code/ --method tsv --rank 32 -o merged/",
                 "merge base/ sql/ chat/ --method all --eval sql=sql.txt --eval chat=chat.txt -o merged/",
+                "merge base/ sql/ --scale 0.75 -o weaker/",
             ),
             arguments=(
                 BASE_ARGUMENT,
-                Argument("updates", "Two or more adapters or fine-tuned checkpoints.", "TUNED", True),
+                Argument("updates", "One or more adapters or fine-tuned checkpoints.", "TUNED", True),
             ),
             options=(FolderOutput, MergeOptions),
             suggest=".show:suggest_next",

@@ -1,4 +1,4 @@
-"""``merge``: write the merge of several updates as an adapter or a checkpoint, and record what each keeps."""
+"""``merge``: write merged updates, or a single one times a factor, and record what is kept of each."""
 
 from __future__ import annotations
 
@@ -53,18 +53,19 @@ def merge(
     output: Path | str,
     **options: Unpack[MergeOptions],
 ) -> Results[Merged]:
-    r"""Merge several updates of one model, and measure what each keeps.
+    r"""Merge updates of one model, and measure what each keeps; or write one update at another strength.
 
     M of a layer is merged from the updates that change it; an update without the layer counts as zero. The output is an
     adapter with the exact rank of M, or its best approximation of a lower rank, or with ``full`` the checkpoint W + M.
+    Of one update, M = ``scale``·ΔW.
 
     Args:
         base: Base checkpoint.
-        updates: Two or more adapters or fine-tuned checkpoints.
+        updates: One or more adapters or fine-tuned checkpoints.
         output: Folder to write. It is written as ``NAME.part`` and renamed when complete.
         method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``, ``iso_c``,
             ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``. With ``evaluate`` also ``all``:
-            of those that can be written, the one that is chosen by its losses.
+            of those that can be written, the one that is chosen by its losses. Of one update, ``mean`` or ``sum``.
         weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean`` divides them by their sum.
         scale: λ, the factor of M.
         density: Fraction of entries that TIES and DARE keep; default by method.
@@ -88,10 +89,10 @@ def merge(
         One ``merged`` record for each layer and update, also in ``merge.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option is invalid, there are fewer than two updates, one is given twice, ``base`` is an adapter,
-            the merge has no factors and no rank is given, or ``output`` is an input or may not be replaced.
+        UsageError: An option is invalid or needs several updates, there is no update or one is given twice, ``base`` is
+            an adapter, the merge has no factors and no rank is given, or ``output`` is an input or may not be replaced.
         InputError: An input cannot be read or does not fit ``base``, or the output cannot be written.
-        NothingComparedError: No weight is in two of the updates, or every layer of the merge is zero.
+        NothingComparedError: No weight is in two of several updates, or every layer of the merge is zero.
 
     Example:
         >>> import tempfile
@@ -102,8 +103,8 @@ def merge(
         [(20, 0.5), (20, 0.5)]
     """
     arguments = fill_options(MergeOptions, options)
-    if len(updates) < 2:
-        raise UsageError("merge: fewer than two updates; give BASE, then at least two adapters or fine-tunes of it")
+    if not updates:
+        raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
     full, form, portable = (arguments[name] for name in ("full", "format", "portable"))
     candidates = list_candidates(arguments, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
@@ -202,8 +203,10 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
     Raises:
         UsageError: An option is out of range or does not apply, or merges are compared without an evaluation set.
     """
-    _check_numbers(arguments)
     name, density = arguments["method"], arguments["density"]
+    if count == 1 and (name == ALL or not METHODS[name].linear):
+        raise UsageError(f"--method {name}: merges several updates; give two or more, or --scale alone for one")
+    _check_numbers(arguments)
     methods = METHODS.values() if name == ALL else [METHODS[name]]
     if density is not None and all(method.density is None for method in methods):
         raise UsageError(f"--density: {name} keeps every entry; remove it, or use a method that trims")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ from lora_diag.rendering.text import (
 # What a table of losses does not repeat of the models that others are compared with.
 _OWN: dict[str, dict[str, Any]] = {"base": {"change": None, "kept": None}, "alone": {"gap": None, "kept": None}}
 
+# Columns that say nothing of a single update.
+_COMPARING = {"kept_random", "kept_mean", "others", "directions", "sign_conflict"}
+
 # Largest error of an output that counts as the merge itself: factors in float32 have about 1e-7.
 EXACT = 1e-5
 
@@ -58,9 +61,29 @@ def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
     updates = [(name, records) for name, records in group_updates(results) if records]
     if not updates:
         return []
-    layers = [grid_of(Merged.shown, rows_of(records, per), per, name) for name, records in updates]
-    whole = replace(grid_of(Merged.shown, updates, "type", "updates in the merge"), title="update")
+    shown, caption = Merged.shown, "updates in the merge"
+    if is_single(results):
+        shown = tuple(column for column in shown if column.path not in _COMPARING)
+        caption = "the update in the output"
+    layers = [grid_of(shown, rows_of(records, per), per, name) for name, records in updates]
+    whole = replace(grid_of(shown, updates, "type", caption), title="update")
     return [*_make_loss_grids(results), whole, *(layers if per == "layer" else [])]
+
+
+def is_single(results: Results[Merged]) -> bool:
+    """Return whether the run had one update, so that M = t·ΔW."""
+    return len(group_updates(results)) == 1
+
+
+def describe_merge(results: Results[Merged], quote: Callable[[str], str] = str) -> str:
+    """Return what M is: the method, or of a single update its strength t and its name, which ``quote`` formats."""
+    settings, updates = results.run.settings, group_updates(results)
+    if not is_single(results):
+        scale = f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
+        return f"{METHODS[settings['method']].title} of {len(updates)} updates{scale}"
+    strength = settings["scale"] * settings["weights"][0]
+    factor = f"{number(strength)}·" if strength != 1 else ""
+    return f"{factor}ΔW of {quote(updates[0][0])}"
 
 
 def compute_length(results: Results[Merged]) -> tuple[float, str]:
@@ -88,21 +111,22 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
         _describe_written(results, output),
         *_describe_choice(results),
         _describe_error(results),
-        _describe_kept(results),
-        _describe_length(results),
-        _describe_collisions(results),
+        *([] if is_single(results) else _compare_updates(results)),
         _describe_lost(results),
         skipped=skipped,
     )
 
 
+def _compare_updates(results: Results[Merged]) -> list[Statement]:
+    """State what several updates keep of each other."""
+    return [_describe_kept(results), _describe_length(results), _describe_collisions(results)]
+
+
 def _describe_written(results: Results[Merged], output: Path | str | None) -> Statement:
     """State the method, the inputs, and what was written."""
     settings, layers = results.run.settings, select_layers(results.layers)
-    method = METHODS[settings["method"]]
     what = "" if output is None else f"{safe(str(output))}: "
-    what += f"{method.title} of {len(group_updates(results))} updates"
-    what += f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
+    what += describe_merge(results)
     dtypes = "".join(f", {dtype}" for dtype in sorted({record.dtype for record in layers}) if dtype != "float32")
     if settings["full"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
@@ -266,6 +290,13 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     """
     settings = results.run.settings
     method = METHODS[settings["method"]]
+    is_adapter = not settings["full"]
+    kind = "LoRA adapter" if is_adapter else "Checkpoint"
+    title = f"{kind} merged with {method.title}"
+    source = f"{method.title} ({method.source}) of updates of {code_span(base_name)}. Evaluate it on every task"
+    if is_single(results):
+        title = f"{kind} of a single update"
+        source = f"{describe_merge(results, code_span)}, an update of {code_span(base_name)}. Evaluate it"
     table = ["| update | weight | kept | norm |", "|---|---:|---:|---:|"]
     for name, records in group_updates(results):
         if records:
@@ -275,17 +306,15 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
             table.append(f"| {code_span(name)} | {' | '.join(cells)} |")
     epsilon = pooled_epsilon(results.layers)
     body = [
-        f"{method.title} ({method.source}) of updates of {code_span(base_name)}. Evaluate it on every task: numbers of "
-        "weights do not say what a merge does to the loss.",
+        f"{source}: numbers of weights do not say what a merge does to the loss.",
         "\n".join(table),
         "`kept` is ⟨M, ΔW⟩/‖ΔW‖², the factor with which an update is in the merge.",
         f"The factors have a distance of ε = {number(epsilon)} from the merge, relative to its norm."
         if epsilon
         else "",
     ]
-    is_adapter = not settings["full"]
     return model_card(
-        f"{'LoRA adapter' if is_adapter else 'Checkpoint'} merged with {method.title}",
+        title,
         base_name,
         [part for part in body if part],
         "merge.jsonl",

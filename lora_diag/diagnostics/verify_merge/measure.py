@@ -324,7 +324,7 @@ def _compare_recipes(updates: Comparison, written: Comparison) -> tuple[str, ...
     """Return a note if ``loradiag merge`` made MERGED and the adapter from different inputs or settings.
 
     Raises:
-        UsageError: It made MERGED from several updates, of which the adapter is one.
+        UsageError: It made MERGED from several updates, of which the adapter is one, or from a multiple of it.
     """
     assert isinstance(updates.update, Adapter)
     assert isinstance(written.update, Checkpoint)
@@ -332,10 +332,14 @@ def _compare_recipes(updates: Comparison, written: Comparison) -> tuple[str, ...
     if not recipe:
         return ()
     digests = [update.get("fingerprint") for update in recipe["updates"] if isinstance(update, dict)]
-    made = legible(f"the merge of {len(recipe['updates'])} updates with --method {recipe.get('method')}")
+    is_single, scale = len(recipe["updates"]) == 1, recipe.get("scale")
+    made = f"the merge of {len(recipe['updates'])} updates with --method {recipe.get('method')}"
+    made = legible(f"BASE plus {scale} times one update" if is_single else made)
     if not other and updates.inputs[-1].fingerprint in digests:
+        if is_single and scale == 1:
+            return ()
         fix = "write the same merge as an adapter (loradiag merge without --checkpoint), and give it as ADAPTER"
-        raise UsageError(f"{written.update.path}: is {made}, not of this adapter alone; {fix}")
+        raise UsageError(f"{written.update.path}: is {made}, not BASE plus this adapter; {fix}")
     if recipe != other:
         return (f"is {made}; ADAPTER is not the merge of the same updates and settings",)
     return (f"is {made}, as ADAPTER",)

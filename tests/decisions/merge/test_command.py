@@ -12,6 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import lora_diag
+from lora_diag.errors import UsageError
+from tests import merges
 from tests.conftest import ROOT
 from tests.messages import assert_names
 from tools.refresh import prompt
@@ -190,6 +192,85 @@ def test_verify_merge_accepts_written_checkpoint(run, three, tmp_path):
         assert run("verify-merge", "base", "mean", "merged").code == 0
 
 
+@pytest.mark.parametrize("words", [["--scale", "0.75"], ["--method", "sum", "--weights", "-3", "--scale", "-0.25"]])
+def test_single_update_is_written_at_its_strength(run, three, tmp_path, words):
+    """With the exact rank of its factors; no word or column compares it with others."""
+    _, deltas = three
+    ran = run("merge", "base", "c", "-o", "out", *words)
+    assert ran.code == 0, ran.err
+    assert_names(ran.out, "0.75·ΔW of c", "rank 4")
+    for word in ("updates", "chance", "mean", "√K", "Collisions"):
+        assert word not in ran.out
+    ((layer, written),) = read_deltas(tmp_path / "out").items()
+    assert near(written, 0.75 * deltas[2][layer])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert_names(card, "single update", "0.75·ΔW of `c`")
+    assert "updates of" not in card
+
+
+def test_single_update_without_factors_of_full_rank_keeps_its_rank(run, tmp_path):
+    make_base(tmp_path / "base")
+    rng = np.random.default_rng(0)
+    b, a = rng.standard_normal((12, 3)), rng.standard_normal((3, 16))
+    b[:, 2] = b[:, 1]
+    make_adapter(tmp_path / "a", 1, rank=3, layers=(Q,), factors=(b, a))
+    ran = run("merge", "base", "a", "--scale", "2", "-o", "out", "--json")
+    (record,) = [record for record in ran.records if record["record"] == "merged"]
+    assert record["rank"] == 2
+    assert (record["kept"], record["kept_random"]) == (pytest.approx(2), pytest.approx(2))
+    assert (record["others"], record["sign_conflict"]) == (0, None)
+
+
+def test_fine_tune_is_written_at_its_strength_in_dtype_of_base(run, tmp_path):
+    base = make_base(tmp_path / "rough")
+    rng = np.random.default_rng(5)
+    save(tmp_path / "base", base, torch.bfloat16)
+    save(tmp_path / "tuned", {n: w + rng.standard_normal(w.shape) * 0.01 for n, w in base.items()}, torch.bfloat16)
+    ran = run("merge", "base", "tuned", "--scale", "0.3", "--checkpoint", "-o", "out")
+    assert ran.code == 0, ran.err
+    before, after, written = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "out"))
+    assert list(written) == list(before)
+    for name, weight in before.items():
+        exact = weight.double() + 0.3 * (after[name].double() - weight.double())
+        assert written[name].dtype == torch.bfloat16
+        # Half a unit in the last of 8 digits is up to 2⁻⁸ of a number.
+        assert ((written[name].double() - exact).abs() <= 1.001 * 2.0**-8 * exact.abs()).all()
+
+
+def test_merge_without_updates_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no update"):
+        lora_diag.merge(SAMPLES / "base", [], tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [{}, {"use_rslora": True, "alpha_pattern": {"up_proj": 3}}])
+def test_single_update_equals_merge_and_unload_of_peft(run, tmp_path, config):
+    """PEFT merges what was written to W + t·ΔW, which the checkpoint is; verify-merge agrees."""
+    from peft import PeftModel
+
+    made = merges.peft_merge(tmp_path, merges.llama(), **config)
+    for scale in (1.0, 0.7):
+        ours, merged = tmp_path / f"ours-{scale}", tmp_path / f"merged-{scale}"
+        words = ("merge", "base", "adapter", "--scale", str(scale), "-o")
+        assert run(*words, ours.name).code == 0
+        assert run(*words, merged.name, "--checkpoint").code == 0
+        written = load_file(merged / "model.safetensors")
+        loaded = merges.state(PeftModel.from_pretrained(merges.llama(), ours).merge_and_unload())
+        assert written.keys() == made.before.keys()
+        for name, before in made.before.items():
+            exact = before.double() + scale * (made.after[name].double() - before.double())
+            # W + ΔW and the factors were rounded to float32: a few units in the last digit of the largest entry.
+            limit = 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
+            assert float((written[name].double() - exact).abs().max()) <= limit
+            assert float((loaded[name].double() - exact).abs().max()) <= limit
+        checked = run("verify-merge", "base", ours.name, merged.name)
+        assert checked.code == 0, checked.out
+    assert run("verify-merge", "base", "adapter", "merged-1.0").code == 0
+    other = run("verify-merge", "base", "adapter", "merged-0.7")
+    assert other.code == 2
+    assert_names(other.err, "0.7 times one update", "--checkpoint")
+
+
 def test_card_has_the_command_that_wrote_the_merge(run, three, tmp_path):
     assert run("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
     (line,) = re.findall(r"^    loradiag (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
@@ -273,7 +354,9 @@ def test_trained_biases_outside_adapter_are_named(loradiag):
 
 
 REFUSED = [
-    (["a"], "at least two", 2),
+    (["a", "--method", "ties", "--rank", "2"], "several updates", 2),
+    (["a", "--method", "all"], "several updates", 2),
+    (["tuned"], "--checkpoint", 2),
     (["a", "a"], "twice", 2),
     (["base", "a"], "base", 2),
     (["a", "b", "--weights", "1"], "--weights", 2),
@@ -349,10 +432,12 @@ def test_foreign_folder_is_kept_and_run_resumes(loradiag, three, tmp_path):
 
 def test_docs_show_what_is_printed(loradiag, tmp_path):
     page = (ROOT / "docs" / "reference" / "merge.md").read_text(encoding="utf-8")
-    words, shown = re.search(r"<!-- shown: (.*?) -->\n(.*?)<!-- end -->", page, re.DOTALL).groups()
     (tmp_path / "sample_checkpoints").symlink_to(ROOT / "sample_checkpoints")
-    printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
-    assert shown == f"```console\n{prompt(words)}\n{printed}\n```\n"
+    blocks = re.findall(r"<!-- shown: (merge .*?) -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    assert len(blocks) == 2
+    for words, shown in blocks:
+        printed = loradiag(*words.split(), env={"COLUMNS": "80"}, brief=True).out.strip("\n")
+        assert shown == f"```console\n{prompt(words)}\n{printed}\n```\n"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names; or one of t·ΔW.
+"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names.
 
 Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
 this common rank. Other updates than pairs of factors cannot be represented, except DoRA by the nearest LoRA of its
@@ -13,8 +13,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from lora_diag.adapters.adapter import Adapter
 from lora_diag.adapters.contents import LOW_RANK_PARTS, Contents, Item, read_contents
-from lora_diag.adapters.layouts import GGUF, LAYOUTS, PEFT, Placed, Slot
+from lora_diag.adapters.layouts import GGUF, LAYOUTS, Placed, Slot
 from lora_diag.adapters.updates import Site, as_float64, read
-from lora_diag.adapters.writing import WEIGHTS, pad_factor, store_factors, write_config
+from lora_diag.adapters.writing import pad_factor, store_factors, write_config
 from lora_diag.checkpoints import Checkpoint, TensorInfo, open_checkpoint
 from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
@@ -126,43 +125,20 @@ def write_portable(
     form = form or adapter.form
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
-    with stage_folder(folder) as work:
-        return convert(adapter, work / "files", work, base, form, dora_to_lora, leave_out)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Refuse a path for a new folder at which something exists, or that cannot be written.
-
-    Raises:
-        UsageError: Something exists there.
-        InputError: The folder cannot be written.
-    """
     check_folder_of(folder)
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
-
-
-@contextmanager
-def stage_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder next to a new one; its ``files`` become the new folder when the block ends.
-
-    After an error, nothing is left of either.
-
-    Raises:
-        UsageError: Something exists at ``folder``.
-        InputError: The folder cannot be written.
-    """
-    check_new_folder(folder)
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         (work / "files").mkdir(parents=True)
-        yield work
+        written = convert(adapter, work / "files", work, base, form, dora_to_lora, leave_out)
         (work / "files").rename(folder)
         sync(folder.parent)
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
+    return written
 
 
 def convert(
@@ -174,7 +150,6 @@ def convert(
     dora_to_lora: bool = False,
     leave_out: bool = False,
     for_tied_head: bool = False,
-    strengths: Callable[[str], float] = lambda layer: 1.0,
 ) -> Written:
     """Write the files of a portable copy into an existing folder, and return their description.
 
@@ -187,7 +162,6 @@ def convert(
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
         for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
-        strengths: Returns by which factor to multiply the update of a layer.
 
     Raises:
         InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
@@ -214,7 +188,7 @@ def convert(
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     parts = {
-        item.layer: _make_part(item, deltas.get(item.layer), scratch, number, dtype, strengths(item.layer))
+        item.layer: _make_part(item, deltas.get(item.layer), scratch, number, dtype)
         for number, item in enumerate(supported)
     }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
@@ -225,46 +199,6 @@ def convert(
     norm = math.hypot(*(part.fro for part in truncated.values()))
     epsilon = math.hypot(*(part.epsilon * part.fro for part in truncated.values())) / (norm or 1.0)
     return Written(rank, dtype, {name: part.epsilon for name, part in truncated.items()}, epsilon, unsupported)
-
-
-def write_strength(adapter: Adapter, folder: Path, base: Checkpoint, strength: float, layers: Collection[str]) -> None:
-    """Write the files of a copy whose update is t·ΔW, in the format of the adapter, into an existing folder.
-
-    Where one t applies to all of a PEFT LoRA, α of its config is multiplied (``lora_alpha`` and ``alpha_pattern``),
-    which is exact: s = α/r and α/√r are linear in α. In other formats, and where t differs between layers, it is a
-    portable copy whose factors B are multiplied, because not every program reads ``alpha_pattern``.
-
-    Args:
-        adapter: The adapter.
-        folder: The existing folder.
-        base: Its BASE.
-        strength: t.
-        layers: Layers, by their names in BASE, whose update is multiplied by t; empty for all.
-
-    Raises:
-        InputError: The update of a weight is not proportional to a factor, a file cannot be read or written, or BASE
-            does not fit the adapter.
-        NothingComparedError: No ΔW can be measured against BASE.
-    """
-    config, checkpoint = adapter.source.config, adapter.checkpoint
-    by_alpha = not layers and adapter.form == PEFT and config is not None and adapter.source.stored is None
-    supported = LOW_RANK_PARTS | ({"experts"} if by_alpha else set())
-    for item in read_contents(adapter, base).items:
-        if item.part not in supported:
-            problem = f"the update of {item.layer} ({item.part}) is not a product of factors that t could multiply"
-            raise damaged(adapter.path, problem, "merge the adapter at this strength instead")
-    if config is None or not by_alpha:
-        strengths = dict.fromkeys(layers, strength)
-        others = 1.0 if layers else strength
-        convert(adapter, folder, folder, base, adapter.form, strengths=lambda layer: strengths.get(layer, others))
-        return
-    infos = {name: checkpoint[name] for name in checkpoint}
-    alphas = {key: strength * value for key, value in config.table("alpha_pattern").items()}
-    write_safetensors(
-        folder / WEIGHTS, infos, lambda name: checkpoint.read(name).view(infos[name].shape), {"format": "pt"}
-    )
-    alpha = strength * config.number("lora_alpha")
-    write_config(folder, {**config.values, "lora_alpha": alpha, "alpha_pattern": alphas})
 
 
 def _why_changed(item: Item, contents: Contents, form: str) -> str:
@@ -297,7 +231,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
         raise damaged(adapter.path, problem, "give BASE")
 
 
-def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str, strength: float) -> _Part:
+def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
     """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of ``scratch``."""
     import torch
 
@@ -313,18 +247,10 @@ def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtyp
             file = scratch / f"{number:06d}.safetensors"
             store_factors(file, b.float(), a.float())
             load = partial(_load_cached, file)
-    if strength != 1:
-        load = partial(_multiply, load, strength)
     b, a = load()
     torch_dtype = getattr(torch, dtype)
     is_exact = all(torch.equal(as_float64(x.to(torch_dtype)), x) for x in (b, a))
     return _Part(Placed(item, b.shape[1], (b.shape[0], a.shape[1])), load, epsilon, fro, is_exact)
-
-
-def _multiply(load: Callable[[], Factors], strength: float) -> Factors:
-    """Return t·B and A."""
-    b, a = load()
-    return strength * b, a
 
 
 def _load_factors(item: Item) -> Factors:

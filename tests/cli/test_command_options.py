@@ -25,7 +25,6 @@ DIFFERENT = {
     "--scales": "probe strength has strengths of an update, merge factors of the merge",
     "--scale": "plan-merge has scales of fp8, merge a factor of the merge",
     "--directions": "intruders tests each, checkpoints compares their spaces",
-    "--write": "probe strength writes one adapter, checkpoints several models",
     "--granularity": "a probe has the units that it can change alone",
     "--top": "plan estimates its cost",
     **dict.fromkeys(

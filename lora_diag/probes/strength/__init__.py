@@ -1,15 +1,12 @@
 """``probe strength``, registration and options: held-out loss at W_0 + t·ΔW, of the whole update or of its parts."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import OUTPUT, MissingAlpha, Option, ProbeOptions, Shifted
+from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Section
+from lora_diag.running.options import MissingAlpha, Option, ProbeOptions, Shifted
 
 SCALES = Option(None, "Strengths t; default: 0.25,0.5,...,1.5, or 0 with --by.", "T,T,...", between=(-10, 10))
-SCALE = Option(None, "With --write: its strength t.", "T", panel=OUTPUT, between=(-10, 10))
-WRITE = Option(None, "Write the adapter at --scale to a new folder.", "FOLDER", panel=OUTPUT)
 
 
 class StrengthOptions(Shifted, ProbeOptions, MissingAlpha, total=False):
@@ -17,11 +14,6 @@ class StrengthOptions(Shifted, ProbeOptions, MissingAlpha, total=False):
 
     scales: Annotated[Sequence[float] | None, SCALES]
     by: Annotated[str, Option("all", "Vary t of all of the update, or of each part alone.", "all|block|type")]
-    write: Annotated[Path | str | None, WRITE]
-    scale: Annotated[float | None, SCALE]
-    part: Annotated[
-        Sequence[str], Option((), "With --write and --by: only this part; repeatable.", "NAME", panel=OUTPUT)
-    ]
 
 
 FEATURE = Feature(
@@ -36,7 +28,7 @@ FEATURE = Feature(
             options=(StrengthOptions,),
             shows=("json", "quiet", "verbose"),
             suggest=".show:suggest_next",
-            hints=(Hint("portability {write} {base}", "the update that each serving program applies"), SAVE_PROBE),
+            hints=(SAVE_PROBE,),
         ),
     ),
     records=(".record:Strength", ".record:StrengthChoice"),

@@ -7,7 +7,6 @@ from these alone, also after an interruption.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from lora_diag.adapters import Adapter
-from lora_diag.adapters.portable import check_new_folder, stage_folder, write_strength
-from lora_diag.errors import UsageError
+from lora_diag.deltas import FactoredDelta
 from lora_diag.metrics.statistics import paired_difference
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
@@ -28,9 +25,8 @@ from lora_diag.probes.strength.record import Strength, StrengthChoice
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import name_unit
 from lora_diag.rendering.text import quantity
-from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import Options, ProbeRun, describe_texts, left_out
+from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Strengths of the whole update, besides 0 and 1.
@@ -55,27 +51,18 @@ class Cell:
 BASE, TUNED = Cell(0.0), Cell(1.0)
 
 
-def list_cells(options: Options, groups: Mapping[str, Sequence[str]]) -> list[Cell]:
-    """Return the configurations to measure besides BASE and TUNED; the last is that of an adapter to write.
+def list_cells(scales: Sequence[float] | None, groups: Mapping[str, Sequence[str]]) -> list[Cell]:
+    """Return the configurations to measure besides BASE and TUNED.
 
-    Raises:
-        UsageError: An option for writing lacks another, or there is no part of this name.
+    Args:
+        scales: Strengths t; None for the default ones.
+        groups: The layers of each part; empty for the whole update.
     """
-    writes, scales = options.write is not None, options.scales
-    if writes != (options.scale is not None) or bool(options.part) != (writes and bool(groups)):
-        raise UsageError("--write: needs --scale, and with --by block or type --part; give them together, or none")
-    if unknown := next((name for name in options.part if name not in groups), None):
-        raise UsageError(f"--part {unknown}: unknown; use one of {', '.join(groups)}")
     if scales is None:
-        scales = () if writes else (0.0,) if groups else GRID
+        scales = (0.0,) if groups else GRID
     units = [Cell(1.0, name, tuple(layers)) for name, layers in groups.items()] or [TUNED]
     cells = [replace(unit, scale=float(scale)) for unit in units for scale in sorted(scales)]
-    if writes:
-        layers = tuple(layer for name in options.part for layer in groups[name])
-        cells.append(Cell(float(options.scale), " + ".join(options.part) or None, layers))
-        if cells[-1] in (BASE, TUNED):
-            raise UsageError(f"--scale {options.scale:g}: would write BASE or TUNED itself; use another strength")
-    return [cell for cell in dict.fromkeys(cells[::-1]) if cell not in (BASE, TUNED)][::-1]
+    return [cell for cell in dict.fromkeys(cells) if cell not in (BASE, TUNED)]
 
 
 def make_record(cell: Cell, text_set: Texts, losses: Losses, base: Losses, tuned: Losses) -> Strength:
@@ -116,13 +103,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         tuned: Fine-tuned checkpoint or adapter.
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution, to measure what each strength costs there.
-        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of each part; with
-            ``write`` None for none but ``scale``.
+        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of each part.
         by: ``all`` for one t of the whole update; or each ``block`` or module ``type`` at t, the others at 1.
-        write: New folder for the adapter at strength ``scale``, in its own format; None to write none. The loss of
-            what was written is measured before the folder gets its name.
-        scale: Strength of the adapter to write.
-        part: With ``write`` and ``by``: the parts that get ``scale``; the others keep 1.
         **options: ``StrengthOptions``.
 
     Returns:
@@ -130,10 +112,9 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         set that is not shifted.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, ``write`` exists or TUNED is no adapter to write, the
-            output can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not
-            installed.
-        InputError: An input cannot be read or an output written, transformers cannot open BASE, or ΔW of a layer or a
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
+            extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or ΔW of a layer or a
             loss is not finite.
         NothingComparedError: The checkpoints have no weight in common.
 
@@ -147,18 +128,13 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         >>> [(record.scale, record.loss) for record in found.whole_of(Strength)]  # doctest: +SKIP
     """
     run = ProbeRun("probe strength", options, StrengthOptions)
-    by, write = run.options.by, run.options.write
+    by = run.options.by
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
-    adapter = compared.update if isinstance(compared.update, Adapter) else None
     groups: dict[str, list[str]] = {}
     for delta in compared.pairing.deltas if by != "all" else ():
         groups.setdefault(name_unit(delta.layer, by), []).append(delta.layer)
-    cells = list_cells(run.options, groups)
-    if write is not None and adapter is None:
-        raise UsageError(f"--write: {tuned} is a checkpoint; extract an adapter with loradiag extract, and scale that")
-    if write is not None and not run.options.resume:
-        check_new_folder(Path(write))
+    cells = list_cells(run.options.scales, groups)
     model = run.open(base)
     sets = run.read_sets()
     texts = run.fit(sets, lambda: (len(cells) + 2) * run.count_tokens(sets))
@@ -189,17 +165,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         ends = measure_cell(BASE), measure_cell(TUNED)
         put(BASE, ends[0])
         put(TUNED, ends[1])
-        with stage_folder(Path(write)) if write is not None else nullcontext() as folder:
-            if folder is not None and adapter is not None and compared.base is not None:
-                files, (*_, written) = folder / "files", cells
-                write_strength(adapter, files, compared.base, written.scale, written.layers)
-                swapped.scale({}, 0.0)
-                copy = Swapped(model, run.compare(base, files).pairing.deltas, 0)
-                copy.scale({}, 1.0)
-                put(written, measure_sets("written adapter"))
-                copy.scale({}, 0.0)
-            for cell in filter(is_missing, todo):
-                put(cell, measure_cell(cell))
+        for cell in todo:
+            put(cell, measure_cell(cell))
         for choice in [choose(read_curve(run_records, name), grid) for name in tasks] if checks else ():
             scales = (choice.get("optimum"), choice.get("sufficient"))
             for cell in filter(is_missing, (Cell(round(scale, 2)) for scale in scales if scale is not None)):
@@ -209,6 +176,8 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         swapped.scale({}, 0.0)
         return left_out(compared.pairing, swapped.absent)
 
-    settings = {**run.settings("by", "scale"), "write": write and legible(write), "part": list(run.options.part)}
+    settings = run.settings("by")
     settings["scales"] = grid if by == "all" else sorted({cell.scale for cell in cells})
+    # Whether an adapter can hold the whole update.
+    settings["factored"] = all(isinstance(delta, FactoredDelta) for delta in compared.pairing.deltas)
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

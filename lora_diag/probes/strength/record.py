@@ -14,7 +14,7 @@ class Strength(WholeRecord):
         set: The evaluation set, by its file's name.
         shifted: Whether the user declared it as shifted.
         scale: t.
-        part: The block or module type at t, others at 1; several are joined by `` + ``; null for the whole update.
+        part: The block or module type at t, others at 1; null for the whole update.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
         loss: Mean negative log-likelihood in nats.

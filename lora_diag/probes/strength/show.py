@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lora_diag.feature import Hint
@@ -17,7 +19,7 @@ from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
-from lora_diag.rendering.text import plus_minus, safe, short
+from lora_diag.rendering.text import plus_minus, short
 
 _ENDS = {0.0: " (BASE)", 1.0: " (TUNED)"}
 _READING = (
@@ -45,7 +47,7 @@ def strength_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def strength_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the strength to use, or the parts that hurt; and what it costs on other texts."""
     records, choices = results.whole_of(Strength), results.whole_of(StrengthChoice)
-    has_parts, settings = any(record.part is not None for record in records), results.run.settings
+    has_parts = any(record.part is not None for record in records)
     answers = [_answer_parts(records)] if has_parts else list(map(_answer, choices))
     statements = [make_statement("strength", "Strength", *answers, priority=0)]
     for name in set_names(records):
@@ -53,22 +55,49 @@ def strength_lines(results: Results[Any]) -> list[Statement]:
         lines = _describe_parts(of_set) if has_parts else _describe_cost(of_set, choices)
         lines = next((_describe_choice(choice) for choice in choices if choice.set == name), lines)
         statements.append(on_set(name, *lines, shifted=of_set[0].shifted))
-    if settings.get("write") and results.end is not None:
-        parts = f" in {', '.join(map(short, settings['part']))}, 1 elsewhere" if settings["part"] else ""
-        line = f"{safe(settings['write'])}, t = {settings['scale']:g}{parts}; its loss is that of the files"
-        statements.append(make_statement("written", "Written", line, priority=0))
     return probe_summary(results, *statements, reading=_READING)
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: write the adapter at the better strength; None if t = 1 is fine."""
+    """Return the next step: write what is better than TUNED; None if t = 1 is fine, or ``merge`` cannot write it."""
     recommended = {choice.recommended for choice in results.whole_of(StrengthChoice)}
-    is_adapter = any(side.role == "adapter" for side in results.run.inputs)
-    if values["write"] or len(recommended) != 1 or recommended == {1.0} or not is_adapter:
+    words, suffix = [], ""
+    if len(recommended) == 1 and not recommended & {0.0, 1.0}:
+        suffix = f"{recommended.pop():.10g}"
+        words = ["--scale", suffix]
+    elif pattern := _match_part(results):
+        suffix = "part"
+        words = ["--exclude", pattern]
+    if not words:
         return None
-    scale = f"{recommended.pop():g}"
-    words = ["--write", f"{str(values['tuned']).rstrip('/')}-{scale}", "--scale", scale]
-    return Hint(f"probe strength {{base}} {{tuned}} --eval {{evaluate}} {shlex.join(words)}", "writes it")
+    if not results.run.settings.get("factored"):
+        words.append("--checkpoint")
+    if values["alpha"] is not None:
+        words += ["--alpha", str(values["alpha"])]
+    if values["alpha_is_rank"]:
+        words.append("--alpha-is-rank")
+    name = re.sub(r"[{}]", "", Path(str(values["tuned"])).name)
+    words += ["-o", f"{name or 'update'}-{suffix}"]
+    return Hint(f"merge {{base}} {{tuned}} {shlex.join(words)}", "writes it")
+
+
+def _match_part(results: Results[Any]) -> str:
+    """Return a pattern of the layers of the part without which the loss is lowest; empty if none is better, or matches.
+
+    A block's layers are those whose names begin with its name, a type's those whose names end with it, unless it is the
+    end of another type.
+    """
+    records = results.whole_of(Strength)
+    parts = {record.part for record in records if record.part is not None}
+    better = _find_better_parts(records)
+    if not better or better[0].scale != 0 or len(parts) == 1:
+        return ""
+    part = str(better[0].part)
+    if results.run.settings["by"] == "block":
+        return rf"^{re.escape(part)}\." if re.search(r"\.\d+$", part) else ""
+    if "*" in part or any(other.endswith(f".{part}") for other in parts):
+        return ""
+    return rf"(^|\.){re.escape(part)}(\.weight)?(\[\d+\])?$"
 
 
 def _answer(choice: StrengthChoice) -> str:
@@ -125,28 +154,45 @@ def _error(error: float | None) -> str:
 
 def _answer_parts(records: Sequence[Strength]) -> str:
     """State whether any part of the update is better at another strength, on the sets that are not shifted."""
-    tasks = [[r for r in records if r.set == name] for name in set_names(r for r in records if not r.shifted)]
-    better = [name for of_set in tasks for name in _name_changed(of_set, -1)]
+    better = _find_better_parts(records)
     if not better:
         return "t = 1 is fine: no part is significantly better at another t"
-    return f"{better[0]}: significantly better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
+    return f"{_name(better[0])}: significantly better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
 
 
-def _name_changed(of_set: Sequence[Strength], sign: int) -> list[str]:
+def _find_better_parts(records: Sequence[Strength]) -> list[Strength]:
+    """Return the parts whose loss is significantly lower than TUNED's, of each set that is not shifted."""
+    better = []
+    for name in set_names(record for record in records if not record.shifted):
+        better += _find_changed([record for record in records if record.set == name], -1)
+    return better
+
+
+def _find_changed(of_set: Sequence[Strength], sign: int) -> list[Strength]:
     """Return the parts whose loss is significantly higher (1) or lower (−1) than TUNED's, the largest change first."""
     parts = sorted((record for record in of_set if record.part is not None), key=lambda record: -sign * record.gap)
     level = 1 - 0.05 / 2 / max(1, len(parts))
-    return [
-        f"{short(record.part or '')} at {record.scale:g} {record.gap:+.4f}{_error(record.gap_error)}"
-        for record in parts
-        if record.gap_error is not None
-        and sign * record.gap > Estimate(0.0, record.gap_error, degrees_of_freedom(len(record.nll))).half(level)
-    ]
+    changed = []
+    for record in parts:
+        if record.gap_error is None:
+            continue
+        half = Estimate(0.0, record.gap_error, degrees_of_freedom(len(record.nll))).half(level)
+        if sign * record.gap > half:
+            changed.append(record)
+    return changed
+
+
+def _name(record: Strength) -> str:
+    """Return a part, its strength and the change of the loss."""
+    return f"{short(record.part or '')} at {record.scale:g} {record.gap:+.4f}{_error(record.gap_error)}"
 
 
 def _describe_parts(of_set: Sequence[Strength]) -> list[str]:
     """State which parts raise and lower the loss of a set, and whether their effects add up."""
-    lines = [f"loss {word} for {', '.join(_name_changed(of_set, sign)[:3]) or 'none'}" for word, sign in _SIGNS.items()]
+    lines = []
+    for word, sign in _SIGNS.items():
+        named = ", ".join(map(_name, _find_changed(of_set, sign)[:3]))
+        lines.append(f"loss {word} for {named or 'none'}")
     off = {record.part: record.gap for record in of_set if record.scale == 0}
     whole = off.pop(None, 0.0)
     return [*lines, f"BASE minus TUNED {whole:+.4f}; parts at 0, each alone, sum to {math.fsum(off.values()):+.4f}"]

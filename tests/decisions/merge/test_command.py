@@ -208,7 +208,7 @@ def test_single_update_is_written_at_its_strength(run, three, tmp_path, words):
     assert "updates of" not in card
 
 
-def test_single_update_without_factors_of_full_rank_keeps_its_rank(run, tmp_path):
+def test_single_update_is_written_with_its_exact_rank(run, tmp_path):
     make_base(tmp_path / "base")
     rng = np.random.default_rng(0)
     b, a = rng.standard_normal((12, 3)), rng.standard_normal((3, 16))
@@ -221,7 +221,7 @@ def test_single_update_without_factors_of_full_rank_keeps_its_rank(run, tmp_path
     assert (record["others"], record["sign_conflict"]) == (0, None)
 
 
-def test_fine_tune_is_written_at_its_strength_in_dtype_of_base(run, tmp_path):
+def test_fine_tune_is_written_in_dtype_of_base(run, tmp_path):
     base = make_base(tmp_path / "rough")
     rng = np.random.default_rng(5)
     save(tmp_path / "base", base, torch.bfloat16)

@@ -22,6 +22,7 @@ from lora_diag.gating.record import Status, Verdict
 from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
+from lora_diag.rendering.statements import is_unrelated
 from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
 
 # Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the rounding error of the
@@ -43,6 +44,7 @@ _INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
 # Fields of the records that checks of updates are about, and of those with singular values.
 _UPDATE_FIELDS = ("fro", "resolution")
 _SPECTRUM_FIELDS = (*_UPDATE_FIELDS, "s", "complete", "method", "metric", "weights_fro", "spike", "spike_to_base")
+_LINEAGE_FIELDS = ("cosine_to_base", "lineage")
 # Checks of records of updates.
 _CHECKS_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
 # Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
@@ -70,13 +72,16 @@ Check = Callable[[Policy, Sources, Sources], Iterator[Alarm]]
 def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Verdict]:
     """Yield the verdicts of all enabled built-in checks but ``inputs``: one if there is no alarm, else one per alarm.
 
-    The check ``missing`` yields none without a baseline, and ``negative`` none without the scaling of an adapter.
+    The check ``missing`` yields none without a baseline, ``negative`` none without the scaling of an adapter, and
+    ``unrelated`` none without the cosine of a weight with that of BASE.
     """
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
         if severity == "off" or (name == "missing" and not baseline):
             continue
         if name == "negative" and not any(map(_list_scalings, sources)):
+            continue
+        if name == "unrelated" and not any(map(_select_compared, sources)):
             continue
         alarms = list(check(policy, sources, baseline))
         found: Status = "failed" if severity == "error" else "warned"
@@ -245,6 +250,26 @@ def _check_negative(policy: Policy, sources: Sources, baseline: Sources) -> Iter
                 yield Alarm(text, None, least)
 
 
+def _select_compared(source: ResultsSource) -> dict[str, Any]:
+    """Return the records of results with the cosine of a weight with that of BASE, by layer."""
+    records = _select_records([source], *_LINEAGE_FIELDS)
+    return {record.layer: record for record in records if record.cosine_to_base is not None}
+
+
+def _check_lineage(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
+    """Yield an alarm for each weight that is unrelated to BASE; a single one if most are."""
+    for source in sources:
+        layers = _select_compared(source)
+        unrelated = [record for record in layers.values() if record.lineage == "unrelated"]
+        if is_unrelated(layers.values()):
+            share = f"{len(unrelated)} of {len(layers)} weights"
+            yield Alarm(f"{share} do not descend from BASE: give the BASE of this checkpoint", None, "unrelated")
+            continue
+        for record in unrelated:
+            text = "not from this weight of BASE: it was replaced or reordered"
+            yield Alarm(text, record.layer, record.cosine_to_base)
+
+
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each layer of factors, measured with all values, with directions below ``UNUSED`` · σ_1."""
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
@@ -308,6 +333,7 @@ _CHECKS: dict[str, tuple[str, Check]] = {
     "base": ("the base that the adapter names", _check_base),
     "dead": ("the update is not zero", _check_dead_layers),
     "negative": ("no negative scaling", _check_negative),
+    "unrelated": ("TUNED descends from BASE", _check_lineage),
     "missing": ("every layer of the baseline", _check_missing),
     "unused_rank": ("every direction of the rank is used", _check_unused_rank),
     "spike": ("no direction dominates", _check_spikes),

@@ -48,8 +48,9 @@ LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind,
 # Fields of the stored bytes or of the run, independent of the rounding of the update. Every other field of a record
 # with a ``resolution`` describes the update, and is doubtful where the files do not resolve it.
 FILE_FIELDS = frozenset(
-    {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "dtype", "fro", "gradient_fro"}
-    | {"layer", "method", "params", "rank", "relative", "resolution", "role", "source", "step", "verdict"}
+    {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "cosine_to_base", "dtype", "fro"}
+    | {"gradient_fro", "layer", "lineage", "method", "params", "rank", "relative", "resolution", "role", "source"}
+    | {"step", "verdict"}
 )
 
 

@@ -346,6 +346,7 @@ class Checks(PolicyTable):
             optimizer. An update that underflows to zero where it is served counts as zero.
         negative: No adapter has a negative scaling. If one has: it is subtracted, which no training does; correct
             lora_alpha.
+        unrelated: TUNED descends from BASE, by the cosine of their weights. If not: give the BASE it was trained from.
         missing: Every layer of the baseline has a result. If not: measure all layers.
         unused_rank: Every direction of the rank is used. If not: a smaller rank is the same adapter at less cost.
         spike: No direction dominates an update, and none is larger than its base weight. If one does: training diverged
@@ -362,6 +363,7 @@ class Checks(PolicyTable):
     base: Level = "error"
     dead: Level = "error"
     negative: Level = "error"
+    unrelated: Level = "error"
     missing: Level = "error"
     unused_rank: Level = "warning"
     spike: Level = "warning"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, footprint, row_blocks, row_spans
 from lora_diag.errors import MemoryLimitError
+from lora_diag.layers.lineage import cosine_of_norms, judge_cosine
 from lora_diag.linalg.devices import move, resolve_device, use_own_stream
 from lora_diag.linalg.difference import Difference, difference, first_non_finite, norm
 from lora_diag.linalg.exact import Factors, decompose_factored
@@ -53,6 +54,7 @@ class Change:
         streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
         limit: Memory limit of computations with it in bytes; None without limit.
         base_sigma: Certified lower bound of σ_1(W_base); None if it was not requested, or the base was not given.
+        cosine_to_base: Cosine of W_base and W_tuned, as of ``layers.lineage``; None if both are not stored matrices.
     """
 
     fro: float | None
@@ -64,11 +66,16 @@ class Change:
     streamed: Streamed | None = None
     limit: int | None = None
     base_sigma: float | None = None
+    cosine_to_base: float | None = None
 
     @property
     def row_blocks(self) -> int | None:
         """Number of row blocks in which ΔW is read repeatedly; None if it is in memory."""
         return None if self.streamed is None else len(list(row_spans(self.streamed.shape)))
+
+    def is_unrelated(self, shape: tuple[int, int]) -> bool:
+        """Return whether W_tuned, ``(out, in)``, is known to be unrelated to W_base."""
+        return self.cosine_to_base is not None and judge_cosine(self.cosine_to_base, math.prod(shape)) == "unrelated"
 
     def blocks(self, shape: tuple[int, int], parts: int = 1) -> Iterator[Tensor]:
         """Yield ΔW in row blocks, float64; a product of factors is formed block by block.
@@ -165,7 +172,19 @@ def load_change(
         if not fits and not measured.non_finite:
             streamed = Streamed(partial(_subtract_again, delta, dtype), delta.shape, dtype)
         limit = allowance.limit if allowance else None
-        return Change(measured.fro, measured.base_fro, measured, matrix, None, measured.non_finite, streamed, limit)
+        cosine = None
+        if delta.is_matrix:
+            cosine = cosine_of_norms(measured.base_fro, measured.tuned_fro, measured.fro)
+        return Change(
+            fro=measured.fro,
+            base_fro=measured.base_fro,
+            rounding=measured,
+            matrix=matrix,
+            non_finite=measured.non_finite,
+            streamed=streamed,
+            limit=limit,
+            cosine_to_base=cosine,
+        )
     if isinstance(delta, DenseDelta) and allowance and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")

@@ -76,6 +76,7 @@ class Difference:
             if m < n, on the CPU. None if not requested, or not finite.
         fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``. NaN if not finite.
         base_fro: ‖W_base‖_F, likewise.
+        tuned_fro: ‖W_tuned‖_F, likewise.
         unchanged: Fraction of bit-identical entries; across dtypes, of equal entries. NaN if ΔW is not finite.
         roundings: The spacing of both sides; None if ΔW is not finite.
         mantissa: Mantissa bits that the stored values of base and tuned really use; zeros if ΔW is not finite.
@@ -85,6 +86,7 @@ class Difference:
     matrix: Tensor | None
     fro: float
     base_fro: float
+    tuned_fro: float
     unchanged: float
     roundings: _Roundings | None
     mantissa: tuple[int, int]
@@ -122,7 +124,7 @@ def difference(
         non-finite entry. A GPU is awaited once, after the last block, and the position of that entry is not given.
     """
     matrix: Tensor | None = None
-    fro = base_fro = 0.0
+    fro = base_fro = tuned_fro = 0.0
     roundings = _Roundings(shape, device)
     same = row = 0
     unread: list[Tensor] = []
@@ -133,15 +135,17 @@ def difference(
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor
         base_norm: float | Tensor
+        tuned_norm: float | Tensor
         unchanged: int | Tensor
         if device.type == "cpu":
-            norm, base_norm, unchanged = _measure_sizes(block, base, tuned)
+            norm, base_norm, tuned_norm, unchanged = _measure_sizes(block, base, tuned)
             if not math.isfinite(norm + base_norm):
                 return _make_not_finite(_explain_not_finite(base, tuned, block, row))
             fro, base_fro = math.hypot(fro, norm), math.hypot(base_fro, base_norm)
+            tuned_fro = math.hypot(tuned_fro, tuned_norm)
             same += unchanged
         else:
-            norm, base_norm, unchanged = sizes = _measure_sizes_on_gpu(block, base, tuned)
+            norm, base_norm, tuned_norm, unchanged = sizes = _measure_sizes_on_gpu(block, base, tuned)
             unread += sizes
         roundings.add(
             base,
@@ -160,14 +164,15 @@ def difference(
             matrix[row : row + len(block)] = turned
         row += len(block)
     if fetched := roundings.fetch(unread):
-        fro, base_fro = math.hypot(*fetched[::3]), math.hypot(*fetched[1::3])
-        same = int(sum(fetched[2::3]))
+        fro, base_fro, tuned_fro = (math.hypot(*fetched[first::4]) for first in range(3))
+        same = int(sum(fetched[3::4]))
         if not math.isfinite(fro + base_fro):
             return _make_not_finite("an entry is not finite")
     return Difference(
         matrix=matrix,
         fro=fro,
         base_fro=base_fro,
+        tuned_fro=tuned_fro,
         unchanged=same / max(1, math.prod(shape)),
         roundings=roundings,
         mantissa=(roundings.base.mantissa, roundings.tuned.mantissa),
@@ -281,19 +286,20 @@ def norm(blocks: Iterable[Tensor]) -> float:
     return math.hypot(*(_norm(block) for block in blocks))
 
 
-def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, int]:
-    """Return ‖ΔW‖_F and ‖W_base‖_F of a block on the CPU, and its number of unchanged entries."""
-    norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base)]
-    norm, base_norm, unchanged = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)]).tolist()
-    if torch.float64 in (block.dtype, base.dtype):  # the squares may underflow or overflow
-        norm, base_norm = _norm(block), _norm(base)
-    return norm, base_norm, int(unchanged)
+def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, float, int]:
+    """Return ‖ΔW‖_F, ‖W_base‖_F and ‖W_tuned‖_F of a block on the CPU, and its number of unchanged entries."""
+    norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base, tuned)]
+    counted = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)])
+    norm, base_norm, tuned_norm, unchanged = counted.tolist()
+    if block.dtype == torch.float64:  # the squares may underflow or overflow
+        norm, base_norm, tuned_norm = _norm(block), _norm(base), _norm(tuned)
+    return norm, base_norm, tuned_norm, int(unchanged)
 
 
 def _measure_sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
-    """Return the three results of ``_measure_sizes`` as scalars on the GPU, without waiting for them."""
+    """Return the four results of ``_measure_sizes`` as scalars on the GPU, without waiting for them."""
     norms = []
-    for matrix in (block, base):
+    for matrix in (block, base, tuned):
         if matrix.dtype == torch.float64:  # the squares may underflow or overflow
             largest = matrix.abs().max().clamp(min=1e-300)
             norms.append(torch.linalg.vector_norm(matrix / largest) * largest)
@@ -420,7 +426,7 @@ def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str 
 
 def _make_not_finite(why: str) -> Difference:
     """Return the result for a ΔW that is not finite."""
-    return Difference(None, math.nan, math.nan, math.nan, None, (0, 0), why)
+    return Difference(None, math.nan, math.nan, math.nan, math.nan, None, (0, 0), why)
 
 
 def _explain_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:

@@ -405,6 +405,7 @@ class Check:
         observed: ‖O‖².
         residual: ‖O − ΔW‖².
         base: ‖W‖².
+        merged: ‖M‖².
         allowed: Σ of the squared tolerances.
         variance: Variance of ``inner`` − ``ideal`` in correct merges: Σ (M − M*)²ΔW², since the signs of M − M* are
             random, plus the roundings of factors, common to rows or columns.
@@ -431,6 +432,7 @@ class Check:
     observed: float = 0.0
     residual: float = 0.0
     base: float = 0.0
+    merged: float = 0.0
     allowed: float = 0.0
     variance: float = 0.0
     apart: float = 0.0
@@ -582,7 +584,8 @@ def _add_rows(
     """
     if isinstance(addend, Product) and not addend.b.numel() and torch.equal(w, m):
         check.entries, check.unchanged = check.entries + m.numel(), check.unchanged + m.numel()
-        check.base += _inner(w, w)
+        norm = _inner(w, w)
+        check.base, check.merged = check.base + norm, check.merged + norm
         return
     delta = addend.rows(*span)
     size = delta.abs()
@@ -616,6 +619,7 @@ def _add_rows(
     check.observed += _inner(observed, observed)
     check.residual += _inner(residual, residual)
     check.base += _inner(w, w)
+    check.merged += _inner(m, m)
     check.allowed += _inner(tolerance, tolerance)
 
 

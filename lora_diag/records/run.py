@@ -37,6 +37,7 @@ Reason = Literal[
     "memory",
     "time",
     "no_activations",
+    "unrelated",
 ]
 
 
@@ -135,7 +136,8 @@ class LeftOut(Record):
             (``modules_to_save``). ``unreadable``: the file cannot be read; the detail says why. ``not_in_model``: the
             model has no such weight, or does not use it. ``memory``: it needs more than ``--memory``; raise the limit.
             ``time``: ``--time`` was over; resume with more. ``no_activations``: the file of activations does not cover
-            its input; collect it with ``probe activations``.
+            its input; collect it with ``probe activations``. ``unrelated``: TUNED does not descend from BASE here, so
+            that their difference is no update; give the BASE that TUNED was trained from.
         detail: Reason as text.
         fro: ‖ΔW‖_F if it was measured, as of 1-D tensors; for rows that only one side has, their norm; else null.
         base_fro: ‖W_base‖_F if it was measured, else null.

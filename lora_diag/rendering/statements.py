@@ -55,6 +55,7 @@ REASONS = {
     "no_activations": "without activations",
     "memory": "larger than --memory",
     "time": "not reached within --time (--resume measures them)",
+    "unrelated": "unrelated to BASE",
 }
 
 
@@ -283,6 +284,45 @@ def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
     ]
 
 
+def is_unrelated(records: Iterable[Any]) -> bool:
+    """Return whether more layers are unrelated to BASE than descend from it, of records with a ``lineage``."""
+    verdicts = Counter(record.lineage for record in records)
+    return verdicts["unrelated"] > verdicts["descends"]
+
+
+def describe_lineage(records: Iterable[Any], tuned: str = "TUNED", priority: int = 2) -> Statement:
+    """State whether TUNED descends from BASE; without a lead if no record has a cosine.
+
+    Args:
+        records: Records with a ``lineage``; several of one layer count once.
+        tuned: Name of the checkpoint.
+        priority: Priority of the statement if no layer is unrelated.
+    """
+    layers = {record.layer: record for record in records if record.cosine_to_base is not None}
+    unrelated = [record for record in layers.values() if record.lineage == "unrelated"]
+    descending = [record for record in layers.values() if record.lineage == "descends"]
+    total = quantity(len(layers))
+    if unrelated:
+        cosine = number(median(abs(record.cosine_to_base) for record in unrelated))
+        chance = number(median(record.chance_cosine for record in unrelated))
+        lead = (
+            f"unrelated: {tuned} does not descend from BASE in {len(unrelated)} of {total} (cosine of W and W + ΔW "
+            f"{cosine}, by chance {chance})"
+        )
+        if is_unrelated(layers.values()):
+            fix = f"give the BASE that {tuned} comes from"
+        else:
+            fix = f"replaced, reordered, or of another BASE: {list_layers(unrelated)}; {len(descending)} descend"
+        return make_statement("lineage", "Lineage", f"{lead}; {fix}", level="warning")
+    if not descending:
+        lead = f"not known: {total} too small, or with a cosine between chance and descent" if layers else ""
+        return make_statement("lineage", "Lineage", lead, priority=2)
+    least = min(descending, key=lambda record: float(record.cosine_to_base))
+    cosine, chance = number(least.cosine_to_base), number(least.chance_cosine)
+    lead = f"descends: cos(W, W + ΔW) ≥ {cosine} in {len(descending)} of {total}, chance {chance}"
+    return make_statement("lineage", "Lineage", lead, priority=priority)
+
+
 def summarize(
     results: Results[Any],
     *findings: Statement,
@@ -292,7 +332,7 @@ def summarize(
 ) -> list[Statement]:
     """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the run.
 
-    A run that did not finish and unexpected skipped tensors come first.
+    A run that did not finish, layers that are unrelated to BASE, and unexpected skipped tensors come first.
 
     Args:
         results: The results.
@@ -312,6 +352,7 @@ def summarize(
         statements,
         key=lambda statement: (
             statement.key != "unfinished",
+            (statement.key, statement.level) != ("lineage", "warning"),
             (statement.key, statement.level) != ("left_out", "warning"),
         ),
     )

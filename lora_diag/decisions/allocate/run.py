@@ -36,6 +36,7 @@ from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results, Run, RunInput, is_results_file, totals
 from lora_diag.records.names import part_of
 from lora_diag.records.run import timestamp
+from lora_diag.rendering.statements import is_unrelated
 from lora_diag.rendering.text import list_names
 from lora_diag.running.amounts import read_count, read_share
 from lora_diag.running.fingerprint import legible
@@ -428,6 +429,11 @@ def _read_spectra(
         _require_finished(spectra, path or "these results")
     if not spectra.layers:
         raise InputError(f"{path or 'these results'}: hold no layer; measure again")
+    if is_unrelated(spectra.layers):
+        raise InputError(
+            f"{path or 'these results'}: TUNED is unrelated to BASE, so that there is no update to divide a budget "
+            "over; measure with the BASE that TUNED was trained from"
+        )
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
     changed = sum(recovered is not record for recovered, record in zip(layers, spectra.layers, strict=True))

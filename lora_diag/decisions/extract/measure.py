@@ -223,6 +223,9 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     change = load_change(layer.delta, device, allowance=_make_allowance(layer, settings))
     if change.non_finite is not None:
         return not_finite(layer.delta, change.non_finite)
+    if change.is_unrelated(layer.shape):
+        detail = "TUNED is unrelated to BASE here, so that their difference is no update"
+        return leave_out(layer.delta, "unrelated", detail, fro=change.fro, base_fro=change.base_fro)
     weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
     as_stored, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
@@ -251,6 +254,7 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     if layer.transposed:
         b, a = a.T, b.T
     return Extraction(
+        cosine_to_base=change.cosine_to_base,
         layer=layer.layer,
         shape=layer.shape,
         module=layer.module,

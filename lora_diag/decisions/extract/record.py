@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 from typing import ClassVar, Literal
 
+from lora_diag.layers.lineage import Lineage
 from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, Shown, least_epsilon
 from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
@@ -55,7 +56,7 @@ def _mark(records: Sequence[Extraction]) -> str:
     return noise_mark(record.resolution.verdict for record in records)
 
 
-class Extraction(LayerRecord):
+class Extraction(Lineage, LayerRecord):
     """The factors written for one layer, and their error.
 
     Args:

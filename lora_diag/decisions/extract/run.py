@@ -33,6 +33,7 @@ from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import LeftOut, Results
@@ -176,6 +177,10 @@ def extract(
     folder.open()
 
     def finish(results: Results[Extraction]) -> None:
+        unrelated = [item.layer for item in results.left_out if item.reason == "unrelated"]
+        if len(unrelated) > sum(record.lineage == "descends" for record in results):
+            folder.discard()
+            raise make_unrelated_error(base, tuned, unrelated)
         if not results.layers:
             folder.discard()
             raise _make_no_factors_error(tuned, results)

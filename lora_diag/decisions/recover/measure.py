@@ -36,6 +36,7 @@ from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
 from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_device
+from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
     Estimate,
@@ -50,6 +51,7 @@ from lora_diag.linalg.methods import Allowance, check_request, require_memory
 from lora_diag.metrics.energy import THRESHOLDS, energy_curve, rank_at
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.file import check_results_file
+from lora_diag.rendering.statements import is_unrelated
 from lora_diag.running.amounts import read_count, read_share, read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
@@ -224,6 +226,8 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: t
     fro, base_fro = change.fro, change.base_fro
     assert fro is not None
     assert base_fro is not None
+    if change.is_unrelated(layer.shape):
+        return _refuse_unrelated(layer, fro, base_fro, change)
     factors = change.decompose(settings.method, seed=settings.seed, tol=settings.tol)
     curve = energy_curve(factors.s.numpy(), fro, factors.complete) if fro else np.zeros(0)
     if limit is not None:
@@ -237,6 +241,7 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: t
         hidden["values_estimate"] = tuple(float(f"{value:.9g}") for value in values.tolist())
     return Recovery(
         **hidden,
+        cosine_to_base=change.cosine_to_base,
         layer=layer.layer,
         shape=layer.shape,
         dtypes=delta.dtypes,
@@ -249,6 +254,25 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: t
         written=written,
         rank=rank,
         params=rank * sum(layer.shape),
+    )
+
+
+def _refuse_unrelated(layer: RecoveryTask, fro: float, base_fro: float, change: Change) -> Recovery:
+    """Return the record of a weight of TUNED that does not descend from that of BASE."""
+    return Recovery(
+        status="refused",
+        reason="TUNED is unrelated to BASE here, so that their difference is no update",
+        unchanged=change.rounding.unchanged if change.rounding is not None else 0.0,
+        cosine_to_base=change.cosine_to_base,
+        layer=layer.layer,
+        shape=layer.shape,
+        dtypes=layer.delta.dtypes,
+        fro=fro,
+        base_fro=base_fro,
+        energy=dict.fromkeys(map(str, DEFAULT_RANKS)),
+        rank_at=dict.fromkeys(map(str, THRESHOLDS)),
+        energy_error=0.0,
+        method="none",
     )
 
 
@@ -431,6 +455,9 @@ def recover(
 
     def finish(results: Results[Recovery]) -> None:
         assert folder is not None
+        if is_unrelated(results):
+            folder.discard()
+            raise make_unrelated_error(base, tuned, [item.layer for item in results if item.lineage == "unrelated"])
         out_of_time = any(item.reason == "time" for item in results.left_out)
         if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
             full and not any(record.written == "posterior" for record in results)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any, ClassVar, Literal
 
+from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import Count, LayerRecord, Norm, Share, Shown, Value, pooled_value
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.rendering.text import median_rank
@@ -59,8 +60,11 @@ def _pool_directions(records: Sequence[Any]) -> Value:
     return int(median(counts)) if counts else None
 
 
-class Recovery(Hidden, LayerRecord):
+class Recovery(Hidden, Lineage, LayerRecord):
     """One layer's update before rounding, X, and the difference of the files, D; see ``Hidden`` for the other fields.
+
+    Where TUNED is unrelated to BASE (``lineage``), the layer is refused: ``energy`` and ``rank_at`` are null, nothing
+    is written, and ``method`` is ``none``.
 
     Args:
         layer: The weight's name in BASE.
@@ -132,6 +136,7 @@ class Recovery(Hidden, LayerRecord):
         Shown("fit_misplaced", "misplaced", "fraction of changed entries in the wrong binade"),
         Shown("information", "information", "fraction of an entry's variance that its cell removes", share=True),
         Shown("rank", "rank", "rank of the factors in the adapter"),
+        COSINE_TO_BASE,
     )
     record: Literal["recovery"] = "recovery"
     layer: str

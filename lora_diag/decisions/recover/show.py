@@ -13,7 +13,16 @@ from lora_diag.errors import DONE, INCONCLUSIVE
 from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.rendering.html import code_span, model_card
-from lora_diag.rendering.statements import Level, Statement, describe_estimate, make_statement, subject, summarize
+from lora_diag.rendering.statements import (
+    Level,
+    Statement,
+    describe_estimate,
+    describe_lineage,
+    is_unrelated,
+    make_statement,
+    subject,
+    summarize,
+)
 from lora_diag.rendering.text import (
     count,
     list_counts,
@@ -43,6 +52,7 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
             "intervals hold at about 95% if so"
         )
         findings = [
+            describe_lineage(records),
             _describe_hidden(records),
             make_statement("size", "Size", *describe_estimate(hidden)),
             make_statement("directions", "Directions", _describe_directions(records)),
@@ -100,7 +110,9 @@ def _describe_hidden(records: Sequence[Recovery]) -> Statement:
     """State whether rounding hides an update that can be recovered, with the numbers of layers by status."""
     statuses = {record.status for record in records}
     level: Level = "warning"
-    if is_lost(records):
+    if is_unrelated(records):
+        lead = "not known: the difference of unrelated weights is no update"
+    elif is_lost(records):
         lead = (
             f"no: {len(select_misfits(records))} of {quantity(len(records))} do not look like one rounding; training "
             "in bf16 probably lost its steps: keep float32 master weights, or use stochastic rounding"

@@ -182,7 +182,8 @@ def _make_record(
     data = None
     if data_metric is not None:
         data = Distance(**_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors))
-    return Residual(
+    record = Residual(
+        cosine_to_base=weight_metric.change.cosine_to_base,
         layer=layer.layer,
         shape=layer.shape if is_matrix else layer.shape[1:],
         adapter=update.name,
@@ -201,6 +202,8 @@ def _make_record(
         resolution=file_resolution,
         **distance_fields,
     )
+    # ε from a difference of unrelated weights has no cause in the adapter.
+    return record.model_copy(update={"limited_by": None}) if record.lineage == "unrelated" else record
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Ratio, Record, Shown, count_texts, least_epsilon
 from lora_diag.records.vocabulary import Agreement, Resolution
 from lora_diag.rendering.text import number
@@ -147,7 +148,7 @@ def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
     return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in estimates)) / total if total else None
 
 
-class Residual(Distance, LayerRecord):
+class Residual(Distance, Lineage, LayerRecord):
     """One layer of a full fine-tune D = W_tuned − W_base compared with an adapter's update X, in the Frobenius norm.
 
     Args:
@@ -174,7 +175,8 @@ class Residual(Distance, LayerRecord):
             it. ``direction``: the adapter's directions are not the best of its rank; rank does not help, compare losses
             with ``probe outputs``. ``scale``: another α would bring the adapter closer. ``not adapted``: the adapter
             does not change this layer; add it to the target modules. ``exact``: ε is at most 1e-3.
-            ``noise``: the files do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero.
+            ``noise``: the files do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero, and
+            where TUNED is unrelated to BASE.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
 
@@ -297,6 +299,7 @@ class Residual(Distance, LayerRecord):
             main=True,
             pool=lambda records: count_texts(record.limited_by or "-" for record in records),
         ),
+        COSINE_TO_BASE,
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(

@@ -11,7 +11,14 @@ from lora_diag.diagnostics.residual.record import SEEDS, Residual
 from lora_diag.metrics.subspaces import Distances, pool_distances
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
+from lora_diag.rendering.statements import (
+    Statement,
+    describe_lineage,
+    describe_resolution,
+    make_statement,
+    short_paths,
+    summarize,
+)
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import format_shown, number, percent, quantity, safe
 
@@ -84,7 +91,7 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
     """Return the statements of the summary; adapters are in descending order of their cosine with TUNED."""
-    findings = []
+    findings = [describe_lineage(results)]
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
         note = f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order is BASE TUNED ADAPTER"
         findings.append(make_statement("note", "Note", note, level="warning"))

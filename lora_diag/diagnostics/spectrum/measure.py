@@ -67,10 +67,14 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     record = record_of(
         delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
     )
-    if settings.recover and isinstance(delta, StoredDelta) and file_resolution.verdict != "resolved" and record.fro > 0:
+    record = record.model_copy(update={"cosine_to_base": change.cosine_to_base})
+    is_hidden = file_resolution.verdict != "resolved" and record.fro > 0 and record.lineage != "unrelated"
+    if settings.recover and isinstance(delta, StoredDelta) and is_hidden:
         hidden, note = _estimate_hidden(delta, record.fro, settings)
         record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else note)
     record = record.model_copy(update={"blocks": change.row_blocks, "base_sigma": change.base_sigma})
+    if record.lineage == "unrelated":
+        record = record.without_ranks()
     if weighted is None or weighting is None:
         return record
     metric = "kfac" if weighting.gradients else "data"

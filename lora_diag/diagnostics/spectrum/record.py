@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Record, Share, Shown, value_at
 from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
 from lora_diag.rendering.text import median_rank, shade
@@ -17,9 +18,19 @@ def usual_ranks(ranks: Sequence[int]) -> list[int]:
     return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
 
 
-def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str]:
-    """Return a function that returns the upper median of layers' ranks as text; null counts as larger than any."""
-    return lambda records: median_rank([value_at(r, path) for r in records], max(len(r.s) for r in records))
+def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str | None]:
+    """Return a function that returns the upper median of layers' ranks as text; null counts as larger than any.
+
+    Unrelated layers do not count; None without others.
+    """
+
+    def pool(records: Sequence[Spectrum]) -> str | None:
+        related = [record for record in records if record.lineage != "unrelated"]
+        if not related:
+            return None
+        return median_rank([value_at(record, path) for record in related], max(len(record.s) for record in related))
+
+    return pool
 
 
 class Stack(Record):
@@ -39,8 +50,11 @@ class Stack(Record):
     other_rank_at: dict[str, int | None] | None
 
 
-class Spectrum(LayerRecord):
+class Spectrum(Lineage, LayerRecord):
     """The singular values of one ΔW and derived quantities; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
+
+    Where TUNED is unrelated to BASE (``lineage``), ΔW is no update: ``energy``, ``rank_at``, ``tail``, ``stable_rank``
+    and ``effective_rank`` are null.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
@@ -189,6 +203,7 @@ class Spectrum(LayerRecord):
             "largest singular value expected of the rounding noise",
             axis="edge of the rounding noise (singular value)",
         ),
+        COSINE_TO_BASE,
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("relative", "higher", "the weight change is larger than before: check scaling and learning rate"),
@@ -289,6 +304,11 @@ class Spectrum(LayerRecord):
         if self.hidden is None or self.hidden.fro_estimate is None or not self.base_fro:
             return None
         return self.hidden.fro_estimate / self.base_fro
+
+    def without_ranks(self) -> Spectrum:
+        """Return the spectrum of an unrelated weight: without energy fractions and ranks."""
+        tables = {name: dict.fromkeys(getattr(self, name)) for name in ("energy", "rank_at", "tail")}
+        return self.model_copy(update={**tables, "stable_rank": None, "effective_rank": None})
 
     def before_rounding(self) -> Spectrum:
         """Return the spectrum of the estimated update before rounding; without an estimate, this spectrum.

@@ -22,7 +22,9 @@ from lora_diag.rendering.statements import (
     FACTORED,
     Statement,
     describe_estimate,
+    describe_lineage,
     describe_resolution,
+    is_unrelated,
     make_statement,
     qualify_fractions,
     summarize,
@@ -47,7 +49,7 @@ def _needs_recovery(record: Spectrum) -> bool:
 def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint | None:
     """Return the next step after no update, NaN or Inf, an adapter, a hidden update, or another metric; else None."""
     changed = _select_changed(results)
-    if not changed:
+    if not changed or (values["tuned"] is not None and is_unrelated(results)):
         return Hint("inspect {tuned}", "what this checkpoint holds")
     selection = "".join(f" --{name} {{{name}}}" for name in ("layers", "exclude") if values[name])
     if results.non_finite:
@@ -124,19 +126,24 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     stacked = any(record.stack is not None for record in changed)
     metric = METRICS.get(metric_of(results), "")
     findings = [make_statement("metric", "Metric", metric, priority=0)]
-    if changed and not stacked and all(record.method == "factored" for record in changed):
+    related = [record for record in changed if record.lineage != "unrelated"]
+    if changed and not related:
+        text = "not known: ΔW of unrelated weights is no update, and has no rank to choose"
+        findings.append(make_statement("low_rank", "Low rank", text, priority=0))
+    elif changed and not stacked and all(record.method == "factored" for record in changed):
         # The rank of an update with known factors is a setting, not a result.
         rank = f"90% of the energy at rank {_describe_rank_at_90(changed)}"
         findings.append(make_statement("rank_used", "Rank used", rank, priority=0))
         findings.append(make_statement("resolved", "Resolution", FACTORED, priority=2))
     elif changed:
-        findings += _describe_ranks_needed(changed, results.run.settings["ranks"])
+        findings += _describe_ranks_needed(related, results.run.settings["ranks"])
     if stacked:
         text = "compare layers by these ranks; the update itself usually needs a higher rank than its gradients"
         findings.append(make_statement("interpretation", "Interpretation", text))
     else:
         moved = _describe_change(results, changed)
         findings.append(make_statement("moved", "Change", *moved, priority=1 if changed else 0))
+        findings.append(describe_lineage(results, priority=1))
     findings.append(make_statement("where", "Location", "" if metric else _describe_coverage(results)))
     return summarize(results, *findings)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, FactoredDelta, Side, footprint, row_blocks, row_spans
 from lora_diag.diagnostics.verify_merge.record import MergeStatus
 from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, load_addend
+from lora_diag.layers.lineage import cosine_of_norms, judge_cosine
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.merge import Addend, Block, Check, Product, Rounding, Whole, check_merge, unit_roundoff
 from lora_diag.linalg.rounding import LAYOUT
@@ -303,6 +304,13 @@ def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool
     return Trial(task, addend, rounding, check_merge(task.blocks(), task.shape, addend, rounding, whole))
 
 
+def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
+    """Return the cosine of W and M, as of ``layers.lineage``; None for a 1-D tensor, and for rows that BASE lacks."""
+    if not task.is_matrix or (task.adapted and not task.deltas):
+        return None
+    return cosine_of_norms(*(math.sqrt(squares) for squares in (check.base, check.merged, check.observed)))
+
+
 def find_fault(trial: Trial) -> Fault:
     """Return the first common fault that explains a layer; without one, a description of the difference.
 
@@ -323,6 +331,7 @@ def find_fault(trial: Trial) -> Fault:
         or (_find_partial(trial) if check.count else None)
         or _choose_hypothesis(trial)
         or _find_uneven_scale(trial)
+        or _find_unrelated_base(trial)
         or (_find_few_entries(trial) or _find_rounded_base(trial) or _describe_norms(trial) if check.count else None)
         or _describe_drift(trial)
     )
@@ -585,6 +594,14 @@ def _find_few_entries(trial: Trial) -> Fault | None:
     if check.count >= FEW_ENTRIES * check.entries:
         return None
     return Fault("other", f"wrong entries: {check.count}, {_describe_place(trial)}; the others are right")
+
+
+def _find_unrelated_base(trial: Trial) -> Fault | None:
+    """Return the fault of a BASE that MERGED does not descend from; None if it does, or if that is not known."""
+    cosine = cosine_to_base(trial.task, trial.check)
+    if cosine is None or judge_cosine(cosine, trial.check.entries) != "unrelated":
+        return None
+    return Fault("other base", "MERGED is unrelated to BASE")
 
 
 def _find_rounded_base(trial: Trial) -> Fault | None:

@@ -243,6 +243,7 @@ def _make_record(
         expected_fro=math.sqrt(check.expected) if check else None,
         observed_fro=math.sqrt(check.observed) if check else None,
         base_fro=math.sqrt(check.base) if check else None,
+        cosine_to_base=faults.cosine_to_base(task, check) if check else None,
         cause=verdict.cause,
     )
 

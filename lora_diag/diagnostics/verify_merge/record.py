@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import ClassVar, Literal
 
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE
+from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage, Verdict
 from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Share, Shown
 
 MergeStatus = Literal[
@@ -49,7 +50,7 @@ def _pool_differing(records: Sequence[Merge]) -> float | None:
     return sum(record.differing or 0 for record in checked) / entries if entries else None
 
 
-class Merge(LayerRecord):
+class Merge(Lineage, LayerRecord):
     """One layer of BASE, and whether MERGED is W + ΔW there, entry by entry.
 
     Numbers are null if MERGED does not have the layer or an entry of it is not finite.
@@ -68,9 +69,9 @@ class Merge(LayerRecord):
             scale``: W + c·ΔW, c further from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
             ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with
             its halves swapped; check how names map to stacked weights. ``other base``: ΔW is there, on top of other
-            weights than BASE's; give the BASE of the merge. ``changed``: the adapter never touched it, MERGED differs;
-            check what else was trained or converted. ``missing``: MERGED has no such weight; save it again. ``other``:
-            none of these; merge again from the original files.
+            weights than BASE's, or MERGED is unrelated to BASE (``lineage``); give the BASE of the merge. ``changed``:
+            the adapter never touched it, MERGED differs; check what else was trained or converted. ``missing``: MERGED
+            has no such weight; save it again. ``other``: none of these; merge again from the original files.
         dtype: The dtype that represents MERGED's values, which can be shorter than the stored one; null if missing.
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: The same as a fraction of the entries.
@@ -142,6 +143,7 @@ class Merge(LayerRecord):
         ),
         Shown("scale", "scale c", "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
         Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
+        COSINE_TO_BASE,
     )
     record: Literal["merge"] = "merge"
     layer: str
@@ -162,6 +164,12 @@ class Merge(LayerRecord):
     observed_fro: Norm | None
     base_fro: Norm | None
     cause: str
+
+    @property
+    def lineage(self) -> Verdict | None:
+        """As of ``judge_cosine``; None where a large ΔW, and not another BASE, explains a small cosine."""
+        verdict = super().lineage
+        return None if verdict == "unrelated" and self.status not in {"other base", "changed", "other"} else verdict
 
     @property
     def failed(self) -> bool:

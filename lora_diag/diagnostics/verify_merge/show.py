@@ -12,7 +12,7 @@ from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus,
 from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, type_order
-from lora_diag.rendering.statements import Level, Statement, left_out, make_statement, summarize
+from lora_diag.rendering.statements import Level, Statement, describe_lineage, left_out, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import list_layers, number, percent, quantity, safe, short
 
@@ -75,6 +75,7 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
     if len(results):
         level = _LEVELS.get(outcome(results), "ok")
         findings = [
+            describe_lineage(results, "MERGED"),
             make_statement("correct", "Correctness", _describe_correctness(results), level=level, priority=0),
             *_describe_faults(results),
             make_statement("rounding", "Rounding", _describe_rounding(results)),

@@ -208,7 +208,7 @@ FAULTS |= {
     "layer missing": (Q, lambda m, b, a: a.pop(Q), "missing", "no such weight"),
     "other shape": (Q, lambda m, b, a: a.update({Q: a[Q][:16]}), "missing", "another shape"),
     "nan": (Q, lambda m, b, a: a[Q].view(-1)[3].fill_(float("nan")), "other", r"nan at \[0, 3\]"),
-    "noise": (Q, lambda m, b, a: a.update({Q: b[Q].flip(0) * 3}), "other", "a different update"),
+    "noise": (Q, lambda m, b, a: a.update({Q: b[Q].flip(0) * 3}), "other base", "unrelated"),
     "one entry": (UP, lambda m, b, a: a[UP].view(-1)[40].add_(0.5), "other", "wrong entries: 1, in rows 1 of 48"),
     "untouched": (
         "model.norm.weight",

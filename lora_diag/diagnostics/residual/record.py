@@ -292,6 +292,7 @@ class Residual(Distance, Lineage, LayerRecord):
             drop=1,
             terminal=True,
         ),
+        COSINE_TO_BASE,
         Shown(
             "limited_by",
             "limited by",
@@ -299,7 +300,6 @@ class Residual(Distance, Lineage, LayerRecord):
             main=True,
             pool=lambda records: count_texts(record.limited_by or "-" for record in records),
         ),
-        COSINE_TO_BASE,
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(

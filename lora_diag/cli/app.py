@@ -187,9 +187,11 @@ def _run() -> int:
         return DONE
     except SystemExit as error:
         # Raised by typer when the reader of its help has closed the pipe.
-        if not isinstance(error.__context__, BrokenPipeError):
-            raise
-        return DONE
+        if isinstance(error.__context__, BrokenPipeError):
+            return DONE
+        # By a library: its exit code must not be taken for that of a check.
+        print_message(f"Error: a library ended the command with exit code {error.code!r}; nothing was judged")
+        return UNREADABLE
     except (KeyboardInterrupt, typer.Abort):  # typer up to 0.15 raises Abort, later versions exit code 130
         code = INTERRUPTED
     except typer.Exit as error:

@@ -54,6 +54,15 @@ def test_unexpected_error_is_one_message_with_exit_code_3(error: str, facts: lis
     assert_names(done.stderr, *facts)
 
 
+@pytest.mark.parametrize("code", ["0", "1", "'stop'"])
+def test_exit_of_a_library_is_no_verdict(code: str) -> None:
+    """A tokenizer or a plugin that calls ``sys.exit`` while a command runs neither passes nor fails a check."""
+    script = DEFECT.replace("app._run = fail", "app.commands = lambda names: lambda **options: fail()")
+    done = start(sys.executable, "-c", script.format(error=f"SystemExit({code})"))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
+    assert_names(done.stderr, "library", code)
+
+
 def test_traceback_is_shown_on_request_without_secrets() -> None:
     script = DEFECT.format(error="KeyError(sys.argv[2])")
     done = start(sys.executable, "-c", script, environment={"LORADIAG_TRACEBACK": "1"})

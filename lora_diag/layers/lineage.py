@@ -77,8 +77,8 @@ def cosine_of_norms(base_fro: float, tuned_fro: float, fro: float) -> float | No
         The cosine; None if a norm is zero, not finite, or ``MAX_RATIO`` times larger than the other.
 
     Example:
-        >>> round(cosine_of_norms(1.0, 1.0, 2**0.5), 12), cosine_of_norms(1.0, 2.0, 1.0), cosine_of_norms(0.0, 1.0, 1.0)
-        (0.0, 1.0, None)
+        >>> round(cosine_of_norms(1.0, 1.0, 1.0), 12), cosine_of_norms(1.0, 2.0, 1.0), cosine_of_norms(0.0, 1.0, 1.0)
+        (0.5, 1.0, None)
     """
     smaller, larger = sorted((base_fro, tuned_fro))
     if not 0 < larger <= MAX_RATIO * smaller < math.inf:

@@ -55,7 +55,7 @@ def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
         result.append(verify(layer, memory))
         assert low <= (READING.total()[0] - 8 * (300 + 50)) / (4 * 300 * 50) <= high
     assert result[0] == result[1]
-    assert result[0].status == "other"
+    assert result[0].status == "other base"
 
 
 @pytest.mark.parametrize("dtype", sorted(DECODED))

@@ -4,7 +4,8 @@
     python -m benchmarks matrix --peers     one part; with other tools, installed in environments of their own
     python -m benchmarks matrix --small     on small inputs, to test the scripts
 
-Files are made in ``.bench/`` and kept for the next run. Timings mean something on an otherwise idle machine only.
+Files are made in ``.bench/`` and kept for the next run. Timings mean something on an otherwise idle
+machine only.
 """
 
 import argparse
@@ -38,25 +39,34 @@ SPECTRUM = [*LORADIAG, "spectrum", "-q"]
 SCRIPT = [sys.executable, "-m", "benchmarks.scripts"]
 BARE = Path(__file__).with_name("grams.py")
 
-# Hidden and inner width, width of keys and values, and layers: of a layer, a 1 B-parameter model, a fourth of it, a 7B
-# model; with --small, others. Of the adapters of the 7B model, the rank.
+# Hidden and inner width, width of keys and values, and layers: of a layer, a 1 B-parameter model, a
+# fourth of it, a 7B model; with --small, others. Of the adapters of the 7B model, the rank.
 WIDTHS = {"layer": (2048, 5632, 256, 1), "1B": (2048, 8192, 512, 16), "1B/4": (2048, 8192, 512, 4)}
 SEVEN, RANK, FLEET = (4096, 11008, 4096, 32), 16, 40
 SMALL = (128, 192, 64, 2)
 
 
 def compile_as_installed() -> None:
-    """Compile the package into ``.bench``, for all commands: ``pip`` does so when it installs, also the other tools."""
+    """Compile the package into ``.bench``, for all commands: ``pip`` does so when it installs, also
+    the other tools.
+    """
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     os.environ["PYTHONPYCACHEPREFIX"] = str(FOLDER.resolve() / "bytecode")
     package = find_spec("lora_diag")
     assert package is not None
-    subprocess.run([sys.executable, "-m", "compileall", "-q", *(package.submodule_search_locations or [])], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "compileall", "-q", *(package.submodule_search_locations or [])],
+        check=True,
+    )
 
 
 def made(what: str, *arguments: Any) -> Any:
-    """Make files in a process of its own: the system counts this process's memory to the commands that it starts."""
-    subprocess.run([sys.executable, "-m", "benchmarks.pairs", what, *map(str, arguments)], check=True)
+    """Make files in a process of its own: the system counts this process's memory to the commands
+    that it starts.
+    """
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.pairs", what, *map(str, arguments)], check=True
+    )
     folder = arguments[0]
     return (folder / "base", folder / "tuned") if what == "make_pair" else folder
 
@@ -68,10 +78,14 @@ def pair(small: bool, name: str) -> tuple[Path, Path]:
     return base, tuned
 
 
-def adapter(small: bool, name: str, sizes: Sequence[int], seed: int, rank: int = RANK, bits: int = 16) -> Path:
+def adapter(
+    small: bool, name: str, sizes: Sequence[int], seed: int, rank: int = RANK, bits: int = 16
+) -> Path:
     """Make an adapter on all matrices of a model."""
     sizes = SMALL if small else sizes
-    path: Path = made("make_adapter", FOLDER / "adapters" / f"{sizes[0]}-{name}", *sizes, rank, seed, bits)
+    path: Path = made(
+        "make_adapter", FOLDER / "adapters" / f"{sizes[0]}-{name}", *sizes, rank, seed, bits
+    )
     return path
 
 
@@ -104,15 +118,28 @@ def kernel_rows(shapes: Sequence[tuple[int, int]]) -> Iterator[tuple[str, ...]]:
         size = f"{rows}×{columns}"
         yield size, "torch.linalg.svdvals, float32", f"{plain:.2f}", "1.0", "", ""
         yield size, "product and eigenvalues alone", f"{own:.2f}", f"{plain / own:.1f}", "", ""
-        cases = (("full spectrum", matrix, None), ("top 64, bf16 pair", matrix, 64), ("top 64, not rounded", clean, 64))
+        cases = (
+            ("full spectrum", matrix, None),
+            ("top 64, bf16 pair", matrix, 64),
+            ("top 64, not rounded", clean, 64),
+        )
         for name, a, top in cases:
             fro = float(torch.linalg.vector_norm(a, dtype=torch.float64))
             work = partial(decompose, a, fro=fro, top=top)
             result, spent = work(), seconds(work)
-            true = np.cumsum(torch.linalg.svdvals(a.double()).numpy()[: len(result.s)] ** 2) / fro**2
+            true = (
+                np.cumsum(torch.linalg.svdvals(a.double()).numpy()[: len(result.s)] ** 2) / fro**2
+            )
             error = np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - true).max()
             ratio = f"{plain / spent:.1f}"
-            yield size, f"{name} ({result.method})", f"{spent:.2f}", ratio, f"{error:.1e}", f"{result.energy_error:.1e}"
+            yield (
+                size,
+                f"{name} ({result.method})",
+                f"{spent:.2f}",
+                ratio,
+                f"{error:.1e}",
+                f"{result.energy_error:.1e}",
+            )
 
 
 def spectra(small: bool, peers: bool) -> None:
@@ -134,7 +161,9 @@ def spectrum_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
 def matrix(small: bool, peers: bool) -> None:
     """Time one bf16 layer in whole processes, and other tools on the same layer."""
     sides = pair(small, "layer")
-    commands = spectrum_commands(*sides) | {"torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]}
+    commands = spectrum_commands(*sides) | {
+        "torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]
+    }
     if peers:
         commands |= peer_commands(*sides)
     print_figures(commands_in_turn(commands, 1 if small else 5), "loradiag spectrum")
@@ -142,16 +171,24 @@ def matrix(small: bool, peers: bool) -> None:
 
 def files(small: bool, peers: bool) -> None:
     """Files of one bf16 matrix in whole processes, over reading, subtracting and the norm."""
-    for rows, columns in ((192, 256),) if small else ((2048, 5632), (2048, 8192), (4096, 4096), (4096, 11008)):
+    for rows, columns in (
+        ((192, 256),) if small else ((2048, 5632), (2048, 8192), (4096, 4096), (4096, 11008))
+    ):
         folder = made("make_file_pair", FOLDER / f"file-{rows}x{columns}", rows, columns)
         sides = folder / "base", folder / "tuned"
-        commands = spectrum_commands(*sides) | {"torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]}
+        commands = spectrum_commands(*sides) | {
+            "torch.linalg.svdvals loop": [*SCRIPT, "svdvals", *sides]
+        }
         print(f"\n{rows}×{columns}")
-        print_figures(commands_in_turn(commands, 1 if small else 3), "floor: read both, subtract, norm")
+        print_figures(
+            commands_in_turn(commands, 1 if small else 3), "floor: read both, subtract, norm"
+        )
 
 
 def model(small: bool, peers: bool) -> None:
-    """A 1 B-parameter sharded bf16 pair, whole processes; other tools on a quarter of its layers."""
+    """A 1 B-parameter sharded bf16 pair, whole processes; other tools on a quarter of
+    its layers.
+    """
     for name in ("1B", "1B/4") if peers else ("1B",):
         sides = pair(small, name)
         commands = spectrum_commands(*sides)
@@ -161,7 +198,9 @@ def model(small: bool, peers: bool) -> None:
 
 
 def residual(small: bool, peers: bool) -> None:
-    """Three adapters compared with a 1 B-parameter full fine-tune, beside its spectrum alone; whole processes."""
+    """Three adapters compared with a 1 B-parameter full fine-tune, beside its spectrum alone; whole
+    processes.
+    """
     sides = pair(small, "1B")
     three = [adapter(small, f"r{r}", WIDTHS["1B"], r, r, 32) for r in (8, 16, 64)]
     commands: dict[str, Sequence[object]] = {
@@ -188,7 +227,9 @@ def adapters(small: bool, peers: bool) -> None:
 
 
 def fleet(small: bool, peers: bool) -> None:
-    """40 different rank-16 adapters of a 7B model in bf16 (3.2 GB, in the page cache), one process a tool."""
+    """40 different rank-16 adapters of a 7B model in bf16 (3.2 GB, in the page cache), one process
+    a tool.
+    """
     count = 4 if small else FLEET
     paths = [adapter(small, f"fleet{seed}", SEVEN, seed) for seed in range(count)]
     commands: dict[str, Sequence[object]] = {
@@ -199,7 +240,12 @@ def fleet(small: bool, peers: bool) -> None:
     }
     if peers:
         script = Path(__file__).with_name("scripts.py")
-        commands["gradience, audit_lora_peft_dir"] = [peer("gradience") / "python", script, "gradience_each", *paths]
+        commands["gradience, audit_lora_peft_dir"] = [
+            peer("gradience") / "python",
+            script,
+            "gradience_each",
+            *paths,
+        ]
     figures = commands_in_turn(commands, 1 if small else 3)
     few, many = figures.pop("2"), figures[f"loradiag fleet, {count} adapters"]
     print_figures(figures, f"loradiag fleet, {count} adapters")
@@ -211,13 +257,19 @@ def fleet(small: bool, peers: bool) -> None:
         (thousand / str(number)).unlink(missing_ok=True)
         (thousand / str(number)).symlink_to(paths[number % count].resolve())
     used = run([*LORADIAG, "fleet", thousand / "*", "-q"])
-    print(f"\n1,000 adapters, each file 25 times: wall {used.wall:.0f} s, processor {used.cpu:.0f} s", end="")
+    print(
+        f"\n1,000 adapters, each file 25 times: wall {used.wall:.0f} s, processor {used.cpu:.0f} s",
+        end="",
+    )
     print(f", peak {used.peak_mib:.0f} MiB")
     sizes = SMALL if small else SEVEN
     start = time.perf_counter()
     singular_values_by_definition(sizes)
     seconds = (time.perf_counter() - start) * sizes[3]
-    print(f"\ntorch.linalg.svdvals(B @ A), from one of {sizes[3]} layers: {seconds:.0f} s for one adapter")
+    print(
+        f"\ntorch.linalg.svdvals(B @ A), from one of {sizes[3]} layers: {seconds:.0f} s for one "
+        "adapter"
+    )
 
 
 def singular_values_by_definition(sizes: Sequence[int]) -> None:
@@ -238,7 +290,9 @@ def evict(files: Sequence[Path]) -> None:
 
 
 def reading(small: bool, peers: bool) -> None:
-    """A 1 B-parameter pair that is not in the page cache, compared with `cat` and with the same run when it is."""
+    """A 1 B-parameter pair that is not in the page cache, compared with `cat` and with the same run
+    when it is.
+    """
     base, tuned = pair(small, "1B")
     files = sorted([*base.glob("*.safetensors"), *tuned.glob("*.safetensors")])
     size = sum(file.stat().st_size for file in files)
@@ -259,10 +313,13 @@ def reading(small: bool, peers: bool) -> None:
     }
     figures = in_turn(works, 1 if small else 5)
     rows = (
-        (name, f"{one.median('wall'):.2f}", f"{min(one.of('wall')):.2f} to {max(one.of('wall')):.2f}",
+        (name, f"{one.median('wall'):.2f}", f"{min(one.of('wall')):.2f} to "
+                                            f"{max(one.of('wall')):.2f}",
          f"{one.median('read') / size:.2f}") for name, one in figures.items()
     )  # fmt: skip
-    print_table("command | s | smallest to largest | read from storage, as a multiple of the files", rows)
+    print_table(
+        "command | s | smallest to largest | read from storage, as a multiple of the files", rows
+    )
     plain, first, again = (one.of("wall") for one in figures.values())
     both = [one + other for one, other in zip(plain, again, strict=True)]
     print(f"\nNot in the cache ÷ (cat + in the cache): {multiple(first, both)}.")
@@ -288,12 +345,36 @@ def peer(name: str) -> Path:
 
 def peer_commands(base: Path, tuned: Path) -> dict[str, Sequence[object]]:
     """Say how the tools are run that compare checkpoints."""
-    extract = ["--model", tuned, "--base-model", base, "--out-path", FOLDER.resolve() / "extracted", "--max-rank", "8"]
+    extract = [
+        "--model",
+        tuned,
+        "--base-model",
+        base,
+        "--out-path",
+        FOLDER.resolve() / "extracted",
+        "--max-rank",
+        "8",
+    ]
     script = Path(__file__).with_name("scripts.py")
     return {
-        "modeldelta": [peer("modeldelta") / "python", "-m", "modeldelta", base, tuned, "-q", "-o", FOLDER / "m.json"],
+        "modeldelta": [
+            peer("modeldelta") / "python",
+            "-m",
+            "modeldelta",
+            base,
+            tuned,
+            "-q",
+            "-o",
+            FOLDER / "m.json",
+        ],
         "mergekit-extract-lora, r=8": [peer("mergekit") / "mergekit-extract-lora", *extract],
-        "WeightWatcher, deltas": [peer("weightwatcher") / "python", script, "weightwatcher", base, tuned],
+        "WeightWatcher, deltas": [
+            peer("weightwatcher") / "python",
+            script,
+            "weightwatcher",
+            base,
+            tuned,
+        ],
     }
 
 
@@ -301,7 +382,9 @@ MEASURED = (kernels, spectra, matrix, files, model, residual, adapters, fleet, r
 PARTS = {part.__name__: part for part in MEASURED}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
     parser.add_argument("--peers", action="store_true", help="measure beside other tools, too")
     parser.add_argument("--small", action="store_true", help="small inputs, to test the scripts")

@@ -2,9 +2,9 @@
 
     python -m benchmarks.attempts [ORDER VALUES]...      default: 1536 16, 1536 64, 2560 128
 
-Matrices are diagonal, multiplied entry by entry: the Krylov space of a Gaussian start is that of any matrix with these
-values, so seconds suffice for what takes minutes on matrices. "All values" is 1; an attempt that fails costs 1 and its
-own cost.
+Matrices are diagonal, multiplied entry by entry: the Krylov space of a Gaussian start is that of
+any matrix with these values, so seconds suffice for what takes minutes on matrices. "All values" is
+1; an attempt that fails costs 1 and its own cost.
 """
 
 import math
@@ -22,7 +22,14 @@ from lora_diag.linalg import krylov
 TOLERANCES = (5e-4, 1e-2)
 
 # Number of values of 1, level of the next three times as many values, and of the last ones.
-EQUAL = ((20, 0.3, 0.01), (20, 0.2, 0.01), (60, 0.5, 0.05), (10, 0.3, 0.1), (100, 0.5, 0.05), (64, 0.7, 0.02))
+EQUAL = (
+    (20, 0.3, 0.01),
+    (20, 0.2, 0.01),
+    (60, 0.5, 0.05),
+    (10, 0.3, 0.1),
+    (100, 0.5, 0.05),
+    (64, 0.7, 0.02),
+)
 
 
 class Diagonal:
@@ -40,7 +47,9 @@ def times(a: "Diagonal | Tensor", x: Tensor) -> Tensor:
 
 
 def noise(n: int) -> np.ndarray:
-    """Return the singular values of an n×n Gaussian matrix, from its bidiagonal form (Dumitriu and Edelman 2002)."""
+    """Return the singular values of an n×n Gaussian matrix, from its bidiagonal form (Dumitriu and
+    Edelman 2002).
+    """
     generator = np.random.default_rng(0)
     diagonal, upper = (np.sqrt(generator.chisquare(np.arange(k, 0, -1))) for k in (n, n - 1))
     squares = diagonal**2 + np.r_[0, upper**2]
@@ -78,7 +87,9 @@ def spectra(n: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def attempt(values: np.ndarray, top: int, tol: float) -> tuple[bool, float]:
-    """Return whether K values are certified, and the cost over that of all values, of the failed attempt alone."""
+    """Return whether K values are certified, and the cost over that of all values, of the failed
+    attempt alone.
+    """
     matrix, checks, probes = Diagonal(values), list[int](), list[int]()
     solve, probe = krylov._rayleigh_ritz, krylov._bound_outside
     krylov._rayleigh_ritz = lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest)
@@ -102,7 +113,15 @@ def rows(cases: list[tuple[int, int]]) -> Iterator[tuple[object, ...]]:
         worst = max(cost for certified, cost, *_ in found if certified)
         over = sum(cost > krylov.LOSS for cost, *_ in failed)
         names = ", ".join(f"{cost:.2f} {name} at {tol:g}" for cost, name, tol in failed[:-4:-1])
-        yield f"{n}²", top, f"{len(found) - len(failed)} of {len(found)}", f"{mean:.3f}", f"{worst:.2f}", over, names
+        yield (
+            f"{n}²",
+            top,
+            f"{len(found) - len(failed)} of {len(found)}",
+            f"{mean:.3f}",
+            f"{worst:.2f}",
+            over,
+            names,
+        )
 
 
 if __name__ == "__main__":
@@ -110,5 +129,8 @@ if __name__ == "__main__":
     numbers = [int(word) for word in sys.argv[1:]] or [1536, 16, 1536, 64, 2560, 128]
     krylov.times = krylov.times_wide = times
     krylov.normal = lambda a, x: (times(a, x), times(a, times(a, x)))
-    head = "matrix | values | certified | mean cost | largest of a success | failures over 0.1 | largest failures"
+    head = (
+        "matrix | values | certified | mean cost | largest of a success | failures over 0.1 | "
+        "largest failures"
+    )
     print_table(head, rows(list(zip(numbers[::2], numbers[1::2], strict=True))))

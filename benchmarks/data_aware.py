@@ -1,11 +1,13 @@
-"""Does knowing the data help? Held-out losses of truncations and allocations, plain and data-aware, at the same cost.
+"""Does knowing the data help? Held-out losses of truncations and allocations, plain and data-aware,
+at the same cost.
 
     python -m benchmarks.data_aware BASE TUNED WORK DATA EVAL [DATA EVAL ...]
 
-For every pair of a text to record on and a held-out text: all matrices outside embeddings and head are truncated
-together, everything else is as in TUNED. ``plain`` is Eckart and Young's truncation, ``data`` the best for E‖ΔW x‖² and
-``kfac`` the best for ‖G^½·ΔW·C^½‖; the allocations spend the parameters of uniform r = 8. Prints the loss minus that of
-TUNED, and the paired difference to the plain row of the same rank with its standard error.
+For every pair of a text to record on and a held-out text: all matrices outside embeddings and head
+are truncated together, everything else is as in TUNED. ``plain`` is Eckart and Young's truncation,
+``data`` the best for E‖ΔW x‖² and ``kfac`` the best for ‖G^½·ΔW·C^½‖; the allocations spend the
+parameters of uniform r = 8. Prints the loss minus that of TUNED, and the paired difference to the
+plain row of the same rank with its standard error.
 """
 
 import sys
@@ -55,33 +57,59 @@ class Truncations:
         return product if kind == "plain" else self.inverses[0] @ product @ self.inverses[1]
 
 
-def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> dict[str, tuple[float, float, float]]:
+def split(
+    base: Path, tuned: Path, work: Path, data: Path, held_out: Path
+) -> dict[str, tuple[float, float, float]]:
     """Return loss minus TUNED's, and the difference to the plain row with its error, by variant."""
     name = f"{data.stem}"
     file, spectra = work / f"{name}.safetensors", work / f"{name}.spectra.jsonl"
-    tails = {f"Fisher of {labels} labels": work / f"{name}.{labels}.jsonl" for labels in ("data", "model")}
+    tails = {
+        f"Fisher of {labels} labels": work / f"{name}.{labels}.jsonl"
+        for labels in ("data", "model")
+    }
     common = {"length": LENGTH, "exclude": EXCLUDE}
     if not file.exists():
         lora_diag.probe_activations(tuned, data, file, output_gradients=True, **common)
     for (_, path), labels in zip(tails.items(), ("data", "model"), strict=True):
-        options = {"data": data, "ranks": RANKS, "labels": labels, "output": path, "resume": path.exists()}
+        options = {
+            "data": data,
+            "ranks": RANKS,
+            "labels": labels,
+            "output": path,
+            "resume": path.exists(),
+        }
         lora_diag.probe_fisher(base, tuned, **options, **common)
     plain = lora_diag.spectrum(base, tuned, exclude=EXCLUDE, output=spectra)
     moments = {key: value.double().numpy() for key, value in load_file(file).items()}
     metrics = {
-        kind: lora_diag.spectrum(base, tuned, exclude=EXCLUDE, activations=file, kfac=kind == "kfac")
+        kind: lora_diag.spectrum(
+            base, tuned, exclude=EXCLUDE, activations=file, kfac=kind == "kfac"
+        )
         for kind in ("data", "kfac")
     }
     layers = [record.layer for record in metrics["data"]]
-    before, after = ({key: value.double().numpy() for key, value in whole(path).items()} for path in (base, tuned))
+    before, after = (
+        {key: value.double().numpy() for key, value in whole(path).items()}
+        for path in (base, tuned)
+    )
     cut = {
-        layer: Truncations(after[layer] - before[layer], moments[layer], moments[PREFIX + layer]) for layer in layers
+        layer: Truncations(after[layer] - before[layer], moments[layer], moments[PREFIX + layer])
+        for layer in layers
     }
     budget = BUDGET * sum(sum(before[layer].shape) for layer in layers)
-    allocated = {kind: lora_diag.allocate(one, params=budget) for kind, one in ({"plain": plain} | metrics).items()}
-    allocated |= {kind: lora_diag.allocate(plain, weights=path, params=budget) for kind, path in tails.items()}
-    ranks = {kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()}
-    variants = {f"r={rank} {kind}": (kind, dict.fromkeys(layers, rank)) for rank in RANKS for kind in KINDS}
+    allocated = {
+        kind: lora_diag.allocate(one, params=budget)
+        for kind, one in ({"plain": plain} | metrics).items()
+    }
+    allocated |= {
+        kind: lora_diag.allocate(plain, weights=path, params=budget) for kind, path in tails.items()
+    }
+    ranks = {
+        kind: {record.layer: record.rank for record in result} for kind, result in allocated.items()
+    }
+    variants = {
+        f"r={rank} {kind}": (kind, dict.fromkeys(layers, rank)) for rank in RANKS for kind in KINDS
+    }
     variants |= {f"allocated by {kind}": ("plain", ranks[kind]) for kind in ranks}
     variants["allocated by data, cut by data"] = ("data", ranks["data"])
     model = open_model(tuned, torch.device("cpu"), length=LENGTH)
@@ -95,7 +123,10 @@ def split(base: Path, tuned: Path, work: Path, data: Path, held_out: Path) -> di
     result = {}
     for variant, loss in losses.items():
         against = f"{variant.split()[0]} plain" if variant.startswith("r=") else f"r={BUDGET} plain"
-        result[variant] = (loss.minus(reference)[0], *(value or 0.0 for value in loss.minus(losses[against])))
+        result[variant] = (
+            loss.minus(reference)[0],
+            *(value or 0.0 for value in loss.minus(losses[against])),
+        )
     return result
 
 
@@ -113,7 +144,11 @@ def main(base: Path, tuned: Path, work: Path, *files: Path) -> None:
         )
         for variant in result[0]
     )
-    print_table("truncated | loss − TUNED's, by split | minus the plain one of its rank, ± its error, by split", rows)
+    print_table(
+        "truncated | loss − TUNED's, by split | minus the plain one of its rank, ± its error, by "
+        "split",
+        rows,
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What no exact measurement of a bf16 adapter can do without, in NumPy alone: read, decode, and form BᵀB and AAᵀ.
+"""What no exact measurement of a bf16 adapter can do without, in NumPy alone: read, decode, and
+form BᵀB and AAᵀ.
 
 Run as ``python benchmarks/grams.py ADAPTER...``; every adapter is a folder of PEFT's.
 """
@@ -9,7 +10,8 @@ import sys
 
 import numpy as np
 
-# Rows of a product; 4096 and 11008 are multiples of one of them, and OpenBLAS multiplies such blocks without copies.
+# Rows of a product; 4096 and 11008 are multiples of one of them, and OpenBLAS multiplies such
+# blocks without copies.
 BLOCKS = (512, 344)
 
 # The largest factor has 11008 × 16 entries.

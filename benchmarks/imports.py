@@ -5,7 +5,8 @@ import sys
 
 from lora_diag import catalog
 
-# Imports in the order in which a command does: what all share, the function, torch, and what measures.
+# Imports in the order in which a command does: what all share, the function, torch, and what
+# measures.
 CHILD = """
 import importlib, pkgutil, sys, time
 from lora_diag import catalog
@@ -28,9 +29,14 @@ print(*times, int(own_torch))
 
 def main() -> None:
     """Print a row for each command."""
-    print("| command | common, s | its function, s | torch, s | its other modules, s |\n|---|---:|---:|---:|---:|")
+    print(
+        "| command | common, s | its function, s | torch, s | its other modules, s "
+        "|\n|---|---:|---:|---:|---:|"
+    )
     for name, _, _ in catalog.commands():
-        done = subprocess.run([sys.executable, "-c", CHILD, name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, name], capture_output=True, text=True, check=True
+        )
         common, function, torch, rest, own_torch = map(float, done.stdout.split())
         steps = (common, function - common, torch - function, rest - torch)
         shown = [f"{step:.2f}" for step in steps]

@@ -1,6 +1,7 @@
 """False alarms of ``lint``: its findings on adapters that are known to work, each with its BASE.
 
-``python -m benchmarks.lint_alarms FOLDER...``: every adapter below the folders, with the ``base`` next to it.
+``python -m benchmarks.lint_alarms FOLDER...``: every adapter below the folders, with the ``base``
+next to it.
 """
 
 from __future__ import annotations
@@ -16,9 +17,13 @@ from lora_diag.linting.record import Finding
 
 
 def find_pairs(root: Path) -> list[tuple[Path, Path]]:
-    """Return the adapters below a folder with their BASE: the folder ``base`` next to them, or one above."""
+    """Return the adapters below a folder with their BASE: the folder ``base`` next to them, or one
+    above.
+    """
     pairs = []
-    for config in sorted({path.parent for path in root.rglob("adapter_*")} | set(root.rglob("*.gguf"))):
+    for config in sorted(
+        {path.parent for path in root.rglob("adapter_*")} | set(root.rglob("*.gguf"))
+    ):
         bases = [parent / "base" for parent in config.parents if (parent / "base").is_dir()]
         if bases and is_adapter(config):
             pairs.append((config, bases[0]))

@@ -1,11 +1,13 @@
-"""How often does the 95% interval of a difference of losses hold, if the sequences are windows of one text?
+"""How often does the 95% interval of a difference of losses hold, if the sequences are windows of
+one text?
 
     python -m benchmarks.loss_errors            3,000 windows, about 5 minutes on one core
 
-The sample models are evaluated on source files of Python's standard library, one after another in random order. A part
-of the text plays the user's file, all of it the text that the user asks about. Coverage is the share of parts whose
-interval holds the mean over all windows: of N windows in a row, and of N that are spread over a part 3 to 7 times as
-long (``--max-sequences``), by the formula for independent sequences and by that of ``paired_difference``.
+The sample models are evaluated on source files of Python's standard library, one after another in
+random order. A part of the text plays the user's file, all of it the text that the user asks about.
+Coverage is the share of parts whose interval holds the mean over all windows: of N windows in a
+row, and of N that are spread over a part 3 to 7 times as long (``--max-sequences``), by the formula
+for independent sequences and by that of ``paired_difference``.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ SAMPLES, LENGTH, TRIALS = Path("sample_checkpoints"), 256, 1000
 
 def windows(count: int) -> torch.Tensor:
     """Return bytes of the library's files, ``(count, LENGTH)``; as many files as it takes."""
-    files = sorted(p for p in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in p.parts)
+    files = sorted(
+        p
+        for p in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+        if "site-packages" not in p.parts
+    )
     random.Random(0).shuffle(files)
     content = bytearray()
     for file in files:
@@ -45,13 +51,17 @@ def losses(name: str, ids: torch.Tensor) -> np.ndarray:
     from transformers import LlamaForCausalLM
 
     lora = name.startswith("lora")
-    model = LlamaForCausalLM.from_pretrained(SAMPLES / ("base" if lora else name), dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(
+        SAMPLES / ("base" if lora else name), dtype=torch.float32
+    )
     if lora:
         model = PeftModel.from_pretrained(model, SAMPLES / name)
     sums = []
     for part in ids.split(64):
         logits = model.eval()(input_ids=part).logits[:, :-1]
-        each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), part[:, 1:], reduction="none"
+        )
         sums.append(each.double().sum(1))
     return torch.cat(sums).numpy()
 
@@ -66,7 +76,9 @@ def coverage(difference: np.ndarray, count: int, spread: bool) -> tuple[float, f
         gap, error = paired_difference(chosen, np.zeros(count), np.ones(count))
         independent = chosen.std(ddof=1) / count**0.5 * stdtrit(count - 1, 0.975)
         assert error is not None
-        hits += abs(gap - truth) <= np.array([independent, error * stdtrit(degrees_of_freedom(count), 0.975)])
+        hits += abs(gap - truth) <= np.array(
+            [independent, error * stdtrit(degrees_of_freedom(count), 0.975)]
+        )
     return hits[0] / TRIALS, hits[1] / TRIALS
 
 
@@ -75,9 +87,14 @@ def main(count: int = 3000) -> None:
     nll = {name: losses(name, ids) for name in ("base", "full_ft", "lora_r4", "lora_r16")}
     pairs = (("lora_r16", "full_ft"), ("lora_r4", "lora_r16"), ("full_ft", "base"))
     print_table(
-        "difference | windows | in a row: independent | in a row: blocks | spread: independent | spread: blocks",
+        "difference | windows | in a row: independent | in a row: blocks | spread: independent | "
+        "spread: blocks",
         (
-            (f"{a} − {b}", n, *(f"{x:.0%}" for s in (False, True) for x in coverage(nll[a] - nll[b], n, s)))
+            (
+                f"{a} − {b}",
+                n,
+                *(f"{x:.0%}" for s in (False, True) for x in coverage(nll[a] - nll[b], n, s)),
+            )
             for (a, b), n in product(pairs, (20, 60, 200))
         ),
     )

@@ -1,7 +1,9 @@
-"""Time and memory of functions in turn and of whole processes, tables in Markdown, and shapes to measure on.
+"""Time and memory of functions in turn and of whole processes, tables in Markdown, and shapes to
+measure on.
 
-``python -m benchmarks.measure FILE COMMAND...`` runs a command and writes what it took to a file as JSON. The
-system counts the memory of the process that starts a command to the command; this process is small.
+``python -m benchmarks.measure FILE COMMAND...`` runs a command and writes what it took to a file as
+JSON. The system counts the memory of the process that starts a command to the command; this process
+is small.
 """
 
 import json
@@ -50,7 +52,9 @@ class Figure:
 def run(words: Sequence[object]) -> Used:
     """Run a command once."""
     start = time.perf_counter()
-    process = subprocess.Popen(list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     errors = process.stderr.read() if process.stderr else b""
     code, used = finish(process, start)
     if code:
@@ -62,7 +66,9 @@ def finish(process: subprocess.Popen[bytes], start: float) -> tuple[int, Used]:
     """Wait for a process that began at ``start``, and return its exit code and what it took."""
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - start
-    used = Used(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock * 512)
+    used = Used(
+        wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024, usage.ru_inblock * 512
+    )
     return os.waitstatus_to_exitcode(status), used
 
 
@@ -92,13 +98,16 @@ def print_table(head: str, rows: Iterable[Iterable[object]]) -> None:
 
 
 def print_figures(figures: Mapping[str, Figure], reference: str) -> None:
-    """Print medians, and paired ratios of wall and processor time to those of a reference, with their spread."""
+    """Print medians, and paired ratios of wall and processor time to those of a reference, with
+    their spread.
+    """
     ratios = {
         name: [multiple(figure.of(what), figures[reference].of(what)) for what in ("wall", "cpu")]
         for name, figure in figures.items()
     }
     print_table(
-        "command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a multiple",
+        "command | wall s | processor s | peak MiB | wall, as a multiple | processor, as a "
+        "multiple",
         (
             (
                 name,
@@ -122,7 +131,10 @@ def multiple(own: Sequence[float], its: Sequence[float]) -> str:
 def processor() -> str:
     """Return the model name of the processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        "unknown",
+    )
 
 
 def machine() -> str:
@@ -133,9 +145,18 @@ def machine() -> str:
 
 def llama_layer(hidden: int, inner: int, kv: int) -> Iterator[tuple[str, int, int]]:
     """Yield name, out, in of the matrices of one block."""
-    for name, out, width in (("q", hidden, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, hidden)):
+    for name, out, width in (
+        ("q", hidden, hidden),
+        ("k", kv, hidden),
+        ("v", kv, hidden),
+        ("o", hidden, hidden),
+    ):
         yield f"self_attn.{name}_proj.weight", out, width
-    for name, out, width in (("gate", inner, hidden), ("up", inner, hidden), ("down", hidden, inner)):
+    for name, out, width in (
+        ("gate", inner, hidden),
+        ("up", inner, hidden),
+        ("down", hidden, inner),
+    ):
         yield f"mlp.{name}_proj.weight", out, width
 
 

@@ -1,4 +1,5 @@
-"""How often ``verify-merge`` fails a right merge and passes a wrong scale: tables of docs/reference/verify-merge.md.
+"""How often ``verify-merge`` fails a right merge and passes a wrong scale: tables of
+docs/reference/verify-merge.md.
 
 python -m benchmarks.merge_scale
 """
@@ -33,12 +34,18 @@ ORDERS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "A scaled first": lambda w, b, a, s: w + b.to(w.dtype) @ (a.to(w.dtype) * s),
     "product rounded first": lambda w, b, a, s: w + ((b.float() @ a.float()) * s).to(w.dtype),
     "fused": lambda w, b, a, s: torch.addmm(w, b.to(w.dtype), a.to(w.dtype), alpha=s),
-    "scale in the dtype": lambda w, b, a, s: w + (b.to(w.dtype) @ a.to(w.dtype)) * torch.tensor(s, dtype=w.dtype),
+    "scale in the dtype": lambda w, b, a, s: (
+        w + (b.to(w.dtype) @ a.to(w.dtype)) * torch.tensor(s, dtype=w.dtype)
+    ),
 }
 
 
-def factors(size: tuple[int, int], rank: int, relative: float, s: float, dtype: torch.dtype, seed: int):
-    """Return W of rms 0.02 in a dtype, and B and A in float32 of which s·B·A has ``relative`` times the rms of W."""
+def factors(
+    size: tuple[int, int], rank: int, relative: float, s: float, dtype: torch.dtype, seed: int
+):
+    """Return W of rms 0.02 in a dtype, and B and A in float32 of which s·B·A has ``relative`` times
+    the rms of W.
+    """
     rng = torch.Generator().manual_seed(seed)
     w = (torch.randn(*size, generator=rng) * 0.02).to(dtype)
     b, a = torch.randn(size[0], rank, generator=rng), torch.randn(rank, size[1], generator=rng)
@@ -54,7 +61,9 @@ def verified(w: Tensor, m: Tensor, b: Tensor, a: Tensor, s: float, diagonal: boo
             sides.append(Side(open_checkpoint(Path(folder) / f"{name}.safetensors"), "w"))
         dtypes = (sides[0].dtype, str(b.dtype).removeprefix("torch."))
         shape = (len(b), a.shape[1])
-        update = FactoredDelta("w", shape, lambda: (b.double() * s, a.double()), dtypes, sides[0], True, s, diagonal)
+        update = FactoredDelta(
+            "w", shape, lambda: (b.double() * s, a.double()), dtypes, sides[0], True, s, diagonal
+        )
         return verify(MergedLayer("w", shape, *sides, (update,)))
 
 
@@ -65,10 +74,21 @@ def main() -> None:
         ((64, 64), (512, 512)),
         (0.001, 0.01, 0.1),
     )
-    head = ["dtype", "size", "rms(ΔW)/rms(W)", "error of c", "right: failed", *(f"× {c:g}" for c in WRONG)]
+    head = [
+        "dtype",
+        "size",
+        "rms(ΔW)/rms(W)",
+        "error of c",
+        "right: failed",
+        *(f"× {c:g}" for c in WRONG),
+    ]
     print_table(" | ".join(head), starmap(row, product(dtypes, sizes, relatives)))
     rows = (
-        (str(dtype).removeprefix("torch."), f"{relative:g}", *(smallest(dtype, relative, each) for each in PATTERNS))
+        (
+            str(dtype).removeprefix("torch."),
+            f"{relative:g}",
+            *(smallest(dtype, relative, each) for each in PATTERNS),
+        )
         for dtype, relative in product(dtypes, relatives)
     )
     print_table(" | ".join(["dtype", "rms(ΔW)/rms(W)", *PATTERNS]), rows)
@@ -76,9 +96,18 @@ def main() -> None:
 
 # name -> rows or columns (0, 1) of 512, and their scales for c.
 PATTERNS: dict[str, tuple[int, Callable[[Tensor, float], None]]] = {
-    "halves of the rows": (0, lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c))),
-    "every other row": (0, lambda f, c: f.copy_(torch.where(torch.arange(512) % 2 == 0, 1 + c, 1 - c))),
-    "halves of the columns": (1, lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c))),
+    "halves of the rows": (
+        0,
+        lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c)),
+    ),
+    "every other row": (
+        0,
+        lambda f, c: f.copy_(torch.where(torch.arange(512) % 2 == 0, 1 + c, 1 - c)),
+    ),
+    "halves of the columns": (
+        1,
+        lambda f, c: f.copy_(torch.where(torch.arange(512) < 256, 1 + c, 1 - c)),
+    ),
     "64 rows": (0, lambda f, c: f[128:192].fill_(1 + c)),
     "one row": (0, lambda f, c: f[100:101].fill_(1 + c)),
     "one column": (1, lambda f, c: f[100:101].fill_(1 + c)),
@@ -94,7 +123,9 @@ def smallest(dtype: torch.dtype, relative: float, pattern: str) -> str:
             w, b, a = factors((512, 512), 8, relative, s, dtype, seed)
             lines = torch.ones(512)
             scale(lines, c)
-            m = ORDERS["in float32"](w, b * lines[:, None] if axis == 0 else b, a * lines if axis == 1 else a, s)
+            m = ORDERS["in float32"](
+                w, b * lines[:, None] if axis == 0 else b, a * lines if axis == 1 else a, s
+            )
             if not verified(w, m, b, a, s).failed:
                 return found
         found = f"{c:.1%}"
@@ -111,11 +142,18 @@ def row(dtype: torch.dtype, size: tuple[int, int], relative: float) -> list[str]
             right[record.status] += 1
             errors.append(record.scale_error)
         for at, c in enumerate(WRONG):
-            order = list(ORDERS.values())[at % 6]  # not the last: a wrong scale that is rounded is another one
+            order = list(ORDERS.values())[
+                at % 6
+            ]  # not the last: a wrong scale that is rounded is another one
             record = verified(w, order(w, b, a, s * c), b, a, s)
             tried[c] += 1
             passed[c] += record.status in {"ok", "coarse"}
-    cells = [str(dtype).removeprefix("torch."), f"{size[0]}²", f"{relative:g}", f"{max(errors):.1g}"]
+    cells = [
+        str(dtype).removeprefix("torch."),
+        f"{size[0]}²",
+        f"{relative:g}",
+        f"{max(errors):.1g}",
+    ]
     unclear = f", {right['inconclusive']} unclear" if right["inconclusive"] else ""
     failed = sum(right.values()) - right["ok"] - right["coarse"] - right["inconclusive"]
     cells.append(f"{failed} of {sum(right.values())}{unclear}")

@@ -2,8 +2,8 @@
 
     python -m benchmarks.monitor BASE TEXT
 
-Steps of one model alternate: one is measured (``every=1``), one is not. The table has the medians of both and of their
-paired ratios, and what follows for ``every=50``.
+Steps of one model alternate: one is measured (``every=1``), one is not. The table has the medians
+of both and of their paired ratios, and what follows for ``every=50``.
 """
 
 import argparse
@@ -35,10 +35,14 @@ def compare(base: str, text: str, rank: int, pairs: int, tokens: int) -> list[st
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if rank:
-        model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES))
+        model = get_peft_model(
+            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=MODULES)
+        )
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
-    ids = AutoTokenizer.from_pretrained(base)(Path(text).read_text(encoding="utf-8")[:40_000])["input_ids"]
+    ids = AutoTokenizer.from_pretrained(base)(Path(text).read_text(encoding="utf-8")[:40_000])[
+        "input_ids"
+    ]
     batch = torch.tensor(ids[:tokens]).reshape(-1, 128)
 
     def train() -> None:
@@ -77,7 +81,10 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     head = "training | step | measured step | paired ratio (range) | every=50 | records of a step"
-    print_table(head, (compare(given.base, given.text, rank, given.pairs, given.tokens) for rank in (8, 64, 0)))
+    print_table(
+        head,
+        (compare(given.base, given.text, rank, given.pairs, given.tokens) for rank in (8, 64, 0)),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Checkpoints to measure on, made on the spot: Llama shapes, bf16, updates of a power-law spectrum."""
+"""Checkpoints to measure on, made on the spot: Llama shapes, bf16, updates of a
+power-law spectrum.
+"""
 
 import json
 import sys
@@ -9,27 +11,38 @@ from safetensors.torch import save_file
 
 from benchmarks.measure import llama_layer
 
-# Spectrum σ_i ∝ i^−0.7 and a relative size of 2% of the weights: what full fine-tunes look like (C(8) near 0.4).
+# Spectrum σ_i ∝ i^−0.7 and a relative size of 2% of the weights: what full fine-tunes look like
+# (C(8) near 0.4).
 POWER, SIZE = 0.7, 0.02
 
 
-def update(rows: int, columns: int, generator: torch.Generator, power: float = POWER) -> torch.Tensor:
-    """Return a ΔW with σ_i close to a power law: Gaussian factors, scaled columns; no SVD needed to make it."""
+def update(
+    rows: int, columns: int, generator: torch.Generator, power: float = POWER
+) -> torch.Tensor:
+    """Return a ΔW with σ_i close to a power law: Gaussian factors, scaled columns; no SVD needed to
+    make it.
+    """
     k, device = min(rows, columns), generator.device
     left = torch.randn(rows, k, generator=generator, device=device) / rows**0.5
     right = torch.randn(k, columns, generator=generator, device=device) / columns**0.5
     return (left * torch.arange(1, k + 1, device=device) ** -power) @ right
 
 
-def weight(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def weight(
+    rows: int, columns: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a bf16 weight before and after, made on the device of the generator."""
-    base = (torch.randn(rows, columns, generator=generator, device=generator.device) * 0.02).bfloat16()
+    base = (
+        torch.randn(rows, columns, generator=generator, device=generator.device) * 0.02
+    ).bfloat16()
     delta = update(rows, columns, generator)
     delta *= SIZE * base.float().norm() / delta.norm()
     return base.cpu(), (base.float() + delta).bfloat16().cpu()
 
 
-def make_pair(folder: Path, hidden: int, inner: int, kv: int, layers: int, device: str = "cpu") -> tuple[Path, Path]:
+def make_pair(
+    folder: Path, hidden: int, inner: int, kv: int, layers: int, device: str = "cpu"
+) -> tuple[Path, Path]:
     """Write base/ and tuned/, one shard a layer, with the config.json that other tools ask for."""
     base, tuned = folder / "base", folder / "tuned"
     if (tuned / "model.safetensors.index.json").exists():
@@ -83,7 +96,14 @@ def make_file_pair(folder: Path, rows: int, columns: int) -> Path:
 
 
 def make_adapter(
-    folder: Path, hidden: int, inner: int, kv: int, layers: int, rank: int, seed: int, bits: int = 32
+    folder: Path,
+    hidden: int,
+    inner: int,
+    kv: int,
+    layers: int,
+    rank: int,
+    seed: int,
+    bits: int = 32,
 ) -> Path:
     """Write a PEFT LoRA adapter on every matrix of a model, in float32 or in bf16."""
     if (folder / "adapter_model.safetensors").exists():
@@ -96,9 +116,17 @@ def make_adapter(
             key = f"base_model.model.model.layers.{layer}.{name.removesuffix('.weight')}"
             for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
                 factor = torch.randn(shape, generator=generator)
-                tensors[f"{key}.lora_{side}.weight"] = factor if bits == 32 else factor.to(torch.bfloat16)
+                tensors[f"{key}.lora_{side}.weight"] = (
+                    factor if bits == 32 else factor.to(torch.bfloat16)
+                )
     save_file(tensors, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"], "bias": "none"}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q_proj"],
+        "bias": "none",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 

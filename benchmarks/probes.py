@@ -1,10 +1,12 @@
-"""Probes with default options on a real model: wall and processor time, memory, and what was reduced, as Markdown.
+"""Probes with default options on a real model: wall and processor time, memory, and what was
+reduced, as Markdown.
 
     python -m benchmarks.probes BASE TUNED TRAIN.txt EVAL.txt --length 64
-    python -m benchmarks.probes BASE TUNED TRAIN.txt EVAL.txt --length 64 --only curvature sensitivity
+    python -m benchmarks.probes BASE TUNED TRAIN.txt EVAL.txt --length 64 --only curvature
+    sensitivity
 
-One run each, an hour in all: each is meant to take ten minutes on two cores that are otherwise idle. Of ``tune`` with
-``--time 20m`` the plan, which is printed if the smallest search fits.
+One run each, an hour in all: each is meant to take ten minutes on two cores that are otherwise
+idle. Of ``tune`` with ``--time 20m`` the plan, which is printed if the smallest search fits.
 """
 
 import argparse
@@ -46,7 +48,18 @@ def main() -> None:
         note = f"{reduced}{f'; {products} products for λ and μ' if products else ''}"
         rows.append((name, f"{used.wall:.0f}", f"{used.cpu:.0f}", f"{used.peak_mib:.0f}", note))
     print_table("probe | wall s | processor s | peak MiB | reduced", rows)
-    plan = ["tune", given.base, *data, "--eval", given.evaluate, "--params", "2.5M", "--time", "20m", "--dry-run"]
+    plan = [
+        "tune",
+        given.base,
+        *data,
+        "--eval",
+        given.evaluate,
+        "--params",
+        "2.5M",
+        "--time",
+        "20m",
+        "--dry-run",
+    ]
     if not given.only or "tune" in given.only:
         used = run([*LORADIAG, *plan, "-o", FOLDER / "tune"])
         print(f"\ntune --time 20m, 512 tokens: planned in {used.wall:.0f} s")

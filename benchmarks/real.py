@@ -1,12 +1,14 @@
-"""Five commands on real checkpoints, each with reading alone and other tools for the same question, as Markdown.
+"""Five commands on real checkpoints, each with reading alone and other tools for the same question,
+as Markdown.
 
     python -m benchmarks.real                                  a made pair of 1 B parameters and an adapter
     python -m benchmarks.real BASE FULL ADAPTER TEXT --peers   a real model, with other tools
     python -m benchmarks.real --small                          small inputs, to test the script
 
-Whole processes in turn, start-up included: wall and processor seconds, and peak memory of the largest process. A
-command is divided by reading the same files alone, and another tool by the command. `probe outputs` needs the model's
-tokenizer and TEXT; its reading is a plain loop over the same number of tokens of the same models.
+Whole processes in turn, start-up included: wall and processor seconds, and peak memory of the
+largest process. A command is divided by reading the same files alone, and another tool by the
+command. `probe outputs` needs the model's tokenizer and TEXT; its reading is a plain loop over the
+same number of tokens of the same models.
 """
 
 import argparse
@@ -31,7 +33,9 @@ from benchmarks.__main__ import (
 from benchmarks.measure import commands_in_turn, machine, multiple, print_table
 
 # Every byte once, by NumPy: what no tool can do without.
-READ = "import sys, numpy; print([numpy.fromfile(path, numpy.uint8).sum() for path in sys.argv[1:]])"
+READ = (
+    "import sys, numpy; print([numpy.fromfile(path, numpy.uint8).sum() for path in sys.argv[1:]])"
+)
 # Of ``probe outputs``: sequences, and tokens of each.
 SEQUENCES, LENGTH = 8, 256
 
@@ -60,10 +64,17 @@ def link_steps(name: str, folder: Path, count: int) -> list[Path]:
     return links
 
 
-BOTH, FACTORS, FIVE, LOOP = "both sides read, subtracted, norm", "adapter read", "five adapters read", "loop of losses"
+BOTH, FACTORS, FIVE, LOOP = (
+    "both sides read, subtracted, norm",
+    "adapter read",
+    "five adapters read",
+    "loop of losses",
+)
 
 
-def list_readings(base: Path, full: Path, lora: Path, text: Path | None) -> dict[str, Sequence[object]]:
+def list_readings(
+    base: Path, full: Path, lora: Path, text: Path | None
+) -> dict[str, Sequence[object]]:
     """Return what no command can do without."""
     weights = list_weights(lora)
     readings: dict[str, Sequence[object]] = {
@@ -74,7 +85,9 @@ def list_readings(base: Path, full: Path, lora: Path, text: Path | None) -> dict
     return readings | ({LOOP: [*SCRIPT, "losses", base, full, lora, text]} if text else {})
 
 
-def list_tasks(base: Path, full: Path, lora: Path, text: Path | None, peers: bool) -> dict[str, Task]:
+def list_tasks(
+    base: Path, full: Path, lora: Path, text: Path | None, peers: bool
+) -> dict[str, Task]:
     """Return the commands with what they are compared with."""
     out = FOLDER.resolve() / "extracted-own"
     extract = ["extract", base, full, "--rank", "8", "-o", out, "--overwrite", "-q"]
@@ -85,20 +98,28 @@ def list_tasks(base: Path, full: Path, lora: Path, text: Path | None, peers: boo
     steps = ["checkpoints", *link_steps("full", full, 2), "--base", base, "-q"]
     tasks = {
         "spectrum": Task([*LORADIAG, "spectrum", base, full, "-q"], BOTH, others),
-        "spectrum --top 64": Task([*LORADIAG, "spectrum", base, full, "--top", "64", "-q"], BOTH, others),
+        "spectrum --top 64": Task(
+            [*LORADIAG, "spectrum", base, full, "--top", "64", "-q"], BOTH, others
+        ),
         "residual, 1 adapter": Task([*LORADIAG, "residual", base, full, lora, "-q"], BOTH, {}),
         "extract --rank 8": Task([*LORADIAG, *extract], BOTH, extractors),
         "checkpoints, 2 full": Task([*LORADIAG, *steps], BOTH, {}),
         "spectrum ADAPTER": Task([*LORADIAG, "spectrum", lora, "-q"], FACTORS, audits),
-        "checkpoints, 5 adapters": Task([*LORADIAG, "checkpoints", *link_steps("adapter", lora, 5), "-q"], FIVE, {}),
+        "checkpoints, 5 adapters": Task(
+            [*LORADIAG, "checkpoints", *link_steps("adapter", lora, 5), "-q"], FIVE, {}
+        ),
     }
     if text:
         options = ["--eval", text, "--max-sequences", str(SEQUENCES), "--length", str(LENGTH), "-q"]
-        tasks["probe outputs"] = Task([*LORADIAG, "probe", "outputs", base, full, lora, *options], LOOP, {})
+        tasks["probe outputs"] = Task(
+            [*LORADIAG, "probe", "outputs", base, full, lora, *options], LOOP, {}
+        )
     return tasks
 
 
-def print_tasks(readings: Mapping[str, Sequence[object]], tasks: Mapping[str, Task], runs: int) -> None:
+def print_tasks(
+    readings: Mapping[str, Sequence[object]], tasks: Mapping[str, Task], runs: int
+) -> None:
     """Run everything in turn, and print one table."""
     commands = dict(readings)
     for name, task in tasks.items():
@@ -107,7 +128,11 @@ def print_tasks(readings: Mapping[str, Sequence[object]], tasks: Mapping[str, Ta
 
     def row(name: str, other: str = "") -> tuple[str, ...]:
         one = figures[name]
-        values = [f"{one.median('wall'):.2f}", f"{one.median('cpu'):.2f}", f"{one.median('peak_mib'):.0f}"]
+        values = [
+            f"{one.median('wall'):.2f}",
+            f"{one.median('cpu'):.2f}",
+            f"{one.median('peak_mib'):.0f}",
+        ]
         return (
             name,
             *values,
@@ -118,11 +143,15 @@ def print_tasks(readings: Mapping[str, Sequence[object]], tasks: Mapping[str, Ta
     rows = [row(name) for name in readings]
     for name, task in tasks.items():
         rows += [row(name, task.reading), *(row(each, name) for each in task.peers)]
-    print_table("command | wall s | processor s | peak MiB | wall ÷ | processor ÷ | divided by", rows)
+    print_table(
+        "command | wall s | processor s | peak MiB | wall ÷ | processor ÷ | divided by", rows
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("inputs", nargs="*", type=Path, metavar="BASE FULL ADAPTER TEXT")
     parser.add_argument("--peers", action="store_true", help="measure other tools, too")
     parser.add_argument("--small", action="store_true", help="small inputs, to test the script")
@@ -132,7 +161,9 @@ if __name__ == "__main__":
         parser.error("give BASE FULL ADAPTER, with TEXT for probe outputs, or nothing")
     compile_as_installed()
     made = (
-        () if chosen.inputs else (*pair(chosen.small, "1B"), adapter(chosen.small, "real", WIDTHS["1B"], 0, RANK, 32))
+        ()
+        if chosen.inputs
+        else (*pair(chosen.small, "1B"), adapter(chosen.small, "real", WIDTHS["1B"], 0, RANK, 32))
     )
     base, full, lora, *texts = chosen.inputs or made
     inputs = base, full, lora, texts[0] if texts else None

@@ -1,4 +1,5 @@
-"""Accuracy, false positives and coverage of ``recover`` on updates that are known, rounded to bfloat16.
+"""Accuracy, false positives and coverage of ``recover`` on updates that are known, rounded to
+bfloat16.
 
     python -m benchmarks.recovery planted 5      rank 8 and σ ~ 1/i, 768², by seed
     python -m benchmarks.recovery coverage 1     of the intervals of ‖X‖, C(r) and ranks, by kind of X and W
@@ -33,12 +34,16 @@ RANKS = (1, 2, 4, 8, 16, 32, 64, 128)
 SAMPLES = Path("sample_checkpoints")
 
 
-def estimate(base: Tensor, tuned: Tensor, seed: int = 0, memory: int | None = None) -> tuple[Estimate, StoredDelta]:
+def estimate(
+    base: Tensor, tuned: Tensor, seed: int = 0, memory: int | None = None
+) -> tuple[Estimate, StoredDelta]:
     """Estimate one layer, through files as a user's."""
     with tempfile.TemporaryDirectory() as folder:
         sides = []
         for name, side in (("base", base), ("tuned", tuned)):
-            save_file({"layers.0.up_proj.weight": side.contiguous()}, Path(folder) / f"{name}.safetensors")
+            save_file(
+                {"layers.0.up_proj.weight": side.contiguous()}, Path(folder) / f"{name}.safetensors"
+            )
             sides.append(open_checkpoint(Path(folder) / f"{name}.safetensors"))
         (delta,) = pair(*sides).deltas
         assert isinstance(delta, StoredDelta)
@@ -56,7 +61,9 @@ def gap(found: Tensor, x: Tensor) -> float:
 
 
 def weight(m: int, n: int, rng: np.random.Generator, kind: str = "normal") -> Tensor:
-    """Return a start of training: ``normal``, ``t3``, ``uniform``, or normal with ``outliers`` or unequal ``rows``."""
+    """Return a start of training: ``normal``, ``t3``, ``uniform``, or normal with ``outliers`` or
+    unequal ``rows``.
+    """
     w = rng.normal(size=(m, n)) * 0.02
     if kind == "t3":
         w = rng.standard_t(3, size=(m, n)) * 0.02 / math.sqrt(3)
@@ -80,9 +87,10 @@ def update(m: int, n: int, kind: str, rms: float, rng: np.random.Generator) -> T
     Args:
         m: Rows.
         n: Columns.
-        kind: ``rank R``, ``1/i``, ``noise``, ``flat`` or ``t3`` noise; ``rank R + noise`` has half of the energy in
-            each. ``, rows`` and ``, both`` multiply rows, or rows and columns, by log-normal numbers, ``, few rows``
-            divides seven eighths of the rows by 5, and ``, t3 columns`` has t-distributed columns.
+        kind: ``rank R``, ``1/i``, ``noise``, ``flat`` or ``t3`` noise; ``rank R + noise`` has half
+            of the energy in each. ``, rows`` and ``, both`` multiply rows, or rows and columns, by
+            log-normal numbers, ``, few rows`` divides seven eighths of the rows by 5, and
+            ``, t3 columns`` has t-distributed columns.
         rms: Root mean square of its entries.
         rng: Random numbers.
     """
@@ -98,7 +106,9 @@ def update(m: int, n: int, kind: str, rms: float, rng: np.random.Generator) -> T
         x = rng.standard_t(3, (m, n))
     else:
         rank = int(base.split()[1])
-        right = rng.standard_t(3, (rank, n)) if scales == "t3 columns" else rng.normal(size=(rank, n))
+        right = (
+            rng.standard_t(3, (rank, n)) if scales == "t3 columns" else rng.normal(size=(rank, n))
+        )
         x = rng.normal(size=(m, rank)) @ right / math.sqrt(rank)
         if base.endswith("noise"):
             x = x + rng.normal(size=(m, n))
@@ -124,7 +134,9 @@ def compared(w: Tensor, x: Tensor, rank: int, seed: int = 0) -> dict[str, float 
         "files": float(d.double().norm()) / whole,
         "best": gap(truncated(x, rank), x),
         "svd": plain,
-        "recovered": gap(truncated(result.matrix(), rank), x) if hidden.status == "recovered" else plain,
+        "recovered": gap(truncated(result.matrix(), rank), x)
+        if hidden.status == "recovered"
+        else plain,
         "status": hidden.status,
         "rule": hidden.rule or "",
     }
@@ -133,7 +145,8 @@ def compared(w: Tensor, x: Tensor, rank: int, seed: int = 0) -> dict[str, float 
 def planted(seeds: int = 5) -> None:
     """Print errors of rank 8 by seed, and their mean and largest."""
     print_table(
-        "update | seed | unchanged | ‖X‖ | ‖D‖ | best r = 8 | SVD of D | recovered | verdict", _planted_rows(seeds)
+        "update | seed | unchanged | ‖X‖ | ‖D‖ | best r = 8 | SVD of D | recovered | verdict",
+        _planted_rows(seeds),
     )
 
 
@@ -147,25 +160,53 @@ def _planted_rows(seeds: int) -> Iterator[tuple[object, ...]]:
             errors.append(float(got["recovered"]))
             sizes = (f"{got[name]:.3f}" for name in ("norm", "files", "best", "svd"))
             verdict = f"{got['status']} {got['rule']}"
-            yield f"{kind}, {rms:g}", seed, f"{got['unchanged']:.1%}", *sizes, f"{got['recovered']:.4f}", verdict
-        yield f"{kind}, {rms:g}", "mean, worst", *[""] * 5, f"{np.mean(errors):.4f}, {max(errors):.4f}", ""
+            yield (
+                f"{kind}, {rms:g}",
+                seed,
+                f"{got['unchanged']:.1%}",
+                *sizes,
+                f"{got['recovered']:.4f}",
+                verdict,
+            )
+        yield (
+            f"{kind}, {rms:g}",
+            "mean, worst",
+            *[""] * 5,
+            f"{np.mean(errors):.4f}, {max(errors):.4f}",
+            "",
+        )
 
 
 def whole(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    return {
+        name: tensor
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(file).items()
+    }
 
 
 def real_updates() -> Iterator[tuple[Tensor, Tensor]]:
     """Yield W and X of the sample model's fine-tune."""
     before, after = (whole(SAMPLES / side) for side in ("base", "full_ft"))
     for name, w in before.items():
-        if w.dim() == 2 and min(w.shape) > 32 and not any(part in name for part in ("embed", "head", "norm")):
+        if (
+            w.dim() == 2
+            and min(w.shape) > 32
+            and not any(part in name for part in ("embed", "head", "norm"))
+        ):
             yield w.float(), after[name].float() - w.float()
 
 
 # X of ``coverage``, and W, start and root mean square of X for each.
 PLAIN = ("rank 1", "rank 2", "rank 4", "rank 8", "rank 8 + noise", "1/i", "noise", "flat", "t3")
-UPDATES = (*PLAIN, "rank 4, rows", "rank 4, both", "rank 4, few rows", "rank 2, t3 columns", "noise, both")
+UPDATES = (
+    *PLAIN,
+    "rank 4, rows",
+    "rank 4, both",
+    "rank 4, few rows",
+    "rank 2, t3 columns",
+    "noise, both",
+)
 SETTINGS = (
     ("normal", "stored", 1e-5),
     ("normal", "stored", 3e-6),
@@ -207,13 +248,17 @@ class Covered:
 
     def row(self, label: str) -> list[str]:
         half = f"{np.median(self.halves):.1%}" if self.halves else "-"
-        words = [f"{sum(v)} of {len(v)}" if v else "-" for v in (self.norms, self.curves, self.ranks)]
+        words = [
+            f"{sum(v)} of {len(v)}" if v else "-" for v in (self.norms, self.curves, self.ranks)
+        ]
         refused = f"{self.layers - len(self.norms)} of {self.layers}"
         return [label, refused, words[0], half, *words[1:]]
 
 
 def measure_coverage(seeds: int, first: int) -> dict[str, Covered]:
-    """Return which intervals hold the truth: by kind of X, by setting, and in layers of the sample model."""
+    """Return which intervals hold the truth: by kind of X, by setting, and in layers of the sample
+    model.
+    """
     by: dict[str, Covered] = {}
 
     def measure(w: Tensor, x: Tensor, start: str, seed: int, *labels: str) -> None:
@@ -225,7 +270,9 @@ def measure_coverage(seeds: int, first: int) -> dict[str, Covered]:
     for kind in UPDATES:
         for shape, start, rms in SETTINGS:
             for seed in range(first, first + seeds):
-                rng = np.random.default_rng([seed, UPDATES.index(kind), SETTINGS.index((shape, start, rms))])
+                rng = np.random.default_rng(
+                    [seed, UPDATES.index(kind), SETTINGS.index((shape, start, rms))]
+                )
                 w, x = weight(128, 160, rng, shape), update(128, 160, kind, rms, rng)
                 measure(w, x, start, seed, f"X: {kind}", f"W: {shape}, {start}, {rms:g}", "planted")
     for i, (w, x) in enumerate(islice(real_updates(), 14)):
@@ -235,25 +282,40 @@ def measure_coverage(seeds: int, first: int) -> dict[str, Covered]:
 
 
 def coverage(seeds: int = 1, first: int = 9000) -> None:
-    head = "layers | refused | ‖X‖ in its interval | ± | C(r) in its interval | r@90% in its interval"
-    print_table(head, (covered.row(label) for label, covered in measure_coverage(seeds, first).items()))
+    head = (
+        "layers | refused | ‖X‖ in its interval | ± | C(r) in its interval | r@90% in its interval"
+    )
+    print_table(
+        head, (covered.row(label) for label, covered in measure_coverage(seeds, first).items())
+    )
 
 
 def speed(*model: str) -> None:
-    """Print the time of records and of a whole recovered checkpoint: of a model, or of a planted 4096² layer."""
+    """Print the time of records and of a whole recovered checkpoint: of a model, or of a planted
+    4096² layer.
+    """
     print(machine())
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sides = [Path(side) for side in model] or [folder / "base.safetensors", folder / "tuned.safetensors"]
+        sides = [Path(side) for side in model] or [
+            folder / "base.safetensors",
+            folder / "tuned.safetensors",
+        ]
         if not model:
             rng = np.random.default_rng(0)
             w, x = bf16_weight(4096, 4096, rng), update(4096, 4096, "rank 8", 1e-5, rng)
             for file, weights in zip(sides, (w, w + x), strict=True):
                 save_file({"layers.0.up_proj.weight": weights.bfloat16()}, file)
         command = [sys.executable, "-m", "lora_diag", "recover", "-q", *sides]
-        outputs = {"records": ["-o", folder / "records.jsonl"], "checkpoint": ["--checkpoint", "-o", folder / "whole"]}
+        outputs = {
+            "records": ["-o", folder / "records.jsonl"],
+            "checkpoint": ["--checkpoint", "-o", folder / "whole"],
+        }
         used = ((what, run([*command, *words])) for what, words in outputs.items())
-        rows = ((what, f"{each.wall:.0f}", f"{each.cpu:.0f}", f"{each.peak_mib:.0f}") for what, each in used)
+        rows = (
+            (what, f"{each.wall:.0f}", f"{each.cpu:.0f}", f"{each.peak_mib:.0f}")
+            for what, each in used
+        )
         print_table("recover | wall s | processor s | MiB", rows)
 
 

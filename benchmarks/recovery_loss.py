@@ -6,13 +6,14 @@
     python -m benchmarks.recovery_loss llama .bench/recovery 2 3e-6,1e-6    two seeds at these learning rates
     python -m benchmarks.recovery_loss llama .bench/recovery 1 3e-6*0.2     an update of 3e-6, times 0.2
 
-Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in float32 (master
-weights), and stores them once in bfloat16. Everything else of the model stays as it is. Compared on held-out text, with
-the same windows for all: the stored file, the base plus E[X | cells] (``recover --checkpoint --nearest``), the same
-scaled to the estimated norm (the default), and truncated SVDs of rank 16 of D (what ``extract`` writes), of both and of
-the true update. Each is a share of the gain of the true update, (loss(base) − loss(it)) / (loss(base) − loss(base +
-X)), ± the standard error of it over windows (paired differences); a row of means has the standard error over seeds.
-Trained weights are kept in the folder, and used again by the next run.
+Every run starts from the base model rounded to bfloat16, trains the attention and MLP matrices in
+float32 (master weights), and stores them once in bfloat16. Everything else of the model stays as it
+is. Compared on held-out text, with the same windows for all: the stored file, the base plus E[X |
+cells] (``recover --checkpoint --nearest``), the same scaled to the estimated norm (the default),
+and truncated SVDs of rank 16 of D (what ``extract`` writes), of both and of the true update. Each
+is a share of the gain of the true update, (loss(base) − loss(it)) / (loss(base) − loss(base + X)),
+± the standard error of it over windows (paired differences); a row of means has the standard error
+over seeds. Trained weights are kept in the folder, and used again by the next run.
 """
 
 from __future__ import annotations
@@ -45,37 +46,61 @@ def bf16(weights: Weights) -> Weights:
 
 def trained(name: str) -> bool:
     """Say whether a weight is trained: matrices of attention and MLP."""
-    return any(part in name for part in ("_proj.weight", "query.weight", "key.weight", "value.weight", "dense.weight"))
+    return any(
+        part in name
+        for part in ("_proj.weight", "query.weight", "key.weight", "value.weight", "dense.weight")
+    )
 
 
 def save(folder: Path, weights: Weights, config: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.bfloat16().contiguous() for name, tensor in weights.items()}, folder / "model.safetensors")
+    save_file(
+        {name: tensor.bfloat16().contiguous() for name, tensor in weights.items()},
+        folder / "model.safetensors",
+    )
     (folder / "config.json").write_text(config.read_text())
     return folder
 
 
-def candidates(base: Weights, after: Weights, folder: Path, config: Path) -> tuple[dict[str, Weights], float, str]:
+def candidates(
+    base: Weights, after: Weights, folder: Path, config: Path
+) -> tuple[dict[str, Weights], float, str]:
     """Return the models that are compared, the share of unchanged entries, and the verdicts."""
-    before_path, after_path = save(folder / "base", base, config), save(folder / "tuned", after, config)
+    before_path, after_path = (
+        save(folder / "base", base, config),
+        save(folder / "tuned", after, config),
+    )
     names = [name for name in base if trained(name)]
     stored = bf16(after)
-    still = sum(int((stored[n] == base[n]).sum()) for n in names) / sum(base[n].numel() for n in names)
-    options: dict[str, Any] = {"overwrite": True, "layers": "|".join(map(r"{}".format, names)).replace(".", r"\.")}
+    still = sum(int((stored[n] == base[n]).sum()) for n in names) / sum(
+        base[n].numel() for n in names
+    )
+    options: dict[str, Any] = {
+        "overwrite": True,
+        "layers": "|".join(map(r"{}".format, names)).replace(".", r"\."),
+    }
     result = {"base": base, "true": after, "stored": stored}
-    records = lora_diag.recover(before_path, after_path, folder / "full", full=True, nearest=True, **options)
+    records = lora_diag.recover(
+        before_path, after_path, folder / "full", full=True, nearest=True, **options
+    )
     whole = load_file(folder / "full" / "model.safetensors")
-    result["recovered"] = {name: whole[name].float() if name in names else base[name] for name in base}
+    result["recovered"] = {
+        name: whole[name].float() if name in names else base[name] for name in base
+    }
     estimates = {record.layer: record.fro_estimate for record in records}
     result["long"] = dict(base)
     for name in names:
         step = result["recovered"][name] - base[name]
         known = estimates.get(name)
-        stretch = max(1.0, known / float(step.double().norm())) if known else 1.0  # the default of recover
+        stretch = (
+            max(1.0, known / float(step.double().norm())) if known else 1.0
+        )  # the default of recover
         result["long"][name] = base[name] + stretch * step
     kinds = {"svd": stored, "rec": result["recovered"], "len": result["long"], "true": after}
     for kind, tuned in kinds.items():
-        parts = {name: torch.linalg.svd(tuned[name] - base[name], full_matrices=False) for name in names}
+        parts = {
+            name: torch.linalg.svd(tuned[name] - base[name], full_matrices=False) for name in names
+        }
         for rank in RANKS:
             model = dict(base)
             for name, (u, s, vh) in parts.items():
@@ -94,18 +119,28 @@ def gain_shares(models: dict[str, Weights], judge: Judge) -> tuple[Shares, float
     for name, values in losses.items():
         share = (losses["base"] - values).mean() / gain.mean()
         rest = losses["base"] - values - share * gain  # delta method, paired over windows
-        shares[name] = (float(share), float(rest.std(ddof=1) / np.sqrt(len(rest)) / abs(gain.mean())))
+        shares[name] = (
+            float(share),
+            float(rest.std(ddof=1) / np.sqrt(len(rest)) / abs(gain.mean())),
+        )
     return shares, float(gain.mean())
 
 
 KINDS = ("svd", "rec", "len", "true")
 
 
-TITLES = ["stored", "recovered", "length kept", *(f"r={r}: D / recovered / length kept / X" for r in RANKS)]
+TITLES = [
+    "stored",
+    "recovered",
+    "length kept",
+    *(f"r={r}: D / recovered / length kept / X" for r in RANKS),
+]
 HEAD = " | ".join(["run", "seed", "unchanged", "gain", *TITLES, "verdicts"])
 
 
-def row(label: str, seed: str, still: float, gain: float, shares: Shares, verdicts: str) -> list[str]:
+def row(
+    label: str, seed: str, still: float, gain: float, shares: Shares, verdicts: str
+) -> list[str]:
     def cell(name: str) -> str:
         return "{:.1%} ± {:.1%}".format(*shares[name])
 
@@ -140,12 +175,16 @@ class Case:
         print_table(HEAD, self.rows(folder, seeds, rates))
 
     def rows(self, folder: Path, seeds: int, rates: Sequence[str]) -> Iterator[list[str]]:
-        """Yield a row for each learning rate and seed, and one of their means with the standard error over seeds."""
+        """Yield a row for each learning rate and seed, and one of their means with the standard
+        error over seeds.
+        """
         for words in rates:
             rate, _, scale = words.partition("*")
             label, shares, stills, gains = f"{self.label}, {words}", [], [], []
             for seed in range(seeds):
-                after = self.weights_after(folder / f"{self.name}-{rate}-{seed}.safetensors", rate, seed, scale)
+                after = self.weights_after(
+                    folder / f"{self.name}-{rate}-{seed}.safetensors", rate, seed, scale
+                )
                 models, still, verdicts = candidates(self.base, after, folder, self.config)
                 result, gain = gain_shares(models, self.judge)
                 yield row(label, str(seed), still, gain, result, verdicts)
@@ -154,15 +193,28 @@ class Case:
                 gains.append(gain)
             if len(shares) > 1:
                 values = {name: np.array([each[name][0] for each in shares]) for name in shares[0]}
-                means = {name: (x.mean(), x.std(ddof=1) / np.sqrt(len(x))) for name, x in values.items()}
-                yield row(label, "mean", float(np.mean(stills)), float(np.mean(gains)), means, "± over seeds")
+                means = {
+                    name: (x.mean(), x.std(ddof=1) / np.sqrt(len(x))) for name, x in values.items()
+                }
+                yield row(
+                    label,
+                    "mean",
+                    float(np.mean(stills)),
+                    float(np.mean(gains)),
+                    means,
+                    "± over seeds",
+                )
 
     def weights_after(self, file: Path, rate: str, seed: int, scale: str) -> Weights:
-        """Return the weights after training, from the file of an earlier run if there is one, the update scaled."""
+        """Return the weights after training, from the file of an earlier run if there is one, the
+        update scaled.
+        """
         if not file.exists():
             self.train(float(rate), seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            floating = {name: x for name, x in self.model.state_dict().items() if x.is_floating_point()}
+            floating = {
+                name: x for name, x in self.model.state_dict().items() if x.is_floating_point()
+            }
             save_file({name: x.detach().clone().contiguous() for name, x in floating.items()}, file)
         after = load_file(file)
         return {name: x + float(scale or 1) * (after[name] - x) for name, x in self.base.items()}
@@ -175,7 +227,10 @@ def steps_of_adam(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(trained(name))
     optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.95), weight_decay=0.0
+        [p for p in model.parameters() if p.requires_grad],
+        lr=rate,
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
     )
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -234,7 +289,15 @@ class SampleModel:
             self.model.train()
             steps_of_adam(self.model, rate, steps, lambda _: loss(order))
 
-        return Case(name, label, self.model, self.base, SAMPLES / "base" / "config.json", fine_tune, judge_all)
+        return Case(
+            name,
+            label,
+            self.model,
+            self.base,
+            SAMPLES / "base" / "config.json",
+            fine_tune,
+            judge_all,
+        )
 
 
 def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
@@ -243,7 +306,9 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6"))
 
     def judge(part: Tensor) -> Tensor:
         logits = sample.model(input_ids=part).logits[:, :-1]
-        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none")
+        each = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), part[:, 1:].flatten(), reduction="none"
+        )
         return each.view(len(part), -1).mean(1)
 
     def loss(order: torch.Generator) -> Tensor:
@@ -256,7 +321,8 @@ def llama(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6"))
 def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
     """Policy gradient: a completion's reward is the share of its 16 bytes that are vowels.
 
-    Judged by the exact expected reward of the next byte after held-out prefixes, so that no sampling noise is in it.
+    Judged by the exact expected reward of the next byte after held-out prefixes, so that no
+    sampling noise is in it.
     """
     sample = SampleModel("topics_corpus", 128)
     vowels = torch.tensor([float(byte in b"aeiou") for byte in range(256)])
@@ -280,7 +346,9 @@ def rl(folder: Path, seeds: int = 3, rates: Sequence[str] = ("3e-6", "1e-6")) ->
 
 
 def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6")) -> None:
-    """The encoder on sentences of the standard library: which module is one from? The head is trained before, alone."""
+    """The encoder on sentences of the standard library: which module is one from? The head is
+    trained before, alone.
+    """
     from transformers import AutoModel, set_seed
 
     from benchmarks.encoder import HELD_OUT, Classifier, find_encoder, pool, tokenized
@@ -290,17 +358,26 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
     set_seed(0)
     whole = Classifier(AutoModel.from_pretrained(source))
     model = whole.encoder
-    floating = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    floating = {
+        name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()
+    }
     base = bf16({name: tensor.clone() for name, tensor in floating.items()})
     model.load_state_dict(base, strict=False)
     whole.eval()
     with torch.no_grad():
-        pooled = torch.cat([pool(model, {k: v[i : i + 100] for k, v in tokens.items()}) for i in range(0, 2500, 100)])
+        pooled = torch.cat(
+            [
+                pool(model, {k: v[i : i + 100] for k, v in tokens.items()})
+                for i in range(0, 2500, 100)
+            ]
+        )
     head_optimizer = torch.optim.Adam(whole.head.parameters(), lr=0.05)
     for _ in range(200):
         head_optimizer.zero_grad()
         chosen = slice(HELD_OUT, len(pooled))
-        torch.nn.functional.cross_entropy(whole.head(pooled[chosen]), labels[chosen.start : chosen.stop]).backward()
+        torch.nn.functional.cross_entropy(
+            whole.head(pooled[chosen]), labels[chosen.start : chosen.stop]
+        ).backward()
         head_optimizer.step()
 
     @torch.no_grad()
@@ -310,7 +387,9 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
         result = []
         for i in range(0, HELD_OUT, 100):
             logits = whole({k: v[i : i + 100] for k, v in tokens.items()})
-            result.append(torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none"))
+            result.append(
+                torch.nn.functional.cross_entropy(logits, labels[i : i + 100], reduction="none")
+            )
         return torch.cat(result).double().numpy()
 
     def fine_tune(rate: float, seed: int) -> None:
@@ -318,14 +397,18 @@ def encoder(folder: Path, seeds: int = 2, rates: Sequence[str] = ("3e-6", "1e-6"
 
         def loss(step: int) -> Tensor:
             picked = torch.randint(HELD_OUT, len(labels), (16,), generator=order)
-            return torch.nn.functional.cross_entropy(whole({k: v[picked] for k, v in tokens.items()}), labels[picked])
+            return torch.nn.functional.cross_entropy(
+                whole({k: v[picked] for k, v in tokens.items()}), labels[picked]
+            )
 
         set_seed(seed)
         model.load_state_dict(base, strict=False)
         whole.train()
         steps_of_adam(model, rate, 60, loss)
 
-    Case("encoder", "encoder", model, base, source / "config.json", fine_tune, judge).compare(folder, seeds, rates)
+    Case("encoder", "encoder", model, base, source / "config.json", fine_tune, judge).compare(
+        folder, seeds, rates
+    )
 
 
 PARTS = {part.__name__: part for part in (llama, rl, encoder)}

@@ -1,10 +1,12 @@
-"""Where ``spectrum`` on a cluster stops scaling: the real scheduler on simulated nodes, with costs measured here.
+"""Where ``spectrum`` on a cluster stops scaling: the real scheduler on simulated nodes, with costs
+measured here.
 
     python -m benchmarks.scaling    the tables of docs/explanation/scale.md
 
-The scheduler (``running.engines.schedule``) decides as in a run; only time is simulated. A node runs a task when it has
-the cores for it. Costs: ``linalg.methods`` on one core, and the fraction of the eigenvalue solver that a second core
-speeds up (Amdahl). Not simulated: storage, memory bandwidth shared by cores, nodes that fail.
+The scheduler (``running.engines.schedule``) decides as in a run; only time is simulated. A node
+runs a task when it has the cores for it. Costs: ``linalg.methods`` on one core, and the fraction of
+the eigenvalue solver that a second core speeds up (Amdahl). Not simulated: storage, memory
+bandwidth shared by cores, nodes that fail.
 """
 
 import heapq
@@ -73,15 +75,23 @@ class Costs:
         total = estimate_core_seconds(self.rates, task.shape, top)
         serial = 0.0
         if top is None or min(task.shape) < self.rates.few_from:
-            serial = (1 - self.parallel) * interpolate_cost(self.rates.eigen, min(task.shape), beyond=3)
+            serial = (1 - self.parallel) * interpolate_cost(
+                self.rates.eigen, min(task.shape), beyond=3
+            )
         return serial + (total - serial) / threads
 
 
 def measured() -> Costs:
     """Time the kernels on one core, and the largest eigenvalue problem on two."""
     torch.set_num_threads(1)
-    full = {order: min(time_full(order) for _ in range(1 if order > 2048 else 3)) for order in ORDERS}
-    few = {order: min(time_leading(order, TOP) for _ in range(2)) / order**2 for order in ORDERS if order >= 1024}
+    full = {
+        order: min(time_full(order) for _ in range(1 if order > 2048 else 3)) for order in ORDERS
+    }
+    few = {
+        order: min(time_leading(order, TOP) for _ in range(2)) / order**2
+        for order in ORDERS
+        if order >= 1024
+    }
     rates = PlanRates(
         cores=1,
         entry=min(time_pass(2048) for _ in range(3)) / 2048**2,
@@ -127,7 +137,9 @@ class Cluster:
         return self.sent
 
     def start(self) -> None:
-        """Start waiting batches, in the order in which they were sent, on nodes with enough free cores."""
+        """Start waiting batches, in the order in which they were sent, on nodes with enough free
+        cores.
+        """
         waiting: list[tuple[int, Batch]] = []
         for at, (ticket, batch) in enumerate(self.queue):
             node = max(range(len(self.free)), key=self.free.__getitem__)
@@ -151,12 +163,16 @@ class Cluster:
         yield ticket, [None] * len(batch)
 
 
-def simulate(tasks: Sequence[Task], nodes: int, cores: int, costs: Costs, top: int | None, layout: Layout) -> float:
+def simulate(
+    tasks: Sequence[Task], nodes: int, cores: int, costs: Costs, top: int | None, layout: Layout
+) -> float:
     """Return the simulated seconds of a run on a cluster of equal nodes."""
     cluster = Cluster([cores] * nodes, costs, tasks, top)
     plan = batches(tasks, lambda task: task.footprint, layout.threads, nodes * cores)
     room = Capacity(nodes * cores)
-    for _ in in_order(plan, REACH * nodes * cores, lambda: room, cluster.send, cluster.fetch, lambda _: None):  # type: ignore[arg-type]
+    for _ in in_order(
+        plan, REACH * nodes * cores, lambda: room, cluster.send, cluster.fetch, lambda _: None
+    ):  # type: ignore[arg-type]
         pass
     return cluster.now
 
@@ -170,7 +186,9 @@ def tasks_of(config: dict[str, object]) -> list[Task]:
         elif len(shape) == 3:
             rows, columns = shape[1:]
             halves = 2 if "gate_up" in name else 1
-            result += [Task(f"{name}[{at}]", (rows // halves, columns)) for at in range(halves * shape[0])]
+            result += [
+                Task(f"{name}[{at}]", (rows // halves, columns)) for at in range(halves * shape[0])
+            ]
     return result
 
 
@@ -183,10 +201,21 @@ def tables(costs: Costs) -> None:
             layout = Layout(CORES, layout_for(max(prod(task.shape) for task in tasks)).budget)
             for top, what in VALUES.items():
                 alone = sum(costs.seconds(task, 1, top) for task in tasks)
-                seconds = {nodes: simulate(tasks, nodes, CORES, costs, top, layout) for nodes in NODES}
-                yield [name, what, *(f"{s:.0f} s, {alone / (s * nodes * CORES):.0%}" for nodes, s in seconds.items())]
+                seconds = {
+                    nodes: simulate(tasks, nodes, CORES, costs, top, layout) for nodes in NODES
+                }
+                yield [
+                    name,
+                    what,
+                    *(
+                        f"{s:.0f} s, {alone / (s * nodes * CORES):.0%}"
+                        for nodes, s in seconds.items()
+                    ),
+                ]
 
-    print_table(" | ".join(["model", "`spectrum`", *(f"{n} × {CORES} cores" for n in NODES)]), rows())
+    print_table(
+        " | ".join(["model", "`spectrum`", *(f"{n} × {CORES} cores" for n in NODES)]), rows()
+    )
 
 
 def plan(costs: Costs) -> None:
@@ -201,7 +230,11 @@ def plan(costs: Costs) -> None:
                 layout = Layout(cores, int(memory * 1e9) if memory else default)
                 seconds = simulate(tasks, 1, cores, costs, top, layout)
                 limit = f"`--memory {memory}GB`" if memory else f"default, {default / 1e9:.0f} GB"
-                spent = [f"{seconds / 60:.0f} min", f"{seconds * cores / 3600:.2g}", f"{size / seconds / 1e9:.2g} GB/s"]
+                spent = [
+                    f"{seconds / 60:.0f} min",
+                    f"{seconds * cores / 3600:.2g}",
+                    f"{size / seconds / 1e9:.2g} GB/s",
+                ]
                 yield [name, what, f"{cores} cores", limit, *spent]
 
     print_table("model | `spectrum` | machine | memory | time | core hours | reads", rows())

@@ -1,4 +1,6 @@
-"""What loradiag is measured beside: plain loops, run as ``python -m benchmarks.scripts NAME PATH...``."""
+"""What loradiag is measured beside: plain loops, run as
+``python -m benchmarks.scripts NAME PATH...``.
+"""
 
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,9 @@ def read_pairs(base: Path, tuned: Path) -> Iterator[tuple[str, torch.Tensor, tor
 
 
 def floor(base: Path, tuned: Path) -> None:
-    """Read both files, subtract, take the float64 norm: what no measurement of ΔW can do without."""
+    """Read both files, subtract, take the float64 norm: what no measurement of ΔW can
+    do without.
+    """
     for _, before, after in read_pairs(base, tuned):
         torch.linalg.vector_norm(after.float() - before.float(), dtype=torch.float64)
 
@@ -38,16 +42,24 @@ def weightwatcher(base: Path, tuned: Path) -> None:
 
 
 def losses(base: Path, tuned: Path, adapter: Path, text: Path) -> None:
-    """The mean loss of BASE, TUNED and BASE with the adapter on a text: the loop that ``probe outputs`` replaces."""
+    """The mean loss of BASE, TUNED and BASE with the adapter on a text: the loop that
+    ``probe outputs`` replaces.
+    """
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from benchmarks.real import LENGTH, SEQUENCES
 
-    ids = AutoTokenizer.from_pretrained(base)(text.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
-    sequences = ids[0, : SEQUENCES * LENGTH].view(-1, LENGTH) if ids.numel() >= SEQUENCES * LENGTH else ids
+    ids = AutoTokenizer.from_pretrained(base)(
+        text.read_text(encoding="utf-8"), return_tensors="pt"
+    )["input_ids"]
+    sequences = (
+        ids[0, : SEQUENCES * LENGTH].view(-1, LENGTH) if ids.numel() >= SEQUENCES * LENGTH else ids
+    )
     for path in (base, tuned, adapter):
-        model = AutoModelForCausalLM.from_pretrained(base if path == adapter else path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            base if path == adapter else path, dtype=torch.float32
+        )
         if path == adapter:
             model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
         with torch.no_grad():
@@ -70,7 +82,10 @@ def gradience_each(*adapters: Path) -> None:
         audit_lora_peft_dir(adapter, compute_udr=False)
 
 
-SCRIPTS = {script.__name__: script for script in (floor, svdvals, weightwatcher, losses, loradiag_each, gradience_each)}
+SCRIPTS = {
+    script.__name__: script
+    for script in (floor, svdvals, weightwatcher, losses, loradiag_each, gradience_each)
+}
 
 if __name__ == "__main__":
     name, *paths = sys.argv[1:]

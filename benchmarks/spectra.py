@@ -1,4 +1,6 @@
-"""Time and bound of the K largest values against all of them, over spectra; methods alone, in memory."""
+"""Time and bound of the K largest values against all of them, over spectra; methods alone, in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ TOP, TOLERANCES = 64, (5e-4, 1e-2)
 
 
 def noisy(rows: int, columns: int, rank: int, noise: float, generator: torch.Generator) -> Tensor:
-    """Return a matrix of ‖·‖_F = 1 with this rank, and Gaussian noise with this share of the energy."""
-    signal = torch.randn(rows, rank, generator=generator) @ torch.randn(rank, columns, generator=generator)
+    """Return a matrix of ‖·‖_F = 1 with this rank, and Gaussian noise with this share of the
+    energy.
+    """
+    signal = torch.randn(rows, rank, generator=generator) @ torch.randn(
+        rank, columns, generator=generator
+    )
     flat = torch.randn(rows, columns, generator=generator)
     return signal * ((1 - noise) ** 0.5 / signal.norm()) + flat * (noise**0.5 / flat.norm())
 
@@ -48,14 +54,20 @@ def spectra_table(shapes: Sequence[tuple[int, int]], runs: int = 3) -> None:
     """Print a table for every shape, line by line: medians, with ratios of processor time."""
     for rows, columns in shapes:
         print(f"\n{rows}×{columns}, {torch.get_num_threads()} threads; svdvals is torch's, float32")
-        head = "spectrum | all, s | svdvals ÷ all" + "".join(f" | top {TOP}, {t:g} | ÷ all | bound" for t in TOLERANCES)
-        print_table(head, (_row(name, make(), runs) for name, make in spectra(rows, columns).items()))
+        head = "spectrum | all, s | svdvals ÷ all" + "".join(
+            f" | top {TOP}, {t:g} | ÷ all | bound" for t in TOLERANCES
+        )
+        print_table(
+            head, (_row(name, make(), runs) for name, make in spectra(rows, columns).items())
+        )
 
 
 def _row(name: str, matrix: Tensor, runs: int) -> list[str]:
     fro = norm([matrix])
     works = {"all": partial(decompose, matrix, fro=fro)}
-    works |= {f"{tol:g}": partial(decompose, matrix, top=TOP, fro=fro, tol=tol) for tol in TOLERANCES}
+    works |= {
+        f"{tol:g}": partial(decompose, matrix, top=TOP, fro=fro, tol=tol) for tol in TOLERANCES
+    }
     truth = np.cumsum(decompose(matrix, "gram", fro=fro).s.numpy()[:TOP] ** 2) / fro**2
     figures = in_turn({name: partial(call, work) for name, work in works.items()}, runs)
     plain, whole = call(partial(torch.linalg.svdvals, matrix)).cpu, figures["all"].median("cpu")
@@ -65,7 +77,10 @@ def _row(name: str, matrix: Tensor, runs: int) -> list[str]:
         result = decompose(matrix, top=TOP, fro=fro, tol=tol)
         error = np.abs(np.cumsum(result.s.numpy() ** 2) / fro**2 - truth).max()
         assert error <= result.energy_error
-        row += [f"{own.median('wall'):.2f} s, `{result.method}`", f"{own.median('cpu') / whole:.2f}"]
+        row += [
+            f"{own.median('wall'):.2f} s, `{result.method}`",
+            f"{own.median('cpu') / whole:.2f}",
+        ]
         row.append(f"{result.energy_error:.1e}")
     return row
 

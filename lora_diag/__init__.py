@@ -90,5 +90,7 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from lora_diag.catalog import functions as functions
 
-    exported = {name for name, value in globals().items() if isinstance(value, type) and value is not Any}
+    exported = {
+        name for name, value in globals().items() if isinstance(value, type) and value is not Any
+    }
     return sorted({"__version__", *exported, *_OTHER_EXPORTS, *functions()})

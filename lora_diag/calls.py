@@ -1,4 +1,6 @@
-"""Calls from Python: errors name parameters instead of options, and a list is not replaced by one path or word."""
+"""Calls from Python: errors name parameters instead of options, and a list is not replaced by one
+path or word.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +22,18 @@ _OPTIONS = re.compile(r"loradiag [^;,)]*|(?<![\w-])(?:--[a-z][a-z-]*|-o)\b")
 _LIST = re.compile(r"(?:collections\.abc\.)?(?:Sequence|Iterable)\[(.*)\](?: \| None)?")
 
 # Type of an entry or a value -> the values that it accepts, their name, and an example.
-_NUMBERS: dict[str, tuple[type, str, str]] = {"int": (Integral, "whole number", "8"), "float": (Real, "number", "0.5")}
+_NUMBERS: dict[str, tuple[type, str, str]] = {
+    "int": (Integral, "whole number", "8"),
+    "float": (Real, "number", "0.5"),
+}
 
 
 @cache
 def for_python(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a public function as Python calls it; a class is returned unchanged.
 
-    Arguments that must be lists or numbers are checked before the call, and a ``LoradiagError`` names parameters, where
-    the command line names options.
+    Arguments that must be lists or numbers are checked before the call, and a ``LoradiagError``
+    names parameters, where the command line names options.
 
     Args:
         function: A public function; its options are known if it is under ``show_options``.
@@ -36,7 +41,11 @@ def for_python(function: Callable[..., Any]) -> Callable[..., Any]:
     if isinstance(function, type):
         return function
     options: Mapping[str, tuple[Any, Option]] = getattr(function, "options", {})
-    names = {flag: name for name, (_, option) in options.items() for flag in option.flags or (option.flag(name),)}
+    names = {
+        flag: name
+        for name, (_, option) in options.items()
+        for flag in option.flags or (option.flag(name),)
+    }
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -58,7 +67,10 @@ def name_parameters(message: str, names: Mapping[str, str]) -> str:
         names: Parameter by option, where its name is not that of the option.
 
     Example:
-        >>> name_parameters("--eval x.txt: is empty; give it text, or add --max-sequences", {"--eval": "evaluate"})
+        >>> name_parameters(
+        ...     "--eval x.txt: is empty; give it text, or add --max-sequences",
+        ...     {"--eval": "evaluate"},
+        ... )
         'evaluate=x.txt: is empty; give it text, or add max_sequences'
         >>> name_parameters("give a file with -o; loradiag plan base --ranks 4", {})
         'give a file with output; loradiag plan base --ranks 4'
@@ -67,12 +79,18 @@ def name_parameters(message: str, names: Mapping[str, str]) -> str:
 
     def name(match: re.Match[str]) -> str:
         word = match[0]
-        return word if word.startswith("loradiag") else names.get(word, word.lstrip("-").replace("-", "_"))
+        return (
+            word
+            if word.startswith("loradiag")
+            else names.get(word, word.lstrip("-").replace("-", "_"))
+        )
 
     return _OPTIONS.sub(name, re.sub(r"^(--[a-z][a-z-]*|-o) (?=[^:;]+: )", r"\1=", message))
 
 
-def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_arguments(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
     """Refuse one path or word in place of a list, and what is no number in place of numbers.
 
     Raises:
@@ -93,6 +111,8 @@ def _check_arguments(function: Callable[..., Any], args: tuple[Any, ...], kwargs
         elif match[1] in _NUMBERS:
             accepted, noun, example = _NUMBERS[match[1]]
             if value is not None and not all(isinstance(entry, accepted) for entry in value):
-                raise UsageError(f"{name}={value!r}: must be a list of {noun}s, such as [{example}]")
+                raise UsageError(
+                    f"{name}={value!r}: must be a list of {noun}s, such as [{example}]"
+                )
         elif isinstance(value, str | os.PathLike):
             raise UsageError(f"{name}={str(value)!r}: must be a list; give [{str(value)!r}]")

@@ -1,7 +1,8 @@
 """The catalog of features: built-in ones and those of installed packages.
 
-A feature is one entry of ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an installed package.
-All lists of commands, records, tables, figures, report sections and public functions are derived from this catalog.
+A feature is one entry of ``_FEATURES``, or an entry point in the group ``loradiag.features`` of an
+installed package. All lists of commands, records, tables, figures, report sections and public
+functions are derived from this catalog.
 """
 
 from __future__ import annotations
@@ -37,28 +38,62 @@ _FEATURES = (
     "diagnostics.checkpoints",
     *("linting", "tuning", "decisions.allocate", "decisions.plan"),
     *("decisions.plan_merge", "decisions.extract", "decisions.merge"),
-    *("decisions.recover", "gating", "inspection", "environment", "explanations", "plots", "reports"),
-    *("probes.truncation", "probes.strength", "probes.activations", "probes.outputs", "probes.sweep"),
+    *(
+        "decisions.recover",
+        "gating",
+        "inspection",
+        "environment",
+        "explanations",
+        "plots",
+        "reports",
+    ),
+    *(
+        "probes.truncation",
+        "probes.strength",
+        "probes.activations",
+        "probes.outputs",
+        "probes.sweep",
+    ),
     *("probes.sensitivity", "probes.fisher", "probes.curvature", "probes.intrinsic"),
 )
 
-# The path from understanding an update over training to shipping an adapter: the next step that a command suggests is
-# later on it, or another run of the same command.
+# The path from understanding an update over training to shipping an adapter: the next step that a
+# command suggests is later on it, or another run of the same command.
 PATH = (
     *("checkpoints", "fleet", "probe activations", "spectrum", "intruders", "geometry"),
     *("overlap", "interference"),
-    *("recover", "probe fisher", "probe curvature", "probe sensitivity", "probe truncation", "probe intrinsic"),
-    *("lint", "probe sweep", "plan", "allocate", "tune", "extract", "merge", "residual", "probe outputs"),
+    *(
+        "recover",
+        "probe fisher",
+        "probe curvature",
+        "probe sensitivity",
+        "probe truncation",
+        "probe intrinsic",
+    ),
+    *(
+        "lint",
+        "probe sweep",
+        "plan",
+        "allocate",
+        "tune",
+        "extract",
+        "merge",
+        "residual",
+        "probe outputs",
+    ),
     *("probe strength", "plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
 )
 
 
-# Whether this process loads features of installed packages; ``loradiag gate`` does not unless it is asked to.
+# Whether this process loads features of installed packages; ``loradiag gate`` does not unless it is
+# asked to.
 _uses_plugins = os.environ.get("LORADIAG_PLUGINS") != "0"
 
 
 def disable_plugins() -> None:
-    """Load no feature of installed packages in this process; to be called before the catalog is read."""
+    """Load no feature of installed packages in this process; to be called before the catalog is
+    read.
+    """
     global _uses_plugins
     _uses_plugins = False
 
@@ -71,7 +106,8 @@ def built_in() -> tuple[Feature, ...]:
 
 @cache
 def features() -> tuple[Feature, ...]:
-    """Return all features: loradiag's own, then those of installed packages unless plugins are disabled.
+    """Return all features: loradiag's own, then those of installed packages unless plugins are
+    disabled.
 
     A package's feature is skipped if it fails to load, or if its name exists already.
     """
@@ -88,10 +124,16 @@ def features() -> tuple[Feature, ...]:
                 raise ValueError(f"the command {plugin.name} already exists")
             for path in plugin.records:
                 plugin.load(path)
-        # A plugin can fail in any way, such as by sys.exit(0), and must not stop loradiag. Ctrl-C during an import ends
-        # the command before it gets here (``__main__``).
+        # A plugin can fail in any way, such as by sys.exit(0), and must not stop loradiag. Ctrl-C
+        # during an import ends the command before it gets here (``__main__``).
         except BaseException as error:
-            _LOG.warning("plugin %s (%s) is skipped: %s: %s", entry.name, entry.value, type(error).__name__, error)
+            _LOG.warning(
+                "plugin %s (%s) is skipped: %s: %s",
+                entry.name,
+                entry.value,
+                type(error).__name__,
+                error,
+            )
             continue
         names.add(plugin.name)
         loaded_features.append(plugin)
@@ -110,13 +152,17 @@ def feature_of(command: str) -> Feature | None:
 def commands() -> Iterator[tuple[str, Feature, Command]]:
     """Yield the full name, the feature and the declaration of every command."""
     for feature in features():
-        yield from ((command.name or feature.name, feature, command) for command in feature.commands)
+        yield from (
+            (command.name or feature.name, feature, command) for command in feature.commands
+        )
 
 
 @cache
 def record_kinds() -> dict[str, type[Record]]:
     """Return every kind of record of all features, by its name in a results file."""
-    kinds: list[type[Record]] = [feature.load(path) for feature in features() for path in feature.records]
+    kinds: list[type[Record]] = [
+        feature.load(path) for feature in features() for path in feature.records
+    ]
     return {kind.model_fields["record"].default: kind for kind in kinds}
 
 
@@ -129,7 +175,11 @@ def figures() -> Iterator[tuple[Feature, Figure]]:
 @cache
 def functions() -> dict[str, Callable[[], Any]]:
     """Return a loader for each public function, by its name."""
-    return {path.partition(":")[2]: partial(feature.load, path) for feature in features() for path in feature.functions}
+    return {
+        path.partition(":")[2]: partial(feature.load, path)
+        for feature in features()
+        for path in feature.functions
+    }
 
 
 def read_results(path: Path | str) -> Results[Any]:
@@ -139,12 +189,13 @@ def read_results(path: Path | str) -> Results[Any]:
         path: A file written by ``-o`` or ``Results.write``, or the saved output of ``--json``.
 
     Returns:
-        The records. An incomplete last line, left by a crash, is dropped, and so is everything after a zero byte, left
+        The records. An incomplete last line, left by a crash, is dropped, and so is everything
+            after a zero byte, left
         by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: The file cannot be read, is not a results file, is damaged or edited, holds several runs, or has a
-            schema newer than this version of loradiag.
+        InputError: The file cannot be read, is not a results file, is damaged or edited, holds
+            several runs, or has a schema newer than this version of loradiag.
     """
     from lora_diag.records.file import read_results as read
 
@@ -168,7 +219,8 @@ def read_results_of(kind: type[L], path: Path | str) -> Results[L]:
         not results.layers and results.run.command != kind_name
     ):
         raise InputError(
-            f"{path}: holds results of loradiag {results.run.command}; give a file with {kind_name} records"
+            f"{path}: holds results of loradiag {results.run.command}; give a file with "
+            f"{kind_name} records"
         )
     return results
 
@@ -189,11 +241,12 @@ def table(
         color: Whether to use ANSI colours.
         per: ``type`` for one row per module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last; None without one.
-        values: Arguments and options of the command; the feature's table or statements get those that their
-            parameters name.
+        values: Arguments and options of the command; the feature's table or statements get those
+            that their parameters name.
 
     Raises:
-        InputError: The results come from a command that is unknown to this version, or has no table.
+        InputError: The results come from a command that is unknown to this version, or has no
+            table.
     """
     feature = feature_of(results.run.command)
     if feature is not None and feature.table:
@@ -207,17 +260,24 @@ def table(
         )
         return text
     raise InputError(
-        f"results of loradiag {results.run.command}: this version has no table for them; update loradiag, or install "
+        f"results of loradiag {results.run.command}: this version has no table for them; update "
+        "loradiag, or install "
         "the package that adds the command"
     )
 
 
-def draw_table(function: Callable[..., str], result: Any, width: int, color: bool, values: Mapping[str, Any]) -> str:
-    """Return the table that a function makes of a result; of the values it gets those that its parameters name."""
+def draw_table(
+    function: Callable[..., str], result: Any, width: int, color: bool, values: Mapping[str, Any]
+) -> str:
+    """Return the table that a function makes of a result; of the values it gets those that its
+    parameters name.
+    """
     return function(result, width, color, **_select_values(function, 3, values))
 
 
-def _select_values(function: Callable[..., Any], first: int, values: Mapping[str, Any]) -> dict[str, Any]:
+def _select_values(
+    function: Callable[..., Any], first: int, values: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return those of the values that a function's parameters name, from the given position on."""
     names = list(signature(function).parameters)[first:]
     return {name: values[name] for name in names if name in values}
@@ -230,13 +290,17 @@ _WIDTH = 100
 def html_of(results: Results[Any]) -> str:
     """Return tables and summary of results as HTML for a notebook.
 
-    It is preformatted text for a command without a summary, or with a terminal table of its own and no section. Names
-    are escaped, and nothing is loaded from elsewhere.
+    It is preformatted text for a command without a summary, or with a terminal table of its own and
+    no section. Names are escaped, and nothing is loaded from elsewhere.
     """
     feature = feature_of(results.run.command)
     if feature is None or not feature.statements or (feature.table and not feature.section):
-        return f"<pre>{escape(table(results, _WIDTH) if feature and feature.table else repr(results))}</pre>"
-    grid_html, statement_html = (load(f"lora_diag.rendering.html:{name}") for name in ("grid_html", "statement_html"))
+        text = table(results, _WIDTH) if feature and feature.table else repr(results)
+        return f"<pre>{escape(text)}</pre>"
+    grid_html, statement_html = (
+        load(f"lora_diag.rendering.html:{name}") for name in ("grid_html", "statement_html")
+    )
     statements = feature.load(feature.statements)(results)
     tables = "".join(map(grid_html, feature.tables(results, "type")))
-    return f"<div>{tables}<table><tbody>{''.join(map(statement_html, statements))}</tbody></table></div>"
+    summary = "".join(map(statement_html, statements))
+    return f"<div>{tables}<table><tbody>{summary}</tbody></table></div>"

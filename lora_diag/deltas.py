@@ -1,8 +1,9 @@
 """Named ΔW: the pairing of two checkpoints, and the reasons for skipped tensors.
 
-A ``Delta`` is a descriptor: it holds the location of its entries and how to read them, and is small enough to be sent
-to another process. There are three kinds: the difference of two stored tensors, an update in factored form, and an
-update that must be computed in full. Measurements are done by ``linalg``.
+A ``Delta`` is a descriptor: it holds the location of its entries and how to read them, and is small
+enough to be sent to another process. There are three kinds: the difference of two stored tensors,
+an update in factored form, and an update that must be computed in full. Measurements are done by
+``linalg``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from lora_diag.checkpoints.file_bytes import Numbers
 
-# Entries per block and side: small enough that a block and its float32 copies stay near the cache. One core on a bf16
-# pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with 2^24.
+# Entries per block and side: small enough that a block and its float32 copies stay near the cache.
+# One core on a bf16 pair of 4096²: 0.52 s with 2^18, 0.39 s with 2^20, 0.95 s with 2^22, 2.7 s with
+# 2^24.
 BLOCK_ENTRIES = 2**20
 
 # The output layer, which a model with tied embeddings does not store: it is the input embedding.
@@ -68,7 +70,8 @@ class Side:
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the spacing of the storage format at these entries; None where it follows from value and dtype.
+        """Return the spacing of the storage format at these entries; None where it follows from
+        value and dtype.
 
         Raises:
             InputError: A file could not be read.
@@ -76,7 +79,8 @@ class Side:
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales of the codes at these entries; None if the format is not codes times a scale.
+        """Return the scales of the codes at these entries; None if the format is not codes times a
+        scale.
 
         Raises:
             InputError: A file could not be read.
@@ -89,8 +93,8 @@ class StoredDelta:
     """ΔW = W_tuned − W_base of one layer with both weights stored.
 
     Args:
-        layer: The weight's name in BASE, or in TUNED for a head that BASE stores as its embedding; one matrix of a
-            stack is ``name[3]``.
+        layer: The weight's name in BASE, or in TUNED for a head that BASE stores as its embedding;
+            one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
         base: Location of W_base.
         tuned: Location of W_tuned.
@@ -109,24 +113,31 @@ class StoredDelta:
         return self.base.dtype, self.tuned.dtype
 
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its own dtype, from the first row to the last.
+        """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its own dtype, from the first
+        row to the last.
 
         Raises:
             InputError: A file could not be read.
         """
-        yield from zip(row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True)
+        yield from zip(
+            row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True
+        )
 
     def steps(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]] | None:
-        """Return ``(base, tuned)`` spacings of the entries of each of ``blocks``; None if neither side is quantized.
+        """Return ``(base, tuned)`` spacings of the entries of each of ``blocks``; None if neither
+        side is quantized.
 
-        Each is 1-D of the block's number of entries, float32; None for a side that is not quantized.
+        Each is 1-D of the block's number of entries, float32; None for a side that is not
+        quantized.
 
         Raises:
             InputError: A file could not be read, once the blocks are iterated.
         """
         if not (self.base.is_quantized or self.tuned.is_quantized):
             return None
-        spans = ((first * self.shape[1], last * self.shape[1]) for first, last in row_spans(self.shape))
+        spans = (
+            (first * self.shape[1], last * self.shape[1]) for first, last in row_spans(self.shape)
+        )
         return ((self.base.read_steps(*span), self.tuned.read_steps(*span)) for span in spans)
 
 
@@ -144,7 +155,9 @@ class ThinFactors(Protocol):
 
     @property
     def kind(self) -> Hashable:
-        """Key, equal for factors that can be read as one stack: same files, orientation, shapes and dtypes."""
+        """Key, equal for factors that can be read as one stack: same files, orientation, shapes and
+        dtypes.
+        """
 
     def read_each_b(self, stack: Sequence[Any]) -> Numbers:
         """Return each B of several factors of this kind, ``(k, out, r)``."""
@@ -160,17 +173,18 @@ class FactoredDelta:
     Args:
         layer: The weight's name in BASE, or in the adapter when there is no BASE.
         shape: ``(out, in)``.
-        load: Returns B ``(out, r)`` and A ``(r, in)`` with all scaling applied. A ``functools.partial`` of a
-            module-level function, so that the descriptor can be pickled.
+        load: Returns B ``(out, r)`` and A ``(r, in)`` with all scaling applied. A
+            ``functools.partial`` of a module-level function, so that the descriptor can be pickled.
         dtypes: Dtype in which the base is read (None without one), and stored dtype of the factors.
         base: Location of W_base, if available.
         is_matrix: Always True: only matrices have factors.
         scale: s, already applied to B; None if it is unknown or not uniform.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
         rank: r; 0 if it is not known.
-        thin: B, A and s, to be read without torch; None where B and A are not stored as they are, or in another format
-            than safetensors.
-        transposed: Whether BASE stores the weight as ``(in, out)``, against the adapter's orientation.
+        thin: B, A and s, to be read without torch; None where B and A are not stored as they are,
+            or in another format than safetensors.
+        transposed: Whether BASE stores the weight as ``(in, out)``, against the adapter's
+            orientation.
     """
 
     layer: str
@@ -188,13 +202,16 @@ class FactoredDelta:
 
 @dataclass(frozen=True, slots=True)
 class DenseDelta:
-    """ΔW of one layer that is neither a difference of stored tensors nor a product of two thin factors.
+    """ΔW of one layer that is neither a difference of stored tensors nor a product of two thin
+    factors.
 
     Args:
         layer: The weight's name in BASE, or in the adapter when there is no BASE.
         shape: ``(out, in)``; a 1-D tensor of n entries is ``(1, n)``.
-        load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` as in ``FactoredDelta``.
-        dtypes: Dtype in which the base is read (None without one), and that of the tensors that define the update.
+        load: Computes ΔW, ``(out, in)``, float32 or float64; a ``functools.partial`` as in
+            ``FactoredDelta``.
+        dtypes: Dtype in which the base is read (None without one), and that of the tensors that
+            define the update.
         base: Location of W_base, if available.
         is_matrix: False for 1-D tensors.
         transposed: As in ``FactoredDelta``.
@@ -213,14 +230,17 @@ Delta = StoredDelta | FactoredDelta | DenseDelta
 
 
 def drop_base(delta: Delta) -> Delta:
-    """Return an adapter's update without its base weight, which would be read for its norm alone; any other as is."""
+    """Return an adapter's update without its base weight, which would be read for its norm alone;
+    any other as is.
+    """
     return delta if isinstance(delta, StoredDelta) else replace(delta, base=None)
 
 
 def footprint(delta: Delta) -> int:
     """Estimate the bytes needed to measure a layer.
 
-    ΔW in float32, its Gram matrix in float64, and a copy; for an update in factored form, its factors.
+    ΔW in float32, its Gram matrix in float64, and a copy; for an update in factored form, its
+    factors.
     """
     if isinstance(delta, FactoredDelta):
         return 8 * 64 * sum(delta.shape)  # thin factors; 64 columns stand for any usual rank
@@ -229,13 +249,16 @@ def footprint(delta: Delta) -> int:
 
 
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
-    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip`` blocks.
+    """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip``
+    blocks.
 
     Raises:
         InputError: A file could not be read.
     """
     rows = list(row_spans(shape))[skip:]
-    spans = ((side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows)
+    spans = (
+        (side.offset + first * shape[1], side.offset + last * shape[1]) for first, last in rows
+    )
     for (first, last), block in zip(rows, side.checkpoint.read_each(side.name, spans), strict=True):
         yield block.view(last - first, shape[1])
 
@@ -257,7 +280,8 @@ class Unpaired:
         shape: Its shape; for added rows, theirs.
         reason: A value of ``lora_diag.records.run.Reason``.
         detail: The reason as text.
-        rows: The rows, if the reason is that only one side has them; else, or without their entries, None.
+        rows: The rows, if the reason is that only one side has them; else, or without their
+            entries, None.
         tuned_shape: Its shape in TUNED, if the reason is that the shapes differ.
     """
 
@@ -287,20 +311,26 @@ class Unpaired:
             side: Their entries, for their norm; None to leave it out.
         """
         owner = "TUNED" if added else "BASE"
-        detail = f"vocabulary rows {rows[0]}-{rows[1] - 1} are only in {owner}; the others are compared"
+        detail = (
+            f"vocabulary rows {rows[0]}-{rows[1] - 1} are only in {owner}; the others are compared"
+        )
         shape = (rows[1] - rows[0], columns)
         return cls(layer, shape, "added_rows" if added else "removed_rows", detail, side)
 
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """The compared matrices and vectors of two checkpoints or of an adapter, each as a ΔW, and the unpaired tensors."""
+    """The compared matrices and vectors of two checkpoints or of an adapter, each as a ΔW, and the
+    unpaired tensors.
+    """
 
     deltas: tuple[Delta, ...]
     unpaired: tuple[Unpaired, ...]
 
 
-def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude: str | None = None) -> Pairing:
+def pair(
+    base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude: str | None = None
+) -> Pairing:
     """Pair the tensors of two checkpoints by name.
 
     Args:
@@ -310,7 +340,8 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
         exclude: Regular expression; names with a match are not compared. Default none.
 
     Returns:
-        The pairs and the rest, both in natural order of names. Every tensor of either side is in one of the two; a
+        The pairs and the rest, both in natural order of names. Every tensor of either side is in
+            one of the two; a
         resized embedding is in both.
 
     Raises:
@@ -321,11 +352,17 @@ def pair(base: Checkpoint, tuned: Checkpoint, layers: str | None = None, exclude
     unpaired: list[Unpaired] = []
     for name in sorted([*base, *(name for name in tuned if name not in base)], key=natural_order):
         if not selected(name):
-            unpaired.append(Unpaired.by_selection(name, (base if name in base else tuned)[name].shape))
+            unpaired.append(
+                Unpaired.by_selection(name, (base if name in base else tuned)[name].shape)
+            )
         elif (after := stored_name(tuned, name)) is None:
-            unpaired.append(Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}"))
+            unpaired.append(
+                Unpaired(name, base[name].shape, "only_in_base", f"only in {base.path}")
+            )
         elif (before := stored_name(base, name)) is None:
-            unpaired.append(Unpaired(name, tuned[name].shape, "only_in_tuned", f"only in {tuned.path}"))
+            unpaired.append(
+                Unpaired(name, tuned[name].shape, "only_in_tuned", f"only in {tuned.path}")
+            )
         else:
             _pair_tensor(name, Side(base, before), Side(tuned, after), deltas, unpaired)
     return Pairing(tuple(deltas), tuple(unpaired))
@@ -335,8 +372,8 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
     """Refuse a pairing without any compared layer.
 
     Raises:
-        NothingComparedError: No tensor could be paired: the sides have no name in common, none is selected, shapes
-            differ, or tensors are empty or not floating-point.
+        NothingComparedError: No tensor could be paired: the sides have no name in common, none is
+            selected, shapes differ, or tensors are empty or not floating-point.
     """
     if not pairing.deltas:
         raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
@@ -345,13 +382,18 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
     """Return the name under which a checkpoint stores a weight; None if it does not store it.
 
-    A model with tied embeddings stores its output layer as the input embedding; None unless exactly one tensor may be
-    that embedding. A config without ``tie_word_embeddings`` counts as tied; a checkpoint without a config does not.
+    A model with tied embeddings stores its output layer as the input embedding; None unless exactly
+    one tensor may be that embedding. A config without ``tie_word_embeddings`` counts as tied; a
+    checkpoint without a config does not.
     """
     if name in checkpoint:
         return name
     # transformers omits the key if the embeddings are tied
-    if not HEAD.search(name) or not checkpoint.config or _read_tie(checkpoint.config) not in {True, None}:
+    if (
+        not HEAD.search(name)
+        or not checkpoint.config
+        or _read_tie(checkpoint.config) not in {True, None}
+    ):
         return None
     tables = [table for table in checkpoint if RESIZABLE.search(table)]
     return tables[0] if len(tables) == 1 else None
@@ -386,9 +428,12 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str, str], ...]:
     ['a', 'h.2.w', 'h.10.w']
     """
     parts = filter(None, re.split(r"(\d+)", name))
-    # Numbers of equally many digits are ordered as text: Python converts none of more than 4,300 digits.
+    # Numbers of equally many digits are ordered as text: Python converts none of more than 4,300
+    # digits.
     return tuple(
-        (True, len(digits := part.lstrip("0")), digits, part) if part.isdecimal() else (False, 0, part, "")
+        (True, len(digits := part.lstrip("0")), digits, part)
+        if part.isdecimal()
+        else (False, 0, part, "")
         for part in parts
     )
 
@@ -396,8 +441,8 @@ def natural_order(name: str) -> tuple[tuple[bool, int, str, str], ...]:
 def matrices(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, int]]]:
     """Return the matrices of a stored tensor, as ``(layer, (out, in))``, in stored order.
 
-    A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; any other 3-D tensor is a stack of
-    matrices, such as experts.
+    A convolution ``(out, in, kh, kw)`` acts as the matrix ``(out, in·kh·kw)``; any other 3-D tensor
+    is a stack of matrices, such as experts.
 
     >>> matrices("mlp.experts.down_proj", (2, 64, 32))
     [('mlp.experts.down_proj[0]', (64, 32)), ('mlp.experts.down_proj[1]', (64, 32))]
@@ -418,8 +463,12 @@ def why_left_out(info: TensorInfo) -> str | None:
     return "1-D" if len(info.shape) < 2 else None
 
 
-def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]) -> None:
-    """Append each ΔW of a tensor to ``deltas``; append rows of one side, or why it has no ΔW, to ``unpaired``."""
+def _pair_tensor(
+    name: str, base: Side, tuned: Side, deltas: list[Delta], unpaired: list[Unpaired]
+) -> None:
+    """Append each ΔW of a tensor to ``deltas``; append rows of one side, or why it has no ΔW, to
+    ``unpaired``.
+    """
     before, after = base.info, tuned.info
     if problem := _find_mismatch(before, after):
         other_shape = after.shape if problem[0] == "shape_differs" else None
@@ -433,26 +482,35 @@ def _pair_tensor(name: str, base: Side, tuned: Side, deltas: list[Delta], unpair
     common_shape = (min(before.shape[0], after.shape[0]), *before.shape[1:])
     offset = 0
     for layer, shape in matrices(name, common_shape):
-        deltas.append(StoredDelta(layer, shape, replace(base, offset=offset), replace(tuned, offset=offset)))
+        deltas.append(
+            StoredDelta(layer, shape, replace(base, offset=offset), replace(tuned, offset=offset))
+        )
         offset += math.prod(shape)
 
 
 def _find_mismatch(before: TensorInfo, after: TensorInfo) -> tuple[Reason, str] | None:
     """Return reason and detail if two tensors of one name cannot be subtracted; else None."""
     if not {before.dtype, after.dtype} <= FLOAT_DTYPES:
-        dtypes = before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
+        dtypes = (
+            before.dtype if before.dtype == after.dtype else f"{before.dtype} against {after.dtype}"
+        )
         return "not_float", f"stored as {dtypes}, which is not a plain floating-point weight"
     if before.shape != after.shape:
         resized = RESIZABLE.search(before.name) and len(before.shape) == len(after.shape) == 2
         if not resized or before.shape[1:] != after.shape[1:]:
-            return "shape_differs", f"{list(before.shape)} in BASE against {list(after.shape)} in TUNED"
+            return (
+                "shape_differs",
+                f"{list(before.shape)} in BASE against {list(after.shape)} in TUNED",
+            )
     if min(before.numel, after.numel) == 0:
         return "empty", "has no entries"
     return None
 
 
 def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
-    """Return the vocabulary rows that only one side of an embedding has, added or removed, with their entries."""
+    """Return the vocabulary rows that only one side of an embedding has, added or removed, with
+    their entries.
+    """
     before, after = base.info.shape, tuned.info.shape
     first, last = sorted((before[0], after[0]))
     added = after[0] > before[0]
@@ -466,10 +524,15 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     Raises:
         UsageError: A regular expression is invalid.
     """
-    included, excluded = _compile_pattern(layers, "--layers"), _compile_pattern(exclude, "--exclude")
+    included, excluded = (
+        _compile_pattern(layers, "--layers"),
+        _compile_pattern(exclude, "--exclude"),
+    )
 
     def is_selected(name: str) -> bool:
-        return (included is None or bool(included.search(name))) and not (excluded and excluded.search(name))
+        return (included is None or bool(included.search(name))) and not (
+            excluded and excluded.search(name)
+        )
 
     return is_selected
 
@@ -483,21 +546,35 @@ def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error
+        raise UsageError(
+            f"{option} {pattern}: not a valid regular expression ({error}); correct it"
+        ) from error
 
 
-def _explain_nothing_paired(base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]) -> str:
+def _explain_nothing_paired(
+    base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]
+) -> str:
     """Return why no tensor of two checkpoints could be paired, and what to do."""
     common = [name for name in base if name in tuned]
     if not common:
         return (
-            f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared (BASE has names like "
+            f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared "
+            "(BASE has names like "
             f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
         )
     reasons = sorted({tensor.reason for tensor in unpaired if tensor.layer in common})
     if reasons == ["not_selected"]:
-        return f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct the expression"
-    fix = "give two checkpoints of one model" if "shape_differs" in reasons else "nothing was compared"
+        return (
+            f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; "
+            "correct "
+            "the expression"
+        )
+    fix = (
+        "give two checkpoints of one model"
+        if "shape_differs" in reasons
+        else "nothing was compared"
+    )
     return (
-        f"{tuned.path}: all {len(common)} weights in common with {base.path} are left out ({', '.join(reasons)}); {fix}"
+        f"{tuned.path}: all {len(common)} weights in common with {base.path} are left out "
+        f"({', '.join(reasons)}); {fix}"
     )

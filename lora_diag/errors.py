@@ -1,7 +1,8 @@
 """Errors that a user can act on.
 
-A message states what is wrong, where (file, then tensor) and how to fix it. The class determines the exit code of the
-command. ``__main__`` reports any other exception in one message, with the exit code ``UNREADABLE``.
+A message states what is wrong, where (file, then tensor) and how to fix it. The class determines
+the exit code of the command. ``__main__`` reports any other exception in one message, with the exit
+code ``UNREADABLE``.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
 
 
 def safe(text: str) -> str:
-    r"""Escape the unprintable characters of a text, so that a tensor's name cannot move the terminal's cursor.
+    r"""Escape the unprintable characters of a text, so that a tensor's name cannot move the
+    terminal's cursor.
 
     >>> safe("q_proj\x1b[2J")
     'q_proj\\x1b[2J'
     """
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
 
 
 def safe_lines(text: str) -> str:
@@ -39,7 +43,9 @@ MAX_MESSAGE = 2000
 
 
 def shorten(text: str) -> str:
-    """Return a message of at most ``MAX_MESSAGE`` characters: the middle of a longer one is left out."""
+    """Return a message of at most ``MAX_MESSAGE`` characters: the middle of a longer one is left
+    out.
+    """
     half = MAX_MESSAGE // 2 - 2
     return text if len(text) <= MAX_MESSAGE else f"{text[:half]} … {text[-half:]}"
 
@@ -60,7 +66,8 @@ _QUOTING.maxdict = _QUOTING.maxlist = _QUOTING.maxtuple = 4
 
 
 def quote(value: Any) -> str:
-    """Return a value from a file for a message: the start of a long one, of which no more is formatted.
+    """Return a value from a file for a message: the start of a long one, of which no more is
+    formatted.
 
     >>> quote("fast"), quote([[["a"]], 1.5]), quote(list(range(9))), quote(10**4000)
     ("'fast'", '[[...], 1.5]', '[0, 1, 2, 3, ...]', 'a whole number of 13,288 bits')
@@ -92,7 +99,9 @@ class LoradiagError(Exception):
 
 
 class UsageError(LoradiagError):
-    """The request is invalid, such as an option or a policy, an output may not be written, or a package is missing."""
+    """The request is invalid, such as an option or a policy, an output may not be written, or a
+    package is missing.
+    """
 
     exit_code = USAGE
 
@@ -102,8 +111,11 @@ class InputError(LoradiagError):
 
 
 @contextmanager
-def require(purpose: str, extras: str, *packages: str, kind: type[LoradiagError] = UsageError) -> Iterator[None]:
-    """Turn a failed import in the block into one message with the command that installs the package.
+def require(
+    purpose: str, extras: str, *packages: str, kind: type[LoradiagError] = UsageError
+) -> Iterator[None]:
+    """Turn a failed import in the block into one message with the command that installs the
+    package.
 
     Args:
         purpose: What needs the package.
@@ -118,13 +130,15 @@ def require(purpose: str, extras: str, *packages: str, kind: type[LoradiagError]
         >>> with require("a frame", "magic"):
         ...     import magic_frames
         Traceback (most recent call last):
-        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in a clone of loradiag
+        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in a clone
+        of loradiag
     """
     try:
         yield
     except ImportError as error:
         raise kind(
-            f"{purpose} needs {error.name or (extras, *packages)[-1]}; {install_command(extras, *packages)}"
+            f"{purpose} needs {error.name or (extras, *packages)[-1]}; "
+            f"{install_command(extras, *packages)}"
         ) from None
 
 
@@ -146,7 +160,8 @@ class InconclusiveError(LoradiagError):
 
 
 class MemoryLimitError(LoradiagError):
-    """A layer does not fit into the memory limit or the machine's memory; other layers are still measured.
+    """A layer does not fit into the memory limit or the machine's memory; other layers are still
+    measured.
 
     Attributes:
         fro: ‖ΔW‖_F, if it has been measured.

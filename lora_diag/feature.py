@@ -50,7 +50,9 @@ class Argument:
 
 BASE_ARGUMENT = Argument("base", "Base checkpoint: file, folder, index, address or Hub id.")
 TUNED_ARGUMENT = Argument("tuned", "Fine-tuned checkpoint, or an adapter.")
-GRADIENTS_ARGUMENT = Argument("gradients", "Gradient snapshots: a folder of them, or one file per step.", many=True)
+GRADIENTS_ARGUMENT = Argument(
+    "gradients", "Gradient snapshots: a folder of them, or one file per step.", many=True
+)
 RESULTS_ARGUMENT = Argument("results", "Results files of any command.", many=True)
 SPECTRA_ARGUMENT = Argument("results", "Results file of spectrum.")
 
@@ -60,8 +62,8 @@ class Hint:
     """A command to run next. It is suggested if all values that it names are given.
 
     Args:
-        command: The words after ``loradiag``, with ``{name}`` for the value of an argument or option. Words that start
-            with ``-`` are added to the command that was run.
+        command: The words after ``loradiag``, with ``{name}`` for the value of an argument or
+            option. Words that start with ``-`` are added to the command that was run.
         purpose: What it is good for; printed in parentheses.
         saved: Whether it needs the results file of this run.
     """
@@ -79,26 +81,29 @@ ROWS = ("json", "quiet", "verbose", "per")
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One command: it calls a Python function with its arguments and options, and shows what the function returns.
+    """One command: it calls a Python function with its arguments and options, and shows what the
+    function returns.
 
     Args:
         help: Its line in the list of commands, of up to 80 characters.
         notes: Further sentences of the help.
         examples: Words after ``loradiag`` of examples.
         name: Full name, such as ``gate init``; default that of the feature.
-        run: ``module:name`` of the function; default the feature's first. It returns ``Results``, or what ``table``
-            shows. Callbacks are passed if ``options`` have them.
+        run: ``module:name`` of the function; default the feature's first. It returns ``Results``,
+            or what ``table`` shows. Callbacks are passed if ``options`` have them.
         arguments: Positional arguments, in order.
-        options: Groups of options, each a ``TypedDict`` or its ``module:name``, in the order of the help.
+        options: Groups of options, each a ``TypedDict`` or its ``module:name``, in the order of the
+            help.
         shows: Flags that select the output: some of ``ROWS``.
         hints: Commands to run next, of which the first that applies is printed below the results.
-        suggest: ``module:name`` of ``suggest(results, values) -> Hint | str | None``: what comes before ``hints`` for
-            these results.
-        table: ``module:name`` of ``table(result, width, color, ...)`` for what is no ``Results``; it gets the values
-            that its parameters name, and ``next_command``.
-        exit_code: ``module:name`` of ``exit_code(results) -> int``, if the code depends on the results.
-        annotations: ``module:name`` of ``annotations(results) -> list[str]``, the commands of GitHub Actions that the
-            option ``github`` prints below the results.
+        suggest: ``module:name`` of ``suggest(results, values) -> Hint | str | None``: what comes
+            before ``hints`` for these results.
+        table: ``module:name`` of ``table(result, width, color, ...)`` for what is no ``Results``;
+            it gets the values that its parameters name, and ``next_command``.
+        exit_code: ``module:name`` of ``exit_code(results) -> int``, if the code depends on the
+            results.
+        annotations: ``module:name`` of ``annotations(results) -> list[str]``, the commands of
+            GitHub Actions that the option ``github`` prints below the results.
         call: Whether ``run`` is ``run(shown, **values) -> int`` instead, which prints by ``shown``
             (``lora_diag.cli.options.Shown``) and returns the exit code.
         needs_input: Whether the command without arguments shows its help.
@@ -123,7 +128,13 @@ class Command:
     @property
     def description(self) -> str:
         """The whole text of the help above the options."""
-        return "\n\n".join((self.help, *filter(None, [self.notes]), *(f"Example: loradiag {e}" for e in self.examples)))
+        return "\n\n".join(
+            (
+                self.help,
+                *filter(None, [self.notes]),
+                *(f"Example: loradiag {e}" for e in self.examples),
+            )
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +144,10 @@ class Figure:
     Args:
         name: Value of ``loradiag plot --figure``.
         shows: Content of the figure, in one line.
-        needs: Kind of record that it draws (for ``probe`` records, the probe) where it is not ``name``; ``*`` for any
-            records of layers.
-        page: ``module:name`` of ``make_page(series, style, options) -> Page``, which raises ``UndrawableError`` for
-            records that cannot be drawn.
+        needs: Kind of record that it draws (for ``probe`` records, the probe) where it is not
+            ``name``; ``*`` for any records of layers.
+        page: ``module:name`` of ``make_page(series, style, options) -> Page``, which raises
+            ``UndrawableError`` for records that cannot be drawn.
         made_by: Command that measures these records.
         by_color: Whether colours distinguish the runs, which limits their number.
         options: The fields of ``Options`` that it uses, besides ``per``: ``field``, ``rank``.
@@ -185,20 +196,21 @@ class Feature:
 
     Args:
         package: The feature's package, ``__name__``.
-        name: ``Run.command`` of its results, such as ``probe sweep``; also the name of a command that has no other.
+        name: ``Run.command`` of its results, such as ``probe sweep``; also the name of a command
+            that has no other.
         group: What it is for, one of ``GROUPS``.
         commands: The command, and further ones, such as ``gate init``.
         records: ``module:name`` of each kind of record.
         functions: ``module:name`` of each public function, ``lora_diag.NAME``.
-        statements: ``module:name`` of ``statements(results, ...) -> list[Statement]``, the summary; further parameters,
-            with defaults, get the options of their name in a terminal.
-        grids: ``module:name`` of ``grids(results, per) -> list[Grid]``, the tables; if empty, they show the columns
-            declared by the records.
-        table: ``module:name`` of ``table(results, width, color, per=..., next_command=...)``, for a terminal; if empty,
-            it shows the tables above the summary.
+        statements: ``module:name`` of ``statements(results, ...) -> list[Statement]``, the summary;
+            further parameters, with defaults, get the options of their name in a terminal.
+        grids: ``module:name`` of ``grids(results, per) -> list[Grid]``, the tables; if empty, they
+            show the columns declared by the records.
+        table: ``module:name`` of ``table(results, width, color, per=..., next_command=...)``, for a
+            terminal; if empty, it shows the tables above the summary.
         section: The feature's section of a report; None if it has none.
-        questions: Pairs of a statement's key and the question that it answers at the top of a report; further keys of a
-            question add lines to its answer.
+        questions: Pairs of a statement's key and the question that it answers at the top of a
+            report; further keys of a question add lines to its answer.
         figures: The figures, in the order in which they are listed.
         named_by: Roles of the inputs that name a run in figures; empty for all that it measured.
     """
@@ -227,5 +239,7 @@ class Feature:
 
     def tables(self, results: Any, per: str) -> list[Any]:
         """Return the tables of results, each a ``Grid``."""
-        grids: list[Any] = self.load(self.grids or "lora_diag.rendering.tables:record_grids")(results, per)
+        grids: list[Any] = self.load(self.grids or "lora_diag.rendering.tables:record_grids")(
+            results, per
+        )
         return grids

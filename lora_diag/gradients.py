@@ -1,4 +1,5 @@
-"""Gradient snapshots: the training step of each file, and the location of each weight's gradient in it.
+"""Gradient snapshots: the training step of each file, and the location of each weight's gradient in
+it.
 
 Handles files, steps and names; numbers are measured by ``linalg``.
 """
@@ -92,17 +93,19 @@ class History:
 def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
     """Open gradient snapshots, reading their headers only.
 
-    The step number is ``step`` in the metadata, else the last number in the name of the file; in that of its folder if
-    the file has a usual name of weights, such as ``model.safetensors``.
+    The step number is ``step`` in the metadata, else the last number in the name of the file; in
+    that of its folder if the file has a usual name of weights, such as ``model.safetensors``.
 
     Args:
-        paths: Files of one step each, shard indices, folders with the weights of one step, or folders of such steps.
+        paths: Files of one step each, shard indices, folders with the weights of one step, or
+            folders of such steps.
 
     Returns:
         The steps in ascending order.
 
     Raises:
-        InputError: A path cannot be read, holds no gradients, has no valid step number or several, or repeats a step.
+        InputError: A path cannot be read, holds no gradients, has no valid step number or several,
+            or repeats a step.
     """
     steps: dict[int, Step] = {}
     for source in (source for path in paths for source in _find_sources(locate(path))):
@@ -110,7 +113,10 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
         number = _parse_step(checkpoint, source)
         existing = steps.setdefault(number, Step(number, checkpoint))
         if existing.checkpoint is not checkpoint:
-            raise InputError(f"{source}: step {number} is also in {existing.checkpoint.path}; give each step once")
+            raise InputError(
+                f"{source}: step {number} is also in {existing.checkpoint.path}; give each step "
+                "once"
+            )
     return tuple(steps[number] for number in sorted(steps))
 
 
@@ -128,11 +134,18 @@ def _find_sources(path: Path) -> list[Path]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     indices = [file for file in files if file.name.endswith(f".safetensors{INDEX}")]
     shards = {file.path for index in indices for file in open_checkpoint(index).files}
-    single = [file for file in files if file.suffix == ".safetensors" and file.is_file() and file not in shards]
+    single = [
+        file
+        for file in files
+        if file.suffix == ".safetensors" and file.is_file() and file not in shards
+    ]
     folders = [file for file in files if file.is_dir() and any(file.glob("*.safetensors"))]
     sources = sorted([*indices, *single, *folders])
     if not sources:
-        raise InputError(f"{path}: holds no gradients; looked for one .safetensors file or one folder of shards a step")
+        raise InputError(
+            f"{path}: holds no gradients; looked for one .safetensors file or one folder of shards "
+            "a step"
+        )
     return sources
 
 
@@ -140,28 +153,38 @@ def _parse_step(checkpoint: Checkpoint, path: Path) -> int:
     """Return the step number of a snapshot.
 
     Raises:
-        InputError: Neither metadata nor file name has a step number, that in the metadata is invalid, or its shards
-            disagree.
+        InputError: Neither metadata nor file name has a step number, that in the metadata is
+            invalid, or its shards disagree.
     """
-    steps_found = {word for file in checkpoint.files if (word := file.metadata.get("step")) is not None}
+    steps_found = {
+        word for file in checkpoint.files if (word := file.metadata.get("step")) is not None
+    }
     if len(steps_found) > 1:
-        raise InputError(f"{path}: its shards are from different steps: {', '.join(sorted(steps_found))}")
+        raise InputError(
+            f"{path}: its shards are from different steps: {', '.join(sorted(steps_found))}"
+        )
     if steps_found:
         (word,) = steps_found
         if not (word.isascii() and word.isdecimal() and len(word) < 16):
-            raise InputError(f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up; correct it")
+            raise InputError(
+                f"{path}: the step in its metadata is {word!r}, not a whole number from 0 up; "
+                "correct it"
+            )
         return int(word)
     stem = path.name.removesuffix(INDEX).removesuffix(path.suffix) if path.is_file() else path.name
     name = path.parent.name if path.name in WEIGHTS else stem
     match = _NUMBER.search(name)
     if match is None:
         raise InputError(
-            f"{path}: no training step is known; put it into the file's metadata or its name, such as grad_step000040"
+            f"{path}: no training step is known; put it into the file's metadata or its name, such "
+            "as grad_step000040"
         )
     return int(match[1])
 
 
-def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
+def histories(
+    steps: Sequence[Step], base: Checkpoint | None
+) -> tuple[tuple[History, ...], tuple[Unpaired, ...]]:
     """Collect the gradients of every weight over the steps.
 
     Args:
@@ -169,7 +192,8 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
         base: Checkpoint that gives the layer names; None to use the names of the gradients.
 
     Returns:
-        The histories of the matrices, and the tensors that are empty, no float matrices or not in ``base``, both in
+        The histories of the matrices, and the tensors that are empty, no float matrices or not in
+            ``base``, both in
         natural order of their names.
 
     Raises:
@@ -185,12 +209,14 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
             earlier = snapshots.setdefault(layer, [])
             if earlier and earlier[-1].step == step.step:
                 raise InputError(
-                    f"{step.checkpoint.path}: {earlier[-1].side.name} and {side.name} are both gradients of {layer}; "
+                    f"{step.checkpoint.path}: {earlier[-1].side.name} and {side.name} are both "
+                    f"gradients of {layer}; "
                     "remove one of them"
                 )
             if shapes.setdefault(layer, shape) != shape:
                 raise InputError(
-                    f"{step.checkpoint.path}: {side.name} is {list(shape)}, and {list(shapes[layer])} in "
+                    f"{step.checkpoint.path}: {side.name} is {list(shape)}, and "
+                    f"{list(shapes[layer])} in "
                     f"{earlier[-1].side.checkpoint.path}; use gradients of one model"
                 )
             earlier.append(Snapshot(step.step, side))
@@ -202,13 +228,17 @@ def histories(steps: Sequence[Step], base: Checkpoint | None) -> tuple[tuple[His
 def _locate_matrices(
     gradients: Checkpoint, base: Checkpoint | None
 ) -> tuple[list[tuple[str, tuple[int, int], Side]], dict[str, Unpaired]]:
-    """Return layer, shape and location of every matrix in one snapshot, and the tensors that are left out, by name."""
+    """Return layer, shape and location of every matrix in one snapshot, and the tensors that are
+    left out, by name.
+    """
     unpaired: dict[str, Unpaired] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in gradients:
         info = gradients[name]
         if info.dtype not in FLOAT_DTYPES:
-            unpaired[name] = Unpaired(name, info.shape, "not_float", f"a gradient stored as {info.dtype}")
+            unpaired[name] = Unpaired(
+                name, info.shape, "not_float", f"a gradient stored as {info.dtype}"
+            )
         elif info.numel == 0:
             unpaired[name] = Unpaired(name, info.shape, "empty", "has no entries")
         elif len(info.shape) < 2:
@@ -224,12 +254,22 @@ def _locate_matrices(
         return whole, unpaired
     locations, missing = match_names(shapes, base)
     for name, why in missing.items():
-        unpaired[name] = Unpaired(name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}")
-    return [locate_rows(gradients, name, location) for name in locations for location in locations[name]], unpaired
+        unpaired[name] = Unpaired(
+            name, shapes[name], "not_in_base", f"a gradient of no weight of BASE: {why}"
+        )
+    return [
+        locate_rows(gradients, name, location) for name in locations for location in locations[name]
+    ], unpaired
 
 
-def locate_rows(stored: Checkpoint, name: str, location: Location) -> tuple[str, tuple[int, int], Side]:
-    """Return layer, shape and location of the rows of a stored tensor that belong to one weight of BASE."""
+def locate_rows(
+    stored: Checkpoint, name: str, location: Location
+) -> tuple[str, tuple[int, int], Side]:
+    """Return layer, shape and location of the rows of a stored tensor that belong to one weight of
+    BASE.
+    """
     shape, (*rows, columns) = stored[name].shape, location.shape
-    row = location.index * (shape[1] if len(shape) == 3 else 0) + (location.rows[0] if location.rows else 0)
+    row = location.index * (shape[1] if len(shape) == 3 else 0) + (
+        location.rows[0] if location.rows else 0
+    )
     return location.layer, (math.prod(rows), columns), Side(stored, name, row * columns)

@@ -20,7 +20,8 @@ def scratch(name: str, size: int, dtype: DTypeLike = np.uint8) -> NDArray[Any]:
     """Return memory of this thread, valid until the thread calls with the same name again.
 
     Args:
-        name: Its purpose; the same name gives the same memory if that suffices and is at most ``KEPT_BYTES``.
+        name: Its purpose; the same name gives the same memory if that suffices and is at most
+            ``KEPT_BYTES``.
         size: Number of entries.
         dtype: Their type.
 

@@ -1,26 +1,28 @@
 """Thin factors B and A → singular values of B·A, with NumPy alone, and sketches of it.
 
-What ``linalg`` does with torch, for the one input that needs neither torch nor a GPU: importing torch takes ten times
-as long as measuring an adapter. Sketches are of many adapters, and torch adds up their rows in 0.4 times the time of
-SciPy's sparse products.
+What ``linalg`` does with torch, for the one input that needs neither torch nor a GPU: importing
+torch takes ten times as long as measuring an adapter. Sketches are of many adapters, and torch adds
+up their rows in 0.4 times the time of SciPy's sparse products.
 
-With B = Q_b R_b and Aᵀ = Q_a R_a, B·A = Q_b (R_b R_aᵀ) Q_aᵀ, so the singular values are those of the r×r core R_b R_aᵀ.
-A factor that is well conditioned needs no Q: R is the Cholesky factor of BᵀB, and the error of every σ_i is *relative*.
-Any other is reduced by Householder QR.
+With B = Q_b R_b and Aᵀ = Q_a R_a, B·A = Q_b (R_b R_aᵀ) Q_aᵀ, so the singular values are those of
+the r×r core R_b R_aᵀ. A factor that is well conditioned needs no Q: R is the Cholesky factor of
+BᵀB, and the error of every σ_i is *relative*. Any other is reduced by Householder QR.
 
-All products and decompositions are of blocks that OpenBLAS, which NumPy's wheels contain, computes on one thread, so
-that the bytes of the result do not depend on the number of threads. Before NumPy 2.3, OpenBLAS starts threads for
-inverses from rank 30 or 40 on, and before 2.0 for Cholesky factors of rank 64.
+All products and decompositions are of blocks that OpenBLAS, which NumPy's wheels contain, computes
+on one thread, so that the bytes of the result do not depend on the number of threads. Before NumPy
+2.3, OpenBLAS starts threads for inverses from rank 30 or 40 on, and before 2.0 for Cholesky factors
+of rank 64.
 
-A sketch is a short vector; inner products of sketches estimate those of matrices, so that thousands are compared
-without reading any again. Each entry X_ij is added, with a random sign s(i)t(j), to one of d buckets, (h(i) + k(j)) mod
-d. Then E⟨sketch X, sketch Y⟩ = ⟨X, Y⟩. Of a product B·A the sketch is the sum over columns of circular convolutions of
-those of B's column and A's row, by FFT: a factor is read once, with one addition an entry (TensorSketch: Pham and Pagh
-2013, "Fast and scalable polynomial kernels via explicit feature maps"). What is stored in at most 32 bits is added and
-transformed in float32, whose rounding is far below the error of the method. The cosine of two sketches has an error of
-about (1 − c²)/√d, where c is that of the matrices; at rank one up to 2.5 times that (tests/thin/test_sketch.py). A
-sketch of several layers is the sum of theirs, each with its own random signs, so that products of different layers are
-zero on average.
+A sketch is a short vector; inner products of sketches estimate those of matrices, so that thousands
+are compared without reading any again. Each entry X_ij is added, with a random sign s(i)t(j), to
+one of d buckets, (h(i) + k(j)) mod d. Then E⟨sketch X, sketch Y⟩ = ⟨X, Y⟩. Of a product B·A the
+sketch is the sum over columns of circular convolutions of those of B's column and A's row, by FFT:
+a factor is read once, with one addition an entry (TensorSketch: Pham and Pagh 2013, "Fast and
+scalable polynomial kernels via explicit feature maps"). What is stored in at most 32 bits is added
+and transformed in float32, whose rounding is far below the error of the method. The cosine of two
+sketches has an error of about (1 − c²)/√d, where c is that of the matrices; at rank one up to 2.5
+times that (tests/thin/test_sketch.py). A sketch of several layers is the sum of theirs, each with
+its own random signs, so that products of different layers are zero on average.
 """
 
 from __future__ import annotations
@@ -47,22 +49,25 @@ if TYPE_CHECKING:
 # Largest rank: beyond, a block of r columns is no longer small.
 MAX_RANK = 64
 
-# OpenBLAS starts threads for products of m·n·k ≥ 2^18 (interface/gemm.c), and for m·n > 2^13 entries of a matrix times
-# a vector (interface/ger.c, gemv.c), of which Householder QR consists.
+# OpenBLAS starts threads for products of m·n·k ≥ 2^18 (interface/gemm.c), and for m·n > 2^13
+# entries of a matrix times a vector (interface/ger.c, gemv.c), of which Householder QR consists.
 MAX_PRODUCT, MAX_QR_ENTRIES = 2**18, 2**13
 
 # Rows of a product, and entries that are converted to float64 at once: half a MiB.
 MAX_BLOCK_ROWS, CACHE_ENTRIES = 512, 2**16
 
-# Least eigenvalue of XᵀX with columns scaled to norm 1, from which it is factored by Cholesky. Its bound is then below
-# that of QR. Trained adapters: 0.05 and more (tests/thin/test_values.py); Gaussian factors 0.9.
+# Least eigenvalue of XᵀX with columns scaled to norm 1, from which it is factored by Cholesky. Its
+# bound is then below that of QR. Trained adapters: 0.05 and more (tests/thin/test_values.py);
+# Gaussian factors 0.9.
 MIN_EIGENVALUE = 1 / 32
 
-# Largest bound on an error of C(r) for which energies are taken from Gram matrices alone; trained adapters: below 1e-9.
+# Largest bound on an error of C(r) for which energies are taken from Gram matrices alone; trained
+# adapters: below 1e-9.
 MAX_GRAM_ERROR = 1e-8
 
-# Rows at multiples of this distance in bytes share a few lines of the cache: copying their columns takes twice as long
-# for 16 rows, and six times as long for 64. With this many entries between them, they do not.
+# Rows at multiples of this distance in bytes share a few lines of the cache: copying their columns
+# takes twice as long for 16 rows, and six times as long for 64. With this many entries between
+# them, they do not.
 CACHE_STRIDE, CACHE_GAP = 4096, 16
 
 # ‖x_i‖² within which squares and products of two factors are far from the ends of float64's range.
@@ -76,11 +81,12 @@ class ThinValues:
     """Singular values of a stack of k matrices B·A.
 
     Args:
-        s: All min(m, n, r) that can be nonzero of each, descending, ``(k, min(m, n, r))``; of ``thin_energies`` r each.
+        s: All min(m, n, r) that can be nonzero of each, descending, ``(k, min(m, n, r))``; of
+            ``thin_energies`` r each.
         energy_error: Bounds on |Ĉ(i) − C(i)| for every i, ``(k,)``.
         fro: ‖B·A‖_F, ``(k,)``; not finite where the product overflows.
-        mix: W with B·W the left singular vectors, ``(k, r, s.shape[1])``, where σ > 0; None if not requested. Accurate
-            for values that are not far below σ_1.
+        mix: W with B·W the left singular vectors, ``(k, r, s.shape[1])``, where σ > 0; None if not
+            requested. Accurate for values that are not far below σ_1.
     """
 
     s: Array
@@ -119,19 +125,25 @@ class Grams:
     terms: NDArray[np.int64]
 
 
-def thin_values(left: Triangles, right: Triangles, factor: float | Array = 1.0, vectors: bool = False) -> ThinValues:
+def thin_values(
+    left: Triangles, right: Triangles, factor: float | Array = 1.0, vectors: bool = False
+) -> ThinValues:
     """Compute the singular values of every s·B·A of a stack.
 
     Args:
         left: Triangles of B, ``(m, r)``, r ≤ ``MAX_RANK``.
         right: Triangles of Aᵀ, ``(n, r)``.
         factor: s, one or ``(k,)``.
-        vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a V is R_aᵀV.
+        vectors: Whether to compute ``mix``. B·A·v = σu, and A applied to right singular vectors Q_a
+            V is R_aᵀV.
 
     Returns:
-        The values; infinite where they overflow. With relative errors η_b, η_a and backward errors β_b, β_a of the
-        two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and an error of at most
-        δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its decomposition. Hence
+        The values; infinite where they overflow. With relative errors η_b, η_a and backward errors
+            β_b, β_a of the
+        two triangles, every computed value is that of a matrix with σ_i(1 ± η), η = η_b + η_a, and
+            an error of at most
+        δ = (β_b + β_a + κ)·‖B‖_F‖A‖_F, where κ = (r² + r)·ε covers the product R_b R_aᵀ and its
+            decomposition. Hence
         Σ|σ̂_i² − σ_i²| ≤ (2η + η²)Σσ_i² + 2δ√(pΣσ_i²) + pδ² for p values, by Cauchy–Schwarz.
     """
     rank = left.r.shape[2]
@@ -159,12 +171,14 @@ def thin_values(left: Triangles, right: Triangles, factor: float | Array = 1.0, 
 
 
 def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
-    """Compute the energies of every s·B·A of a stack, faster than ``thin_values``: small σ_i are not accurate.
+    """Compute the energies of every s·B·A of a stack, faster than ``thin_values``: small σ_i are
+    not accurate.
 
-    With columns b_i scaled to norm 1 and the rows of A in turn, AAᵀ = LLᵀ, and σ_i² are the eigenvalues of LᵀBᵀBL. An
-    error E of BᵀB moves them by at most ‖E‖_2‖L‖_F² together, one of LLᵀ by ‖E‖_2‖B‖_F², one of the r×r matrix by
-    √r·‖E‖_F; these are t_b·ε·‖B‖_F², (t_a + r + 1)·ε·‖A‖_F² (Higham 2002, theorem 10.3), and that of two products and
-    the decomposition, (r² + 2r)·ε·‖B‖_F²‖A‖_F².
+    With columns b_i scaled to norm 1 and the rows of A in turn, AAᵀ = LLᵀ, and σ_i² are the
+    eigenvalues of LᵀBᵀBL. An error E of BᵀB moves them by at most ‖E‖_2‖L‖_F² together, one of LLᵀ
+    by ‖E‖_2‖B‖_F², one of the r×r matrix by √r·‖E‖_F; these are t_b·ε·‖B‖_F², (t_a + r +
+    1)·ε·‖A‖_F² (Higham 2002, theorem 10.3), and that of two products and the decomposition, (r² +
+    2r)·ε·‖B‖_F²‖A‖_F².
 
     Args:
         left: BᵀB of each B.
@@ -172,7 +186,8 @@ def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
         factor: s, ``(k,)``.
 
     Returns:
-        The values, with ``mix``; ``energy_error`` is 1 where a ‖b_i‖ or ‖a_i‖ is near the ends of the range, a
+        The values, with ``mix``; ``energy_error`` is 1 where a ‖b_i‖ or ‖a_i‖ is near the ends of
+            the range, a
         decomposition does not exist, or the bound on the error of the energy is half of it or more.
     """
     rank = left.products.shape[1]
@@ -190,7 +205,9 @@ def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
     scale = np.abs(factor)
     with np.errstate(over="ignore", invalid="ignore"):
         bound = rank * (squares[0] * squares[1]).sum(axis=1) * EPS * terms  # of Σ|σ̂_i² − σ_i²|
-        error = np.where(usable & (total > 2 * bound), 2 * bound / np.where(total > 0, total, 1.0), 1.0)
+        error = np.where(
+            usable & (total > 2 * bound), 2 * bound / np.where(total > 0, total, 1.0), 1.0
+        )
         return ThinValues(s * scale[:, None], error, np.sqrt(total) * scale, mix)
 
 
@@ -219,13 +236,17 @@ def _in_range(squares: Array) -> NDArray[np.bool_]:
 def compute_grams(stack: Numbers) -> Grams:
     """Return XᵀX of each X of a stack ``(k, m, r)``, summed over blocks of rows.
 
-    A few blocks at a time are converted to float64, so that they are in the cache when they are multiplied.
+    A few blocks at a time are converted to float64, so that they are in the cache when they are
+    multiplied.
     """
     count, rows, rank = stack.shape
     block = _choose_block_rows(rows, rank)
     if count > 1 and rows % block:
         grams = [compute_grams(x[None]) for x in stack]
-        return Grams(np.concatenate([gram.products for gram in grams]), np.concatenate([gram.terms for gram in grams]))
+        return Grams(
+            np.concatenate([gram.products for gram in grams]),
+            np.concatenate([gram.terms for gram in grams]),
+        )
     x, per_matrix = stack.reshape(-1, rank), -(-rows // block)
     step = block * max(1, CACHE_ENTRIES // (block * rank))
     products_of_blocks = np.empty((count * per_matrix, rank, rank))
@@ -233,9 +254,15 @@ def compute_grams(stack: Numbers) -> Grams:
         for first in range(0, len(x), step):
             part = _to_float64(x[first : first + step])
             blocks, index = len(part) // block, first // block
-            _multiply(part[: blocks * block].reshape(blocks, block, rank), products_of_blocks[index : index + blocks])
+            _multiply(
+                part[: blocks * block].reshape(blocks, block, rank),
+                products_of_blocks[index : index + blocks],
+            )
             if len(part) > blocks * block:
-                _multiply(part[None, blocks * block :], products_of_blocks[index + blocks : index + blocks + 1])
+                _multiply(
+                    part[None, blocks * block :],
+                    products_of_blocks[index + blocks : index + blocks + 1],
+                )
         products = products_of_blocks.reshape(count, per_matrix, rank, rank).sum(axis=1)
     return Grams(products, np.full(count, min(rows, block) + per_matrix))
 
@@ -248,11 +275,17 @@ def _choose_block_rows(rows: int, rank: int) -> int:
 
 
 def _to_float64(part: Numbers) -> Array:
-    """Return rows of a factor in float64, in their order in memory; those converted are valid until the next call."""
+    """Return rows of a factor in float64, in their order in memory; those converted are valid until
+    the next call.
+    """
     if part.dtype == np.float64:
         return part.astype(np.float64, copy=False)
     memory = scratch("float64", part.size, np.float64)
-    converted = memory.reshape(part.shape) if part.flags.c_contiguous else memory.reshape(part.shape[::-1]).T
+    converted = (
+        memory.reshape(part.shape)
+        if part.flags.c_contiguous
+        else memory.reshape(part.shape[::-1]).T
+    )
     np.copyto(converted, part)
     return converted
 
@@ -260,8 +293,8 @@ def _to_float64(part: Numbers) -> Array:
 def _multiply(stack: Array, out: Array) -> None:
     """Write XᵀX of each X of a stack to ``out``, as two halves.
 
-    For the whole, NumPy would call syrk, which first copies X into an arrangement for larger matrices: 0.9 ns an entry
-    of 16 columns instead of 0.5.
+    For the whole, NumPy would call syrk, which first copies X into an arrangement for larger
+    matrices: 0.9 ns an entry of 16 columns instead of 0.5.
     """
     transposed, half = stack.transpose(0, 2, 1), stack.shape[2] // 2
     np.matmul(transposed[:, :half], stack, out=out[:, :half])
@@ -269,22 +302,28 @@ def _multiply(stack: Array, out: Array) -> None:
 
 
 def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
-    """Return R from each XᵀX of a stack by Cholesky, and which X are well conditioned: the others have no valid R.
+    """Return R from each XᵀX of a stack by Cholesky, and which X are well conditioned: the others
+    have no valid R.
 
-    XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖. Each entry has an error
-    of at most (t + r + 2)·ε, from the product and from Cholesky (Higham 2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the
-    range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H), and R = Uᵀ(I + F)^½X. λ_min(H) = 1/‖L⁻¹‖_2² ≥ 1/(‖L⁻¹‖_1‖L⁻¹‖_∞),
-    which is near it where the columns are nearly orthogonal, as those of most adapters, and ≥ 1/‖L⁻¹‖_F².
+    XᵀX is scaled to a unit diagonal, H, which changes no rounding error relative to ‖x_i‖‖x_j‖.
+    Each entry has an error of at most (t + r + 2)·ε, from the product and from Cholesky (Higham
+    2002, theorem 10.3), so RᵀR = Xᵀ(I + F)X on the range of X with ‖F‖_2 ≤ r(t + r + 2)·ε/λ_min(H),
+    and R = Uᵀ(I + F)^½X. λ_min(H) = 1/‖L⁻¹‖_2² ≥ 1/(‖L⁻¹‖_1‖L⁻¹‖_∞), which is near it where the
+    columns are nearly orthogonal, as those of most adapters, and ≥ 1/‖L⁻¹‖_F².
     """
     products, terms = grams.products, grams.terms
     count, rank = products.shape[:2]
     squares = products.diagonal(axis1=1, axis2=2)
     usable = _in_range(squares)
     norms = np.sqrt(np.where(usable[:, None], squares, 1.0))
-    unit = np.where(usable[:, None, None], products, np.eye(rank)) / (norms[:, :, None] * norms[:, None, :])
+    unit = np.where(usable[:, None, None], products, np.eye(rank)) / (
+        norms[:, :, None] * norms[:, None, :]
+    )
     lower = _factor_cholesky(unit)
     inverse = np.abs(np.linalg.inv(lower))
-    smallest = 1 / np.minimum(inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _sum_squares(inverse))
+    smallest = 1 / np.minimum(
+        inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _sum_squares(inverse)
+    )
     result = Triangles(
         lower.transpose(0, 2, 1) * norms[:, None, :],
         np.ones(count),
@@ -295,7 +334,9 @@ def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
 
 
 def _factor_cholesky(stack: Array) -> Array:
-    """Return Cholesky factors; of a matrix that is not positive definite ε·I, which counts as badly conditioned."""
+    """Return Cholesky factors; of a matrix that is not positive definite ε·I, which counts as badly
+    conditioned.
+    """
     try:
         return np.asarray(np.linalg.cholesky(stack), np.float64)
     except np.linalg.LinAlgError:
@@ -311,11 +352,12 @@ def _choose_scale(x: Numbers) -> float:
 
 
 def _reduce_by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
-    """Return R of X/scale by Householder QR of blocks of rows, and of their triangles, until one is left.
+    """Return R of X/scale by Householder QR of blocks of rows, and of their triangles, until one is
+    left.
 
-    Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up along the path from a
-    row to the last triangle. Reference: Demmel, Grigori, Hoemmen, Langou 2012, "Communication-optimal parallel and
-    sequential QR and LU factorizations" (TSQR).
+    Each QR of p rows has a backward error of p·r·ε (Higham 2002, theorem 19.4), and they add up
+    along the path from a row to the last triangle. Reference: Demmel, Grigori, Hoemmen, Langou
+    2012, "Communication-optimal parallel and sequential QR and LU factorizations" (TSQR).
     """
     rank = x.shape[1]
     block = max(2 * rank, MAX_QR_ENTRIES // rank)
@@ -330,7 +372,12 @@ def _reduce_by_reflections(x: Numbers, scale: float = 1.0) -> Triangles:
         remaining = _triangularize(remaining.reshape(count, rows, rank)).reshape(-1, rank)
         path += rows
     path += len(remaining)
-    return Triangles(_triangularize(remaining)[None], np.array([scale]), np.zeros(1), np.array([path * rank * EPS]))
+    return Triangles(
+        _triangularize(remaining)[None],
+        np.array([scale]),
+        np.zeros(1),
+        np.array([path * rank * EPS]),
+    )
 
 
 def _triangularize(stack: Array) -> Array:
@@ -360,7 +407,9 @@ def sketch(matrix: Array | tuple[Array, Array], name: str) -> Array:
     rows = fold(matrix, ROWS)
     both = fold(rows.T, COLUMNS)  # (buckets of columns, buckets of rows)
     buckets = np.arange(LENGTH)
-    return np.asarray(both[(buckets[:, None] - buckets) % LENGTH, buckets].sum(axis=1) * _draw_signs(name))
+    return np.asarray(
+        both[(buckets[:, None] - buckets) % LENGTH, buckets].sum(axis=1) * _draw_signs(name)
+    )
 
 
 def to_row_major(x: Numbers) -> Numbers:
@@ -377,7 +426,9 @@ def to_row_major(x: Numbers) -> Numbers:
     if x.strides[-1] % CACHE_STRIDE == 0:
         *stack, rows, columns = x.shape
         shape = (*stack, columns, rows + CACHE_GAP)
-        apart: Numbers = scratch("apart", math.prod(shape), x.dtype).reshape(shape)[..., :rows].swapaxes(-1, -2)
+        apart: Numbers = (
+            scratch("apart", math.prod(shape), x.dtype).reshape(shape)[..., :rows].swapaxes(-1, -2)
+        )
         np.copyto(apart, x)
         x = apart
     copied: Numbers = scratch("turned", x.size, x.dtype).reshape(x.shape)
@@ -390,7 +441,8 @@ def fold(x: Numbers, by: str) -> Numbers:
 
     Args:
         x: X ``(m, k)``, or a stack of several.
-        by: ``ROWS`` or ``COLUMNS``, the hash of rows or columns of ΔW; ``BOTH`` for the first above the second.
+        by: ``ROWS`` or ``COLUMNS``, the hash of rows or columns of ΔW; ``BOTH`` for the first above
+            the second.
 
     Returns:
         ``(…, LENGTH, k)``, of both hashes ``(…, 2·LENGTH, k)``.
@@ -410,10 +462,11 @@ def fold(x: Numbers, by: str) -> Numbers:
 
 
 def transform(folded: Numbers) -> Transforms:
-    """Return the Fourier transforms ``(…, LENGTH/2 + 1, k)`` of folded columns ``(…, LENGTH, k)``, in their precision.
+    """Return the Fourier transforms ``(…, LENGTH/2 + 1, k)`` of folded columns ``(…, LENGTH, k)``,
+    in their precision.
 
-    Those of B·W are those of B, times W. SciPy transforms several columns at once, in float32 five times as fast as
-    NumPy in float64.
+    Those of B·W are those of B, times W. SciPy transforms several columns at once, in float32 five
+    times as fast as NumPy in float64.
     """
     from scipy.fft import rfft
 
@@ -436,21 +489,34 @@ def sketch_products(left: Transforms, right: Transforms, names: Sequence[str]) -
 
 
 def mix_columns(transforms: Transforms, mix: Array) -> Transforms:
-    """Return the transforms of the columns of each B·W of a stack from those of B, on one thread."""
-    block, converted = max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])), mix.astype(transforms.dtype)
+    """Return the transforms of the columns of each B·W of a stack from those of B, on
+    one thread.
+    """
+    block, converted = (
+        max(1, (MAX_PRODUCT - 1) // (mix.shape[1] * mix.shape[2])),
+        mix.astype(transforms.dtype),
+    )
     products: Transforms = np.empty_like(transforms, shape=(*transforms.shape[:2], mix.shape[2]))
     for first in range(0, transforms.shape[1], block):
-        np.matmul(transforms[:, first : first + block], converted, out=products[:, first : first + block])
+        np.matmul(
+            transforms[:, first : first + block], converted, out=products[:, first : first + block]
+        )
     return products
 
 
 @lru_cache(maxsize=64)
-def _make_buckets(dimension: int, by: str, dtype: np.dtype[Any], count: int = 1) -> Sequence[torch.Tensor]:
-    """Return the rows of ``count`` matrices by bucket, the position of each bucket's first row, and the rows' signs."""
+def _make_buckets(
+    dimension: int, by: str, dtype: np.dtype[Any], count: int = 1
+) -> Sequence[torch.Tensor]:
+    """Return the rows of ``count`` matrices by bucket, the position of each bucket's first row, and
+    the rows' signs.
+    """
     import torch
 
     hashed = [_hash_bytes(f"{which}:{dimension}", 2 * dimension) for which in by]
-    buckets = np.concatenate([LENGTH * i + values[:dimension].astype(np.intp) for i, values in enumerate(hashed)])
+    buckets = np.concatenate(
+        [LENGTH * i + values[:dimension].astype(np.intp) for i, values in enumerate(hashed)]
+    )
     signs = np.concatenate([1.0 - 2.0 * (values[dimension:] & 1) for values in hashed])
     order = np.argsort(buckets, kind="stable")
     starts = np.searchsorted(buckets[order], np.arange(LENGTH * len(by)))
@@ -472,4 +538,6 @@ def _draw_signs(name: str) -> Array:
 
 def _hash_bytes(seed: str, count: int) -> NDArray[np.uint8]:
     """Return bytes that are equal in every run and with every version of NumPy."""
-    return np.frombuffer(hashlib.shake_256(seed.encode("utf-8", "surrogateescape")).digest(count), np.uint8)
+    return np.frombuffer(
+        hashlib.shake_256(seed.encode("utf-8", "surrogateescape")).digest(count), np.uint8
+    )

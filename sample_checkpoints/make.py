@@ -1,8 +1,9 @@
-"""Makes the sample checkpoints of this folder: a base model, a full fine-tune, two LoRA fine-tunes, gradients, a run.
+"""Makes the sample checkpoints of this folder: a base model, a full fine-tune, two LoRA fine-tunes,
+gradients, a run.
 
-A small Llama-architecture byte-level language model is trained on the English text of Python's reference
-documentation, then fine-tuned on Python source code, once with all weights and twice with LoRA. Everything the run
-needs comes with CPython; nothing is downloaded.
+A small Llama-architecture byte-level language model is trained on the English text of Python's
+reference documentation, then fine-tuned on Python source code, once with all weights and twice with
+LoRA. Everything the run needs comes with CPython; nothing is downloaded.
 
 Usage:
     python sample_checkpoints/make.py [--out DIR] [--quick]
@@ -36,7 +37,8 @@ CONTEXT = 256
 BATCH = 16
 CLIP_NORM = 1.0
 ADAM_BETAS = (0.9, 0.95)
-# The order of floating-point sums depends on the thread count, so a fixed count is part of being reproducible.
+# The order of floating-point sums depends on the thread count, so a fixed count is part of being
+# reproducible.
 THREADS = 2
 MODEL_SEED = 0
 
@@ -79,7 +81,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedules of all runs. `full` and `lora` share steps and data seed, hence see the same batches in order."""
+    """The schedules of all runs.
+
+    `full` and `lora` share steps and data seed, hence see the same batches in order.
+    """
 
     base: Schedule
     full: Schedule
@@ -87,7 +92,9 @@ class Plan:
 
     @property
     def gradient_steps(self) -> tuple[int, ...]:
-        """Steps of the full fine-tune whose gradient is kept: the first, 10 %, 50 % and the last."""
+        """Steps of the full fine-tune whose gradient is kept: the first, 10 %, 50 % and
+        the last.
+        """
         steps = self.full.steps
         return (0, steps // 10, steps // 2, steps - 1)
 
@@ -124,7 +131,9 @@ def log(message: str) -> None:
 def word_runs(text: str) -> set[tuple[str, ...]]:
     """All runs of SHARED_RUN_WORDS consecutive words of `text`, whatever its line breaks."""
     words = text.split()
-    return {tuple(words[i : i + SHARED_RUN_WORDS]) for i in range(len(words) - SHARED_RUN_WORDS + 1)}
+    return {
+        tuple(words[i : i + SHARED_RUN_WORDS]) for i in range(len(words) - SHARED_RUN_WORDS + 1)
+    }
 
 
 def topics_corpus() -> Corpus:
@@ -137,7 +146,9 @@ def topics_corpus() -> Corpus:
     seen = set().union(*map(word_runs, train))
     leaked = [name for name in EVAL_TOPICS if word_runs(topics[name]) & seen]
     if leaked:
-        raise ValueError(f"held-out topics share passages with training topics: {', '.join(leaked)}")
+        raise ValueError(
+            f"held-out topics share passages with training topics: {', '.join(leaked)}"
+        )
     held_out = [topics[name] for name in EVAL_TOPICS]
     return Corpus("\n\n".join(train).encode(), "\n\n".join(held_out).encode())
 
@@ -145,7 +156,9 @@ def topics_corpus() -> Corpus:
 def python_corpus() -> Corpus:
     """Python source of a few standard library packages, split by whole files."""
     held_out = [STDLIB / name for name in EVAL_FILES]
-    files = [file for package in PYTHON_PACKAGES for file in sorted((STDLIB / package).glob("*.py"))]
+    files = [
+        file for package in PYTHON_PACKAGES for file in sorted((STDLIB / package).glob("*.py"))
+    ]
     train = b"\n".join(file.read_bytes() for file in files if file not in held_out)
     return Corpus(train[:MAX_PYTHON_BYTES], b"\n".join(file.read_bytes() for file in held_out))
 
@@ -202,7 +215,8 @@ def train(
         model: Causal language model; changed in place.
         text: Training text.
         schedule: Hyperparameters of the run.
-        after_backward: Called with the step number once the gradient is there, before it is clipped.
+        after_backward: Called with the step number once the gradient is there, before it is
+            clipped.
         after_step: Called with the step number and its training loss once the weights are updated.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -220,12 +234,17 @@ def train(
         optimizer.step()
         after_step(step, loss.item())
         if step % 100 == 0 or step == schedule.steps - 1:
-            log(f"{name}: step {step:4d}, training loss {loss.item():.3f}, {time.monotonic() - start:.0f} s")
+            log(
+                f"{name}: step {step:4d}, training loss {loss.item():.3f}, "
+                f"{time.monotonic() - start:.0f} s"
+            )
 
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, text: bytes) -> float:
-    """Loss in nats per byte over consecutive windows of CONTEXT bytes; an incomplete last window is left out."""
+    """Loss in nats per byte over consecutive windows of CONTEXT bytes; an incomplete last window is
+    left out.
+    """
     model.eval()
     ids = token_ids(text)
     windows = ids[: len(ids) // CONTEXT * CONTEXT].view(-1, CONTEXT)
@@ -239,7 +258,9 @@ def load_base(out: Path) -> transformers.LlamaForCausalLM:
 
 
 def with_sorted_metadata(serialized: bytes) -> bytes:
-    """The same safetensors file with its metadata keys in sorted order; the library's order changes between runs."""
+    """The same safetensors file with its metadata keys in sorted order; the library's order changes
+    between runs.
+    """
     size = int.from_bytes(serialized[:8], "little")
     header = json.loads(serialized[8 : 8 + size])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -312,18 +333,24 @@ def make_lora_fine_tune(out: Path, plan: Plan, text: bytes, rank: int) -> None:
 
 
 def make_run(out: Path, schedule: Schedule, text: bytes) -> None:
-    """Fine-tunes LoRA factors and keeps checkpoints on the way, in the layout of a trainer of transformers."""
+    """Fine-tunes LoRA factors and keeps checkpoints on the way, in the layout of a trainer of
+    transformers.
+    """
     model = new_adapter(out, RUN_RANK, schedule.data_seed)
     logged: list[dict[str, float]] = []
 
     def keep_checkpoint(step: int, loss: float) -> None:
         number = step + 1
         if number % RUN_EVERY == 0:
-            logged.append({"step": number, "loss": round(loss, 4), "learning_rate": schedule.rate_at(step)})
+            logged.append(
+                {"step": number, "loss": round(loss, 4), "learning_rate": schedule.rate_at(step)}
+            )
             folder = out / "run" / f"checkpoint-{number}"
             save_adapter(model, folder)
             state = {"global_step": number, "max_steps": schedule.steps, "log_history": logged}
-            (folder / "trainer_state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+            (folder / "trainer_state.json").write_text(
+                json.dumps(state, indent=1) + "\n", encoding="utf-8"
+            )
 
     train("run", model, text, schedule, after_step=keep_checkpoint)
 
@@ -341,7 +368,9 @@ def measure_losses(out: Path) -> Losses:
     texts = {name: (out / "eval" / f"{name}.txt").read_bytes() for name in ("in_domain", "shifted")}
     losses = {}
     for model_name, model in saved_models(out):
-        losses[model_name] = {name: round(held_out_loss(model, text), 4) for name, text in texts.items()}
+        losses[model_name] = {
+            name: round(held_out_loss(model, text), 4) for name, text in texts.items()
+        }
         log(f"{model_name}: held-out losses {losses[model_name]}")
     return losses
 
@@ -385,7 +414,10 @@ def losses_table(losses: Losses) -> str:
     """The losses of all checkpoints on both held-out texts."""
     return table(
         ("checkpoint", "`in_domain.txt` (Python)", "`shifted.txt` (English)"),
-        [(f"`{name}`", f"{row['in_domain']:.3f}", f"{row['shifted']:.3f}") for name, row in losses.items()],
+        [
+            (f"`{name}`", f"{row['in_domain']:.3f}", f"{row['shifted']:.3f}")
+            for name, row in losses.items()
+        ],
     )
 
 
@@ -395,7 +427,14 @@ def schedules_table(plan: Plan) -> str:
     return table(
         ("run", "steps", "warm-up steps", "peak learning rate", "weight decay", "data seed"),
         [
-            (name, run.steps, run.warmup, f"{run.learning_rate:g}", f"{run.weight_decay:g}", run.data_seed)
+            (
+                name,
+                run.steps,
+                run.warmup,
+                f"{run.learning_rate:g}",
+                f"{run.weight_decay:g}",
+                run.data_seed,
+            )
             for name, run in runs.items()
         ],
     )
@@ -461,8 +500,12 @@ def make_all(out: Path, plan: Plan, run: Schedule) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Make the sample checkpoints.")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: the script's own)")
-    parser.add_argument("--quick", action="store_true", help="very few steps, to try the script; needs --out")
+    parser.add_argument(
+        "--out", type=Path, default=HERE, help="folder to write to (default: the script's own)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="very few steps, to try the script; needs --out"
+    )
     arguments = parser.parse_args()
     if arguments.quick and arguments.out.resolve() == HERE:
         parser.error("--quick would replace the real checkpoints; give another folder with --out")

@@ -15,10 +15,17 @@ PLAIN = {str: "x", int: 1, float: 1.0, bool: False, dict: {}}
 
 
 def build(kind: type[R], /, **fields: Any) -> R:
-    """Return a record with these fields; all others have their default, else null, else a plain value."""
-    assert fields.keys() <= kind.model_fields.keys(), f"{kind.__name__} has no {fields.keys() - kind.model_fields}"
+    """Return a record with these fields; all others have their default, else null, else a plain
+    value.
+    """
+    assert fields.keys() <= kind.model_fields.keys(), (
+        f"{kind.__name__} has no {fields.keys() - kind.model_fields}"
+    )
     required = {name: field for name, field in kind.model_fields.items() if field.is_required()}
-    return kind(**{name: plain(field.annotation) for name, field in required.items() if name not in fields} | fields)
+    return kind(
+        **{name: plain(field.annotation) for name, field in required.items() if name not in fields}
+        | fields
+    )
 
 
 def plain(annotation: Any) -> Any:
@@ -48,7 +55,8 @@ def layer_spectrum(
     resolution: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Spectrum:
-    """Return the record of a layer with these singular values; what follows from them is computed by its definition.
+    """Return the record of a layer with these singular values; what follows from them is computed
+    by its definition.
 
     Args:
         layer: Its name.
@@ -69,7 +77,9 @@ def layer_spectrum(
     p = energy[energy > 0] / total if total else energy
 
     def kept(rank: int) -> float | None:
-        return float(curve[min(rank, len(s)) - 1]) if total and (complete or rank <= len(s)) else None
+        return (
+            float(curve[min(rank, len(s)) - 1]) if total and (complete or rank <= len(s)) else None
+        )
 
     def reached(share: float) -> int | None:
         return next((i for i, c in enumerate(curve, 1) if c >= share - 1e-12), None) if total else 0
@@ -77,7 +87,9 @@ def layer_spectrum(
     def tail(rank: int) -> Tail | None:
         if not complete and rank >= len(s):
             return None
-        return Tail(fro=float(energy[rank:].sum()) ** 0.5, spectral=float(s[rank]) if rank < len(s) else 0.0)
+        return Tail(
+            fro=float(energy[rank:].sum()) ** 0.5, spectral=float(s[rank]) if rank < len(s) else 0.0
+        )
 
     derived = {
         "dtypes": ("float32", "float32"),
@@ -107,8 +119,12 @@ def results(
     **settings: Any,
 ) -> Results:
     """Return the results of a run of a command; ``norms`` are those of its end."""
-    sides = tuple(RunInput(role=role, path=path, kind="safetensors file", tensors=9) for role, path in inputs)
+    sides = tuple(
+        RunInput(role=role, path=path, kind="safetensors file", tensors=9) for role, path in inputs
+    )
     run = Run(command=command, version="0.1.0", inputs=sides, settings=settings)
     layers = len({getattr(record, "layer", record) for record in records})
-    end = End(layers=layers, left_out=len(left_out), fro=norms, base_fro=norms) if finished else None
+    end = (
+        End(layers=layers, left_out=len(left_out), fro=norms, base_fro=norms) if finished else None
+    )
     return Results(run, tuple(records), tuple(left_out), end, tuple(whole))

@@ -21,7 +21,9 @@ import pytest
 from tests import slow_tests
 from tests.served import PATIENCE, ROOT, SOCKET, Server
 
-if TYPE_CHECKING:  # torch takes seconds to import, and the process that hands tests to workers runs none
+if (
+    TYPE_CHECKING
+):  # torch takes seconds to import, and the process that hands tests to workers runs none
     import numpy as np
     import torch
 
@@ -29,17 +31,30 @@ if TYPE_CHECKING:  # torch takes seconds to import, and the process that hands t
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
-# Every run tries the same examples, and none fails because a machine is slow; ``make fuzz`` tries others.
-PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# Every run tries the same examples, and none fails because a machine is slow; ``make fuzz`` tries
+# others.
+PATIENT = hypothesis.settings(
+    deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.register_profile("same", PATIENT, derandomize=True)
 hypothesis.settings.register_profile("others", PATIENT, print_blob=True)
 hypothesis.settings.load_profile("same")
 
-# What whoever runs the tests has set for other programs; and no proxy reaches the servers that they start here.
-FOREIGN = {"COLUMNS", "LINES", "FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "RAY_ADDRESS"}
+# What whoever runs the tests has set for other programs; and no proxy reaches the servers that they
+# start here.
+FOREIGN = {
+    "COLUMNS",
+    "LINES",
+    "FORCE_COLOR",
+    "PY_COLORS",
+    "GITHUB_ACTIONS",
+    "GITHUB_STEP_SUMMARY",
+    "RAY_ADDRESS",
+}
 for name in FOREIGN & set(os.environ):
     del os.environ[name]
-# A defect shows its traceback, which tests look for; users get one message (``tests/robustness/test_last_resort.py``).
+# A defect shows its traceback, which tests look for; users get one message
+# (``tests/robustness/test_last_resort.py``).
 os.environ["LORADIAG_TRACEBACK"] = "1"
 # The time in a run record, in which alone two runs of the same input differ.
 os.environ["SOURCE_DATE_EPOCH"] = "1700000000"
@@ -50,7 +65,9 @@ DATA = ROOT / "tests" / "data"
 
 
 def pytest_configure(config):
-    """Name the socket of the one server of this run, which workers inherit; and find the slow tests."""
+    """Name the socket of the one server of this run, which workers inherit; and find the slow
+    tests.
+    """
     config.pluginmanager.register(slow_tests)
     if not hasattr(config, "workerinput"):
         folder = tempfile.TemporaryDirectory(prefix="loradiag-")  # a socket's path is short
@@ -59,8 +76,12 @@ def pytest_configure(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Return the number of workers of ``-n auto``: one more than cores where slow tests wait for processes."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of workers of ``-n auto``: one more than cores where slow tests wait for
+    processes.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     return cores + (config.option.markexpr != "not slow")
 
 
@@ -68,23 +89,30 @@ def pytest_xdist_auto_num_workers(config):
 def same_numbers():
     """Begin every test with the same random numbers, whatever ran before it in this process.
 
-    Matrices here are small, and several threads on a busy machine spin for each other: one is fastest.
+    Matrices here are small, and several threads on a busy machine spin for each other: one is
+    fastest.
     """
     import torch
 
     torch.set_num_threads(1)
-    torch.default_generator.manual_seed(0)  # torch.manual_seed formats the stack for devices that are not here
+    torch.default_generator.manual_seed(
+        0
+    )  # torch.manual_seed formats the stack for devices that are not here
 
 
 @pytest.fixture(autouse=True)
 def whole_summaries(monkeypatch):
-    """Let commands in this process show every line of their summaries, as ``show_all`` does for those in others."""
+    """Let commands in this process show every line of their summaries, as ``show_all`` does for
+    those in others.
+    """
     monkeypatch.setattr("lora_diag.cli.options.LINES", None)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Leave the static figures out of the HTML reports of this process, as ``draw_nothing`` does in others."""
+    """Leave the static figures out of the HTML reports of this process, as ``draw_nothing`` does in
+    others.
+    """
     monkeypatch.setattr("lora_diag.reports.html.images_of", lambda evidence: [])
 
 
@@ -92,14 +120,16 @@ def undrawn(monkeypatch):
 def ctrl_c():
     """Let the commands that a test starts be interrupted.
 
-    Children inherit whether Ctrl-C is ignored: a shell starts so what runs behind it, and ``main`` ends so, also where
-    a test calls it in this process.
+    Children inherit whether Ctrl-C is ignored: a shell starts so what runs behind it, and ``main``
+    ends so, also where a test calls it in this process.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def edit_results(path: Path, change) -> None:
-    """Change the text of a results file; its last line gets the hash of what it then stands behind."""
+    """Change the text of a results file; its last line gets the hash of what it then
+    stands behind.
+    """
     *lines, last = change(path.read_text()).splitlines(keepends=True)
     digest = hashlib.sha256("".join(lines).encode()).hexdigest()
     path.write_text("".join([*lines, re.sub(r'("sha256": ?)"\w*"', rf'\g<1>"{digest}"', last)]))
@@ -107,7 +137,9 @@ def edit_results(path: Path, change) -> None:
 
 @contextlib.contextmanager
 def time_limit(seconds: float):
-    """Fail where the block takes longer, also where it waits for a file or a process; not where a thread does."""
+    """Fail where the block takes longer, also where it waits for a file or a process; not where a
+    thread does.
+    """
 
     def fail(*_):
         pytest.fail(f"took more than {seconds:g} s")
@@ -144,8 +176,9 @@ def server(tmp_path_factory):
 def loradiag(tmp_path, server):
     """Run the command in a process of its own; a traceback is always a failure.
 
-    ``anew`` starts Python anew, for what it reads of its environment only when it starts. Summaries are whole, as with
-    ``--verbose``, unless they are to be ``brief``. After ``patience`` seconds the command is ended.
+    ``anew`` starts Python anew, for what it reads of its environment only when it starts. Summaries
+    are whole, as with ``--verbose``, unless they are to be ``brief``. After ``patience`` seconds
+    the command is ended.
     """
 
     def run(*words, cwd=tmp_path, env=None, anew=False, brief=False, patience=PATIENCE) -> Ran:
@@ -172,7 +205,9 @@ def loradiag(tmp_path, server):
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Run a command in this process, which has imported everything already, in the folder of the test."""
+    """Run a command in this process, which has imported everything already, in the folder of the
+    test.
+    """
     from lora_diag.checkpoints import addresses
     from lora_diag.cli.app import main
 
@@ -224,17 +259,23 @@ def save_pair(folder: Path):
     return save_model(folder / "base", before), save_model(folder / "tuned", after), before, after
 
 
-def save_model(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Path:
+def save_model(
+    folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any] | None = None
+) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors"
+    )
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def save_sharded(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3, suffix: str = "safetensors") -> Path:
+def save_sharded(
+    folder: Path, tensors: dict[str, torch.Tensor], shards: int = 3, suffix: str = "safetensors"
+) -> Path:
     """Write shards and their index, as ``save_pretrained`` lays them out."""
     import torch
     from safetensors.torch import save_file

@@ -1,4 +1,6 @@
-"""Merges made on the spot by the installed PEFT on tiny models: base, adapter and merged checkpoint, to be spoilt."""
+"""Merges made on the spot by the installed PEFT on tiny models: base, adapter and merged
+checkpoint, to be spoilt.
+"""
 
 import copy
 import json
@@ -24,7 +26,9 @@ class Merged:
     after: Tensors
 
     def spoil(self, change: Callable[[Tensors, Tensors], None], name: str = "spoilt") -> Path:
-        """Write MERGED once more after ``change(before, after)`` had its way with a copy of its tensors."""
+        """Write MERGED once more after ``change(before, after)`` had its way with a copy of its
+        tensors.
+        """
         after = {key: value.clone() for key, value in self.after.items()}
         change(self.before, after)
         return write(self.merged.parent / name, after)
@@ -35,13 +39,19 @@ class Merged:
         config = json.loads((self.adapter / "adapter_config.json").read_text())
         key = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         return (
-            factors[f"{key}B.weight"].double() @ factors[f"{key}A.weight"].double() * config["lora_alpha"] / config["r"]
+            factors[f"{key}B.weight"].double()
+            @ factors[f"{key}A.weight"].double()
+            * config["lora_alpha"]
+            / config["r"]
         )
 
 
 def write(folder: Path, tensors: Tensors, config: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: value.contiguous().clone() for name, value in tensors.items()}, folder / "model.safetensors")
+    save_file(
+        {name: value.contiguous().clone() for name, value in tensors.items()},
+        folder / "model.safetensors",
+    )
     if config is not None:
         (folder / "config.json").write_text(config)
     return folder
@@ -78,7 +88,9 @@ def mixtral(dtype=torch.float32):
     return transformers.MixtralForCausalLM(config).to(dtype)
 
 
-def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, autocast: bool = True, **config) -> Merged:
+def peft_merge(
+    folder: Path, model, size: float = 0.05, safe: bool = False, autocast: bool = True, **config
+) -> Merged:
     """Train an adapter at random, merge it with PEFT, and write all three.
 
     Args:
@@ -87,17 +99,24 @@ def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, auto
         size: Standard deviation of what is added to every trained number.
         safe: PEFT's ``safe_merge``, which rounds ΔW before it adds it.
         autocast: Whether a bf16 model gets float32 factors, as PEFT does by default.
-        config: Of the adapter: ``made``, or the fields of its ``kind``; r = 4 and alpha = 10 by default.
+        config: Of the adapter: ``made``, or the fields of its ``kind``; r = 4 and alpha = 10 by
+            default.
     """
     import peft
 
     made, kind = config.pop("made", None), config.pop("kind", peft.LoraConfig)
     if kind is peft.LoraConfig:
-        config = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "v_proj", "up_proj"]} | config
+        config = {
+            "r": 4,
+            "lora_alpha": 10,
+            "target_modules": ["q_proj", "v_proj", "up_proj"],
+        } | config
     before = state(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned = peft.get_peft_model(copy.deepcopy(model), made or kind(**config), autocast_adapter_dtype=autocast)
+        tuned = peft.get_peft_model(
+            copy.deepcopy(model), made or kind(**config), autocast_adapter_dtype=autocast
+        )
         torch.manual_seed(2)
         with torch.no_grad():
             for parameter in tuned.parameters():
@@ -107,7 +126,11 @@ def peft_merge(folder: Path, model, size: float = 0.05, safe: bool = False, auto
         after = state(tuned.merge_and_unload(safe_merge=safe))
     words = model.config.to_json_string() if hasattr(model, "config") else None
     return Merged(
-        write(folder / "base", before, words), folder / "adapter", write(folder / "merged", after, words), before, after
+        write(folder / "base", before, words),
+        folder / "adapter",
+        write(folder / "merged", after, words),
+        before,
+        after,
     )
 
 

@@ -1,4 +1,6 @@
-"""What a text for users has to name: values, tensors, files and options, whatever its sentences are."""
+"""What a text for users has to name: values, tensors, files and options, whatever its sentences
+are.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,24 @@ APART = 120
 
 
 def mentions(text: str | Iterable[str], *facts: object) -> bool:
-    """Return whether a text, or one of several, names these facts as whole words, in this order and near each other.
+    """Return whether a text, or one of several, names these facts as whole words, in this order and
+    near each other.
 
     Line breaks count as spaces.
 
-    >>> mentions("r=16 keeps 93% of\\nthe energy of 128 layers", "r=16", "93% of the energy", "128 layers")
+    >>> mentions(
+    ...     "r=16 keeps 93% of\\nthe energy of 128 layers",
+    ...     "r=16",
+    ...     "93% of the energy",
+    ...     "128 layers",
+    ... )
     True
-    >>> mentions("0.5 of 128 layers", 5), mentions("r=16", "r=1"), mentions("1,024", 24), mentions("a.b: 16", 16, "a.b")
+    >>> (
+    ...     mentions("0.5 of 128 layers", 5),
+    ...     mentions("r=16", "r=1"),
+    ...     mentions("1,024", 24),
+    ...     mentions("a.b: 16", 16, "a.b"),
+    ... )
     (False, False, False, False)
     """
     between = rf".{{0,{APART}}}?"
@@ -29,12 +42,18 @@ def mentions(text: str | Iterable[str], *facts: object) -> bool:
 
 
 def assert_names(text: str | Iterable[str], *facts: object) -> None:
-    """Assert that a text, or one of several, names these facts, in this order and near each other."""
-    assert mentions(text, *facts), f"{[str(fact) for fact in facts]} are not named together in: {text}"
+    """Assert that a text, or one of several, names these facts, in this order and near
+    each other.
+    """
+    assert mentions(text, *facts), (
+        f"{[str(fact) for fact in facts]} are not named together in: {text}"
+    )
 
 
 @contextlib.contextmanager
-def raises_naming(error: type[BaseException], *facts: object) -> Iterator[pytest.ExceptionInfo[BaseException]]:
+def raises_naming(
+    error: type[BaseException], *facts: object
+) -> Iterator[pytest.ExceptionInfo[BaseException]]:
     """Expect an error whose message names these facts, in this order and near each other."""
     with pytest.raises(error) as caught:
         yield caught

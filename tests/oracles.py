@@ -65,7 +65,10 @@ def with_spectrum(s: np.ndarray, m: int, n: int, seed: int) -> np.ndarray:
 def distance(d: np.ndarray, x: np.ndarray, rank: int | None) -> dict:
     """The distances of x from d in a residual record, from their definitions."""
     fro, other = np.sqrt((d**2).sum()), np.sqrt((x**2).sum())
-    result = {"epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro), "norm_ratio": float(other / fro)}
+    result = {
+        "epsilon": float(np.sqrt(((d - x) ** 2).sum()) / fro),
+        "norm_ratio": float(other / fro),
+    }
     if rank is not None:
         best = best_approximation(d, rank) if rank else np.zeros_like(d)
         result["epsilon_min"] = float(np.sqrt(((d - best) ** 2).sum()) / fro)
@@ -92,15 +95,19 @@ def square_root(c: np.ndarray) -> np.ndarray:
 
 
 def error_of_ratio(difference, counts) -> float:
-    """The standard error of Σ difference / Σ counts (Cochran), of sequences with so many predictions."""
+    """The standard error of Σ difference / Σ counts (Cochran), of sequences with so many
+    predictions.
+    """
     apart = difference - difference.sum() / counts.sum() * counts
     return error_of_mean(apart) * len(counts) / counts.sum()
 
 
 def error_of_mean(values) -> float:
-    """Standard error of the mean of consecutive values, by the means of overlapping batches of ⌊√N⌋ of them.
+    """Standard error of the mean of consecutive values, by the means of overlapping batches of ⌊√N⌋
+    of them.
 
-    Meketon and Schmeiser 1984: Σ(batch mean − mean)² over N − b + 1 batches, times b/((N − b + 1)(N − b)).
+    Meketon and Schmeiser 1984: Σ(batch mean − mean)² over N − b + 1 batches, times b/((N − b + 1)(N
+    − b)).
     """
     n = len(values)
     b = math.floor(math.sqrt(n))

@@ -1,11 +1,12 @@
 """Commands in processes of their own, without the seconds that Python and torch take to start.
 
-One server for all workers of a test run imports once what commands import, and forks a child for each command: a
-process with a memory, a folder, an environment and open files of its own, as a command that is started anew. What
-Python reads only when it starts, it has read already; a child ends without taking torch apart, which takes 0.7 s.
+One server for all workers of a test run imports once what commands import, and forks a child for
+each command: a process with a memory, a folder, an environment and open files of its own, as a
+command that is started anew. What Python reads only when it starts, it has read already; a child
+ends without taking torch apart, which takes 0.7 s.
 
-``Server`` runs commands for a test; ``PROGRAM`` is the same for a shell: a program that hands its arguments, folder,
-environment and open files to the server, and ends as the command ends.
+``Server`` runs commands for a test; ``PROGRAM`` is the same for a shell: a program that hands its
+arguments, folder, environment and open files to the server, and ends as the command ends.
 """
 
 import contextlib
@@ -35,13 +36,26 @@ PROGRAM = [sys.executable, "-S", "-E", str(Path(__file__).resolve())]
 
 # What commands import only when they need it.
 LATE = (
-    *("jinja2", "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "matplotlib.pyplot"),
-    *("peft", "plotly.offline", "scipy.linalg", "scipy.stats", "transformers.models.llama.modeling_llama"),
+    *(
+        "jinja2",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.backends.backend_svg",
+        "matplotlib.pyplot",
+    ),
+    *(
+        "peft",
+        "plotly.offline",
+        "scipy.linalg",
+        "scipy.stats",
+        "transformers.models.llama.modeling_llama",
+    ),
 )
 
 
 class Server:
-    """A connection to the server, which is started if none is running, and ends with its last connection."""
+    """A connection to the server, which is started if none is running, and ends with its last
+    connection.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._printed = [folder / "out", folder / "err"]
@@ -51,15 +65,16 @@ class Server:
     def run(
         self, words, cwd: Path, after: float | None = None, with_signal: int = 0, **job
     ) -> tuple[int, bytes, bytes]:
-        """Return the exit code of a command, below zero the signal that it died of, and what it printed.
+        """Return the exit code of a command, below zero the signal that it died of, and what it
+        printed.
 
         Args:
             words: The arguments of the command.
             cwd: Its folder.
             after: Seconds after which the command gets the signal ``with_signal``.
             with_signal: That signal.
-            **job: ``environment``; ``prepare``, "module:function", which the child calls with all of these first;
-                ``patience``, seconds after which the system ends it.
+            **job: ``environment``; ``prepare``, "module:function", which the child calls with all
+                of these first; ``patience``, seconds after which the system ends it.
         """
         with contextlib.ExitStack() as files:
             taken = files.enter_context(open(os.devnull))  # noqa: PTH123
@@ -88,14 +103,17 @@ def show_all(job: dict) -> None:
 
 
 def draw_nothing(job: dict) -> None:
-    """Leave the static figures out of HTML reports, of which they are nearly all time; ``tests/reports`` has them."""
+    """Leave the static figures out of HTML reports, of which they are nearly all time;
+    ``tests/reports`` has them.
+    """
     from lora_diag.reports import html
 
     html.images_of = lambda evidence: []
 
 
 def peak(anew: bool = False) -> int:
-    """Return the peak of the resident memory of this process in bytes; ``anew`` from now on, without what is freed.
+    """Return the peak of the resident memory of this process in bytes; ``anew`` from now on,
+    without what is freed.
 
     Not of ``getrusage``, which begins with what the parent took.
     """
@@ -129,10 +147,18 @@ def _connected(path: str) -> socket.socket:
 
 def _start(path: str) -> int:
     # Strings have other hashes in commands than in tests, so that what depends on them differs.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONHASHSEED": "1",
+    }
     nothing = [(os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0)]
     return os.posix_spawn(
-        sys.executable, [sys.executable, "-m", "tests.served", path], environment, file_actions=nothing
+        sys.executable,
+        [sys.executable, "-m", "tests.served", path],
+        environment,
+        file_actions=nothing,
     )
 
 
@@ -216,7 +242,9 @@ def _be_the_command(job: dict, files: list[int]) -> None:
     try:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs behind it without
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell starts what runs behind it without
         signal.alarm(job.get("patience", PATIENCE))
         os.chdir(job["cwd"])
         os.environ.clear()
@@ -249,7 +277,9 @@ def _be_the_command(job: dict, files: list[int]) -> None:
 
 
 def _take(files: dict[int, int]) -> None:
-    """Make these the standard files, as Python does when it starts; one that is missing is closed."""
+    """Make these the standard files, as Python does when it starts; one that is missing
+    is closed.
+    """
     for number in range(3):
         if number in files:
             os.dup2(files[number], number)
@@ -257,7 +287,11 @@ def _take(files: dict[int, int]) -> None:
             os.close(number)
     for file in files.values():
         os.close(file)
-    modes = {0: ("stdin", "r", None), 1: ("stdout", "w", "strict"), 2: ("stderr", "w", "backslashreplace")}
+    modes = {
+        0: ("stdin", "r", None),
+        1: ("stdout", "w", "strict"),
+        2: ("stderr", "w", "backslashreplace"),
+    }
     for number, (name, mode, errors) in modes.items():
         file = None
         if number in files:
@@ -268,7 +302,9 @@ def _take(files: dict[int, int]) -> None:
 
 
 def _pass_on() -> int:
-    """Be, for a shell, the command that these words are: the server runs it on the open files of this process."""
+    """Be, for a shell, the command that these words are: the server runs it on the open files of
+    this process.
+    """
     files = []
     for number in range(3):
         with contextlib.suppress(OSError):
@@ -276,7 +312,12 @@ def _pass_on() -> int:
             files.append(number)
     connection = socket.socket(socket.AF_UNIX)
     connection.connect(os.environ[SOCKET])
-    job = {"words": sys.argv[1:], "cwd": os.getcwd(), "environment": dict(os.environ), "files": files}  # noqa: PTH109
+    job = {
+        "words": sys.argv[1:],
+        "cwd": os.getcwd(),  # noqa: PTH109
+        "environment": dict(os.environ),
+        "files": files,
+    }
     job["prepare"] = os.environ.get(PREPARE)
     _send(connection, job, files)
     answers = connection.makefile()

@@ -52,8 +52,18 @@ OPEN = {"errors", "files", "scratch", "version"}
 
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
-# Features that use any others: to judge, show or explain their records, to train with them, or to describe the machine.
-READERS = {"gating", "reports", "plots", "inspection", "environment", "explanations", "tuning", "linting"}
+# Features that use any others: to judge, show or explain their records, to train with them, or to
+# describe the machine.
+READERS = {
+    "gating",
+    "reports",
+    "plots",
+    "inspection",
+    "environment",
+    "explanations",
+    "tuning",
+    "linting",
+}
 
 # Feature -> the other features that it may import. A written list: it should shrink.
 BETWEEN = {
@@ -105,7 +115,11 @@ LIBRARIES = {
 
 def unit_of(parts: tuple[str, ...]) -> str:
     """Return the ground package or the feature that a module belongs to."""
-    return ".".join(parts[:2]) if parts[0] in FEATURES and len(parts) > 1 else parts[0].removesuffix(".py")
+    return (
+        ".".join(parts[:2])
+        if parts[0] in FEATURES and len(parts) > 1
+        else parts[0].removesuffix(".py")
+    )
 
 
 @cache
@@ -143,25 +157,50 @@ def allowed(unit: str, module: str) -> bool:
     if other in {"feature", "catalog"}:
         return True
     if unit.startswith("decisions.") and (
-        module.endswith(".record") or other in {"decisions.memory", "decisions.targets", "decisions.trainers"}
+        module.endswith(".record")
+        or other in {"decisions.memory", "decisions.targets", "decisions.trainers"}
     ):
         return True  # a decision reads the records of any feature
     return unit in READERS or other in BETWEEN.get(unit, set())
 
 
 def test_every_unit_has_its_rule():
-    units = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
-    known = {*GROUND, *FEATURES, *READERS, "catalog", "cli", "__init__", "__main__", "py.typed", "__pycache__"}
+    units = {
+        path.name.removesuffix(".py")
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or path.is_dir()
+    }
+    known = {
+        *GROUND,
+        *FEATURES,
+        *READERS,
+        "catalog",
+        "cli",
+        "__init__",
+        "__main__",
+        "py.typed",
+        "__pycache__",
+    }
     assert units <= known
 
 
 def test_no_package_hides_a_public_function():
-    """Importing ``lora_diag.gate``, if it were a package, would replace the function ``lora_diag.gate``."""
-    assert not {path.stem for path in PACKAGE.iterdir()} & {*catalog.functions(), *lora_diag._OTHER_EXPORTS}
+    """Importing ``lora_diag.gate``, if it were a package, would replace the function
+    ``lora_diag.gate``.
+    """
+    assert not {path.stem for path in PACKAGE.iterdir()} & {
+        *catalog.functions(),
+        *lora_diag._OTHER_EXPORTS,
+    }
 
 
 def test_every_feature_is_in_catalog():
-    folders = {f"{kind}.{path.name}" for kind in FEATURES for path in (PACKAGE / kind).iterdir() if path.is_dir()}
+    folders = {
+        f"{kind}.{path.name}"
+        for kind in FEATURES
+        for path in (PACKAGE / kind).iterdir()
+        if path.is_dir()
+    }
     named = {feature.package.removeprefix("lora_diag.") for feature in catalog.features()}
     assert {name for name in folders if not name.endswith("__pycache__")} | READERS <= named
 
@@ -177,7 +216,10 @@ def test_unit_imports_only_what_its_rule_allows():
 
 def test_no_modules_import_each_other_in_circle():
     """Imports inside functions count, those for type checkers alone do not."""
-    files = {".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file for file in PACKAGE.rglob("*.py")}
+    files = {
+        ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
+        for file in PACKAGE.rglob("*.py")
+    }
     TopologicalSorter(
         {module: _imported(parsed(file), files) - {module} for module, file in files.items()}
     ).prepare()  # raises CycleError, which names the circle
@@ -197,7 +239,11 @@ def test_library_is_imported_only_where_its_rule_allows():
     wrong = []
     for unit, file, module in imports():
         places = LIBRARIES.get(module.split(".")[0])
-        if places is not None and not places & {unit.split(".")[0], file.name, _as_figure(file.name)}:
+        if places is not None and not places & {
+            unit.split(".")[0],
+            file.name,
+            _as_figure(file.name),
+        }:
             wrong.append(f"{file} imports {module}")
     assert not wrong, "\n".join(wrong)
 
@@ -209,7 +255,13 @@ def _as_figure(name: str) -> str:
 @pytest.mark.slow
 def test_every_declared_path_can_be_imported():
     for feature in catalog.features():
-        paths = [*feature.records, *feature.functions, feature.table, feature.statements, feature.grids]
+        paths = [
+            *feature.records,
+            *feature.functions,
+            feature.table,
+            feature.statements,
+            feature.grids,
+        ]
         for command in feature.commands:
             paths += [command.run, command.table, command.suggest, command.exit_code]
         for figure in feature.figures:
@@ -228,9 +280,20 @@ def test_package_lists_functions_of_catalog():
         for feature in own
         for module, _, name in (path.partition(":") for path in feature.functions)
     }
-    assert written == declared | {(name, module) for name, module in lora_diag._OTHER_EXPORTS.items()}
-    errors = {name for name, value in vars(lora_diag).items() if isinstance(value, type) and "Error" in name}
-    assert set(dir(lora_diag)) == {"__version__", *catalog.functions(), *lora_diag._OTHER_EXPORTS, *errors}
+    assert written == declared | {
+        (name, module) for name, module in lora_diag._OTHER_EXPORTS.items()
+    }
+    errors = {
+        name
+        for name, value in vars(lora_diag).items()
+        if isinstance(value, type) and "Error" in name
+    }
+    assert set(dir(lora_diag)) == {
+        "__version__",
+        *catalog.functions(),
+        *lora_diag._OTHER_EXPORTS,
+        *errors,
+    }
     assert {name for name, _ in written} <= set(dir(lora_diag))
 
 
@@ -240,19 +303,29 @@ def test_only_cli_prints_or_exits():
         if file.relative_to(PACKAGE).parts[0] == "cli":
             continue
         calls = [node.func for node in ast.walk(parsed(file)) if isinstance(node, ast.Call)]
-        names = [(call.id if isinstance(call, ast.Name) else ast.unparse(call)) for call in calls if is_short(call)]
+        names = [
+            (call.id if isinstance(call, ast.Name) else ast.unparse(call))
+            for call in calls
+            if is_short(call)
+        ]
         wrong += [(file, name) for name in names if name in {"print", "sys.exit", "exit", "quit"}]
     assert not wrong
 
 
 def is_short(call: ast.expr) -> bool:
     """Return whether a call is of a name, or of an attribute of a name."""
-    return isinstance(call, ast.Name) or (isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name))
+    return isinstance(call, ast.Name) or (
+        isinstance(call, ast.Attribute) and isinstance(call.value, ast.Name)
+    )
 
 
 def test_names_of_tests_have_60_characters_at_most():
     files = sorted((ROOT / "tests").rglob("test_*.py"))
-    names = [name for file in files for name in re.findall(r"^ *def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)]
+    names = [
+        name
+        for file in files
+        for name in re.findall(r"^ *def (test_\w+)", file.read_text("utf-8"), re.MULTILINE)
+    ]
     assert len(names) > 1000
     assert not [name for name in names if len(name) > 60]
 
@@ -276,8 +349,19 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
     base, tuned, *_ = pair_of_models
     (tmp_path / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "relative <= 1e9"\n')
     assert loradiag("spectrum", base, tuned, "-o", "r.jsonl", "-q").code == 0
-    nothing, no_torch = {"torch", "numpy", "scipy", "pandas", "ray"}, {"torch", "matplotlib.pyplot", "ray"}
-    helps = [[], ["spectrum"], ["verify-merge"], ["inspect"], ["gate"], ["report"], ["probe", "sweep"]]
+    nothing, no_torch = (
+        {"torch", "numpy", "scipy", "pandas", "ray"},
+        {"torch", "matplotlib.pyplot", "ray"},
+    )
+    helps = [
+        [],
+        ["spectrum"],
+        ["verify-merge"],
+        ["inspect"],
+        ["gate"],
+        ["report"],
+        ["probe", "sweep"],
+    ]
     steps = [
         *([[*words, "--help"], nothing] for words in helps),
         [["--version"], nothing],
@@ -288,7 +372,12 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
         [["inspect", str(ROOT / "sample_checkpoints" / "lora_r4")], no_torch],
         [["plan", str(ROOT / "sample_checkpoints" / "base")], no_torch],
         [
-            ["lint", *(str(ROOT / "sample_checkpoints" / name) for name in ("lora_r4", "base")), "--lr", "1e-4"],
+            [
+                "lint",
+                *(str(ROOT / "sample_checkpoints" / name) for name in ("lora_r4", "base")),
+                "--lr",
+                "1e-4",
+            ],
             no_torch,
         ],
         [["allocate", "r.jsonl", "--params", "1k", "-o", "c.json"], no_torch],
@@ -296,17 +385,28 @@ def test_commands_import_no_heavy_modules(pair_of_models, loradiag, tmp_path):
         [["report", "r.jsonl", "-o", "x.html"], no_torch],
     ]
     code = LIGHT.format(steps=steps)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
     assert not done.returncode, done.stderr
 
 
 def test_help_is_quick():
-    """Under 0.45 s of the processor, the best of three tries; a quiet machine takes 0.25 s, a busy one up to 0.4 s."""
+    """Under 0.45 s of the processor, the best of three tries; a quiet machine takes 0.25 s, a busy
+    one up to 0.4 s.
+    """
     best = float("inf")
     for _ in range(3):
         before = os.times()
-        subprocess.run([sys.executable, "-m", "lora_diag", "--help"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-m", "lora_diag", "--help"], check=True, capture_output=True
+        )
         after = os.times()
-        used = after.children_user + after.children_system - before.children_user - before.children_system
+        used = (
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
         best = min(best, used)
     assert best < 0.45

@@ -46,11 +46,19 @@ def test_gpu_benchmark_fails_on_wrong_values(monkeypatch, capsys):
 
 def test_gpu_comparison_of_fields_names_the_worst():
     def record(**values):
-        return SimpleNamespace(energy_error=0.0, model_dump=lambda: {"s": (1.0,), "tail_error": 1.0, **values})
+        return SimpleNamespace(
+            energy_error=0.0, model_dump=lambda: {"s": (1.0,), "tail_error": 1.0, **values}
+        )
 
     own = record(fro=1.0, energy={"4": 0.5}, note="a", missing=None)
-    assert gpu.fields([own], [record(fro=1.0, energy={"4": 0.5 + 1e-6}, note="b", missing=None)]).startswith("2.0e-01")
-    for other in (record(fro=1.0, energy={"4": 0.6}), record(fro=1.0, energy={}), record(fro=math.nan)):
+    assert gpu.fields(
+        [own], [record(fro=1.0, energy={"4": 0.5 + 1e-6}, note="b", missing=None)]
+    ).startswith("2.0e-01")
+    for other in (
+        record(fro=1.0, energy={"4": 0.6}),
+        record(fro=1.0, energy={}),
+        record(fro=math.nan),
+    ):
         assert gpu.EXCEEDED in gpu.fields([own], [other])
     assert "(energy.4)" in gpu.fields([own], [record(fro=1.0, energy={"4": 0.6})])
     assert gpu.EXCEEDED in gpu.fields([own], [])

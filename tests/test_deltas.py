@@ -69,7 +69,9 @@ def test_every_tensor_is_compared_or_listed_with_its_reason(tmp_path):
 
 def test_only_vocabulary_tables_may_have_another_number_of_rows(tmp_path):
     result = pairing(
-        tmp_path, {"a": ones(2, 2), "up_proj.weight": ones(4, 2)}, {"a": ones(2, 2), "up_proj.weight": ones(5, 2)}
+        tmp_path,
+        {"a": ones(2, 2), "up_proj.weight": ones(4, 2)},
+        {"a": ones(2, 2), "up_proj.weight": ones(5, 2)},
     )
     assert [item.reason for item in result.unpaired] == ["shape_differs"]
 
@@ -77,8 +79,14 @@ def test_only_vocabulary_tables_may_have_another_number_of_rows(tmp_path):
 def test_expert_stacks_split_and_convolutions_unroll(tmp_path):
     stack = torch.arange(24.0).view(2, 3, 4)
     conv = torch.arange(96.0).view(2, 3, 4, 4)
-    tensors = {"mlp.experts.down_proj": stack, "conv1.weight": conv, "mixer.conv1d.weight": ones(5, 1, 4)}
-    result = pairing(tmp_path, {name: torch.zeros_like(value) for name, value in tensors.items()}, tensors)
+    tensors = {
+        "mlp.experts.down_proj": stack,
+        "conv1.weight": conv,
+        "mixer.conv1d.weight": ones(5, 1, 4),
+    }
+    result = pairing(
+        tmp_path, {name: torch.zeros_like(value) for name, value in tensors.items()}, tensors
+    )
     by_layer = {delta.layer: delta for delta in result.deltas}
     assert {layer: delta.shape for layer, delta in by_layer.items()} == {
         "mlp.experts.down_proj[0]": (3, 4),
@@ -94,7 +102,9 @@ def test_expert_stacks_split_and_convolutions_unroll(tmp_path):
 
 def test_added_rows_exist_on_one_side_only(tmp_path):
     before, after = torch.zeros(10, 4), torch.arange(52.0).view(13, 4)
-    result = pairing(tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)})
+    result = pairing(
+        tmp_path, {"wte.weight": before, "a": ones(2, 2)}, {"wte.weight": after, "a": ones(2, 2)}
+    )
     rows = result.unpaired[0].rows
     assert torch.equal(rows.read(0, 12).view(3, 4), after[10:])
     assert torch.equal(torch.cat([tuned for _, tuned in result.deltas[1].blocks()]), after[:10])
@@ -123,7 +133,13 @@ def test_layer_selection(tmp_path):
 
 
 def test_natural_order_counts_layers():
-    names = ["model.layers.10.a", "model.layers.9.a", "lm_head", "model.layers.9.a[10]", "model.layers.9.a[9]"]
+    names = [
+        "model.layers.10.a",
+        "model.layers.9.a",
+        "lm_head",
+        "model.layers.9.a[10]",
+        "model.layers.9.a[9]",
+    ]
     assert sorted(names, key=natural_order) == [names[2], names[1], names[4], names[3], names[0]]
 
 
@@ -140,7 +156,13 @@ def tied_pair(tmp_path, before, after, config_before=None, config_after=None):
 
 
 @pytest.mark.parametrize(
-    "config", [TIED, {"model_type": "gemma"}, {"text_config": TIED}, {"text_config": {}, "tie_word_embeddings": True}]
+    "config",
+    [
+        TIED,
+        {"model_type": "gemma"},
+        {"text_config": TIED},
+        {"text_config": {}, "tie_word_embeddings": True},
+    ],
 )
 @pytest.mark.parametrize("rows", [10, 12])
 def test_tied_head_is_compared_with_embedding(tmp_path, config, rows):
@@ -150,7 +172,9 @@ def test_tied_head_is_compared_with_embedding(tmp_path, config, rows):
     ((before, after),) = deltas["lm_head.weight"].blocks()
     assert torch.equal(before, table)
     assert torch.equal(after, head[:10])
-    assert [(item.layer, item.reason) for item in result.unpaired] == [("lm_head.weight", "added_rows")] * (rows > 10)
+    assert [(item.layer, item.reason) for item in result.unpaired] == [
+        ("lm_head.weight", "added_rows")
+    ] * (rows > 10)
 
 
 def test_head_tied_by_tuning_equals_embedding_of_tuned(tmp_path):
@@ -161,15 +185,20 @@ def test_head_tied_by_tuning_equals_embedding_of_tuned(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "config", [None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}]
+    "config",
+    [None, {}, {"tie_word_embeddings": False}, {"text_config": {"tie_word_embeddings": False}}],
 )
 def test_untied_missing_head_is_only_on_one_side(tmp_path, config):
-    result = tied_pair(tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config)
+    result = tied_pair(
+        tmp_path, {TABLE: ones(4, 4)}, {TABLE: ones(4, 4), "lm_head.weight": ones(4, 4)}, config
+    )
     assert [item.reason for item in result.unpaired] == ["only_in_tuned"]
 
 
 @pytest.mark.parametrize("other", ["decoder.embed_tokens.weight", "text.lm_head.weight"])
 def test_tied_head_needs_one_embedding_and_other_weights_none(tmp_path, other):
     two = {TABLE: ones(4, 4), other: ones(4, 4)}
-    result = tied_pair(tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED)
+    result = tied_pair(
+        tmp_path, two, {**two, "lm_head.weight": ones(4, 4), "a.weight": ones(4, 4)}, TIED
+    )
     assert {item.layer for item in result.unpaired} == {"lm_head.weight", "a.weight"}

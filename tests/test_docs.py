@@ -17,7 +17,12 @@ from tools import hooks, refresh
 
 pytestmark = pytest.mark.slow
 
-ABOVE = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "sample_checkpoints" / "README.md"]
+ABOVE = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "sample_checkpoints" / "README.md",
+]
 PAGES = [*ABOVE, *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -47,10 +52,12 @@ NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:e[-+]?\d+)?(?![\w]|\.\d)")
 
 
 def agree(printed: str, written: str) -> bool:
-    """Return whether two texts differ at most by one unit in the last digit of numbers that are not integers.
+    """Return whether two texts differ at most by one unit in the last digit of numbers that are not
+    integers.
 
-    A number near the middle of two printed ones is rounded to either, by the order in which a processor adds. A number
-    that is determined to the digits that are printed cannot differ by more.
+    A number near the middle of two printed ones is rounded to either, by the order in which a
+    processor adds. A number that is determined to the digits that are printed cannot differ by
+    more.
     """
     if NUMBER.sub("#", printed) != NUMBER.sub("#", written):
         return False
@@ -59,7 +66,9 @@ def agree(printed: str, written: str) -> bool:
 
 
 def is_next(one: Decimal, other: Decimal) -> bool:
-    """Return whether two numbers of at least two digits, some after the point, are neighbours in the last one."""
+    """Return whether two numbers of at least two digits, some after the point, are neighbours in
+    the last one.
+    """
     digits, last = one.as_tuple()[1:]
     if last >= 0 or len(digits) < 2:
         return False
@@ -89,10 +98,14 @@ def test_wrong_digit_of_transcript_is_found(other, same):
 def test_transcripts_equal_command_output(page, refreshed):
     text = page.read_text(encoding="utf-8")
     printed = refreshed(text)
-    assert agree(printed, text) or printed == text, "run `python tools/refresh.py`"  # the latter shows the lines
+    assert agree(printed, text) or printed == text, (
+        "run `python tools/refresh.py`"
+    )  # the latter shows the lines
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name)
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if ">>> " in page.read_text(encoding="utf-8")], ids=name
+)
 def test_python_examples_match_output(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     code = re.sub(r"^```.*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
@@ -105,7 +118,10 @@ def test_python_examples_match_output(page, monkeypatch):
 def test_links_resolve():
     """Linked files and headings exist, in the sources of a page and in the built site."""
     pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
-    headings = {page: anchors(hooks.completed(name(page).removeprefix("docs/"), text)) for page, text in pages.items()}
+    headings = {
+        page: anchors(hooks.completed(name(page).removeprefix("docs/"), text))
+        for page, text in pages.items()
+    }
     wrong = []
     for page, text in pages.items():
         for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", text):
@@ -121,7 +137,8 @@ def anchors(text: str) -> set[str]:
     text = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     heads = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
     return {
-        re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", head).strip().lower()).replace(" ", "-") for head in heads
+        re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", head).strip().lower()).replace(" ", "-")
+        for head in heads
     }
 
 
@@ -150,7 +167,11 @@ def test_generated_tables_describe_every_option_and_field(feature):
     for command in hooks.commands(feature).values():
         shown = "\n".join(hooks.option_tables(command))
         for each in command.params:
-            assert getattr(each, "hidden", False) or "--help" in each.opts or hooks.cell(each.help) in shown, each.name
+            assert (
+                getattr(each, "hidden", False)
+                or "--help" in each.opts
+                or hooks.cell(each.help) in shown
+            ), each.name
     for kind in hooks.kinds(feature):
         for one in hooks.find_models(kind):
             message = hooks.document_fields(one)
@@ -180,14 +201,20 @@ def test_site_builds(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "Bound on the absolute error" in (tmp_path / "reference" / "spectrum" / "index.html").read_text("utf-8")
+    assert "Bound on the absolute error" in (
+        tmp_path / "reference" / "spectrum" / "index.html"
+    ).read_text("utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "workflows").glob("*.yml")), ids=lambda path: path.name
+)
 def test_workflow_runs_targets_of_make(path):
     jobs = yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"]
     steps = [step for job in jobs.values() for step in job["steps"]]
     called = re.findall(r"\bmake ([a-z]+)", "\n".join(step.get("run", "") for step in steps))
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    targets = re.findall(
+        r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE
+    )
     assert called
     assert set(called) <= set(targets)

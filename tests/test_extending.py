@@ -1,4 +1,6 @@
-"""A package of its own adds a command with a record, a table, a figure, a section of the report and gate fields."""
+"""A package of its own adds a command with a record, a table, a figure, a section of the report and
+gate fields.
+"""
 
 import json
 import os
@@ -63,13 +65,25 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def measured(plugins, tmp_path_factory) -> tuple[Path, list]:
-    """Return a folder with results, and what commands of one process with the example made of them."""
+    """Return a folder with results, and what commands of one process with the example
+    made of them.
+    """
     folder = tmp_path_factory.mktemp("measured")
     for name, limit in (("passes", 1.0), ("fails", 0.0)):
-        (folder / f"{name}.toml").write_text(f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n')
+        (folder / f"{name}.toml").write_text(
+            f'[[rule]]\nname = "flat"\nrequire = "flatness <= {limit}"\n'
+        )
     commands = [
         ["nuclear", SAMPLES / "base", SAMPLES / "lora_r4", "-o", "nuclear.jsonl"],
-        ["nuclear", SAMPLES / "base", SAMPLES / "full_ft", "--layers", "q_proj", "-o", "pair.jsonl"],
+        [
+            "nuclear",
+            SAMPLES / "base",
+            SAMPLES / "full_ft",
+            "--layers",
+            "q_proj",
+            "-o",
+            "pair.jsonl",
+        ],
         ["inspect", "nuclear.jsonl"],
         ["plot", "nuclear.jsonl", "--figure", "nuclear", "-o", "n.png"],
         ["report", "nuclear.jsonl", "-o", "n.html"],
@@ -93,7 +107,9 @@ def change_of_adapter(layer):
     adapter = load_file(SAMPLES / "lora_r4" / "adapter_model.safetensors")
     config = json.loads((SAMPLES / "lora_r4" / "adapter_config.json").read_text())
     name = f"base_model.model.{layer.removesuffix('.weight')}"
-    product = adapter[f"{name}.lora_B.weight"].astype(float) @ adapter[f"{name}.lora_A.weight"].astype(float)
+    product = adapter[f"{name}.lora_B.weight"].astype(float) @ adapter[
+        f"{name}.lora_A.weight"
+    ].astype(float)
     return product * config["lora_alpha"] / config["r"]
 
 
@@ -105,12 +121,16 @@ def change_of_pair(layer):
     return sides[1][layer].astype(float) - sides[0][layer].astype(float)
 
 
-@pytest.mark.parametrize(("name", "change", "count"), [("nuclear", change_of_adapter, 28), ("pair", change_of_pair, 4)])
+@pytest.mark.parametrize(
+    ("name", "change", "count"), [("nuclear", change_of_adapter, 28), ("pair", change_of_pair, 4)]
+)
 def test_example_measures_as_numpy_does(measured, name, change, count):
     layers = layers_of(measured[0] / f"{name}.jsonl")
     for record in layers:
         delta = change(record["layer"])
-        assert record["nuclear"] == pytest.approx(np.linalg.svd(delta, compute_uv=False).sum(), rel=1e-4)
+        assert record["nuclear"] == pytest.approx(
+            np.linalg.svd(delta, compute_uv=False).sum(), rel=1e-4
+        )
         assert record["peak"] == pytest.approx(np.abs(delta).max(), rel=1e-6)
     assert len(layers) == count
 
@@ -118,7 +138,15 @@ def test_example_measures_as_numpy_does(measured, name, change, count):
 def test_example_plugin_has_function_command_and_pages(measured):
     folder, (function, nuclear, _, inspect, plot, report, csv, passes, fails) = measured
     assert function == [True, "loradiag_nuclear.run"]
-    assert [code for code, _ in (nuclear, inspect, plot, report, csv, passes, fails)] == [0, 0, 0, 0, 0, 0, 1]
+    assert [code for code, _ in (nuclear, inspect, plot, report, csv, passes, fails)] == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+    ]
     assert "flatness" in inspect[1]
     assert (folder / "n.png").read_bytes().startswith(b"\x89PNG")
     page = (folder / "n.html").read_text(encoding="utf-8")
@@ -128,7 +156,9 @@ def test_example_plugin_has_function_command_and_pages(measured):
 
 
 def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
-    result = started(tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl")
+    result = started(
+        tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl"
+    )
     assert result.returncode == 3
     assert len(result.stderr.splitlines()) == 1
     assert "nuclear" in result.stderr
@@ -139,13 +169,20 @@ def install_broken(folder, code):
     broken = folder / "broken-1.0.dist-info"
     broken.mkdir()
     (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (broken / "entry_points.txt").write_text("[loradiag.features]\nbroken = broken_plugin:FEATURE\n")
+    (broken / "entry_points.txt").write_text(
+        "[loradiag.features]\nbroken = broken_plugin:FEATURE\n"
+    )
     (folder / "broken_plugin.py").write_text(code)
 
 
 @pytest.mark.parametrize(
     "code",
-    ["import sys; sys.exit(0)", "raise KeyboardInterrupt", "raise GeneratorExit", "raise BaseException('x\\n::y')"],
+    [
+        "import sys; sys.exit(0)",
+        "raise KeyboardInterrupt",
+        "raise GeneratorExit",
+        "raise BaseException('x\\n::y')",
+    ],
 )
 def test_plugin_stops_no_command(tmp_path, code):
     install_broken(tmp_path, code)
@@ -156,12 +193,23 @@ def test_plugin_stops_no_command(tmp_path, code):
     assert "broken_plugin" in result.stderr
 
 
-GATE = ["-m", "lora_diag", "gate", "--base", SAMPLES / "base", "--adapter", SAMPLES / "lora_r4", "--policy"]
+GATE = [
+    "-m",
+    "lora_diag",
+    "gate",
+    "--base",
+    SAMPLES / "base",
+    "--adapter",
+    SAMPLES / "lora_r4",
+    "--policy",
+]
 
 
 def test_gate_loads_no_plugin_unless_asked(tmp_path):
     """Not even one that ends its process."""
-    install_broken(tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w').close(); import os; os._exit(0)")
+    install_broken(
+        tmp_path, f"open({str(tmp_path / 'ran')!r}, 'w').close(); import os; os._exit(0)"
+    )
     (tmp_path / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-9"\n')
     result = started(tmp_path, tmp_path, *GATE, "strict.toml")
     assert (result.returncode, result.stderr) == (1, "")

@@ -1,4 +1,6 @@
-"""Outputs: a file is there as a whole or not at all, nothing goes through a link, and only own files are replaced."""
+"""Outputs: a file is there as a whole or not at all, nothing goes through a link, and only own
+files are replaced.
+"""
 
 import errno
 import os
@@ -51,7 +53,13 @@ def test_signed_file_is_own_until_it_is_edited(tmp_path, kind):
     content = path.read_bytes()
     assert content.startswith(b"two\n")
     assert b"one" not in content
-    for edited in (content.replace(b"two", b"2"), content + b"mine\n", b"mine\n" + content, content[:-9], b"two\n"):
+    for edited in (
+        content.replace(b"two", b"2"),
+        content + b"mine\n",
+        b"mine\n" + content,
+        content[:-9],
+        b"two\n",
+    ):
         path.write_bytes(edited)
         with pytest.raises(UsageError, match="--overwrite"):
             write_whole(path, "three", kind)
@@ -101,7 +109,12 @@ def test_link_is_refused_and_linked_folder_is_not(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "file").touch()
     (tmp_path / "runs").symlink_to(tmp_path / "there")
-    for name, target in (("link", "there/file"), ("broken", "gone/file"), ("dangling", "gone"), ("folder", "there")):
+    for name, target in (
+        ("link", "there/file"),
+        ("broken", "gone/file"),
+        ("dangling", "gone"),
+        ("folder", "there"),
+    ):
         (tmp_path / name).symlink_to(tmp_path / target)
         for overwrite in (False, True):
             with raises_naming(UsageError, name, "symbolic link"):
@@ -149,7 +162,9 @@ def test_link_in_place_of_temporary_file(tmp_path):
     assert names(tmp_path) == ["a", "victim"]
 
 
-@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"])
+@pytest.mark.parametrize(
+    "weights", ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "a.gguf"]
+)
 def test_adapter_config_is_not_written_next_to_weights(tmp_path, weights):
     path = tmp_path / "adapter_config.json"
     check_output(path, CONFIG)
@@ -166,7 +181,11 @@ def test_adapter_config_is_not_written_next_to_weights(tmp_path, weights):
 @pytest.mark.parametrize(
     ("name", "kind", "why"),
     [
-        ("missing/a.txt", InputError, "cannot be written: there is no folder .*missing; create it first"),
+        (
+            "missing/a.txt",
+            InputError,
+            "cannot be written: there is no folder .*missing; create it first",
+        ),
         ("file/a.txt", InputError, "cannot be written: "),
         ("folder", UsageError, "is a folder; choose another name"),
         ("a" * 300, InputError, "cannot be written: File name too long"),
@@ -175,7 +194,10 @@ def test_adapter_config_is_not_written_next_to_weights(tmp_path, weights):
 def test_unwritable_output_is_one_message(tmp_path, name, kind, why):
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
-    for refuse in (lambda path: check_output(path, PAGE, True), lambda path: write_whole(path, "new", PAGE, True)):
+    for refuse in (
+        lambda path: check_output(path, PAGE, True),
+        lambda path: write_whole(path, "new", PAGE, True),
+    ):
         with pytest.raises(kind, match=why):
             refuse(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]

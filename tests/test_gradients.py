@@ -43,12 +43,17 @@ def test_sharded_steps_are_folders_or_indices(tmp_path):
     save_step(tmp_path / "h" / "one.safetensors", {"a.weight": torch.ones(2, 2)})
     save_step(tmp_path / "h" / "two.safetensors", {"b.weight": torch.ones(2, 2)})
     weight_map = {"a.weight": "one.safetensors", "b.weight": "two.safetensors"}
-    (tmp_path / "h" / "grad_8.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "h" / "grad_8.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     assert [(step.step, len(step.checkpoint)) for step in open_steps([tmp_path / "h"])] == [(8, 2)]
 
 
 def test_two_files_of_one_step_are_refused_by_both_names(tmp_path):
-    one, two = save_step(tmp_path / "a.safetensors", small(), 3), save_step(tmp_path / "b3.safetensors", small())
+    one, two = (
+        save_step(tmp_path / "a.safetensors", small(), 3),
+        save_step(tmp_path / "b3.safetensors", small()),
+    )
     with raises_naming(InputError, two, "step 3", one):
         open_steps([one, two])
 
@@ -71,7 +76,9 @@ def test_shards_of_different_steps_are_refused(tmp_path):
     save_step(tmp_path / "g" / "one.safetensors", {"a": torch.ones(2, 2)}, 1)
     save_step(tmp_path / "g" / "two.safetensors", {"b": torch.ones(2, 2)}, 2)
     weight_map = {"a": "one.safetensors", "b": "two.safetensors"}
-    (tmp_path / "g" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "g" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     with pytest.raises(InputError, match="different steps: 1, 2"):
         open_steps([tmp_path / "g"])
 
@@ -97,14 +104,19 @@ def test_gradients_are_matched_to_base_entries(tmp_path):
     assert [history.layer for history in followed] == list(base)[:2]
     for expert, history in enumerate(followed):
         assert torch.equal(torch.cat(list(history.snapshots[0].blocks((3, 5)))), fused[expert])
-    assert [(item.layer, item.reason) for item in rest] == [("norm.weight", "vector"), ("other.weight", "not_in_base")]
+    assert [(item.layer, item.reason) for item in rest] == [
+        ("norm.weight", "vector"),
+        ("other.weight", "not_in_base"),
+    ]
 
 
 def test_names_without_base_equal_gradients(tmp_path):
     steps = open_steps([save_step(tmp_path / f"g{i}.safetensors", small(i)) for i in (3, 1)])
     followed, rest = histories(steps, None)
     assert rest == ()
-    assert [(h.layer, h.shape, [s.step for s in h.snapshots]) for h in followed] == [("a.weight", (4, 3), [1, 3])]
+    assert [(h.layer, h.shape, [s.step for s in h.snapshots]) for h in followed] == [
+        ("a.weight", (4, 3), [1, 3])
+    ]
 
 
 def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
@@ -121,11 +133,16 @@ def test_one_weight_has_one_gradient_step_and_one_shape(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_more_steps_than_open_file_limit(tmp_path, prefix):
     for i in range(40):
-        save_step(tmp_path / "g" / f"{i}.safetensors", {prefix + name: value for name, value in small(i).items()})
+        save_step(
+            tmp_path / "g" / f"{i}.safetensors",
+            {prefix + name: value for name, value in small(i).items()},
+        )
     followed, _ = histories(open_steps([tmp_path / "g"]), None)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 4, hard))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (len(list(Path("/proc/self/fd").iterdir())) + 4, hard)
+        )
         read = [torch.cat(list(snapshot.blocks((4, 3)))) for snapshot in followed[0].snapshots]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -12,7 +12,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 # A command of a transcript, and the next step printed below its results.
 STEP = re.compile(
-    r"^ *\$ (?:\w+=\S+ )*loradiag ([^\n]+)((?:\n(?! *\$ | *```).*)*?)\n *Next +loradiag ([^\n]+)", re.MULTILINE
+    r"^ *\$ (?:\w+=\S+ )*loradiag ([^\n]+)((?:\n(?! *\$ | *```).*)*?)\n *Next +loradiag ([^\n]+)",
+    re.MULTILINE,
 )
 
 
@@ -23,7 +24,9 @@ def command_in(words):
 
 
 def is_forward(command, following):
-    """Return whether a step leads on; a command outside the path, such as a plugin's, may lead anywhere."""
+    """Return whether a step leads on; a command outside the path, such as a plugin's, may lead
+    anywhere.
+    """
     if command == following or not {command, following} <= {*catalog.PATH}:
         return True
     return catalog.PATH.index(command) < catalog.PATH.index(following)
@@ -47,5 +50,8 @@ def test_declared_hints_lead_forward():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_printed_next_steps_lead_forward(page):
-    steps = [(command_in(words), command_in(following)) for words, _, following in STEP.findall(page.read_text())]
+    steps = [
+        (command_in(words), command_in(following))
+        for words, _, following in STEP.findall(page.read_text())
+    ]
     assert [step for step in steps if not is_forward(*step)] == []

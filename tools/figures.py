@@ -1,4 +1,5 @@
-"""Draw the figures of the README and the docs from the sample checkpoints: terminals, plots and a report.
+"""Draw the figures of the README and the docs from the sample checkpoints: terminals, plots and a
+report.
 
 Run from the repository root: ``python -m tools.figures``. The picture of the report needs Chromium.
 """
@@ -22,14 +23,28 @@ SAMPLES = "sample_checkpoints"
 FIGURES = {"spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"]}
 WIDTH = 80
 
-TEXTS = ["--eval", f"{SAMPLES}/eval/in_domain.txt", "--shifted", f"{SAMPLES}/eval/shifted.txt", "--max-sequences", "40"]
+TEXTS = [
+    "--eval",
+    f"{SAMPLES}/eval/in_domain.txt",
+    "--shifted",
+    f"{SAMPLES}/eval/shifted.txt",
+    "--max-sequences",
+    "40",
+]
 ADAPTERS = [f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"]
 
-# Results file -> the command that measures it; then figure of docs/reference/plot.md -> what is drawn of which results.
+# Results file -> the command that measures it; then figure of docs/reference/plot.md -> what is
+# drawn of which results.
 MEASURED = {
     "spectrum": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/full_ft"],
     "lora_r16": ["spectrum", f"{SAMPLES}/base", f"{SAMPLES}/lora_r16"],
-    "residual": ["residual", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
+    "residual": [
+        "residual",
+        f"{SAMPLES}/base",
+        f"{SAMPLES}/full_ft",
+        f"{SAMPLES}/lora_r4",
+        f"{SAMPLES}/lora_r16",
+    ],
     "overlap": ["overlap", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", f"{SAMPLES}/gradients"],
     "interference": ["interference", f"{SAMPLES}/lora_r4", f"{SAMPLES}/lora_r16"],
     "unequal": ["extract", f"{SAMPLES}/base", f"{SAMPLES}/full_ft", "--energy", "0.6"],
@@ -59,10 +74,17 @@ PLOTS = {
 
 def terminal(words: list[str]) -> str:
     """Return what the command prints, colours included."""
-    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+    environment = {
+        **os.environ,
+        "FORCE_COLOR": "1",
+        "COLUMNS": str(WIDTH),
+        "TERM": "xterm-256color",
+    }
     environment.pop("NO_COLOR", None)
     command = [sys.executable, "-m", "lora_diag", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def svg(words: list[str]) -> str:
@@ -70,7 +92,9 @@ def svg(words: list[str]) -> str:
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(Text.from_ansi(terminal(words)))
     picture = console.export_svg(title=f"loradiag {' '.join(words)}", unique_id="loradiag")
-    return re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # fonts from a network: not needed
+    return re.sub(
+        r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL
+    )  # fonts from a network: not needed
 
 
 def fleet(folder: Path) -> str:
@@ -109,7 +133,9 @@ def fleet(folder: Path) -> str:
 
 
 def recovery(folder: Path) -> None:
-    """Draw C(r) of the files, of the estimate and of the truth, for a planted update that bfloat16 storage hides."""
+    """Draw C(r) of the files, of the estimate and of the truth, for a planted update that bfloat16
+    storage hides.
+    """
     import matplotlib as mpl
     import numpy as np
     import torch
@@ -128,10 +154,14 @@ def recovery(folder: Path) -> None:
     records = lora_diag.recover(folder / "base.safetensors", folder / "tuned.safetensors")
     squares = torch.linalg.svdvals(x).numpy() ** 2
     ranks = [int(r) for r in records[0].energy]
-    with mpl.rc_context({"svg.hashsalt": "loradiag", "svg.fonttype": "none", "font.family": "sans-serif"}):
+    with mpl.rc_context(
+        {"svg.hashsalt": "loradiag", "svg.fonttype": "none", "font.family": "sans-serif"}
+    ):
         page = Figure(figsize=(5.2, 2.8), layout="constrained")
         axes = draw(records, page.subplots())
-        (truth,) = axes.plot(ranks, np.cumsum(squares)[np.array(ranks) - 1] / squares.sum(), "k:", label="truth")
+        (truth,) = axes.plot(
+            ranks, np.cumsum(squares)[np.array(ranks) - 1] / squares.sum(), "k:", label="truth"
+        )
         shown = axes.get_legend()
         axes.legend(
             [*shown.legend_handles, truth],
@@ -139,27 +169,44 @@ def recovery(folder: Path) -> None:
             fontsize="small",
         )
         axes.set_title(
-            f"Planted rank 8, {records[0].unchanged:.0%} of the bfloat16 entries unchanged", fontsize="medium"
+            f"Planted rank 8, {records[0].unchanged:.0%} of the bfloat16 entries unchanged",
+            fontsize="medium",
         )
         page.savefig(FOLDER / "recovery.svg", metadata={"Date": None})
 
 
 def plots(folder: Path) -> None:
-    """Measure the sample checkpoints into a folder, and draw the figures of docs/reference/plot.md from the results."""
+    """Measure the sample checkpoints into a folder, and draw the figures of docs/reference/plot.md
+    from the results.
+    """
     files = {
-        name: str(folder / (name if words[0] == "extract" else f"{name}.jsonl")) for name, words in MEASURED.items()
+        name: str(folder / (name if words[0] == "extract" else f"{name}.jsonl"))
+        for name, words in MEASURED.items()
     }
     for name, words in MEASURED.items():
         terminal([*(word.format(**files) for word in words), "-o", files[name], "-q"])
-    files |= {"fleet": fleet(folder), "sweep": "docs/examples/sweep.jsonl", "tune": "docs/examples/tune.jsonl"}
+    files |= {
+        "fleet": fleet(folder),
+        "sweep": "docs/examples/sweep.jsonl",
+        "tune": "docs/examples/tune.jsonl",
+    }
     for name, words in PLOTS.items():
         terminal(
-            ["plot", *(word.format(**files) for word in words), "-o", str(FOLDER / f"{name}.svg"), "--overwrite", "-q"]
+            [
+                "plot",
+                *(word.format(**files) for word in words),
+                "-o",
+                str(FOLDER / f"{name}.svg"),
+                "--overwrite",
+                "-q",
+            ]
         )
 
 
 def report(folder: Path) -> None:
-    """Make a report of the results that ``plots`` measured, and take the picture of its first screen."""
+    """Make a report of the results that ``plots`` measured, and take the picture of its first
+    screen.
+    """
     page = folder / "report.html"
     results = [str(folder / f"{name}.jsonl") for name in ("spectrum", "residual", "outputs")]
     terminal(["report", *results, "-o", str(page), "-q"])
@@ -167,7 +214,9 @@ def report(folder: Path) -> None:
         tab.size(1240, 1760)
         tab.open(page)
         tab.screenshot(folder / "report.png", whole=False)
-    Image.open(folder / "report.png").convert("RGB").quantize(64).save(FOLDER / "report.png", optimize=True)
+    Image.open(folder / "report.png").convert("RGB").quantize(64).save(
+        FOLDER / "report.png", optimize=True
+    )
 
 
 if __name__ == "__main__":

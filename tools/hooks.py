@@ -1,8 +1,10 @@
-"""Hooks of MkDocs: what the site adds to the pages, generated from the catalog, so that it cannot drift.
+"""Hooks of MkDocs: what the site adds to the pages, generated from the catalog, so that it cannot
+drift.
 
-The page of a feature, ``reference/NAME.md``, gets the options of its commands from Typer and the fields of its records
-from pydantic; a feature without a page gets one of these alone. The navigation lists the features in the order of the
-catalog. ``python tools/hooks.py spectrum`` prints what is generated for a feature.
+The page of a feature, ``reference/NAME.md``, gets the options of its commands from Typer and the
+fields of its records from pydantic; a feature without a page gets one of these alone. The
+navigation lists the features in the order of the catalog. ``python tools/hooks.py spectrum`` prints
+what is generated for a feature.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"
 NUMBERS = re.compile(r"(?:[-−+\d.,%±×÷~<>≤≥/|\\ ]|\b(?:m?s|min|h|[kMG]i?B)\b)+")
 
-# Characters of a word in inline code that is kept on one line; longer ones would be wider than a phone.
+# Characters of a word in inline code that is kept on one line; longer ones would be wider than a
+# phone.
 MAX_UNBROKEN = 36
 
 # Pages of the site that stand elsewhere in the repository; and where links to the README lead.
@@ -49,7 +52,9 @@ ELSEWHERE = {**MOVED, "README.md": "index.md"}
 
 
 def page_of(feature: Feature) -> str:
-    """Return the page of a feature: of its command, or of its package where an option of another command runs it."""
+    """Return the page of a feature: of its command, or of its package where an option of another
+    command runs it.
+    """
     name = feature.package.rpartition(".")[2] if "--" in feature.name else feature.name
     return f"reference/{name.replace(' ', '-')}.md"
 
@@ -79,7 +84,11 @@ def cell(text: str) -> str:
     def escaped(found: re.Match[str]) -> str:
         part = found[0]
         if len(part) > 1:
-            return part if "|" not in part else f"<code>{escape(part[1:-1]).replace('|', '&#124;')}</code>"
+            return (
+                part
+                if "|" not in part
+                else f"<code>{escape(part[1:-1]).replace('|', '&#124;')}</code>"
+            )
         return {"<": "&lt;", ">": "&gt;", "|": r"\|"}[part]
 
     return re.sub(r"`[^`]*`|[<>|]", escaped, " ".join(text.split()).replace("``", "`"))
@@ -99,10 +108,16 @@ def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 
 def value(each: Any, annotations: dict[str, Any]) -> str:
-    """Return the placeholder of what an option takes: as declared, its words if it is one of a few, or its type."""
+    """Return the placeholder of what an option takes: as declared, its words if it is one of a few,
+    or its type.
+    """
     if each.metavar or getattr(each, "is_flag", False):
         return each.metavar or ""
-    types = [part for part in (annotations[each.name], *get_args(annotations[each.name])) if isinstance(part, type)]
+    types = [
+        part
+        for part in (annotations[each.name], *get_args(annotations[each.name]))
+        if isinstance(part, type)
+    ]
     words = "|".join(str(word) for part in types if issubclass(part, Enum) for word in part)
     return words or next((type_name(part) for part in types if part is not NoneType), "")
 
@@ -119,7 +134,13 @@ def option_tables(command: Any) -> Iterator[str]:
         names = [each.metavar or each.name.upper()] if kind == "Arguments" else each.opts
         takes = "" if kind == "Arguments" else value(each, annotations)
         default = getattr(each.default, "value", each.default)
-        shown = "required" if each.required else "" if default in (None, (), "") or default is False else f"`{default}`"
+        shown = (
+            "required"
+            if each.required
+            else ""
+            if default in (None, (), "") or default is False
+            else f"`{default}`"
+        )
         row = (", ".join(f"`{name}`" for name in names), cell(f"`{takes}`") if takes else "", shown)
         group = getattr(each, "rich_help_panel", None) or kind
         groups.setdefault(group, []).append((*row, cell(each.help or "")))
@@ -130,7 +151,11 @@ def option_tables(command: Any) -> Iterator[str]:
 def type_name(annotation: Any) -> str:
     """Return a type in the words of JSON.
 
-    >>> type_name(dict[str, float | None]), type_name(tuple[int, ...] | None), type_name(Literal["left", "right"])
+    >>> (
+    ...     type_name(dict[str, float | None]),
+    ...     type_name(tuple[int, ...] | None),
+    ...     type_name(Literal["left", "right"]),
+    ... )
     ('table of number or null', 'list of integer, or null', '`left`, `right`')
     """
     if get_origin(annotation) is Annotated:
@@ -176,7 +201,9 @@ def null_when(text: str) -> tuple[str, str]:
     if (rest := re.sub(r", else null(?=[.;])", "", text)) != text:
         return rest, "otherwise"
     found = re.search(
-        r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before|unless) [^.;()]*(?:\([^)]*\)[^.;()]*)*", text
+        r"(?:;|(?<=\.)) [Nn]ull (?:if|where|for|in|until|without|before|unless) "
+        r"[^.;()]*(?:\([^)]*\)[^.;()]*)*",
+        text,
     )
     if found is None:
         return text, ""
@@ -195,14 +222,22 @@ def field_table(kind: type[BaseModel], linked: dict[str, str]) -> str:
     told, rows = document_fields(kind), []
     for attribute, field in kind.model_fields.items():
         name = field.alias or attribute
-        annotation = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        annotation = (
+            Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        )
         shown = [each for each in getattr(kind, "shown", ()) if each.path.split(".")[0] == name]
         titles = ", ".join(dict.fromkeys(each.title for each in shown))
         default = field.default if name == "record" else ""
         text, when = null_when(told.get(name, f"Kind of record, `{default}`." if default else ""))
         kinds = cell(type_name(annotation).removesuffix(", or null").removesuffix(" or null"))
-        kinds = re.sub(r"\b[A-Z]\w+\b", lambda at: f"[{at[0]}]({linked[at[0]]})" if at[0] in linked else at[0], kinds)
-        null = cell(when) or ("in older versions" if "null" in type_name(annotation) and field.default is None else "")
+        kinds = re.sub(
+            r"\b[A-Z]\w+\b",
+            lambda at: f"[{at[0]}]({linked[at[0]]})" if at[0] in linked else at[0],
+            kinds,
+        )
+        null = cell(when) or (
+            "in older versions" if "null" in type_name(annotation) and field.default is None else ""
+        )
         rows.append((f"`{name}`", cell(titles), kinds, unit(annotation), cell(text), null))
     return table(("field", "column", "type", "unit", "description", "null"), rows)
 
@@ -213,16 +248,27 @@ def kinds(feature: Feature) -> list[type[Record]]:
 
 
 def shared() -> list[type[BaseModel]]:
-    """Return the classes of records that belong to no feature, or to several: those of every file first."""
+    """Return the classes of records that belong to no feature, or to several: those of every file
+    first.
+    """
     catalog.record_kinds()
-    used = [one for feature in catalog.features() for kind in kinds(feature) for one in find_models(kind)]
+    used = [
+        one
+        for feature in catalog.features()
+        for kind in kinds(feature)
+        for one in find_models(kind)
+    ]
     loose = [one for one in used if one.__module__.startswith("lora_diag.records.")]
     every = [one for kind in (run.Run, run.LeftOut, run.End) for one in find_models(kind)]
     return list(dict.fromkeys([*every, *loose]))
 
 
-def record_tables(classes: list[type[BaseModel]], linked: dict[str, str], level: int) -> Iterator[str]:
-    """Yield a heading, the first paragraph of its docstring and the table of fields of every class."""
+def record_tables(
+    classes: list[type[BaseModel]], linked: dict[str, str], level: int
+) -> Iterator[str]:
+    """Yield a heading, the first paragraph of its docstring and the table of fields of
+    every class.
+    """
     for kind in classes:
         about = cell((getdoc(kind) or "").partition("\n\n")[0])
         yield f"{'#' * level} {kind.__name__}\n\n{about}\n\n{field_table(kind, linked)}"
@@ -232,17 +278,36 @@ def generated(feature: Feature) -> str:
     """Return what the site adds to the page of a feature: synopsis, options and output fields."""
     parts = []
     for name, command in commands(feature).items():
-        words = [each.metavar or each.name.upper() for each in command.params if each.param_type_name == "argument"]
-        parts += [f"## Options of `{name}`", f"    loradiag {' '.join([name, *words, '[OPTIONS]'])}"]
+        words = [
+            each.metavar or each.name.upper()
+            for each in command.params
+            if each.param_type_name == "argument"
+        ]
+        parts += [
+            f"## Options of `{name}`",
+            f"    loradiag {' '.join([name, *words, '[OPTIONS]'])}",
+        ]
         parts += option_tables(command)
-    elsewhere = {kind.__name__: f"{PurePosixPath(RESULTS).name}#{kind.__name__.lower()}" for kind in shared()}
+    elsewhere = {
+        kind.__name__: f"{PurePosixPath(RESULTS).name}#{kind.__name__.lower()}" for kind in shared()
+    }
     classes = list(dict.fromkeys(one for kind in kinds(feature) for one in find_models(kind)))
     own = [one for one in classes if one.__name__ not in elsewhere]
     links = {**elsewhere, **{one.__name__: f"#{one.__name__.lower()}" for one in own}}
     if classes:
-        where = [f"[{one.__name__}]({elsewhere[one.__name__]})" for one in kinds(feature) if one not in own]
-        lines = f"Lines of the [results file]({PurePosixPath(RESULTS).name}), besides its first and last."
-        parts += ["## Output fields", lines + (f" The record is a {', '.join(where)}." if where else "")]
+        where = [
+            f"[{one.__name__}]({elsewhere[one.__name__]})"
+            for one in kinds(feature)
+            if one not in own
+        ]
+        lines = (
+            f"Lines of the [results file]({PurePosixPath(RESULTS).name}), besides its first "
+            "and last."
+        )
+        parts += [
+            "## Output fields",
+            lines + (f" The record is a {', '.join(where)}." if where else ""),
+        ]
         parts += record_tables(own, links, 3)
     return "\n\n".join(parts) + "\n"
 
@@ -255,8 +320,13 @@ def results_tables() -> str:
 
 def api() -> str:
     """Return the directives of mkdocstrings for every public function and what they return."""
-    named = [(feature.package, path) for feature in catalog.features() for path in feature.functions]
-    paths = [(package if path.startswith(".") else "") + path.replace(":", ".") for package, path in named]
+    named = [
+        (feature.package, path) for feature in catalog.features() for path in feature.functions
+    ]
+    paths = [
+        (package if path.startswith(".") else "") + path.replace(":", ".")
+        for package, path in named
+    ]
     errors = ("LoradiagError", "UsageError", "InputError", "NothingComparedError")
     more = [
         "lora_diag.records.results.Results",
@@ -271,7 +341,9 @@ def on_config(config: Any) -> Any:
     """Put the features into the navigation, grouped as in ``loradiag --help``."""
     pages: dict[str, list[dict[str, str]]] = {group: [] for group in GROUPS}
     for feature in catalog.features():
-        pages.setdefault(feature.group, []).append({next(iter(commands(feature))): page_of(feature)})
+        pages.setdefault(feature.group, []).append(
+            {next(iter(commands(feature))): page_of(feature)}
+        )
     for section in config.nav:
         for entry in section.get("Reference", []) if isinstance(section, dict) else []:
             if isinstance(entry, dict) and "Commands" in entry:
@@ -288,8 +360,12 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, content=moved_links(text, source, page)))
     for feature in catalog.features():
         if files.get_file_from_path(page_of(feature)) is None:
-            about = next((getdoc(one.callback) or "" for one in commands(feature).values()), feature.name)
-            files.append(File.generated(config, page_of(feature), content=f"# {feature.name}\n\n{about}\n"))
+            about = next(
+                (getdoc(one.callback) or "" for one in commands(feature).values()), feature.name
+            )
+            files.append(
+                File.generated(config, page_of(feature), content=f"# {feature.name}\n\n{about}\n")
+            )
     return files
 
 
@@ -298,7 +374,9 @@ def rules_table() -> str:
     texts = {term.word: term.text for term in all_terms() if term.role == "finding"}
     rows = []
     for name, rule in RULES.items():
-        what = re.split(r"(?<=[.:]) ", " ".join(texts[name].split("\n\n")[0].split()))[0].rstrip(":")
+        what = re.split(r"(?<=[.:]) ", " ".join(texts[name].split("\n\n")[0].split()))[0].rstrip(
+            ":"
+        )
         given = {"settings", "peft", "invalid", "mismatch", "servers"}
         needs = ", ".join(
             dict.fromkeys(
@@ -327,14 +405,17 @@ def completed(here: str, markdown: str) -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Append what is generated to a page, and lead links out of the docs to where the site has these pages."""
+    """Append what is generated to a page, and lead links out of the docs to where the site has
+    these pages.
+    """
     here = page.file.src_uri
     markdown = linked_figures(unbroken_numbers(completed(here, markdown)))
     return markdown if here in MOVED.values() else moved_links(markdown, f"docs/{here}", here)
 
 
 def unbroken_numbers(markdown: str) -> str:
-    """Return a page whose table cells do not break between the parts of a number, such as 1.59 ± 0.01.
+    """Return a page whose table cells do not break between the parts of a number, such as 1.59 ±
+    0.01.
 
     >>> unbroken_numbers("| 48 | 1.5 ± 0.1 | a 3 |")
     '| 48 | <span class="number">1.5 ± 0.1</span> | a 3 |'
@@ -346,7 +427,11 @@ def unbroken_numbers(markdown: str) -> str:
 
     def unbroken(part: str) -> str:
         text = part.strip()
-        return f' <span class="number">{text}</span> ' if " " in text and NUMBERS.fullmatch(text) else part
+        return (
+            f' <span class="number">{text}</span> '
+            if " " in text and NUMBERS.fullmatch(text)
+            else part
+        )
 
     return re.sub(r"^\|.*\|$", row, markdown, flags=re.MULTILINE)
 
@@ -368,12 +453,16 @@ def on_page_content(html: str, **_: Any) -> str:
 def unbroken_code(html: str) -> str:
     """Return a page whose inline code does not break after the hyphens of a word.
 
-    >>> unbroken_code("<code>allocate --max-rank R</code> and <pre><span></span><code>a --b</code></pre>")
-    '<code>allocate <span class="number">--max-rank</span> R</code> and <pre><span></span><code>a --b</code></pre>'
+    >>> unbroken_code("<code>allocate --max-rank R</code>")
+    '<code>allocate <span class="number">--max-rank</span> R</code>'
+    >>> unbroken_code("<pre><span></span><code>a --b</code></pre>")
+    '<pre><span></span><code>a --b</code></pre>'
     """
 
     def word(found: re.Match[str]) -> str:
-        return f'<span class="number">{found[0]}</span>' if len(found[0]) < MAX_UNBROKEN else found[0]
+        return (
+            f'<span class="number">{found[0]}</span>' if len(found[0]) < MAX_UNBROKEN else found[0]
+        )
 
     def code(found: re.Match[str]) -> str:
         words = re.sub(r"[^\s<]*[-…][^\s<]*", word, found[1])
@@ -398,7 +487,9 @@ def moved_links(text: str, source: str, page: str) -> str:
         if "://" in target or not target:
             return found[0]
         path = PurePosixPath(os.path.normpath(PurePosixPath(source).parent / target)).as_posix()
-        there = ELSEWHERE.get(path) or (path.removeprefix("docs/") if path.startswith("docs/") else None)
+        there = ELSEWHERE.get(path) or (
+            path.removeprefix("docs/") if path.startswith("docs/") else None
+        )
         if there is None:
             return words
         return f"[{words}]({os.path.relpath(there, PurePosixPath(page).parent)}{anchor})"

@@ -46,14 +46,21 @@ def page(name: str, command: Any) -> str:
         ".SH SYNOPSIS",
     ]
     arguments = [each for each in command.params if each.param_type_name == "argument"]
-    words = [f"[{each.metavar}]" if not each.required else each.metavar or each.name.upper() for each in arguments]
+    words = [
+        f"[{each.metavar}]" if not each.required else each.metavar or each.name.upper()
+        for each in arguments
+    ]
     lines += [f".B {roff(name)}", roff(" ".join([*words, "[OPTIONS]"]))]
     if rest.strip():
         lines += [".SH DESCRIPTION", roff(rest.strip()).replace("\n", "\n.br\n")]
     groups: dict[str, list[Any]] = {}
     for each in command.params:
         if not getattr(each, "hidden", False):
-            group = "Arguments" if each in arguments else getattr(each, "rich_help_panel", None) or "Options"
+            group = (
+                "Arguments"
+                if each in arguments
+                else getattr(each, "rich_help_panel", None) or "Options"
+            )
             groups.setdefault(group, []).append(each)
     for group, members in groups.items():
         lines.append(f".SH {group.upper()}")

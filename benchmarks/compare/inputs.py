@@ -1,4 +1,5 @@
-"""Checkpoints and adapters with a planted update, the truth about it in float64, and cells of tables.
+"""Checkpoints and adapters with a planted update, the truth about it in float64, and cells of
+tables.
 
 The truth is computed here with NumPy from the definitions; nothing is shared with the package.
 """
@@ -56,7 +57,9 @@ def best(s: np.ndarray, rank: int) -> float:
 
 def error(found: torch.Tensor, truth: torch.Tensor) -> float:
     """Return ‖found − truth‖_F / ‖truth‖_F in float64."""
-    return float(torch.linalg.norm(found.double() - truth.double()) / torch.linalg.norm(truth.double()))
+    return float(
+        torch.linalg.norm(found.double() - truth.double()) / torch.linalg.norm(truth.double())
+    )
 
 
 def orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -64,7 +67,9 @@ def orthogonal(rows: int, columns: int, generator: torch.Generator) -> torch.Ten
 
 
 def planted(values: torch.Tensor, rms: float) -> Update:
-    """Return a maker of float64 matrices with these singular values, scaled to this root mean square."""
+    """Return a maker of float64 matrices with these singular values, scaled to this root mean
+    square.
+    """
 
     def made(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
         s = values[: min(rows, columns)].double()
@@ -78,14 +83,22 @@ def weights_of(folder: Path) -> Weights:
     return load_file(folder / "model.safetensors")
 
 
-def make_pair(folder: Path, family: str, update: Update, dtype: torch.dtype, embeddings: bool = False) -> Weights:
-    """Write base/ and tuned/, and return the updates that were planted, float64, before any rounding."""
+def make_pair(
+    folder: Path, family: str, update: Update, dtype: torch.dtype, embeddings: bool = False
+) -> Weights:
+    """Write base/ and tuned/, and return the updates that were planted, float64, before any
+    rounding.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     config = AutoConfig.for_model(
-        family.removesuffix("-tied"), vocab_size=256, bos_token_id=0, eos_token_id=0, **FAMILIES[family]
+        family.removesuffix("-tied"),
+        vocab_size=256,
+        bos_token_id=0,
+        eos_token_id=0,
+        **FAMILIES[family],
     )
     if not family.endswith("-tied") and family != "gpt2":
         config.tie_word_embeddings = False
@@ -93,13 +106,19 @@ def make_pair(folder: Path, family: str, update: Update, dtype: torch.dtype, emb
     before = weights_of(folder / "base")
     truth = {}
     for name, weight in before.items():
-        outside = any(word in name for word in ("embed", "lm_head", "wte", "wpe", "router", "block_sparse_moe.gate."))
+        outside = any(
+            word in name
+            for word in ("embed", "lm_head", "wte", "wpe", "router", "block_sparse_moe.gate.")
+        )
         if weight.dim() < 2 or (outside and not embeddings) or name.endswith("_bias"):
             continue
         stack = weight if weight.dim() == 3 else weight[None]
         delta = torch.stack([update(*matrix.shape, generator) for matrix in stack])
         truth[name] = delta if weight.dim() == 3 else delta[0]
-    after = {name: (w.double() + truth[name]).to(dtype) if name in truth else w for name, w in before.items()}
+    after = {
+        name: (w.double() + truth[name]).to(dtype) if name in truth else w
+        for name, w in before.items()
+    }
     write_like(folder / "base", folder / "tuned", after)
     return truth
 
@@ -108,19 +127,29 @@ def write_like(source: Path, folder: Path, weights: Weights) -> None:
     """Write weights beside a copy of another checkpoint's config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text((source / "config.json").read_text())
-    save_file({name: w.contiguous() for name, w in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: w.contiguous() for name, w in weights.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
 
 
 def stored(folder: Path) -> Weights:
     """Return tuned − base as the files have it, in float64."""
     before, after = weights_of(folder / "base"), weights_of(folder / "tuned")
-    return {name: after[name].double() - w.double() for name, w in before.items() if (after[name] != w).any()}
+    return {
+        name: after[name].double() - w.double()
+        for name, w in before.items()
+        if (after[name] != w).any()
+    }
 
 
 def make_adapter(
     folder: Path, truth: Mapping[str, torch.Tensor], rank: int, alpha: float, rslora: bool = False
 ) -> None:
-    """Write a PEFT adapter whose scaled update is ``truth``, of weights stored (out, in), and beside it kohya's."""
+    """Write a PEFT adapter whose scaled update is ``truth``, of weights stored (out, in), and
+    beside it kohya's.
+    """
     scaling = alpha / rank**0.5 if rslora else alpha / rank
     factors, flat = {}, {}
     for name, delta in truth.items():
@@ -131,7 +160,10 @@ def make_adapter(
         factors[f"base_model.model.{module}.lora_A.weight"] = a.contiguous()
         factors[f"base_model.model.{module}.lora_B.weight"] = b.contiguous()
         kohya = kohya_name(name)
-        flat |= {f"{kohya}.lora_down.weight": a.contiguous(), f"{kohya}.lora_up.weight": b.contiguous()}
+        flat |= {
+            f"{kohya}.lora_down.weight": a.contiguous(),
+            f"{kohya}.lora_up.weight": b.contiguous(),
+        }
         flat[f"{kohya}.alpha"] = torch.tensor(float(alpha))
     folder.mkdir(parents=True, exist_ok=True)
     save_file(factors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -143,7 +175,9 @@ def make_adapter(
         "lora_alpha": alpha,
         "use_rslora": rslora,
         "bias": "none",
-        "target_modules": sorted({name.removesuffix(".weight").rsplit(".", 1)[-1] for name in truth}),
+        "target_modules": sorted(
+            {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in truth}
+        ),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
@@ -178,7 +212,13 @@ def fresh(name: str) -> Path:
 def spread(values: Iterable[float | None]) -> str:
     """Return a figure of all layers: one number, or the least and the largest."""
     result = sorted(float(f"{value:.3g}") for value in values if value is not None)
-    return "none" if not result else f"{result[0]:g}" if result[0] == result[-1] else f"{result[0]:g} to {result[-1]:g}"
+    return (
+        "none"
+        if not result
+        else f"{result[0]:g}"
+        if result[0] == result[-1]
+        else f"{result[0]:g} to {result[-1]:g}"
+    )
 
 
 def about(rows: Iterable[dict[str, Any]], key: str, names: Iterable[str]) -> list[dict[str, Any]]:
@@ -193,5 +233,7 @@ def worst(found: Weights, truth: Weights) -> float:
 
 
 def excess(found: Weights, truth: Weights, spectra: Mapping[str, np.ndarray]) -> str:
-    """Return by how much, relatively, the worst layer's error exceeds that of the best matrix of its rank."""
+    """Return by how much, relatively, the worst layer's error exceeds that of the best matrix of
+    its rank.
+    """
     return f"{max(error(found[name], t) / best(spectra[name], RANK) - 1 for name, t in truth.items()):.0e}"

@@ -1,7 +1,9 @@
-"""How every tool is run for ``compare``, with the options that its documentation names, and how what it wrote is read.
+"""How every tool is run for ``compare``, with the options that its documentation names, and how
+what it wrote is read.
 
-Adapters are judged by merging them with PEFT itself into the float32 base; kohya's, which PEFT does not read, by
-up · down · alpha / rank. Tools run in environments of their own; a version is asked from the environment that ran.
+Adapters are judged by merging them with PEFT itself into the float32 base; kohya's, which PEFT does
+not read, by up · down · alpha / rank. Tools run in environments of their own; a version is asked
+from the environment that ran.
 """
 
 import json
@@ -39,7 +41,11 @@ class Ran:
     @property
     def last(self) -> str:
         """The last line that is no progress bar."""
-        lines = [line.strip() for line in re.split(r"[\r\n]", self.text) if line.strip() and "it/s]" not in line]
+        lines = [
+            line.strip()
+            for line in re.split(r"[\r\n]", self.text)
+            if line.strip() and "it/s]" not in line
+        ]
         return lines[-1] if lines else "(nothing printed)"
 
 
@@ -47,7 +53,11 @@ def run(words: Sequence[object], **env: str) -> Ran:
     with NamedTemporaryFile() as file:
         measured = [sys.executable, "-m", "benchmarks.measure", file.name, *map(str, words)]
         process = subprocess.run(
-            measured, env={**os.environ, **OFFLINE, **env}, capture_output=True, text=True, check=False
+            measured,
+            env={**os.environ, **OFFLINE, **env},
+            capture_output=True,
+            text=True,
+            check=False,
         )
         used = Used(*json.loads(Path(file.name).read_text()))
     return Ran(process.returncode, process.stdout + process.stderr, used)
@@ -79,23 +89,47 @@ def loradiag_records(*words: object) -> list[dict[str, Any]]:
     return [record for record in records if record["record"] == "spectrum"]
 
 
-def modeldelta(base: Path, tuned: Path, out: Path, top: int = 16) -> tuple[Ran, list[dict[str, Any]]]:
+def modeldelta(
+    base: Path, tuned: Path, out: Path, top: int = 16
+) -> tuple[Ran, list[dict[str, Any]]]:
     """Run ``python -m modeldelta --top-k``, and return the JSON of every tensor with an SVD."""
     out.unlink(missing_ok=True)
-    ran = run([peer("modeldelta") / "python", "-m", "modeldelta", base, tuned, "-q", "--top-k", top, "-o", out])
+    ran = run(
+        [
+            peer("modeldelta") / "python",
+            "-m",
+            "modeldelta",
+            base,
+            tuned,
+            "-q",
+            "--top-k",
+            top,
+            "-o",
+            out,
+        ]
+    )
     modules = json.loads(out.read_text())["modules"] if out.exists() else []
     return ran, [module for module in modules if module.get("has_svd")]
 
 
 def weightwatcher(base: Path, tuned: Path) -> tuple[Ran, list[dict[str, Any]]]:
     """Run ``WeightWatcher(model, base_model).analyze(mp_fit=True)``, and return its table."""
-    ran = run([peer("weightwatcher") / "python", "benchmarks/scripts.py", "weightwatcher", base, tuned])
+    ran = run(
+        [peer("weightwatcher") / "python", "benchmarks/scripts.py", "weightwatcher", base, tuned]
+    )
     rows = [line for line in ran.text.splitlines() if line.startswith('[{"')]
     return ran, json.loads(rows[0]) if rows else []
 
 
 def mergekit(base: Path, tuned: Path, out: Path, rank: int, *more: object) -> Ran:
-    words = ["--model", tuned.resolve(), "--base-model", base.resolve(), "--out-path", out.resolve()]
+    words = [
+        "--model",
+        tuned.resolve(),
+        "--base-model",
+        base.resolve(),
+        "--out-path",
+        out.resolve(),
+    ]
     return run([peer("mergekit") / "mergekit-extract-lora", *words, "--max-rank", rank, *more])
 
 
@@ -107,7 +141,9 @@ def audited(adapter: Path) -> Ran:
 
 
 def gradience_audit(adapter: Path) -> dict[str, Any]:
-    """Return the output of the audit; messages are on standard error, which follows its JSON here."""
+    """Return the output of the audit; messages are on standard error, which follows its
+    JSON here.
+    """
     ran = audited(adapter)
     done(ran)
     return dict(json.JSONDecoder().raw_decode(ran.text[ran.text.index("{") :])[0])
@@ -119,7 +155,9 @@ def gradience_truncate(adapter: Path, out: Path, rank: int, *more: object) -> Ra
 
 
 def kohya(home: Path, script: str, *words: object) -> Ran:
-    """Run a script of sd-scripts from a checkout, in the environment ``.bench/peers/kohya`` with its requirements."""
+    """Run a script of sd-scripts from a checkout, in the environment ``.bench/peers/kohya`` with
+    its requirements.
+    """
     python = Path(".bench/peers/kohya/bin/python").absolute()
     return run([python, home / "networks" / script, *words], PYTHONPATH=str(home))
 
@@ -131,7 +169,17 @@ def kohya_extract(home: Path, base: Path, tuned: Path, out: Path, rank: int, *mo
         named = {FLUX + name: w for name, w in weights_of(folder).items() if w.dim() == 2}
         sides.append(out.with_suffix(f".{folder.name}.safetensors"))
         save_file(named, sides[-1])
-    words: list[object] = ["--model_org", sides[0], "--model_tuned", sides[1], "--save_to", out, "--dim", rank, *more]
+    words: list[object] = [
+        "--model_org",
+        sides[0],
+        "--model_tuned",
+        sides[1],
+        "--save_to",
+        out,
+        "--dim",
+        rank,
+        *more,
+    ]
     return kohya(home, "flux_extract_lora.py", *words)
 
 
@@ -165,7 +213,9 @@ def merged(base: Path, adapter: Path) -> Weights:
 
 
 def moved(folder: Path) -> Weights:
-    """Return what the fine-tune added to each parameter, of models as transformers loads them (ties included)."""
+    """Return what the fine-tune added to each parameter, of models as transformers loads them (ties
+    included).
+    """
     before, after = loaded(folder / "base").state_dict(), loaded(folder / "tuned").state_dict()
     changes = {name: after[name].double() - w.double() for name, w in before.items()}
     return {name: change for name, change in changes.items() if change.any()}
@@ -176,14 +226,19 @@ def kohya_updates(file: Path, names: Iterable[str]) -> Weights:
     tensors = load_file(file)
     updates = {}
     for name, module in kohya_modules(tensors, names).items():
-        down, up = tensors[f"{module}.lora_down.weight"].double(), tensors[f"{module}.lora_up.weight"].double()
+        down, up = (
+            tensors[f"{module}.lora_down.weight"].double(),
+            tensors[f"{module}.lora_up.weight"].double(),
+        )
         updates[name] = up @ down * float(tensors[f"{module}.alpha"]) / len(down)
     return updates
 
 
 def kohya_ranks(file: Path, names: Iterable[str]) -> dict[str, int]:
     tensors = load_file(file)
-    return {n: len(tensors[f"{m}.lora_down.weight"]) for n, m in kohya_modules(tensors, names).items()}
+    return {
+        n: len(tensors[f"{m}.lora_down.weight"]) for n, m in kohya_modules(tensors, names).items()
+    }
 
 
 def kohya_modules(tensors: Weights, names: Iterable[str]) -> dict[str, str]:
@@ -194,4 +249,7 @@ def kohya_modules(tensors: Weights, names: Iterable[str]) -> dict[str, str]:
 
 def peft_ranks(folder: Path, names: Iterable[str]) -> dict[str, int]:
     tensors = load_file(folder / "adapter_model.safetensors")
-    return {n: len(tensors[f"base_model.model.{n.removesuffix('.weight')}.lora_A.weight"]) for n in names}
+    return {
+        n: len(tensors[f"base_model.model.{n.removesuffix('.weight')}.lora_A.weight"])
+        for n in names
+    }

@@ -1,28 +1,35 @@
-r"""What programs that serve adapters apply, as run, and what ``portability`` predicted: docs/reference/portability.md.
+r"""What programs that serve adapters apply, as run, and what ``portability`` predicted:
+docs/reference/portability.md.
 
-    python -m benchmarks.servers MODEL [--out FILE] [--programs NAMES] [--python PATH] [--llamacpp FOLDER]
+    python -m benchmarks.servers MODEL [--out FILE] [--programs NAMES] [--python PATH] [--llamacpp
+    FOLDER]
 
-MODEL is the folder of a small Llama with a tied head (SmolLM2-135M-Instruct in float32, with its tokenizer). A copy
-with a head of its own, adapters of PEFT, mlx-lm, diffusers and kohya, a U-Net and a CLIP are made in ``--work``.
+MODEL is the folder of a small Llama with a tied head (SmolLM2-135M-Instruct in float32, with its
+tokenizer). A copy with a head of its own, adapters of PEFT, mlx-lm, diffusers and kohya, a U-Net
+and a CLIP are made in ``--work``.
 
-Every program runs in a process of its own, so that an error or an abort is a result. The changes of its outputs on four
-passages of 12 tokens (of diffusers: on three inputs) are compared with those of PEFT: ``slope`` is their regression,
-the scale that was applied, and ``error`` their relative error. The third number, ``from prediction``, is their error
-against transformers or diffusers with the weights W + ΔW of which ``portability`` predicts ΔW. A prediction is right if
-that is below ``TOLERANCE``, or if an adapter that is predicted to be refused is refused. For PEFT's own rows, and for
-files made by hand, the ΔW that this package reads from the file takes the place of PEFT's.
+Every program runs in a process of its own, so that an error or an abort is a result. The changes of
+its outputs on four passages of 12 tokens (of diffusers: on three inputs) are compared with those of
+PEFT: ``slope`` is their regression, the scale that was applied, and ``error`` their relative error.
+The third number, ``from prediction``, is their error against transformers or diffusers with the
+weights W + ΔW of which ``portability`` predicts ΔW. A prediction is right if that is below
+``TOLERANCE``, or if an adapter that is predicted to be refused is refused. For PEFT's own rows, and
+for files made by hand, the ΔW that this package reads from the file takes the place of PEFT's.
 
-Prints Markdown; ``--out`` gets the rows as JSON lines. Models and adapters in ``--work`` are used again.
+Prints Markdown; ``--out`` gets the rows as JSON lines. Models and adapters in ``--work`` are used
+again.
 
-PATH is a Python with the programs. PEFT is run by the Python of this script; the others may be installed with::
+PATH is a Python with the programs. PEFT is run by the Python of this script; the others may be
+installed with::
 
     python -m venv VENV
     VENV/bin/pip install --no-deps llama-cpp-py-sync==0.11739 cffi pycparser sentencepiece gguf
     VENV/bin/pip install --no-deps mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2
 
-and torch, transformers, peft and diffusers in the same environment, or by a ``.pth`` file in its site-packages that
-names those of this one. FOLDER has llama.cpp's converters: ``vendor/llama.cpp`` in the source package of
-llama-cpp-python 0.3.36. After a whole run, ``--programs peft`` with an older PEFT in PYTHONPATH judges that one.
+and torch, transformers, peft and diffusers in the same environment, or by a ``.pth`` file in its
+site-packages that names those of this one. FOLDER has llama.cpp's converters: ``vendor/llama.cpp``
+in the source package of llama-cpp-python 0.3.36. After a whole run, ``--programs peft`` with an
+older PEFT in PYTHONPATH judges that one.
 """
 
 from __future__ import annotations
@@ -68,7 +75,8 @@ from lora_diag.diagnostics.portability.record import Portability
 from lora_diag.errors import InputError
 from lora_diag.layers.change import load_change
 
-# Q4_0: llama.cpp rounds activations to 8 bits; how much of its error that is depends on the size of ΔW.
+# Q4_0: llama.cpp rounds activations to 8 bits; how much of its error that is depends on the size of
+# ΔW.
 TOLERANCE, TOLERANCE_Q4 = 1e-3, 0.25
 PASSAGES = (
     "The capital of France is Paris, and the river that flows through it is called",
@@ -143,7 +151,9 @@ class Shop:
         self.inputs = [tokenizer(text)["input_ids"][:12] for text in PASSAGES]
 
     def base(self, name: str) -> Path:
-        """Return a model: ``tied`` (the given one), ``untied``, with ``mlx-``, ``q4``, ``unet`` or ``text_encoder``."""
+        """Return a model: ``tied`` (the given one), ``untied``, with ``mlx-``, ``q4``, ``unet`` or
+        ``text_encoder``.
+        """
         folder = self.model if name == "tied" else self.folder / name
         if not folder.exists():
             part = fresh(folder)
@@ -158,7 +168,9 @@ class Shop:
             else:  # mlx-lm 0.32.2 reads rope_theta at the top level only
                 shutil.copytree(self.base(name.removeprefix("mlx-")), part)
                 config = json.loads((part / "config.json").read_text())
-                config.setdefault("rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0))
+                config.setdefault(
+                    "rope_theta", (config.get("rope_parameters") or {}).get("rope_theta", 10000.0)
+                )
                 (part / "config.json").write_text(json.dumps(config))
             part.rename(folder)
         return folder
@@ -177,20 +189,26 @@ class Shop:
         from transformers import AutoModelForCausalLM
 
         file = self.gguf("q4")
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
         del model.config.quantization_config  # otherwise save_pretrained refuses
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(folder)
 
     def gguf(self, name: str) -> Path:
-        """Return a model as a GGUF file: ``tied`` or ``untied`` in float32, or ``q4``, which is tied."""
+        """Return a model as a GGUF file: ``tied`` or ``untied`` in float32, or ``q4``, which is
+        tied.
+        """
         file = self.folder / f"{name}.gguf"
         if not file.exists():
             part = file.with_suffix(".part")
             if name == "q4":
                 failed = self.run("quantize", self.gguf("tied"), out=part)
             else:
-                failed = self.convert("convert_hf_to_gguf.py", self.base(name), "--outtype", "f32", "--outfile", part)
+                failed = self.convert(
+                    "convert_hf_to_gguf.py", self.base(name), "--outtype", "f32", "--outfile", part
+                )
             if failed:
                 raise SystemExit(f"{file}: {failed}")
             part.rename(file)
@@ -201,7 +219,9 @@ class Shop:
         if self.converters is None:
             raise SystemExit("llama.cpp: needs its converters; give their folder with --llamacpp")
         command = [str(word) for word in (self.python, self.converters / script, *words)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
         return explain(done.returncode, done.stderr)
 
     def start(self, program: str) -> subprocess.Popen[str]:
@@ -209,11 +229,18 @@ class Shop:
         if program not in self.running:
             python = sys.executable if program == "peft" else self.python
             words = [python, Path(__file__).with_name("programs.py"), program]
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            pipes = {
+                "stdin": subprocess.PIPE,
+                "stdout": subprocess.PIPE,
+                "stderr": subprocess.DEVNULL,
+            }
             self.running[program] = subprocess.Popen(list(map(str, words)), text=True, **pipes)
             self.versions[program] = self.running[program].stdout.readline().strip()
             if not self.versions[program]:
-                raise SystemExit(f"{program} does not start in {python}; the beginning of this script has its packages")
+                raise SystemExit(
+                    f"{program} does not start in {python}; the beginning of this script has its "
+                    "packages"
+                )
         return self.running[program]
 
     def run(
@@ -226,14 +253,29 @@ class Shop:
     ) -> str:
         """Run a program; return why it failed, empty if it wrote ``out``."""
         process, log = self.start(program), self.folder / "log.txt"
-        paths = {"model": model, "adapter": adapter, "weights": weights, "out": out or self.folder / "out.npy"}
-        job: dict[str, Any] = {name: None if path is None else str(path) for name, path in paths.items()}
-        print(json.dumps(job | {"inputs": self.inputs, "log": str(log)}), file=process.stdin, flush=True)
+        paths = {
+            "model": model,
+            "adapter": adapter,
+            "weights": weights,
+            "out": out or self.folder / "out.npy",
+        }
+        job: dict[str, Any] = {
+            name: None if path is None else str(path) for name, path in paths.items()
+        }
+        print(
+            json.dumps(job | {"inputs": self.inputs, "log": str(log)}),
+            file=process.stdin,
+            flush=True,
+        )
         code = int(process.stdout.readline())
         return explain(code, log.read_text(errors="replace"))
 
-    def change(self, program: str, model: Path, adapter: Path | None = None, weights: Path | None = None) -> Outcome:
-        """Return the change of a program's outputs by an adapter, or by other weights; or why there is none."""
+    def change(
+        self, program: str, model: Path, adapter: Path | None = None, weights: Path | None = None
+    ) -> Outcome:
+        """Return the change of a program's outputs by an adapter, or by other weights; or why there
+        is none.
+        """
         if (program, model) not in self.outputs:
             if failed := self.run(program, model):
                 raise SystemExit(f"{program} does not run {model}: {failed}")
@@ -245,7 +287,9 @@ class Shop:
     def change_by(
         self, adapter: Path, base: Path, records: Sequence[Portability] = (), program: str = "peft"
     ) -> np.ndarray:
-        """Return the change of outputs by the ΔW that an adapter states, or that records predict."""
+        """Return the change of outputs by the ΔW that an adapter states, or that
+        records predict.
+        """
         weights = self.folder / "weights.safetensors"
         save_file(add_updates(adapter, base, records), weights)
         change = self.change(program, base, weights=weights)
@@ -266,7 +310,9 @@ REASON = re.compile(r"^\w+Error: |^ERROR|GGML_ASSERT|failed to apply|added nothi
 
 
 def explain(code: int, log: str) -> str:
-    """Return how a command ended, and the line of its messages that tells why; empty if it did not fail."""
+    """Return how a command ended, and the line of its messages that tells why; empty if it did not
+    fail.
+    """
     if not code:
         return ""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -279,7 +325,11 @@ def explain(code: int, log: str) -> str:
 def predict(adapter: Path, base: Path, program: str, version: str) -> list[Portability]:
     """Return the records of ``portability``; builds of llama.cpp have one rule."""
     consumer = CONSUMERS[program] if program == "llama.cpp" else f"{CONSUMERS[program]}=={version}"
-    return list(lora_diag.portability(adapter, base, consumers=[consumer], allow_unmatched=program == "diffusers"))
+    return list(
+        lora_diag.portability(
+            adapter, base, consumers=[consumer], allow_unmatched=program == "diffusers"
+        )
+    )
 
 
 def describe(records: Sequence[Portability]) -> str:
@@ -290,19 +340,33 @@ def describe(records: Sequence[Portability]) -> str:
     wrong = [record for record in records if record.status == "wrong"]
     alone = [record for record in wrong if record.part in {"dora", "residual"}]
     factors = sorted({f"×{record.scale / record.intended:.3g}" for record in wrong})
-    texts = [f"{'B·A alone' if alone else ', '.join(factors)} in {len(wrong)} of {len(records)}"] if wrong else []
-    texts += [f"{status} in {counts[status]} of {len(records)}" for status in ("dropped", "unknown") if counts[status]]
+    texts = (
+        [f"{'B·A alone' if alone else ', '.join(factors)} in {len(wrong)} of {len(records)}"]
+        if wrong
+        else []
+    )
+    texts += [
+        f"{status} in {counts[status]} of {len(records)}"
+        for status in ("dropped", "unknown")
+        if counts[status]
+    ]
     return "; ".join(texts) or "exact"
 
 
-def add_updates(adapter: Path, base: Path, records: Sequence[Portability] = ()) -> dict[str, torch.Tensor]:
-    """Return W + ΔW of the weights that an adapter changes, with the ΔW that it states, or that records predict."""
+def add_updates(
+    adapter: Path, base: Path, records: Sequence[Portability] = ()
+) -> dict[str, torch.Tensor]:
+    """Return W + ΔW of the weights that an adapter changes, with the ΔW that it states, or that
+    records predict.
+    """
     opened, checkpoint = open_adapter(adapter), open_checkpoint(base)
     items = {item.layer: item for item in read_contents(opened, checkpoint).items}
     predicted = {record.layer: record for record in records}
     (source,) = base.glob("*.safetensors")
     before, weights = load_file(source), {}
-    for delta in opened.pair(checkpoint, allow_unmatched=opened.form in {"kohya", "diffusers"})[0].deltas:
+    for delta in opened.pair(checkpoint, allow_unmatched=opened.form in {"kohya", "diffusers"})[
+        0
+    ].deltas:
         status = predicted[delta.layer].status if records else "exact"
         if status == "dropped":
             continue
@@ -355,7 +419,11 @@ def measure(shop: Shop, file: File) -> Row:
     version = shop.versions[file.program]
     records = predict(file.judged, file.base, file.program, version)
     words, refused = describe(records), records[0].status == "refused"
-    change = file.path if isinstance(file.path, str) else shop.change(file.program, file.model, file.path)
+    change = (
+        file.path
+        if isinstance(file.path, str)
+        else shop.change(file.program, file.model, file.path)
+    )
     row = partial(Row, file.program, version, file.adapter, file.file, words)
     if isinstance(change, str):
         return row(change, agrees=refused)
@@ -395,19 +463,37 @@ def language_rows(shop: Shop, programs: Sequence[str]) -> Iterator[Row]:
         make = partial(File, adapter=title, base=model, plain=plain, reference=change)
         if "peft" in programs:
             stated = shop.change_by(adapter, plain)
-            yield measure(shop, make("peft", file="PEFT", path=adapter, model=model, judged=adapter, reference=stated))
+            yield measure(
+                shop,
+                make(
+                    "peft", file="PEFT", path=adapter, model=model, judged=adapter, reference=stated
+                ),
+            )
         if "llama.cpp" in programs:
             out = shop.folder / "out.gguf"
-            failed = shop.convert("convert_lora_to_gguf.py", adapter, "--base", model, "--outfile", out)
+            failed = shop.convert(
+                "convert_lora_to_gguf.py", adapter, "--base", model, "--outfile", out
+            )
             path = f"converter {failed}" if failed else out
-            yield measure(shop, make("llama.cpp", file="converter", path=path, model=shop.gguf(base), judged=adapter))
+            yield measure(
+                shop,
+                make(
+                    "llama.cpp", file="converter", path=path, model=shop.gguf(base), judged=adapter
+                ),
+            )
         for program, form in FORMS.items():
             if program in programs:
                 yield from written_rows(shop, make, program, form, case, adapter, base)
 
 
 def written_rows(
-    shop: Shop, make: Callable[..., File], program: str, form: str, case: Case, adapter: Path, base: str
+    shop: Shop,
+    make: Callable[..., File],
+    program: str,
+    form: str,
+    case: Case,
+    adapter: Path,
+    base: str,
 ) -> Iterator[Row]:
     """Yield the rows of the files that loradiag writes of an adapter for a program."""
     model = shop.base(base)
@@ -422,19 +508,33 @@ def written_rows(
         yield written_row(shop, partial(make, file="extract"), program, extract, extracted, base)
     if case.name == LARGE and program == "llama.cpp":
         change = shop.change("peft", shop.base("q4"), adapter)
-        quantised = partial(make, adapter=f"{case.name}, base in Q4_0", reference=change, tolerance=TOLERANCE_Q4)
+        quantised = partial(
+            make, adapter=f"{case.name}, base in Q4_0", reference=change, tolerance=TOLERANCE_Q4
+        )
         yield measure(
-            shop, quantised(program, file=title, path=out / "adapter.gguf", model=shop.gguf("q4"), judged=out)
+            shop,
+            quantised(
+                program, file=title, path=out / "adapter.gguf", model=shop.gguf("q4"), judged=out
+            ),
         )
 
 
 def written_row(
-    shop: Shop, make: Callable[..., File], program: str, write: Callable[[], object], out: Path, base: str
+    shop: Shop,
+    make: Callable[..., File],
+    program: str,
+    write: Callable[[], object],
+    out: Path,
+    base: str,
 ) -> Row:
-    """Write a file for a program with loradiag; return the row of the file, or why there is none."""
+    """Write a file for a program with loradiag; return the row of the file, or why
+    there is none.
+    """
     gguf = program == "llama.cpp"
     path = out / "adapter.gguf" if gguf else out
-    file = make(program, path=path, model=shop.gguf(base) if gguf else shop.base(f"mlx-{base}"), judged=out)
+    file = make(
+        program, path=path, model=shop.gguf(base) if gguf else shop.base(f"mlx-{base}"), judged=out
+    )
     try:
         write()
     except InputError as error:
@@ -453,7 +553,10 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
     for base in ("tied", "untied"):
         folder = fresh(shop.folder / "mlx")
         for name, path in mlx_adapters(shop.base(base), folder, base == "tied").items():
-            model, title = shop.base(base), f"mlx-lm: {name}, {base}" if "LoRA on" in name else f"mlx-lm: {name}"
+            model, title = (
+                shop.base(base),
+                f"mlx-lm: {name}, {base}" if "LoRA on" in name else f"mlx-lm: {name}",
+            )
             plain = shop.base("untied") if "lm_head" in name else model
             try:
                 stated = shop.change_by(path, plain)
@@ -461,20 +564,42 @@ def mlx_rows(shop: Shop) -> Iterator[Row]:
                 outcome = shop.change("mlx-lm", shop.base(f"mlx-{base}"), path)
                 end = outcome if isinstance(outcome, str) else "runs"
                 problem = f"not read: {str(error).partition(': ')[2]}"
-                yield Row("mlx-lm", shop.versions["mlx-lm"], title, "by hand", problem, end, agrees=end != "runs")
+                yield Row(
+                    "mlx-lm",
+                    shop.versions["mlx-lm"],
+                    title,
+                    "by hand",
+                    problem,
+                    end,
+                    agrees=end != "runs",
+                )
                 continue
-            file = File("mlx-lm", title, "by hand", path, shop.base(f"mlx-{base}"), path, model, plain, stated)
+            file = File(
+                "mlx-lm",
+                title,
+                "by hand",
+                path,
+                shop.base(f"mlx-{base}"),
+                path,
+                model,
+                plain,
+                stated,
+            )
             yield measure(shop, file)
 
 
 def image_rows(shop: Shop) -> Iterator[Row]:
-    """Yield the rows of adapters of the U-Net and the text encoder, as their programs and ``--fix`` write them."""
+    """Yield the rows of adapters of the U-Net and the text encoder, as their programs and ``--fix``
+    write them.
+    """
     unet, encoder, second = map(shop.base, ("unet", "text_encoder", "text_encoder_2"))
     folder = fresh(shop.folder / "images")
     for name, path in image_adapters(unet, encoder, folder).items():
         base = second if "text encoder 2" in name else encoder if "text encoder" in name else unet
         stated = shop.change_by(path, base, program="diffusers")
-        yield measure(shop, File("diffusers", name, "by hand", path, base, path, base, base, stated))
+        yield measure(
+            shop, File("diffusers", name, "by hand", path, base, path, base, base, stated)
+        )
         for form in ("kohya", "diffusers") if "U-Net" not in name else ():
             out = path.parent / form
             fixed = out / LAYOUTS[form].file
@@ -499,7 +624,9 @@ def main() -> None:
     options = parser.parse_args()
     programs = options.programs.split(",")
     if unknown := {*programs} - {*CONSUMERS}:
-        raise SystemExit(f"--programs: {', '.join(unknown)} unknown; give some of {', '.join(CONSUMERS)}")
+        raise SystemExit(
+            f"--programs: {', '.join(unknown)} unknown; give some of {', '.join(CONSUMERS)}"
+        )
     options.work.mkdir(parents=True, exist_ok=True)
     shop = Shop(options.work.resolve(), options.model.resolve(), options.python, options.llamacpp)
     if options.out:

@@ -1,4 +1,6 @@
-"""Adapters with seeded factors: of PEFT and mlx-lm for a language model, of diffusers and kohya for image models."""
+"""Adapters with seeded factors: of PEFT and mlx-lm for a language model, of diffusers and kohya for
+image models.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,12 @@ CASES = (
     Case("PiSSA", {"init_lora_weights": "pissa", "target_modules": ["q_proj", "v_proj"], **FIRST}),
     Case("modules_to_save: lm_head", {"modules_to_save": ["lm_head"]}, ("untied",), "leave_out"),
     Case("modules_to_save: norms", {"modules_to_save": ["input_layernorm"]}, fix="leave_out"),
-    Case("rows of embed_tokens", {"trainable_token_indices": [260, 282, 28]}, ("untied",), "leave_out"),
+    Case(
+        "rows of embed_tokens",
+        {"trainable_token_indices": [260, 282, 28]},
+        ("untied",),
+        "leave_out",
+    ),
     Case("LoRA on embed_tokens", {"target_modules": [*LINEAR, "embed_tokens"]}, BOTH),
     Case("LoRA on lm_head", {"target_modules": [*LINEAR, "lm_head"]}, BOTH),
 )
@@ -62,16 +69,30 @@ def make_peft(case: Case, base: Path, folder: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    config = {"r": 8, "lora_alpha": 16, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **case.config}
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config))
+    config = {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": LINEAR,
+        "task_type": "CAUSAL_LM",
+        **case.config,
+    }
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**config)
+    )
     seeded = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for _, module in model.named_modules():
             if hasattr(module, "lora_embedding_A"):
                 _fill(module, case.size, seeded)
-            if isinstance(saved := getattr(module, "modules_to_save", None), torch.nn.ModuleDict) and len(saved):
+            if isinstance(
+                saved := getattr(module, "modules_to_save", None), torch.nn.ModuleDict
+            ) and len(saved):
                 weight = saved["default"].weight
-                weight += SIZE * weight.square().mean().sqrt() * torch.randn(weight.shape, generator=seeded)
+                weight += (
+                    SIZE
+                    * weight.square().mean().sqrt()
+                    * torch.randn(weight.shape, generator=seeded)
+                )
         for name, rows in model.named_parameters():
             if "trainable_tokens_delta" in name:
                 rows += SIZE * torch.randn(rows.shape, generator=seeded)
@@ -79,7 +100,9 @@ def make_peft(case: Case, base: Path, folder: Path) -> None:
 
 
 def _fill(module: Any, relative: float, seeded: torch.Generator) -> None:
-    """Fill the factors of a LoRA layer; those that PiSSA filled, and magnitudes of DoRA, change by 5%."""
+    """Fill the factors of a LoRA layer; those that PiSSA filled, and magnitudes of DoRA, change by
+    5%.
+    """
     table = "default" in module.lora_embedding_A
     a = module.lora_embedding_A["default"] if table else module.lora_A["default"].weight
     b = module.lora_embedding_B["default"] if table else module.lora_B["default"].weight
@@ -88,7 +111,12 @@ def _fill(module: Any, relative: float, seeded: torch.Generator) -> None:
         return
     a.copy_(torch.randn(a.shape, generator=seeded))
     b.copy_(torch.randn(b.shape, generator=seeded))
-    b *= relative * module.get_base_layer().weight.norm() / (b @ a).norm() / module.scaling["default"]
+    b *= (
+        relative
+        * module.get_base_layer().weight.norm()
+        / (b @ a).norm()
+        / module.scaling["default"]
+    )
     if module.lora_magnitude_vector:
         magnitude = module.lora_magnitude_vector["default"].weight
         magnitude *= 1 + 0.05 * torch.randn(magnitude.shape, generator=seeded)
@@ -97,7 +125,9 @@ def _fill(module: Any, relative: float, seeded: torch.Generator) -> None:
 Tensors = dict[str, Tensor]
 
 
-def random_pair(weight: Tensor, rank: int, seeded: torch.Generator, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+def random_pair(
+    weight: Tensor, rank: int, seeded: torch.Generator, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return B and A with ‖scale·B·A‖ = ``SIZE``·‖W‖, for a convolution with its kernel in A."""
     flat = weight.flatten(1)
     a = torch.randn(rank, flat.shape[1], generator=seeded)
@@ -111,7 +141,9 @@ TABLE, HEAD = "model.embed_tokens", "lm_head"
 
 
 def mlx_adapters(base: Path, folder: Path, tied: bool) -> dict[str, Path]:
-    """Write adapters as mlx-lm writes them, for a model with a tied head or another; return them by name."""
+    """Write adapters as mlx-lm writes them, for a model with a tied head or another; return them by
+    name.
+    """
     weights = load_file(base / "model.safetensors")
     blocks = json.loads((base / "config.json").read_text())["num_hidden_layers"]
     last = range(blocks - 4, blocks)
@@ -141,7 +173,10 @@ def mlx_adapters(base: Path, folder: Path, tied: bool) -> dict[str, Path]:
         config |= {} if num_layers is None else {"num_layers": num_layers}
         path = folder / name.replace(" ", "_")
         path.mkdir(parents=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path / "adapters.safetensors")
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()},
+            path / "adapters.safetensors",
+        )
         (path / "adapter_config.json").write_text(json.dumps(config))
         written[name] = path
 
@@ -168,10 +203,17 @@ def make_unet(folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    sizes = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64), "norm_num_groups": 8}
+    sizes = {
+        "sample_size": 8,
+        "layers_per_block": 1,
+        "block_out_channels": (32, 64),
+        "norm_num_groups": 8,
+    }
     down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
     kinds = {"down_block_types": down, "up_block_types": up}
-    UNet2DConditionModel(cross_attention_dim=32, attention_head_dim=8, **sizes, **kinds).save_pretrained(folder)
+    UNet2DConditionModel(
+        cross_attention_dim=32, attention_head_dim=8, **sizes, **kinds
+    ).save_pretrained(folder)
 
 
 def make_text_encoder(folder: Path, second: bool) -> None:
@@ -179,17 +221,30 @@ def make_text_encoder(folder: Path, second: bool) -> None:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(1)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = CLIPTextConfig(vocab_size=100, max_position_embeddings=16, **sizes)
     (CLIPTextModelWithProjection if second else CLIPTextModel)(config).save_pretrained(folder)
 
 
 def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
-    """Write adapters of a U-Net or text encoder as kohya's scripts, LyCORIS and diffusers do; return them by name."""
-    weights = load_file(unet / "diffusion_pytorch_model.safetensors") | load_file(encoder / "model.safetensors")
-    linear = [name for name in weights if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight"))]
+    """Write adapters of a U-Net or text encoder as kohya's scripts, LyCORIS and diffusers do;
+    return them by name.
+    """
+    weights = load_file(unet / "diffusion_pytorch_model.safetensors") | load_file(
+        encoder / "model.safetensors"
+    )
+    linear = [
+        name for name in weights if name.endswith(("to_q.weight", "to_k.weight", "to_v.weight"))
+    ]
     text = [
-        name for name in weights if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")) and "layers" in name
+        name
+        for name in weights
+        if name.endswith(("_proj.weight", "fc1.weight", "fc2.weight")) and "layers" in name
     ]
     convolutions = [name for name in weights if name.endswith(("conv1.weight", "conv2.weight"))]
     seeded = torch.Generator().manual_seed(2)
@@ -199,11 +254,17 @@ def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
         return 4 if at % 3 else 8
 
     def kohya(
-        name: str, rank: Callable[[int], int], alpha: Callable[[int], float | None], keys: Any = linear, **more: Any
+        name: str,
+        rank: Callable[[int], int],
+        alpha: Callable[[int], float | None],
+        keys: Any = linear,
+        **more: Any,
     ) -> None:
         tensors: Tensors = {}
         for at, key in enumerate(keys):
-            component = f"lora_{more.get('encoder', 'te')}_text_model" if key in text else "lora_unet"
+            component = (
+                f"lora_{more.get('encoder', 'te')}_text_model" if key in text else "lora_unet"
+            )
             module = f"{component}_{key.removesuffix('.weight').replace('.', '_')}"
             b, a = random_pair(weights[key], rank(at), seeded)
             kernel = weights[key].shape[1:]
@@ -228,7 +289,9 @@ def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
             module = f"{'text_encoder.text_model' if key in text else 'unet'}.{key.removesuffix('.weight')}"
             names = parts if key in text else ("lora_B", "lora_A")
             pair = random_pair(weights[key], rank(at), seeded)
-            tensors |= {f"{module}.{part}.weight": factor for part, factor in zip(names, pair, strict=True)}
+            tensors |= {
+                f"{module}.{part}.weight": factor for part, factor in zip(names, pair, strict=True)
+            }
             tensors |= {f"{module}.alpha": torch.tensor(alpha)} if alpha else {}
         save(name, tensors, {"lora_adapter_metadata": json.dumps(metadata)} if metadata else None)
 
@@ -249,7 +312,13 @@ def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
     diffusers("diffusers: r = 4", lambda at: 4)
     diffusers("diffusers: unequal ranks", ranks_of)
     names = [key.removesuffix(".weight") for key in linear]
-    settings = {"r": 4, "lora_alpha": 6, "target_modules": names, "rank_pattern": {}, "alpha_pattern": {names[0]: 12}}
+    settings = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": names,
+        "rank_pattern": {},
+        "alpha_pattern": {names[0]: 12},
+    }
     metadata = {f"unet.{key}": value for key, value in settings.items()}
     diffusers("diffusers: metadata", lambda at: 4, metadata)
     hadamard: Tensors = {}
@@ -261,21 +330,42 @@ def image_adapters(unet: Path, encoder: Path, folder: Path) -> dict[str, Path]:
         hadamard[f"{module}.alpha"] = torch.tensor(4.0)
     save("LyCORIS: LoHa", hadamard)
 
-    title, short = "kohya, text encoder", [key for key in text if ".q_proj" in key or ".k_proj" in key]
+    title, short = (
+        "kohya, text encoder",
+        [key for key in text if ".q_proj" in key or ".k_proj" in key],
+    )
     kohya(f"{title}: r = 4, α = 8", lambda at: 4, lambda at: 8, text)
     kohya(f"{title}: lora_te1, no α, unequal ranks", ranks_of, lambda at: None, text, encoder="te1")
     kohya(f"{title}: unequal α and ranks", ranks_of, lambda at: 2 + at % 2, text)
     kohya(f"{title}: α in some modules", lambda at: 4, lambda at: 8 if at % 2 else None, text)
     kohya(f"{title}: q and k only", lambda at: 4, lambda at: 8, short)
-    kohya(f"{title} and U-Net", lambda at: 4, lambda at: 8 if at < len(text) else 2, [*text, *linear], encoder="te1")
+    kohya(
+        f"{title} and U-Net",
+        lambda at: 4,
+        lambda at: 8 if at < len(text) else 2,
+        [*text, *linear],
+        encoder="te1",
+    )
     title, own = "diffusers, text encoder", ("lora_linear_layer.up", "lora_linear_layer.down")
     diffusers(f"{title}: lora_A", lambda at: 4, keys=text)
-    diffusers(f"{title}: lora_A, MLP only", lambda at: 4, keys=[key for key in text if ".mlp." in key])
+    diffusers(
+        f"{title}: lora_A, MLP only", lambda at: 4, keys=[key for key in text if ".mlp." in key]
+    )
     diffusers(f"{title}: lora_A, α", lambda at: 4, keys=text, alpha=8.0)
     diffusers(f"{title}: unequal ranks", ranks_of, keys=text, parts=own)
     names = sorted({key.split(".")[-2] for key in text})
-    metadata = {"text_encoder.r": 4, "text_encoder.lora_alpha": 6, "text_encoder.target_modules": names}
+    metadata = {
+        "text_encoder.r": 4,
+        "text_encoder.lora_alpha": 6,
+        "text_encoder.target_modules": names,
+    }
     diffusers(f"{title}: metadata", lambda at: 4, metadata, text, own)
     diffusers(f"{title} and U-Net", lambda at: 4, keys=[*text, *linear], parts=own)
-    kohya("kohya, text encoder 2: unequal α and ranks", ranks_of, lambda at: 2 + at % 2, text, encoder="te2")
+    kohya(
+        "kohya, text encoder 2: unequal α and ranks",
+        ranks_of,
+        lambda at: 2 + at % 2,
+        text,
+        encoder="te2",
+    )
     return written

@@ -1,12 +1,14 @@
-"""Runs of a program that serves adapters, each in a process of its own: its outputs with an adapter, or without one.
+"""Runs of a program that serves adapters, each in a process of its own: its outputs with an
+adapter, or without one.
 
     PYTHON programs.py PROGRAM
 
-Imports what the program needs, prints its version, and reads jobs from standard input, one JSON object per line:
-``model``; ``adapter``, or null; ``inputs``, the tokens of each passage; ``weights``, a file of weights that replace
-those of the model, or null; ``out``, the .npy file to write; ``log``, the file for messages. Each job runs in a forked
-process, so that an abort ends only this job; its exit code is printed, below 0 the signal. Imports nothing of this
-project, so that PYTHON may belong to another environment.
+Imports what the program needs, prints its version, and reads jobs from standard input, one JSON
+object per line: ``model``; ``adapter``, or null; ``inputs``, the tokens of each passage;
+``weights``, a file of weights that replace those of the model, or null; ``out``, the .npy file to
+write; ``log``, the file for messages. Each job runs in a forked process, so that an abort ends only
+this job; its exit code is printed, below 0 the signal. Imports nothing of this project, so that
+PYTHON may belong to another environment.
 """
 
 import importlib
@@ -43,7 +45,9 @@ def run_peft(job: Job) -> Outputs:
 
 
 def run_llamacpp(job: Job) -> Outputs:
-    """Return the logits of llama.cpp, with keys and values in float32 and the adapter at its default weight of 1."""
+    """Return the logits of llama.cpp, with keys and values in float32 and the adapter at its
+    default weight of 1.
+    """
     from llama_cpp_py_sync import Llama
 
     llama = Llama(job["model"], n_ctx=64, n_batch=64, n_threads=1, type_k="f32", type_v="f32")
@@ -53,7 +57,10 @@ def run_llamacpp(job: Job) -> Outputs:
         if adapter == ffi.NULL:
             raise SystemExit("llama_adapter_lora_init failed")
         if lib.llama_set_adapters_lora(
-            context, ffi.new("struct llama_adapter_lora *[]", [adapter]), 1, ffi.new("float[]", [1.0])
+            context,
+            ffi.new("struct llama_adapter_lora *[]", [adapter]),
+            1,
+            ffi.new("float[]", [1.0]),
         ):
             raise SystemExit("llama_set_adapters_lora failed")
     outputs = []
@@ -97,7 +104,9 @@ def run_mlx(job: Job) -> Outputs:
 
 
 def run_diffusers(job: Job) -> Outputs:
-    """Return the outputs of the model, a U-Net or a text encoder: the adapter is loaded into a pipeline of both."""
+    """Return the outputs of the model, a U-Net or a text encoder: the adapter is loaded into a
+    pipeline of both.
+    """
     import torch
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
     from safetensors.torch import load_file
@@ -113,13 +122,25 @@ def run_diffusers(job: Job) -> Outputs:
         assert not unexpected, unexpected
     parts = dict.fromkeys(("vae", "tokenizer", "scheduler", "safety_checker", "feature_extractor"))
     if model is second:
-        parts = {"vae": None, "tokenizer": None, "tokenizer_2": None, "scheduler": None, "add_watermarker": False}
-        pipeline = StableDiffusionXLPipeline(unet=unet, text_encoder=encoder, text_encoder_2=second, **parts)
+        parts = {
+            "vae": None,
+            "tokenizer": None,
+            "tokenizer_2": None,
+            "scheduler": None,
+            "add_watermarker": False,
+        }
+        pipeline = StableDiffusionXLPipeline(
+            unet=unet, text_encoder=encoder, text_encoder_2=second, **parts
+        )
     else:
-        pipeline = StableDiffusionPipeline(unet=unet, text_encoder=encoder, requires_safety_checker=False, **parts)
+        pipeline = StableDiffusionPipeline(
+            unet=unet, text_encoder=encoder, requires_safety_checker=False, **parts
+        )
     if job["adapter"]:
         before = sum(parameter.numel() for parameter in model.parameters())
-        pipeline.load_lora_weights(Path(job["adapter"]).parent, weight_name=Path(job["adapter"]).name)
+        pipeline.load_lora_weights(
+            Path(job["adapter"]).parent, weight_name=Path(job["adapter"]).name
+        )
         if sum(parameter.numel() for parameter in model.parameters()) == before:
             raise SystemExit("load_lora_weights added nothing")
     seeded, size = torch.Generator().manual_seed(0), unet.config.sample_size
@@ -169,6 +190,9 @@ if __name__ == "__main__":
     for module in modules:
         importlib.import_module(module)
     # The last part of the version of llama-cpp-py-sync is the build of llama.cpp.
-    print(version(package).replace("0.", "b") if package.startswith("llama") else version(package), flush=True)
+    print(
+        version(package).replace("0.", "b") if package.startswith("llama") else version(package),
+        flush=True,
+    )
     for line in sys.stdin:
         print(run(function, json.loads(line)), flush=True)

@@ -42,9 +42,26 @@ for record in sorted(results, key=lambda record: record.energy["16"])[:5]:
 
 # %%
 table = results.columns()
-attention = [rank for rank, kind in zip(table["rank_at.0.9"], table["module_type"], strict=True) if "attn" in kind]
-mlp = [rank for rank, kind in zip(table["rank_at.0.9"], table["module_type"], strict=True) if "mlp" in kind]
-print("rank at 90%: attention", min(attention), "to", max(attention), "- MLP", min(mlp), "to", max(mlp))
+attention = [
+    rank
+    for rank, kind in zip(table["rank_at.0.9"], table["module_type"], strict=True)
+    if "attn" in kind
+]
+mlp = [
+    rank
+    for rank, kind in zip(table["rank_at.0.9"], table["module_type"], strict=True)
+    if "mlp" in kind
+]
+print(
+    "rank at 90%: attention",
+    min(attention),
+    "to",
+    max(attention),
+    "- MLP",
+    min(mlp),
+    "to",
+    max(mlp),
+)
 
 # %% [markdown]
 # Low-rank in weight space is not the same as easy to learn with LoRA: C(r) describes compressing *this* update. Whether

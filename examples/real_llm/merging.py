@@ -1,4 +1,6 @@
-"""Merges of an adapter, and BASE alone, rounded to storage formats and written dequantized; a checkpoint as GGUF."""
+"""Merges of an adapter, and BASE alone, rounded to storage formats and written dequantized; a
+checkpoint as GGUF.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def _round_fp8(weight: Tensor) -> Tensor:
 
 def _round_gguf(weight: Tensor, kind: GGMLQuantizationType) -> Tensor:
     """Return a matrix in a block format of llama.cpp, as float32."""
-    return torch.from_numpy(dequantize(quantize(np.ascontiguousarray(weight.numpy()), kind), kind).copy())
+    return torch.from_numpy(
+        dequantize(quantize(np.ascontiguousarray(weight.numpy()), kind), kind).copy()
+    )
 
 
 # By the names that ``plan-merge --to`` has.
@@ -34,14 +38,19 @@ ROUND: dict[str, Callable[[Tensor], Tensor]] = {
     "mxfp4": lambda weight: _round_gguf(weight, GGMLQuantizationType.MXFP4),
     **{
         kind.name.lower(): lambda weight, kind=kind: _round_gguf(weight, kind)
-        for kind in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+        for kind in (
+            GGMLQuantizationType.Q8_0,
+            GGMLQuantizationType.Q4_0,
+            GGMLQuantizationType.Q4_1,
+        )
     },
 }
 
 
 @torch.no_grad()
 def write_merge(folder: Path, adapter: Path, name: str) -> None:
-    """Write ``rounded-NAME`` and ``merged-NAME``: the linear layers of BASE and of the merge, rounded to a format.
+    """Write ``rounded-NAME`` and ``merged-NAME``: the linear layers of BASE and of the merge,
+    rounded to a format.
 
     Args:
         folder: The study's folder, with ``base``.
@@ -60,7 +69,8 @@ def write_merge(folder: Path, adapter: Path, name: str) -> None:
 
 
 def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
-    """Write BASE's GGUF file with the linear layers of a checkpoint in Q4_1, with the order of rows of llama.cpp.
+    """Write BASE's GGUF file with the linear layers of a checkpoint in Q4_1, with the order of rows
+    of llama.cpp.
 
     Args:
         base: GGUF file of BASE, a Llama whose linear layers are in Q4_1.
@@ -70,9 +80,14 @@ def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
     unfinished = out.with_suffix(".part")
     shutil.copy(base, unfinished)
     file = GGUFReader(unfinished, "r+")
-    stored = {tensor.name: tensor for tensor in file.tensors if tensor.tensor_type == GGMLQuantizationType.Q4_1}
+    stored = {
+        tensor.name: tensor
+        for tensor in file.tensors
+        if tensor.tensor_type == GGMLQuantizationType.Q4_1
+    }
     heads = {
-        part: int(file.fields[f"llama.attention.head_count{key}"].contents()) for part, key in (("q", ""), ("k", "_kv"))
+        part: int(file.fields[f"llama.attention.head_count{key}"].contents())
+        for part, key in (("q", ""), ("k", "_kv"))
     }
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, int(file.fields["llama.block_count"].contents()))
     for name, weight in load_file(checkpoint / "model.safetensors").items():
@@ -81,7 +96,9 @@ def write_gguf(base: Path, checkpoint: Path, out: Path) -> None:
             continue
         rows = weight.numpy()
         if (part := name.split(".")[-2].removesuffix("_proj")) in heads:
-            rows = rows.reshape(heads[part], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+            rows = (
+                rows.reshape(heads[part], 2, -1, rows.shape[1]).swapaxes(1, 2).reshape(rows.shape)
+            )
         tensor.data[:] = quantize(np.ascontiguousarray(rows), GGMLQuantizationType.Q4_1)
     file.data.flush()
     unfinished.rename(out)

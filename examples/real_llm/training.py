@@ -1,4 +1,6 @@
-"""Training as a user does it: transformers, PEFT, AdamW, a warm-up and a cosine; gradients are recorded on request."""
+"""Training as a user does it: transformers, PEFT, AdamW, a warm-up and a cosine; gradients are
+recorded on request.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def train(
 
     Args:
         folder: The study's folder, with ``base``.
-        text: Text or JSON lines with prompt and completion; of these only the completion is predicted.
+        text: Text or JSON lines with prompt and completion; of these only the completion is
+            predicted.
         out: Folder to write: an adapter, or a checkpoint with tokenizer.
         rate: Peak learning rate.
         steps: Number of updates.
@@ -41,18 +44,27 @@ def train(
         length: Tokens of a sequence.
         seed: Seed of the order of the sequences and of the factors.
         lora: Arguments of PEFT's config; None for full fine-tuning.
-        gradients: A pattern of layers whose gradients are saved every five steps in ``out`` + ``-gradients``.
+        gradients: A pattern of layers whose gradients are saved every five steps in ``out`` +
+            ``-gradients``.
     """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(**{"lora_dropout": 0.0, "target_modules": MODULES, **lora}))
-        model.peft_config["default"].base_model_name_or_path = "base"  # not where this machine has it
+        model = get_peft_model(
+            model, LoraConfig(**{"lora_dropout": 0.0, "target_modules": MODULES, **lora})
+        )
+        model.peft_config[
+            "default"
+        ].base_model_name_or_path = "base"  # not where this machine has it
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, max(1, round(0.05 * steps)), steps)
-    recorder = GradientRecorder(f"{out}-gradients", every=5, layers=gradients).attach(model) if gradients else None
+    recorder = (
+        GradientRecorder(f"{out}-gradients", every=5, layers=gradients).attach(model)
+        if gradients
+        else None
+    )
     sequences = list(_read_sequences(text, tokenizer, length))
     order = torch.Generator().manual_seed(seed)
     for _ in range(steps):
@@ -73,12 +85,17 @@ def train(
     unfinished.rename(out)
 
 
-def _read_sequences(text: Path, tokenizer: Any, length: int) -> Iterator[tuple[list[int], list[int]]]:
+def _read_sequences(
+    text: Path, tokenizer: Any, length: int
+) -> Iterator[tuple[list[int], list[int]]]:
     """Yield the token ids and labels of each window of a text, or of each of the JSON lines."""
     content = text.read_text(encoding="utf-8")
     if text.suffix == ".jsonl":
         for row in map(json.loads, content.splitlines()):
-            prompt, completion = tokenizer(row["prompt"])["input_ids"], tokenizer(row["completion"])["input_ids"]
+            prompt, completion = (
+                tokenizer(row["prompt"])["input_ids"],
+                tokenizer(row["completion"])["input_ids"],
+            )
             yield prompt + completion, [-100] * len(prompt) + completion
         return
     ids = tokenizer(content)["input_ids"]
@@ -91,6 +108,10 @@ def _pad(sequences: list[tuple[list[int], list[int]]]) -> dict[str, torch.Tensor
     width = max(len(ids) for ids, _ in sequences)
     return {
         "input_ids": torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in sequences]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in sequences]),
-        "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in sequences]),
+        "attention_mask": torch.tensor(
+            [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in sequences]
+        ),
+        "labels": torch.tensor(
+            [labels + [-100] * (width - len(labels)) for _, labels in sequences]
+        ),
     }

@@ -1,8 +1,9 @@
 """Adapter folders and files → named ΔW.
 
-This package knows the key names of PEFT, kohya, diffusers, LyCORIS, MLX and GGUF. Opening reads headers and configs and
-imports torch only for torch files; a plain low-rank update stays in factored form. A family is one module of this
-package, or a part of one, and one entry of ``FAMILIES``; unsupported kinds are described in ``peft``.
+This package knows the key names of PEFT, kohya, diffusers, LyCORIS, MLX and GGUF. Opening reads
+headers and configs and imports torch only for torch files; a plain low-rank update stays in
+factored form. A family is one module of this package, or a part of one, and one entry of
+``FAMILIES``; unsupported kinds are described in ``peft``.
 """
 
 from lora_diag.adapters.adapter import FAMILIES, Adapter, is_adapter, open_adapter, open_input

@@ -28,8 +28,16 @@ from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
 
-# Tried in this order; PEFT's adapters name their type, GGUF is a format of files, the others have their own keys.
-FAMILIES = (gguf.FAMILY, lora.FAMILY, *lycoris.FAMILIES, *peft.FAMILIES, *diffusion.FAMILIES, mlx.FAMILY)
+# Tried in this order; PEFT's adapters name their type, GGUF is a format of files, the others have
+# their own keys.
+FAMILIES = (
+    gguf.FAMILY,
+    lora.FAMILY,
+    *lycoris.FAMILIES,
+    *peft.FAMILIES,
+    *diffusion.FAMILIES,
+    mlx.FAMILY,
+)
 
 # Names of tensors that occur only in adapters: those of the families, and of virtual tokens.
 _MARKS = "|".join(re.escape(mark) for family in FAMILIES for mark in family.marks)
@@ -76,7 +84,9 @@ class Adapter:
         return (*self.reading.notes, *self.checkpoint.notes)
 
     def weights(self) -> tuple[AdaptedWeight, ...]:
-        """Return the changed weights, in natural order of their names, without optional biases and copies."""
+        """Return the changed weights, in natural order of their names, without optional biases and
+        copies.
+        """
         changed = [
             AdaptedWeight(
                 layer=update.layer,
@@ -93,23 +103,32 @@ class Adapter:
         for value in self.reading.values:
             info = self.checkpoint[value.key]
             if not value.is_copy:
-                changed.append(AdaptedWeight(layer=value.weight, shape=info.shape, form="value", dtype=info.dtype))
+                changed.append(
+                    AdaptedWeight(
+                        layer=value.weight, shape=info.shape, form="value", dtype=info.dtype
+                    )
+                )
         return tuple(sorted(changed, key=lambda weight: natural_order(weight.layer)))
 
     def scaling(self) -> tuple[float, float] | None:
-        """Return the smallest and the largest scaling of the updates, reading α where it is stored; None without any.
+        """Return the smallest and the largest scaling of the updates, reading α where it is stored;
+        None without any.
 
         Raises:
             InputError: The file could not be read.
         """
         scales = [update.scale for update in self.reading.updates if update.scale is not None]
         stored = {update.alpha: update.rank for update in self.reading.updates if update.alpha}
-        scales += [compute_scale(self.checkpoint, Scale(1.0, alpha, rank or 1)) for alpha, rank in stored.items()]
+        scales += [
+            compute_scale(self.checkpoint, Scale(1.0, alpha, rank or 1))
+            for alpha, rank in stored.items()
+        ]
         finite = list(filter(math.isfinite, scales))
         return (min(finite), max(finite)) if finite else None
 
     def warnings(self) -> tuple[str, ...]:
-        """Return warnings on a large rank and on updates that are zero; read the tensors that are initialized to zero.
+        """Return warnings on a large rank and on updates that are zero; read the tensors that are
+        initialized to zero.
 
         Raises:
             InputError: The file could not be read.
@@ -117,7 +136,11 @@ class Adapter:
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
         warnings = [f"rank {rank}: {SERVED_RANK_NOTE}"] if rank > SERVED_RANK else []
-        if zero := [key for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True) if is_zero]:
+        if zero := [
+            key
+            for key, is_zero in zip(keys, self.checkpoint.are_zero(keys), strict=True)
+            if is_zero
+        ]:
             cause = f"a factor was never trained, such as {zero[0]}"
             warnings.append(f"{len(zero)} of {len(keys)} updates are zero: {cause}")
         return tuple(warnings)
@@ -129,8 +152,12 @@ class Adapter:
         exclude: str | None = None,
         allow_unmatched: bool = False,
     ) -> tuple[Pairing, tuple[str, ...]]:
-        """Return the named ΔW with the skipped tensors, and notes with the warnings; see ``place_updates``."""
-        pairing, notes = place_updates(self.source, self.reading, base, layers, exclude, allow_unmatched)
+        """Return the named ΔW with the skipped tensors, and notes with the warnings; see
+        ``place_updates``.
+        """
+        pairing, notes = place_updates(
+            self.source, self.reading, base, layers, exclude, allow_unmatched
+        )
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 
@@ -149,25 +176,31 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
 
 
 def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
-    """Open an adapter folder or file by its headers; only files in torch's legacy format are loaded whole.
+    """Open an adapter folder or file by its headers; only files in torch's legacy format are loaded
+    whole.
 
     Args:
         path: An adapter folder, an adapter's weights file, the Hub id of a folder, or an address.
         stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: The path cannot be read, the kind of adapter is not supported, its tensors and settings are invalid
-            or do not fit together, or it changes no weight.
+        InputError: The path cannot be read, the kind of adapter is not supported, its tensors and
+            settings are invalid or do not fit together, or it changes no weight.
     """
     source = open_source(path, stated_alpha)
     note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"
     is_peft = not (diffusion.is_kohya(source) or diffusion.is_diffusers(source))
     if is_peft and (completed := add_config(source)) is not source:
-        source, note_on_alpha = completed, f"its files give no lora_alpha; alpha = {stated_alpha} was given"
+        source, note_on_alpha = (
+            completed,
+            f"its files give no lora_alpha; alpha = {stated_alpha} was given",
+        )
     for family in FAMILIES:
         if family.claims(source):
             refuse_integers(source)
-            return Adapter(source, _add_notes(source, family.read(source), note_on_alpha), family.form)
+            return Adapter(
+                source, _add_notes(source, family.read(source), note_on_alpha), family.form
+            )
     raise peft.make_unsupported_error(source)
 
 
@@ -178,7 +211,9 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
         InputError: The adapter changes no weight.
     """
     if not reading.updates and not reading.values:
-        raise InputError(f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file")
+        raise InputError(
+            f"{source.path}: holds no tensor that changes a weight; give the adapter's weights file"
+        )
     notes = list(reading.notes)
     is_activated = source.config is not None and source.config.flag("alora_invocation_tokens")
     if is_activated or "adapter.alora.invocation_tokens" in (gguf.get_fields(source) or {}):
@@ -187,12 +222,16 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
     if source.stated_alpha is not None and not any("was given" in note for note in notes):
         notes.append(note_on_alpha)
     if reading.ignored:
-        notes.append(f"{len(reading.ignored)} tensors of the file change no weight: {', '.join(reading.ignored[:3])}")
+        notes.append(
+            f"{len(reading.ignored)} tensors of the file change no weight: "
+            f"{', '.join(reading.ignored[:3])}"
+        )
     return replace(reading, notes=tuple(notes))
 
 
 def is_adapter(path: Path | str) -> bool:
-    """Return whether a path is read as an adapter, not as a checkpoint: by names of files and tensors or a GGUF header.
+    """Return whether a path is read as an adapter, not as a checkpoint: by names of files and
+    tensors or a GGUF header.
 
     False if nothing is there, or it cannot be read.
 
@@ -206,7 +245,11 @@ def is_adapter(path: Path | str) -> bool:
         return (single := find_single_file(path)) is not None and is_adapter(single)
     if path.is_file() and path.suffix == GGUF:
         return _is_gguf_adapter(path)
-    if not path.is_file() or path.suffix not in {".safetensors", ".bin", ".pt"} or path.name.endswith(".index.json"):
+    if (
+        not path.is_file()
+        or path.suffix not in {".safetensors", ".bin", ".pt"}
+        or path.name.endswith(".index.json")
+    ):
         return False
     if path.name in ADAPTER_WEIGHTS:
         return True
@@ -217,7 +260,9 @@ def is_adapter(path: Path | str) -> bool:
 
 
 def _is_gguf_adapter(path: Path) -> bool:
-    """Return whether the header of a GGUF file is that of an adapter; False if it cannot be read."""
+    """Return whether the header of a GGUF file is that of an adapter; False if it
+    cannot be read.
+    """
     try:
         return GgufFile(path).metadata.get("general.type") == "adapter"
     except InputError:

@@ -1,7 +1,9 @@
-"""The contents of an adapter's file, item by item, as seen by a program that loads it: parts, ranks and scales.
+"""The contents of an adapter's file, item by item, as seen by a program that loads it: parts, ranks
+and scales.
 
-Also whether the file is complete: PEFT adapts each module of the model that ``target_modules`` of the config matches,
-and saves factors for all of them. Missing factors were lost later: PEFT fills them with zeros without an error.
+Also whether the file is complete: PEFT adapts each module of the model that ``target_modules`` of
+the config matches, and saves factors for all of them. Missing factors were lost later: PEFT fills
+them with zeros without an error.
 """
 
 from __future__ import annotations
@@ -19,7 +21,13 @@ from lora_diag.adapters.names import match_names
 from lora_diag.adapters.patterns import Scale, compute_scale, find_targets
 from lora_diag.adapters.source import Config, drop_prefix, is_named
 from lora_diag.adapters.updates import Site, Update
-from lora_diag.adapters.writing_targets import EXPERT_LIKE_NAMES, FUSED_MODELS, ROUTER, Model, names_in_memory
+from lora_diag.adapters.writing_targets import (
+    EXPERT_LIKE_NAMES,
+    FUSED_MODELS,
+    ROUTER,
+    Model,
+    names_in_memory,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, has_tied_head, is_head, is_table, natural_order
 from lora_diag.records.names import RESIZABLE
@@ -29,11 +37,21 @@ if TYPE_CHECKING:
 
     from lora_diag.adapters.updates import Factors
 
-# ``factors`` of a linear layer; ``residual`` are factors whose base was changed before training (PiSSA, OLoRA, KaSA);
-# ``value`` is a weight in full, ``norm`` one of a norm, ``rows`` some rows of an embedding; ``other`` are the parts of
-# adapters that are not LoRA.
+# ``factors`` of a linear layer; ``residual`` are factors whose base was changed before training
+# (PiSSA, OLoRA, KaSA); ``value`` is a weight in full, ``norm`` one of a norm, ``rows`` some rows of
+# an embedding; ``other`` are the parts of adapters that are not LoRA.
 Part = Literal[
-    "factors", "embedding", "convolution", "experts", "dora", "residual", "bias", "value", "norm", "rows", "other"
+    "factors",
+    "embedding",
+    "convolution",
+    "experts",
+    "dora",
+    "residual",
+    "bias",
+    "value",
+    "norm",
+    "rows",
+    "other",
 ]
 _DOWN_BY_UP = {"lora_B": "lora_A", "lora_up": "lora_down", "up": "down"}
 # Parts with two factors.
@@ -48,14 +66,17 @@ class Item:
     """The change of one weight by an adapter.
 
     Args:
-        layer: The weight's name in BASE; in the adapter without a BASE or a match there, and for replicated layers.
-        module: The module's name in the adapter; for a fused parameter or an updated bias, its path.
+        layer: The weight's name in BASE; in the adapter without a BASE or a match there, and for
+            replicated layers.
+        module: The module's name in the adapter; for a fused parameter or an updated bias, its
+            path.
         part: Its form in the file.
         key: One of its tensors in the file; empty if none is found.
         rank: r of its factors; None without factors.
         scale: s as read by this package; None without a scale.
         alpha: α from a tensor of the file; None without one.
-        shape: ``(out, in)`` or ``(n,)``, without the sizes that only BASE determines; of a weight in full, as stored.
+        shape: ``(out, in)`` or ``(n,)``, without the sizes that only BASE determines; of a weight
+            in full, as stored.
         kernel: ``(in, kh, kw)`` of a convolution; else empty.
         load: Loads ``(s·B, A)`` for a ``Site``; None without factors.
     """
@@ -74,7 +95,9 @@ class Item:
     @property
     def is_table(self) -> bool:
         """Whether the factors are those of an embedding, for which programs have other layouts."""
-        return self.part == "embedding" or (self.part in {"dora", "residual"} and is_table(self.layer))
+        return self.part == "embedding" or (
+            self.part in {"dora", "residual"} and is_table(self.layer)
+        )
 
     @property
     def tied_role(self) -> Literal["head", "embedding", ""]:
@@ -92,7 +115,8 @@ class Contents:
     Args:
         form: The layout of the file: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``.
         items: The changes of weights, in natural order of the weights.
-        config: ``adapter_config.json``, or the fields of a GGUF file; empty without one, or if the user gave its α.
+        config: ``adapter_config.json``, or the fields of a GGUF file; empty without one, or if the
+            user gave its α.
         has_metadata: Whether the file's own metadata have diffusers' settings of the adapter.
         tied: Whether the head of BASE is tied to its embedding; None without a BASE.
     """
@@ -138,7 +162,8 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
         base: Its BASE, for the weights' names there.
 
     Raises:
-        InputError: An α in the file could not be read, or BASE gives no number of heads that fits a GGUF adapter.
+        InputError: An α in the file could not be read, or BASE gives no number of heads that fits a
+            GGUF adapter.
     """
     config = adapter.source.config
     values = config.values if config is not None and adapter.source.stored is None else {}
@@ -154,13 +179,23 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
 
 def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
     """Yield an item for each weight that an update changes, without optional ones."""
-    updates = [reorder_rows(update, base) for update in adapter.reading.updates if not update.optional]
+    updates = [
+        reorder_rows(update, base) for update in adapter.reading.updates if not update.optional
+    ]
     expected = dict(update.expected for update in updates)
-    matched = match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
+    matched = (
+        match_names(expected, base, transposed=True, parts=True)[0] if base is not None else {}
+    )
     for update in updates:
         index = 0 if update.expert is None else update.expert[0]
-        layers = [location.layer for location in matched.get(update.expected[0], ()) if location.index == index]
-        alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0]) if update.alpha else None
+        layers = [
+            location.layer
+            for location in matched.get(update.expected[0], ())
+            if location.index == index
+        ]
+        alpha = (
+            float(adapter.checkpoint.read(update.alpha).reshape(-1)[0]) if update.alpha else None
+        )
         scale = update.scale
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = compute_scale(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
@@ -175,7 +210,9 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
                 scale=scale,
                 alpha=alpha,
                 shape=tuple(size for size in update.shape if size is not None),
-                kernel=_find_kernel(update.zero_if, adapter.checkpoint) if part == "convolution" else (),
+                kernel=_find_kernel(update.zero_if, adapter.checkpoint)
+                if part == "convolution"
+                else (),
                 load=update.plain or (update.load if update.factored else None),
             )
 
@@ -202,7 +239,9 @@ def _find_part(update: Update, adapter: Adapter) -> Part:
 
 
 def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
-    """Return ``(in, kh, kw)`` of a convolution, given the name of the factor that starts at zero."""
+    """Return ``(in, kh, kw)`` of a convolution, given the name of the factor that
+    starts at zero.
+    """
     down_key = re.sub(r"(lora_B|lora_up|up)(?=\.weight$)", lambda match: _DOWN_BY_UP[match[0]], key)
     mid_key = key.replace("lora_up", "lora_mid")
     if mid_key in checkpoint and mid_key != key:
@@ -211,7 +250,8 @@ def _find_kernel(key: str, checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
-    """Return the name of one tensor of an update: its factor that starts at zero, else one of its part or module.
+    """Return the name of one tensor of an update: its factor that starts at zero, else one of its
+    part or module.
 
     Empty if the file has none.
     """
@@ -225,7 +265,9 @@ def _find_key(update: Update, part: Part, adapter: Adapter) -> str:
 
 
 def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item]:
-    """Yield an item for each weight stored in full, copies aside; for a stack, one for each of its matrices in BASE."""
+    """Yield an item for each weight stored in full, copies aside; for a stack, one for each of its
+    matrices in BASE.
+    """
     values = [value for value in adapter.reading.values if not value.is_copy]
     expected = {value.weight: adapter.checkpoint[value.key].shape for value in values}
     matched = match_names(dict(expected), base)[0] if base is not None else {}
@@ -234,15 +276,20 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
         shape = expected[value.weight]
         is_norm, is_bias = "norm" in value.key and len(shape) == 1, value.weight.endswith(".bias")
         part: Part = "bias" if is_bias else "norm" if is_norm else "value"
-        for layer in [location.layer for location in matched.get(value.weight, ())] or [value.weight]:
+        for layer in [location.layer for location in matched.get(value.weight, ())] or [
+            value.weight
+        ]:
             yield Item(layer, module, part, value.key, shape=shape)
 
 
 _WORD = re.compile(r"\w+")
 
 
-def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> tuple[int, tuple[str, ...]] | None:
-    """Return the number of weights of BASE that an adapter's config targets, and the names of those without a change.
+def find_missing_targets(
+    adapter: Adapter, base: Checkpoint, pairing: Pairing
+) -> tuple[int, tuple[str, ...]] | None:
+    """Return the number of weights of BASE that an adapter's config targets, and the names of those
+    without a change.
 
     Modules in ``modules_to_save`` are no targets.
 
@@ -252,12 +299,15 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
         pairing: The adapted weights of BASE, selected or not.
 
     Returns:
-        The number and the names in natural order; None if the config does not determine them: there is no config or it
-        has no ``target_modules``, it names parameters or all linear layers, it replicates layers, or none of the
+        The number and the names in natural order; None if the config does not determine them: there
+            is no config or it
+        has no ``target_modules``, it names parameters or all linear layers, it replicates layers,
+            or none of the
         targeted weights is changed, since modules in memory have other names than in BASE.
 
     Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
+        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
+            match.
     """
     config = adapter.source.config
     if config is None or (config.values.get("target_modules") or "all-linear") == "all-linear":
@@ -275,14 +325,16 @@ def find_missing_targets(adapter: Adapter, base: Checkpoint, pairing: Pairing) -
 
 
 def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
-    """Return the weights whose modules a config adapts: its targets without those excluded or saved in full.
+    """Return the weights whose modules a config adapts: its targets without those excluded or saved
+    in full.
 
     Args:
         config: The adapter's config.
         modules: The modules in memory, by the names of their weights.
 
     Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to match.
+        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
+            match.
     """
     targeted = find_targets(config, modules.values())
     targeted -= find_targets(config, targeted, "exclude_modules")
@@ -290,7 +342,9 @@ def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
     return [
         name
         for name, module in modules.items()
-        if module in targeted and not any(is_named(module, key) for key in saved) and _is_in_layers(module, config)
+        if module in targeted
+        and not any(is_named(module, key) for key in saved)
+        and _is_in_layers(module, config)
     ]
 
 
@@ -320,11 +374,15 @@ def list_modules(
 
 
 def _is_in_layers(module: str, config: Config) -> bool:
-    """Return whether a module is in one of ``layers_to_transform``, by PEFT's rule; True if the config has none."""
+    """Return whether a module is in one of ``layers_to_transform``, by PEFT's rule; True if the
+    config has none.
+    """
     layers, pattern = config.values.get("layers_to_transform"), config.values.get("layers_pattern")
     if layers is None:
         return True
     given = [pattern] if isinstance(pattern, str) else config.names("layers_pattern")
     patterns = [text for text in given if _WORD.fullmatch(text)] or [r"[^.]*"]
-    match = next(filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", module) for pattern in patterns)), None)
+    match = next(
+        filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", module) for pattern in patterns)), None
+    )
     return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])

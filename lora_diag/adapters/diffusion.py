@@ -1,15 +1,16 @@
 """Adapters of diffusion models: kohya-ss and LyCORIS files, and those of diffusers.
 
-kohya: one safetensors file without a config, module paths with ``_`` for every dot. LoRA is ΔW = s·up·down with s =
-α/r; α is a number in the file, and where it is missing or 0, s = 1 (kohya's rule). LyCORIS adds LoHa, LoKr, full
-differences (``diff``, ``diff_b``), norms (``w_norm``, ``b_norm``) and DoRA (``dora_scale``) under the same names.
+kohya: one safetensors file without a config, module paths with ``_`` for every dot. LoRA is ΔW =
+s·up·down with s = α/r; α is a number in the file, and where it is missing or 0, s = 1 (kohya's
+rule). LyCORIS adds LoHa, LoKr, full differences (``diff``, ``diff_b``), norms (``w_norm``,
+``b_norm``) and DoRA (``dora_scale``) under the same names.
 
-diffusers: ``pytorch_lora_weights.safetensors``, with keys that begin with the pipeline's component (``unet.``). s = α/r
-with α from an ``.alpha`` tensor or from the file's ``lora_adapter_metadata``; without either diffusers uses α = r, so
-s = 1, which is noted.
+diffusers: ``pytorch_lora_weights.safetensors``, with keys that begin with the pipeline's component
+(``unet.``). s = α/r with α from an ``.alpha`` tensor or from the file's ``lora_adapter_metadata``;
+without either diffusers uses α = r, so s = 1, which is noted.
 
-Reference: kohya-ss/sd-scripts ``networks/lora.py``; KohakuBlueleaf/LyCORIS ``lycoris/modules``; ``diffusers.loaders``,
-``diffusers.utils.peft_utils.get_peft_kwargs``.
+Reference: kohya-ss/sd-scripts ``networks/lora.py``; KohakuBlueleaf/LyCORIS ``lycoris/modules``;
+``diffusers.loaders``, ``diffusers.utils.peft_utils.get_peft_kwargs``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,15 @@ from lora_diag.adapters.lora import add_magnitude, load_scaled
 from lora_diag.adapters.patterns import Scale, Scaling, compute_scale, make_scale
 from lora_diag.adapters.source import AdapterFiles, Config
 from lora_diag.adapters.thin import find_thin_factors
-from lora_diag.adapters.updates import Family, Reading, Site, Update, flatten_shape, format_ranks, read
+from lora_diag.adapters.updates import (
+    Family,
+    Reading,
+    Site,
+    Update,
+    flatten_shape,
+    format_ranks,
+    read,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.documents import loads
 from lora_diag.errors import damaged
@@ -41,7 +50,12 @@ FULL = ("diff", "diff_b", "w_norm", "b_norm")
 EXTRA = ("alpha", "dora_scale")
 PARTS = frozenset({*LORA, *FULL, *EXTRA, *lycoris.LOHA, *lycoris.LOKR})
 # Kind of modules -> parts of which one is in every such module.
-KINDS = {"LoRA": LORA[:1], "LoHa": ("hada_w1_a",), "LoKr": ("lokr_w1", "lokr_w1_a"), "full differences": ("diff",)}
+KINDS = {
+    "LoRA": LORA[:1],
+    "LoHa": ("hada_w1_a",),
+    "LoKr": ("lokr_w1", "lokr_w1_a"),
+    "full differences": ("diff",),
+}
 
 PIPELINE = re.compile(r"(unet|text_encoder(_\d)?|transformer(_\d)?|prior|controlnet)\.")
 FILE = "pytorch_lora_weights"
@@ -66,19 +80,28 @@ def read_kohya(source: AdapterFiles) -> Reading:
     """Return the contents of a kohya or LyCORIS file.
 
     Raises:
-        InputError: It holds unsupported or invalid tensors, a factor is missing, or the factors do not fit together.
+        InputError: It holds unsupported or invalid tensors, a factor is missing, or the factors do
+            not fit together.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
         module, _, part = name.partition(".")
         if part not in PARTS:
             fix = "merge it with the tool that wrote it and pass the merged checkpoint"
-            raise damaged(source.path, f"{name} belongs to an unsupported kind of LyCORIS module", fix)
+            raise damaged(
+                source.path, f"{name} belongs to an unsupported kind of LyCORIS module", fix
+            )
         if part == "alpha":
             _check_alpha(source, name)
         modules.setdefault(module, {})[part] = name
-    updates = [update for module, parts in modules.items() for update in _read_kohya_module(source, module, parts)]
-    without_alpha = [module for module, parts in modules.items() if parts.keys().isdisjoint(("alpha", *FULL))]
+    updates = [
+        update
+        for module, parts in modules.items()
+        for update in _read_kohya_module(source, module, parts)
+    ]
+    without_alpha = [
+        module for module, parts in modules.items() if parts.keys().isdisjoint(("alpha", *FULL))
+    ]
     all_parts = set[str]().union(*modules.values())
     kinds = " + ".join(kind for kind, parts in KINDS.items() if not all_parts.isdisjoint(parts))
     dim, alpha = (source.metadata.get(f"ss_network_{key}") for key in ("dim", "alpha"))
@@ -99,7 +122,9 @@ def _check_alpha(source: AdapterFiles, key: str) -> None:
 
 
 def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
-    """Return the updates of one module: of its weight and of its bias, as far as the file has them."""
+    """Return the updates of one module: of its weight and of its bias, as far as the
+    file has them.
+    """
     updates = []
     for part, key in ((part, parts[part]) for part in FULL if part in parts):
         info = source.checkpoint[key]
@@ -112,7 +137,9 @@ def _read_kohya_module(source: AdapterFiles, module: str, parts: dict[str, str])
     if not set(parts) <= {*FULL, *EXTRA}:
         updates.append(_read_kohya_factors(source, module, parts))
     path = PREFIX.sub("", module, count=1)
-    return [replace(update, base_weight=update.weight.replace(module, path, 1)) for update in updates]
+    return [
+        replace(update, base_weight=update.weight.replace(module, path, 1)) for update in updates
+    ]
 
 
 def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]) -> Update:
@@ -129,7 +156,10 @@ def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]
         update = lycoris.read_kronecker(source, module, parts, find_scale)
     else:
         if missing := [part for part in LORA[:2] if part not in parts]:
-            problem = f"{module} has no {missing[0]}, only {next(iter(parts.values()))}, so the file is incomplete"
+            problem = (
+                f"{module} has no {missing[0]}, only {next(iter(parts.values()))}, so the "
+                "file is incomplete"
+            )
             raise damaged(source.path, problem)
         up, down, mid = (parts.get(part) for part in LORA)
         update = _make_update(source, module, str(up), str(down), mid, find_scale)
@@ -145,7 +175,8 @@ def _read_kohya_factors(source: AdapterFiles, module: str, parts: dict[str, str]
 def _make_update(
     source: AdapterFiles, module: str, up_key: str, down_key: str, mid: str | None, find_scale: Any
 ) -> Update:
-    """Return the update by two factors, ``(out, r, 1, …)`` and ``(r, in, …)``, and the core of a convolution if any.
+    """Return the update by two factors, ``(out, r, 1, …)`` and ``(r, in, …)``, and the core of a
+    convolution if any.
 
     ``find_scale`` returns s, given r.
 
@@ -154,7 +185,9 @@ def _make_update(
     """
     up, down = source.checkpoint[up_key].shape, source.checkpoint[down_key].shape
     if len(up) < 2 or len(down) < 2 or math.prod(up[1:]) != down[0] or 0 in (*up, *down):
-        raise damaged(source.path, f"{module}: up {list(up)} and down {list(down)} do not fit together")
+        raise damaged(
+            source.path, f"{module}: up {list(up)} and down {list(down)} do not fit together"
+        )
     core = source.checkpoint[mid].shape if mid else ()
     if mid and (core[:2] != (up[1], down[0]) or math.prod(down[2:]) != 1):
         raise damaged(source.path, f"{module}: lora_mid {list(core)} does not fit up and down")
@@ -173,8 +206,12 @@ def _make_update(
     )
 
 
-def load_factors(checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site) -> Factors:
-    """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with the core."""
+def load_factors(
+    checkpoint: Checkpoint, keys: tuple[str, str, str | None], scale: Scale, site: Site
+) -> Factors:
+    """Return s·up ``(out, r)`` and down ``(r, in·kh·kw)``; with a core, down contracted with the
+    core.
+    """
     import torch
 
     up, down = (read(checkpoint, key).flatten(1) for key in keys[:2])
@@ -188,15 +225,17 @@ def is_diffusers(source: AdapterFiles) -> bool:
     if source.config is not None or not any(PIPELINE.match(name) for name in source.checkpoint):
         return False
     has_mark = source.checkpoint.files[0].path.name.startswith(FILE) or METADATA in source.metadata
-    return has_mark or any("transformer_blocks." in name or ".processor." in name for name in source.checkpoint)
+    return has_mark or any(
+        "transformer_blocks." in name or ".processor." in name for name in source.checkpoint
+    )
 
 
 def read_diffusers(source: AdapterFiles) -> Reading:
     """Return the contents of a diffusers LoRA file.
 
     Raises:
-        InputError: A tensor is unknown, a factor is missing, the factors do not fit together or contradict the
-            metadata, or the metadata are invalid.
+        InputError: A tensor is unknown, a factor is missing, the factors do not fit together or
+            contradict the metadata, or the metadata are invalid.
     """
     modules: dict[str, dict[str, str]] = {}
     for name in source.checkpoint:
@@ -208,7 +247,11 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         if part == "alpha":
             _check_alpha(source, name)
         module = match["module"]
-        if match["old"]:  # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP, ``q_proj``
+        if match[
+            "old"
+            # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP,
+            # ``q_proj``
+        ]:
             is_clip = module.startswith("text_encoder")
             pattern, new = (r"\.to_(\w+)$", r".\1_proj") if is_clip else (r"\.to_out$", ".to_out.0")
             module = re.sub(pattern, new, module.replace(".processor", ""))
@@ -218,18 +261,26 @@ def read_diffusers(source: AdapterFiles) -> Reading:
     updates = []
     for module, parts in modules.items():
         if "up" not in parts or "down" not in parts:
-            raise damaged(source.path, f"{module} has only one of its two factors, so the file is incomplete")
+            raise damaged(
+                source.path, f"{module} has only one of its two factors, so the file is incomplete"
+            )
         find_scale = partial(make_scale, source, parts.get("alpha", ""))
         if module in scalings:
             find_scale = partial(_find_scale, scalings[module], module)
         updates.append(_make_update(source, module, parts["up"], parts["down"], None, find_scale))
-    notes = source.note_missing_alpha([module for module in without_alpha if module not in scalings], "diffusers")
+    notes = source.note_missing_alpha(
+        [module for module in without_alpha if module not in scalings], "diffusers"
+    )
     kind = f"diffusers LoRA, r={format_ranks(updates)}, {len(modules)} modules"
-    return Reading(kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata")
+    return Reading(
+        kind, tuple(updates), (), tuple(notes), scaling="alpha / r, from the file or its metadata"
+    )
 
 
 def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scaling]:
-    """Return the scaling of each given module for whose component of the pipeline the metadata have settings."""
+    """Return the scaling of each given module for whose component of the pipeline the metadata have
+    settings.
+    """
     where = f"{METADATA} in the file's metadata"
     try:
         settings = loads(source.metadata.get(METADATA, "{}"))
@@ -240,9 +291,17 @@ def _read_scalings(source: AdapterFiles, modules: list[str]) -> dict[str, Scalin
     path = Path(f"{source.path} ({METADATA})")
     scalings: dict[str, Scaling] = {}
     for prefix in dict.fromkeys(f"{module.partition('.')[0]}." for module in modules):
-        values = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
-        component_modules = [module for module in modules if module.startswith(prefix)] if values else []
-        scaling = Scaling.read(Config(path, values), [module.removeprefix(prefix) for module in component_modules])
+        values = {
+            key.removeprefix(prefix): value
+            for key, value in settings.items()
+            if key.startswith(prefix)
+        }
+        component_modules = (
+            [module for module in modules if module.startswith(prefix)] if values else []
+        )
+        scaling = Scaling.read(
+            Config(path, values), [module.removeprefix(prefix) for module in component_modules]
+        )
         scalings |= dict.fromkeys(component_modules, scaling)
     return scalings
 
@@ -251,7 +310,9 @@ def _find_scale(scaling: Scaling, module: str, rank: int) -> Scale:
     """Return s of a module, after checking its rank against the metadata."""
     path_in_component = module.partition(".")[2]
     if (expected := scaling.rank(path_in_component)) != rank:
-        raise damaged(scaling.config.path, f"{module} has rank {rank}, but {expected} in the metadata")
+        raise damaged(
+            scaling.config.path, f"{module} has rank {rank}, but {expected} in the metadata"
+        )
     return Scale(scaling.of_module(path_in_component))
 
 
@@ -262,7 +323,14 @@ FAMILIES = (
         read_kohya,
         "kohya",
         marks=("lora_up", "lora_down", "lora_mid", "w_norm", "b_norm"),
-        starts=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "lora_transformer_"),
+        starts=(
+            "lora_unet_",
+            "lora_te_",
+            "lora_te1_",
+            "lora_te2_",
+            "lora_te3_",
+            "lora_transformer_",
+        ),
     ),
     Family("diffusers", is_diffusers, read_diffusers, "diffusers", marks=("lora.up", "lora.down")),
 )

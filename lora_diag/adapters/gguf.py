@@ -1,8 +1,10 @@
-"""GGUF adapters, as llama.cpp's converter writes them: ``NAME.lora_a`` and ``NAME.lora_b``, one α for the file.
+"""GGUF adapters, as llama.cpp's converter writes them: ``NAME.lora_a`` and ``NAME.lora_b``, one α
+for the file.
 
-s = α/r with the r of each tensor, and 1 where α is 0 or missing. ``lora_a`` is ``(r, in)`` and ``lora_b`` ``(out, r)``;
-of the token embedding, ``lora_a`` is ``(vocab, r)`` and ΔW = s·lora_a·lora_bᵀ. Names are llama.cpp's, and in models of
-the Llama family the rows of q and k are in its order; the number of heads comes from BASE.
+s = α/r with the r of each tensor, and 1 where α is 0 or missing. ``lora_a`` is ``(r, in)`` and
+``lora_b`` ``(out, r)``; of the token embedding, ``lora_a`` is ``(vocab, r)`` and ΔW =
+s·lora_a·lora_bᵀ. Names are llama.cpp's, and in models of the Llama family the rows of q and k are
+in its order; the number of heads comes from BASE.
 
 Reference: ggml-org/llama.cpp ``convert_lora_to_gguf.py``, ``src/llama-adapter.cpp``
 (``llama_adapter_lora_init_impl``), ``src/llama-adapter.h`` (``get_scale``).
@@ -41,13 +43,15 @@ def read_gguf(source: AdapterFiles) -> Reading:
     """Return the contents of a GGUF adapter.
 
     Raises:
-        InputError: It is no LoRA adapter, its α is no finite number, it holds tensors that llama.cpp refuses, a factor
-            is missing, or the factors do not fit together.
+        InputError: It is no LoRA adapter, its α is no finite number, it holds tensors that
+            llama.cpp refuses, a factor is missing, or the factors do not fit together.
     """
     fields = get_fields(source) or {}
     kinds = fields.get("general.type"), fields.get("adapter.type")
     if kinds != ("adapter", "lora"):
-        problem = f"is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}"
+        problem = (
+            f"is not a LoRA adapter: general.type is {kinds[0]!r} and adapter.type {kinds[1]!r}"
+        )
         raise damaged(source.path, problem, "give a file that convert_lora_to_gguf.py wrote")
     alpha = fields.get(ALPHA, 0.0)
     if not is_number(alpha):
@@ -55,13 +59,17 @@ def read_gguf(source: AdapterFiles) -> Reading:
     names = ARCHITECTURES.get(str(fields.get("general.architecture")))
     pairs, norms = _pair_factors(source)
     updates = [
-        update for name, parts in pairs.items() for update in _read_updates(source, name, parts, float(alpha), names)
+        update
+        for name, parts in pairs.items()
+        for update in _read_updates(source, name, parts, float(alpha), names)
     ]
     kind = f"GGUF LoRA, r={format_ranks(updates)}, alpha={alpha:g}, {len(pairs)} modules"
     notes = _make_notes(fields, names, norms)
     if not alpha:
         notes += source.note_missing_alpha([*pairs], "llama.cpp")
-    return Reading(kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor")
+    return Reading(
+        kind, tuple(updates), (), tuple(notes), tuple(norms), f"{ALPHA} / r of each tensor"
+    )
 
 
 def _pair_factors(source: AdapterFiles) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -75,7 +83,10 @@ def _pair_factors(source: AdapterFiles) -> tuple[dict[str, dict[str, str]], list
         elif key.endswith("_norm.weight"):
             norms.append(key)
         else:
-            problem = f"{key} is neither a factor (.lora_a, .lora_b) nor a norm, so llama.cpp refuses the file"
+            problem = (
+                f"{key} is neither a factor (.lora_a, .lora_b) nor a norm, so llama.cpp "
+                "refuses the file"
+            )
             raise damaged(source.path, problem, CONVERT)
     return pairs, norms
 
@@ -86,11 +97,14 @@ def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[st
     if names is None:
         architectures = ", ".join(ARCHITECTURES)
         notes.append(
-            f"the names of architecture {fields.get('general.architecture')!r} are not known, so the weights keep "
+            f"the names of architecture {fields.get('general.architecture')!r} are not known, so "
+            "the weights keep "
             f"their GGUF names; known are {architectures}"
         )
     if norms:
-        notes.append(f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them")
+        notes.append(
+            f"{len(norms)} norms are in the file, such as {norms[0]}; llama.cpp skips them"
+        )
     return notes
 
 
@@ -107,9 +121,18 @@ def _read_updates(
     is_table = name == TABLE
     fits = len(a) == len(b) and 0 not in (*a, *b)
     rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
-    if not fits or len(a) not in ((2,) if is_table else (2, 3)) or rank_of_a != b[-1] or a[:-2] != b[:-2]:
+    if (
+        not fits
+        or len(a) not in ((2,) if is_table else (2, 3))
+        or rank_of_a != b[-1]
+        or a[:-2] != b[:-2]
+    ):
         expected = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
-        raise damaged(source.path, f"{name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}", CONVERT)
+        raise damaged(
+            source.path,
+            f"{name}: lora_a {list(a)} and lora_b {list(b)} are not {expected}",
+            CONVERT,
+        )
     rank = b[-1]
     scale = alpha / rank if alpha else source.scale_without_alpha(rank)
     shape = (a[0], b[0]) if is_table else (b[-2], a[-1])
@@ -144,7 +167,9 @@ def load_factors(
     is_table: bool = False,
     expert: int | None = None,
 ) -> Factors:
-    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``, or those of one expert; s·lora_a and lora_bᵀ of a table."""
+    """Return s·lora_b ``(out, r)`` and lora_a ``(r, in)``, or those of one expert; s·lora_a and
+    lora_bᵀ of a table.
+    """
     a, b = (read(checkpoint, key) for key in keys)
     if expert is not None:
         a, b = a[expert], b[expert]
@@ -152,7 +177,8 @@ def load_factors(
 
 
 def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
-    """Return an update with its rows in the order of BASE; unchanged if they have that order, or without a BASE.
+    """Return an update with its rows in the order of BASE; unchanged if they have that order, or
+    without a BASE.
 
     Raises:
         InputError: BASE does not give the number of heads, or it does not divide the rows.
@@ -162,7 +188,9 @@ def reorder_rows(update: Update, base: Checkpoint | None) -> Update:
     count = heads(base.config, update.heads)
     rows = update.shape[0] or 0
     if count is None or rows % (2 * count):
-        problem = f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
+        problem = (
+            f"gives no {update.heads}" if count is None else f"gives {count} heads for {rows} rows"
+        )
         unknown = f"so the row order of {update.weight} is not known"
         fix = "give the folder of the model that the adapter was trained on"
         raise damaged(base.path, f"its config.json {problem}, {unknown}", fix)

@@ -1,7 +1,7 @@
 """Layouts of portable adapters: the names of the two factors of a weight, and the config.
 
-Reference: ``peft``; kohya-ss/sd-scripts ``networks/lora.py``; ``diffusers.loaders``; ml-explore/mlx-lm
-``tuner/lora.py``; ggml-org/llama.cpp ``convert_lora_to_gguf.py``.
+Reference: ``peft``; kohya-ss/sd-scripts ``networks/lora.py``; ``diffusers.loaders``;
+ml-explore/mlx-lm ``tuner/lora.py``; ggml-org/llama.cpp ``convert_lora_to_gguf.py``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,19 @@ PEFT = "peft"
 
 # kohya's prefixes -> parts of a pipeline, and the inverse.
 _COMPONENT_BY_PREFIX = {
-    "lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder", "lora_te2": "text_encoder_2",
-    "lora_transformer": "transformer",
+    "lora_unet": "unet", "lora_te": "text_encoder", "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2", "lora_transformer": "transformer",
 }  # fmt: skip
-_PREFIX_BY_COMPONENT = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
+_PREFIX_BY_COMPONENT = {
+    "unet": "lora_unet",
+    "text_encoder": "lora_te",
+    "text_encoder_2": "lora_te2",
+}
 
 # Fields of a config on training and on the adapted modules, which are kept.
 _KEPT = (
-    "base_model_name_or_path", "task_type", "auto_mapping", "fan_in_fan_out", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "revision",
+    "base_model_name_or_path", "task_type", "auto_mapping", "fan_in_fan_out", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "revision",
 )  # fmt: skip
 
 
@@ -96,8 +100,10 @@ class Layout:
 
     Args:
         file: Name of the weights file.
-        plan: Takes the weights, the adapter, BASE and the common rank; returns every tensor, and the config.
-        unsupported: Returns the reason why its program cannot load a weight or it cannot be written; else empty.
+        plan: Takes the weights, the adapter, BASE and the common rank; returns every tensor, and
+            the config.
+        unsupported: Returns the reason why its program cannot load a weight or it cannot be
+            written; else empty.
     """
 
     file: str
@@ -106,20 +112,26 @@ class Layout:
 
 
 def why_not_tied(form: str, item: Item) -> str:
-    """Return why llama.cpp (``gguf``) or mlx-lm (``mlx``) fails to load an update where the head is tied; empty if not.
+    """Return why llama.cpp (``gguf``) or mlx-lm (``mlx``) fails to load an update where the head is
+    tied; empty if not.
 
-    llama.cpp b11739 applies the update of the embedding to the head, whose shapes then do not fit, and aborts:
-    ``GGML_ASSERT(ggml_can_mul_mat(a, b))``.
+    llama.cpp b11739 applies the update of the embedding to the head, whose shapes then do not fit,
+    and aborts: ``GGML_ASSERT(ggml_can_mul_mat(a, b))``.
     """
     if item.tied_role == "head":
         return "the head is tied to the embedding, and the program has no tensor for it"
     if item.tied_role == "embedding" and form == GGUF:
-        return "the head is tied to the embedding, and llama.cpp aborts as it applies the update to both"
+        return (
+            "the head is tied to the embedding, and llama.cpp aborts as it applies the update "
+            "to both"
+        )
     return ""
 
 
 def _plan_pair(placed: Placed, a: str, b: str) -> Plan:
-    """Return the slots of the two factors of a linear layer or a convolution, by their names ``a`` and ``b``."""
+    """Return the slots of the two factors of a linear layer or a convolution, by their names ``a``
+    and ``b``.
+    """
     kernel = placed.item.kernel
     if not kernel:
         return {a: Slot(placed, "A"), b: Slot(placed, "B")}
@@ -136,15 +148,20 @@ def _make_path(item: Item, contents: Contents) -> str:
     if contents.form != "kohya":
         return item.module if contents.form != "diffusers" else item.module.partition(".")[2]
     if parse_component(item.layer) == parse_component(item.module):
-        raise InputError(f"{item.module}: its underscores and dots cannot be distinguished without BASE; give BASE")
+        raise InputError(
+            f"{item.module}: its underscores and dots cannot be distinguished without BASE; give "
+            "BASE"
+        )
     return item.layer.removesuffix(".weight")
 
 
 def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> str:
-    """Return the part of a pipeline that a weight is in; for an unknown prefix of kohya, the prefix.
+    """Return the part of a pipeline that a weight is in; for an unknown prefix of kohya, the
+    prefix.
 
     Raises:
-        InputError: The adapter does not name the part, and BASE is missing or is no U-Net or transformer.
+        InputError: The adapter does not name the part, and BASE is missing or is no U-Net or
+            transformer.
     """
     if contents.form == "diffusers":
         return parse_component(item.module)
@@ -157,7 +174,9 @@ def _find_component(item: Item, contents: Contents, base: Checkpoint | None) -> 
     return "unet" if "UNet" in name else "transformer"
 
 
-def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
+def _to_peft(
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> Planned:
     """Return the tensors of a PEFT adapter, and its config."""
     plan: Plan = {}
     modules = [_make_path(weight.item, contents) for weight in placed]
@@ -166,8 +185,12 @@ def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
             plan[f"{PREFIX}{path}.lora_embedding_A"] = Slot(weight, "B", turned=True)
             plan[f"{PREFIX}{path}.lora_embedding_B"] = Slot(weight, "A", turned=True)
         else:
-            plan |= _plan_pair(weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight")
-    kept_fields = {key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None}
+            plan |= _plan_pair(
+                weight, f"{PREFIX}{path}.lora_A.weight", f"{PREFIX}{path}.lora_B.weight"
+            )
+    kept_fields = {
+        key: contents.config.get(key) for key in _KEPT if contents.config.get(key) is not None
+    }
     names = contents.config.get("target_modules") if contents.form == "peft" else None
     targets = sorted(set(modules))
     if isinstance(names, list) and names:
@@ -187,7 +210,9 @@ def _to_peft(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
     return plan, config
 
 
-def _to_kohya(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
+def _to_kohya(
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> Planned:
     """Return the tensors of a kohya file; it has no config."""
     plan: Plan = {}
     for weight in placed:
@@ -201,16 +226,22 @@ def _to_kohya(placed: Sequence[Placed], contents: Contents, base: Checkpoint | N
     return plan, {}
 
 
-def _to_diffusers(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
+def _to_diffusers(
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> Planned:
     """Return the tensors of a diffusers file; it has no config."""
     plan: Plan = {}
     for weight in placed:
-        module = f"{_find_component(weight.item, contents, base)}.{_make_path(weight.item, contents)}"
+        module = (
+            f"{_find_component(weight.item, contents, base)}.{_make_path(weight.item, contents)}"
+        )
         plan |= _plan_pair(weight, f"{module}.lora_A.weight", f"{module}.lora_B.weight")
     return plan, {}
 
 
-def _to_mlx(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
+def _to_mlx(
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> Planned:
     """Return the tensors of an MLX adapter, and its config."""
     plan: Plan = {}
     keys = set()
@@ -226,7 +257,9 @@ def _to_mlx(placed: Sequence[Placed], contents: Contents, base: Checkpoint | Non
 
 
 def _why_unsupported(form: str, item: Item, contents: Contents) -> str:
-    """Return the reason why llama.cpp or mlx-lm cannot load an item, or why it cannot be written; empty without one."""
+    """Return the reason why llama.cpp or mlx-lm cannot load an item, or why it cannot be written;
+    empty without one.
+    """
     if item.part == "convolution":
         return f"{'llama.cpp' if form == GGUF else 'mlx-lm'} has no LoRA for a convolution"
     if form == contents.form == GGUF and "_exps." in item.key:
@@ -234,7 +267,9 @@ def _why_unsupported(form: str, item: Item, contents: Contents) -> str:
     return why_not_tied(form, item) if contents.tied else ""
 
 
-def _to_gguf(placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int) -> Planned:
+def _to_gguf(
+    placed: Sequence[Placed], contents: Contents, base: Checkpoint | None, rank: int
+) -> Planned:
     """Return the tensors of a GGUF adapter, and the fields of its header."""
     names = _find_gguf_names(contents, base)
     plan: Plan = {}
@@ -248,18 +283,28 @@ def _to_gguf(placed: Sequence[Placed], contents: Contents, base: Checkpoint | No
         if base is not None and (key := names.heads_key(name) if names is not None else ""):
             count = heads(base.config, key) or 0
             if not count or weight.shape[0] % (2 * count):
-                problem = f"its config.json gives {count or 'no'} heads ({key}) for the {weight.shape[0]} rows"
+                problem = (
+                    f"its config.json gives {count or 'no'} heads ({key}) for the "
+                    f"{weight.shape[0]} rows"
+                )
                 fix = "give the folder of the model that the adapter was trained on"
                 raise damaged(base.path, f"{problem} of {weight.item.layer}", fix)
         plan[f"{name}.lora_a"] = Slot(weight, "A")
         plan[f"{name}.lora_b"] = Slot(weight, "B", heads=count)
-    architecture = names.architecture if names is not None else str(contents.config["general.architecture"])
-    fields = {"general.architecture": architecture, "general.type": "adapter", "adapter.type": "lora"}
+    architecture = (
+        names.architecture if names is not None else str(contents.config["general.architecture"])
+    )
+    fields = {
+        "general.architecture": architecture,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+    }
     return plan, {**fields, ALPHA: float(rank)}
 
 
 def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | None:
-    """Return the names of the model's architecture; None for a GGUF adapter with unknown names, which are kept.
+    """Return the names of the model's architecture; None for a GGUF adapter with unknown names,
+    which are kept.
 
     Raises:
         InputError: BASE is missing, or its architecture is unsupported.
@@ -267,10 +312,14 @@ def _find_gguf_names(contents: Contents, base: Checkpoint | None) -> Names | Non
     if contents.form == GGUF:
         return ARCHITECTURES.get(str(contents.config.get("general.architecture")))
     if base is None:
-        raise InputError("GGUF: llama.cpp's names and row order depend on the model; give BASE, too")
+        raise InputError(
+            "GGUF: llama.cpp's names and row order depend on the model; give BASE, too"
+        )
     if (names := find_names(base.config)) is None:
         known = ", ".join(kind for each in ARCHITECTURES.values() for kind in each.model_types)
-        problem = f"llama.cpp's names for model type {base.config.get('model_type')!r} are not known"
+        problem = (
+            f"llama.cpp's names for model type {base.config.get('model_type')!r} are not known"
+        )
         raise damaged(base.path, problem, f"known are {known}")
     return names
 
@@ -286,9 +335,14 @@ def _convert_to_gguf_name(item: Item, names: Names | None, contents: Contents) -
     weight = f"{item.module}.weight"
     unwrapped = drop_leading_wrappers(weight)
     candidates = (weight, f"model.{unwrapped}", unwrapped)
-    converted = next(filter(None, map(names.in_gguf, candidates)), None) if names is not None else None
+    converted = (
+        next(filter(None, map(names.in_gguf, candidates)), None) if names is not None else None
+    )
     if converted is None:
-        raise InputError(f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the adapter")
+        raise InputError(
+            f"{item.layer}: has no name in llama.cpp's table for this model; leave it out of the "
+            "adapter"
+        )
     return converted
 
 
@@ -311,7 +365,8 @@ def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
 
     Raises:
         UsageError: There is no such layout.
-        InputError: The layout cannot represent a weight, or BASE does not determine its name or row order there.
+        InputError: The layout cannot represent a weight, or BASE does not determine its name or row
+            order there.
     """
     if form not in LAYOUTS:
         raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")

@@ -1,7 +1,9 @@
-"""Match regular expressions from untrusted files with names: this file also runs as a script, which can be ended.
+"""Match regular expressions from untrusted files with names: this file also runs as a script, which
+can be ended.
 
-Python's engine backtracks, may take years, and holds the interpreter's lock, so only the end of its process stops it.
-The process that starts this one ends it; where that was killed, the limit of processor time does.
+Python's engine backtracks, may take years, and holds the interpreter's lock, so only the end of its
+process stops it. The process that starts this one ends it; where that was killed, the limit of
+processor time does.
 """
 
 import json
@@ -33,7 +35,9 @@ def match_names(method: str, pattern: str, names: list[str]) -> str:
 
 
 def limit_processor_time(seconds: int) -> None:
-    """Let the system end this process after so many seconds of processor time, on systems with such limits."""
+    """Let the system end this process after so many seconds of processor time, on systems with such
+    limits.
+    """
     with suppress(ImportError, OSError, ValueError):  # ValueError: the limit is lower already
         import resource
 

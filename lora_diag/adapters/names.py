@@ -1,10 +1,11 @@
 """Matching of names in memory (adapters, gradients) with names on disk (BASE).
 
-transformers 5 names modules differently from the files on the Hub, wrappers add prefixes, and a mixture's experts are
-one tensor in memory and three per expert on disk. A name is tried, in this order: unchanged; without leading wrappers;
-without any wrapper; under an alternative name of the module; with ``_`` for its dots, as in kohya; a stack of experts
-as their own matrices, or one expert as a part of a stack; and a tied head as the embedding. A match must be unique and
-fit by shape.
+transformers 5 names modules differently from the files on the Hub, wrappers add prefixes, and a
+mixture's experts are one tensor in memory and three per expert on disk. A name is tried, in this
+order: unchanged; without leading wrappers; without any wrapper; under an alternative name of the
+module; with ``_`` for its dots, as in kohya; a stack of experts as their own matrices, or one
+expert as a part of a stack; and a tied head as the embedding. A match must be unique and fit by
+shape.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from lora_diag.records.names import RESIZABLE
 
 # First parts of names that only denote a wrapper of the model.
 WRAPPERS = frozenset({
-    "model", "language_model", "transformer", "base_model", "module", "_orig_mod", "_fsdp_wrapped_module", "text_model",
-    "backbone", "thinker", "bert", "roberta", "distilbert", "deberta", "electra", "albert", "gpt_neox", "vit", "unet",
-    "text_encoder", "text_encoder_2", "mpnet", "rwkv", "beit", "data2vec_vision", "deit", "dinov2", "swin", "swinv2",
-    "convnext", "resnet", "hubert", "wav2vec2",
+    "model", "language_model", "transformer", "base_model", "module", "_orig_mod",
+    "_fsdp_wrapped_module", "text_model", "backbone", "thinker", "bert", "roberta", "distilbert",
+    "deberta", "electra", "albert", "gpt_neox", "vit", "unet", "text_encoder", "text_encoder_2",
+    "mpnet", "rwkv", "beit", "data2vec_vision", "deit", "dinov2", "swin", "swinv2", "convnext",
+    "resnet", "hubert", "wav2vec2",
 })  # fmt: skip
 
 # The same within a name, if a tower of a larger model is wrapped again.
@@ -39,9 +41,12 @@ Dialect = tuple[tuple[str, str], ...]
 
 
 def _make_vision_dialect(query_key_value: str, *others: tuple[str, str]) -> Dialect:
-    """Return other names, and those of attention in a vision model, given the path of query, key and value on disk."""
+    """Return other names, and those of attention in a vision model, given the path of query, key
+    and value on disk.
+    """
     attention = (
-        (f".attention.{name[0]}_proj.", f".attention.{query_key_value}.{name}.") for name in ("query", "key", "value")
+        (f".attention.{name[0]}_proj.", f".attention.{query_key_value}.{name}.")
+        for name in ("query", "key", "value")
     )
     return (*others, *attention, (".attention.o_proj.", ".attention.output.dense."))
 
@@ -67,7 +72,9 @@ FUSED = {
     "up_proj": (("up_proj",),),
 }
 EXPERT = re.compile(r"(?P<owner>.+\.experts)\.(?P<index>\d+)\.(?P<leaf>\w+)\.weight")
-EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|shared|embed_in)\.weight$")
+EMBEDDINGS = re.compile(
+    r"(^|\.)(embed_tokens|wte|tok_embeddings|word_embeddings|shared|embed_in)\.weight$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +84,13 @@ class Location:
     Args:
         layer: The name of the matrix.
         name: The tensor.
-        shape: The stored shape as a matrix, ``(rows, columns)``, or ``(n,)``; with another vocabulary size, only the
-            common rows.
+        shape: The stored shape as a matrix, ``(rows, columns)``, or ``(n,)``; with another
+            vocabulary size, only the common rows.
         offset: The first entry of the matrix in the tensor.
         index: The index of the matrix in the requested stack; 0 without a stack.
         rows: The rows of the requested weight that are here; None for all.
-        into: The rows of the layer that the requested weight is, if it is a part of the layer; None for all.
+        into: The rows of the layer that the requested weight is, if it is a part of the layer; None
+            for all.
         whole: The shape of the tensor.
     """
 
@@ -102,19 +110,23 @@ def match_names(
     """Return the locations of requested weights in BASE.
 
     Args:
-        expected: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown dimension.
+        expected: Shape by name; ``(out, in)``, ``(E, out, in)`` or ``(n,)``; None for an unknown
+            dimension.
         base: The base checkpoint.
         transposed: Whether ``(in, out)`` also fits.
         parts: Whether a weight may be a part of a stored one: one expert of a stack.
 
     Returns:
-        The locations of each name that was found, in the order of the stack and of the rows; and the reason for each
+        The locations of each name that was found, in the order of the stack and of the rows; and
+            the reason for each
         name that was not.
     """
     index = _Index(base)
     found = {name: _find(name, shape, index, transposed, parts) for name, shape in expected.items()}
     missing = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-    return {name: locations for name, locations in found.items() if not isinstance(locations, str)}, missing
+    return {
+        name: locations for name, locations in found.items() if not isinstance(locations, str)
+    }, missing
 
 
 def drop_leading_wrappers(name: str) -> str:
@@ -151,7 +163,9 @@ def is_same_part(first: str, second: str, alone: bool) -> bool:
     >>> is_same_part("fc.weight", "vision_model.fc.weight", alone=True)
     True
     """
-    fewer, more = sorted((DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second)), key=len)
+    fewer, more = sorted(
+        (DISTINGUISHING_WRAPPERS.intersection(name.split(".")) for name in (first, second)), key=len
+    )
     return fewer == more or (alone and fewer <= more)
 
 
@@ -203,7 +217,9 @@ class _Index:
                 leaves.setdefault(match["leaf"], {})[int(match["index"])] = name
 
     def list_candidates(self, name: str) -> Iterator[list[str]]:
-        """Yield lists of stored names that may match a name, the most certain first; a list may be empty."""
+        """Yield lists of stored names that may match a name, the most certain first; a list may be
+        empty.
+        """
         for candidate in list_dialects(name):
             yield [candidate] if candidate in self.base else []
             yield self.canonical.get(drop_leading_wrappers(candidate), [])
@@ -215,10 +231,16 @@ class _Index:
 
     def select_fitting(self, names: Iterable[str], shape: Shape, transposed: bool) -> list[str]:
         """Return the stored names whose weights fit a requested shape."""
-        return [name for name in names if _is_possible_match(name, shape, self.base[name].shape, transposed)]
+        return [
+            name
+            for name in names
+            if _is_possible_match(name, shape, self.base[name].shape, transposed)
+        ]
 
 
-def _find(name: str, shape: Shape, index: _Index, transposed: bool, parts: bool) -> tuple[Location, ...] | str:
+def _find(
+    name: str, shape: Shape, index: _Index, transposed: bool, parts: bool
+) -> tuple[Location, ...] | str:
     """Return the locations of one requested weight, or the reason why it has none."""
     problem = "BASE has no weight of this name"
     for names in index.list_candidates(name):
@@ -256,18 +278,30 @@ def shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
     )
 
 
-def _is_possible_match(name: str, expected: Shape, stored: tuple[int, ...], transposed: bool) -> bool:
+def _is_possible_match(
+    name: str, expected: Shape, stored: tuple[int, ...], transposed: bool
+) -> bool:
     """Return whether a stored weight may be the requested one, by their shapes."""
     if shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:
         return shapes_agree(expected, flatten_shape(stored))
-    if transposed and len(expected) > 1 and shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored):
+    if (
+        transposed
+        and len(expected) > 1
+        and shapes_agree((*expected[:-2], expected[-1], expected[-2]), stored)
+    ):
         return True
-    return len(expected) == len(stored) == 2 and expected[1] == stored[1] and bool(RESIZABLE.search(name))
+    return (
+        len(expected) == len(stored) == 2
+        and expected[1] == stored[1]
+        and bool(RESIZABLE.search(name))
+    )
 
 
-def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: str = "") -> tuple[Location, ...]:
+def _find_locations(
+    name: str, expected: Shape, stored: tuple[int, ...], layer: str = ""
+) -> tuple[Location, ...]:
     """Return the locations of a weight in one stored tensor: of a stack, those of its matrices."""
     if len(expected) == 3 and len(stored) == 3:
         step = stored[1] * stored[2]
@@ -277,14 +311,21 @@ def _find_locations(name: str, expected: Shape, stored: tuple[int, ...], layer: 
         )
     shape = flatten_shape(stored) if len(stored) > 1 else stored
     rows = None
-    if len(expected) == 2 and expected[0] is not None and expected[1] == shape[1] and expected[0] != shape[0]:
+    if (
+        len(expected) == 2
+        and expected[0] is not None
+        and expected[1] == shape[1]
+        and expected[0] != shape[0]
+    ):
         common = min(expected[0], shape[0])  # an embedding with a resized vocabulary
         shape, rows = (common, shape[1]), (0, common)
     return (Location(layer or name, name, shape, rows=rows, whole=stored),)
 
 
 def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
-    """Return the locations of a fused parameter in a BASE that stores experts separately; empty if none."""
+    """Return the locations of a fused parameter in a BASE that stores experts separately; empty if
+    none.
+    """
     owner, _, leaf = name.rpartition(".")
     if len(expected) != 3 or leaf not in FUSED:
         return ()
@@ -300,9 +341,14 @@ def _find_expert_locations(name: str, expected: Shape, index: _Index) -> tuple[L
 def _find_pieces(
     pieces: tuple[str, ...], leaves: dict[str, dict[int, str]], expected: Shape, base: Checkpoint
 ) -> tuple[Location, ...]:
-    """Return the locations of a fused parameter in the matrices of its experts; empty if they do not make it up."""
+    """Return the locations of a fused parameter in the matrices of its experts; empty if they do
+    not make it up.
+    """
     count, out, columns = expected
-    if not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces) or not count:
+    if (
+        not all(set(leaves.get(piece, {})) == set(range(count or 0)) for piece in pieces)
+        or not count
+    ):
         return ()
     locations = []
     for expert in range(count):
@@ -321,7 +367,9 @@ def _find_pieces(
 
 
 def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Location, ...]:
-    """Return the location of one expert's matrix in a BASE that stores all experts as one tensor; empty if none."""
+    """Return the location of one expert's matrix in a BASE that stores all experts as one tensor;
+    empty if none.
+    """
     match = EXPERT.fullmatch(name)
     if match is None or len(expected) != 2 or expected[0] is None:
         return ()
@@ -330,9 +378,22 @@ def _find_part_of_stack(name: str, expected: Shape, index: _Index) -> tuple[Loca
         for pieces in (pieces for pieces in namings if match["leaf"] in pieces):
             for names in index.list_candidates(f"{match['owner']}.{fused}"):
                 shape = index.base[names[0]].shape if len(names) == 1 else ()
-                if len(shape) == 3 and expert < shape[0] and shape[1:] == (out * len(pieces), expected[1]):
+                if (
+                    len(shape) == 3
+                    and expert < shape[0]
+                    and shape[1:] == (out * len(pieces), expected[1])
+                ):
                     start = pieces.index(match["leaf"]) * out
                     into = (start, start + out) if len(pieces) > 1 else None
                     layer = f"{names[0]}[{expert}]"
-                    return (Location(layer, names[0], shape[1:], expert * shape[1] * shape[2], into=into, whole=shape),)
+                    return (
+                        Location(
+                            layer,
+                            names[0],
+                            shape[1:],
+                            expert * shape[1] * shape[2],
+                            into=into,
+                            whole=shape,
+                        ),
+                    )
     return ()

@@ -1,9 +1,11 @@
-"""An adapter and a BASE → named ΔW: every update is matched with its weight, or skipped with the reason.
+"""An adapter and a BASE → named ΔW: every update is matched with its weight, or skipped with the
+reason.
 
-A weight of BASE is stored as ``(out, in)``, as by ``nn.Linear``, or as ``(in, out)``, as by the ``Conv1D`` of GPT-2.
-``fan_in_fan_out`` in an adapter's config is unreliable: PEFT overwrites it layer by layer during injection, so that the
-kind of the last layer is saved for all. Shapes decide; a square weight takes the orientation of weights of the same
-name elsewhere (``mlp.c_proj`` for ``attn.c_proj``), then of its block, and only then of the flag.
+A weight of BASE is stored as ``(out, in)``, as by ``nn.Linear``, or as ``(in, out)``, as by the
+``Conv1D`` of GPT-2. ``fan_in_fan_out`` in an adapter's config is unreliable: PEFT overwrites it
+layer by layer during injection, so that the kind of the last layer is saved for all. Shapes decide;
+a square weight takes the orientation of weights of the same name elsewhere (``mlp.c_proj`` for
+``attn.c_proj``), then of its block, and only then of the flag.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from lora_diag import deltas
 from lora_diag.adapters.gguf import reorder_rows
 from lora_diag.adapters.names import Location, match_names, shapes_agree
 from lora_diag.adapters.source import AdapterFiles
-from lora_diag.adapters.updates import NewValue, Reading, Shape, Site, Update, as_float64, flatten_shape
+from lora_diag.adapters.updates import (
+    NewValue,
+    Reading,
+    Shape,
+    Site,
+    Update,
+    as_float64,
+    flatten_shape,
+)
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Pairing, Side, StoredDelta, Unpaired
@@ -33,7 +43,10 @@ if TYPE_CHECKING:
 
 
 # Note on a GGUF adapter without BASE.
-LLAMA_ROWS = "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value depends on it"
+LLAMA_ROWS = (
+    "rows of q and k are in llama.cpp's order, which BASE would undo; no singular value "
+    "depends on it"
+)
 
 # Maximum number of names in a message.
 SHOWN = 3
@@ -70,16 +83,22 @@ class Orientation:
 
 
 def _list_groups(name: str) -> tuple[str, str]:
-    """Return the groups of a weight: weights of the same last name, and weights of the same block."""
+    """Return the groups of a weight: weights of the same last name, and weights of the
+    same block.
+    """
     parts = name.split(".")
     return f"leaf {'.'.join(parts[-2:])}", f"block {depth_of(name)}"
 
 
-def _infer_nonsquare_in_out(base: Checkpoint, name: str, shapes: Mapping[str, Shape]) -> bool | None:
+def _infer_nonsquare_in_out(
+    base: Checkpoint, name: str, shapes: Mapping[str, Shape]
+) -> bool | None:
     """Return whether a weight that is not square is stored as ``(in, out)``; None if unknown."""
     stored = base[name].shape
     expected = shapes.get(name)
-    if expected is not None and shapes_agree(expected, stored) != shapes_agree(expected[::-1], stored):
+    if expected is not None and shapes_agree(expected, stored) != shapes_agree(
+        expected[::-1], stored
+    ):
         return not shapes_agree(expected, stored)
     bias = name.removesuffix("weight") + "bias"
     if not name.endswith(".weight") or bias not in base or len(base[bias].shape) != 1:
@@ -121,26 +140,36 @@ def place_updates(
         base: The checkpoint it was trained on; None to measure the adapter alone.
         layers: Regular expression; only layers whose name contains a match.
         exclude: Regular expression; no layers whose name contains a match.
-        allow_unmatched: Whether to skip weights of the adapter that BASE does not have, instead of raising an error.
+        allow_unmatched: Whether to skip weights of the adapter that BASE does not have, instead of
+            raising an error.
 
     Returns:
         The ΔW, the skipped tensors, and notes.
 
     Raises:
-        InputError: BASE does not have a weight of the adapter (without ``allow_unmatched``), two weights are the same
-            layer of BASE, an update cannot be computed from the stored weight, BASE gives no number of heads that fits
-            a GGUF adapter, a file cannot be read, or there is no BASE and all of the adapter needs it.
+        InputError: BASE does not have a weight of the adapter (without ``allow_unmatched``), two
+            weights are the same layer of BASE, an update cannot be computed from the stored weight,
+            BASE gives no number of heads that fits a GGUF adapter, a file cannot be read, or there
+            is no BASE and all of the adapter needs it.
         NothingComparedError: No ΔW is selected, or none can be measured.
         UsageError: A regular expression is not valid.
     """
     selected = deltas.selector(layers, exclude)
-    placed = _place_without_base(source, reading) if base is None else _place_on_base(source, reading, base)
+    placed = (
+        _place_without_base(source, reading)
+        if base is None
+        else _place_on_base(source, reading, base)
+    )
     changes, unpaired, notes = placed
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
         raise InputError(_make_unmatched_message(source, cast(Checkpoint, base), missing))
     chosen = [delta for delta in changes if selected(delta.layer)]
-    unpaired += [Unpaired.by_selection(delta.layer, delta.shape) for delta in changes if not selected(delta.layer)]
+    unpaired += [
+        Unpaired.by_selection(delta.layer, delta.shape)
+        for delta in changes
+        if not selected(delta.layer)
+    ]
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: deltas.natural_order(delta.layer))
@@ -156,17 +185,25 @@ def _make_unmatched_message(source: AdapterFiles, base: Checkpoint, missing: lis
     return f"{source.path}: {problem} (BASE has names like {min(base)}); {fix}"
 
 
-def _make_nothing_measured_error(source: AdapterFiles, unpaired: list[Unpaired]) -> InputError | NothingComparedError:
+def _make_nothing_measured_error(
+    source: AdapterFiles, unpaired: list[Unpaired]
+) -> InputError | NothingComparedError:
     """Return the error of an adapter of which no ΔW is measured."""
     reasons = {item.reason for item in unpaired}
     if reasons == {"needs_base"}:
-        fix = f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
+        fix = (
+            f"run loradiag spectrum BASE {source.path}, or loradiag fleet {source.path} --base BASE"
+        )
         return InputError(f"{source.path}: {unpaired[0].layer}: {unpaired[0].detail}; {fix}")
     listed = ", ".join(sorted(reasons)) or "it holds none"
-    return NothingComparedError(f"{source.path}: no weight of the adapter can be measured ({listed})")
+    return NothingComparedError(
+        f"{source.path}: no weight of the adapter can be measured ({listed})"
+    )
 
 
-def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[list[Delta], list[Unpaired], list[str]]:
+def _place_without_base(
+    source: AdapterFiles, reading: Reading
+) -> tuple[list[Delta], list[Unpaired], list[str]]:
     """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
     changes: list[Delta] = []
     unpaired: list[Unpaired] = []
@@ -174,10 +211,17 @@ def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[list[De
         layer = update.layer
         shape = tuple(size for size in update.shape if size is not None)
         if update.needs_weight or len(shape) < len(update.shape):
-            why = f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from the base weight"
+            why = (
+                f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from "
+                "the base weight"
+            )
             unpaired.append(Unpaired(layer, shape, "needs_base", f"{why}, so BASE is needed"))
         elif not update.optional:
-            changes.append(_make_delta(layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None))
+            changes.append(
+                _make_delta(
+                    layer, [Piece(update, Location(layer, layer, shape), Site(shape))], None
+                )
+            )
     for value in reading.values:
         if not value.is_copy:
             shape = source.checkpoint[value.key].shape
@@ -208,10 +252,18 @@ def _place_on_base(
         plus = partial(subtract_base, source.checkpoint, copy.key) if copy is not None else None
         changes.append(_make_delta(layer, layer_pieces, plus))
     value_deltas, skipped = _pair_new_values(source, [*values, *copies.values()], base)
-    changed_names = {piece.location.name for piece in pieces} | {delta.base.name for delta in value_deltas}
+    changed_names = {piece.location.name for piece in pieces} | {
+        delta.base.name for delta in value_deltas
+    }
     notes = [f"adapts {len(changed_names)} of {len(base)} tensors of BASE"]
-    heads = {piece.location.layer for piece in pieces if "lm_head" in piece.location.layer != piece.location.name}
-    effect = "its update is reported under its own name, and a merge adds it to the one stored weight"
+    heads = {
+        piece.location.layer
+        for piece in pieces
+        if "lm_head" in piece.location.layer != piece.location.name
+    }
+    effect = (
+        "its update is reported under its own name, and a merge adds it to the one stored weight"
+    )
     notes += [f"{layer} is tied to an embedding in BASE; {effect}" for layer in sorted(heads)]
     return [*changes, *value_deltas], [*unpaired, *skipped], notes
 
@@ -225,15 +277,21 @@ def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> No
     owners: dict[tuple[int, int] | None, str] = {}
     for piece in pieces:
         key = piece.location.into
-        if owners.setdefault(key, piece.update.weight) != piece.update.weight or (None in owners and len(owners) > 1):
+        if owners.setdefault(key, piece.update.weight) != piece.update.weight or (
+            None in owners and len(owners) > 1
+        ):
             names = " and ".join(sorted({other.update.weight for other in pieces})[:2])
-            raise InputError(f"{source.path}: {names} are both {layer} in BASE; give the matching part of the model")
+            raise InputError(
+                f"{source.path}: {names} are both {layer} in BASE; give the matching part of the "
+                "model"
+            )
 
 
 def _match_pieces(
     source: AdapterFiles, reading: Reading, base: Checkpoint
 ) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
-    """Return every update with its location and orientation in BASE, and the others with shape and reason.
+    """Return every update with its location and orientation in BASE, and the others with shape and
+    reason.
 
     Optional updates without a weight are left out.
     """
@@ -256,10 +314,14 @@ def _match_pieces(
                 location = replace(location, layer=update.weight) if update.keeps_name else location
                 pieces.append(_make_piece(update, location, base, in_out))
     optional = {update.expected[0] for update in reading.updates if update.optional}
-    return pieces, {name: (expected[name], why) for name, why in missing.items() if name not in optional}
+    return pieces, {
+        name: (expected[name], why) for name, why in missing.items() if name not in optional
+    }
 
 
-def _is_in_out(update: Update, location: Location, orientation: Orientation, model_type: str) -> bool:
+def _is_in_out(
+    update: Update, location: Location, orientation: Orientation, model_type: str
+) -> bool:
     """Return whether BASE stores the weight of an update as ``(in, out)``."""
     if update.in_out is None:
         return orientation.in_out(location.name, update.shape, location.whole)
@@ -273,33 +335,55 @@ def _make_piece(update: Update, location: Location, base: Checkpoint, in_out: bo
     """Return an update with its location, after checking that it can be computed there.
 
     Raises:
-        InputError: The update needs W, of which BASE does not give floats, or all rows of a resized vocabulary.
+        InputError: The update needs W, of which BASE does not give floats, or all rows of a resized
+            vocabulary.
     """
-    whole_side = Side(base, location.name, location.offset) if base[location.name].dtype in FLOAT_DTYPES else None
+    whole_side = (
+        Side(base, location.name, location.offset)
+        if base[location.name].dtype in FLOAT_DTYPES
+        else None
+    )
     side = whole_side
     if whole_side is not None and location.into is not None:
         side = replace(whole_side, offset=whole_side.offset + location.into[0] * location.shape[1])
     if side is None and update.needs_weight:
-        problem = f"is stored as {base[location.name].dtype}, but {update.needs_weight} needs a float weight"
-        raise damaged(base.file_of(location.name), f"{location.name} {problem}", "give the unquantized base")
-    stored = location.shape if location.into is None else (location.into[1] - location.into[0], location.shape[1])
+        problem = (
+            f"is stored as {base[location.name].dtype}, but {update.needs_weight} needs a "
+            "float weight"
+        )
+        raise damaged(
+            base.file_of(location.name), f"{location.name} {problem}", "give the unquantized base"
+        )
+    stored = (
+        location.shape
+        if location.into is None
+        else (location.into[1] - location.into[0], location.shape[1])
+    )
     shape = stored[::-1] if in_out else stored
     if update.expert is None and location.rows is not None and not update.factored:
-        problem = "has another vocabulary size in BASE than in the adapter, but its update needs all rows"
+        problem = (
+            "has another vocabulary size in BASE than in the adapter, but its update needs all rows"
+        )
         raise InputError(f"{location.name} {problem}; give the base with the resized vocabulary")
     return Piece(update, location, Site(shape, side, in_out), whole_side)
 
 
 def _read_model_type(base: Checkpoint, source: AdapterFiles) -> str:
-    """Return transformers' model type from BASE's config or from the adapter's; empty if unknown."""
+    """Return transformers' model type from BASE's config or from the adapter's; empty
+    if unknown.
+    """
     if isinstance(name := base.config.get("model_type"), str):
         return name
     mapping = source.config.table("auto_mapping") if source.config is not None else {}
     return str(mapping.get("parent_library", "")).rpartition(".modeling_")[2]
 
 
-def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None) -> Delta:
-    """Return the ΔW of one layer from its updates, and from ``plus``, the change of a saved copy of its weight."""
+def _make_delta(
+    layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Tensor] | None
+) -> Delta:
+    """Return the ΔW of one layer from its updates, and from ``plus``, the change of a saved copy of
+    its weight.
+    """
     first = pieces[0]
     shape = first.location.shape if len(first.location.shape) == 2 else (1, first.location.shape[0])
     dtypes = (first.base.dtype if first.base is not None else None, first.update.dtype)
@@ -312,9 +396,21 @@ def _make_delta(layer: str, pieces: list[Piece], plus: Callable[[Site], torch.Te
         is_part = first.location.rows is not None or first.location.into is not None
         thin = None if len(pieces) > 1 or is_part or first.site.transposed else first.update.thin
         rank = sum(piece.update.rank or 0 for piece in pieces)
-        return FactoredDelta(layer, shape, load, dtypes, scale=scale, diagonal=diagonal, rank=rank, thin=thin, **common)
+        return FactoredDelta(
+            layer,
+            shape,
+            load,
+            dtypes,
+            scale=scale,
+            diagonal=diagonal,
+            rank=rank,
+            thin=thin,
+            **common,
+        )
     is_matrix = len(first.location.shape) == 2
-    return DenseDelta(layer, shape, partial(load_dense, pieces, plus), dtypes, is_matrix=is_matrix, **common)
+    return DenseDelta(
+        layer, shape, partial(load_dense, pieces, plus), dtypes, is_matrix=is_matrix, **common
+    )
 
 
 def load_factors(pieces: list[Piece]) -> Factors:
@@ -338,7 +434,9 @@ def _read_factors(piece: Piece) -> Factors:
 
 
 def _embed_in_layer(part: torch.Tensor, location: Location) -> torch.Tensor:
-    """Return a part of a layer's rows as a full matrix with zeros elsewhere; unchanged if it is the whole layer."""
+    """Return a part of a layer's rows as a full matrix with zeros elsewhere; unchanged if it is the
+    whole layer.
+    """
     if location.into is None:
         return part
     whole = part.new_zeros(location.shape[0], part.shape[1])
@@ -366,7 +464,9 @@ def _read_change(piece: Piece) -> torch.Tensor:
 
 
 def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
-    """Yield a record of the vocabulary rows that only the adapter or only BASE has, if there are any."""
+    """Yield a record of the vocabulary rows that only the adapter or only BASE has, if there are
+    any.
+    """
     expected, location = piece.update.shape[0], piece.location
     if piece.update.expert is not None or location.rows is None or expected is None:
         return
@@ -378,7 +478,9 @@ def _note_added_rows(piece: Piece) -> Iterator[Unpaired]:
 def _sort_values(
     source: AdapterFiles, reading: Reading, base: Checkpoint
 ) -> tuple[dict[str, NewValue], list[NewValue]]:
-    """Split stored values into copies that differ from BASE, by their names in it, and others; drop equal copies."""
+    """Split stored values into copies that differ from BASE, by their names in it, and others; drop
+    equal copies.
+    """
     copies: dict[str, NewValue] = {}
     for value in reading.values:
         if value.is_copy:
@@ -390,13 +492,17 @@ def _sort_values(
 
 
 def _equals_base(source: AdapterFiles, key: str, base: Checkpoint, name: str) -> bool:
-    """Return whether a tensor of the adapter equals BASE's; False if one of them is not of floats."""
+    """Return whether a tensor of the adapter equals BASE's; False if one of them is not
+    of floats.
+    """
     import torch
 
     before, after = base[name], source.checkpoint[key]
     if before.shape != after.shape or not {before.dtype, after.dtype} <= FLOAT_DTYPES:
         return False
-    delta = StoredDelta(name, flatten_shape(before.shape), Side(base, name), Side(source.checkpoint, key))
+    delta = StoredDelta(
+        name, flatten_shape(before.shape), Side(base, name), Side(source.checkpoint, key)
+    )
     return all(torch.equal(as_float64(a), as_float64(b)) for a, b in delta.blocks())
 
 
@@ -410,7 +516,9 @@ def _pair_new_values(
     source: AdapterFiles, values: list[NewValue], base: Checkpoint
 ) -> tuple[list[StoredDelta], list[Unpaired]]:
     """Return the changes of the weights stored in full, and the skipped weights and rows."""
-    expected: dict[str, Shape] = {value.weight: source.checkpoint[value.key].shape for value in values}
+    expected: dict[str, Shape] = {
+        value.weight: source.checkpoint[value.key].shape for value in values
+    }
     matched, missing = match_names(expected, base)
     changes: list[StoredDelta] = []
     unpaired: list[Unpaired] = []
@@ -421,16 +529,32 @@ def _pair_new_values(
             continue
         offset = 0
         for location in matched[value.weight]:
-            before, after = Side(base, location.name, location.offset), Side(source.checkpoint, value.key, offset)
+            before, after = (
+                Side(base, location.name, location.offset),
+                Side(source.checkpoint, value.key, offset),
+            )
             not_float = {before.dtype, after.dtype} - FLOAT_DTYPES
             if not_float:
-                detail = f"stored as {', '.join(sorted(not_float))}, which is not a plain floating-point weight"
+                detail = (
+                    f"stored as {', '.join(sorted(not_float))}, which is not a plain "
+                    "floating-point weight"
+                )
                 unpaired.append(Unpaired(location.layer, shape, "not_float", detail))
             elif len(location.shape) == 1:
-                changes.append(StoredDelta(location.layer, (1, location.shape[0]), before, after, is_matrix=False))
+                changes.append(
+                    StoredDelta(
+                        location.layer, (1, location.shape[0]), before, after, is_matrix=False
+                    )
+                )
             else:
-                changes.append(StoredDelta(location.layer, (location.shape[0], location.shape[1]), before, after))
-                if location.rows is not None and len(shape) == 2:  # for experts, those of one matrix in the stack
+                changes.append(
+                    StoredDelta(
+                        location.layer, (location.shape[0], location.shape[1]), before, after
+                    )
+                )
+                if (
+                    location.rows is not None and len(shape) == 2
+                ):  # for experts, those of one matrix in the stack
                     unpaired.append(deltas.added_rows(location.layer, before, after))
             offset += math.prod(location.shape)
     return changes, unpaired

@@ -1,11 +1,12 @@
-"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain names.
+"""An adapter → a copy that every program scales equally: one rank, α = r, scaling in B, plain
+names.
 
-Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every program that divides α by
-this common rank. Other updates than pairs of factors cannot be represented, except DoRA by the nearest LoRA of its
-rank.
+Factors of a lower rank are padded with zeros, which leaves B·A unchanged. α/r is 1 for every
+program that divides α by this common rank. Other updates than pairs of factors cannot be
+represented, except DoRA by the nearest LoRA of its rank.
 
-Layers are read one at a time: once for ranks and dtype, and again when their factors are written. Results of
-decompositions are cached in files.
+Layers are read one at a time: once for ranks and dtype, and again when their factors are written.
+Results of decompositions are cached in files.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Written:
     Args:
         rank: r of every pair of factors, and α.
         dtype: Dtype of the factors.
-        truncated: ε of every weight whose update was truncated to its rank: with DoRA, or with a saved copy of BASE.
+        truncated: ε of every weight whose update was truncated to its rank: with DoRA, or with a
+            saved copy of BASE.
         epsilon: ε of these weights together: √(Σ‖ΔW' − ΔW‖² / Σ‖ΔW‖²); 0 without any.
         unsupported: Unsupported weights, with the reason.
     """
@@ -93,7 +95,9 @@ def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
     if item.part == "experts":
         return "stacked experts (target_parameters)"
     if item.part not in LOW_RANK_PARTS:
-        return {"bias": "a bias", "rows": "rows of an embedding", "other": "no LoRA"}.get(item.part, "a weight in full")
+        return {"bias": "a bias", "rows": "rows of an embedding", "other": "no LoRA"}.get(
+            item.part, "a weight in full"
+        )
     is_inside = ".base_layer.out_proj." in item.key or item.module.endswith("in_proj_weight")
     return "a part of an nn.MultiheadAttention" if is_inside else ""
 
@@ -106,20 +110,23 @@ def write_portable(
     dora_to_lora: bool = False,
     leave_out: bool = False,
 ) -> Written:
-    """Write a portable copy of an adapter to a temporary folder, rename that, and return a description of the files.
+    """Write a portable copy of an adapter to a temporary folder, rename that, and return a
+    description of the files.
 
     Args:
         adapter: The adapter.
         folder: The new folder; must not exist.
         base: Its BASE, if names or updates depend on it.
-        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
+        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the
+            adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
 
     Raises:
         UsageError: Something exists at ``folder``, or there is no such layout.
-        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
-            needs names from a BASE, a file cannot be read, or the folder cannot be written.
+        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the
+            adapter, the layout needs names from a BASE, a file cannot be read, or the folder cannot
+            be written.
         NothingComparedError: No ΔW can be measured against BASE.
     """
     form = form or adapter.form
@@ -161,11 +168,12 @@ def convert(
         form: One of ``LAYOUTS``.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA.
         leave_out: Skip unsupported weights instead of raising an error.
-        for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that of a fine-tune.
+        for_tied_head: Whether the update of an embedding is meant for a tied head as well, as that
+            of a fine-tune.
 
     Raises:
-        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the adapter, the layout
-            needs names from a BASE, or a file cannot be read or written.
+        InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the
+            adapter, the layout needs names from a BASE, or a file cannot be read or written.
         NothingComparedError: No ΔW can be measured against BASE.
     """
     _refuse_unresolved_gguf(adapter, base, form)
@@ -180,7 +188,10 @@ def convert(
     }
     unsupported = {layer: reason for layer, reason in reasons.items() if reason}
     if unsupported and not leave_out:
-        raise InputError(f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter without")
+        raise InputError(
+            f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter "
+            "without"
+        )
     supported = [item for item in contents.items if item.layer not in unsupported]
     if not supported:
         problem = "no part of it can be written as a portable adapter"
@@ -193,24 +204,38 @@ def convert(
     }
     dtype = dtype if all(part.is_exact for part in parts.values()) else "float32"
     rank = max(part.placed.rank for part in parts.values())
-    plan, config = LAYOUTS[form].plan([part.placed for part in parts.values()], contents, base, rank)
+    plan, config = LAYOUTS[form].plan(
+        [part.placed for part in parts.values()], contents, base, rank
+    )
     _write(folder / LAYOUTS[form].file, config, _Reader(parts, plan, rank, dtype))
-    truncated = {name: part for name, part in parts.items() if part.epsilon or part.placed.item.part == "dora"}
+    truncated = {
+        name: part
+        for name, part in parts.items()
+        if part.epsilon or part.placed.item.part == "dora"
+    }
     norm = math.hypot(*(part.fro for part in truncated.values()))
     epsilon = math.hypot(*(part.epsilon * part.fro for part in truncated.values())) / (norm or 1.0)
-    return Written(rank, dtype, {name: part.epsilon for name, part in truncated.items()}, epsilon, unsupported)
+    return Written(
+        rank, dtype, {name: part.epsilon for name, part in truncated.items()}, epsilon, unsupported
+    )
 
 
 def _why_changed(item: Item, contents: Contents, form: str) -> str:
     """Return why an update would change its meaning in another layout; empty if it keeps it.
 
-    mlx-lm applies the update of an embedding in a head that is tied to it; PEFT does so only in a merge.
+    mlx-lm applies the update of an embedding in a head that is tied to it; PEFT does so only in a
+    merge.
     """
     if "mlx" not in {form, contents.form} or form == contents.form or item.tied_role != "embedding":
         return ""
     if contents.tied is None:
-        return "mlx-lm applies it in a head that is tied to the embedding, too; give BASE, which shows whether it is"
-    changed = "the head is tied to the embedding; mlx-lm applies the update in both, and PEFT does not"
+        return (
+            "mlx-lm applies it in a head that is tied to the embedding, too; give BASE, which "
+            "shows whether it is"
+        )
+    changed = (
+        "the head is tied to the embedding; mlx-lm applies the update in both, and PEFT does not"
+    )
     return changed if contents.tied else ""
 
 
@@ -222,17 +247,23 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
     """
     if adapter.form != GGUF or form == GGUF:
         return
-    foreign = next((update for update in adapter.reading.updates if update.weight.startswith("blk.")), None)
+    foreign = next(
+        (update for update in adapter.reading.updates if update.weight.startswith("blk.")), None
+    )
     if foreign is not None:
         problem = f"{foreign.weight} has no known name outside of GGUF"
         raise damaged(adapter.path, problem, "write it with --format gguf")
-    if base is None and (first := next((update for update in adapter.reading.updates if update.heads), None)):
+    if base is None and (
+        first := next((update for update in adapter.reading.updates if update.heads), None)
+    ):
         problem = f"the rows of {first.weight} are in llama.cpp's order, which depends on BASE"
         raise damaged(adapter.path, problem, "give BASE")
 
 
 def _make_part(item: Item, delta: Delta | None, scratch: Path, number: int, dtype: str) -> _Part:
-    """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of ``scratch``."""
+    """Return the part of one item to be written; store the factors of a full-rank ΔW in a file of
+    ``scratch``.
+    """
     import torch
 
     load: Callable[[], Factors] = partial(_load_factors, item)
@@ -273,8 +304,12 @@ def _load_cached(file: Path) -> Factors:
     return read(checkpoint, "B"), read(checkpoint, "A")
 
 
-def _approximate_delta(item: Item, delta: DenseDelta) -> tuple[torch.Tensor, torch.Tensor, float, float]:
-    """Form ΔW; return its best approximation of the item's rank, the error ε (Eckart and Young 1936) and ‖ΔW‖_F."""
+def _approximate_delta(
+    item: Item, delta: DenseDelta
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """Form ΔW; return its best approximation of the item's rank, the error ε (Eckart and Young
+    1936) and ‖ΔW‖_F.
+    """
     import torch
 
     assert item.rank is not None
@@ -293,21 +328,30 @@ def _list_by_reason(unsupported: Mapping[str, str]) -> str:
     reasons: dict[str, list[str]] = {}
     for layer, reason in unsupported.items():
         reasons.setdefault(reason, []).append(layer)
-    more = {reason: f" and {len(layers) - 1} more" if len(layers) > 1 else "" for reason, layers in reasons.items()}
+    more = {
+        reason: f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+        for reason, layers in reasons.items()
+    }
     return "; ".join(f"{layers[0]}{more[reason]}: {reason}" for reason, layers in reasons.items())
 
 
 class _Reader:
-    """Reader of the tensors of a plan, each when it is written; the factors of the last layer are cached."""
+    """Reader of the tensors of a plan, each when it is written; the factors of the last layer are
+    cached.
+    """
 
-    def __init__(self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str) -> None:
+    def __init__(
+        self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str
+    ) -> None:
         self._parts, self._plan, self._rank, self._dtype = parts, plan, rank, dtype
         self._last: tuple[str, Factors] | None = None
 
     def make_infos(self) -> dict[str, TensorInfo]:
         """Return shape and dtype of every tensor, by name."""
         return {
-            name: TensorInfo(name, slot.sizes(self._rank), self._dtype if slot.placed is not None else "float32")
+            name: TensorInfo(
+                name, slot.sizes(self._rank), self._dtype if slot.placed is not None else "float32"
+            )
             for name, slot in self._plan.items()
         }
 
@@ -323,7 +367,9 @@ class _Reader:
             self._last = layer, self._parts[layer].load()
         b, a = self._last[1]
         matrix = a if slot.side == "A" else b
-        whole = pad_factor(to_pairs(matrix, slot.heads) if slot.heads else matrix, slot.side, self._rank)
+        whole = pad_factor(
+            to_pairs(matrix, slot.heads) if slot.heads else matrix, slot.side, self._rank
+        )
         whole = whole.T if slot.turned else whole
         return whole.to(getattr(torch, self._dtype)).reshape(slot.sizes(self._rank)).contiguous()
 

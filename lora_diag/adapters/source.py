@@ -1,11 +1,11 @@
 """The files at an adapter's path: weights, settings, metadata, and the tensors of each module.
 
 Finds the files of PEFT, diffusers, MLX, kohya and GGUF. Tensors of PEFT have names
-``base_model.model.MODULE.PART[.ADAPTER][.weight]``; they are grouped by module, and checked against each other and the
-config.
+``base_model.model.MODULE.PART[.ADAPTER][.weight]``; they are grouped by module, and checked against
+each other and the config.
 
-``--alpha`` or ``--alpha-is-rank`` gives α for adapters whose files give none; it never overrides an α in a file. A PEFT
-file without its config is then read by the ranks of its factors.
+``--alpha`` or ``--alpha-is-rank`` gives α for adapters whose files give none; it never overrides an
+α in a file. A PEFT file without its config is then read by the ranks of its factors.
 """
 
 from __future__ import annotations
@@ -80,24 +80,32 @@ class Config:
         """Return a setting that is a positive whole number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is null, missing without a default, not whole, below 1, or above 2^31.
+            InputError: The value is null, missing without a default, not whole, below 1, or above
+                2^31.
         """
         value = self.values.get(key, default)
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or not 1 <= value <= MAX_WHOLE:
-            raise InputError(f"{self.path}: {key} must be a whole number from 1 up, not {quote(value)}; correct it")
+            raise InputError(
+                f"{self.path}: {key} must be a whole number from 1 up, not {quote(value)}; correct "
+                "it"
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Return a setting that is a finite number; ``default`` if it is absent.
 
         Raises:
-            InputError: The value is null, missing without a default, not a number, or beyond float32.
+            InputError: The value is null, missing without a default, not a number, or beyond
+                float32.
         """
         value = self.values.get(key, default)
         if not is_number(value):
-            raise InputError(f"{self.path}: {key} must be a finite number in float32, not {quote(value)}; correct it")
+            raise InputError(
+                f"{self.path}: {key} must be a finite number in float32, not {quote(value)}; "
+                "correct it"
+            )
         return float(value)
 
     def flag(self, key: str) -> bool:
@@ -119,7 +127,11 @@ class Config:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            raise damaged(self.path, f"{key} must map names to values, but is a {type(value).__name__}", "correct it")
+            raise damaged(
+                self.path,
+                f"{key} must map names to values, but is a {type(value).__name__}",
+                "correct it",
+            )
         return value
 
     def names(self, key: str) -> list[str]:
@@ -138,7 +150,8 @@ class AdapterFiles:
         config: Its settings; None without a config file.
         metadata: Metadata of the weights file.
         stated_alpha: The user's α for files without one.
-        stored: The source as its files give it, if ``config`` holds values that only the user gave; else None.
+        stored: The source as its files give it, if ``config`` holds values that only the user gave;
+            else None.
     """
 
     path: Path
@@ -158,23 +171,33 @@ class AdapterFiles:
         return 1.0 if self.stated_alpha in (None, "rank") else float(self.stated_alpha) / rank
 
     def note_missing_alpha(self, modules: list[str], program: str) -> list[str]:
-        """Return a note on modules without α in the files, if there are any; ``program`` is the one that reads them."""
+        """Return a note on modules without α in the files, if there are any; ``program`` is the one
+        that reads them.
+        """
         if not modules:
             return []
-        assumption = f"{program} then takes s = 1" if self.stated_alpha is None else "alpha = rank was given, s = 1"
+        assumption = (
+            f"{program} then takes s = 1"
+            if self.stated_alpha is None
+            else "alpha = rank was given, s = 1"
+        )
         if self.stated_alpha not in (None, "rank"):
             assumption = f"alpha = {self.stated_alpha:g} was given, s = {self.stated_alpha:g}/r"
         return [f"{len(modules)} modules give no alpha, such as {modules[0]}; {assumption}"]
 
     def shape(self, key: str, dimensions: int) -> tuple[int, ...]:
-        """Return the shape of a tensor after checking its number of dimensions, and that it has entries.
+        """Return the shape of a tensor after checking its number of dimensions, and that it has
+        entries.
 
         Raises:
             InputError: The shape is invalid.
         """
         shape = self.checkpoint[key].shape
         if len(shape) != dimensions or 0 in shape:
-            raise damaged(self.checkpoint.path, f"{key} has shape {list(shape)} instead of {dimensions} dimensions")
+            raise damaged(
+                self.checkpoint.path,
+                f"{key} has shape {list(shape)} instead of {dimensions} dimensions",
+            )
         return shape
 
     @property
@@ -186,7 +209,9 @@ class AdapterFiles:
         """
         if self.config is None:
             problem = f"has no {CONFIG}, so the scaling of this adapter is unknown"
-            raise damaged(self.path, problem, f"add the {CONFIG} it was trained with, or give --alpha")
+            raise damaged(
+                self.path, problem, f"add the {CONFIG} it was trained with, or give --alpha"
+            )
         return self.config
 
 
@@ -203,7 +228,9 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
     path = as_path(path)
     located = locate(path)
     file = _find_weights(located) if located.is_dir() else located
-    if file.suffix == GGUF:  # adapter_config.json in its folder, if any, describes the PEFT original
+    if (
+        file.suffix == GGUF
+    ):  # adapter_config.json in its folder, if any, describes the PEFT original
         opened = GgufFile(file)
         checkpoint = Checkpoint(path, "GGUF file", (opened,), opened.notes)
         return AdapterFiles(path, checkpoint, None, opened.metadata, stated_alpha)
@@ -214,7 +241,8 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
 
 
 def refuse_integers(source: AdapterFiles) -> None:
-    """Refuse tensors other than floats, which no supported family has, except numbers without dimensions.
+    """Refuse tensors other than floats, which no supported family has, except numbers without
+    dimensions.
 
     Raises:
         InputError: A tensor is not a float.
@@ -227,7 +255,9 @@ def refuse_integers(source: AdapterFiles) -> None:
 
 
 def find_single_file(folder: Path) -> Path | None:
-    """Return the only safetensors or GGUF file of a folder; None with none, several or a full checkpoint."""
+    """Return the only safetensors or GGUF file of a folder; None with none, several or a full
+    checkpoint.
+    """
     if any((folder / name).is_file() for name in WEIGHTS):
         return None
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
@@ -243,7 +273,10 @@ def _find_weights(folder: Path) -> Path:
     named = (folder / name for name in ADAPTER_WEIGHTS)
     file = next((path for path in named if path.is_file()), None) or find_single_file(folder)
     if file is None:
-        raise InputError(f"{folder}: no adapter weights found; the folder needs one of {', '.join(ADAPTER_WEIGHTS)}")
+        raise InputError(
+            f"{folder}: no adapter weights found; the folder needs one of "
+            f"{', '.join(ADAPTER_WEIGHTS)}"
+        )
     return file
 
 
@@ -260,7 +293,9 @@ def drop_prefix(name: str) -> str:
     return name.removeprefix(PREFIX)
 
 
-def group_by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) -> tuple[Modules, list[str]]:
+def group_by_module(
+    names: Iterable[str], parts: tuple[str, ...], path: Path
+) -> tuple[Modules, list[str]]:
     """Return tensor names by module and part, and those without a part.
 
     PEFT removes the adapter's name on saving (``lora_A.weight``); a manual dump still has it
@@ -278,7 +313,9 @@ def group_by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) ->
         InputError: The file holds several adapters.
 
     Example:
-        >>> group_by_module(["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x"))
+        >>> group_by_module(
+        ...     ["base_model.model.h.0.fc.lora_A.weight", "h.bias"], ("lora_A",), Path("x")
+        ... )
         ({'h.0.fc': {'lora_A': 'base_model.model.h.0.fc.lora_A.weight'}}, ['h.bias'])
     """
     alternatives = "|".join(map(re.escape, parts))
@@ -297,7 +334,9 @@ def group_by_module(names: Iterable[str], parts: tuple[str, ...], path: Path) ->
         modules.setdefault(match["module"] or "", {})[match["part"] + (match["bias"] or "")] = name
     if len(adapters) > 1:
         adapter_names = ", ".join(sorted(name or "(no name)" for name in adapters))
-        raise InputError(f"{path}: holds several adapters ({adapter_names}); save one of them separately")
+        raise InputError(
+            f"{path}: holds several adapters ({adapter_names}); save one of them separately"
+        )
     return modules, unclaimed
 
 
@@ -322,8 +361,11 @@ def ends_of(module: str) -> Iterator[str]:
             yield module[index:]
 
 
-def find_pair(source: AdapterFiles, module: str, parts: dict[str, str], prefix: str = "lora_") -> tuple[str, str]:
-    """Return the names of A and B of a module, which are its parts ``prefix`` + ``A`` and ``prefix`` + ``B``.
+def find_pair(
+    source: AdapterFiles, module: str, parts: dict[str, str], prefix: str = "lora_"
+) -> tuple[str, str]:
+    """Return the names of A and B of a module, which are its parts ``prefix`` + ``A`` and
+    ``prefix`` + ``B``.
 
     Raises:
         InputError: A factor is missing, is empty, or has fewer than two dimensions.
@@ -348,7 +390,9 @@ def check_ranks(source: AdapterFiles, module: str, rank_a: int, expected: int, r
         InputError: They differ, so that the scaling is unknown.
     """
     if rank_a != rank_b:
-        raise damaged(source.checkpoint.path, f"{module}: A has rank {rank_a}, but B has rank {rank_b}")
+        raise damaged(
+            source.checkpoint.path, f"{module}: A has rank {rank_a}, but B has rank {rank_b}"
+        )
     if rank_a != expected:
         claim = f"{source.settings.path.name} says {expected}, so the scaling is unknown"
         fix = "give the config that this adapter was trained with"
@@ -359,42 +403,64 @@ _FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_ma
 
 
 def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
-    """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without either.
+    """Return the α of the options ``alpha`` and ``alpha_is_rank``; ``rank`` for α = r, None without
+    either.
 
     Raises:
         UsageError: Both are given, or α is zero or not finite.
     """
     alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
     if alpha is not None and is_rank:
-        raise UsageError("--alpha and --alpha-is-rank: contradict each other; give only one of them")
+        raise UsageError(
+            "--alpha and --alpha-is-rank: contradict each other; give only one of them"
+        )
     if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
         raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
     return "rank" if is_rank else alpha
 
 
 def add_config(source: AdapterFiles) -> AdapterFiles:
-    """Return a source with the settings that are missing in a PEFT file, from the ranks of its factors and the given α.
+    """Return a source with the settings that are missing in a PEFT file, from the ranks of its
+    factors and the given α.
 
     Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
 
     Raises:
-        InputError: The file holds several adapters, or α = r is given and r or ``rank_pattern`` is invalid.
+        InputError: The file holds several adapters, or α = r is given and r or ``rank_pattern`` is
+            invalid.
     """
     if source.stated_alpha is None:
         return source
     config = source.config
-    if config is None and any(".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint):
-        return replace(source, config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)), stored=source)
-    if config is not None and config.text("peft_type").upper() == "LORA" and "lora_alpha" not in config:
+    if config is None and any(
+        ".lora_A" in name or ".lora_embedding_A" in name for name in source.checkpoint
+    ):
+        return replace(
+            source,
+            config=Config(Path(f"{source.path} (--alpha)"), _make_settings(source)),
+            stored=source,
+        )
+    if (
+        config is not None
+        and config.text("peft_type").upper() == "LORA"
+        and "lora_alpha" not in config
+    ):
         added: dict[str, Any] = {"lora_alpha": source.stated_alpha}
         if source.stated_alpha == "rank":
-            added = {"lora_alpha": config.integer("r"), "alpha_pattern": config.table("rank_pattern")}
-        return replace(source, config=Config(config.path, {**config.values, **added}), stored=source)
+            added = {
+                "lora_alpha": config.integer("r"),
+                "alpha_pattern": config.table("rank_pattern"),
+            }
+        return replace(
+            source, config=Config(config.path, {**config.values, **added}), stored=source
+        )
     return source
 
 
 def _make_settings(source: AdapterFiles) -> dict[str, Any]:
-    """Return the settings of a PEFT file without a config, from the shapes of its factors and the given α."""
+    """Return the settings of a PEFT file without a config, from the shapes of its factors and the
+    given α.
+    """
     modules, _ = group_by_module(source.checkpoint, _FACTORS, source.path)
     ranks = {
         module: source.checkpoint[parts[key]].shape[0]
@@ -403,7 +469,9 @@ def _make_settings(source: AdapterFiles) -> dict[str, Any]:
         if key in parts and source.checkpoint[parts[key]].shape
     }
     default_rank = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
-    pattern = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != default_rank}
+    pattern = {
+        f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != default_rank
+    }
     return {
         "peft_type": "LORA",
         "r": default_rank,

@@ -1,4 +1,6 @@
-"""Two stored factors and a scale, read with NumPy, for updates ΔW = s·B·A that depend on nothing else."""
+"""Two stored factors and a scale, read with NumPy, for updates ΔW = s·B·A that depend on nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class StoredFactors:
 
     @property
     def kind(self) -> Hashable:
-        """Equal for factors that can be read as one stack: of the same files, orientation, shapes and dtypes."""
+        """Equal for factors that can be read as one stack: of the same files, orientation, shapes
+        and dtypes.
+        """
         stored = [(self.checkpoint.file_of(key), self.checkpoint[key]) for key in (self.b, self.a)]
         return self.turned, *((file, info.shape, info.dtype) for file, info in stored)
 
@@ -72,6 +76,13 @@ class StoredFactors:
 def find_thin_factors(
     checkpoint: Checkpoint, b: str, a: str, scale: Scale, turned: bool = False
 ) -> StoredFactors | None:
-    """Return two stored factors; None if their file or format needs torch. For the arguments see ``StoredFactors``."""
+    """Return two stored factors; None if their file or format needs torch.
+
+    For the arguments see ``StoredFactors``.
+    """
     keys = [b, a, scale.alpha] if scale.alpha else [b, a]
-    return StoredFactors(checkpoint, b, a, scale, turned) if all(map(checkpoint.decodes, keys)) else None
+    return (
+        StoredFactors(checkpoint, b, a, scale, turned)
+        if all(map(checkpoint.decodes, keys))
+        else None
+    )

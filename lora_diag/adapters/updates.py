@@ -1,12 +1,14 @@
-"""The contents of an adapter, before they are matched with BASE: updates of weights, and weights stored in full.
+"""The contents of an adapter, before they are matched with BASE: updates of weights, and weights
+stored in full.
 
-An ``Update`` has the adapter's name of the weight and the orientation ``(out, in)`` of a linear layer. The location of
-the weight in BASE, and whether it is stored as ``(in, out)``, are determined in ``placing``, which then passes a
-``Site`` to the loader.
+An ``Update`` has the adapter's name of the weight and the orientation ``(out, in)`` of a linear
+layer. The location of the weight in BASE, and whether it is stored as ``(in, out)``, are determined
+in ``placing``, which then passes a ``Site`` to the loader.
 
-``modules_to_save``, ``bias="all"`` and resized embeddings are stored as new values under the weight's plain name. They
-are identified by the file, not by the config: PEFT matches ``modules_to_save`` by the end of a name without a dot, so
-that "norm" also saves every ``input_layernorm``.
+``modules_to_save``, ``bias="all"`` and resized embeddings are stored as new values under the
+weight's plain name. They are identified by the file, not by the config: PEFT matches
+``modules_to_save`` by the end of a name without a dot, so that "norm" also saves every
+``input_layernorm``.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ class Site:
     """The weight of an update.
 
     Args:
-        shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of a vector ``(n,)``.
+        shape: ``(out, in)`` in the adapter's orientation; of a convolution ``(out, in·kh·kw)``, of
+            a vector ``(n,)``.
         base: Location of W; None without a BASE, or if BASE does not give floats.
         transposed: Whether W is stored as ``(in, out)``.
     """
@@ -64,7 +67,8 @@ class Site:
         return flat.view(self.shape[::-1]).T if self.transposed else flat.view(self.shape)
 
     def rows(self, indices: list[int]) -> torch.Tensor:
-        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64, without reading others.
+        """Return the rows ``indices`` of W, ``(len(indices), in)``, float64, without reading
+        others.
 
         Raises:
             InputError: The file cannot be read.
@@ -74,7 +78,9 @@ class Site:
         assert self.base is not None, "an update that needs W was not given a BASE"
         assert not self.transposed, "a table is stored row by row"
         width = self.shape[1]
-        return as_float64(torch.stack([self.base.read(row * width, (row + 1) * width) for row in indices]))
+        return as_float64(
+            torch.stack([self.base.read(row * width, (row + 1) * width) for row in indices])
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,26 +88,32 @@ class Update:
     """The change of one weight.
 
     Args:
-        weight: The adapter's name for the weight, such as ``model.layers.0.self_attn.q_proj.weight``.
+        weight: The adapter's name for the weight, such as
+            ``model.layers.0.self_attn.q_proj.weight``.
         shape: ``(out, in)``, or ``(n,)``; of stacked experts, that of one of them.
-        load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and float64. A
-            ``functools.partial`` of a module's function, so that it can be sent to another process; it raises
-            ``InputError`` if a file cannot be read.
+        load: Takes a ``Site``; returns ``(B, A)`` if ``factored``, else ΔW, in the site's shape and
+            float64. A ``functools.partial`` of a module's function, so that it can be sent to
+            another process; it raises ``InputError`` if a file cannot be read.
         factored: Whether ``load`` gives factors.
         dtype: Stored dtype of its tensors.
         needs_weight: Name of the kind of update if it needs W, such as ``DoRA``; else empty.
         expert: Index and number of experts if the weight is a stack of them, else None.
-        in_out: Returns whether square experts are stored as ``(in, out)``, by BASE's model type; None if not needed.
+        in_out: Returns whether square experts are stored as ``(in, out)``, by BASE's model type;
+            None if not needed.
         base_weight: The name in BASE if different from ``weight``.
-        keeps_name: Whether the layer keeps the name ``weight`` with a BASE, because several updates act on one weight.
+        keeps_name: Whether the layer keeps the name ``weight`` with a BASE, because several updates
+            act on one weight.
         zero_if: A tensor of the adapter; if it is zero, so is ΔW. Empty if none is known.
-        rank: r of its factors; None without factors, and for rows of an embedding that are replaced.
+        rank: r of its factors; None without factors, and for rows of an embedding that are
+            replaced.
         scale: Its scale s; None without one, or if α is stored as a number in the file.
         diagonal: Whether a stored vector scales the columns of B or its rows (AdaLoRA, VeRA).
         optional: Whether the weight (a bias) may be missing from BASE.
         alpha: Name of the tensor with α; empty without one.
-        plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA); else None.
-        heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order; empty if none are.
+        plain: Loads s·B and A alone, for an update that is not just their product (DoRA, PiSSA);
+            else None.
+        heads: Setting of BASE's config that counts the heads whose rows are in llama.cpp's order;
+            empty if none are.
         thin: B, A and s, to be read without torch; None if only ``load`` can read the update.
     """
 
@@ -194,9 +206,13 @@ class Family:
     starts: tuple[str, ...] = ()
 
     @staticmethod
-    def of_peft(name: str, peft_type: str, read: Callable[[AdapterFiles], Reading], marks: tuple[str, ...]) -> Family:
+    def of_peft(
+        name: str, peft_type: str, read: Callable[[AdapterFiles], Reading], marks: tuple[str, ...]
+    ) -> Family:
         """Return the family of a type of PEFT, which the config names."""
-        return Family(f"PEFT {name}", lambda source: source.peft_type == peft_type, read, marks=marks)
+        return Family(
+            f"PEFT {name}", lambda source: source.peft_type == peft_type, read, marks=marks
+        )
 
 
 def as_float64(tensor: torch.Tensor) -> torch.Tensor:
@@ -215,7 +231,9 @@ def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
-def load_product(checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site) -> Factors:
+def load_product(
+    checkpoint: Checkpoint, b_key: str, a_key: str, scale: float, turned: bool, site: Site
+) -> Factors:
     """Return s·B ``(out, r)`` and A ``(r, in)``, both stored transposed if ``turned``."""
     b, a = read(checkpoint, b_key), read(checkpoint, a_key)
     return (b.T * scale, a.T) if turned else (b * scale, a)
@@ -250,26 +268,33 @@ def read_modules(
     Args:
         source: The adapter.
         parts: Names of the family's parts, such as ``lora_A``.
-        read_module: Takes the source, a module and the names of its tensors by their parts; returns its updates.
+        read_module: Takes the source, a module and the names of its tensors by their parts; returns
+            its updates.
         kind: Description of the adapter.
         scaling: The scaling of the updates and its source.
         ignored: Tensors that belong to no module.
         unit: What a module is called in the description.
 
     Raises:
-        InputError: The file holds several adapters, or ``read_module`` or ``add_stored_values`` refuses a tensor.
+        InputError: The file holds several adapters, or ``read_module`` or ``add_stored_values``
+            refuses a tensor.
     """
     names = [name for name in source.checkpoint if name not in ignored]
     modules, unclaimed = group_by_module(names, parts, source.path)
-    for module in [module for module, found in modules.items() if found.keys().isdisjoint(parts)]:  # a bias alone
+    for module in [
+        module for module, found in modules.items() if found.keys().isdisjoint(parts)
+    ]:  # a bias alone
         unclaimed += modules.pop(module).values()
-    updates = [update for module, found in modules.items() for update in read_module(source, module, found)]
+    updates = [
+        update for module, found in modules.items() for update in read_module(source, module, found)
+    ]
     reading = Reading(f"{kind}, {len(modules)} {unit}", tuple(updates), scaling=scaling)
     return add_stored_values(reading, source, unclaimed)
 
 
 def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[str]) -> Reading:
-    """Return a reading with the tensors that its family did not claim: weights in full, updated rows, unused ones.
+    """Return a reading with the tensors that its family did not claim: weights in full, updated
+    rows, unused ones.
 
     Args:
         reading: The contents as read by the family.
@@ -284,20 +309,26 @@ def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[st
         name = SAVED.sub("", drop_prefix(key))
         if name.endswith(TOKENS):
             indices = source.settings.values.get("trainable_token_indices")
-            updates.append(make_rows_update(source, drop_prefix(key).removesuffix(TOKENS), key, indices))
+            updates.append(
+                make_rows_update(source, drop_prefix(key).removesuffix(TOKENS), key, indices)
+            )
         elif ORIGINAL.search(name):
             ignored.append(key)
         else:
-            values.append(NewValue(name.replace(".base_layer.", "."), key, name.endswith(".base_layer.weight")))
+            values.append(
+                NewValue(
+                    name.replace(".base_layer.", "."), key, name.endswith(".base_layer.weight")
+                )
+            )
     return replace(reading, updates=tuple(updates), values=tuple(values), ignored=tuple(ignored))
 
 
 def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) -> Update:
     """Return the update that replaces rows of a table.
 
-    Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value − W[i] for the trained
-    rows i, else 0. As S·(value − W[i]) with S ``(vocab, n)`` picking the rows, the update has rank at most n and stays
-    in factored form.
+    Despite its name, ``trainable_tokens_delta`` ``(n, dim)`` holds the new values: ΔW[i] = value −
+    W[i] for the trained rows i, else 0. As S·(value − W[i]) with S ``(vocab, n)`` picking the rows,
+    the update has rank at most n and stays in factored form.
 
     Args:
         source: The adapter's files.
@@ -306,16 +337,26 @@ def make_rows_update(source: AdapterFiles, module: str, key: str, indices: Any) 
         indices: Token indices: a list, or a dict of lists by module.
 
     Raises:
-        InputError: The indices are missing, invalid or repeated, their number differs from that of the rows, or the
-            values are no matrix.
+        InputError: The indices are missing, invalid or repeated, their number differs from that of
+            the rows, or the values are no matrix.
     """
     rows = _read_row_indices(source.settings, module, indices)
     shape = source.checkpoint[key].shape
     if len(shape) != 2 or not rows or len(rows) != shape[0] or len(set(rows)) != len(rows):
-        problem = f"{key} has shape {list(shape)}, but {source.settings.path.name} has {len(set(rows))} token indices"
+        problem = (
+            f"{key} has shape {list(shape)}, but {source.settings.path.name} has "
+            f"{len(set(rows))} token indices"
+        )
         raise damaged(source.checkpoint.path, f"{problem} for it", "save the adapter again")
     load = partial(load_row_factors, source.checkpoint, key, rows)
-    return Update(f"{module}.weight", (None, shape[1]), load, True, source.checkpoint[key].dtype, "trainable tokens")
+    return Update(
+        f"{module}.weight",
+        (None, shape[1]),
+        load,
+        True,
+        source.checkpoint[key].dtype,
+        "trainable tokens",
+    )
 
 
 def _read_row_indices(config: Config, module: str, indices: Any) -> list[int]:

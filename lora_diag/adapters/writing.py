@@ -1,15 +1,18 @@
-"""Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``, checked by reading them.
+"""Factors → a PEFT adapter folder: ``adapter_model.safetensors`` and ``adapter_config.json``,
+checked by reading them.
 
-s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the config is resolved by
-PEFT's own rules against the modules of BASE before anything is written; a pattern that would match other modules is
-written out in full. Ranks can be read from an existing config.
+s = lora_alpha / r is 1 in every layer, so that B·A is the update itself. Every pattern of the
+config is resolved by PEFT's own rules against the modules of BASE before anything is written; a
+pattern that would match other modules is written out in full. Ranks can be read from an existing
+config.
 
-Tensors without factors are stored in full: norms and other small modules, biases, embeddings with a resized vocabulary.
-PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases by themselves. It matches saved modules
-by the end of their names, so full names are given; and it needs every tensor of a saved module in the file.
+Tensors without factors are stored in full: norms and other small modules, biases, embeddings with a
+resized vocabulary. PEFT keeps whole modules (``modules_to_save``) and, with ``bias: all``, biases
+by themselves. It matches saved modules by the end of their names, so full names are given; and it
+needs every tensor of a saved module in the file.
 
-Reference: ``peft.tuners.tuners_utils.check_target_module_exists``, ``peft.utils.other.get_pattern_key``,
-``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21.
+Reference: ``peft.tuners.tuners_utils.check_target_module_exists``,
+``peft.utils.other.get_pattern_key``, ``peft.tuners.lora.layer.ParamWrapper`` of PEFT 0.21.
 """
 
 from __future__ import annotations
@@ -49,8 +52,8 @@ PEFT_VERSION = "0.19.1"
 
 # Fields of a PEFT config that are the same for every LoRA adapter written here.
 LORA_CONFIG = {
-    "peft_type": "LORA", "peft_version": PEFT_VERSION, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
-    "inference_mode": True, "init_lora_weights": True,
+    "peft_type": "LORA", "peft_version": PEFT_VERSION, "lora_dropout": 0.0, "use_rslora": False,
+    "use_dora": False, "inference_mode": True, "init_lora_weights": True,
 }  # fmt: skip
 
 # Classes of transformers whose task is passed to PEFT; for some others it would add modules.
@@ -58,7 +61,8 @@ CAUSAL = re.compile(r"(ForCausalLM|LMHeadModel)$")
 
 
 def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
-    """Return the rank of every layer that ``target_modules`` or ``target_parameters`` of a PEFT config match.
+    """Return the rank of every layer that ``target_modules`` or ``target_parameters`` of a PEFT
+    config match.
 
     A half of a fused parameter gets half the rank, but at least 1.
 
@@ -83,7 +87,9 @@ def read_config_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, in
         ranks[layer] = max(1, get_rank(config, pattern, target.module) // target.half[1])
     if not ranks:
         example = next(iter(targets.values())).module if targets else "(none)"
-        problem = f"its target_modules match no layer of this model, which has layers like {example}"
+        problem = (
+            f"its target_modules match no layer of this model, which has layers like {example}"
+        )
         raise damaged(path, problem, "give the config of this model")
     return ranks
 
@@ -102,7 +108,9 @@ def can_be_saved(name: str, base: Checkpoint, model: Model) -> bool:
     if f"{module.rpartition('.')[0]}.in_proj_weight" in base:
         return False  # part of an nn.MultiheadAttention
     names_inside = [other for other in base if other.startswith(f"{module}.")]
-    return all("." not in other[len(module) + 1 :] for other in names_inside) and bool(model.in_memory(name))
+    return all("." not in other[len(module) + 1 :] for other in names_inside) and bool(
+        model.in_memory(name)
+    )
 
 
 def list_full_values(
@@ -143,7 +151,9 @@ def _is_bias_of_layer(name: str, base: Checkpoint) -> bool:
     return name.endswith(".bias") and weight in base and len(base[weight].shape) > 1
 
 
-def _make_value(key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = "") -> Value:
+def _make_value(
+    key: str, name: str, delta: Delta | None, base: Checkpoint, module: str = ""
+) -> Value:
     """Return a tensor of BASE as it is after its change, to be stored in full."""
     if delta is not None and not isinstance(delta, StoredDelta):
         read = partial(_compute_changed_value, delta, base, name)
@@ -157,7 +167,9 @@ def _read_whole(side: Side) -> torch.Tensor:
     return side.checkpoint.read(side.name).view(side.info.shape)
 
 
-def _compute_changed_value(delta: FactoredDelta | DenseDelta, base: Checkpoint, name: str) -> torch.Tensor:
+def _compute_changed_value(
+    delta: FactoredDelta | DenseDelta, base: Checkpoint, name: str
+) -> torch.Tensor:
     """Return the new value of a tensor that an adapter changes, float32."""
     change = operator.matmul(*delta.load()) if isinstance(delta, FactoredDelta) else delta.load()
     shape = base[name].shape
@@ -167,7 +179,8 @@ def _compute_changed_value(delta: FactoredDelta | DenseDelta, base: Checkpoint, 
 def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None:
     """Compare an adapter folder with its factors.
 
-    For a stack of experts, only the first and the last are compared, since each reads the whole stack.
+    For a stack of experts, only the first and the last are compared, since each reads the whole
+    stack.
 
     Args:
         folder: The adapter.
@@ -175,7 +188,8 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
         parts: The factors, whose errors were measured.
 
     Raises:
-        InputError: A layer is missing or differs when read back, so that the measured errors are not those of the file.
+        InputError: A layer is missing or differs when read back, so that the measured errors are
+            not those of the file.
     """
     deltas = _read_deltas(folder, base)
     for part in parts:
@@ -187,11 +201,14 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
         if not _are_equal(deltas.get(part.target.layer), part.target.shape, written):
             problem = f"the factors of {part.target.layer} differ when read back"
             reason = "since names and shapes of BASE do not determine its layout"
-            raise damaged(folder, f"{problem}, {reason}", "exclude it with --exclude and report this")
+            raise damaged(
+                folder, f"{problem}, {reason}", "exclude it with --exclude and report this"
+            )
 
 
 def check_converted(path: Path, written: Path, base: Checkpoint) -> None:
-    """Compare an adapter in another layout with the PEFT adapter that it was made from, layer by layer.
+    """Compare an adapter in another layout with the PEFT adapter that it was made from, layer by
+    layer.
 
     Args:
         path: The weights file in the other layout; both have a scale of 1 in every layer.
@@ -203,7 +220,9 @@ def check_converted(path: Path, written: Path, base: Checkpoint) -> None:
     """
     actual = _read_deltas(path, base)
     for layer, delta in _read_deltas(written, base).items():
-        if not isinstance(delta, FactoredDelta) or not _are_equal(actual.get(layer), delta.shape, delta.load()):
+        if not isinstance(delta, FactoredDelta) or not _are_equal(
+            actual.get(layer), delta.shape, delta.load()
+        ):
             problem = f"{layer} does not read back as it was written"
             raise damaged(path, problem, "do not use the folder, and report this")
 
@@ -224,7 +243,9 @@ def _are_equal(delta: Delta | None, shape: tuple[int, int], factors: Factors) ->
 
 
 def _select_used(b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the columns of B and the rows of A without the pairs in which one is zero, such as padding."""
+    """Return the columns of B and the rows of A without the pairs in which one is zero, such as
+    padding.
+    """
     used = (b != 0).any(0) & (a != 0).any(1)
     return b[:, used], a[used]
 
@@ -236,7 +257,8 @@ class Part:
     Args:
         target: Their target.
         rank: Their rank.
-        file: A safetensors file that holds ``B`` ``(out, r)`` and ``A`` ``(r, in)`` in PEFT's orientation.
+        file: A safetensors file that holds ``B`` ``(out, r)`` and ``A`` ``(r, in)`` in PEFT's
+            orientation.
     """
 
     target: Target
@@ -246,7 +268,9 @@ class Part:
     def read(self, name: str, rank: int | None = None) -> torch.Tensor:
         """Return ``A`` or ``B``, padded with zeros to ``rank`` if it is given."""
         checkpoint = open_checkpoint(self.file)
-        return pad_factor(checkpoint.read(name).view(checkpoint[name].shape), name, rank or self.rank)
+        return pad_factor(
+            checkpoint.read(name).view(checkpoint[name].shape), name, rank or self.rank
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +292,8 @@ class Value:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """BASE as the config describes it: its name and class, and the names to resolve patterns against.
+    """BASE as the config describes it: its name and class, and the names to resolve patterns
+    against.
 
     Args:
         base_name: The base model's name or path.
@@ -298,8 +323,8 @@ def write_adapter(
         parts: The factors; those of one module have one dtype.
         values: Tensors stored in full.
         described: BASE, for the config.
-        portable: Write one rank for all modules, with smaller factors padded with zeros, and plain names: every program
-            then uses the same scale. Not for parameters.
+        portable: Write one rank for all modules, with smaller factors padded with zeros, and plain
+            names: every program then uses the same scale. Not for parameters.
         metadata: Metadata of the weights file, besides its format.
 
     Raises:
@@ -321,7 +346,9 @@ def write_adapter(
     if portable:  # some programs do not support regular expressions
         names = config["target_modules"]
         config["target_modules"] = names if isinstance(names, list) else sorted(groups)
-    write_safetensors(folder / WEIGHTS, infos, lambda key: tensors[key][1](), {"format": "pt", **(metadata or {})})
+    write_safetensors(
+        folder / WEIGHTS, infos, lambda key: tensors[key][1](), {"format": "pt", **(metadata or {})}
+    )
     write_config(folder, config)
 
 
@@ -331,10 +358,14 @@ def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    write_whole(folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    write_whole(
+        folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    )
 
 
-def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def store_factors(
+    file: Path, b: torch.Tensor, a: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Write the factors of one layer, and return them as stored.
 
     Args:
@@ -353,7 +384,9 @@ def store_factors(file: Path, b: torch.Tensor, a: torch.Tensor) -> tuple[torch.T
 
 
 def compute_module_rank(group: Sequence[Part]) -> int:
-    """Return the rank of a module in PEFT: for stacked experts the largest, for halves their sum."""
+    """Return the rank of a module in PEFT: for stacked experts the largest, for halves
+    their sum.
+    """
     ranks: Counter[int] = Counter()
     for part in group:
         ranks[part.target.expert[0]] += part.rank
@@ -361,8 +394,12 @@ def compute_module_rank(group: Sequence[Part]) -> int:
 
 
 def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
-    """Return the prefixes of the keys of every module; parameters of one owner are nested, the last one outermost."""
-    prefixes = {target.module: PREFIX + target.module for target in targets if target.kind != "parameter"}
+    """Return the prefixes of the keys of every module; parameters of one owner are nested, the last
+    one outermost.
+    """
+    prefixes = {
+        target.module: PREFIX + target.module for target in targets if target.kind != "parameter"
+    }
     owners: dict[str, list[str]] = {}
     for target in targets:
         if target.kind == "parameter":
@@ -370,7 +407,9 @@ def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
             owners.setdefault(owner, []).append(leaf)
     for owner, leaves in owners.items():
         outermost_first = sorted(
-            leaves, key=lambda leaf: REGISTERED.index(leaf) if leaf in REGISTERED else -1, reverse=True
+            leaves,
+            key=lambda leaf: REGISTERED.index(leaf) if leaf in REGISTERED else -1,
+            reverse=True,
         )
         for depth, leaf in enumerate(outermost_first):
             prefixes[f"{owner}.{leaf}"] = PREFIX + owner + ".base_layer" * depth
@@ -381,8 +420,12 @@ def _make_prefixes(targets: Sequence[Target]) -> dict[str, str]:
 KeyReader = tuple[str, tuple[int, ...], Callable[[], "torch.Tensor"]]
 
 
-def _list_tensors(prefix: str, group: Sequence[Part], common_rank: int | None = None) -> list[KeyReader]:
-    """Return name, shape and reader of a module's factors, at its rank or, except a parameter, padded to another."""
+def _list_tensors(
+    prefix: str, group: Sequence[Part], common_rank: int | None = None
+) -> list[KeyReader]:
+    """Return name, shape and reader of a module's factors, at its rank or, except a parameter,
+    padded to another.
+    """
     target, rank = group[0].target, common_rank or group[0].rank
     out, columns = target.peft_shape
     names = f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"
@@ -410,7 +453,10 @@ def pad_factor(factor: torch.Tensor, name: str, rank: int) -> torch.Tensor:
 
 
 def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
-    """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A. Experts of lower rank are padded with zero rows."""
+    """Return A ``(E·r, in)``: row e·r + k is row k of expert e's A.
+
+    Experts of lower rank are padded with zero rows.
+    """
     target = group[0].target
     whole = group[0].read("A").new_zeros(target.expert[1], rank, target.peft_shape[1])
     for part, first in _enumerate_columns(group):
@@ -419,7 +465,9 @@ def _stack_a(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 
 def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
-    """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; block-diagonal for halves."""
+    """Return B ``(out, r·E)``: column k·E + e is column k of expert e's B; block-diagonal for
+    halves.
+    """
     target = group[0].target
     rows = target.peft_shape[0]
     whole = group[0].read("B").new_zeros(rows * target.half[1], rank, target.expert[1])
@@ -430,7 +478,9 @@ def _stack_b(group: Sequence[Part], rank: int) -> torch.Tensor:
 
 
 def _enumerate_columns(group: Sequence[Part]) -> Iterable[tuple[Part, int]]:
-    """Yield every part with its first column among those of its expert: columns of halves follow each other."""
+    """Yield every part with its first column among those of its expert: columns of halves follow
+    each other.
+    """
     used_columns: Counter[int] = Counter()
     for part in sorted(group, key=lambda part: (part.target.expert[0], part.target.half[0])):
         yield part, used_columns[part.target.expert[0]]
@@ -454,8 +504,14 @@ def make_config(
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": make_target_modules(adapted, described.modules) if adapted else None if parameters else [],
-        "target_parameters": _find_shortest_names(parameters, described.parameters, 2) if parameters else None,
+        "target_modules": make_target_modules(adapted, described.modules)
+        if adapted
+        else None
+        if parameters
+        else [],
+        "target_parameters": _find_shortest_names(parameters, described.parameters, 2)
+        if parameters
+        else None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
         "bias": "all" if any(not value.module for value in values) else "none",
@@ -465,9 +521,9 @@ def make_config(
 def make_rank_pattern(ranks: Mapping[str, int]) -> tuple[int, dict[str, int]]:
     r"""Return the most common rank, and a pattern for every module with another one.
 
-    PEFT takes the first key k for which ``re.match(rf"(.*\.)?({k})$", module)`` holds. A key is a module's whole name,
-    anchored and escaped, so that ``layers.1.`` never matches ``layers.11.``; if all modules with one last name have the
-    same rank, it is that name.
+    PEFT takes the first key k for which ``re.match(rf"(.*\.)?({k})$", module)`` holds. A key is a
+    module's whole name, anchored and escaped, so that ``layers.1.`` never matches ``layers.11.``;
+    if all modules with one last name have the same rank, it is that name.
 
     >>> make_rank_pattern({"h.1.up": 8, "h.11.up": 4, "h.1.down": 8, "h.2.down": 8})
     (8, {'^h\\.11\\.up': 4})
@@ -500,11 +556,19 @@ def make_target_modules(adapted: Collection[str], modules: Iterable[str]) -> lis
     all_modules = {*modules, *adapted}
     names = _find_shortest_names(adapted, all_modules)
     matched = {module for module in all_modules if any(is_named(module, name) for name in names)}
-    return names if matched == set(adapted) else "|".join(re.escape(module) for module in sorted(adapted))
+    return (
+        names
+        if matched == set(adapted)
+        else "|".join(re.escape(module) for module in sorted(adapted))
+    )
 
 
-def _find_shortest_names(adapted: Collection[str], modules: Collection[str], parts: int = 1) -> list[str]:
-    """Return the last ``parts`` parts of the names if all modules with these endings are adapted, else whole names."""
+def _find_shortest_names(
+    adapted: Collection[str], modules: Collection[str], parts: int = 1
+) -> list[str]:
+    """Return the last ``parts`` parts of the names if all modules with these endings are adapted,
+    else whole names.
+    """
     adapted_names = set(adapted)
 
     def end(name: str) -> str:

@@ -1,9 +1,9 @@
 """Read and write checkpoints: from bytes to lazy named tensors.
 
-This package knows files, headers, shards and dtypes, but no LoRA, layers or ΔW, and never executes code that a file
-contains. Opening a checkpoint reads headers and the settings of quantized weights, and imports torch only for torch
-files; numbers are read on request, range by range. ``FORMATS`` lists the formats of files, ``folder.FOLDERS`` those of
-folders.
+This package knows files, headers, shards and dtypes, but no LoRA, layers or ΔW, and never executes
+code that a file contains. Opening a checkpoint reads headers and the settings of quantized weights,
+and imports torch only for torch files; numbers are read on request, range by range. ``FORMATS``
+lists the formats of files, ``folder.FOLDERS`` those of folders.
 """
 
 from lora_diag.checkpoints.addresses import hide_secrets

@@ -1,7 +1,8 @@
-"""Addresses, their printable part, and reading their bytes: in parallel chunks, with retries, for any protocol.
+"""Addresses, their printable part, and reading their bytes: in parallel chunks, with retries, for
+any protocol.
 
-The printable part of an address has no password and no query. Number and timing of retries are determined here; the
-stores tell transient failures from permanent ones.
+The printable part of an address has no password and no query. Number and timing of retries are
+determined here; the stores tell transient failures from permanent ones.
 """
 
 from __future__ import annotations
@@ -28,36 +29,41 @@ ADDRESS = re.compile(r"\s*(s3|gs|hf|https?):/{1,2}([^/].*)", re.IGNORECASE | re.
 SCHEME = re.compile(r"\s*([A-Za-z][\w+.-]*)://(.*)", re.ASCII | re.DOTALL)
 # An address inside a longer text.
 IN_TEXT = re.compile(
-    r"(?:([A-Za-z][\w+.-]*)://|(?<![\w+.-])(s3|gs|hf|https?):/(?!/))([^\s'\"<>]+)", re.ASCII | re.IGNORECASE
+    r"(?:([A-Za-z][\w+.-]*)://|(?<![\w+.-])(s3|gs|hf|https?):/(?!/))([^\s'\"<>]+)",
+    re.ASCII | re.IGNORECASE,
 )
 WEB = ("http", "https")
 
 # A host without user, as in ``host``, ``host:8000`` or ``[::1]:8000``.
 HOST = re.compile(r"(\[[0-9A-Fa-f:.%]*\]|[^:\[\]]*)(:\d*)?", re.ASCII)
 
-# Shown for an address whose host cannot be told from a password with unescaped signs; such an address is refused.
+# Shown for an address whose host cannot be told from a password with unescaped signs; such an
+# address is refused.
 HIDDEN = "(hidden)"
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Object stores give about 50-100 MB/s per connection and answer after 10-50 ms; their guides recommend ranges of 8 to
-# 16 MB on several connections. With 8 MiB, a dropped connection repeats little.
+# Object stores give about 50-100 MB/s per connection and answer after 10-50 ms; their guides
+# recommend ranges of 8 to 16 MB on several connections. With 8 MiB, a dropped connection repeats
+# little.
 CHUNK_BYTES = 2**23
 CONNECTIONS = 16
 
-# Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of a layer.
+# Blocks of a matrix (4 MiB in float32) fetched in advance while one is computed, for each input of
+# a layer.
 READ_AHEAD = 4
 
-# Consecutive attempts without progress before giving up, with waits of 0.25, 0.5, 1 and 2 s between them. Progress is
-# LEAST_BYTES or half of what is left: a byte at a time would go on for ever.
+# Consecutive attempts without progress before giving up, with waits of 0.25, 0.5, 1 and 2 s between
+# them. Progress is LEAST_BYTES or half of what is left: a byte at a time would go on for ever.
 TRIES = 5
 LEAST_BYTES = 2**16
 FIRST_WAIT = 0.25
 
 
 class Address(str):
-    """An address whose text has no secrets, so that no text made from it has them; ``as_path`` reads ``full``.
+    """An address whose text has no secrets, so that no text made from it has them; ``as_path``
+    reads ``full``.
 
     >>> address = Address("https://user:secret@host/model.safetensors")
     >>> f"{address}", address.full
@@ -95,7 +101,9 @@ def hide_secrets(address: Path | str) -> str:
 
 
 def _drop_secrets(scheme: str, remainder: str) -> str:
-    """Return an address without its secrets, given the text after ``://``; a host that may hold one is hidden."""
+    """Return an address without its secrets, given the text after ``://``; a host that may hold one
+    is hidden.
+    """
     authority = re.split(r"[/?#]", remainder, maxsplit=1)[0]
     path_and_query = remainder[len(authority) :]
     path = re.split(r"[?#]" if scheme.lower() in WEB else r"\?", path_and_query, maxsplit=1)[0]
@@ -144,8 +152,12 @@ def fill(store: Store, address: str, buffer: memoryview, offset: int, file_info:
         pass  # an error ends the loop, and cancels the chunks that have not begun
 
 
-def _fill_chunk(store: Store, address: str, offset: int, buffer: memoryview, file_info: FileInfo) -> None:
-    """Fill a buffer by one request, and after a failure by further ones that continue from the received bytes."""
+def _fill_chunk(
+    store: Store, address: str, offset: int, buffer: memoryview, file_info: FileInfo
+) -> None:
+    """Fill a buffer by one request, and after a failure by further ones that continue from the
+    received bytes.
+    """
     done = 0
 
     def attempt() -> None:
@@ -170,7 +182,8 @@ def call_with_retries(
     Args:
         address: Address for the error message.
         attempt: The function to call.
-        made_progress: Returns whether a failed attempt made progress; the caller then continues from there.
+        made_progress: Returns whether a failed attempt made progress; the caller then continues
+            from there.
 
     Returns:
         The result of the function; None if an attempt failed but made progress.
@@ -191,8 +204,11 @@ def call_with_retries(
     raise AssertionError
 
 
-def map_concurrently(function: Callable[[T], R], items: Iterable[T], ahead: int = CONNECTIONS) -> Iterator[R]:
-    """Yield the results of a function for each item, in order, while the next items are processed in threads.
+def map_concurrently(
+    function: Callable[[T], R], items: Iterable[T], ahead: int = CONNECTIONS
+) -> Iterator[R]:
+    """Yield the results of a function for each item, in order, while the next items are processed
+    in threads.
 
     The function may read ranges, but must not call ``map_concurrently`` itself.
 
@@ -216,5 +232,7 @@ def map_concurrently(function: Callable[[T], R], items: Iterable[T], ahead: int 
 
 @cache
 def _pool(name: str) -> ThreadPoolExecutor:
-    """Return one of two thread pools: tasks in ``block`` may wait for tasks in ``chunk``, never the reverse."""
+    """Return one of two thread pools: tasks in ``block`` may wait for tasks in ``chunk``, never the
+    reverse.
+    """
     return ThreadPoolExecutor(CONNECTIONS, thread_name_prefix=f"remote-{name}")

@@ -1,4 +1,6 @@
-"""JSON files next to the weights, size-limited and required to hold an object; names of files; texts for results."""
+"""JSON files next to the weights, size-limited and required to hold an object; names of files;
+texts for results.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from typing import Any, TypeGuard
 from lora_diag.errors import InputError, damaged
 from lora_diag.files import open_regular
 
-# Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes about 100 bytes per
-# tensor.
+# Configurations on the Hub are below 0.1 MB (below 2 MB with one label per class); an index takes
+# about 100 bytes per tensor.
 MAX_CONFIG_BYTES = 10_000_000
 MAX_INDEX_BYTES = 100_000_000
 
@@ -23,8 +25,8 @@ QUANTIZE_CONFIG = "quantize_config.json"
 def loads(content: bytes | str) -> Any:
     r"""Return the value of JSON in which no object has a key twice.
 
-    Readers differ in which of two values they take. A lone surrogate (``\ud800``), which results and adapters cannot
-    hold, is refused, too.
+    Readers differ in which of two values they take. A lone surrogate (``\ud800``), which results
+    and adapters cannot hold, is refused, too.
 
     Raises:
         ValueError: The content is not JSON, or refused.
@@ -56,8 +58,8 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
         limit: Maximum size in bytes.
 
     Raises:
-        InputError: The file is missing, too large, cannot be read, is not JSON, does not hold an object, or has a key
-            twice.
+        InputError: The file is missing, too large, cannot be read, is not JSON, does not hold an
+            object, or has a key twice.
     """
     try:
         if path.stat().st_size > limit:
@@ -69,16 +71,23 @@ def read_object(path: Path, kind: str, limit: int) -> dict[str, Any]:
         problem = "no such file; check the path" if missing else f"cannot be read: {error.strerror}"
         raise InputError(f"{path}: {problem}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not a readable {kind}: it is not UTF-8 text; write it again") from error
+        raise InputError(
+            f"{path}: is not a readable {kind}: it is not UTF-8 text; write it again"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: is not a readable {kind} ({error}); write it again") from error
     if not isinstance(content, dict):
-        raise InputError(f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object; correct it")
+        raise InputError(
+            f"{path}: is not a {kind}: it holds a {type(content).__name__}, not an object; correct "
+            "it"
+        )
     return content
 
 
 def is_plain_name(name: Any) -> TypeGuard[str]:
-    """Return whether a value from a file is the name of a file in the same folder, and no path to another."""
+    """Return whether a value from a file is the name of a file in the same folder, and no path to
+    another.
+    """
     return isinstance(name, str) and name not in {"", ".", ".."} and not set(name) & set("/\\\0")
 
 

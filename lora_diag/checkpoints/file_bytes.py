@@ -1,6 +1,8 @@
-"""Read ranges of bytes of one file, local or remote, and tensors in them; count the bytes of local files.
+"""Read ranges of bytes of one file, local or remote, and tensors in them; count the bytes of local
+files.
 
-Numbers are decoded with NumPy exactly: every floating-point format of at most 32 bits is a subset of float32.
+Numbers are decoded with NumPy exactly: every floating-point format of at most 32 bits is a subset
+of float32.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ _NUMPY_DTYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2"}
 class Reading:
     """Bytes that this process has read from local files, counted where they arrive.
 
-    Not counted: headers of safetensors and GGUF, JSON, pickled indices, files that torch loads or maps, and what
-    workers in other processes or on other machines read.
+    Not counted: headers of safetensors and GGUF, JSON, pickled indices, files that torch loads or
+    maps, and what workers in other processes or on other machines read.
     """
 
     def __init__(self) -> None:
@@ -51,7 +53,9 @@ class Reading:
             self._by_file.clear()
 
     def total(self) -> tuple[int, int, int]:
-        """Return the bytes read, the number of files, and the total size of those that still exist."""
+        """Return the bytes read, the number of files, and the total size of those that
+        still exist.
+        """
         with self._lock:
             bytes_by_file = dict(self._by_file)
         return (
@@ -65,7 +69,8 @@ READING = Reading()
 
 
 class FileBytes:
-    """The bytes of a file, read by ``pread`` or by requests: no page stays resident, and a short file gives a message.
+    """The bytes of a file, read by ``pread`` or by requests: no page stays resident, and a short
+    file gives a message.
 
     Args:
         path: The file; opened at the first read.
@@ -97,7 +102,9 @@ class FileBytes:
             while done < len(buffer):  # one pread returns at most 2 GiB
                 count = os.preadv(self._descriptor, [buffer[done:]], offset + done)
                 if count == 0:
-                    raise InputError(f"{self.path}: the file ends inside {name}; copy or download it again")
+                    raise InputError(
+                        f"{self.path}: the file ends inside {name}; copy or download it again"
+                    )
                 done += count
                 READING.add(self._name, count)
         except OSError as error:
@@ -114,10 +121,15 @@ class FileBytes:
         return self.path.stat().st_size
 
     def make_notes(self) -> tuple[str, ...]:
-        """Return a note if changes of a remote file are not detected, since its server reports no version."""
+        """Return a note if changes of a remote file are not detected, since its server reports no
+        version.
+        """
         if not isinstance(self.path, RemotePath) or self.path.file_info().version:
             return ()
-        return (f"the server reports no version of {self.path.name}: changes during the run are not detected",)
+        return (
+            f"the server reports no version of {self.path.name}: changes during the run are not "
+            "detected",
+        )
 
     def read_bytes(self, count: int, offset: int, name: str) -> bytes:
         """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages.
@@ -191,7 +203,9 @@ class StoredTensor:
 
     def cut(self, start: int, count: int) -> StoredTensor:
         """Return ``count`` entries from ``start`` on as a vector."""
-        return StoredTensor(self.file, self.name, self.dtype, (count,), self.position + start * WIDTH[self.dtype])
+        return StoredTensor(
+            self.file, self.name, self.dtype, (count,), self.position + start * WIDTH[self.dtype]
+        )
 
 
 def is_native(dtype: str) -> bool:
@@ -200,7 +214,8 @@ def is_native(dtype: str) -> bool:
 
 
 def decode(content: NDArray[np.uint8], dtype: str) -> Numbers:
-    """Return the numbers encoded by little-endian bytes, in float32, or in float64 if they are stored so.
+    """Return the numbers encoded by little-endian bytes, in float32, or in float64 if they are
+    stored so.
 
     Args:
         content: The bytes; the result shares their memory if ``is_native``.
@@ -234,7 +249,9 @@ def _make_table(dtype: str) -> NDArray[np.float32]:
     codes = np.arange(256)
     fraction = (codes & ((1 << mantissa_bits) - 1)) / (1 << mantissa_bits)
     exponent = (codes & 0x7F) >> mantissa_bits
-    magnitude = np.where(exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias))
+    magnitude = np.where(
+        exponent == 0, fraction * 2.0 ** (1 - bias), (1 + fraction) * 2.0 ** (exponent - bias)
+    )
     if kind == "ieee":
         top = exponent == 0x7F >> mantissa_bits
         magnitude = np.where(top, np.where(fraction == 0, np.inf, np.nan), magnitude)

@@ -1,17 +1,20 @@
-"""4-bit floats with a scale per 16 or 32 entries: NVFP4 and MXFP4 of compressed-tensors, ModelOpt and gpt-oss.
+"""4-bit floats with a scale per 16 or 32 entries: NVFP4 and MXFP4 of compressed-tensors, ModelOpt
+and gpt-oss.
 
     NVFP4:    W[i, j] = fp4[i, j] · scale[i, ⌊j / 16⌋] / global_scale
     MXFP4:    W[i, j] = fp4[i, j] · 2^(scale[i, ⌊j / 32⌋] − 127)
 
-A byte has two codes, the first in the low half. ModelOpt's NVFP4 has the codes in ``weight``, and multiplies with
-``weight_scale_2`` instead of dividing.
+A byte has two codes, the first in the low half. ModelOpt's NVFP4 has the codes in ``weight``, and
+multiplies with ``weight_scale_2`` instead of dividing.
 
-gpt-oss stacks experts: ``…_blocks`` ``(E, out, in / 32, 16)`` and ``…_scales`` ``(E, out, in / 32)``. transformers
-presents, and saves, such a parameter without the suffix and transposed, as ``(E, in, out)``; so does this module, so
-that both forms of a model have the same names and shapes.
+gpt-oss stacks experts: ``…_blocks`` ``(E, out, in / 32, 16)`` and ``…_scales``
+``(E, out, in / 32)``. transformers presents, and saves, such a parameter without the suffix and
+transposed, as ``(E, in, out)``; so does this module, so that both forms of a model have the same
+names and shapes.
 
-Reference: ``compressed_tensors.compressors`` 0.20; ``transformers.integrations.mxfp4.convert_moe_packed_tensors``; Open
-Compute Project, Microscaling Formats 1.0, section 5.3.
+Reference: ``compressed_tensors.compressors`` 0.20;
+``transformers.integrations.mxfp4.convert_moe_packed_tensors``; Open Compute Project, Microscaling
+Formats 1.0, section 5.3.
 """
 
 from __future__ import annotations
@@ -34,7 +37,10 @@ SECOND_SCALE = ".weight_scale_2"
 BLOCKS, SCALES = "_blocks", "_scales"
 # Columns that share a scale, and possible dtypes of the scales.
 GROUP = {"nvfp4": 16, "mxfp4": 32}
-SCALE_DTYPES = {"nvfp4": frozenset({"float8_e4m3fn"}), "mxfp4": frozenset({"uint8", "float8_e8m0fnu"})}
+SCALE_DTYPES = {
+    "nvfp4": frozenset({"float8_e4m3fn"}),
+    "mxfp4": frozenset({"uint8", "float8_e8m0fnu"}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +69,8 @@ class Layout:
 
 
 def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices follow each other.
+    """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices
+    follow each other.
 
     Raises:
         InputError: A file cannot be read.
@@ -72,7 +79,8 @@ def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.
 
 
 def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
-    """Return values or steps of the inputs ``first:last``, counted over all experts, ``(last − first, out)``.
+    """Return values or steps of the inputs ``first:last``, counted over all experts,
+    ``(last − first, out)``.
 
     Raises:
         InputError: A file cannot be read.
@@ -91,18 +99,23 @@ def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> 
     return torch.cat(parts)
 
 
-def _decode(layout: Layout, is_steps: bool, first: int, last: int, low: int, high: int) -> torch.Tensor:
+def _decode(
+    layout: Layout, is_steps: bool, first: int, last: int, low: int, high: int
+) -> torch.Tensor:
     """Return values or steps of the rows ``first:last`` and columns ``low:high``, float32.
 
-    The step of a code is the distance to its farther neighbour. The power of two of MXFP4 is ``2^(⌊log2 max⌋ − 2)``, so
-    the largest value is in [4, 8) and is stored as 6 at most: an error of up to 2 there, where it saturates.
+    The step of a code is the distance to its farther neighbour. The power of two of MXFP4 is
+    ``2^(⌊log2 max⌋ − 2)``, so the largest value is in [4, 8) and is stored as 6 at most: an error
+    of up to 2 there, where it saturates.
     """
     import torch
 
     group = GROUP[layout.kind]
     begin, end = low // group, -(-high // group)
     packed = read_rows(layout.source, layout.codes, first, last, layout.columns // 2)
-    codes = packing.unpack(packed[:, begin * group // 2 : end * group // 2], 4, (end - begin) * group)
+    codes = packing.unpack(
+        packed[:, begin * group // 2 : end * group // 2], 4, (end - begin) * group
+    )
     stored = read_rows(layout.source, layout.scale, first, last)[:, begin:end]
     scales = packing.e8m0(stored.view(torch.uint8)) if layout.kind == "mxfp4" else stored.float()
     if layout.divisor:
@@ -130,7 +143,9 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
     for name in source:
         if name.endswith(PACKED) and source[name].dtype == "uint8":
             module = name.removesuffix(PACKED)
-            divisor = f"{module}.weight_global_scale" if f"{module}.weight_global_scale" in source else ""
+            divisor = (
+                f"{module}.weight_global_scale" if f"{module}.weight_global_scale" in source else ""
+            )
             yield _describe_weight(source, "nvfp4" if divisor else "mxfp4", module, name, divisor)
         elif name.endswith(SECOND_SCALE):
             module = name.removesuffix(SECOND_SCALE)
@@ -146,10 +161,14 @@ def _describe_weight(
     weight, scale, group = f"{module}.weight", f"{module}.weight_scale", GROUP[kind]
     shape = source[codes].shape if codes in source else ()
     if len(shape) not in {2, 3} or source[codes].dtype != "uint8" or math.prod(shape) == 0:
-        raise damaged(source.path, f"{codes} is missing or not a uint8 matrix, which {weight} needs")
+        raise damaged(
+            source.path, f"{codes} is missing or not a uint8 matrix, which {weight} needs"
+        )
     columns = 2 * shape[-1]
     if columns % group:
-        raise damaged_tensor(source, codes, f"{list(shape)} is not a whole number of groups of {group}")
+        raise damaged_tensor(
+            source, codes, f"{list(shape)} is not a whole number of groups of {group}"
+        )
     require(source, scale, (*shape[:-1], columns // group), SCALE_DTYPES[kind], weight)
     numbers = [name for name in (divisor, factor) if name]
     for name in numbers:
@@ -158,13 +177,20 @@ def _describe_weight(
     layout = Layout(source, kind, codes, scale, shape[-2], columns, divisor, factor)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=kind)
     parts = (scale, *numbers, *packing.list_activations(source, module))
-    return RowWeight(info, codes, parts, partial(decode_rows, layout, False), partial(decode_rows, layout, True))
+    return RowWeight(
+        info, codes, parts, partial(decode_rows, layout, False), partial(decode_rows, layout, True)
+    )
 
 
 def _describe_experts(source: Checkpoint, blocks: str) -> RowWeight:
     """Return a stack of experts of gpt-oss, after checking its tensors."""
     name, shape = blocks.removesuffix(BLOCKS), source[blocks].shape
-    if len(shape) != 4 or shape[-1] != GROUP["mxfp4"] // 2 or source[blocks].dtype != "uint8" or 0 in shape:
+    if (
+        len(shape) != 4
+        or shape[-1] != GROUP["mxfp4"] // 2
+        or source[blocks].dtype != "uint8"
+        or 0 in shape
+    ):
         expected = "not the uint8 [experts, out, in / 32, 16] of MXFP4"
         raise damaged_tensor(source, blocks, f"is {source[blocks].dtype} {list(shape)}, {expected}")
     require(source, f"{name}{SCALES}", shape[:-1], frozenset({"uint8"}), name)

@@ -1,10 +1,12 @@
 """Open a path: a file, a shard index, or a folder that contains weights.
 
-Weights in an unsupported form are recognized by the names of their files, and refused with advice on their conversion.
+Weights in an unsupported form are recognized by the names of their files, and refused with advice
+on their conversion.
 
-``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every name. No model has a
-module ``_orig_mod``, so these attributes are dropped anywhere in a name. ``module`` (DataParallel, DeepSpeed) could be
-a model's own name, so it is dropped only if every name begins with it.
+``torch.compile``, FSDP and activation checkpointing wrap modules and add their attribute to every
+name. No model has a module ``_orig_mod``, so these attributes are dropped anywhere in a name.
+``module`` (DataParallel, DeepSpeed) could be a model's own name, so it is dropped only if every
+name begins with it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import documents, integers, quantized, ranks
-from lora_diag.checkpoints.distributed import PIECES, DistributedFolder, PiecesFolder, find_inner_folder
+from lora_diag.checkpoints.distributed import (
+    PIECES,
+    DistributedFolder,
+    PiecesFolder,
+    find_inner_folder,
+)
 from lora_diag.checkpoints.documents import is_plain_name, read_object
 from lora_diag.checkpoints.gguf_model import GgufModel, derive_config, list_models, open_model
 from lora_diag.checkpoints.pickled import TorchFile
@@ -34,21 +41,34 @@ from lora_diag.errors import InputError, damaged
 if TYPE_CHECKING:
     import torch
 
-DCP = "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in it: {folder}"
+DCP = (
+    "is a part of a torch.distributed checkpoint; give its folder, with the file .metadata in "
+    "it: {folder}"
+)
 DEEPSPEED = (
-    "is one file of a DeepSpeed checkpoint; give the folder with those of all ranks, or convert it: "
+    "is one file of a DeepSpeed checkpoint; give the folder with those of all ranks, or convert "
+    "it: "
     "python {tool} {root} out --safe_serialization"
 )
 FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
 ORBAX = (
-    "is an Orbax checkpoint (JAX), which is not supported; convert it to safetensors first, for example with orbaxport"
+    "is an Orbax checkpoint (JAX), which is not supported; convert it to safetensors first, "
+    "for example with orbaxport"
 )
 MEGATRON = (
-    "is a Megatron checkpoint, which is not supported; export it in Hugging Face's format first, for example with "
+    "is a Megatron checkpoint, which is not supported; export it in Hugging Face's format first, "
+    "for example with "
     "megatron-bridge"
 )
-TENSORRT = "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint from which it was built"
-HQQ = "is quantized by HQQ, which is not supported; give the unquantized checkpoint, or analyse the adapter alone"
+TENSORRT = (
+    "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint "
+    "from "
+    "which it was built"
+)
+HQQ = (
+    "is quantized by HQQ, which is not supported; give the unquantized checkpoint, or analyse "
+    "the adapter alone"
+)
 
 # Pattern of a file name -> the message; the first match is used.
 FOREIGN = (
@@ -84,13 +104,22 @@ def refuse_foreign(folder: Path, names: Sequence[str]) -> None:
         for name in names:
             if fnmatchcase(name, pattern):
                 root = folder.parent if pattern in INSIDE_STEP else folder
-                paths = {"folder": folder, "root": root, "tool": root / "zero_to_fp32.py", "shards": folder / name}
+                paths = {
+                    "folder": folder,
+                    "root": root,
+                    "tool": root / "zero_to_fp32.py",
+                    "shards": folder / name,
+                }
                 quoted = {key: shlex.quote(str(path)) for key, path in paths.items()}
                 raise InputError(f"{folder / name}: {message.format(**quoted)}")
 
 
 # The formats, in the order in which they are tried.
-FORMATS: tuple[type[SafetensorsFile] | type[GgufModel] | type[TorchFile], ...] = (SafetensorsFile, GgufModel, TorchFile)
+FORMATS: tuple[type[SafetensorsFile] | type[GgufModel] | type[TorchFile], ...] = (
+    SafetensorsFile,
+    GgufModel,
+    TorchFile,
+)
 
 OpenFile = SafetensorsFile | GgufModel | TorchFile
 
@@ -108,13 +137,19 @@ WEIGHTS = (
     "diffusion_pytorch_model.safetensors.index.json",
 )
 
-WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WRAPPER = re.compile(
+    r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+)
 PREFIX = "module."
 
-# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do not.
-UNMERGED_FACTOR = re.compile(r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?")
+# Names of PEFT factors in a running model contain the adapter's name; names in a saved adapter do
+# not.
+UNMERGED_FACTOR = re.compile(
+    r"(.+)\.lora_(?:A|B|embedding_A|embedding_B)\.(?!weight$)[^.]+(?:\.weight)?"
+)
 
-# Next to this file, config.json is that of the adapter's base, unless the weights have a name of ``WEIGHTS``.
+# Next to this file, config.json is that of the adapter's base, unless the weights have a name of
+# ``WEIGHTS``.
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -124,14 +159,16 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     A Hub id that is not in the cache, and a torch file at an address, are downloaded.
 
     Args:
-        path: A file, a ``*.index.json``, a folder that contains either, a Hugging Face Hub id, or an address
-            (``s3://``, ``gs://``, ``hf://``, ``https://``, ``http://``) of one of the first three.
+        path: A file, a ``*.index.json``, a folder that contains either, a Hugging Face Hub id, or
+            an address (``s3://``, ``gs://``, ``hf://``, ``https://``, ``http://``) of one of the
+            first three.
 
     Returns:
         The checkpoint, with at least one tensor.
 
     Raises:
-        InputError: Nothing readable was found, a file is damaged or missing, or the weights are in an unsupported form.
+        InputError: Nothing readable was found, a file is damaged or missing, or the weights are in
+            an unsupported form.
     """
     located = locate(path)
     path = located if isinstance(located, RemotePath) else Path(path)
@@ -153,15 +190,18 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     checkpoint = Checkpoint(path, kind, files, config=config)
     quantized.refuse_integer_weights(checkpoint)
     counts = quantized.count_quantized(checkpoint)
-    return replace(checkpoint, notes=(*location_notes, *notes, *renaming_notes, *counts, *zero_notes))
+    return replace(
+        checkpoint, notes=(*location_notes, *notes, *renaming_notes, *counts, *zero_notes)
+    )
 
 
 def locate(path: Path | str) -> Path:
-    """Return the path of an input: itself if it exists, else the folder of a Hub id, which is downloaded if needed.
+    """Return the path of an input: itself if it exists, else the folder of a Hub id, which is
+    downloaded if needed.
 
     Raises:
-        InputError: The path does not exist and is no Hub id, is a pipe or device, or cannot be fetched; or ``as_path``
-            refuses an address.
+        InputError: The path does not exist and is no Hub id, is a pipe or device, or cannot be
+            fetched; or ``as_path`` refuses an address.
     """
     path = as_path(path)
     if isinstance(path, RemotePath):
@@ -170,7 +210,9 @@ def locate(path: Path | str) -> Path:
         return path
     if os.path.exists(path):  # noqa: PTH110  (unlike Path.exists(), False also for names that no file can have)
         if not (path.is_file() or path.is_dir()):
-            raise InputError(f"{path}: is not a file or folder; a pipe or device cannot be read by ranges")
+            raise InputError(
+                f"{path}: is not a file or folder; a pipe or device cannot be read by ranges"
+            )
         return path
     check_exists(path)
     from lora_diag.checkpoints import hub  # imported only if the path is not local
@@ -181,10 +223,12 @@ def locate(path: Path | str) -> Path:
 
 
 def check_exists(path: Path | str) -> None:
-    """Refuse a local path that does not exist; whether an address or a Hub id has files is not checked.
+    """Refuse a local path that does not exist; whether an address or a Hub id has files is not
+    checked.
 
     Raises:
-        InputError: The path does not exist, and is neither an address nor a Hub id; or ``as_path`` refuses an address.
+        InputError: The path does not exist, and is neither an address nor a Hub id; or ``as_path``
+            refuses an address.
     """
     path = as_path(path)
     if isinstance(path, RemotePath) or os.path.exists(path):  # noqa: PTH110  (as above)
@@ -196,22 +240,31 @@ def check_exists(path: Path | str) -> None:
 
 
 def _read_config(source: Path) -> dict[str, Any]:
-    """Return the ``config.json`` of these weights; empty without one, or if it is that of an adapter's base."""
+    """Return the ``config.json`` of these weights; empty without one, or if it is that of an
+    adapter's base.
+    """
     folder = source if source.is_dir() else source.parent
     of_base = source.name not in WEIGHTS and (folder / ADAPTER_CONFIG).is_file()
-    config_folder = next((kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), "")
+    config_folder = next(
+        (kind.config_folder for kind in FOLDERS if source.is_dir() and kind.matches(folder)), ""
+    )
     path = (folder / config_folder if config_folder else folder) / "config.json"
     is_given = path.is_file() and not of_base
     return read_object(path, "model configuration", documents.MAX_CONFIG_BYTES) if is_given else {}
 
 
 def _read_quantization(stored: Checkpoint, source: Path) -> Mapping[str, Any]:
-    """Return ``quantization_config`` of a checkpoint, or for GPTQ ``quantize_config.json``; empty without either."""
+    """Return ``quantization_config`` of a checkpoint, or for GPTQ ``quantize_config.json``; empty
+    without either.
+    """
     settings = quantized.find_quantization_config(stored.config)
     path = (source if source.is_dir() else source.parent) / documents.QUANTIZE_CONFIG
     if settings or not any(name.endswith(integers.CODES) for name in stored) or not path.is_file():
         return settings
-    return {"quant_method": "gptq", **read_object(path, "quantization configuration", documents.MAX_CONFIG_BYTES)}
+    return {
+        "quant_method": "gptq",
+        **read_object(path, "quantization configuration", documents.MAX_CONFIG_BYTES),
+    }
 
 
 def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
@@ -227,8 +280,16 @@ def _open(source: Path) -> tuple[tuple[TensorFile, ...], str, tuple[str, ...]]:
     else:
         opened = _open_file(source)
         files = open_model(source) if isinstance(opened, GgufModel) else [opened]
-        kind = f"{opened.label} file" if len(files) == 1 else f"{opened.label} model, {len(files)} files"
-    return tuple(files), kind, notes + tuple(dict.fromkeys(note for file in files for note in file.notes))
+        kind = (
+            f"{opened.label} file"
+            if len(files) == 1
+            else f"{opened.label} model, {len(files)} files"
+        )
+    return (
+        tuple(files),
+        kind,
+        notes + tuple(dict.fromkeys(note for file in files for note in file.notes)),
+    )
 
 
 def _open_folder(folder: Path) -> OpenFolder:
@@ -238,12 +299,16 @@ def _open_folder(folder: Path) -> OpenFolder:
     except OSError as error:
         raise InputError(f"{folder}: cannot be read: {error.strerror}") from error
     if opened is None:
-        raise InputError(f"{folder}: is a folder, where a file with weights was expected; name the weights")
+        raise InputError(
+            f"{folder}: is a folder, where a file with weights was expected; name the weights"
+        )
     return opened
 
 
 def _find_weights(folder: Path) -> Path:
-    """Return what to open in a folder: a file, an index, or a folder of files with parts of tensors."""
+    """Return what to open in a folder: a file, an index, or a folder of files with parts of
+    tensors.
+    """
     for name in WEIGHTS:
         if (folder / name).is_file():
             return folder / name
@@ -264,22 +329,38 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _suggest_subfolders(folder: Path) -> str:
-    """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a training run.
+    """Return a hint that names subfolders with weights or an adapter, such as the checkpoints of a
+    training run.
 
     Without any, it asks for a path with weights; it is empty for an address.
     """
     if isinstance(folder, RemotePath):
         return ""
-    names = sorted({path.parent.name for file in (*WEIGHTS, ADAPTER_CONFIG) for path in folder.glob(f"*/{file}")})
+    names = sorted(
+        {
+            path.parent.name
+            for file in (*WEIGHTS, ADAPTER_CONFIG)
+            for path in folder.glob(f"*/{file}")
+        }
+    )
     listing = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"; name one of its subfolders: {listing}" if names else "; give a folder or a file with weights"
+    return (
+        f"; name one of its subfolders: {listing}"
+        if names
+        else "; give a folder or a file with weights"
+    )
 
 
 def _open_file(path: Path) -> OpenFile:
-    """Open one file in the first format that claims it; refuse files of unsupported forms and pieces of tensors."""
+    """Open one file in the first format that claims it; refuse files of unsupported forms and
+    pieces of tensors.
+    """
     refuse_foreign(path.parent, [path.name])
     if path.match(PIECES) or path.match(ranks.PATTERN):
-        raise InputError(f"{path}: holds pieces of tensors, and other files the rest; give the folder {path.parent}")
+        raise InputError(
+            f"{path}: holds pieces of tensors, and other files the rest; give the folder "
+            f"{path.parent}"
+        )
     for file_format in FORMATS:
         try:
             if file_format.matches(path):
@@ -288,13 +369,18 @@ def _open_file(path: Path) -> OpenFile:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not path.stat().st_size:
         raise InputError(f"{path}: the file is empty; copy or download it again")
-    hint = "; results files are read by inspect, report, plot, allocate and gate" if path.suffix == ".jsonl" else ""
+    hint = (
+        "; results files are read by inspect, report, plot, allocate and gate"
+        if path.suffix == ".jsonl"
+        else ""
+    )
     fix = f"supported are .safetensors, .gguf and torch files (.bin, .pt, .pth, .ckpt){hint}"
     raise damaged(path, "unknown format", fix)
 
 
 def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
-    """Open the shards that an index names, and check that they hold its tensors; return them and notes.
+    """Open the shards that an index names, and check that they hold its tensors; return them and
+    notes.
 
     Tensors that are not in the shard that the index gives for them are left out, with a note.
     """
@@ -302,26 +388,47 @@ def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
     shards = sorted(set(weight_map.values()))
     # The name must be plain, but a plain name may be a link into a Hub cache.
     if (wrong := next((shard for shard in shards if not is_plain_name(shard)), None)) is not None:
-        raise InputError(f"{index}: the shard {wrong!r} is not a plain file name; write the index again")
+        raise InputError(
+            f"{index}: the shard {wrong!r} is not a plain file name; write the index again"
+        )
 
     def open_shard(shard: str) -> OpenFile:
         if not _is_file(index.parent / shard):
-            raise InputError(f"{index}: the shard {shard} is missing from {index.parent}; copy or download it again")
+            raise InputError(
+                f"{index}: the shard {shard} is missing from {index.parent}; copy or download it "
+                "again"
+            )
         return _open_file(index.parent / shard)
 
     opened: Iterable[OpenFile] = map(open_shard, shards)
     if isinstance(index, RemotePath):
-        from lora_diag.checkpoints.addresses import map_concurrently  # imported only for remote files
+        from lora_diag.checkpoints.addresses import (
+            map_concurrently,
+        )  # imported only for remote files
 
         opened = map_concurrently(open_shard, shards)
     files = dict(zip(shards, opened, strict=True))
     for name, shard in weight_map.items():
         if name not in files[shard].tensors:
-            raise InputError(f"{index}: {name} is missing from the shard {shard}; copy or download the shard again")
-    extra = sorted(name for shard, file in files.items() for name in file.tensors if weight_map.get(name) != shard)
-    notes = (f"{len(extra)} tensors in the shards are missing from the index, such as {extra[0]}",) if extra else ()
+            raise InputError(
+                f"{index}: {name} is missing from the shard {shard}; copy or download the shard "
+                "again"
+            )
+    extra = sorted(
+        name
+        for shard, file in files.items()
+        for name in file.tensors
+        if weight_map.get(name) != shard
+    )
+    notes = (
+        (f"{len(extra)} tensors in the shards are missing from the index, such as {extra[0]}",)
+        if extra
+        else ()
+    )
     for shard, file in files.items():
-        file.tensors = {name: info for name, info in file.tensors.items() if weight_map.get(name) == shard}
+        file.tensors = {
+            name: info for name, info in file.tensors.items() if weight_map.get(name) == shard
+        }
     return list(files.values()), notes
 
 
@@ -335,8 +442,14 @@ def _is_file(path: Path) -> bool:
 
 def _read_weight_map(index: Path) -> dict[str, str]:
     weight_map = read_object(index, "shard index", documents.MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or {*map(type, weight_map.values())} != {str}:
-        raise InputError(f"{index}: weight_map must map tensor names to file names; write the index again")
+    if (
+        not isinstance(weight_map, dict)
+        or not weight_map
+        or {*map(type, weight_map.values())} != {str}
+    ):
+        raise InputError(
+            f"{index}: weight_map must map tensor names to file names; write the index again"
+        )
     return weight_map
 
 
@@ -373,7 +486,8 @@ def drop_wrappers(files: Sequence[TensorFile]) -> tuple[tuple[TensorFile, ...], 
         files: The files of the checkpoint.
 
     Returns:
-        The files, and a note if any name changed. If two tensors would get the same name, nothing changes.
+        The files, and a note if any name changed. If two tensors would get the same name, nothing
+            changes.
     """
     stored_names = [name for file in files for name in file.tensors]
     plain = dict(zip(stored_names, plain_names(stored_names), strict=True))
@@ -406,7 +520,12 @@ def refuse_unmerged(source: Checkpoint) -> None:
     """
     for name in source:
         match = UNMERGED_FACTOR.fullmatch(name)
-        if match and any(f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")):
-            problem = f"is an unmerged PEFT state dict ({name} and its weight are both present) without lora_alpha"
+        if match and any(
+            f"{match[1]}.{suffix}" in source for suffix in ("base_layer.weight", "weight")
+        ):
+            problem = (
+                f"is an unmerged PEFT state dict ({name} and its weight are both present) "
+                "without lora_alpha"
+            )
             fix = "save the adapter with save_pretrained(), or the model after merge_and_unload()"
             raise damaged(source.file_of(name), problem, fix)

@@ -1,12 +1,13 @@
-"""The Hugging Face Hub: ids ``org/name[/subfolder][@revision]``, and addresses ``hf://org/name[@revision][/path]``.
+"""The Hugging Face Hub: ids ``org/name[/subfolder][@revision]``, and addresses
+``hf://org/name[@revision][/path]``.
 
-Of an id, the local cache is searched first, and a model that is complete in it is read without a request. Otherwise the
-configuration and one set of weights are downloaded. ``huggingface_hub`` does the work: its settings determine cache,
-token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE``), and it shows progress
-on standard error.
+Of an id, the local cache is searched first, and a model that is complete in it is read without a
+request. Otherwise the configuration and one set of weights are downloaded. ``huggingface_hub`` does
+the work: its settings determine cache, token, endpoint and offline mode (``HF_HOME``, ``HF_TOKEN``,
+``HF_ENDPOINT``, ``HF_HUB_OFFLINE``), and it shows progress on standard error.
 
-An address names the same models, but they are read by ranges. The revision is resolved once and all files are read at
-its commit, whose content never changes.
+An address names the same models, but they are read by ranges. The revision is resolved once and all
+files are read at its commit, whose content never changes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ MAX_REPO_CHARACTERS = 96
 FILE = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl)")
 HUB_ID = re.compile(rf"({PART}/{PART})((?:/{PART})*)(?:@({PART}(?:/{PART})*))?", re.ASCII)
 
-ADDRESS = re.compile(rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/\w+|[^/@]+))?((?:/[^/]+)*)", re.ASCII)
+ADDRESS = re.compile(
+    rf"({PART}/{PART})(?:@(refs/(?:pr|convert)/\w+|[^/@]+))?((?:/[^/]+)*)", re.ASCII
+)
 
 # The weights of an adapter, in the order in which PEFT looks for them.
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
@@ -46,14 +49,18 @@ Get = Callable[[str], Path | None]
 
 @dataclass(frozen=True, slots=True)
 class HubId:
-    """A model repository, or a folder in one, at a revision; the subfolder may be empty, None is the main revision."""
+    """A model repository, or a folder in one, at a revision; the subfolder may be empty, None is
+    the main revision.
+    """
 
     repo: str
     subfolder: str
     revision: str | None
 
     def __str__(self) -> str:
-        return "/".join(filter(None, (self.repo, self.subfolder))) + (f"@{self.revision}" if self.revision else "")
+        return "/".join(filter(None, (self.repo, self.subfolder))) + (
+            f"@{self.revision}" if self.revision else ""
+        )
 
 
 def parse(text: str) -> HubId | None:
@@ -66,11 +73,16 @@ def parse(text: str) -> HubId | None:
     match = HUB_ID.fullmatch(text)
     if not match or ".." in text or "--" in match[1] or len(match[1]) > MAX_REPO_CHARACTERS:
         return None
-    return None if FILE.fullmatch(Path(text).suffix) else HubId(match[1], match[2].strip("/"), match[3])
+    return (
+        None
+        if FILE.fullmatch(Path(text).suffix)
+        else HubId(match[1], match[2].strip("/"), match[3])
+    )
 
 
 def loadable(address: str) -> str:
-    """Return the name of a model's repository, ``org/name``, for an ``hf://`` address; any other text unchanged.
+    """Return the name of a model's repository, ``org/name``, for an ``hf://`` address; any other
+    text unchanged.
 
     >>> loadable("hf://org/name@main/merged"), loadable("runs/base")
     ('org/name', 'runs/base')
@@ -90,19 +102,25 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
         A folder in the cache of ``huggingface_hub``.
 
     Raises:
-        InputError: ``huggingface_hub`` is not installed, the model does not exist, cannot be reached or is not complete
-            in the cache while offline, its index cannot be read, or it has no complete set of weights with these names.
+        InputError: ``huggingface_hub`` is not installed, the model does not exist, cannot be
+            reached or is not complete in the cache while offline, its index cannot be read, or it
+            has no complete set of weights with these names.
     """
     try:
         from huggingface_hub import constants
     except ImportError:
         problem = "no such file or folder"
-        raise damaged(hub_id, problem, f"to read it as a Hugging Face Hub id: {install_command('hub')}") from None
+        raise damaged(
+            hub_id, problem, f"to read it as a Hugging Face Hub id: {install_command('hub')}"
+        ) from None
     folder = _find_complete_folder(_make_cache_finder(hub_id), weights)
     if folder and (constants.HF_HUB_OFFLINE or any((folder / name).is_file() for name in CONFIGS)):
         return folder
     if constants.HF_HUB_OFFLINE:
-        problem = f"no such file or folder, and incomplete in the Hugging Face cache {constants.HF_HUB_CACHE}"
+        problem = (
+            "no such file or folder, and incomplete in the Hugging Face cache "
+            f"{constants.HF_HUB_CACHE}"
+        )
         raise damaged(hub_id, problem, "unset HF_HUB_OFFLINE to download it from the Hub")
     if folder := _find_complete_folder(_make_hub_finder(hub_id), weights):
         return folder
@@ -113,7 +131,8 @@ def fetch(hub_id: HubId, weights: Sequence[str]) -> Path:
 def _find_complete_folder(get: Get, weights: Sequence[str]) -> Path | None:
     """Return the folder that holds all files of a model or adapter; None if a file is unavailable.
 
-    A repository with both an ``adapter_config.json`` and model weights counts as a model, as in ``open_checkpoint``.
+    A repository with both an ``adapter_config.json`` and model weights counts as a model, as in
+    ``open_checkpoint``.
     """
     for name in weights:
         if path := get(name):
@@ -137,14 +156,18 @@ def _make_cache_finder(hub_id: HubId) -> Get:
     from huggingface_hub import try_to_load_from_cache
 
     def get(name: str) -> Path | None:
-        path = try_to_load_from_cache(hub_id.repo, _join_inside(hub_id, name), revision=hub_id.revision)
+        path = try_to_load_from_cache(
+            hub_id.repo, _join_inside(hub_id, name), revision=hub_id.revision
+        )
         return Path(path) if isinstance(path, str) else None
 
     return get
 
 
 def _make_hub_finder(hub_id: HubId) -> Get:
-    """List the files of a repository; return a function that downloads one of them; None for other names."""
+    """List the files of a repository; return a function that downloads one of them; None for other
+    names.
+    """
     from huggingface_hub import HfApi, hf_hub_download
 
     try:
@@ -158,7 +181,11 @@ def _make_hub_finder(hub_id: HubId) -> Get:
             return None
         try:
             # At the listed commit, so that all files belong together.
-            return Path(hf_hub_download(hub_id.repo, _join_inside(hub_id, name), revision=info.sha or hub_id.revision))
+            return Path(
+                hf_hub_download(
+                    hub_id.repo, _join_inside(hub_id, name), revision=info.sha or hub_id.revision
+                )
+            )
         except Exception as error:
             raise make_hub_error(hub_id, error) from error
 
@@ -170,20 +197,38 @@ def _join_inside(hub_id: HubId, name: str) -> str:
 
 
 def make_hub_error(hub_id: HubId, error: Exception, address: str = "") -> InputError:
-    """Return the error for a failed request to the Hub; ``address`` is its ``hf://`` address, empty for a bare id."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    """Return the error for a failed request to the Hub; ``address`` is its ``hf://`` address, empty
+    for a bare id.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     match error:
         case GatedRepoError():
-            reason = "the repository is gated: accept its terms on the Hub and log in (hf auth login)"
+            reason = (
+                "the repository is gated: accept its terms on the Hub and log in (hf auth login)"
+            )
         case RepositoryNotFoundError():
-            reason = "the Hub has no such model, or it is private and you are not logged in (hf auth login)"
+            reason = (
+                "the Hub has no such model, or it is private and you are not logged in (hf "
+                "auth login)"
+            )
         case RevisionNotFoundError():
             reason = f"the model has no revision {hub_id.revision}; check the spelling"
         case _:
             cached = "" if address else "it is not in the Hugging Face cache, and "
-            reason = f"{cached}the Hub cannot be reached ({get_first_line(error)}); check the path, or the network"
-    message = f"{address}: {reason}" if address else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
+            reason = (
+                f"{cached}the Hub cannot be reached ({get_first_line(error)}); check the "
+                "path, or the network"
+            )
+    message = (
+        f"{address}: {reason}"
+        if address
+        else f"{hub_id}: no such file or folder, and as a Hub id: {reason}"
+    )
     return InputError(message)
 
 
@@ -202,7 +247,9 @@ class HubStore(HttpStore):
 
     redirects = 5
 
-    def __init__(self, root: str, endpoint: str, files: Iterable[str], commit: str, headers: dict[str, str]) -> None:
+    def __init__(
+        self, root: str, endpoint: str, files: Iterable[str], commit: str, headers: dict[str, str]
+    ) -> None:
         super().__init__(root)
         self._root, self._endpoint, self._commit, self._headers = root, endpoint, commit, headers
         self._files = frozenset(f"{root}/{file}" for file in files)
@@ -217,7 +264,8 @@ class HubStore(HttpStore):
         return self._headers
 
     async def check_redirect(self, address: str, url: Any) -> None:
-        """Refuse redirects that are unencrypted or lead to a private network, where the Hub must not choose the target.
+        """Refuse redirects that are unencrypted or lead to a private network, where the Hub must
+        not choose the target.
 
         A Hub on a private network may redirect anywhere.
 
@@ -227,7 +275,11 @@ class HubStore(HttpStore):
         if not await _is_public(urlsplit(self._endpoint).hostname or ""):
             return
         if url.scheme != "https" or not await _is_public(url.host or ""):
-            problem = f"the Hub redirects to {hide_secrets(str(url))}, which is no public https:// address"
+            problem = (
+                f"the Hub redirects to {hide_secrets(str(url))}, which is no public "
+                "https:// "
+                "address"
+            )
             raise damaged(address, problem, "check HF_ENDPOINT")
 
     def version(self, headers: Any) -> str:
@@ -246,18 +298,27 @@ class HubStore(HttpStore):
 
     def children(self, address: str) -> Iterable[str]:
         """Return the addresses of a folder's content."""
-        relative_paths = (file.removeprefix(f"{address}/") for file in self._files if file.startswith(f"{address}/"))
+        relative_paths = (
+            file.removeprefix(f"{address}/")
+            for file in self._files
+            if file.startswith(f"{address}/")
+        )
         return sorted({f"{address}/{relative.partition('/')[0]}" for relative in relative_paths})
 
     def _find(self, address: str) -> FileInfo | None:
         return super()._find(address) if address in self._files else None
 
     def _suggest_access(self) -> str:
-        return "the repository is gated or private: accept its terms on the Hub and log in (hf auth login)"
+        return (
+            "the repository is gated or private: accept its terms on the Hub and log in (hf "
+            "auth login)"
+        )
 
 
 async def _is_public(host: str) -> bool:
-    """Return whether all addresses of a host are public; also if it has none, since a proxy may know it."""
+    """Return whether all addresses of a host are public; also if it has none, since a proxy may
+    know it.
+    """
     try:
         entries = await asyncio.get_running_loop().getaddrinfo(host, None)
     except OSError:
@@ -273,17 +334,21 @@ def open_hub(location: str, root: str) -> HubStore:
         root: The whole printable address.
 
     Raises:
-        InputError: The address is invalid, ``huggingface_hub`` is not installed or offline, or the repository does not
-            exist, denies access or cannot be reached.
+        InputError: The address is invalid, ``huggingface_hub`` is not installed or offline, or the
+            repository does not exist, denies access or cannot be reached.
     """
     match = ADDRESS.fullmatch(location)
     if match is None or ".." in location:
-        raise InputError(f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it")
+        raise InputError(
+            f"{root}: invalid address; give hf://org/name[@revision], or a folder or file in it"
+        )
     with require(f"{root}: hf://", "hub,remote", kind=InputError):
         from huggingface_hub import HfApi, constants
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
     if constants.HF_HUB_OFFLINE:
-        raise InputError(f"{root}: HF_HUB_OFFLINE is set; unset it, or give {match[1]} to read the local cache")
+        raise InputError(
+            f"{root}: HF_HUB_OFFLINE is set; unset it, or give {match[1]} to read the local cache"
+        )
     try:
         info = HfApi().model_info(match[1], revision=match[2])
     except Exception as error:  # many types, from two HTTP libraries
@@ -292,5 +357,9 @@ def open_hub(location: str, root: str) -> HubStore:
     repository = f"hf://{match[1]}" + (f"@{match[2]}" if match[2] else "")
     endpoint = f"{constants.ENDPOINT}/{match[1]}/resolve/{quote(commit, safe='')}"
     return HubStore(
-        repository, endpoint, (sibling.rfilename for sibling in info.siblings or ()), commit, build_hf_headers()
+        repository,
+        endpoint,
+        (sibling.rfilename for sibling in info.siblings or ()),
+        commit,
+        build_hf_headers(),
     )

@@ -1,19 +1,20 @@
 """Read a pickle as data, without importing or calling anything.
 
-A pickle is a program that builds objects. Here it builds plain data: numbers, text, tuples, lists and dictionaries are
-built as such, and every class, function and object, but those of ``PLAIN``, becomes a ``Record`` of its name, its
-arguments and its state. So a pickle of any class, of any version of a library, is read without that library, and one
-that was made to run code does not run it.
+A pickle is a program that builds objects. Here it builds plain data: numbers, text, tuples, lists
+and dictionaries are built as such, and every class, function and object, but those of ``PLAIN``,
+becomes a ``Record`` of its name, its arguments and its state. So a pickle of any class, of any
+version of a library, is read without that library, and one that was made to run code does not run
+it.
 
-Memory and time are proportional to the pickle: containers share what the memo repeats, and what is copied or hashed
-again is counted. A nested list of 700 bytes can have 10⁹ leaves, so no value is formatted: ``describe`` names it in a
-message.
+Memory and time are proportional to the pickle: containers share what the memo repeats, and what is
+copied or hashed again is counted. A nested list of 700 bytes can have 10⁹ leaves, so no value is
+formatted: ``describe`` names it in a message.
 
-The interpreter is ``pickle._Unpickler``, the standard library's in Python: instructions that look up names, call, hash
-or allocate by a number are replaced, those that take values from outside the pickle are refused. The one in C,
-``pickle.Unpickler``, cannot be used: it stores the memo as an array of the largest index (a pickle of 10 bytes took
-2 GB), hashes keys by recursion (10⁶ nested tuples end the process, 60 shared ones take 2⁶⁰ steps), and its calls cannot
-be counted.
+The interpreter is ``pickle._Unpickler``, the standard library's in Python: instructions that look
+up names, call, hash or allocate by a number are replaced, those that take values from outside the
+pickle are refused. The one in C, ``pickle.Unpickler``, cannot be used: it stores the memo as an
+array of the largest index (a pickle of 10 bytes took 2 GB), hashes keys by recursion (10⁶ nested
+tuples end the process, 60 shared ones take 2⁶⁰ steps), and its calls cannot be counted.
 
 Reference: ``pickletools`` of the standard library, which documents every instruction.
 """
@@ -31,8 +32,8 @@ from typing import Any, BinaryIO, ClassVar
 
 from lora_diag.errors import InputError
 
-# Entries that calls may copy and keys may hash: 8 MB of references, and one per byte of the pickle. Files that torch,
-# torch.distributed and DTensor write take 0.06 to 0.13 per byte.
+# Entries that calls may copy and keys may hash: 8 MB of references, and one per byte of the pickle.
+# Files that torch, torch.distributed and DTensor write take 0.06 to 0.13 per byte.
 FREE_ENTRIES, ENTRIES_PER_BYTE = 1_000_000, 1
 
 # Types of values whose entries a call may copy.
@@ -41,10 +42,19 @@ _SIZED = (str, bytes, bytearray, tuple, list, dict)
 _STANDARD = {
     ord(opcode.code): pickle._Unpickler.dispatch[ord(opcode.code)]
     for opcode in pickletools.opcodes
-    if opcode.proto <= 5 and opcode.name not in {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
+    if opcode.proto <= 5
+    and opcode.name not in {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 }
 # Errors that a damaged pickle raises, beside those of ``pickle`` and ``struct``.
-_DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError, EOFError)
+_DAMAGED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    EOFError,
+)
 
 
 def _make_dict(pairs: Any = ()) -> dict[Any, Any]:
@@ -55,11 +65,14 @@ def _make_dict(pairs: Any = ()) -> dict[Any, Any]:
 def _make_bytes(content: Any = b"", *_: Any) -> Any:
     """Return the first argument of a bytearray, its content; refuse a number of bytes."""
     if isinstance(content, int):
-        raise ValueError("it asks for bytes by their number")  # the only way to allocate by a number in torch's reader
+        raise ValueError(
+            "it asks for bytes by their number"
+        )  # the only way to allocate by a number in torch's reader
     return content
 
 
-# The classes that are read as Python values: module and name -> how they are built from their arguments.
+# The classes that are read as Python values: module and name -> how they are built from their
+# arguments.
 PLAIN: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): _make_dict,
     ("torch", "Size"): tuple,
@@ -100,12 +113,14 @@ class Record:
 
 
 def attribute(value: Any, key: str, position: int | None = None) -> Any:
-    """Return an attribute of a record, from its state or by its position among the arguments or in a state; else None.
+    """Return an attribute of a record, from its state or by its position among the arguments or in
+    a state; else None.
 
     Args:
         value: A value of a pickle.
         key: Name of the attribute.
-        position: Its position in the arguments of the class, or in a state that is a tuple; None if it has none.
+        position: Its position in the arguments of the class, or in a state that is a tuple; None if
+            it has none.
     """
     if not isinstance(value, Record):
         return None
@@ -123,7 +138,9 @@ class Persistent:
 
 
 def describe(value: Any) -> str:
-    """Return a value for a message: at most 200 characters of text, or the kind of any other value."""
+    """Return a value for a message: at most 200 characters of text, or the kind of any
+    other value.
+    """
     return repr(value[:200]) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
@@ -136,8 +153,10 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         description: Description for messages, such as ``the index``.
 
     Returns:
-        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for frozensets, and for
-        sets that a call builds), lists (also for other sets), dictionaries, ``Record`` and ``Persistent``.
+        The data: None, booleans, numbers, text, bytes, bytearrays, tuples (also for frozensets, and
+            for
+        sets that a call builds), lists (also for other sets), dictionaries, ``Record`` and
+            ``Persistent``.
 
     Raises:
         InputError: It is no pickle, is damaged, or copies the same entries again and again.
@@ -146,7 +165,9 @@ def load(content: bytes | BinaryIO, path: Path, description: str) -> Any:
         return _Interpreter(io.BytesIO(content) if isinstance(content, bytes) else content).load()
     except (*_DAMAGED, pickle.UnpicklingError, struct.error) as error:
         reason = str(error) or type(error).__name__
-        raise InputError(f"{path}: {description} is not a readable pickle: {reason}; copy or save it again") from error
+        raise InputError(
+            f"{path}: {description} is not a readable pickle: {reason}; copy or save it again"
+        ) from error
 
 
 class _Interpreter(pickle._Unpickler):
@@ -159,7 +180,9 @@ class _Interpreter(pickle._Unpickler):
     read: Callable[[int], bytes]
     stack: list[Any]
     append: Callable[[Any], None]  # to the stack
-    pop_mark: Callable[[], list[Any]]  # Remove the topmost mark and the values above it; return the values.
+    pop_mark: Callable[
+        [], list[Any]
+    ]  # Remove the topmost mark and the values above it; return the values.
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._begin, self._copied = file, file.tell(), 0
@@ -181,7 +204,9 @@ class _Interpreter(pickle._Unpickler):
         self._call(target, tuple(args))
 
     def _call(self, target: Any, args: Any) -> None:
-        """Push what stands for a call or a new object: a value if its class is in ``PLAIN``, else a record."""
+        """Push what stands for a call or a new object: a value if its class is in ``PLAIN``, else a
+        record.
+        """
         if not isinstance(target, Record) or not isinstance(args, tuple):
             raise ValueError(f"it calls a {type(target).__name__} with a {type(args).__name__}")
         self._spend(len(args) + sum(len(value) for value in args if isinstance(value, _SIZED)))
@@ -189,26 +214,34 @@ class _Interpreter(pickle._Unpickler):
         self.append(plain(*args) if plain else Record(target.module, target.name, args))
 
     def _spend(self, entries: int) -> None:
-        """Count entries that a call may copy or a dictionary hashes; refuse more than the bytes read so far explain."""
+        """Count entries that a call may copy or a dictionary hashes; refuse more than the bytes
+        read so far explain.
+        """
         self._copied += entries
         if self._copied > FREE_ENTRIES + ENTRIES_PER_BYTE * (self._file.tell() - self._begin):
             raise ValueError("it copies the same entries again and again")
 
     def _extend(self, values: list[Any]) -> None:
-        """Append values to the topmost one, a list or a record; a tuple, as which a set is read, stays as it is."""
+        """Append values to the topmost one, a list or a record; a tuple, as which a set is read,
+        stays as it is.
+        """
         target = self.stack[-1]
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, Record):
             target.items.extend(values)
-        elif not isinstance(target, tuple):  # a set, which is read as a tuple, is only filled where it is empty
+        elif not isinstance(
+            target, tuple
+        ):  # a set, which is read as a tuple, is only filled where it is empty
             raise ValueError(f"it adds entries to a {type(target).__name__}")
 
     def _store(self, values: list[Any]) -> None:
         """Store alternating keys and values in the topmost value, a dictionary or a record."""
         target = self.stack[-1]
         self._spend(sum(len(key) for key in values[::2] if isinstance(key, tuple)))
-        pairs = [(_check_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)]
+        pairs = [
+            (_check_key(key), value) for key, value in zip(values[::2], values[1::2], strict=True)
+        ]
         if isinstance(target, dict):
             target.update(pairs)
         elif isinstance(target, Record):
@@ -221,7 +254,9 @@ class _Interpreter(pickle._Unpickler):
         self._call(target, args)
 
     def _reduce_with_keywords(self) -> None:
-        """Push a call with keyword arguments; their dictionary, unless empty, becomes the last argument."""
+        """Push a call with keyword arguments; their dictionary, unless empty, becomes the last
+        argument.
+        """
         keywords = self.stack.pop()
         if keywords:
             self.stack[-1] = (*self.stack[-1], keywords)
@@ -244,7 +279,9 @@ class _Interpreter(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **_STANDARD,
         **dict.fromkeys((pickle.REDUCE[0], pickle.NEWOBJ[0]), _reduce),
-        **dict.fromkeys((pickle.APPENDS[0], pickle.ADDITEMS[0]), lambda self: self._extend(self.pop_mark())),
+        **dict.fromkeys(
+            (pickle.APPENDS[0], pickle.ADDITEMS[0]), lambda self: self._extend(self.pop_mark())
+        ),
         pickle.NEWOBJ_EX[0]: _reduce_with_keywords,
         pickle.APPEND[0]: lambda self: self._extend([self.stack.pop()]),
         pickle.SETITEM[0]: lambda self: self._store([self.stack.pop(), self.stack.pop()][::-1]),
@@ -260,7 +297,8 @@ class _Interpreter(pickle._Unpickler):
 def _check_key(key: Any) -> Any:
     """Return a key of a dictionary, after checking that hashing it is cheap.
 
-    Nested tuples, which Python hashes by recursion in C, are refused, and long integers, of which many have one hash.
+    Nested tuples, which Python hashes by recursion in C, are refused, and long integers, of which
+    many have one hash.
     """
     parts = key if isinstance(key, tuple) else (key,)
     if any(isinstance(part, tuple) for part in parts):

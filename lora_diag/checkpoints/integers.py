@@ -1,4 +1,5 @@
-"""Integers packed into words, with a scale and an offset per group of inputs: compressed-tensors, GPTQ, AWQ, MLX.
+"""Integers packed into words, with a scale and an offset per group of inputs: compressed-tensors,
+GPTQ, AWQ, MLX.
 
     pack-quantized:  W[i, j] = (q[i, j] − z[i, g]) · scale[i, g]
     GPTQ, AWQ:       W[i, j] = scales[g, i] · (q[j, i] − z[g, i])
@@ -6,21 +7,23 @@
 
 g is ``⌊j / group⌋``, or given by a tensor (act-order): ``weight_g_idx[j]``, of GPTQ ``g_idx[j]``.
 
-compressed-tensors: the codes of a row are a stream of ``bits`` bits, with 2^(bits − 1) added, in ``weight_packed``;
-``weight_shape`` gives the shape without padding. The zero points z are packed like the codes, but along the rows;
-without them z = 0.
+compressed-tensors: the codes of a row are a stream of ``bits`` bits, with 2^(bits − 1) added, in
+``weight_packed``; ``weight_shape`` gives the shape without padding. The zero points z are packed
+like the codes, but along the rows; without them z = 0.
 
-GPTQ stores the weight transposed and packs q along the inputs j, ``qweight (in · bits / 32, out)``, the lowest bits
-first; ``qzeros`` are packed along the outputs. Files of format ``gptq`` store z − 1, modulo 2^bits; those of
-``gptq_v2`` store z. A stored 2^bits − 1 is read as z = 0; the kernels of auto-gptq and gptqmodel decode it differently,
-so a note names the first tensor with it. AWQ (``gemm``) has 4 bits, packs q along the outputs,
-``qweight (in, out / 8)``, in the order 0, 2, 4, 6, 1, 3, 5, 7, and stores z.
+GPTQ stores the weight transposed and packs q along the inputs j, ``qweight (in · bits / 32, out)``,
+the lowest bits first; ``qzeros`` are packed along the outputs. Files of format ``gptq`` store z −
+1, modulo 2^bits; those of ``gptq_v2`` store z. A stored 2^bits − 1 is read as z = 0; the kernels of
+auto-gptq and gptqmodel decode it differently, so a note names the first tensor with it. AWQ
+(``gemm``) has 4 bits, packs q along the outputs, ``qweight (in, out / 8)``, in the order 0, 2, 4,
+6, 1, 3, 5, 7, and stores z.
 
-MLX: the codes of a row are a stream of bits in ``weight`` (uint32). Bits and group size are in ``config.json`` under
-``quantization``, with exceptions under the names of modules.
+MLX: the codes of a row are a stream of bits in ``weight`` (uint32). Bits and group size are in
+``config.json`` under ``quantization``, with exceptions under the names of modules.
 
-Reference: ``compressed_tensors.compressors`` 0.20; Frantar et al. 2022 and auto-gptq 0.7.1 ``QuantLinear``; Lin et al.
-2023 and AutoAWQ 0.2.9 ``packing_utils``; ``mlx.core.quantize`` 0.32, mode ``affine``.
+Reference: ``compressed_tensors.compressors`` 0.20; Frantar et al. 2022 and auto-gptq 0.7.1
+``QuantLinear``; Lin et al. 2023 and AutoAWQ 0.2.9 ``packing_utils``; ``mlx.core.quantize`` 0.32,
+mode ``affine``.
 """
 
 from __future__ import annotations
@@ -31,7 +34,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import packing
-from lora_diag.checkpoints.packing import INTEGERS, PACKED, RowWeight, damaged_tensor, read_columns, require, unpack
+from lora_diag.checkpoints.packing import (
+    INTEGERS,
+    PACKED,
+    RowWeight,
+    damaged_tensor,
+    read_columns,
+    require,
+    unpack,
+)
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import damaged
 
@@ -41,11 +52,11 @@ if TYPE_CHECKING:
 WORDS = frozenset({"int32"})
 UNSUPPORTED = "give the unquantized checkpoint, or analyse the adapter alone"
 
-# Formats of compressed-tensors in ``quantization_config`` that are read here, in ``float4`` and in ``scaled``; of mixed
-# precision, each group has its own.
+# Formats of compressed-tensors in ``quantization_config`` that are read here, in ``float4`` and in
+# ``scaled``; of mixed precision, each group has its own.
 COMPRESSED_FORMATS = frozenset({
-    "mixed-precision", "dense", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized",
-    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
+    "mixed-precision", "dense", "pack-quantized", "int-quantized", "float-quantized",
+    "naive-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized",
 })  # fmt: skip
 
 CODES = ".qweight"
@@ -110,7 +121,9 @@ class Layout:
             return torch.arange(self.columns) // self.group
         indices = self.source.read(self.order).long()
         if len(wrong := indices[(indices < 0) | (indices >= self.groups)]):
-            raise damaged_tensor(self.source, self.order, f"names group {wrong.min()}, but there are {self.groups}")
+            raise damaged_tensor(
+                self.source, self.order, f"names group {wrong.min()}, but there are {self.groups}"
+            )
         return indices
 
 
@@ -121,7 +134,11 @@ def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
         InputError: A stored group of a column does not exist, or a file cannot be read.
     """
     codes, group = layout.read_codes("weight_packed", first, last), layout.read_groups()
-    codes -= _read_compressed_zeros(layout, first, last)[:, group] if layout.has_zeros else 2 ** (layout.bits - 1)
+    codes -= (
+        _read_compressed_zeros(layout, first, last)[:, group]
+        if layout.has_zeros
+        else 2 ** (layout.bits - 1)
+    )
     return codes.float() * layout.read("weight_scale", first, last).float()[:, group]
 
 
@@ -137,8 +154,8 @@ def compressed_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return the zero points of rows, ``(rows, groups)``, with 2^(bits − 1) added like the codes.
 
-    They are packed along the rows, so ``first`` may be in the middle of a word. Words are read from that one on, or
-    from the start of the tensor if a code crosses the beginning of that word.
+    They are packed along the rows, so ``first`` may be in the middle of a word. Words are read from
+    that one on, or from the start of the tensor if a code crosses the beginning of that word.
     """
     bits, low = layout.bits, first * layout.bits // 32
     begin, cut = divmod(low * 32, bits)
@@ -158,7 +175,9 @@ def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
     group, largest = layout.read_groups(), (1 << layout.bits) - 1
     scales = _read_gptq_scales(layout, first, last)[group]
-    zeros = (_unpack_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added) & largest
+    zeros = (
+        _unpack_along_outputs(layout, "qzeros", layout.groups, first, last) + layout.added
+    ) & largest
     if layout.is_awq:
         codes = _unpack_along_outputs(layout, "qweight", layout.columns, first, last)
     else:
@@ -170,7 +189,8 @@ def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in the rows ``first:last`` of a weight of GPTQ or AWQ.
+    """Return the distance between neighbouring values in the rows ``first:last`` of a weight of
+    GPTQ or AWQ.
 
     Raises:
         InputError: A stored group of a column does not exist, or a file cannot be read.
@@ -180,11 +200,17 @@ def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 def _read_gptq_scales(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return the scales of the outputs ``first:last``, ``(groups, outputs)``, float32."""
-    return read_columns(layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)).float()
+    return read_columns(
+        layout.source, f"{layout.module}.scales", (0, layout.groups), (first, last)
+    ).float()
 
 
-def _unpack_along_outputs(layout: Layout, part: str, rows: int, first: int, last: int) -> torch.Tensor:
-    """Return the codes of the outputs ``first:last`` of a tensor that is packed along them, ``(rows, outputs)``."""
+def _unpack_along_outputs(
+    layout: Layout, part: str, rows: int, first: int, last: int
+) -> torch.Tensor:
+    """Return the codes of the outputs ``first:last`` of a tensor that is packed along them,
+    ``(rows, outputs)``.
+    """
     per_word = 32 // layout.bits
     low, high = first // per_word, -(-last // per_word)
     words = read_columns(layout.source, f"{layout.module}.{part}", (0, rows), (low, high))
@@ -207,9 +233,10 @@ def mlx_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return steps whose half bounds the error in the rows ``first:last`` of a weight of MLX.
 
-    That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest absolute value is stored
-    exactly, which leaves others up to one step beyond the last code. Codes are chosen before scale and offset are
-    rounded to their dtype, which changes ``s · q`` and the offset by up to half the spacing of that dtype.
+    That is |s|, twice as much at the ends: MLX moves the scale so that the number of largest
+    absolute value is stored exactly, which leaves others up to one step beyond the last code. Codes
+    are chosen before scale and offset are rounded to their dtype, which changes ``s · q`` and the
+    offset by up to half the spacing of that dtype.
 
     Raises:
         InputError: A file cannot be read.
@@ -234,8 +261,8 @@ def find_compressed(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[R
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the bits per code are ambiguous, or
-            the configured format is unsupported.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the bits per
+            code are ambiguous, or the configured format is unsupported.
     """
     if config.get("quant_method") == "compressed-tensors":
         for form in (settings.get("format") for settings in (config, *_list_config_groups(config))):
@@ -255,8 +282,9 @@ def find_gptq(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeig
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout, format or number of
-            bits is unsupported, or the configuration is missing for GPTQ or contradicts the tensors.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout,
+            format or number of bits is unsupported, or the configuration is missing for GPTQ or
+            contradicts the tensors.
     """
     for name in source:
         if name.endswith(CODES):
@@ -271,8 +299,8 @@ def find_mlx(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeigh
         config: ``quantization`` of its configuration.
 
     Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, or mode, bits or group size are
-            unsupported.
+        InputError: A tensor of a weight is missing or has the wrong shape or dtype, or mode, bits
+            or group size are unsupported.
     """
     for name in source:
         module = name.removesuffix(".scales")
@@ -282,20 +310,34 @@ def find_mlx(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeigh
 
 
 def _list_config_groups(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Return the groups of weights of a configuration; each has settings for its weights and a format."""
+    """Return the groups of weights of a configuration; each has settings for its weights and a
+    format.
+    """
     groups = config.get("config_groups")
-    return [group for group in groups.values() if isinstance(group, dict)] if isinstance(groups, dict) else []
+    return (
+        [group for group in groups.values() if isinstance(group, dict)]
+        if isinstance(groups, dict)
+        else []
+    )
 
 
 def _list_weight_schemes(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the settings of all quantized weights."""
-    return [scheme for group in _list_config_groups(config) if isinstance(scheme := group.get("weights"), dict)]
+    return [
+        scheme
+        for group in _list_config_groups(config)
+        if isinstance(scheme := group.get("weights"), dict)
+    ]
 
 
-def refuse_contradicting_zeros(source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]) -> None:
-    """Refuse weights of integers whose zero points contradict the configuration of compressed-tensors.
+def refuse_contradicting_zeros(
+    source: Checkpoint, weights: Iterable[TensorInfo], config: Mapping[str, Any]
+) -> None:
+    """Refuse weights of integers whose zero points contradict the configuration of
+    compressed-tensors.
 
-    Without ``weight_zero_point``, the codes of an asymmetric weight would be read around the middle.
+    Without ``weight_zero_point``, the codes of an asymmetric weight would be read around the
+    middle.
 
     Args:
         source: The checkpoint as stored.
@@ -303,17 +345,28 @@ def refuse_contradicting_zeros(source: Checkpoint, weights: Iterable[TensorInfo]
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: Zero points are missing from an asymmetric weight, or present with a symmetric one.
+        InputError: Zero points are missing from an asymmetric weight, or present with a symmetric
+            one.
     """
-    schemes = [scheme for scheme in _list_weight_schemes(config) if scheme.get("type", "int") == "int"]
+    schemes = [
+        scheme for scheme in _list_weight_schemes(config) if scheme.get("type", "int") == "int"
+    ]
     for info in weights:
         bits = str(info.stored).removeprefix("packed-").removeprefix("int")
-        symmetric = {scheme.get("symmetric") for scheme in schemes if str(scheme.get("num_bits")) == bits}
+        symmetric = {
+            scheme.get("symmetric") for scheme in schemes if str(scheme.get("num_bits")) == bits
+        }
         zeros = f"{info.name}_zero_point"
         if symmetric == {zeros in source}:
-            problem, kind = ("stored", "symmetric") if zeros in source else ("missing", "asymmetric")
+            problem, kind = (
+                ("stored", "symmetric") if zeros in source else ("missing", "asymmetric")
+            )
             claim = f"config.json says that weights of {bits} bits are {kind}"
-            raise damaged(source.path, f"{zeros} is {problem}, but {claim}", "save it again, or correct config.json")
+            raise damaged(
+                source.path,
+                f"{zeros} is {problem}, but {claim}",
+                "save it again, or correct config.json",
+            )
 
 
 def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, Any]) -> RowWeight:
@@ -321,7 +374,9 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     name, weight = f"{module}{PACKED}", f"{module}.weight"
     scale, zero, shape = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "shape"))
     require(source, shape, (2,), INTEGERS, weight)
-    out, columns = memoryview(source.read_bytes(shape)).cast("i" if source[shape].dtype == "int32" else "q")
+    out, columns = memoryview(source.read_bytes(shape)).cast(
+        "i" if source[shape].dtype == "int32" else "q"
+    )
     if not (0 < out < 2**31 and 0 < columns < 2**31):
         raise damaged_tensor(source, shape, f"gives the shape [{out}, {columns}]")
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
@@ -332,18 +387,24 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     require(source, scale, (out, groups), FLOAT_DTYPES, weight)
     order = _find_order(source, module, "weight_g_idx", columns)
     if groups < 1 or (not order and columns % groups):
-        raise damaged_tensor(source, scale, f"has {groups} groups, which do not divide {columns} columns equally")
+        raise damaged_tensor(
+            source, scale, f"has {groups} groups, which do not divide {columns} columns equally"
+        )
     if zero in source:
         require(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
     layout = Layout(source, module, columns, bits, columns // groups, groups, order, zero in source)
     optional = (part for part in (zero, order) if part in source)
     parts = (scale, shape, *optional, *packing.list_activations(source, module))
     info = TensorInfo(weight, (out, columns), "float32", stored=f"packed-int{bits}")
-    return RowWeight(info, name, parts, partial(compressed_values, layout), partial(compressed_steps, layout))
+    return RowWeight(
+        info, name, parts, partial(compressed_values, layout), partial(compressed_steps, layout)
+    )
 
 
 def _infer_bits(source: Checkpoint, name: str, columns: int, config: Mapping[str, Any]) -> int:
-    """Return the bits of a code: the only number, among the configured ones if any, that fits the packed columns."""
+    """Return the bits of a code: the only number, among the configured ones if any, that fits the
+    packed columns.
+    """
     declared = [scheme.get("num_bits") for scheme in _list_weight_schemes(config)]
     fitting = [bits for bits in range(1, 9) if -(-columns * bits // 32) == source[name].shape[1]]
     chosen = [bits for bits in fitting if bits in declared] if declared else fitting
@@ -359,14 +420,29 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
     codes, scales, zeros = (f"{module}{part}" for part in (CODES, ".scales", ".qzeros"))
     weight, shape = f"{module}.weight", source[codes].shape
     for name in (codes, scales, zeros):
-        if name not in source or len(source[name].shape) != 2 or (name == codes and source[name].dtype != "int32"):
-            problem = f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or the codes are not int32"
+        if (
+            name not in source
+            or len(source[name].shape) != 2
+            or (name == codes and source[name].dtype != "int32")
+        ):
+            problem = (
+                f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or "
+                "the "
+                "codes are not int32"
+            )
             raise damaged_tensor(source, codes, problem, UNSUPPORTED)
     groups, out = source[scales].shape
     is_awq = shape[1] * 8 == out
     method = str(config.get("quant_method", "")).lower()
-    if method not in {"awq" if is_awq else "gptq", ""} or (not is_awq and shape[1] != out) or out == 0:
-        problem = f"{list(shape)} with scales {[groups, out]} is not laid out as {method or 'GPTQ or AWQ'} does"
+    if (
+        method not in {"awq" if is_awq else "gptq", ""}
+        or (not is_awq and shape[1] != out)
+        or out == 0
+    ):
+        problem = (
+            f"{list(shape)} with scales {[groups, out]} is not laid out as "
+            f"{method or 'GPTQ or AWQ'} does"
+        )
         raise damaged_tensor(source, codes, problem, UNSUPPORTED)
     bits = 4 if is_awq else source[zeros].shape[1] * 32 // out
     _check_gptq_bits(source, codes, bits, config)
@@ -375,21 +451,32 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
     require(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
     order = _find_order(source, module, "g_idx", columns)
     if not order and config.get("desc_act") is True and groups > 1 and not is_awq:
-        problem = f"{module}.g_idx is missing, but desc_act of quantization_config says that the inputs are reordered"
+        problem = (
+            f"{module}.g_idx is missing, but desc_act of quantization_config says that the "
+            "inputs are reordered"
+        )
         raise damaged(source.path, problem, UNSUPPORTED)
     configured = config.get("group_size")
-    group = configured if type(configured) is int and configured > 0 else -(-columns // max(1, groups))
+    group = (
+        configured if type(configured) is int and configured > 0 else -(-columns // max(1, groups))
+    )
     if groups < 1 or (not order and -(-columns // group) != groups):
-        raise damaged_tensor(source, scales, f"has {groups} groups for {columns} inputs in groups of {group}")
+        raise damaged_tensor(
+            source, scales, f"has {groups} groups for {columns} inputs in groups of {group}"
+        )
     added = _find_zero_point_offset(source, is_awq, config)
     parts = (scales, zeros, *((order,) if order else ()))
     layout = Layout(source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq)
-    info = TensorInfo(weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}")
+    info = TensorInfo(
+        weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}"
+    )
     return RowWeight(info, codes, parts, partial(gptq_values, layout), partial(gptq_steps, layout))
 
 
 def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str:
-    """Return the name of the tensor with the group of every column, after checking it; empty if there is none."""
+    """Return the name of the tensor with the group of every column, after checking it; empty if
+    there is none.
+    """
     name = f"{module}.{part}"
     if name not in source:
         return ""
@@ -398,9 +485,13 @@ def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str
 
 
 def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[str, Any]) -> None:
-    """Refuse unsupported bits, an invalid ``dynamic``, and a configuration with bits, but not these for any module."""
+    """Refuse unsupported bits, an invalid ``dynamic``, and a configuration with bits, but not these
+    for any module.
+    """
     if bits not in GPTQ_BITS:
-        raise damaged_tensor(source, codes, f"has {bits} bits a code; 2, 4 and 8 are read", UNSUPPORTED)
+        raise damaged_tensor(
+            source, codes, f"has {bits} bits a code; 2, 4 and 8 are read", UNSUPPORTED
+        )
     dynamic = config.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         problem = f"dynamic in quantization_config is a {type(dynamic).__name__}, not an object"
@@ -413,21 +504,34 @@ def _check_gptq_bits(source: Checkpoint, codes: str, bits: int, config: Mapping[
 
 
 def _find_zero_point_offset(source: Checkpoint, is_awq: bool, config: Mapping[str, Any]) -> int:
-    """Return the offset to add to stored zero points; refuse unsupported formats and GPTQ without a configuration."""
+    """Return the offset to add to stored zero points; refuse unsupported formats and GPTQ without a
+    configuration.
+    """
     if not is_awq and not config:
         problem = "is GPTQ without quantization_config, which states how zero points are stored"
-        raise damaged(source.path, problem, "copy the model's config.json or quantize_config.json into its folder")
-    method, key, offsets = ("AWQ", "version", AWQ_VERSIONS) if is_awq else ("GPTQ", "checkpoint_format", GPTQ_FORMATS)
+        raise damaged(
+            source.path,
+            problem,
+            "copy the model's config.json or quantize_config.json into its folder",
+        )
+    method, key, offsets = (
+        ("AWQ", "version", AWQ_VERSIONS) if is_awq else ("GPTQ", "checkpoint_format", GPTQ_FORMATS)
+    )
     kind = str(config.get(key, next(iter(offsets)))).lower()
     if kind not in offsets:
-        raise damaged(source.path, f"is {method} with {key} {kind!r}; supported: {', '.join(offsets)}", UNSUPPORTED)
+        raise damaged(
+            source.path,
+            f"is {method} with {key} {kind!r}; supported: {', '.join(offsets)}",
+            UNSUPPORTED,
+        )
     return offsets[kind]
 
 
 def describe_ambiguous_zeros(
     source: Checkpoint, weights: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[str, ...]:
-    """Return a note if zero points of 0 occur in a file of format ``gptq``, which libraries read differently.
+    """Return a note if zero points of 0 occur in a file of format ``gptq``, which libraries read
+    differently.
 
     Args:
         source: The checkpoint as stored.
@@ -444,10 +548,15 @@ def describe_ambiguous_zeros(
             continue
         bits = int(stored.removeprefix("gptq-int"))
         masks = [(1 << bits) - 1 << shift for shift in range(0, 8, bits)]
-        with_largest_code = {byte for byte in range(256) if any(byte & mask == mask for mask in masks)}
+        with_largest_code = {
+            byte for byte in range(256) if any(byte & mask == mask for mask in masks)
+        }
         zeros = f"{name.removesuffix('.weight')}.qzeros"
         if not with_largest_code.isdisjoint(source.read_bytes(zeros)):
-            return (f"{zeros} holds zero points of 0, of which auto-gptq and gptqmodel make other numbers; read as 0",)
+            return (
+                f"{zeros} holds zero points of 0, of which auto-gptq and gptqmodel make other "
+                "numbers; read as 0",
+            )
     return ()
 
 
@@ -456,17 +565,37 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
     module_config = config.get(module)
     settings = {**config, **module_config} if isinstance(module_config, dict) else config
-    mode, bits, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
-    if mode != "affine" or bits not in MLX_BITS or group not in MLX_GROUPS or isinstance(bits, bool):
-        problem = f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size {group!r} (config.json)"
+    mode, bits, group = (
+        settings.get("mode", "affine"),
+        settings.get("bits"),
+        settings.get("group_size"),
+    )
+    if (
+        mode != "affine"
+        or bits not in MLX_BITS
+        or group not in MLX_GROUPS
+        or isinstance(bits, bool)
+    ):
+        problem = (
+            f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size "
+            f"{group!r} "
+            "(config.json)"
+        )
         raise damaged_tensor(source, weight, problem, "mode affine with 2 to 6 or 8 bits is read")
     shape = source[weight].shape
     columns = shape[-1] * 32 // bits if shape else 0
-    if len(shape) not in {2, 3} or columns * bits != shape[-1] * 32 or columns % group or not columns:
+    if (
+        len(shape) not in {2, 3}
+        or columns * bits != shape[-1] * 32
+        or columns % group
+        or not columns
+    ):
         problem = f"{list(shape)} is not a whole number of groups of {group} codes of {bits} bits"
         raise damaged_tensor(source, weight, problem)
     for name in (scales, biases):
         require(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)
     layout = Layout(source, module, columns, bits, group, columns // group)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=f"mlx-int{bits}")
-    return RowWeight(info, weight, (scales, biases), partial(mlx_values, layout), partial(mlx_steps, layout))
+    return RowWeight(
+        info, weight, (scales, biases), partial(mlx_values, layout), partial(mlx_steps, layout)
+    )

@@ -1,4 +1,5 @@
-"""What quantized formats have in common: codes of a few bits, 4-bit floats, and weights that are decoded row by row.
+"""What quantized formats have in common: codes of a few bits, 4-bit floats, and weights that are
+decoded row by row.
 
 Functions from codes to values are pure, so that a format can be tested against its formula.
 """
@@ -25,7 +26,13 @@ SLAB_BYTES = 2**22
 # Ending of the codes of compressed-tensors.
 PACKED = ".weight_packed"
 # Scales and zero points of activations, which do not affect the weight.
-ACTIVATIONS = ("input_scale", "output_scale", "input_global_scale", "input_zero_point", "output_zero_point")
+ACTIVATIONS = (
+    "input_scale",
+    "output_scale",
+    "input_global_scale",
+    "input_zero_point",
+    "output_zero_point",
+)
 
 INTEGERS = frozenset({"int32", "int64"})
 
@@ -40,8 +47,9 @@ class RowWeight:
         info: The weight as presented.
         place: Name of the tensor in whose place it appears: that of its codes.
         parts: Names of the other tensors that belong to it and are not presented.
-        values: Returns the rows ``first:last`` of the weight as a matrix ``(∏ shape[:-1], shape[-1])``, float32. A
-            ``functools.partial`` of a module's function, so that the weight can be sent to another process.
+        values: Returns the rows ``first:last`` of the weight as a matrix
+            ``(∏ shape[:-1], shape[-1])``, float32. A ``functools.partial`` of a module's function,
+            so that the weight can be sent to another process.
         steps: Likewise the steps, whose half bounds the error of each entry.
     """
 
@@ -59,18 +67,25 @@ class RowWeight:
         """Return steps whose half bounds the error of the entries ``start:stop``, float32."""
         return self._read_range(self.steps, start, stop)
 
-    def _read_range(self, decode_rows: Callable[[int, int], torch.Tensor], start: int, stop: int) -> torch.Tensor:
+    def _read_range(
+        self, decode_rows: Callable[[int, int], torch.Tensor], start: int, stop: int
+    ) -> torch.Tensor:
         import torch
 
         if start >= stop:
             return torch.empty(0)
         width = self.info.shape[-1]
         first, last = start // width, -(-stop // width)
-        return decode_rows(first, last).reshape(-1)[start - first * width : stop - first * width].contiguous()
+        return (
+            decode_rows(first, last)
+            .reshape(-1)[start - first * width : stop - first * width]
+            .contiguous()
+        )
 
 
 def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Return the codes of rows that hold a stream of codes, the lowest bits of the first byte first.
+    """Return the codes of rows that hold a stream of codes, the lowest bits of the first byte
+    first.
 
     Args:
         packed: ``(rows, n)``, 8- or 32-bit integers, little-endian.
@@ -86,7 +101,11 @@ def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """
     import torch
 
-    data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8).view(packed.shape[0], -1)
+    data = (
+        packed.clone(memory_format=torch.contiguous_format)
+        .view(torch.uint8)
+        .view(packed.shape[0], -1)
+    )
     if bits in {1, 2, 4, 8}:
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
         codes = ((data[:, :, None] >> shifts) & ((1 << bits) - 1)).view(len(data), -1)
@@ -106,20 +125,27 @@ def gaps(table: torch.Tensor) -> torch.Tensor:
     import torch
 
     distance = table[None, :] - table[:, None]
-    above, below = (torch.where(signed > 0, signed, math.inf).amin(dim=1) for signed in (distance, -distance))
+    above, below = (
+        torch.where(signed > 0, signed, math.inf).amin(dim=1) for signed in (distance, -distance)
+    )
     return torch.maximum(above.where(above.isfinite(), 0.0), below.where(below.isfinite(), 0.0))
 
 
 def e8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Return the powers of two of 8-bit exponents, ``2^(e − 127)``, float32; 255 is not a number."""
+    """Return the powers of two of 8-bit exponents, ``2^(e − 127)``, float32; 255 is not
+    a number.
+    """
     import torch
 
     values = torch.ldexp(torch.ones(exponents.shape), exponents.int() - 127)
     return torch.where(exponents == 255, math.nan, values)
 
 
-def read_rows(source: Checkpoint, name: str, first: int, last: int, width: int | None = None) -> torch.Tensor:
-    """Return the rows ``first:last`` of a stored matrix; ``width`` is by default its last dimension.
+def read_rows(
+    source: Checkpoint, name: str, first: int, last: int, width: int | None = None
+) -> torch.Tensor:
+    """Return the rows ``first:last`` of a stored matrix; ``width`` is by default its last
+    dimension.
 
     Raises:
         InputError: The file cannot be read.
@@ -128,8 +154,11 @@ def read_rows(source: Checkpoint, name: str, first: int, last: int, width: int |
     return source.read(name, first * columns, last * columns).view(last - first, columns)
 
 
-def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: tuple[int, int]) -> torch.Tensor:
-    """Return a range of columns of some rows of a stored matrix; a few megabytes of whole rows are read at a time.
+def read_columns(
+    source: Checkpoint, name: str, rows: tuple[int, int], columns: tuple[int, int]
+) -> torch.Tensor:
+    """Return a range of columns of some rows of a stored matrix; a few megabytes of whole rows are
+    read at a time.
 
     Args:
         source: The checkpoint as stored.
@@ -144,18 +173,24 @@ def read_columns(source: Checkpoint, name: str, rows: tuple[int, int], columns: 
 
     step = max(1, SLAB_BYTES // (4 * max(1, source[name].shape[-1])))
     parts = [
-        read_rows(source, name, first, min(rows[1], first + step))[:, columns[0] : columns[1]].clone()
+        read_rows(source, name, first, min(rows[1], first + step))[
+            :, columns[0] : columns[1]
+        ].clone()
         for first in range(rows[0], rows[1], step)
     ]
     return torch.cat(parts)
 
 
-def damaged_tensor(source: Checkpoint, name: str, problem: str, fix: str = "save it again") -> InputError:
+def damaged_tensor(
+    source: Checkpoint, name: str, problem: str, fix: str = "save it again"
+) -> InputError:
     """Return the error of a tensor that contradicts the others, or the configuration."""
     return damaged(source.file_of(name), f"{name} {problem}", fix)
 
 
-def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: frozenset[str], whole: str) -> None:
+def require(
+    source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: frozenset[str], whole: str
+) -> None:
     """Check a tensor that belongs to a quantized weight.
 
     Args:
@@ -173,7 +208,9 @@ def require(source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: froze
     info = source[name]
     if info.shape != shape or info.dtype not in dtypes:
         needed = f"{' or '.join(sorted(dtypes))} {list(shape)}"
-        raise damaged_tensor(source, name, f"is {info.dtype} {list(info.shape)}, but {whole} needs {needed}")
+        raise damaged_tensor(
+            source, name, f"is {info.dtype} {list(info.shape)}, but {whole} needs {needed}"
+        )
 
 
 def list_activations(source: Checkpoint, module: str) -> list[str]:

@@ -1,14 +1,17 @@
 """Torch files read as data, and tensors that are put together from parts in several files.
 
-An ``Archive`` is a torch file (``torch.save``, zip format) whose pickle is read by ``inert`` and whose tensors are
-located, not loaded: pieces of distributed tensors may be at any position of a larger file, and ``torch.load`` reads
-some of them only with the library that wrote them. Nothing in the file is run.
+An ``Archive`` is a torch file (``torch.save``, zip format) whose pickle is read by ``inert`` and
+whose tensors are located, not loaded: pieces of distributed tensors may be at any position of a
+larger file, and ``torch.load`` reads some of them only with the library that wrote them. Nothing in
+the file is run.
 
-``Boxes`` are the parts of one tensor. A box is given by the index of its first entry in the whole tensor and its sizes.
-Boxes must be disjoint and cover the tensor; FSDP cuts along the first dimension, tensor parallelism along any.
+``Boxes`` are the parts of one tensor. A box is given by the index of its first entry in the whole
+tensor and its sizes. Boxes must be disjoint and cover the tensor; FSDP cuts along the first
+dimension, tensor parallelism along any.
 
-Reference: ``torch.serialization``; a tensor is ``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)``,
-and a storage the persistent id ``("storage", class, key, location, entries)`` of the archive's entry ``data/KEY``.
+Reference: ``torch.serialization``; a tensor is
+``torch._utils._rebuild_tensor_v2(storage, offset, size, stride, …)``, and a storage the persistent
+id ``("storage", class, key, location, entries)`` of the archive's entry ``data/KEY``.
 """
 
 from __future__ import annotations
@@ -56,7 +59,8 @@ WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 
 # Dimensions of a tensor or of a device mesh at most, as in NumPy.
 MAX_DIMENSIONS = 64
-# Pairs of boxes that are compared with each other at most, per tensor: 1,000 ranks that cut along columns.
+# Pairs of boxes that are compared with each other at most, per tensor: 1,000 ranks that cut along
+# columns.
 MAX_PAIRS = 1_000_000
 
 
@@ -73,25 +77,40 @@ class Archive:
         pickle_bytes: Bytes of the pickle.
 
     Raises:
-        InputError: It is no torch file in zip format, is damaged, has compressed entries, or was saved on a big-endian
-            machine.
+        InputError: It is no torch file in zip format, is damaged, has compressed entries, or was
+            saved on a big-endian machine.
     """
 
-    def __init__(self, file: FileBytes, span: tuple[int, int] | None = None, description: str = "") -> None:
+    def __init__(
+        self, file: FileBytes, span: tuple[int, int] | None = None, description: str = ""
+    ) -> None:
         self.file, description = file, description or file.path.name
         self._offset, size = span or (0, file.size)
-        stream = RangeStream(lambda buffer, start: file.fill(buffer, self._offset + start, description), size)
+        stream = RangeStream(
+            lambda buffer, start: file.fill(buffer, self._offset + start, description), size
+        )
         try:
             with zipfile.ZipFile(io.BufferedReader(stream)) as archive:
                 check_entries(archive.infolist(), size, file.path, description)
-                self._entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+                self._entries = {
+                    info.filename.partition("/")[2]: info for info in archive.infolist()
+                }
                 order = self._entries.get("byteorder")
                 if order and archive.read(order) != b"little":
                     raise damaged(file.path, f"{description} was saved on a big-endian machine")
                 content = archive.read(self._entries["data.pkl"])
         except KeyError as error:
-            raise InputError(f"{file.path}: {description} holds no data.pkl; save it again with torch.save") from error
-        except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            raise InputError(
+                f"{file.path}: {description} holds no data.pkl; save it again with torch.save"
+            ) from error
+        except (
+            zipfile.BadZipFile,
+            ValueError,
+            EOFError,
+            NotImplementedError,
+            RuntimeError,
+            OSError,
+        ) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             problem = f"{description} is not a readable torch file: {reason}"
             raise damaged(file.path, problem, "copy or save it again") from error
@@ -106,46 +125,79 @@ class Archive:
             name: Its name, for messages.
 
         Raises:
-            InputError: The tensor has an invalid shape, an unsupported dtype or no storage, is not inside its storage,
-                or is not in row-major order.
+            InputError: The tensor has an invalid shape, an unsupported dtype or no storage, is not
+                inside its storage, or is not in row-major order.
         """
         value = unwrap_parameter(value)
-        if not isinstance(value, Record) or value.name not in REBUILD_TENSOR or not value.args or len(value.args) < 4:
+        if (
+            not isinstance(value, Record)
+            or value.name not in REBUILD_TENSOR
+            or not value.args
+            or len(value.args) < 4
+        ):
             return None
         storage, offset, shape, strides = value.args[:4]
-        if not (are_sizes(shape) and are_sizes(strides) and are_sizes((offset,)) and len(shape) == len(strides)):
+        if not (
+            are_sizes(shape)
+            and are_sizes(strides)
+            and are_sizes((offset,))
+            and len(shape) == len(strides)
+        ):
             raise damaged(self.file.path, f"{name} has an invalid shape")
         dtype, begin, size = self._locate_storage(storage, name)
-        named_dtype = value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
+        named_dtype = (
+            value.args[6] if value.name == "_rebuild_tensor_v3" and len(value.args) > 6 else None
+        )
         if isinstance(named_dtype, Record):
             dtype = named_dtype.name
         if dtype not in WIDTH:
             raise damaged(self.file.path, f"{name} has the unsupported dtype {dtype}")
         count, width = math.prod(shape), WIDTH[dtype]
         if count and not _is_row_major(shape, strides):
-            raise damaged(self.file.path, f"{name} is not stored in row-major order (strides {list(strides)})")
+            raise damaged(
+                self.file.path, f"{name} is not stored in row-major order (strides {list(strides)})"
+            )
         if (needed := (offset + count) * width) > size:
-            raise damaged(self.file.path, f"{name} needs {needed:,} bytes, but its storage has {size:,}")
+            raise damaged(
+                self.file.path, f"{name} needs {needed:,} bytes, but its storage has {size:,}"
+            )
         return StoredTensor(self.file, name, dtype, tuple(shape), begin + offset * width)
 
     def _locate_storage(self, storage: Any, name: str) -> tuple[str, int, int]:
-        """Return the dtype of a storage, the position of its first byte in the file, and its number of bytes."""
+        """Return the dtype of a storage, the position of its first byte in the file, and its number
+        of bytes.
+        """
         id_ = storage.id if isinstance(storage, Persistent) else None
-        if not isinstance(id_, tuple) or len(id_) < 3 or id_[0] != "storage" or not isinstance(id_[1], Record):
+        if (
+            not isinstance(id_, tuple)
+            or len(id_) < 3
+            or id_[0] != "storage"
+            or not isinstance(id_[1], Record)
+        ):
             raise damaged(self.file.path, f"{name} has no storage in the file")
         info = self._entries.get(f"data/{id_[2]}") if isinstance(id_[2], str) else None
         if info is None:
-            raise damaged(self.file.path, f"{name} has its storage in data/{describe(id_[2])}, which is missing")
+            raise damaged(
+                self.file.path,
+                f"{name} has its storage in data/{describe(id_[2])}, which is missing",
+            )
         # The entry's data follows its own header: 30 bytes, its name, and padding.
         header = self.file.read_bytes(30, self._offset + info.header_offset, name)
         if header[:4] != b"PK\3\4":
             raise damaged(self.file.path, f"{name} has its storage at a wrong position")
         lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        return STORAGES.get(id_[1].name, id_[1].name), self._offset + info.header_offset + 30 + lengths, info.file_size
+        return (
+            STORAGES.get(id_[1].name, id_[1].name),
+            self._offset + info.header_offset + 30 + lengths,
+            info.file_size,
+        )
 
 
-def check_entries(entries: Sequence[zipfile.ZipInfo], size: int, path: Path, description: str) -> None:
-    """Refuse entries that are compressed, or together larger than the archive: they would fill memory.
+def check_entries(
+    entries: Sequence[zipfile.ZipInfo], size: int, path: Path, description: str
+) -> None:
+    """Refuse entries that are compressed, or together larger than the archive: they would fill
+    memory.
 
     Args:
         entries: The entries of a torch file.
@@ -185,7 +237,9 @@ def are_sizes(values: Any) -> TypeGuard[Sequence[int]]:
 
 def _is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
     sizes = enumerate(zip(shape, strides, strict=True), start=1)
-    return all(size == 1 or stride == math.prod(shape[position:]) for position, (size, stride) in sizes)
+    return all(
+        size == 1 or stride == math.prod(shape[position:]) for position, (size, stride) in sizes
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,17 +272,28 @@ class Boxes:
         shape: The shape that the boxes refer to; default that of the tensor.
 
     Raises:
-        InputError: The boxes overlap, lie outside the tensor, do not cover it, or are too many to compare.
+        InputError: The boxes overlap, lie outside the tensor, do not cover it, or are too many to
+            compare.
     """
 
     def __init__(
-        self, info: TensorInfo, boxes: Iterable[Box], path: Path, shape: tuple[int, ...] | None = None
+        self,
+        info: TensorInfo,
+        boxes: Iterable[Box],
+        path: Path,
+        shape: tuple[int, ...] | None = None,
     ) -> None:
         self.info, self._shape = info, info.shape if shape is None else shape
-        self._boxes = sorted((box for box in boxes if math.prod(box.sizes)), key=lambda box: box.offsets)
+        self._boxes = sorted(
+            (box for box in boxes if math.prod(box.sizes)), key=lambda box: box.offsets
+        )
         self._check_coverage(path)
         # The last dimension that is cut: entries of one index up to it are contiguous.
-        cut = [d for d, size in enumerate(self._shape) if any(box.sizes[d] != size for box in self._boxes)]
+        cut = [
+            d
+            for d, size in enumerate(self._shape)
+            if any(box.sizes[d] != size for box in self._boxes)
+        ]
         self._cut = cut[-1] if cut else 0
 
     def _check_coverage(self, path: Path) -> None:
@@ -238,15 +303,23 @@ class Boxes:
             ends = (offset + size for offset, size in zip(box.offsets, box.sizes, strict=True))
             if any(end > size for end, size in zip(ends, self._shape, strict=True)):
                 place = f"a part of {name} at {list(box.offsets)} with shape {list(box.sizes)}"
-                raise damaged(path, f"{place} lies outside its shape {list(self._shape)}", "save the checkpoint again")
+                raise damaged(
+                    path,
+                    f"{place} lies outside its shape {list(self._shape)}",
+                    "save the checkpoint again",
+                )
             covered += math.prod(box.sizes)
         if covered != numel or self._has_overlap():
             problem = f"the parts of {name} hold {covered:,} entries of {numel:,}"
             problem += " and overlap" if covered == numel else ""
-            raise damaged(path, problem, "a file is missing, or the folder holds files of two checkpoints")
+            raise damaged(
+                path, problem, "a file is missing, or the folder holds files of two checkpoints"
+            )
 
     def _has_overlap(self) -> bool:
-        """Return whether two boxes, sorted by their first index, overlap, or there are too many pairs to compare."""
+        """Return whether two boxes, sorted by their first index, overlap, or there are too many
+        pairs to compare.
+        """
         pairs = 0
         for index, box in enumerate(self._boxes):
             for other in self._boxes[index + 1 :]:
@@ -310,7 +383,9 @@ class Boxes:
         out[:] = rows.reshape(-1)[(start - first * width) * item : (stop - first * width) * item]
 
 
-def _find_runs(box: Box, shape: tuple[int, ...], cut: int, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+def _find_runs(
+    box: Box, shape: tuple[int, ...], cut: int, first: int, last: int
+) -> Iterator[tuple[int, int, int]]:
     """Yield the rows of a box among the rows ``first:last`` of the tensor, as runs of neighbours.
 
     A row is an index of the dimensions before ``cut``.

@@ -1,11 +1,13 @@
-"""Sparse patches: the entries of a model that a training step changed, read as the whole model over BASE.
+"""Sparse patches: the entries of a model that a training step changed, read as the whole model over
+BASE.
 
-``NAME.indices`` are positions of changed entries in row-major order, and ``NAME.values`` their new values. Tensors that
-a patch does not name are those of BASE. The metadata has ``sparse`` and, in patches of a run, ``model_version``; each
-then changes the version before it, so a folder of them is applied in that order.
+``NAME.indices`` are positions of changed entries in row-major order, and ``NAME.values`` their new
+values. Tensors that a patch does not name are those of BASE. The metadata has ``sparse`` and, in
+patches of a run, ``model_version``; each then changes the version before it, so a folder of them is
+applied in that order.
 
-Reference: Hugging Face, Delta weight sync (May 2026), sections 4.1 and 4.3: an announced layout. No library has
-released a writer.
+Reference: Hugging Face, Delta weight sync (May 2026), sections 4.1 and 4.3: an announced layout. No
+library has released a writer.
 """
 
 from __future__ import annotations
@@ -44,16 +46,25 @@ class PatchedFile(TensorFile):
         for name in changed:
             self._check_change(name)
         self._changed = frozenset(changed)
-        if unknown := [n for n in patch if n.removesuffix(INDICES).removesuffix(VALUES) not in self._changed]:
-            raise InputError(f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it again")
+        if unknown := [
+            n for n in patch if n.removesuffix(INDICES).removesuffix(VALUES) not in self._changed
+        ]:
+            raise InputError(
+                f"{self._file}: {min(unknown)} is neither indices nor values of a patch; write it "
+                "again"
+            )
         self.tensors = {name: self._describe_tensor(name) for name in base}
-        self.notes = (f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of BASE",)
+        self.notes = (
+            f"a sparse patch: {len(changed)} tensors with changed entries, the others are those of "
+            "BASE",
+        )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major).
 
         Raises:
-            InputError: A changed position is outside the tensor or occurs twice, or a file cannot be read.
+            InputError: A changed position is outside the tensor or occurs twice, or a file cannot
+                be read.
         """
         import torch
 
@@ -62,18 +73,26 @@ class PatchedFile(TensorFile):
             return values
         values = values.to(getattr(torch, self.tensors[name].dtype))
         positions, inside = self._locate_changes(name, start, stop)
-        values[positions[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(values.dtype)
+        values[positions[inside] - start] = self._patch.read(f"{name}{VALUES}")[inside].to(
+            values.dtype
+        )
         return values
 
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return steps whose half bounds the error of the entries ``start:stop``; None if not quantized."""
+        """Return steps whose half bounds the error of the entries ``start:stop``; None if not
+        quantized.
+        """
         return self._base.read_steps(name, start, stop)
 
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
-        """Return the scales of the codes of the entries ``start:stop``, or None; see ``Checkpoint.read_scales``."""
+        """Return the scales of the codes of the entries ``start:stop``, or None; see
+        ``Checkpoint.read_scales``.
+        """
         return self._base.read_scales(name, start, stop)
 
-    def _locate_changes(self, name: str, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _locate_changes(
+        self, name: str, start: int, stop: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the changed positions of a tensor, and which of them are in a range.
 
         Raises:
@@ -86,20 +105,36 @@ class PatchedFile(TensorFile):
             (ordered[1:][ordered[1:] == ordered[:-1]], "twice"),
         ):
             if len(wrong):
-                raise damaged(self._file, f"{name}{INDICES} names entry {wrong[0]} {problem}", "write the patch again")
+                raise damaged(
+                    self._file,
+                    f"{name}{INDICES} names entry {wrong[0]} {problem}",
+                    "write the patch again",
+                )
         return positions, (positions >= start) & (positions < stop)
 
     def _check_change(self, name: str) -> None:
         """Refuse a change of a tensor that is incomplete, or does not fit BASE."""
         values, indices = f"{name}{VALUES}", f"{name}{INDICES}"
         if name not in self._base:
-            raise InputError(f"{self._file}: changes {name}, which BASE {self._base.path} lacks; give its own base")
+            raise InputError(
+                f"{self._file}: changes {name}, which BASE {self._base.path} lacks; give its own "
+                "base"
+            )
         if values not in self._patch:
             raise InputError(f"{self._file}: {values} is missing; write the patch again")
         of_indices, of_values = self._patch[indices], self._patch[values]
-        if len(of_indices.shape) != 1 or of_indices.shape != of_values.shape or of_indices.dtype not in INTEGERS:
-            problem = f"{indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} {list(of_values.shape)}"
-            raise damaged(self._file, problem, "both must be vectors of one length, of integers and floats")
+        if (
+            len(of_indices.shape) != 1
+            or of_indices.shape != of_values.shape
+            or of_indices.dtype not in INTEGERS
+        ):
+            problem = (
+                f"{indices} is {of_indices.dtype} {list(of_indices.shape)}, and {values} "
+                f"{list(of_values.shape)}"
+            )
+            raise damaged(
+                self._file, problem, "both must be vectors of one length, of integers and floats"
+            )
         base_info = self._base[name]
         if base_info.stored is not None or not {base_info.dtype, of_values.dtype} <= FLOAT_DTYPES:
             kind = base_info.stored or base_info.dtype
@@ -107,7 +142,9 @@ class PatchedFile(TensorFile):
             raise damaged(self._file, problem, "patches are read over plain floating-point weights")
 
     def _describe_tensor(self, name: str) -> TensorInfo:
-        """Return the description of a tensor; its dtype holds the values of BASE and those of the patch exactly."""
+        """Return the description of a tensor; its dtype holds the values of BASE and those of the
+        patch exactly.
+        """
         info = self._base[name]
         if name not in self._changed:
             return info
@@ -117,11 +154,15 @@ class PatchedFile(TensorFile):
 
 
 def is_patch(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint is a sparse patch: by its metadata, or if it has only indices and values."""
+    """Return whether a checkpoint is a sparse patch: by its metadata, or if it has only indices and
+    values.
+    """
     names = list(checkpoint)
     if any(file.metadata.get("sparse", "").lower() == "true" for file in checkpoint.files):
         return True
-    return all(name.endswith((INDICES, VALUES)) for name in names) and any(name.endswith(INDICES) for name in names)
+    return all(name.endswith((INDICES, VALUES)) for name in names) and any(
+        name.endswith(INDICES) for name in names
+    )
 
 
 def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
@@ -138,7 +179,9 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
         InputError: ``open_checkpoint`` refuses a file, or a patch does not fit BASE.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
-    is_single = len(files) < 2 or any((path / name).exists() for name in ("model.safetensors", "config.json"))
+    is_single = len(files) < 2 or any(
+        (path / name).exists() for name in ("model.safetensors", "config.json")
+    )
     opened = [] if is_single else [open_checkpoint(file) for file in files]
     if not opened or not all(map(is_patch, opened)):
         opened = [open_checkpoint(path)]
@@ -154,7 +197,9 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
 
 
 def _make_sort_key(patch: Checkpoint) -> tuple[int, str]:
-    """Return a sort key: the version of a patch, 0 without a valid one, then the name of its file."""
+    """Return a sort key: the version of a patch, 0 without a valid one, then the name
+    of its file.
+    """
     version = patch.files[0].metadata.get("model_version", "")
     is_number = version.isascii() and version.isdecimal() and len(version) < 20
     return int(version) if is_number else 0, patch.files[0].path.name

@@ -1,10 +1,11 @@
 """The ``torch.save`` format: ``pytorch_model.bin``, ``*.pt``, ``*.pth``, ``*.ckpt``.
 
-Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A zip file with entries
-that are compressed, or larger than the file, is refused before torch unpacks them; so is a pickle that takes more
-memory than its length explains (``inert``), and afterwards a tensor with more entries than its storage. Zip files are
-memory-mapped, and the pages of a range are released after the range was copied, so that resident memory does not grow
-with the file. The legacy format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
+Files are loaded with ``weights_only=True`` only: a file that needs code to be read is refused. A
+zip file with entries that are compressed, or larger than the file, is refused before torch unpacks
+them; so is a pickle that takes more memory than its length explains (``inert``), and afterwards a
+tensor with more entries than its storage. Zip files are memory-mapped, and the pages of a range are
+released after the range was copied, so that resident memory does not grow with the file. The legacy
+format of torch < 1.6 cannot be mapped and is loaded whole, with a note.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class TorchFile(TensorFile):
         path: The file.
 
     Raises:
-        InputError: The file cannot be read, is damaged, needs code to be read, or holds no tensors, or one that is
-            sparse, larger than its storage or not named in valid Unicode.
+        InputError: The file cannot be read, is damaged, needs code to be read, or holds no tensors,
+            or one that is sparse, larger than its storage or not named in valid Unicode.
     """
 
     label = "torch pickle"
@@ -54,7 +55,8 @@ class TorchFile(TensorFile):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether this format claims the file: by its extension, or the first bytes of a zip or pickle.
+        """Return whether this format claims the file: by its extension, or the first bytes of a zip
+        or pickle.
 
         Raises:
             InputError: The path is not a regular file, or a remote file cannot be read.
@@ -71,7 +73,9 @@ class TorchFile(TensorFile):
         tensor = self._state[name]
         out, storage = _copy_range(tensor, start, stop), tensor.untyped_storage()
         copied = storage.data_ptr(), storage.nbytes()
-        if tensor.is_contiguous():  # to release all of it after each range would take quadratic time
+        if (
+            tensor.is_contiguous()
+        ):  # to release all of it after each range would take quadratic time
             copied = tensor.data_ptr() + start * tensor.itemsize, out.nbytes
         if self._mapped:
             _release_pages(*copied)
@@ -88,25 +92,36 @@ class TorchFile(TensorFile):
             remote = self.path.download_temporarily() if isinstance(self.path, RemotePath) else None
             with remote or nullcontext(self.path) as local, warnings.catch_warnings():
                 (_check_archive if self._mapped else _check_legacy)(Path(local), self.path)
-                warnings.simplefilter("ignore")  # about pickle protocols: the file is refused or read below
+                warnings.simplefilter(
+                    "ignore"
+                )  # about pickle protocols: the file is refused or read below
                 loaded = torch.load(local, map_location="cpu", weights_only=True, mmap=self._mapped)
         except OSError as error:
             raise InputError(f"{self.path}: cannot be read: {error.strerror}") from error
         except pickle.UnpicklingError as error:
             problem = "holds more than tensors, and reading it could run code"
-            fix = "save only the weights: safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+            fix = (
+                "save only the weights: safetensors.torch.save_file(model.state_dict(), "
+                "'model.safetensors')"
+            )
             raise damaged(self.path, problem, fix) from error
-        except Exception as error:  # torch raises many types on damaged files, down to a bare EOFError
+        except (
+            Exception
+        ) as error:  # torch raises many types on damaged files, down to a bare EOFError
             if isinstance(error, InputError):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(f"{self.path}: is not a readable torch file ({reason}); copy or save it again") from error
+            raise InputError(
+                f"{self.path}: is not a readable torch file ({reason}); copy or save it again"
+            ) from error
         self._state = _find_state_dict(loaded, self.path)
         if not self._mapped:
             self.notes = (f"{self.path.name} is in torch's legacy format and was loaded whole",)
         if isinstance(self.path, RemotePath):
             size = self.path.file_info().size
-            self.notes += (f"{self.path.name} is a torch file and was downloaded whole, {size:,} bytes",)
+            self.notes += (
+                f"{self.path.name} is a torch file and was downloaded whole, {size:,} bytes",
+            )
         self.tensors = {
             name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
             for name, tensor in self._state.items()
@@ -129,8 +144,8 @@ def _check_archive(file: Path, path: Path) -> None:
         path: The file, for messages.
 
     Raises:
-        InputError: An entry is compressed, the entries together are larger than the file, or the pickle is damaged or
-            copies entries again and again.
+        InputError: An entry is compressed, the entries together are larger than the file, or the
+            pickle is damaged or copies entries again and again.
         zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
@@ -147,7 +162,8 @@ def _check_legacy(file: Path, path: Path) -> None:
         InputError: A pickle takes more memory, or is damaged.
     """
     with file.open("rb") as content:
-        # A magic number, version, machine, data and names of the storages; any other file is refused by torch.
+        # A magic number, version, machine, data and names of the storages; any other file is
+        # refused by torch.
         if inert.load(content, path, "the first pickle") == MAGIC:
             for entry in ("version", "machine", "data", "list of storages"):
                 inert.load(content, path, f"the {entry}")
@@ -158,23 +174,33 @@ def _find_state_dict(loaded: Any, path: Path) -> dict[str, torch.Tensor]:
     import torch
 
     if isinstance(loaded, dict):
-        tensors = {str(name): value.detach() for name, value in loaded.items() if isinstance(value, torch.Tensor)}
+        tensors = {
+            str(name): value.detach()
+            for name, value in loaded.items()
+            if isinstance(value, torch.Tensor)
+        }
         if tensors:
             for name, value in tensors.items():
                 if value.layout != torch.strided:
                     raise InputError(f"{path}: {name} is a sparse tensor; save it dense")
                 if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                    raise InputError(f"{path}: {name} has more entries than its storage; save it contiguous")
+                    raise InputError(
+                        f"{path}: {name} has more entries than its storage; save it contiguous"
+                    )
             check_unicode(tensors, path)
             return tensors
         for key in WRAPPERS:
             if isinstance(loaded.get(key), dict):
                 return _find_state_dict(loaded[key], path)
-    raise InputError(f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()")
+    raise InputError(
+        f"{path}: holds no named tensors (a {type(loaded).__name__}); save model.state_dict()"
+    )
 
 
 def _copy_range(tensor: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Return a copy of the entries ``start:stop``; if they are not contiguous, copy only the rows that hold them."""
+    """Return a copy of the entries ``start:stop``; if they are not contiguous, copy only the rows
+    that hold them.
+    """
     while tensor.ndim > 1 and start < stop:
         width = max(1, tensor[0].numel())
         first, last = start // width, -(-stop // width)
@@ -193,4 +219,6 @@ def _release_pages(address: int, size: int) -> None:
     begin = -(-address // page) * page
     length = (address + size - begin) // page * page
     if length > 0:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+        ctypes.CDLL(None).madvise(
+            ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED
+        )

@@ -1,12 +1,13 @@
 """One torch file per rank, as verl and SkyRL save FSDP models: ``model_world_size_N_rank_R.pt``.
 
-A value is a ``DTensor`` (a local tensor and a specification: device mesh, placements, shape of the whole), a
-``ShardedTensor`` (local tensors with their offsets) or a plain tensor.
+A value is a ``DTensor`` (a local tensor and a specification: device mesh, placements, shape of the
+whole), a ``ShardedTensor`` (local tensors with their offsets) or a plain tensor.
 
-A mesh is an array of ranks. Along one of its dimensions a tensor is either cut (``Shard(d)``: ``ceil(n / ranks)``
-indices of dimension d per rank, the last ranks fewer) or repeated (``Replicate``). Where two dimensions of the mesh cut
-the same one of the tensor, the first cuts it into blocks and the second cuts the blocks. Plain tensors are repeated in
-files with distributed ones; in files without, each holds rows of its rank (FSDP1).
+A mesh is an array of ranks. Along one of its dimensions a tensor is either cut (``Shard(d)``:
+``ceil(n / ranks)`` indices of dimension d per rank, the last ranks fewer) or repeated
+(``Replicate``). Where two dimensions of the mesh cut the same one of the tensor, the first cuts it
+into blocks and the second cuts the blocks. Plain tensors are repeated in files with distributed
+ones; in files without, each holds rows of its rank (FSDP1).
 
 Reference: ``torch.distributed.tensor._dtensor_spec``, ``.placement_types``; verl ``model_merger``.
 """
@@ -24,7 +25,15 @@ from typing import Any
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, check_unicode, read_object
 from lora_diag.checkpoints.file_bytes import FileBytes, StoredTensor
 from lora_diag.checkpoints.inert import Record, attribute
-from lora_diag.checkpoints.parts import WRAPPERS, Archive, Box, Boxes, PartsFolder, are_sizes, unwrap_parameter
+from lora_diag.checkpoints.parts import (
+    WRAPPERS,
+    Archive,
+    Box,
+    Boxes,
+    PartsFolder,
+    are_sizes,
+    unwrap_parameter,
+)
 from lora_diag.checkpoints.tensors import WIDTH, TensorInfo
 from lora_diag.errors import damaged
 
@@ -46,8 +55,8 @@ class _Part:
     Args:
         tensor: Location of its entries.
         shape: Shape of the whole tensor; None if the rank's file does not state it.
-        sharded_dims: For each dimension of the mesh, the tensor dimension that it splits; None where it repeats. None
-            altogether for a plain tensor and a ``ShardedTensor``.
+        sharded_dims: For each dimension of the mesh, the tensor dimension that it splits; None
+            where it repeats. None altogether for a plain tensor and a ``ShardedTensor``.
         coordinates: The rank's place in the mesh; empty without one.
         offsets: Offset of the part in the tensor, if the file has it (``ShardedTensor``).
     """
@@ -66,8 +75,8 @@ class RanksFolder(PartsFolder):
         folder: The folder.
 
     Raises:
-        InputError: A file is missing, damaged or of another model, a tensor is of an unsupported class or placement, or
-            the parts of a tensor do not fit together.
+        InputError: A file is missing, damaged or of another model, a tensor is of an unsupported
+            class or placement, or the parts of a tensor do not fit together.
     """
 
     label = "one torch file per rank"
@@ -84,8 +93,14 @@ class RanksFolder(PartsFolder):
         distributed = any(part.shape is not None for parts in by_name.values() for part in parts)
         notes = [f"assembled from the files of {len(files)} ranks"]
         if not distributed and len(files) > 1:
-            notes.append("the files do not say how tensors were cut: rows of all ranks are joined, as FSDP1 cuts")
-        joined = {name: _join_parts(folder, name, parts, len(files), distributed) for name, parts in by_name.items()}
+            notes.append(
+                "the files do not say how tensors were cut: rows of all ranks are joined, as FSDP1 "
+                "cuts"
+            )
+        joined = {
+            name: _join_parts(folder, name, parts, len(files), distributed)
+            for name, parts in by_name.items()
+        }
         super().__init__(folder, joined, notes)
 
     @staticmethod
@@ -102,15 +117,25 @@ def _find_files(folder: Path) -> list[Path]:
             by_world_size.setdefault(int(match[1]), {})[int(match[2])] = path
     if len(by_world_size) != 1:
         sizes = ", ".join(map(str, sorted(by_world_size)))
-        raise damaged(folder, f"holds models of {len(by_world_size)} world sizes ({sizes})", "keep the files of one")
+        raise damaged(
+            folder,
+            f"holds models of {len(by_world_size)} world sizes ({sizes})",
+            "keep the files of one",
+        )
     ((world, by_rank),) = by_world_size.items()
     if wrong := sorted(by_rank.keys() ^ set(range(world))):
         problem = "one too many" if wrong[0] in by_rank else "missing"
         raise damaged(folder, f"the file of rank {wrong[0]} of {world} is {problem}", COPY_ALL)
     config = folder / CONFIG
-    settings = read_object(config, "FSDP configuration", MAX_CONFIG_BYTES) if config.is_file() else {}
+    settings = (
+        read_object(config, "FSDP configuration", MAX_CONFIG_BYTES) if config.is_file() else {}
+    )
     if (stated := settings.get("world_size", world)) != world:
-        problem = f"{CONFIG} says that {stated!r} ranks saved the model, but it holds the files of {world}"
+        problem = (
+            f"{CONFIG} says that {stated!r} ranks saved the model, but it holds the files "
+            "of "
+            f"{world}"
+        )
         raise damaged(folder, problem, f"{COPY_ALL}, or keep those of one model")
     return [by_rank[rank] for rank in range(world)]
 
@@ -153,15 +178,20 @@ def _read_value_parts(archive: Archive, name: str, value: Any, rank: int) -> lis
     return [_make_dtensor_part(archive, name, tensor, spec, rank)]
 
 
-def _make_dtensor_part(archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int) -> _Part:
+def _make_dtensor_part(
+    archive: Archive, name: str, tensor: StoredTensor, spec: Record, rank: int
+) -> _Part:
     """Return the part of a DTensor that this rank holds."""
     path = archive.file.path
     shape, placements = attribute(spec.get("tensor_meta"), "shape", 0), spec.get("placements")
     if not are_sizes(shape) or not isinstance(placements, tuple | list):
         raise damaged(path, f"{name} does not give the shape of the whole tensor, or how it is cut")
-    # ``are_sizes`` limits the coordinates, and so the placements, which are read below: many tensors may share them.
+    # ``are_sizes`` limits the coordinates, and so the placements, which are read below: many
+    # tensors may share them.
     coordinates = _read_coordinates(archive, spec.get("mesh"), name, rank, len(placements))
-    sharded_dims = tuple(_read_sharded_dim(path, name, placement, len(shape)) for placement in placements)
+    sharded_dims = tuple(
+        _read_sharded_dim(path, name, placement, len(shape)) for placement in placements
+    )
     return _Part(tensor, tuple(shape), sharded_dims, coordinates)
 
 
@@ -172,12 +202,20 @@ def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) ->
         return None
     dim = attribute(placement, "dim", 0)
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < dimensions:
-        fix = "merge the files first: python -m verl.model_merger merge --backend fsdp --local_dir DIR --target_dir out"
-        raise damaged(path, f"{name} is placed as {kind or 'nothing known'}, which is not supported", fix)
+        fix = (
+            "merge the files first: python -m verl.model_merger merge --backend fsdp "
+            "--local_dir "
+            "DIR --target_dir out"
+        )
+        raise damaged(
+            path, f"{name} is placed as {kind or 'nothing known'}, which is not supported", fix
+        )
     return dim
 
 
-def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensions: int) -> tuple[int, ...]:
+def _read_coordinates(
+    archive: Archive, mesh: Any, name: str, rank: int, dimensions: int
+) -> tuple[int, ...]:
     """Return the place of this rank in the device mesh."""
     import numpy as np
 
@@ -187,10 +225,21 @@ def _read_coordinates(archive: Archive, mesh: Any, name: str, rank: int, dimensi
     if coordinates is None:
         ranks = archive.tensor(attribute(mesh, "mesh"), f"the mesh of {name}")
         if ranks is not None and ranks.numel <= MAX_RANKS and ranks.dtype in {"int32", "int64"}:
-            found = np.flatnonzero(np.frombuffer(ranks.read_bytes(), f"<i{WIDTH[ranks.dtype]}") == rank).tolist()
-            coordinates = tuple(map(int, np.unravel_index(found[0], ranks.shape))) if found else None
-    if not are_sizes(coordinates) or len(coordinates) != dimensions or max(coordinates, default=0) >= MAX_RANKS:
-        raise damaged(archive.file.path, f"{name} does not give the position of rank {rank} in the device mesh")
+            found = np.flatnonzero(
+                np.frombuffer(ranks.read_bytes(), f"<i{WIDTH[ranks.dtype]}") == rank
+            ).tolist()
+            coordinates = (
+                tuple(map(int, np.unravel_index(found[0], ranks.shape))) if found else None
+            )
+    if (
+        not are_sizes(coordinates)
+        or len(coordinates) != dimensions
+        or max(coordinates, default=0) >= MAX_RANKS
+    ):
+        raise damaged(
+            archive.file.path,
+            f"{name} does not give the position of rank {rank} in the device mesh",
+        )
     return tuple(coordinates)
 
 
@@ -208,11 +257,17 @@ def _read_sharded(archive: Archive, name: str, state: Any) -> Iterator[_Part]:
         yield _Part(tensor, tuple(shape), offsets=tuple(offsets))
 
 
-def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distributed: bool) -> Boxes:
-    """Return a tensor put together from its parts; ``distributed`` is whether any tensor states how it is cut."""
+def _join_parts(
+    folder: Path, name: str, parts: list[_Part], world: int, distributed: bool
+) -> Boxes:
+    """Return a tensor put together from its parts; ``distributed`` is whether any tensor states how
+    it is cut.
+    """
     first = parts[0]
     if len({(part.tensor.dtype, part.shape, part.sharded_dims is None) for part in parts}) > 1:
-        raise damaged(folder, f"the ranks disagree about {name}", "the folder holds files of two checkpoints")
+        raise damaged(
+            folder, f"the ranks disagree about {name}", "the folder holds files of two checkpoints"
+        )
     if first.offsets is None and len(parts) != world:
         raise damaged(folder, f"{len(parts)} of {world} ranks hold {name}", COPY_ALL)
     shape = first.shape
@@ -226,16 +281,24 @@ def _join_parts(folder: Path, name: str, parts: list[_Part], world: int, distrib
         shape = first.tensor.shape
         boxes = [Box((0,) * len(shape), shape, first.tensor.fill)]
     else:
-        if len({part.tensor.shape[1:] for part in parts}) > 1 or any(not part.tensor.shape for part in parts):
+        if len({part.tensor.shape[1:] for part in parts}) > 1 or any(
+            not part.tensor.shape for part in parts
+        ):
             raise damaged(folder, f"the rows of {name} have different shapes on the ranks")
         inner, tensors = first.tensor.shape[1:], [part.tensor for part in parts]
         *starts, rows = accumulate((tensor.shape[0] for tensor in tensors), initial=0)
         origin = (0,) * len(inner)
-        boxes = [Box((row, *origin), of.shape, of.fill) for row, of in zip(starts, tensors, strict=True)]
+        boxes = [
+            Box((row, *origin), of.shape, of.fill) for row, of in zip(starts, tensors, strict=True)
+        ]
         shape = (rows, *inner)
     shape = shape or ()
-    if outside := next((box for box in boxes if not len(box.offsets) == len(box.sizes) == len(shape)), None):
-        raise damaged(folder, f"the part of {name} at {list(outside.offsets)} does not lie in the tensor")
+    if outside := next(
+        (box for box in boxes if not len(box.offsets) == len(box.sizes) == len(shape)), None
+    ):
+        raise damaged(
+            folder, f"the part of {name} at {list(outside.offsets)} does not lie in the tensor"
+        )
     return Boxes(TensorInfo(name, shape, first.tensor.dtype), boxes, folder)
 
 
@@ -243,13 +306,21 @@ def _place_in_mesh(folder: Path, name: str, parts: list[_Part]) -> list[Box]:
     """Return the boxes of a DTensor; of every repeated dimension of the mesh, one place is used."""
     shape, sharded_dims = parts[0].shape or (), parts[0].sharded_dims or ()
     by_coordinates = {part.coordinates: part for part in parts}
-    if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(parts):
-        raise damaged(folder, f"the ranks disagree about how {name} is cut", "the folder holds two checkpoints")
+    if any(part.sharded_dims != sharded_dims for part in parts) or len(by_coordinates) != len(
+        parts
+    ):
+        raise damaged(
+            folder,
+            f"the ranks disagree about how {name} is cut",
+            "the folder holds two checkpoints",
+        )
     counts = [max(places) + 1 for places in zip(*by_coordinates, strict=True)]
     if math.prod(counts) != len(by_coordinates):
         problem = f"the device mesh of {name} has {counts} places for {len(by_coordinates)} ranks"
         raise damaged(folder, problem, COPY_ALL)
-    used = (range(1 if dim is None else count) for count, dim in zip(counts, sharded_dims, strict=True))
+    used = (
+        range(1 if dim is None else count) for count, dim in zip(counts, sharded_dims, strict=True)
+    )
     boxes = []
     for coordinates in product(*used):
         offsets, sizes = [0] * len(shape), list(shape)

@@ -1,8 +1,8 @@
 """Paths of addresses, with the interface of ``pathlib.Path`` that the readers use.
 
-This module is independent of any protocol (see ``stores``). The secret parts of an address, such as a password or the
-signature of a presigned URL, stay in the store that makes the requests, so the text of a path is safe to print and to
-record. Local paths import nothing.
+This module is independent of any protocol (see ``stores``). The secret parts of an address, such as
+a password or the signature of a presigned URL, stay in the store that makes the requests, so the
+text of a path is safe to print and to record. Local paths import nothing.
 """
 
 # Signatures of ``pathlib`` differ between versions of Python; here they have what the readers use.
@@ -27,7 +27,8 @@ from lora_diag.errors import InputError, damaged
 if TYPE_CHECKING:
     from lora_diag.checkpoints.stores import FileInfo, Store
 
-    _Path = Path  # functions that take a Path take a RemotePath, too, and mypy checks what they do with it
+    # functions that take a Path take a RemotePath, too, and mypy checks what they do with it
+    _Path = Path
 else:
     _Path = object
 
@@ -41,7 +42,8 @@ class RemotePath(_Path):
 
     Args:
         address: The printable address, without a trailing slash.
-        store: The store that makes the requests and caches the answers, also for its parents and the paths below it.
+        store: The store that makes the requests and caches the answers, also for its parents and
+            the paths below it.
     """
 
     address: str
@@ -88,7 +90,9 @@ class RemotePath(_Path):
         return self.store.is_file(self.address)
 
     def is_dir(self) -> bool:
-        """Return whether the path is a folder; on a web server, which has none, whether it can only mean a folder."""
+        """Return whether the path is a folder; on a web server, which has none, whether it can only
+        mean a folder.
+        """
         return self.store.is_folder(self.address)
 
     def exists(self) -> bool:
@@ -97,7 +101,9 @@ class RemotePath(_Path):
 
     def iterdir(self) -> Iterator[RemotePath]:
         """Yield the content of a folder; nothing if the server cannot list it."""
-        yield from (RemotePath(address, self.store) for address in self.store.children(self.address))
+        yield from (
+            RemotePath(address, self.store) for address in self.store.children(self.address)
+        )
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """Yield the paths in the folder whose names match a pattern."""
@@ -107,8 +113,8 @@ class RemotePath(_Path):
         """Return size and version of the file.
 
         Raises:
-            InputError: The file does not exist, or the store cannot be reached, denies access or gives an invalid
-                answer.
+            InputError: The file does not exist, or the store cannot be reached, denies access or
+                gives an invalid answer.
         """
         info = self.store.file_info(self.address)
         if info is None:
@@ -123,8 +129,8 @@ class RemotePath(_Path):
         """Fill a buffer with the bytes from ``offset`` on.
 
         Raises:
-            InputError: The range cannot be read, the file has changed since it was opened, or the server sent other
-                bytes than requested.
+            InputError: The range cannot be read, the file has changed since it was opened, or the
+                server sent other bytes than requested.
         """
         from lora_diag.checkpoints.addresses import fill
 
@@ -136,7 +142,9 @@ class RemotePath(_Path):
             return file.read()
 
     def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Return the file, open for reading bytes; raises like ``file_info``, and its reads like ``read_into``."""
+        """Return the file, open for reading bytes; raises like ``file_info``, and its reads like
+        ``read_into``.
+        """
         assert mode == "rb"
         return io.BufferedReader(RangeStream(self.read_into, self.file_info().size), BUFFER_BYTES)
 
@@ -148,7 +156,8 @@ class RemotePath(_Path):
             Path of the local copy, which is removed afterwards.
 
         Raises:
-            InputError: The disk for temporary files (``TMPDIR``) has too little space, or the file cannot be read.
+            InputError: The disk for temporary files (``TMPDIR``) has too little space, or the file
+                cannot be read.
         """
         import shutil
         import tempfile
@@ -156,8 +165,14 @@ class RemotePath(_Path):
         size, free = self.file_info().size, shutil.disk_usage(tempfile.gettempdir()).free
         if size > free:
             place = f"{tempfile.gettempdir()} ({free:,} free)"
-            fix = "set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
-            raise damaged(self, f"this format is read whole, but its {size:,} bytes do not fit into {place}", fix)
+            fix = (
+                "set TMPDIR to a larger disk, or convert it to safetensors, which is read by ranges"
+            )
+            raise damaged(
+                self,
+                f"this format is read whole, but its {size:,} bytes do not fit into {place}",
+                fix,
+            )
         with tempfile.NamedTemporaryFile(prefix="loradiag-") as copy:
             with self.open() as file:
                 shutil.copyfileobj(file, copy, 2**26)
@@ -190,7 +205,9 @@ class RangeStream(io.RawIOBase):
         Raises:
             ValueError: The position is before the start.
         """
-        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        )
         if position < 0:
             raise ValueError(f"position {position} is before the start")
         self._position = position
@@ -205,7 +222,9 @@ class RangeStream(io.RawIOBase):
         return count
 
     def readall(self) -> bytes:
-        """Return the bytes from the position on, read at once; that of the base class reads 8 KiB at a time."""
+        """Return the bytes from the position on, read at once; that of the base class reads 8 KiB
+        at a time.
+        """
         content = bytearray(max(0, self._size - self._position))
         self.readinto(content)
         return bytes(content)
@@ -214,12 +233,13 @@ class RangeStream(io.RawIOBase):
 def as_path(address: Path | str) -> Path:
     """Return a path: a ``RemotePath`` for an address, else a ``Path``.
 
-    A ``RemotePath`` is returned unchanged, with the answers that its store has cached; a command therefore converts
-    each of its arguments once.
+    A ``RemotePath`` is returned unchanged, with the answers that its store has cached; a command
+    therefore converts each of its arguments once.
 
     Raises:
-        InputError: The address is invalid, or has an unsupported scheme or a part that its scheme does not accept; for
-            ``hf://``, also if ``huggingface_hub`` is not installed or the repository cannot be reached.
+        InputError: The address is invalid, or has an unsupported scheme or a part that its scheme
+            does not accept; for ``hf://``, also if ``huggingface_hub`` is not installed or the
+            repository cannot be reached.
     """
     if isinstance(address, RemotePath):
         return cast(Path, address)
@@ -227,7 +247,11 @@ def as_path(address: Path | str) -> Path:
     match = ADDRESS.fullmatch(full)
     if match is None:
         if SCHEME.match(full) and not Path(address).exists():
-            raise damaged(hide_secrets(address), "unsupported scheme", "give s3://, gs://, hf://, https:// or http://")
+            raise damaged(
+                hide_secrets(address),
+                "unsupported scheme",
+                "give s3://, gs://, hf://, https:// or http://",
+            )
         return Path(address)
     root = hide_secrets(full).rstrip("/")
     return cast(Path, RemotePath(root, _open_store(match[1].lower(), match[2].rstrip(), root)))
@@ -242,8 +266,9 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
         root: The printable address.
 
     Raises:
-        InputError: The address is invalid or has a part that its scheme does not accept; for ``hf://``, also if
-            ``huggingface_hub`` is not installed or the repository cannot be reached.
+        InputError: The address is invalid or has a part that its scheme does not accept; for
+            ``hf://``, also if ``huggingface_hub`` is not installed or the repository cannot be
+            reached.
     """
     try:
         parts = urlsplit(f"{scheme}://{location}")
@@ -252,17 +277,25 @@ def _open_store(scheme: str, location: str, root: str) -> Store:
         is_valid = False
     if not is_valid:
         problem = "invalid host or port"
-        raise damaged(root, problem, "in a password write : / ? # @ as %3A %2F %3F %23 %40, and so @ in a path")
+        raise damaged(
+            root,
+            problem,
+            "in a password write : / ? # @ as %3A %2F %3F %23 %40, and so @ in a path",
+        )
     if scheme in WEB:
         if not parts.hostname:
             raise InputError(f"{root}: the address has no host; give https://host/path")
         from lora_diag.checkpoints.stores import HttpStore
 
-        credentials = (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        credentials = (
+            (unquote(parts.username), unquote(parts.password or "")) if parts.username else None
+        )
         return HttpStore(root, credentials, parts.query)
     if "@" in location.partition("/")[0] or "?" in location:
         problem = f"{scheme}:// accepts no password and no query"
-        fix = "provide credentials as for the tools of that cloud (environment, configuration files)"
+        fix = (
+            "provide credentials as for the tools of that cloud (environment, configuration files)"
+        )
         raise damaged(root, problem, fix)
     if scheme == "hf":
         from lora_diag.checkpoints.hub import open_hub

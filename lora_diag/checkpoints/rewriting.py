@@ -1,4 +1,6 @@
-"""A checkpoint with some of its weights replaced, written as one safetensors file with ``config.json``."""
+"""A checkpoint with some of its weights replaced, written as one safetensors file with
+``config.json``.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Replacement:
 
 
 def read_recipe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the recipe of a merge from the metadata of its file; empty without one, or with one that is damaged."""
+    """Return the recipe of a merge from the metadata of its file; empty without one, or with one
+    that is damaged.
+    """
     for file in checkpoint.files:
         try:
             recipe = loads(file.metadata.get(RECIPE, "null"))
@@ -77,11 +81,13 @@ def write_changed(
     dtype: str | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``model.safetensors``, one tensor in memory at a time; and ``config.json`` if the source has one.
+    """Write ``model.safetensors``, one tensor in memory at a time; and ``config.json`` if the
+    source has one.
 
     Args:
         folder: An existing folder.
-        source: The checkpoint whose values are used where nothing is replaced; quantized ones are dequantized.
+        source: The checkpoint whose values are used where nothing is replaced; quantized ones are
+            dequantized.
         replaced: The new values.
         dtype: Dtype of all floating-point tensors; None for that in which each is read.
         metadata: Metadata of the file, besides its format.
@@ -93,7 +99,9 @@ def write_changed(
     for part in replaced:
         by_name.setdefault(part.name, []).append(part)
     infos = {
-        name: TensorInfo(name, info.shape, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype)
+        name: TensorInfo(
+            name, info.shape, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype
+        )
         for name, info in ((name, source[name]) for name in source)
     }
 
@@ -102,11 +110,18 @@ def write_changed(
 
         values = source.read(name).to(getattr(torch, infos[name].dtype))
         for part in by_name.get(name, ()):
-            values[part.offset : part.offset + math.prod(part.shape)] = open_checkpoint(part.file).read("W")
+            values[part.offset : part.offset + math.prod(part.shape)] = open_checkpoint(
+                part.file
+            ).read("W")
         return values.view(infos[name].shape)
 
     write_safetensors(folder / MODEL, infos, read, {"format": "pt", **(metadata or {})})
     if source.config:
-        config = {key: value for key, value in source.config.items() if key != "quantization_config"}
+        config = {
+            key: value for key, value in source.config.items() if key != "quantization_config"
+        }
         config |= {key: dtype for key in ("torch_dtype", "dtype") if dtype and key in config}
-        write_whole(folder / MODEL_CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        write_whole(
+            folder / MODEL_CONFIG,
+            json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n",
+        )

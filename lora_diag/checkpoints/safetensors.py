@@ -1,11 +1,12 @@
 """The safetensors format: an 8-byte length, a JSON header, then the bytes of every tensor.
 
-The header is parsed here and not by the library, for three reasons. Ranges are read with ``pread`` into separate
-memory, so pages of a 100 GB checkpoint never count as resident, and a file that shrinks gives an error instead of a
-SIGBUS. Duplicate names, which the library accepts, are refused. Opening imports no torch.
+The header is parsed here and not by the library, for three reasons. Ranges are read with ``pread``
+into separate memory, so pages of a 100 GB checkpoint never count as resident, and a file that
+shrinks gives an error instead of a SIGBUS. Duplicate names, which the library accepts, are refused.
+Opening imports no torch.
 
-A file is written tensor by tensor, to a temporary file that is then renamed: only one tensor is in memory at a time,
-and the same tensors always give the same bytes.
+A file is written tensor by tensor, to a temporary file that is then renamed: only one tensor is in
+memory at a time, and the same tensors always give the same bytes.
 
 Reference: https://github.com/huggingface/safetensors#format
 """
@@ -39,10 +40,11 @@ PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 # dtype in the file -> torch's name, or its own if torch has none.
 DTYPES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32",
-    "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8",
-    "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+    "I32": "int32", "I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16",
+    "U8": "uint8", "BOOL": "bool", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu",
+    "C64": "complex64",
     **{code: code for code in PACKED_BITS},
 }  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -58,7 +60,8 @@ class SafetensorsFile(TensorFile):
         path: The file.
 
     Raises:
-        InputError: The file cannot be read, or its header is invalid or does not describe its bytes exactly.
+        InputError: The file cannot be read, or its header is invalid or does not describe its bytes
+            exactly.
     """
 
     label = "safetensors"
@@ -67,8 +70,12 @@ class SafetensorsFile(TensorFile):
         self.path = path
         header, data_start, data_bytes = _read_header(path)
         metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise damaged(path, "__metadata__ in the safetensors header must map strings to strings")
+        if not isinstance(metadata, dict) or not all(
+            isinstance(value, str) for value in metadata.values()
+        ):
+            raise damaged(
+                path, "__metadata__ in the safetensors header must map strings to strings"
+            )
         self.metadata = metadata
         self.tensors, spans = _parse_tensors(header, data_bytes, path)
         self._start = {name: data_start + begin for name, (begin, _) in spans.items()}
@@ -95,9 +102,14 @@ class SafetensorsFile(TensorFile):
 
         dtype = getattr(torch, self.tensors[name].dtype, None)
         if dtype is None:
-            problem = f"{name} is stored as {self.tensors[name].dtype}, which needs a newer version of torch"
+            problem = (
+                f"{name} is stored as {self.tensors[name].dtype}, which needs a newer "
+                "version of torch"
+            )
             raise InputError(f"{self.path}: {problem}")
-        return self._content.read_entries(stop - start, dtype, self._start[name] + start * dtype.itemsize, name)
+        return self._content.read_entries(
+            stop - start, dtype, self._start[name] + start * dtype.itemsize, name
+        )
 
     def locate(self, name: str) -> StoredTensor:
         """Return the place of a tensor in the file."""
@@ -109,7 +121,9 @@ class SafetensorsFile(TensorFile):
         return self.tensors[name].dtype in DECODED
 
     def read_arrays(self, names: Sequence[str]) -> Numbers:
-        """Return whole tensors of one shape and dtype as a stack, float32 or float64, without torch."""
+        """Return whole tensors of one shape and dtype as a stack, float32 or float64, without
+        torch.
+        """
         import numpy as np  # imported here: headers are read without NumPy
 
         from lora_diag.checkpoints.file_bytes import decode, is_native
@@ -119,11 +133,15 @@ class SafetensorsFile(TensorFile):
         total = size * len(names)
         content = np.empty(total, np.uint8) if is_native(info.dtype) else scratch("stored", total)
         for index, name in enumerate(names):
-            self._content.fill(content[index * size : (index + 1) * size].data, self._start[name], name)
+            self._content.fill(
+                content[index * size : (index + 1) * size].data, self._start[name], name
+            )
         return decode(content, info.dtype).reshape(len(names), *info.shape)
 
     def read_range(self, name: str, start: int, stop: int) -> Numbers:
-        """Return the entries ``start:stop`` of a tensor; without torch where ``decodes`` is true."""
+        """Return the entries ``start:stop`` of a tensor; without torch where
+        ``decodes`` is true.
+        """
         if not self.decodes(name):
             return super().read_range(name, start, stop)
         import numpy as np  # imported here: headers are read without NumPy
@@ -160,7 +178,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = loads(raw)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: the safetensors header is invalid: {error}; copy or download it again") from error
+        raise InputError(
+            f"{path}: the safetensors header is invalid: {error}; copy or download it again"
+        ) from error
     if not isinstance(header, dict):
         problem = f"the safetensors header is a {type(header).__name__}, not an object"
         raise damaged(path, problem, "copy or download it again")
@@ -170,7 +190,9 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
 def _parse_tensors(
     header: dict[str, Any], data_bytes: int, path: Path
 ) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]]]:
-    """Return description and span of every tensor, after checking that the spans cover the data exactly once."""
+    """Return description and span of every tensor, after checking that the spans cover the data
+    exactly once.
+    """
     tensors: dict[str, TensorInfo] = {}
     spans: dict[str, tuple[int, int]] = {}
     for name, entry in header.items():
@@ -178,11 +200,15 @@ def _parse_tensors(
     end = 0
     for name, (begin, stop) in sorted(spans.items(), key=lambda item: item[1]):
         if begin != end:
-            raise damaged(path, f"{name} starts at byte {begin:,}, but the tensor before it ends at {end:,}")
+            raise damaged(
+                path, f"{name} starts at byte {begin:,}, but the tensor before it ends at {end:,}"
+            )
         end = stop
     if end != data_bytes:
         problem = f"the header describes {end:,} bytes of tensors, the file holds {data_bytes:,}"
-        raise damaged(path, problem, "it was cut short or is still being written: copy or download it again")
+        raise damaged(
+            path, problem, "it was cut short or is still being written: copy or download it again"
+        )
     return tensors, spans
 
 
@@ -195,15 +221,25 @@ def _parse_tensor(name: str, entry: Any, path: Path) -> tuple[TensorInfo, tuple[
     try:
         code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise damaged(path, f"the header entry of {name} has no dtype, shape or data_offsets") from error
+        raise damaged(
+            path, f"the header entry of {name} has no dtype, shape or data_offsets"
+        ) from error
     if not isinstance(code, str) or code not in DTYPES:
-        raise InputError(f"{path}: {name} has the unknown dtype {code!r}; update loradiag, or save it in another")
+        raise InputError(
+            f"{path}: {name} has the unknown dtype {code!r}; update loradiag, or save it in another"
+        )
     if not isinstance(shape, list) or not all(map(is_size, [*shape, begin, end])) or begin > end:
-        raise InputError(f"{path}: the header entry of {name} has an invalid shape or offset; save the file again")
+        raise InputError(
+            f"{path}: the header entry of {name} has an invalid shape or offset; save the file "
+            "again"
+        )
     dtype = DTYPES[code]
     bits = PACKED_BITS.get(dtype) or 8 * WIDTH[dtype]
     if math.prod(shape) * bits != (end - begin) * 8:
-        raise damaged(path, f"{name} is {code} {shape}, which does not match its size of {end - begin:,} bytes")
+        raise damaged(
+            path,
+            f"{name} is {code} {shape}, which does not match its size of {end - begin:,} bytes",
+        )
     return TensorInfo(name, tuple(shape), dtype), (begin, end)
 
 
@@ -219,11 +255,12 @@ def write_safetensors(
 
     Args:
         path: The file; an existing one is replaced once the new one is complete.
-        tensors: Shape and dtype of every tensor by its name. Tensors are ordered by decreasing width of the dtype, then
-            by name.
+        tensors: Shape and dtype of every tensor by its name. Tensors are ordered by decreasing
+            width of the dtype, then by name.
         read: Returns a tensor by its name; called once per tensor, in the order of the file.
         metadata: Metadata of the file, such as ``{"format": "pt"}``.
-        kind: The kind of file, which determines what it may replace; None for a file in a folder that loradiag creates.
+        kind: The kind of file, which determines what it may replace; None for a file in a folder
+            that loradiag creates.
         overwrite: Replace any existing file.
 
     Raises:
@@ -244,7 +281,11 @@ def _make_header(tensors: list[tuple[str, TensorInfo]], metadata: Mapping[str, s
     begin = 0
     for name, info in tensors:
         end = begin + info.numel * WIDTH[info.dtype]
-        entries[name] = {"dtype": CODES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        entries[name] = {
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [begin, end],
+        }
         begin = end
     encoded = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % ALIGNMENT)
@@ -260,6 +301,8 @@ def encode_tensor(name: str, info: TensorInfo, tensor: torch.Tensor) -> memoryvi
     import torch
 
     if tuple(tensor.shape) != info.shape or tensor.dtype != getattr(torch, info.dtype):
-        raise ValueError(f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not match the declared {info}")
+        raise ValueError(
+            f"{name}: {tuple(tensor.shape)} {tensor.dtype} does not match the declared {info}"
+        )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -1,12 +1,14 @@
-"""8-bit weights with a scale per tensor, row or block: FP8 checkpoints, and int8 weights of compressed-tensors.
+"""8-bit weights with a scale per tensor, row or block: FP8 checkpoints, and int8 weights of
+compressed-tensors.
 
     W[i, j] = code[i, j] · scale[⌊i / b_out⌋, ⌊j / b_in⌋]
 
-``scale`` is stored with the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers' fine-grained FP8) or
-``…_scale`` (fbgemm, compressed-tensors, modelopt). Both are multipliers, despite the name ``_inv``. Blocks at the right
-and lower edge are cropped. A scale per tensor is one block; a scale per row is a block of 1 × in. MXFP8 of
-compressed-tensors stores exponents e of scales ``2^(e − 127)`` in 8-bit integers. In a stack of experts
-``(E, out, in)``, each expert has its own grid of scales, or all share one number.
+``scale`` is stored with the weight as ``…_scale_inv`` (DeepSeek, Qwen and transformers'
+fine-grained FP8) or ``…_scale`` (fbgemm, compressed-tensors, modelopt). Both are multipliers,
+despite the name ``_inv``. Blocks at the right and lower edge are cropped. A scale per tensor is one
+block; a scale per row is a block of 1 × in. MXFP8 of compressed-tensors stores exponents e of
+scales ``2^(e − 127)`` in 8-bit integers. In a stack of experts ``(E, out, in)``, each expert has
+its own grid of scales, or all share one number.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class ScaledWeight:
         scale: Name of the tensor of scales.
         grid: Layout of the scales.
         parts: Names of the tensors that belong to the weight and are not presented.
-        divisor: Divisor of every product; 127 for bitsandbytes, which stores the largest absolute value of a row.
+        divisor: Divisor of every product; 127 for bitsandbytes, which stores the largest absolute
+            value of a row.
     """
 
     source: Checkpoint
@@ -74,15 +77,20 @@ class ScaledWeight:
         return self._apply_scales(codes.float(), start, stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor:
-        """Return the distance to the next storable number at the entries ``start:stop``, float32."""
+        """Return the distance to the next storable number at the entries
+        ``start:stop``, float32.
+        """
         import torch
 
         codes = self.source.read(self.info.name, start, stop).float()
         if self.info.stored in FLOAT8:
             mantissa, bias, _ = FLOAT8[self.info.stored]
             smallest = 1 - bias  # exponent of the smallest normal number
-            # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; the step of subnormal numbers is constant.
-            exponent = torch.where(codes == 0, smallest, torch.frexp(codes).exponent - 1).clamp(min=smallest)
+            # code = f · 2^e with f in [1/2, 1), so ⌊log2|code|⌋ = e − 1; the step of subnormal
+            # numbers is constant.
+            exponent = torch.where(codes == 0, smallest, torch.frexp(codes).exponent - 1).clamp(
+                min=smallest
+            )
             steps = torch.ldexp(torch.ones_like(codes), exponent - mantissa)
         else:
             steps = torch.ones_like(codes)
@@ -95,17 +103,23 @@ class ScaledWeight:
         return self._apply_scales(torch.ones(stop - start), start, stop)
 
     def _apply_scales(self, values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Multiply the entries ``start:stop`` by their scales and divide by the divisor, in place; return them."""
+        """Multiply the entries ``start:stop`` by their scales and divide by the divisor, in place;
+        return them.
+        """
         if start >= stop:
             return values
         columns = _find_matrix_shape(self.info.shape)[1]
         first, last = start // columns, -(-stop // columns)
-        scales = self._read_scale_rows(first, last).repeat_interleave(self.grid.block[1], dim=1)[:, :columns]
+        scales = self._read_scale_rows(first, last).repeat_interleave(self.grid.block[1], dim=1)[
+            :, :columns
+        ]
         values *= scales.reshape(-1)[start - first * columns :][: stop - start]
         return values if self.divisor == 1 else values.div_(self.divisor)
 
     def _read_scale_rows(self, first: int, last: int) -> torch.Tensor:
-        """Return the scales of the rows ``first:last`` of all matrices stacked vertically, float32."""
+        """Return the scales of the rows ``first:last`` of all matrices stacked
+        vertically, float32.
+        """
         import torch
 
         grid, height = self.grid, _find_matrix_shape(self.info.shape)[0]
@@ -128,14 +142,19 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         config: Its ``quantization_config``.
 
     Raises:
-        InputError: A float8 weight has no scales, where others have some or the configuration implies them; scales have
-            an unsupported dtype or the wrong shape; a weight has zero points; or ``weight_block_size`` is invalid.
+        InputError: A float8 weight has no scales, where others have some or the configuration
+            implies them; scales have an unsupported dtype or the wrong shape; a weight has zero
+            points; or ``weight_block_size`` is invalid.
     """
     configured_block = _read_configured_block(source, config)
     bare, found_scaled = [], False
     for name in source:
         info = source[name]
-        if name.endswith(SCALES) or info.numel == 0 or not (info.dtype in FLOAT8 or info.dtype == "int8"):
+        if (
+            name.endswith(SCALES)
+            or info.numel == 0
+            or not (info.dtype in FLOAT8 or info.dtype == "int8")
+        ):
             continue
         scale = next((name + suffix for suffix in SCALES if name + suffix in source), None)
         if scale is None:
@@ -143,7 +162,9 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
             continue
         found_scaled = True
         if name + "_zero_point" in source:
-            raise damaged_tensor(source, name, "has unsupported zero points", "give the unquantized checkpoint")
+            raise damaged_tensor(
+                source, name, "has unsupported zero points", "give the unquantized checkpoint"
+            )
         module = name.rpartition(".")[0]
         unused = (f"{module}.{activation}" for activation in ACTIVATIONS)
         yield ScaledWeight(
@@ -155,25 +176,33 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[ScaledWeight
         )
     if bare and (found_scaled or config.get("quant_method") in METHODS):
         wanted = " or ".join(bare[0] + suffix for suffix in SCALES)
-        raise damaged_tensor(source, bare[0], f"is stored as {source[bare[0]].dtype} without scales ({wanted})")
+        raise damaged_tensor(
+            source, bare[0], f"is stored as {source[bare[0]].dtype} without scales ({wanted})"
+        )
 
 
-def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[int, int] | None = None) -> Grid:
+def grid_of(
+    source: Checkpoint, name: str, scale: str, configured_block: tuple[int, int] | None = None
+) -> Grid:
     """Return the layout of the scales of a weight.
 
     Args:
         source: The checkpoint as stored.
         name: Name of the weight.
         scale: Name of its scales.
-        configured_block: Rows and columns of a block in the configuration; None to infer them from the shapes.
+        configured_block: Rows and columns of a block in the configuration; None to infer them from
+            the shapes.
 
     Raises:
-        InputError: The scales are neither floats nor exponents of MXFP8, or their shape does not match the weight's.
+        InputError: The scales are neither floats nor exponents of MXFP8, or their shape does not
+            match the weight's.
     """
     weight, scales = source[name], source[scale]
     exponents = {"float8_e8m0fnu", *(("uint8",) if weight.dtype in FLOAT8 else ())}
     if scales.dtype not in FLOAT_DTYPES | exponents:
-        raise damaged_tensor(source, scale, f"is stored as {scales.dtype}, but scales must be floats")
+        raise damaged_tensor(
+            source, scale, f"is stored as {scales.dtype}, but scales must be floats"
+        )
     rows, columns = _find_matrix_shape(weight.shape)
     if scales.numel == 1:
         return Grid(1, 1, (rows, columns), per_matrix=False)
@@ -188,17 +217,25 @@ def grid_of(source: Checkpoint, name: str, scale: str, configured_block: tuple[i
         or min(block) < 1
         or (down, across) != (-(-rows // block[0]), -(-columns // block[1]))
     ):
-        expected = f" in blocks of {configured_block[0]} × {configured_block[1]}" if configured_block else ""
-        problem = f"has shape {list(scales.shape)}, which does not match {name} {list(weight.shape)}{expected}"
+        expected = (
+            f" in blocks of {configured_block[0]} × {configured_block[1]}"
+            if configured_block
+            else ""
+        )
+        problem = (
+            f"has shape {list(scales.shape)}, which does not match {name} "
+            f"{list(weight.shape)}{expected}"
+        )
         raise damaged_tensor(source, scale, problem)
     return Grid(down, across, block)
 
 
 def _infer_block_size(size: int, count: int) -> int:
-    """Infer the block size if ``count`` blocks, the last perhaps cropped, cover ``size``; 0 if no size is plausible.
+    """Infer the block size if ``count`` blocks, the last perhaps cropped, cover ``size``; 0 if no
+    size is plausible.
 
-    The possible sizes are in [size / count, size / (count − 1)), which contains at most one power of two. Formats use
-    powers of two, mostly 128; without one, only an exact quotient is accepted.
+    The possible sizes are in [size / count, size / (count − 1)), which contains at most one power
+    of two. Formats use powers of two, mostly 128; without one, only an exact quotient is accepted.
     """
     if count == 1:
         return size
@@ -210,7 +247,8 @@ def _infer_block_size(size: int, count: int) -> int:
 
 
 def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Return rows and columns of one matrix of a stack; a vector is a column, so it can have a scale per entry.
+    """Return rows and columns of one matrix of a stack; a vector is a column, so it can have a
+    scale per entry.
 
     >>> _find_matrix_shape((8, 32, 64)), _find_matrix_shape((32,))
     ((32, 64), (32, 1))
@@ -219,11 +257,17 @@ def _find_matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _read_configured_block(source: Checkpoint, config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return ``weight_block_size`` of the configuration after checking it; None if there is none."""
+    """Return ``weight_block_size`` of the configuration after checking it; None if
+    there is none.
+    """
     value = config.get("weight_block_size")
     if value is None:
         return None
-    if not (isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)):
+    if not (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(size) is int and size > 0 for size in value)
+    ):
         problem = f"weight_block_size in config.json is {value!r}, not two positive integers"
         raise damaged(source.path, problem, "correct it")
     return value[0], value[1]

@@ -1,8 +1,10 @@
-"""Stores answer the requests for an address: buckets through fsspec (s3fs, gcsfs), and web servers by range requests.
+"""Stores answer the requests for an address: buckets through fsspec (s3fs, gcsfs), and web servers
+by range requests.
 
-A store returns only verified data. Every range is checked against the request and against the version of the file whose
-header was read; any difference is an error. A folder of a bucket is listed once. Redirects of web servers are not
-followed. Retries and chunks belong to ``addresses``, the Hub to ``hub``.
+A store returns only verified data. Every range is checked against the request and against the
+version of the file whose header was read; any difference is an error. A folder of a bucket is
+listed once. Redirects of web servers are not followed. Retries and chunks belong to ``addresses``,
+the Hub to ``hub``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,12 @@ from functools import partial
 from typing import Any
 from urllib.parse import quote, urljoin
 
-from lora_diag.checkpoints.addresses import LEAST_BYTES, TransientError, call_with_retries, hide_secrets
+from lora_diag.checkpoints.addresses import (
+    LEAST_BYTES,
+    TransientError,
+    call_with_retries,
+    hide_secrets,
+)
 from lora_diag.errors import InputError, damaged, require
 
 # Variables of the environment with credentials and settings; a notebook may change them.
@@ -30,24 +37,31 @@ _FILE_SYSTEMS: dict[Any, Any] = {}
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 CHANGED = "the file has changed since its header was read; run again when it no longer changes"
 
-# Names of botocore's errors for broken connections and answers; botocore is importable only with s3fs.
-BROKEN = frozenset({"ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError"})
+# Names of botocore's errors for broken connections and answers; botocore is importable only with
+# s3fs.
+BROKEN = frozenset(
+    {"ConnectionError", "HTTPClientError", "ResponseStreamingError", "IncompleteReadError"}
+)
 
 # Bytes of the first request for a file: the header of a small one, or all of a configuration.
 HEAD_BYTES = 2**16
-# Largest file accepted from a server without range requests: adapters and configurations, but not models.
+# Largest file accepted from a server without range requests: adapters and configurations, but not
+# models.
 MAX_WHOLE_BYTES = 2**23
 
 DOWNLOAD = "download the file and give the local path"
 TOO_MANY = f"the server sent more bytes than requested; {DOWNLOAD}"
 
-# Timeouts in seconds: for connecting, and in which LEAST_BYTES or the rest of an answer must arrive. The first includes
-# the headers of the answer, so a file's header in the first 64 KiB has this time as a whole. The limit is 1 KiB/s.
+# Timeouts in seconds: for connecting, and in which LEAST_BYTES or the rest of an answer must
+# arrive. The first includes the headers of the answer, so a file's header in the first 64 KiB has
+# this time as a whole. The limit is 1 KiB/s.
 CONNECT_SECONDS = 20
 READ_SECONDS = 60
 
 # A web address with one of these extensions is a file, any other a folder.
-FILES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl|distcp|metadata)$", re.IGNORECASE)
+FILES = re.compile(
+    r"\.(safetensors|bin|pt|pth|ckpt|gguf|json|jsonl|distcp|metadata)$", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +70,8 @@ class FileInfo:
 
     Args:
         size: Size in bytes.
-        version: Identifier that changes with the content: an ETag, a generation, a hash, a commit, or else a date;
-            empty if unknown.
+        version: Identifier that changes with the content: an ETag, a generation, a hash, a commit,
+            or else a date; empty if unknown.
         head: The first bytes, if they were part of the response.
         ranged: Whether ranges can be requested; otherwise ``head`` is the whole file.
     """
@@ -69,7 +83,9 @@ class FileInfo:
 
 
 class Store:
-    """Base class of stores: files are queried once, and a copy for another process opens its own connections."""
+    """Base class of stores: files are queried once, and a copy for another process opens its own
+    connections.
+    """
 
     note = ""
 
@@ -78,9 +94,13 @@ class Store:
         self._fs: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Drop connections and cached first bytes that can be read again; keep the recorded versions."""
+        """Drop connections and cached first bytes that can be read again; keep the recorded
+        versions.
+        """
         known = {
-            address: replace(file_info, head=b"") if file_info is not None and file_info.ranged else file_info
+            address: replace(file_info, head=b"")
+            if file_info is not None and file_info.ranged
+            else file_info
             for address, file_info in self._known.items()
         }
         return self.__dict__ | {"_fs": None, "_known": known}
@@ -126,7 +146,8 @@ class Store:
 
 
 def filesystem(scheme: str, **options: Any) -> Any:
-    """Return the fsspec file system shared by all stores of a scheme, since creating an S3 client takes a second.
+    """Return the fsspec file system shared by all stores of a scheme, since creating an S3 client
+    takes a second.
 
     Other processes and other settings in the environment get their own.
 
@@ -141,7 +162,9 @@ def filesystem(scheme: str, **options: Any) -> Any:
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
         package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        with require(f"the scheme {scheme}://", "remote", *([package] if package else []), kind=InputError):
+        with require(
+            f"the scheme {scheme}://", "remote", *([package] if package else []), kind=InputError
+        ):
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)
@@ -149,7 +172,8 @@ def filesystem(scheme: str, **options: Any) -> Any:
 
 
 def get_first_line(error: BaseException) -> str:
-    """Return the first line of a library's error, at most 300 characters, without the secret parts of addresses.
+    """Return the first line of a library's error, at most 300 characters, without the secret parts
+    of addresses.
 
     Without a text, it is the name of the error's type.
     """
@@ -191,9 +215,13 @@ class BucketStore(Store):
         if self._scheme == "s3":
             from fsspec.asyn import sync
 
-            content = self._call(address, sync, self._fs.loop, self._get_s3, address, start, stop, file_info)
+            content = self._call(
+                address, sync, self._fs.loop, self._get_s3, address, start, stop, file_info
+            )
         else:
-            content = self._call(address, self._fs.cat_file, _make_key(address), start=start, end=stop)
+            content = self._call(
+                address, self._fs.cat_file, _make_key(address), start=start, end=stop
+            )
             current = self._call(address, self._fs.info, _make_key(address))
             if content is None or current is None or _make_file_info(current) != file_info:
                 raise InputError(f"{address}: {CHANGED}")
@@ -209,29 +237,41 @@ class BucketStore(Store):
             entry = listed.get(address)
         else:  # not listed: the folder of a single requested file may be very large
             self._open()
-            entry = call_with_retries(address, lambda: self._call(address, self._fs.info, _make_key(address)))
+            entry = call_with_retries(
+                address, lambda: self._call(address, self._fs.info, _make_key(address))
+            )
         return _make_file_info(entry) if entry is not None and entry.get("type") == "file" else None
 
     def _list_entries(self, folder: str) -> dict[str, Any]:
         """Return the entries of a folder by address, requested once."""
         if folder not in self._listed:
             self._open()
-            request = partial(self._call, folder, self._fs.ls, _make_key(folder), detail=True, refresh=True)
+            request = partial(
+                self._call, folder, self._fs.ls, _make_key(folder), detail=True, refresh=True
+            )
             entries = call_with_retries(folder, request) or ()
-            by_address = {f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in entries}
-            self._listed[folder] = {name: entry for name, entry in by_address.items() if name.startswith(f"{folder}/")}
+            by_address = {
+                f"{self._scheme}://{entry['name'].strip('/')}": entry for entry in entries
+            }
+            self._listed[folder] = {
+                name: entry for name, entry in by_address.items() if name.startswith(f"{folder}/")
+            }
         return self._listed[folder]
 
     def _open(self) -> None:
         if self._fs is None:
             # Retries are done and counted in ``addresses``.
-            options = {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
+            options = (
+                {"config_kwargs": {"retries": {"max_attempts": 0}}} if self._scheme == "s3" else {}
+            )
             self._fs = filesystem(self._scheme, use_listings_cache=False, **options)
             if self._scheme == "s3":
                 self._fs.retries = 1
 
     def _call(self, address: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-        """Call a method of the file system and translate its errors; return None if the file does not exist."""
+        """Call a method of the file system and translate its errors; return None if the file does
+        not exist.
+        """
         try:
             return function(*args, **options)
         except FileNotFoundError:
@@ -244,7 +284,9 @@ class BucketStore(Store):
                 problem, fix = "access is denied", "; reading needs s3:GetObject and s3:ListBucket"
             elif "credentials" in kind or "token" in kind:
                 problem, fix = "no credentials", "; for a public bucket set FSSPEC_S3_ANON=true"
-            elif isinstance(error, OSError) or any(base.__name__ in BROKEN for base in type(error).__mro__):
+            elif isinstance(error, OSError) or any(
+                base.__name__ in BROKEN for base in type(error).__mro__
+            ):
                 raise TransientError(get_first_line(error)) from error
             fix = fix if self._scheme == "s3" else ""
             raise InputError(f"{address}: {problem}: {get_first_line(error)}{fix}") from error
@@ -259,7 +301,11 @@ class BucketStore(Store):
         condition = {"IfMatch": file_info.version} if file_info.version else {}
         try:
             response = await client.get_object(
-                Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}", **condition, **self._fs.req_kw
+                Bucket=bucket,
+                Key=key,
+                Range=f"bytes={start}-{stop - 1}",
+                **condition,
+                **self._fs.req_kw,
             )
         except ClientError as error:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -271,7 +317,10 @@ class BucketStore(Store):
                 raise TransientError(f"the store answers {status}") from error
             raise
         async with response["Body"] as body:
-            sent, wanted = response.get("ContentRange", "no range"), f"bytes {start}-{stop - 1}/{file_info.size}"
+            sent, wanted = (
+                response.get("ContentRange", "no range"),
+                f"bytes {start}-{stop - 1}/{file_info.size}",
+            )
             if response.get("ContentLength") != stop - start or sent != wanted:
                 raise damaged(address, f"the store sent {sent!r} instead of {wanted!r}", DOWNLOAD)
             if file_info.version and response.get("ETag", file_info.version) != file_info.version:
@@ -287,7 +336,9 @@ def _make_key(address: str) -> str:
 def _make_file_info(entry: Any) -> FileInfo:
     """Return size and version from an entry of an fsspec listing."""
     version_keys = ("ETag", "generation", "etag", "md5Hash", "LastModified", "updated")
-    return FileInfo(int(entry["size"]), next((str(entry[key]) for key in version_keys if entry.get(key)), ""))
+    return FileInfo(
+        int(entry["size"]), next((str(entry[key]) for key in version_keys if entry.get(key)), "")
+    )
 
 
 class HttpStore(Store):
@@ -303,7 +354,9 @@ class HttpStore(Store):
 
     redirects = 0
 
-    def __init__(self, root: str, credentials: tuple[str, str] | None = None, query: str = "") -> None:
+    def __init__(
+        self, root: str, credentials: tuple[str, str] | None = None, query: str = ""
+    ) -> None:
         super().__init__()
         self._credentials, self._query = credentials, query
         # A signature is valid for one file, so no other file of the folder is requested.
@@ -311,16 +364,22 @@ class HttpStore(Store):
 
     def url(self, address: str) -> str:
         """Return the URL of an address; existing escapes are kept."""
-        return quote(address, safe="/:%~!$&'()*+,;=@[]") + (f"?{self._query}" if self._query else "")
+        return quote(address, safe="/:%~!$&'()*+,;=@[]") + (
+            f"?{self._query}" if self._query else ""
+        )
 
     def headers(self) -> dict[str, str]:
         """Return the authorization header, if the address has a user."""
         if self._credentials is None:
             return {}
-        return {"Authorization": f"Basic {b64encode(':'.join(self._credentials).encode()).decode()}"}
+        return {
+            "Authorization": f"Basic {b64encode(':'.join(self._credentials).encode()).decode()}"
+        }
 
     def version(self, headers: Any) -> str:
-        """Return the version of the file given in the headers of an answer; empty if there is none."""
+        """Return the version of the file given in the headers of an answer; empty if
+        there is none.
+        """
         return str(headers.get("ETag") or headers.get("Last-Modified") or "")
 
     def join(self, address: str, name: str) -> str:
@@ -374,17 +433,27 @@ class HttpStore(Store):
 
         session = await self._fs.set_session()
         url = yarl.URL(self.url(address), encoded=True)
-        headers = {**self.headers(), "Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+        headers = {
+            **self.headers(),
+            "Range": f"bytes={start}-{stop - 1}",
+            "Accept-Encoding": "identity",
+        }
         for redirects_left in range(self.redirects, -1, -1):
             async with session.get(url, headers=headers, allow_redirects=False) as response:
-                location = response.headers.get("Location") if 300 <= response.status < 400 else None
+                location = (
+                    response.headers.get("Location") if 300 <= response.status < 400 else None
+                )
                 if location is None or not redirects_left:
                     yield response
                     return
                 target = url.join(yarl.URL(location, encoded=True))
             await self.check_redirect(address, target)
             if target.origin() != url.origin():
-                headers = {name: value for name, value in headers.items() if name.lower() != "authorization"}
+                headers = {
+                    name: value
+                    for name, value in headers.items()
+                    if name.lower() != "authorization"
+                }
             url = target
 
     async def _request_head(self, address: str) -> FileInfo | None:
@@ -402,11 +471,15 @@ class HttpStore(Store):
             self._check_status(address, response)
             _, stop, size = _parse_content_range(address, response.headers)
             if stop != min(size, HEAD_BYTES):
-                raise InputError(f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}")
+                raise InputError(
+                    f"{address}: the server sent bytes up to {stop:,} instead of {HEAD_BYTES:,}"
+                )
             content = await _read_body(address, response, stop, count)
             return FileInfo(size, self.version(response.headers), content)
 
-    async def _read_whole(self, address: str, response: Any, count: Callable[[int], int]) -> FileInfo:
+    async def _read_whole(
+        self, address: str, response: Any, count: Callable[[int], int]
+    ) -> FileInfo:
         """Return the properties and content of a small file, from a server that ignores ranges."""
         size = response.content_length
         if size is None or size > MAX_WHOLE_BYTES:
@@ -417,20 +490,33 @@ class HttpStore(Store):
         content = await _read_body(address, response, size, count)
         return FileInfo(size, self.version(response.headers), content, ranged=False)
 
-    async def _read(self, address: str, start: int, buffer: memoryview, file_info: FileInfo) -> None:
-        """Fill a buffer by one range request, after checking range, size and version in the answer."""
+    async def _read(
+        self, address: str, start: int, buffer: memoryview, file_info: FileInfo
+    ) -> None:
+        """Fill a buffer by one range request, after checking range, size and version in
+        the answer.
+        """
         import aiohttp
 
         stop, done = start + len(buffer), 0
         async with _limit_time() as count, self._get(address, start, stop) as response:
             self._check_status(address, response)
             if response.status == 200:
-                raise InputError(f"{address}: the server sent the whole file instead of a range; download the file")
+                raise InputError(
+                    f"{address}: the server sent the whole file instead of a range; download the "
+                    "file"
+                )
             content_range = _parse_content_range(address, response.headers)
-            if content_range[2] != file_info.size or self.version(response.headers) != file_info.version:
+            if (
+                content_range[2] != file_info.size
+                or self.version(response.headers) != file_info.version
+            ):
                 raise InputError(f"{address}: {CHANGED}")
             if (sent := content_range[:2]) != (start, stop):
-                problem = f"the server sent bytes {sent[0]:,} to {sent[1]:,} instead of {start:,} to {stop:,}"
+                problem = (
+                    f"the server sent bytes {sent[0]:,} to {sent[1]:,} instead of {start:,} "
+                    f"to {stop:,}"
+                )
                 raise damaged(address, problem, DOWNLOAD)
             try:
                 async for piece in response.content.iter_chunked(2**18):
@@ -444,7 +530,9 @@ class HttpStore(Store):
             raise TransientError("the answer was cut short", done)
 
     def _check_status(self, address: str, response: Any) -> None:
-        """Raise the error that a status stands for; accept 200 and 206 if the content is not encoded."""
+        """Raise the error that a status stands for; accept 200 and 206 if the content is not
+        encoded.
+        """
         status = response.status
         if status in TRANSIENT:
             raise TransientError(f"the server answers {status}")
@@ -462,17 +550,28 @@ class HttpStore(Store):
     def _check_encoding(self, address: str, response: Any) -> None:
         encoding = response.headers.get("Content-Encoding", "identity")
         if encoding != "identity":
-            raise damaged(address, f"the server sends the file encoded as {encoding}, which has no ranges", DOWNLOAD)
+            raise damaged(
+                address,
+                f"the server sends the file encoded as {encoding}, which has no ranges",
+                DOWNLOAD,
+            )
 
     def _suggest_access(self) -> str:
         if self._query or self._credentials:
-            return "the credentials in the address are refused; a signature may be expired, or valid for another file"
-        return "the file is not public or does not exist; for a private bucket give s3://, gs:// or a presigned URL"
+            return (
+                "the credentials in the address are refused; a signature may be expired, or "
+                "valid for another file"
+            )
+        return (
+            "the file is not public or does not exist; for a private bucket give s3://, gs:// "
+            "or a presigned URL"
+        )
 
 
 @asynccontextmanager
 async def _limit_time() -> AsyncIterator[Callable[[int], int]]:
-    """Limit the time of a request: within ``READ_SECONDS`` ``LEAST_BYTES`` must arrive, again and again until its end.
+    """Limit the time of a request: within ``READ_SECONDS`` ``LEAST_BYTES`` must arrive, again and
+    again until its end.
 
     Yields:
         A function to count received bytes, which it returns.
@@ -494,11 +593,15 @@ async def _limit_time() -> AsyncIterator[Callable[[int], int]]:
 
             yield count
     except TimeoutError as error:
-        raise TransientError(f"less than {LEAST_BYTES:,} bytes arrived in {READ_SECONDS:g} s") from error
+        raise TransientError(
+            f"less than {LEAST_BYTES:,} bytes arrived in {READ_SECONDS:g} s"
+        ) from error
 
 
 async def _read_body(address: str, response: Any, size: int, count: Callable[[int], int]) -> bytes:
-    """Return the content of an answer, which must have exactly ``size`` bytes; stop if there are more."""
+    """Return the content of an answer, which must have exactly ``size`` bytes; stop if there are
+    more.
+    """
     content = bytearray()
     async for piece in response.content.iter_chunked(2**16):
         content += piece
@@ -511,15 +614,21 @@ async def _read_body(address: str, response: Any, size: int, count: Callable[[in
 
 
 async def _make_client(**options: Any) -> Any:
-    """Return a session that does not decompress content, and uses the proxies of the environment."""
+    """Return a session that does not decompress content, and uses the proxies of the
+    environment.
+    """
     import aiohttp
 
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS
+    )
     return aiohttp.ClientSession(timeout=timeout, auto_decompress=False, trust_env=True, **options)
 
 
 def _parse_content_range(address: str, headers: Any) -> tuple[int, int, int]:
-    """Parse a ``Content-Range`` header: first byte, one past the last byte, and the size of the whole file."""
+    """Parse a ``Content-Range`` header: first byte, one past the last byte, and the size of the
+    whole file.
+    """
     text = str(headers.get("Content-Range", ""))
     match = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", text)
     if not match:

@@ -1,4 +1,7 @@
-"""The command line: the Typer application, built from the catalog. The only package that prints or exits."""
+"""The command line: the Typer application, built from the catalog.
+
+The only package that prints or exits.
+"""
 
 
 def main() -> None:

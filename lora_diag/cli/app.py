@@ -1,4 +1,6 @@
-"""The ``loradiag`` command: its subcommands, its version, and the mapping of errors to exit codes."""
+"""The ``loradiag`` command: its subcommands, its version, and the mapping of errors to
+exit codes.
+"""
 
 from __future__ import annotations
 
@@ -38,9 +40,13 @@ class _Command(TyperCommand):
         for param in self.get_params(ctx):
             if (record := param.get_help_record(ctx)) is not None:
                 is_argument = param.param_type_name == "argument"
-                panel = INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
+                panel = (
+                    INPUTS if is_argument else getattr(param, "rich_help_panel", None) or EXECUTION
+                )
                 name = re.sub(r" <(?:(.+\|.+)|.*)>$", _format_choices, record[0])
-                rows_by_panel[panel].append((re.sub("[{}]", "", name) if is_argument else name, record[1]))
+                rows_by_panel[panel].append(
+                    (re.sub("[{}]", "", name) if is_argument else name, record[1])
+                )
         for panel, lines in rows_by_panel.items():
             if lines:
                 with formatter.section(panel):
@@ -51,11 +57,15 @@ class _Command(TyperCommand):
         return super().get_short_help_str(80)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+        return [
+            piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)
+        ]
 
 
 class _Commands(TyperGroup):
-    """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it takes files."""
+    """The commands, including two-word ones: ``gate init`` is a command, and ``gate`` without it
+    takes files.
+    """
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """List the commands in their groups, those of a group of commands by their full names."""
@@ -67,7 +77,9 @@ class _Commands(TyperGroup):
         }
         width = max(map(len, named))
         for name, command in named.items():
-            rows.setdefault(command.rich_help_panel, []).append((name.ljust(width), command.get_short_help_str()))
+            rows.setdefault(command.rich_help_panel, []).append(
+                (name.ljust(width), command.get_short_help_str())
+            )
         for group, lines in rows.items():
             if lines:
                 with formatter.section(group):
@@ -91,7 +103,10 @@ def _print_version(requested: bool) -> None:
 
 def _configure(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     pass
@@ -102,14 +117,17 @@ def application(only: str = "") -> typer.Typer:
     """Return the application, built once per process and ``only``.
 
     Args:
-        only: The one command to build, by its name; default all. Without the options of the others it starts faster.
+        only: The one command to build, by its name; default all. Without the options of the others
+            it starts faster.
     """
     app = typer.Typer(
         name="loradiag",
         cls=_Commands,
-        help="Rank diagnostics for fine-tuned models: is the update low-rank, do the files resolve it, "
+        help="Rank diagnostics for fine-tuned models: is the update low-rank, do the files resolve "
+        "it, "
         "what did LoRA miss?",
-        epilog="Exit codes: 0 done or passed, 1 check failed, 2 usage error, 3 could not measure, 4 nothing compared, "
+        epilog="Exit codes: 0 done or passed, 1 check failed, 2 usage error, 3 could not measure, "
+        "4 nothing compared, "
         "5 inconclusive.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
@@ -117,11 +135,21 @@ def application(only: str = "") -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_configure)
-    probe = typer.Typer(name="probe", cls=_Commands, help="Diagnostics that run the model.", no_args_is_help=True)
+    probe = typer.Typer(
+        name="probe", cls=_Commands, help="Diagnostics that run the model.", no_args_is_help=True
+    )
     for full, feature, command in catalog.commands():
         if full == only or not only:
-            parent, name = (probe if full.startswith("probe ") else app), full.removeprefix("probe ")
-            add = parent.command(name, cls=_Command, no_args_is_help=command.needs_input, rich_help_panel=feature.group)
+            parent, name = (
+                (probe if full.startswith("probe ") else app),
+                full.removeprefix("probe "),
+            )
+            add = parent.command(
+                name,
+                cls=_Command,
+                no_args_is_help=command.needs_input,
+                rich_help_panel=feature.group,
+            )
             add(make_function(feature, command))
     if probe.registered_commands:
         app.add_typer(probe)
@@ -137,17 +165,26 @@ def commands(only: str = "") -> Any:
 def _find_command(arguments: list[str]) -> str:
     """Return the command that the first words name in full; empty if they name none.
 
-    >>> [_find_command(words.split()) for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")]
+    >>> [
+    ...     _find_command(words.split())
+    ...     for words in ("probe sweep base", "gate init", "gate r.jsonl", "spektrum")
+    ... ]
     ['probe sweep', 'gate init', 'gate', '']
     """
     command_names = {name for name, *_ in catalog.commands()}
-    return next((name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), "")
+    return next(
+        (name for name in (" ".join(arguments[:2]), *arguments[:1]) if name in command_names), ""
+    )
 
 
 def _judges_without_plugins(arguments: list[str]) -> bool:
-    """Return whether the command is ``gate`` without ``--plugins``: no other package takes part in its verdict.
+    """Return whether the command is ``gate`` without ``--plugins``: no other package takes part in
+    its verdict.
 
-    >>> [_judges_without_plugins(words.split()) for words in ("gate p r", "gate p --plugins r", "inspect r")]
+    >>> [
+    ...     _judges_without_plugins(words.split())
+    ...     for words in ("gate p r", "gate p --plugins r", "inspect r")
+    ... ]
     [True, False, False]
     """
     options = arguments[: arguments.index("--")] if "--" in arguments else arguments
@@ -155,7 +192,9 @@ def _judges_without_plugins(arguments: list[str]) -> bool:
 
 
 def main() -> None:
-    """Run the command line; convert each user-facing error to one message, and exit with its code."""
+    """Run the command line; convert each user-facing error to one message, and exit
+    with its code.
+    """
     logger = logging.getLogger("lora_diag")
     if not logger.handlers:
         logger.addHandler(MessageHandler())
@@ -166,9 +205,17 @@ def main() -> None:
         # All output is written; an interrupt during interpreter shutdown loses nothing.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     forget_output()
-    if code == INTERRUPTED and any(thread.name.startswith("layer") for thread in threading.enumerate()):
-        os._exit(code)  # otherwise Python waits for running measurements, which take minutes each for large matrices
-    if "triton" in sys.modules:  # nanobind reports objects that are not freed at exit, in 20 lines of standard error
+    if code == INTERRUPTED and any(
+        thread.name.startswith("layer") for thread in threading.enumerate()
+    ):
+        os._exit(
+            code
+            # otherwise Python waits for running measurements, which take minutes each for large
+            # matrices
+        )
+    if (
+        "triton" in sys.modules
+    ):  # nanobind reports objects that are not freed at exit, in 20 lines of standard error
         gc.unfreeze()
     else:
         gc.freeze()  # after torch was imported, looking for garbage at exit took 0.4 s
@@ -176,7 +223,9 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run the command line and return its exit code; print one message about a user-facing error."""
+    """Run the command line and return its exit code; print one message about a
+    user-facing error.
+    """
     try:
         # Not in typer's standalone mode, which prints no message on Ctrl-C.
         code = commands(_find_command(sys.argv[1:3]))(prog_name="loradiag", standalone_mode=False)
@@ -190,9 +239,14 @@ def _run() -> int:
         if isinstance(error.__context__, BrokenPipeError):
             return DONE
         # By a library: its exit code must not be taken for that of a check.
-        print_message(f"Error: a library ended the command with exit code {error.code!r}; nothing was judged")
+        print_message(
+            f"Error: a library ended the command with exit code {error.code!r}; nothing was judged"
+        )
         return UNREADABLE
-    except (KeyboardInterrupt, typer.Abort):  # typer up to 0.15 raises Abort, later versions exit code 130
+    except (
+        KeyboardInterrupt,
+        typer.Abort,
+    ):  # typer up to 0.15 raises Abort, later versions exit code 130
         code = INTERRUPTED
     except typer.Exit as error:
         code = error.exit_code
@@ -202,14 +256,20 @@ def _run() -> int:
         print_message(f"Error: standard output: cannot be written: {error.strerror}")
         return UNREADABLE
     except Exception as error:
-        # A usage error of typer, or of the click that an older typer depends on; it carries its message and exit code.
-        format_message, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
+        # A usage error of typer, or of the click that an older typer depends on; it carries its
+        # message and exit code.
+        format_message, code = (
+            getattr(error, "format_message", None),
+            getattr(error, "exit_code", None),
+        )
         if not callable(format_message) or not isinstance(code, int):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()  # type: ignore[attr-defined]
         else:
-            print_message(f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}")
+            print_message(
+                f"Error: {_format_usage_error(format_message(), getattr(error, 'ctx', None))}"
+            )
     if code == INTERRUPTED:
         hint = "; a run with -o continues with --resume" if _can_resume(sys.argv[1:3]) else ""
         print_message(f"interrupted{hint}")
@@ -222,7 +282,9 @@ def _format_usage_error(problem: str, context: Any) -> str:
     >>> _format_usage_error("No such option: --rnak Did you mean --rank?", None)
     'No such option: --rnak Did you mean --rank?'
     >>> from types import SimpleNamespace
-    >>> _format_usage_error("No such command 'plt'. Did you mean 'plot'?", SimpleNamespace(command_path="loradiag"))
+    >>> _format_usage_error(
+    ...     "No such command 'plt'. Did you mean 'plot'?", SimpleNamespace(command_path="loradiag")
+    ... )
     "No such command 'plt'. Did you mean 'plot'? See loradiag --help"
     """
     command_path = getattr(context, "command_path", "")
@@ -246,5 +308,7 @@ def _can_resume(arguments: list[str]) -> bool:
 
 
 def _is_stream_error(error: OSError) -> bool:
-    """Return whether writing to a standard stream failed, as of typer's own help: such an error names no file."""
+    """Return whether writing to a standard stream failed, as of typer's own help: such an error
+    names no file.
+    """
     return error.filename is None and error.errno in {errno.ENOSPC, errno.EIO, errno.EBADF}

@@ -1,7 +1,8 @@
-"""From the declaration of a command (``lora_diag.feature.Command``) to a function that Typer understands.
+"""From the declaration of a command (``lora_diag.feature.Command``) to a function that Typer
+understands.
 
-The options of all groups of a command become parameters of one function. It parses their values, calls the declared
-Python function, and shows the result.
+The options of all groups of a command become parameters of one function. It parses their values,
+calls the declared Python function, and shows the result.
 """
 
 from __future__ import annotations
@@ -28,24 +29,39 @@ if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
 
 
-# Maximum number of lines below a table without --verbose; a decision or a warning is shown even where it exceeds it.
+# Maximum number of lines below a table without --verbose; a decision or a warning is shown even
+# where it exceeds it.
 LINES: int | None = 8
 
 # Flags that select the output (``feature.ROWS``).
 DISPLAY = {
     "json": Option(False, "Print only the records, as JSON lines.", panel=OUTPUT),
-    "quiet": Option(False, "Suppress progress, messages and tables.", flags=("--quiet", "-q"), panel=OUTPUT),
+    "quiet": Option(
+        False, "Suppress progress, messages and tables.", flags=("--quiet", "-q"), panel=OUTPUT
+    ),
     "verbose": Option(
-        False, "Print every line of the summary, and how much was read.", flags=("--verbose", "-v"), panel=OUTPUT
+        False,
+        "Print every line of the summary, and how much was read.",
+        flags=("--verbose", "-v"),
+        panel=OUTPUT,
     ),
     "per": PER,
 }
 
 # The command-line form of a function's option ``engine``.
 CLUSTER = {
-    "engine": (str, Option("local", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION)),
-    "ray_address": (str | None, Option(None, "Ray cluster; default: RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION)),
-    "gpus_per_task": (float, Option(0.0, "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION)),
+    "engine": (
+        str,
+        Option("local", "This machine, or a Ray cluster.", "local|ray", panel=EXECUTION),
+    ),
+    "ray_address": (
+        str | None,
+        Option(None, "Ray cluster; default: RAY_ADDRESS.", "HOST:PORT", panel=EXECUTION),
+    ),
+    "gpus_per_task": (
+        float,
+        Option(0.0, "GPUs per Ray task; may be a fraction.", "G", panel=EXECUTION),
+    ),
 }
 
 
@@ -93,12 +109,14 @@ class Shown:
 
     @contextmanager
     def callbacks(self, follow: bool = False) -> Iterator[dict[str, Any]]:
-        """Yield the callbacks of a run: a progress bar, a line per record with ``--json``, and notes on its cost.
+        """Yield the callbacks of a run: a progress bar, a line per record with ``--json``, and
+        notes on its cost.
 
         With ``--verbose`` and without ``--quiet``, print afterwards how much was read.
 
         Args:
-            follow: Whether the command shows a view that is refreshed, in place of the progress bar.
+            follow: Whether the command shows a view that is refreshed, in place of the progress
+                bar.
         """
         view = out.live_view() if follow and self.table else nullcontext()
         with out.progress_bar(self.quiet or follow) as on_progress, view as on_view:
@@ -127,7 +145,9 @@ class Shown:
         out.print_json(json)
 
     def confirm(self, question: str) -> bool:
-        """Ask a question on standard error; return whether the answer is yes, which Enter means, too."""
+        """Ask a question on standard error; return whether the answer is yes, which Enter means,
+        too.
+        """
         return typer.confirm(question, default=True, err=True)
 
     def message(self, text: str) -> None:
@@ -137,25 +157,39 @@ class Shown:
 
 
 def make_function(feature: Feature, command: Command) -> Callable[..., None]:
-    """Return the function of a command, with the parameters that Typer reads and the declared help as docstring."""
-    groups: list[type] = [feature.load(group) if isinstance(group, str) else group for group in command.options]
+    """Return the function of a command, with the parameters that Typer reads and the declared help
+    as docstring.
+    """
+    groups: list[type] = [
+        feature.load(group) if isinstance(group, str) else group for group in command.options
+    ]
 
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError("-o: cannot write to an address; name a local path")
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
-        values |= {each.name: _list_words(each, values[each.name]) for each in command.arguments if each.many}
-        shown = Shown(**{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows})
+        values |= {
+            each.name: _list_words(each, values[each.name])
+            for each in command.arguments
+            if each.many
+        }
+        shown = Shown(
+            **{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
+        )
         for group in groups:
-            values |= _gather_group(group, {each.name: values.pop(each.name) for each in _list_options(group)})
+            values |= _gather_group(
+                group, {each.name: values.pop(each.name) for each in _list_options(group)}
+            )
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
         with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
-                source = context.get_parameter_source  # an option with a default is filled in by the function
+                source = (
+                    context.get_parameter_source
+                )  # an option with a default is filled in by the function
                 names = {name for group in groups for name in list_options(group)}
                 names = {name for name in names if getattr(source(name), "name", "") != "DEFAULT"}
                 code = _measure_and_show(feature, command, shown, values, names)
@@ -166,7 +200,10 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
         Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
         *map(_make_argument, command.arguments),
         *(parameter for group in groups for parameter in _list_options(group)),
-        *(_make_parameter(name, str if name == "per" else bool, DISPLAY[name]) for name in command.shows),
+        *(
+            _make_parameter(name, str if name == "per" else bool, DISPLAY[name])
+            for name in command.shows
+        ),
     ]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
@@ -174,17 +211,23 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
-    """Return the words of an argument, with the lines of standard input for ``-`` if it takes them."""
+    """Return the words of an argument, with the lines of standard input for ``-`` if it
+    takes them.
+    """
     words = list(words or ())
     if not argument.stdin or "-" not in words:
         return words
-    return [*(word for word in words if word != "-"), *(line.rstrip("\n") for line in sys.stdin if line.strip())]
+    return [
+        *(word for word in words if word != "-"),
+        *(line.rstrip("\n") for line in sys.stdin if line.strip()),
+    ]
 
 
 def _measure_and_show(
     feature: Feature, command: Command, shown: Shown, values: dict[str, Any], option_names: set[str]
 ) -> int:
-    """Call the function of a command with its values and callbacks, show the result, and return the exit code.
+    """Call the function of a command with its values and callbacks, show the result, and return the
+    exit code.
 
     The function gets the options of ``option_names``, and those that it has no default for.
     """
@@ -195,14 +238,22 @@ def _measure_and_show(
     rest = [name for name, each in parameters.items() if each.kind is Parameter.VAR_POSITIONAL]
     needed = {name for name, each in parameters.items() if each.default is Parameter.empty}
     with shown.callbacks(values.get("follow", False)) as callbacks:
-        passed = {*option_names, *needed, *(argument.name for argument in command.arguments)}.difference(rest)
+        passed = {
+            *option_names,
+            *needed,
+            *(argument.name for argument in command.arguments),
+        }.difference(rest)
         named = {name: value for name, value in values.items() if name in passed}
         named |= {name: callback for name, callback in callbacks.items() if name in option_names}
         result = function(*(word for name in rest for word in values[name]), **named)
     is_results = isinstance(result, Results)
     if shown.json and "on_record" not in option_names:
         models = result if isinstance(result, list) else [result]
-        for text in lines_of(result.records()) if is_results else (model.model_dump_json() for model in models):
+        for text in (
+            lines_of(result.records())
+            if is_results
+            else (model.model_dump_json() for model in models)
+        ):
             out.print_json(text)
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("per")
@@ -224,8 +275,12 @@ def _measure_and_show(
     return code or (UNREADABLE if result.unmeasured else DONE)
 
 
-def _find_hint(feature: Feature, command: Command, result: Any, values: Mapping[str, Any]) -> str | None:
-    """Return what the feature suggests for these results, else the first hint that applies; None without records."""
+def _find_hint(
+    feature: Feature, command: Command, result: Any, values: Mapping[str, Any]
+) -> str | None:
+    """Return what the feature suggests for these results, else the first hint that applies; None
+    without records.
+    """
     if hasattr(result, "layers") and not (result.layers or getattr(result, "whole", ())):
         return None
     suggested = feature.load(command.suggest)(result, values) if command.suggest else None
@@ -236,7 +291,8 @@ def _find_hint(feature: Feature, command: Command, result: Any, values: Mapping[
 
 
 def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
-    """Return a hint as a shell takes it; None if it needs a value that is not given, or adds one that is.
+    """Return a hint as a shell takes it; None if it needs a value that is not given, or adds one
+    that is.
 
     >>> _format_hint(Hint("plan {base} --ranks {ranks}", "costs"), {"base": "my base", "ranks": 8})
     "loradiag plan 'my base' --ranks 8   (costs)"
@@ -248,7 +304,9 @@ def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
     words = [word for part in shlex.split(hint.command) for word in _fill_in(part, values)]
     if not hint.command.startswith("-"):
         return f"{shlex.join(['loradiag', *words])}   ({hint.purpose})"
-    if ("--per" in words and values["per"] == "layer") or ("-o" in words and values["output"] is not None):
+    if ("--per" in words and values["per"] == "layer") or (
+        "-o" in words and values["output"] is not None
+    ):
         return None
     return f"{out.rerun_command(*words)}   ({hint.purpose})"
 
@@ -280,7 +338,8 @@ def _make_argument(argument: Argument) -> Parameter:
     kind: Any = list[str] if argument.many else str
     metavar = argument.metavar or argument.name.upper()
     annotation: Any = Annotated[
-        kind | None if argument.optional else kind, typer.Argument(metavar=metavar, help=argument.help)
+        kind | None if argument.optional else kind,
+        typer.Argument(metavar=metavar, help=argument.help),
     ]
     default = None if argument.optional else Parameter.empty
     return Parameter(argument.name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
@@ -289,7 +348,9 @@ def _make_argument(argument: Argument) -> Parameter:
 def _make_parameter(name: str, kind: Any, option: Option) -> Parameter:
     """Return the parameter of an option."""
     annotation: Any = Annotated[_value_type(kind, option), make_typer_option(name, option)]
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation)
+    return Parameter(
+        name, Parameter.KEYWORD_ONLY, default=_format_default(option), annotation=annotation
+    )
 
 
 def _list_options(group: type) -> Iterator[Parameter]:
@@ -304,7 +365,10 @@ def _list_options(group: type) -> Iterator[Parameter]:
 def _format_default(option: Option) -> Any:
     """Return a default in its command-line form: comma-separated numbers, and None for no files.
 
-    >>> _format_default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")), _format_default(Option((), "Files.", "FILE"))
+    >>> (
+    ...     _format_default(Option((1e-4, 0.1, 1000), "Numbers.", "X,X,...")),
+    ...     _format_default(Option((), "Files.", "FILE")),
+    ... )
     ('1e-4,0.1,1000', None)
     """
     if not isinstance(option.default, tuple):
@@ -326,7 +390,8 @@ def _first_type(kind: Any) -> Any:
 
 
 def _value_type(kind: Any, option: Option) -> Any:
-    """Return the type of an option's command-line value: the first type that the function accepts, or None.
+    """Return the type of an option's command-line value: the first type that the function accepts,
+    or None.
 
     >>> _value_type(str | int | None, Option(None, "Memory limit.", "SIZE"))
     str | None
@@ -367,9 +432,14 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
     try:
         return [entry_type(part) for part in text.split(",")]
     except ValueError as error:
-        noun, example = ("whole numbers", "4,8,16") if entry_type is int else ("numbers", _format_default(option))
+        noun, example = (
+            ("whole numbers", "4,8,16")
+            if entry_type is int
+            else ("numbers", _format_default(option))
+        )
         raise UsageError(
-            f"{option.flag(name)} {text}: not a list of {noun}; separate them by commas, such as {example or '1,0.5'}"
+            f"{option.flag(name)} {text}: not a list of {noun}; separate them by commas, such as "
+            f"{example or '1,0.5'}"
         ) from error
 
 
@@ -377,7 +447,8 @@ def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
     """Return the options of a group, parsed from the values of the command line.
 
     Raises:
-        UsageError: A value is invalid, two options contradict each other, or the output exists and may not be replaced.
+        UsageError: A value is invalid, two options contradict each other, or the output exists and
+            may not be replaced.
         InputError: The output cannot be written.
     """
     if "engine" in values:
@@ -387,7 +458,9 @@ def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
     for name, (kind, option) in list_options(group).items():
         if name in values:
             values[name] = _parse_value(kind, option, name, option.checked(name, values[name]))
-    if "resume" in values and values.get("output") is not None:  # checked now because opening a model may take minutes
+    if (
+        "resume" in values and values.get("output") is not None
+    ):  # checked now because opening a model may take minutes
         from lora_diag.records.file import check_results_file
 
         check_results_file(values["output"], values["resume"], values["overwrite"])

@@ -34,12 +34,16 @@ MAX_NAMED = 20
 # Environment variables of programs that execute commands which they find in the output of a job.
 CI_VARIABLES = ("GITHUB_ACTIONS", "GITLAB_CI")
 
-# The only control characters of a text for the terminal: line ends, and colours where there are colours.
+# The only control characters of a text for the terminal: line ends, and colours where there are
+# colours.
 _LINE_END, _COLOR = r"\r?\n", r"\x1b\[[\d;]*m"
 
-# The first character of a command: at GitHub ``::`` at the beginning of a line, whose blanks it ignores, and ``##[``
-# anywhere (``ActionCommand.cs`` of actions/runner); at GitLab the markers of a section, anywhere.
-_CI_COMMAND = re.compile(rf"^((?:[^\S\n]|{_COLOR})*):(?=:)|#(?=#\[)|s(?=ection_(?:start|end):)", re.MULTILINE)
+# The first character of a command: at GitHub ``::`` at the beginning of a line, whose blanks it
+# ignores, and ``##[`` anywhere (``ActionCommand.cs`` of actions/runner); at GitLab the markers of a
+# section, anywhere.
+_CI_COMMAND = re.compile(
+    rf"^((?:[^\S\n]|{_COLOR})*):(?=:)|#(?=#\[)|s(?=ection_(?:start|end):)", re.MULTILINE
+)
 
 
 class BrokenOutputError(Exception):
@@ -49,15 +53,21 @@ class BrokenOutputError(Exception):
 def print_message(text: str) -> None:
     """Print a message to standard error; nothing if that is closed.
 
-    A message is a single line in a log; on a terminal it is wrapped between words, so that paths without blanks can be
-    copied.
+    A message is a single line in a log; on a terminal it is wrapped between words, so that paths
+    without blanks can be copied.
     """
     if sys.stderr is not None:
         with suppress(OSError, ValueError):
             shown = shorten(safe(public(text)))
             if sys.stderr.isatty():
                 width = _terminal_columns(sys.stderr)
-                shown = fill(shown, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+                shown = fill(
+                    shown,
+                    width,
+                    subsequent_indent="  ",
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
             print(escape_commands(shown), file=sys.stderr)
 
 
@@ -87,14 +97,18 @@ def escape_commands(text: str) -> str:
 
 
 def _replace_commands(text: str, form: str) -> str:
-    """Return text with the first character of each CI command as its code in a form; unchanged outside CI."""
+    """Return text with the first character of each CI command as its code in a form; unchanged
+    outside CI.
+    """
     if not any(map(os.environ.get, CI_VARIABLES)):
         return text
     return _CI_COMMAND.sub(lambda match: (match[1] or "") + form.format(ord(match[0][-1])), text)
 
 
 def _make_printable(text: str) -> str:
-    """Return text with all control characters escaped but line ends, and colours where there are colours."""
+    """Return text with all control characters escaped but line ends, and colours where there are
+    colours.
+    """
     kept = f"{_LINE_END}|{_COLOR}" if terminal()[1] else _LINE_END
     parts = re.split(f"({kept})", text)
     parts[::2] = map(safe, parts[::2])
@@ -102,9 +116,14 @@ def _make_printable(text: str) -> str:
 
 
 def _terminal_columns(stream: TextIO) -> int:
-    """Return ``COLUMNS``, else the width of a stream's own terminal, at least ``MIN_WIDTH``; 80 if neither is known."""
+    """Return ``COLUMNS``, else the width of a stream's own terminal, at least ``MIN_WIDTH``; 80 if
+    neither is known.
+    """
     try:
-        return max(MIN_WIDTH, int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns))
+        return max(
+            MIN_WIDTH,
+            int(os.environ.get("COLUMNS") or os.get_terminal_size(stream.fileno()).columns),
+        )
     except (OSError, ValueError):
         return 80
 
@@ -112,14 +131,15 @@ def _terminal_columns(stream: TextIO) -> int:
 def public(text: str) -> str:
     """Return text in which addresses have no passwords and signatures.
 
-    A layout that cuts an address into lines hides it from this function: texts for tables are made from ``Address``,
-    whose text has no secrets.
+    A layout that cuts an address into lines hides it from this function: texts for tables are made
+    from ``Address``, whose text has no secrets.
     """
     if ":/" not in text:
         return text
     from lora_diag.running.fingerprint import legible
 
-    # typer and Path repeat arguments as they are, and the password of an address may contain blanks and quotes.
+    # typer and Path repeat arguments as they are, and the password of an address may contain blanks
+    # and quotes.
     for word in sys.argv[1:]:
         public_word = _public_word(word)
         if public_word != word:
@@ -129,7 +149,9 @@ def public(text: str) -> str:
 
 
 def _public_word(word: str) -> str:
-    """Return a word of the command line without the secrets of an address, which may be the value of an option."""
+    """Return a word of the command line without the secrets of an address, which may be the value
+    of an option.
+    """
     if ":/" not in word:
         return word
     from lora_diag.checkpoints import hide_secrets  # deferred: imports torch
@@ -139,17 +161,21 @@ def _public_word(word: str) -> str:
 
 
 def print_result(text: str) -> None:
-    """Print a result to standard output, without unprintable characters, CI commands and the secrets of addresses.
+    """Print a result to standard output, without unprintable characters, CI commands and the
+    secrets of addresses.
 
     Raises:
         BrokenOutputError: The reader closed the pipe.
         InputError: Standard output is closed, or cannot be written.
     """
-    _write_result(escape_commands(_make_printable(replace_unencodable(public(text), _find_encoding()))))
+    _write_result(
+        escape_commands(_make_printable(replace_unencodable(public(text), _find_encoding())))
+    )
 
 
 def print_annotated(text: str, commands: Sequence[str]) -> None:
-    """Print a result between lines at which GitHub Actions stops and resumes to execute commands, then own commands.
+    """Print a result between lines at which GitHub Actions stops and resumes to execute commands,
+    then own commands.
 
     Raises:
         BrokenOutputError: See ``print_result``.
@@ -190,7 +216,8 @@ def _write_result(text: str) -> None:
 
 
 def print_json(line: str) -> None:
-    r"""Print JSON, with ``\u`` escapes of unprintable characters, and of all but ASCII if the output is not UTF-8.
+    r"""Print JSON, with ``\u`` escapes of unprintable characters, and of all but ASCII if the
+    output is not UTF-8.
 
     Raises:
         BrokenOutputError: See ``print_result``.
@@ -213,18 +240,23 @@ def record_printer(json: bool) -> Callable[[AnyRecord], None] | None:
 
 
 def report_unmeasured(items: Sequence[LeftOut]) -> None:
-    """Print a message on each layer that could not be measured; beyond ``MAX_NAMED``, the number of the others."""
+    """Print a message on each layer that could not be measured; beyond ``MAX_NAMED``, the number of
+    the others.
+    """
     for item in items[:MAX_NAMED]:
         print_message(f"Error: {item.layer}: {item.detail}; it was left out")
     if len(items) > MAX_NAMED:
         print_message(
-            f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list all (--json, or "
+            f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list "
+            "all (--json, or "
             "-o FILE)"
         )
 
 
 def report_reading() -> None:
-    """Print how much was read from local files, if any, and how often on average: bytes over the size of the files."""
+    """Print how much was read from local files, if any, and how often on average: bytes over the
+    size of the files.
+    """
     from lora_diag.checkpoints.file_bytes import READING
 
     read, files, size = READING.total()
@@ -234,14 +266,20 @@ def report_reading() -> None:
 
 
 def rerun_command(*extra: str) -> str:
-    """Return the running command, quoted for a shell, with more options and without secrets and verbosity options."""
-    arguments = [_public_word(argument) for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}]
+    """Return the running command, quoted for a shell, with more options and without secrets and
+    verbosity options.
+    """
+    arguments = [
+        _public_word(argument) for argument in sys.argv[1:] if argument not in {"-v", "--verbose"}
+    ]
     end = arguments.index("--") if "--" in arguments else len(arguments)
     return shlex.join(["loradiag", *arguments[:end], *extra, *arguments[end:]])
 
 
 def forget_output() -> None:
-    """Flush the output; discard what cannot be written, so that the flush at interpreter exit does not fail again."""
+    """Flush the output; discard what cannot be written, so that the flush at interpreter exit does
+    not fail again.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -252,15 +290,21 @@ def forget_output() -> None:
 
 
 def terminal() -> tuple[int, bool]:
-    """Return the width for standard output in columns, and whether to use colours (https://no-color.org)."""
+    """Return the width for standard output in columns, and whether to use colours
+    (https://no-color.org).
+    """
     tty = sys.stdout is not None and sys.stdout.isatty()
     color = (tty or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
-    return max(MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns), bool(color and os.environ.get("TERM") != "dumb")
+    return max(MIN_WIDTH, shutil.get_terminal_size((80, 24)).columns), bool(
+        color and os.environ.get("TERM") != "dumb"
+    )
 
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
-    """Yield a function that displays progress; it does nothing if ``quiet``, or if standard error is not a terminal."""
+    """Yield a function that displays progress; it does nothing if ``quiet``, or if standard error
+    is not a terminal.
+    """
     if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda event: None
         return
@@ -279,7 +323,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
         def show(event: Progress) -> None:
             elapsed = bar.tasks[task].elapsed or 0.0
-            rate = f"{event.entries_done / elapsed / 1e6:,.0f} M entries/s" if event.entries_done and elapsed else ""
+            rate = (
+                f"{event.entries_done / elapsed / 1e6:,.0f} M entries/s"
+                if event.entries_done and elapsed
+                else ""
+            )
             bar.update(
                 task,
                 total=event.entries or event.total,
@@ -294,10 +342,11 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def live_view() -> Iterator[Callable[[Callable[[int, bool], str], Sequence[str]], None]]:
-    """Yield a function that shows a text on a terminal in place of the one before; elsewhere it prints lines.
+    """Yield a function that shows a text on a terminal in place of the one before; elsewhere it
+    prints lines.
 
-    It draws the text for the width of the terminal and its colours, each time. It raises ``BrokenOutputError`` once the
-    reader has closed standard output, also without lines.
+    It draws the text for the width of the terminal and its colours, each time. It raises
+    ``BrokenOutputError`` once the reader has closed standard output, also without lines.
     """
     if sys.stdout is None or not sys.stdout.isatty() or os.environ.get("TERM") == "dumb":
 
@@ -316,7 +365,9 @@ def live_view() -> Iterator[Callable[[Callable[[int, bool], str], Sequence[str]]
     from rich.live import Live
     from rich.text import Text
 
-    with Live(console=Console(), auto_refresh=False, transient=True, vertical_overflow="crop") as live:
+    with Live(
+        console=Console(), auto_refresh=False, transient=True, vertical_overflow="crop"
+    ) as live:
 
         def refresh(draw: Callable[[int, bool], str], lines: Sequence[str]) -> None:
             text = replace_unencodable(public(draw(*terminal())), sys.stdout.encoding or "utf-8")

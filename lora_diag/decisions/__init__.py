@@ -1,1 +1,3 @@
-"""Commands that plan, choose, extract, recover or check adapters, one package each; targets and trainers' settings."""
+"""Commands that plan, choose, extract, recover or check adapters, one package each; targets and
+trainers' settings.
+"""

@@ -1,9 +1,11 @@
-"""Weights that get adapters, by the user's pattern or by default, and the memory of their trainable parameters.
+"""Weights that get adapters, by the user's pattern or by default, and the memory of their trainable
+parameters.
 
 By default these are the matrices that adapters usually target.
 
-The memory of a trainable parameter is that of its value, its gradient and its optimizer's state. Activations, the
-frozen base and fragmentation of the allocator are not included, so results are lower bounds on the memory of training.
+The memory of a trainable parameter is that of its value, its gradient and its optimizer's state.
+Activations, the frozen base and fragmentation of the allocator are not included, so results are
+lower bounds on the memory of training.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ from lora_diag.errors import UsageError
 from lora_diag.records.names import part_of
 from lora_diag.running.amounts import read_bytes
 
-# The router of a mixture of experts: a few rows, and since transformers 5 a separate module that PEFT cannot adapt.
+# The router of a mixture of experts: a few rows, and since transformers 5 a separate module that
+# PEFT cannot adapt.
 ROUTER = re.compile(r"\.(gate|router|router\.layer|shared_expert_gate|mlp\.router)(\.weight)?$")
 
-# Parameters of modules that are not layers (tokens, positions, tables of biases, Mamba's A), recognized by name, and
-# the short convolutions of state-space models: PEFT's all-linear skips them, and PEFT refuses them as targets.
+# Parameters of modules that are not layers (tokens, positions, tables of biases, Mamba's A),
+# recognized by name, and the short convolutions of state-space models: PEFT's all-linear skips
+# them, and PEFT refuses them as targets.
 BARE = re.compile(
     r"(^|[._])(A_log|probe|tokens?|position_embeddings|positional_embedding\w*|time_mix_\w+|bias(_table)?"
     r"|(in|input)_(proj|projection)_weight)(\[\d+\])?$"
@@ -27,7 +31,9 @@ BARE = re.compile(
 SHORT_CONVOLUTION = re.compile(r"\.(conv_?1d|conv\.conv)\.weight$")
 
 
-def why_no_target(name: str, target: re.Pattern[str] | None, exclude: re.Pattern[str] | None) -> str:
+def why_no_target(
+    name: str, target: re.Pattern[str] | None, exclude: re.Pattern[str] | None
+) -> str:
     """Return why a matrix gets no adapter; empty if it may get one.
 
     Args:
@@ -74,7 +80,9 @@ def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(f"{option} {pattern}: not a valid regular expression ({error}); correct it") from error
+        raise UsageError(
+            f"{option} {pattern}: not a valid regular expression ({error}); correct it"
+        ) from error
 
 
 def read_memory(amount: int | str) -> int:
@@ -88,9 +96,10 @@ def read_memory(amount: int | str) -> int:
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-# Bytes of optimizer state per parameter. Adam keeps two float32 moments. 8-bit Adam keeps two bytes, and a float32
-# scale per block of 256 (Dettmers et al. 2022, section 2.2; bitsandbytes keeps tensors below 4096 entries in 32 bits,
-# which the estimate neglects). SGD keeps nothing, with momentum one float32.
+# Bytes of optimizer state per parameter. Adam keeps two float32 moments. 8-bit Adam keeps two
+# bytes, and a float32 scale per block of 256 (Dettmers et al. 2022, section 2.2; bitsandbytes keeps
+# tensors below 4096 entries in 32 bits, which the estimate neglects). SGD keeps nothing, with
+# momentum one float32.
 STATE = {"adamw": 8.0, "adamw8bit": 2 + 2 * 4 / 256, "sgd": 0.0, "sgd_momentum": 4.0}
 
 
@@ -100,8 +109,8 @@ class Training:
 
     Args:
         optimizer: A key of ``STATE``.
-        dtype: Dtype of the trainable parameters and their gradients. PEFT keeps those of adapters in float32 by
-            default.
+        dtype: Dtype of the trainable parameters and their gradients. PEFT keeps those of adapters
+            in float32 by default.
     """
 
     optimizer: str = "adamw"

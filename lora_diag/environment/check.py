@@ -1,4 +1,6 @@
-"""``doctor``: checks of this installation and this machine; a gap has the command that closes it."""
+"""``doctor``: checks of this installation and this machine; a gap has the command that
+closes it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from lora_diag.version import __version__
 if TYPE_CHECKING:
     from lora_diag.cli.options import Shown
 
-# What each extra adds; one that is not listed serves the development of loradiag and is not checked.
+# What each extra adds; one that is not listed serves the development of loradiag and is not
+# checked.
 ADDS = {
     "train": "probes, tune, the gradient recorder",
     "report": "HTML reports",
@@ -40,7 +43,8 @@ ADDS = {
     "tensorboard": "report --to tensorboard",
 }
 
-# Free bytes below which a disk gets a warning: an adapter of rank 64 of a 7B model takes 0.64 GB in float32.
+# Free bytes below which a disk gets a warning: an adapter of rank 64 of a 7B model takes 0.64 GB in
+# float32.
 LITTLE_SPACE = 1 << 30
 
 _TIMEOUT_SECONDS = 3
@@ -52,7 +56,10 @@ def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
     if shown.json:
         for finding in findings:
             shown.print_line(
-                dumps({"key": finding.key, "level": finding.level, "lines": finding.lines}, ensure_ascii=False)
+                dumps(
+                    {"key": finding.key, "level": finding.level, "lines": finding.lines},
+                    ensure_ascii=False,
+                )
             )
     else:
         with limit_lines(None):
@@ -61,17 +68,19 @@ def run_doctor(shown: Shown, inputs: Sequence[str]) -> int:
 
 
 def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
-    """Check this installation, this machine and inputs; return the findings in the order of display.
+    """Check this installation, this machine and inputs; return the findings in the order of
+    display.
 
     Args:
-        addresses: Checkpoints or adapters, local or remote, to open; their headers are read, and those factors of an
-            adapter that are initialized to zero.
+        addresses: Checkpoints or adapters, local or remote, to open; their headers are read, and
+            those factors of an adapter that are initialized to zero.
     """
     return [
         make_statement(
             "versions",
             "Versions",
-            f"loradiag {__version__}, Python {platform.python_version()}, {platform.system()} {platform.release()}, "
+            f"loradiag {__version__}, Python {platform.python_version()}, {platform.system()} "
+            f"{platform.release()}, "
             f"{platform.machine()}",
             priority=0,
         ),
@@ -86,7 +95,9 @@ def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
 
 
 def _read_requirements() -> dict[str, list[Requirement]]:
-    """Return the installed package's requirements by extra; those that are always needed under ``""``."""
+    """Return the installed package's requirements by extra; those that are always needed under
+    ``""``.
+    """
     by_extra: dict[str, list[Requirement]] = {"": []}
     for line in requires("loradiag") or ():
         requirement = Requirement(line)
@@ -98,7 +109,9 @@ def _read_requirements() -> dict[str, list[Requirement]]:
 
 
 def _find_gaps(requirements: Iterable[Requirement]) -> tuple[list[str], list[str]]:
-    """Return the installed packages with their versions, and a description of each missing or unsuitable one."""
+    """Return the installed packages with their versions, and a description of each missing or
+    unsuitable one.
+    """
     present, gaps = [], []
     for requirement in requirements:
         try:
@@ -122,27 +135,39 @@ def _check_packages() -> Iterator[Statement]:
         return
     present, gaps = _find_gaps(requirements[""])
     if gaps:
-        yield make_statement("packages", "Packages", *gaps, install_command(), level="failure", priority=0)
+        yield make_statement(
+            "packages", "Packages", *gaps, install_command(), level="failure", priority=0
+        )
     else:
         yield make_statement("packages", "Packages", ", ".join(present), level="ok", priority=0)
     for extra, adds in ADDS.items():
-        present, gaps = _find_gaps(each for each in requirements.get(extra, ()) if each.name != "loradiag")
+        present, gaps = _find_gaps(
+            each for each in requirements.get(extra, ()) if each.name != "loradiag"
+        )
         lines = [f"{adds}: {', '.join(present)}"]
         if gaps:
             lines = [f"not available ({adds}): {', '.join(gaps)}", install_command(extra)]
-        yield make_statement(f"extra_{extra}", f"[{extra}]", *lines, level="warning" if gaps else "ok", scoped=True)
+        yield make_statement(
+            f"extra_{extra}", f"[{extra}]", *lines, level="warning" if gaps else "ok", scoped=True
+        )
 
 
 def _check_command() -> Statement:
     executable = shutil.which("loradiag")
     if executable is None:
-        fix = f"add {_shorten_home(str(Path(sys.executable).parent))} to PATH, or use python -m lora_diag"
-        return make_statement("command", "Command", f"loradiag is not on PATH; {fix}", level="warning")
+        fix = (
+            f"add {_shorten_home(str(Path(sys.executable).parent))} to PATH, or use python -m "
+            "lora_diag"
+        )
+        return make_statement(
+            "command", "Command", f"loradiag is not on PATH; {fix}", level="warning"
+        )
     command, interpreter = Path(executable), Path(sys.executable)
     in_prefix = command.parent.parent.resolve() == Path(sys.prefix).resolve()
     if command.resolve().parent != interpreter.resolve().parent and not in_prefix:
         problem = (
-            f"loradiag on PATH is {_shorten_home(executable)}, in another environment than this one "
+            f"loradiag on PATH is {_shorten_home(executable)}, in another environment than this "
+            "one "
             f"({_shorten_home(sys.prefix)})"
         )
         return make_statement("command", "Command", problem, level="warning")
@@ -154,24 +179,38 @@ def _check_devices() -> Iterator[Statement]:
 
     usable = cores()
     settings = ", ".join(
-        f"{name}={os.environ[name]}" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS") if name in os.environ
+        f"{name}={os.environ[name]}"
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        if name in os.environ
     )
     yield make_statement(
         "processor",
         "Processor",
         f"{processor()}, {usable:g} usable core{'s' * (usable != 1)}",
-        f"{_find_blas()}, {torch.get_num_threads()} thread(s){f' ({settings})' if settings else ''}",
+        f"{_find_blas()}, {torch.get_num_threads()} "
+        f"thread(s){f' ({settings})' if settings else ''}",
     )
     if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-        names = [
-            f"cuda:{index} {device.name}, {byte_count(device.total_memory)}" for index, device in enumerate(devices)
+        devices = [
+            torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())
         ]
-        yield make_statement("gpu", "GPU", *names, f"CUDA {torch.version.cuda}; --device auto uses cuda:0", level="ok")
+        names = [
+            f"cuda:{index} {device.name}, {byte_count(device.total_memory)}"
+            for index, device in enumerate(devices)
+        ]
+        yield make_statement(
+            "gpu",
+            "GPU",
+            *names,
+            f"CUDA {torch.version.cuda}; --device auto uses cuda:0",
+            level="ok",
+        )
     elif shutil.which("nvidia-smi"):
         lead = f"an NVIDIA driver is installed, but torch {torch.__version__} finds no device"
         fix = (
-            "check nvidia-smi" if torch.version.cuda else "install torch for CUDA: pip install --force-reinstall torch"
+            "check nvidia-smi"
+            if torch.version.cuda
+            else "install torch for CUDA: pip install --force-reinstall torch"
         )
         yield make_statement("gpu", "GPU", lead, fix, level="warning")
     else:
@@ -190,27 +229,49 @@ def _check_memory() -> Statement:
     available, total = memory()
     if total is None:
         return make_statement("memory", "Memory", "unknown on this system")
-    lead = f"{byte_count(total)}" if available is None else f"{byte_count(available)} available of {byte_count(total)}"
+    lead = (
+        f"{byte_count(total)}"
+        if available is None
+        else f"{byte_count(available)} available of {byte_count(total)}"
+    )
     return make_statement("memory", "Memory", f"{lead}; --memory limits what loradiag uses")
 
 
 def _check_folders() -> Iterator[Statement]:
-    """Check that this folder, the temporary one and the Hub's cache are writable, and state their free space."""
+    """Check that this folder, the temporary one and the Hub's cache are writable, and state their
+    free space.
+    """
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    cache = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
+    cache = (
+        os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE") or home / "hub"
+    )
     for key, label, folder, fix in (
         ("folder", "This folder", Path.cwd(), "make room, or work in another one"),
-        ("temporary", "Temporary", Path(tempfile.gettempdir()), "make room, or set TMPDIR to another one"),
-        ("cache", "Hub cache", Path(cache).expanduser(), "export HF_HOME=FOLDER with a folder of yours"),
+        (
+            "temporary",
+            "Temporary",
+            Path(tempfile.gettempdir()),
+            "make room, or set TMPDIR to another one",
+        ),
+        (
+            "cache",
+            "Hub cache",
+            Path(cache).expanduser(),
+            "export HF_HOME=FOLDER with a folder of yours",
+        ),
     ):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         name, free = _shorten_home(str(folder)), shutil.disk_usage(existing).free
         if not os.access(existing, os.W_OK):
             yield make_statement(key, label, f"{name} is not writable; {fix}", level="warning")
         elif free < LITTLE_SPACE:
-            yield make_statement(key, label, f"only {byte_count(free)} free in {name}; {fix}", level="warning")
+            yield make_statement(
+                key, label, f"only {byte_count(free)} free in {name}; {fix}", level="warning"
+            )
         else:
-            shown = f"{name}, " if key == "cache" else ""  # an issue needs no name of a user's folder
+            shown = (
+                f"{name}, " if key == "cache" else ""
+            )  # an issue needs no name of a user's folder
             yield make_statement(key, label, f"{shown}{byte_count(free)} free", level="ok")
 
 
@@ -220,14 +281,19 @@ def _check_ray() -> Iterator[Statement]:
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried")
+        yield make_statement(
+            "ray", "Ray cluster", f"RAY_ADDRESS={address}: not HOST:PORT, so it was not tried"
+        )
         return
     try:
         socket.create_connection((host, int(port)), _TIMEOUT_SECONDS).close()
     except (OSError, OverflowError) as error:
         fix = "start its head, or unset RAY_ADDRESS"
         yield make_statement(
-            "ray", "Ray cluster", f"RAY_ADDRESS={address} does not answer ({error}); {fix}", level="warning"
+            "ray",
+            "Ray cluster",
+            f"RAY_ADDRESS={address} does not answer ({error}); {fix}",
+            level="warning",
         )
     else:
         yield make_statement("ray", "Ray cluster", f"RAY_ADDRESS={address} answers", level="ok")
@@ -247,9 +313,15 @@ def _check_address(address: str) -> Statement:
 
 
 def _shorten_home(path: str) -> str:
-    """Return a path with the home folder as ``~``, so that the output can be pasted into an issue."""
+    """Return a path with the home folder as ``~``, so that the output can be pasted
+    into an issue.
+    """
     home = str(Path.home())
-    return "~" + path[len(home) :] if home != "/" and (path == home or path.startswith(home + os.sep)) else path
+    return (
+        "~" + path[len(home) :]
+        if home != "/" and (path == home or path.startswith(home + os.sep))
+        else path
+    )
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -259,7 +331,9 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         cpuinfo: Linux's description of the processors.
     """
     try:
-        match = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE)
+        match = re.search(
+            r"^model name\s*:\s*(.+)$", cpuinfo.read_text(errors="replace"), re.MULTILINE
+        )
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
@@ -269,9 +343,12 @@ def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
     """Return the cores that this process may use; a fraction if a container's quota is one.
 
     Args:
-        limit: The control group's quota and period in microseconds, such as ``150000 100000`` for 1.5 cores.
+        limit: The control group's quota and period in microseconds, such as ``150000 100000`` for
+            1.5 cores.
     """
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     try:
         quota, period = limit.read_text().split()
         return min(float(usable), int(quota) / int(period))
@@ -282,13 +359,15 @@ def cores(limit: Path = Path("/sys/fs/cgroup/cpu.max")) -> float:
 def memory(
     meminfo: Path = Path("/proc/meminfo"), group: Path = Path("/sys/fs/cgroup")
 ) -> tuple[int | None, int | None]:
-    """Return the bytes of memory available on this machine, and all of it, within a container; None if not known.
+    """Return the bytes of memory available on this machine, and all of it, within a container; None
+    if not known.
 
     Limits by ``ulimit``, control groups of version 1, and nested groups are not read.
 
     Args:
         meminfo: Linux's list of the machine's memory, in KiB.
-        group: Folder of the control group, whose ``memory.max`` and ``memory.current`` limit a container.
+        group: Folder of the control group, whose ``memory.max`` and ``memory.current`` limit a
+            container.
     """
     try:
         kib = dict(re.findall(r"^(\w+):\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE))
@@ -296,7 +375,10 @@ def memory(
     except (OSError, KeyError):
         return None, _read_physical_memory()
     try:
-        limit, used = int((group / "memory.max").read_text()), int((group / "memory.current").read_text())
+        limit, used = (
+            int((group / "memory.max").read_text()),
+            int((group / "memory.current").read_text()),
+        )
     except (OSError, ValueError):  # no control group, or ``max``
         return available, total
     return min(available, max(0, limit - used)), min(total, limit)

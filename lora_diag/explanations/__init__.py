@@ -9,11 +9,22 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Meaning of a word of the output, and what to do about it.",
-            notes="Without words, it lists symptoms of training, merging and serving, each with the command to run.",
+            notes="Without words, it lists symptoms of training, merging and serving, each with "
+            "the command to run.",
             run=".show:run_explain",
-            examples=("explain unresolved", "explain 'r@90%'", "explain the merged model is gibberish"),
+            examples=(
+                "explain unresolved",
+                "explain 'r@90%'",
+                "explain the merged model is gibberish",
+            ),
             arguments=(
-                Argument("words", "A word as loradiag prints it, or a symptom.", "WORD", many=True, optional=True),
+                Argument(
+                    "words",
+                    "A word as loradiag prints it, or a symptom.",
+                    "WORD",
+                    many=True,
+                    optional=True,
+                ),
             ),
             shows=("json",),
             call=True,
@@ -25,7 +36,9 @@ FEATURE = Feature(
             name="schema",
             run=".schemas:run_schema",
             examples=("schema results > results.schema.json",),
-            arguments=(Argument("file_kind", "Kind of file: results or policy.", "results|policy"),),
+            arguments=(
+                Argument("file_kind", "Kind of file: results or policy.", "results|policy"),
+            ),
             shows=(),
             call=True,
         ),

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def results_schema() -> dict[str, Any]:
-    """Return the JSON Schema of one line of a results file. Unknown fields are valid: later versions may add some."""
+    """Return the JSON Schema of one line of a results file.
+
+    Unknown fields are valid: later versions may add some.
+    """
     kinds = [*SHARED, *catalog.record_kinds().values()]
     line: Any = Annotated[reduce(or_, kinds), Field(discriminator="record")]
     schema = TypeAdapter(line).json_schema(mode="serialization")
@@ -29,11 +32,16 @@ def results_schema() -> dict[str, Any]:
 
 
 def policy_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a policy of ``gate`` as TOML gives it, with dates as text. Unknown keys are invalid."""
+    """Return the JSON Schema of a policy of ``gate`` as TOML gives it, with dates as text.
+
+    Unknown keys are invalid.
+    """
     return _document(Policy.model_json_schema(), "A policy of loradiag gate", [Policy])
 
 
-def _document(schema: dict[str, Any], title: str, kinds: Iterable[type[BaseModel]]) -> dict[str, Any]:
+def _document(
+    schema: dict[str, Any], title: str, kinds: Iterable[type[BaseModel]]
+) -> dict[str, Any]:
     """Return a schema with the documentation of every class and field, without excluded fields."""
     for model in dict.fromkeys(model for kind in kinds for model in find_models(kind)):
         names = {field.alias or name for name, field in model.model_fields.items()}

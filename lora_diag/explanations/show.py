@@ -30,13 +30,19 @@ def run_explain(shown: Shown, words: Sequence[str]) -> int:
     terms = find_terms(word) if word else [term for term in all_terms() if term.role == "symptom"]
     if not terms:
         nearest = find_nearest(word)
-        hint = f"did you mean {', '.join(nearest)}?" if nearest else "loradiag explain lists symptoms"
+        hint = (
+            f"did you mean {', '.join(nearest)}?" if nearest else "loradiag explain lists symptoms"
+        )
         raise UsageError(f"explain: {safe(word)} is no word of the output; {hint}")
     if shown.json:
         for term in terms:
             shown.print_line(dumps(asdict(term), ensure_ascii=False))
     else:
-        shown.print(to_text(Group(*map(_draw_term, terms)) if word else _list_symptoms(terms), *shown.terminal))
+        shown.print(
+            to_text(
+                Group(*map(_draw_term, terms)) if word else _list_symptoms(terms), *shown.terminal
+            )
+        )
     return DONE
 
 
@@ -47,12 +53,21 @@ def _draw_term(term: Term) -> RenderableType:
 
 
 def _draw_block(block: str) -> Text:
-    """Return a paragraph of Markdown as text, without marks of code and targets of links; indented lines stay."""
+    """Return a paragraph of Markdown as text, without marks of code and targets of links; indented
+    lines stay.
+    """
     if block.startswith("    "):
-        return Text("\n".join(line[2:] for line in block.splitlines()), no_wrap=True, overflow="fold")
+        return Text(
+            "\n".join(line[2:] for line in block.splitlines()), no_wrap=True, overflow="fold"
+        )
     return Text(re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", " ".join(block.split())).replace("`", ""))
 
 
 def _list_symptoms(terms: Sequence[Term]) -> RenderableType:
     lines = [Text(f"  {term.word}") for term in terms]
-    return Group(Text("Symptoms", style="bold"), *lines, Text(), Text("Next: loradiag explain SYMPTOM, or any WORD"))
+    return Group(
+        Text("Symptoms", style="bold"),
+        *lines,
+        Text(),
+        Text("Next: loradiag explain SYMPTOM, or any WORD"),
+    )

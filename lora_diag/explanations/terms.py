@@ -1,8 +1,8 @@
 """Index of the words in loradiag's output.
 
-A word is a command, a column (``Shown.title``), a field of a record, a value of such a field that the field's
-documentation names, a built-in check of ``gate``, or a heading of ``symptoms.md``, ``findings.md`` or ``words.md``. The
-texts are those of the declarations and of the site.
+A word is a command, a column (``Shown.title``), a field of a record, a value of such a field that
+the field's documentation names, a built-in check of ``gate``, or a heading of ``symptoms.md``,
+``findings.md`` or ``words.md``. The texts are those of the declarations and of the site.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Term:
 
 
 def document_fields(kind: type[BaseModel]) -> dict[str, str]:
-    """Return the documentation of fields of a class by name: ``Field(description=)``, or the entry in a docstring.
+    """Return the documentation of fields of a class by name: ``Field(description=)``, or the entry
+    in a docstring.
 
     >>> document_fields(run.Run)["schema"]
     'Version of the fields, 1.'
@@ -54,9 +55,13 @@ def document_fields(kind: type[BaseModel]) -> dict[str, str]:
     for base in reversed(kind.__mro__):
         doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
         _, _, args = doc.partition("Args:\n")
-        for name, text in re.findall(r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE):
+        for name, text in re.findall(
+            r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE
+        ):
             found[name] = " ".join(text.split())
-    described = {name: field.description for name, field in kind.model_fields.items() if field.description}
+    described = {
+        name: field.description for name, field in kind.model_fields.items() if field.description
+    }
     return {**found, **described}
 
 
@@ -65,7 +70,11 @@ def find_models(kind: type[BaseModel]) -> list[type[BaseModel]]:
     seen: dict[type[BaseModel], None] = {}
 
     def visit(annotation: object) -> None:
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in seen:
+        if (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and annotation not in seen
+        ):
             seen[annotation] = None
             for field in annotation.model_fields.values():
                 visit(field.annotation)
@@ -90,7 +99,8 @@ def list_values(annotation: object) -> Iterator[str]:
 
 
 def describe_value(word: str, text: str) -> str:
-    """Return what the documentation of a field says about one of its values: its entry, or all of it.
+    """Return what the documentation of a field says about one of its values: its entry, or all of
+    it.
 
     >>> describe_value("b", "Status. ``a``: first. ``b``: second; see ``c``. ``d``: last.")
     'Second; see c.'
@@ -103,15 +113,26 @@ def describe_value(word: str, text: str) -> str:
 
 @cache
 def all_terms() -> tuple[Term, ...]:
-    """Return all words: symptoms and general terms, commands, values, checks, columns and fields."""
-    sources = (_find_sections, _find_commands, _find_values, _find_checks, _find_columns, _find_fields)
+    """Return all words: symptoms and general terms, commands, values, checks, columns
+    and fields.
+    """
+    sources = (
+        _find_sections,
+        _find_commands,
+        _find_values,
+        _find_checks,
+        _find_columns,
+        _find_fields,
+    )
     return tuple(dict.fromkeys(term for source in sources for term in source()))
 
 
 def _find_sections() -> Iterator[Term]:
     """Yield the sections of the pages of this package; commas in a heading separate spellings."""
     for role in ("symptom", "finding", "word"):
-        for section in (files(__package__) / f"{role}s.md").read_text(encoding="utf-8").split("\n## ")[1:]:
+        for section in (
+            (files(__package__) / f"{role}s.md").read_text(encoding="utf-8").split("\n## ")[1:]
+        ):
             title, _, body = section.partition("\n")
             word, *others = title.split(", ")
             yield Term(word, role, body.strip(), tuple(others))
@@ -119,8 +140,12 @@ def _find_sections() -> Iterator[Term]:
 
 @cache
 def remedy_of(rule: str) -> tuple[str, str]:
-    """Return what to do about a finding of ``lint``, and the source of its rule: the last paragraphs of its section."""
-    text = next(term.text for term in _find_sections() if term.role == "finding" and term.word == rule)
+    """Return what to do about a finding of ``lint``, and the source of its rule: the last
+    paragraphs of its section.
+    """
+    text = next(
+        term.text for term in _find_sections() if term.role == "finding" and term.word == rule
+    )
     *_, fix, source = (" ".join(part.split()) for part in text.split("\n\n"))
     return fix.removeprefix("Fix: "), source.removeprefix("Source: ")
 
@@ -131,10 +156,16 @@ def _find_commands() -> Iterator[Term]:
 
 
 def _find_models() -> Iterator[tuple[str, type[BaseModel]]]:
-    """Yield every class of records with the command of its records; ``every command`` for shared ones."""
+    """Yield every class of records with the command of its records; ``every command`` for shared
+    ones.
+    """
     for command, kinds in [
         ("every command", SHARED),
-        *((f.commands[0].name or f.name, map(f.load, f.records)) for f in catalog.features() if f.records),
+        *(
+            (f.commands[0].name or f.name, map(f.load, f.records))
+            for f in catalog.features()
+            if f.records
+        ),
     ]:
         yield from ((command, model) for kind in kinds for model in find_models(kind))
 
@@ -150,7 +181,10 @@ def _find_values() -> Iterator[Term]:
 
 def _find_checks() -> Iterator[Term]:
     documented = document_fields(Checks)
-    yield from (Term(name, "built-in check of gate", documented[name].replace("``", "")) for name in Checks.names())
+    yield from (
+        Term(name, "built-in check of gate", documented[name].replace("``", ""))
+        for name in Checks.names()
+    )
 
 
 def _find_columns() -> Iterator[Term]:
@@ -186,19 +220,34 @@ def find_terms(words: str) -> list[Term]:
     found = [term for term in all_terms() if wanted in map(_normalize, (term.word, *term.others))]
     if found:
         return _merge_roles(found)
-    return [term for term in all_terms() if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)]
+    return [
+        term
+        for term in all_terms()
+        if term.role == "symptom" and set(wanted.split()) <= _words_of(term.word)
+    ]
 
 
 def find_nearest(words: str) -> list[str]:
-    """Return up to five words: those of a similar spelling, then those whose meaning contains the given words."""
-    spellings = {_normalize(word): term.word for term in all_terms() for word in (term.word, *term.others) if word}
-    close = [spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)]
+    """Return up to five words: those of a similar spelling, then those whose meaning contains the
+    given words.
+    """
+    spellings = {
+        _normalize(word): term.word
+        for term in all_terms()
+        for word in (term.word, *term.others)
+        if word
+    }
+    close = [
+        spellings[word] for word in get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)
+    ]
     mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]
     return list(dict.fromkeys([*close, *mentioned]))[:5]
 
 
 def _normalize(word: str) -> str:
-    """Return a spelling in lower case, without marks around it, with blanks for ``_`` and ``-``, C(r) for C(16)."""
+    """Return a spelling in lower case, without marks around it, with blanks for ``_`` and ``-``,
+    C(r) for C(16).
+    """
     word = re.sub(r"^C\(\d+\)$", "C(r)", word.strip(" .:!?\"'"), flags=re.IGNORECASE)
     return " ".join(word.replace("_", " ").replace("-", " ").casefold().split())
 
@@ -208,7 +257,9 @@ def _words_of(title: str) -> set[str]:
 
 
 def _merge_roles(terms: Iterable[Term]) -> list[Term]:
-    """Return a term for each distinct pair of word and text, with the roles of all its terms joined."""
+    """Return a term for each distinct pair of word and text, with the roles of all its terms
+    joined.
+    """
     roles: dict[tuple[str, str], list[str]] = {}
     for term in terms:
         roles.setdefault((term.word, term.text), []).append(term.role)
@@ -216,7 +267,8 @@ def _merge_roles(terms: Iterable[Term]) -> list[Term]:
 
 
 def _join_roles(roles: list[str]) -> str:
-    """Return roles as text; roles that differ in their command only are written once, with all commands.
+    """Return roles as text; roles that differ in their command only are written once, with all
+    commands.
 
     >>> _join_roles(["verdict of spectrum", "verdict of overlap", "field of gate"])
     'verdict of spectrum, overlap; field of gate'
@@ -225,4 +277,7 @@ def _join_roles(roles: list[str]) -> str:
     for role in roles:
         name, _, command = role.partition(" of ")
         commands.setdefault(name, []).append(command)
-    return "; ".join(f"{name} of {', '.join(dict.fromkeys(of))}" if of[0] else name for name, of in commands.items())
+    return "; ".join(
+        f"{name} of {', '.join(dict.fromkeys(of))}" if of[0] else name
+        for name, of in commands.items()
+    )

@@ -1,4 +1,7 @@
-"""``gate``: a policy and records → verdicts. A rule without the records it needs is inconclusive."""
+"""``gate``: a policy and records → verdicts.
+
+A rule without the records it needs is inconclusive.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,46 +18,73 @@ class GateOptions(TypedDict, total=False):
         Sequence[str | Path],
         Option((), "Results to compare with, layer by layer; repeatable.", "FILE", panel=INPUTS),
     ]
-    ratchet: Annotated[bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)]
+    ratchet: Annotated[
+        bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)
+    ]
     shipped: Annotated[
         Sequence[str | Path],
-        Option((), "Input that every results file must refer to; repeatable.", "PATH", ("--for",), INPUTS),
+        Option(
+            (),
+            "Input that every results file must refer to; repeatable.",
+            "PATH",
+            ("--for",),
+            INPUTS,
+        ),
     ]
-    max_age: Annotated[str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")]
+    max_age: Annotated[
+        str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")
+    ]
 
 
 class VerdictOutputs(TypedDict, total=False):
     """Outputs of a command that judges."""
 
     output: Annotated[
-        Path | None, Option(None, "Verdicts or findings (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)
+        Path | None,
+        Option(None, "Verdicts or findings (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
     ]
     junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
-    github: Annotated[bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)]
+    github: Annotated[
+        bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)
+    ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
 class PluginOptions(TypedDict, total=False):
     """Whether plugins take part; read in ``lora_diag.cli.app`` before any is loaded."""
 
-    plugins: Annotated[bool, Option(False, "Load installed plugins, for results of their commands.", panel=INPUTS)]
+    plugins: Annotated[
+        bool, Option(False, "Load installed plugins, for results of their commands.", panel=INPUTS)
+    ]
 
 
 class CommandOptions(PluginOptions, total=False):
-    """Options of the command that ``gate()`` has no need of: a policy, inputs to measure, a model card, plugins."""
+    """Options of the command that ``gate()`` has no need of: a policy, inputs to measure, a model
+    card, plugins.
+    """
 
-    policy: Annotated[str | None, Option(None, "Policy, instead of the argument POLICY.", "POLICY", panel=INPUTS)]
+    policy: Annotated[
+        str | None, Option(None, "Policy, instead of the argument POLICY.", "POLICY", panel=INPUTS)
+    ]
     base: Annotated[str | None, BASE]
-    tuned: Annotated[str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)]
-    adapter: Annotated[Sequence[str], Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS)]
-    model_card: Annotated[Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)]
+    tuned: Annotated[
+        str | None, Option(None, "Full fine-tune to measure on --base.", "TUNED", panel=INPUTS)
+    ]
+    adapter: Annotated[
+        Sequence[str],
+        Option((), "Adapter to measure on --base; repeatable.", "ADAPTER", panel=INPUTS),
+    ]
+    model_card: Annotated[
+        Path | None, Option(None, "Model card to put the outcome into.", "FILE", panel=OUTPUT)
+    ]
 
 
 class InitOptions(PluginOptions, total=False):
     """Options of ``gate init``."""
 
     output: Annotated[
-        Path | None, Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT)
+        Path | None,
+        Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
@@ -66,7 +96,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Judge results by a policy before a release.",
-            notes="Exit codes: 0 passed, 1 failed, 2 invalid policy or usage error, 3 a file cannot be read, 4 nothing "
+            notes="Exit codes: 0 passed, 1 failed, 2 invalid policy or usage error, 3 a file "
+            "cannot be read, 4 nothing "
             "to judge, 5 inconclusive.",
             examples=("gate policy.toml results.jsonl --junit gate.xml",),
             run=".command:run_gate",

@@ -1,9 +1,11 @@
-"""Built-in checks, which apply with every policy that does not disable them, and the identity of the inputs of results.
+"""Built-in checks, which apply with every policy that does not disable them, and the identity of
+the inputs of results.
 
 A check of records applies to records of any kind that have the fields which it reads.
 
-Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of ``loradiag intruders``.
-``spike`` judges σ_1(ΔW)/σ_1(W_base) by its lower bound σ_1(ΔW)/‖W_base‖_F; ``sigma_to_base`` is its upper bound.
+Intruder dimensions are not included: a rule such as ``intruders <= 2`` judges the records of
+``loradiag intruders``. ``spike`` judges σ_1(ΔW)/σ_1(W_base) by its lower bound σ_1(ΔW)/‖W_base‖_F;
+``sigma_to_base`` is its upper bound.
 """
 
 from __future__ import annotations
@@ -23,14 +25,22 @@ from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.statements import is_unrelated
-from lora_diag.running.fingerprint import DIGITS, content_hash, files_of, fingerprint, fingerprint_of_adapter, legible
+from lora_diag.running.fingerprint import (
+    DIGITS,
+    content_hash,
+    files_of,
+    fingerprint,
+    fingerprint_of_adapter,
+    legible,
+)
 
-# Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the rounding error of the
-# smallest singular values of a product of float32 factors.
+# Below this fraction of σ_1 a direction of an adapter is unused: ten times float32's spacing, the
+# rounding error of the smallest singular values of a product of float32 factors.
 UNUSED = 1e-6
 
-# Largest ‖BA‖_F with which no entry of BA is a normal number of the dtype that computes it: float32, or float16 if the
-# factors are stored in it, of which entries below half its smallest number are rounded to zero.
+# Largest ‖BA‖_F with which no entry of BA is a normal number of the dtype that computes it:
+# float32, or float16 if the factors are stored in it, of which entries below half its smallest
+# number are rounded to zero.
 UNDERFLOW = {"float32": 2.0**-126, "float16": 2.0**-25}
 
 # Maximum difference between the clocks of the machines that measure and judge.
@@ -43,18 +53,29 @@ WEIGHT_ROLES = ("base", "tuned", "adapter", "reference")
 _INCONCLUSIVE_CHECKS = frozenset({"finished", "base"})
 # Fields of the records that checks of updates are about, and of those with singular values.
 _UPDATE_FIELDS = ("fro", "resolution")
-_SPECTRUM_FIELDS = (*_UPDATE_FIELDS, "s", "complete", "method", "metric", "weights_fro", "spike", "spike_to_base")
+_SPECTRUM_FIELDS = (
+    *_UPDATE_FIELDS,
+    "s",
+    "complete",
+    "method",
+    "metric",
+    "weights_fro",
+    "spike",
+    "spike_to_base",
+)
 _LINEAGE_FIELDS = ("cosine_to_base", "lineage")
 # Checks of records of updates.
 _CHECKS_OF_UPDATES = frozenset({"dead", "unused_rank", "spike", "unresolved"})
-# Those that do not apply to spectra in another metric, where one direction reflects the distribution of the inputs.
+# Those that do not apply to spectra in another metric, where one direction reflects the
+# distribution of the inputs.
 _CHECKS_OF_WEIGHTS = frozenset({"unused_rank", "spike"})
 _NOT_OF_THIS_BASE = frozenset({"not_in_base", "shape_differs", "needs_base", "only_in_adapter"})
 
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """One finding of a check; ``allowed`` is the requirement if that depends on the finding, else empty.
+    """One finding of a check; ``allowed`` is the requirement if that depends on the finding, else
+    empty.
 
     ``unknown`` prevents the gate from passing at every severity, because no verdict is possible.
     """
@@ -70,10 +91,11 @@ Check = Callable[[Policy, Sources, Sources], Iterator[Alarm]]
 
 
 def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Verdict]:
-    """Yield the verdicts of all enabled built-in checks but ``inputs``: one if there is no alarm, else one per alarm.
+    """Yield the verdicts of all enabled built-in checks but ``inputs``: one if there is no alarm,
+    else one per alarm.
 
-    The check ``missing`` yields none without a baseline, ``negative`` none without the scaling of an adapter, and
-    ``unrelated`` none without the cosine of a weight with that of BASE.
+    The check ``missing`` yields none without a baseline, ``negative`` none without the scaling of
+    an adapter, and ``unrelated`` none without the cosine of a weight with that of BASE.
     """
     for name, (allowed, check) in _CHECKS.items():
         severity = getattr(policy.checks, name)
@@ -98,14 +120,18 @@ def run_checks(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[
         if not alarms:
             obstacle = _explain_inapplicable(name, sources)
             status: Status = "not judged" if obstacle else "passed"
-            yield Verdict(rule=name, allowed=allowed, status=status, severity=severity, message=obstacle)
+            yield Verdict(
+                rule=name, allowed=allowed, status=status, severity=severity, message=obstacle
+            )
 
 
 def _explain_inapplicable(name: str, sources: Sources) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no record gives the norm and the resolution of an update"
-    adapters = [item for source in sources for item in source.results.run.inputs if item.role == "adapter"]
+    adapters = [
+        item for source in sources for item in source.results.run.inputs if item.role == "adapter"
+    ]
     if name in {"complete", "base"} and not adapters:
         return "no adapter was measured"
     if name == "complete" and all(item.targets is None for item in adapters):
@@ -114,19 +140,26 @@ def _explain_inapplicable(name: str, sources: Sources) -> str:
         return "no adapter and BASE that both have a name were measured together"
     metrics = metrics_of(record for source in sources for record in source.results.layers)
     if name in _CHECKS_OF_WEIGHTS and metrics and "weights" not in metrics:
-        return f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, not in the weights'"
+        return (
+            f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, "
+            "not in the weights'"
+        )
     return ""
 
 
 def has_updates(sources: Sources) -> bool:
-    """Return whether a record gives the norm and the resolution of an update, which the checks of updates need."""
+    """Return whether a record gives the norm and the resolution of an update, which the checks of
+    updates need.
+    """
     return bool(_select_records(sources, *_UPDATE_FIELDS))
 
 
 def _check_finished(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     for source in sources:
         if source.results.end is None:
-            yield Alarm(f"{source.path}: the run did not finish; continue with --resume, or measure again")
+            yield Alarm(
+                f"{source.path}: the run did not finish; continue with --resume, or measure again"
+            )
 
 
 def _check_finite(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -144,7 +177,9 @@ def _check_mismatch(policy: Policy, sources: Sources, baseline: Sources) -> Iter
 
 
 def _check_complete(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each module that the config of an adapter targets and its file does not contain."""
+    """Yield an alarm for each module that the config of an adapter targets and its file does not
+    contain.
+    """
     for source in sources:
         for item in source.results.run.inputs:
             text = (
@@ -155,15 +190,21 @@ def _check_complete(policy: Policy, sources: Sources, baseline: Sources) -> Iter
 
 
 def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield alarms for adapters whose config names another base, unless the policy pins the base."""
+    """Yield alarms for adapters whose config names another base, unless the policy pins
+    the base.
+    """
     for source in sources:
-        pinned = any(("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs)
+        pinned = any(
+            ("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs
+        )
         for adapter, names in _pair_names(source):
             own_base = adapter.names[0]
             if not pinned and not any(is_same_name(own_base, name) for name in names):
                 text = (
-                    f"the config of {adapter.path} names the base {own_base}, and it was measured on "
-                    f"{' or '.join(names)}: measure it on its own base, or pin this one by its fingerprint under "
+                    f"the config of {adapter.path} names the base {own_base}, and it was measured "
+                    "on "
+                    f"{' or '.join(names)}: measure it on its own base, or pin this one by its "
+                    "fingerprint under "
                     "[inputs]"
                 )
                 yield Alarm(text, None, names[0], f"base {own_base}")
@@ -181,26 +222,42 @@ def is_same_name(first: str, second: str) -> bool:
 
     Two Hub ids are compared as a whole; a path is compared by its last part.
 
-    >>> is_same_name("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B"), is_same_name("a/llama", "b/llama")
+    >>> (
+    ...     is_same_name("meta-llama/Llama-3.2-1B", "/models/Llama-3.2-1B"),
+    ...     is_same_name("a/llama", "b/llama"),
+    ... )
     (True, False)
     """
-    parts = [[part for part in name.replace("\\", "/").lower().split("/") if part] for name in (first, second)]
-    both_ids = all(len(name_parts) == 2 and name_parts[0] not in {".", ".."} for name_parts in parts)
+    parts = [
+        [part for part in name.replace("\\", "/").lower().split("/") if part]
+        for name in (first, second)
+    ]
+    both_ids = all(
+        len(name_parts) == 2 and name_parts[0] not in {".", ".."} for name_parts in parts
+    )
     absolute = any(name.startswith(("/", "~")) or ":" in name for name in (first, second))
     return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
 
 
 def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield alarms for adapters and adapted layers without an update; for two checkpoints if nothing changed at all."""
+    """Yield alarms for adapters and adapted layers without an update; for two checkpoints if
+    nothing changed at all.
+    """
     for source in sources:
         spectra = _select_records([source], *_SPECTRUM_FIELDS)
-        norms = [record.fro if record.weights_fro is None else record.weights_fro for record in spectra]
+        norms = [
+            record.fro if record.weights_fro is None else record.weights_fro for record in spectra
+        ]
         if _is_of_adapter(source):
             for record, norm in zip(spectra, norms, strict=True):
                 if text := _explain_dead(norm, record.dtypes[1], _find_least_scale(source)):
                     yield Alarm(text, record.layer, norm)
         elif spectra and not any(norms):
-            yield Alarm("nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?", None, 0.0)
+            yield Alarm(
+                "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?",
+                None,
+                0.0,
+            )
     has_update: dict[str, bool] = {}
     for residual in _select_records(sources, "role", "adapter", "adapter_fro", "rank"):
         if residual.role == "adapter":
@@ -226,18 +283,26 @@ def _explain_dead(norm: float, dtype: str = "float32", scale: float = 1.0) -> st
     computed = dtype if dtype in UNDERFLOW else "float32"
     if norm / scale >= UNDERFLOW[computed]:
         return ""
-    return f"the adapter changes nothing here: the product of its factors underflows to zero in {computed}"
+    return (
+        "the adapter changes nothing here: the product of its factors underflows to zero in "
+        f"{computed}"
+    )
 
 
 def _list_scalings(source: ResultsSource) -> list[tuple[str, tuple[float, float]]]:
-    """Return the path and the smallest and largest scaling of each adapter of results whose scaling is known."""
+    """Return the path and the smallest and largest scaling of each adapter of results whose scaling
+    is known.
+    """
     inputs = (item for item in source.results.run.inputs if item.role == "adapter")
     return [(item.path, item.scaling) for item in inputs if item.scaling is not None]
 
 
 def _find_least_scale(source: ResultsSource) -> float:
     """Return the least |s| of the adapters of results, or 1 if that is larger or not known."""
-    scales = [0.0 if least < 0 < most else min(abs(least), abs(most)) for _, (least, most) in _list_scalings(source)]
+    scales = [
+        0.0 if least < 0 < most else min(abs(least), abs(most))
+        for _, (least, most) in _list_scalings(source)
+    ]
     return max(1.0, min(scales, default=1.0))
 
 
@@ -246,7 +311,10 @@ def _check_negative(policy: Policy, sources: Sources, baseline: Sources) -> Iter
     for source in sources:
         for path, (least, _) in _list_scalings(source):
             if least < 0:
-                text = f"{path}: a negative scaling subtracts the adapter from BASE: correct lora_alpha (alpha_pattern)"
+                text = (
+                    f"{path}: a negative scaling subtracts the adapter from BASE: correct "
+                    "lora_alpha (alpha_pattern)"
+                )
                 yield Alarm(text, None, least)
 
 
@@ -263,7 +331,11 @@ def _check_lineage(policy: Policy, sources: Sources, baseline: Sources) -> Itera
         unrelated = [record for record in layers.values() if record.lineage == "unrelated"]
         if is_unrelated(layers.values()):
             share = f"{len(unrelated)} of {len(layers)} weights"
-            yield Alarm(f"{share} do not descend from BASE: give the BASE of this checkpoint", None, "unrelated")
+            yield Alarm(
+                f"{share} do not descend from BASE: give the BASE of this checkpoint",
+                None,
+                "unrelated",
+            )
             continue
         for record in unrelated:
             text = "not from this weight of BASE: it was replaced or reordered"
@@ -271,23 +343,39 @@ def _check_lineage(policy: Policy, sources: Sources, baseline: Sources) -> Itera
 
 
 def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each layer of factors, measured with all values, with directions below ``UNUSED`` · σ_1."""
+    """Yield an alarm for each layer of factors, measured with all values, with directions below
+    ``UNUSED`` · σ_1.
+    """
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
-        if record.metric == "weights" and record.method == "factored" and record.complete and record.fro > 0:
+        if (
+            record.metric == "weights"
+            and record.method == "factored"
+            and record.complete
+            and record.fro > 0
+        ):
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
-                text = f"{used} of {len(record.s)} directions are used; the rest of the rank costs and does nothing"
+                text = (
+                    f"{used} of {len(record.s)} directions are used; the rest of the rank "
+                    "costs "
+                    "and does nothing"
+                )
                 yield Alarm(text, record.layer, float(used))
 
 
 def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each update that one direction dominates, or whose σ_1 exceeds ‖W_base‖_F."""
+    """Yield an alarm for each update that one direction dominates, or whose σ_1 exceeds
+    ‖W_base‖_F.
+    """
     limit = policy.checks.spike_above
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
         if record.metric != "weights" or record.spike is None or len(record.s) < 2:
             continue
         if record.spike > limit:
-            text = f"one direction holds {record.spike:.3g} of ‖ΔW‖², more than {limit:g}: usual early in training"
+            text = (
+                f"one direction holds {record.spike:.3g} of ‖ΔW‖², more than {limit:g}: usual "
+                "early in training"
+            )
             yield Alarm(text, record.layer, record.spike, f"spike <= {limit:g}")
         elif record.spike_to_base is not None and record.spike_to_base > 1:
             text = "σ_1(ΔW) exceeds ‖W_base‖_F: this layer was overwritten, not tuned"
@@ -295,12 +383,18 @@ def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterat
 
 
 def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
-    """Yield an alarm for each update that rounding hides, and one more, without a verdict, if it hides all."""
+    """Yield an alarm for each update that rounding hides, and one more, without a verdict, if it
+    hides all.
+    """
     records = _select_records(sources, *_UPDATE_FIELDS)
     changed = [record for record in records if record.resolution is not None and record.fro > 0]
     hidden = [record for record in changed if record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
-        text = "the files' rounding hides every update, so none can be judged: save the checkpoint in float32"
+        text = (
+            "the files' rounding hides every update, so none can be judged: save the "
+            "checkpoint "
+            "in float32"
+        )
         yield Alarm(text, None, "unresolved", unknown=True)
     for record in hidden:
         text = "the files' rounding hides this update: judge the adapter itself, or save in float32"
@@ -310,7 +404,9 @@ def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> It
 def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each layer of the baseline that the results do not have."""
     measured = {record.layer for source in sources for record in source.results.layers}
-    for layer in dict.fromkeys(record.layer for source in baseline for record in source.results.layers):
+    for layer in dict.fromkeys(
+        record.layer for source in baseline for record in source.results.layers
+    ):
         if layer not in measured:
             yield Alarm("the baseline has this layer and the results do not", layer)
 
@@ -342,7 +438,9 @@ _CHECKS: dict[str, tuple[str, Check]] = {
 assert ["inputs", *_CHECKS] == Checks.names()
 
 
-def compare_inputs(sources: Sources, shipped: Sequence[Path | str]) -> tuple[list[ResultsSource], dict[str, str]]:
+def compare_inputs(
+    sources: Sources, shipped: Sequence[Path | str]
+) -> tuple[list[ResultsSource], dict[str, str]]:
     """Compare the inputs of results with the current files at their paths, or at ``shipped``.
 
     Args:
@@ -350,14 +448,17 @@ def compare_inputs(sources: Sources, shipped: Sequence[Path | str]) -> tuple[lis
         shipped: Checkpoints and adapters that the results must belong to.
 
     Returns:
-        The results with the state of their inputs, and by path the fingerprints of ``shipped`` without results.
+        The results with the state of their inputs, and by path the fingerprints of ``shipped``
+            without results.
 
     Raises:
         InputError: A file of ``shipped`` cannot be read.
     """
     weights = {str(path): _open_weights(path) for path in shipped}
     paths = {opened.fingerprint: path for path, opened in weights.items()}
-    states = [replace(source, inputs=tuple(_compare_source(source, weights, paths))) for source in sources]
+    states = [
+        replace(source, inputs=tuple(_compare_source(source, weights, paths))) for source in sources
+    ]
     measured = {item.fingerprint for source in sources for item in source.results.run.inputs}
     return states, {legible(path): now for now, path in paths.items() if now not in measured}
 
@@ -396,13 +497,20 @@ def _compare_source(
         paths: Their paths by fingerprint.
     """
     inputs = [item for item in source.results.run.inputs if item.role in WEIGHT_ROLES]
-    # The results must have an input of each kind that is shipped; an old and a new adapter are of one kind.
+    # The results must have an input of each kind that is shipped; an old and a new adapter are of
+    # one kind.
     matched = [item for item in inputs if item.fingerprint in paths]
     absent = {
-        opened.is_adapter for opened in weights.values() if not any(_is_of_kind(item, opened) for item in matched)
+        opened.is_adapter
+        for opened in weights.values()
+        if not any(_is_of_kind(item, opened) for item in matched)
     }
     for item in inputs:
-        others = (path for path, opened in weights.items() if opened.is_adapter in absent and _is_of_kind(item, opened))
+        others = (
+            path
+            for path, opened in weights.items()
+            if opened.is_adapter in absent and _is_of_kind(item, opened)
+        )
         if item.fingerprint in paths:
             yield InputState(item, "same", legible(paths[item.fingerprint]), item.fingerprint)
         elif item.role != "base" and (other := next(others, None)) is not None:
@@ -413,16 +521,26 @@ def _compare_source(
 
 
 def _is_of_kind(item: RunInput, weights: Weights) -> bool:
-    """Return whether an input of results may be these weights; a reference is an adapter or a checkpoint."""
+    """Return whether an input of results may be these weights; a reference is an adapter or a
+    checkpoint.
+    """
     return item.role == "reference" or (item.role == "adapter") == weights.is_adapter
 
 
 def _compare_with_path(item: RunInput) -> InputState:
-    """Return the state of an input from the file at its path; addresses and Hub ids are not accessed."""
+    """Return the state of an input from the file at its path; addresses and Hub ids are not
+    accessed.
+    """
     if not os.path.exists(item.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
-        return InputState(item, "unknown", "is not at the path it had, so nothing was compared; --for PATH names it")
+        return InputState(
+            item,
+            "unknown",
+            "is not at the path it had, so nothing was compared; --for PATH names it",
+        )
     if len(item.fingerprint) != DIGITS:
-        return InputState(item, "unknown", "has no fingerprint that can be compared: measure it again")
+        return InputState(
+            item, "unknown", "has no fingerprint that can be compared: measure it again"
+        )
     try:
         weights = _open_weights(item.path)
         now = weights.fingerprint
@@ -442,7 +560,8 @@ def judge_inputs(
     unmatched: Mapping[str, str],
     now: datetime,
 ) -> Iterator[Verdict]:
-    """Yield verdicts on whether the results and their inputs are unchanged and what the policy requires.
+    """Yield verdicts on whether the results and their inputs are unchanged and what the policy
+    requires.
 
     Args:
         policy: The policy, with pinned fingerprints and the maximum age of results.
@@ -453,7 +572,10 @@ def judge_inputs(
     """
     for source in (*sources, *baseline):
         if not source.sealed:
-            text = f"{source.path}: its last line has no SHA-256, so that an edit would not be noticed: measure again"
+            text = (
+                f"{source.path}: its last line has no SHA-256, so that an edit would not be "
+                "noticed: measure again"
+            )
             yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)
     pins, max_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
@@ -466,14 +588,22 @@ def judge_inputs(
     for role, pinned in pins:
         yield from _judge_pins(sources, role, pinned)
     if not (any(source.inputs for source in sources) or pins or max_age is not None or unmatched):
-        yield _make_verdict("", None, "inputs as measured", "not judged", "the results name no checkpoint or adapter")
+        yield _make_verdict(
+            "",
+            None,
+            "inputs as measured",
+            "not judged",
+            "the results name no checkpoint or adapter",
+        )
 
 
 def _judge_state(source: ResultsSource, state: InputState) -> Verdict:
     item, allowed = state.input, "unchanged since measured"
     group = f"{item.role} {item.path}"
     if state.state == "same":
-        return _make_verdict(group, "unchanged", allowed, "passed", f"fingerprint {item.fingerprint}")
+        return _make_verdict(
+            group, "unchanged", allowed, "passed", f"fingerprint {item.fingerprint}"
+        )
     if state.state == "unknown":
         return _make_verdict(group, None, allowed, "not judged", state.reason)
     both = f": its fingerprint is {state.now} and was {item.fingerprint}" if state.now else ""
@@ -498,7 +628,12 @@ def _judge_age(source: ResultsSource, max_age: timedelta, now: datetime) -> Verd
 
 def _judge_pins(sources: Sources, role: str, pinned: str) -> Iterator[Verdict]:
     """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
-    of_role = [run_input for source in sources for run_input in source.results.run.inputs if run_input.role == role]
+    of_role = [
+        run_input
+        for source in sources
+        for run_input in source.results.run.inputs
+        if run_input.role == role
+    ]
     allowed = "as [inputs] pins it"
     if not of_role:
         yield _make_verdict(role, None, allowed, "inconclusive", f"the results have no {role}")
@@ -507,15 +642,26 @@ def _judge_pins(sources: Sources, role: str, pinned: str) -> Iterator[Verdict]:
         if run_input.fingerprint == pinned:
             yield _make_verdict(name, "pinned", allowed, "passed", f"fingerprint {pinned}")
         elif len(run_input.fingerprint) != len(pinned):
-            text = "the results have no fingerprint of it, or that of an older loradiag: measure again"
+            text = (
+                "the results have no fingerprint of it, or that of an older loradiag: measure again"
+            )
             yield _make_verdict(name, None, allowed, "inconclusive", text)
         else:
             text = f"the results are of {run_input.fingerprint}, and the policy pins {pinned}"
             yield _make_verdict(name, "another", allowed, "failed", text)
 
 
-def _make_verdict(group: str, measured: str | None, allowed: str, status: Status, message: str) -> Verdict:
-    return Verdict(rule="inputs", group=group, measured=measured, allowed=allowed, status=status, message=message)
+def _make_verdict(
+    group: str, measured: str | None, allowed: str, status: Status, message: str
+) -> Verdict:
+    return Verdict(
+        rule="inputs",
+        group=group,
+        measured=measured,
+        allowed=allowed,
+        status=status,
+        message=message,
+    )
 
 
 def format_duration(duration: timedelta) -> str:

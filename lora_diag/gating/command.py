@@ -40,16 +40,22 @@ def run_gate(
     """Judge results, write and print the verdicts, and return the exit code.
 
     Raises:
-        UsageError: Options contradict each other, there are no results, an output may not be replaced, or the model
-            card is not Markdown; or as ``gate``.
+        UsageError: Options contradict each other, there are no results, an output may not be
+            replaced, or the model card is not Markdown; or as ``gate``.
         InputError: An input cannot be read, or an output cannot be written.
         NothingComparedError: There is nothing to measure or to judge.
     """
     files, baseline, card = list(paths), options["baseline"], model_card
     if github and shown.json:
-        raise UsageError("--github and --json: both write to standard output; take --github with -o FILE")
+        raise UsageError(
+            "--github and --json: both write to standard output; take --github with -o FILE"
+        )
     # The content of a baseline is checked as it is read; of a card, only a block is replaced.
-    check_outputs([], [(Path(path) if options["ratchet"] else None, RESULTS) for path in baseline], overwrite=True)
+    check_outputs(
+        [],
+        [(Path(path) if options["ratchet"] else None, RESULTS) for path in baseline],
+        overwrite=True,
+    )
     check_outputs([*files, *baseline], [(output, RESULTS), (junit, JUNIT)], overwrite)
     check_outputs([*files, *baseline, output, junit], [(card, CARD)], overwrite=True)
     if card is not None:
@@ -79,12 +85,21 @@ def run_gate(
     text = ""
     if shown.table:
         if has_passed:
-            hint = f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model card)"
+            hint = (
+                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a "
+                "model "
+                "card)"
+            )
         elif files:
-            hint = f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the measured values)"
+            hint = (
+                f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the "
+                "measured values)"
+            )
         else:
             hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
-        text = show.verdict_table(results, *shown.terminal, next_command=None if has_passed and card else hint)
+        text = show.verdict_table(
+            results, *shown.terminal, next_command=None if has_passed and card else hint
+        )
     if github:
         shown.print_annotated(text, show.workflow_commands(results))
         append_step_summary(show.step_summary(results))
@@ -93,12 +108,16 @@ def run_gate(
     return EXIT_CODES[outcome(results.whole)]
 
 
-def run_init(shown: Shown, results: Sequence[str], *, plugins: bool, output: Path | None, overwrite: bool) -> int:
-    """Print a policy, or write it and print the outcome of the results it is made from; return the exit code.
+def run_init(
+    shown: Shown, results: Sequence[str], *, plugins: bool, output: Path | None, overwrite: bool
+) -> int:
+    """Print a policy, or write it and print the outcome of the results it is made from; return the
+    exit code.
 
     Raises:
         UsageError: The output may not be replaced, or the policy does not fit the results.
-        InputError: Results cannot be read, did not finish or have no value to compare, or the output cannot be written.
+        InputError: Results cannot be read, did not finish or have no value to compare, or the
+            output cannot be written.
         NothingComparedError: There is nothing to judge.
     """
     check_outputs(results, [(output, POLICY)], overwrite)
@@ -116,26 +135,35 @@ def run_init(shown: Shown, results: Sequence[str], *, plugins: bool, output: Pat
 
         fields, limits = quantity(text.count("\n[[baseline]]"), "field"), text.count("\n[[rule]]")
         limited = f" and limits {quantity(limits, 'value')}" if limits else ""
-        shown.print(f"{output}: compares {fields}, layer by layer, with these results{limited}; review each tolerance")
+        shown.print(
+            f"{output}: compares {fields}, layer by layer, with these results{limited}; review "
+            "each tolerance"
+        )
         shown.print(f"Outcome of these results: {headline(judge(output, *results))}")
         shown.print(f"Next  {shlex.join(['loradiag', 'gate', str(output), *results])}")
     return DONE
 
 
-def _measure_inputs(base: str | None, tuned: str | None, adapters: list[str], results: list[str]) -> list[Results[Any]]:
+def _measure_inputs(
+    base: str | None, tuned: str | None, adapters: list[str], results: list[str]
+) -> list[Results[Any]]:
     """Return the results of ``--base``; none without it.
 
     Raises:
-        UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure without ``--base``, or
-            ``--base`` alone; or as ``measure``.
+        UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure
+            without ``--base``, or ``--base`` alone; or as ``measure``.
         InputError: As ``measure``.
         NothingComparedError: As ``measure``.
     """
     if base is None:
         if tuned is not None or adapters:
-            raise UsageError("--tuned and --adapter: need --base, the checkpoint to compare with; add it")
+            raise UsageError(
+                "--tuned and --adapter: need --base, the checkpoint to compare with; add it"
+            )
         if not results:
-            raise UsageError("gate: give results files, or --base with --tuned or --adapter to measure first")
+            raise UsageError(
+                "gate: give results files, or --base with --tuned or --adapter to measure first"
+            )
         return []
     if results:
         raise UsageError(f"--base: measures results itself; remove the results file {results[0]}")
@@ -155,4 +183,6 @@ def append_step_summary(text: str) -> None:
             with Path(summary_file).open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
-            raise InputError(f"{summary_file}: the step summary cannot be written: {error.strerror}") from error
+            raise InputError(
+                f"{summary_file}: the step summary cannot be written: {error.strerror}"
+            ) from error

@@ -12,13 +12,14 @@
     word      = letter, { letter | digit | "_" | "." | "-" } ;
     quoted    = '"', { any character but '"' }, '"' | "'", { any character but "'" }, "'" ;
 
-Without an aggregate or a share every layer must meet the condition. A percentile is the smallest measured value with at
-least that percentage of the values at or below it.
+Without an aggregate or a share every layer must meet the condition. A percentile is the smallest
+measured value with at least that percentage of the values at or below it.
 
-A field is a number, a word or a flag of any kind of record. Fields are derived from the definitions of the records, so
-new kinds of records need no change here. Their name is the dotted path to the value: ``epsilon``, ``energy.8``,
-``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed by the kind if several kinds of the results have it,
-and always for ``end``: ``spectrum.fro``, ``end.left_out``.
+A field is a number, a word or a flag of any kind of record. Fields are derived from the definitions
+of the records, so new kinds of records need no change here. Their name is the dotted path to the
+value: ``epsilon``, ``energy.8``, ``rank_at.0.9``, ``tail.8.fro``, ``resolution.verdict``; prefixed
+by the kind if several kinds of the results have it, and always for ``end``: ``spectrum.fro``,
+``end.left_out``.
 """
 
 from __future__ import annotations
@@ -45,11 +46,34 @@ KINDS: dict[str, type[Record]] = {**record_kinds(), "end": End}
 # Kinds of which a layer has records, by their name in a results file.
 LAYER_KINDS = frozenset(name for name, kind in KINDS.items() if issubclass(kind, LayerRecord))
 
-# Fields of the stored bytes or of the run, independent of the rounding of the update. Every other field of a record
-# with a ``resolution`` describes the update, and is doubtful where the files do not resolve it.
+# Fields of the stored bytes or of the run, independent of the rounding of the update. Every other
+# field of a record with a ``resolution`` describes the update, and is doubtful where the files do
+# not resolve it.
 FILE_FIELDS = frozenset(
-    {"adapted", "adapter", "adapter_fro", "base_fro", "cap", "capped_by", "complete", "cosine_to_base", "dtype", "fro"}
-    | {"gradient_fro", "layer", "lineage", "method", "params", "rank", "relative", "resolution", "role", "source"}
+    {
+        "adapted",
+        "adapter",
+        "adapter_fro",
+        "base_fro",
+        "cap",
+        "capped_by",
+        "complete",
+        "cosine_to_base",
+        "dtype",
+        "fro",
+    }
+    | {
+        "gradient_fro",
+        "layer",
+        "lineage",
+        "method",
+        "params",
+        "rank",
+        "relative",
+        "resolution",
+        "role",
+        "source",
+    }
     | {"step", "verdict"}
 )
 
@@ -91,7 +115,10 @@ class RecordField:
 def find(name: str) -> tuple[RecordField, ...]:
     """Return the fields with a name, at most one per kind of record; empty without one.
 
-    >>> "residual" in [field.kind for field in find("epsilon")], [field.kind for field in find("allocation.rank")]
+    >>> (
+    ...     "residual" in [field.kind for field in find("epsilon")],
+    ...     [field.kind for field in find("allocation.rank")],
+    ... )
     (True, ['allocation'])
     >>> find("rank_at.0.9")[0].path, find("tail.8.fro")[0].path, find("s")
     (('rank_at', '0.9'), ('tail', '8', 'fro'), ())
@@ -99,7 +126,8 @@ def find(name: str) -> tuple[RecordField, ...]:
     first, *rest = name.split(".")
     if first in KINDS and (field := _resolve(first, KINDS[first], (), tuple(rest), False)):
         return (field,)
-    # ``end`` has counts; its norms repeat those of the layers' records, so they need their full name.
+    # ``end`` has counts; its norms repeat those of the layers' records, so they need their full
+    # name.
     kinds = [kind for kind in KINDS if kind != "end"]
     fields = (_resolve(kind, KINDS[kind], (), (first, *rest), False) for kind in kinds)
     return tuple(field for field in fields if field is not None)
@@ -112,7 +140,11 @@ def similar(name: str) -> str | None:
     ('epsilon', 'energy.16')
     """
     first, dot, rest = name.partition(".")
-    first_names = list(dict.fromkeys((*KINDS, *(member for kind in KINDS.values() for member in _list_members(kind)))))
+    first_names = list(
+        dict.fromkeys(
+            (*KINDS, *(member for kind in KINDS.values() for member in _list_members(kind)))
+        )
+    )
     guesses = [
         *(f"{close}{dot}{rest}" for close in difflib.get_close_matches(first, first_names, n=1)),
         *difflib.get_close_matches(name, first_names, n=1),
@@ -120,7 +152,9 @@ def similar(name: str) -> str | None:
     return next(filter(find, guesses), None)
 
 
-def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool) -> RecordField | None:
+def _resolve(
+    kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...], share: bool
+) -> RecordField | None:
     """Return the field at the end of a path through the types of the records; None without one.
 
     Args:
@@ -149,11 +183,14 @@ def _resolve(kind: str, hint: Any, done: tuple[str, ...], rest: tuple[str, ...],
         return RecordField(kind, done, "word", tuple(map(str, get_args(hint))))
     if hint in {int, float}:
         return RecordField(kind, done, "number", share=share)
-    return RecordField(kind, done, "flag" if hint is bool else "word") if hint in {bool, str} else None
+    return (
+        RecordField(kind, done, "flag" if hint is bool else "word") if hint in {bool, str} else None
+    )
 
 
 def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
-    """Return a type without ``| None`` and its annotations, and whether it is annotated as a fraction.
+    """Return a type without ``| None`` and its annotations, and whether it is annotated as a
+    fraction.
 
     The type is None for a union of several types.
     """
@@ -168,14 +205,21 @@ def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
 
 @cache
 def _list_members(kind: type[Record]) -> dict[str, tuple[Any, bool]]:
-    """Return the type of each field and property of a kind of record, and whether the field is a fraction."""
+    """Return the type of each field and property of a kind of record, and whether the field is a
+    fraction.
+    """
     fields = {name: info for name, info in kind.model_fields.items() if name != "record"}
     members = {name: (info.annotation, "share" in info.metadata) for name, info in fields.items()}
     for cls in kind.__mro__:
         for name, value in vars(cls).items():
             if isinstance(value, property) and not cls.__module__.startswith("pydantic"):
-                with suppress(NameError):  # a type that is imported for type checking alone: not a value for a policy
-                    members[name] = (get_type_hints(value.fget, include_extras=True).get("return"), False)
+                with suppress(
+                    NameError
+                ):  # a type that is imported for type checking alone: not a value for a policy
+                    members[name] = (
+                        get_type_hints(value.fget, include_extras=True).get("return"),
+                        False,
+                    )
     return members
 
 
@@ -211,7 +255,9 @@ _NO_VALUES = frozenset({"operator", "mark"})
 
 
 class ConditionError(ValueError):
-    """A condition that cannot be parsed, names no field, does not fit its field, or can never fail or never be met."""
+    """A condition that cannot be parsed, names no field, does not fit its field, or can never fail
+    or never be met.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +273,9 @@ class Comparison:
 
     def __str__(self) -> str:
         listed = ", ".join(map(_format_value, self.values))
-        return f"{self.operator} ({listed})" if self.operator == "in" else f"{self.operator} {listed}"
+        return (
+            f"{self.operator} ({listed})" if self.operator == "in" else f"{self.operator} {listed}"
+        )
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -244,7 +292,8 @@ class Condition:
         name: The field's name.
         test: The comparison for its value.
         aggregate: Aggregate of the values of all layers; empty without one.
-        share: For ``share of layers with``: the comparison for the fraction of the layers that meet ``test``.
+        share: For ``share of layers with``: the comparison for the fraction of the layers that meet
+            ``test``.
     """
 
     text: str
@@ -259,7 +308,8 @@ class Condition:
         return not self.aggregate and self.share is None
 
     def measure(self, values: Sequence[Value]) -> float:
-        """Return the aggregate of the layers' values, or the fraction that meets ``test``; needs at least one value.
+        """Return the aggregate of the layers' values, or the fraction that meets ``test``; needs at
+        least one value.
 
         >>> parse("p95 epsilon <= 1").measure([float(i) for i in range(1, 101)])
         95.0
@@ -274,7 +324,9 @@ class Condition:
         return numbers[math.ceil(int(self.aggregate[1:]) * len(numbers) / 100) - 1]
 
     def holds(self, measured: float) -> bool:
-        """Return whether an aggregate, or for ``share of layers with`` a fraction, meets the condition."""
+        """Return whether an aggregate, or for ``share of layers with`` a fraction, meets the
+        condition.
+        """
         return (self.share or self.test).holds(measured)
 
     def problem_with(self, field: RecordField) -> str | None:
@@ -306,7 +358,8 @@ def parse(text: str) -> Condition:
     """Parse a condition.
 
     Raises:
-        ConditionError: It cannot be parsed, names an unknown field, compares incompatible values, or has no effect.
+        ConditionError: It cannot be parsed, names an unknown field, compares incompatible values,
+            or has no effect.
 
     Example:
         >>> parse("max rank_at.0.9 <= 64").aggregate, str(parse("epsilon <= 0.35").test)
@@ -320,19 +373,24 @@ def parse(text: str) -> Condition:
     elif [kind for kind, _ in rest[:2]] == ["word", "word"] and _AGGREGATE.fullmatch(rest[0][1]):
         aggregate, rest = rest[0][1], rest[1:]
     if not rest or rest[0][0] != "word":
-        raise ConditionError(f"'{text}': write a field, an operator and a value, such as 'epsilon <= 0.35'")
+        raise ConditionError(
+            f"'{text}': write a field, an operator and a value, such as 'epsilon <= 0.35'"
+        )
     name = rest[0][1]
     test, rest = _parse_comparison(rest[1:], text)
     if is_share:
         if not rest or rest[0][1] != "is":
             raise ConditionError(
-                f"'{text}': write a comparison such as 'is >= 0.95' after 'share of layers with {name} {test}'"
+                f"'{text}': write a comparison such as 'is >= 0.95' after 'share of layers with "
+                f"{name} {test}'"
             )
         share, rest = _parse_comparison(rest[1:], text)
         if problem := _describe_bad_limit(share, "the share of layers", is_share=True):
             raise ConditionError(f"'{text}': {problem}")
     if rest:
-        raise ConditionError(f"'{text}': unexpected '{rest[0][1]}' after '{name} {test}'; remove it")
+        raise ConditionError(
+            f"'{text}': unexpected '{rest[0][1]}' after '{name} {test}'; remove it"
+        )
     condition = Condition(text, name, test, aggregate, share)
     problems = [condition.problem_with(field) for field in find(name)]
     if not problems:
@@ -363,11 +421,19 @@ def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
     if [word for _, word in tokens[:2]] == ["in", "("]:
         end = next((i for i, token in enumerate(tokens) if token == ("mark", ")")), 0)
         words, commas = tokens[2:end:2], tokens[3:end:2]
-        if len(words) != len(commas) + 1 or {*commas} - {("mark", ",")} or any(kind in _NO_VALUES for kind, _ in words):
+        if (
+            len(words) != len(commas) + 1
+            or {*commas} - {("mark", ",")}
+            or any(kind in _NO_VALUES for kind, _ in words)
+        ):
             raise ConditionError(f"'{text}': write the words after 'in' as (ok, coarse)")
-        return Comparison("in", tuple(_parse_value(word, text) for word in words)), tokens[end + 1 :]
+        return Comparison("in", tuple(_parse_value(word, text) for word in words)), tokens[
+            end + 1 :
+        ]
     if len(tokens) < 2 or tokens[0][0] != "operator" or tokens[1][0] in _NO_VALUES:
-        raise ConditionError(f"'{text}': an operator ({', '.join(OPERATORS)}) and a value are missing")
+        raise ConditionError(
+            f"'{text}': an operator ({', '.join(OPERATORS)}) and a value are missing"
+        )
     return Comparison(tokens[0][1], _parse_value(tokens[1], text)), tokens[2:]
 
 
@@ -388,7 +454,9 @@ def _format_value(value: Value) -> str:
 
 
 def _describe_bad_limit(test: Comparison, name: str, is_share: bool) -> str | None:
-    """Return why a comparison of a number, or of a fraction, is invalid or has no effect; None if it is valid."""
+    """Return why a comparison of a number, or of a fraction, is invalid or has no effect; None if
+    it is valid.
+    """
     limit = test.value
     if not isinstance(limit, float):
         return f"{name} is a number and cannot be compared with '{_format_value(test.values[0])}'"
@@ -402,11 +470,19 @@ def _describe_bad_limit(test: Comparison, name: str, is_share: bool) -> str | No
 
 
 def _describe_unknown(name: str) -> str:
-    """Return the error about a name that is no field: a similar name, that it is a table, or where they are listed."""
+    """Return the error about a name that is no field: a similar name, that it is a table, or where
+    they are listed.
+    """
     first = name.partition(".")[0]
     if guess := similar(name):
         if guess != name:
             return f"no record has a field '{name}'; did you mean '{guess}'?"
     elif any(first in kind.model_fields for kind in KINDS.values()):
-        return f"'{name}' is not one value: name one in it, such as energy.8, tail.8.fro or resolution.verdict"
-    return f"no record has a field '{name}'; docs/reference/gate.md lists them; --plugins adds those of plugins"
+        return (
+            f"'{name}' is not one value: name one in it, such as energy.8, tail.8.fro or "
+            "resolution.verdict"
+        )
+    return (
+        f"no record has a field '{name}'; docs/reference/gate.md lists them; --plugins adds "
+        "those of plugins"
+    )

@@ -1,7 +1,7 @@
 """Policy and records → verdicts.
 
-Every rule yields at least one verdict. A value that is missing, null or due to rounding never passes: the layer is
-inconclusive, unless the rest reaches the coverage that the policy demands.
+Every rule yields at least one verdict. A value that is missing, null or due to rounding never
+passes: the layer is inconclusive, unless the rest reaches the coverage that the policy demands.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
 from lora_diag.gating.record import Status, Verdict
-from lora_diag.gating.sources import Baseline, Sources, Subject, commands_of, list_subjects, value_of
+from lora_diag.gating.sources import (
+    Baseline,
+    Sources,
+    Subject,
+    commands_of,
+    list_subjects,
+    value_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,18 +64,26 @@ def judge(
         unmatched: Fingerprints of the files of ``--for`` without results, by path.
 
     Returns:
-        The verdicts on the subject and the inputs, of the built-in checks, of the rules, and of the comparisons with
-        the baseline: at least one for the inputs and for each enabled check, rule and comparison, except for the check
-        ``missing`` without a baseline; then a warning for each waiver that has expired or was not applied.
+        The verdicts on the subject and the inputs, of the built-in checks, of the rules, and of the
+            comparisons with
+        the baseline: at least one for the inputs and for each enabled check, rule and comparison,
+            except for the check
+        ``missing`` without a baseline; then a warning for each waiver that has expired or was not
+            applied.
 
     Raises:
-        UsageError: A rule selects nothing in the results, or its field or condition does not fit their records.
-        NothingComparedError: The results have no records, or none that a rule or a built-in check applies to.
+        UsageError: A rule selects nothing in the results, or its field or condition does not fit
+            their records.
+        NothingComparedError: The results have no records, or none that a rule or a built-in check
+            applies to.
     """
     _refuse_nothing(policy, sources)
     _check_selectors(policy, sources)
     waivers = Waivers(policy, today)
-    verdicts = [*_judge_subject(policy, sources), *judge_inputs(policy, sources, baseline.sources, unmatched, now)]
+    verdicts = [
+        *_judge_subject(policy, sources),
+        *judge_inputs(policy, sources, baseline.sources, unmatched, now),
+    ]
     verdicts += map(waivers.apply, run_checks(policy, sources, baseline.sources))
     for demand in policy.demands:
         verdicts += _judge_demand(policy, demand, sources, baseline, waivers)
@@ -76,18 +91,22 @@ def judge(
 
 
 def _refuse_nothing(policy: Policy, sources: Sources) -> None:
-    """Refuse results without records, or that no rule or built-in check applies to; not if non-finite or unfinished.
+    """Refuse results without records, or that no rule or built-in check applies to; not if
+    non-finite or unfinished.
 
     Raises:
         NothingComparedError: There is nothing to judge.
     """
-    faulty = [source for source in sources if source.results.non_finite or source.results.end is None]
+    faulty = [
+        source for source in sources if source.results.non_finite or source.results.end is None
+    ]
     for source in sources:
         if not source.results.layers and not source.results.whole and source not in faulty:
             raise NothingComparedError(f"{source.path}: has no records to judge")
     if not policy.demands and not faulty and not has_updates(sources):
         raise NothingComparedError(
-            f"{sources[0].path}: no record gives the norm and the resolution of an update, and {policy.path} has no "
+            f"{sources[0].path}: no record gives the norm and the resolution of an update, and "
+            f"{policy.path} has no "
             "rule for anything else"
         )
 
@@ -108,27 +127,45 @@ def _check_selectors(policy: Policy, sources: Sources) -> None:
 
 
 def _judge_subject(policy: Policy, sources: Sources) -> Iterator[Verdict]:
-    """Yield a verdict on whether any of the results is of the policy's kind of subject, if it has one."""
+    """Yield a verdict on whether any of the results is of the policy's kind of subject, if it has
+    one.
+    """
     if policy.about is None:
         return
-    name, placeholder = {"adapter": ("an adapter", "ADAPTER"), "tuned": ("a full fine-tune", "TUNED")}[policy.about]
+    name, placeholder = {
+        "adapter": ("an adapter", "ADAPTER"),
+        "tuned": ("a full fine-tune", "TUNED"),
+    }[policy.about]
     allowed = f"results of {name}"
-    given = any(item.role == policy.about for source in sources for item in source.results.run.inputs)
-    text = "" if given else f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
-    yield Verdict(rule="about", allowed=allowed, status="passed" if given else "inconclusive", message=text)
+    given = any(
+        item.role == policy.about for source in sources for item in source.results.run.inputs
+    )
+    text = (
+        ""
+        if given
+        else f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
+    )
+    yield Verdict(
+        rule="about", allowed=allowed, status="passed" if given else "inconclusive", message=text
+    )
 
 
 def _judge_demand(
     policy: Policy, demand: Demand, sources: Sources, baseline: Baseline, waivers: Waivers
 ) -> list[Verdict]:
-    """Return the verdicts on every record that a rule or a comparison selects, on aggregates, or that there is none.
+    """Return the verdicts on every record that a rule or a comparison selects, on aggregates, or
+    that there is none.
 
     Raises:
         UsageError: It does not fit the records.
     """
 
     def give_up(reason: str) -> list[Verdict]:
-        return [_make_verdict(demand, Finding(Subject(), None, demand.allowed, reason=reason), "inconclusive")]
+        return [
+            _make_verdict(
+                demand, Finding(Subject(), None, demand.allowed, reason=reason), "inconclusive"
+            )
+        ]
 
     if isinstance(demand, Regression) and not baseline.sources:
         return give_up("no baseline was given: --baseline FILE")
@@ -139,7 +176,9 @@ def _judge_demand(
         raise policy.error(demand, f"{demand.field} is in several records here; write {names}")
     if not present:
         kinds = " or ".join(field.kind for field in candidates)
-        commands = dict.fromkeys(f"loradiag {name}" for field in candidates for name in commands_of(field.kind))
+        commands = dict.fromkeys(
+            f"loradiag {name}" for field in candidates for name in commands_of(field.kind)
+        )
         return give_up(f"needs {kinds} records: give the results of {' or '.join(commands)}, too")
     (field,) = present
     if problem := demand.problem_with(field):
@@ -151,10 +190,14 @@ def _judge_demand(
     if isinstance(demand, Regression) or demand.require.per_layer:
         return _judge_each(policy, demand, findings, waivers)
     groups = groupby(findings, key=lambda finding: finding.subject.group)
-    return [_judge_aggregate(policy, demand, group, list(members), waivers) for group, members in groups]
+    return [
+        _judge_aggregate(policy, demand, group, list(members), waivers) for group, members in groups
+    ]
 
 
-def _judge_subject_by(demand: Demand, field: RecordField, subject: Subject, baseline: Baseline) -> Finding:
+def _judge_subject_by(
+    demand: Demand, field: RecordField, subject: Subject, baseline: Baseline
+) -> Finding:
     """Judge one subject by a rule or a comparison; for an aggregate, take its value only."""
     value, reason = value_of(field, subject, demand.floor)
     if value is None:
@@ -169,7 +212,9 @@ def _judge_subject_by(demand: Demand, field: RecordField, subject: Subject, base
     return Finding(subject, value, allowed, ok)
 
 
-def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources: Sources) -> list[Subject]:
+def _select_subjects(
+    policy: Policy, demand: Demand, field: RecordField, sources: Sources
+) -> list[Subject]:
     """Return the subjects of a rule.
 
     Raises:
@@ -178,7 +223,9 @@ def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources
     holding = [source for source in sources if source.holds(field.kind)]
     chosen: list[Subject] = []
     for source in holding:
-        subjects = list_subjects(field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1)
+        subjects = list_subjects(
+            field.kind, source, frozenset(policy.coverage.left_out), name_file=len(holding) > 1
+        )
         chosen += _filter_subjects(policy, demand, field, subjects)
     if demand.where and not chosen:
         raise policy.error(demand, f"no {field.kind} record matches 'where'")
@@ -186,8 +233,11 @@ def _select_subjects(policy: Policy, demand: Demand, field: RecordField, sources
     return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
 
 
-def _filter_subjects(policy: Policy, demand: Demand, field: RecordField, subjects: list[Subject]) -> list[Subject]:
-    """Return the subjects whose records match ``where``, and missing ones, unless all records of their group differ.
+def _filter_subjects(
+    policy: Policy, demand: Demand, field: RecordField, subjects: list[Subject]
+) -> list[Subject]:
+    """Return the subjects whose records match ``where``, and missing ones, unless all records of
+    their group differ.
 
     Raises:
         UsageError: The records have no field of a name in ``where``.
@@ -205,11 +255,15 @@ def _filter_subjects(policy: Policy, demand: Demand, field: RecordField, subject
         record = subject.record
         return record is not None and all(required.of(record) == value for required, value in tests)
 
-    other_groups = {s.group for s in subjects if s.record is not None} - {s.group for s in subjects if fits(s)}
+    other_groups = {s.group for s in subjects if s.record is not None} - {
+        s.group for s in subjects if fits(s)
+    }
     return [s for s in subjects if fits(s) or (s.record is None and s.group not in other_groups)]
 
 
-def _judge_each(policy: Policy, demand: Demand, findings: list[Finding], waivers: Waivers) -> list[Verdict]:
+def _judge_each(
+    policy: Policy, demand: Demand, findings: list[Finding], waivers: Waivers
+) -> list[Verdict]:
     """Return a verdict on every record, and an inconclusive one if none has a value or a waiver."""
     is_enough, reason = _check_coverage(policy, demand, findings)
     verdicts = []
@@ -219,20 +273,28 @@ def _judge_each(policy: Policy, demand: Demand, findings: list[Finding], waivers
             excused = is_enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)
             status = "not judged" if excused else "inconclusive"
         verdicts.append(waivers.apply(_make_verdict(demand, finding, status)))
-    if all(finding.reason for finding in findings) and not any(verdict.status == "waived" for verdict in verdicts):
+    if all(finding.reason for finding in findings) and not any(
+        verdict.status == "waived" for verdict in verdicts
+    ):
         unknown = Finding(Subject(), None, demand.allowed, reason=reason)
         verdicts.append(_make_verdict(demand, unknown, "inconclusive"))
     return verdicts
 
 
-def _judge_aggregate(policy: Policy, rule: Rule, group: str, findings: list[Finding], waivers: Waivers) -> Verdict:
-    """Return the verdict on the aggregate of a group; waived if the layers without a waiver pass, or all have one."""
+def _judge_aggregate(
+    policy: Policy, rule: Rule, group: str, findings: list[Finding], waivers: Waivers
+) -> Verdict:
+    """Return the verdict on the aggregate of a group; waived if the layers without a waiver pass,
+    or all have one.
+    """
     verdict = _judge_number(policy, rule, group, findings)
     if verdict.status == "passed":
         return verdict
     waived = {f.subject.layer: w for f in findings if (w := waivers.of(rule.name, f.subject.layer))}
     not_waived = [finding for finding in findings if finding.subject.layer not in waived]
-    if waived and (not not_waived or _judge_number(policy, rule, group, not_waived).status == "passed"):
+    if waived and (
+        not not_waived or _judge_number(policy, rule, group, not_waived).status == "passed"
+    ):
         waivers.used |= set(waived.values())
         return next(iter(waived.values())).waive(verdict)
     return verdict
@@ -243,16 +305,24 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
     is_enough, reason = _check_coverage(policy, rule, findings)
     subject = Subject(group=group)
     if not is_enough:
-        reasons = [finding.reason for finding in findings if finding.reason and finding.subject.fro != 0]
+        reasons = [
+            finding.reason for finding in findings if finding.reason and finding.subject.fro != 0
+        ]
         text = "; ".join([reason, *reasons[:1]])
-        return _make_verdict(rule, Finding(subject, None, rule.allowed, reason=text), "inconclusive")
-    measured = rule.require.measure([finding.value for finding in findings if finding.value is not None])
+        return _make_verdict(
+            rule, Finding(subject, None, rule.allowed, reason=text), "inconclusive"
+        )
+    measured = rule.require.measure(
+        [finding.value for finding in findings if finding.value is not None]
+    )
     status: Status = "passed" if rule.require.holds(measured) else "failed"
     return _make_verdict(rule, Finding(subject, measured, rule.allowed), status)
 
 
 def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether the subjects with a value suffice, and their number as text; empty if no other one counts."""
+    """Return whether the subjects with a value suffice, and their number as text; empty if no other
+    one counts.
+    """
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]
     minimum = policy.coverage.minimum if demand.coverage is None else demand.coverage
@@ -273,7 +343,10 @@ def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> 
         return True, ""
     share = judged_energy / (judged_energy + unjudged_energy)
     # Rounding of a sum compared with 1 must not hide a small layer.
-    return minimum < 1 and share >= minimum, f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded"
+    return (
+        minimum < 1 and share >= minimum,
+        f"{count}, {share:.3g} of the change ‖Δ‖²; {minimum:g} is demanded",
+    )
 
 
 def _make_verdict(demand: Demand, finding: Finding, status: Status) -> Verdict:
@@ -310,11 +383,15 @@ class Waivers:
         self.used: set[Waiver] = set()
 
     def of(self, rule: str, layer: str | None) -> Waiver | None:
-        """Return the first active waiver of a rule for a layer, or for the whole run; None without one."""
+        """Return the first active waiver of a rule for a layer, or for the whole run; None without
+        one.
+        """
         return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
 
     def apply(self, verdict: Verdict) -> Verdict:
-        """Return a verdict, as waived if it is failed, warned or inconclusive and a waiver applies."""
+        """Return a verdict, as waived if it is failed, warned or inconclusive and a
+        waiver applies.
+        """
         waiver = self.of(verdict.rule, verdict.layer)
         if verdict.status not in {"failed", "warned", "inconclusive"} or waiver is None:
             return verdict
@@ -324,7 +401,10 @@ class Waivers:
     def reports(self) -> Iterator[Verdict]:
         """Yield a warning for every waiver that has expired or was not applied."""
         unused = [waiver for waiver in self.active if waiver not in self.used]
-        reasons = {waiver: f"expired on {waiver.expires}, so it no longer applies" for waiver in self.expired}
+        reasons = {
+            waiver: f"expired on {waiver.expires}, so it no longer applies"
+            for waiver in self.expired
+        }
         for waiver in (*self.expired, *unused):
             text = reasons.get(waiver, "has no effect any more: delete it")
             yield Verdict(

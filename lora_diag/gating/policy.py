@@ -1,7 +1,9 @@
-"""A policy: the conditions for releasing a checkpoint. Each table of its file is a model that validates its keys.
+"""A policy: the conditions for releasing a checkpoint.
 
-Unknown keys are errors: a misspelled key would otherwise silently remove a rule. An error in a table
-names its line.
+Each table of its file is a model that validates its keys.
+
+Unknown keys are errors: a misspelled key would otherwise silently remove a rule. An error in a
+table names its line.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ from lora_diag.records.run import Reason
 
 # Policies included in the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
-# Fraction of ‖ΔW‖² in one direction above which a layer has a spike. It is 0.04 to 0.41 in the layers of
-# sample_checkpoints/ and 0.88 in the head, which a byte-level model can change as a whole.
+# Fraction of ‖ΔW‖² in one direction above which a layer has a spike. It is 0.04 to 0.41 in the
+# layers of sample_checkpoints/ and 0.88 in the head, which a byte-level model can change as a
+# whole.
 SPIKE = 0.9
 
 _UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1), "w": timedelta(weeks=1)}
-# About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is deeper than 3.
+# About 1,000 rules. The parser takes the square of the depth of a key, and no key of a policy is
+# deeper than 3.
 MAX_CHARACTERS, MAX_DEPTH = 100_000, 16
 _KEY_PART = r"""(?:[\w-]+|"(?:[^"\\\n]|\\.)*"|'[^'\n]*')[ \t]*\.[ \t]*"""
 _DEEP_KEY = re.compile(rf"(?<![\w\\-])(?:{_KEY_PART}){{{MAX_DEPTH}}}", re.ASCII)
@@ -74,11 +78,15 @@ class PolicyTable(BaseModel, frozen=True, strict=True):
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
-        known = [field.alias or name for name, field in cls.model_fields.items() if not field.exclude]
+        known = [
+            field.alias or name for name, field in cls.model_fields.items() if not field.exclude
+        ]
         for key in values if isinstance(values, dict) else ():
             if key not in known:
                 close = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
+                hint = (
+                    f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
+                )
                 raise PlacedError(f"unknown key '{key}'; {hint}", key)
         return values
 
@@ -90,7 +98,9 @@ def describe_valid(description: str) -> WrapValidator:
         try:
             return handler(value)
         except ValidationError:
-            raise ValueError(f"{info.field_name} is {description}, not {quote_text(value)}") from None
+            raise ValueError(
+                f"{info.field_name} is {description}, not {quote_text(value)}"
+            ) from None
 
     return WrapValidator(check)
 
@@ -111,20 +121,27 @@ def _compile(text: str, info: ValidationInfo) -> re.Pattern[str]:
         return re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(
-            f"{info.field_name}: {quote_text(text)} is not a valid regular expression ({error}); correct it"
+            f"{info.field_name}: {quote_text(text)} is not a valid regular expression ({error}); "
+            "correct it"
         ) from error
 
 
 # Applied before the validator that reads the text, as in ``Pattern``.
 QUOTED = BeforeValidator(_check_text)
 PolicyText = Annotated[str, QUOTED]
-Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), describe_valid("a number from 0 to 1")]
+Share = Annotated[
+    float, Field(ge=0, le=1, allow_inf_nan=False), describe_valid("a number from 0 to 1")
+]
 Pattern = Annotated[re.Pattern[str], BeforeValidator(_compile), QUOTED]
 Severity = Literal["error", "warning"]
 Level = Literal["error", "warning", "off"]
-Fixed = Annotated[Literal["error"], describe_valid("always an error (a waiver names the layers that may pass)")]
+Fixed = Annotated[
+    Literal["error"], describe_valid("always an error (a waiver names the layers that may pass)")
+]
 Fingerprint = Annotated[
-    str, Field(pattern="^[0-9a-f]{32}$"), describe_valid("a fingerprint of 32 hexadecimal digits, as gate prints them")
+    str,
+    Field(pattern="^[0-9a-f]{32}$"),
+    describe_valid("a fingerprint of 32 hexadecimal digits, as gate prints them"),
 ]
 
 
@@ -136,7 +153,10 @@ def _check_depth(depth: list[int]) -> list[int]:
 
 def _check_where(where: dict[str, int | Value]) -> dict[str, int | Value]:
     for name, value in where.items():
-        parse(f"{name} == " + (f'"{value.replace(chr(34), "")}"' if isinstance(value, str) else str(value).lower()))
+        parse(
+            f"{name} == "
+            + (f'"{value.replace(chr(34), "")}"' if isinstance(value, str) else str(value).lower())
+        )
     return where
 
 
@@ -156,7 +176,9 @@ def _check_number_field(name: str) -> str:
 def _check_waived_rule(rule: str) -> str:
     fixed = {"finished": "an unfinished run", "inputs": "results of other inputs"}
     if rule in fixed:
-        raise ValueError(f"{fixed[rule]} cannot be waived; continue the run with --resume, or measure again")
+        raise ValueError(
+            f"{fixed[rule]} cannot be waived; continue the run with --resume, or measure again"
+        )
     return rule
 
 
@@ -196,12 +218,16 @@ def read_age(text: object) -> timedelta:
     """
     match = re.fullmatch(r"([0-9]{1,5})([hdw])", str(text))
     if match is None:
-        raise ValueError(f"'{text}' is not an age; give hours, days or weeks, such as 12h, 7d or 2w")
+        raise ValueError(
+            f"'{text}' is not an age; give hours, days or weeks, such as 12h, 7d or 2w"
+        )
     return int(match[1]) * _UNITS[match[2]]
 
 
 class Criterion(PolicyTable):
-    """Common fields of rules and comparisons with a baseline. A condition on names that is None selects all names.
+    """Common fields of rules and comparisons with a baseline.
+
+    A condition on names that is None selects all names.
 
     Args:
         layers: The name contains a match.
@@ -212,7 +238,8 @@ class Criterion(PolicyTable):
         severity: Severity of a failure.
         message: The fix for a failure.
         floor: ``ignore`` also judges layers that the files do not resolve.
-        coverage: Minimum coverage of the selected subjects, as in ``Coverage``; None for that of the policy.
+        coverage: Minimum coverage of the selected subjects, as in ``Coverage``; None for that of
+            the policy.
         line: Its line in the file.
     """
 
@@ -234,7 +261,10 @@ class Criterion(PolicyTable):
             (self.layers is None or self.layers.search(layer) is not None)
             and (self.exclude is None or self.exclude.search(layer) is None)
             and (self.type is None or self.type.fullmatch(module_type_of(layer)) is not None)
-            and (self.depth is None or (depth is not None and self.depth[0] <= depth <= self.depth[1]))
+            and (
+                self.depth is None
+                or (depth is not None and self.depth[0] <= depth <= self.depth[1])
+            )
         )
 
 
@@ -275,13 +305,15 @@ class Regression(Criterion):
     Args:
         field: Name of the field.
         worse: The direction that is worse.
-        tolerance: Allowed change for the worse, in the field's unit; with a ``%``, as a fraction of the stored value.
+        tolerance: Allowed change for the worse, in the field's unit; with a ``%``, as a fraction of
+            the stored value.
     """
 
     field: Annotated[PolicyText, AfterValidator(_check_number_field)]
     worse: Literal["higher", "lower"]
     tolerance: Annotated[
-        Annotated[float, Field(ge=0, allow_inf_nan=False)] | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
+        Annotated[float, Field(ge=0, allow_inf_nan=False)]
+        | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?%$")],
         describe_valid('a number from 0 up, or a percentage of the stored value such as "5%"'),
     ] = 0.0
 
@@ -292,7 +324,9 @@ class Regression(Criterion):
 
     @property
     def allowed(self) -> str:
-        """The condition, as reports show it where no value could be compared; else see ``compare``."""
+        """The condition, as reports show it where no value could be compared; else see
+        ``compare``.
+        """
         return f"{self.field} not {self.worse} than in the baseline"
 
     def problem_with(self, field: RecordField) -> str | None:
@@ -302,7 +336,11 @@ class Regression(Criterion):
     def compare(self, value: float, before: float) -> tuple[bool, str]:
         """Return whether a value is within the tolerance of a stored one, and the condition."""
         tolerance = self.tolerance
-        margin = float(tolerance.rstrip("%")) / 100 * abs(before) if isinstance(tolerance, str) else tolerance
+        margin = (
+            float(tolerance.rstrip("%")) / 100 * abs(before)
+            if isinstance(tolerance, str)
+            else tolerance
+        )
         limit, sign = (before + margin, "<=") if self.worse == "higher" else (before - margin, ">=")
         ok = value <= limit if sign == "<=" else value >= limit
         return ok, f"{self.field} {sign} {limit:.6g} ({before:.6g} in the baseline)"
@@ -316,7 +354,9 @@ class Waiver(PolicyTable):
 
     rule: Annotated[PolicyText, AfterValidator(_check_waived_rule)]
     layers: Annotated[Pattern, AfterValidator(_check_waived_layers)]
-    reason: Annotated[str, Field(pattern=r"\S"), describe_valid("text in quotes that gives the reason")]
+    reason: Annotated[
+        str, Field(pattern=r"\S"), describe_valid("text in quotes that gives the reason")
+    ]
     expires: Annotated[date, describe_valid("a date without quotes, such as 2027-01-31")]
     line: int = Field(1, exclude=True)
 
@@ -331,27 +371,35 @@ class Waiver(PolicyTable):
 
 
 class Checks(PolicyTable):
-    """Built-in checks: what each requires, and what to do otherwise. Values are severities, or ``off``.
+    """Built-in checks: what each requires, and what to do otherwise.
+
+    Values are severities, or ``off``.
 
     Args:
         inputs: The results are those of the files as they are now. If not: measure again.
         finished: Every run finished. If not: continue it with ``--resume``.
-        non_finite: No entry is NaN or Inf. If one is: training diverged or the file is damaged; do not ship it.
-        mismatch: Every tensor of the adapter fits BASE. If not: give the base it was trained on, or correct its target
-            modules.
-        complete: The file has factors for every module that the config targets. If not: save the adapter again.
-        base: BASE is the model that the adapter names. If not: measure it on its own base, or pin this one by its
-            fingerprint.
-        dead: The update is not zero. If it is: the layer was not trained, or not saved; compare target names and the
-            optimizer. An update that underflows to zero where it is served counts as zero.
-        negative: No adapter has a negative scaling. If one has: it is subtracted, which no training does; correct
-            lora_alpha.
-        unrelated: TUNED descends from BASE, by the cosine of their weights. If not: give the BASE it was trained from.
+        non_finite: No entry is NaN or Inf. If one is: training diverged or the file is damaged; do
+            not ship it.
+        mismatch: Every tensor of the adapter fits BASE. If not: give the base it was trained on, or
+            correct its target modules.
+        complete: The file has factors for every module that the config targets. If not: save the
+            adapter again.
+        base: BASE is the model that the adapter names. If not: measure it on its own base, or pin
+            this one by its fingerprint.
+        dead: The update is not zero. If it is: the layer was not trained, or not saved; compare
+            target names and the optimizer. An update that underflows to zero where it is served
+            counts as zero.
+        negative: No adapter has a negative scaling. If one has: it is subtracted, which no training
+            does; correct lora_alpha.
+        unrelated: TUNED descends from BASE, by the cosine of their weights. If not: give the BASE
+            it was trained from.
         missing: Every layer of the baseline has a result. If not: measure all layers.
-        unused_rank: Every direction of the rank is used. If not: a smaller rank is the same adapter at less cost.
-        spike: No direction dominates an update, and none is larger than its base weight. If one does: training diverged
-            or has just begun; lower the learning rate.
-        unresolved: The files can show the update. If not: save the checkpoint in float32, or judge the adapter itself.
+        unused_rank: Every direction of the rank is used. If not: a smaller rank is the same adapter
+            at less cost.
+        spike: No direction dominates an update, and none is larger than its base weight. If one
+            does: training diverged or has just begun; lower the learning rate.
+        unresolved: The files can show the update. If not: save the checkpoint in float32, or judge
+            the adapter itself.
         spike_above: Fraction of ‖ΔW‖² in one direction that the check ``spike`` allows.
     """
 
@@ -371,7 +419,9 @@ class Checks(PolicyTable):
     spike_above: Annotated[
         float,
         Field(gt=0, lt=1, allow_inf_nan=False),
-        describe_valid("a number between 0 and 1, which are excluded, as the check would have no effect"),
+        describe_valid(
+            "a number between 0 and 1, which are excluded, as the check would have no effect"
+        ),
     ] = SPIKE
 
     @classmethod
@@ -392,7 +442,9 @@ class Coverage(PolicyTable):
     by: Literal["energy", "layers"] = "energy"
     minimum: Share = 1.0
     left_out: Annotated[
-        list[Reason], describe_valid(f"a list out of {', '.join(get_args(Reason))}"), AfterValidator(_check_left_out)
+        list[Reason],
+        describe_valid(f"a list out of {', '.join(get_args(Reason))}"),
+        AfterValidator(_check_left_out),
     ] = Field([])
 
 
@@ -404,7 +456,8 @@ class Inputs(PolicyTable):
         tuned: Fingerprint of TUNED.
         adapter: Fingerprint of the adapter.
         max_age: Maximum age of results.
-        baseline: Results to compare with, unless others are given; paths are relative to the policy's folder.
+        baseline: Results to compare with, unless others are given; paths are relative to the
+            policy's folder.
     """
 
     base: Fingerprint | None = None
@@ -416,7 +469,9 @@ class Inputs(PolicyTable):
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
         """Roles of inputs with their pinned fingerprints."""
-        return tuple((role, value) for role in ("base", "tuned", "adapter") if (value := getattr(self, role)))
+        return tuple(
+            (role, value) for role in ("base", "tuned", "adapter") if (value := getattr(self, role))
+        )
 
 
 class Policy(PolicyTable):
@@ -424,7 +479,8 @@ class Policy(PolicyTable):
 
     Args:
         title: Its purpose.
-        about: Required subject of some of the results: ``adapter``, or ``tuned`` for a full fine-tune; None for any.
+        about: Required subject of some of the results: ``adapter``, or ``tuned`` for a full
+            fine-tune; None for any.
         rules: Its rules.
         regressions: Comparisons with a baseline.
         checks: The built-in checks.
@@ -449,18 +505,26 @@ class Policy(PolicyTable):
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
         if not self.rules and not self.regressions and "checks" not in self.model_fields_set:
-            raise PlacedError("no [[rule]], so nothing could fail; add an empty [checks] for the built-in checks alone")
+            raise PlacedError(
+                "no [[rule]], so nothing could fail; add an empty [checks] for the built-in checks "
+                "alone"
+            )
         tables: dict[str, Sequence[Demand]] = {"rule": self.rules, "baseline": self.regressions}
         for table, demands in tables.items():
             for i, demand in enumerate(demands):
                 selecting = sorted(demand.model_fields_set & {"layers", "exclude", "type", "depth"})
                 if selecting and not any(item.kind in LAYER_KINDS for item in find(demand.field)):
-                    text = f"{demand.field} is a value of the whole run, so {selecting[0]} does not apply"
+                    text = (
+                        f"{demand.field} is a value of the whole run, so {selecting[0]} does "
+                        "not apply"
+                    )
                     raise PlacedError(text, table, i, selecting[0])
         names = [rule.name for rule in self.rules]
         for i, name in enumerate(names):
             if name in names[:i]:
-                raise PlacedError(f"a second rule is called '{name}'; give each its own name", "rule", i, "name")
+                raise PlacedError(
+                    f"a second rule is called '{name}'; give each its own name", "rule", i, "name"
+                )
         names += [item.name for item in self.regressions] + Checks.names()
         for i, waiver in enumerate(self.waivers):
             if waiver.rule not in names:
@@ -487,8 +551,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
         content: Its text; default read from the file.
 
     Raises:
-        UsageError: The file cannot be read, is too long, contains results or is invalid; the message names the line of
-            an invalid key or value.
+        UsageError: The file cannot be read, is too long, contains results or is invalid; the
+            message names the line of an invalid key or value.
     """
     if content is None:
         try:
@@ -496,7 +560,11 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
                 content = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read as a policy: {why}"
+            problem = (
+                "no such file"
+                if isinstance(error, FileNotFoundError)
+                else f"cannot be read as a policy: {why}"
+            )
             fix = (
                 f"for the built-in policy use --policy {path} (in Python ready_policy)"
                 if str(path) in READY
@@ -504,32 +572,48 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             )
             raise UsageError(f"{path}: {problem}; {fix}") from error
     if len(content) > MAX_CHARACTERS:
-        raise UsageError(f"{path}: has more than {MAX_CHARACTERS:,} characters, too many for a policy; use fewer rules")
+        raise UsageError(
+            f"{path}: has more than {MAX_CHARACTERS:,} characters, too many for a policy; use "
+            "fewer rules"
+        )
     if content.startswith('{"record"'):
-        raise UsageError(f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS...")
+        raise UsageError(
+            f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS..."
+        )
     content = content.replace("\r\n", "\n")
     if deep := _DEEP_KEY.search(content):
         line = content.count("\n", 0, deep.start()) + 1
-        raise UsageError(f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it")
+        raise UsageError(
+            f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it"
+        )
     try:
         policy = Policy.model_validate(tomllib.loads(content))
     except ValidationError as error:
         where, text = _describe_error(error)
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
-    except (ValueError, RecursionError) as error:  # of tomllib, and of Python for integers of more than 4,300 digits
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of tomllib, and of Python for integers of more than 4,300 digits
         if not isinstance(error, tomllib.TOMLDecodeError | RecursionError):
-            raise UsageError(f"{path}: is not valid TOML: a number has too many digits; correct it") from error
+            raise UsageError(
+                f"{path}: is not valid TOML: a number has too many digits; correct it"
+            ) from error
         position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
         location = f"line {position[1]}" if position else f"line {content.count(chr(10)) + 1}"
         raise UsageError(
-            f"{path}: {location}: is not valid TOML: {str(error)[: position.start() if position else None]}"
+            f"{path}: {location}: is not valid TOML: "
+            f"{str(error)[: position.start() if position else None]}"
         ) from error
 
     def add_lines(key: str, tables: list[Any]) -> list[Any]:
         lines = lines_of_tables(content, key)
         if len(lines) != len(tables):  # they are written inline, in one statement
             lines = [line_of(content, (key,))] * len(tables)
-        return [table.model_copy(update={"line": line}) for table, line in zip(tables, lines, strict=True)]
+        return [
+            table.model_copy(update={"line": line})
+            for table, line in zip(tables, lines, strict=True)
+        ]
 
     return policy.model_copy(
         update={
@@ -550,20 +634,31 @@ def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]
         case "missing":
             return location, f"{location[0]}: '{key}' is missing"
         case "literal_error":
-            return location, f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {value}"
+            return (
+                location,
+                f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {value}",
+            )
         case "list_type":
             return location, f"{key} is a list of tables: write [[{key}]], not {value}"
         case "model_type":
-            expected = f"a list of tables: write [[{key}]]" if isinstance(location[-1], int) else f"a table, [{key}]"
+            expected = (
+                f"a list of tables: write [[{key}]]"
+                if isinstance(location[-1], int)
+                else f"a table, [{key}]"
+            )
             return location, f"{key} is {expected}, not {value}"
     cause = details.get("error")
-    return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(cause or first["msg"])
+    return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(
+        cause or first["msg"]
+    )
 
 
 def find_policy(name: str) -> Policy:
-    """Return a built-in policy, or that of a file, which is written as a path: with a folder, or ending in ``.toml``.
+    """Return a built-in policy, or that of a file, which is written as a path: with a folder, or
+    ending in ``.toml``.
 
-    So no file in the current folder, such as one that a pull request adds, stands for a built-in policy.
+    So no file in the current folder, such as one that a pull request adds, stands for a built-in
+    policy.
 
     Raises:
         UsageError: The name is neither; or as ``read_policy``.
@@ -572,7 +667,8 @@ def find_policy(name: str) -> Policy:
         return ready_policy(name)
     if Path(name).name == name and not name.endswith(".toml"):
         raise UsageError(
-            f"{name}: is no built-in policy ({', '.join(READY)}); give the path of a policy file, such as ./{name}, in "
+            f"{name}: is no built-in policy ({', '.join(READY)}); give the path of a policy file, "
+            f"such as ./{name}, in "
             "the order: loradiag gate POLICY RESULTS..."
         )
     return read_policy(name)
@@ -599,12 +695,13 @@ def read_text(name: str) -> str:
 
 
 def line_of(text: str, path: KeyPath) -> int:
-    r"""Return the line, counted from 1, on which the statement that gives the value at a path begins.
+    r"""Return the line, counted from 1, on which the statement that gives the value at a path
+    begins.
 
     Where no value is at the path, that of the longest part of the path that has one.
 
-    ``tomllib`` gives no positions. The first statements of a file are a valid file; of two such files, one statement
-    apart, the longer has the value, and the shorter does not.
+    ``tomllib`` gives no positions. The first statements of a file are a valid file; of two such
+    files, one statement apart, the longer has the value, and the shorter does not.
 
     Args:
         text: The text of a valid file.
@@ -618,7 +715,9 @@ def line_of(text: str, path: KeyPath) -> int:
     while not _has_path(document, path):
         path = path[:-1]
     starts = list(_statements(text))
-    with_value = bisect_left(starts, True, key=lambda start: _has_path(tomllib.loads(text[:start]), path))
+    with_value = bisect_left(
+        starts, True, key=lambda start: _has_path(tomllib.loads(text[:start]), path)
+    )
     return text.count("\n", 0, starts[max(with_value - 1, 0)]) + 1
 
 

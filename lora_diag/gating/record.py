@@ -46,15 +46,18 @@ class Verdict(WholeRecord):
     Args:
         rule: Its name in the policy, or that of a built-in check.
         layer: The layer judged; null for an aggregate or a whole-model value.
-        group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or ``step 40, rank 8``; for
-            the check ``inputs``, the input.
+        group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or
+            ``step 40, rank 8``; for the check ``inputs``, the input.
         measured: The measured value; null without one.
-        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else what is required.
-        status: ``passed``: the value meets the condition. ``failed``: it does not; the gate fails. ``warned``:
-            likewise, with the severity warning; the gate passes. ``waived``: it does not, or no verdict is possible,
-            and a waiver of the policy allows that until a date. ``inconclusive``: no verdict is possible; with the
-            severity error the gate does not pass then: measure what the message names. ``not judged``: a layer without
-            a value, permitted by the policy's coverage, a check that does not apply, or an input that was not compared.
+        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else
+            what is required.
+        status: ``passed``: the value meets the condition. ``failed``: it does not; the gate fails.
+            ``warned``: likewise, with the severity warning; the gate passes. ``waived``: it does
+            not, or no verdict is possible, and a waiver of the policy allows that until a date.
+            ``inconclusive``: no verdict is possible; with the severity error the gate does not pass
+            then: measure what the message names. ``not judged``: a layer without a value, permitted
+            by the policy's coverage, a check that does not apply, or an input that was not
+            compared.
         severity: Severity of the rule: ``error`` fails the gate, ``warning`` does not.
         message: Problem and fix, in one sentence; empty if there is nothing to say.
         line: Line of the rule or the waiver in the policy; null for a built-in check.
@@ -97,12 +100,15 @@ class Verdict(WholeRecord):
 
     @property
     def display(self) -> Display:
-        """How machines are shown its status; one that is inconclusive and does not block is a warning."""
+        """How machines are shown its status; one that is inconclusive and does not block is a
+        warning.
+        """
         return STATUSES[self.status if self.blocks or self.status != "inconclusive" else "warned"]
 
 
 def outcome(records: Iterable[Record]) -> Outcome:
-    """Return the outcome of verdicts: a blocking failure fails, any other blocking one or none judged is inconclusive.
+    """Return the outcome of verdicts: a blocking failure fails, any other blocking one or none
+    judged is inconclusive.
 
     Example:
         >>> outcome([])
@@ -112,4 +118,6 @@ def outcome(records: Iterable[Record]) -> Outcome:
     if any(verdict.blocks and verdict.status == "failed" for verdict in verdicts):
         return "failed"
     judged = any(verdict.status in {"passed", "warned", "waived"} for verdict in verdicts)
-    return "passed" if judged and not any(verdict.blocks for verdict in verdicts) else "inconclusive"
+    return (
+        "passed" if judged and not any(verdict.blocks for verdict in verdicts) else "inconclusive"
+    )

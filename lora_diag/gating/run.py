@@ -17,7 +17,15 @@ from lora_diag.gating import GateOptions
 from lora_diag.gating.checks import compare_inputs
 from lora_diag.gating.conditions import KINDS, RecordField, find
 from lora_diag.gating.judge import judge
-from lora_diag.gating.policy import READY, SPIKE, Policy, find_policy, read_age, read_policy, read_text
+from lora_diag.gating.policy import (
+    READY,
+    SPIKE,
+    Policy,
+    find_policy,
+    read_age,
+    read_policy,
+    read_text,
+)
 from lora_diag.gating.record import Verdict, outcome
 from lora_diag.gating.sources import (
     Baseline,
@@ -47,13 +55,15 @@ def gate(
     """Judge results by a policy.
 
     Args:
-        policy: A policy, the name of a built-in one, or a policy file; a text with neither a folder nor the suffix
-            ``.toml`` is a name.
+        policy: A policy, the name of a built-in one, or a policy file; a text with neither a folder
+            nor the suffix ``.toml`` is a name.
         results: Results files, or results in memory.
-        baseline: Results files of earlier runs to compare with; by default those that the policy names.
+        baseline: Results files of earlier runs to compare with; by default those that the policy
+            names.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
         shipped: Checkpoints and adapters that the results must belong to, at any path.
-        max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a lower one.
+        max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a
+            lower one.
         today: Date for the expiry of waivers and the age of results; default the current time.
         **options: ``GateOptions``.
 
@@ -61,10 +71,10 @@ def gate(
         The verdicts, in ``whole``; ``lora_diag.gating.record.outcome`` returns the outcome.
 
     Raises:
-        UsageError: The policy is invalid, or does not fit the results or the options; an option is invalid; or no
-            results are given.
-        InputError: A file cannot be read or written, or was truncated or edited, or the run of a baseline did not
-            finish.
+        UsageError: The policy is invalid, or does not fit the results or the options; an option is
+            invalid; or no results are given.
+        InputError: A file cannot be read or written, or was truncated or edited, or the run of a
+            baseline did not finish.
         NothingComparedError: There is no record to judge.
 
     Example:
@@ -83,13 +93,16 @@ def gate(
     if ratchet and len(baseline) != 1:
         raise UsageError("--ratchet: give the file to tighten with --baseline, once")
     if ratchet:
-        check_output(Path(baseline[0]), RESULTS, overwrite=True)  # its content is checked when it is read
+        check_output(
+            Path(baseline[0]), RESULTS, overwrite=True
+        )  # its content is checked when it is read
     rules = policy
     if not isinstance(rules, Policy):
         rules = find_policy(rules) if isinstance(rules, str) else read_policy(rules)
     if baseline and not rules.regressions:
         raise UsageError(
-            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; add one, or remove "
+            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; "
+            "add one, or remove "
             "--baseline"
         )
     if not baseline and rules.regressions:
@@ -100,7 +113,8 @@ def gate(
     for source in stored.sources:
         if source.results.end is None:
             raise InputError(
-                f"{source.path}: the run did not finish, so it cannot be a baseline; continue it with --resume"
+                f"{source.path}: the run did not finish, so it cannot be a baseline; continue it "
+                "with --resume"
             )
     sources, unmatched = compare_inputs(_open_sources(results), arguments["shipped"])
     day = today or date.today()
@@ -133,7 +147,9 @@ def _limit_age(policy: Policy, max_age: str) -> Policy:
     return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": limit})})
 
 
-def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str]) -> list[Results[Any]]:
+def measure(
+    base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str]
+) -> list[Results[Any]]:
     """Measure the inputs of a gate, for ``gate --base``.
 
     Args:
@@ -145,7 +161,8 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
         The spectra of the adapters, or else of the fine-tune, and the residuals if both are given.
 
     Raises:
-        UsageError: Neither a fine-tune nor an adapter is given; or as ``spectrum`` and ``residual``.
+        UsageError: Neither a fine-tune nor an adapter is given; or as ``spectrum`` and
+            ``residual``.
         InputError: As ``spectrum`` and ``residual``.
         NothingComparedError: As ``spectrum`` and ``residual``.
     """
@@ -156,7 +173,11 @@ def measure(base: Path | str, tuned: Path | str | None, adapters: Sequence[Path 
     if not to_measure:
         raise UsageError("--base: nothing to judge; give --tuned or --adapter")
     results: list[Results[Any]] = [spectrum(base, path) for path in to_measure]
-    return [*results, residual(base, tuned, list(adapters))] if tuned is not None and adapters else results
+    return (
+        [*results, residual(base, tuned, list(adapters))]
+        if tuned is not None and adapters
+        else results
+    )
 
 
 def _make_results(
@@ -169,7 +190,10 @@ def _make_results(
     """Return verdicts as the results of a run of ``gate``."""
     role, kind = "built-in policy" if policy.ready else "policy", policy.title or "a policy"
     inputs = [RunInput(role=role, path=policy.path, kind=kind, tensors=0)]
-    for role, source in [*(("results", source) for source in sources), *(("baseline", source) for source in baselines)]:
+    for role, source in [
+        *(("results", source) for source in sources),
+        *(("baseline", source) for source in baselines),
+    ]:
         run, end = source.results.run, source.results.end
         digest = end.sha256 if end is not None else ""
         inputs.append(
@@ -178,19 +202,35 @@ def _make_results(
                 path=source.path,
                 kind=f"loradiag {run.command}",
                 tensors=len({record.layer for record in source.results.layers}),
-                notes=(*([f"made {run.made}"] if run.made else []), *([] if digest else ["no hash"])),
+                notes=(
+                    *([f"made {run.made}"] if run.made else []),
+                    *([] if digest else ["no hash"]),
+                ),
                 sha256=digest,
             )
         )
-    notes = {"same": "unchanged", "changed": "CHANGED since it was measured", "unknown": "not compared"}
+    notes = {
+        "same": "unchanged",
+        "changed": "CHANGED since it was measured",
+        "unknown": "not compared",
+    }
     states: dict[tuple[str, str, str], InputState] = {}
     for state in (state for source in sources for state in source.inputs):
         states.setdefault((state.input.role, state.input.path, state.input.fingerprint), state)
-    inputs += [s.input.model_copy(update={"notes": (notes[s.state],), "lacking": ()}) for s in states.values()]
+    inputs += [
+        s.input.model_copy(update={"notes": (notes[s.state],), "lacking": ()})
+        for s in states.values()
+    ]
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
     metric_names = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
     settings = {"today": day.isoformat(), **({"metric": metric_names} if metric_names else {})}
-    run = Run(command="gate", version=__version__, inputs=tuple(inputs), settings=settings, made=timestamp())
+    run = Run(
+        command="gate",
+        version=__version__,
+        inputs=tuple(inputs),
+        settings=settings,
+        made=timestamp(),
+    )
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
 
@@ -208,27 +248,41 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     sources = _open_sources(results)
     for source in sources:
         if source.results.end is None:
-            raise InputError(f"{source.path}: the run did not finish; continue it with --resume before deriving limits")
+            raise InputError(
+                f"{source.path}: the run did not finish; continue it with --resume before deriving "
+                "limits"
+            )
     files = " ".join(source.path for source in sources)
     rules = "\n".join(_draft_comparisons(sources))
     if not rules:
-        is_declared = any(cls.guards and source.holds(kind) for kind, cls in KINDS.items() for source in sources)
+        is_declared = any(
+            cls.guards and source.holds(kind) for kind, cls in KINDS.items() for source in sources
+        )
         fix = (
-            "its values are zero, or not resolved by the files: give results of a checkpoint that changed"
+            "its values are zero, or not resolved by the files: give results of a checkpoint that "
+            "changed"
             if is_declared
-            else f"use a built-in policy (--policy {', '.join(READY)}), or write a [[rule]] on a field of these records"
+            else f"use a built-in policy (--policy {', '.join(READY)}), or write a [[rule]] on a "
+            "field of these records"
         )
         raise InputError(f"{files}: no value to compare with later results; {fix}")
-    unrecorded = any(item.reason == "no_activations" for source in sources for item in source.results.left_out)
+    unrecorded = any(
+        item.reason == "no_activations" for source in sources for item in source.results.left_out
+    )
     paths = [os.path.relpath(source.path, Path(name).parent) for source in sources]
-    known = all(Path(source.path).is_file() for source in sources) and all(map(str.isprintable, paths))
+    known = all(Path(source.path).is_file() for source in sources) and all(
+        map(str.isprintable, paths)
+    )
     return Template(read_text("init.template")).substitute(
         results=_escape_comment(files),
         name=_escape_comment(name),
-        left_out='left_out = ["no_activations"] # embeddings and other layers without recorded activations'
+        left_out='left_out = ["no_activations"] # embeddings and other layers without recorded '
+        "activations"
         if unrecorded
         else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record',
-        baseline=f"baseline = {json.dumps(paths, ensure_ascii=False)}" if known else '# baseline = ["results.jsonl"]',
+        baseline=f"baseline = {json.dumps(paths, ensure_ascii=False)}"
+        if known
+        else '# baseline = ["results.jsonl"]',
         spike=SPIKE,
         rules=rules,
     )
@@ -242,22 +296,31 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
     for kind, cls in KINDS.items():
         by_metric: dict[str, list[Subject]] = {}
         for source in sources if cls.guards else ():
-            metric: str = metric_of(source.results.layers) if "metric" in cls.model_fields else "weights"
+            metric: str = (
+                metric_of(source.results.layers) if "metric" in cls.model_fields else "weights"
+            )
             if source.holds(kind):
                 by_metric.setdefault(metric, []).extend(list_subjects(kind, source))
         for name, subjects in by_metric.items():
             where = {} if {*by_metric} == {"weights"} else {"metric": name}
-            yield from filter(None, (_draft_comparison(kind, guard, subjects, where) for guard in cls.guards))
+            yield from filter(
+                None, (_draft_comparison(kind, guard, subjects, where) for guard in cls.guards)
+            )
 
 
-def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, Any]) -> str:
-    """Return a comparison of a value with the baseline; empty if it is not known or zero, or limited by the rank.
+def _draft_comparison(
+    kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, Any]
+) -> str:
+    """Return a comparison of a value with the baseline; empty if it is not known or zero, or
+    limited by the rank.
 
     Rules that limit it, if the guard has ``limit_by``.
     """
     (field,) = find(f"{kind}.{guard.path}")
     subjects = [
-        s for s in subjects if s.record is None or all(getattr(s.record, name, None) == v for name, v in guard.where)
+        s
+        for s in subjects
+        if s.record is None or all(getattr(s.record, name, None) == v for name, v in guard.where)
     ]
     values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
     if not any(values):
@@ -279,42 +342,67 @@ def _draft_comparison(kind: str, guard: Guard, subjects: Sequence[Subject], wher
         f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
         f'[[baseline]]\nfield = "{kind}.{guard.path}"\nworse = "{guard.worse}"\n'
         + (f"where = {_format_table(where)}\n" if where else "")
-        + f'tolerance = "{guard.tolerance}"\nmessage = "{guard.message}"\n{_draft_coverage(field, subjects)}'
+        + f'tolerance = "{guard.tolerance}"\nmessage = '
+        f'"{guard.message}"\n{_draft_coverage(field, subjects)}'
     )
 
 
 def _draft_limit(
-    field: RecordField, guard: Guard, subjects: Sequence[Subject], where: Mapping[str, Any], number: int
+    field: RecordField,
+    guard: Guard,
+    subjects: Sequence[Subject],
+    where: Mapping[str, Any],
+    number: int,
 ) -> str:
-    """Return a rule that limits a value to the largest of these, with the tolerance, and to at least zero."""
+    """Return a rule that limits a value to the largest of these, with the tolerance, and to at
+    least zero.
+    """
     values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
     if not all(str(value).isprintable() for value in where.values()):
-        return f"# No limit of {field.name}: {_escape_comment(str(where))} cannot be written here.\n"
+        return (
+            f"# No limit of {field.name}: {_escape_comment(str(where))} cannot be written here.\n"
+        )
     limit = max(0.0, *values) * (1 + float(guard.tolerance.rstrip("%")) / 100)
     return (
         f"# {field.name} is {min(values):.4g} to {max(values):.4g}; the limit may be any number.\n"
-        f'[[rule]]\nname = "{field.name}{number}"\nrequire = "{field.kind}.{field.name} <= {limit:.2g}"\n'
+        f'[[rule]]\nname = "{field.name}{number}"\nrequire = "{field.kind}.{field.name} <= '
+        f'{limit:.2g}"\n'
         f'where = {_format_table(where)}\nmessage = "{guard.message}"\n'
     )
 
 
 def _format_table(values: Mapping[str, str | bool]) -> str:
     """Return an inline table of TOML."""
-    return f"{{ {', '.join(f'{key} = {json.dumps(value, ensure_ascii=False)}' for key, value in values.items())} }}"
+    pairs = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
+    return f"{{ {', '.join(pairs)} }}"
 
 
 def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
-    """Return the coverage for a field that is null in layers that changed; empty without any, or without all norms."""
-    null_subjects = [subject for subject in subjects if subject.record is not None and field.of(subject.record) is None]
+    """Return the coverage for a field that is null in layers that changed; empty without any, or
+    without all norms.
+    """
+    null_subjects = [
+        subject
+        for subject in subjects
+        if subject.record is not None and field.of(subject.record) is None
+    ]
     if not null_subjects or any(subject.fro is None for subject in subjects):
         return ""
-    missing, energy = (math.fsum((subject.fro or 0.0) ** 2 for subject in group) for group in (null_subjects, subjects))
+    missing, energy = (
+        math.fsum((subject.fro or 0.0) ** 2 for subject in group)
+        for group in (null_subjects, subjects)
+    )
     if not missing:
         return ""
     share = math.floor(100 * (1 - missing / energy)) / 100
-    return f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(null_subjects)} of {len(subjects)} layers\n"
+    return (
+        f"coverage = {share} # of ‖Δ‖²: {field.name} is null in {len(null_subjects)} of "
+        f"{len(subjects)} layers\n"
+    )
 
 
 def _escape_comment(text: str) -> str:
-    """Return text with ``?`` for line breaks and other control characters, so that it cannot end a comment."""
+    """Return text with ``?`` for line breaks and other control characters, so that it cannot end a
+    comment.
+    """
     return "".join(char if char.isprintable() else "?" for char in text)

@@ -1,8 +1,9 @@
-"""Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block of a model card.
+"""Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block
+of a model card.
 
-Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order of the policy.
-GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth counts the others; it drops a step
-summary above 1 MiB, so this one is truncated.
+Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order
+of the policy. GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth
+counts the others; it drops a step summary above 1 MiB, so this one is truncated.
 """
 
 from __future__ import annotations
@@ -25,17 +26,21 @@ from lora_diag.rendering.statements import Level, Statement, make_statement, sum
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import crop, number, quantity, safe, short, to_text
 
-# Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has all.
+# Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has
+# all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
-# Maximum numbers of annotations of a kind, of layers in one line, and of layers in the details of a JUnit case.
+# Maximum numbers of annotations of a kind, of layers in one line, and of layers in the details of a
+# JUnit case.
 ANNOTATIONS, WORST, NAMED = 9, 3, 50
 SUMMARY_BYTES = 900 * 1024
 
 Key = TypeVar("Key")
 
 
-def group_by(verdicts: Iterable[Verdict], key: Callable[[Verdict], Key]) -> dict[Key, list[Verdict]]:
+def group_by(
+    verdicts: Iterable[Verdict], key: Callable[[Verdict], Key]
+) -> dict[Key, list[Verdict]]:
     """Return verdicts by a key, in the order of first occurrence."""
     groups: dict[Key, list[Verdict]] = {}
     for verdict in verdicts:
@@ -51,13 +56,21 @@ def by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    return sorted(chain(*by_rule(results).values()), key=lambda verdict: _rank_severity(verdict)[:2])
+    return sorted(
+        chain(*by_rule(results).values()), key=lambda verdict: _rank_severity(verdict)[:2]
+    )
 
 
 def _rank_severity(verdict: Verdict) -> tuple[int, bool, float]:
-    """Return a sort key of verdicts: worst status first, then largest value for an upper limit, else smallest."""
+    """Return a sort key of verdicts: worst status first, then largest value for an upper limit,
+    else smallest.
+    """
     value = verdict.measured if isinstance(verdict.measured, float) else 0.0
-    return WORST_FIRST.index(verdict.status), not verdict.blocks, -value if "<" in verdict.allowed else value
+    return (
+        WORST_FIRST.index(verdict.status),
+        not verdict.blocks,
+        -value if "<" in verdict.allowed else value,
+    )
 
 
 def by_status(results: Results[Any]) -> dict[tuple[Status, str], list[Verdict]]:
@@ -72,26 +85,40 @@ def format_measured(verdict: Verdict) -> str:
     if isinstance(verdict.measured, str):
         return safe(verdict.measured)
     value, limit, brief = verdict.measured, verdict.limit, number(verdict.measured)
-    signs = [limit is not None and (shown > limit) - (shown < limit) for shown in (float(brief), value)]
+    signs = [
+        limit is not None and (shown > limit) - (shown < limit) for shown in (float(brief), value)
+    ]
     return brief if signs[0] == signs[1] else f"{value:.9g}"
 
 
 def subject_name(verdict: Verdict, name: Callable[[str], str] = short) -> str:
-    """Return the layer, by ``name``, and group that a verdict is on; ``all layers`` for the whole run without one."""
+    """Return the layer, by ``name``, and group that a verdict is on; ``all layers`` for the whole
+    run without one.
+    """
     if verdict.layer is None:
         return safe(verdict.group) or "all layers"
     return safe(name(verdict.layer) + (f" ({verdict.group})" if verdict.group else ""))
 
 
 def headline(results: Results[Any]) -> str:
-    """Return the outcome and its basis in one sentence, with the metric if it is not that of the weights."""
+    """Return the outcome and its basis in one sentence, with the metric if it is not that of the
+    weights.
+    """
     result = outcome(results.whole)
     status = "warned" if result == "passed" else result
-    basis = [v for v in results.whole_of(Verdict) if v.status == status and (v.blocks or status == "warned")]
+    basis = [
+        v
+        for v in results.whole_of(Verdict)
+        if v.status == status and (v.blocks or status == "warned")
+    ]
     layers = {verdict.layer for verdict in basis if verdict.layer is not None}
     on_layers = f" on {quantity(len(layers), 'layer')}" if layers else ""
     count = quantity(len({verdict.rule for verdict in basis}), "rule") + on_layers
-    heads = {"failed": "FAILED", "inconclusive": "INCONCLUSIVE (not a pass)", "passed": "PASSED, with warnings"}
+    heads = {
+        "failed": "FAILED",
+        "inconclusive": "INCONCLUSIVE (not a pass)",
+        "passed": "PASSED, with warnings",
+    }
     nothing = "PASSED" if result == "passed" else "INCONCLUSIVE: nothing was judged"
     text = f"{heads[result]}: {count}" if basis else nothing
     metric = results.run.settings.get("metric")
@@ -99,7 +126,9 @@ def headline(results: Results[Any]) -> str:
 
 
 def describe_reasons(verdicts: Sequence[Verdict]) -> str:
-    """Return the first message of one rule's verdicts, else what it allows, and the number of other messages."""
+    """Return the first message of one rule's verdicts, else what it allows, and the number of other
+    messages.
+    """
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
     suffix = f" (and {quantity(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
     return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
@@ -107,12 +136,20 @@ def describe_reasons(verdicts: Sequence[Verdict]) -> str:
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome, with the worst verdict that blocks it if there is one, in one line."""
-    worst = [f"{safe(verdict.rule)}: {_describe([verdict])}" for verdict in verdicts_of(results) if verdict.blocks]
+    worst = [
+        f"{safe(verdict.rule)}: {_describe([verdict])}"
+        for verdict in verdicts_of(results)
+        if verdict.blocks
+    ]
     return ": ".join([headline(results), *worst[:1]])
 
 
 def verdict_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+    results: Results[Any],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
 ) -> str:
     """Return the result of a gate for a terminal: verdicts that need attention, then a summary.
 
@@ -128,24 +165,40 @@ def verdict_table(
     rows = ROWS_OF_A_RULE if len({rule for _, rule in bad}) > 1 else ROWS
     shown = [verdict for verdicts in bad.values() for verdict in verdicts[:rows]][:ROWS]
     total = sum(map(len, bad.values()))
-    omitted = f"{len(shown)} of {total} verdicts; -o FILE keeps them all" if len(shown) < total else ""
+    omitted = (
+        f"{len(shown)} of {total} verdicts; -o FILE keeps them all" if len(shown) < total else ""
+    )
     table = verdict_grid(shown, width).render(width) if shown else []
-    return to_text(Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color)
+    return to_text(
+        Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color
+    )
 
 
 def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
-    """Return the table of some verdicts for a page of a width; the condition of a rule is shown once."""
+    """Return the table of some verdicts for a page of a width; the condition of a rule is shown
+    once.
+    """
     judged = [(verdict.rule, verdict.allowed) for verdict in shown]
-    conditions = ["" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair]
-    statuses = tuple(Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown)
+    conditions = [
+        "" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair
+    ]
+    statuses = tuple(
+        Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown
+    )
     groups = tuple(crop(safe(verdict.group), width // 4) for verdict in shown)
     is_whole = all(verdict.layer is None for verdict in shown) and any(groups)
     columns = [
         Column("status", statuses, "left"),
-        Column("rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"),
+        Column(
+            "rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"
+        ),
         Column("record", () if is_whole else groups, "left", drop=1),
         Column("measured", tuple(map(format_measured, shown))),
-        Column("allowed", tuple(Text(textwrap.fill(safe(text), max(8, width // 4))) for text in conditions), "left"),
+        Column(
+            "allowed",
+            tuple(Text(textwrap.fill(safe(text), max(8, width // 4))) for text in conditions),
+            "left",
+        ),
     ]
     names = [
         short(one.layer) if one.layer else (is_whole and group) or "all layers"
@@ -156,10 +209,16 @@ def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
 
 
 def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
-    """Return the summary: the outcome with ``omitted``, the rules of each status by reason, and the inputs."""
+    """Return the summary: the outcome with ``omitted``, the rules of each status by reason, and the
+    inputs.
+    """
     level: Level = "ok" if outcome(results.whole) == "passed" else "failure"
     statements = [make_statement("outcome", "Gate", headline(results), omitted, level=level)]
-    passed = [_name_rule(verdicts) for verdicts in by_rule(results).values() if verdicts[0].status == "passed"]
+    passed = [
+        _name_rule(verdicts)
+        for verdicts in by_rule(results).values()
+        if verdicts[0].status == "passed"
+    ]
     for status in STATUSES:
         names: dict[str, list[str]] = {}
         for (of_rule, _), verdicts in by_status(results).items():
@@ -168,12 +227,16 @@ def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
         lines = [f"{', '.join(rules)}: {why}" for why, rules in names.items()]
         lines = [", ".join(passed)] if status == "passed" else lines
         statements.append(make_statement(status.replace(" ", "_"), status.capitalize(), *lines))
-    inputs = make_statement("judged", "Inputs", *map(_describe_input, results.run.inputs), priority=2)
+    inputs = make_statement(
+        "judged", "Inputs", *map(_describe_input, results.run.inputs), priority=2
+    )
     return [*(statement for statement in statements if statement.lead), inputs]
 
 
 def _name_rule(verdicts: Sequence[Verdict]) -> str:
-    """Return the name of a rule, with its line in the policy and the number of layers of these verdicts."""
+    """Return the name of a rule, with its line in the policy and the number of layers of these
+    verdicts.
+    """
     layers = len({verdict.layer for verdict in verdicts if verdict.layer is not None})
     details = [f"line {verdicts[0].line}"] if verdicts[0].line else []
     details += [quantity(layers, "layer")] if layers else []
@@ -187,7 +250,9 @@ def _describe_input(item: RunInput) -> str:
 
 
 def _describe(verdicts: Sequence[Verdict]) -> str:
-    """Return the worst of a rule's verdicts, the number of others, the condition and the fix, in one line."""
+    """Return the worst of a rule's verdicts, the number of others, the condition and the fix, in
+    one line.
+    """
     suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
     description = describe_reasons(verdicts) if verdicts[0].message else ""
     values = "; ".join(map(_name_value, verdicts[:WORST]))
@@ -205,19 +270,31 @@ def _weights_of(results: Results[Any]) -> list[RunInput]:
 
 
 def junit(results: Results[Any]) -> str:
-    """Return a JUnit report of a run of ``gate``: one case for each rule, module type and group of records."""
+    """Return a JUnit report of a run of ``gate``: one case for each rule, module type and group of
+    records.
+    """
     metric = results.run.settings.get("metric")
     root = Element(
-        "testsuites", name=safe(f"loradiag {results.run.command}{f', spectra in {metric}' if metric else ''}")
+        "testsuites",
+        name=safe(f"loradiag {results.run.command}{f', spectra in {metric}' if metric else ''}"),
     )
     if weights := _weights_of(results):
         properties = SubElement(root, "properties")
         for item in weights:
-            SubElement(properties, "property", name=safe(f"{item.role} {item.path}"), value=item.fingerprint)
+            SubElement(
+                properties,
+                "property",
+                name=safe(f"{item.role} {item.path}"),
+                value=item.fingerprint,
+            )
     for rule, of_rule in by_rule(results).items():
         suite = SubElement(root, "testsuite", name=safe(rule))
-        for name, verdicts in group_by(of_rule, lambda verdict: subject_name(verdict, module_type_of)).items():
-            case = SubElement(suite, "testcase", classname=safe(f"loradiag.{rule}"), name=name, time="0")
+        for name, verdicts in group_by(
+            of_rule, lambda verdict: subject_name(verdict, module_type_of)
+        ).items():
+            case = SubElement(
+                suite, "testcase", classname=safe(f"loradiag.{rule}"), name=name, time="0"
+            )
             _set_result(case, verdicts)
         _set_counts(suite)
     _set_counts(root)
@@ -226,26 +303,49 @@ def junit(results: Results[Any]) -> str:
 
 
 def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
-    """Set the result of a case: its worst verdict; a case in which a layer passed is not skipped."""
+    """Set the result of a case: its worst verdict; a case in which a layer passed is
+    not skipped.
+    """
     tag = verdicts[0].display.element
     if tag == "skipped" and verdicts[-1].status == "passed":
         tag = ""
-    if listed := [v for v in verdicts if (v.display.element == tag if tag else v.status != "passed")]:
+    if listed := [
+        v for v in verdicts if (v.display.element == tag if tag else v.status != "passed")
+    ]:
         result = SubElement(case, tag or "system-out")
         if tag:
             result.attrib.update(type=listed[0].status, message=_describe(listed))
-        lines = [f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip() for v in listed[:NAMED]]
-        result.text = "\n".join([*lines, *([f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else [])])
+        lines = [
+            f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
+            for v in listed[:NAMED]
+        ]
+        result.text = "\n".join(
+            [*lines, *([f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else [])]
+        )
 
 
 def _set_counts(element: Element) -> None:
-    for name, tag in (("tests", "testcase"), ("failures", "failure"), ("errors", "error"), ("skipped", "skipped")):
+    for name, tag in (
+        ("tests", "testcase"),
+        ("failures", "failure"),
+        ("errors", "error"),
+        ("skipped", "skipped"),
+    ):
         element.set(name, str(sum(1 for _ in element.iter(tag))))
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return annotations: at each level, one for each of the first rules, on its line, and one for all others."""
-    policy = next((run_input.path for run_input in results.run.inputs if run_input.role in {"policy", "config"}), None)
+    """Return annotations: at each level, one for each of the first rules, on its line, and one for
+    all others.
+    """
+    policy = next(
+        (
+            run_input.path
+            for run_input in results.run.inputs
+            if run_input.role in {"policy", "config"}
+        ),
+        None,
+    )
     lines = []
     for level in ("error", "warning"):
         shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation == level]
@@ -257,7 +357,10 @@ def workflow_commands(results: Results[Any]) -> list[str]:
             lines.append(f"::{level} {where}title={title}::{_escape_data(_describe(verdicts))}")
         if len(rules) > ANNOTATIONS:
             name = f"loradiag {results.run.command}"
-            lines.append(f"::{level} title={name}::{len(rules) - ANNOTATIONS} more rules, see the step summary")
+            lines.append(
+                f"::{level} title={name}::{len(rules) - ANNOTATIONS} more rules, see the step "
+                "summary"
+            )
     return lines
 
 
@@ -287,12 +390,21 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
         for (status, rule), verdicts in by_status(results).items()
         if status in WORST_FIRST[:4]
     ]
-    lines.append("\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n")
-    lines += [_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed) for v in verdicts_of(results)]
+    lines.append(
+        "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
+    )
+    lines += [
+        _row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed)
+        for v in verdicts_of(results)
+    ]
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     room_left = room - len((head + end).encode()) - 20
     fitting = sum(size <= room_left for size in accumulate(len(line.encode()) for line in lines))
-    return head + "".join(lines[:fitting]) + (end.format(len(lines) - fitting) if fitting < len(lines) else "")
+    return (
+        head
+        + "".join(lines[:fitting])
+        + (end.format(len(lines) - fitting) if fitting < len(lines) else "")
+    )
 
 
 def model_card(results: Results[Any], card: str = "") -> str:
@@ -300,16 +412,20 @@ def model_card(results: Results[Any], card: str = "") -> str:
 
     Args:
         results: A run of ``gate``.
-        card: The existing card; the block replaces an earlier one, or is appended. Line endings are kept.
+        card: The existing card; the block replaces an earlier one, or is appended. Line endings are
+            kept.
     """
     policy = results.run.inputs[0]
     lines = [
         "## Checks before release",
         "",
-        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: {escape_markdown(headline(results))}",
+        f"`loradiag gate` {results.run.version}, {results.run.settings['today']}: "
+        f"{escape_markdown(headline(results))}",
         f"(policy {escape_markdown(policy.path)}: {escape_markdown(policy.kind)}).",
     ]
-    lines += [f"Measured: {escape_markdown(_describe_input(item))}." for item in _weights_of(results)]
+    lines += [
+        f"Measured: {escape_markdown(_describe_input(item))}." for item in _weights_of(results)
+    ]
     text = "\n".join([*lines, "", "| rule | allowed | outcome |", "| --- | --- | --- |\n"])
     for rule, verdicts in by_rule(results).items():
         counts = Counter(verdict.status for verdict in verdicts)

@@ -1,4 +1,6 @@
-"""What a rule judges: results files, the records in them and those that are missing, and the records of a baseline."""
+"""What a rule judges: results files, the records in them and those that are missing, and the
+records of a baseline.
+"""
 
 from __future__ import annotations
 
@@ -17,15 +19,17 @@ from lora_diag.records import Results, RunInput, totals
 from lora_diag.records.base import Record
 from lora_diag.records.vocabulary import METRIC_NAMES, NOISE_MARKS, Metric, metric_of
 
-# Reasons of left-out tensors that need no record: 1-D tensors have no rank; of the others the remaining rows are
-# measured.
+# Reasons of left-out tensors that need no record: 1-D tensors have no rank; of the others the
+# remaining rows are measured.
 NO_CANDIDATES = frozenset({"vector", "added_rows", "removed_rows", "empty"})
 
 
 @cache
 def commands_of(kind: str) -> tuple[str, ...]:
     """Return the commands that write records of a kind."""
-    return tuple(feature.name for feature in features() if KINDS[kind] in map(feature.load, feature.records))
+    return tuple(
+        feature.name for feature in features() if KINDS[kind] in map(feature.load, feature.records)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +38,10 @@ class InputState:
 
     Args:
         input: The input as it was measured.
-        state: ``same``, ``changed`` (also if it can no longer be read), or ``unknown`` if it was not found or has no
-            fingerprint that can be compared.
-        reason: Reason for another state than ``same``; for ``same``, the path of ``--for`` that is equal, if any.
+        state: ``same``, ``changed`` (also if it can no longer be read), or ``unknown`` if it was
+            not found or has no fingerprint that can be compared.
+        reason: Reason for another state than ``same``; for ``same``, the path of ``--for`` that is
+            equal, if any.
         now: Its current fingerprint; empty if unknown.
     """
 
@@ -54,7 +59,8 @@ class ResultsSource:
         path: Its path; for results in memory, a description.
         results: Its contents.
         inputs: The state of the checkpoints and adapters among its inputs.
-        sealed: Whether the hash in its last line was checked; also true without a last line, and without a file.
+        sealed: Whether the hash in its last line was checked; also true without a last line, and
+            without a file.
     """
 
     path: str
@@ -66,7 +72,10 @@ class ResultsSource:
         """Return whether it may contain records of a kind."""
         if kind == "end" or self.results.run.command in commands_of(kind):
             return True
-        return any(isinstance(record, KINDS[kind]) for record in (*self.results.layers, *self.results.whole))
+        return any(
+            isinstance(record, KINDS[kind])
+            for record in (*self.results.layers, *self.results.whole)
+        )
 
     def names(self) -> set[str]:
         """Return the names of the layers with a record, and of the skipped tensors."""
@@ -77,10 +86,12 @@ Sources = Sequence[ResultsSource]
 
 
 def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
-    """Return results as a source, if the totals in their last line, which the hash does not cover, fit the records.
+    """Return results as a source, if the totals in their last line, which the hash does not cover,
+    fit the records.
 
     Args:
-        item: A results file; or results in memory, which are named after their command and last input.
+        item: A results file; or results in memory, which are named after their command and last
+            input.
         number: Position, which names results in memory that have no input.
 
     Raises:
@@ -88,7 +99,10 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
     """
     if isinstance(item, Results):
         results, sealed = item, True
-        path = f"{results.run.command} of {results.run.inputs[-1].path if results.run.inputs else number}"
+        path = (
+            f"{results.run.command} of "
+            f"{results.run.inputs[-1].path if results.run.inputs else number}"
+        )
     else:
         path, results = str(item), read_results(item)
         sealed = results.end is None or bool(results.end.sha256)
@@ -96,10 +110,15 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
         actual = totals(results.layers, results.left_out)
         for name in ("layers", "left_out", *(("fro", "base_fro") if results.layers else ())):
             found, stated = getattr(actual, name), getattr(results.end, name)
-            if found != stated and (found is None or stated is None or not math.isclose(found, stated)):
-                has, states = ("no" if value is None else f"{value:.9g}" for value in (found, stated))
+            if found != stated and (
+                found is None or stated is None or not math.isclose(found, stated)
+            ):
+                has, states = (
+                    "no" if value is None else f"{value:.9g}" for value in (found, stated)
+                )
                 raise InputError(
-                    f"{path}: has {has} {name}, but its last line states {states}, so it was truncated or edited; "
+                    f"{path}: has {has} {name}, but its last line states {states}, so it was "
+                    "truncated or edited; "
                     "measure again"
                 )
     return ResultsSource(path, results, sealed=sealed)
@@ -111,12 +130,14 @@ class Subject:
 
     Args:
         layer: Its layer; None for the run as a whole.
-        group: Identifies one of several records of the layer by file, metric and key; empty if none of them does.
+        group: Identifies one of several records of the layer by file, metric and key; empty if none
+            of them does.
         key: Identifies the group, independent of the adapter's path.
         record: The record; None if it is missing.
         reason: Reason why it is missing.
         fro: ‖Δ‖_F of the layer; None if unknown.
-        label: Identifies one of several records of a whole run; else empty. Aggregates are over all labels.
+        label: Identifies one of several records of a whole run; else empty. Aggregates are over all
+            labels.
     """
 
     layer: str | None = None
@@ -129,7 +150,10 @@ class Subject:
 
 
 def list_subjects(
-    kind: str, source: ResultsSource, left_out: frozenset[str] = frozenset(), name_file: bool = False
+    kind: str,
+    source: ResultsSource,
+    left_out: frozenset[str] = frozenset(),
+    name_file: bool = False,
 ) -> list[Subject]:
     """Return a subject for each record of one kind in a file, and for each missing one.
 
@@ -149,13 +173,20 @@ def list_subjects(
         missing = [] if whole else [Subject(None, ", ".join(prefix), (0,), None, reason)]
         group, names = ", ".join(prefix), [""] * len(whole)
         if len(whole) > 1:
-            names = [" ".join(str(v) for name in cls.key if (v := getattr(record, name, None))) for record in whole]
+            names = [
+                " ".join(str(v) for name in cls.key if (v := getattr(record, name, None)))
+                for record in whole
+            ]
         labels = [", ".join(filter(None, (group, name))) for name in names]
-        return [Subject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)] or missing
+        return [
+            Subject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)
+        ] or missing
     group_fields = tuple(name for name in cls.key if name != "layer")
     groups: dict[tuple[Any, ...], list[Any]] = {}
     if group_fields == ("adapter",):  # each adapter is expected to have records
-        groups = {(item.path,): [] for item in results.run.inputs if item.role in {"adapter", "reference"}}
+        groups = {
+            (item.path,): [] for item in results.run.inputs if item.role in {"adapter", "reference"}
+        }
     records: list[Any] = [record for record in results.layers if isinstance(record, cls)]
     for record in records:
         groups.setdefault(tuple(getattr(record, name) for name in group_fields), []).append(record)
@@ -163,24 +194,35 @@ def list_subjects(
     absent = [(layer, "the file has no record of it", fro) for layer, fro in norms.items()] + [
         (item.layer, f"not measured: {item.detail}", item.fro)
         for item in results.left_out
-        if item.reason not in NO_CANDIDATES | left_out and len(item.shape) != 1 and item.layer not in norms
+        if item.reason not in NO_CANDIDATES | left_out
+        and len(item.shape) != 1
+        and item.layer not in norms
     ]
     # Paths are replaced by their order in the file, so that a key does not depend on them.
-    texts = list(dict.fromkeys(value for values in groups for value in values if isinstance(value, str)))
+    texts = list(
+        dict.fromkeys(value for values in groups for value in values if isinstance(value, str))
+    )
     subjects: list[Subject] = []
     for values, of_group in (groups or {(): []}).items():
         key = tuple(texts.index(value) if isinstance(value, str) else value for value in values)
         names = [f"{name} {value}" for name, value in zip(group_fields, values, strict=False)]
         group = ", ".join((*prefix, *names))
         present = {record.layer for record in of_group}
-        subjects += [Subject(record.layer, group, key, record, fro=norms[record.layer]) for record in of_group]
         subjects += [
-            Subject(layer, group, key, None, reason, fro) for layer, reason, fro in absent if layer not in present
+            Subject(record.layer, group, key, record, fro=norms[record.layer])
+            for record in of_group
+        ]
+        subjects += [
+            Subject(layer, group, key, None, reason, fro)
+            for layer, reason, fro in absent
+            if layer not in present
         ]
     return subjects
 
 
-def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") -> tuple[Value | None, str]:
+def value_of(
+    field: RecordField, subject: Subject, floor: str = "inconclusive"
+) -> tuple[Value | None, str]:
     """Return the value of a subject for a rule, or None with the reason.
 
     Args:
@@ -201,16 +243,22 @@ def value_of(field: RecordField, subject: Subject, floor: str = "inconclusive") 
         return None, f"{field.name} is null: it was not computed"
     if value == "inconclusive":
         return None, f"{field.name} is inconclusive in the record itself"
-    resolution = getattr(record, "resolution", None) or getattr(getattr(record, "spectrum", None), "resolution", None)
+    resolution = getattr(record, "resolution", None) or getattr(
+        getattr(record, "spectrum", None), "resolution", None
+    )
     verdict = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
     if verdict in NOISE_MARKS and field.doubtful_at_floor and floor != "ignore":
-        return None, f"{verdict}: {field.name} may be that of the files' rounding, not of the update"
+        return (
+            None,
+            f"{verdict}: {field.name} may be that of the files' rounding, not of the update",
+        )
     return value, ""
 
 
 @dataclass(frozen=True, slots=True)
 class Baseline:
-    """Earlier records, by metric, layer, and the position of their adapter in the file or their step and rank.
+    """Earlier records, by metric, layer, and the position of their adapter in the file or their
+    step and rank.
 
     Args:
         sources: The results files.
@@ -223,7 +271,9 @@ class Baseline:
     subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
 
     def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
-        """Return the subjects of a kind by metric, layer and key; one without a record where several have the key."""
+        """Return the subjects of a kind by metric, layer and key; one without a record where
+        several have the key.
+        """
         if kind not in self.subjects:
             stored = self.subjects[kind] = {}
             for source in self.sources:
@@ -233,37 +283,54 @@ class Baseline:
                     # It is undefined with which of two records a new one would be compared.
                     if key in stored and subject.record is not None:
                         subject = replace(
-                            subject, record=None, reason="several records of it, which nothing distinguishes"
+                            subject,
+                            record=None,
+                            reason="several records of it, which nothing distinguishes",
                         )
                     stored[key] = subject
         return self.subjects[kind]
 
     def find(self, kind: str, subject: Subject) -> Subject | None:
-        """Return the baseline's subject with the metric, layer and key of a measured one; None without one."""
+        """Return the baseline's subject with the metric, layer and key of a measured one; None
+        without one.
+        """
         return self.of_kind(kind).get((_get_metric(subject), subject.layer, *subject.key))
 
     def value(self, field: RecordField, subject: Subject, floor: str) -> tuple[float | None, str]:
         """Return the baseline's value of a field for a subject, or None with the reason."""
         stored = self.find(field.kind, subject)
         if stored is None:
-            metric, metrics = _get_metric(subject), list(dict.fromkeys(key[0] for key in self.of_kind(field.kind)))
+            metric, metrics = (
+                _get_metric(subject),
+                list(dict.fromkeys(key[0] for key in self.of_kind(field.kind))),
+            )
             if metrics and metric not in metrics:
                 before, now = METRIC_NAMES[metrics[0]], METRIC_NAMES[metric]
                 return None, f"the baseline is in {before} and this in {now}: no comparison"
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
         value, reason = value_of(field, stored, floor)
-        return (float(value), "") if isinstance(value, float | int) else (None, f"in the baseline: {reason}")
+        return (
+            (float(value), "")
+            if isinstance(value, float | int)
+            else (None, f"in the baseline: {reason}")
+        )
 
     def tighten(self, regressions: Sequence[Regression], sources: Sources) -> Results[Any] | None:
-        """Return the baseline, of one file, with improved records in place of the stored ones; None without any.
+        """Return the baseline, of one file, with improved records in place of the stored ones; None
+        without any.
 
-        A record is an improvement if no compared field is missing or worse than stored, regardless of tolerance, and
-        one is better. Whole records are replaced, never single values, so that each was measured. Kinds of which
-        several of ``sources`` may have records are not compared.
+        A record is an improvement if no compared field is missing or worse than stored, regardless
+        of tolerance, and one is better. Whole records are replaced, never single values, so that
+        each was measured. Kinds of which several of ``sources`` may have records are not compared.
         """
         replacements: dict[int, Any] = {}
         for kind in sorted(LAYER_KINDS):
-            fields = [(demand, field) for demand in regressions for field in find(demand.field) if field.kind == kind]
+            fields = [
+                (demand, field)
+                for demand in regressions
+                for field in find(demand.field)
+                if field.kind == kind
+            ]
             holding = [source for source in sources if source.holds(kind)]
             for subject in list_subjects(kind, holding[0]) if fields and len(holding) == 1 else ():
                 old = self.find(kind, subject)
@@ -279,18 +346,25 @@ class Baseline:
 
 
 def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
-    """Return the metric of a subject's record, ``weights`` if it has none; ``default`` if the record is missing."""
+    """Return the metric of a subject's record, ``weights`` if it has none; ``default`` if the
+    record is missing.
+    """
     metric: Metric = getattr(subject.record, "metric", "weights" if subject.record else default)
     return metric
 
 
-def _is_better(new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]) -> bool:
+def _is_better(
+    new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]
+) -> bool:
     """Return whether no compared value is worse or missing, and one is better."""
     gains = []
     for demand, compared in fields:
         if new.layer is None or not demand.selects(new.layer):
             continue
-        now, before = value_of(compared, new, demand.floor)[0], value_of(compared, old, demand.floor)[0]
+        now, before = (
+            value_of(compared, new, demand.floor)[0],
+            value_of(compared, old, demand.floor)[0],
+        )
         if not isinstance(now, float | int) or not isinstance(before, float | int):
             return False
         gains.append(before - now if demand.worse == "higher" else now - before)

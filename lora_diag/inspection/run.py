@@ -27,11 +27,13 @@ from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import MOMENTS, open_input
 
 
-def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory:
+def inspect(
+    path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool = False
+) -> Inventory:
     """Describe a checkpoint or an adapter by its headers.
 
-    No weights are read, except those factors of an adapter that are initialized to zero, to check whether they still
-    are.
+    No weights are read, except those factors of an adapter that are initialized to zero, to check
+    whether they still are.
 
     Args:
         path: A file, a folder, or a shard index; or a Hub id or an address of one.
@@ -39,7 +41,8 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
         alpha_is_rank: Assume α = r, so s = 1, if an adapter's files give no α.
 
     Returns:
-        The record: the tensors in natural order of their names; for an adapter, also the weights it changes.
+        The record: the tensors in natural order of their names; for an adapter, also the weights it
+            changes.
 
     Raises:
         InputError: The path cannot be read, or is a results file, which ``read_results`` reads.
@@ -55,10 +58,17 @@ def inspect(path: Path | str, *, alpha: float | None = None, alpha_is_rank: bool
     opened = open_input(path, get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
     if isinstance(opened, Adapter):
         notes, checkpoint = opened.warnings(), opened.checkpoint
-        adapted: dict[str, Any] = {"adapts": opened.weights(), "scaling": legible(opened.reading.scaling)}
+        adapted: dict[str, Any] = {
+            "adapts": opened.weights(),
+            "scaling": legible(opened.reading.scaling),
+        }
     else:
         has_moments = any(file.metadata.get("kind") == MOMENTS for file in opened.files)
-        notes = (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",) if has_moments else ()
+        notes = (
+            (f"contains {MOMENTS}, not a checkpoint; pass it with --activations",)
+            if has_moments
+            else ()
+        )
         checkpoint, adapted = opened, {}
     return Inventory(
         path=legible(opened.path),
@@ -78,7 +88,9 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
     )
 
 
-def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = False) -> Inventory | Results[Any]:
+def inspect_any(
+    path: str, *, alpha: float | None = None, alpha_is_rank: bool = False
+) -> Inventory | Results[Any]:
     """Return the records of a results file, or the contents of a checkpoint or an adapter.
 
     Raises:
@@ -91,7 +103,8 @@ def inspect_any(path: str, *, alpha: float | None = None, alpha_is_rank: bool = 
 
 
 def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:
-    """Return a headline, and the table of the tensors or of an adapter's weights, by module type and equal values.
+    """Return a headline, and the table of the tensors or of an adapter's weights, by module type
+    and equal values.
 
     Args:
         inventory: The contents of the checkpoint or adapter.
@@ -110,20 +123,33 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
 
 
 def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
-    """Return a table with a row for each module type and each combination of its records' values."""
+    """Return a table with a row for each module type and each combination of its
+    records' values.
+    """
     groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
     for record in records:
-        key = (module_type_of(record.layer), *(str(value_at(record, field.path)) for field in shown))
+        key = (
+            module_type_of(record.layer),
+            *(str(value_at(record, field.path)) for field in shown),
+        )
         groups.setdefault(key, []).append(record)
     return grid_of(shown, [(safe(name), group) for (name, *_), group in groups.items()], "type")
 
 
 def _make_headline(inventory: Inventory) -> str:
-    """Return path, kind, number of tensors and of entries by dtype; scaling and notes on lines of their own."""
+    """Return path, kind, number of tensors and of entries by dtype; scaling and notes on lines of
+    their own.
+    """
     entries_by_dtype: Counter[str] = Counter()
     for tensor in inventory.tensors:
         entries_by_dtype[tensor.dtype] += math.prod(tensor.shape)
-    dtypes = ", ".join(f"{count(entry_count)} {dtype}" for dtype, entry_count in entries_by_dtype.most_common())
+    dtypes = ", ".join(
+        f"{count(entry_count)} {dtype}" for dtype, entry_count in entries_by_dtype.most_common()
+    )
     notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
-    headline = f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, {dtypes}"
+    headline = (
+        f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} "
+        "tensors, "
+        f"{dtypes}"
+    )
     return headline + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes

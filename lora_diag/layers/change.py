@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, Side, StoredDelta, footprint, row_blocks, row_spans
+from lora_diag.deltas import (
+    Delta,
+    DenseDelta,
+    FactoredDelta,
+    Side,
+    StoredDelta,
+    footprint,
+    row_blocks,
+    row_spans,
+)
 from lora_diag.errors import MemoryLimitError
 from lora_diag.layers.lineage import cosine_of_norms, judge_cosine
 from lora_diag.linalg.devices import move, resolve_device, use_own_stream
@@ -31,11 +40,12 @@ SPACING_OVERFLOW = "the squares of the spacing of its numbers overflow float64"
 # Range of norms of compared updates, so that squares of their quotients are finite in float64.
 MIN_NORM, MAX_NORM = 1e-75, 1e75
 
-# Parts of a block for steps in float64: results of 2^20 entries are new pages in every step, which took 12 ms instead
-# of 2 for ‖ΔW − B·A‖ at 1536×576 on an AMD EPYC.
+# Parts of a block for steps in float64: results of 2^20 entries are new pages in every step, which
+# took 12 ms instead of 2 for ‖ΔW − B·A‖ at 1536×576 on an AMD EPYC.
 PARTS = 4
 
-# Memory per entry of an update that is computed in full (LoHa, LoKr, ...): float64, with one factor or copy.
+# Memory per entry of an update that is computed in full (LoHa, LoKr, ...): float64, with one factor
+# or copy.
 COMPUTED_ENTRY_BYTES = 16
 
 
@@ -46,15 +56,18 @@ class Change:
     Args:
         fro: ‖ΔW‖_F; None for factors, whose decomposition yields it. None or NaN if not finite.
         base_fro: ‖W_base‖_F; None if the base was not given. None or NaN if not finite.
-        rounding: The pass over two stored sides, with the effect of their rounding; None for an update without them.
+        rounding: The pass over two stored sides, with the effect of their rounding; None for an
+            update without them.
         matrix: ΔW ``(out, in)``; None if it is given by factors or in row blocks, or was not kept.
         factors: B and A, or None.
-        non_finite: Why ΔW, W_base, a norm or the squares of the spacing are not finite, with the first such entry if it
-            is known; None if all are.
+        non_finite: Why ΔW, W_base, a norm or the squares of the spacing are not finite, with the
+            first such entry if it is known; None if all are.
         streamed: ΔW in row blocks, if it exceeds the memory limit; else None.
         limit: Memory limit of computations with it in bytes; None without limit.
-        base_sigma: Certified lower bound of σ_1(W_base); None if it was not requested, or the base was not given.
-        cosine_to_base: Cosine of W_base and W_tuned, as of ``layers.lineage``; None if both are not stored matrices.
+        base_sigma: Certified lower bound of σ_1(W_base); None if it was not requested, or the base
+            was not given.
+        cosine_to_base: Cosine of W_base and W_tuned, as of ``layers.lineage``; None if both are not
+            stored matrices.
     """
 
     fro: float | None
@@ -75,7 +88,10 @@ class Change:
 
     def is_unrelated(self, shape: tuple[int, int]) -> bool:
         """Return whether W_tuned, ``(out, in)``, is known to be unrelated to W_base."""
-        return self.cosine_to_base is not None and judge_cosine(self.cosine_to_base, math.prod(shape)) == "unrelated"
+        return (
+            self.cosine_to_base is not None
+            and judge_cosine(self.cosine_to_base, math.prod(shape)) == "unrelated"
+        )
 
     def blocks(self, shape: tuple[int, int], parts: int = 1) -> Iterator[Tensor]:
         """Yield ΔW in row blocks, float64; a product of factors is formed block by block.
@@ -88,7 +104,11 @@ class Change:
             InputError: A file could not be read again.
         """
         if self.streamed is not None:
-            yield from (part.to(torch.float64) for block in self.streamed.read() for part in torch.chunk(block, parts))
+            yield from (
+                part.to(torch.float64)
+                for block in self.streamed.read()
+                for part in torch.chunk(block, parts)
+            )
             return
         for start, stop in row_spans(shape):
             step = math.ceil((stop - start) / parts)
@@ -102,7 +122,12 @@ class Change:
                     yield self.matrix[rows].to(torch.float64)
 
     def decompose(
-        self, method: str = "auto", top: int | None = None, vectors: bool = False, tol: float = 5e-4, seed: int = 0
+        self,
+        method: str = "auto",
+        top: int | None = None,
+        vectors: bool = False,
+        tol: float = 5e-4,
+        seed: int = 0,
     ) -> Factors:
         """Compute singular values, in factored form if there are factors.
 
@@ -115,8 +140,10 @@ class Change:
 
         Raises:
             UsageError: The method is unknown, or ``top`` or ``tol`` is invalid; not for factors.
-            InputError: No driver of ``exact``, or of the core of factors, converged; or a file could not be read again.
-            MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and W_base.
+            InputError: No driver of ``exact``, or of the core of factors, converged; or a file
+                could not be read again.
+            MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and
+                W_base.
         """
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
@@ -146,9 +173,9 @@ def load_change(
         delta: The layer.
         device: Device of the computation.
         keep: False to drop a matrix once its norms are measured.
-        allowance: The computation and its memory limit, which applies on the CPU and with ``keep`` only; None without
-            limit. If a stored ΔW does not fit, its norms are measured, and later computations read it again in row
-            blocks.
+        allowance: The computation and its memory limit, which applies on the CPU and with ``keep``
+            only; None without limit. If a stored ΔW does not fit, its norms are measured, and later
+            computations read it again in row blocks.
         on_base: Called with the rows of W_base as they are read, from the first to the last.
 
     Returns:
@@ -158,13 +185,21 @@ def load_change(
         InputError: A file could not be read.
         MemoryLimitError: ΔW is not stored, has to be computed in full, and does not fit.
     """
-    allowance = allowance if keep and device.type == "cpu" else None  # the limit applies to memory of the host
+    allowance = (
+        allowance if keep and device.type == "cpu" else None
+    )  # the limit applies to memory of the host
     if isinstance(delta, StoredDelta):
         dtype = torch.float64 if "float64" in delta.dtypes else torch.float32
         fits = allowance is None or allowance.holds(delta.shape, dtype.itemsize)
-        measured = difference(delta.blocks(), delta.shape, device, keep and fits, delta.steps(), on_base)
-        if measured.non_finite is not None and device.type != "cpu":  # read again to locate the entry
-            measured = difference(delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps())
+        measured = difference(
+            delta.blocks(), delta.shape, device, keep and fits, delta.steps(), on_base
+        )
+        if (
+            measured.non_finite is not None and device.type != "cpu"
+        ):  # read again to locate the entry
+            measured = difference(
+                delta.blocks(), delta.shape, torch.device("cpu"), keep and fits, delta.steps()
+            )
         if measured.roundings and not measured.roundings.is_finite:
             measured.non_finite = SPACING_OVERFLOW
         matrix, measured.matrix = measured.matrix, None
@@ -185,9 +220,15 @@ def load_change(
             limit=limit,
             cosine_to_base=cosine,
         )
-    if isinstance(delta, DenseDelta) and allowance and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES):
+    if (
+        isinstance(delta, DenseDelta)
+        and allowance
+        and not allowance.holds(delta.shape, COMPUTED_ENTRY_BYTES)
+    ):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
-        raise MemoryLimitError(f"{shape}: --memory is too small for this update, which is computed in full; give more")
+        raise MemoryLimitError(
+            f"{shape}: --memory is too small for this update, which is computed in full; give more"
+        )
     base_fro = None
     if delta.base is not None:
         # Read on the CPU in the time of a copy to the device.
@@ -229,14 +270,24 @@ def load_addend(delta: Delta) -> Addend:
 def _subtract_rows(delta: StoredDelta, first: int, last: int) -> Tensor:
     """Return the rows ``first:last`` of ΔW, ``(rows, in)`` float64, read on demand."""
     span = first * delta.shape[1], last * delta.shape[1]
-    return (delta.tuned.read(*span).double() - delta.base.read(*span).double()).view(-1, delta.shape[1])
+    return (delta.tuned.read(*span).double() - delta.base.read(*span).double()).view(
+        -1, delta.shape[1]
+    )
 
 
 def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
-    """Estimate the bytes needed to measure a layer; at most the limit of an allowance, unless ΔW is factored."""
+    """Estimate the bytes needed to measure a layer; at most the limit of an allowance, unless ΔW is
+    factored.
+    """
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
-    entry = COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else 8 if "float64" in delta.dtypes else 4
+    entry = (
+        COMPUTED_ENTRY_BYTES
+        if isinstance(delta, DenseDelta)
+        else 8
+        if "float64" in delta.dtypes
+        else 4
+    )
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
@@ -247,14 +298,18 @@ def _subtract_again(delta: StoredDelta, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 def join_blocks(blocks: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return the matrix that consists of row blocks, on the device, in float32, or in float64 if it is stored so."""
+    """Return the matrix that consists of row blocks, on the device, in float32, or in float64 if it
+    is stored so.
+    """
     tensors = [move(block, device) for block in blocks]
     dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.cat([tensor.to(dtype) for tensor in tensors])
 
 
 def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.device) -> Tensor:
-    """Return W_tuned ``(out, in)``: as stored, or W_base (``before``) + ΔW in the dtype of ``before``."""
+    """Return W_tuned ``(out, in)``: as stored, or W_base (``before``) + ΔW in the dtype of
+    ``before``.
+    """
     if isinstance(delta, StoredDelta):
         return join_blocks(row_blocks(delta.tuned, delta.shape), device)
     after, row = before.clone(), 0
@@ -265,7 +320,8 @@ def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devic
 
 
 def compute_on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
-    """Compute on a device, or on the CPU if the device is out of memory; return the result and a note for the record.
+    """Compute on a device, or on the CPU if the device is out of memory; return the result and a
+    note for the record.
 
     Raises:
         MemoryLimitError: This machine is out of memory.
@@ -284,7 +340,9 @@ def compute_on_device(compute: Callable[[torch.device], T], device: torch.device
 def _is_out_of_memory(error: RuntimeError) -> bool:
     """Return whether a GPU is out of memory, as noticed by torch or by CUDA's libraries."""
     messages = ("CUDA error: out of memory", "ALLOC_FAILED")
-    return isinstance(error, torch.cuda.OutOfMemoryError) or any(message in str(error) for message in messages)
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(
+        message in str(error) for message in messages
+    )
 
 
 def why_not_comparable(fro: float) -> str | None:
@@ -297,7 +355,8 @@ def why_not_comparable(fro: float) -> str | None:
 
 
 def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
-    """Return what is measured on a device; the method of a record names the CPU if the device was out of memory.
+    """Return what is measured on a device; the method of a record names the CPU if the device was
+    out of memory.
 
     Args:
         measure: Measures a layer; returns a record, or a tuple of records.
@@ -308,12 +367,18 @@ def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
         MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))
-    result: Any = tuple(append_note(record, note) for record in records) if isinstance(records, tuple) else None
+    result: Any = (
+        tuple(append_note(record, note) for record in records)
+        if isinstance(records, tuple)
+        else None
+    )
     return append_note(records, note) if result is None else result
 
 
 def append_note(record: T, note: str) -> T:
-    """Return a record with a note of ``compute_on_device`` appended to its method; one without a method as it is."""
+    """Return a record with a note of ``compute_on_device`` appended to its method; one without a
+    method as it is.
+    """
     result: Any = record
     if note and hasattr(result, "method"):
         result = result.model_copy(update={"method": result.method + note})

@@ -12,15 +12,17 @@ from lora_diag.records.base import Record, Shown
 
 Verdict = Literal["descends", "unrelated"]
 
-# Cosine of W_base and W_tuned from which a weight descends, and the magnitude below which it is unrelated. An update
-# of norm ρ‖W_base‖ that is independent of W_base leaves a cosine of 1/√(1 + ρ²): at most ρ = 4.9 descends, from 9.9 on
-# it is unrelated. Measured null: docs/explanation/mathematics.md#lineage.
+# Cosine of W_base and W_tuned from which a weight descends, and the magnitude below which it is
+# unrelated. An update of norm ρ‖W_base‖ that is independent of W_base leaves a cosine of 1/√(1 +
+# ρ²): at most ρ = 4.9 descends, from 9.9 on it is unrelated. Measured null:
+# docs/explanation/mathematics.md#lineage.
 DESCENDS, UNRELATED = 0.2, 0.1
 
 # Standard deviations of the cosine of independent entries that ``DESCENDS`` must be above chance.
 MIN_ERRORS = 5.0
 
-# Maximum ratio of ‖W_tuned‖ and ‖W_base‖. The rounding of ΔW in float32 changes a cosine by at most 2^-24 times this.
+# Maximum ratio of ‖W_tuned‖ and ‖W_base‖. The rounding of ΔW in float32 changes a cosine by at most
+# 2^-24 times this.
 MAX_RATIO = 1e4
 
 COSINE_TO_BASE = Shown(
@@ -40,21 +42,28 @@ class Lineage(Record):
     """Whether a weight of TUNED descends from that of BASE; the shape is a field of the record.
 
     Args:
-        cosine_to_base: ⟨W_base, W_tuned⟩ / (‖W_base‖_F·‖W_tuned‖_F). Null for an adapter, whose factors give no
-            W_tuned, for 1-D tensors, for zero weights, if one is 10⁴ times larger than the other, and in older results.
+        cosine_to_base: ⟨W_base, W_tuned⟩ / (‖W_base‖_F·‖W_tuned‖_F). Null for an adapter, whose
+            factors give no W_tuned, for 1-D tensors, for zero weights, if one is 10⁴ times larger
+            than the other, and in older results.
     """
 
     cosine_to_base: float | None = None
 
     @property
     def chance_cosine(self) -> float | None:
-        """1/√(mn), the standard deviation of the cosine of independent weights; None without a cosine."""
+        """1/√(mn), the standard deviation of the cosine of independent weights; None without a
+        cosine.
+        """
         return None if self.cosine_to_base is None else 1 / math.sqrt(_count_entries(self))
 
     @property
     def lineage(self) -> Verdict | None:
         """``descends`` or ``unrelated``, as of ``judge_cosine``; None if it is not known."""
-        return None if self.cosine_to_base is None else judge_cosine(self.cosine_to_base, _count_entries(self))
+        return (
+            None
+            if self.cosine_to_base is None
+            else judge_cosine(self.cosine_to_base, _count_entries(self))
+        )
 
 
 def _count_entries(record: Lineage) -> int:
@@ -74,10 +83,15 @@ def cosine_of_norms(base_fro: float, tuned_fro: float, fro: float) -> float | No
         fro: ‖ΔW‖_F.
 
     Returns:
-        The cosine; None if a norm is zero, not finite, or ``MAX_RATIO`` times larger than the other.
+        The cosine; None if a norm is zero, not finite, or ``MAX_RATIO`` times larger than the
+            other.
 
     Example:
-        >>> round(cosine_of_norms(1.0, 1.0, 1.0), 12), cosine_of_norms(1.0, 2.0, 1.0), cosine_of_norms(0.0, 1.0, 1.0)
+        >>> (
+        ...     round(cosine_of_norms(1.0, 1.0, 1.0), 12),
+        ...     cosine_of_norms(1.0, 2.0, 1.0),
+        ...     cosine_of_norms(0.0, 1.0, 1.0),
+        ... )
         (0.5, 1.0, None)
     """
     smaller, larger = sorted((base_fro, tuned_fro))
@@ -96,7 +110,12 @@ def judge_cosine(cosine: float, entries: int) -> Verdict | None:
         entries: Number of their entries.
 
     Example:
-        >>> judge_cosine(0.9, 10_000), judge_cosine(0.01, 10_000), judge_cosine(0.15, 10_000), judge_cosine(0.01, 100)
+        >>> (
+        ...     judge_cosine(0.9, 10_000),
+        ...     judge_cosine(0.01, 10_000),
+        ...     judge_cosine(0.15, 10_000),
+        ...     judge_cosine(0.01, 100),
+        ... )
         ('descends', 'unrelated', None, None)
     """
     least = MIN_ERRORS / math.sqrt(entries)
@@ -106,8 +125,11 @@ def judge_cosine(cosine: float, entries: int) -> Verdict | None:
 
 
 def make_unrelated_error(base: Path | str, tuned: Path | str, layers: Sequence[str]) -> InputError:
-    """Return the error of a command that writes an update, if most weights are unrelated: ``layers``."""
+    """Return the error of a command that writes an update, if most weights are unrelated:
+    ``layers``.
+    """
     return InputError(
-        f"{tuned}: {len(layers)} weights, such as {layers[0]}, are unrelated to those of {base}, so nothing was "
+        f"{tuned}: {len(layers)} weights, such as {layers[0]}, are unrelated to those of {base}, "
+        "so nothing was "
         "written; give the BASE that TUNED was trained from"
     )

@@ -1,9 +1,11 @@
-"""The metric of updates: the Frobenius norm, or a norm defined by the layer's inputs (and gradients).
+"""The metric of updates: the Frobenius norm, or a norm defined by the layer's inputs (and
+gradients).
 
-With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square change of the layer's output due
-to the update. D·L with L·Lᵀ = C has the same norm and the same singular values, so all results for D apply to D·L,
-including the Eckart–Young bound. With G = E[ggᵀ] of the loss's gradient with respect to the output, ‖G^½·D·C^½‖_F² is
-the K-FAC estimate of E⟨∇ℓ, D⟩² (Martens and Grosse 2015), the squared change of the loss.
+With C = E[xxᵀ] the second moment of the inputs, ‖D·C^½‖_F² = E‖Dx‖² is the mean square change of
+the layer's output due to the update. D·L with L·Lᵀ = C has the same norm and the same singular
+values, so all results for D apply to D·L, including the Eckart–Young bound. With G = E[ggᵀ] of the
+loss's gradient with respect to the output, ‖G^½·D·C^½‖_F² is the K-FAC estimate of E⟨∇ℓ, D⟩²
+(Martens and Grosse 2015), the squared change of the loss.
 """
 
 from __future__ import annotations
@@ -26,10 +28,12 @@ from lora_diag.metrics.energy import truncation_error
 from lora_diag.metrics.subspaces import Distances, compute_distances
 from lora_diag.records import Agreement
 
-# Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of many products.
+# Tolerance for symmetry and positive semidefiniteness of a second moment, due to float32 sums of
+# many products.
 MOMENT_ERROR = 1e-4
 
-# When a second moment is inverted, eigenvalues below this fraction of the largest are float32 rounding.
+# When a second moment is inverted, eigenvalues below this fraction of the largest are float32
+# rounding.
 SMALLEST = 1e-7
 
 # Unit roundoff of the dtypes a second moment may be stored in.
@@ -38,12 +42,14 @@ _ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfl
 
 @dataclass(frozen=True, slots=True)
 class Moments:
-    """Location of a second moment of a layer: C = E[xxᵀ] of its input, or G = E[ggᵀ] of its output gradient.
+    """Location of a second moment of a layer: C = E[xxᵀ] of its input, or G = E[ggᵀ] of its output
+    gradient.
 
     Args:
         side: The stored matrix.
         size: Its order.
-        on_rows: Whether it belongs to the rows of the stored weight: C if that is ``(in, out)``, else G.
+        on_rows: Whether it belongs to the rows of the stored weight: C if that is ``(in, out)``,
+            else G.
     """
 
     side: Side
@@ -65,10 +71,14 @@ class Weighting:
 
 
 def weighting_bytes(weighting: Weighting | None, shape: tuple[int, int]) -> int:
-    """Estimate the bytes of weighting a matrix: a root and its eigenvectors, ΔW and W_base in float64; 0 for None."""
+    """Estimate the bytes of weighting a matrix: a root and its eigenvectors, ΔW and W_base in
+    float64; 0 for None.
+    """
     if weighting is None:
         return 0
-    order = max(moments.size for moments in (weighting.inputs, weighting.gradients) if moments is not None)
+    order = max(
+        moments.size for moments in (weighting.inputs, weighting.gradients) if moments is not None
+    )
     return 8 * order * (4 * order + 3 * max(shape))
 
 
@@ -92,7 +102,9 @@ class Root:
 
     @property
     def inverse(self) -> Tensor:
-        """The transposed pseudo-inverse of L; eigenvalues of C up to ``SMALLEST`` of the largest count as zero."""
+        """The transposed pseudo-inverse of L; eigenvalues of C up to ``SMALLEST`` of the largest
+        count as zero.
+        """
         eigenvalues = (self.matrix**2).sum(0)
         kept = eigenvalues > SMALLEST * self.spectral**2
         return torch.where(kept, self.matrix / torch.where(kept, eigenvalues, 1.0), 0.0)
@@ -100,7 +112,8 @@ class Root:
 
 @dataclass(frozen=True, slots=True)
 class Weighted:
-    """An update in the data metric: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; transposed if stored as ``(in, out)``.
+    """An update in the data metric: ΔW·L, or KᵀΔW·L with K·Kᵀ = G; transposed if stored as
+    ``(in, out)``.
 
     Args:
         change: The product.
@@ -136,7 +149,8 @@ class Metric:
     on_rows: bool = False
 
     def distances(self, other: Change | None, rank: int | None) -> tuple[Distances, float]:
-        """Return the distances of X from D, and ‖X‖, in this metric; without distances if ‖X‖ is not comparable.
+        """Return the distances of X from D, and ‖X‖, in this metric; without distances if ‖X‖ is
+        not comparable.
 
         Args:
             other: X in the plain metric; None for X = 0.
@@ -160,16 +174,19 @@ class Metric:
         """Return √(1 − C(r)); None without a rank, for D = 0, or if too few values are known."""
         if rank is None or self.factors.fro == 0.0:
             return None
-        error = truncation_error(self.factors.s.numpy(), self.factors.fro, rank, self.factors.complete)
+        error = truncation_error(
+            self.factors.s.numpy(), self.factors.fro, rank, self.factors.complete
+        )
         return None if error is None else error[0] / self.factors.fro
 
 
 def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.device) -> Weighted:
     """Return an update in the data metric, with the norm of its base in it.
 
-    The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of the r largest moves by
-    no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² + g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product
-    with n terms per sum is at most n·ε·‖D‖_F‖L‖_F. A fraction has such an error in both numerator and denominator.
+    The bound: the energies are eigenvalues of D·C·Dᵀ. With Ĉ = L·Lᵀ and ‖Ĉ − C‖_2 ≤ c the sum of
+    the r largest moves by no more than ‖D(Ĉ − C)Dᵀ‖_* ≤ c‖D‖_F² (Fan 1949), with G by c‖KᵀD‖_F² +
+    g‖D·L‖_F² + c·g‖D‖_F². Rounding of a product with n terms per sum is at most n·ε·‖D‖_F‖L‖_F. A
+    fraction has such an error in both numerator and denominator.
 
     Args:
         change: ΔW, finite.
@@ -181,7 +198,11 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         InputError: A second moment is invalid, or a file could not be read.
         MemoryLimitError: ΔW does not fit into memory as a whole.
     """
-    roots = [read_root(moments, device) for moments in (weighting.inputs, weighting.gradients) if moments is not None]
+    roots = [
+        read_root(moments, device)
+        for moments in (weighting.inputs, weighting.gradients)
+        if moments is not None
+    ]
 
     def multiply_by_all(update: Change) -> Change:
         for factor in roots:
@@ -196,16 +217,26 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
     moved = roots[0].error * plain_fro**2
     if len(roots) > 1:
         c, g = (factor.error for factor in roots)
-        fro_inputs, fro_gradients = (fro_of(times(change, factor.matrix, factor.on_rows)) for factor in roots)
+        fro_inputs, fro_gradients = (
+            fro_of(times(change, factor.matrix, factor.on_rows)) for factor in roots
+        )
         moved = c * fro_gradients**2 + g * fro_inputs**2 + c * g * plain_fro**2
     roots_fro = math.prod(factor.fro for factor in roots)
     rounding = 2 * max(delta.shape) * torch.finfo(torch.float64).eps * plain_fro * roots_fro
     error = 2 * (moved / fro**2 + 2 * rounding / fro + (rounding / fro) ** 2) if fro else 0.0
-    return Weighted(weighted, min(1.0, error), plain_fro, _measure_gains(change, delta.shape, roots), tuple(roots))
+    return Weighted(
+        weighted,
+        min(1.0, error),
+        plain_fro,
+        _measure_gains(change, delta.shape, roots),
+        tuple(roots),
+    )
 
 
 def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) -> Gains:
-    """Return the effect of the metric on rounding errors with variances that are products of row and column factors."""
+    """Return the effect of the metric on rounding errors with variances that are products of row
+    and column factors.
+    """
     rounding = change.rounding.rounding if change.rounding else None
     gains, base, bound = [], 1.0, 1.0
     for on_rows, size in zip((True, False), shape, strict=True):
@@ -213,7 +244,11 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
         if rounding is not None:
             total = float(rounding.noise.rows.sum())
             sums = rounding.noise.rows if on_rows else rounding.noise.columns
-            variance = sums * (rounding.noise.unit / math.sqrt(total)) if total else torch.zeros_like(variance)
+            variance = (
+                sums * (rounding.noise.unit / math.sqrt(total))
+                if total
+                else torch.zeros_like(variance)
+            )
         factor = next((candidate for candidate in roots if candidate.on_rows == on_rows), None)
         if factor is None:
             gains.append((math.sqrt(float(variance.sum())), math.sqrt(float(variance.max()))))
@@ -238,14 +273,17 @@ def fro_of(change: Change) -> float:
 
 
 def times(change: Change, root_matrix: Tensor, on_rows: bool) -> Change:
-    """Return ΔW·L, or Lᵀ·ΔW if L belongs to the rows of the stored weight; in factored form if there are factors.
+    """Return ΔW·L, or Lᵀ·ΔW if L belongs to the rows of the stored weight; in factored form if
+    there are factors.
 
     Raises:
         MemoryLimitError: ΔW does not fit into memory as a whole.
     """
     if change.streamed is not None:
         shape = "x".join(map(str, change.streamed.shape))
-        raise MemoryLimitError(f"{shape}: the data metric needs the whole ΔW, which exceeds --memory; give more")
+        raise MemoryLimitError(
+            f"{shape}: the data metric needs the whole ΔW, which exceeds --memory; give more"
+        )
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)
         return replace(change, factors=(root_matrix.T @ b, a) if on_rows else (b, a @ root_matrix))
@@ -259,11 +297,14 @@ def read_root(moments: Moments, device: torch.device) -> Root:
     """Read C (or G), check it, and return L with L·Lᵀ = C.
 
     Raises:
-        InputError: C could not be read, or is not finite, not symmetric, or not positive semidefinite.
+        InputError: C could not be read, or is not finite, not symmetric, or not positive
+            semidefinite.
     """
     side = moments.side
     place = f"{side.checkpoint.file_of(side.name)}: {side.name}"
-    c = move(side.read(0, moments.size**2).view(moments.size, moments.size), device).to(torch.float64)
+    c = move(side.read(0, moments.size**2).view(moments.size, moments.size), device).to(
+        torch.float64
+    )
     if problem := first_non_finite(f"{place}: holds", c):
         raise InputError(problem)
     fro = norm([c])
@@ -271,14 +312,21 @@ def read_root(moments: Moments, device: torch.device) -> Root:
         raise InputError(f"{place}: not symmetric, so not a second moment E[xxᵀ]; record it again")
     root_matrix, negative = factor_moments((c + c.T) / 2)
     if negative > MOMENT_ERROR:
-        raise InputError(f"{place}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it again")
-    error = norm([root_matrix @ root_matrix.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * fro
+        raise InputError(
+            f"{place}: has negative eigenvalues, so it is not a second moment E[xxᵀ]; record it "
+            "again"
+        )
+    error = (
+        norm([root_matrix @ root_matrix.T - c]) + _ROUNDOFF[side.checkpoint[side.name].dtype] * fro
+    )
     spectral = float((root_matrix**2).sum(0).max().sqrt()) if moments.size else 0.0
     return Root(root_matrix, moments.on_rows, error, norm([root_matrix]), spectral)
 
 
 def agreement(u: Tensor, v: Tensor) -> Agreement:
-    """Return the record of the principal angles between two spaces, given by orthonormal columns."""
+    """Return the record of the principal angles between two spaces, given by
+    orthonormal columns.
+    """
     cosines = principal_cosines(u, v)
     return Agreement(
         cosines=tuple(round(cosine, 6) for cosine in cosines.tolist()),

@@ -1,4 +1,5 @@
-"""Estimate of one layer's update before rounding: rounding cells of both files, size, directions, and validity checks.
+"""Estimate of one layer's update before rounding: rounding cells of both files, size, directions,
+and validity checks.
 
 Reference: docs/reference/recover.md; ``lora_diag.linalg.hidden`` for the estimator.
 """
@@ -59,9 +60,9 @@ if TYPE_CHECKING:
 
 Start = Literal["stored", "rounded"]
 
-# The files resolve the update if the variance of TUNED's rounding errors is below this fraction of ‖D‖² and hardly an
-# entry is unchanged, or if their largest possible sum of squares is below it: a sparse update leaves most entries
-# unchanged. Both assume that the stored BASE is the start.
+# The files resolve the update if the variance of TUNED's rounding errors is below this fraction of
+# ‖D‖² and hardly an entry is unchanged, or if their largest possible sum of squares is below it: a
+# sparse update leaves most entries unchanged. Both assume that the stored BASE is the start.
 RESOLVED, MAX_UNCHANGED = 0.01, 0.05
 
 # Default ranks of C(r).
@@ -70,22 +71,24 @@ DEFAULT_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # With fewer changed entries the size cannot be estimated.
 MIN_COUNT = 30
 
-# Least kurtosis at which a fitted density replaces the listed shapes. Below it the grid of the density is too coarse:
-# ‖X‖ of X = ±c (kurtosis 1) came out 3% too small at χ²/df = 377.
+# Least kurtosis at which a fitted density replaces the listed shapes. Below it the grid of the
+# density is too coarse: ‖X‖ of X = ±c (kurtosis 1) came out 3% too small at χ²/df = 377.
 MIN_KURTOSIS = 1.25
 
-# Standard errors of log ‖X‖_F because no model is the true one, besides that of sampling: of one density, of scales, of
-# L where it was needed to fit, per misplaced fraction of the changed entries, and per unevenness over |W| (up to the
-# largest of an accepted fit): a planted update that varies by 6% with |W| is 4% too small. χ²/df is no measure, as
-# it grows with the number of entries. Set on 347 layers of 8,000 to 900,000 entries, planted ones and two real updates.
+# Standard errors of log ‖X‖_F because no model is the true one, besides that of sampling: of one
+# density, of scales, of L where it was needed to fit, per misplaced fraction of the changed
+# entries, and per unevenness over |W| (up to the largest of an accepted fit): a planted update that
+# varies by 6% with |W| is 4% too small. χ²/df is no measure, as it grows with the number of
+# entries. Set on 347 layers of 8,000 to 900,000 entries, planted ones and two real updates.
 MISFIT, MISFIT_OF_SCALES, MISFIT_OF_DIRECTIONS = 0.01, 0.015, 0.03
 MISFIT_PER_MISPLACED, MISFIT_PER_UNEVEN = 0.12, 0.5
 
-# Largest Σx_i²/‖X‖² of directions that are reported. When values of layers with scales were debiased it was 1.56 to
-# 21.5 where ranks were wrong, and below 1.34 elsewhere.
+# Largest Σx_i²/‖X‖² of directions that are reported. When values of layers with scales were
+# debiased it was 1.56 to 21.5 where ranks were wrong, and below 1.34 elsewhere.
 MAX_EXCESS = 1.3
 
-# Number of entries, and of row ranges that they are from, by which hidden energy is ranked before any fit.
+# Number of entries, and of row ranges that they are from, by which hidden energy is ranked before
+# any fit.
 RANKING_ENTRIES, RANKING_SPANS = 2**15, 16
 
 # Memory of the blocks while they are read and measured.
@@ -111,7 +114,9 @@ class Law:
         return 0.0 if self.low_rank is None else self.low_rank.rows(first, last)
 
     def moments(self, block: Cells, first: int, fast: bool = False) -> Moments:
-        """Return the moments given the cells of rows from ``first`` on; ``fast`` uses fewer nodes."""
+        """Return the moments given the cells of rows from ``first`` on; ``fast`` uses
+        fewer nodes.
+        """
         if self.low_rank is None:
             return self.shape.moments(block, self.deviation, fast)
         return moments(block, self.mean(first, first + len(block.lo)), self.deviation, fast)
@@ -134,7 +139,8 @@ class Estimate:
 
     Args:
         hidden: The record's part.
-        cells: Cells of the entries, in units of ``unit`` and divided by the scales; None without an estimate.
+        cells: Cells of the entries, in units of ``unit`` and divided by the scales; None without an
+            estimate.
         law: The distribution of the entries, in these units.
         scales: Scales of rows and columns; None if all are 1.
         unit: A power of two.
@@ -199,8 +205,9 @@ class Estimate:
 def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
     """Estimate the memory of recovering a layer in bytes.
 
-    Whole: cells with both halves of BASE's and codes, the posterior mean, and copies; 4 bytes each. If that exceeds a
-    limit, cells are computed again from the files whenever they are read; the posterior mean is kept where it fits.
+    Whole: cells with both halves of BASE's and codes, the posterior mean, and copies; 4 bytes each.
+    If that exceeds a limit, cells are computed again from the files whenever they are read; the
+    posterior mean is kept where it fits.
     """
     whole = BLOCK_BYTES + 4 * 8 * math.prod(shape)
     if memory is None or whole <= memory:
@@ -209,7 +216,9 @@ def recovery_bytes(shape: tuple[int, int], memory: int | None = None) -> int:
 
 
 def _min_bytes(shape: tuple[int, int]) -> int:
-    """Estimate the memory of recovery in row blocks, in bytes: held-out cells with their indices, and thin factors."""
+    """Estimate the memory of recovery in row blocks, in bytes: held-out cells with their indices,
+    and thin factors.
+    """
     held_out = min(MAX_HELD_OUT, int(HELD_OUT_FRACTION * math.prod(shape)))
     return BLOCK_BYTES + 64 * held_out + 6 * 4 * 128 * sum(shape)
 
@@ -222,7 +231,9 @@ def check_cell_memory(shape: tuple[int, int], memory: int | None) -> None:
     """
     if memory is not None and _min_bytes(shape) > memory:
         size = "x".join(map(str, shape))
-        raise MemoryLimitError(f"{size}: its cells need {_min_bytes(shape) >> 20} MiB; give --memory more")
+        raise MemoryLimitError(
+            f"{size}: its cells need {_min_bytes(shape) >> 20} MiB; give --memory more"
+        )
 
 
 @dataclass(slots=True)
@@ -257,7 +268,9 @@ class _Stored:
         return GRIDS[self.format].mantissa
 
     def scales(self, first: int, last: int, shape: tuple[int, int], like: Tensor) -> Tensor | None:
-        """Return the scales of the entries of some rows, ``(rows, in)``; None if the format has none."""
+        """Return the scales of the entries of some rows, ``(rows, in)``; None if the format has
+        none.
+        """
         scales_of_rows = self.side.read_scales(first * shape[1], last * shape[1])
         return None if scales_of_rows is None else scales_of_rows.view(-1, shape[1]).to(like)
 
@@ -289,7 +302,8 @@ class _Stats(NamedTuple):
         unchanged: Number of unchanged entries.
         square: Σ D² in units.
         width: Σ of the variances of rounding TUNED, in units.
-        reach: Σ of the squares of its largest rounding errors, in units; infinite if an entry saturated.
+        reach: Σ of the squares of its largest rounding errors, in units; infinite if an entry
+            saturated.
     """
 
     unchanged: int
@@ -336,7 +350,8 @@ class _StoredPair:
         scale = self.tuned.scales(first, first + len(t), shape, t)
         low, high = self.tuned.halves(t, scale)
         d = t - w
-        # Rounded outwards: a cell narrower than the float32 resolution keeps a width, and contains X.
+        # Rounded outwards: a cell narrower than the float32 resolution keeps a width, and contains
+        # X.
         lo = ((d - low) / unit).float().nextafter(torch.full_like(low, -math.inf).float())
         hi = ((d + high) / unit).float().nextafter(torch.full_like(high, math.inf).float())
         finite = torch.minimum(low, high)  # an open end is treated like the other
@@ -350,14 +365,21 @@ class _StoredPair:
         if not rounded:
             return Cells(lo, hi, codes=encode_widths(stored, None), widths=self.widths), stats
         low, high = self.base.halves(w, self.base.scales(first, first + len(w), shape, w))
-        # A value that saturated when BASE was stored may be far away: half a step replaces the open end.
-        low, high = (torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high))
+        # A value that saturated when BASE was stored may be far away: half a step replaces the open
+        # end.
+        low, high = (
+            torch.where(part.isinf(), torch.minimum(low, high), part) for part in (low, high)
+        )
         codes = encode_widths(stored, ((low + high) / unit).float())
-        return Cells(lo, hi, (low / unit).float(), (high / unit).float(), None, codes, self.widths), stats
+        return Cells(
+            lo, hi, (low / unit).float(), (high / unit).float(), None, codes, self.widths
+        ), stats
 
 
 def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
-    """Return cells that are computed from the files when they are read; the last two blocks of rows are kept."""
+    """Return cells that are computed from the files when they are read; the last two blocks of rows
+    are kept.
+    """
     (rows, columns), sides = pair.delta.shape, (pair.delta.base, pair.delta.tuned)
     step = next(iter(row_spans(pair.delta.shape)))[1]
 
@@ -369,7 +391,12 @@ def _stream_cells(pair: _StoredPair, rounded: bool) -> ComputedCells:
 
     def read(first: int, last: int) -> Cells:
         blocks = range(first // step, (last - 1) // step + 1)
-        return join_cells([read_block(i).rows(max(0, first - i * step), min(last - i * step, step)) for i in blocks])
+        return join_cells(
+            [
+                read_block(i).rows(max(0, first - i * step), min(last - i * step, step))
+                for i in blocks
+            ]
+        )
 
     return ComputedCells(pair.delta.shape, pair.device, rounded, read)
 
@@ -393,7 +420,8 @@ def recover_layer(
         memory: Memory limit in bytes; None without limit. The estimate does not depend on it.
 
     Returns:
-        The estimate, whose ``hidden.status`` is ``not_hidden``, ``refused``, ``size_only`` or ``recovered``; the first
+        The estimate, whose ``hidden.status`` is ``not_hidden``, ``refused``, ``size_only`` or
+            ``recovered``; the first
         two have no cells.
 
     Raises:
@@ -405,8 +433,13 @@ def recover_layer(
     whole = len(samples[1]) // delta.shape[1] * delta.shape[1]
     base, tuned = (sample[:whole].view(-1, delta.shape[1]) for sample in samples)
     if not delta.tuned.is_quantized and is_dequantized(tuned) and is_dequantized(tuned, base):
-        return _make_refusal(0.0, "TUNED was dequantized from 4 bits, whose rounding cells are unknown")
-    stored = [_Stored.of(side, sample) for side, sample in zip((delta.base, delta.tuned), samples, strict=True)]
+        return _make_refusal(
+            0.0, "TUNED was dequantized from 4 bits, whose rounding cells are unknown"
+        )
+    stored = [
+        _Stored.of(side, sample)
+        for side, sample in zip((delta.base, delta.tuned), samples, strict=True)
+    ]
     if stored[0] is None or stored[1] is None:
         side = delta.base if stored[0] is None else delta.tuned
         return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
@@ -419,13 +452,21 @@ def recover_layer(
     pair, all_cells, stats = _read_cells(pair, whole_fits)
     unchanged = stats.unchanged / pair.entries
     changed = pair.entries - stats.unchanged
-    if (stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED) or stats.reach < RESOLVED * stats.square:
+    if (
+        stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED
+    ) or stats.reach < RESOLVED * stats.square:
         rounding = stats.width / stats.square
-        reason = f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the entries are equal"
-        return Estimate(Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro))
+        reason = (
+            f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the "
+            "entries are equal"
+        )
+        return Estimate(
+            Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro)
+        )
     if changed < MIN_COUNT:
         return _make_refusal(
-            unchanged, f"only {changed} entries changed, which is too few to estimate the size of the update"
+            unchanged,
+            f"only {changed} entries changed, which is too few to estimate the size of the update",
         )
     rms = math.sqrt(stats.square / pair.entries)
     merged, start, start_gain = _choose_start(all_cells.merge(), rms)
@@ -442,21 +483,31 @@ def recover_layer(
         "fit_misplaced": fit.misplaced,
         "fit_uneven": fit.unevenness,
         "scales": scales is not None,
-        "kurtosis": model.law.shape.kurtosis if scales is None and model.recovered is None else None,
+        "kurtosis": model.law.shape.kurtosis
+        if scales is None and model.recovered is None
+        else None,
     }
     if fit.is_rejected(start):
         reason = (
-            f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over binades of |W|, "
-            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by {fit.unevenness:.0%} with |W|; "
+            f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over "
+            "binades of |W|, "
+            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by "
+            f"{fit.unevenness:.0%} with |W|; "
             "possible causes: training without float32 master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    recovered = model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
+    recovered = (
+        model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
+    )
     fro_estimate, error, density = _measure_norm(model)
     fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
         return Estimate(
-            Hidden(status="refused", reason=f"one size does not fit without directions, and {fault}", **common)
+            Hidden(
+                status="refused",
+                reason=f"one size does not fit without directions, and {fault}",
+                **common,
+            )
         )
     stored_fro = fro_estimate * pair.unit
     common |= {
@@ -465,12 +516,22 @@ def recover_layer(
         "fro_interval": (stored_fro * math.exp(-Z95 * error), stored_fro * math.exp(Z95 * error)),
     }
     if recovered.low_rank is None or fault is not None:
-        no_gain = "no direction is significant: none predicts held-out entries better than the size of the update alone"
-        hidden = Hidden(status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common)
+        no_gain = (
+            "no direction is significant: none predicts held-out entries better than the "
+            "size of the update alone"
+        )
+        hidden = Hidden(
+            status="size_only", reason=fault or no_gain, gain_z=recovered.z, directions=0, **common
+        )
         return Estimate(hidden, model.cells, model.law, scales, pair.unit)
     bounded = _bound_flat_update(recovered, density)
-    curve, curve_fields = _compute_energy_curves(bounded, size, scales, fro_estimate, error, ranks, pair.unit)
-    reason = f"{recovered.low_rank.rank} directions predict held-out entries better than the size of the update alone"
+    curve, curve_fields = _compute_energy_curves(
+        bounded, size, scales, fro_estimate, error, ranks, pair.unit
+    )
+    reason = (
+        f"{recovered.low_rank.rank} directions predict held-out entries better than the size "
+        "of the update alone"
+    )
     hidden = Hidden(
         status="recovered",
         reason=reason,
@@ -510,32 +571,56 @@ class _Model:
 
 
 def _fit_model(
-    pair: _StoredPair, cells: CellMatrix, merged: CellMatrix, size: Size, start: Start, seed: int, keep: bool
+    pair: _StoredPair,
+    cells: CellMatrix,
+    merged: CellMatrix,
+    size: Size,
+    start: Start,
+    seed: int,
+    keep: bool,
 ) -> _Model:
-    """Return the first model that fits: a listed shape, a flat density, scales, L and one variance, L and scales.
+    """Return the first model that fits: a listed shape, a flat density, scales, L and one variance,
+    L and scales.
 
-    Scales are those of rows and columns. Steps of Adam in one direction move all entries by about as much, and flat
-    updates differ more than the listed shapes do: the density of the entries is fitted where no listed shape fits. An
-    update of rank 1 or 2 has entries of very different sizes, and L is what explains them; a fit with L counts only if
-    it can be tested. If no model fits, the first is returned, rejected.
+    Scales are those of rows and columns. Steps of Adam in one direction move all entries by about
+    as much, and flat updates differ more than the listed shapes do: the density of the entries is
+    fitted where no listed shape fits. An update of rank 1 or 2 has entries of very different sizes,
+    and L is what explains them; a fit with L counts only if it can be tested. If no model fits, the
+    first is returned, rejected.
     """
 
     def test_shape(found: Shaped | Density) -> _Model:
         law = Law(found.deviation, shape=found.shape)
-        return _Model(cells, merged, size, None, _compare_binades(pair, cells, law, None, start), law)
+        return _Model(
+            cells, merged, size, None, _compare_binades(pair, cells, law, None, start), law
+        )
 
     plain = test_shape(hidden_models.fit_shape(merged, size.deviation))
     if plain.fit.is_rejected(start):
         density = hidden_models.fit_density(merged, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(density)  # a fit of its deviation to all entries moved it by less than its tolerance
+            flat = test_shape(
+                density
+            )  # a fit of its deviation to all entries moved it by less than its tolerance
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
-    if plain.fit.is_rejected(start) and (scaled := hidden_models.fit_scales(cells, size)) is not None:
+    if (
+        plain.fit.is_rejected(start)
+        and (scaled := hidden_models.fit_scales(cells, size)) is not None
+    ):
         scales, divided, fitted = scaled
         law = Law(fitted.deviation)
-        tried.append(_Model(divided, merged, fitted, scales, _compare_binades(pair, divided, law, scales, start), law))
+        tried.append(
+            _Model(
+                divided,
+                merged,
+                fitted,
+                scales,
+                _compare_binades(pair, divided, law, scales, start),
+                law,
+            )
+        )
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
@@ -573,14 +658,18 @@ def _measure_norm(model: _Model) -> tuple[float, float, Density | None]:
 
 
 def _make_refusal(unchanged: float, reason: str) -> Estimate:
-    """Return the estimate of a layer that is refused for a reason; it holds no size and no directions."""
+    """Return the estimate of a layer that is refused for a reason; it holds no size and no
+    directions.
+    """
     return Estimate(Hidden(status="refused", reason=reason, unchanged=unchanged))
 
 
 def estimate_hidden_energy(delta: StoredDelta) -> float:
-    """Estimate E‖X − D‖² of a layer, the energy that rounding hides, from a sample of its rows and without directions.
+    """Estimate E‖X − D‖² of a layer, the energy that rounding hides, from a sample of its rows and
+    without directions.
 
-    It is 0 where nothing can be estimated. Layers are ranked by it; its error is that of the sample.
+    It is 0 where nothing can be estimated. Layers are ranked by it; its error is that of the
+    sample.
 
     Raises:
         InputError: A file could not be read.
@@ -590,15 +679,27 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
     first_rows = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
     spans = [(first, min(rows, first + span_rows)) for first in first_rows]
     sides = (delta.base, delta.tuned)
-    blocks = [[side.read(first * columns, last * columns).view(-1, columns) for first, last in spans] for side in sides]
-    stored = [_Stored.of(side, torch.cat(parts).flatten()) for side, parts in zip(sides, blocks, strict=True)]
-    square = sum(float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True))
+    blocks = [
+        [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
+        for side in sides
+    ]
+    stored = [
+        _Stored.of(side, torch.cat(parts).flatten())
+        for side, parts in zip(sides, blocks, strict=True)
+    ]
+    square = sum(
+        float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True)
+    )
     if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
         return 0.0
     count = sum(block.numel() for block in blocks[0])
     rms = math.sqrt(square / count)
-    pair = _StoredPair(stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu"))
-    cells_of_blocks = [pair.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)]
+    pair = _StoredPair(
+        stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu")
+    )
+    cells_of_blocks = [
+        pair.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)
+    ]
     cells = join_cells([part for part, _ in cells_of_blocks])
     deviation = fit_size(cells, rms / pair.unit).deviation
     posterior = moments(cells, 0.0, deviation, fast=True)
@@ -608,13 +709,17 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
 
 
 def _read_sample(side: Side, shape: tuple[int, int]) -> Tensor:
-    """Return the first entries of a side, at most 2¹⁶, from which the format of most values is inferred."""
+    """Return the first entries of a side, at most 2¹⁶, from which the format of most values is
+    inferred.
+    """
     head = side.offset, side.offset + min(math.prod(shape), 2**16)
     return next(iter(side.checkpoint.read_each(side.name, [head])))
 
 
 def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix, _Stats]:
-    """Read both sides; return them with the widths that occur, the cells, in memory if ``whole``, and their sums."""
+    """Read both sides; return them with the widths that occur, the cells, in memory if ``whole``,
+    and their sums.
+    """
     rounded = pair.base.mantissa <= pair.tuned.mantissa
     parts: list[Tensor | None] = []
     sums, codes = [], set[int]()
@@ -624,7 +729,9 @@ def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix
         assert cells.codes is not None
         codes.update(cells.codes.view(-1).bincount().nonzero()[:, 0].tolist())
         if whole and not parts:
-            parts = [None if part is None else part.new_empty(pair.delta.shape) for part in cells.parts]
+            parts = [
+                None if part is None else part.new_empty(pair.delta.shape) for part in cells.parts
+            ]
         for every, part in zip(parts, cells.parts, strict=False):
             if every is not None and part is not None:
                 every[first:last] = part
@@ -634,17 +741,19 @@ def _read_cells(pair: _StoredPair, whole: bool) -> tuple[_StoredPair, CellMatrix
 
 
 def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start, float | None]:
-    """Choose between BASE as the start of training and a start anywhere in BASE's cells, by likelihood without L.
+    """Choose between BASE as the start of training and a start anywhere in BASE's cells, by
+    likelihood without L.
 
-    The shape of the entries' distribution is fitted under both: a wrong one decides as much as the start does. Both are
-    offered the same shapes, with heavier tails than those of a model.
+    The shape of the entries' distribution is fitted under both: a wrong one decides as much as the
+    start does. Both are offered the same shapes, with heavier tails than those of a model.
     """
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(LARGE_SAMPLE)
     samples = (cells.exact_start(), cells)
     exact, rounded = (
-        hidden_models.fit_shape(each, fit_size(each, rms).deviation, hidden_models.HEAVIEST) for each in samples
+        hidden_models.fit_shape(each, fit_size(each, rms).deviation, hidden_models.HEAVIEST)
+        for each in samples
     )
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)
@@ -653,11 +762,13 @@ def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start,
 def _compare_binades(
     pair: _StoredPair, fitted_cells: CellMatrix, law: Law, scales: Scales | None, start: Start
 ) -> Binades:
-    """Compare which entries changed, and how far, with what a distribution expects, by binade of |W|.
+    """Compare which entries changed, and how far, with what a distribution expects, by binade of
+    |W|.
 
     ``fitted_cells`` are those that the model was fitted to, divided by ``scales``.
     """
-    # Scales are fitted roughly, and where L is most of X few binades show the size of the remainder.
+    # Scales are fitted roughly, and where L is most of X few binades show the size of the
+    # remainder.
     limit = math.inf if law.low_rank is not None else MAX_UNEVENNESS * (1 if scales is None else 2)
     counts, shape = Binades(most_uneven=limit), pair.delta.shape
     for (first, last), (w, t) in zip(row_spans(shape), pair.delta.blocks(), strict=True):
@@ -670,15 +781,18 @@ def _compare_binades(
         # fast moments are off by 0.3% of the variance
         exact = law.moments(fitted_cells.rows(first, last), first)
         square = ((exact.mean - law.mean(first, last)) ** 2 + exact.variance) / law.deviation**2
-        counts.add(w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / law.deviation**2)
+        counts.add(
+            w, t != unmoved, 1 - still.log_mass.exp(), square, 1 - exact.variance / law.deviation**2
+        )
     return counts
 
 
 def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> Tensor:
     """Return the singular values of X in the directions that were found, at most stretched to ‖X‖.
 
-    With scales they are those of L, not debiased: directions concentrate on rows and columns with large scales, whose
-    entries are known better than the average entry, by which values are debiased.
+    With scales they are those of L, not debiased: directions concentrate on rows and columns with
+    large scales, whose entries are known better than the average entry, by which values are
+    debiased.
     """
     assert recovered.low_rank is not None
     if scales is not None:
@@ -688,25 +802,36 @@ def _measure_values(recovered: Recovered, scales: Scales | None, fro: float) -> 
 
 
 def _find_fault(recovered: Recovered, scales: Scales | None, fro: float) -> str | None:
-    """Return why the directions that were found are not valid; None if they are, or if there are none."""
+    """Return why the directions that were found are not valid; None if they are, or if there are
+    none.
+    """
     if recovered.low_rank is None:
         return None
     if not recovered.low_rank.converged:
-        return f"the fit of the directions did not converge in {recovered.low_rank.iterations} iterations"
+        return (
+            f"the fit of the directions did not converge in {recovered.low_rank.iterations} "
+            "iterations"
+        )
     excess = float(_measure_values(recovered, scales, fro).square().sum()) / fro**2
     if excess > MAX_EXCESS:
-        return f"the directions that were found would hold {excess:.2g} times the energy of the update"
+        return (
+            f"the directions that were found would hold {excess:.2g} times the energy of the update"
+        )
     return None
 
 
 def _bound_flat_update(recovered: Recovered, density: Density | None) -> Recovered:
-    """Return the directions with an upper bound that needs no normal remainder, if the entries are flatter than one."""
+    """Return the directions with an upper bound that needs no normal remainder, if the entries are
+    flatter than one.
+    """
     if density is None or density.kurtosis >= NORMAL.kurtosis:
         return recovered
     assert recovered.held_out is not None
     assert recovered.unseen is not None
     assert recovered.upper is not None
-    lengths, error = hidden_models.estimate_linear_lengths(recovered.held_out, recovered.unseen, density)
+    lengths, error = hidden_models.estimate_linear_lengths(
+        recovered.held_out, recovered.unseen, density
+    )
     allowed = bound_energies(lengths, error, recovered.unseen.values.eta.double().cpu())
     return replace(recovered, upper=torch.maximum(recovered.upper, allowed))
 
@@ -720,14 +845,17 @@ def _compute_energy_curves(
     ranks: Sequence[int],
     unit: float,
 ) -> tuple[tuple[float, ...], dict[str, Any]]:
-    """Return C(r) up to the number of detected directions, and the record's fields on values, C(r) and ranks.
+    """Return C(r) up to the number of detected directions, and the record's fields on values, C(r)
+    and ranks.
 
-    x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i − 1.96τ for the
-    values only; with scales, the lengths that held-out cells show less 1.96 standard errors. Upper ends use x_i + 1.96τ
-    with the remaining variance spread over all directions, for the directions beyond them the largest value that could
-    stay hidden. Where held-out cells allow more, counted with that variance, all upper ends are raised by it. Values
-    themselves are those of the fit times its stretch, together at most ‖X‖ (``fro``). Lower ends divide by the upper
-    end of the 95% interval of ‖X‖, upper ends by its lower end; ``error`` is the standard error of log ‖X‖.
+    x_i has a standard error of about τ, the noise of the score in one direction. Lower ends use x_i
+    − 1.96τ for the values only; with scales, the lengths that held-out cells show less 1.96
+    standard errors. Upper ends use x_i + 1.96τ with the remaining variance spread over all
+    directions, for the directions beyond them the largest value that could stay hidden. Where
+    held-out cells allow more, counted with that variance, all upper ends are raised by it. Values
+    themselves are those of the fit times its stretch, together at most ‖X‖ (``fro``). Lower ends
+    divide by the upper end of the 95% interval of ‖X‖, upper ends by its lower end; ``error`` is
+    the standard error of log ‖X‖.
     """
     low_rank = recovered.low_rank
     assert low_rank is not None
@@ -737,23 +865,35 @@ def _compute_energy_curves(
     if scales is not None:
         assert recovered.held_out is not None
         assert recovered.unseen is not None
-        spread = math.sqrt(float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean()))
+        spread = math.sqrt(
+            float((scales.rows.double() ** 2).mean() * (scales.columns.double() ** 2).mean())
+        )
         x = hidden_models.unscale(low_rank.with_lengths(x), scales)[1].cpu()
         unseen, deviation = recovered.unseen, recovered.deviation
-        lengths, errors = hidden_models.measure_lengths(recovered.held_out, unseen, deviation, scales)
+        lengths, errors = hidden_models.measure_lengths(
+            recovered.held_out, unseen, deviation, scales
+        )
         low = lengths - Z95 * errors
     count = min(shape)
-    remainder = math.sqrt(max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape)))
+    remainder = math.sqrt(
+        max(0.0, size.deviation**2 - float((low_rank.values.debiased**2).sum()) / math.prod(shape))
+    )
     unseen = tau * spread * math.prod(shape) ** 0.25
     high = add_noise(x + Z95 * tau * spread, shape, remainder * spread)
     beyond = max(unseen, float(add_noise(torch.zeros(1), shape, remainder * spread)[0]))
     high = torch.cat([high, torch.full((count - len(high),), beyond, dtype=high.dtype)])
-    # Directions hold no more than X: otherwise lower ends would be clipped at 1, and would exclude the truth.
+    # Directions hold no more than X: otherwise lower ends would be clipped at 1, and would exclude
+    # the truth.
     values = (detected * min(1.0, fro / float(torch.linalg.vector_norm(detected)))).numpy()
     curve = np.minimum(1.0, np.cumsum((values / fro) ** 2))
     low = low.clamp(min=0.0)
-    lower = np.cumsum(low.numpy() ** 2) / max(fro * math.exp(Z95 * error), float(torch.linalg.vector_norm(low))) ** 2
-    lower = np.minimum(np.append(lower, np.full(max(0, len(curve) - len(lower)), lower[-1]))[: len(curve)], curve)
+    lower = (
+        np.cumsum(low.numpy() ** 2)
+        / max(fro * math.exp(Z95 * error), float(torch.linalg.vector_norm(low))) ** 2
+    )
+    lower = np.minimum(
+        np.append(lower, np.full(max(0, len(curve) - len(lower)), lower[-1]))[: len(curve)], curve
+    )
     lowest = fro * math.exp(-Z95 * error)
     upper = np.cumsum((high.numpy() / lowest) ** 2)
     if recovered.upper is not None:
@@ -774,5 +914,7 @@ def _compute_energy_curves(
         "energy_estimate": {str(r): at(curve, r) for r in ranks},
         "energy_interval": {str(r): (at(lower, r), at(upper, r)) for r in ranks},
         "rank_at_estimate": {str(share): rank_at(curve, share) for share in THRESHOLDS},
-        "rank_at_interval": {str(share): (rank_at(upper, share), rank_at(lower, share)) for share in THRESHOLDS},
+        "rank_at_interval": {
+            str(share): (rank_at(upper, share), rank_at(lower, share)) for share in THRESHOLDS
+        },
     }

@@ -38,7 +38,8 @@ def noise_of(profile: Profile, terms: int) -> Noise:
     """Return the noise of a profile of variances, in NumPy.
 
     Args:
-        profile: Sums of the variances of the rounding errors over each row and each column; on the CPU.
+        profile: Sums of the variances of the rounding errors over each row and each column; on the
+            CPU.
         terms: Maximum number of rounding errors in an entry.
     """
     return Noise(
@@ -51,12 +52,17 @@ def noise_of(profile: Profile, terms: int) -> Noise:
     )
 
 
-def resolution(difference: Difference | None, factors: Factors, gains: Gains | None = None) -> Resolution:
-    """Return the resolution of an update under the rounding of its files; an adapter's factors have no rounding.
+def resolution(
+    difference: Difference | None, factors: Factors, gains: Gains | None = None
+) -> Resolution:
+    """Return the resolution of an update under the rounding of its files; an adapter's factors have
+    no rounding.
 
     Args:
-        difference: Result of one pass over the two stored sides; None for an update without two sides.
-        factors: The largest singular values of ΔW. Those that are rounding of the method count as noise.
+        difference: Result of one pass over the two stored sides; None for an update without two
+            sides.
+        factors: The largest singular values of ΔW. Those that are rounding of the method count as
+            noise.
         gains: Effect of the data metric on the errors; None in the plain metric.
     """
     from lora_diag.linalg.exact import rounding_threshold
@@ -94,7 +100,8 @@ def make_resolution(
     noise_fro: float = 0.0,
     edge: float = 0.0,
 ) -> Resolution:
-    """Return the resolution under given noise; by default under none, as for an adapter or an estimate.
+    """Return the resolution under given noise; by default under none, as for an adapter or an
+    estimate.
 
     Args:
         s: The largest singular values of the update.

@@ -1,4 +1,6 @@
-"""Input of every diagnostic: a layer's update and the settings of its measurement; and records of skipped layers."""
+"""Input of every diagnostic: a layer's update and the settings of its measurement; and records of
+skipped layers.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ class LayerTask:
 
 
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
-    """Return the record of a 1-D tensor, which has no rank: the norm of its change, or why it is not finite.
+    """Return the record of a 1-D tensor, which has no rank: the norm of its change, or why it is
+    not finite.
 
     Raises:
         InputError: A file could not be read.
@@ -67,7 +70,8 @@ def left_out_vector(delta: Delta, device: str) -> LeftOut:
 
 
 def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
-    """Return the record of a tensor that could not be compared; of rows that only one side has, with their norm.
+    """Return the record of a tensor that could not be compared; of rows that only one side has,
+    with their norm.
 
     If the rows are not finite, the record says so instead.
 
@@ -97,7 +101,9 @@ def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
 
 
 def leave_out(delta: Delta, reason: Reason, detail: str, **norms: float | None) -> LeftOut:
-    """Return the record of a skipped layer; ``norms`` are ``fro`` and ``base_fro``, if they are known."""
+    """Return the record of a skipped layer; ``norms`` are ``fro`` and ``base_fro``, if they are
+    known.
+    """
     shape: tuple[int, ...] = delta.shape if delta.is_matrix else delta.shape[1:]
     return LeftOut(layer=delta.layer, shape=shape, reason=reason, detail=detail, **norms)
 
@@ -105,4 +111,6 @@ def leave_out(delta: Delta, reason: Reason, detail: str, **norms: float | None) 
 def not_finite(delta: Delta, problem: str) -> LeftOut:
     """Return the record of a layer that is not finite, or whose norm is out of range."""
     # A vector was read as one row.
-    return leave_out(delta, "non_finite", problem if delta.is_matrix else problem.replace("[0, ", "["))
+    return leave_out(
+        delta, "non_finite", problem if delta.is_matrix else problem.replace("[0, ", "[")
+    )

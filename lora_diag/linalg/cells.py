@@ -1,35 +1,41 @@
-"""Rounding cells: the interval of numbers that a format rounds to one value, and estimates from such intervals.
+"""Rounding cells: the interval of numbers that a format rounds to one value, and estimates from
+such intervals.
 
-Cells. Under rounding to nearest a stored T stands for every number from the midpoint to its predecessor to the midpoint
-to its successor. Both midpoints are in the closed cell; a tie goes to the neighbour with the even code, a set of
-measure zero. The halves are unequal at powers of two, where the spacing below is half of that above (not at the
-smallest normal number, below which the spacing stays the same), and at the largest value of a format that saturates,
-whose cell has no outer end. Both zeros share one cell, since a zero is written with either sign.
+Cells. Under rounding to nearest a stored T stands for every number from the midpoint to its
+predecessor to the midpoint to its successor. Both midpoints are in the closed cell; a tie goes to
+the neighbour with the even code, a set of measure zero. The halves are unequal at powers of two,
+where the spacing below is half of that above (not at the smallest normal number, below which the
+spacing stays the same), and at the largest value of a format that saturates, whose cell has no
+outer end. Both zeros share one cell, since a zero is written with either sign.
 
 Reference: IEEE 754-2019, §4.3.1; Micikevicius et al. 2022, arXiv:2209.05433 (8-bit formats).
 
-Moments. The moments of a normal distribution truncated to a cell are stable in float32. With t = (x − μ)/s, the density
-on a cell is proportional to exp(−t²/2)·w(t), w being 1 in the cell, or a trapezoid where the start of training was
-rounded, too. Differences of Φ and φ lose all digits in narrow cells and in tails, so the integrals are computed by
-Gauss-Legendre quadrature on the relevant part of the cell: with t₀ its point nearest to 0, exp(−(t² − t₀²)/2) is below
-e^−K beyond |t − t₀| = 2K/(|t₀| + √(t₀² + 2K)). With 16 nodes and K = 16 means are within 3e-6 standard deviations and
-variances within 4e-5 of quadrature with 200 nodes, over cells from e^−7 to e^4 standard deviations wide and up to 50
-away; float32 adds the rounding of the ends of the cells.
+Moments. The moments of a normal distribution truncated to a cell are stable in float32. With t = (x
+− μ)/s, the density on a cell is proportional to exp(−t²/2)·w(t), w being 1 in the cell, or a
+trapezoid where the start of training was rounded, too. Differences of Φ and φ lose all digits in
+narrow cells and in tails, so the integrals are computed by Gauss-Legendre quadrature on the
+relevant part of the cell: with t₀ its point nearest to 0, exp(−(t² − t₀²)/2) is below e^−K beyond
+|t − t₀| = 2K/(|t₀| + √(t₀² + 2K)). With 16 nodes and K = 16 means are within 3e-6 standard
+deviations and variances within 4e-5 of quadrature with 200 nodes, over cells from e^−7 to e^4
+standard deviations wide and up to 50 away; float32 adds the rounding of the ends of the cells.
 
-Shrinkage. Observed through cells, a low-rank L in noise of variance s² has a posterior mean that is, on average over
-entries, m = (1 − q)·L + q·Y, where q = 1 − mean(variance)/s² is the fraction of information and Y = L + noise of
-variance τ² = s²/q the score. A singular value σ of m belongs to the y of Y with σ = (1 − q)·η(y) + q·y, where
+Shrinkage. Observed through cells, a low-rank L in noise of variance s² has a posterior mean that
+is, on average over entries, m = (1 − q)·L + q·Y, where q = 1 − mean(variance)/s² is the fraction of
+information and Y = L + noise of variance τ² = s²/q the score. A singular value σ of m belongs to
+the y of Y with σ = (1 − q)·η(y) + q·y, where
 
     η(y) = √((y² − (m + n)τ²)² − 4mn·τ⁴) / y   for y > τ(√m + √n), else 0
 
-is the shrinker of least Frobenius risk (Gavish and Donoho 2017, *Optimal shrinkage of singular values*, IEEE Trans.
-Inf. Theory 63), and x with y² = (x + mτ²/x)(x + nτ²/x) the singular value of L without noise (Benaych-Georges and
-Nadakuditi 2012, *The singular values and vectors of low rank perturbations*, J. Multivariate Anal. 111).
+is the shrinker of least Frobenius risk (Gavish and Donoho 2017, *Optimal shrinkage of singular
+values*, IEEE Trans. Inf. Theory 63), and x with y² = (x + mτ²/x)(x + nτ²/x) the singular value of L
+without noise (Benaych-Georges and Nadakuditi 2012, *The singular values and vectors of low rank
+perturbations*, J. Multivariate Anal. 111).
 
-Binades. Whether one size explains the changed entries is checked by binade of |W|: how many changed and how far. The
-size of a binade's updates relative to that of all is one scoring step, log s_b − log s = ½·log g/q, g = mean E[(x −
-L)²]/s² over its entries and q the mean fraction of the variance that a cell removes. Steps of optimizers do not depend
-on |W|; errors of stochastic rounding grow with the spacing of the numbers, hence with |W|.
+Binades. Whether one size explains the changed entries is checked by binade of |W|: how many changed
+and how far. The size of a binade's updates relative to that of all is one scoring step, log s_b −
+log s = ½·log g/q, g = mean E[(x − L)²]/s² over its entries and q the mean fraction of the variance
+that a cell removes. Steps of optimizers do not depend on |W|; errors of stochastic rounding grow
+with the spacing of the numbers, hence with |W|.
 """
 
 from __future__ import annotations
@@ -59,7 +65,8 @@ class Grid:
         mantissa: Stored mantissa bits p.
         smallest: Exponent of the smallest normal number.
         largest: The largest finite value.
-        saturates: Whether larger numbers are stored as ``largest``, as by quantizers, instead of infinity.
+        saturates: Whether larger numbers are stored as ``largest``, as by quantizers, instead of
+            infinity.
     """
 
     mantissa: int
@@ -89,7 +96,8 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         grid: The format.
 
     Returns:
-        Two tensors like ``values``, not negative; infinite where the cell of a saturated value is open.
+        Two tensors like ``values``, not negative; infinite where the cell of a saturated value is
+            open.
 
     Example:
         >>> below, above = cell_halves(torch.tensor([1.0, -1.5, 448.0]), GRIDS["float8_e4m3fn"])
@@ -98,7 +106,9 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """
     integer, exponents, mantissa = LAYOUT[values.dtype]
     bits, tiny = values.view(integer), 2.0**grid.smallest
-    power = (bits & exponents).view(values.dtype).clamp_(min=tiny)  # 2^⌊log2|v|⌋; frexp took three times as long
+    power = (
+        (bits & exponents).view(values.dtype).clamp_(min=tiny)
+    )  # 2^⌊log2|v|⌋; frexp took three times as long
     outer = power * 2.0 ** -(grid.mantissa + 1)
     inner = torch.where((bits & ((1 << mantissa) - 1) == 0) & (power > tiny), outer / 2, outer)
     if grid.saturates:
@@ -108,7 +118,8 @@ def cell_halves(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 
 def round_to_nearest(values: Tensor, dtype: str) -> Tensor:
-    """Return numbers rounded to a format, ties to even; those beyond a saturating format become its largest value.
+    """Return numbers rounded to a format, ties to even; those beyond a saturating format become its
+    largest value.
 
     Args:
         values: Real numbers, float32 or float64.
@@ -128,14 +139,16 @@ def round_to_nearest(values: Tensor, dtype: str) -> Tensor:
 # How many entries are merged at a time, and the least number of entries per distinct cell.
 MERGED_AT_ONCE, MIN_MERGED = 2**20, 8
 
-# Odd random factors of the hash of a cell: two of 10⁵ different cells have the same one with a probability of 10⁻⁹.
+# Odd random factors of the hash of a cell: two of 10⁵ different cells have the same one with a
+# probability of 10⁻⁹.
 HASH_FACTORS = (0x2545F4914F6CDD1D, 0x5851F42D4C957F2D, 0x1B03738712FAD5C9, 0x6C8E9CF570932BD5)
 
 
 class CellMatrix:
     """Cells of the entries of a matrix, in memory or computed when they are read.
 
-    Every way to read gives the same numbers, block by block, so that estimates do not depend on memory.
+    Every way to read gives the same numbers, block by block, so that estimates do not depend on
+    memory.
     """
 
     if TYPE_CHECKING:
@@ -176,7 +189,8 @@ class CellMatrix:
         return join_cells(parts, 1)
 
     def sample(self, entries: int) -> CellMatrix:
-        """Return about this many entries, as one row; these cells themselves if at most twice as many, or merged.
+        """Return about this many entries, as one row; these cells themselves if at most twice as
+        many, or merged.
 
         The step is odd, so that of 2^k columns they are not from a few only.
         """
@@ -185,20 +199,29 @@ class CellMatrix:
         return self.at(torch.arange(0, self.count, self.count // entries | 1, device=self.device))
 
     def merge(self) -> CellMatrix:
-        """Return the distinct cells with their counts, as one row; these cells themselves if there are too many."""
+        """Return the distinct cells with their counts, as one row; these cells themselves if there
+        are too many.
+        """
         merged: Cells | None = None
         for first, last in self.spans(MERGED_AT_ONCE):
             block = self.rows(first, last)
             distinct = block.merge_block()[0]
-            merged = distinct if merged is None else join_cells([merged, distinct], 1).merge_block()[0]
+            merged = (
+                distinct if merged is None else join_cells([merged, distinct], 1).merge_block()[0]
+            )
             if merged.shape[1] * MIN_MERGED > min(self.count, 2 * block.count):
                 return self
         return self if merged is None else merged
 
     def change_rows(self, function: Callable[[Cells, int], Cells]) -> ComputedCells:
-        """Return the cells that a function makes of a block of rows and the number of its first row."""
+        """Return the cells that a function makes of a block of rows and the number of its first
+        row.
+        """
         return ComputedCells(
-            self.shape, self.device, self.rounded, lambda first, last: function(self.rows(first, last), first)
+            self.shape,
+            self.device,
+            self.rounded,
+            lambda first, last: function(self.rows(first, last), first),
         )
 
     def exact_start(self) -> CellMatrix:
@@ -216,11 +239,12 @@ def select_between(entries: Tensor, first: int, last: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Cells(CellMatrix):
-    """Cells of the entries of X = (trained weight) − (start of training), given both stored matrices.
+    """Cells of the entries of X = (trained weight) − (start of training), given both stored
+    matrices.
 
-    The trained weight is in the cell of the stored T, so with an exact start W the entry is in ``[lo, hi]``. If BASE
-    was itself rounded after the start, the start is anywhere in [W − below, W + above], uniformly: the likelihood of x
-    is then a trapezoid on [lo − above, hi + below].
+    The trained weight is in the cell of the stored T, so with an exact start W the entry is in
+    ``[lo, hi]``. If BASE was itself rounded after the start, the start is anywhere in [W − below, W
+    + above], uniformly: the likelihood of x is then a trapezoid on [lo − above, hi + below].
 
     Args:
         lo: ``(m, n)``, lower end of T's cell minus W.
@@ -263,14 +287,21 @@ class Cells(CellMatrix):
     @property
     def weights(self) -> Tensor:
         """Number of entries of every cell, float64; one row."""
-        return torch.ones_like(self.lo, dtype=torch.float64).view(-1) if self.counts is None else self.counts.view(-1)
+        return (
+            torch.ones_like(self.lo, dtype=torch.float64).view(-1)
+            if self.counts is None
+            else self.counts.view(-1)
+        )
 
     def total(self, values: Tensor) -> float:
         """Return the sum of one value per cell over all entries, in float64."""
-        return float((values if self.counts is None else values * self.counts).sum(dtype=torch.float64))
+        return float(
+            (values if self.counts is None else values * self.counts).sum(dtype=torch.float64)
+        )
 
     def merge_block(self) -> tuple[Cells, Tensor]:
-        """Return the distinct cells with their counts, as one row without codes, and the number of every entry's.
+        """Return the distinct cells with their counts, as one row without codes, and the number of
+        every entry's.
 
         Cells of one 64-bit hash count as equal.
         """
@@ -280,9 +311,13 @@ class Cells(CellMatrix):
             bits = torch.int32 if part.dtype == torch.float32 else torch.int64
             key.mul_(factor).add_(part.reshape(-1).view(bits))
         distinct, index = torch.unique(key, return_inverse=True)
-        first = torch.zeros_like(distinct).scatter_(0, index, torch.arange(len(key), device=self.device))
+        first = torch.zeros_like(distinct).scatter_(
+            0, index, torch.arange(len(key), device=self.device)
+        )
         counts = torch.zeros_like(distinct, dtype=torch.float64).index_add_(0, index, self.weights)
-        return replace(self.map(lambda part: part.reshape(-1)[first][None]), counts=counts[None]), index
+        return replace(
+            self.map(lambda part: part.reshape(-1)[first][None]), counts=counts[None]
+        ), index
 
     def rows(self, first: int, last: int) -> Cells:
         """Return the rows from ``first`` to before ``last``, as views."""
@@ -298,11 +333,15 @@ class Cells(CellMatrix):
         return self.lo, self.hi, self.below, self.above, self.counts, self.codes
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        """Return the cells, without codes, with a function applied to both ends and both extents."""
+        """Return the cells, without codes, with a function applied to both ends and
+        both extents.
+        """
         return replace(self, counts=None, codes=None, widths=())._select(function)
 
     def _select(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        return Cells(*(None if part is None else function(part) for part in self.parts), widths=self.widths)  # type: ignore[arg-type, misc]
+        return Cells(
+            *(None if part is None else function(part) for part in self.parts), widths=self.widths
+        )  # type: ignore[arg-type, misc]
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
@@ -356,7 +395,11 @@ def _gauss_legendre(nodes: int) -> Tensor:
 
 
 def moments(
-    cells: Cells, mean: Tensor | float, deviation: float, fast: bool = False, likelihood: bool = True
+    cells: Cells,
+    mean: Tensor | float,
+    deviation: float,
+    fast: bool = False,
+    likelihood: bool = True,
 ) -> Moments:
     """Return the moments of x ~ N(mean, deviation²) given that it was rounded into its cell.
 
@@ -367,12 +410,19 @@ def moments(
         mean: μ, a number or a tensor of the cells' shape.
         deviation: s > 0.
         fast: Use fewer nodes where there is no table.
-        likelihood: Compute log-likelihoods; without them, variances from a table are within 0.3% of s².
+        likelihood: Compute log-likelihoods; without them, variances from a table are within 0.3% of
+            s².
 
     Example:
-        >>> cell = Cells(torch.tensor([[0.0]], dtype=torch.float64), torch.tensor([[math.inf]], dtype=torch.float64))
+        >>> cell = Cells(
+        ...     torch.tensor([[0.0]], dtype=torch.float64),
+        ...     torch.tensor([[math.inf]], dtype=torch.float64),
+        ... )
         >>> found = moments(cell, 0.0, 1.0)
-        >>> round(float(found.mean) ** 2, 9) == round(2 / math.pi, 9), round(float(found.log_mass.exp()), 9)
+        >>> (
+        ...     round(float(found.mean) ** 2, 9) == round(2 / math.pi, 9),
+        ...     round(float(found.log_mass.exp()), 9),
+        ... )
         (True, 0.5)
     """
     if cells.widths:
@@ -380,17 +430,25 @@ def moments(
     return _integrate_cells(cells, mean, deviation, *(FAST if fast else NODES[cells.lo.dtype]))
 
 
-def _integrate_cells(cells: Cells, mean: Tensor | float, deviation: float, nodes: int, reach: float) -> Moments:
-    """Return the moments by quadrature with a number of nodes per smooth part, up to K = ``reach``."""
+def _integrate_cells(
+    cells: Cells, mean: Tensor | float, deviation: float, nodes: int, reach: float
+) -> Moments:
+    """Return the moments by quadrature with a number of nodes per smooth part, up to K
+    = ``reach``.
+    """
     low, high = cells.lo, cells.hi
     if cells.below is not None and cells.above is not None:
         low, high = low - cells.above, high + cells.below
-    first, last, width = (low - mean) / deviation, (high - mean) / deviation, (high - low) / deviation
+    first, last, width = (
+        (low - mean) / deviation,
+        (high - mean) / deviation,
+        (high - low) / deviation,
+    )
     nearest = torch.clamp(torch.zeros_like(first), first, last)
     distance = nearest.abs()
     beyond = 2 * reach / (distance + (distance * distance + 2 * reach).sqrt())
-    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits. A cell that does not contain 0 gets its
-    # width from its own ends: far out, the difference of two rounded t may be 0.
+    # From here on u = t − t₀, in which t² − t₀² = u(u + 2t₀) loses no digits. A cell that does not
+    # contain 0 gets its width from its own ends: far out, the difference of two rounded t may be 0.
     left = torch.where(last < 0, -width, first.clamp(max=0.0))
     right = torch.where(first > 0, width, last.clamp(min=0.0))
     start, stop = torch.maximum(left, -beyond), torch.minimum(right, beyond)
@@ -400,16 +458,21 @@ def _integrate_cells(cells: Cells, mean: Tensor | float, deviation: float, nodes
     else:
         width = (cells.below + cells.above) / deviation
         flat = torch.minimum((cells.hi - cells.lo) / deviation, width)
-        edges = [torch.minimum(torch.maximum(edge, start), stop) for edge in (left + flat, right - flat)]
+        edges = [
+            torch.minimum(torch.maximum(edge, start), stop) for edge in (left + flat, right - flat)
+        ]
         ends = pairwise((start, *edges, stop))
-        # The trapezoid, not normalized: the distance to the nearer end of the cell, which may be infinite, at most
-        # ``flat``.
+        # The trapezoid, not normalized: the distance to the nearer end of the cell, which may be
+        # infinite, at most ``flat``.
         heights = (
             lambda u: torch.minimum(u - left, flat).clamp_(min=0.0),
             lambda u: flat,
             lambda u: torch.minimum(right - u, flat).clamp_(min=0.0),
         )
-        parts = [_integrate(*end, nearest, nodes, height) for end, height in zip(ends, heights, strict=True)]
+        parts = [
+            _integrate(*end, nearest, nodes, height)
+            for end, height in zip(ends, heights, strict=True)
+        ]
         mass, first_moment, second_moment = (a + b + c for a, b, c in zip(*parts, strict=True))
         log_height = -torch.log(width)
     center = first_moment / mass
@@ -421,9 +484,15 @@ def _integrate_cells(cells: Cells, mean: Tensor | float, deviation: float, nodes
 
 
 def _integrate(
-    start: Tensor, stop: Tensor, nearest: Tensor, nodes: int, height: Callable[[Tensor], Tensor] | None = None
+    start: Tensor,
+    stop: Tensor,
+    nearest: Tensor,
+    nodes: int,
+    height: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ∫ e^{−u(u/2 + t₀)}·w du, and the same with u and with u² under the integral; w = ``height`` or 1."""
+    """Return ∫ e^{−u(u/2 + t₀)}·w du, and the same with u and with u² under the integral; w =
+    ``height`` or 1.
+    """
     half = (stop - start) / 2
     middle = start + half
     sums = torch.zeros(3, middle.numel(), dtype=middle.dtype, device=middle.device)
@@ -440,29 +509,36 @@ def _integrate(
     return mass, first_moment, second_moment
 
 
-# Grid points of a table per standard deviation, how far it goes beyond the cell, its largest distance from the cell's
-# center and the width taken for narrower cells, in standard deviations, and how many points are interpolated for one.
+# Grid points of a table per standard deviation, how far it goes beyond the cell, its largest
+# distance from the cell's center and the width taken for narrower cells, in standard deviations,
+# and how many points are interpolated for one.
 POINTS, MARGIN, MAX_DISTANCE, MIN_WIDTH = 4, 8.0, 128.0, 2.0**-8
 REFINED = 16
 
-# Widths of cells are powers of two, or 1.5 times one: without the low bits of the mantissa of float32, 9 bits are left.
+# Widths of cells are powers of two, or 1.5 times one: without the low bits of the mantissa of
+# float32, 9 bits are left.
 _LOW_BITS, _CODE_BITS = 22, 9
 
 
 def encode_widths(stored: Tensor, start: Tensor | None) -> Tensor:
-    """Return the widths of both cells of each entry as one int32 number; 0 if one is not 1 or 1.5 times 2^k.
+    """Return the widths of both cells of each entry as one int32 number; 0 if one is not 1 or 1.5
+    times 2^k.
 
     Args:
         stored: Widths of the cells of T; float32.
         start: Widths of the cells of W; None without them.
     """
-    bits = stored.view(torch.int32), (torch.zeros_like(stored) if start is None else start).view(torch.int32)
+    bits = (
+        stored.view(torch.int32),
+        (torch.zeros_like(stored) if start is None else start).view(torch.int32),
+    )
     codes = (bits[0] >> _LOW_BITS << _CODE_BITS) | (bits[1] >> _LOW_BITS)
     return codes.mul_(((bits[0] | bits[1]) & ((1 << _LOW_BITS) - 1)) == 0)
 
 
 class _Table(NamedTuple):
-    """Moments of x ~ N(0, 1) in cells at the points of one grid of distances for each pair of widths.
+    """Moments of x ~ N(0, 1) in cells at the points of one grid of distances for each pair of
+    widths.
 
     Args:
         ends: Largest distance, in points, by code; not positive for other codes and too wide cells.
@@ -484,31 +560,43 @@ class _Table(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # a mixture takes up to four in turn
-def _tabulate(codes: tuple[int, ...], deviation: float, rounded: bool, device: torch.device) -> _Table:
+def _tabulate(
+    codes: tuple[int, ...], deviation: float, rounded: bool, device: torch.device
+) -> _Table:
     """Return the table for the widths of some codes; without the cells of W unless ``rounded``."""
     numbers = torch.tensor(codes, dtype=torch.int32)
     parts = (numbers >> _CODE_BITS, numbers & ((1 << _CODE_BITS) - 1))
     widths = torch.stack(
-        [(part << _LOW_BITS).view(torch.float32).double() / deviation for part in parts[: 1 + rounded]]
+        [
+            (part << _LOW_BITS).view(torch.float32).double() / deviation
+            for part in parts[: 1 + rounded]
+        ]
     )
     wide = widths.clamp(min=MIN_WIDTH)
-    # The trapezoid is the convolution of both cells: it is the same for the cells of W and T exchanged.
+    # The trapezoid is the convolution of both cells: it is the same for the cells of W and T
+    # exchanged.
     pairs, index = torch.unique(wide.sort(0).values, dim=1, return_inverse=True)
     half = (POINTS * (pairs.sum(0) / 2 + MARGIN)).ceil()
     half = torch.where(half <= POINTS * MAX_DISTANCE, half, 0.0).long()
-    kind = torch.arange(len(half)).repeat_interleave(half + 1)  # moments are symmetric: one half of each grid
+    kind = torch.arange(len(half)).repeat_interleave(
+        half + 1
+    )  # moments are symmetric: one half of each grid
     first = (half + 1).cumsum(0) - half - 1
     center = ((torch.arange(len(kind)) - first[kind]) / POINTS)[None].double()
     lower, upper = pairs[0, kind] / 2, pairs[-1:, kind] / 2
     found = _integrate_cells(
-        Cells(center - lower, center + lower, *((upper, upper) if rounded else ())), 0.0, 1.0, *NODES[torch.float32]
+        Cells(center - lower, center + lower, *((upper, upper) if rounded else ())),
+        0.0,
+        1.0,
+        *NODES[torch.float32],
     )
     # The derivative of E[center − x] by the distance is the variance.
     value, slope = (center - found.mean)[0], found.variance[0] / POINTS
     rise = value.roll(-1) - value
     square, cube = 3 * rise - 2 * slope - slope.roll(-1), slope + slope.roll(-1) - 2 * rise
     log_mass, distance, a, b, c, d = (
-        part.float().to(device)[:, None] for part in (found.log_mass[0], center[0], value, slope, square, cube)
+        part.float().to(device)[:, None]
+        for part in (found.log_mass[0], center[0], value, slope, square, cube)
     )
     u = torch.arange(REFINED, device=device) / REFINED
     # The derivative of the logarithm of the likelihood is E[center − x] less the distance.
@@ -522,14 +610,21 @@ def _tabulate(codes: tuple[int, ...], deviation: float, rounded: bool, device: t
     offset = widths[0].log() - wide.log().sum(0)
     if rounded:
         offset += pairs[-1, index].log()
-    by_code = [torch.zeros(1 << 2 * _CODE_BITS, dtype=dtype) for dtype in (torch.float32, torch.int32, torch.float32)]
-    for part, values in zip(by_code, (half[index] * REFINED - 0.5, first[index] * REFINED, offset), strict=True):
+    by_code = [
+        torch.zeros(1 << 2 * _CODE_BITS, dtype=dtype)
+        for dtype in (torch.float32, torch.int32, torch.float32)
+    ]
+    for part, values in zip(
+        by_code, (half[index] * REFINED - 0.5, first[index] * REFINED, offset), strict=True
+    ):
         part[numbers.long()] = values.to(part)
     return _Table(*(part.reshape(-1).to(device) for part in (*by_code, *refined)))
 
 
 def _interpolate(cells: Cells, mean: Tensor | float, deviation: float, likelihood: bool) -> Moments:
-    """Return the moments by interpolation over the distance of μ from the center of the cell; exact outside."""
+    """Return the moments by interpolation over the distance of μ from the center of the cell; exact
+    outside.
+    """
     assert cells.codes is not None
     table = _tabulate(cells.widths, deviation, cells.rounded, cells.device)
     codes, shape, step = cells.codes.reshape(-1), cells.shape, 1 / (POINTS * REFINED)
@@ -546,7 +641,9 @@ def _interpolate(cells: Cells, mean: Tensor | float, deviation: float, likelihoo
     value, slope = table.value.index_select(0, index), table.slope.index_select(0, index)
     distance, log_mass = torch.addcmul(value, rest, slope).copysign_(place), value.new_empty(0)
     if likelihood:
-        passed = value.addcmul_(rest, slope, value=0.5).sub_(point.add_(rest, alpha=0.5), alpha=step)
+        passed = value.addcmul_(rest, slope, value=0.5).sub_(
+            point.add_(rest, alpha=0.5), alpha=step
+        )
         log_mass = table.log_mass.index_select(0, index).add_(table.offset.index_select(0, codes))
         log_mass = log_mass.addcmul_(passed, rest, value=step).view(shape)
         slope.addcmul_(rest, table.curve.index_select(0, index))
@@ -580,7 +677,9 @@ def noise_edge(shape: tuple[int, int], deviation: float) -> float:
     return deviation * (math.sqrt(shape[0]) + math.sqrt(shape[1]))
 
 
-def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: float, relaxation: float = 1.0) -> Shrunk:
+def shrink(
+    s: Tensor, shape: tuple[int, int], deviation: float, information: float, relaxation: float = 1.0
+) -> Shrunk:
     """Return the shrunk singular values of a posterior mean, of those above the noise edge.
 
     Args:
@@ -602,7 +701,9 @@ def shrink(s: Tensor, shape: tuple[int, int], deviation: float, information: flo
     low, high = np.full_like(sigma, noise_edge(shape, noise)), sigma / information
     for _ in range(60):
         middle = (low + high) / 2
-        above = (relaxation - information) * _eta(middle, m, n, noise) + information * middle > sigma
+        above = (relaxation - information) * _eta(
+            middle, m, n, noise
+        ) + information * middle > sigma
         low, high = np.where(above, low, middle), np.where(above, middle, high)
     y = (low + high) / 2
     eta = _eta(y, m, n, noise)
@@ -617,7 +718,8 @@ def _eta(y: NDArray[np.float64], m: int, n: int, noise: float) -> NDArray[np.flo
 
 
 def add_noise(x: Tensor, shape: tuple[int, int], deviation: float) -> Tensor:
-    """Return the singular values of L plus dense noise: √((x + mτ²/x)(x + nτ²/x)), or the edge below the transition.
+    """Return the singular values of L plus dense noise: √((x + mτ²/x)(x + nτ²/x)), or the edge
+    below the transition.
 
     Args:
         x: Singular values of L, not negative.
@@ -629,15 +731,17 @@ def add_noise(x: Tensor, shape: tuple[int, int], deviation: float) -> Tensor:
     return ((x + m * square / x) * (x + n * square / x)).sqrt()
 
 
-# A fit is rejected if both are exceeded: χ² per degree of freedom, and the misplaced fraction of the changed (or
-# unchanged) entries. Scaled updates of the sample model's layers have fractions up to 0.10 (both starts, χ² up to 14);
-# training without master weights has 0.6 and more with rounding to nearest (start: stored), 0.087 to 0.26 with
-# stochastic rounding, which resembles a rounded start. There a rejected fit has χ² above 40.
+# A fit is rejected if both are exceeded: χ² per degree of freedom, and the misplaced fraction of
+# the changed (or unchanged) entries. Scaled updates of the sample model's layers have fractions up
+# to 0.10 (both starts, χ² up to 14); training without master weights has 0.6 and more with rounding
+# to nearest (start: stored), 0.087 to 0.26 with stochastic rounding, which resembles a rounded
+# start. There a rejected fit has χ² above 40.
 MAX_CHI, MAX_MISPLACED = 20.0, {"stored": 0.12, "rounded": 0.07}
 
-# It is rejected, too, if the size varies so much with |W|, and by so many times its error. In 190 scaled updates of the
-# sample model's layers it varied by up to 0.07, and by 2 times its error; in training without master weights and with
-# stochastic rounding by 0.10 to 0.51, and by 6 to 28 times (256², simulated).
+# It is rejected, too, if the size varies so much with |W|, and by so many times its error. In 190
+# scaled updates of the sample model's layers it varied by up to 0.07, and by 2 times its error; in
+# training without master weights and with stochastic rounding by 0.10 to 0.51, and by 6 to 28 times
+# (256², simulated).
 MAX_UNEVENNESS, MAX_UNEVENNESS_ERRORS = 0.08, 3.0
 
 # Binades with fewer expected changes or expected unchanged entries are excluded from χ².
@@ -655,17 +759,19 @@ class Binades:
     """Counts of entries and sums over them, by ⌊log2|W|⌋.
 
     Args:
-        sums: For every binade, float64: the number of entries, the number of changed ones, Σ of the probabilities p of
-            a change, Σ p(1 − p), Σ E[(x − L)²]/s², Σ of its squares, and Σ of the fractions of the variance that cells
-            remove.
-        most_uneven: ``unevenness`` above which a fit is rejected, if the variation is also more than
-            ``MAX_UNEVENNESS_ERRORS`` times its error.
+        sums: For every binade, float64: the number of entries, the number of changed ones, Σ of the
+            probabilities p of a change, Σ p(1 − p), Σ E[(x − L)²]/s², Σ of its squares, and Σ of
+            the fractions of the variance that cells remove.
+        most_uneven: ``unevenness`` above which a fit is rejected, if the variation is also more
+            than ``MAX_UNEVENNESS_ERRORS`` times its error.
     """
 
     sums: Tensor = field(default_factory=lambda: torch.zeros(7, _BINADES, dtype=torch.float64))
     most_uneven: float = MAX_UNEVENNESS
 
-    def add(self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor) -> None:
+    def add(
+        self, base: Tensor, changed: Tensor, probability: Tensor, square: Tensor, known: Tensor
+    ) -> None:
         """Add a block.
 
         Args:
@@ -676,12 +782,19 @@ class Binades:
             known: 1 − Var[x]/s² given the cells.
         """
         exponent = torch.frexp(base.double())[1]
-        indices = torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST).reshape(-1).cpu().long()
+        indices = (
+            torch.where(base == 0, 0, exponent.clamp(_LOWEST + 1, 1099) - _LOWEST)
+            .reshape(-1)
+            .cpu()
+            .long()
+        )
         p = probability.double().clamp(0.0, 1.0).reshape(-1).cpu()
         second = square.double().reshape(-1).cpu()
         removed = known.double().reshape(-1).cpu()
         counted = (torch.ones_like(p), changed.reshape(-1).double().cpu())
-        for sums, values in zip(self.sums, (*counted, p, p * (1 - p), second, second**2, removed), strict=True):
+        for sums, values in zip(
+            self.sums, (*counted, p, p * (1 - p), second, second**2, removed), strict=True
+        ):
             sums.index_add_(0, indices, values)
 
     @property
@@ -696,7 +809,9 @@ class Binades:
 
     @property
     def misplaced(self) -> float:
-        """Σ|changed − expected| over the binades, over the smaller number of changed or unchanged ones; 0 if none."""
+        """Σ|changed − expected| over the binades, over the smaller number of changed or unchanged
+        ones; 0 if none.
+        """
         entries, changed, expected = self.sums[:3]
         fewer = min(float(changed.sum()), float((entries - changed).sum()))
         off = float((changed - expected).abs().sum())

@@ -20,7 +20,8 @@ def resolve_device(word: str) -> torch.device:
     """Return the device for a value of ``--device``.
 
     Args:
-        word: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``; ``mps`` is refused.
+        word: ``auto`` (the first CUDA device, else the CPU), ``cpu``, ``cuda`` or ``cuda:1``;
+            ``mps`` is refused.
 
     Returns:
         The device, which supports float64 arithmetic, as required by the error bounds.
@@ -37,17 +38,22 @@ def resolve_device(word: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
-            raise UsageError(f"--device {word}: this torch sees {count} CUDA devices; use --device cpu")
+            raise UsageError(
+                f"--device {word}: this torch sees {count} CUDA devices; use --device cpu"
+            )
     elif device.type == "mps":
-        raise UsageError("--device mps: it has no float64, which the error bounds need; use --device cpu")
+        raise UsageError(
+            "--device mps: it has no float64, which the error bounds need; use --device cpu"
+        )
     elif device.type != "cpu":
         raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1")
     return device
 
 
-# Up to this order eigenvalues and singular values of a matrix on a GPU are computed on the CPU, where LAPACK takes 2 to
-# 10 ms at orders 256 to 512. cuSOLVER runs on one such matrix in many small kernels, and torch's batched solvers are a
-# loop over the matrices from order 33 on (github.com/pytorch/pytorch/issues/175585). Not measured on a GPU.
+# Up to this order eigenvalues and singular values of a matrix on a GPU are computed on the CPU,
+# where LAPACK takes 2 to 10 ms at orders 256 to 512. cuSOLVER runs on one such matrix in many small
+# kernels, and torch's batched solvers are a loop over the matrices from order 33 on
+# (github.com/pytorch/pytorch/issues/175585). Not measured on a GPU.
 CPU_SOLVER_UP_TO = 512
 
 _streams = threading.local()
@@ -55,16 +61,20 @@ _streams = threading.local()
 
 @contextmanager
 def use_own_stream(device: torch.device) -> Iterator[None]:
-    """Compute on a stream of this thread: on a GPU the transfers of one layer then overlap with kernels of another.
+    """Compute on a stream of this thread: on a GPU the transfers of one layer then overlap with
+    kernels of another.
 
     There, float32 products have full precision in the block.
 
-    On other devices this does nothing. Results are complete when the block ends, and may be used by other threads.
+    On other devices this does nothing. Results are complete when the block ends, and may be used by
+    other threads.
     """
     if device.type != "cuda":
         yield
         return
-    streams = vars(_streams).setdefault("by_device", {})  # one for each thread: memory freed on it is used again on it
+    streams = vars(_streams).setdefault(
+        "by_device", {}
+    )  # one for each thread: memory freed on it is used again on it
     stream = streams.get(device)
     if stream is None:
         stream = streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -74,7 +84,8 @@ def use_own_stream(device: torch.device) -> Iterator[None]:
 
 
 class SharedSetting(Generic[Value]):
-    """A setting of the process within a block, which several threads may enter; the last one to leave restores it.
+    """A setting of the process within a block, which several threads may enter; the last one to
+    leave restores it.
 
     Args:
         read: Returns the setting.
@@ -82,7 +93,9 @@ class SharedSetting(Generic[Value]):
         value: The setting within the block.
     """
 
-    def __init__(self, read: Callable[[], Value], write: Callable[[Value], object], value: Value) -> None:
+    def __init__(
+        self, read: Callable[[], Value], write: Callable[[Value], object], value: Value
+    ) -> None:
         self.read, self.write, self.value = read, write, value
         self.lock, self.inside, self.before = threading.Lock(), 0, value
 
@@ -100,13 +113,16 @@ class SharedSetting(Generic[Value]):
                 self.write(self.before)
 
 
-# The bounds rest on the 24 bits of float32. TensorFloat-32, which training code and NVIDIA's containers
-# (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``) turn on for the whole process, has 11.
-_full_float32 = SharedSetting(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest")
+# The bounds rest on the 24 bits of float32. TensorFloat-32, which training code and NVIDIA's
+# containers (``TORCH_ALLOW_TF32_CUBLAS_OVERRIDE``) turn on for the whole process, has 11.
+_full_float32 = SharedSetting(
+    torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
+)
 
 
 def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return a matrix of zeros, float32 or float64; NumPy asks the system for huge pages, which torch does not.
+    """Return a matrix of zeros, float32 or float64; NumPy asks the system for huge pages, which
+    torch does not.
 
     The first write to 64 MiB took 7 ms instead of 28 on an AMD EPYC, where a page fault takes 2 us.
     """
@@ -116,7 +132,8 @@ def zeros(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> T
 
 
 def move(block: Tensor, device: torch.device) -> Tensor:
-    """Return a block on a device; it is copied to a GPU through pinned memory, so that the CPU does not wait.
+    """Return a block on a device; it is copied to a GPU through pinned memory, so that the CPU does
+    not wait.
 
     PyTorch keeps the pinned memory until the copy is complete, then reuses it.
     """
@@ -131,7 +148,9 @@ def move_if_small(matrix: Tensor) -> Tensor:
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
-    """Return tensors of one dtype on the CPU, copied in one transfer, so that it waits for a GPU once."""
+    """Return tensors of one dtype on the CPU, copied in one transfer, so that it waits for a GPU
+    once.
+    """
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return list(tensors)
     whole = torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu()

@@ -16,20 +16,22 @@ from lora_diag.linalg import rounding
 from lora_diag.linalg.devices import move, zeros
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 
-# β of ``Energies.estimate_base_rounding`` decides whether BASE was rounded after the start of training (1) or not (0)
-# if it is within 0.5 of one of them, and this many errors from the other. Otherwise f(|w|) does not fit and the start
-# is unknown.
+# β of ``Energies.estimate_base_rounding`` decides whether BASE was rounded after the start of
+# training (1) or not (0) if it is within 0.5 of one of them, and this many errors from the other.
+# Otherwise f(|w|) does not fit and the start is unknown.
 START_ERRORS = 5.0
 
-# ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2, 2W] (Sterbenz 1974);
-# below this ratio, entries with larger changes add less than 1/256 of the variance of the files' rounding.
+# ‖ΔW‖/‖W‖ from which the rounding of the subtraction matters. T − W is exact if T is within [W/2,
+# 2W] (Sterbenz 1974); below this ratio, entries with larger changes add less than 1/256 of the
+# variance of the files' rounding.
 COARSE_RATIO = 1 / 16
 
-# Entries of a piece of a block: a bfloat16 pair of 8192×2048 took 204 ms of one core in pieces of 2^18 entries, 260 in
-# whole blocks of 2^20, 225 in pieces of 2^17.
+# Entries of a piece of a block: a bfloat16 pair of 8192×2048 took 204 ms of one core in pieces of
+# 2^18 entries, 260 in whole blocks of 2^20, 225 in pieces of 2^17.
 PIECE_ENTRIES = 2**18
 
-# Entries of a piece on a GPU, which takes some 1 GB: the GPU computes one while the CPU starts the next.
+# Entries of a piece on a GPU, which takes some 1 GB: the GPU computes one while the CPU starts the
+# next.
 GPU_PIECE_ENTRIES = 2**24
 
 Start = Literal["exact", "rounded", "unknown"]
@@ -40,16 +42,17 @@ class Rounding:
     """Effect of the files' rounding on ΔW.
 
     Args:
-        bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored values; without the
-            rounding of the subtraction.
+        bound: Bound on ‖E‖_F, the norm of the rounding error of ΔW, from the spacing of the stored
+            values; without the rounding of the subtraction.
         noise: Expected variance of the entries of E, by row and column: Σσ² and Σσ⁴.
         sides: Maximum number of independent roundings in an entry of E.
-        start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded after the start or
-            TUNED is stored no more finely, ``unknown`` otherwise; its rounding counts unless the start is ``exact``.
-        base_fro: √(Σu²/12) of BASE over the changed entries (all of a block where few are unchanged): the contribution
-            of its rounding, if it is not the start.
-        base_rounding: β of ``Energies.estimate_base_rounding`` and its standard error; None if it was not
-            estimated.
+        start: ``exact`` if the stored BASE is the start of training, ``rounded`` if it was rounded
+            after the start or TUNED is stored no more finely, ``unknown`` otherwise; its rounding
+            counts unless the start is ``exact``.
+        base_fro: √(Σu²/12) of BASE over the changed entries (all of a block where few are
+            unchanged): the contribution of its rounding, if it is not the start.
+        base_rounding: β of ``Energies.estimate_base_rounding`` and its standard error; None if it
+            was not estimated.
         untouched: Estimated fraction of entries that training did not change.
     """
 
@@ -72,15 +75,19 @@ class Difference:
     """Result of one pass over a pair of matrices.
 
     Args:
-        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. Its memory is that of ΔWᵀ by rows
-            if m < n, on the CPU. None if not requested, or not finite.
-        fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``. NaN if not finite.
+        matrix: ΔW, ``(m, n)``, float32; float64 if either side is stored as float64. Its memory is
+            that of ΔWᵀ by rows if m < n, on the CPU. None if not requested, or not finite.
+        fro: ‖ΔW‖_F, accumulated in float64; exact to the rounding of the entries of ``matrix``. NaN
+            if not finite.
         base_fro: ‖W_base‖_F, likewise.
         tuned_fro: ‖W_tuned‖_F, likewise.
-        unchanged: Fraction of bit-identical entries; across dtypes, of equal entries. NaN if ΔW is not finite.
+        unchanged: Fraction of bit-identical entries; across dtypes, of equal entries. NaN if ΔW is
+            not finite.
         roundings: The spacing of both sides; None if ΔW is not finite.
-        mantissa: Mantissa bits that the stored values of base and tuned really use; zeros if ΔW is not finite.
-        non_finite: Why ΔW or a norm is not finite, with the first such entry if it is known; None if both are.
+        mantissa: Mantissa bits that the stored values of base and tuned really use; zeros if ΔW is
+            not finite.
+        non_finite: Why ΔW or a norm is not finite, with the first such entry if it is known; None
+            if both are.
     """
 
     matrix: Tensor | None
@@ -94,7 +101,9 @@ class Difference:
 
     @cached_property
     def rounding(self) -> Rounding | None:
-        """Effect of rounding, computed on demand: for small matrices it takes longer than the norms. None as above."""
+        """Effect of rounding, computed on demand: for small matrices it takes longer than the
+        norms. None as above.
+        """
         return self.roundings.summarize() if self.roundings else None
 
 
@@ -106,22 +115,27 @@ def difference(
     steps: Iterable[tuple[Tensor | None, Tensor | None]] | None = None,
     on_base: Callable[[Tensor], None] = lambda base: None,
 ) -> Difference:
-    """Subtract two matrices block by block, and return ΔW with its norms and the effect of rounding.
+    """Subtract two matrices block by block, and return ΔW with its norms and the effect of
+    rounding.
 
-    torch's own float32 ``norm()`` on the CPU loses up to 3e-3 at 4096×11008, hence float64 accumulation throughout.
+    torch's own float32 ``norm()`` on the CPU loses up to 3e-3 at 4096×11008, hence float64
+    accumulation throughout.
 
     Args:
-        blocks: ``(base, tuned)`` row blocks from the first row to the last, ``(rows, n)`` each, floating point.
+        blocks: ``(base, tuned)`` row blocks from the first row to the last, ``(rows, n)`` each,
+            floating point.
         shape: ``(m, n)``.
         device: Device of the computation and of ΔW.
         keep: False to measure only the norms, without keeping ΔW.
-        steps: The spacing of quantized storage formats, for base and tuned, block by block; None if there are none, and
-            in place of a side that is not quantized.
+        steps: The spacing of quantized storage formats, for base and tuned, block by block; None if
+            there are none, and in place of a side that is not quantized.
         on_base: Called with the rows of base on the device, from the first to the last.
 
     Returns:
-        ΔW and its norms; of a ΔW that is not finite, no matrix, and NaN as norms. On the CPU nothing is read after a
-        non-finite entry. A GPU is awaited once, after the last block, and the position of that entry is not given.
+        ΔW and its norms; of a ΔW that is not finite, no matrix, and NaN as norms. On the CPU
+            nothing is read after a
+        non-finite entry. A GPU is awaited once, after the last block, and the position of that
+            entry is not given.
     """
     matrix: Tensor | None = None
     fro = base_fro = tuned_fro = 0.0
@@ -131,7 +145,9 @@ def difference(
     spacings = repeat((None, None)) if steps is None else steps
     for base, tuned, block_steps in _move_blocks(roundings.inspect(blocks), spacings, device):
         on_base(base)
-        dtype = torch.promote_types(rounding.working_dtype(base.dtype), rounding.working_dtype(tuned.dtype))
+        dtype = torch.promote_types(
+            rounding.working_dtype(base.dtype), rounding.working_dtype(tuned.dtype)
+        )
         block = tuned - base if tuned.dtype == dtype else tuned.to(dtype).sub_(base)
         norm: float | Tensor
         base_norm: float | Tensor
@@ -145,7 +161,9 @@ def difference(
             tuned_fro = math.hypot(tuned_fro, tuned_norm)
             same += unchanged
         else:
-            norm, base_norm, tuned_norm, unchanged = sizes = _measure_sizes_on_gpu(block, base, tuned)
+            norm, base_norm, tuned_norm, unchanged = sizes = _measure_sizes_on_gpu(
+                block, base, tuned
+            )
             unread += sizes
         roundings.add(
             base,
@@ -180,17 +198,23 @@ def difference(
 
 
 class _Roundings:
-    """The spacing of both sides, and of ΔW itself if the subtraction rounds as coarsely as the files."""
+    """The spacing of both sides, and of ΔW itself if the subtraction rounds as coarsely as the
+    files.
+    """
 
     def __init__(self, shape: tuple[int, int], device: torch.device) -> None:
         self.shape = shape
-        self.base, self.tuned, self.subtracted = (rounding.Spacing.of(shape, device) for _ in range(3))
+        self.base, self.tuned, self.subtracted = (
+            rounding.Spacing.of(shape, device) for _ in range(3)
+        )
         self.sample, self.energies = rounding.Sample(shape), rounding.Energies.of(device)
         self.sampled: list[Tensor] = []
         self.base_is_dequantized: bool | None = None
 
     def inspect(self, blocks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the blocks; the first shows, before it is moved to a GPU, whether BASE was dequantized."""
+        """Yield the blocks; the first shows, before it is moved to a GPU, whether BASE was
+        dequantized.
+        """
         for base, tuned in blocks:
             if self.base_is_dequantized is None:
                 self.base_is_dequantized = rounding.is_dequantized(base)
@@ -218,10 +242,14 @@ class _Roundings:
         self.sample.add(block.reshape(-1)[sample], *spacing)
         mantissa = LAYOUT[block.dtype][2]
         if isinstance(subtracted, Tensor):
-            if LAYOUT[tuned.dtype][2] > LAYOUT[(*SHORTER[base.dtype], base.dtype)[0]][2]:  # perhaps finer
+            if (
+                LAYOUT[tuned.dtype][2] > LAYOUT[(*SHORTER[base.dtype], base.dtype)[0]][2]
+            ):  # perhaps finer
                 self.energies.add_on_gpu(block, base)
             if mantissa in (LAYOUT[base.dtype][2], LAYOUT[tuned.dtype][2]):
-                coarse = subtracted & ((self.base.mantissa == mantissa) | (self.tuned.mantissa == mantissa))
+                coarse = subtracted & (
+                    (self.base.mantissa == mantissa) | (self.tuned.mantissa == mantissa)
+                )
                 self.subtracted.add(block, None, unchanged, row, weight=coarse)
             return
         if rounding.is_finer(self.base, self.tuned):
@@ -230,7 +258,9 @@ class _Roundings:
             self.subtracted.add(block, None, unchanged, row)
 
     def fetch(self, others: list[Tensor]) -> list[float]:
-        """Read all sums and samples, and return other numbers that are read with them: from a GPU in one transfer."""
+        """Read all sums and samples, and return other numbers that are read with them: from a GPU
+        in one transfer.
+        """
         sides = (self.base, self.tuned, self.subtracted)
         values = rounding.fetch_sums(sides, *self.sample.join(), self.energies.sums, *others)
         self.sampled, self.energies.sums = values[:3], values[3]
@@ -253,7 +283,9 @@ class _Roundings:
         weight = moves.estimate_noise_per_change(untouched, len(sides))
         still = float((changes == 0).double().mean() if len(changes) else torch.zeros(()))
         absorbed = 1 - min(1.0, untouched / still) if still else 1.0
-        parts = [(weight, side.profile) for side in sides] + [(absorbed / 12, side.still) for side in sides]
+        parts = [(weight, side.profile) for side in sides] + [
+            (absorbed / 12, side.still) for side in sides
+        ]
         parts.append((1 / 12, self.subtracted.profile))
         return Rounding(
             bound=rounding.rounding_bound(sides),
@@ -266,7 +298,9 @@ class _Roundings:
         )
 
     def decide_start(self) -> tuple[Start, tuple[float, float] | None]:
-        """Return whether the stored BASE is the start of training, with β and its error if estimated."""
+        """Return whether the stored BASE is the start of training, with β and its error if
+        estimated.
+        """
         if not rounding.is_finer(self.base, self.tuned):
             return "rounded", None
         # Rounding errors of such values are not spread evenly: their copies fit β = 0 as well.
@@ -287,8 +321,12 @@ def norm(blocks: Iterable[Tensor]) -> float:
 
 
 def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, float, float, int]:
-    """Return ‖ΔW‖_F, ‖W_base‖_F and ‖W_tuned‖_F of a block on the CPU, and its number of unchanged entries."""
-    norms = [torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base, tuned)]
+    """Return ‖ΔW‖_F, ‖W_base‖_F and ‖W_tuned‖_F of a block on the CPU, and its number of unchanged
+    entries.
+    """
+    norms = [
+        torch.linalg.vector_norm(matrix, dtype=torch.float64) for matrix in (block, base, tuned)
+    ]
     counted = torch.stack([*norms, _count_unchanged(base, tuned).to(torch.float64)])
     norm, base_norm, tuned_norm, unchanged = counted.tolist()
     if block.dtype == torch.float64:  # the squares may underflow or overflow
@@ -297,7 +335,9 @@ def _measure_sizes(block: Tensor, base: Tensor, tuned: Tensor) -> tuple[float, f
 
 
 def _measure_sizes_on_gpu(block: Tensor, base: Tensor, tuned: Tensor) -> list[Tensor]:
-    """Return the four results of ``_measure_sizes`` as scalars on the GPU, without waiting for them."""
+    """Return the four results of ``_measure_sizes`` as scalars on the GPU, without waiting for
+    them.
+    """
     norms = []
     for matrix in (block, base, tuned):
         if matrix.dtype == torch.float64:  # the squares may underflow or overflow
@@ -314,7 +354,11 @@ def _norm(block: Tensor) -> float:
     if block.dtype != torch.float64 or 1e-140 < plain < 1e140:
         return plain
     largest = float(block.abs().max())  # squares of float64 numbers may underflow or overflow
-    return plain if largest in {0.0, math.inf} or math.isnan(largest) else largest * _norm(block / largest)
+    return (
+        plain
+        if largest in {0.0, math.inf} or math.isnan(largest)
+        else largest * _norm(block / largest)
+    )
 
 
 def _move_blocks(
@@ -322,14 +366,21 @@ def _move_blocks(
     steps: Iterable[tuple[Tensor | None, Tensor | None]],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]]:
-    """Yield blocks and their spacings on a device: in pieces for the cache of a CPU, in few large ones on a GPU."""
+    """Yield blocks and their spacings on a device: in pieces for the cache of a CPU, in few large
+    ones on a GPU.
+    """
     pairs = _add_steps(zip(blocks, steps, strict=False))
     if device.type != "cpu":
         pending: list[tuple[Tensor | None, ...]] = []
         entries = 0
         for (base, tuned), spacings in pairs:
-            moved = [step if step is None else move(step.reshape(base.shape), device) for step in spacings]
-            if pending and [step is None for step in moved] != [step is None for step in pending[0][2:]]:
+            moved = [
+                step if step is None else move(step.reshape(base.shape), device)
+                for step in spacings
+            ]
+            if pending and [step is None for step in moved] != [
+                step is None for step in pending[0][2:]
+            ]:
                 yield _join_blocks(pending)
                 pending, entries = [], 0
             pending.append((move(base, device), move(tuned, device), *moved))
@@ -347,16 +398,21 @@ def _move_blocks(
             for step in (base_step, tuned_step)
         )
         yield from zip(
-            torch.split(base, rows), torch.split(tuned, rows), zip(base_steps, tuned_steps, strict=False), strict=False
+            torch.split(base, rows),
+            torch.split(tuned, rows),
+            zip(base_steps, tuned_steps, strict=False),
+            strict=False,
         )
 
 
 def _add_steps(
     pairs: Iterable[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]],
 ) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]]:
-    """Add the spacing of values that were dequantized into a float dtype, if those of the first changed block were.
+    """Add the spacing of values that were dequantized into a float dtype, if those of the first
+    changed block were.
 
-    A dequantized base alone is not rounded: it may be the start of training, also where tuned keeps most of its values.
+    A dequantized base alone is not rounded: it may be the start of training, also where tuned keeps
+    most of its values.
     """
     hidden: tuple[bool, bool] | None = None
     for (base, tuned), (base_step, tuned_step) in pairs:
@@ -385,10 +441,11 @@ def _join_blocks(
 
 
 def _allocate(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for ΔW: on the CPU, a wide ΔW is stored as the rows of ΔWᵀ; otherwise by its own rows.
+    """Return memory for ΔW: on the CPU, a wide ΔW is stored as the rows of ΔWᵀ; otherwise by its
+    own rows.
 
-    ``linalg.streamed.normal`` then reads it once for two products. At 2048×8192 writing takes 17 ms longer, and ten
-    pairs of products 110 ms less.
+    ``linalg.streamed.normal`` then reads it once for two products. At 2048×8192 writing takes 17 ms
+    longer, and ten pairs of products 110 ms less.
     """
     if shape[0] < shape[1] and device.type == "cpu":
         return zeros(shape[::-1], dtype, device).T
@@ -400,11 +457,14 @@ def _count_unchanged(base: Tensor, tuned: Tensor) -> Tensor:
     if base.dtype != tuned.dtype:
         return torch.count_nonzero(base == tuned)
     bits = LAYOUT[base.dtype][0]
-    return base.numel() - torch.count_nonzero(base.view(bits) ^ tuned.view(bits))  # ``==`` takes 2.5 times as long
+    return base.numel() - torch.count_nonzero(
+        base.view(bits) ^ tuned.view(bits)
+    )  # ``==`` takes 2.5 times as long
 
 
 def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str | None:
-    """Return a sentence with the value and position of the first entry that is not finite; None if all are finite.
+    """Return a sentence with the value and position of the first entry that is not finite; None if
+    all are finite.
 
     Args:
         beginning: Beginning of the sentence.
@@ -416,7 +476,9 @@ def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str 
         'B holds inf at [1, 1]'
     """
     if math.isfinite(float(torch.linalg.vector_norm(values, dtype=torch.float64))):
-        return None  # a fifth of the time of checking every entry, a tenth of that of a whole adapter
+        return (
+            None  # a fifth of the time of checking every entry, a tenth of that of a whole adapter
+        )
     bad = ~torch.isfinite(values)
     if not bad.any():
         return None
@@ -430,7 +492,9 @@ def _make_not_finite(why: str) -> Difference:
 
 
 def _explain_not_finite(base: Tensor, tuned: Tensor, block: Tensor, row: int) -> str:
-    """Return a sentence on the first non-finite entry of a block, or on the overflow of its norm."""
+    """Return a sentence on the first non-finite entry of a block, or on the overflow of
+    its norm.
+    """
     return (
         first_non_finite("BASE holds", base, row)
         or first_non_finite("TUNED holds", tuned, row)

@@ -1,23 +1,26 @@
-"""Sums, distances, inner products and angles of matrices and subspaces, dense or factored, and their TIES merge.
+"""Sums, distances, inner products and angles of matrices and subspaces, dense or factored, and
+their TIES merge.
 
-Two matrices are compared block by block (``compare_blocks``), and the fractions of a matrix in given subspaces
-(``measure_shares``) follow from products with thin matrices only. With orthonormal U (m × r) and V (n × r), the
-projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ is P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich
-2007, *Dynamical low-rank approximation*, SIAM J. Matrix Anal. Appl. 29, lemma 4.1; Vandereycken 2013, *Low-rank matrix
-completion by Riemannian optimization*, SIAM J. Optim. 23, §2.1). Its three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and
-UUᵀGVVᵀ are orthogonal to each other, so
+Two matrices are compared block by block (``compare_blocks``), and the fractions of a matrix in
+given subspaces (``measure_shares``) follow from products with thin matrices only. With orthonormal
+U (m × r) and V (n × r), the projection of G on the tangent space of the rank-r matrices at U·Σ·Vᵀ
+is P(G) = UUᵀG + GVVᵀ − UUᵀGVVᵀ (Koch and Lubich 2007, *Dynamical low-rank approximation*, SIAM J.
+Matrix Anal. Appl. 29, lemma 4.1; Vandereycken 2013, *Low-rank matrix completion by Riemannian
+optimization*, SIAM J. Optim. 23, §2.1). Its three parts UUᵀG(I − VVᵀ), (I − UUᵀ)GVVᵀ and UUᵀGVVᵀ
+are orthogonal to each other, so
 
     ‖P(G)‖² = ‖UᵀG‖² + ‖GV‖² − ‖UᵀGV‖²,
 
-and no matrix of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most the smaller of the
-other two. The first r columns of larger U and V give every smaller rank at once.
+and no matrix of the size of G is formed. No digits are lost in the difference: ‖UᵀGV‖ is at most
+the smaller of the other two. The first r columns of larger U and V give every smaller rank at once.
 
-A sum of products B·A is one product of stacked factors. TIES: keep the largest entries of each update, elect a sign for
-every entry, average the entries that agree with it.
+A sum of products B·A is one product of stacked factors. TIES: keep the largest entries of each
+update, elect a sign for every entry, average the entries that agree with it.
 
-Reference: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708, in the form
-of PEFT 0.21's ``merge_utils.ties``: the sign is that of the unweighted sum of the trimmed updates, positive for zero;
-agreeing entries are multiplied by their weights and averaged over their number.
+Reference: Yadav et al. 2023, "TIES-Merging: Resolving Interference When Merging Models", arXiv
+2306.01708, in the form of PEFT 0.21's ``merge_utils.ties``: the sign is that of the unweighted sum
+of the trimmed updates, positive for zero; agreeing entries are multiplied by their weights and
+averaged over their number.
 """
 
 from __future__ import annotations
@@ -36,7 +39,9 @@ from lora_diag.linalg.exact import decompose_factored
 
 
 class Products(NamedTuple):
-    """Numbers from one pass over D and X: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in float64."""
+    """Numbers from one pass over D and X: ‖D − X‖_F, ‖X‖_F and ⟨D, X⟩ = tr(DᵀX), accumulated in
+    float64.
+    """
 
     gap: float
     other: float
@@ -71,7 +76,8 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
     Returns:
         ``(min(k, j),)`` float64 on the CPU: the singular values of UᵀV.
 
-    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear subspaces", theorem 1.
+    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear
+    subspaces", theorem 1.
 
     Example:
         >>> principal_cosines(torch.eye(3)[:, :2], torch.eye(3)[:, 1:]).tolist()
@@ -84,13 +90,15 @@ def principal_cosines(u: Tensor, v: Tensor) -> Tensor:
 def factor_moments(moments: Tensor) -> tuple[Tensor, float]:
     """Return L with L·Lᵀ = C, and the distance of C from positive semidefinite.
 
-    ‖D·L‖_F² = tr(D·C·Dᵀ), and D·L has the singular values of D·C^½: L is C^½ times an orthogonal matrix.
+    ‖D·L‖_F² = tr(D·C·Dᵀ), and D·L has the singular values of D·C^½: L is C^½ times an orthogonal
+    matrix.
 
     Args:
         moments: C, ``(n, n)``, symmetric, finite.
 
     Returns:
-        L ``(n, n)`` float64, from the eigenvalues that are positive; and |Σ of the negative ones| / Σ|λ|, 0 for C = 0.
+        L ``(n, n)`` float64, from the eigenvalues that are positive; and |Σ of the negative ones| /
+            Σ|λ|, 0 for C = 0.
 
     Example:
         >>> l, negative = factor_moments(torch.tensor([[4.0, 0.0], [0.0, 0.0]]))
@@ -100,7 +108,9 @@ def factor_moments(moments: Tensor) -> tuple[Tensor, float]:
     eigenvalues, vectors = torch.linalg.eigh(moments.to(torch.float64))
     positive = eigenvalues.clamp(min=0)
     total = float(eigenvalues.abs().sum())
-    return vectors * positive.sqrt(), float((positive - eigenvalues).sum()) / total if total else 0.0
+    return vectors * positive.sqrt(), float(
+        (positive - eigenvalues).sum()
+    ) / total if total else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +133,8 @@ class Shares:
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
-    """Return float64 columns, orthonormal up to rounding, whose first k columns span the first k given ones.
+    """Return float64 columns, orthonormal up to rounding, whose first k columns span the first k
+    given ones.
 
     Args:
         vectors: ``(m, r)``, r ≤ m, linearly independent.
@@ -132,17 +143,21 @@ def orthonormalize(vectors: Tensor) -> Tensor:
     return columns
 
 
-def measure_shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]) -> Shares | str:
+def measure_shares(
+    blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequence[int]
+) -> Shares | str:
     """Measure the fractions of G in the subspaces of the first r columns of U and V.
 
     Args:
-        blocks: The rows of G, ``(rows, n)`` each, any floating dtype, from the first row to the last.
+        blocks: The rows of G, ``(rows, n)`` each, any floating dtype, from the first row to the
+            last.
         u: U, ``(m, R)`` float64, orthonormal columns.
         v: V, ``(n, R)`` likewise, on the same device.
         ranks: The r, 1 ≤ r ≤ R each.
 
     Returns:
-        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or a sentence on an entry that is
+        The fractions, with 0 ≤ both ≤ left, right ≤ tangent ≤ 1, all 0 if G is zero; or a sentence
+            on an entry that is
         not finite or a norm that overflows.
 
     Example:
@@ -158,7 +173,10 @@ def measure_shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequen
         block = move(stored, u.device).to(torch.float64)
         size = norm([block])
         if not math.isfinite(size):
-            return first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows float64"
+            return (
+                first_non_finite("the gradient holds", block, row)
+                or "the norm of the gradient overflows float64"
+            )
         fro = math.hypot(fro, size)
         from_left.addmm_(u[row : row + len(block)].T, block)
         squares += (block @ v).square().sum(0)
@@ -172,8 +190,12 @@ def measure_shares(blocks: Iterable[Tensor], u: Tensor, v: Tensor, ranks: Sequen
     return Shares(fro, *(tuple(part) for part in zip(*by_rank, strict=True)))
 
 
-def _compute_shares(both: float, left: float, right: float, fro: float) -> tuple[float, float, float, float]:
-    """Return both, left, right and tangent from squares, with their order enforced against rounding."""
+def _compute_shares(
+    both: float, left: float, right: float, fro: float
+) -> tuple[float, float, float, float]:
+    """Return both, left, right and tangent from squares, with their order enforced against
+    rounding.
+    """
     inside, columns, rows = (min(1.0, math.sqrt(square) / fro) for square in (both, left, right))
     inside = min(inside, columns, rows)
     tangent = min(1.0, max(columns, rows, math.sqrt(max(0.0, left + right - both)) / fro))
@@ -187,7 +209,9 @@ Matrix = Tensor | tuple[Tensor, Tensor]
 BLOCK_ENTRIES = 2**20
 
 
-def stack_products(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]) -> tuple[Tensor, Tensor]:
+def stack_products(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
     """Return Σ w_k B_kA_k in factored form: [w_1B_1 w_2B_2 …] and [A_1; A_2; …], float64.
 
     Example:
@@ -196,7 +220,10 @@ def stack_products(pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[flo
         >>> b.tolist(), a.shape, (b @ a)[0, 0].item()
         ([[1.0, 2.0], [1.0, 2.0]], torch.Size([2, 3]), 3.0)
     """
-    b = torch.cat([weight * pair[0].to(torch.float64) for pair, weight in zip(pairs, weights, strict=True)], dim=1)
+    b = torch.cat(
+        [weight * pair[0].to(torch.float64) for pair, weight in zip(pairs, weights, strict=True)],
+        dim=1,
+    )
     return b, torch.cat([pair[1].to(torch.float64) for pair in pairs], dim=0)
 
 
@@ -246,7 +273,11 @@ def take_rows(matrix: Matrix, rows: Tensor) -> Tensor:
 
 def shape_of(matrix: Matrix) -> tuple[int, int]:
     """Return ``(m, n)`` of a matrix or a product."""
-    return (len(matrix[0]), matrix[1].shape[1]) if isinstance(matrix, tuple) else (matrix.shape[0], matrix.shape[1])
+    return (
+        (len(matrix[0]), matrix[1].shape[1])
+        if isinstance(matrix, tuple)
+        else (matrix.shape[0], matrix.shape[1])
+    )
 
 
 def device_of(matrix: Matrix) -> torch.device:
@@ -255,7 +286,8 @@ def device_of(matrix: Matrix) -> torch.device:
 
 
 def frobenius_inner(x: Matrix, y: Matrix) -> float:
-    """Return ⟨X, Y⟩ = tr(XᵀY) in float64; for two products from thin matrices only: Σ (B_1ᵀB_2)∘(A_1A_2ᵀ).
+    """Return ⟨X, Y⟩ = tr(XᵀY) in float64; for two products from thin matrices only: Σ
+    (B_1ᵀB_2)∘(A_1A_2ᵀ).
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
@@ -267,18 +299,24 @@ def frobenius_inner(x: Matrix, y: Matrix) -> float:
     if isinstance(x, tuple) and isinstance(y, tuple):
         (b, a), (d, c) = ((pair[0].to(torch.float64), pair[1].to(torch.float64)) for pair in (x, y))
         return float(((b.T @ d) * (a @ c.T)).sum())
-    return sum(float((left * right).sum()) for left, right in zip(rows_of(x), rows_of(y), strict=True))
+    return sum(
+        float((left * right).sum()) for left, right in zip(rows_of(x), rows_of(y), strict=True)
+    )
 
 
 def frobenius_distance(x: Matrix, y: Matrix) -> float:
-    """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances lose no digits.
+    """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances
+    lose no digits.
 
     Raises:
         InputError: No driver converged for the core of two products.
 
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
-        >>> [round(frobenius_distance(x, y), 6) for y in ((torch.ones(2, 1), torch.zeros(1, 3)), torch.ones(2, 3))]
+        >>> [
+        ...     round(frobenius_distance(x, y), 6)
+        ...     for y in ((torch.ones(2, 1), torch.zeros(1, 3)), torch.ones(2, 3))
+        ... ]
         [2.44949, 0.0]
     """
     if isinstance(x, tuple) and isinstance(y, tuple):
@@ -307,7 +345,9 @@ class Conflicts:
         self.shared += int((changing >= 2).sum())
         self.differing += int(((positive > 0) & (negative > 0)).sum())
         counts = torch.bincount(changing.flatten(), minlength=2).tolist()
-        self.by_chance += sum(number * (1 - 2.0 ** (1 - c)) for c, number in enumerate(counts) if c >= 2)
+        self.by_chance += sum(
+            number * (1 - 2.0 ** (1 - c)) for c, number in enumerate(counts) if c >= 2
+        )
 
     @property
     def share(self) -> float | None:
@@ -340,7 +380,8 @@ def magnitude_threshold(matrix: Matrix, density: float) -> float:
 
 
 def merge_entries(trimmed: Tensor, weights: Tensor) -> Tensor:
-    """Return the TIES merge of a block: the entries of the elected sign, times their weights, averaged.
+    """Return the TIES merge of a block: the entries of the elected sign, times their weights,
+    averaged.
 
     Args:
         trimmed: ``(K, rows, n)``, with discarded entries set to zero.
@@ -352,7 +393,9 @@ def merge_entries(trimmed: Tensor, weights: Tensor) -> Tensor:
     """
     elected = torch.where(trimmed.sum(0) >= 0, 1.0, -1.0)
     agreeing = trimmed.sign() == elected
-    averaged: Tensor = (trimmed * agreeing * weights.view(-1, 1, 1)).sum(0) / agreeing.sum(0).clamp(min=1)
+    averaged: Tensor = (trimmed * agreeing * weights.view(-1, 1, 1)).sum(0) / agreeing.sum(0).clamp(
+        min=1
+    )
     return averaged
 
 

@@ -1,15 +1,17 @@
-"""Singular values by full decompositions in float64: of a matrix, of its Gram matrix, and of thin factors.
+"""Singular values by full decompositions in float64: of a matrix, of its Gram matrix, and of thin
+factors.
 
 ``Factors`` is the result of every method, those of ``krylov`` included.
 
-``decompose_exact`` runs LAPACK (cuSOLVER on a GPU) on the matrix itself and is the reference. ``decompose_factored``
-takes B·A from its factors, by QR of B and of Aᵀ and the SVD of the r×r core; B·A is never formed.
+``decompose_exact`` runs LAPACK (cuSOLVER on a GPU) on the matrix itself and is the reference.
+``decompose_factored`` takes B·A from its factors, by QR of B and of Aᵀ and the SVD of the r×r core;
+B·A is never formed.
 
-``decompose_gram`` takes all singular values from the eigenvalues of the smaller Gram matrix, AᵀA or AAᵀ. A product and
-a symmetric eigenvalue problem cost a fraction of a bidiagonalization. The disadvantage is that σ² has an absolute
-error, so that a σ far below ‖A‖_F·√ε is noise. With a float32 product that would be all values below 1e-3 of the
-largest, without a useful rigorous bound on energy fractions (γ_k√r = 0.015 at k = r = 4096); in float64 it is 1e-8, and
-the bound is 1e-9.
+``decompose_gram`` takes all singular values from the eigenvalues of the smaller Gram matrix, AᵀA or
+AAᵀ. A product and a symmetric eigenvalue problem cost a fraction of a bidiagonalization. The
+disadvantage is that σ² has an absolute error, so that a σ far below ‖A‖_F·√ε is noise. With a
+float32 product that would be all values below 1e-3 of the largest, without a useful rigorous bound
+on energy fractions (γ_k√r = 0.015 at k = r = 4096); in float64 it is 1e-8, and the bound is 1e-9.
 """
 
 from __future__ import annotations
@@ -27,7 +29,15 @@ from lora_diag.errors import InputError
 from lora_diag.linalg import openblas
 from lora_diag.linalg.devices import move, move_if_small, zeros
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.streamed import ROWS, Matrix, Streamed, gram_of_rows, merge_small_blocks, rows_at_once, times_wide
+from lora_diag.linalg.streamed import (
+    ROWS,
+    Matrix,
+    Streamed,
+    gram_of_rows,
+    merge_small_blocks,
+    rows_at_once,
+    times_wide,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +48,12 @@ class Factors:
         s: Singular values, descending, float64, on the CPU.
         complete: True if all min(m, n) are included, or all that can be nonzero.
         method: Method, such as ``gram`` or ``exact:gesdd``.
-        energy_error: Bound on |Ĉ(r) − C(r)| for every r ≤ len(s), where Ĉ(r) = Σ_{i≤r}σ̂_i² / ‖A‖_F².
+        energy_error: Bound on |Ĉ(r) − C(r)| for every r ≤ len(s), where Ĉ(r) = Σ_{i≤r}σ̂_i² /
+            ‖A‖_F².
         fro: ‖A‖_F.
-        u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not requested. In every column
-            the entry of largest absolute value is positive; in that of the core if ``method`` is ``factored``.
+        u: Left singular vectors ``(m, len(s))`` float64 on the device of A, or None if not
+            requested. In every column the entry of largest absolute value is positive; in that of
+            the core if ``method`` is ``factored``.
         vh: Right singular vectors ``(len(s), n)``, likewise, with signs consistent with ``u``.
         rest: Values after those of ``s``, descending; None where they were not computed with them.
     """
@@ -63,13 +75,15 @@ class Factors:
         return self.u, self.vh
 
 
-# Singular values below this fraction of the largest are rounding, and their vectors are arbitrary: for factors,
-# decomposed in float64, and for a dense ΔW, whose entries are float32 and whose Gram matrix loses half the digits.
+# Singular values below this fraction of the largest are rounding, and their vectors are arbitrary:
+# for factors, decomposed in float64, and for a dense ΔW, whose entries are float32 and whose Gram
+# matrix loses half the digits.
 ZERO_FACTORED, ZERO_DENSE = 1e-10, 1e-7
 
 
 def rounding_threshold(factors: Factors) -> float:
-    """Return the size below which singular values are rounding of the method, or of the entries of A.
+    """Return the size below which singular values are rounding of the method, or of the entries of
+    A.
 
     Args:
         factors: Result of a decomposition.
@@ -96,7 +110,8 @@ def numerical_rank(factors: Factors) -> int:
 
 
 def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
-    """Return singular vectors with reproducible signs: the largest entry by size of every left one is positive.
+    """Return singular vectors with reproducible signs: the largest entry by size of every left one
+    is positive.
 
     Args:
         u: ``(m, k)``.
@@ -113,12 +128,14 @@ def fix_signs(u: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
     return u * signs, vh * signs.T
 
 
-# log₂‖A‖_F beyond which A is scaled first: within it AᵀA stays far from the ends of float32's range.
+# log₂‖A‖_F beyond which A is scaled first: within it AᵀA stays far from the ends of float32's
+# range.
 MAX_UNSCALED_LOG2 = 30
 
 
 def scale_of(fro: float, dtype: torch.dtype) -> float:
-    """Return the divisor of A: methods form products of two and four A's, which could overflow or underflow.
+    """Return the divisor of A: methods form products of two and four A's, which could overflow or
+    underflow.
 
     It is a power of two that the dtype can represent, so that division is exact.
 
@@ -127,7 +144,11 @@ def scale_of(fro: float, dtype: torch.dtype) -> float:
         dtype: Dtype of its entries.
 
     Example:
-        >>> scale_of(8.0, torch.float32), scale_of(2.0**40, torch.float32), scale_of(1e40, torch.float32) == 2.0**127
+        >>> (
+        ...     scale_of(8.0, torch.float32),
+        ...     scale_of(2.0**40, torch.float32),
+        ...     scale_of(1e40, torch.float32) == 2.0**127,
+        ... )
         (1.0, 1099511627776.0, True)
     """
     if not fro or abs(math.log2(fro)) <= MAX_UNSCALED_LOG2:
@@ -136,8 +157,8 @@ def scale_of(fro: float, dtype: torch.dtype) -> float:
     return float(2.0 ** max(1 - max_exponent, min(max_exponent, round(math.log2(fro)))))
 
 
-# The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have failed to converge in
-# practice; the QR iteration (gesvd) has not.
+# The drivers, fastest first. Divide and conquer (gesdd) and cuSOLVER's Jacobi (gesvdj) have failed
+# to converge in practice; the QR iteration (gesvd) has not.
 CPU_DRIVERS = ("gesdd", "gesvd")
 CUDA_DRIVERS = ("gesvdj", "gesvd")
 
@@ -151,7 +172,9 @@ class Svd(NamedTuple):
     driver: str
 
 
-def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors: bool = False) -> Factors:
+def decompose_exact(
+    matrix: Tensor, fro: float, top: int | None = None, vectors: bool = False
+) -> Factors:
     """Compute the singular values of a matrix by a full decomposition.
 
     Args:
@@ -161,9 +184,12 @@ def decompose_exact(matrix: Tensor, fro: float, top: int | None = None, vectors:
         vectors: Whether to compute singular vectors.
 
     Returns:
-        The values. The solver returns the exact values of A + E with ‖E‖_2 ≤ p·ε·‖A‖_2 (Anderson et al., LAPACK Users'
-        Guide, 3rd ed., §4.9.1), so by Weyl |σ̂_i − σ_i| ≤ δ = p·ε·σ_1, and by Cauchy–Schwarz |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤
-        2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; max(m, n) is used, far above observed
+        The values. The solver returns the exact values of A + E with ‖E‖_2 ≤ p·ε·‖A‖_2 (Anderson et
+            al., LAPACK Users'
+        Guide, 3rd ed., §4.9.1), so by Weyl |σ̂_i − σ_i| ≤ δ = p·ε·σ_1, and by Cauchy–Schwarz
+            |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤
+        2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; max(m, n) is used,
+            far above observed
         values.
 
     Raises:
@@ -193,7 +219,8 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
         vectors: Whether to compute singular vectors.
 
     Returns:
-        Values on the CPU, vectors of fixed signs on the device of the matrix (None if not requested), and the driver's
+        Values on the CPU, vectors of fixed signs on the device of the matrix (None if not
+            requested), and the driver's
         name.
 
     Raises:
@@ -210,10 +237,14 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
             return Svd(s.cpu(), None, None, driver)
         u, vh = fix_signs(u, vh)
         return Svd(s.cpu(), move(u, device), move(vh, device), driver)
-    raise InputError(f"the singular value decomposition of a {tuple(matrix.shape)} matrix did not converge")
+    raise InputError(
+        f"the singular value decomposition of a {tuple(matrix.shape)} matrix did not converge"
+    )
 
 
-def _run_driver(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | None, Tensor, Tensor | None]:
+def _run_driver(
+    matrix: Tensor, driver: str, vectors: bool
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """Run one driver: torch offers only gesdd on the CPU, so gesvd is run by SciPy."""
     if driver == "gesvd" and not matrix.is_cuda:
         import scipy.linalg  # 0.1 s, and rarely needed
@@ -228,10 +259,13 @@ def _run_driver(matrix: Tensor, driver: str, vectors: bool) -> tuple[Tensor | No
     return u, s, vh
 
 
-def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bool = False) -> Factors:
+def decompose_factored(
+    b: Tensor, a: Tensor, top: int | None = None, vectors: bool = False
+) -> Factors:
     """Compute the singular values of B·A.
 
-    With B = Q_b R_b and Aᵀ = Q_a R_a, B·A = Q_b (R_b R_aᵀ) Q_aᵀ, so the singular values are those of the core R_b R_aᵀ.
+    With B = Q_b R_b and Aᵀ = Q_a R_a, B·A = Q_b (R_b R_aᵀ) Q_aᵀ, so the singular values are those
+    of the core R_b R_aᵀ.
 
     Args:
         b: B, ``(m, r)``, finite.
@@ -240,15 +274,20 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
         vectors: Whether to compute singular vectors.
 
     Returns:
-        The values that can be nonzero. Every step is backward stable in float64: the computed values are those of (B +
-        δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each has an error of at
+        The values that can be nonzero. Every step is backward stable in float64: the computed
+            values are those of (B +
+        δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each
+            has an error of at
         most δ = 2p·ε·‖B‖_F‖A‖_F, with p = (m + n)·r.
 
     Raises:
         InputError: No driver converged for the core.
     """
     b, a = b.to(torch.float64), a.to(torch.float64)
-    scales = (norm([b]) or 1.0, norm([a]) or 1.0)  # the product of the factors' norms may underflow or overflow
+    scales = (
+        norm([b]) or 1.0,
+        norm([a]) or 1.0,
+    )  # the product of the factors' norms may underflow or overflow
     b, a = b / scales[0], a / scales[1]
     mode = "reduced" if vectors else "r"  # forming Q takes twice as long as R
     q_b, r_b = torch.linalg.qr(b, mode=mode)
@@ -258,7 +297,11 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     energy = float((s**2).sum())
     bound = 2 * (b.shape[0] + a.shape[1]) * b.shape[1] * torch.finfo(torch.float64).eps
     kept = s[:top]
-    error = (2 * bound * math.sqrt(len(kept) * energy) + len(kept) * bound**2) / energy if energy else 0.0
+    error = (
+        (2 * bound * math.sqrt(len(kept) * energy) + len(kept) * bound**2) / energy
+        if energy
+        else 0.0
+    )
     return Factors(
         s=kept * scales[0] * scales[1],
         complete=len(kept) == len(s),
@@ -270,20 +313,22 @@ def decompose_factored(b: Tensor, a: Tensor, top: int | None = None, vectors: bo
     )
 
 
-# Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of a full product).
-# At 11008×4096: 1.83 s, against 2.04 s with 1024 rows and 8 panels; at 2048² no difference. Narrower panels than the
-# least are slow: on an AMD EPYC 1.2 ms at 576×192 with panels of 12 columns, 0.7 ms with 72.
+# Column panels of which only the lower triangle is multiplied (16 panels leave 17/32 of the work of
+# a full product). At 11008×4096: 1.83 s, against 2.04 s with 1024 rows and 8 panels; at 2048² no
+# difference. Narrower panels than the least are slow: on an AMD EPYC 1.2 ms at 576×192 with panels
+# of 12 columns, 0.7 ms with 72.
 PANELS, LEAST_PANEL = 16, 72
 
-# From this order on eigenvalues are computed in place, by SciPy's LAPACK. torch's copies the matrix first; there, five
-# float32 copies and the program itself no longer fit into four copies and 1 GiB. Below, torch's is the faster one
-# (8192²: 16 s and 1.5 GiB against 28 s and 1.1 GiB).
+# From this order on eigenvalues are computed in place, by SciPy's LAPACK. torch's copies the matrix
+# first; there, five float32 copies and the program itself no longer fit into four copies and 1 GiB.
+# Below, torch's is the faster one (8192²: 16 s and 1.5 GiB against 28 s and 1.1 GiB).
 IN_PLACE_FROM = 12288
 
-# Up to this fraction of the eigenvectors is computed without the others: 64 of 4096 in 2.9 s instead of 8.4 s, 64 of
-# 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained. In small matrices one thread does it, from
-# this order on all cores do, but only where the matrix has them: the threads wait for each other at every column, so
-# that with concurrent work it was up to ten times slower than torch's.
+# Up to this fraction of the eigenvectors is computed without the others: 64 of 4096 in 2.9 s
+# instead of 8.4 s, 64 of 2048 in 0.24 s instead of 0.67 s; at a quarter of them nothing is gained.
+# In small matrices one thread does it, from this order on all cores do, but only where the matrix
+# has them: the threads wait for each other at every column, so that with concurrent work it was up
+# to ten times slower than torch's.
 SUBSET_FROM, SUBSET_SHARE = 2048, 1 / 8
 ALL_CORES = torch.get_num_threads()
 
@@ -303,15 +348,20 @@ def decompose_gram(
         fro: ‖A‖_F.
         top: Number of largest values to keep; None for all.
         vectors: Whether to compute singular vectors.
-        cached_blocks: Number of row blocks in memory, if A is streamed and has fewer rows than columns.
-        in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is slower; without
-            vectors, on the CPU. Always from the order ``IN_PLACE_FROM`` on.
+        cached_blocks: Number of row blocks in memory, if A is streamed and has fewer rows than
+            columns.
+        in_place: Whether to compute eigenvalues without a second copy of the Gram matrix, which is
+            slower; without vectors, on the CPU. Always from the order ``IN_PLACE_FROM`` on.
 
     Returns:
-        The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε) and k terms per sum
-        (Higham 2002, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., §3.5), so ‖Ĝ − G‖_F ≤ γ_k‖A‖_F². The
-        eigensolver adds p·ε·‖Ĝ‖_2 to each eigenvalue (LAPACK Users' Guide, §4.7.1, with p = n, the order of G). The sum
-        of the r largest eigenvalues changes by at most the sum of the r largest singular values of the perturbation
+        The values. Rounding of the product: |Ĝ − G| ≤ γ_k|A|ᵀ|A| entrywise with γ_k = kε/(1 − kε)
+            and k terms per sum
+        (Higham 2002, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., §3.5), so ‖Ĝ − G‖_F
+            ≤ γ_k‖A‖_F². The
+        eigensolver adds p·ε·‖Ĝ‖_2 to each eigenvalue (LAPACK Users' Guide, §4.7.1, with p = n, the
+            order of G). The sum
+        of the r largest eigenvalues changes by at most the sum of the r largest singular values of
+            the perturbation
         (Fan 1949), which is at most √r‖·‖_F: |Σ_{i≤r}(σ̂_i² − σ_i²)| ≤ √r γ_k‖A‖_F² + r·n·ε·σ_1².
     """
     is_wide = matrix.shape[0] < matrix.shape[1]
@@ -334,19 +384,20 @@ def decompose_gram(
     return Factors(kept, len(kept) == n, "gram", error, fro, u, vh, rest)
 
 
-# (Av_i)ᵀ(Av_j) = v_iᵀ(Ĝ − E)v_j, with Ĝ the computed Gram matrix and E its rounding and the solver's, some ε·σ_1². As
-# σ̂_i² differs from ‖Av_i‖² by that, 1.7e-9 of it for σ_i = ACCURATE·σ_1, a column is divided by its own norm.
-# Inner products of the columns are ε·σ_1²/(σ_iσ_j) times 26 at most (flat, stepped and logarithmic spectra, 600² to
-# 4000×600, OpenBLAS kernels for SSE3, AVX2 and AVX-512): 1.5e-10 at most from ACCURATE·σ_1 on.
-# From RESOLVED·σ_1 on, rounding of A·V is small enough for a column to be orthogonalized against others.
+# (Av_i)ᵀ(Av_j) = v_iᵀ(Ĝ − E)v_j, with Ĝ the computed Gram matrix and E its rounding and the
+# solver's, some ε·σ_1². As σ̂_i² differs from ‖Av_i‖² by that, 1.7e-9 of it for σ_i = ACCURATE·σ_1,
+# a column is divided by its own norm. Inner products of the columns are ε·σ_1²/(σ_iσ_j) times 26 at
+# most (flat, stepped and logarithmic spectra, 600² to 4000×600, OpenBLAS kernels for SSE3, AVX2 and
+# AVX-512): 1.5e-10 at most from ACCURATE·σ_1 on. From RESOLVED·σ_1 on, rounding of A·V is small
+# enough for a column to be orthogonalized against others.
 ACCURATE, RESOLVED = 1e-3, 1e-6
 
 
 def _orthonormalize(product: Tensor, s: Tensor) -> Tensor:
     """Return orthonormal columns that span those of A·V, which are orthogonal but for rounding.
 
-    Large ones are divided by their norms, a few small ones orthogonalized against them, twice, and by QR. Where a
-    σ_i is near 0, QR of all makes its column orthogonal to the others.
+    Large ones are divided by their norms, a few small ones orthogonalized against them, twice, and
+    by QR. Where a σ_i is near 0, QR of all makes its column orthogonal to the others.
 
     Args:
         product: A·V, ``(k, p)``.
@@ -375,7 +426,8 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
         top: Number of largest values to keep; None for all.
 
     Returns:
-        The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of Σk_t rows.
+        The values, at most min(Σk_t, n). Their bound is that of ``decompose_gram`` for a matrix of
+            Σk_t rows.
 
     Raises:
         ValueError: There is no matrix.
@@ -388,7 +440,9 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
     fro, rows, scale = 0.0, 0, 0.0
     for matrix in matrices:
         size = norm([matrix])
-        larger = max(scale, scale_of(size, matrix.dtype)) if size else scale  # larger values must not overflow
+        larger = (
+            max(scale, scale_of(size, matrix.dtype)) if size else scale
+        )  # larger values must not overflow
         if gram is not None and larger > scale > 0:
             gram *= (scale / larger) ** 2
         scale = larger
@@ -405,7 +459,9 @@ def decompose_stack(matrices: Iterable[Tensor], top: int | None = None) -> Facto
 
 
 def _bound_energy_error(terms: int, order: int, squares: Tensor, kept: int, fro: float) -> float:
-    """Return the bound of ``decompose_gram`` for the ``kept`` largest σ² of a Gram matrix, with ``terms`` per sum."""
+    """Return the bound of ``decompose_gram`` for the ``kept`` largest σ² of a Gram matrix, with
+    ``terms`` per sum.
+    """
     if not fro:
         return 0.0
     epsilon = torch.finfo(torch.float64).eps
@@ -448,7 +504,9 @@ def gram_matrix(matrix: Tensor, gram: Tensor | None = None) -> Tensor:
 
 
 def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
-    """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be overwritten."""
+    """Return the eigenvalues of a symmetric matrix given by its lower triangle, which may be
+    overwritten.
+    """
     if openblas.suits(gram):
         return openblas.eigenvalues(gram)
     if gram.is_cuda or not (in_place or len(gram) >= IN_PLACE_FROM):
@@ -456,18 +514,31 @@ def _compute_eigenvalues(gram: Tensor, in_place: bool) -> Tensor:
         return values
     import scipy.linalg  # 0.1 s, and rarely needed
 
-    # The lower triangle by rows is the upper one by columns, the order in which LAPACK works without a copy.
+    # The lower triangle by rows is the upper one by columns, the order in which LAPACK works
+    # without a copy.
     eigenvalues = scipy.linalg.eigh(
-        gram.numpy().T, lower=False, eigvals_only=True, overwrite_a=True, check_finite=False, driver="evd"
+        gram.numpy().T,
+        lower=False,
+        eigvals_only=True,
+        overwrite_a=True,
+        check_finite=False,
+        driver="evd",
     )
     return torch.from_numpy(eigenvalues)
 
 
 def _compute_eigenvectors(gram: Tensor, top: int | None) -> tuple[Tensor, Tensor]:
-    """Return the ``top`` largest eigenvalues, or all, ascending; and the vectors of the ``top`` largest (None: all)."""
+    """Return the ``top`` largest eigenvalues, or all, ascending; and the vectors of the ``top``
+    largest (None: all).
+    """
     n, has_all_cores = len(gram), not gram.is_cuda and torch.get_num_threads() == ALL_CORES
     suits = openblas.suits(gram) or (openblas.FOUND and has_all_cores and n >= SUBSET_FROM)
-    if top and top <= SUBSET_SHARE * n and suits and (largest := openblas.largest_eigenpairs(gram, top)):
+    if (
+        top
+        and top <= SUBSET_SHARE * n
+        and suits
+        and (largest := openblas.largest_eigenpairs(gram, top))
+    ):
         return largest
     values, vectors = torch.linalg.eigh(gram, UPLO="L")
     return values, vectors if top is None else vectors[:, -top:]

@@ -1,16 +1,18 @@
-"""An update hidden by rounding: its size and its leading directions, from the cells of a stored checkpoint.
+"""An update hidden by rounding: its size and its leading directions, from the cells of a stored
+checkpoint.
 
-Model: X = L + noise of variance s², L of low rank. The estimator alternates between the moments of every entry given
-its cell and L, and a new L from the shrunk singular values of the posterior mean (``shrink``). s follows from the
-size: with s0² the maximum-likelihood variance of X where L = 0,
+Model: X = L + noise of variance s², L of low rank. The estimator alternates between the moments of
+every entry given its cell and L, and a new L from the shrunk singular values of the posterior mean
+(``shrink``). s follows from the size: with s0² the maximum-likelihood variance of X where L = 0,
 
     s² = s0² − Ση²/(mn)   (rule ``norm``)      or      s² = s0² − Σx²/(mn)   (rule ``debiased``).
 
-Maximizing the likelihood of s itself makes it collapse. The second rule keeps more of the norm of L and has up to a
-third less error if cells are informative, but overfits otherwise. A third rule, ``held_out``, maximizes the likelihood
-of held-out cells, which includes the error of L and does not collapse: on updates of exactly low rank it has up to half
-the error of the others. Held-out cells decide between them (``recover``), and their s is that of the posterior moments.
-L has momentum (Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015), and over-relaxation.
+Maximizing the likelihood of s itself makes it collapse. The second rule keeps more of the norm of L
+and has up to a third less error if cells are informative, but overfits otherwise. A third rule,
+``held_out``, maximizes the likelihood of held-out cells, which includes the error of L and does not
+collapse: on updates of exactly low rank it has up to half the error of the others. Held-out cells
+decide between them (``recover``), and their s is that of the posterior moments. L has momentum
+(Nesterov), restarted when it shrinks (O'Donoghue and Candès 2015), and over-relaxation.
 """
 
 from __future__ import annotations
@@ -26,36 +28,41 @@ from torch import Tensor
 from lora_diag.linalg.cells import CellMatrix, Cells, Shrunk, moments, select_between, shrink
 from lora_diag.linalg.streamed import Streamed
 
-# Number of entries from which the start of training is chosen and shapes are scaled, where twice as many are distinct.
+# Number of entries from which the start of training is chosen and shapes are scaled, where twice as
+# many are distinct.
 LARGE_SAMPLE = 2**19
 
 # Maximum step of log s, smallest s/s0, and tolerance: float32 moments permit no finer steps.
 MAX_STEP, MIN_DEVIATION, TOLERANCE = 0.3, 0.03, 3e-3
 MAX_ITERATIONS = 100
 
-# α: iterations take singular values of (1 − 1/α)L + M/α, M the posterior mean given L. Moments change by the fraction
-# 1 − q_ij of a change of L_ij, so that this is a gradient step of size 1/α with curvatures q_ij ≤ 1, which momentum
-# β < 1 keeps stable for 1/α < (2 + 2β)/(1 + 2β), hence for α > 3/4.
+# α: iterations take singular values of (1 − 1/α)L + M/α, M the posterior mean given L. Moments
+# change by the fraction 1 − q_ij of a change of L_ij, so that this is a gradient step of size 1/α
+# with curvatures q_ij ≤ 1, which momentum β < 1 keeps stable for 1/α < (2 + 2β)/(1 + 2β), hence for
+# α > 3/4.
 RELAXATION = 0.8
 
-# Singular vectors that are kept beyond the rank of L, and random ones that are added to them, in every iteration. With
-# 4 and 8, values near the noise edge took up to twice the iterations to appear, and a fit ended without some.
+# Singular vectors that are kept beyond the rank of L, and random ones that are added to them, in
+# every iteration. With 4 and 8, values near the noise edge took up to twice the iterations to
+# appear, and a fit ended without some.
 EXTRA = 32
 
 Rule = Literal["norm", "debiased", "held_out"]
 
-# Number of standard errors of the gain in held-out cells from which there are directions, and from which another rule
-# is better. With 2 for both 1 of 100 layers of noise had directions; with 3 real layers lose less than 1% of ε.
+# Number of standard errors of the gain in held-out cells from which there are directions, and from
+# which another rule is better. With 2 for both 1 of 100 layers of noise had directions; with 3 real
+# layers lose less than 1% of ε.
 MIN_GAIN, MIN_IMPROVEMENT = 3.0, 2.0
 
-# Fraction of the entries whose cells are held out to test the estimator, their largest number, how many of them s is
-# fitted to at most, and how many random numbers are drawn at a time.
+# Fraction of the entries whose cells are held out to test the estimator, their largest number, how
+# many of them s is fitted to at most, and how many random numbers are drawn at a time.
 HELD_OUT_FRACTION, MAX_HELD_OUT, MAX_FITTED, DRAW_BLOCK = 0.05, 2**20, 2**17, 2**20
 
 # Normal deviate of the upper end of an interval of 95%.
 Z95 = 1.96
 
-# Standard deviation of log s about that of the fit, before held-out cells are seen: few cells change it little.
+# Standard deviation of log s about that of the fit, before held-out cells are seen: few cells
+# change it little.
 PRIOR_DEVIATION = 0.5
 
 
@@ -146,7 +153,9 @@ def fit_size(cells: CellMatrix, guess: float) -> Size:
 
 @dataclass(slots=True)
 class _Sums:
-    """Sums over entries: of E[x²]/s², (E[x²]/s² − 1)², 1 − Var[x]/s², and log-likelihoods, given the cells."""
+    """Sums over entries: of E[x²]/s², (E[x²]/s² − 1)², 1 − Var[x]/s², and log-likelihoods, given
+    the cells.
+    """
 
     square: float = 0.0
     scores: float = 0.0
@@ -217,7 +226,9 @@ class HeldOut:
         return HeldOut(self.cells.at(sample), self.entries[sample])
 
     def scoring_step(self, mean: Tensor, deviation: float, center: float) -> float:
-        """Return a scoring step of log s for the likelihood of the cells, with a normal prior around log ``center``."""
+        """Return a scoring step of log s for the likelihood of the cells, with a normal prior
+        around log ``center``.
+        """
         posterior = moments(self.cells, mean, deviation, fast=True)
         square = (posterior.mean - mean) ** 2 + posterior.variance
         excess = float((square / deviation**2 - 1).sum(dtype=torch.float64))
@@ -237,8 +248,12 @@ class HeldOut:
         return deviation
 
 
-def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[Tensor, float]:
-    """Return the likeliest length of X in each direction of L by cells that L does not know, and its standard error."""
+def _estimate_lengths(
+    held_out: HeldOut, low_rank: LowRank, deviation: float
+) -> tuple[Tensor, float]:
+    """Return the likeliest length of X in each direction of L by cells that L does not know, and
+    its standard error.
+    """
     part = held_out.subsample()
     rows, columns = part.entries // low_rank.vh.shape[1], part.entries % low_rank.vh.shape[1]
     unit = low_rank.u[rows] * low_rank.vh.T[columns]
@@ -249,18 +264,23 @@ def _estimate_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
         known = 1 - posterior.variance[0] / deviation**2
         lengths += (unit.T @ (posterior.mean - mean)[0]) / (unit.square().T @ known).clamp(min=1e-9)
     count = low_rank.u.shape[0] * low_rank.vh.shape[1]
-    return lengths.double().cpu(), deviation * math.sqrt(count / max(float(known.sum(dtype=torch.float64)), 1e-9))
+    return lengths.double().cpu(), deviation * math.sqrt(
+        count / max(float(known.sum(dtype=torch.float64)), 1e-9)
+    )
 
 
-def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) -> tuple[float, Tensor]:
+def _estimate_stretch(
+    held_out: HeldOut, low_rank: LowRank, deviation: float
+) -> tuple[float, Tensor]:
     """Compare the lengths of L with those that held-out cells show.
 
-    Shrinkage takes x to η, its length in the direction that was found. Where few entries changed both are too small,
-    by up to a third. Σc_i² of lengths c_i in r directions exceeds that of the truth by r·SE², and √Σc_i² has a standard
-    error of SE.
+    Shrinkage takes x to η, its length in the direction that was found. Where few entries changed
+    both are too small, by up to a third. Σc_i² of lengths c_i in r directions exceeds that of the
+    truth by r·SE², and √Σc_i² has a standard error of SE.
 
     Returns:
-        A factor γ ≥ 1 of all values, with a normal prior around 1; and the largest Σ_{i≤r}x_i² that held-out cells
+        A factor γ ≥ 1 of all values, with a normal prior around 1; and the largest Σ_{i≤r}x_i² that
+            held-out cells
         allow over the estimated one, for every r, at least 1.
     """
     lengths, error = _estimate_lengths(held_out, low_rank, deviation)
@@ -272,7 +292,8 @@ def _estimate_stretch(held_out: HeldOut, low_rank: LowRank, deviation: float) ->
 
 
 def bound_energies(lengths: Tensor, error: float, eta: Tensor) -> Tensor:
-    """Return the largest Σ_{i≤r}x_i² that lengths allow, over the estimated one, for every r; at least 1.
+    """Return the largest Σ_{i≤r}x_i² that lengths allow, over the estimated one, for every r; at
+    least 1.
 
     Args:
         lengths: c_i, the lengths in the directions of L.
@@ -300,11 +321,13 @@ def fit_low_rank(
         rule: Rule for s given L.
         start: Initial L; None for L = 0.
         seed: Seed of the first vectors.
-        held_out: Cells that are not to be known; the rule ``held_out`` without them keeps the s of ``start``.
+        held_out: Cells that are not to be known; the rule ``held_out`` without them keeps the s of
+            ``start``.
         keep: Whether posterior means are kept in memory.
 
     Returns:
-        L; not ``converged`` if ``MAX_ITERATIONS`` did not suffice; of rank 0 if no value is above the noise edge.
+        L; not ``converged`` if ``MAX_ITERATIONS`` did not suffice; of rank 0 if no value is above
+            the noise edge.
     """
     shape, s0 = cells.shape, size.deviation
     norm = s0 * math.sqrt(cells.count)
@@ -318,7 +341,11 @@ def fit_low_rank(
         posterior = _Posterior(cells, mean, deviation, buffer, held_out, relaxation)
         estimate, basis = _compute_shrunk_svd(posterior, basis, seed)
         if rule == "held_out":
-            step = 0.0 if part is None else part.scoring_step(part.low_rank_at(estimate), deviation, deviation)
+            step = (
+                0.0
+                if part is None
+                else part.scoring_step(part.low_rank_at(estimate), deviation, deviation)
+            )
         else:
             lengths = estimate.values.eta if rule == "norm" else estimate.values.debiased
             remaining = max(MIN_DEVIATION**2, 1 - float((lengths**2).sum()) / norm**2)
@@ -366,8 +393,13 @@ class _Posterior:
             rows = self.cells.rows(first, last)
             block, variances, _ = moments(rows, mean, self.deviation, fast=True, likelihood=False)
             if self.held_out is not None:
-                inside = select_between(self.held_out.entries, first * columns, last * columns) - first * columns
-                block.view(-1)[inside] = mean.reshape(-1)[inside] if isinstance(mean, Tensor) else mean
+                inside = (
+                    select_between(self.held_out.entries, first * columns, last * columns)
+                    - first * columns
+                )
+                block.view(-1)[inside] = (
+                    mean.reshape(-1)[inside] if isinstance(mean, Tensor) else mean
+                )
                 variances.view(-1)[inside] = self.deviation**2
             variance += float(variances.sum(dtype=torch.float64))
             if self.relaxation < 1:
@@ -375,7 +407,9 @@ class _Posterior:
             if self.buffer is not None:
                 self.buffer[first:last] = block
             yield block
-        self.information = min(1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2)))
+        self.information = min(
+            1.0, max(1e-9, 1 - variance / (self.cells.count * self.deviation**2))
+        )
 
     def shrink(self, u: Tensor, s: Tensor, vh: Tensor) -> LowRank:
         """Return L with the singular values above the noise edge, shrunk."""
@@ -384,7 +418,9 @@ class _Posterior:
         return LowRank(u[:, :rank], vh[:rank], values, self.deviation, self.information, 0, False)
 
 
-def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) -> tuple[LowRank, Tensor]:
+def _compute_shrunk_svd(
+    posterior: _Posterior, basis: Tensor | None, seed: int
+) -> tuple[LowRank, Tensor]:
     """Return L from the values above the noise edge, and a first basis for the next call."""
     shape = posterior.cells.shape
     smaller = min(shape)
@@ -399,7 +435,10 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
             basis = streamed.T.times(left)
         # Values above the noise edge are far above the rounding of the Gram matrix in float64.
         squares, small_u = torch.linalg.eigh(basis.double().T @ basis.double())
-        s, small_u = squares.flip(0).clamp(min=1e-14 * float(squares[-1]) + 1e-60).sqrt(), small_u.flip(1)
+        s, small_u = (
+            squares.flip(0).clamp(min=1e-14 * float(squares[-1]) + 1e-60).sqrt(),
+            small_u.flip(1),
+        )
         vh = (basis @ small_u.float() / s.float()).T
         found = posterior.shrink(small_u, s, vh)
         if found.rank + 4 <= width or width == smaller:
@@ -407,10 +446,14 @@ def _compute_shrunk_svd(posterior: _Posterior, basis: Tensor | None, seed: int) 
         basis, width = vh.T, 2 * width
 
 
-def _widen_basis(basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int) -> Tensor:
+def _widen_basis(
+    basis: Tensor | None, columns: int, width: int, device: torch.device, seed: int
+) -> Tensor:
     """Return a basis with random columns added up to ``width``."""
     existing = 0 if basis is None else basis.shape[1]
-    fresh = torch.randn(columns, width - existing, generator=torch.Generator().manual_seed(seed)).to(device)
+    fresh = torch.randn(
+        columns, width - existing, generator=torch.Generator().manual_seed(seed)
+    ).to(device)
     return fresh if basis is None else torch.cat([basis, fresh / math.sqrt(columns)], 1)
 
 
@@ -454,12 +497,15 @@ class Recovered:
     """The detectable part of L.
 
     Args:
-        z: Mean gain in log-likelihood of held-out cells over L = 0, in standard errors; 0 without a direction.
+        z: Mean gain in log-likelihood of held-out cells over L = 0, in standard errors; 0 without a
+            direction.
         low_rank: L from all cells; None if z is not significant.
         rule: The rule for s given L.
         deviation: s of X − L̂ by held-out cells, the error of L̂ included.
-        stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank`` has longer η.
-        upper: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r; None without L.
+        stretch: Factor by which η and x of the fit were too small, by held-out cells; ``low_rank``
+            has longer η.
+        upper: Largest Σ_{i≤r}x_i² that held-out cells allow, over that of the fit, for every r;
+            None without L.
         held_out: Held-out cells; None without L.
         unseen: L from the other cells, not stretched; None without L.
     """
@@ -481,7 +527,8 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
         cells: Cells of the entries.
         size: Size of X.
         seed: Seed of the held-out cells and of the first vectors.
-        keep: Whether posterior means are kept in memory, four bytes an entry; else they are computed in every pass.
+        keep: Whether posterior means are kept in memory, four bytes an entry; else they are
+            computed in every pass.
 
     Returns:
         L with the rule that held-out cells prefer; without L if they do not support it.
@@ -515,13 +562,19 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
     longer = whole.with_lengths(whole.values.eta * stretch)
     if stretch > 1:
         deviation = held_out.fit_deviation(low_rank.with_lengths(low_rank.values.eta * stretch))
-    return Recovered(_in_standard_errors(gains), longer, rule, deviation, stretch, upper, held_out, low_rank)
+    return Recovered(
+        _in_standard_errors(gains), longer, rule, deviation, stretch, upper, held_out, low_rank
+    )
 
 
 def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
     total = math.prod(shape)
-    share, random, parts = min(HELD_OUT_FRACTION, MAX_HELD_OUT / total), torch.Generator().manual_seed(seed), []
+    share, random, parts = (
+        min(HELD_OUT_FRACTION, MAX_HELD_OUT / total),
+        torch.Generator().manual_seed(seed),
+        [],
+    )
     for first in range(0, total, DRAW_BLOCK):
         draw = torch.rand(min(DRAW_BLOCK, total - first), generator=random)
         parts.append((draw <= share).nonzero()[:, 0] + first)

@@ -1,24 +1,29 @@
-"""Distributions of the entries of an update that rounding hid: shapes, a density, and scales of rows and columns.
+"""Distributions of the entries of an update that rounding hid: shapes, a density, and scales of
+rows and columns.
 
-Shapes. Entries of an update are not normal in general. Few steps of Adam at a low rate move every weight by about as
-much (kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution has 1.8), long training gives 3 to 4.
-The changes of the entries of each binade show which. The start of training, the fit over binades and E[X | cells] of
-layers without directions take the likeliest shape; the size has a density of its own (``fit_density``). Shapes are
-mixtures of normal distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the variance
-of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood weights them.
+Shapes. Entries of an update are not normal in general. Few steps of Adam at a low rate move every
+weight by about as much (kurtosis 1.7 to 2.0 measured after 80 steps, where a uniform distribution
+has 1.8), long training gives 3 to 4. The changes of the entries of each binade show which. The
+start of training, the fit over binades and E[X | cells] of layers without directions take the
+likeliest shape; the size has a density of its own (``fit_density``). Shapes are mixtures of normal
+distributions: two or four evenly spaced ones (kurtosis 3 − 2ρ² and 3 − 1.36ρ² if ρ is the variance
+of their means), and scales with log-normal weights. The scale of each is fitted, and the likelihood
+weights them.
 
-Density. That of |x|/s0 is proportional to exp(a₁z + a₂z² + a₃z⁴) on a grid, each point smeared by a normal kernel:
-flat, normal, and with heavy tails as far as the grid reaches. Its coefficients maximize the likelihood of the cells
-(scoring steps), and its second moment is the mean of x². Cells that are narrow and those that the entry left show the
-shape; a shape assumed too flat or too normal is off by 2% to 4% where 90% and more of the entries did not change.
-Reference: Efron 2016, Empirical Bayes deconvolution estimates, Biometrika 103.
+Density. That of |x|/s0 is proportional to exp(a₁z + a₂z² + a₃z⁴) on a grid, each point smeared by a
+normal kernel: flat, normal, and with heavy tails as far as the grid reaches. Its coefficients
+maximize the likelihood of the cells (scoring steps), and its second moment is the mean of x². Cells
+that are narrow and those that the entry left show the shape; a shape assumed too flat or too normal
+is off by 2% to 4% where 90% and more of the entries did not change. Reference: Efron 2016,
+Empirical Bayes deconvolution estimates, Biometrika 103.
 
-Scales of rows and columns: x_ij ~ N(0, a_i·b_j·s²) given its cell. A score test decides first whether the variances
-differ at all between rows or columns. Then log a and log b are fitted in turns, by Newton steps on their posterior with
-a normal prior whose variance is fitted (empirical Bayes), so that rows with few changed entries stay near 1. Dividing
-rows and columns by √a and √b gives cells of one variance. The posterior of log a_i has a variance v_i =
-1/(information + 1/prior variance), so that E[a_i] = exp(v_i/2)·a_i. Without that factor, for what the cells leave open,
-‖X‖ was 7% to 10% too small where 97% of the entries did not change.
+Scales of rows and columns: x_ij ~ N(0, a_i·b_j·s²) given its cell. A score test decides first
+whether the variances differ at all between rows or columns. Then log a and log b are fitted in
+turns, by Newton steps on their posterior with a normal prior whose variance is fitted (empirical
+Bayes), so that rows with few changed entries stay near 1. Dividing rows and columns by √a and √b
+gives cells of one variance. The posterior of log a_i has a variance v_i = 1/(information + 1/prior
+variance), so that E[a_i] = exp(v_i/2)·a_i. Without that factor, for what the cells leave open, ‖X‖
+was 7% to 10% too small where 97% of the entries did not change.
 """
 
 from __future__ import annotations
@@ -49,14 +54,19 @@ class Shape:
     @property
     def kurtosis(self) -> float:
         """E[u⁴], 3 of a normal distribution."""
-        return sum(weight * (mean**4 + 6 * (mean * s) ** 2 + 3 * s**4) for weight, mean, s in self.parts)
+        return sum(
+            weight * (mean**4 + 6 * (mean * s) ** 2 + 3 * s**4) for weight, mean, s in self.parts
+        )
 
     def moments(self, cells: Cells, deviation: float, fast: bool = False) -> Moments:
         """Return the moments of x = deviation·u, u of this shape, given its cell."""
         if len(self.parts) == 1:
             return moments(cells, 0.0, deviation, fast)
         size, (cells, index) = cells.shape, cells.merge_block()
-        parts = [moments(cells, mean * deviation, spread * deviation, fast) for _, mean, spread in self.parts]
+        parts = [
+            moments(cells, mean * deviation, spread * deviation, fast)
+            for _, mean, spread in self.parts
+        ]
         share, total = self.posterior_shares(parts)
         center, variance = torch.zeros_like(total), torch.zeros_like(total)
         for p, part in zip(share, parts, strict=True):
@@ -67,7 +77,9 @@ class Shape:
 
     def posterior_shares(self, parts: list[Moments]) -> tuple[Tensor, Tensor]:
         """Return the posterior probability of each part, and the logarithm of the likelihood."""
-        logs = torch.stack([part.log_mass + math.log(own[0]) for own, part in zip(self.parts, parts, strict=True)])
+        logs = torch.stack(
+            [part.log_mass + math.log(own[0]) for own, part in zip(self.parts, parts, strict=True)]
+        )
         total = torch.logsumexp(logs, 0)
         return (logs - total).exp(), total
 
@@ -80,19 +92,24 @@ def _make_flat(points: int, rho: float) -> Shape:
 
 
 def _make_heavy(sigma: float) -> Shape:
-    """Return normal distributions of three deviations, with the weights of a log-normal one of log-deviation σ."""
+    """Return normal distributions of three deviations, with the weights of a log-normal one of
+    log-deviation σ.
+    """
     scales = [math.exp(sigma * point) for point in (-math.sqrt(3), 0.0, math.sqrt(3))]
     weights = (1 / 6, 2 / 3, 1 / 6)
     unit = math.sqrt(sum(weight * scale**2 for weight, scale in zip(weights, scales, strict=True)))
-    return Shape(tuple((weight, 0.0, scale / unit) for weight, scale in zip(weights, scales, strict=True)))
+    return Shape(
+        tuple((weight, 0.0, scale / unit) for weight, scale in zip(weights, scales, strict=True))
+    )
 
 
 NORMAL = Shape(((1.0, 0.0, 1.0),))
 FLATTER = (_make_flat(2, 0.4), _make_flat(4, 0.8), _make_flat(4, 0.92), _make_flat(2, 0.88))
 HEAVIER = tuple(map(_make_heavy, (0.2, 0.35, 0.5)))
 
-# The choice of the start also needs the tails of updates of rank 1 and of unequal rows. Without them, and with fewer
-# shapes for a rounded start, 18 of 126 planted layers that began at a rounded start fitted a stored one better.
+# The choice of the start also needs the tails of updates of rank 1 and of unequal rows. Without
+# them, and with fewer shapes for a rounded start, 18 of 126 planted layers that began at a rounded
+# start fitted a stored one better.
 HEAVIEST = (*HEAVIER, *map(_make_heavy, (0.7, 0.9)))
 
 
@@ -125,12 +142,17 @@ def _sum_scores(cells: CellMatrix, shape: Shape, deviation: float) -> _Sums:
     sums = _Sums()
     for first, last in cells.spans():
         block = cells.rows(first, last)
-        parts = [moments(block, mean * deviation, spread * deviation, fast=True) for _, mean, spread in shape.parts]
+        parts = [
+            moments(block, mean * deviation, spread * deviation, fast=True)
+            for _, mean, spread in shape.parts
+        ]
         share, total = shape.posterior_shares(parts)
         score = torch.zeros_like(total)
         for p, part_moments, (_, mean, spread) in zip(share, parts, shape.parts, strict=True):
             square = part_moments.variance + part_moments.mean**2
-            score += p * ((square / deviation - mean * part_moments.mean) / (deviation * spread**2) - 1)
+            score += p * (
+                (square / deviation - mean * part_moments.mean) / (deviation * spread**2) - 1
+            )
         sums.score += block.total(score)
         sums.squares += block.total(score.square())
         sums.log_likelihood += block.total(total)
@@ -156,7 +178,8 @@ def fit_deviation(cells: CellMatrix, shape: Shape, guess: float) -> Shaped:
 
 
 def fit_shape(cells: CellMatrix, guess: float, heavier: tuple[Shape, ...] | None = None) -> Shaped:
-    """Return the likeliest shape of the entries: flatter and heavier ones are tried until the likelihood falls.
+    """Return the likeliest shape of the entries: flatter and heavier ones are tried until the
+    likelihood falls.
 
     Args:
         cells: Cells of the entries.
@@ -166,8 +189,9 @@ def fit_shape(cells: CellMatrix, guess: float, heavier: tuple[Shape, ...] | None
     sample = cells.sample(SHAPE_SAMPLE)
     fits = [fit_deviation(sample, NORMAL, guess)]
     if heavier is None:
-        # Stochastic rounding in training without master weights looks like heavy tails and a rounded start, and is
-        # refused only where those are not offered together. Directions explain the tails of other updates.
+        # Stochastic rounding in training without master weights looks like heavy tails and a
+        # rounded start, and is refused only where those are not offered together. Directions
+        # explain the tails of other updates.
         heavier = HEAVIER[:1] if sample.rounded else HEAVIER
     for candidates in (FLATTER, heavier):
         last = fits[0]
@@ -190,8 +214,8 @@ POWERS = (1, 2, 4)
 # Weight below which a point is no part of a shape.
 MIN_WEIGHT = 1e-3
 
-# Precision of a normal prior of the coefficients around the coefficients of a normal density; it only matters where
-# cells are uninformative.
+# Precision of a normal prior of the coefficients around the coefficients of a normal density; it
+# only matters where cells are uninformative.
 PRIOR_PRECISION = 0.01
 
 # Number of entries that the density is fitted to, and most scoring steps.
@@ -258,15 +282,21 @@ def _compute_likelihood(cells: CellMatrix, points: Tensor, kernel: float) -> Ten
         parts = []
         for first, last in cells.spans():
             block = cells.rows(first, last)
-            right, left = (moments(block, mean, kernel, fast=True).log_mass for mean in (point, -point))
+            right, left = (
+                moments(block, mean, kernel, fast=True).log_mass for mean in (point, -point)
+            )
             parts.append(torch.logaddexp(right, left).flatten().cpu())
         columns.append(torch.cat(parts))
     logs = torch.stack(columns, 1).double()
     return logs.sub_(logs.max(1, keepdim=True).values).exp_()
 
 
-def _fit_coefficients(likelihood: Tensor, counts: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the weights of the grid, the information on the coefficients, and the features that they multiply."""
+def _fit_coefficients(
+    likelihood: Tensor, counts: Tensor, grid: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weights of the grid, the information on the coefficients, and the features that
+    they multiply.
+    """
     features = torch.stack([(grid / 2) ** power for power in POWERS], 1)
     features = features - features.mean(0)
     multiplicity = torch.ones_like(grid)
@@ -279,11 +309,15 @@ def _fit_coefficients(likelihood: Tensor, counts: Tensor, grid: Tensor) -> tuple
 
     def objective(trial: Tensor) -> float:
         away = trial - start
-        return float(counts @ (likelihood @ weights_at(trial)).log() - 0.5 * PRIOR_PRECISION * away @ away)
+        return float(
+            counts @ (likelihood @ weights_at(trial)).log() - 0.5 * PRIOR_PRECISION * away @ away
+        )
 
     weights, current = weights_at(coefficients), objective(coefficients)
     for _ in range(NEWTON_STEPS):
-        scores = (likelihood * weights / (likelihood @ weights)[:, None]) @ features - weights @ features
+        scores = (
+            likelihood * weights / (likelihood @ weights)[:, None]
+        ) @ features - weights @ features
         gradient = counts @ scores - PRIOR_PRECISION * (coefficients - start)
         information = scores.T @ (scores * counts[:, None]) + prior
         step = torch.linalg.solve(information, gradient)
@@ -303,7 +337,8 @@ def _fit_coefficients(likelihood: Tensor, counts: Tensor, grid: Tensor) -> tuple
     return weights, information, features
 
 
-# Standard deviations of the score test from which rows or columns count as different; rounds of fitting.
+# Standard deviations of the score test from which rows or columns count as different; rounds of
+# fitting.
 MIN_EXCESS, ROUNDS = 5.0, 4
 
 
@@ -338,7 +373,8 @@ class Scales:
 
 
 def measure_norm(cells: CellMatrix, deviation: float, scales: Scales) -> tuple[float, float]:
-    """Return √E[‖X‖²] before the division, and the standard error of its logarithm from that of the scales.
+    """Return √E[‖X‖²] before the division, and the standard error of its logarithm from that of the
+    scales.
 
     Args:
         cells: Cells divided by the scales.
@@ -349,8 +385,14 @@ def measure_norm(cells: CellMatrix, deviation: float, scales: Scales) -> tuple[f
     variances, total = (scales.row_variances, scales.column_variances), 0.0
     for first, last in cells.spans():
         posterior = moments(cells.rows(first, last), 0.0, deviation)
-        share = (posterior.variance.double() / deviation**2).cpu()  # of the variance, that the cell leaves open
-        energy = ((posterior.mean.square() + posterior.variance) * scales.of_rows(first, last) ** 2).double().cpu()
+        share = (
+            posterior.variance.double() / deviation**2
+        ).cpu()  # of the variance, that the cell leaves open
+        energy = (
+            ((posterior.mean.square() + posterior.variance) * scales.of_rows(first, last) ** 2)
+            .double()
+            .cpu()
+        )
         energy *= (share**2 * (variances[0][first:last, None] + variances[1]) / 2).exp()
         total += float(energy.sum())
         open_energy[0][first:last] += (energy * share).sum(1)
@@ -362,14 +404,18 @@ def measure_norm(cells: CellMatrix, deviation: float, scales: Scales) -> tuple[f
 def unscale(low_rank: LowRank, scales: Scales) -> tuple[Tensor, Tensor, Tensor]:
     """Return the singular value decomposition of L before the division, in float64."""
     (left, r_left), (right, r_right) = (
-        torch.linalg.qr(part.double()) for part in (low_rank.u * scales.rows[:, None], (low_rank.vh * scales.columns).T)
+        torch.linalg.qr(part.double())
+        for part in (low_rank.u * scales.rows[:, None], (low_rank.vh * scales.columns).T)
     )
     u, s, vh = torch.linalg.svd((r_left * low_rank.values.eta.to(r_left)) @ r_right.T)
     return left @ u, s, vh @ right.T
 
 
-def measure_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float, scales: Scales) -> tuple[Tensor, Tensor]:
-    """Return the likeliest length of X along each direction of L before the division, and its standard error.
+def measure_lengths(
+    held_out: HeldOut, low_rank: LowRank, deviation: float, scales: Scales
+) -> tuple[Tensor, Tensor]:
+    """Return the likeliest length of X along each direction of L before the division, and its
+    standard error.
 
     Entries count by what their cells know. The error is that of sampling.
 
@@ -388,17 +434,23 @@ def measure_lengths(held_out: HeldOut, low_rank: LowRank, deviation: float, scal
         posterior = moments(part.cells, mean, deviation)
         information = (unit * (1 - posterior.variance[0] / deviation**2)[:, None]).T @ unit
         information += 1e-9 * (1 + information.trace()) * torch.eye(len(s)).to(unit)
-        lengths = lengths + torch.linalg.solve(information, unit.T @ (posterior.mean - mean)[0].double())
+        lengths = lengths + torch.linalg.solve(
+            information, unit.T @ (posterior.mean - mean)[0].double()
+        )
     return lengths.cpu(), deviation * torch.linalg.inv(information).diagonal().sqrt().cpu()
 
 
-def estimate_linear_lengths(held_out: HeldOut, low_rank: LowRank, density: Density) -> tuple[Tensor, float]:
-    """Return the length of X in each direction of L from posterior means without L, and its standard error.
+def estimate_linear_lengths(
+    held_out: HeldOut, low_rank: LowRank, density: Density
+) -> tuple[Tensor, float]:
+    """Return the length of X in each direction of L from posterior means without L, and its
+    standard error.
 
-    With h = E[x | cell] under the density and a = E[h²]/E[x²], Σ k·h/a over entries k of a direction is the length
-    whenever E[k | x] is linear in x, whatever the distribution of x (Bussgang 1952). The likelihood of N(L, s²) needs a
-    normal remainder: of entries that saturate, as in steps of Adam, only the few with small spacings change if the
-    start is exact, and lengths come out up to 20% too small. a·L is subtracted from h for a smaller error.
+    With h = E[x | cell] under the density and a = E[h²]/E[x²], Σ k·h/a over entries k of a
+    direction is the length whenever E[k | x] is linear in x, whatever the distribution of x
+    (Bussgang 1952). The likelihood of N(L, s²) needs a normal remainder: of entries that saturate,
+    as in steps of Adam, only the few with small spacings change if the start is exact, and lengths
+    come out up to 20% too small. a·L is subtracted from h for a smaller error.
 
     Args:
         held_out: Cells that L does not know.
@@ -427,7 +479,8 @@ def fit_scales(cells: CellMatrix, size: Size) -> tuple[Scales, CellMatrix, Size]
         size: Size of X, with one variance for all entries.
 
     Returns:
-        The scales, the cells divided by them, and the size of their contents; None if one variance explains the cells
+        The scales, the cells divided by them, and the size of their contents; None if one variance
+            explains the cells
         equally well, by the score test or the Bayesian information criterion.
     """
     scores = _sum_scale_scores(cells, size.deviation)
@@ -442,12 +495,16 @@ def fit_scales(cells: CellMatrix, size: Size) -> tuple[Scales, CellMatrix, Size]
         step, variances[dim] = _newton_step(scores, dim, logs)
         logs += step
         logs -= logs.mean()
-        scales = Scales(*((log / 2).exp().float().to(cells.device) for log in (log_rows, log_columns)), *variances)
+        scales = Scales(
+            *((log / 2).exp().float().to(cells.device) for log in (log_rows, log_columns)),
+            *variances,
+        )
         divided = scales.divide(cells)
         scores = _sum_scale_scores(divided, deviation)
         deviation *= math.exp(max(-0.5, min(0.5, 0.5 * scores.level)))
     fitted = fit_size(divided, deviation)
-    # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are comparable.
+    # Cells divided by √(a_i·b_j) have the same probabilities, so that the likelihoods are
+    # comparable.
     penalty = (sum(cells.shape) - 2) / 2 * math.log(cells.count)
     if fitted.log_likelihood - size.log_likelihood < penalty:
         return None
@@ -485,11 +542,18 @@ def _sum_scale_scores(cells: CellMatrix, deviation: float) -> _Scores:
             sums[1].add_(values.sum(0).double().cpu())
         squares += float(excess.double().square().sum())
     total = max(1e-9, float(known[0].sum()))
-    return _Scores((score[0], score[1]), (known[0], known[1]), squares / 4 / total, float(score[0].sum()) / total)
+    return _Scores(
+        (score[0], score[1]),
+        (known[0], known[1]),
+        squares / 4 / total,
+        float(score[0].sum()) / total,
+    )
 
 
 def _excess_variation(scores: _Scores, dim: int) -> float:
-    """Return the excess variation of the scores of rows (0) or columns (1) over chance, in standard deviations."""
+    """Return the excess variation of the scores of rows (0) or columns (1) over chance, in standard
+    deviations.
+    """
     information = (scores.per_known * scores.known[dim]).clamp(min=1e-9)
     chi = float(((scores.score[dim] / 2) ** 2 / information).sum())
     return (chi - len(information)) / math.sqrt(2 * len(information))

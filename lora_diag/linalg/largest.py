@@ -1,15 +1,17 @@
 """Lower bound of the largest singular value of a matrix that is read once, in row blocks.
 
-For every q with ‖q‖ ≤ 1, ‖Wᵀq‖ ≤ σ_1(W). The part of q that belongs to a block B is B·v, with v the direction of
-s = Wᵀq so far (a power step), and the parts before shrink so that the norm of q stays 1:
+For every q with ‖q‖ ≤ 1, ‖Wᵀq‖ ≤ σ_1(W). The part of q that belongs to a block B is B·v, with v the
+direction of s = Wᵀq so far (a power step), and the parts before shrink so that the norm of q stays
+1:
 
     y = B·v,   c² = ‖s‖² + ‖y‖²,   s ← (‖s‖·s + Bᵀy)/c.
 
-That is certified whatever v is, and close to σ_1 if the blocks share their leading right singular vector. A matrix of
-one block has the power iteration itself (Golub and Van Loan 2013, section 7.3).
+That is certified whatever v is, and close to σ_1 if the blocks share their leading right singular
+vector. A matrix of one block has the power iteration itself (Golub and Van Loan 2013, section 7.3).
 
-Rounding. With u the unit roundoff of the products and b the rows of a block, the error of s is at most
-b·u·‖B‖_F·‖q_B‖ in each block (Higham 2002, section 3.5), hence b·u·‖W‖_F over all by the Cauchy–Schwarz inequality.
+Rounding. With u the unit roundoff of the products and b the rows of a block, the error of s is at
+most b·u·‖B‖_F·‖q_B‖ in each block (Higham 2002, section 3.5), hence b·u·‖W‖_F over all by the
+Cauchy–Schwarz inequality.
 """
 
 from __future__ import annotations
@@ -54,5 +56,11 @@ class LargestValue:
 
     def bound(self, fro: float) -> float:
         """Return a lower bound of σ_1; ``fro`` is ‖W‖_F."""
-        power = 0.0 if self._s is None else float(torch.linalg.vector_norm(self._s)) * (1 - 1e-6) - self._unit * fro
-        return max(fro * (1 - 1e-12) / math.sqrt(min(self._shape)), power)  # in this order for a power of NaN
+        power = (
+            0.0
+            if self._s is None
+            else float(torch.linalg.vector_norm(self._s)) * (1 - 1e-6) - self._unit * fro
+        )
+        return max(
+            fro * (1 - 1e-12) / math.sqrt(min(self._shape)), power
+        )  # in this order for a power of NaN

@@ -1,45 +1,52 @@
 """Check whether M is a rounding of W + ΔW, entry by entry.
 
-A merge computes ΔW in some precision, adds it to W and rounds to the stored dtype d. For any order of operations,
+A merge computes ΔW in some precision, adds it to W and rounds to the stored dtype d. For any order
+of operations,
 
     |M − (W + ΔW)| ≤ ulp_d(M)/2 + δ,
 
-where δ bounds the rounding inside ΔW. With u the unit roundoff of the arithmetic, r the rank and P = |B||A|:
+where δ bounds the rounding inside ΔW. With u the unit roundoff of the arithmetic, r the rank and P
+= |B||A|:
 
 - ΔW rounded once as a product and once after scaling (both in d): 2u|ΔW|;
-- factors cast to d before the product, where they are stored more finely: 4u·P (B, A and up to two diagonals);
+- factors cast to d before the product, where they are stored more finely: 4u·P (B, A and up to two
+  diagonals);
 - the product summed in float32: (r + 8)·2⁻²⁴·P (Higham 2002, eq. 3.5);
 - W + ΔW in float32, where d is shorter: 2⁻²⁴(|W| + |ΔW|);
 - terms of the product added to W one after the other: (r − 1)·2⁻²⁴|W| (2⁻⁵³ where d is float64).
 
-The last one is for W + s·B·A in one call (GEMM with β = 1). It sums W and r products in an order of its own: the
-products first, W first, or parts of them (split-K), with or without FMA. In a sum of r + 1 terms in any order a term
-takes part in r additions at most, so the error is below γ_r|W| + γ_(r+2)P, γ_k = k·u/(1 − k·u), with two more roundings
-of every product without FMA: that of itself, and that of its scaling (Higham 2002, eq. 3.4 and section 4.2). Of the r
-roundings of W one is in ulp_d(M)/2 or W + ΔW, and (r + 8)P covers those of P. MKL adds the terms to W one by one where
-it may use SSE2 only: errors beyond ulp(M)/2 + (r + 10)u·P were 14u|W| at r = 64, 18 at 128; with FMA there were none.
+The last one is for W + s·B·A in one call (GEMM with β = 1). It sums W and r products in an order of
+its own: the products first, W first, or parts of them (split-K), with or without FMA. In a sum of r
++ 1 terms in any order a term takes part in r additions at most, so the error is below γ_r|W| +
+γ_(r+2)P, γ_k = k·u/(1 − k·u), with two more roundings of every product without FMA: that of itself,
+and that of its scaling (Higham 2002, eq. 3.4 and section 4.2). Of the r roundings of W one is in
+ulp_d(M)/2 or W + ΔW, and (r + 8)P covers those of P. MKL adds the terms to W one by one where it
+may use SSE2 only: errors beyond ulp(M)/2 + (r + 10)u·P were 14u|W| at r = 64, 18 at 128; with FMA
+there were none.
 
-An update that is not a product of two factors (DoRA, LoHa, rotations) has the bound (4u + 16·2⁻²⁴)(|W| + |ΔW| + rms
-ΔW).
+An update that is not a product of two factors (DoRA, LoHa, rotations) has the bound (4u +
+16·2⁻²⁴)(|W| + |ΔW| + rms ΔW).
 
-Since δ is relative to ΔW and not to W, an update far below ulp(W) is still checked sharply: M must equal the number
-that W + ΔW rounds to.
+Since δ is relative to ΔW and not to W, an update far below ulp(W) is still checked sharply: M must
+equal the number that W + ΔW rounds to.
 
-Within this bound, single entries cannot reveal a slightly wrong scale, but all entries together can: with M* = W + ΔW
-rounded once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a correct merge is c* = ⟨M* − W, ΔW⟩/‖ΔW‖² up to a sum of independent
-rounding errors, whose standard error is also computed (``Check.scale_error``).
+Within this bound, single entries cannot reveal a slightly wrong scale, but all entries together
+can: with M* = W + ΔW rounded once, the scale c = ⟨M − W, ΔW⟩/‖ΔW‖² of a correct merge is c* = ⟨M* −
+W, ΔW⟩/‖ΔW‖² up to a sum of independent rounding errors, whose standard error is also computed
+(``Check.scale_error``).
 
-Scales that cancel in this sum are found in blocks of rows and of columns. Two parts of a layer with the scales 1.01 and
-0.99 (fused query, key and value, heads, a fused gate and up projection) have the right scale together. In a correct
-merge, the terms (M − M*)ΔW of every part have random signs, as those of the layer have: a part S has D = Σ_S (M − M*)ΔW
-with the variance V = Σ_S ((M − M*)ΔW)² + (roundings of factors). Parts are single rows and aligned blocks of 2, 4, 8, …
-rows, and of columns likewise: 2(m + n) in all, so that any run of rows contains a block of a fourth of its length. Two
-tests, both at the level of that of the layer divided by 2(m + n):
+Scales that cancel in this sum are found in blocks of rows and of columns. Two parts of a layer with
+the scales 1.01 and 0.99 (fused query, key and value, heads, a fused gate and up projection) have
+the right scale together. In a correct merge, the terms (M − M*)ΔW of every part have random signs,
+as those of the layer have: a part S has D = Σ_S (M − M*)ΔW with the variance V = Σ_S ((M − M*)ΔW)²
++ (roundings of factors). Parts are single rows and aligned blocks of 2, 4, 8, … rows, and of
+columns likewise: 2(m + n) in all, so that any run of rows contains a block of a fourth of its
+length. Two tests, both at the level of that of the layer divided by 2(m + n):
 
 - |D| ≤ L·√V for every block, L² = 2(ln 2(m + n) + 18) (Hoeffding 1963);
-- ΣD²/V ≤ k + 2√(kx) + 2x, x = L²/2, over the k blocks of one size, for parts that alternate. Given the sizes of its
-  terms, D/√V is subgaussian, so that ΣD²/V has the tail of χ² with k degrees of freedom (Laurent and Massart 2000,
-  lemma 1).
+- ΣD²/V ≤ k + 2√(kx) + 2x, x = L²/2, over the k blocks of one size, for parts that alternate. Given
+  the sizes of its terms, D/√V is subgaussian, so that ΣD²/V has the tail of χ² with k degrees of
+  freedom (Laurent and Massart 2000, lemma 1).
 """
 
 from __future__ import annotations
@@ -55,9 +62,9 @@ from torch import Tensor
 from lora_diag.linalg.difference import first_non_finite
 from lora_diag.linalg.rounding import LAYOUT, SHORTER
 
-# Number of standard errors by which the scale c of a layer may differ from c*. Errors have random signs; given their
-# sizes, a sum exceeds L·√Σx² with probability at most 2·exp(−L²/2) = 3e-8, L = 6 (Hoeffding 1963), for any number of
-# terms.
+# Number of standard errors by which the scale c of a layer may differ from c*. Errors have random
+# signs; given their sizes, a sum exceeds L·√Σx² with probability at most 2·exp(−L²/2) = 3e-8, L = 6
+# (Hoeffding 1963), for any number of terms.
 MAX_SCALE_ERRORS = 6.0
 
 
@@ -67,10 +74,14 @@ class Lines(NamedTuple):
     Args:
         difference: Σ (M − M*)ΔW.
         energy: Σ ΔW².
-        variance: Variance of ``difference`` in correct merges, from roundings that no other line shares.
-        deviation: Its standard deviation from roundings that lines share; while adding up, ``shared_terms`` of ΔW.
-        ties: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, q the spacing of M: they change if ΔW rounds up to q/2.
-        along: ⟨W, ΔW⟩; of the complete sums, times the relative error of dequantizing W in all entries alike.
+        variance: Variance of ``difference`` in correct merges, from roundings that no other line
+            shares.
+        deviation: Its standard deviation from roundings that lines share; while adding up,
+            ``shared_terms`` of ΔW.
+        ties: Σ |ΔW|q over the entries with q/4 < |ΔW| < q, q the spacing of M: they change if ΔW
+            rounds up to q/2.
+        along: ⟨W, ΔW⟩; of the complete sums, times the relative error of dequantizing W in all
+            entries alike.
     """
 
     difference: Tensor
@@ -87,7 +98,11 @@ class Lines(NamedTuple):
 
     def join_pairs(self) -> Lines:
         """Return the sums of lines 0 and 1, of lines 2 and 3, and so on."""
-        return Lines(*torch.nn.functional.pad(torch.stack(self), (0, len(self.energy) % 2)).view(6, -1, 2).sum(2))
+        return Lines(
+            *torch.nn.functional.pad(torch.stack(self), (0, len(self.energy) % 2))
+            .view(6, -1, 2)
+            .sum(2)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,14 +124,19 @@ class Stretch:
     error: float
 
 
-def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Tensor]) -> tuple[Stretch, ...]:
-    """Return blocks whose scale no rounding explains: the clearest with too much and with too little of ΔW.
+def find_uneven(
+    sides: tuple[Lines, Lines], common: Callable[[Lines, float], Tensor]
+) -> tuple[Stretch, ...]:
+    """Return blocks whose scale no rounding explains: the clearest with too much and with too
+    little of ΔW.
 
-    Both are blocks along the same axis, rows or columns: that of the clearest of all. Empty if rounding explains all.
+    Both are blocks along the same axis, rows or columns: that of the clearest of all. Empty if
+    rounding explains all.
 
     Args:
         sides: The sums over rows, and over columns.
-        common: Takes sums and their numbers of entries; returns what roundings may add to all entries alike.
+        common: Takes sums and their numbers of entries; returns what roundings may add to all
+            entries alike.
     """
     counts = [len(lines.energy) for lines in sides]
     exponent = MAX_SCALE_ERRORS**2 / 2 + math.log(2 * sum(counts))
@@ -131,7 +151,10 @@ def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Ten
             # 0/0 where nothing was rounded: float64 sums differ by less than this
             excess = (off - allowed).clamp_min(0) / error.clamp_min(1e-12 * lines.energy + 1e-300)
             independent = (off - allowed - limit * lines.deviation).clamp_min(0)
-            squares = (independent.square() / lines.variance.clamp_min((1e-12 * lines.energy).square() + 1e-300)).sum()
+            squares = (
+                independent.square()
+                / lines.variance.clamp_min((1e-12 * lines.energy).square() + 1e-300)
+            ).sum()
             spread = len(excess) + 2 * math.sqrt(len(excess) * exponent) + 2 * exponent
             if bool((excess > limit).any()) or float(squares) > spread:
                 for too_much in (True, False):
@@ -140,40 +163,49 @@ def find_uneven(sides: tuple[Lines, Lines], common: Callable[[Lines, float], Ten
                     if largest > 0 and (previous is None or largest > previous[0]):
                         energy = float(lines.energy[i])
                         ends = i * width, min(counts[axis], (i + 1) * width)
-                        stretch = Stretch(axis, *ends, float(lines.difference[i]) / energy, float(error[i]) / energy)
+                        stretch = Stretch(
+                            axis,
+                            *ends,
+                            float(lines.difference[i]) / energy,
+                            float(error[i]) / energy,
+                        )
                         clearest[axis, too_much] = largest, stretch
             lines, width = lines.join_pairs(), 2 * width
     if not clearest:
         return ()
     axis = max(clearest, key=lambda key: clearest[key][0])[0]
-    return tuple(clearest[axis, too_much][1] for too_much in (True, False) if (axis, too_much) in clearest)
+    return tuple(
+        clearest[axis, too_much][1] for too_much in (True, False) if (axis, too_much) in clearest
+    )
 
 
 # Unit roundoff of float32, in which products are summed.
 _U32 = 2.0**-24
 
-# Error of the arithmetic of an update computed from W (DoRA's norm, quotient, product and sum; a rotation's row of
-# products), in units of u(|W| + |ΔW|).
+# Error of the arithmetic of an update computed from W (DoRA's norm, quotient, product and sum; a
+# rotation's row of products), in units of u(|W| + |ΔW|).
 _STEPS_WITH_W = 4.0
 
-# Entries per block: a dozen float64 arrays of them fit in the cache. One core on a bf16 pair of 4096²: 0.63 s with
-# 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
+# Entries per block: a dozen float64 arrays of them fit in the cache. One core on a bf16 pair of
+# 4096²: 0.63 s with 2^13, 0.49 with 2^14, 0.63 with 2^15, 1.4 with 2^16, 1.9 with 2^20.
 _CHUNK = 2**14
 
-# Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e, 2^(e+1)), for which
-# the mean of 4^e/x² is 3/(8 ln 2).
+# Variance of one rounding to nearest, in units of (u·x)²: (2u·2^e)²/12 with x log-uniform in [2^e,
+# 2^(e+1)), for which the mean of 4^e/x² is 3/(8 ln 2).
 _VARIANCE = 0.18
 
-# Roundings of each factor (cast and scaled), and those common to rows and columns in an update computed from W.
+# Roundings of each factor (cast and scaled), and those common to rows and columns in an update
+# computed from W.
 _FACTOR_ROUNDINGS, _WHOLE_ROUNDINGS = 2.0, 4.0
 
-# Rounding to nearest is biased if the density f of the values has a slope: by (2u·2^e)²/12·f'/f, which is 0.54u² of a
-# Gaussian ΔW per rounding. Both factors, the product and the scaled product give less than four times that.
+# Rounding to nearest is biased if the density f of the values has a slope: by (2u·2^e)²/12·f'/f,
+# which is 0.54u² of a Gaussian ΔW per rounding. Both factors, the product and the scaled product
+# give less than four times that.
 _BIAS = 4.0
 
-# A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if it came from the
-# cell (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should, u/4 of what lies about q/2 for each
-# rounding.
+# A ΔW rounded to M's dtype is q/2 itself, a tie that moves every other entry of a W on the grid, if
+# it came from the cell (1 − u/2, 1 + u)q/2: one and a half of three parts move where two should,
+# u/4 of what lies about q/2 for each rounding.
 _TIED = 0.5
 
 # Second-order terms of the bounds above, and the float64 arithmetic here.
@@ -191,21 +223,35 @@ class Product:
         """Return the rows of ΔW from ``first`` to before ``last``, float64."""
         return self.b[first:last] @ self.a
 
-    def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Return δ for rows of ΔW with absolute values ``size``, and P, the sum of absolute terms."""
+    def error(
+        self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding
+    ) -> tuple[Tensor, Tensor]:
+        """Return δ for rows of ΔW with absolute values ``size``, and P, the sum of
+        absolute terms.
+        """
         magnitude = self.b[first:last].abs() @ self.a.abs()
         u = rounding.roundoff
         casts = 4 * u if rounding.cast else 0.0
-        small = smallest_subnormal(rounding.dtype)  # below the normal numbers, rounding has an absolute error
+        small = smallest_subnormal(
+            rounding.dtype
+        )  # below the normal numbers, rounding has an absolute error
         rank = self.b.shape[1]
-        bound = 2 * u * size + (casts + (rank + 8) * _U32) * magnitude + (2 + rounding.scale) * small
+        bound = (
+            2 * u * size + (casts + (rank + 8) * _U32) * magnitude + (2 + rounding.scale) * small
+        )
         bound += max(0, rank - 1) * min(_U32, unit_roundoff(rounding.dtype)) * w.abs()
         if rounding.cast:
-            bound += small * (self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0))
+            bound += small * (
+                self.b[first:last].abs().sum(1, keepdim=True) + rounding.scale * self.a.abs().sum(0)
+            )
         return bound, magnitude
 
-    def shared_terms(self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding) -> Tensor | None:
-        """Return Σ_k (B_ik·A_kj·ΔW_ij)² for rows, proportional to the variance that lines share; None without casts."""
+    def shared_terms(
+        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding
+    ) -> Tensor | None:
+        """Return Σ_k (B_ik·A_kj·ΔW_ij)² for rows, proportional to the variance that lines share;
+        None without casts.
+        """
         if not rounding.cast:
             return None
         return (self.b[first:last].square() @ self.a.square()).mul_(delta).mul_(delta)
@@ -213,8 +259,8 @@ class Product:
     def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
         """Add the variance of ⟨E, ΔW⟩ over the rounding errors E of B and A to the lines.
 
-        An entry of B is shared by a row, and one of A by a column. In a block of rows, errors of A add up; the sum of
-        the rows' standard deviations bounds theirs (Minkowski).
+        An entry of B is shared by a row, and one of A by a column. In a block of rows, errors of A
+        add up; the sum of the rows' standard deviations bounds theirs (Minkowski).
 
         Returns:
             The variance of the whole layer.
@@ -223,12 +269,21 @@ class Product:
             return 0.0
         variance_of_one = _VARIANCE * rounding.roundoff**2
         absolute = _FACTOR_ROUNDINGS * smallest_subnormal(rounding.dtype) ** 2 / 12
-        by_b, by_a = self.b @ (self.a @ self.a.T), (self.b.T @ self.b) @ self.a  # ⟨E, ΔW⟩ for E = 1 in one entry
-        sides = ((rows, self.b, by_b, rounding.scale**2, 1.0), (columns, self.a.T, by_a.T, 1.0, rounding.scale**2))
+        by_b, by_a = (
+            self.b @ (self.a @ self.a.T),
+            (self.b.T @ self.b) @ self.a,
+        )  # ⟨E, ΔW⟩ for E = 1 in one entry
+        sides = (
+            (rows, self.b, by_b, rounding.scale**2, 1.0),
+            (columns, self.a.T, by_a.T, 1.0, rounding.scale**2),
+        )
         variance = 0.0
         for lines, factor, by_entry, own_scale, other_scale in sides:
             relative = (factor * by_entry).square().sum(1)
-            own = variance_of_one * _FACTOR_ROUNDINGS * relative + absolute * own_scale * by_entry.square().sum(1)
+            own = (
+                variance_of_one * _FACTOR_ROUNDINGS * relative
+                + absolute * own_scale * by_entry.square().sum(1)
+            )
             shared = variance_of_one * _FACTOR_ROUNDINGS * lines.deviation
             shared += absolute * other_scale * factor.square().sum(1) * lines.energy
             if rounding.diagonal:
@@ -237,7 +292,9 @@ class Product:
             lines.deviation.copy_(shared.sqrt())
             variance += float(own.sum())
         if rounding.diagonal:
-            variance += variance_of_one * float(sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1)))
+            variance += variance_of_one * float(
+                sum((self.b * by_b).sum(axis).square().sum() for axis in (0, 1))
+            )
         return variance
 
     def bias(self) -> float:
@@ -250,15 +307,23 @@ class Product:
 
     def scale_lines(self, factors: Tensor, axis: int) -> Product:
         """Return ΔW with every row (axis 0) or column multiplied by its factor."""
-        return Product(self.b * factors[:, None], self.a) if axis == 0 else Product(self.b, self.a * factors)
+        return (
+            Product(self.b * factors[:, None], self.a)
+            if axis == 0
+            else Product(self.b, self.a * factors)
+        )
 
     def truncate_factors(self, scale: float) -> Product:
-        """Return s·B·A with the factors truncated to the 10 mantissa bits of TF32, as read by a tensor core.
+        """Return s·B·A with the factors truncated to the 10 mantissa bits of TF32, as read by a
+        tensor core.
 
         Args:
             scale: s, included in B.
         """
-        b, a = ((x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double() for x in (self.b / scale, self.a))
+        b, a = (
+            (x.float().view(torch.int32) & ~0x1FFF).view(torch.float32).double()
+            for x in (self.b / scale, self.a)
+        )
         return Product(b * scale, a)
 
     def take(self, rows: Tensor) -> Product:
@@ -294,19 +359,31 @@ class Whole:
         """Return the rows of ΔW from ``first`` to before ``last``, float64."""
         return self.read(first, last).double() * self.factor
 
-    def error(self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
-        """Return δ for rows of ΔW with absolute values ``size``, and the size of the terms of sums."""
+    def error(
+        self, first: int, last: int, size: Tensor, w: Tensor, rounding: Rounding
+    ) -> tuple[Tensor, Tensor]:
+        """Return δ for rows of ΔW with absolute values ``size``, and the size of the
+        terms of sums.
+        """
         if self.exact:
             return torch.zeros_like(size), size.clone()
-        summed = size + w.abs() + float((size**2).mean().sqrt())  # terms that cancelled in a sum are of this size
+        summed = (
+            size + w.abs() + float((size**2).mean().sqrt())
+        )  # terms that cancelled in a sum are of this size
         return (_STEPS_WITH_W * rounding.roundoff + 16 * _U32) * summed, summed
 
-    def shared_terms(self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding) -> Tensor | None:
-        """Return (|W·ΔW| + ΔW²)² for rows, proportional to the variance that lines share; None without arithmetic."""
+    def shared_terms(
+        self, first: int, last: int, w: Tensor, delta: Tensor, rounding: Rounding
+    ) -> Tensor | None:
+        """Return (|W·ΔW| + ΔW²)² for rows, proportional to the variance that lines share; None
+        without arithmetic.
+        """
         return None if self.exact else (w * delta).abs_().addcmul_(delta, delta).square_()
 
     def add_noise(self, rows: Lines, columns: Lines, rounding: Rounding) -> float:
-        """Add the variance of roundings of whole rows and columns to the lines; return that of the layer."""
+        """Add the variance of roundings of whole rows and columns to the lines; return that of the
+        layer.
+        """
         if self.exact:
             return 0.0
         relative, variance = _WHOLE_ROUNDINGS * _VARIANCE * rounding.roundoff**2, 0.0
@@ -318,7 +395,9 @@ class Whole:
         return variance
 
     def bias(self) -> float:
-        """Return the relative error of ΔW that truncating sums can have in all entries alike; 0 without arithmetic."""
+        """Return the relative error of ΔW that truncating sums can have in all entries alike; 0
+        without arithmetic.
+        """
         return 0.0 if self.exact else 16 * _U32
 
     def times(self, factor: float) -> Whole:
@@ -396,9 +475,10 @@ class Check:
         entries: Number of entries.
         beyond: Number of entries of M that no rounding of W + ΔW explains, by row and by column.
         beyond_base: The same for W + 0 with the same tolerance: visible changes.
-        lines: Sums over the rows, and over the columns, with M* as ``Rounding.round_sum`` returns it.
-        worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and the terms of ΔW, or in steps of a quantized M
-            where these are larger.
+        lines: Sums over the rows, and over the columns, with M* as ``Rounding.round_sum`` returns
+            it.
+        worst: max |M − (W + ΔW)| in ulp of the largest of |W|, |M| and the terms of ΔW, or in steps
+            of a quantized M where these are larger.
         unchanged: Number of entries with M = W, or W rounded.
         inner: ⟨O, ΔW⟩.
         expected: ‖ΔW‖².
@@ -407,10 +487,11 @@ class Check:
         base: ‖W‖².
         merged: ‖M‖².
         allowed: Σ of the squared tolerances.
-        variance: Variance of ``inner`` − ``ideal`` in correct merges: Σ (M − M*)²ΔW², since the signs of M − M* are
-            random, plus the roundings of factors, common to rows or columns.
+        variance: Variance of ``inner`` − ``ideal`` in correct merges: Σ (M − M*)²ΔW², since the
+            signs of M − M* are random, plus the roundings of factors, common to rows or columns.
         apart: Σ |(M − M*)ΔW|, which is |``inner`` − ``ideal``| if all errors have one sign.
-        crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M' of (1 + h)ΔW.
+        crossing: Σ |ΔW|³q, q the spacing of M's numbers: h times that is Σ (M* − M')²ΔW² for the M'
+            of (1 + h)ΔW.
         bias: Relative error of ΔW that sums can have in all entries alike.
         roundoff: u; 0 if ΔW needs no arithmetic.
         least: The largest error of rounding a number below the normal ones.
@@ -463,22 +544,26 @@ class Check:
 
     @property
     def scale_error(self) -> float:
-        """Standard error of c = inner/expected about c* = ideal/expected; infinite if M* is not known or ΔW = 0."""
+        """Standard error of c = inner/expected about c* = ideal/expected; infinite if M* is not
+        known or ΔW = 0.
+        """
         if self.gridded or not self.expected:
             return math.inf
         return math.sqrt(self.variance) / self.expected
 
     @property
     def scale_limit(self) -> float:
-        """Largest difference of c from c* in a correct merge: random errors, and errors common to all entries."""
+        """Largest difference of c from c* in a correct merge: random errors, and errors common to
+        all entries.
+        """
         return MAX_SCALE_ERRORS * self.scale_error + self.common_error
 
     @property
     def common_error(self) -> float:
         """Relative error of ΔW that roundings can have in all entries alike.
 
-        This includes a quantizer's gain: near the optimum, quantizing removes the fraction of its noise from the
-        signal.
+        This includes a quantizer's gain: near the optimum, quantizing removes the fraction of its
+        noise from the signal.
         """
         if not self.expected:
             return 0.0
@@ -486,14 +571,20 @@ class Check:
         return float(self.common(whole, self.entries)) / self.expected
 
     def common(self, lines: Lines, entries: float) -> Tensor:
-        """Return the largest |Σ (M − M*)ΔW| of roundings that all entries of a line share, in lines of ``entries``."""
+        """Return the largest |Σ (M − M*)ΔW| of roundings that all entries of a line share, in lines
+        of ``entries``.
+        """
         gain = 2 * self.coarsest / self.base if self.base else 0.0
-        rounded = self.roundoff * lines.energy.sqrt() + self.least * math.sqrt(entries)  # subnormal numbers included
+        rounded = self.roundoff * lines.energy.sqrt() + self.least * math.sqrt(
+            entries
+        )  # subnormal numbers included
         biased = _BIAS * rounded.square() + _TIED * self.roundoff * lines.ties
         return (self.bias + gain) * lines.energy + biased + lines.along.abs()
 
     def resolves(self, change: float) -> bool:
-        """Return whether a scale with the relative error ``change`` would be detected, with a margin of two."""
+        """Return whether a scale with the relative error ``change`` would be detected, with a
+        margin of two.
+        """
         if not self.expected or self.gridded:
             return False
         noise = math.sqrt(self.variance + change * self.crossing) / self.expected
@@ -501,17 +592,26 @@ class Check:
 
     @property
     def drifted(self) -> bool:
-        """Whether more or less of ΔW arrived, in all or in a part, than roundings can add or remove."""
+        """Whether more or less of ΔW arrived, in all or in a part, than roundings can add or
+        remove.
+        """
         off = abs(self.inner - self.ideal)
-        return self.expected > 0 and (not off <= self.scale_limit * self.expected or bool(self.uneven))
+        return self.expected > 0 and (
+            not off <= self.scale_limit * self.expected or bool(self.uneven)
+        )
 
 
-# W, M and the steps of M's format (None where they follow from value and dtype), ``(rows, n)`` each.
+# W, M and the steps of M's format (None where they follow from value and dtype), ``(rows, n)``
+# each.
 Block = tuple[Tensor, Tensor, Tensor | None]
 
 
 def check_merge(
-    blocks: Iterable[Block], shape: tuple[int, int], addend: Addend, rounding: Rounding, whole: bool = True
+    blocks: Iterable[Block],
+    shape: tuple[int, int],
+    addend: Addend,
+    rounding: Rounding,
+    whole: bool = True,
 ) -> Check:
     """Compare every entry of M with W + ΔW.
 
@@ -526,7 +626,10 @@ def check_merge(
         Counts and norms; after a non-finite entry of BASE or MERGED nothing more is read.
 
     Example:
-        >>> w, d = torch.tensor([[1.0, 2.0]]).bfloat16(), torch.tensor([[0.25, 0.001]], dtype=torch.float64)
+        >>> w, d = (
+        ...     torch.tensor([[1.0, 2.0]]).bfloat16(),
+        ...     torch.tensor([[0.25, 0.001]], dtype=torch.float64),
+        ... )
         >>> m = (w.double() + d).bfloat16()
         >>> addend = Product(torch.ones(1, 1, dtype=torch.float64), d)
         >>> found = check_merge([(w, m, None)], (1, 2), addend, Rounding(torch.bfloat16, 2**-8))
@@ -534,7 +637,11 @@ def check_merge(
         (0, 1)
     """
     rows, columns = shape
-    check = Check(_make_counts(rows, columns), _make_counts(rows, columns), (Lines.zeros(rows), Lines.zeros(columns)))
+    check = Check(
+        _make_counts(rows, columns),
+        _make_counts(rows, columns),
+        (Lines.zeros(rows), Lines.zeros(columns)),
+    )
     check.bias = addend.bias()
     if isinstance(addend, Product) or not addend.exact:
         check.roundoff, check.least = rounding.roundoff, smallest_subnormal(rounding.dtype) / 2
@@ -569,7 +676,13 @@ def _make_counts(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def _add_rows(
-    check: Check, w: Tensor, m: Tensor, step: Tensor | None, addend: Addend, rounding: Rounding, span: tuple[int, int]
+    check: Check,
+    w: Tensor,
+    m: Tensor,
+    step: Tensor | None,
+    addend: Addend,
+    rounding: Rounding,
+    span: tuple[int, int],
 ) -> None:
     """Add rows to the result of a check.
 
@@ -611,7 +724,10 @@ def _add_rows(
         counts[0][span[0] : span[1]] += bad.sum(1)
         counts[1].add_(bad.sum(0))
     spacing = ulp(torch.maximum(torch.maximum(w.abs(), m.abs()), summed), rounding.dtype)
-    check.worst = max(check.worst, float((off / (spacing if step is None else torch.maximum(spacing, step))).max()))
+    check.worst = max(
+        check.worst,
+        float((off / (spacing if step is None else torch.maximum(spacing, step))).max()),
+    )
     check.entries += m.numel()
     check.unchanged += int(unchanged.sum())
     check.inner += _inner(observed, delta)
@@ -671,7 +787,8 @@ def _inner(left: Tensor, right: Tensor) -> float:
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the spacing of a dtype at every value: 2^(⌊log₂|w|⌋ − p), and the spacing of its subnormal numbers below.
+    """Return the spacing of a dtype at every value: 2^(⌊log₂|w|⌋ − p), and the spacing of its
+    subnormal numbers below.
 
     Args:
         values: float64, any shape.
@@ -701,7 +818,8 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def shortest_dtype(values: Tensor) -> torch.dtype:
-    """Return the shortest dtype that represents more than half of the normal values exactly; else the stored one.
+    """Return the shortest dtype that represents more than half of the normal values exactly; else
+    the stored one.
 
     A model that was merged in bfloat16 and saved in float32 has bfloat16 precision only.
     """

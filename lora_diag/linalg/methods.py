@@ -1,8 +1,10 @@
-"""Choice of a method for a matrix, in memory or within a memory limit, and timing of the methods on this machine.
+"""Choice of a method for a matrix, in memory or within a memory limit, and timing of the methods on
+this machine.
 
-The numbers of bytes are upper bounds on peak memory, derived from the code of each method and compared with the
-resident memory of real runs (tests/linalg/test_limited.py). LAPACK's workspaces are those of its documentation: 2n² for
-the eigenvectors of an n×n matrix (dsyevd), negligible for eigenvalues alone.
+The numbers of bytes are upper bounds on peak memory, derived from the code of each method and
+compared with the resident memory of real runs (tests/linalg/test_limited.py). LAPACK's workspaces
+are those of its documentation: 2n² for the eigenvectors of an n×n matrix (dsyevd), negligible for
+eigenvalues alone.
 
 Timing is that of the kernels alone, with synthetic matrices; the cost of a whole run is computed in
 ``decisions.plan.cost``.
@@ -20,7 +22,14 @@ from torch import Tensor
 from lora_diag.errors import MemoryLimitError, UsageError
 from lora_diag.linalg.difference import difference, norm
 from lora_diag.linalg.distance import BLOCK_ENTRIES
-from lora_diag.linalg.exact import IN_PLACE_FROM, Factors, decompose_exact, decompose_gram, gram_matrix, scale_of
+from lora_diag.linalg.exact import (
+    IN_PLACE_FROM,
+    Factors,
+    decompose_exact,
+    decompose_gram,
+    gram_matrix,
+    scale_of,
+)
 from lora_diag.linalg.krylov import LARGEST_BASIS, decompose_krylov, first_basis, may_be_cheaper
 from lora_diag.linalg.streamed import ROWS, Streamed
 
@@ -29,7 +38,8 @@ TOL = 5e-4
 
 METHODS = ("exact", "gram", "krylov")
 
-# Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the smallest values.
+# Up to this many rows or columns LAPACK is as fast as the Gram matrix, and more accurate in the
+# smallest values.
 EXACT_UP_TO = 128
 
 
@@ -46,12 +56,14 @@ def decompose(
 
     Args:
         matrix: A, ``(m, n)`` with m, n ≥ 1, float32 or float64, finite.
-        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and falls back to ``gram`` if the spectrum is too
-            flat, its basis too large or a solver fails; or ``auto`` for the cheapest whose bound meets ``tol``.
+        method: ``exact``; ``gram``; ``krylov``, which needs ``top`` and falls back to ``gram`` if
+            the spectrum is too flat, its basis too large or a solver fails; or ``auto`` for the
+            cheapest whose bound meets ``tol``.
         top: Number of largest values to keep; None for all.
         fro: ‖A‖_F in float64 accuracy if known; else computed.
         vectors: Whether to compute singular vectors.
-        tol: Required bound on the error of every energy fraction; ignored by ``exact`` and ``gram``.
+        tol: Required bound on the error of every energy fraction; ignored by ``exact`` and
+            ``gram``.
         seed: Seed of random starting vectors.
 
     Returns:
@@ -69,13 +81,20 @@ def decompose(
         ([4.0, 3.0], True)
     """
     if matrix.ndim != 2 or matrix.numel() == 0:
-        raise ValueError(f"a matrix with entries is needed, not a tensor of shape {tuple(matrix.shape)}")
+        raise ValueError(
+            f"a matrix with entries is needed, not a tensor of shape {tuple(matrix.shape)}"
+        )
     check_request(method, top, tol)
     if fro is None:
         fro = norm([matrix])
     if (scale := scale_of(fro, matrix.dtype)) != 1.0:
         scaled = decompose(matrix / scale, method, top, fro / scale, vectors, tol, seed)
-        return replace(scaled, s=scaled.s * scale, fro=fro, rest=None if scaled.rest is None else scaled.rest * scale)
+        return replace(
+            scaled,
+            s=scaled.s * scale,
+            fro=fro,
+            rest=None if scaled.rest is None else scaled.rest * scale,
+        )
     smaller = min(matrix.shape)
     if method == "exact" or (method == "auto" and smaller <= EXACT_UP_TO):
         return decompose_exact(matrix, fro, top, vectors)
@@ -86,7 +105,9 @@ def decompose(
     return decompose_gram(matrix, fro, top, vectors)
 
 
-def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: bool = False) -> bool:
+def tries_krylov(
+    shape: tuple[int, ...], method: str, top: int | None, vectors: bool = False
+) -> bool:
     """Return whether ``krylov`` is tried before a full method.
 
     Args:
@@ -96,11 +117,15 @@ def tries_krylov(shape: tuple[int, ...], method: str, top: int | None, vectors: 
         vectors: Whether to compute singular vectors.
     """
     m, n = shape
-    return top is not None and (method == "krylov" or (method == "auto" and may_be_cheaper((m, n), top, vectors)))
+    return top is not None and (
+        method == "krylov" or (method == "auto" and may_be_cheaper((m, n), top, vectors))
+    )
 
 
 def budget_of(method: str) -> float | None:
-    """Return the budget of ``krylov``: infinite if the method was requested explicitly, else None for its default."""
+    """Return the budget of ``krylov``: infinite if the method was requested explicitly, else None
+    for its default.
+    """
     return math.inf if method == "krylov" else None
 
 
@@ -118,15 +143,17 @@ def check_request(method: str, top: int | None, tol: float) -> None:
     if method not in {"auto", *METHODS}:
         raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")
     if method == "krylov" and top is None:
-        raise UsageError("--method krylov: computes the largest values only; give --top K, or use auto")
+        raise UsageError(
+            "--method krylov: computes the largest values only; give --top K, or use auto"
+        )
     if top is not None and top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
     if not 0 < tol < 1:
         raise UsageError(f"--tol {tol}: must lie between 0 and 1")
 
 
-# Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32, their difference, and
-# the spacing of their values.
+# Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32,
+# their difference, and the spacing of their values.
 READING_BYTES = 48 * 2**20
 
 # Bytes of a float32 and a float64 number.
@@ -183,7 +210,8 @@ def whole_bytes(shape: tuple[int, int], allowance: Allowance, entry: int = F4) -
 
 
 def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = False) -> int:
-    """Return the memory of ``gram`` besides the matrix in bytes: G = AᵀA, its eigenvectors with workspace, and A·V.
+    """Return the memory of ``gram`` besides the matrix in bytes: G = AᵀA, its eigenvectors with
+    workspace, and A·V.
 
     Args:
         shape: ``(m, n)``.
@@ -200,10 +228,11 @@ def gram_bytes(shape: tuple[int, int], allowance: Allowance, in_place: bool = Fa
 
 
 def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
-    """Return the memory of ``krylov`` besides the matrix in bytes, with a basis of this many columns.
+    """Return the memory of ``krylov`` besides the matrix in bytes, with a basis of this many
+    columns.
 
-    Q, Y and Z in float32, one of them while it grows; Q, Z and what is formed of them in float64; or, once the values
-    are taken, Q in float64, A·V, its QR factors and its left vectors.
+    Q, Y and Z in float32, one of them while it grows; Q, Z and what is formed of them in float64;
+    or, once the values are taken, Q in float64, A·V, its QR factors and its left vectors.
 
     Args:
         shape: ``(m, n)``.
@@ -218,10 +247,13 @@ def krylov_bytes(shape: tuple[int, int], top: int, basis: int) -> int:
     return basis_bytes + max(growing, projected, values)
 
 
-def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: float = TOL, seed: int = 0) -> Factors:
+def decompose_streamed(
+    matrix: Streamed, allowance: Allowance, fro: float, tol: float = TOL, seed: int = 0
+) -> Factors:
     """Compute the singular values of a matrix in row blocks.
 
-    ``gram`` and ``krylov`` have the bounds that they have in memory; ``exact`` needs the whole matrix and is refused.
+    ``gram`` and ``krylov`` have the bounds that they have in memory; ``exact`` needs the whole
+    matrix and is refused.
 
     Args:
         matrix: A, ``(m, n)``, finite.
@@ -248,17 +280,23 @@ def decompose_streamed(matrix: Streamed, allowance: Allowance, fro: float, tol: 
     if allowance.top and (tried or (allowance.method == "auto" and needed > left)):
         largest = _find_largest_basis(matrix.shape, allowance.top, left)
         budget = math.inf if needed > left else budget_of(allowance.method)
-        factors = decompose_krylov(matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget)
+        factors = decompose_krylov(
+            matrix, fro, allowance.top, allowance.vectors, tol, seed, largest, budget
+        )
         if factors is not None:
             return factors
     if allowance.method == "exact" or needed > left:
         raise MemoryLimitError(_make_memory_message(matrix.shape, allowance))
     # The remaining memory holds rows of a wide matrix, so that it is read fewer times.
     block = F4 * max(matrix.shape[1], 2**20)
-    return decompose_gram(matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place)
+    return decompose_gram(
+        matrix, fro, allowance.top, allowance.vectors, max(1, (left - needed) // block), in_place
+    )
 
 
-def require_memory(needed: int, limit: int, shape: tuple[int, int], description: str, alternative: str) -> None:
+def require_memory(
+    needed: int, limit: int, shape: tuple[int, int], description: str, alternative: str
+) -> None:
     """Refuse a computation that needs the whole matrix and does not fit.
 
     Args:
@@ -281,7 +319,9 @@ def require_memory(needed: int, limit: int, shape: tuple[int, int], description:
 
 
 def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
-    """Return the largest number of basis columns that fits, within 2%, at most ``LARGEST_BASIS``; 0 if none fits."""
+    """Return the largest number of basis columns that fits, within 2%, at most ``LARGEST_BASIS``; 0
+    if none fits.
+    """
     basis = int(LARGEST_BASIS * min(shape))
     while basis > 0 and krylov_bytes(shape, top, basis) > left:
         basis -= max(1, basis // 50)
@@ -294,25 +334,38 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
         needed = whole_bytes(shape, allowance)
-        return f"{problem}, and exact takes {_format_size(needed)}; --method gram reads it in row blocks"
+        return (
+            f"{problem}, and exact takes {_format_size(needed)}; --method gram reads it in row "
+            "blocks"
+        )
     needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
     krylov_needed = READING_BYTES + krylov_bytes(shape, top, first_basis(top, allowance.vectors))
     if allowance.top is None and krylov_needed < needed:
-        what, other = "all values take", f", or --top {top} ({_format_size(krylov_needed)} if they decay)"
+        what, other = (
+            "all values take",
+            f", or --top {top} ({_format_size(krylov_needed)} if they decay)",
+        )
     elif krylov_needed <= allowance.limit:
         what, other = "its spectrum is too flat for krylov within that, so it takes", ""
     else:
         needed = min(krylov_needed, needed)
         what, other = "it takes at least", ", or fewer values with --top K"
-    return f"{problem}, and {what} {_format_size(needed)}; {_suggest_memory(needed, allowance)}{other}"
+    return (
+        f"{problem}, and {what} {_format_size(needed)}; {_suggest_memory(needed, allowance)}{other}"
+    )
 
 
 def _suggest_memory(needed: int, allowance: Allowance) -> str:
-    """Return the advice to give the missing memory: N times as much with ``--workers N``, as a layer gets one Nth."""
+    """Return the advice to give the missing memory: N times as much with ``--workers N``, as a
+    layer gets one Nth.
+    """
     missing = needed - allowance.limit
     # More by the unit of the rounding below, so that the advice is not too little.
-    return f"give {_format_size(missing + (10**6 if missing < 998 * 10**6 else 5 * 10**7))} more (times --workers)"
+    return (
+        f"give {_format_size(missing + (10**6 if missing < 998 * 10**6 else 5 * 10**7))} more "
+        "(times --workers)"
+    )
 
 
 def _format_size(count: int) -> str:
@@ -339,7 +392,8 @@ def time_full(order: int) -> tuple[float, float]:
 
 
 def time_leading(order: int, top: int) -> float:
-    """Measure the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying spectrum.
+    """Measure the seconds for the ``top`` largest values of an ``(n, n)`` matrix with a decaying
+    spectrum.
 
     Args:
         order: n.
@@ -352,7 +406,8 @@ def time_leading(order: int, top: int) -> float:
 
 
 def time_pass(order: int) -> float:
-    """Measure the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute norms.
+    """Measure the seconds of the pass over two bf16 matrices ``(n, n)``: copy, subtract, compute
+    norms.
 
     Args:
         order: n.
@@ -363,7 +418,10 @@ def time_pass(order: int) -> float:
     rows = max(1, BLOCK_ENTRIES // order)
     start = time.perf_counter()
     # copying a block simulates reading it from a cached file
-    blocks = ((b.clone(), t.clone()) for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True))
+    blocks = (
+        (b.clone(), t.clone())
+        for b, t in zip(torch.split(base, rows), torch.split(tuned, rows), strict=True)
+    )
     difference(blocks, (order, order), torch.device("cpu"))
     return time.perf_counter() - start
 

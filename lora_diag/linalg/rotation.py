@@ -1,8 +1,9 @@
-"""How ΔW turns and scales a matrix W: leading singular spaces, their angles with a bound, and the split of ‖ΔW‖².
+"""How ΔW turns and scales a matrix W: leading singular spaces, their angles with a bound, and the
+split of ‖ΔW‖².
 
-With the k leading singular vectors U, V of W, ΔW = U·C·Vᵀ + (ΔW − U·C·Vᵀ), C = UᵀΔW·V, and the two terms are
-orthogonal, so ‖ΔW‖² = Σ_i C_ii² + Σ_{i≠j} C_ij² + ‖ΔW − U·C·Vᵀ‖²: ΔW scales W's own directions, mixes them, and acts
-outside of them.
+With the k leading singular vectors U, V of W, ΔW = U·C·Vᵀ + (ΔW − U·C·Vᵀ), C = UᵀΔW·V, and the two
+terms are orthogonal, so ‖ΔW‖² = Σ_i C_ii² + Σ_{i≠j} C_ij² + ‖ΔW − U·C·Vᵀ‖²: ΔW scales W's own
+directions, mixes them, and acts outside of them.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ class Spaces:
 
 
 def bound_space_error(matrix: Tensor, spaces: Spaces, k: int) -> float:
-    """Return a bound on the sine of the angle between the computed and the true leading spaces of dimension k of A.
+    """Return a bound on the sine of the angle between the computed and the true leading spaces of
+    dimension k of A.
 
-    With the residuals R = AV − UΣ and S = AᵀU − VΣ of the k leading vectors, sin θ ≤ √(‖R‖_F² + ‖S‖_F²) / δ (Wedin
-    1972, "Perturbation bounds in connection with singular value decomposition", BIT 12), where δ = σ̂_k − σ_{k+1} is the
-    gap. σ_{k+1}² is at most its computed value plus the rounding of a Gram matrix and its eigenvalues, (m + n)·ε times
-    ‖A‖_F², which also bounds that of LAPACK. 1 without a gap.
+    With the residuals R = AV − UΣ and S = AᵀU − VΣ of the k leading vectors, sin θ ≤ √(‖R‖_F² +
+    ‖S‖_F²) / δ (Wedin 1972, "Perturbation bounds in connection with singular value decomposition",
+    BIT 12), where δ = σ̂_k − σ_{k+1} is the gap. σ_{k+1}² is at most its computed value plus the
+    rounding of a Gram matrix and its eigenvalues, (m + n)·ε times ‖A‖_F², which also bounds that of
+    LAPACK. 1 without a gap.
 
     Args:
         matrix: A, ``(m, n)``.
@@ -57,7 +60,9 @@ def bound_space_error(matrix: Tensor, spaces: Spaces, k: int) -> float:
     return min(1.0, residual / gap) if gap > 0 else 1.0
 
 
-def leading_spaces(matrix: Tensor, top: int, method: str = "auto", tol: float = 5e-4, seed: int = 0) -> Spaces:
+def leading_spaces(
+    matrix: Tensor, top: int, method: str = "auto", tol: float = 5e-4, seed: int = 0
+) -> Spaces:
     """Compute all singular values of a matrix, and its leading singular vectors.
 
     Args:
@@ -93,14 +98,18 @@ def principal_angles(u: Tensor, v: Tensor) -> Tensor:
         v: ``(m, k)``, likewise.
 
     Returns:
-        ``(k,)`` in degrees, float64, on the CPU. Cosines are the singular values of UᵀV, and sines those of (I − UUᵀ)V:
+        ``(k,)`` in degrees, float64, on the CPU. Cosines are the singular values of UᵀV, and sines
+            those of (I − UUᵀ)V:
         small angles follow from the sines, large ones from the cosines.
 
-    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear subspaces".
+    Reference: Björck and Golub 1973, "Numerical methods for computing angles between linear
+    subspaces".
 
     Example:
         >>> turned = torch.tensor([[1.0, 0.0], [0.0, 0.5], [0.0, 0.75**0.5]], dtype=torch.float64)
-        >>> principal_angles(torch.eye(3, 2, dtype=torch.float64), turned).round(decimals=9).tolist()
+        >>> principal_angles(torch.eye(3, 2, dtype=torch.float64), turned).round(
+        ...     decimals=9
+        ... ).tolist()
         [0.0, 60.0]
     """
     inside = u.T @ v
@@ -157,11 +166,15 @@ def split_update(update: Tensor, u: Tensor, v: Tensor) -> Split:
 
 
 def spectral_shift(before: Tensor, after: Tensor) -> float:
-    """Return the normalised spectral shift ‖σ(A) − σ(B)‖ / ‖σ(A)‖ of all singular values, descending.
+    """Return the normalised spectral shift ‖σ(A) − σ(B)‖ / ‖σ(A)‖ of all singular values,
+    descending.
 
-    At most ‖A − B‖_F / ‖A‖_F (Mirsky 1960, "Symmetric gauge functions and unitarily invariant norms").
+    At most ‖A − B‖_F / ‖A‖_F (Mirsky 1960, "Symmetric gauge functions and unitarily invariant
+    norms").
 
-    >>> round(spectral_shift(torch.tensor([3.0, 4.0]).double(), torch.tensor([3.0, 4.5]).double()), 9)
+    >>> round(
+    ...     spectral_shift(torch.tensor([3.0, 4.0]).double(), torch.tensor([3.0, 4.5]).double()), 9
+    ... )
     0.1
     """
     return float((after - before).norm() / before.norm())

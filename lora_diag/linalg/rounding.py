@@ -1,16 +1,18 @@
-"""The precision of stored numbers: the spacing of values around each entry, and what it shows about ΔW.
+"""The precision of stored numbers: the spacing of values around each entry, and what it shows about
+ΔW.
 
-A value w stored with p mantissa bits represents every number within half a spacing of it, ulp(w) = 2^(⌊log₂|w|⌋ − p).
-So a stored W differs from the one that was trained by an E with |E_ij| ≤ ulp(W_ij)/2, and, while the trained values lie
-anywhere between two stored ones, E_ij has the variance ulp²/12 of a uniform error (Widrow and Kollár 2008,
-*Quantization Noise*, §4).
+A value w stored with p mantissa bits represents every number within half a spacing of it, ulp(w) =
+2^(⌊log₂|w|⌋ − p). So a stored W differs from the one that was trained by an E with |E_ij| ≤
+ulp(W_ij)/2, and, while the trained values lie anywhere between two stored ones, E_ij has the
+variance ulp²/12 of a uniform error (Widrow and Kollár 2008, *Quantization Noise*, §4).
 
-What depends on the values of a block is decided by the CPU where they are in its memory. For a GPU it would have to
-wait each time. There a decision is a scalar tensor that selects or multiplies sums, and nothing is read before
-``fetch_sums``.
+What depends on the values of a block is decided by the CPU where they are in its memory. For a GPU
+it would have to wait each time. There a decision is a scalar tensor that selects or multiplies
+sums, and nothing is read before ``fetch_sums``.
 
-Which entries were trained, and whether BASE was rounded after the start, are read from the spacing u, which jumps by 2
-at powers of two, where |w| does not: what scales with u is rounding, what scales with |w| is training.
+Which entries were trained, and whether BASE was rounded after the start, are read from the spacing
+u, which jumps by 2 at powers of two, where |w| does not: what scales with u is rounding, what
+scales with |w| is training.
 """
 
 from __future__ import annotations
@@ -37,9 +39,11 @@ LAYOUT = {
 
 @dataclass(slots=True)
 class Profile:
-    """Σ u² and Σ u⁴ of every row and of every column of a matrix of spacings u, in units of ``unit``² and ``unit``⁴.
+    """Σ u² and Σ u⁴ of every row and of every column of a matrix of spacings u, in units of
+    ``unit``² and ``unit``⁴.
 
-    Sums over rows and columns of a block have its dtype, relative to its largest spacing, and are added up in float64.
+    Sums over rows and columns of a block have its dtype, relative to its largest spacing, and are
+    added up in float64.
     """
 
     rows: Tensor
@@ -50,33 +54,50 @@ class Profile:
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device | None = None) -> Profile:
-        """Return the profile of zeros, on the CPU or on the device of the blocks, which then need no transfer."""
+        """Return the profile of zeros, on the CPU or on the device of the blocks, which then need
+        no transfer.
+        """
         (rows, rows_fourth), (columns, columns_fourth) = (
             torch.zeros(2, size, dtype=torch.float64, device=device) for size in shape
         )
-        return cls(rows, columns, rows_fourth, columns_fourth, 0.0 if rows.device.type == "cpu" else rows.new_zeros(()))
+        return cls(
+            rows,
+            columns,
+            rows_fourth,
+            columns_fourth,
+            0.0 if rows.device.type == "cpu" else rows.new_zeros(()),
+        )
 
     def add(
-        self, spacing: Tensor, scale: float | Tensor, row: int, column: int, top: float | Tensor | None = None
+        self,
+        spacing: Tensor,
+        scale: float | Tensor,
+        row: int,
+        column: int,
+        top: float | Tensor | None = None,
     ) -> Tensor:
-        """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u², a scalar.
+        """Add the block u = ``spacing``·``scale`` at (``row``, ``column``); return its Σ u², a
+        scalar.
 
-        ``spacing`` is overwritten: of 15 ms that a block of 2²⁰ entries took, 12 went into new pages for copies.
-        ``top`` is its maximum if known.
+        ``spacing`` is overwritten: of 15 ms that a block of 2²⁰ entries took, 12 went into new
+        pages for copies. ``top`` is its maximum if known.
         """
         if isinstance(self.unit, Tensor):
             top = spacing.max().clamp(min=torch.finfo(spacing.dtype).tiny).to(self.unit)
             self._set_unit(torch.maximum(self.unit, top * scale))
         else:
             if top is None:
-                top = float(spacing.amax()) if spacing.numel() else 0.0  # ``max`` took 55 us a piece, not 15
+                top = (
+                    float(spacing.amax()) if spacing.numel() else 0.0
+                )  # ``max`` took 55 us a piece, not 15
             if not 0.0 < top * scale < math.inf:
                 return self.rows.new_full((), float(top * scale))
             if top * scale > self.unit:
                 self._set_unit(top * scale)
         ratio = (top * scale / self.unit) ** 2
         down, across = slice(row, row + spacing.shape[0]), slice(column, column + spacing.shape[1])
-        # 1/top is exact for powers of two, which most spacings are; a division took 45 us a piece, not 17
+        # 1/top is exact for powers of two, which most spacings are; a division took 45 us a piece,
+        # not 17
         is_normal = isinstance(top, float) and top >= torch.finfo(spacing.dtype).tiny
         squares = (spacing.mul_(1 / top) if is_normal else spacing.div_(top)).square_()
         rows = squares.sum(1).to(self.rows)
@@ -90,13 +111,19 @@ class Profile:
     def _set_unit(self, unit: float | Tensor) -> None:
         """Change the unit, and express the sums in it."""
         ratio = (self.unit / unit) ** 2
-        for sums, power in ((self.rows, 1), (self.columns, 1), (self.rows_fourth, 2), (self.columns_fourth, 2)):
+        for sums, power in (
+            (self.rows, 1),
+            (self.columns, 1),
+            (self.rows_fourth, 2),
+            (self.columns_fourth, 2),
+        ):
             sums *= ratio**power
         self.unit = unit
 
 
 def mix_profiles(parts: Iterable[tuple[float, Profile]], shape: tuple[int, int]) -> Profile:
-    """Return the profile of Σ wᵢ·uᵢ² as variances, given (wᵢ, profile of uᵢ): Σ of variances and of their squares.
+    """Return the profile of Σ wᵢ·uᵢ² as variances, given (wᵢ, profile of uᵢ): Σ of variances and of
+    their squares.
 
     The sums of squares are upper bounds (Minkowski), exact where the parts have one shape.
     """
@@ -119,7 +146,8 @@ class Spacing:
     """The spacing u of the values of one side of ΔW, block by block.
 
     Args:
-        profile: Sums of u² and u⁴ over changed entries; of a block where few are unchanged, over all.
+        profile: Sums of u² and u⁴ over changed entries; of a block where few are unchanged, over
+            all.
         still: The same sums over the unchanged entries of the other blocks.
         total: Σ u² over all entries, to 1e-6; a scalar.
         mantissa: Mantissa bits that the stored values really use; 0 for a quantized format.
@@ -154,12 +182,13 @@ class Spacing:
     ) -> Tensor:
         """Add a block.
 
-        A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a shorter dtype
-        represents exactly are treated as rounded to it.
+        A bfloat16 model that was saved as float32 is still rounded to bfloat16, so values that a
+        shorter dtype represents exactly are treated as rounded to it.
 
         Args:
             block: Stored values, or dequantized ones; ``(rows, columns)``.
-            step: The spacing of a quantized format at every entry, in place of that of the dtype; None for that.
+            step: The spacing of a quantized format at every entry, in place of that of the dtype;
+                None for that.
             unchanged: The entries equal on both sides; None if none is (never on a GPU).
             row: Row number of the first row.
             column: Column number of the first column.
@@ -193,22 +222,33 @@ class Spacing:
         return sampled
 
     def _add(
-        self, spacing: Tensor, scale: float | Tensor, unchanged: Unchanged | None, row: int, column: int
+        self,
+        spacing: Tensor,
+        scale: float | Tensor,
+        unchanged: Unchanged | None,
+        row: int,
+        column: int,
     ) -> Tensor:
         """Add u = ``spacing``·``scale`` to the profiles; return Σ u²."""
         if unchanged is None:
             return self.profile.add(spacing, scale, row, column)
         if isinstance(unchanged.few, Tensor):
             total: Tensor = torch.linalg.vector_norm(spacing, dtype=torch.float64) * scale
-            limited = torch.minimum(spacing, (unchanged.limit / scale).to(spacing.dtype)) * unchanged.entries
+            limited = (
+                torch.minimum(spacing, (unchanged.limit / scale).to(spacing.dtype))
+                * unchanged.entries
+            )
             self.still.add(limited * ~unchanged.few, scale, row, column)
-            self.profile.add(torch.where(unchanged.entries, limited * unchanged.few, spacing), scale, row, column)
+            self.profile.add(
+                torch.where(unchanged.entries, limited * unchanged.few, spacing), scale, row, column
+            )
             return total.square()
         if unchanged.few and (top := float(spacing.amax())) * scale <= unchanged.limit:
             return self.profile.add(spacing, scale, row, column, top)
         norm = torch.linalg.vector_norm(spacing, dtype=torch.float64).to(self.total) * scale
         limited = spacing.clamp(max=min(unchanged.limit / scale, torch.finfo(spacing.dtype).max))
-        # a tensor of bool, and ``where`` and ``masked_fill_`` with it, take three to six times as long
+        # a tensor of bool, and ``where`` and ``masked_fill_`` with it, take three to six times as
+        # long
         still = torch.eq(unchanged.block, 0, out=torch.empty_like(spacing))
         if unchanged.few:
             self.profile.add(spacing.add_(limited.sub_(spacing).mul_(still)), scale, row, column)
@@ -219,7 +259,8 @@ class Spacing:
         return squares
 
 
-# Fraction of unchanged entries of a block below which training is assumed to have changed all of them.
+# Fraction of unchanged entries of a block below which training is assumed to have changed all of
+# them.
 FEW_UNCHANGED = 0.25
 
 
@@ -227,8 +268,9 @@ FEW_UNCHANGED = 0.25
 class Unchanged:
     """The unchanged entries of a block.
 
-    If training moved such an entry, the error is the move that rounding undid: no larger than u/2, and if u is far
-    larger, as large as other moves. Its spacing then counts as ``limit`` = √12·rms(ΔW).
+    If training moved such an entry, the error is the move that rounding undid: no larger than u/2,
+    and if u is far larger, as large as other moves. Its spacing then counts as ``limit`` =
+    √12·rms(ΔW).
 
     Args:
         block: ΔW.
@@ -271,23 +313,25 @@ SHORTER = {
 }
 
 
-# Values of a 4-bit format that share a scale, and the number of their levels. Of 32 Gaussian numbers, 31.6 differ in
-# bfloat16, at least 18 in float8 and 23 in int8.
+# Values of a 4-bit format that share a scale, and the number of their levels. Of 32 Gaussian
+# numbers, 31.6 differ in bfloat16, at least 18 in float8 and 23 in int8.
 GROUP, LEVELS = 32, 16
 
 
 def is_dequantized(values: Tensor, start: Tensor | None = None) -> bool:
-    """Return whether the values of a float dtype lie on at most 16 levels in groups of 32 inputs of a row.
+    """Return whether the values of a float dtype lie on at most 16 levels in groups of 32 inputs of
+    a row.
 
-    So do those of int4, Q4_0, Q4_1, NF4 and MXFP4 after dequantization. Of up to 128 groups, nine of ten must, so that
-    a few edited entries do not matter, and half must have more than one level. Pruned weights have few values, too: of
-    the entries other than zero, more than half must share their value with another of the group. Of Gaussian and
-    heavy-tailed weights in these formats 78 to 92% do, of pruned ones in bfloat16, int8 and float8 at most 25%.
+    So do those of int4, Q4_0, Q4_1, NF4 and MXFP4 after dequantization. Of up to 128 groups, nine
+    of ten must, so that a few edited entries do not matter, and half must have more than one level.
+    Pruned weights have few values, too: of the entries other than zero, more than half must share
+    their value with another of the group. Of Gaussian and heavy-tailed weights in these formats 78
+    to 92% do, of pruned ones in bfloat16, int8 and float8 at most 25%.
 
     Args:
         values: ``(rows, columns)``, any float dtype.
-        start: The values before training; only groups and entries that differ from it count, as values that training
-            did not change are those of ``start``. None to count all.
+        start: The values before training; only groups and entries that differ from it count, as
+            values that training did not change are those of ``start``. None to count all.
     """
     if values.shape[1] % GROUP or not values.numel():
         return False
@@ -299,7 +343,9 @@ def is_dequantized(values: Tensor, start: Tensor | None = None) -> bool:
     step = len(groups) // 64 | 1
     groups = groups[::step].to(working_dtype(values.dtype))
     counted = groups != 0 if counted is None else counted[::step] & (groups != 0)
-    number = (groups[:, :, None] == groups[:, None]).sum(dim=2)  # of the entries of the group with this value
+    number = (groups[:, :, None] == groups[:, None]).sum(
+        dim=2
+    )  # of the entries of the group with this value
     levels = (1 / number).sum(dim=1).round()
     few = (levels <= LEVELS).double().mean() >= 0.9 and (levels > 1).double().mean() >= 0.5
     return bool(few and 2 * (counted & (number > 1)).sum() > counted.sum())
@@ -310,15 +356,18 @@ UNEVENNESS = 4.0
 
 
 def find_steps(values: Tensor) -> Tensor:
-    """Return the spacing of dequantized values: the distance to the nearest other level in the group of 32.
+    """Return the spacing of dequantized values: the distance to the nearest other level in the
+    group of 32.
 
-    Levels between an outlier and the others may be missing, so it is at most four times the smallest of the group.
+    Levels between an outlier and the others may be missing, so it is at most four times the
+    smallest of the group.
 
     Args:
         values: ``(rows, columns)``, columns a multiple of 32.
 
     Returns:
-        The spacing of every entry, 1-D, float64 for float64, else float32; 0 in a group of equal values.
+        The spacing of every entry, 1-D, float64 for float64, else float32; 0 in a group of equal
+            values.
 
     Example:
         >>> find_steps(torch.arange(32.0).div(4).floor()[None])[:3]
@@ -335,11 +384,12 @@ def find_steps(values: Tensor) -> Tensor:
 
 
 def write_spacings(values: Tensor, out: Tensor) -> int:
-    """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits used by most entries.
+    """Write the spacing of every entry in units of 2^-p, and return p, the mantissa bits used by
+    most entries.
 
-    A float32 number that was not rounded to bfloat16 fits it with probability 2⁻¹⁶, a float16 number bfloat16 with 1/8;
-    so if of the entries other than zero a majority fits, they were rounded, regardless of a few that do not (a manual
-    edit).
+    A float32 number that was not rounded to bfloat16 fits it with probability 2⁻¹⁶, a float16
+    number bfloat16 with 1/8; so if of the entries other than zero a majority fits, they were
+    rounded, regardless of a few that do not (a manual edit).
 
     Args:
         values: float64, float32, float16 or bfloat16; any shape.
@@ -347,28 +397,39 @@ def write_spacings(values: Tensor, out: Tensor) -> int:
 
     Example:
         >>> out = torch.empty(3)
-        >>> write_spacings(torch.tensor([1.0, 0.5, 0.1]), out), out  # the last one is no bfloat16 number
+        >>> (
+        ...     write_spacings(torch.tensor([1.0, 0.5, 0.1]), out),
+        ...     out,
+        ... )  # the last one is no bfloat16 number
         (7, tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
     """
     out.copy_(values)
     integer, mask, _ = LAYOUT[out.dtype]
     out.view(integer).bitwise_and_(mask)  # 2^⌊log₂|w|⌋
-    out.clamp_(min=torch.finfo(values.dtype).tiny)  # zero and subnormal numbers: like the smallest normal one
+    out.clamp_(
+        min=torch.finfo(values.dtype).tiny
+    )  # zero and subnormal numbers: like the smallest normal one
     own_mantissa = LAYOUT[values.dtype][2]
-    # Only candidates for a shorter dtype get the full comparison. The step is odd: with every 4096th entry, a block of
-    # 4096 columns would be judged by its first column only.
+    # Only candidates for a shorter dtype get the full comparison. The step is odd: with every
+    # 4096th entry, a block of 4096 columns would be judged by its first column only.
     flat = values.reshape(-1)
     sample = flat[:: len(flat) // 256 | 1]
     for dtype in SHORTER[values.dtype]:
         if 2 * int(_fits_dtype(sample, dtype).sum()) <= len(sample):
             continue
         fits = _fits_dtype(values, dtype)
-        number, mantissa, tiny = int(torch.count_nonzero(fits)), LAYOUT[dtype][2], torch.finfo(dtype).tiny
+        number, mantissa, tiny = (
+            int(torch.count_nonzero(fits)),
+            LAYOUT[dtype][2],
+            torch.finfo(dtype).tiny,
+        )
         if number == len(flat):  # ``where`` takes as long as the comparison
             out.clamp_(min=tiny)
             return mantissa
         others = int(torch.count_nonzero(values)) if 2 * number > len(flat) else 0
-        if 2 * (number - len(flat) + others) > others:  # zeros, as of pruned weights, fit every dtype
+        if (
+            2 * (number - len(flat) + others) > others
+        ):  # zeros, as of pruned weights, fit every dtype
             torch.where(fits, out.clamp(min=tiny), out * 2.0 ** (mantissa - own_mantissa), out=out)
             return mantissa
     return own_mantissa
@@ -383,7 +444,11 @@ def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
         (tensor(7), tensor([1.0000e+00, 5.0000e-01, 9.5367e-07]))
     """
     out.copy_(values)
-    integer, mask, own_mantissa = LAYOUT[out.dtype][0], LAYOUT[out.dtype][1], LAYOUT[values.dtype][2]
+    integer, mask, own_mantissa = (
+        LAYOUT[out.dtype][0],
+        LAYOUT[out.dtype][1],
+        LAYOUT[values.dtype][2],
+    )
     out.view(integer).bitwise_and_(mask)
     out.clamp_(min=torch.finfo(values.dtype).tiny)
     mantissa = torch.full((), own_mantissa, device=values.device)
@@ -394,7 +459,9 @@ def write_spacings_on_gpu(values: Tensor, out: Tensor) -> Tensor:
         fits = _fits_dtype(values, dtype)
         mostly_fit = (2 * (torch.count_nonzero(fits) - zeros) > others) | (others == 0)
         shorter = LAYOUT[dtype][2]
-        mixed = torch.where(fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own_mantissa))
+        mixed = torch.where(
+            fits, exact.clamp(min=torch.finfo(dtype).tiny), exact * 2.0 ** (shorter - own_mantissa)
+        )
         out.copy_(torch.where(mostly_fit, mixed, out))
         mantissa = torch.where(mostly_fit, shorter, mantissa)
     return mantissa
@@ -406,15 +473,24 @@ def _fits_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
-    """Copy the sums of all sides from a GPU, and other float64 tensors, which are returned: in one transfer."""
+    """Copy the sums of all sides from a GPU, and other float64 tensors, which are returned: in one
+    transfer.
+    """
     sides = [side for side in sides if side.total.device.type != "cpu"]
     profiles = [profile for side in sides for profile in (side.profile, side.still)]
     scalars = [(side, name) for side in sides for name in ("total", "mantissa")]
     fields = ("rows", "columns", "rows_fourth", "columns_fourth", "unit")
     sums = [(profile, name) for profile in profiles for name in fields]
     numbers = [getattr(owner, name) for owner, name in (*scalars, *sums)]
-    tensors = [number if isinstance(number, Tensor) else sides[0].total.new_full((), number) for number in numbers]
-    values = fetch(*(tensor.to(torch.float64) for tensor in (*tensors, *others))) if sides else list(others)
+    tensors = [
+        number if isinstance(number, Tensor) else sides[0].total.new_full((), number)
+        for number in numbers
+    ]
+    values = (
+        fetch(*(tensor.to(torch.float64) for tensor in (*tensors, *others)))
+        if sides
+        else list(others)
+    )
     for (owner, name), value in zip((*scalars, *sums), values, strict=False):
         setattr(owner, name, value)
     for side in sides:
@@ -425,16 +501,20 @@ def fetch_sums(sides: Iterable[Spacing], *others: Tensor) -> list[Tensor]:
 
 
 def rounding_bound(sides: Iterable[Spacing]) -> float:
-    """Return B with ‖E‖_F ≤ B for the rounding error E of ΔW: √Σ(ulp/2)² of each rounded side, added (Minkowski)."""
+    """Return B with ‖E‖_F ≤ B for the rounding error E of ΔW: √Σ(ulp/2)² of each rounded side,
+    added (Minkowski).
+    """
     return sum(math.sqrt(side.squares) / 2 for side in sides) * (1 + 1e-6)
 
 
 def is_finer(base: Spacing, tuned: Spacing) -> bool:
-    """Return whether TUNED is stored more finely than BASE, so that BASE may be the exact start of training.
+    """Return whether TUNED is stored more finely than BASE, so that BASE may be the exact start of
+    training.
 
-    TUNED is the rounded result of training: its rounding always counts. BASE is where training started: its stored
-    values are exact if they are the starting point. Where both are stored alike, both may have been rounded from a
-    finer run; and a quantized BASE is an approximation of other weights.
+    TUNED is the rounded result of training: its rounding always counts. BASE is where training
+    started: its stored values are exact if they are the starting point. Where both are stored
+    alike, both may have been rounded from a finer run; and a quantized BASE is an approximation of
+    other weights.
     """
     return bool(tuned.mantissa > base.mantissa > 0)
 
@@ -451,10 +531,11 @@ _BINS, _PART = 2**15, 2**16
 # Reweighting ends when no weight changes by more than this; 5 to 30 rounds were observed.
 _CONVERGED, _ITERATIONS = 1e-3, 50
 
-# β of ``Energies`` is None if the median squared error of the fitted means of bins, over their variance, is above this;
-# 0.455, the median of χ² with one degree of freedom, is expected. It was 0.41 to 0.91 in planted layers whose start
-# was decided, and 1.0 to 77 in 29 layers that were wrongly taken for the start: their BASE was a bfloat16 copy of
-# weights dequantized from 4 bits, whose rounding errors are not spread evenly.
+# β of ``Energies`` is None if the median squared error of the fitted means of bins, over their
+# variance, is above this; 0.455, the median of χ² with one degree of freedom, is expected. It was
+# 0.41 to 0.91 in planted layers whose start was decided, and 1.0 to 77 in 29 layers that were
+# wrongly taken for the start: their BASE was a bfloat16 copy of weights dequantized from 4 bits,
+# whose rounding errors are not spread evenly.
 MAX_START_MISFIT = 1.1
 
 
@@ -479,18 +560,24 @@ class Sample:
             self.stride += 1
 
     def select(self, row: int) -> slice:
-        """Return the slice of the sampled entries of the flattened block that begins with this row."""
+        """Return the slice of the sampled entries of the flattened block that begins
+        with this row.
+        """
         return slice(-row * self.shape[1] % self.stride, None, self.stride)
 
     def add(self, *matrices: Tensor) -> None:
-        """Add the absolute values of the sampled entries of a block: of ΔW, and of the spacing of both sides."""
+        """Add the absolute values of the sampled entries of a block: of ΔW, and of the spacing of
+        both sides.
+        """
         self.parts.append(tuple(values.to(torch.float64).abs() for values in matrices))
 
     def join(self) -> tuple[Tensor, ...]:
         """Return the samples of each matrix."""
         if not self.parts:
             return tuple(torch.zeros(0, dtype=torch.float64) for _ in range(3))
-        return tuple(torch.cat(column) for column in zip(*self.parts, strict=True))  # on the device of the blocks
+        return tuple(
+            torch.cat(column) for column in zip(*self.parts, strict=True)
+        )  # on the device of the blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -521,19 +608,27 @@ class Moves:
         changed, entries = near + far, still + near + far
         present = entries > 0
         values = torch.arange(len(entries), dtype=torch.float64) + (lowest - 1023)
-        return cls(2.0 ** values[present], *(counts[present].double() for counts in (entries, changed, far)))
+        return cls(
+            2.0 ** values[present],
+            *(counts[present].double() for counts in (entries, changed, far)),
+        )
 
     def estimate_untouched(self) -> float:
-        """Estimate the fraction of entries that training did not change, excluding those that rounding left unchanged.
+        """Estimate the fraction of entries that training did not change, excluding those that
+        rounding left unchanged.
 
-        An entry is unchanged by rounding while its move is less than u/2, so the fraction of unchanged entries falls to
-        that of the untouched ones as u → 0, provided that the size of changes is independent of |w|. It is read from
-        the entries of smallest u, from as many as give the smallest upper limit, less two standard errors: entries not
-        known to be untouched count as trained. A spacing at which most changes are by one u is uninformative, and so
-        are larger ones: there moves are no larger than u, and rounding may have left any of the others. Changes of more
-        than one u must outnumber the others by two standard errors. The result is 0 if no spacing is informative.
+        An entry is unchanged by rounding while its move is less than u/2, so the fraction of
+        unchanged entries falls to that of the untouched ones as u → 0, provided that the size of
+        changes is independent of |w|. It is read from the entries of smallest u, from as many as
+        give the smallest upper limit, less two standard errors: entries not known to be untouched
+        count as trained. A spacing at which most changes are by one u is uninformative, and so are
+        larger ones: there moves are no larger than u, and rounding may have left any of the others.
+        Changes of more than one u must outnumber the others by two standard errors. The result is 0
+        if no spacing is informative.
         """
-        count, changed, far = (counts.cumsum(0) for counts in (self.entries, self.changed, self.far))
+        count, changed, far = (
+            counts.cumsum(0) for counts in (self.entries, self.changed, self.far)
+        )
         small = (2 * self.far >= self.changed).cumprod(0).bool() & (count >= MIN_COUNT)
         informative = small & ((2 * far - changed > 2 * changed.sqrt()) | (self.changed.sum() == 0))
         if not informative.any():
@@ -543,11 +638,13 @@ class Moves:
         return max(0.0, float((share - error)[(share + error).argmin()]))
 
     def estimate_noise_per_change(self, untouched: float, sides: int) -> float:
-        """Return w: the noise of ΔW is w·Σu² over the changed entries, summed over the rounded sides.
+        """Return w: the noise of ΔW is w·Σu² over the changed entries, summed over the rounded
+        sides.
 
-        Where an entry moves by many u its error has the variance u²/12 a side. Where less than half of the trained
-        entries of one spacing changed, a share p of them, each by about one u, the noise is no more than what
-        independent changes make, p(1 − p)u². The smaller of the two is taken for each spacing, for trained entries.
+        Where an entry moves by many u its error has the variance u²/12 a side. Where less than half
+        of the trained entries of one spacing changed, a share p of them, each by about one u, the
+        noise is no more than what independent changes make, p(1 − p)u². The smaller of the two is
+        taken for each spacing, for trained entries.
 
         Args:
             untouched: Fraction of untouched entries.
@@ -564,7 +661,9 @@ class Moves:
 
 @dataclass(slots=True)
 class Energies:
-    """n, Σ ΔW², Σ ΔW⁴ of the changed entries by exponent and 7 mantissa bits of |w|, which determine BASE's spacing."""
+    """n, Σ ΔW², Σ ΔW⁴ of the changed entries by exponent and 7 mantissa bits of |w|, which
+    determine BASE's spacing.
+    """
 
     sums: Tensor
 
@@ -575,8 +674,17 @@ class Energies:
 
     def add(self, block: Tensor, base: Tensor) -> None:
         """Add a block of ΔW and of W_base."""
-        parts = zip(torch.split(_compute_bins(base), _PART), torch.split(block.reshape(-1), _PART), strict=True)
-        for bins, changes in parts:  # stays in the cache, and in memory that is not returned in between: 1.1, not 6 ms
+        parts = zip(
+            torch.split(_compute_bins(base), _PART),
+            torch.split(block.reshape(-1), _PART),
+            strict=True,
+        )
+        for (
+            bins,
+            changes,
+        ) in (
+            parts
+        ):  # stays in the cache, and in memory that is not returned in between: 1.1, not 6 ms
             squares = changes.to(torch.float64).square()
             count = torch.bincount(bins, squares.sign())
             used = slice(len(count))
@@ -585,52 +693,79 @@ class Energies:
             self.sums[2, used] += torch.bincount(bins, squares.square_())
 
     def add_on_gpu(self, block: Tensor, base: Tensor) -> None:
-        """Add a block as ``add``, in multiples of 2⁻³⁶ of a bin's largest term: integers add up alike in any order."""
-        bins, squares = _compute_bins(base).to(torch.int64), block.reshape(-1).to(torch.float64).square()
-        largest = torch.zeros_like(self.sums[0]).scatter_reduce_(0, bins, squares, "amax").clamp_(min=1e-300)
+        """Add a block as ``add``, in multiples of 2⁻³⁶ of a bin's largest term: integers add up
+        alike in any order.
+        """
+        bins, squares = (
+            _compute_bins(base).to(torch.int64),
+            block.reshape(-1).to(torch.float64).square(),
+        )
+        largest = (
+            torch.zeros_like(self.sums[0])
+            .scatter_reduce_(0, bins, squares, "amax")
+            .clamp_(min=1e-300)
+        )
         shares = squares / largest[bins]
         units = (torch.ones_like(largest), largest, largest.square())
         for sums, values, unit in zip(
             self.sums, ((shares > 0).to(shares), shares, shares.square()), units, strict=True
         ):
             whole = (values * 2.0**36).round().to(torch.int64)
-            counts = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(0, bins, whole)
+            counts = torch.zeros(_BINS, dtype=torch.int64, device=bins.device).scatter_add_(
+                0, bins, whole
+            )
             sums += counts.to(torch.float64) * 2.0**-36 * unit
 
     def estimate_base_rounding(self, mantissa: int) -> tuple[float, float] | None:
-        """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the changed entries.
+        """Estimate β of E[ΔW²] = β·u²/12 + f(|w|), f smooth, with its standard error, over the
+        changed entries.
 
-        u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training began, 0 where the
-        stored BASE is the start. f describes changes proportional to the size of a weight: γw² and a polynomial in
-        z = |w|/(|w| + median), which no jump at powers of two resembles. Least squares, reweighted by the inverse
-        square of the fit; the error is robust to the distribution of the moves (White 1980).
+        u is the spacing of BASE: β is 1 where BASE was rounded from the weights at which training
+        began, 0 where the stored BASE is the start. f describes changes proportional to the size of
+        a weight: γw² and a polynomial in z = |w|/(|w| + median), which no jump at powers of two
+        resembles. Least squares, reweighted by the inverse square of the fit; the error is robust
+        to the distribution of the moves (White 1980).
 
         Args:
             mantissa: Bits of BASE.
 
         Returns:
-            β and its standard error; None if too few entries changed, all have one spacing, Σ ΔW⁴ is 0 or infinite, or
+            β and its standard error; None if too few entries changed, all have one spacing, Σ ΔW⁴
+                is 0 or infinite, or
             the model does not fit (``MAX_START_MISFIT``).
         """
-        tiny = max(torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa)
+        tiny = max(
+            torch.finfo(dtype).tiny for dtype, layout in LAYOUT.items() if layout[2] == mantissa
+        )
         values = (torch.arange(_BINS, dtype=torch.int32) << 16).view(torch.float32).double()
         present = (self.sums[0] > 0) & (values > 0) & values.isfinite()
         (n, changes, fourth), values = self.sums[:, present], values[present]
         spacing = 2.0 ** (values.log2().floor() - mantissa).clamp(min=math.log2(tiny) - mantissa)
-        if n.sum() < MIN_COUNT or bool((spacing == spacing[0]).all()) or not 0 < float(fourth.sum()) < math.inf:
+        if (
+            n.sum() < MIN_COUNT
+            or bool((spacing == spacing[0]).all())
+            or not 0 < float(fourth.sum()) < math.inf
+        ):
             return None
         unit = float(spacing[-1])
         squares = (spacing / unit) ** 2
         middle = float(values[torch.searchsorted(n.cumsum(0), float(n.sum()) / 2)])
         z = values / (values + middle)
-        columns = torch.stack([squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))])
+        columns = torch.stack(
+            [squares / 12, (values / values[-1]) ** 2, *(z**power for power in range(5))]
+        )
         total, fit, level = n.sum(), squares, float((changes / n / squares).median())
-        changes, fourth = changes / level, fourth / level / level  # the squares of ``fit`` are far from overflow
+        changes, fourth = (
+            changes / level,
+            fourth / level / level,
+        )  # the squares of ``fit`` are far from overflow
         for _ in range(_ITERATIONS):
             weights = 1 / fit.square()
             products = (n * weights * columns) @ columns.T
             scale = products.diagonal().div(total).sqrt()
-            inverse = torch.linalg.pinv(products / torch.outer(scale, scale), hermitian=True, rtol=1e-13)
+            inverse = torch.linalg.pinv(
+                products / torch.outer(scale, scale), hermitian=True, rtol=1e-13
+            )
             solution = inverse @ (columns @ (changes * weights) / scale)
             fitted = (solution / scale) @ columns
             previous, fit = fit, torch.maximum(fitted, 0.05 * fit)
@@ -641,7 +776,9 @@ class Energies:
         if float(((changes - n * fitted)[many].square() / scatter).median()) > MAX_START_MISFIT:
             return None
         residual = (fourth - 2 * fitted * changes + n * fitted**2) * weights.square()
-        variance = inverse @ ((residual * columns) @ columns.T / torch.outer(scale, scale)) @ inverse
+        variance = (
+            inverse @ ((residual * columns) @ columns.T / torch.outer(scale, scale)) @ inverse
+        )
         factor = level / (float(scale[0]) * unit**2)
         return float(solution[0]) * factor, math.sqrt(max(0.0, float(variance[0, 0]))) * factor
 

@@ -1,4 +1,6 @@
-"""Products with a matrix in memory or read in row blocks; A·X reads it once, a wide A·Aᵀ several times."""
+"""Products with a matrix in memory or read in row blocks; A·X reads it once, a wide A·Aᵀ several
+times.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +10,24 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-# Rows converted to float64 at a time, few enough to stay in the cache: a product with 64 columns at 8192×2048 took 57
-# ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with 1024.
+# Rows converted to float64 at a time, few enough to stay in the cache: a product with 64 columns at
+# 8192×2048 took 57 ms, 78 ms with 1024 rows; the Gram matrix at 11008×4096 1.83 s, 2.04 s with
+# 1024.
 ROWS = 256
 
-# Entries converted at a time on a GPU, where every product is a kernel that the CPU has to start: 128 MB in float64.
+# Entries converted at a time on a GPU, where every product is a kernel that the CPU has to start:
+# 128 MB in float64.
 GPU_ENTRIES = 2**24
 
-# Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X with 16 and with 32
-# columns took one core 17.0 and 23.2 ms at 8192×2048 with 1024 rows, 14.0 and 19.2 with 64, 11.6 and 16.8 with 32; at
-# 2048² 2.6 and 3.7, 1.8 and 3.1, 2.0 and 3.3. Two cores were slower with 64 rows than with 1024 (14 instead of 12 ms).
+# Rows that are multiplied by X and by its product with them before the next ones. A·X and AᵀA·X
+# with 16 and with 32 columns took one core 17.0 and 23.2 ms at 8192×2048 with 1024 rows, 14.0 and
+# 19.2 with 64, 11.6 and 16.8 with 32; at 2048² 2.6 and 3.7, 1.8 and 3.1, 2.0 and 3.3. Two cores
+# were slower with 64 rows than with 1024 (14 instead of 12 ms).
 PASS_ROWS, SMALL_ROWS, LARGE_ROWS = 1024, 64, 32
 LARGE = 2**23
 
-# Columns multiplied at a time in float64 for two row blocks: 128 rows of both then fit in the cache.
+# Columns multiplied at a time in float64 for two row blocks: 128 rows of both then fit in the
+# cache.
 COLUMNS = 1024
 
 
@@ -30,15 +36,18 @@ class Streamed:
     """A, or Aᵀ, with A read in row blocks.
 
     Args:
-        read: Starts a pass: yields the rows of A from the first to the last, ``(rows, columns of A)`` each. All blocks
-            but the last have the same number of rows, and every pass gives the same numbers.
+        read: Starts a pass: yields the rows of A from the first to the last,
+            ``(rows, columns of A)`` each. All blocks but the last have the same number of rows, and
+            every pass gives the same numbers.
         shape: ``(m, n)`` of the represented matrix.
         dtype: Dtype of the blocks: float32 or float64.
         device: Device of the blocks.
         transposed: Whether this is Aᵀ.
 
     Example:
-        >>> a = Streamed(lambda: iter([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]), (2, 2))
+        >>> a = Streamed(
+        ...     lambda: iter([torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])]), (2, 2)
+        ... )
         >>> a.times(torch.eye(2)).tolist(), a.T.times(torch.eye(2)).tolist()
         ([[1.0, 2.0], [3.0, 4.0]], [[1.0, 3.0], [2.0, 4.0]])
     """
@@ -59,7 +68,8 @@ class Streamed:
         return replace(self, read=lambda: (block / scale for block in self.read()))
 
     def times(self, x: Tensor) -> Tensor:
-        """Return M·X for the represented M, A or Aᵀ, and a thin X, in the dtype of X, from one pass.
+        """Return M·X for the represented M, A or Aᵀ, and a thin X, in the dtype of X, from one
+        pass.
 
         Args:
             x: X, ``(n, k)``, no shorter a dtype than that of the blocks.
@@ -77,7 +87,9 @@ class Streamed:
         return product
 
     def normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return M·X and Mᵀ·M·X for the represented M: from one pass if M is A, from two if it is Aᵀ."""
+        """Return M·X and Mᵀ·M·X for the represented M: from one pass if M is A, from two if it is
+        Aᵀ.
+        """
         if self.transposed:
             product = self.times(x)
             return product, self.T.times(product)
@@ -97,13 +109,16 @@ Matrix = Tensor | Streamed
 def times(a: Matrix, x: Tensor) -> Tensor:
     """Return A·X for a thin X: in memory as (Xᵀ·Aᵀ)ᵀ, which BLAS computes faster.
 
-    At 8192×2048 on one core: 14 instead of 17 ms for 32 columns, 9 instead of 12 for 16; AᵀX likewise.
+    At 8192×2048 on one core: 14 instead of 17 ms for 32 columns, 9 instead of 12 for 16; AᵀX
+    likewise.
     """
     return a.times(x) if isinstance(a, Streamed) else (x.T @ a.T).T
 
 
 def normal(a: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A·X and AᵀA·X; from one pass over A if it is in the CPU's memory by rows, or streamed by its own rows."""
+    """Return A·X and AᵀA·X; from one pass over A if it is in the CPU's memory by rows, or streamed
+    by its own rows.
+    """
     if isinstance(a, Streamed):
         return a.normal(x)
     if a.device.type == "cpu" and a.is_contiguous():
@@ -113,10 +128,18 @@ def normal(a: Matrix, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A·X and AᵀA·X; the rows that gave a part of A·X are multiplied by it while they are in the cache."""
+    """Return A·X and AᵀA·X; the rows that gave a part of A·X are multiplied by it while they are in
+    the cache.
+    """
     product = x.new_empty(len(a), x.shape[1])
     back = x.new_zeros(x.shape[1], a.shape[1])
-    rows = PASS_ROWS if torch.get_num_threads() > 1 else LARGE_ROWS if a.numel() >= LARGE else SMALL_ROWS
+    rows = (
+        PASS_ROWS
+        if torch.get_num_threads() > 1
+        else LARGE_ROWS
+        if a.numel() >= LARGE
+        else SMALL_ROWS
+    )
     for part, out in zip(torch.split(a, rows), torch.split(product, rows), strict=True):
         torch.mm(part, x, out=out)
         back.addmm_(out.T, part)  # a thin matrix on the left, see ``times``
@@ -128,9 +151,13 @@ def times_wide(a: Matrix, x: Tensor) -> Tensor:
     if isinstance(a, Streamed):
         return a.times(x)
     if a.device.type != "cpu" or not a.is_contiguous():
-        return torch.cat([times(rows.to(torch.float64), x) for rows in torch.split(a, rows_at_once(a))])
+        return torch.cat(
+            [times(rows.to(torch.float64), x) for rows in torch.split(a, rows_at_once(a))]
+        )
     product = x.new_empty(len(a), x.shape[1])
-    buffer = x.new_empty(min(ROWS, len(a)), a.shape[1])  # new pages for every block took a seventh of the time
+    buffer = x.new_empty(
+        min(ROWS, len(a)), a.shape[1]
+    )  # new pages for every block took a seventh of the time
     for row in range(0, len(a), ROWS):
         part = buffer[: len(a) - row].copy_(a[row : row + ROWS])
         torch.mm(part, x, out=product[row : row + ROWS])
@@ -174,8 +201,8 @@ def merge_small_blocks(blocks: Iterable[Tensor], rows: int) -> Iterator[Tensor]:
 def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
     """Return the lower triangle of A·Aᵀ, with this many row blocks in memory.
 
-    Every pass keeps the next ``cached_blocks`` blocks and multiplies them and all later blocks with them, so A is read
-    ⌈blocks / ``cached_blocks``⌉ times.
+    Every pass keeps the next ``cached_blocks`` blocks and multiplies them and all later blocks with
+    them, so A is read ⌈blocks / ``cached_blocks``⌉ times.
 
     Args:
         a: A, ``(m, n)``, not transposed.
@@ -197,7 +224,9 @@ def gram_of_rows(a: Streamed, cached_blocks: int) -> Tensor:
             else:
                 remaining = True
             for other_row, other_block in panel:
-                gram[row : row + len(block), other_row : other_row + len(other_block)] = _outer(block, other_block)
+                gram[row : row + len(block), other_row : other_row + len(other_block)] = _outer(
+                    block, other_block
+                )
         first += cached_blocks
     return gram
 

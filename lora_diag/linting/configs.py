@@ -1,15 +1,16 @@
 """Training configurations: one reader per trainer, each to the same plain data.
 
-LoRA settings are read into the keys of ``adapter_config.json``, so that the rules use what reads adapters. Unknown keys
-are ignored.
+LoRA settings are read into the keys of ``adapter_config.json``, so that the rules use what reads
+adapters. Unknown keys are ignored.
 
 What decides the dtype of the trained weights, as read in November 2026:
 
 - PEFT 0.21: factors in float32 where BASE is bf16 or fp16 (``autocast_adapter_dtype``).
 - LLaMA-Factory 0.9.5, ``model/adapter.py``: float32, except with ``pure_bf16`` or BAdam.
-- axolotl 0.19, ``utils/config``: weights are loaded in bf16 with ``bf16``, and trained so without FSDP and DeepSpeed.
-- TRL 1.16, ``trainer/model_config.py``: ``dtype``, default float32; ``trainer/sft_trainer.py``: the factors of a model
-  that is loaded in 4 or 8 bits are converted to bf16.
+- axolotl 0.19, ``utils/config``: weights are loaded in bf16 with ``bf16``, and trained so without
+  FSDP and DeepSpeed.
+- TRL 1.16, ``trainer/model_config.py``: ``dtype``, default float32; ``trainer/sft_trainer.py``: the
+  factors of a model that is loaded in 4 or 8 bits are converted to bf16.
 - torchtune 0.6: ``dtype`` for all weights, those of LoRA too.
 """
 
@@ -38,8 +39,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {"r": 16, "lora_alpha": 32},
 }
 
-# Parts of the names of Adams whose state is float32 whatever the weights are: bitsandbytes 0.50, optim/optimizer.py;
-# apex, fused_adam.py; transformers 5, trainer_optimizer.py.
+# Parts of the names of Adams whose state is float32 whatever the weights are: bitsandbytes 0.50,
+# optim/optimizer.py; apex, fused_adam.py; transformers 5, trainer_optimizer.py.
 FLOAT32_STATE = ("32bit", "bitsandbytes", "bnb", "paged", "apex", "anyprecision")
 
 # Setting -> its key in a Trainer's arguments; and the keys of other trainers.
@@ -53,14 +54,21 @@ _KEYS = {
 _OWN_KEYS = {
     "axolotl": {"optimizer": "optimizer", "length": "sequence_len"},
     "llamafactory": {"length": "cutoff_len"},
-    "torchtune": {"lr": "optimizer.lr", "optimizer": "optimizer._component_", "length": "tokenizer.max_seq_len"}
+    "torchtune": {
+        "lr": "optimizer.lr",
+        "optimizer": "optimizer._component_",
+        "length": "tokenizer.max_seq_len",
+    }
     | {"beta2": "", "steps": "max_steps_per_epoch"},
 }
-# Setting of LoRA -> its type; tables of patterns are checked by a rule, which locates them in the file.
+# Setting of LoRA -> its type; tables of patterns are checked by a rule, which locates them in the
+# file.
 _LORA_TYPES: dict[str, Callable[[Values, str], Any]] = {
     "r": Values.whole,
     **dict.fromkeys(("lora_alpha", "lora_dropout"), Values.number),
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), Values.names),
+    **dict.fromkeys(
+        ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), Values.names
+    ),
     "target_parameters": Values.names,
     "task_type": Values.text,
     **dict.fromkeys(("use_rslora", "use_dora"), Values.flag),
@@ -74,8 +82,8 @@ class Settings:
 
     Args:
         path: The file.
-        family: The trainer: ``peft``, ``axolotl``, ``llamafactory``, ``trl``, ``torchtune``; ``options``
-            without a configuration; ``adapter`` for an adapter without one.
+        family: The trainer: ``peft``, ``axolotl``, ``llamafactory``, ``trl``, ``torchtune``;
+            ``options`` without a configuration; ``adapter`` for an adapter without one.
         peft: LoRA settings, with the keys of ``adapter_config.json``.
         method: ``lora`` or ``full``, or another one's name; None if it is not given.
         lr: Peak learning rate.
@@ -104,28 +112,40 @@ class Settings:
     defaults: frozenset[str] = frozenset()
 
     def locate(self, key: str) -> tuple[str, int | None]:
-        """Return the place of a setting for a reader, and its line; None if it is not in a text file."""
+        """Return the place of a setting for a reader, and its line; None if it is not in a text
+        file.
+        """
         name = self.keys.get(key, key)
         if name.startswith("--"):
             return name, None
-        lines = self.path.read_text("utf-8", "replace").splitlines() if self.path.suffix in SUFFIXES else []
+        lines = (
+            self.path.read_text("utf-8", "replace").splitlines()
+            if self.path.suffix in SUFFIXES
+            else []
+        )
         pattern = re.compile(rf"\s*[\"']?{re.escape(name.rpartition('.')[2])}[\"']?\s*:")
         line = next((number for number, text in enumerate(lines, 1) if pattern.match(text)), None)
         return f"{legible(self.path)}{f':{line}' if line else ''} {name}".rstrip(), line
 
 
 def read_settings(path: Path) -> Settings:
-    """Return the settings in a configuration, or in an adapter's folder with what a Trainer wrote into it.
+    """Return the settings in a configuration, or in an adapter's folder with what a Trainer wrote
+    into it.
 
     Raises:
-        InputError: The file cannot be read, is not a configuration of a supported trainer, or a value is invalid.
+        InputError: The file cannot be read, is not a configuration of a supported trainer, or a
+            value is invalid.
         UsageError: It is YAML, and PyYAML is not installed.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
-        raise InputError(f"{path}: has no {CONFIG}; give a configuration or a PEFT adapter before BASE")
+        raise InputError(
+            f"{path}: has no {CONFIG}; give a configuration or a PEFT adapter before BASE"
+        )
     if not path.is_dir():
         values = Values.read(path)
-        reader = next((reader for reader, keys in READERS.values() if keys & values.table.keys()), None)
+        reader = next(
+            (reader for reader, keys in READERS.values() if keys & values.table.keys()), None
+        )
         if reader is None:
             fix = f"give one of {', '.join(READERS)}, or options such as --lr and --method"
             raise damaged(path, "is not a training configuration that is known", fix)
@@ -161,11 +181,19 @@ def _read_common(family: str, values: Values, peft: Mapping[str, Any]) -> Settin
 def name_optimizer(text: str) -> str:
     """Return ``adamw`` for a trainer's name of an Adam; another name in lower case.
 
-    Of bitsandbytes (paged too) and of others with a state of their own dtype: ``adamw8bit``, or ``adamw32bit``.
+    Of bitsandbytes (paged too) and of others with a state of their own dtype: ``adamw8bit``, or
+    ``adamw32bit``.
 
-    >>> name_optimizer("bitsandbytes.optim.PagedAdamW8bit"), name_optimizer("bitsandbytes.optim.PagedAdamW")
+    >>> (
+    ...     name_optimizer("bitsandbytes.optim.PagedAdamW8bit"),
+    ...     name_optimizer("bitsandbytes.optim.PagedAdamW"),
+    ... )
     ('adamw8bit', 'adamw32bit')
-    >>> name_optimizer("adamw_torch_fused"), name_optimizer("adamw_torch_4bit"), name_optimizer("lion")
+    >>> (
+    ...     name_optimizer("adamw_torch_fused"),
+    ...     name_optimizer("adamw_torch_4bit"),
+    ...     name_optimizer("lion"),
+    ... )
     ('adamw', 'adamw_torch_4bit', 'lion')
     """
     name = text.rpartition(".")[2].lower()
@@ -184,8 +212,12 @@ def _read_peft(values: Values) -> Settings:
 
 
 def _read_lora(values: Values, names: Mapping[str, str]) -> dict[str, Any]:
-    """Return the LoRA settings of a file by the keys of ``adapter_config.json``, of which ``names`` has the names."""
-    return {key: _LORA_TYPES.get(key, Values.get)(values, name) for key, name in names.items() if name}
+    """Return the LoRA settings of a file by the keys of ``adapter_config.json``, of which ``names``
+    has the names.
+    """
+    return {
+        key: _LORA_TYPES.get(key, Values.get)(values, name) for key, name in names.items() if name
+    }
 
 
 def _read_trainer(family: str, values: Values) -> Settings:
@@ -193,12 +225,22 @@ def _read_trainer(family: str, values: Values) -> Settings:
     names = {key: by_trainer[TRAINERS.index(family)] for key, by_trainer in NAMES.items()}
     peft = _read_lora(values, names)
     for key in ("target_modules", "modules_to_save"):
-        if isinstance(peft[key], str) and re.fullmatch(r"[\w., ]+", peft[key]):  # LLaMA-Factory's list
+        if isinstance(peft[key], str) and re.fullmatch(
+            r"[\w., ]+", peft[key]
+        ):  # LLaMA-Factory's list
             peft[key] = [part.strip() for part in peft[key].split(",")]
-    if values.flag("lora_target_linear") or peft["target_modules"] in (["all"], ["all-linear"], "all-linear"):
+    if values.flag("lora_target_linear") or peft["target_modules"] in (
+        ["all"],
+        ["all-linear"],
+        "all-linear",
+    ):
         peft["target_modules"] = "all-linear"
     settings = _read_common(family, values, peft)
-    in_bits = values.flag("load_in_4bit") or values.flag("load_in_8bit") or values.number("quantization_bit")
+    in_bits = (
+        values.flag("load_in_4bit")
+        or values.flag("load_in_8bit")
+        or values.number("quantization_bit")
+    )
     return replace(settings, keys={**settings.keys, **names}, quantized=bool(in_bits))
 
 
@@ -208,17 +250,29 @@ def _read_axolotl(values: Values) -> Settings:
     method = "lora" if adapter == "qlora" else adapter
     half = "bfloat16" if values.has("bf16", "bfloat16") else "float16" if values.has("fp16") else ""
     has_masters = values.has("fsdp", "fsdp_config", "deepspeed")
-    stays_half = values.flag("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
+    stays_half = (
+        values.flag("peft_autocast_adapter_dtype") is False if method == "lora" else not has_masters
+    )
     keys = {**settings.keys, "dtype": "fp16" if half == "float16" else "bf16"}
-    return replace(settings, method=method, dtype=half if half and stays_half else "float32", keys=keys)
+    return replace(
+        settings, method=method, dtype=half if half and stays_half else "float32", keys=keys
+    )
 
 
 def _read_llamafactory(values: Values) -> Settings:
     settings = _read_trainer("llamafactory", values)
     method = values.text("finetuning_type", "lora")
     dtype = "bfloat16" if values.flag("pure_bf16") or values.flag("use_badam") else "float32"
-    peft = Config(values.path, {"lora_alpha": 2 * settings.peft.values["r"], **settings.peft.values})
-    return replace(settings, peft=peft, method=method, dtype=dtype, keys={**settings.keys, "dtype": "pure_bf16"})
+    peft = Config(
+        values.path, {"lora_alpha": 2 * settings.peft.values["r"], **settings.peft.values}
+    )
+    return replace(
+        settings,
+        peft=peft,
+        method=method,
+        dtype=dtype,
+        keys={**settings.keys, "dtype": "pure_bf16"},
+    )
 
 
 def _read_trl(values: Values) -> Settings:
@@ -235,26 +289,51 @@ def _read_trl(values: Values) -> Settings:
 
 
 def _read_torchtune(values: Values) -> Settings:
-    names = {"r": "model.lora_rank", "lora_alpha": "model.lora_alpha", "target_modules": "model.lora_attn_modules"}
+    names = {
+        "r": "model.lora_rank",
+        "lora_alpha": "model.lora_alpha",
+        "target_modules": "model.lora_attn_modules",
+    }
     peft = _read_lora(values, names)
     given = peft["target_modules"] or []
     given = [given] if isinstance(given, str) else given
     targets = ["o_proj" if name == "output_proj" else name for name in given]
-    targets += ["gate_proj", "up_proj", "down_proj"] if values.flag("model.apply_lora_to_mlp") else []
+    targets += (
+        ["gate_proj", "up_proj", "down_proj"] if values.flag("model.apply_lora_to_mlp") else []
+    )
     targets += ["lm_head"] if values.flag("model.apply_lora_to_output") else []
     settings = _read_common("torchtune", values, {**peft, "target_modules": targets or None})
     quantized = "qlora" in (values.text("model._component_") or "")
     dtype = values.text("dtype", "float32")
     dtype = _DTYPES.get(str(dtype), dtype)
     keys = {**settings.keys, **names}
-    return replace(settings, method="lora" if peft["r"] else "full", dtype=dtype, quantized=quantized, keys=keys)
+    return replace(
+        settings,
+        method="lora" if peft["r"] else "full",
+        dtype=dtype,
+        quantized=quantized,
+        keys=keys,
+    )
 
 
-# The readers by trainer, with keys of which each configuration has one; the first that fits is taken.
+# The readers by trainer, with keys of which each configuration has one; the first that fits is
+# taken.
 READERS: dict[str, tuple[Callable[[Values], Settings], set[str]]] = {
     "peft": (_read_peft, {"peft_type"}),
     "torchtune": (_read_torchtune, {"optimizer._component_", "model._component_"}),
-    "llamafactory": (_read_llamafactory, {"finetuning_type", "lora_rank", "lora_target", "cutoff_len", "stage"}),
+    "llamafactory": (
+        _read_llamafactory,
+        {"finetuning_type", "lora_rank", "lora_target", "cutoff_len", "stage"},
+    ),
     "axolotl": (_read_axolotl, {"base_model", "sequence_len", "micro_batch_size", "adapter"}),
-    "trl": (_read_trl, {"learning_rate", "use_peft", "lora_r", "per_device_train_batch_size", "model_name_or_path"}),
+    "trl": (
+        _read_trl,
+        {
+            "learning_rate",
+            "use_peft",
+            "lora_r",
+            "per_device_train_batch_size",
+            "model_name_or_path",
+        },
+    ),
 }

@@ -17,8 +17,9 @@ class Finding(WholeRecord):
 
     Args:
         id: The rule; ``loradiag explain ID`` explains it.
-        severity: ``error``: training or serving will not do what the configuration says. ``warning``: likely to cost
-            quality, or outside of what published recipes use. ``note``: a fact to know before training.
+        severity: ``error``: training or serving will not do what the configuration says.
+            ``warning``: likely to cost quality, or outside of what published recipes use. ``note``:
+            a fact to know before training.
         where: File, line and key of the setting that causes it.
         line: The line in the file; null if the setting is not in a text file.
         evidence: Numbers and names that the rule read.
@@ -27,7 +28,9 @@ class Finding(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("id", "where", "evidence")
-    shown: ClassVar[tuple[Shown, ...]] = (Shown("severity", "severity", "error, warning or note", main=True),)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("severity", "severity", "error, warning or note", main=True),
+    )
     record: Literal["finding"] = "finding"
     id: str
     severity: Severity
@@ -39,14 +42,16 @@ class Finding(WholeRecord):
 
 
 class StepShare(WholeRecord):
-    """Fraction of the entries of BASE that one optimizer step moves at all, in the dtype in which they are trained.
+    """Fraction of the entries of BASE that one optimizer step moves at all, in the dtype in which
+    they are trained.
 
     Args:
         name: The module type; ``all`` for all trained weights.
         dtype: The dtype, ``bfloat16`` or ``float16``.
         lr: Size of the step: the learning rate, as in Adam's first step.
         moved: Fraction of the entries that change, as the mean of both directions.
-        error: Standard error of ``moved``, from differences of successive sampled ranges; 0 if all entries were read.
+        error: Standard error of ``moved``, from differences of successive sampled ranges; 0 if all
+            entries were read.
         entries: Number of entries.
         sampled: Number of sampled entries.
     """

@@ -1,7 +1,8 @@
 """The rules of ``lint``: one function each, in one registry.
 
-A rule takes facts, by the names of its parameters, and yields problems; it is judged if all of them are known. Its
-explanation, fix and source are its section of ``explanations/findings.md``, which ``explain`` and the site show.
+A rule takes facts, by the names of its parameters, and yields problems; it is judged if all of them
+are known. Its explanation, fix and source are its section of ``explanations/findings.md``, which
+``explain`` and the site show.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from statistics import median_low
 from typing import NamedTuple
 
 from lora_diag.adapters import Adapter, contents
-from lora_diag.adapters.contents import Contents, Item, Part, find_missing_targets, find_targeted, read_contents
+from lora_diag.adapters.contents import (
+    Contents,
+    Item,
+    Part,
+    find_missing_targets,
+    find_targeted,
+    read_contents,
+)
 from lora_diag.adapters.patterns import Scaling, find_targets
 from lora_diag.adapters.source import Config, ends_of
 from lora_diag.adapters.writing_targets import TABLE, Model, names_in_memory
@@ -35,17 +43,17 @@ from lora_diag.linting.record import Severity, StepShare
 from lora_diag.records.names import RESIZABLE, module_type_of
 from lora_diag.rendering.text import byte_count, count, list_names, number, quantity, small_percent
 
-# A fraction of moved entries below which most of the loss's gain is lost, and below which steps are rounded away in
-# many entries (docs/reference/lint.md).
+# A fraction of moved entries below which most of the loss's gain is lost, and below which steps are
+# rounded away in many entries (docs/reference/lint.md).
 FEW, HALF = 0.05, 0.5
 
-# Scales, and learning rates at rank 16 and scale 2 that move ΔW alike, beyond those of nearly all of 313 published
-# configurations, and the rates of the middle 90% (docs/reference/lint.md).
+# Scales, and learning rates at rank 16 and scale 2 that move ΔW alike, beyond those of nearly all
+# of 313 published configurations, and the rates of the middle 90% (docs/reference/lint.md).
 SCALES, MIN_LORA_RATE, MAX_LORA_RATE = (0.1, 8.0), 1.5e-6, 7e-4
 USUAL_RATES = (5e-6, 6e-4)
 REFERENCE = 2 * math.sqrt(16)
-# Σ lr of a run, at rank 16 and scale 2, that suffices however small the rate is: 7,000 steps of MIN_LORA_RATE, which a
-# published run of reinforcement learning makes.
+# Σ lr of a run, at rank 16 and scale 2, that suffices however small the rate is: 7,000 steps of
+# MIN_LORA_RATE, which a published run of reinforcement learning makes.
 LONG_PATH = 1e-2
 
 SIXTEEN_BITS = ("bfloat16", "float16")
@@ -57,7 +65,9 @@ SERVERS = ("vllm", "sglang", "llamacpp")
 
 
 class Problem(NamedTuple):
-    """What a rule found: the setting that causes it, numbers and names, and a severity other than that of the rule."""
+    """What a rule found: the setting that causes it, numbers and names, and a severity other than
+    that of the rule.
+    """
 
     key: str
     evidence: str
@@ -73,7 +83,8 @@ class Facts:
         base: BASE; None without one.
         adapter: A saved adapter; None without one.
         pairing: Its ΔW in BASE; None without both.
-        mismatch: Why the saved adapter does not fit its config or BASE; empty if it does, None without one.
+        mismatch: Why the saved adapter does not fit its config or BASE; empty if it does, None
+            without one.
         tokens: Predicted tokens of the training data.
         gpu_memory: Bytes of the GPU.
         servers: Names of programs that will serve the adapter; empty for the usual ones.
@@ -104,15 +115,23 @@ class Facts:
         """Dtype of the trained weights."""
         if self.settings.dtype != "auto":
             return self.settings.dtype
-        kinds = Counter(self.base[name].dtype for name in self.base) if self.base is not None else None
+        kinds = (
+            Counter(self.base[name].dtype for name in self.base) if self.base is not None else None
+        )
         return kinds.most_common(1)[0][0] if kinds else None
 
     @property
     def weights(self) -> list[str] | None:
         """The weights of BASE whose entries can be sampled; None without any."""
-        infos = [self.base[name] for name in self.base] if self.base is not None and self.base.kind != DERIVED else []
+        infos = (
+            [self.base[name] for name in self.base]
+            if self.base is not None and self.base.kind != DERIVED
+            else []
+        )
         return [
-            info.name for info in infos if info.stored is None and info.dtype in FLOAT_DTYPES and info.numel
+            info.name
+            for info in infos
+            if info.stored is None and info.dtype in FLOAT_DTYPES and info.numel
         ] or None
 
     @cached_property
@@ -125,7 +144,9 @@ class Facts:
 
     @property
     def paths(self) -> set[str] | None:
-        """The modules in memory, and the owners of all tensors of BASE, such as an ``nn.MultiheadAttention``."""
+        """The modules in memory, and the owners of all tensors of BASE, such as an
+        ``nn.MultiheadAttention``.
+        """
         owners = {name.rpartition(".")[0] for name in self.base or ()}
         return owners | {*self.modules.values()} if self.modules is not None else None
 
@@ -143,19 +164,33 @@ class Facts:
 
     @cached_property
     def targeted(self) -> dict[str, Matrix] | None:
-        """The matrices that get LoRA, by their module; None if config and BASE do not determine them."""
+        """The matrices that get LoRA, by their module; None if config and BASE do not determine
+        them.
+        """
         values, modules = self.peft.values, self.modules
         unknown = any(values.get(key) for key in ("target_parameters", "layer_replication"))
-        if self.base is None or modules is None or self.invalid or unknown or not values.get("target_modules"):
+        if (
+            self.base is None
+            or modules is None
+            or self.invalid
+            or unknown
+            or not values.get("target_modules")
+        ):
             return None
         if values["target_modules"] == "all-linear":
-            modules = {name: module for name, module in modules.items() if not why_no_target(name, None, None)}
+            modules = {
+                name: module
+                for name, module in modules.items()
+                if not why_no_target(name, None, None)
+            }
         names = find_targeted(self.peft, modules)
         return {modules[name]: make_matrix(name, self.base[name].shape) for name in names}
 
     @cached_property
     def scaling(self) -> dict[str, tuple[int, float]] | None:
-        """Rank and scale of each targeted module, or of ``every layer``; None if r or α is not given."""
+        """Rank and scale of each targeted module, or of ``every layer``; None if r or α is not
+        given.
+        """
         if self.invalid or "r" not in self.peft or "lora_alpha" not in self.peft:
             return None
         modules = list(self.targeted) if self.targeted else ["every layer"]
@@ -169,7 +204,9 @@ class Facts:
             return sum(self.base[name].numel for name in self.base)
         if not self.targeted or not self.scaling:
             return None
-        return sum(self.scaling[module][0] * matrix.per_rank for module, matrix in self.targeted.items())
+        return sum(
+            self.scaling[module][0] * matrix.per_rank for module, matrix in self.targeted.items()
+        )
 
     @cached_property
     def contents(self) -> Contents | None:
@@ -180,17 +217,32 @@ class Facts:
             return None
         peft, is_dora = self.peft, self.peft.flag("use_dora")
         names = frozenset(peft.names("modules_to_save"))
-        saved = [module for module in (self.modules or {}).values() if not names.isdisjoint(ends_of(module))]
+        saved = [
+            module
+            for module in (self.modules or {}).values()
+            if not names.isdisjoint(ends_of(module))
+        ]
         items = [Item(f"{module}.weight", module, "value", f"{module}.weight") for module in saved]
         for module, matrix in self.targeted.items():
             table: Part = "embedding" if TABLE.search(matrix.name) else "factors"
             key, scaling = f"{module}.lora_B.weight", self.scaling[module]
-            items.append(Item(matrix.name, module, "dora" if is_dora else table, key, *scaling, shape=matrix.shape))
+            items.append(
+                Item(
+                    matrix.name,
+                    module,
+                    "dora" if is_dora else table,
+                    key,
+                    *scaling,
+                    shape=matrix.shape,
+                )
+            )
         return Contents("peft", tuple(items), peft.values, tied=has_tied_head(self.base))
 
     @cached_property
     def steps(self) -> tuple[list[moves.Sample], list[StepShare]] | None:
-        """Sampled entries of BASE in the 16-bit dtype in which they are trained, and fractions that a step moves."""
+        """Sampled entries of BASE in the 16-bit dtype in which they are trained, and fractions that
+        a step moves.
+        """
         if self.lr is None or self.dtype is None or self.weights is None or self.base is None:
             return None
         if self.dtype not in SIXTEEN_BITS:
@@ -242,15 +294,22 @@ def rule(id: str, severity: Severity, method: str = "") -> Callable[[Check], Che
 
 
 @rule("bf16-step", "error", "full")
-def check_steps(steps: tuple[list[moves.Sample], list[StepShare]], settings: Settings) -> Iterator[Problem]:
-    """Find weights in 16 bits of which a step of size lr moves less than half; simulate the path of given steps."""
+def check_steps(
+    steps: tuple[list[moves.Sample], list[StepShare]], settings: Settings
+) -> Iterator[Problem]:
+    """Find weights in 16 bits of which a step of size lr moves less than half; simulate the path of
+    given steps.
+    """
     samples, shares = steps
     if not shares or shares[0].moved >= HALF:
         return
     whole, *types = shares
     ends = sorted(share.moved for share in types if share.entries > whole.entries / 100)
     moved, error, low, high = map(small_percent, (whole.moved, whole.error, ends[0], ends[-1]))
-    text = f"in {whole.dtype} a step of lr {number(whole.lr)} moves {moved} ± {error} of the entries of BASE "
+    text = (
+        f"in {whole.dtype} a step of lr {number(whole.lr)} moves {moved} ± {error} of the "
+        "entries of BASE "
+    )
     text += f"({low} to {high} by module type)"
     if settings.steps:
         count_of_steps = min(settings.steps, moves.PATH_STEPS)
@@ -262,13 +321,20 @@ def check_steps(steps: tuple[list[moves.Sample], list[StepShare]], settings: Set
 
 @rule("lora-16bit", "warning", "lora")
 def check_factors(lr: float, dtype: str, targeted: Targeted) -> Iterator[Problem]:
-    """Find factors in 16 bits: what a step of size lr moves of PEFT's initial A, uniform within 1/√in."""
+    """Find factors in 16 bits: what a step of size lr moves of PEFT's initial A, uniform within
+    1/√in.
+    """
     if dtype in SIXTEEN_BITS and targeted:
         bound = 1 / math.sqrt(median_low(matrix.shape[1] for matrix in targeted.values()))
         moved, late = (moves.share_of_uniform(bound, dtype, rate) for rate in (lr, lr / 10))
-        text = f"factors in {dtype}: lr {number(lr)} moves {small_percent(moved)} of A's initial entries"
+        text = (
+            f"factors in {dtype}: lr {number(lr)} moves {small_percent(moved)} of A's initial "
+            "entries"
+        )
         severity: Severity = "error" if moved < FEW else "warning" if moved < HALF else "note"
-        yield Problem("dtype", f"{text}, and lr/10, late in a decay, {small_percent(late)}", severity)
+        yield Problem(
+            "dtype", f"{text}, and lr/10, late in a decay, {small_percent(late)}", severity
+        )
 
 
 @rule("adam-bf16", "note")
@@ -276,7 +342,10 @@ def check_state(dtype: str, settings: Settings) -> Iterator[Problem]:
     """Find AdamW's state in bf16 with a β₂ at which v·β₂ rounds to v: 1 − β₂ ≤ 2⁻⁹."""
     beta2 = settings.beta2 or 0.999
     if dtype == "bfloat16" and settings.optimizer == "adamw" and 1 - beta2 <= 2.0**-9:
-        yield Problem("optimizer", f"weights and AdamW's state in bf16 with β₂ = {beta2:g}: v·β₂ rounds back to v")
+        yield Problem(
+            "optimizer",
+            f"weights and AdamW's state in bf16 with β₂ = {beta2:g}: v·β₂ rounds back to v",
+        )
 
 
 @rule("fp16-weights", "error")
@@ -302,9 +371,14 @@ def check_patterns(invalid: str) -> Iterator[Problem]:
 
 
 @rule("target-unmatched", "error", "lora")
-def check_targets(base: Checkpoint, targeted: Targeted, paths: set[str], peft: Config) -> Iterator[Problem]:
+def check_targets(
+    base: Checkpoint, targeted: Targeted, paths: set[str], peft: Config
+) -> Iterator[Problem]:
     """Find target names that match no module of BASE: a warning if others match."""
-    targets, leaves = peft.values["target_modules"], sorted({path.rpartition(".")[2] for path in paths} - {""})
+    targets, leaves = (
+        peft.values["target_modules"],
+        sorted({path.rpartition(".")[2] for path in paths} - {""}),
+    )
     names = targets if isinstance(targets, list) else [targets] if not targeted else []
     known = _list_names_of(paths)
     for name in (name for name in names if name not in known):
@@ -321,7 +395,10 @@ def check_placement(targeted: Targeted, modules: Mapping[str, str]) -> Iterator[
     mlps = [name for name in modules if "mlp" in name or "feed_forward" in name]
     if names and mlps and not {*names} & {*mlps}:
         kinds = [*dict.fromkeys(map(module_type_of, names))]
-        yield Problem("target_modules", f"only {list_names(kinds)}; {quantity(len(mlps))} of MLPs have no factors")
+        yield Problem(
+            "target_modules",
+            f"only {list_names(kinds)}; {quantity(len(mlps))} of MLPs have no factors",
+        )
 
 
 @rule("trained-twice", "warning", "lora")
@@ -333,9 +410,15 @@ def check_twice(peft: Config) -> Iterator[Problem]:
 
 @rule("save-unmatched", "warning", "lora")
 def check_saved_names(paths: set[str], peft: Config) -> Iterator[Problem]:
-    """Find names in ``modules_to_save`` that match no module of BASE, heads that a task adds aside."""
+    """Find names in ``modules_to_save`` that match no module of BASE, heads that a task
+    adds aside.
+    """
     known = _list_names_of(paths)
-    for name in peft.names("modules_to_save") if peft.text("task_type").upper() not in TASKS_WITH_HEAD else ():
+    for name in (
+        peft.names("modules_to_save")
+        if peft.text("task_type").upper() not in TASKS_WITH_HEAD
+        else ()
+    ):
         if not is_head(f"{name}.weight") and name not in known:
             yield Problem("modules_to_save", f"{name!r} matches no module of BASE")
 
@@ -356,7 +439,9 @@ def check_tied(base: Checkpoint, peft: Config) -> Iterator[Problem]:
 
 @rule("rank-pattern", "error", "lora")
 def check_keys(targeted: Targeted, peft: Config) -> Iterator[Problem]:
-    """Find keys of ``rank_pattern`` and ``alpha_pattern`` that match nothing, or contradict each other."""
+    """Find keys of ``rank_pattern`` and ``alpha_pattern`` that match nothing, or contradict each
+    other.
+    """
     for text in Scaling.read(peft, list(targeted)).notes(list(targeted)):
         key, _, problem = text.partition(": ")
         yield Problem(key, problem, None if "matches no module" in problem else "warning")
@@ -364,24 +449,38 @@ def check_keys(targeted: Targeted, peft: Config) -> Iterator[Problem]:
 
 @rule("scale", "warning", "lora")
 def check_scale(scaling: Scales, settings: Settings, peft: Config) -> Iterator[Problem]:
-    """Find a scale outside of ``SCALES``, or one that follows from a rank and the trainer's fixed α."""
+    """Find a scale outside of ``SCALES``, or one that follows from a rank and the trainer's fixed
+    α.
+    """
     is_default = "lora_alpha" in settings.defaults and "r" not in settings.defaults
     odd = [module for module, (_, scale) in scaling.items() if not SCALES[0] <= scale <= SCALES[1]]
     if odd or is_default:
         rank, scale = scaling[(odd or [*scaling])[0]]
-        alpha = f"lora_alpha {peft.number('lora_alpha'):g}{', a default,' if is_default else ''} at rank {rank}"
+        alpha = (
+            f"lora_alpha {peft.number('lora_alpha'):g}{', a default,' if is_default else ''} "
+            f"at rank {rank}"
+        )
         share = f" in {len(odd)} of {len(scaling)} modules" if odd and len(scaling) > 1 else ""
-        yield Problem("lora_alpha", f"{alpha}: scale {number(scale)}{share}", None if odd else "note")
+        yield Problem(
+            "lora_alpha", f"{alpha}: scale {number(scale)}{share}", None if odd else "note"
+        )
 
 
 @rule("rank-excess", "warning", "lora")
 def check_rank(targeted: Targeted, scaling: Scales) -> Iterator[Problem]:
     """Find ranks above what a matrix can hold, or with more parameters than it has entries."""
     sizes = {matrix.name: (scaling[module][0], matrix.shape) for module, matrix in targeted.items()}
-    excess = [name for name, (r, shape) in sizes.items() if r > min(shape) or r * sum(shape) >= math.prod(shape)]
+    excess = [
+        name
+        for name, (r, shape) in sizes.items()
+        if r > min(shape) or r * sum(shape) >= math.prod(shape)
+    ]
     if excess:
         rank, shape = sizes[excess[0]]
-        text = f"{list_names(excess)}: rank {rank} of {shape[0]}×{shape[1]} trains {rank * sum(shape):,} parameters"
+        text = (
+            f"{list_names(excess)}: rank {rank} of {shape[0]}×{shape[1]} trains "
+            f"{rank * sum(shape):,} parameters"
+        )
         yield Problem("r", f"{text} for {math.prod(shape):,} entries")
 
 
@@ -395,21 +494,30 @@ def check_rate(lr: float, scaling: Scales) -> Iterator[Problem]:
 
 @rule("rate-low", "warning", "lora")
 def check_low_rate(lr: float, scaling: Scales, settings: Settings) -> Iterator[Problem]:
-    """Find learning rates that move ΔW less than published recipes do, where no long run makes up for it."""
+    """Find learning rates that move ΔW less than published recipes do, where no long run makes up
+    for it.
+    """
     reach, text = _find_reach(lr, scaling)
     path = lr * reach * (settings.steps or 0)
     if reach > 0 and lr * reach < MIN_LORA_RATE and path < LONG_PATH:
         low, high = USUAL_RATES
         text += f", where lr {number(low / reach)} to {number(high / reach)} is usual"
         if settings.steps:
-            text += f": {settings.steps} steps move ΔW at most like {number(path / low)} at the lowest of these"
+            text += (
+                f": {settings.steps} steps move ΔW at most like {number(path / low)} at the "
+                "lowest of these"
+            )
         yield Problem("lr", text)
 
 
 def _find_reach(lr: float, scaling: Scales) -> tuple[float, str]:
-    """Return the largest s·√r as a multiple of that of rank 16 and scale 2, and a text with its lr, r and s."""
+    """Return the largest s·√r as a multiple of that of rank 16 and scale 2, and a text with its lr,
+    r and s.
+    """
     rank, scale = max(scaling.values(), key=lambda pair: pair[1] * math.sqrt(pair[0]))
-    return scale * math.sqrt(rank) / REFERENCE, f"lr {number(lr)} at rank {rank} and scale {number(scale)}"
+    return scale * math.sqrt(
+        rank
+    ) / REFERENCE, f"lr {number(lr)} at rank {rank} and scale {number(scale)}"
 
 
 @rule("capacity", "note", "lora")
@@ -418,20 +526,29 @@ def check_capacity(tokens: int, targeted: Targeted, params: int) -> Iterator[Pro
     rules = apply_capacity_rules([*targeted.values()], tokens) if targeted else ()
     if short := [item for item in rules if item.params > params]:
         needed = "more than full rank" if short[0].rank is None else f"rank {short[0].rank}"
-        text = f"{count(params)} parameters for {count(tokens)} tokens; {short[0].name} asks for {needed}"
+        text = (
+            f"{count(params)} parameters for {count(tokens)} tokens; {short[0].name} asks for "
+            f"{needed}"
+        )
         yield Problem("r", f"{text} ({short[0].source})")
 
 
 @rule("memory", "error")
-def check_memory(gpu_memory: int, base: Checkpoint, params: int, dtype: str, settings: Settings) -> Iterator[Problem]:
+def check_memory(
+    gpu_memory: int, base: Checkpoint, params: int, dtype: str, settings: Settings
+) -> Iterator[Problem]:
     """Find weights, gradients and optimizer state that exceed the GPU's memory; a lower bound."""
     named = (settings.optimizer or "").removesuffix("32bit")
     optimizer = named if named in STATE else "sgd"
-    trained = math.ceil(params * Training(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param)
+    trained = math.ceil(
+        params * Training(optimizer, dtype if dtype in BYTES else "bfloat16").bytes_per_param
+    )
     entries = 0 if settings.method == "full" else sum(base[name].numel for name in base)
     frozen = entries // 2 if settings.quantized else 2 * entries
     if trained + frozen > gpu_memory:
-        text = f"{byte_count(trained)} trained ({optimizer}, {dtype}) and {byte_count(frozen)} frozen"
+        text = (
+            f"{byte_count(trained)} trained ({optimizer}, {dtype}) and {byte_count(frozen)} frozen"
+        )
         yield Problem("memory", f"{text} exceed {byte_count(gpu_memory)}")
 
 
@@ -445,11 +562,15 @@ def check_length(base: Checkpoint, settings: Settings) -> Iterator[Problem]:
 
 @rule("server", "note", "lora")
 def check_servers(contents: Contents, servers: Sequence[str]) -> Iterator[Problem]:
-    """Find servers that refuse the adapter, skip a part of it, or scale it otherwise: an error for ``--servers``."""
+    """Find servers that refuse the adapter, skip a part of it, or scale it otherwise: an error for
+    ``--servers``.
+    """
     names = servers or [name for name in SERVERS if contents.form in CONSUMERS[name].forms]
     for consumer in map(CONSUMERS.__getitem__, names):
         if text := _describe_service(consumer, contents):
-            yield Problem("server", f"{consumer.title} {consumer.newest} {text}", "error" if servers else None)
+            yield Problem(
+                "server", f"{consumer.title} {consumer.newest} {text}", "error" if servers else None
+            )
         elif rank := consumer.find_rank_to_set(contents):
             yield Problem("r", f"{consumer.title} needs {consumer.rank_option} {rank}")
 
@@ -462,21 +583,34 @@ def _describe_service(consumer: Consumer, contents: Contents) -> str:
         outcome = consumer.rules[0].applies(contents, item)
         if outcome.does == "dropped":
             return f"drops {item.layer}: {outcome.why}"
-        if outcome.scale is not None and item.scale is not None and not math.isclose(outcome.scale, item.scale):
-            return f"scales {item.layer} by {number(outcome.scale)} instead of {number(item.scale)}: {outcome.why}"
+        if (
+            outcome.scale is not None
+            and item.scale is not None
+            and not math.isclose(outcome.scale, item.scale)
+        ):
+            return (
+                f"scales {item.layer} by {number(outcome.scale)} instead of "
+                f"{number(item.scale)}: {outcome.why}"
+            )
     return ""
 
 
 @rule("merge-storage", "warning")
 def check_merge(pairing: Pairing, base: Checkpoint, weights: list[str]) -> Iterator[Problem]:
-    """Find updates that a merge into BASE's dtype rounds away, by the rule of ``plan-merge`` on sampled entries."""
+    """Find updates that a merge into BASE's dtype rounds away, by the rule of ``plan-merge`` on
+    sampled entries.
+    """
     factors = {delta.layer: getattr(delta, "thin", None) for delta in pairing.deltas}
     dtypes = {base[name].dtype if name in weights else "" for name in factors}
     if all(factors.values()) and len(dtypes) == 1 and dtypes <= {*SIXTEEN_BITS}:
         (dtype,) = dtypes
         error = moves.estimate_rounding(base, factors, dtype)
         if error > MAX_ERROR:
-            yield Problem("", f"rounding to {dtype} adds about {number(error)} ‖ΔW‖, more than {MAX_ERROR:g} ‖ΔW‖")
+            yield Problem(
+                "",
+                f"rounding to {dtype} adds about {number(error)} ‖ΔW‖, more than {MAX_ERROR:g} "
+                "‖ΔW‖",
+            )
 
 
 @rule("adapter-mismatch", "error")
@@ -491,7 +625,9 @@ def check_complete(adapter: Adapter, base: Checkpoint, pairing: Pairing) -> Iter
     """Find targeted modules for which the file has no factors."""
     targets, missing = find_missing_targets(adapter, base, pairing) or (0, ())
     if missing:
-        yield Problem("target_modules", f"{len(missing)} of {targets} targeted weights: {list_names(missing)}")
+        yield Problem(
+            "target_modules", f"{len(missing)} of {targets} targeted weights: {list_names(missing)}"
+        )
 
 
 @rule("adapter-zero", "error")

@@ -20,7 +20,13 @@ from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
 from lora_diag.gating.command import append_step_summary
 from lora_diag.gating.show import junit, step_summary
 from lora_diag.linting import LintOptions
-from lora_diag.linting.configs import SUFFIXES, TRAINING_ARGS, Settings, name_optimizer, read_settings
+from lora_diag.linting.configs import (
+    SUFFIXES,
+    TRAINING_ARGS,
+    Settings,
+    name_optimizer,
+    read_settings,
+)
 from lora_diag.linting.record import SEVERITIES, Finding
 from lora_diag.linting.rules import MISSING, RULES, Facts
 from lora_diag.linting.show import as_verdicts
@@ -48,7 +54,8 @@ def lint(
     Of BASE only headers and sampled ranges of entries are read, of a saved adapter its factors.
 
     Args:
-        config: An adapter's folder, ``adapter_config.json``, a configuration of a trainer, or ``training_args.bin``.
+        config: An adapter's folder, ``adapter_config.json``, a configuration of a trainer, or
+            ``training_args.bin``.
         base: A checkpoint, or its ``config.json``; without it, rules that need it are not judged.
         method: ``lora`` or ``full``.
         lr: Peak learning rate.
@@ -68,11 +75,13 @@ def lint(
         **options: ``LintOptions``.
 
     Returns:
-        Findings, the worst first, then the fractions of entries that a step moves, in ``whole``. The settings of the
+        Findings, the worst first, then the fractions of entries that a step moves, in ``whole``.
+            The settings of the
         run name the rules that were judged, and what is missing to judge others.
 
     Raises:
-        UsageError: An option is invalid, nothing is given, PyYAML is missing, or an output may not be replaced.
+        UsageError: An option is invalid, nothing is given, PyYAML is missing, or an output may not
+            be replaced.
         InputError: An input cannot be read, or an output cannot be written.
 
     Example:
@@ -82,26 +91,53 @@ def lint(
     """
     arguments = fill_options(LintOptions, options)
     if unknown := [name for name in arguments["servers"] if name not in CONSUMERS]:
-        raise UsageError(f"--servers {unknown[0]}: unknown program; give one of {', '.join(CONSUMERS)}")
-    tokens = read_count(str(given), "--tokens") if (given := arguments["tokens"]) is not None else None
-    memory = read_bytes(given, "--gpu-memory") if (given := arguments["gpu_memory"]) is not None else None
+        raise UsageError(
+            f"--servers {unknown[0]}: unknown program; give one of {', '.join(CONSUMERS)}"
+        )
+    tokens = (
+        read_count(str(given), "--tokens") if (given := arguments["tokens"]) is not None else None
+    )
+    memory = (
+        read_bytes(given, "--gpu-memory")
+        if (given := arguments["gpu_memory"]) is not None
+        else None
+    )
     output, report, overwrite = arguments["output"], arguments["junit"], arguments["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
     config, base = _order_inputs(config, base)
     path = None if config is None else locate(as_path(config))
     settings = Settings(path or Path(), "options", Config(Path("options"), {}))
     if path is not None:  # an adapter without a config says only that it is one
-        settings = replace(settings, family="adapter", method="lora") if _is_weights(path) else read_settings(path)
+        settings = (
+            replace(settings, family="adapter", method="lora")
+            if _is_weights(path)
+            else read_settings(path)
+        )
     settings = _apply_options(settings, arguments)
     checkpoint = None if base is None else open_headers(base)
-    facts = Facts(settings, checkpoint, tokens=tokens, gpu_memory=memory, servers=arguments["servers"])
-    if path is not None and (_is_weights(path) or any((path / name).is_file() for name in ADAPTER_WEIGHTS)):
+    facts = Facts(
+        settings, checkpoint, tokens=tokens, gpu_memory=memory, servers=arguments["servers"]
+    )
+    if path is not None and (
+        _is_weights(path) or any((path / name).is_file() for name in ADAPTER_WEIGHTS)
+    ):
         facts = _open_saved(path, facts)
     findings, judged, missing = _judge(facts)
-    inputs = [] if config is None else [RunInput(role="config", path=legible(config), kind=settings.family, tensors=0)]
+    inputs = (
+        []
+        if config is None
+        else [RunInput(role="config", path=legible(config), kind=settings.family, tensors=0)]
+    )
     inputs += [] if checkpoint is None else [describe("base", checkpoint)]
-    own = {"judged": judged, "not_judged": missing, "fail_on": arguments["fail_on"], "lr": settings.lr}
-    run = Run(command="lint", version=__version__, inputs=tuple(inputs), settings=own, made=timestamp())
+    own = {
+        "judged": judged,
+        "not_judged": missing,
+        "fail_on": arguments["fail_on"],
+        "lr": settings.lr,
+    }
+    run = Run(
+        command="lint", version=__version__, inputs=tuple(inputs), settings=own, made=timestamp()
+    )
     end = End(layers=0, left_out=0, fro=None, base_fro=None)
     shares = facts.steps[1] if settings.method == "full" and facts.steps else []
     results = Results[Any](run, (), (), end, (*findings, *shares))
@@ -114,7 +150,9 @@ def lint(
     return results
 
 
-def _order_inputs(config: Path | str | None, base: Path | str | None) -> tuple[Path | str | None, Path | str | None]:
+def _order_inputs(
+    config: Path | str | None, base: Path | str | None
+) -> tuple[Path | str | None, Path | str | None]:
     """Return CONFIG and BASE, where a single path may be either.
 
     Raises:
@@ -138,10 +176,14 @@ def _is_weights(path: Path) -> bool:
 def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
     """Return settings with the values of options."""
     given = {name: value for name, value in options.items() if value is not None}
-    own: dict[str, Any] = {name: given[name] for name in ("method", "lr", "dtype", "steps") if name in given}
+    own: dict[str, Any] = {
+        name: given[name] for name in ("method", "lr", "dtype", "steps") if name in given
+    }
     own |= {"optimizer": name_optimizer(given["optimizer"])} if "optimizer" in given else {}
     lora = {key: given[name] for name, key in _LORA_KEYS.items() if name in given}
-    flags = {_LORA_KEYS.get(name, name): f"--{name}" for name in (*own, *_LORA_KEYS) if name in given}
+    flags = {
+        _LORA_KEYS.get(name, name): f"--{name}" for name in (*own, *_LORA_KEYS) if name in given
+    }
     peft = Config(settings.peft.path, {**settings.peft.values, **lora})
     defaults = settings.defaults - lora.keys()
     return replace(settings, **own, peft=peft, keys={**settings.keys, **flags}, defaults=defaults)
@@ -172,7 +214,11 @@ def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
         if rule.method and facts.settings.method not in {rule.method, None}:
             continue
         known = {need: getattr(facts, need) for need in signature(rule.check).parameters}
-        lacking = [MISSING.get(need, f"--{need}".replace("_", "-")) for need, value in known.items() if value is None]
+        lacking = [
+            MISSING.get(need, f"--{need}".replace("_", "-"))
+            for need, value in known.items()
+            if value is None
+        ]
         lacking += ["--method"] if rule.method and facts.settings.method is None else []
         if lacking:
             missing[name] = lacking[0]
@@ -182,9 +228,13 @@ def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
         problems = [*islice(rule.check(**known), MAX_FINDINGS + 1)]
         if len(problems) > MAX_FINDINGS:
             last = problems[MAX_FINDINGS - 1]
-            problems[MAX_FINDINGS - 1 :] = [last._replace(evidence=f"{last.evidence}; and more, which are not listed")]
+            problems[MAX_FINDINGS - 1 :] = [
+                last._replace(evidence=f"{last.evidence}; and more, which are not listed")
+            ]
         for key, evidence, severity in problems:
             where, line = facts.settings.locate(key)
             place = {"severity": severity or rule.severity, "where": where, "line": line}
-            findings.append(Finding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source))
+            findings.append(
+                Finding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source)
+            )
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), judged, missing

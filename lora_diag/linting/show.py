@@ -1,4 +1,6 @@
-"""Findings → the terminal, and as verdicts for what shows these to machines (JUnit, annotations)."""
+"""Findings → the terminal, and as verdicts for what shows these to machines (JUnit,
+annotations).
+"""
 
 from __future__ import annotations
 
@@ -16,26 +18,40 @@ from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import quantity, safe
 
 _CLEAN = "no finding"
-_FAILED, _WARNED = {"status": "failed", "severity": "error"}, {"status": "warned", "severity": "warning"}
+_FAILED, _WARNED = (
+    {"status": "failed", "severity": "error"},
+    {"status": "warned", "severity": "warning"},
+)
 _LEVELS: Mapping[str, Level] = {"error": "failure", "warning": "warning", "note": "note"}
 
 
 def lint_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: the number of findings, each finding, and the rules that were not judged."""
+    """Return the statements: the number of findings, each finding, and the rules that were not
+    judged.
+    """
     findings, settings = results.whole_of(Finding), results.run.settings
     counts = Counter(finding.severity for finding in findings)
-    lead = ", ".join(quantity(counts[severity], severity) for severity in SEVERITIES if counts[severity])
+    lead = ", ".join(
+        quantity(counts[severity], severity) for severity in SEVERITIES if counts[severity]
+    )
     text = f"{lead or 'clean'} ({quantity(len(settings['judged']), 'rule')} judged)"
     level = _LEVELS[findings[0].severity] if findings else "ok"
     statements = [make_statement("lint", "Lint", text, level=level, priority=0)]
     for item in findings:
         text, fix = f"{item.id}: {safe(item.evidence)}", f"at {safe(item.where)}; {item.fix}"
-        statements.append(make_statement(item.id, item.severity.capitalize(), text, fix, level=_LEVELS[item.severity]))
+        statements.append(
+            make_statement(
+                item.id, item.severity.capitalize(), text, fix, level=_LEVELS[item.severity]
+            )
+        )
     rules: dict[str, list[str]] = {}
     for rule, need in settings["not_judged"].items():
         rules.setdefault(need, []).append(rule)
     lines = [f"{', '.join(names)}: give {need}" for need, names in rules.items()]
-    return [*statements, *([make_statement("not_judged", "Not judged", *lines, priority=2)] if lines else [])]
+    return [
+        *statements,
+        *([make_statement("not_judged", "Not judged", *lines, priority=2)] if lines else []),
+    ]
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> str | None:
@@ -49,7 +65,9 @@ def exit_code(results: Results[Any]) -> int:
     return GATE_FAILED if outcome(as_verdicts(results).whole) == "failed" else DONE
 
 
-def lint_table(results: Results[Any], width: int = 80, color: bool = False, next_command: str | None = None) -> str:
+def lint_table(
+    results: Results[Any], width: int = 80, color: bool = False, next_command: str | None = None
+) -> str:
     """Return the findings for a terminal, with moved entries by module type if that is verbose.
 
     Args:
@@ -69,16 +87,27 @@ def list_annotations(results: Results[Any]) -> list[str]:
 
 
 def as_verdicts(results: Results[Any]) -> Results[Any]:
-    """Return verdicts of a gate: findings at or above ``fail_on`` failed, others warned; other judged rules passed."""
+    """Return verdicts of a gate: findings at or above ``fail_on`` failed, others warned; other
+    judged rules passed.
+    """
     settings = results.run.settings
     failing = SEVERITIES[: SEVERITIES.index(settings["fail_on"]) + 1]
     verdicts = []
     for item in results.whole_of(Finding):
         state = _FAILED if item.severity in failing else _WARNED
-        place = {"group": item.where, "line": item.line, "measured": item.evidence, "message": item.fix}
+        place = {
+            "group": item.where,
+            "line": item.line,
+            "measured": item.evidence,
+            "message": item.fix,
+        }
         verdicts.append(Verdict(rule=item.id, allowed=_CLEAN, **{**place, **state}))
-    clean = [rule for rule in settings["judged"] if rule not in {verdict.rule for verdict in verdicts}]
+    clean = [
+        rule for rule in settings["judged"] if rule not in {verdict.rule for verdict in verdicts}
+    ]
     verdicts += [Verdict(rule=rule, allowed=_CLEAN, status="passed") for rule in clean]
     for rule, need in settings["not_judged"].items():
-        verdicts.append(Verdict(rule=rule, allowed=_CLEAN, status="not judged", message=f"give {need}"))
+        verdicts.append(
+            Verdict(rule=rule, allowed=_CLEAN, status="not judged", message=f"give {need}")
+        )
     return Results(results.run, (), (), results.end, tuple(verdicts))

@@ -1,8 +1,9 @@
-"""A training configuration as a table of values, from JSON, YAML or a Trainer's ``training_args.bin``.
+"""A training configuration as a table of values, from JSON, YAML or a Trainer's
+``training_args.bin``.
 
-The files are from other people. Nothing in them is run, and their size, depth and repetitions are limited before their
-values are built, so that reading takes seconds. A setting is read with the type that it must have: another one is an
-error that names its key.
+The files are from other people. Nothing in them is run, and their size, depth and repetitions are
+limited before their values are built, so that reading takes seconds. A setting is read with the
+type that it must have: another one is an error that names its key.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ from lora_diag.checkpoints.parts import Archive
 from lora_diag.errors import InputError, damaged, quote, require
 from lora_diag.files import open_regular
 
-# Bytes of a configuration in JSON or training_args.bin, which has about 6 kB: a rank for each layer takes some 100 kB.
+# Bytes of a configuration in JSON or training_args.bin, which has about 6 kB: a rank for each layer
+# takes some 100 kB.
 MAX_BYTES = 1_000_000
-# Bytes of YAML, of which published recipes have at most 21 kB: PyYAML without libyaml takes 3 s for as many.
+# Bytes of YAML, of which published recipes have at most 21 kB: PyYAML without libyaml takes 3 s for
+# as many.
 MAX_YAML_BYTES = 100_000
 # Tables and lists in each other, and aliases: 8 make a file at most 18 times as large.
 MAX_DEPTH, MAX_ALIASES = 32, 8
@@ -65,14 +68,20 @@ class Values:
         table = {key: value for key, value in values.items() if isinstance(key, str)}
         inner_tables = {key: value for key, value in table.items() if isinstance(value, dict)}
         for key, inner_table in inner_tables.items():
-            table |= {f"{key}.{inner}": value for inner, value in inner_table.items() if isinstance(inner, str)}
+            table |= {
+                f"{key}.{inner}": value
+                for inner, value in inner_table.items()
+                if isinstance(inner, str)
+            }
         return Values(path, table)
 
     def get(self, key: str) -> Any:
         """Return a value of any type; None without one."""
         return self.table.get(key)
 
-    def number(self, key: str, least: float = -float("inf"), most: float = float("inf")) -> float | None:
+    def number(
+        self, key: str, least: float = -float("inf"), most: float = float("inf")
+    ) -> float | None:
         """Return a number, also one that YAML reads as text (``2e-5``); None if it is left open.
 
         Raises:
@@ -87,7 +96,9 @@ class Values:
             except ValueError:
                 number = None
         if not is_number(number) or not least <= number <= most:
-            allowed = f"a number from {least:g} to {most:g}" if abs(most) < float("inf") else "a number"
+            allowed = (
+                f"a number from {least:g} to {most:g}" if abs(most) < float("inf") else "a number"
+            )
             raise self._invalid(key, allowed)
         return number
 
@@ -153,7 +164,9 @@ class Values:
         return any(self.get(key) for key in keys)
 
     def _invalid(self, key: str, allowed: str) -> InputError:
-        return damaged(self.path, f"{key} must be {allowed}, not {quote(self.get(key))}", "correct it")
+        return damaged(
+            self.path, f"{key} must be {allowed}, not {quote(self.get(key))}", "correct it"
+        )
 
 
 def _is_open(value: Any) -> bool:
@@ -162,15 +175,17 @@ def _is_open(value: Any) -> bool:
 
 
 def _is_reference(value: Any) -> bool:
-    """Return whether a value stands for that of another key, as torchtune's configurations have them."""
+    """Return whether a value stands for that of another key, as torchtune's configurations have
+    them.
+    """
     return isinstance(value, str) and value.startswith("${")
 
 
 def _read_arguments(path: Path) -> dict[Any, Any]:
     """Return a Trainer's arguments; for a value that is not plain, its type.
 
-    A word of an enum is a record with one argument. Lists of a pickle can share their items, so that one of 600 bytes
-    has 10⁹ leaves: only short lists of plain values are kept.
+    A word of an enum is a record with one argument. Lists of a pickle can share their items, so
+    that one of 600 bytes has 10⁹ leaves: only short lists of plain values are kept.
 
     Raises:
         InputError: The file cannot be read, is too large, or holds something else.
@@ -198,7 +213,9 @@ def _is_plain_list(value: Any) -> bool:
 
 
 def _too_large(path: Path, limit: int) -> InputError:
-    return damaged(path, f"is larger than {limit:,} bytes, too large for a configuration", "check the path")
+    return damaged(
+        path, f"is larger than {limit:,} bytes, too large for a configuration", "check the path"
+    )
 
 
 def _read_yaml(path: Path) -> dict[Any, Any]:
@@ -219,20 +236,33 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
         _check_structure(yaml, yaml.parse(text, loader))
         values = yaml.load(text, loader)
     except OSError as error:
-        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        problem = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read: {error.strerror}"
+        )
         raise damaged(path, problem, "check the path") from error
     except (yaml.YAMLError, *_INVALID) as error:
-        reason = " ".join(str(error).replace(' in "<byte string>", ', " at ").split()) or type(error).__name__
+        reason = (
+            " ".join(str(error).replace(' in "<byte string>", ', " at ").split())
+            or type(error).__name__
+        )
         raise damaged(path, f"is not readable YAML ({reason[:300]})", "correct it") from error
     if not isinstance(values, dict):
-        held = "is empty" if values is None else f"holds a {type(values).__name__}, not a table of settings"
+        held = (
+            "is empty"
+            if values is None
+            else f"holds a {type(values).__name__}, not a table of settings"
+        )
         raise damaged(path, held, "give a configuration")
     return values
 
 
 @dataclass
 class _Collection:
-    """A list or table of YAML whose end is not read; the keys of a table alternate with its values."""
+    """A list or table of YAML whose end is not read; the keys of a table alternate with
+    its values.
+    """
 
     is_table: bool
     keys: set[str] = field(default_factory=set)
@@ -240,10 +270,12 @@ class _Collection:
 
 
 def _check_structure(yaml: Any, events: Iterable[Any]) -> None:
-    """Check the depth, the number of aliases and the keys of a document, before its values are built.
+    """Check the depth, the number of aliases and the keys of a document, before its values are
+    built.
 
     Raises:
-        YAMLError: It is nested too deeply, has too many aliases, or repeats a key; or the file is not YAML.
+        YAMLError: It is nested too deeply, has too many aliases, or repeats a key; or the file is
+            not YAML.
     """
     aliases = 0
     anchored: dict[str, str] = {}
@@ -271,15 +303,19 @@ def _check_structure(yaml: Any, events: Iterable[Any]) -> None:
         if isinstance(event, yaml.CollectionStartEvent):
             outer.append(_Collection(isinstance(event, yaml.MappingStartEvent)))
         if aliases > MAX_ALIASES:
-            raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases, which can multiply its values without limit")
+            raise yaml.YAMLError(
+                f"more than {MAX_ALIASES} aliases, which can multiply its values without limit"
+            )
         if len(outer) > MAX_DEPTH:
             raise yaml.YAMLError(f"more than {MAX_DEPTH} tables and lists in each other")
 
 
 def _make_loader(yaml: Any) -> Any:
-    """Return PyYAML's safe loader, by libyaml if it is there, for which an invalid value is a ``YAMLError``.
+    """Return PyYAML's safe loader, by libyaml if it is there, for which an invalid value is a
+    ``YAMLError``.
 
-    Numbers of base 60 (``1:30``), which YAML 1.2 does not have and which take quadratic time, stay text.
+    Numbers of base 60 (``1:30``), which YAML 1.2 does not have and which take quadratic time, stay
+    text.
     """
     safe_loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -294,7 +330,9 @@ def _make_loader(yaml: Any) -> Any:
         def construct_number(self, node: Any) -> Any:
             if ":" in node.value:
                 return self.construct_scalar(node)
-            read = self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float
+            read = (
+                self.construct_yaml_int if node.tag.endswith(":int") else self.construct_yaml_float
+            )
             return read(node)
 
     for tag in ("int", "float"):

@@ -1,1 +1,3 @@
-"""Singular values, norms, angles and losses → numbers, with NumPy and SciPy only; independent of names and files."""
+"""Singular values, norms, angles and losses → numbers, with NumPy and SciPy only; independent of
+names and files.
+"""

@@ -1,8 +1,9 @@
 """Energy curves C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², and numbers read from singular values.
 
-These are the ranks at which a curve reaches a threshold, the stable and the effective rank, the Eckart–Young errors of
-the best rank-r approximation, a bound on single values, the ranks at which a figure draws a curve, and two truncation
-points: the knee of the curve, and the Gavish–Donoho hard threshold.
+These are the ranks at which a curve reaches a threshold, the stable and the effective rank, the
+Eckart–Young errors of the best rank-r approximation, a bound on single values, the ranks at which a
+figure draws a curve, and two truncation points: the knee of the curve, and the Gavish–Donoho hard
+threshold.
 """
 
 from __future__ import annotations
@@ -19,13 +20,15 @@ RANKS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.9, 0.95, 0.99)
 
 
-def energy_curve(s: NDArray[np.float64], fro: float | NDArray[np.float64], complete: bool) -> NDArray[np.float64]:
+def energy_curve(
+    s: NDArray[np.float64], fro: float | NDArray[np.float64], complete: bool
+) -> NDArray[np.float64]:
     """Return C(1), …, C(K) for the K largest singular values.
 
     Args:
         s: Singular values, descending, ``(K,)``; or of several matrices, ``(…, K)``.
-        fro: ‖ΔW‖_F > 0, computed independently of ``s``, so that fractions of an incomplete spectrum are exact; of
-            several matrices ``(…, 1)``.
+        fro: ‖ΔW‖_F > 0, computed independently of ``s``, so that fractions of an incomplete
+            spectrum are exact; of several matrices ``(…, 1)``.
         complete: True if ``s`` holds every singular value; C then ends at exactly 1.
 
     Returns:
@@ -79,10 +82,11 @@ def stable_rank(s: NDArray[np.float64], fro: float) -> float:
 
 
 def effective_rank(s: NDArray[np.float64]) -> float:
-    """Return exp(−Σ p_i ln p_i) with p_i = σ_i² / Σσ²: the number of equal directions with the same entropy of energy.
+    """Return exp(−Σ p_i ln p_i) with p_i = σ_i² / Σσ²: the number of equal directions with the same
+    entropy of energy.
 
-    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, as in the rest of the
-    package.
+    Roy and Vetterli 2007 ("The effective rank") define it on p_i = σ_i/Σσ; here p is the energy, as
+    in the rest of the package.
 
     Args:
         s: All singular values; the largest is positive.
@@ -99,17 +103,19 @@ def effective_rank(s: NDArray[np.float64]) -> float:
 def truncation_error(
     s: NDArray[np.float64], fro: float, rank: int, complete: bool
 ) -> tuple[float, float | None] | None:
-    """Return ‖A − A_r‖_F = √Σ_{i>r}σ_i² and ‖A − A_r‖_2 = σ_{r+1} for the best approximation of rank r.
+    """Return ‖A − A_r‖_F = √Σ_{i>r}σ_i² and ‖A − A_r‖_2 = σ_{r+1} for the best approximation of
+    rank r.
 
     Args:
         s: The K largest singular values, descending.
         fro: ‖A‖_F.
         rank: r ≥ 0.
-        complete: True if ``s`` holds every singular value. The Frobenius error is then summed from its small end,
-            free of cancellation; else it is √(‖A‖_F² − Σ_{i≤r}σ_i²).
+        complete: True if ``s`` holds every singular value. The Frobenius error is then summed from
+            its small end, free of cancellation; else it is √(‖A‖_F² − Σ_{i≤r}σ_i²).
 
     Returns:
-        Both errors; the spectral one is None if σ_{r+1} was not computed; None for both if ``s`` is incomplete and r >
+        Both errors; the spectral one is None if σ_{r+1} was not computed; None for both if ``s`` is
+            incomplete and r >
         K. Both are 0 if ``s`` is complete and r ≥ K.
 
     Reference: Eckart and Young 1936; Mirsky 1960, theorem 2 (any unitarily invariant norm).
@@ -131,7 +137,8 @@ def truncation_error(
 def spectral_error(value: float, fro: float, energy_error: float) -> float:
     """Return a bound on |σ̂_i − σ_i| of one singular value.
 
-    σ_i² is the difference of two partial sums of energy, each of which is off by at most energy_error·‖A‖_F², so
+    σ_i² is the difference of two partial sums of energy, each of which is off by at most
+    energy_error·‖A‖_F², so
     |σ̂_i² − σ_i²| ≤ 2·energy_error·‖A‖_F².
 
     Args:
@@ -140,7 +147,11 @@ def spectral_error(value: float, fro: float, energy_error: float) -> float:
         energy_error: Bound on the error of every energy fraction up to the i-th.
 
     Example:
-        >>> spectral_error(1.0, 1.0, 0.0), round(spectral_error(1.0, 1.0, 0.18), 12), spectral_error(0.0, 1.0, 0.5)
+        >>> (
+        ...     spectral_error(1.0, 1.0, 0.0),
+        ...     round(spectral_error(1.0, 1.0, 0.18), 12),
+        ...     spectral_error(0.0, 1.0, 0.5),
+        ... )
         (0.0, 0.2, 1.0)
     """
     if fro == 0.0:
@@ -152,7 +163,8 @@ def spectral_error(value: float, fro: float, energy_error: float) -> float:
 
 
 def thinned_ranks(values: int, points: int) -> list[int]:
-    """Return the ranks to draw: all if they fit, else half of the points without gaps and the other half log-spaced.
+    """Return the ranks to draw: all if they fit, else half of the points without gaps and the other
+    half log-spaced.
 
     Args:
         values: K, the number of singular values.
@@ -190,7 +202,8 @@ def curve_at(s: Sequence[float], fro: float, complete: bool, ranks: Sequence[int
 
 
 def knee(curve: NDArray[np.float64]) -> int:
-    """Return the rank at which C(r) rises highest above its chord: argmax C(r) − r/K · C(K), r = 0, …, K.
+    """Return the rank at which C(r) rises highest above its chord: argmax C(r) − r/K · C(K), r = 0,
+    …, K.
 
     Args:
         curve: C(1), …, C(K) of a complete spectrum, ``(K,)``.
@@ -198,7 +211,8 @@ def knee(curve: NDArray[np.float64]) -> int:
     Returns:
         A rank from 0 to K − 1; 0 if the curve is its own chord (all values equal).
 
-    Reference: Satopää et al. 2011, "Finding a 'Kneedle' in a Haystack", section III (without smoothing).
+    Reference: Satopää et al. 2011, "Finding a 'Kneedle' in a Haystack", section III (without
+    smoothing).
 
     Example:
         >>> knee(np.array([0.6, 0.9, 0.95, 1.0]))
@@ -206,21 +220,26 @@ def knee(curve: NDArray[np.float64]) -> int:
     """
     curve_from_zero = np.concatenate([[0.0], curve])
     # Rounding of an all-equal spectrum must not be taken for a knee.
-    above = (curve_from_zero - np.linspace(0.0, curve_from_zero[-1], len(curve_from_zero))).round(12)
+    above = (curve_from_zero - np.linspace(0.0, curve_from_zero[-1], len(curve_from_zero))).round(
+        12
+    )
     return int(np.argmax(above))
 
 
 def gavish_donoho(s: NDArray[np.float64], shape: tuple[int, int]) -> int:
-    """Return the number of singular values above τ = ω(β)·median(s), the threshold for unknown noise.
+    """Return the number of singular values above τ = ω(β)·median(s), the threshold for unknown
+    noise.
 
-    ω(β) = λ(β)/√μ_β, with λ(β)² = 2(β+1) + 8β/((β+1) + √(β²+14β+1)) and μ_β the median of the Marchenko–Pastur law. It
-    assumes white noise and a low-rank signal; if most values are signal, the median is no noise level.
+    ω(β) = λ(β)/√μ_β, with λ(β)² = 2(β+1) + 8β/((β+1) + √(β²+14β+1)) and μ_β the median of the
+    Marchenko–Pastur law. It assumes white noise and a low-rank signal; if most values are signal,
+    the median is no noise level.
 
     Args:
         s: All min(out, in) singular values, descending.
         shape: ``(out, in)``; β is the smaller over the larger.
 
-    Reference: Gavish and Donoho 2014, "The optimal hard threshold for singular values is 4/√3", equations 11 and 5.
+    Reference: Gavish and Donoho 2014, "The optimal hard threshold for singular values is 4/√3",
+    equations 11 and 5.
 
     Example:
         >>> gavish_donoho(np.array([50.0, 1.1, 1.0, 0.9]), (4, 4))
@@ -243,7 +262,8 @@ def hard_threshold(beta: float) -> float:
 
 
 def _median(beta: float) -> float:
-    """Return the median of the Marchenko–Pastur law of ratio β, whose support is [(1 − √β)², (1 + √β)²].
+    """Return the median of the Marchenko–Pastur law of ratio β, whose support is [(1 − √β)², (1 +
+    √β)²].
 
     Substituting x = 1 + β − 2√β·cos θ makes the integrand smooth at both ends:
     dx √((x₊−x)(x−x₋)) / (2πβx) = 4β sin²θ dθ / (2πβx).
@@ -252,9 +272,14 @@ def _median(beta: float) -> float:
     from scipy.optimize import brentq
 
     def below(angle: float) -> float:
-        # 1 + β − 2√β·cos t, without cancellation; quad of SciPy 1.11 evaluates t = 0 if the interval is empty.
+        # 1 + β − 2√β·cos t, without cancellation; quad of SciPy 1.11 evaluates t = 0 if the
+        # interval is empty.
         smallest, grows = (1 - math.sqrt(beta)) ** 2, 4 * math.sqrt(beta)
-        mass, _ = quad(lambda t: 2 * math.sin(t) ** 2 / (math.pi * (smallest + grows * math.sin(t / 2) ** 2)), 0, angle)
+        mass, _ = quad(
+            lambda t: 2 * math.sin(t) ** 2 / (math.pi * (smallest + grows * math.sin(t / 2) ** 2)),
+            0,
+            angle,
+        )
         return float(mass) - 0.5
 
     angle = float(brentq(below, 1e-3, math.pi))

@@ -11,18 +11,21 @@ from numpy.typing import NDArray
 
 Verdict = Literal["resolved", "floor-limited", "unresolved"]
 
-# Expected fraction of ‖ΔW‖_F² due to rounding. Measured on updates of planted rank 8, of a power-law spectrum and of
-# full rank to bf16 weights (docs/benchmarks.md): at 0.3% the ranks at 90 and 95% are exact and that at 99% is a tenth
-# too high; at 2.6% that at 99% is wrong by factors; at 20% that at 90% may be. Beyond 50% most entries are unchanged,
-# the others changed by whole spacings, and every rank is that of the rounding.
+# Expected fraction of ‖ΔW‖_F² due to rounding. Measured on updates of planted rank 8, of a
+# power-law spectrum and of full rank to bf16 weights (docs/benchmarks.md): at 0.3% the ranks at 90
+# and 95% are exact and that at 99% is a tenth too high; at 2.6% that at 99% is wrong by factors; at
+# 20% that at 90% may be. Beyond 50% most entries are unchanged, the others changed by whole
+# spacings, and every rank is that of the rounding.
 RESOLVED, UNRESOLVED = 0.01, 0.5
 
 
-# Upper 0.1% point of the Tracy–Widom law of real matrices (Bornemann 2010); a tenth of ``FALSE_POSITIVES``, to allow
-# for finite size and for variances that are not a product of row and column factors.
+# Upper 0.1% point of the Tracy–Widom law of real matrices (Bornemann 2010); a tenth of
+# ``FALSE_POSITIVES``, to allow for finite size and for variances that are not a product of row and
+# column factors.
 TRACY_WIDOM = 3.2724
 
-# Fraction of layers without an update in which a singular value may exceed the edge. Measured: docs/benchmarks.md.
+# Fraction of layers without an update in which a singular value may exceed the edge. Measured:
+# docs/benchmarks.md.
 FALSE_POSITIVES = 0.01
 
 Gain = tuple[float, float]
@@ -31,7 +34,8 @@ Sums = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Noise:
-    """Sums of the variances σ² of independent errors over rows and columns, in units of ``unit``², and of σ⁴.
+    """Sums of the variances σ² of independent errors over rows and columns, in units of ``unit``²,
+    and of σ⁴.
 
     Args:
         rows, columns: Σσ².
@@ -54,7 +58,9 @@ class Noise:
 
     @property
     def edge(self) -> float:
-        """Upper limit of the largest singular value, exceeded in at most ``FALSE_POSITIVES`` of such matrices."""
+        """Upper limit of the largest singular value, exceeded in at most ``FALSE_POSITIVES`` of
+        such matrices.
+        """
         rows, columns = self.rows > 0, self.columns > 0
         if not rows.any():
             return 0.0
@@ -62,8 +68,19 @@ class Noise:
         a, b = self.rows[rows] / total, self.columns[columns] / total
         lines = len(self.rows) + len(self.columns)
         poles = (
-            float((a * _bound_excess(self.rows[rows], self.rows_fourth[rows], self.terms, lines)).max()),
-            float((b * _bound_excess(self.columns[columns], self.columns_fourth[columns], self.terms, lines)).max()),
+            float(
+                (
+                    a * _bound_excess(self.rows[rows], self.rows_fourth[rows], self.terms, lines)
+                ).max()
+            ),
+            float(
+                (
+                    b
+                    * _bound_excess(
+                        self.columns[columns], self.columns_fourth[columns], self.terms, lines
+                    )
+                ).max()
+            ),
         )
         bulk, scale = _bulk_edge(a, b)
         outlier, _ = _minimize_edge(a, b, *poles)
@@ -74,7 +91,8 @@ class Noise:
 
 
 def _bound_excess(sums: Sums, fourth: Sums, terms: int, lines: int) -> Sums:
-    """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all ``lines`` rows and columns.
+    """Return the factor by which Σe² of a row may exceed its expectation Σσ², over all ``lines``
+    rows and columns.
 
     e² of a sum of k equal uniform errors has the variance (2 − 1.2/k)σ⁴ and is 3kσ² at most.
     """
@@ -83,11 +101,13 @@ def _bound_excess(sums: Sums, fourth: Sums, terms: int, lines: int) -> Sums:
 
 
 def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tuple[float, float]:
-    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its P.
+    """Return the smallest λ² = max(B(Q)/P, A(P)/Q) over P ≤ 1/row_pole, Q ≤ 1/column_pole, and its
+    P.
 
-    A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free counterpart of a
-    matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and log Q. With poles above the largest a
-    and b, rows and columns of that energy may stand alone above the others.
+    A(P) = Σaᵢ/(1 − aᵢP) and B likewise. This is Lehner's formula (1999) for the norm of the free
+    counterpart of a matrix of independent entries of variance aᵢbⱼ; log λ² is convex in log P and
+    log Q. With poles above the largest a and b, rows and columns of that energy may stand alone
+    above the others.
     """
     most_p, most_q = (1 - 1e-9) / row_pole, (1 - 1e-9) / column_pole
     # Where P·A(P) = Q·B(Q) needs a larger Q, λ² increases with P.
@@ -96,8 +116,8 @@ def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tup
     def evaluate(p: float) -> tuple[tuple[float, float], float]:
         """Return λ² and P, and a number of the sign of d log λ²/d log P.
 
-        With t = P·A(P), F = dt/d log P and G = dt/d log Q it is 1 − t/F − t/G: −1 at 0, increasing, and linear if all
-        variances are equal.
+        With t = P·A(P), F = dt/d log P and G = dt/d log Q it is 1 − t/F − t/G: −1 at 0, increasing,
+        and linear if all variances are equal.
         """
         left = 1 - a * p
         terms = a * p / left
@@ -127,8 +147,8 @@ def _minimize_edge(a: Sums, b: Sums, row_pole: float, column_pole: float) -> tup
 def _solve(b: Sums, target: float, upper: float) -> float | None:
     """Return Q with Q·B(Q) = target; None if it exceeds ``upper``.
 
-    Q·B(Q) increases and is convex, so that Newton's method descends to the solution from any point above. One is where
-    the largest term is the target, or the sum of all bᵢQ.
+    Q·B(Q) increases and is convex, so that Newton's method descends to the solution from any point
+    above. One is where the largest term is the target, or the sum of all bᵢQ.
     """
     largest = float(b.max())
     q = min(target / (largest * (1 + target)), target / float(b.sum()), upper)
@@ -141,10 +161,11 @@ def _solve(b: Sums, target: float, upper: float) -> float | None:
 
 
 def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
-    """Return λ² at the edge of the squared singular values, and the scale of its Tracy–Widom fluctuation.
+    """Return λ² at the edge of the squared singular values, and the scale of its Tracy–Widom
+    fluctuation.
 
-    With M the trace of the resolvent and Q as in ``_minimize_edge``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)² near the edge, so the
-    density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
+    With M the trace of the resolvent and Q as in ``_minimize_edge``, λ² ≈ λ₀² + ½λ²''(Q)(Q − Q₀)²
+    near the edge, so the density there is (1/π)·M'(Q)·√(2t/λ²''), and the scale (λ²''/2M'²)^⅓.
     """
     squared, p = _minimize_edge(a, b, float(a.max()), float(b.max()))
     largest = (1 - 1e-12) / float(b.max())
@@ -163,10 +184,12 @@ def _bulk_edge(a: Sums, b: Sums) -> tuple[float, float]:
 
 
 def weighted_edge(left: Gain, right: Gain) -> float:
-    """Return the limit of ``Noise.edge`` for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of diag(√b)·T.
+    """Return the limit of ``Noise.edge`` for S·E·T, given ‖·‖_F and ‖·‖_2 of S·diag(√a) and of
+    diag(√b)·T.
 
-    E = diag(√a)·Z·diag(√b) with Z of variance 1; expected to end below ‖S'‖_2‖T'‖_F + ‖S'‖_F‖T'‖_2 (Chevet 1978), and
-    above that by t with probability exp(−t²/(2‖S'‖_2²‖T'‖_2²)) at most, where Z is normal.
+    E = diag(√a)·Z·diag(√b) with Z of variance 1; expected to end below ‖S'‖_2‖T'‖_F + ‖S'‖_F‖T'‖_2
+    (Chevet 1978), and above that by t with probability exp(−t²/(2‖S'‖_2²‖T'‖_2²)) at most, where Z
+    is normal.
 
     Example:
         >>> round(weighted_edge((3.0, 1.0), (4.0, 1.0)), 3)  # ‖·‖ of 1: √9 + √16, and 3.035
@@ -177,7 +200,8 @@ def weighted_edge(left: Gain, right: Gain) -> float:
 
 
 def signal_rank(s: NDArray[np.float64], edge: float, complete: bool) -> int | None:
-    """Return the number of singular values above the noise edge; None if all kept values are and there are more.
+    """Return the number of singular values above the noise edge; None if all kept values are and
+    there are more.
 
     Example:
         >>> signal_rank(np.array([3.0, 2.0, 0.5]), 1.0, complete=True)

@@ -1,16 +1,18 @@
-"""Statistics of scores, losses and fleets: rank correlations, Student's t, numbers of runs, and outliers.
+"""Statistics of scores, losses and fleets: rank correlations, Student's t, numbers of runs, and
+outliers.
 
-Rank correlations have an interval and a p-value that do not assume normality. Limits and confidences of differences use
-Student's t, and so does the number of runs needed for a decision. Equality is never concluded from a difference that is
-not significant. It needs an equivalence test: the interval of the difference has to lie inside a margin that was fixed
-before (two one-sided tests, TOST).
+Rank correlations have an interval and a p-value that do not assume normality. Limits and
+confidences of differences use Student's t, and so does the number of runs needed for a decision.
+Equality is never concluded from a difference that is not significant. It needs an equivalence test:
+the interval of the difference has to lie inside a margin that was fixed before (two one-sided
+tests, TOST).
 
-References: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power approach"; Welch 1947,
-"The generalization of Student's problem", equation 28; Berger 1982, "Multiparameter hypothesis testing"
-(intersection-union).
+References: Schuirmann 1987, "A comparison of the two one-sided tests procedure and the power
+approach"; Welch 1947, "The generalization of Student's problem", equation 28; Berger 1982,
+"Multiparameter hypothesis testing" (intersection-union).
 
-Outliers of a fleet of adapters are dead, over-ranked or spiked, or have a norm far from the median in robust standard
-deviations; near-duplicates have a large cosine or share their column spaces.
+Outliers of a fleet of adapters are dead, over-ranked or spiked, or have a norm far from the median
+in robust standard deviations; near-duplicates have a large cosine or share their column spaces.
 """
 
 from __future__ import annotations
@@ -31,13 +33,16 @@ Array = NDArray[np.float64]
 PERMUTATIONS = 9999
 
 
-def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None) -> float | None:
+def spearman(
+    x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None
+) -> float | None:
     """Return Spearman's ρ: Pearson's correlation of the ranks, with mean ranks for ties.
 
     Args:
         x: Scores.
         y: Other scores of the same items.
-        groups: Compare items only within a group: ranks are within the group, minus their mean; None for one group.
+        groups: Compare items only within a group: ranks are within the group, minus their mean;
+            None for one group.
 
     Returns:
         ρ in [−1, 1]; None if all ranks of one side are equal (within every group).
@@ -52,9 +57,11 @@ def spearman(x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] 
 def p_value(
     x: Sequence[float], y: Sequence[float], groups: Sequence[Hashable] | None = None, seed: int = 0
 ) -> float | None:
-    """Return the fraction of random pairings with a ρ at least as far from zero: a two-sided permutation test.
+    """Return the fraction of random pairings with a ρ at least as far from zero: a two-sided
+    permutation test.
 
-    Items are assumed exchangeable (within their group), which holds only roughly for layers of one model.
+    Items are assumed exchangeable (within their group), which holds only roughly for layers of one
+    model.
 
     Args:
         x: Scores.
@@ -77,7 +84,10 @@ def p_value(
         return None
     random = np.random.default_rng(seed)
     labels = [0] * len(x) if groups is None else list(groups)
-    members = [np.array([i for i, label in enumerate(labels) if label == group]) for group in dict.fromkeys(labels)]
+    members = [
+        np.array([i for i, label in enumerate(labels) if label == group])
+        for group in dict.fromkeys(labels)
+    ]
     norm = float(np.linalg.norm(first) * np.linalg.norm(second))
     shuffled, as_far = second.copy(), 0
     for _ in range(PERMUTATIONS):
@@ -97,8 +107,8 @@ def spearman_interval(rho: float, n: int) -> tuple[float, float] | None:
     Returns:
         Both ends; None for fewer than five items, or |ρ| = 1.
 
-    Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and Spearman
-    correlations", equation 3.
+    Reference: Bonett and Wright 2000, "Sample size requirements for estimating Pearson, Kendall and
+    Spearman correlations", equation 3.
 
     Example:
         >>> [round(end, 2) for end in spearman_interval(0.5, 28)]
@@ -129,7 +139,8 @@ def _correlate(x: Array, y: Array) -> float | None:
     return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None
 
 
-# Each limit of an interval holds with this confidence, so that a statement read from one limit is wrong in 5% at most.
+# Each limit of an interval holds with this confidence, so that a statement read from one limit is
+# wrong in 5% at most.
 LEVEL = 0.95
 # Power of a planned number of runs, if the true difference is the observed one.
 POWER = 0.8
@@ -152,11 +163,14 @@ class Estimate:
     freedom: float
 
     def half(self, level: float = LEVEL) -> float:
-        """Return t(level; ν)·error: each of the limits ``value ± half`` holds with confidence ``level``."""
+        """Return t(level; ν)·error: each of the limits ``value ± half`` holds with confidence
+        ``level``.
+        """
         return float(stdtrit(self.freedom, level)) * self.error
 
     def confidence_below(self, limit: float) -> float:
-        """Return the one-sided confidence in [0, 1] that the true value is below a limit: 1 − p of the t test.
+        """Return the one-sided confidence in [0, 1] that the true value is below a limit: 1 − p of
+        the t test.
 
         Example:
             >>> round(Estimate(1.0, 0.5, 2).confidence_below(1.0 + 2.92 * 0.5), 3)
@@ -170,7 +184,8 @@ class Estimate:
 def errors_needed(freedom: float) -> float:
     """Return the number of standard errors of a significant difference: t(Φ(2); ν).
 
-    That is two standard errors (95.4% two-sided) if the error is known well, and more if it has few degrees of freedom.
+    That is two standard errors (95.4% two-sided) if the error is known well, and more if it has few
+    degrees of freedom.
 
     Example:
         >>> [round(errors_needed(freedom), 2) for freedom in (1, 2, 10, 1e9)]
@@ -180,26 +195,33 @@ def errors_needed(freedom: float) -> float:
 
 
 def paired_half(error: float | None, sequences: int | None) -> float | None:
-    """Return the absolute value beyond which a paired difference is significant; None without an error.
+    """Return the absolute value beyond which a paired difference is significant; None without an
+    error.
 
     Args:
         error: Standard error of the difference by ``paired_difference``.
-        sequences: Number of sequences; None if unknown, as in files of earlier versions: two standard errors.
+        sequences: Number of sequences; None if unknown, as in files of earlier versions: two
+            standard errors.
 
     Example:
         >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
         (1.4, 0.2)
     """
-    return None if error is None else error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
+    return (
+        None
+        if error is None
+        else error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
+    )
 
 
 def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
-    """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of freedom.
+    """Return the residual variance of runs paired by seed, pooled over groups, and its degrees of
+    freedom.
 
-    The model is loss = group + seed + error with one variance of the errors (randomised blocks); effects of a seed
-    common to all groups are removed. With every seed in every one of K groups the degrees of freedom are (K − 1)(n −
-    1); for two groups the variance is half that of the paired differences, as in the paired t test. Without degrees of
-    freedom the variance is 0.
+    The model is loss = group + seed + error with one variance of the errors (randomised blocks);
+    effects of a seed common to all groups are removed. With every seed in every one of K groups the
+    degrees of freedom are (K − 1)(n − 1); for two groups the variance is half that of the paired
+    differences, as in the paired t test. Without degrees of freedom the variance is 0.
 
     Args:
         cells: One mapping of seed to loss for each group; seeds may be missing.
@@ -207,11 +229,20 @@ def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
     Example:
         >>> blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[1]
         1
-        >>> round(blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4)  # variance of 0.5 and 0.7, halved
+        >>> round(
+        ...     blocked_variance([{0: 1.0, 1: 2.0}, {0: 1.5, 1: 2.7}])[0], 4
+        ... )  # variance of 0.5 and 0.7, halved
         0.01
     """
-    seeds = {seed: position for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))}
-    runs = [(group, seeds[seed], loss) for group, cell in enumerate(cells) for seed, loss in cell.items()]
+    seeds = {
+        seed: position
+        for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))
+    }
+    runs = [
+        (group, seeds[seed], loss)
+        for group, cell in enumerate(cells)
+        for seed, loss in cell.items()
+    ]
     design = np.zeros((len(runs), len(cells) + len(seeds)))
     for row, (group, seed, _) in enumerate(runs):
         design[row, group] = design[row, len(cells) + seed] = 1.0
@@ -223,14 +254,17 @@ def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
 
 
 def variance_within(groups: Sequence[Sequence[float]]) -> tuple[float, int]:
-    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1); (0, 0) without any.
+    """Return the variance within groups, pooled over them, and its degrees of freedom Σ(n − 1); (0,
+    0) without any.
 
     Example:
         >>> variance_within([(1.0, 2.0), (3.0,), (5.0, 5.0, 5.0)])
         (0.16666666666666666, 3)
     """
     freedom = sum(len(group) - 1 for group in groups)
-    spread = math.fsum((value - math.fsum(group) / len(group)) ** 2 for group in groups for value in group)
+    spread = math.fsum(
+        (value - math.fsum(group) / len(group)) ** 2 for group in groups for value in group
+    )
     return (spread / freedom if freedom else 0.0), freedom
 
 
@@ -241,8 +275,8 @@ class Line:
     Args:
         slope: Change of the loss per unit of x, with its standard error from the residuals.
         spread: Standard deviation of the residuals.
-        lack: p-value of the F test of the residuals against the spread of runs at the same x: small where the line
-            does not fit; None without such a spread.
+        lack: p-value of the F test of the residuals against the spread of runs at the same x: small
+            where the line does not fit; None without such a spread.
     """
 
     slope: Estimate
@@ -251,7 +285,8 @@ class Line:
 
 
 def fit_line(xs: Sequence[float], cells: Sequence[Mapping[int, float]]) -> Line | None:
-    """Fit loss = seed + slope·x + error by least squares; None for fewer than three x, or without degrees of freedom.
+    """Fit loss = seed + slope·x + error by least squares; None for fewer than three x, or without
+    degrees of freedom.
 
     Args:
         xs: x of each cell.
@@ -260,12 +295,20 @@ def fit_line(xs: Sequence[float], cells: Sequence[Mapping[int, float]]) -> Line 
     Reference: Draper and Smith 1998, Applied Regression Analysis, section 2.1 (lack of fit).
 
     Example:
-        >>> found = fit_line([0.0, 1.0, 2.0], [{0: 3.0, 1: 4.0}, {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}])
+        >>> found = fit_line(
+        ...     [0.0, 1.0, 2.0], [{0: 3.0, 1: 4.0}, {0: 2.0, 1: 3.0}, {0: 1.0, 1: 2.0}]
+        ... )
         >>> round(found.slope.value, 6), found.slope.freedom
         (-1.0, 3)
     """
-    seeds = {seed: i for i, seed in enumerate(dict.fromkeys(seed for cell in cells for seed in cell))}
-    runs = [(x, seeds[seed], loss) for x, cell in zip(xs, cells, strict=True) for seed, loss in cell.items()]
+    seeds = {
+        seed: i for i, seed in enumerate(dict.fromkeys(seed for cell in cells for seed in cell))
+    }
+    runs = [
+        (x, seeds[seed], loss)
+        for x, cell in zip(xs, cells, strict=True)
+        for seed, loss in cell.items()
+    ]
     freedom = len(runs) - len(seeds) - 1
     if len(set(xs)) < 3 or freedom < 1:
         return None
@@ -282,7 +325,9 @@ def fit_line(xs: Sequence[float], cells: Sequence[Mapping[int, float]]) -> Line 
     pure, pure_freedom = blocked_variance(cells)
     lack, extra = None, freedom - pure_freedom
     if pure > 0 and pure_freedom and extra > 0:
-        lack = float(fdtrc(extra, pure_freedom, max(0.0, squares - pure * pure_freedom) / extra / pure))
+        lack = float(
+            fdtrc(extra, pure_freedom, max(0.0, squares - pure * pure_freedom) / extra / pure)
+        )
     return Line(Estimate(float(fitted[0]), error, freedom), math.sqrt(squares / freedom), lack)
 
 
@@ -304,11 +349,14 @@ def welch_error(first: tuple[float, float], second: tuple[float, float]) -> tupl
     return math.sqrt(total), total**2 / (first[0] ** 2 / first[1] + second[0] ** 2 / second[1])
 
 
-def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL) -> int | None:
-    """Estimate the number of runs of each group needed to decide on which side of a limit an estimate lies.
+def runs_needed(
+    distance: float, error: float, groups: int, fixed: float = 0.0, level: float = LEVEL
+) -> int | None:
+    """Estimate the number of runs of each group needed to decide on which side of a limit an
+    estimate lies.
 
-    That is the smallest n ≥ 2 with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ |distance|, where ν = max(1,
-    groups·(n − 1)).
+    That is the smallest n ≥ 2 with (t(level; ν) + t(0.8; ν))·√(error²/n + fixed²) ≤ |distance|,
+    where ν = max(1, groups·(n − 1)).
 
     Args:
         distance: Observed distance from the estimate to the limit.
@@ -332,7 +380,10 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
 
     if not decides(MAX_RUNS):
         return None
-    low, high = 1, MAX_RUNS  # decides() is monotonic: false at low (one run has no spread), true at high
+    low, high = (
+        1,
+        MAX_RUNS,
+    )  # decides() is monotonic: false at low (one run has no spread), true at high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
@@ -342,11 +393,12 @@ def runs_needed(distance: float, error: float, groups: int, fixed: float = 0.0, 
 def paired_difference(
     first: Sequence[float], second: Sequence[float], counts: Sequence[int]
 ) -> tuple[float, float | None]:
-    """Return the difference of two losses on the same sequences, and its standard error (ratio estimator).
+    """Return the difference of two losses on the same sequences, and its standard error (ratio
+    estimator).
 
-    Sequences that are close in a text are not independent, so the error is that of overlapping blocks of ⌊√N⌋
-    consecutive ones. It allows for dependence within a block, and has the expectation of the usual formula if there is
-    none.
+    Sequences that are close in a text are not independent, so the error is that of overlapping
+    blocks of ⌊√N⌋ consecutive ones. It allows for dependence within a block, and has the
+    expectation of the usual formula if there is none.
 
     Args:
         first: Summed negative log-likelihood of each sequence, in the order of the text.
@@ -354,11 +406,13 @@ def paired_difference(
         counts: Predictions of each.
 
     Returns:
-        Σd_i/Σn_i, and √(N/b · N/(N − b) · mean_j S_j²)/Σn_i, where S_j are the sums of b consecutive d_i − g·n_i; None
+        Σd_i/Σn_i, and √(N/b · N/(N − b) · mean_j S_j²)/Σn_i, where S_j are the sums of b
+            consecutive d_i − g·n_i; None
         for N = 1.
 
-    References: Cochran 1977, Sampling Techniques, section 2.11; Meketon and Schmeiser 1984, "Overlapping batch means:
-    something for nothing?"; Flegal and Jones 2010, "Batch means and spectral variance estimators" (blocks of √N).
+    References: Cochran 1977, Sampling Techniques, section 2.11; Meketon and Schmeiser 1984,
+    "Overlapping batch means: something for nothing?"; Flegal and Jones 2010, "Batch means and
+    spectral variance estimators" (blocks of √N).
 
     Example:
         >>> paired_difference([3.0, 5.0], [2.0, 2.0], [2, 2])
@@ -371,15 +425,18 @@ def paired_difference(
         return gap, None
     size = math.isqrt(count)
     sums = np.cumsum(np.concatenate([[0.0], difference - gap * n]))
-    variance = count / size * count / (count - size) * float(np.mean((sums[size:] - sums[:-size]) ** 2))
+    variance = (
+        count / size * count / (count - size) * float(np.mean((sums[size:] - sums[:-size]) ** 2))
+    )
     return gap, math.sqrt(variance) / float(n.sum())
 
 
 def degrees_of_freedom(count: int) -> float:
-    """Return the degrees of freedom of the standard error of ``paired_difference`` over so many sequences.
+    """Return the degrees of freedom of the standard error of ``paired_difference`` over so many
+    sequences.
 
-    1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984); N − 1 below four sequences, whose blocks
-    have one each.
+    1.5 times those of blocks that do not overlap (Meketon and Schmeiser 1984); N − 1 below four
+    sequences, whose blocks have one each.
 
     Example:
         >>> degrees_of_freedom(3), degrees_of_freedom(100)
@@ -389,15 +446,16 @@ def degrees_of_freedom(count: int) -> float:
     return count - 1 if size == 1 else 1.5 * (count / size - 1)
 
 
-# |cosine| from which two updates are the same, and nearly the same; overlap from which two column spaces are the same.
+# |cosine| from which two updates are the same, and nearly the same; overlap from which two column
+# spaces are the same.
 MIN_SAME_COSINE, MIN_NEAR_COSINE, MIN_SPACE_OVERLAP = 0.999, 0.95, 0.9
 
-# An adapter is over-ranked if 99% of its energy needs at most this fraction of its rank; and spiked if one direction
-# holds at least this fraction.
+# An adapter is over-ranked if 99% of its energy needs at most this fraction of its rank; and spiked
+# if one direction holds at least this fraction.
 OVER_RANKED_BELOW, SPIKED_FROM = 0.5, 0.9
 
-# A norm is an outlier if it differs from the median of the logarithms by this many robust standard deviations, and by a
-# factor of two.
+# A norm is an outlier if it differs from the median of the logarithms by this many robust standard
+# deviations, and by a factor of two.
 DEVIATIONS, FACTOR = 3.5, 2.0
 _TO_SIGMA = 1.4826
 
@@ -413,7 +471,8 @@ class NearDuplicate:
         second: Index of the second adapter.
         cosine: Estimated cosine of their updates.
         overlap: Estimated overlap of their column spaces.
-        relation: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same column spaces).
+        relation: ``same``, ``near`` (nearly the same) or ``space`` (another update in the same
+            column spaces).
     """
 
     first: int
@@ -423,7 +482,9 @@ class NearDuplicate:
     relation: str
 
 
-def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]) -> list[NearDuplicate]:
+def find_near_duplicates(
+    updates: Sequence[Sequence[float]], spaces: Sequence[Sequence[float]]
+) -> list[NearDuplicate]:
     """Return the pairs of near-duplicates, those with the largest |cosine| first.
 
     Args:
@@ -437,12 +498,20 @@ def find_near_duplicates(updates: Sequence[Sequence[float]], spaces: Sequence[Se
     """
     if len(updates) < 2:
         return []
-    cosines, overlaps = (_compute_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces))
+    cosines, overlaps = (
+        _compute_cosines(np.asarray(rows, dtype=np.float64)) for rows in (updates, spaces)
+    )
     similar = (np.abs(cosines) >= MIN_NEAR_COSINE) | (overlaps >= MIN_SPACE_OVERLAP)
     pairs = []
     for i, j in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
         cosine = float(cosines[i, j])
-        relation = "same" if abs(cosine) >= MIN_SAME_COSINE else "near" if abs(cosine) >= MIN_NEAR_COSINE else "space"
+        relation = (
+            "same"
+            if abs(cosine) >= MIN_SAME_COSINE
+            else "near"
+            if abs(cosine) >= MIN_NEAR_COSINE
+            else "space"
+        )
         pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), relation))
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 
@@ -457,7 +526,8 @@ def _compute_cosines(
 
 
 def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
-    """Return the ratio to the median of each outlying norm, else None; zeros are ignored, and three others needed.
+    """Return the ratio to the median of each outlying norm, else None; zeros are ignored, and three
+    others needed.
 
     Example:
         >>> find_norm_outliers([1.0, 1.1, 0.9, 1.0, 30.0, 0.0])
@@ -470,7 +540,9 @@ def find_norm_outliers(norms: Sequence[float]) -> list[float | None]:
     spread = _TO_SIGMA * float(np.median(np.abs(np.array(logs) - middle)))
     limit = max(DEVIATIONS * spread, math.log(FACTOR))
     return [
-        round(math.exp(math.log(norm) - middle), 6) if norm > 0 and abs(math.log(norm) - middle) > limit else None
+        round(math.exp(math.log(norm) - middle), 6)
+        if norm > 0 and abs(math.log(norm) - middle) > limit
+        else None
         for norm in norms
     ]
 
@@ -479,16 +551,21 @@ def find_outlier_kinds(adapters: Sequence[Any]) -> list[tuple[OutlierKind, ...]]
     """Return the properties by which each adapter is an outlier.
 
     Args:
-        adapters: Records ``Fleet``: ``dead``, the number of zero updates; ``rank``, ``fro``; ``used``, the fraction of
-            the rank that 99% of the energy needs; and ``spike``, the fraction in the largest direction of every layer.
+        adapters: Records ``Fleet``: ``dead``, the number of zero updates; ``rank``, ``fro``;
+            ``used``, the fraction of the rank that 99% of the energy needs; and ``spike``, the
+            fraction in the largest direction of every layer.
     """
     ratios = find_norm_outliers([adapter.fro for adapter in adapters])
     kinds_by_adapter = []
     for adapter, ratio in zip(adapters, ratios, strict=True):
         kinds: dict[OutlierKind, bool] = {
             "dead": adapter.dead > 0,
-            "over-ranked": adapter.used is not None and adapter.fro > 0 and adapter.used <= OVER_RANKED_BELOW,
-            "spiked": adapter.spike is not None and adapter.spike >= SPIKED_FROM and adapter.rank != 1,
+            "over-ranked": adapter.used is not None
+            and adapter.fro > 0
+            and adapter.used <= OVER_RANKED_BELOW,
+            "spiked": adapter.spike is not None
+            and adapter.spike >= SPIKED_FROM
+            and adapter.rank != 1,
             "norm": ratio is not None,
         }
         kinds_by_adapter.append(tuple(kind for kind, holds in kinds.items() if holds))
@@ -504,4 +581,6 @@ def order_by_rarity(kinds_of: Sequence[tuple[OutlierKind, ...]]) -> list[int]:
     """
     counts = Counter(kind for kinds in kinds_of for kind in kinds)
     outliers = [i for i, kinds in enumerate(kinds_of) if kinds]
-    return sorted(outliers, key=lambda i: (min(counts[kind] for kind in kinds_of[i]), -len(kinds_of[i]), i))
+    return sorted(
+        outliers, key=lambda i: (min(counts[kind] for kind in kinds_of[i]), -len(kinds_of[i]), i)
+    )

@@ -1,8 +1,10 @@
-"""Angles and overlaps of subspaces and distances of updates, with the random baselines that they are compared with.
+"""Angles and overlaps of subspaces and distances of updates, with the random baselines that they
+are compared with.
 
-The baselines are those of the principal angles between two subspaces, of a gradient's or an update's overlap with a
-subspace, of singular task interference, and of the similarity of singular vectors. Distances of an update X from
-another, D, follow from their norms, their inner product and D's spectrum (``compute_distances``, ``split_epsilon``).
+The baselines are those of the principal angles between two subspaces, of a gradient's or an
+update's overlap with a subspace, of singular task interference, and of the similarity of singular
+vectors. Distances of an update X from another, D, follow from their norms, their inner product and
+D's spectrum (``compute_distances``, ``split_epsilon``).
 
 New directions of a fine-tuned weight are defined by ``classify_direction``.
 """
@@ -17,17 +19,21 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# Nodes of the trapezoidal rule; the integrand is smooth and periodic, so the error is far below the resolution of a
-# figure.
+# Nodes of the trapezoidal rule; the integrand is smooth and periodic, so the error is far below the
+# resolution of a figure.
 _NODES = 1025
 
 
-def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -> NDArray[np.float64]:
-    """Return the fraction of the principal angles between two random subspaces with at most these cosines.
+def random_angles(
+    cosines: ArrayLike, first: int, second: int, dimension: int
+) -> NDArray[np.float64]:
+    """Return the fraction of the principal angles between two random subspaces with at most these
+    cosines.
 
-    The law for large spaces. With a = p/m ≤ b = q/m, the squared cosines λ have the density √((λ₊ − λ)(λ − λ₋)) /
-    (2πa·λ(1 − λ)) between λ± = (√(a(1 − b)) ± √(b(1 − a)))², and if p + q > m a fraction (a + b − 1)/a of them is 1.
-    For p = q = 8 and m = 128 it is within 0.05 of random subspaces.
+    The law for large spaces. With a = p/m ≤ b = q/m, the squared cosines λ have the density √((λ₊ −
+    λ)(λ − λ₋)) / (2πa·λ(1 − λ)) between λ± = (√(a(1 − b)) ± √(b(1 − a)))², and if p + q > m a
+    fraction (a + b − 1)/a of them is 1. For p = q = 8 and m = 128 it is within 0.05 of random
+    subspaces.
 
     Args:
         cosines: Cosines in [0, 1].
@@ -35,7 +41,8 @@ def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -
         second: Dimension of the other.
         dimension: m, the dimension of the whole space.
 
-    Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios", Ann. Statist. 8, 937–957.
+    Reference: Wachter 1980, "The limiting empirical measure of multiple discriminant ratios", Ann.
+    Statist. 8, 937–957.
 
     Example:
         >>> random_angles([0.1, 0.3, 0.5], 8, 8, 128).round(2).tolist()
@@ -47,13 +54,21 @@ def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -
         return np.where(squares >= 1, 1.0, 0.0)
     middle, half = np.sqrt(a * (1 - b)), np.sqrt(b * (1 - a))
     low, high = (middle - half) ** 2, min(1.0, (middle + half) ** 2)
-    # λ = λ₋ + (λ₊ − λ₋)sin²φ removes both roots from the integral, and the pole at 0 or 1 if an edge reaches it.
+    # λ = λ₋ + (λ₊ − λ₋)sin²φ removes both roots from the integral, and the pole at 0 or 1 if an
+    # edge reaches it.
     phi = np.linspace(0.0, np.pi / 2, _NODES)
     inside = phi[1:-1]
     values = low + (high - low) * np.sin(inside) ** 2
-    density = (high - low) ** 2 * (np.sin(inside) * np.cos(inside)) ** 2 / (np.pi * a * values * (1 - values))
-    # At the ends the integrand is zero, except for an edge at 0 or 1, where its limit is the neighbouring value.
-    whole = np.concatenate([density[:1] * (low < 1e-12), density, density[-1:] * (high > 1 - 1e-12)])
+    density = (
+        (high - low) ** 2
+        * (np.sin(inside) * np.cos(inside)) ** 2
+        / (np.pi * a * values * (1 - values))
+    )
+    # At the ends the integrand is zero, except for an edge at 0 or 1, where its limit is the
+    # neighbouring value.
+    whole = np.concatenate(
+        [density[:1] * (low < 1e-12), density, density[-1:] * (high > 1 - 1e-12)]
+    )
     steps = (whole[1:] + whole[:-1]) / 2 * (phi[1] - phi[0])
     shares = np.concatenate([[0.0], np.cumsum(steps)])
     # Correct the known total mass for rounding.
@@ -62,9 +77,9 @@ def random_angles(cosines: ArrayLike, first: int, second: int, dimension: int) -
     return np.where(squares >= 1, 1.0, np.interp(quantiles, phi, shares))
 
 
-# An overlap below this multiple of its baseline is near it. Random subspaces of 512² exceed it for a gradient of rank
-# one, the most variable case, in 2.6% of 20,000 draws at r = 4, 0.6% at 8, 0.05% at 16, never at 64. For full-rank
-# gradients they did not in 2,000 draws at any of these ranks.
+# An overlap below this multiple of its baseline is near it. Random subspaces of 512² exceed it for
+# a gradient of rank one, the most variable case, in 2.6% of 20,000 draws at r = 4, 0.6% at 8, 0.05%
+# at 16, never at 64. For full-rank gradients they did not in 2,000 draws at any of these ranks.
 NEAR_RANDOM = 2.0
 
 # Ratio of κ over a run from which its change is called a trend.
@@ -97,11 +112,17 @@ def overlap_by_chance(shape: tuple[int, int], rank: int) -> Chance:
         [0.031, 0.248, 0.177, 0.177]
     """
     left, right = rank / shape[0], rank / shape[1]
-    return Chance(math.sqrt(left * right), math.sqrt(left + right - left * right), math.sqrt(left), math.sqrt(right))
+    return Chance(
+        math.sqrt(left * right),
+        math.sqrt(left + right - left * right),
+        math.sqrt(left),
+        math.sqrt(right),
+    )
 
 
 def is_near(overlap: float, random: float) -> bool:
-    """Return whether an overlap is near its baseline: below twice the baseline, or below halfway to 1 if that is less.
+    """Return whether an overlap is near its baseline: below twice the baseline, or below halfway to
+    1 if that is less.
 
     >>> is_near(0.05, 0.031), is_near(0.07, 0.031), is_near(0.7, 0.5), is_near(0.8, 0.5)
     (True, False, True, False)
@@ -109,19 +130,23 @@ def is_near(overlap: float, random: float) -> bool:
     return overlap < min(NEAR_RANDOM * random, (1 + random) / 2)
 
 
-# Cosines below this are small, significant or not: less than 1% of the energy of one update is along the other.
+# Cosines below this are small, significant or not: less than 1% of the energy of one update is
+# along the other.
 SMALL = 0.1
 
-# Number of standard deviations above the mean of random directions from which an overlap or a cosine is significant.
+# Number of standard deviations above the mean of random directions from which an overlap or a
+# cosine is significant.
 SIGMAS = 3.0
 
 
 def is_near_chance(share: float, columns: int, dimension: int, effective_rank: float) -> bool:
-    """Return whether the fraction of an update's energy in a k-dimensional space is near that in a random space.
+    """Return whether the fraction of an update's energy in a k-dimensional space is near that in a
+    random space.
 
-    For a random space it is on average k/m. An update of effective rank e is like e independent directions, each with a
-    fraction of variance ≈ 2k/m², so the standard deviation is about √(2k/e)/m. Near is less than three of them above
-    the mean, or below twice the mean if that is more, or below halfway from the mean to 1 if that is less.
+    For a random space it is on average k/m. An update of effective rank e is like e independent
+    directions, each with a fraction of variance ≈ 2k/m², so the standard deviation is about
+    √(2k/e)/m. Near is less than three of them above the mean, or below twice the mean if that is
+    more, or below halfway from the mean to 1 if that is less.
 
     Args:
         share: ‖UᵀΔW‖² / ‖ΔW‖².
@@ -143,8 +168,8 @@ def classify_relation(
 ) -> Literal["apart", "share", "reinforce", "cancel"]:
     """Return the relation of two updates.
 
-    ``reinforce`` or ``cancel``, by the sign of the cosine, if |cosine| ≥ max(0.1, 3·``cosine_random``), whatever the
-    overlap; else ``apart`` if ``near``, else ``share``.
+    ``reinforce`` or ``cancel``, by the sign of the cosine, if |cosine| ≥ max(0.1,
+    3·``cosine_random``), whatever the overlap; else ``apart`` if ``near``, else ``share``.
 
     Args:
         near: Whether neither overlaps the other's spaces more than a random update.
@@ -152,7 +177,10 @@ def classify_relation(
         cosine_random: Its root mean square for random directions.
 
     Example:
-        >>> [classify_relation(near, cosine, 0.01) for near, cosine in ((True, 0.0), (False, 0.02), (False, -0.4))]
+        >>> [
+        ...     classify_relation(near, cosine, 0.01)
+        ...     for near, cosine in ((True, 0.0), (False, 0.02), (False, -0.4))
+        ... ]
         ['apart', 'share', 'cancel']
     """
     if abs(cosine) >= max(SMALL, SIGMAS * cosine_random):
@@ -165,9 +193,9 @@ def task_interference(
 ) -> tuple[float, float]:
     """Return singular task interference STI = ‖(UᵀU − I) Σ (VᵀV − I)‖_1, and its ratio to Σσ.
 
-    U = [U_1 … U_K] and V are the singular vectors of all updates side by side, Σ their singular values. The paper does
-    not define ‖·‖_1; here it is the sum of the magnitudes of the entries. Between two equal updates it is Σσ, between K
-    equal ones (K − 1)²·Σσ.
+    U = [U_1 … U_K] and V are the singular vectors of all updates side by side, Σ their singular
+    values. The paper does not define ‖·‖_1; here it is the sum of the magnitudes of the entries.
+    Between two equal updates it is Σσ, between K equal ones (K − 1)²·Σσ.
 
     Args:
         columns: UᵀU, ``(R, R)``.
@@ -186,12 +214,14 @@ def task_interference(
     return total, total / float(s.sum())
 
 
-def task_interference_at_random(s: NDArray[np.float64], owner: NDArray[np.int64], shape: tuple[int, int]) -> float:
+def task_interference_at_random(
+    s: NDArray[np.float64], owner: NDArray[np.int64], shape: tuple[int, int]
+) -> float:
     """Estimate STI/Σσ for updates with random directions.
 
-    Entry (i, j) of (UᵀU − I)Σ(VᵀV − I) is Σ_l σ_l⟨u_i, u_l⟩⟨v_l, v_j⟩ over the l that belong to other updates than i
-    and j do. For random directions it has variance Σσ_l²/(mn), and, assumed normal, a mean magnitude of √(2/π) times
-    its root.
+    Entry (i, j) of (UᵀU − I)Σ(VᵀV − I) is Σ_l σ_l⟨u_i, u_l⟩⟨v_l, v_j⟩ over the l that belong to
+    other updates than i and j do. For random directions it has variance Σσ_l²/(mn), and, assumed
+    normal, a mean magnitude of √(2/π) times its root.
 
     Args:
         s: Singular values of all updates.
@@ -238,24 +268,31 @@ class Distances:
     epsilon_best_scale: float | None = None
 
 
-def compute_distances(fro: float, other: float, gap: float, inner: float, epsilon_min: float | None) -> Distances:
+def compute_distances(
+    fro: float, other: float, gap: float, inner: float, epsilon_min: float | None
+) -> Distances:
     """Return the distances of X from D.
 
-    ε is computed from ‖D − X‖ directly: ‖D‖² − 2⟨D, X⟩ + ‖X‖² would lose an ε below 1e-8 to cancellation. Likewise ‖D −
-    cX‖² = ‖D − X‖² − (1 − c)²‖X‖² at the minimiser c = ⟨D, X⟩/‖X‖², where 1 − c is small if ε is.
+    ε is computed from ‖D − X‖ directly: ‖D‖² − 2⟨D, X⟩ + ‖X‖² would lose an ε below 1e-8 to
+    cancellation. Likewise ‖D − cX‖² = ‖D − X‖² − (1 − c)²‖X‖² at the minimiser c = ⟨D, X⟩/‖X‖²,
+    where 1 − c is small if ε is.
 
     Args:
         fro: ‖D‖.
         other: ‖X‖.
         gap: ‖D − X‖.
         inner: ⟨D, X⟩.
-        epsilon_min: √(1 − C(r)) for X's rank, or a lower bound on it; None if X has no rank, or it is not known.
+        epsilon_min: √(1 − C(r)) for X's rank, or a lower bound on it; None if X has no rank, or it
+            is not known.
 
     Returns:
-        The distances; all None for D = 0; ``cosine``, ``best_scale`` and ``epsilon_best_scale`` None for X = 0.
+        The distances; all None for D = 0; ``cosine``, ``best_scale`` and ``epsilon_best_scale``
+            None for X = 0.
 
     Example:
-        >>> found = compute_distances(fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0)  # X = D/2
+        >>> found = compute_distances(
+        ...     fro=2.0, other=1.0, gap=1.0, inner=2.0, epsilon_min=0.0
+        ... )  # X = D/2
         >>> found.epsilon, found.cosine, found.best_scale, found.epsilon_best_scale
         (0.5, 1.0, 2.0, 0.0)
     """
@@ -275,16 +312,24 @@ def compute_distances(fro: float, other: float, gap: float, inner: float, epsilo
 def pool_distances(layers: Sequence[Any]) -> Distances:
     """Return the distances of several layers, as one block-diagonal matrix.
 
-    ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all given tensors, including 1-D ones and those with D_ℓ = 0, to which only X_ℓ
-    contributes. The best scale is common to all. ``epsilon_min`` is a lower bound: the layers' errors are subtracted.
+    ε = √(Σ‖D_ℓ − X_ℓ‖² / Σ‖D_ℓ‖²) over all given tensors, including 1-D ones and those with D_ℓ =
+    0, to which only X_ℓ contributes. The best scale is common to all. ``epsilon_min`` is a lower
+    bound: the layers' errors are subtracted.
 
     Args:
-        layers: Any number of layers, as the record ``Residual``: ``fro``, ‖D‖; ``adapter_fro``, ‖X‖; ``gap``, ‖D − X‖;
-            ``inner``, ⟨D, X⟩; and ``floor``, a lower bound on ‖D − X‖ of X's rank.
+        layers: Any number of layers, as the record ``Residual``: ``fro``, ‖D‖; ``adapter_fro``,
+            ‖X‖; ``gap``, ‖D − X‖; ``inner``, ⟨D, X⟩; and ``floor``, a lower bound on ‖D − X‖ of X's
+            rank.
     """
-    fro, floor = (math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers]))
-    other, gap = (math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers]))
-    return compute_distances(fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None)
+    fro, floor = (
+        math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers])
+    )
+    other, gap = (
+        math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers])
+    )
+    return compute_distances(
+        fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,9 +338,10 @@ class Parts:
 
     Args:
         rank: ε_min²: no update of X's rank has less.
-        direction: The remainder: what X's angle to D costs at its best scale, and what X's component orthogonal to D
-            adds to an ε² above 1, the distance of no update.
-        scale: What the best scale of X gains over the better of X and no update; and what X overshoots along D.
+        direction: The remainder: what X's angle to D costs at its best scale, and what X's
+            component orthogonal to D adds to an ε² above 1, the distance of no update.
+        scale: What the best scale of X gains over the better of X and no update; and what X
+            overshoots along D.
     """
 
     rank: float
@@ -306,16 +352,19 @@ class Parts:
 def split_epsilon(distances: Distances) -> Parts | None:
     """Split ε² into rank, direction and scale; None where D or X is zero.
 
-    With ρ = ‖X‖/‖D‖ and cos₊ = max(0, cosine), min over c ≥ 0 of ‖D − cX‖²/‖D‖² is 1 − cos₊². X's component along D
-    is aD, a = ρ·cosine, so that ε² = (1 − a)² + ρ²(1 − cosine²). A part of ε² above max(1, a − 1)² is due to the second
-    term, X's component orthogonal to D. A smaller scale removes it only by undoing X; it is no loss of scale:
+    With ρ = ‖X‖/‖D‖ and cos₊ = max(0, cosine), min over c ≥ 0 of ‖D − cX‖²/‖D‖² is 1 − cos₊². X's
+    component along D is aD, a = ρ·cosine, so that ε² = (1 − a)² + ρ²(1 − cosine²). A part of ε²
+    above max(1, a − 1)² is due to the second term, X's component orthogonal to D. A smaller scale
+    removes it only by undoing X; it is no loss of scale:
 
         rank      = ε_min²
         direction = (1 − cos₊² − ε_min²) + (ε² − top),   top = min(ε², max(1, a − 1)²)
         scale     = top − (1 − cos₊²)
 
     Example:
-        >>> split_epsilon(compute_distances(fro=1.0, other=3.0, gap=2.0, inner=3.0, epsilon_min=0.0))  # X = 3D
+        >>> split_epsilon(
+        ...     compute_distances(fro=1.0, other=3.0, gap=2.0, inner=3.0, epsilon_min=0.0)
+        ... )  # X = 3D
         Parts(rank=0.0, direction=0.0, scale=4.0)
     """
     epsilon, cosine, at_best = distances.epsilon, distances.cosine, distances.epsilon_best_scale
@@ -327,7 +376,9 @@ def split_epsilon(distances: Distances) -> Parts | None:
     return Parts(rank, best - rank + epsilon**2 - top, top - best)
 
 
-def find_limit(distances: Distances) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
+def find_limit(
+    distances: Distances,
+) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
     """Return the factor that limits ε.
 
     * ``not adapted``: X is zero.
@@ -361,9 +412,10 @@ def classify_direction(
 ) -> Literal["kept", "rotated", "intruder"]:
     """Return the kind of a direction.
 
-    Singular vectors with nearly equal values may rotate into each other under a tiny change, so that their span is
-    preserved but not the vectors. A direction is ``rotated`` if it lies in that span significantly: (p² − c) / (1 − c)
-    ≥ ε², where p is its projection and c = window/out the mean of p² for a random direction.
+    Singular vectors with nearly equal values may rotate into each other under a tiny change, so
+    that their span is preserved but not the vectors. A direction is ``rotated`` if it lies in that
+    span significantly: (p² − c) / (1 − c) ≥ ε², where p is its projection and c = window/out the
+    mean of p² for a random direction.
 
     Args:
         similarity: max_i |⟨u_i(W_base), u_j⟩|.
@@ -371,8 +423,8 @@ def classify_direction(
         projection_random: √c.
         epsilon: ε, the similarity from which a direction is ``kept``.
 
-    Reference: Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence", arXiv 2410.21228, for
-    the similarity; the projection is an addition.
+    Reference: Shuttleworth et al. 2024, "LoRA vs Full Fine-tuning: An Illusion of Equivalence",
+    arXiv 2410.21228, for the similarity; the projection is an addition.
 
     Example:
         >>> cases = (0.9, 0.9, 0.1), (0.3, 0.95, 0.2), (0.3, 0.4, 0.4)
@@ -389,7 +441,8 @@ def classify_direction(
 def similarity_at_random(dimension: int, vectors: int) -> float:
     """Estimate the median of max_i |⟨u_i, x⟩| over random unit vectors x.
 
-    The products are approximated as independent normal variables of variance 1/m: P(max ≤ t) = (2Φ(t√m) − 1)^n.
+    The products are approximated as independent normal variables of variance 1/m: P(max ≤ t) =
+    (2Φ(t√m) − 1)^n.
 
     Args:
         dimension: m.

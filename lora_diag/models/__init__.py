@@ -1,1 +1,3 @@
-"""Running models (extra ``[train]``): opening, data, losses, layer inputs, swapped weights, training."""
+"""Running models (extra ``[train]``): opening, data, losses, layer inputs, swapped weights,
+training.
+"""

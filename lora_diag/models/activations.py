@@ -1,7 +1,8 @@
 """Second moments C = E[xxᵀ] of the inputs of linear layers, accumulated while a model reads a text.
 
-Sums are float64. Layers with the same input tensor, such as query, key and value, share one sum. With gradients, also G
-= E[ggᵀ] of the gradient g of a sequence's loss with respect to each output of a layer.
+Sums are float64. Layers with the same input tensor, such as query, key and value, share one sum.
+With gradients, also G = E[ggᵀ] of the gradient g of a sequence's loss with respect to each output
+of a layer.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Moment:
     @classmethod
     def zero(cls, x: Tensor, layers: list[str]) -> Moment:
         """Return an empty sum for vectors like the rows of a tensor."""
-        return cls(layers, torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device))
+        return cls(
+            layers, torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float64, device=x.device)
+        )
 
     def add(self, x: Tensor) -> None:
         """Add the rows of a tensor ``(…, n)``."""
@@ -56,7 +59,9 @@ class Moment:
 
 
 def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that multiply their input by one matrix, by the name of the matrix in the model."""
+    """Return the layers that multiply their input by one matrix, by the name of the matrix in the
+    model.
+    """
     return {
         f"{name}.weight": layer
         for name, layer in module.named_modules()
@@ -73,7 +78,9 @@ def shape_of(layer: nn.Module) -> tuple[int, int]:
 
 
 def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the input of a layer, the first argument of its call, from the arguments that its hook gets."""
+    """Return the input of a layer, the first argument of its call, from the arguments that its hook
+    gets.
+    """
     x: Tensor = args[0] if args else next(iter(kwargs.values()))
     return x
 
@@ -93,12 +100,15 @@ class Listener:
     def __init__(self, layers: dict[str, nn.Module], gradients: bool = False) -> None:
         self.moments: dict[str, Moment] = {}
         self.outputs: dict[str, Moment] = {}
-        # The first layer with the input of each layer, and the inputs of the current batch, by these first layers.
+        # The first layer with the input of each layer, and the inputs of the current batch, by
+        # these first layers.
         self._leaders: dict[str, str] = {}
         self._inputs: dict[str, Tensor] = {}
         self._hooks = []
         for name, layer in layers.items():
-            self._hooks.append(layer.register_forward_pre_hook(partial(self._add_input, name), with_kwargs=True))
+            self._hooks.append(
+                layer.register_forward_pre_hook(partial(self._add_input, name), with_kwargs=True)
+            )
             if gradients:
                 self._hooks.append(layer.register_forward_hook(partial(self._hook_gradient, name)))
 
@@ -112,7 +122,9 @@ class Listener:
         """Discard the inputs of the last batch."""
         self._inputs = {}
 
-    def _add_input(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _add_input(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Add the input of a layer to its sum, only once for layers that share the input.
 
         Raises:
@@ -120,7 +132,9 @@ class Listener:
         """
         x = input_of(args, kwargs)
         if name not in self._leaders:
-            first_name = next((first for first, tensor in self._inputs.items() if tensor is x), name)
+            first_name = next(
+                (first for first, tensor in self._inputs.items() if tensor is x), name
+            )
             self._leaders[name] = first_name
             if first_name == name:
                 self.moments[name] = Moment.zero(x, [])
@@ -130,9 +144,13 @@ class Listener:
             self._inputs[name] = x  # kept, so that no other tensor of this batch gets its identity
             self.moments[name].add(x)
         elif self._inputs.get(leader) is not x:
-            raise InputError(f"{name}: had the input of {leader} in an earlier batch, but not in this one")
+            raise InputError(
+                f"{name}: had the input of {leader} in an earlier batch, but not in this one"
+            )
 
-    def _hook_gradient(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+    def _hook_gradient(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> None:
         """Register a hook that adds the gradient of an output, if it gets one."""
         if output.requires_grad:
             output.register_hook(partial(self._add_gradient, name))  # type: ignore[no-untyped-call]
@@ -152,7 +170,8 @@ def record(
     after: Callable[[], None],
     draw: Draw | None = None,
 ) -> Listener:
-    """Run a model on a text and return the listener with the second moments of its layers, its hooks removed.
+    """Run a model on a text and return the listener with the second moments of its layers, its
+    hooks removed.
 
     Args:
         model: The model.
@@ -160,10 +179,12 @@ def record(
         layers: The requested ones of ``linear_layers``.
         size: Sequences in a batch.
         after: Called after every batch.
-        draw: Also accumulate the output gradients of the loss for these labels; None for inputs only.
+        draw: Also accumulate the output gradients of the loss for these labels; None for inputs
+            only.
 
     Raises:
-        InputError: Layers that shared an input do not share it in every batch, or with ``draw`` the loss is not finite.
+        InputError: Layers that shared an input do not share it in every batch, or with ``draw`` the
+            loss is not finite.
     """
     listener = Listener(layers, draw is not None)
     try:
@@ -181,6 +202,8 @@ def record(
 
 
 def iterate_equal_batches(texts: Texts, size: int) -> Iterator[list[Sequence]]:
-    """Yield batches of consecutive sequences of one length, at most ``size`` each, in the order of the set."""
+    """Yield batches of consecutive sequences of one length, at most ``size`` each, in the order of
+    the set.
+    """
     for _, group in groupby(texts.sequences, key=lambda sequence: len(sequence.ids)):
         yield from replace(texts, sequences=tuple(group)).batches(size)

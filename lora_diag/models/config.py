@@ -1,8 +1,9 @@
 """A model's ``config.json``: checked, then read by transformers without the code that it may name.
 
-transformers asks the package ``kernels`` for the repository in ``attn_implementation: "owner/kernel"``, and for one of
-its own choice if the value is ``flash_attention_2``; it applies an ``adapter_config.json`` beside the model, or opens
-the model that this names. timm asks the Hub for an ``architecture: "hf_hub:owner/model"``.
+transformers asks the package ``kernels`` for the repository in
+``attn_implementation: "owner/kernel"``, and for one of its own choice if the value is
+``flash_attention_2``; it applies an ``adapter_config.json`` beside the model, or opens the model
+that this names. timm asks the Hub for an ``architecture: "hf_hub:owner/model"``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ from lora_diag.errors import InputError, damaged
 
 # Sizes of a model, with those names of older architectures that transformers maps to them.
 SIZES = (
-    *("hidden_size", "n_embd", "num_attention_heads", "n_head", "num_hidden_layers", "n_layer", "num_layers"),
+    *(
+        "hidden_size",
+        "n_embd",
+        "num_attention_heads",
+        "n_head",
+        "num_hidden_layers",
+        "n_layer",
+        "num_layers",
+    ),
     *("max_position_embeddings", "n_positions", "vocab_size"),
 )
 # Far above published decoders. Building a block took 4 ms without its weights: 4 s for as many.
@@ -30,8 +39,11 @@ BLOCKS = ("num_hidden_layers", "n_layer", "num_layers")
 TIMM_SOURCE = re.compile(r"\s*(hf[-_]hub|local[-_]dir):", re.IGNORECASE)
 
 
-def read_config(read: Callable[..., Any], path: Path, where: str, options: Mapping[str, Any]) -> Any:
-    """Return a model's configuration as transformers reads it, with transformers' own choice of implementations.
+def read_config(
+    read: Callable[..., Any], path: Path, where: str, options: Mapping[str, Any]
+) -> Any:
+    """Return a model's configuration as transformers reads it, with transformers' own choice of
+    implementations.
 
     Args:
         read: ``AutoConfig.from_pretrained``.
@@ -53,7 +65,8 @@ def read_config(read: Callable[..., Any], path: Path, where: str, options: Mappi
 
 
 def check_config(path: Path) -> None:
-    """Refuse values on which transformers or its models fail without the name of the file, or run for minutes.
+    """Refuse values on which transformers or its models fail without the name of the file, or run
+    for minutes.
 
     Raises:
         InputError: The file cannot be read, or a value is invalid.
@@ -65,10 +78,16 @@ def check_config(path: Path) -> None:
             _check_dtype(path, key, values.get(key))
         for key, value in values.items():
             if isinstance(value, str) and TIMM_SOURCE.match(value):
-                raise damaged(path, f"{key} names a model outside this folder, {value!r}", "remove it")
+                raise damaged(
+                    path, f"{key} names a model outside this folder, {value!r}", "remove it"
+                )
         names = values.get("architectures")
-        if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-            raise damaged(path, f"architectures must be a list of names, not {names!r}", "correct it")
+        if names is not None and not (
+            isinstance(names, list) and all(isinstance(name, str) for name in names)
+        ):
+            raise damaged(
+                path, f"architectures must be a list of names, not {names!r}", "correct it"
+            )
 
 
 def _iterate_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -77,11 +96,16 @@ def _iterate_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     while waiting:
         values = waiting.pop()
         yield values
-        waiting += [part for key, part in values.items() if key.endswith("_config") and isinstance(part, dict)]
+        waiting += [
+            part
+            for key, part in values.items()
+            if key.endswith("_config") and isinstance(part, dict)
+        ]
 
 
 def _check_size(path: Path, key: str, value: Any) -> None:
-    """Refuse a size that is not a whole number from 1 up, or an implausible number of blocks; lists are not checked.
+    """Refuse a size that is not a whole number from 1 up, or an implausible number of blocks; lists
+    are not checked.
 
     Raises:
         InputError: The value is invalid.
@@ -91,7 +115,11 @@ def _check_size(path: Path, key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise damaged(path, f"{key} must be a whole number from 1 up, not {value!r}", "correct it")
     if key in BLOCKS and value > MAX_BLOCKS:
-        raise damaged(path, f"{key} is {value:,}, and at most {MAX_BLOCKS:,} blocks are supported", "correct it")
+        raise damaged(
+            path,
+            f"{key} is {value:,}, and at most {MAX_BLOCKS:,} blocks are supported",
+            "correct it",
+        )
 
 
 def _check_dtype(path: Path, key: str, value: Any) -> None:
@@ -103,7 +131,9 @@ def _check_dtype(path: Path, key: str, value: Any) -> None:
     if not isinstance(value, str) or value == "auto":
         return
     if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
-        raise damaged(path, f"{key} must be the name of a dtype of torch, not {value!r}", "correct it")
+        raise damaged(
+            path, f"{key} must be the name of a dtype of torch, not {value!r}", "correct it"
+        )
 
 
 def check_unquantized(base: Path | str, config: Any) -> None:
@@ -115,6 +145,7 @@ def check_unquantized(base: Path | str, config: Any) -> None:
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             raise InputError(
-                f"{base}: is quantized, and probes need weights that can be changed; give the unquantized BASE, whose "
+                f"{base}: is quantized, and probes need weights that can be changed; give the "
+                "unquantized BASE, whose "
                 "rounded weights probe sweep and tune train on with --quantized"
             )

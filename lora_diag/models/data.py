@@ -1,9 +1,9 @@
 """Evaluation and training texts: files and folders → sequences of token ids.
 
-A source is a text file, JSON lines, or a folder saved by Hugging Face's ``datasets``. Text files are cut into
-consecutive windows; an incomplete last window is dropped unless it is the only one. JSON lines and the rows of a data
-set give one sequence each: ``text``; ``prompt`` and ``completion``, of which only the completion is predicted; ``text``
-and ``label`` for a classifier.
+A source is a text file, JSON lines, or a folder saved by Hugging Face's ``datasets``. Text files
+are cut into consecutive windows; an incomplete last window is dropped unless it is the only one.
+JSON lines and the rows of a data set give one sequence each: ``text``; ``prompt`` and
+``completion``, of which only the completion is predicted; ``text`` and ``label`` for a classifier.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class TextSource:
 
     Args:
         name: Name of the set: the file's name without its suffix, or the folder's.
-        digest: 16 hex digits of a SHA-256: of the file; of a data set, of the rows that are read, as JSON lines.
+        digest: 16 hex digits of a SHA-256: of the file; of a data set, of the rows that are read,
+            as JSON lines.
         text: Content of a text file.
         rows: Otherwise the position, for messages, and the contents of each row.
         unit: Name of the rows in messages, a plural.
@@ -101,7 +102,8 @@ def _read_file(path: Path) -> TextSource:
 
 
 def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the position, for messages, and the object of each line of JSON lines; blank lines are skipped.
+    """Yield the position, for messages, and the object of each line of JSON lines; blank lines are
+    skipped.
 
     Raises:
         InputError: A line is not a JSON object.
@@ -116,17 +118,21 @@ def _read_lines(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where} is not JSON ({error}); correct the line") from error
         if not isinstance(row, dict):
-            raise InputError(f"{where} is not a JSON object with text, or prompt and completion; correct the line")
+            raise InputError(
+                f"{where} is not a JSON object with text, or prompt and completion; correct the "
+                "line"
+            )
         yield where, row
 
 
 def _read_data_set(path: Path) -> TextSource:
-    """Return the rows of a data set with the columns in use; a row with a class label also has the label's name.
+    """Return the rows of a data set with the columns in use; a row with a class label also has the
+    label's name.
 
     Raises:
         UsageError: datasets is not installed.
-        InputError: datasets cannot open the folder, it names files outside, or it has neither text nor prompt and
-            completion.
+        InputError: datasets cannot open the folder, it names files outside, or it has neither text
+            nor prompt and completion.
     """
     try:
         import datasets
@@ -136,13 +142,19 @@ def _read_data_set(path: Path) -> TextSource:
     _refuse_outside_paths(path)
     try:
         data = datasets.load_from_disk(str(path))
-    except Exception as error:  # raised by pyarrow, the file system, or a feature unknown to this version
+    except (
+        Exception
+    ) as error:  # raised by pyarrow, the file system, or a feature unknown to this version
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: datasets cannot open it: {problem}") from error
     columns = [name for name in COLUMNS if name in data.column_names]
     if "text" not in columns and not {"prompt", "completion"} <= set(columns):
         problem = f"has the columns {', '.join(map(str, data.column_names))}"
-        raise damaged(path, problem, "rename them to text, text and label, or prompt and completion (rename_column)")
+        raise damaged(
+            path,
+            problem,
+            "rename them to text, text and label, or prompt and completion (rename_column)",
+        )
     chosen = data.select_columns(columns)
     names = getattr(chosen.features.get("label"), "names", None)
     rows, digest = [], hashlib.sha256()
@@ -152,7 +164,9 @@ def _read_data_set(path: Path) -> TextSource:
         if names and isinstance(label, int) and 0 <= label < len(names):
             row = {**row, "label_name": names[label]}
         rows.append((f"{path}: row {number}", row))
-    return TextSource(path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows")
+    return TextSource(
+        path.name or path.resolve().name, digest.hexdigest()[:16], rows=tuple(rows), unit="rows"
+    )
 
 
 def _refuse_outside_paths(path: Path) -> None:
@@ -184,7 +198,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 # The label of a position that is not predicted, as torch's cross-entropy has it.
 IGNORED = -100
-# For a masked model: fraction of the tokens that are hidden and predicted, and the seed of their choice.
+# For a masked model: fraction of the tokens that are hidden and predicted, and the seed of their
+# choice.
 MASKED, MASK_SEED = 0.15, 0
 
 
@@ -194,9 +209,9 @@ class Sequence:
 
     Args:
         ids: Token ids.
-        labels: For a causal model the token ids, one for each of ``ids``; the loss shifts them. For a masked model the
-            original ids of the masked tokens, not shifted. Positions without a prediction have ``IGNORED``. For a
-            classifier the class alone.
+        labels: For a causal model the token ids, one for each of ``ids``; the loss shifts them. For
+            a masked model the original ids of the masked tokens, not shifted. Positions without a
+            prediction have ``IGNORED``. For a classifier the class alone.
     """
 
     ids: tuple[int, ...]
@@ -231,7 +246,9 @@ class Texts:
         return f"{len(self.sequences)} {self.form}"
 
     def reduce(self, count: int, reason: str) -> Texts:
-        """Return the set with ``count`` of its sequences, evenly spaced, because neighbours are alike, and a note."""
+        """Return the set with ``count`` of its sequences, evenly spaced, because neighbours are
+        alike, and a note.
+        """
         if count >= (n := len(self.sequences)):
             return self
         note = f"{count} of {n} sequences, evenly spaced, {reason}"
@@ -252,50 +269,69 @@ class Texts:
         return replace(self, sequences=self.sequences[:count])
 
 
-def read_texts(path: Path | str, model: Model, max_sequences: int | None = None, shifted: bool = False) -> Texts:
+def read_texts(
+    path: Path | str, model: Model, max_sequences: int | None = None, shifted: bool = False
+) -> Texts:
     """Read a text and cut it into sequences of the model's length at most.
 
     Args:
-        path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a folder that ``datasets``
-            saved with ``save_to_disk``.
+        path: A file, ``.jsonl`` and ``.json`` are read as JSON lines, any other as text; or a
+            folder that ``datasets`` saved with ``save_to_disk``.
         model: Gives tokenizer, length and kind.
-        max_sequences: Maximum number of sequences to keep, evenly spaced in the file, because neighbours are alike;
-            None for all.
+        max_sequences: Maximum number of sequences to keep, evenly spaced in the file, because
+            neighbours are alike; None for all.
         shifted: Whether the user declared it as shifted.
 
     Raises:
         UsageError: The path is a data set, and datasets is not installed.
-        InputError: The file cannot be read, its contents do not fit the kind of model, or it has nothing to predict.
+        InputError: The file cannot be read, its contents do not fit the kind of model, or it has
+            nothing to predict.
     """
     source = read_source(path)
     if model.kind == "classifier" and source.text is not None:
-        raise InputError(f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of these")
+        raise InputError(
+            f"{path}: a classifier needs JSON lines with text and label (.jsonl), or a data set of "
+            "these"
+        )
     if source.text is not None:
         cut = list(_split_into_windows(source.text, model))
     else:
-        tokenize = _tokenize_classification if model.kind == "classifier" else _tokenize_continuation
+        tokenize = (
+            _tokenize_classification if model.kind == "classifier" else _tokenize_continuation
+        )
         cut = [tokenize(row, where, model) for where, row in source.rows]
     if model.kind == "masked":
-        cut = [(_mask_sequence(sequence, index, model), truncated) for index, (sequence, truncated) in enumerate(cut)]
+        cut = [
+            (_mask_sequence(sequence, index, model), truncated)
+            for index, (sequence, truncated) in enumerate(cut)
+        ]
     notes = []
     truncated = sum(is_truncated for _, is_truncated in cut)
     if source.text is None and truncated:
         notes.append(f"{truncated} of {len(cut)} {source.unit} were cut to {model.length} tokens")
-    sequences = [sequence for sequence, _ in cut if sequence.ids and _count_predicted(sequence, model)]
+    sequences = [
+        sequence for sequence, _ in cut if sequence.ids and _count_predicted(sequence, model)
+    ]
     if len(sequences) < len(cut):
         empty = len(cut) - len(sequences)
-        notes.append(f"{empty} of {len(cut)} {source.unit} have nothing to predict and are left out")
+        notes.append(
+            f"{empty} of {len(cut)} {source.unit} have nothing to predict and are left out"
+        )
     if not sequences:
         raise InputError(f"{path}: has no token to predict; give longer text")
     form = source.unit if source.text is None else f"windows of {len(sequences[0].ids)} tokens"
     if model.kind == "masked":
         form += f", {MASKED:.0%} of the tokens replaced by the mask, seed {MASK_SEED}"
-    texts = Texts(source.name, str(path), tuple(sequences), source.digest, form, tuple(notes), shifted=shifted)
+    texts = Texts(
+        source.name, str(path), tuple(sequences), source.digest, form, tuple(notes), shifted=shifted
+    )
     return texts if max_sequences is None else texts.reduce(max_sequences, "by --max-sequences")
 
 
 def name_apart(texts: Iterable[Texts], labels: Iterable[str | None]) -> list[Texts]:
-    """Return sets in which those that share a name have their label, if there is one, in its place."""
+    """Return sets in which those that share a name have their label, if there is one,
+    in its place.
+    """
     texts = list(texts)
     names = [text_set.name for text_set in texts]
     apart = []
@@ -314,11 +350,14 @@ def check_names(texts: list[Texts]) -> None:
     names = [text_set.name for text_set in texts]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"--eval: two evaluation sets have the name {name}; rename one of the files")
+            raise UsageError(
+                f"--eval: two evaluation sets have the name {name}; rename one of the files"
+            )
 
 
 def count_predictions(texts: Texts, model: Model) -> int:
-    """Return the number of predictions of which a loss on a text is the mean: next tokens, hidden tokens or classes.
+    """Return the number of predictions of which a loss on a text is the mean: next tokens, hidden
+    tokens or classes.
 
     Args:
         texts: The text.
@@ -334,25 +373,37 @@ def _count_predicted(sequence: Sequence, model: Model) -> int:
 
 
 def _mask_sequence(sequence: Sequence, index: int, model: Model) -> Sequence:
-    """Mask some of the predictable tokens, at least one if any, chosen at random by the index of the sequence.
+    """Mask some of the predictable tokens, at least one if any, chosen at random by the index of
+    the sequence.
 
-    All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10 rule (Devlin et al.
+    All chosen tokens are replaced by the mask: the random and unchanged tokens of BERT's 80/10/10
+    rule (Devlin et al.
     2019) are easier to predict, and add noise to comparisons.
     """
     positions = [position for position, label in enumerate(sequence.labels) if label != IGNORED]
     # Only ``random()`` is guaranteed to be stable across versions of Python.
     generator = random.Random(f"{MASK_SEED}:{index}")
-    shuffled = sorted(positions, key={position: generator.random() for position in positions}.__getitem__)
+    shuffled = sorted(
+        positions, key={position: generator.random() for position in positions}.__getitem__
+    )
     hidden = set(shuffled[: max(1, round(MASKED * len(positions)))])
     assert model.tokens.mask is not None
     return Sequence(
-        tuple(model.tokens.mask if position in hidden else token for position, token in enumerate(sequence.ids)),
-        tuple(label if position in hidden else IGNORED for position, label in enumerate(sequence.labels)),
+        tuple(
+            model.tokens.mask if position in hidden else token
+            for position, token in enumerate(sequence.ids)
+        ),
+        tuple(
+            label if position in hidden else IGNORED
+            for position, label in enumerate(sequence.labels)
+        ),
     )
 
 
 def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, bool]]:
-    """Yield consecutive windows of a text with the tokenizer's special tokens; none is truncated (False)."""
+    """Yield consecutive windows of a text with the tokenizer's special tokens; none is truncated
+    (False).
+    """
     tokens = model.tokens
     ids = tokens.ids(text)
     room = model.length - len(tokens.first) - len(tokens.last)
@@ -366,7 +417,8 @@ def _split_into_windows(text: str, model: Model) -> Iterator[tuple[Sequence, boo
 
 
 def _tokenize_continuation(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text``, or of ``prompt`` and ``completion``, and whether it was truncated.
+    """Return the sequence of ``text``, or of ``prompt`` and ``completion``, and whether it was
+    truncated.
 
     Raises:
         InputError: The row has neither.
@@ -385,8 +437,11 @@ def _tokenize_continuation(row: dict[str, Any], where: str, model: Model) -> tup
     return Sequence((*ids[:room], *tokens.last), (*labels[:room], *masked_last)), len(ids) > room
 
 
-def _tokenize_classification(row: dict[str, Any], where: str, model: Model) -> tuple[Sequence, bool]:
-    """Return the sequence of ``text`` with its ``label``, a class name or index, and whether it was truncated.
+def _tokenize_classification(
+    row: dict[str, Any], where: str, model: Model
+) -> tuple[Sequence, bool]:
+    """Return the sequence of ``text`` with its ``label``, a class name or index, and whether it was
+    truncated.
 
     A data set's class name takes precedence over its number if the model has a class of that name.
 

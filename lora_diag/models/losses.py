@@ -1,8 +1,10 @@
-"""Forward and backward passes: losses of a model on a set by sequence, and gradients with respect to layer outputs.
+"""Forward and backward passes: losses of a model on a set by sequence, and gradients with respect
+to layer outputs.
 
-Differences of losses on the same sequences have standard errors. The backward pass runs through a frozen model, for the
-loss of each sequence. No weight gradients are needed: the inner products of ∇ℓ with an update follow from the inputs x
-and the output gradients g of its layer, ⟨Σ_t g_t x_tᵀ, T⟩ = Σ_t g_tᵀ T x_t.
+Differences of losses on the same sequences have standard errors. The backward pass runs through a
+frozen model, for the loss of each sequence. No weight gradients are needed: the inner products of
+∇ℓ with an update follow from the inputs x and the output gradients g of its layer, ⟨Σ_t g_t x_tᵀ,
+T⟩ = Σ_t g_tᵀ T x_t.
 """
 
 from __future__ import annotations
@@ -64,16 +66,25 @@ class Losses:
     @classmethod
     def of(cls, sums: Iterable[float], counts: Iterable[int]) -> Losses:
         """Return the losses of sequences from the sum and the number of predictions of each."""
-        return cls(torch.tensor([*sums], dtype=torch.float64), torch.tensor([*counts], dtype=torch.float64))
+        return cls(
+            torch.tensor([*sums], dtype=torch.float64), torch.tensor([*counts], dtype=torch.float64)
+        )
 
     def fields_of_run(self, texts: Texts, train_loss: float | None) -> dict[str, Any]:
-        """Return the common fields of records of a training run or of BASE; losses that are not finite are None."""
+        """Return the common fields of records of a training run or of BASE; losses that are not
+        finite are None.
+        """
         if train_loss is not None and not math.isfinite(train_loss):
             train_loss = None
-        return {**self.on(texts), "loss": self.mean if self.is_finite else None, "train_loss": train_loss}
+        return {
+            **self.on(texts),
+            "loss": self.mean if self.is_finite else None,
+            "train_loss": train_loss,
+        }
 
     def by_sequence(self, is_base: bool) -> dict[str, Any]:
-        """Return the fields of records with a value for each sequence; numbers of predictions only for BASE.
+        """Return the fields of records with a value for each sequence; numbers of predictions only
+        for BASE.
 
         The losses are empty unless all are finite.
         """
@@ -82,10 +93,16 @@ class Losses:
 
     def on(self, texts: Texts) -> dict[str, Any]:
         """Return the common fields of records of a loss: its set, and the number of predictions."""
-        return {"set": texts.name, "shifted": texts.shifted, "data": texts.hash, "tokens": self.tokens}
+        return {
+            "set": texts.name,
+            "shifted": texts.shifted,
+            "data": texts.hash,
+            "tokens": self.tokens,
+        }
 
     def minus(self, other: Losses) -> tuple[float, float | None]:
-        """Return the difference of two losses on the same sequences, and its standard error; see ``paired_difference``.
+        """Return the difference of two losses on the same sequences, and its standard error; see
+        ``paired_difference``.
 
         Example:
             >>> one = Losses(torch.tensor([3.0, 5.0]), torch.tensor([2.0, 2.0]))
@@ -96,14 +113,21 @@ class Losses:
         return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
     def compare(self, base: Losses) -> dict[str, Any]:
-        """Return the fields of a record that compare the losses with those of BASE, as ``Probe`` documents them."""
+        """Return the fields of a record that compare the losses with those of BASE, as ``Probe``
+        documents them.
+        """
         change, error = self.minus(base)
-        upper = None if error is None else change + Estimate(change, error, degrees_of_freedom(len(self.sums))).half()
+        upper = (
+            None
+            if error is None
+            else change + Estimate(change, error, degrees_of_freedom(len(self.sums))).half()
+        )
         return {"change": change, "change_error": error, "lost_at_most": upper}
 
 
 def predict(model: Model, sequences: list[Sequence]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets ``(n_i,)``.
+    """Return the logits of predictions ``(n_i, classes)`` of every sequence, and their targets
+    ``(n_i,)``.
 
     Gradients are as set by the caller. Padding and tokens without a label are no predictions.
     """
@@ -120,7 +144,9 @@ def logits_of(model: Model, sequences: list[Sequence]) -> Tensor:
 
 
 def forward(model: Model, sequences: list[Sequence], hidden: bool = False) -> Any:
-    """Return the output of transformers for sequences, padded at the end; optionally with ``hidden_states``."""
+    """Return the output of transformers for sequences, padded at the end; optionally with
+    ``hidden_states``.
+    """
     ids = pad_sequences([sequence.ids for sequence in sequences], model.tokens.pad).to(model.device)
     mask = pad_sequences([[1] * len(sequence.ids) for sequence in sequences], 0).to(model.device)
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal" else {}
@@ -135,7 +161,8 @@ def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tupl
     Args:
         model: Gives the kind of prediction.
         sequence: The sequence.
-        logits: The model's logits of the padded sequence, ``(tokens, classes)``; of a classifier ``(classes,)``.
+        logits: The model's logits of the padded sequence, ``(tokens, classes)``; of a classifier
+            ``(classes,)``.
     """
     labels = torch.tensor(sequence.labels, device=logits.device)
     if model.kind == "classifier":
@@ -143,7 +170,9 @@ def select_predictions(model: Model, sequence: Sequence, logits: Tensor) -> tupl
     if model.kind == "masked":
         hidden = (labels != IGNORED).nonzero().squeeze(1)
         return logits[hidden], labels[hidden]
-    places = (labels[1:] != IGNORED).nonzero().squeeze(1)  # the logits at a place predict the next token
+    places = (
+        (labels[1:] != IGNORED).nonzero().squeeze(1)
+    )  # the logits at a place predict the next token
     return logits[places], labels[1:][places]
 
 
@@ -176,7 +205,9 @@ def measure(
 
 def nll(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the summed negative log-likelihood, in nats; the sum over positions in float64."""
-    return functional.cross_entropy(logits.float(), labels, reduction="none").sum(dtype=torch.float64)
+    return functional.cross_entropy(logits.float(), labels, reduction="none").sum(
+        dtype=torch.float64
+    )
 
 
 def divergence(p: Tensor, q: Tensor) -> float:
@@ -189,26 +220,31 @@ def divergence(p: Tensor, q: Tensor) -> float:
 class Forgetting:
     """Running comparison of a model's predictions with those of BASE over the sequences of a set.
 
-    KL(p_base ‖ p) on the new task predicted what fine-tunes forget elsewhere better than norms of ΔW did (Shenfeld,
-    Pari and Agrawal 2025, "RL's Razor: why online reinforcement learning forgets less", arXiv 2509.04259).
+    KL(p_base ‖ p) on the new task predicted what fine-tunes forget elsewhere better than norms of
+    ΔW did (Shenfeld, Pari and Agrawal 2025, "RL's Razor: why online reinforcement learning forgets
+    less", arXiv 2509.04259).
 
     Args:
         kl: Σ KL(p_base ‖ p) over the predictions of each sequence, in nats.
-        confident: Number of predictions whose label has a probability above 1/2. Such a token is the most likely one,
-            so that greedy decoding repeats it; a mean loss hides a single one that is not.
+        confident: Number of predictions whose label has a probability above 1/2. Such a token is
+            the most likely one, so that greedy decoding repeats it; a mean loss hides a single one
+            that is not.
     """
 
     kl: list[float] = field(default_factory=list)
     confident: int = 0
 
     def add(self, logits: Tensor, base_logits: Tensor, labels: Tensor) -> None:
-        """Add one sequence: logits ``(n, classes)`` of the model and of BASE, and the targets ``(n,)``."""
+        """Add one sequence: logits ``(n, classes)`` of the model and of BASE, and the targets
+        ``(n,)``.
+        """
         self.kl.append(divergence(base_logits, logits))
         losses = functional.cross_entropy(logits.float(), labels, reduction="none")
         self.confident += int((losses < math.log(2)).sum())
 
     def compare(self, losses: Losses, base: Losses) -> dict[str, Any]:
-        """Return the fields of a record that compare a model with BASE, as ``Probe`` documents them.
+        """Return the fields of a record that compare a model with BASE, as ``Probe`` documents
+        them.
 
         Args:
             losses: Losses of the model on the sequences that were added.
@@ -233,8 +269,8 @@ class Draw:
     """The choice of the labels of a loss.
 
     Args:
-        labels: ``data`` for those of the text (the empirical Fisher); ``model`` for labels sampled from the model's
-            probabilities (the Fisher itself).
+        labels: ``data`` for those of the text (the empirical Fisher); ``model`` for labels sampled
+            from the model's probabilities (the Fisher itself).
         seed: Seed of the sampled labels.
     """
 
@@ -246,11 +282,15 @@ class Draw:
         self._random = torch.Generator().manual_seed(self.seed)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the labels of the predictions, given their logits ``(n, classes)`` and those of the text ``(n,)``."""
+        """Return the labels of the predictions, given their logits ``(n, classes)`` and those of
+        the text ``(n,)``.
+        """
         if self.labels == "data":
             return labels
         probabilities = logits.detach().double().softmax(-1).cpu()
-        return torch.multinomial(probabilities, 1, generator=self._random).squeeze(1).to(logits.device)
+        return (
+            torch.multinomial(probabilities, 1, generator=self._random).squeeze(1).to(logits.device)
+        )
 
 
 def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
@@ -262,14 +302,17 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
         draw: Returns the labels of the loss.
 
     Returns:
-        The number of predictions of each sequence. The loss of a sequence is the sum over them, so that its gradients
+        The number of predictions of each sequence. The loss of a sequence is the sum over them, so
+            that its gradients
         are independent of the other sequences of the batch.
 
     Raises:
         InputError: The loss is not finite.
     """
     table = model.module.get_input_embeddings()
-    hook = table.register_forward_hook(lambda module, args, output: output.detach().requires_grad_())
+    hook = table.register_forward_hook(
+        lambda module, args, output: output.detach().requires_grad_()
+    )
     try:
         with torch.enable_grad():
             logits, labels = predict(model, sequences)
@@ -279,7 +322,9 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
             ]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
-                raise InputError("the loss is not finite; check the weights, or use --dtype float32")
+                raise InputError(
+                    "the loss is not finite; check the weights, or use --dtype float32"
+                )
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()

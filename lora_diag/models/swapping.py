@@ -1,7 +1,8 @@
-"""In-place changes of a model's weights: W_0, W_0 + ΔW, W_0 + t·ΔW, or W_0 + ΔW_r, for the layers of a probe.
+"""In-place changes of a model's weights: W_0, W_0 + ΔW, W_0 + t·ΔW, or W_0 + ΔW_r, for the layers
+of a probe.
 
-Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading singular triplets and
-σ² are kept, about as many numbers as in an adapter of the largest rank.
+Only one layer's ΔW and its decomposition are in memory at a time. Between ranks only the leading
+singular triplets and σ² are kept, about as many numbers as in an adapter of the largest rank.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lora_diag.records.names import part_of
 def truncated_layers(
     deltas: Sequence[Delta], layers: str | None = None, exclude: str | None = None
 ) -> dict[str, tuple[int, int]]:
-    """Return the layers to truncate, with their shapes: the selected matrices outside embeddings and head.
+    """Return the layers to truncate, with their shapes: the selected matrices outside embeddings
+    and head.
 
     Args:
         deltas: The layers.
@@ -42,7 +44,9 @@ def truncated_layers(
         if delta.is_matrix and part_of(delta.layer) == "matrices" and selected(delta.layer)
     }
     if not truncated:
-        raise NothingComparedError("no matrix outside embeddings and head is selected; check --layers and --exclude")
+        raise NothingComparedError(
+            "no matrix outside embeddings and head is selected; check --layers and --exclude"
+        )
     return truncated
 
 
@@ -52,7 +56,9 @@ FULL = -1
 
 @dataclass(frozen=True)
 class _Leading:
-    """The leading singular triplets of one ΔW: U·S ``(out, k)``, Vᵀ ``(k, in)`` float32, σ² of all values, ‖ΔW‖²."""
+    """The leading singular triplets of one ΔW: U·S ``(out, k)``, Vᵀ ``(k, in)`` float32, σ² of all
+    values, ‖ΔW‖².
+    """
 
     us: Tensor
     vh: Tensor
@@ -61,7 +67,8 @@ class _Leading:
 
 
 class Swapped:
-    """A model with the weights of BASE plus an update: none, all or a multiple of it, or its best rank-r approximation.
+    """A model with the weights of BASE plus an update: none, all or a multiple of it, or its best
+    rank-r approximation.
 
     Args:
         model: BASE opened by transformers; changed in place.
@@ -72,21 +79,28 @@ class Swapped:
         absent: ΔW of tensors that the model does not have; never a matrix.
 
     Raises:
-        InputError: A matrix is not in the model, a tensor has another number of entries there or shares its weight with
-            another, the model's values differ from BASE's file, or a file could not be read.
+        InputError: A matrix is not in the model, a tensor has another number of entries there or
+            shares its weight with another, the model's values differ from BASE's file, or a file
+            could not be read.
     """
 
     def __init__(self, model: Model, deltas: Iterable[Delta], max_rank: int) -> None:
         by_layer = {delta.layer: delta for delta in deltas}
-        self._tensors = Weights(model.module).place({layer: delta.shape for layer, delta in by_layer.items()})
+        self._tensors = Weights(model.module).place(
+            {layer: delta.shape for layer, delta in by_layer.items()}
+        )
         self._deltas = {layer: by_layer[layer] for layer in self._tensors}
-        self.absent = tuple(delta for layer, delta in by_layer.items() if layer not in self._tensors)
+        self.absent = tuple(
+            delta for layer, delta in by_layer.items() if layer not in self._tensors
+        )
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             problem = "not part of the model that transformers builds from BASE"
             raise damaged(missing, problem, "exclude it where the command has --exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
-        self._states = dict.fromkeys(self._deltas, (0, 1.0))  # rank and factor of the update in every layer
+        self._states = dict.fromkeys(
+            self._deltas, (0, 1.0)
+        )  # rank and factor of the update in every layer
         for layer in self._deltas:
             self._check(layer)
 
@@ -94,7 +108,8 @@ class Swapped:
         """Set every layer to W_0 + ΔW_r: all of ΔW for ``FULL``, none of it for 0.
 
         Args:
-            ranks: r by layer: ``FULL``, 0 to ``max_rank``, or at least min(out, in), which is the same as ``FULL``.
+            ranks: r by layer: ``FULL``, 0 to ``max_rank``, or at least min(out, in), which is the
+                same as ``FULL``.
             others: r of layers that are not named.
             match_norm: Whether every ΔW_r is lengthened to the norm of ΔW.
 
@@ -104,7 +119,9 @@ class Swapped:
         for layer in self._deltas:
             rank = ranks.get(layer, others)
             rank = FULL if rank >= min(self._deltas[layer].shape) else rank
-            self._set(layer, (rank, self._lengthening(layer, rank) if match_norm and rank > 0 else 1.0))
+            self._set(
+                layer, (rank, self._lengthening(layer, rank) if match_norm and rank > 0 else 1.0)
+            )
 
     def scale(self, strengths: Mapping[str, float], others: float) -> None:
         """Set every layer to W_0 + t·ΔW; for t = 1 it has TUNED's values, for t = 0 those of BASE.
@@ -121,7 +138,9 @@ class Swapped:
             self._set(layer, (FULL, strength) if strength else (0, 1.0))
 
     def _set(self, layer: str, state: tuple[int, float]) -> None:
-        """Write the weight of one layer by rank and factor of its update, unless it is there already."""
+        """Write the weight of one layer by rank and factor of its update, unless it is there
+        already.
+        """
         if state != self._states[layer]:
             self._put(layer, *state)
             self._states[layer] = state
@@ -159,14 +178,23 @@ class Swapped:
         return math.sqrt(leading.energy / kept) if kept else 1.0
 
     def _put(self, layer: str, rank: int, strength: float) -> None:
-        """Write W_0 + t·ΔW_r of one layer; for ``FULL`` and t = 1, TUNED's values if they are stored."""
+        """Write W_0 + t·ΔW_r of one layer; for ``FULL`` and t = 1, TUNED's values if they are
+        stored.
+        """
         delta, weight = self._deltas[layer], self._tensors[layer]
         if rank == FULL and strength == 1 and isinstance(delta, StoredDelta):
-            for (first, last), block in zip(row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True):
+            for (first, last), block in zip(
+                row_spans(delta.shape), row_blocks(delta.tuned, delta.shape), strict=True
+            ):
                 weight[first:last].copy_(block)
             return
-        base_blocks, update = row_blocks(_side_of_base(delta), delta.shape), self._iterate_update(layer, rank)
-        for (first, last), block, change in zip(row_spans(delta.shape), base_blocks, update, strict=True):
+        base_blocks, update = (
+            row_blocks(_side_of_base(delta), delta.shape),
+            self._iterate_update(layer, rank),
+        )
+        for (first, last), block, change in zip(
+            row_spans(delta.shape), base_blocks, update, strict=True
+        ):
             weight[first:last].copy_(block.double() + strength * change)
 
     def _iterate_update(self, layer: str, rank: int) -> Iterator[Tensor]:
@@ -187,7 +215,9 @@ class Swapped:
             factors = self.factors(layer)
             u, vh = factors.vectors
             us, vh = (u * factors.s)[:, : self._max_rank], vh[: self._max_rank]
-            self._leading[layer] = _Leading(us.float().clone(), vh.float().clone(), factors.s**2, factors.fro**2)
+            self._leading[layer] = _Leading(
+                us.float().clone(), vh.float().clone(), factors.s**2, factors.fro**2
+            )
         return self._leading[layer]
 
     def _check(self, layer: str) -> None:
@@ -201,7 +231,8 @@ class Swapped:
         for (first, last), block in zip(row_spans(delta.shape), base_blocks, strict=True):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has other values than BASE's file, so "
+                    f"{layer}: the model that transformers builds from BASE has other values than "
+                    "BASE's file, so "
                     "it cannot be swapped; exclude it where the command has --exclude"
                 )
 
@@ -220,5 +251,7 @@ def _load_finite(delta: Delta) -> Change:
     """
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
-        raise InputError(f"{delta.layer}: {change.non_finite}; exclude it where the command has --exclude")
+        raise InputError(
+            f"{delta.layer}: {change.non_finite}; exclude it where the command has --exclude"
+        )
     return change

@@ -1,7 +1,8 @@
-"""Training runs: LoRA factors on a frozen BASE, all of BASE, or its biases and norms; BASE is restored after every run.
+"""Training runs: LoRA factors on a frozen BASE, all of BASE, or its biases and norms; BASE is
+restored after every run.
 
-A run is a cell: method, rank, peak learning rate, seed. All runs have the same batches in the same order and the same
-number of steps.
+A run is a cell: method, rank, peak learning rate, seed. All runs have the same batches in the same
+order and the same number of steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from lora_diag.records import Probe
 from lora_diag.records.probe import Subject
 
 ALPHA_OVER_RANK = 2
-# rsLoRA scales by alpha/√r with one alpha for all ranks; with 16, r=64 has the scaling 2 of ``ALPHA_OVER_RANK``.
+# rsLoRA scales by alpha/√r with one alpha for all ranks; with 16, r=64 has the scaling 2 of
+# ``ALPHA_OVER_RANK``.
 RSLORA_ALPHA = 16
 
 
@@ -38,12 +40,12 @@ class Lora:
     """A kind of LoRA.
 
     Args:
-        targets: Modules as PEFT takes them: names, or a regular expression for whole names; None for all linear layers
-            except the head.
+        targets: Modules as PEFT takes them: names, or a regular expression for whole names; None
+            for all linear layers except the head.
         dora: Whether to also train a magnitude per output (Liu et al. 2024).
         rslora: Whether B A is scaled by alpha/√r and not alpha/r (Kalajdzievski 2023).
-        config: Content of an ``adapter_config.json``, which replaces ``targets``, ``dora``, ``rslora`` and the rank;
-            None to use these.
+        config: Content of an ``adapter_config.json``, which replaces ``targets``, ``dora``,
+            ``rslora`` and the rank; None to use these.
         vectors: Whether BASE's biases and norms are trained, too.
     """
 
@@ -56,7 +58,12 @@ class Lora:
     @property
     def description(self) -> str:
         """Name of the method, and its alpha, without a ``config``."""
-        names = {(0, 0): "LoRA", (1, 0): "DoRA", (0, 1): "rsLoRA", (1, 1): "DoRA with rsLoRA's scaling"}
+        names = {
+            (0, 0): "LoRA",
+            (1, 0): "DoRA",
+            (0, 1): "rsLoRA",
+            (1, 1): "DoRA with rsLoRA's scaling",
+        }
         alpha = f"{RSLORA_ALPHA}" if self.rslora else f"{ALPHA_OVER_RANK}r"
         return f"{names[self.dora, self.rslora]}, alpha = {alpha}"
 
@@ -96,7 +103,9 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
             try:
                 wrapped: Any = peft.get_peft_model(model.module, peft.LoraConfig(**options))
             except ValueError as error:
-                raise InputError(f"--target-modules: PEFT cannot adapt this model: {error}") from error
+                raise InputError(
+                    f"--target-modules: PEFT cannot adapt this model: {error}"
+                ) from error
         for parameter in vectors if kind.vectors else ():
             parameter.requires_grad_(True)
         try:
@@ -107,7 +116,8 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
 
 
 def load_factors(model: Model, path: Path) -> None:
-    """Load the weights of PEFT's file of an adapter into a model of ``add_lora`` with the same configuration.
+    """Load the weights of PEFT's file of an adapter into a model of ``add_lora`` with the same
+    configuration.
 
     Raises:
         InputError: The file cannot be read.
@@ -120,7 +130,9 @@ def load_factors(model: Model, path: Path) -> None:
 
 
 def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
-    """Return the arguments of PEFT's config: one rank everywhere, or ``kind.config`` without how to wrap and save."""
+    """Return the arguments of PEFT's config: one rank everywhere, or ``kind.config`` without how to
+    wrap and save.
+    """
     if kind.config is not None:
         dropped = {"peft_type", "task_type", "base_model_name_or_path", "inference_mode"}
         return {key: value for key, value in kind.config.items() if key not in dropped}
@@ -139,7 +151,9 @@ def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Return whether a model stores its matrices as ``(in, out)``, as GPT-2 does: PEFT's ``fan_in_fan_out``."""
+    """Return whether a model stores its matrices as ``(in, out)``, as GPT-2 does: PEFT's
+    ``fan_in_fan_out``.
+    """
     return any(type(layer).__name__ == "Conv1D" for layer in module.modules())
 
 
@@ -156,7 +170,8 @@ def check_checkpointing(module: Any) -> None:
 
 @contextmanager
 def checkpoint_activations(module: Any) -> Iterator[None]:
-    """Recompute the activations of every block in the backward pass of training, instead of keeping them.
+    """Recompute the activations of every block in the backward pass of training, instead of keeping
+    them.
 
     Args:
         module: A model of transformers, with or without an adapter in it.
@@ -168,23 +183,30 @@ def checkpoint_activations(module: Any) -> Iterator[None]:
         yield
     finally:
         getattr(module, f"{name}_checkpointing_disable")()
-        module.disable_input_require_grads()  # which enabling enabled, for blocks in front of the first factors
+        # which enabling enabled, for blocks in front of the first factors
+        module.disable_input_require_grads()
 
 
 @contextmanager
 def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
-    """Yield BASE with trainable weights; at the end restore them and all buffers bit for bit from copies on the CPU.
+    """Yield BASE with trainable weights; at the end restore them and all buffers bit for bit from
+    copies on the CPU.
 
     Args:
         model: BASE.
-        only_vectors: Make only 1-D parameters trainable: biases and norms (BitFit: Ben Zaken et al. 2022).
+        only_vectors: Make only 1-D parameters trainable: biases and norms (BitFit: Ben Zaken et al.
+            2022).
 
     Raises:
         InputError: There is nothing to train.
     """
-    trained = [weight for weight in model.module.parameters() if weight.ndim == 1 or not only_vectors]
+    trained = [
+        weight for weight in model.module.parameters() if weight.ndim == 1 or not only_vectors
+    ]
     if not trained:
-        raise InputError("BitFit: this model has no biases or norms to train; train other parameters")
+        raise InputError(
+            "BitFit: this model has no biases or norms to train; train other parameters"
+        )
     changing = [*trained, *model.module.buffers()]
     originals = [tensor.detach().to("cpu", copy=True) for tensor in changing]
     for parameter in trained:
@@ -200,7 +222,8 @@ def train_in_place(model: Model, only_vectors: bool) -> Iterator[Model]:
         model.module.eval().requires_grad_(False)
 
 
-# Fraction of the steps over which the learning rate rises; it then decreases to zero along a cosine.
+# Fraction of the steps over which the learning rate rises; it then decreases to zero along a
+# cosine.
 WARMUP = 0.05
 CLIP_NORM = 1.0
 # Description of these settings in a run record.
@@ -212,11 +235,12 @@ class Cell:
     """One run.
 
     Args:
-        rank: r of every factor pair, or of the ``config`` of the LoRA, whose pairs may differ; None for ``full`` and
-            ``bitfit``.
+        rank: r of every factor pair, or of the ``config`` of the LoRA, whose pairs may differ; None
+            for ``full`` and ``bitfit``.
         lr: Peak learning rate.
         seed: Seed of the initial factors and of dropout.
-        subject: Method: the factors (``lora``), all of BASE (``full``), its biases and norms (``bitfit``).
+        subject: Method: the factors (``lora``), all of BASE (``full``), its biases and norms
+            (``bitfit``).
     """
 
     rank: int | None
@@ -260,7 +284,9 @@ class Training:
 
     @property
     def order_hash(self) -> str:
-        """16 hex digits of the SHA-256 of the order: positions in ``texts`` of every step's sequences."""
+        """16 hex digits of the SHA-256 of the order: positions in ``texts`` of every step's
+        sequences.
+        """
         return hashlib.sha256(repr(list(self._locate_batches())).encode()).hexdigest()[:16]
 
     def batches(self) -> Iterator[list[TokenSequence]]:
@@ -270,7 +296,9 @@ class Training:
 
     @property
     def used_texts(self) -> Texts:
-        """The training text, reduced to the distinct sequences that a run uses, in the order of their first use."""
+        """The training text, reduced to the distinct sequences that a run uses, in the order of
+        their first use.
+        """
         used = dict.fromkeys(sequence for batch in self.batches() for sequence in batch)
         return replace(self.texts, sequences=tuple(used))
 
@@ -319,7 +347,10 @@ def run_cell(
         InputError: See ``add_lora`` and ``train_in_place``.
     """
     by_set, train_loss = losses_after(model, cell, training, sets, after)
-    return [record_of(texts, losses, cell, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
+    return [
+        record_of(texts, losses, cell, train_loss)
+        for texts, losses in zip(sets, by_set, strict=True)
+    ]
 
 
 def losses_after(
@@ -330,7 +361,8 @@ def losses_after(
     after: Callable[[], None],
     keep: Callable[[Model], None] = lambda tuned: None,
 ) -> tuple[list[Losses], float]:
-    """Train one cell and return its losses on every set, and the mean loss of its last tenth of steps.
+    """Train one cell and return its losses on every set, and the mean loss of its last tenth of
+    steps.
 
     Args:
         model: BASE; unchanged afterwards.
@@ -361,11 +393,14 @@ def losses_after(
 
 def count_trained(model: Model) -> int:
     """Return the number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad)
+    return sum(
+        parameter.numel() for parameter in model.module.parameters() if parameter.requires_grad
+    )
 
 
 def train(model: Model, cell: Cell, training: Training, after: Callable[[], None]) -> float:
-    """Train the trainable parameters, and return the mean loss of the last tenth of the steps, at least one.
+    """Train the trainable parameters, and return the mean loss of the last tenth of the steps, at
+    least one.
 
     A step whose loss is not finite changes nothing.
 
@@ -401,9 +436,15 @@ def mean_loss(model: Model, batch: list[TokenSequence]) -> Tensor:
 
 
 def record_of(
-    texts: Texts, losses: Losses, cell: Cell | None = None, train_loss: float | None = None, name: str = ""
+    texts: Texts,
+    losses: Losses,
+    cell: Cell | None = None,
+    train_loss: float | None = None,
+    name: str = "",
 ) -> Probe:
-    """Return the record of a run on one set; without a run, of BASE, or of BASE rounded to the grid ``name``."""
+    """Return the record of a run on one set; without a run, of BASE, or of BASE rounded to the grid
+    ``name``.
+    """
     fields = cell.fields if cell else {"subject": "base"}
     return Probe(
         probe="sweep",

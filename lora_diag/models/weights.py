@@ -1,14 +1,16 @@
 """The weights of a model in training with an available gradient, and its computation.
 
-A trained weight has its own gradient. A weight frozen under a LoRA has none: autograd only passes through it. But with
-y = W·x + s·B·A·x + b the gradient of the loss with respect to W would be
+A trained weight has its own gradient. A weight frozen under a LoRA has none: autograd only passes
+through it. But with y = W·x + s·B·A·x + b the gradient of the loss with respect to W would be
 
     G = Σ_tokens δy xᵀ,    δy = ∂L/∂y,
 
-and both are available: x is the input of the adapted layer and δy its output gradient. The gradients of the factors
-follow from G, ∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*, eq. 3, differentiated).
+and both are available: x is the input of the adapted layer and δy its output gradient. The
+gradients of the factors follow from G, ∂L/∂B = s·G·Aᵀ and ∂L/∂A = s·Bᵀ·G (Hu et al. 2021, *LoRA*,
+eq. 3, differentiated).
 
-Also the environment of a backward pass: other processes with their parts of the batch, and the loss scale of fp16.
+Also the environment of a backward pass: other processes with their parts of the batch, and the loss
+scale of fp16.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Trained:
 
 @dataclass
 class Frozen:
-    """A frozen weight under a LoRA; its gradient is accumulated from the inputs and output gradients of its layer.
+    """A frozen weight under a LoRA; its gradient is accumulated from the inputs and output
+    gradients of its layer.
 
     Args:
         name: Name of the weight without wrappers and adapters.
@@ -78,10 +81,11 @@ class Frozen:
         return tuple(base.weight.shape)
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return B ``(m, r)``, A ``(r, n)`` and c ``(r,)`` of the LoRA B·diag(c)·A, as the weight is stored.
+        """Return B ``(m, r)``, A ``(r, n)`` and c ``(r,)`` of the LoRA B·diag(c)·A, as the weight
+        is stored.
 
-        Those of several active adapters are concatenated. B and A have the dtype of the parameters; c, float64, is the
-        scaling, of AdaLoRA times its diagonal.
+        Those of several active adapters are concatenated. B and A have the dtype of the parameters;
+        c, float64, is the scaling, of AdaLoRA times its diagonal.
         """
         module, down, up, sizes = self.module, [], [], []
         for name in module.active_adapters:
@@ -98,7 +102,11 @@ class Frozen:
                 size *= module.lora_E[name].detach()[:, 0] / (module.ranknum[name] + 1e-5)
             sizes.append(size)
         b, a, c = torch.cat(up, 1), torch.cat(down, 0), torch.cat(sizes)
-        return (a.T, b.T, c) if isinstance(module.get_base_layer(), nn.Embedding | Conv1D) else (b, a, c)
+        return (
+            (a.T, b.T, c)
+            if isinstance(module.get_base_layer(), nn.Embedding | Conv1D)
+            else (b, a, c)
+        )
 
     def gradient(self) -> Tensor | None:
         """Return the sum over the backward passes of this step, float32; None if there was none."""
@@ -110,11 +118,17 @@ class Frozen:
 
     def hook(self) -> Callable[[], None]:
         """Register a hook on the layer; return a function that removes it."""
-        stop: Callable[[], None] = self.module.register_forward_hook(self._forward, with_kwargs=True).remove
+        stop: Callable[[], None] = self.module.register_forward_hook(
+            self._forward, with_kwargs=True
+        ).remove
         return stop
 
-    def _forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Register a hook on an output that adds its gradient, if the step is recorded and there will be one."""
+    def _forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
+        """Register a hook on an output that adds its gradient, if the step is recorded and there
+        will be one.
+        """
         if self.active and torch.is_grad_enabled() and output.requires_grad:
             inputs = input_of(args, kwargs).detach()
             output.register_hook(lambda gradient: self._add(inputs, gradient.detach()))  # type: ignore[no-untyped-call]
@@ -129,7 +143,9 @@ class Frozen:
             if isinstance(base, nn.Embedding):
                 ids = x.reshape(-1)
                 counted = (
-                    torch.ones_like(ids, dtype=torch.bool) if base.padding_idx is None else ids != base.padding_idx
+                    torch.ones_like(ids, dtype=torch.bool)
+                    if base.padding_idx is None
+                    else ids != base.padding_idx
                 )
                 self._sum.index_add_(0, ids[counted], rows[counted])
             elif isinstance(base, Conv1D):  # stores its weight as (in, out)
@@ -148,15 +164,19 @@ def _read_matrix(layer: Any) -> Tensor:
 Weight = Trained | Frozen
 
 
-def weights_of(model: nn.Module, is_selected: Callable[[str], bool]) -> tuple[list[Weight], dict[str, str]]:
-    """Return the weights of two or more dimensions with an available gradient, and why adapted frozen ones have none.
+def weights_of(
+    model: nn.Module, is_selected: Callable[[str], bool]
+) -> tuple[list[Weight], dict[str, str]]:
+    """Return the weights of two or more dimensions with an available gradient, and why adapted
+    frozen ones have none.
 
     Args:
         model: A model, possibly wrapped for data parallelism or with PEFT adapters.
         is_selected: Returns whether a name is selected.
 
     Returns:
-        The weights, sorted by name; and for frozen weights under an adapter without one, the reason by name.
+        The weights, sorted by name; and for frozen weights under an adapter without one, the reason
+            by name.
 
     Raises:
         UsageError: The weights are sharded over processes, so that no process has a whole gradient.
@@ -178,7 +198,8 @@ def weights_of(model: nn.Module, is_selected: Callable[[str], bool]) -> tuple[li
 
 
 def _iterate_named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | None]]:
-    """Yield plain name, module and parameter of every parameter outside adapters, and of the weight that each adapts.
+    """Yield plain name, module and parameter of every parameter outside adapters, and of the weight
+    that each adapts.
 
     The parameter is None for an adapted weight that is frozen; its module is the adapter's layer.
     """
@@ -193,7 +214,9 @@ def _iterate_named(model: nn.Module) -> Iterator[tuple[str, Any, nn.Parameter | 
             is_trained = isinstance(weight, nn.Parameter) and weight.requires_grad
             entries.append((f"{path}.weight", module, weight if is_trained else None))
         else:
-            entries += [(f"{path}.{name}", module, p) for name, p in module.named_parameters(recurse=False)]
+            entries += [
+                (f"{path}.{name}", module, p) for name, p in module.named_parameters(recurse=False)
+            ]
     names = plain_names([name.removeprefix(".") for name, _, _ in entries])
     for name, (_, module, parameter) in zip(names, entries, strict=True):
         yield _PEFT.sub("", name), module, parameter
@@ -221,7 +244,10 @@ def _refuse_sharded(name: str, parameter: nn.Parameter) -> None:
         UsageError: FSDP or DeepSpeed ZeRO-3 has sharded the weight.
     """
     if is_sharded(name, parameter):
-        problem = f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole gradient"
+        problem = (
+            f"{name}: is sharded over processes (FSDP, ZeRO-3), so no process has its whole "
+            "gradient"
+        )
         raise UsageError(f"{problem}; record with plain data parallelism or on one device")
 
 
@@ -232,7 +258,9 @@ def is_sharded(name: str, parameter: Tensor) -> bool:
 
 
 def is_unscaled(scaler: Any) -> bool:
-    """Return whether ``unscale_`` of a gradient scaler was already called for this update, as needed for clipping."""
+    """Return whether ``unscale_`` of a gradient scaler was already called for this update, as
+    needed for clipping.
+    """
     states = getattr(scaler, "_per_optimizer_states", {})
     return any(getattr(state.get("stage"), "name", "") == "UNSCALED" for state in states.values())
 
@@ -240,13 +268,18 @@ def is_unscaled(scaler: Any) -> bool:
 def is_main() -> bool:
     """Return whether this process is the only one or that of rank 0, which writes the output."""
     distributed = torch.distributed
-    return not (distributed.is_available() and distributed.is_initialized()) or distributed.get_rank() == 0
+    return (
+        not (distributed.is_available() and distributed.is_initialized())
+        or distributed.get_rank() == 0
+    )
 
 
 def average_over_processes(weight: Frozen) -> Tensor | None:
-    """Return the gradient of a weight, averaged in place over processes; all of them must call this.
+    """Return the gradient of a weight, averaged in place over processes; all of them must call
+    this.
 
-    Each process has summed over its part of the batch. None for a single process without a backward pass.
+    Each process has summed over its part of the batch. None for a single process without a backward
+    pass.
     """
     distributed, gradient = torch.distributed, weight.gradient()
     if not (distributed.is_available() and distributed.is_initialized()):

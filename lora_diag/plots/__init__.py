@@ -4,8 +4,12 @@ Reads records only; opens no checkpoint.
 
     >>> import lora_diag
     >>> from lora_diag import plots
-    >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp")
-    >>> ax = plots.energy(results.filter("up_proj"))  # one panel; give ax= to draw into a figure of your own
+    >>> results = lora_diag.spectrum(
+    ...     "sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp"
+    ... )
+    >>> ax = plots.energy(
+    ...     results.filter("up_proj")
+    ... )  # one panel; give ax= to draw into a figure of your own
     >>> page = plots.figure("energy", results, width="column")  # what ``loradiag plot`` writes
     >>> [ax.get_title(loc="left") for ax in page.axes[:3]]
     ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
@@ -27,7 +31,9 @@ _EXPORTS = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a name of this package, or what draws one panel of the figure of this name, imported on first use."""
+    """Return a name of this package, or what draws one panel of the figure of this name, imported
+    on first use.
+    """
     if name in _EXPORTS:
         return load(_EXPORTS[name], __name__)
     if name not in __dir__():
@@ -48,7 +54,9 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Draw figures of results for a paper or a slide.",
-            examples=('plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf',),
+            examples=(
+                'plot a.jsonl b.jsonl --label "full" --label "LoRA" --figure energy -o energy.pdf',
+            ),
             arguments=(RESULTS_ARGUMENT,),
             options=(".options:OutputOptions", ".options:PlotOptions"),
             shows=("json", "quiet", "verbose"),

@@ -27,8 +27,23 @@ from lora_diag.rendering.figures.fields import (
     value_of,
 )
 from lora_diag.rendering.figures.pages import Key, Page, Panel
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series, subject_of
-from lora_diag.rendering.figures.style import INK, QUIET, SHARES, UNKNOWN, PageStyle, crop_names, fit_chars, wrap_text
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    split_series,
+    subject_of,
+)
+from lora_diag.rendering.figures.style import (
+    INK,
+    QUIET,
+    SHARES,
+    UNKNOWN,
+    PageStyle,
+    crop_names,
+    fit_chars,
+    wrap_text,
+)
 
 # Ratio of the largest to the smallest value from which the colour scale is logarithmic.
 _LOG_FROM = 50
@@ -43,7 +58,8 @@ class Cells:
     Args:
         types: Module types of the rows, from the top.
         values: ``(types, depths)``; NaN if the value is null or the layer does not exist.
-        layers: Number of layers, ``(types, depths)``; a value is the median of the layers that have one.
+        layers: Number of layers, ``(types, depths)``; a value is the median of the layers that have
+            one.
     """
 
     types: tuple[str, ...]
@@ -51,7 +67,9 @@ class Cells:
     layers: NDArray[np.int64]
 
 
-def cells(records: Sequence[LayerRecord], field: str, types: Types, depths: Sequence[int | None]) -> Cells:
+def cells(
+    records: Sequence[LayerRecord], field: str, types: Types, depths: Sequence[int | None]
+) -> Cells:
     """Return the cells of a heat map.
 
     Args:
@@ -76,36 +94,50 @@ def cells(records: Sequence[LayerRecord], field: str, types: Types, depths: Sequ
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a page with a heat map of each series, with its own rows and a common depth axis and colour scale.
+    """Return a page with a heat map of each series, with its own rows and a common depth axis and
+    colour scale.
 
     Raises:
-        UndrawableError: There are no layer records, none has the field, or the requested rank was not measured.
+        UndrawableError: There are no layer records, none has the field, or the requested rank was
+            not measured.
     """
     series = _select_series(series, options)
     records = [record for item in series for record in item.records]
     field = options.field or default_field(series[0].records)
     types = Types(record.layer for record in records)
     # Layers outside the blocks come first.
-    depths = sorted({depth_of(record.layer) for record in records}, key=lambda depth: -1 if depth is None else depth)
+    depths = sorted(
+        {depth_of(record.layer) for record in records},
+        key=lambda depth: -1 if depth is None else depth,
+    )
     grids = [cells(item.records, field, types, depths) for item in series]
     names = crop_names(types.names, fit_chars(NAME_FRACTION * style.width, style.ticks))
     panels = []
     for item, grid in zip(series, grids, strict=True):
         title = item.label if len(series) > 1 else ""
-        title_lines = wrap_text(title, (1 - NAME_FRACTION) * style.width, style.text).count("\n") + 1
+        title_lines = (
+            wrap_text(title, (1 - NAME_FRACTION) * style.width, style.text).count("\n") + 1
+        )
         lines = 1.75 * max(len(grid.types), 2) + 1.0 + 1.2 * title_lines + 2.6 / len(series)
         draw = partial(draw_cells, grid=grid, norm=norm_of(grids), names=names, depths=depths)
-        xlabel = ("depth (block)" + "; –: outside the blocks" * (None in depths)) if grid is grids[-1] else ""
+        xlabel = (
+            ("depth (block)" + "; –: outside the blocks" * (None in depths))
+            if grid is grids[-1]
+            else ""
+        )
         indent = max(map(len, names.values()))
         panels.append(Panel(title, draw, xlabel, height=lines * style.text / 72, indent=indent))
     title = title_in(field, records)
     most = max(int(grid.layers.max(initial=0)) for grid in grids)
     unknown = any((np.isnan(grid.values) & (grid.layers > 0)).any() for grid in grids)
     return Page(
-        f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and depth",
+        f"{title[0].upper() if title[1:2].islower() else title[0]}{title[1:]}, by module type and "
+        "depth",
         panels,
         f"{subject_of(series)}{count_matrices(records)}{metric_suffix(records)}",
-        [f"A cell is the median over the matrices of its type in the block (up to {most})."] if most > 1 else (),
+        [f"A cell is the median over the matrices of its type in the block (up to {most})."]
+        if most > 1
+        else (),
         [Key(_make_hatch(0, 0), "not computed, or ΔW = 0")] if unknown else (),
         columns=1,
         low=True,
@@ -114,29 +146,38 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _select_series(series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
-    """Return the series of the first kind of layer records that has the field, split by what they measure of a layer.
+    """Return the series of the first kind of layer records that has the field, split by what they
+    measure of a layer.
 
     Raises:
-        UndrawableError: There are no layer records, none has the field, or the requested rank was not measured.
+        UndrawableError: There are no layer records, none has the field, or the requested rank was
+            not measured.
     """
     layered = [
         item
         for item in series
-        if isinstance(item.records[0], LayerRecord) and "layer" in item.records[0].__class__.model_fields
+        if isinstance(item.records[0], LayerRecord)
+        and "layer" in item.records[0].__class__.model_fields
     ]
     for kind in dict.fromkeys(type(item.records[0]) for item in layered):
         of_kind = [item for item in layered if type(item.records[0]) is kind]
-        values = (value_of(record, options.field or "") for item in of_kind for record in item.records)
+        values = (
+            value_of(record, options.field or "") for item in of_kind for record in item.records
+        )
         if options.field is None or any(value is not None for value in values):
             return split_series(of_kind, options)
     if options.field is None or not series:
         raise UndrawableError("no records", "records")
     fields = dict.fromkeys(name for item in series for name in numbers_of(item.records[:20]))
-    raise UndrawableError(f"no record has a numeric field {options.field}; use one of {', '.join(fields)}", "")
+    raise UndrawableError(
+        f"no record has a numeric field {options.field}; use one of {', '.join(fields)}", ""
+    )
 
 
 def default_field(records: Sequence[LayerRecord]) -> str:
-    """Return the default field of records of a kind, judged by the first: an energy, else a main column, else any."""
+    """Return the default field of records of a kind, judged by the first: an energy, else a main
+    column, else any.
+    """
     fields = numbers_of(records[:1])
     energies = [name for name in fields if re.fullmatch(r"energy\.\d+", name)]
     shown = sorted(records[0].shown, key=lambda column: not column.main)
@@ -145,7 +186,9 @@ def default_field(records: Sequence[LayerRecord]) -> str:
 
 
 def norm_of(grids: Sequence[Cells]) -> Normalize:
-    """Return the common colour scale; logarithmic if the values are positive and span a factor of ``_LOG_FROM``."""
+    """Return the common colour scale; logarithmic if the values are positive and span a factor of
+    ``_LOG_FROM``.
+    """
     values = np.concatenate([grid.values.ravel() for grid in grids])
     values = values[np.isfinite(values)]
     if not len(values):
@@ -159,7 +202,12 @@ def norm_of(grids: Sequence[Cells]) -> Normalize:
 
 
 def draw_cells(
-    ax: Axes, style: PageStyle, grid: Cells, norm: Normalize, names: dict[str, str], depths: Sequence[int | None]
+    ax: Axes,
+    style: PageStyle,
+    grid: Cells,
+    norm: Normalize,
+    names: dict[str, str],
+    depths: Sequence[int | None],
 ) -> None:
     """Draw the cells, with their values if all fit, and set up the axes.
 
@@ -173,12 +221,16 @@ def draw_cells(
     """
     rows, columns = grid.values.shape
     # Cells have white gaps, except thin cells, which the gaps would hide.
-    edges: dict[str, Any] = {"edgecolors": "white", "lw": 0.5} if columns <= 40 else {"edgecolors": "face", "lw": 0.1}
+    edges: dict[str, Any] = (
+        {"edgecolors": "white", "lw": 0.5} if columns <= 40 else {"edgecolors": "face", "lw": 0.1}
+    )
     corners = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     ax.pcolormesh(*corners, np.ma.masked_invalid(grid.values), norm=norm, cmap=SHARES, **edges)
     for row, column in np.argwhere(np.isnan(grid.values) & (grid.layers > 0)):
         ax.add_patch(_make_hatch(column, row))
-    ax.set_yticks(range(rows), [names[name] for name in grid.types], parse_math=False, size=style.ticks)
+    ax.set_yticks(
+        range(rows), [names[name] for name in grid.types], parse_math=False, size=style.ticks
+    )
     ax.set(xlim=(-0.5, columns - 0.5), ylim=(rows - 0.5, -0.5))
     every = -(-columns // 9)
     ticks = [place for place, depth in enumerate(depths) if depth is None or depth % every == 0]
@@ -187,13 +239,21 @@ def draw_cells(
     ax.spines[:].set_visible(False)
     # Names and colour scale leave about two thirds of the axes' width before the layout.
     column_inches = 0.65 * ax.get_window_extent().width / ax.figure.dpi / columns
-    texts = {cell: format_cell(value) for cell, value in np.ndenumerate(grid.values) if np.isfinite(value)}
+    texts = {
+        cell: format_cell(value)
+        for cell, value in np.ndenumerate(grid.values)
+        if np.isfinite(value)
+    }
     if max(map(len, texts.values()), default=0) * 0.6 * style.ticks / 72 < column_inches:
         for (row, column), text in texts.items():
             red, green, blue, _ = SHARES(norm(grid.values[row, column]))
             color = "white" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else INK
-            ax.text(column, row, text, size=0.9 * style.ticks, color=color, ha="center", va="center")
+            ax.text(
+                column, row, text, size=0.9 * style.ticks, color=color, ha="center", va="center"
+            )
 
 
 def _make_hatch(column: float, row: float) -> Patch:
-    return Rectangle((column - 0.5, row - 0.5), 1, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0)
+    return Rectangle(
+        (column - 0.5, row - 0.5), 1, 1, facecolor=UNKNOWN, edgecolor=QUIET, hatch="////", lw=0
+    )

@@ -33,28 +33,48 @@ class PlotOptions(TypedDict, total=False):
         str | None,
         Option(
             None,
-            f"One of {', '.join(_NAMES)}; default: all for a folder, the first that can be drawn for a file.",
+            f"One of {', '.join(_NAMES)}; default: all for a folder, the first that can be drawn "
+            "for a file.",
             "FIGURE",
             panel=OUTPUT,
             completions=_NAMES,
         ),
     ]
     labels: Annotated[
-        Sequence[str], Option((), "Label of each of RESULTS, in order; repeatable.", "NAME", ("--label",), OUTPUT)
+        Sequence[str],
+        Option((), "Label of each of RESULTS, in order; repeatable.", "NAME", ("--label",), OUTPUT),
     ]
     field: Annotated[
         str | None,
-        Option(None, "Field of the heat map, e.g. energy.16; default: by the records.", "FIELD", panel=OUTPUT),
+        Option(
+            None,
+            "Field of the heat map, e.g. energy.16; default: by the records.",
+            "FIELD",
+            panel=OUTPUT,
+        ),
     ]
     show_rank: Annotated[int | None, SHOW_RANK]
     per: Annotated[str, PER.by("layer")]
     width: Annotated[
-        str, Option("slide", "Width: a paper's column (3.3 in) or a slide (10 in).", "column|slide", panel=OUTPUT)
+        str,
+        Option(
+            "slide",
+            "Width: a paper's column (3.3 in) or a slide (10 in).",
+            "column|slide",
+            panel=OUTPUT,
+        ),
     ]
     format: Annotated[
         str | None,
-        Option(None, "Format; default: by the output's suffix, png in a folder.", "png|svg|pdf", panel=OUTPUT),
+        Option(
+            None,
+            "Format; default: by the output's suffix, png in a folder.",
+            "png|svg|pdf",
+            panel=OUTPUT,
+        ),
     ]
-    plain: Annotated[bool, Option(False, "Omit title and notes, for a paper with its own caption.", panel=OUTPUT)]
+    plain: Annotated[
+        bool, Option(False, "Omit title and notes, for a paper with its own caption.", panel=OUTPUT)
+    ]
     layers: Annotated[str | None, LAYERS]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]

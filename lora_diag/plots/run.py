@@ -19,9 +19,28 @@ from lora_diag.feature import Figure as FigureSpec
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
 from lora_diag.records import Results
-from lora_diag.rendering.figures.pages import MAX_PANELS, Page, draw_panel, freeze_layout, make_figure
-from lora_diag.rendering.figures.series import Options, UndrawableError, drawable_records, kind_of, series_of
-from lora_diag.rendering.figures.style import CATEGORIES, FORMATS, PageStyle, apply_style, encode_figure, page_style_of
+from lora_diag.rendering.figures.pages import (
+    MAX_PANELS,
+    Page,
+    draw_panel,
+    freeze_layout,
+    make_figure,
+)
+from lora_diag.rendering.figures.series import (
+    Options,
+    UndrawableError,
+    drawable_records,
+    kind_of,
+    series_of,
+)
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    FORMATS,
+    PageStyle,
+    apply_style,
+    encode_figure,
+    page_style_of,
+)
 from lora_diag.running.options import fill_options, show_options
 
 _FEATURES = {figure.name: feature for feature, figure in figures()}
@@ -49,26 +68,31 @@ def figure_named(name: str) -> FigureSpec:
     for spec in FIGURES:
         if spec.name == name:
             return spec
-    raise UsageError(f"--figure {name}: unknown; use one of {', '.join(spec.name for spec in FIGURES)}")
+    raise UsageError(
+        f"--figure {name}: unknown; use one of {', '.join(spec.name for spec in FIGURES)}"
+    )
 
 
-def figure(name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]) -> Figure:
+def figure(
+    name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]
+) -> Figure:
     """Return a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
 
     Args:
         name: One of ``FIGURES``.
-        results: Results of one run, or of several to compare; those without the records that the figure needs are
-            ignored.
-        **options: ``labels``: label of each of ``results``; default by the inputs that were measured.
-            ``width``: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt), the default.
-            ``per``: ``layer`` (the default), or ``type`` to pool the layers of a module type.
-            ``field``: for a heat map, dotted name of a numeric field.
+        results: Results of one run, or of several to compare; those without the records that the
+            figure needs are ignored.
+        **options: ``labels``: label of each of ``results``; default by the inputs that were
+            measured. ``width``: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt), the
+            default. ``per``: ``layer`` (the default), or ``type`` to pool the layers of a module
+            type. ``field``: for a heat map, dotted name of a numeric field.
             ``rank``: the rank to draw where several were measured.
             ``files``: path of each of ``results``; the label of runs that are otherwise identical.
             ``plain``: whether to omit title and notes, for a paper with its own caption.
 
     Raises:
-        UsageError: An argument is invalid, the figure does not exist, or the results cannot be drawn.
+        UsageError: An argument is invalid, the figure does not exist, or the results cannot be
+            drawn.
     """
     try:
         return _draw(*_make_page(name, results, options))
@@ -92,10 +116,12 @@ def panel(
 
     Args:
         figure: One of ``FIGURES``.
-        records: Results of a run, or its records; those of another kind than the figure's are ignored.
+        records: Results of a run, or its records; those of another kind than the figure's are
+            ignored.
         ax: Axes to draw on, whose fonts are kept; default those of a new figure.
-        name: Name of the panel where the figure has several, such as an evaluation set, an adapter of ``residual``,
-            ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the first.
+        name: Name of the panel where the figure has several, such as an evaluation set, an adapter
+            of ``residual``, ``rows`` of ``angles`` or ``energy`` of ``allocation``; default the
+            first.
         per: ``layer``, or ``type`` to pool the layers of a module type.
         field: For a heat map, dotted name of a numeric field; default by the kind of record.
         rank: The rank to draw where several were measured.
@@ -104,16 +130,21 @@ def panel(
         The Axes drawn on.
 
     Raises:
-        UsageError: There is no such figure or panel, no record is of the figure's kind, or the records cannot be drawn.
+        UsageError: There is no such figure or panel, no record is of the figure's kind, or the
+            records cannot be drawn.
 
     Example:
         >>> import lora_diag
-        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp")
+        >>> results = lora_diag.spectrum(
+        ...     "sample_checkpoints/base", "sample_checkpoints/full_ft", layers="mlp"
+        ... )
         >>> [label.get_text() for label in panel("heatmap", results, field="fro").get_yticklabels()]
         ['mlp.gate_proj', 'mlp.up_proj', 'mlp.down_proj']
     """
     spec = figure_named(figure)
-    return draw_panel(_FEATURES[figure].load(spec.page), records, spec.kind, ax, name, Options(per, field, rank))
+    return draw_panel(
+        _FEATURES[figure].load(spec.page), records, spec.kind, ax, name, Options(per, field, rank)
+    )
 
 
 def figure_of(results: Results[Any], name: str | None = None, **options: Any) -> Figure:
@@ -136,7 +167,9 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
     return page
 
 
-def why_not(name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]) -> str | None:
+def why_not(
+    name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]
+) -> str | None:
     """Return why ``figure`` cannot draw some results; None if it can.
 
     Raises:
@@ -168,7 +201,9 @@ def _make_page(
     runs = [results] if isinstance(results, Results) else list(results)
     labels, per = options.get("labels", ()), options.get("per", "layer")
     if labels and len(labels) != len(runs):
-        raise UsageError(f"{len(labels)} labels for {len(runs)} results; give one for each, in their order")
+        raise UsageError(
+            f"{len(labels)} labels for {len(runs)} results; give one for each, in their order"
+        )
     if per not in {"layer", "type"}:
         raise UsageError(f"--per {per}: unknown; use layer or type")
     series = series_of(list(map(_select_naming_inputs, runs)), labels, options.get("files", ()))
@@ -179,10 +214,14 @@ def _make_page(
             raise UndrawableError(f"no {spec.kind} records", "records")
         most = len(CATEGORIES) if spec.by_color else MAX_PANELS
         if len(series) > most:
-            raise UndrawableError(f"{len(series)} runs are too many for one figure; give at most {most} results", "")
+            raise UndrawableError(
+                f"{len(series)} runs are too many for one figure; give at most {most} results", ""
+            )
     make_page = _FEATURES[name].load(spec.page)
     with apply_style(style):
-        return make_page(series, style, Options(per, options.get("field"), options.get("rank"))), style
+        return make_page(
+            series, style, Options(per, options.get("field"), options.get("rank"))
+        ), style
 
 
 def _select_naming_inputs(results: Results[Any]) -> Results[Any]:
@@ -207,8 +246,8 @@ class Drawn:
         path: Its file; None if it was not drawn.
         reason: Reason why it was not drawn; empty if it was.
         made_by: Command that makes the records it draws; empty if any command does.
-        missing: What that command would add: ``records`` of the figure's kind, or ``values`` that the given records do
-            not have; empty if it would not help.
+        missing: What that command would add: ``records`` of the figure's kind, or ``values`` that
+            the given records do not have; empty if it would not help.
     """
 
     name: str
@@ -240,20 +279,23 @@ def plot(
         format: Format of files in a folder: ``png`` (the default), ``svg`` or ``pdf``.
         layers: Regular expression; only layers whose name contains a match.
         plain: Whether to omit title and notes, for a paper with its own caption.
-        overwrite: Replace existing files even if loradiag did not write them or they were edited since.
+        overwrite: Replace existing files even if loradiag did not write them or they were edited
+            since.
         **options: ``PlotOptions``.
 
     Returns:
         The requested figures, drawn or not, in the order of ``lora_diag.plots.FIGURES``.
 
     Raises:
-        UsageError: There are no results, an argument is invalid or contradicts another one, a file may not be replaced,
-            or the requested figure cannot be drawn.
+        UsageError: There are no results, an argument is invalid or contradicts another one, a file
+            may not be replaced, or the requested figure cannot be drawn.
         InputError: A results file cannot be read, or a figure cannot be written.
         NothingComparedError: No figure can be drawn from these records.
 
     Example:
-        >>> results = lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft")  # doctest: +SKIP
+        >>> results = lora_diag.spectrum(
+        ...     "sample_checkpoints/base", "sample_checkpoints/full_ft"
+        ... )  # doctest: +SKIP
         >>> plot(results, output="energy.pdf", figure="energy")  # doctest: +SKIP
     """
     values = fill_options(PlotOptions, options)
@@ -266,22 +308,31 @@ def plot(
     file_format = _choose_format(path, single, values["format"])
     _check_output(path, file_format if single else None, folder_exists, overwrite)
     if single and figure == "all":
-        raise UsageError(f"{path}: one file cannot hold all figures; give a folder, or one --figure")
+        raise UsageError(
+            f"{path}: one file cannot hold all figures; give a folder, or one --figure"
+        )
     if single and figure is None and values["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
     for option, name, used in (("--field", "field", "field"), ("--show-rank", "show_rank", "rank")):
         users = [spec.name for spec in FIGURES if used in spec.options]
         if values[name] is not None and not {spec.name for spec in specs} & set(users):
-            raise UsageError(f"{option} {values[name]}: not used by {figure}; use it with {' or '.join(users)}")
+            raise UsageError(
+                f"{option} {values[name]}: not used by {figure}; use it with {' or '.join(users)}"
+            )
     runs = [source if isinstance(source, Results) else read_results(source) for source in results]
     try:
         runs = [run if layers is None else run.filter(layers) for run in runs]
     except re.error as error:
-        raise UsageError(f"--layers {layers}: not a valid regular expression ({error}); correct it") from error
+        raise UsageError(
+            f"--layers {layers}: not a valid regular expression ({error}); correct it"
+        ) from error
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     if not any(map(drawable_records, runs)):
-        others = f"results of loradiag {commands} have no records of layers; show them with loradiag inspect"
+        others = (
+            f"results of loradiag {commands} have no records of layers; show them with "
+            "loradiag inspect"
+        )
         raise NothingComparedError(
             f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
         )
@@ -291,7 +342,9 @@ def plot(
         "per": values["per"],
         "field": values["field"],
         "rank": values["show_rank"],
-        "files": () if any(isinstance(source, Results) for source in results) else tuple(map(str, results)),
+        "files": ()
+        if any(isinstance(source, Results) for source in results)
+        else tuple(map(str, results)),
         "plain": values["plain"],
     }
     drawn_figures: list[Drawn] = []
@@ -303,12 +356,19 @@ def plot(
             page = _make_page(spec.name, runs, figure_options)
         except UndrawableError as error:
             if figure not in {None, "all"}:
-                hint = f"; measure them with {spec.made_by}" if spec.made_by and error.missing == "records" else ""
+                hint = (
+                    f"; measure them with {spec.made_by}"
+                    if spec.made_by and error.missing == "records"
+                    else ""
+                )
                 raise UsageError(f"--figure {spec.name}: {error}{hint}") from error
             drawn_figures.append(replace(shown, reason=str(error), missing=error.missing))
             continue
         if target in pages:
-            reason = f"{path}: one file cannot hold several figures; choose one with --figure, or give a folder"
+            reason = (
+                f"{path}: one file cannot hold several figures; choose one with --figure, or "
+                "give a folder"
+            )
             drawn_figures.append(replace(shown, reason=reason))
             continue
         if folder_exists:  # checked for all files before the first is drawn
@@ -323,8 +383,13 @@ def plot(
         content = encode_figure(_draw(*page), file_format, values["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     if not pages:
-        reasons = "; ".join(f"{shown.name}: {shown.reason}" for shown in drawn_figures if shown.missing != "records")
-        others = f"no figure draws results of {commands}; show them with loradiag inspect or loradiag report"
+        reasons = "; ".join(
+            f"{shown.name}: {shown.reason}" for shown in drawn_figures if shown.missing != "records"
+        )
+        others = (
+            f"no figure draws results of {commands}; show them with loradiag inspect or "
+            "loradiag report"
+        )
         raise NothingComparedError(f"no figure can be drawn: {reasons or others}")
     return tuple(drawn_figures)
 
@@ -340,16 +405,24 @@ def _choose_format(path: Path, single: bool, requested: str | None) -> str:
         raise UsageError(f"--format {requested}: unknown; use {', '.join(FORMATS)}")
     if single:
         if requested not in {None, suffix}:
-            raise UsageError(f"{path}: the suffix .{suffix} contradicts --format {requested}; give one of them")
+            raise UsageError(
+                f"{path}: the suffix .{suffix} contradicts --format {requested}; give one of them"
+            )
         return suffix
     # A folder's name may contain a dot, but the suffix of another image format is a mistake.
-    if suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"} and not path.is_dir():
+    if (
+        suffix in {"jpg", "jpeg", "eps", "ps", "gif", "tif", "tiff", "webp", "html", "jsonl"}
+        and not path.is_dir()
+    ):
         raise UsageError(f"{path}: unsupported format; use .{', .'.join(FORMATS)}")
     return requested or "png"
 
 
-def _check_output(path: Path, file_format: str | None, folder_exists: bool, overwrite: bool) -> None:
-    """Check, before drawing, that figures can be written; their folder may be missing, but not its parents.
+def _check_output(
+    path: Path, file_format: str | None, folder_exists: bool, overwrite: bool
+) -> None:
+    """Check, before drawing, that figures can be written; their folder may be missing, but not its
+    parents.
 
     Args:
         path: A file of this format, or a folder, or a link to one.
@@ -358,7 +431,8 @@ def _check_output(path: Path, file_format: str | None, folder_exists: bool, over
         overwrite: Replace a file that loradiag did not write.
 
     Raises:
-        UsageError: The path is a link to a file or not of the expected kind, or its file may not be replaced.
+        UsageError: The path is a link to a file or not of the expected kind, or its file may not be
+            replaced.
         InputError: The location is not writable.
     """
     if file_format is not None:
@@ -366,7 +440,9 @@ def _check_output(path: Path, file_format: str | None, folder_exists: bool, over
         return
     check_folder_of(path / "figure" if folder_exists else path)
     if os.path.lexists(path) and not folder_exists:
-        raise UsageError(f"{path}: not a folder; give a folder, or a name that ends in .png, .svg or .pdf")
+        raise UsageError(
+            f"{path}: not a folder; give a folder, or a name that ends in .png, .svg or .pdf"
+        )
 
 
 def drawn_table(
@@ -376,7 +452,9 @@ def drawn_table(
     next_command: str | None = None,
     verbose: bool = False,
 ) -> str:
-    """Return a table of the figures drawn, the next command, and if ``verbose`` the reasons for those not drawn."""
+    """Return a table of the figures drawn, the next command, and if ``verbose`` the reasons for
+    those not drawn.
+    """
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -391,10 +469,10 @@ def drawn_table(
     for figure in figures:
         if figure.path is not None:
             table.add_row(figure.name, Text(safe(str(figure.path))), figure.shows)
-    reasons = [
-        f"{figure.name}: {safe(figure.reason)}{f'; {figure.made_by}' if figure.made_by and figure.missing else ''}"
-        for figure in figures
-        if figure.path is None
-    ]
+    reasons = []
+    for figure in figures:
+        if figure.path is None:
+            made_by = f"; {figure.made_by}" if figure.made_by and figure.missing else ""
+            reasons.append(f"{figure.name}: {safe(figure.reason)}{made_by}")
     statements = [make_statement("not_drawn", "Not drawn", *reasons)] if verbose and reasons else []
     return to_text(Group(table, "", summary_of(statements, next_command)), width, color)

@@ -1,8 +1,9 @@
 """Records, and the results file that holds them.
 
-A record is plain, frozen, schema-numbered data; all tables, verdicts and plans are functions of records alone. A file
-holds one run: its ``run`` record, the records of its layers, those about the whole run, the skipped tensors, and its
-``end`` record. Independent of features; opens no checkpoint, imports neither torch nor NumPy.
+A record is plain, frozen, schema-numbered data; all tables, verdicts and plans are functions of
+records alone. A file holds one run: its ``run`` record, the records of its layers, those about the
+whole run, the skipped tensors, and its ``end`` record. Independent of features; opens no
+checkpoint, imports neither torch nor NumPy.
 """
 
 from lora_diag.records.base import LayerRecord, Record, WholeRecord

@@ -2,8 +2,8 @@
 
 A value's presentation is declared once with its record, and used by every table and figure.
 
-Fractions lie in [0, 1]. "Energy" always means Σσ². An undefined value (the energy fraction of a zero update, a rank
-beyond the kept values) is null, never NaN.
+Fractions lie in [0, 1]. "Energy" always means Σσ². An undefined value (the energy fraction of a
+zero update, a rank beyond the kept values) is null, never NaN.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ class Shown:
     """One column of tables, one quantity of axes.
 
     Args:
-        path: The value's dotted name, such as ``resolution.signal_rank``; a field or a property of the record.
+        path: The value's dotted name, such as ``resolution.signal_rank``; a field or a property of
+            the record.
         title: Heading of a column.
         about: One-sentence description.
         axis: Title of an axis; ``title`` if empty.
         share: Whether it is a fraction in [0, 1].
         main: Whether it is shown by default.
-        pool: Pooled value of several layers: a name in ``POOLS``, or a function of their records; None for the median
-            of numbers and the most frequent word. ``ends`` for the smallest and the largest of all numbers of a tuple,
-            in a terminal.
+        pool: Pooled value of several layers: a name in ``POOLS``, or a function of their records;
+            None for the median of numbers and the most frequent word. ``ends`` for the smallest and
+            the largest of all numbers of a tuple, in a terminal.
         drop: Priority of dropping in a narrow terminal, the largest first; 0 for never.
         head: Heading in a terminal; ``title`` if empty.
-        form: Format of a number: a name in ``FORMS`` (``rendering.text``) or a format such as ``.4f``; empty for two
-            decimals of a fraction and three digits of other numbers.
+        form: Format of a number: a name in ``FORMS`` (``rendering.text``) or a format such as
+            ``.4f``; empty for two decimals of a fraction and three digits of other numbers.
         terminal: Whether a terminal shows it; None for the value of ``main``.
         detail: Whether a terminal shows it only with ``-v``.
         chance: Dotted name of the random baseline, shown in brackets; empty without one.
@@ -66,7 +67,9 @@ class Shown:
     mark: Callable[[Sequence[Any]], str] | None = None
 
     def value(self, record: Any) -> Value:
-        """Return the value in a record, a shape as text; None if it is null, not a scalar, or does not exist."""
+        """Return the value in a record, a shape as text; None if it is null, not a scalar, or does
+        not exist.
+        """
         value = value_at(record, self.path)
         if isinstance(value, tuple) and value and all(isinstance(size, int) for size in value):
             return "×".join(map(str, value))
@@ -80,17 +83,19 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A value that later results must not worsen, for which ``gate init`` writes a comparison with a baseline.
+    """A value that later results must not worsen, for which ``gate init`` writes a comparison with
+    a baseline.
 
     Args:
         path: The value's dotted name.
         worse: The direction that is worse.
         message: What a worse value means, and what to check.
         where: Fields and their values in the records that are compared; empty for all.
-        tolerance: Allowed change for the worse, as a percentage of the earlier value of the same layer. Full fine-tunes
-            of one model that differed in their seed had ranks at 90% within 2 of each other, of 72 to 155.
-        limit_by: A field. For each of its values, a rule limits the guarded value to the largest one, with the
-            tolerance, in place of a comparison; empty for a comparison.
+        tolerance: Allowed change for the worse, as a percentage of the earlier value of the same
+            layer. Full fine-tunes of one model that differed in their seed had ranks at 90% within
+            2 of each other, of 72 to 155.
+        limit_by: A field. For each of its values, a rule limits the guarded value to the largest
+            one, with the tolerance, in place of a comparison; empty for a comparison.
     """
 
     path: str
@@ -106,7 +111,9 @@ SHAPE = Shown(
     "shape",
     "shape",
     "rows × columns, out × in",
-    pool=lambda records: "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various",
+    pool=lambda records: (
+        "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various"
+    ),
     drop=6,
     terminal=True,
     detail=True,
@@ -114,7 +121,8 @@ SHAPE = Shown(
 
 
 def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
-    """Return the pooled value of several records: as declared, else the median or the most frequent word.
+    """Return the pooled value of several records: as declared, else the median or the most frequent
+    word.
 
     None if all values are null, unless a function pools the records.
     """
@@ -139,7 +147,11 @@ def count_texts(texts: Iterable[str]) -> str:
     ('rank', 'rank 2, scale 1')
     """
     counts = Counter(texts)
-    return next(iter(counts)) if len(counts) == 1 else ", ".join(f"{word} {n}" for word, n in counts.most_common())
+    return (
+        next(iter(counts))
+        if len(counts) == 1
+        else ", ".join(f"{word} {n}" for word, n in counts.most_common())
+    )
 
 
 POOLS: Mapping[str, Callable[[list[Any]], Value]] = {
@@ -169,7 +181,9 @@ def value_at(record: Any, path: str) -> Any:
             key, _, path = path.partition(".")
             kind = type(value)
             fields = getattr(kind, "model_fields", {})
-            if key not in fields and not isinstance(getattr(kind, key, None), property | MemberDescriptorType):
+            if key not in fields and not isinstance(
+                getattr(kind, key, None), property | MemberDescriptorType
+            ):
                 return None
             value = getattr(value, key)
     return value
@@ -177,7 +191,8 @@ def value_at(record: Any, path: str) -> Any:
 
 SCHEMA = 1
 
-# Every kind of record defined so far, by its name in a results file; ``catalog.record_kinds`` defines all.
+# Every kind of record defined so far, by its name in a results file; ``catalog.record_kinds``
+# defines all.
 KINDS: dict[str, type[Record]] = {}
 
 # Tolerance for fractions outside [0, 1] due to rounding.
@@ -194,7 +209,8 @@ class Unit:
 # A fraction; marked so that thresholds outside [0, 1] are rejected like records.
 Share = Annotated[float, "share", Unit("fraction, 0–1"), Field(ge=-SLACK, le=1 + SLACK)]
 
-# A norm in the unit of the weights, and a quotient of norms; negative values are rejected on reading.
+# A norm in the unit of the weights, and a quotient of norms; negative values are rejected on
+# reading.
 Norm = Annotated[float, Unit("norm"), Field(ge=0)]
 Ratio = Annotated[float, Unit("ratio"), Field(ge=0)]
 
@@ -204,7 +220,8 @@ Count = Annotated[int, Unit("count")]
 
 
 class Record(BaseModel):
-    """A frozen record, whose numbers are finite; unknown fields, such as those of later versions, are ignored.
+    """A frozen record, whose numbers are finite; unknown fields, such as those of later versions,
+    are ignored.
 
     Attributes:
         key: The fields that distinguish records of one kind.
@@ -227,16 +244,25 @@ class Record(BaseModel):
         kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
         if isinstance(kind, str):
             registered = KINDS.setdefault(kind, cls)
-            if (registered.__module__, registered.__qualname__) != (cls.__module__, cls.__qualname__):
-                raise TypeError(f"record kind {kind!r} is already defined by {registered.__module__}")
+            if (registered.__module__, registered.__qualname__) != (
+                cls.__module__,
+                cls.__qualname__,
+            ):
+                raise TypeError(
+                    f"record kind {kind!r} is already defined by {registered.__module__}"
+                )
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
-        """Return why the settings of a run do not suffice to read records of this kind; None if they do."""
+        """Return why the settings of a run do not suffice to read records of this kind; None if
+        they do.
+        """
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the name of a field that the run's settings require and that is missing here; None if complete."""
+        """Return the name of a field that the run's settings require and that is missing here; None
+        if complete.
+        """
         return None
 
 
@@ -245,7 +271,8 @@ class LayerRecord(Record):
 
     Attributes:
         shown: Presentation of its values, in table order.
-        part_label: Format of a record's name among those of its layer; empty if there is one per layer.
+        part_label: Format of a record's name among those of its layer; empty if there is one per
+            layer.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = ()
@@ -253,12 +280,16 @@ class LayerRecord(Record):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return the presentation of a run's records; ``shown`` where it depends on neither settings nor records."""
+        """Return the presentation of a run's records; ``shown`` where it depends on neither
+        settings nor records.
+        """
         return cls.shown
 
     @classmethod
     def check_together(cls, records: Sequence[Any]) -> str | None:
-        """Return what is missing among the records of a finished run, with layer and field; None if complete."""
+        """Return what is missing among the records of a finished run, with layer and field; None if
+        complete.
+        """
         return None
 
     if TYPE_CHECKING:
@@ -295,7 +326,8 @@ def least_epsilon(epsilon_min: float, energy_error: float | None) -> float:
 
     Args:
         epsilon_min: √(1 − Ĉ(r)).
-        energy_error: Bound on |Ĉ(r) − C(r)|; None if unknown (results of older versions), which counts as 0.
+        energy_error: Bound on |Ĉ(r) − C(r)|; None if unknown (results of older versions), which
+            counts as 0.
 
     Example:
         >>> round(least_epsilon(0.5, 0.09), 12), least_epsilon(0.01, 0.09)

@@ -1,9 +1,11 @@
-"""The results file: JSON lines, appended after each measurement by one process at a time, and checked when read.
+"""The results file: JSON lines, appended after each measurement by one process at a time, and
+checked when read.
 
-Every layer is written to the system at once, so that a killed process loses only unfinished layers, and synced to disk
-every ``SYNC_SECONDS``, which bounds the loss in a power failure. A file without its ``end`` line is an interrupted run;
-opening it with ``resume`` drops an incomplete last line and appends to the rest. A finished run is only replaced by a
-finished run: until its ``end`` is on disk, the new one is written to ``NAME.part``.
+Every layer is written to the system at once, so that a killed process loses only unfinished layers,
+and synced to disk every ``SYNC_SECONDS``, which bounds the loss in a power failure. A file without
+its ``end`` line is an interrupted run; opening it with ``resume`` drops an incomplete last line and
+appends to the rest. A finished run is only replaced by a finished run: until its ``end`` is on
+disk, the new one is written to ``NAME.part``.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ _IN_FILES = (Run, LayerRecord, WholeRecord, LeftOut, End)
 # Start of every results file.
 _HEAD = b'{"record":"run"'
 
-# Longest line that is read or written. Lines of real runs stay below 1 MB, a fleet's first line takes 300 bytes per
-# adapter; parsed JSON takes up to 24 times its length in memory (``[{},{},…]``).
+# Longest line that is read or written. Lines of real runs stay below 1 MB, a fleet's first line
+# takes 300 bytes per adapter; parsed JSON takes up to 24 times its length in memory
+# (``[{},{},…]``).
 MAX_LINE_BYTES = 16 * 2**20
 
 
@@ -48,7 +51,9 @@ class _UndefinedRecord(WholeRecord):
 
 
 def is_results_file(path: Path | str) -> bool:
-    """Return whether a file begins like a results file; False if it cannot be read, and for pipes and devices."""
+    """Return whether a file begins like a results file; False if it cannot be read, and for pipes
+    and devices.
+    """
     try:
         if not Path(path).is_file():
             return False
@@ -59,27 +64,35 @@ def is_results_file(path: Path | str) -> bool:
 
 
 def read_results(path: Path | str) -> Results[Any]:
-    """Read a results file with defined kinds of records; ``catalog.read_results`` defines all kinds first.
+    """Read a results file with defined kinds of records; ``catalog.read_results`` defines all kinds
+    first.
 
     Args:
         path: A file written by ``-o`` or ``Results.write``, or the saved output of ``--json``.
 
     Returns:
-        The records. An incomplete last line, left by a crash, is dropped, and so is everything after a zero byte, left
+        The records. An incomplete last line, left by a crash, is dropped, and so is everything
+            after a zero byte, left
         by a loss of power; ``end`` is then None.
 
     Raises:
-        InputError: The file cannot be read, is not a results file, is damaged or edited, holds several runs, or has a
-            schema newer than this version of loradiag.
+        InputError: The file cannot be read, is not a results file, is damaged or edited, holds
+            several runs, or has a schema newer than this version of loradiag.
     """
     path = Path(path)
     seal = Seal()
     records = list(iterate_records(path, seal=seal))
     if not records or not isinstance(records[0], Run):
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
-        raise InputError(f"{path}: not a results file: {why}; give a file that loradiag wrote with -o")
+        raise InputError(
+            f"{path}: not a results file: {why}; give a file that loradiag wrote with -o"
+        )
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
-        raise damaged(path, "does not match the SHA-256 in its last line, so it was edited or damaged", "measure again")
+        raise damaged(
+            path,
+            "does not match the SHA-256 in its last line, so it was edited or damaged",
+            "measure again",
+        )
     layers = tuple(record for record in records if isinstance(record, LayerRecord))
     if isinstance(end, End):
         _check_together(layers, path)
@@ -106,8 +119,11 @@ def _check_together(layers: Sequence[LayerRecord], path: Path) -> None:
             raise damaged(path, problem, "measure again")
 
 
-def iterate_records(path: Path, strict: bool = True, seal: Seal | None = None) -> Iterator[AnyRecord]:
-    """Yield the complete records of a file, checked for consistency; incomplete data after a crash are ignored.
+def iterate_records(
+    path: Path, strict: bool = True, seal: Seal | None = None
+) -> Iterator[AnyRecord]:
+    """Yield the complete records of a file, checked for consistency; incomplete data after a crash
+    are ignored.
 
     Args:
         path: The file.
@@ -136,11 +152,13 @@ def iterate_records(path: Path, strict: bool = True, seal: Seal | None = None) -
 def iterate_lines(path: Path) -> Iterator[bytes]:
     """Yield lines with their newlines, which the last may lack; the whole text is never in memory.
 
-    JSON has no zero bytes: they mark data lost in a power failure, and nothing after them is reliable. Neither is text
-    that another process appends after a line without a newline during reading.
+    JSON has no zero bytes: they mark data lost in a power failure, and nothing after them is
+    reliable. Neither is text that another process appends after a line without a newline during
+    reading.
 
     Raises:
-        InputError: The file cannot be read, is not a regular file, or has a line above ``MAX_LINE_BYTES``.
+        InputError: The file cannot be read, is not a regular file, or has a line above
+            ``MAX_LINE_BYTES``.
     """
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
@@ -158,11 +176,17 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
                 if not content.endswith(b"\n"):
                     return
     except OSError as error:
-        problem = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        problem = (
+            "no such file"
+            if isinstance(error, FileNotFoundError)
+            else f"cannot be read: {error.strerror}"
+        )
         raise InputError(f"{path}: {problem}; give a results file, written with -o") from error
 
 
-def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str) -> None:
+def _check_place(
+    record: AnyRecord, first: AnyRecord | None, last: AnyRecord | None, where: str
+) -> None:
     """Refuse a record in the wrong place, or without fields that the run record requires.
 
     Raises:
@@ -170,14 +194,22 @@ def _check_place(record: AnyRecord, first: AnyRecord | None, last: AnyRecord | N
     """
     if first is None:
         kind = KINDS.get(record.command) if isinstance(record, Run) else None
-        if kind is not None and isinstance(record, Run) and (reason := kind.check_settings(record.settings)):
+        if (
+            kind is not None
+            and isinstance(record, Run)
+            and (reason := kind.check_settings(record.settings))
+        ):
             raise InputError(f"{where} is not a run record: {reason}")
         return
     if isinstance(record, Run):
         raise InputError(f"{where} begins a second run; split the file there, one run per file")
     if isinstance(last, End):
         raise InputError(f"{where} comes after the end record of the run")
-    if isinstance(record, LayerRecord) and isinstance(first, Run) and (missing := record.check(first.settings)):
+    if (
+        isinstance(record, LayerRecord)
+        and isinstance(first, Run)
+        and (missing := record.check(first.settings))
+    ):
         raise InputError(f"{where} is not a record of this run: {record.layer} has no {missing}")
 
 
@@ -185,15 +217,22 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
     """Return the record of a line.
 
     Raises:
-        InputError: The line is not a record, or of a newer schema; with ``strict``, also of an undefined kind.
+        InputError: The line is not a record, or of a newer schema; with ``strict``, also of an
+            undefined kind.
     """
     try:
         content = json.loads(line.decode("utf-8"))
-        if isinstance(content, dict) and isinstance(schema := content.get("schema", SCHEMA), int) and schema > SCHEMA:
+        if (
+            isinstance(content, dict)
+            and isinstance(schema := content.get("schema", SCHEMA), int)
+            and schema > SCHEMA
+        ):
             problem = f"written in schema {schema}, but this loradiag reads up to {SCHEMA}"
             raise damaged(path, problem, "upgrade loradiag")
         if not isinstance(content, dict) or not isinstance(name := content.get("record"), str):
-            raise InputError(f'{path}: line {number} is not a record: it has no kind ("record": ...)')
+            raise InputError(
+                f'{path}: line {number} is not a record: it has no kind ("record": ...)'
+            )
         kind = KINDS.get(name, None if strict else _UndefinedRecord)
         if kind is None or not issubclass(kind, _IN_FILES):
             problem = f"line {number} is not a record: unknown kind {name!r}"
@@ -203,44 +242,53 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{path}: line {number} is not a record: {where}: {first['msg']}") from error
+        raise InputError(
+            f"{path}: line {number} is not a record: {where}: {first['msg']}"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise damaged(path, f"line {number} is not JSON ({error})", "give a results file, written with -o") from error
+        raise damaged(
+            path, f"line {number} is not JSON ({error})", "give a results file, written with -o"
+        ) from error
 
 
 # Possible states of an output path.
 State = Literal["absent", "empty", "unfinished", "finished", "foreign"]
 
-# Interval between syncs, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a run.
+# Interval between syncs, which take 7 ms each (file and folder, ext4 on a virtual disk): 0.15% of a
+# run.
 SYNC_SECONDS = 5.0
 
 
 class ResultsWriter(Generic[L]):
     """Append records to a file, line by line, each written to the system at once.
 
-    The file is locked from the start, so that no two processes write to it, and created empty if needed; it is removed
-    if no record is written. If ``path`` holds a finished run, records go to ``NAME.part``, which replaces it once the
-    ``end`` record is written.
+    The file is locked from the start, so that no two processes write to it, and created empty if
+    needed; it is removed if no record is written. If ``path`` holds a finished run, records go to
+    ``NAME.part``, which replaces it once the ``end`` record is written.
 
     Args:
         path: The results file; None to write nothing.
         run: The first line.
-        resume: Append to the records of an interrupted run in the file, or in ``NAME.part``, if there is one.
+        resume: Append to the records of an interrupted run in the file, or in ``NAME.part``, if
+            there is one.
         overwrite: Replace an existing file that is not a results file.
-        extendable: Settings that may be extended when a run, finished or not, is resumed, each with a function that
-            combines the earlier and the new value; a new value takes the place of null. If the result is an extension,
-            the earlier records are copied to ``NAME.part`` under the new first line, and the file is replaced once the
-            run has ended.
+        extendable: Settings that may be extended when a run, finished or not, is resumed, each with
+            a function that combines the earlier and the new value; a new value takes the place of
+            null. If the result is an extension, the earlier records are copied to ``NAME.part``
+            under the new first line, and the file is replaced once the run has ended.
 
-    If a time limit left out layers, ``earlier`` has no skipped tensors, so that a resumed run measures them.
+    If a time limit left out layers, ``earlier`` has no skipped tensors, so that a resumed run
+    measures them.
 
     Attributes:
-        run: The first line, with the time; for a resumed run, with its original time and the combined settings.
+        run: The first line, with the time; for a resumed run, with its original time and the
+            combined settings.
         earlier: Existing results that are kept; without layers unless resuming.
 
     Raises:
-        UsageError: The file holds an unfinished run and ``resume`` is False, a run of other inputs or settings and
-            ``resume`` is True, or is not a results file; or another process writes it.
+        UsageError: The file holds an unfinished run and ``resume`` is False, a run of other inputs
+            or settings and ``resume`` is True, or is not a results file; or another process writes
+            it.
         InputError: The file cannot be read or written.
     """
 
@@ -279,10 +327,12 @@ class ResultsWriter(Generic[L]):
             raise
 
     def _choose_file(self, resume: bool) -> Path:
-        """Inspect the existing files, read the run to resume, and return the file that records go to.
+        """Inspect the existing files, read the run to resume, and return the file that records go
+        to.
 
-        A run whose settings are extended, or that a time limit shortened, is copied to ``NAME.part``; a finished run in
-        ``NAME.part`` takes its place. ``run``, ``earlier`` and the number of kept records are set.
+        A run whose settings are extended, or that a time limit shortened, is copied to
+        ``NAME.part``; a finished run in ``NAME.part`` takes its place. ``run``, ``earlier`` and the
+        number of kept records are set.
         """
         part = _part_path(self._final)
         state, part_state = check_results_file(self._final, resume, self._overwrite, locked=True)
@@ -297,7 +347,9 @@ class ResultsWriter(Generic[L]):
             self.run = self.earlier.run
             if extended.run != earlier.run or len(extended.left_out) < len(earlier.left_out):
                 path, in_part = part, True
-                files.write_whole(part, "".join(f"{to_line(record)}\n" for record in self.earlier.records()))
+                files.write_whole(
+                    part, "".join(f"{to_line(record)}\n" for record in self.earlier.records())
+                )
             self._kept = sum(1 for _ in self.earlier.records())
         check_folder_of(path, in_place=True)
         if self.earlier.end is not None and in_part:
@@ -307,7 +359,8 @@ class ResultsWriter(Generic[L]):
     def _extend_settings(self, earlier: Results[L]) -> Results[L]:
         """Return the earlier run with the combined settings of both runs, which ``run`` gets, too.
 
-        It is unfinished if they were extended, or if a time limit left out layers, when skipped tensors are dropped.
+        It is unfinished if they were extended, or if a time limit left out layers, when skipped
+        tensors are dropped.
         """
         earlier_settings, settings = earlier.run.settings, self.run.settings
         if any(item.reason == "time" for item in earlier.left_out):  # they are measured now
@@ -342,14 +395,18 @@ class ResultsWriter(Generic[L]):
             seal.add(encoded[-1])
         if self.path is not None:
             if max(map(len, encoded)) > MAX_LINE_BYTES:
-                problem = f"cannot be written: a record is longer than the limit of {MAX_LINE_BYTES:,} bytes"
+                problem = (
+                    "cannot be written: a record is longer than the limit of "
+                    f"{MAX_LINE_BYTES:,} bytes"
+                )
                 raise damaged(self.path, problem, "give fewer inputs")
             self._write(self.path, b"".join(encoded), isinstance(records[-1], End))
         self._seal, self._begun = seal, True
         return tuple(written[len(first) :])
 
     def _write(self, path: Path, content: bytes, ends: bool) -> None:
-        """Write lines, sync them every ``SYNC_SECONDS`` and after the last one, which also replaces an old run.
+        """Write lines, sync them every ``SYNC_SECONDS`` and after the last one, which also replaces
+        an old run.
 
         Raises:
             InputError: They cannot be written.
@@ -363,7 +420,11 @@ class ResultsWriter(Generic[L]):
                 files.sync(path.parent)
                 self._synced = time.monotonic()
         except OSError as error:
-            hint = "; it holds the results so far; continue with --resume" if self._file and self._file.tell() else ""
+            hint = (
+                "; it holds the results so far; continue with --resume"
+                if self._file and self._file.tell()
+                else ""
+            )
             raise InputError(f"{path}: cannot be written: {error.strerror}{hint}") from error
         if ends and path != self._final:
             self._file.close()
@@ -375,7 +436,9 @@ class ResultsWriter(Generic[L]):
             return FileIO(path, "w", opener=_open_without_links)
         file = FileIO(path, "r+", opener=_open_without_links)
         kept = islice(iterate_lines(path), self._kept)
-        file.truncate(sum(len(line.removesuffix(b"\n")) + 1 for line in kept) - 1)  # the last may lack its newline
+        file.truncate(
+            sum(len(line.removesuffix(b"\n")) + 1 for line in kept) - 1
+        )  # the last may lack its newline
         file.seek(0, os.SEEK_END)
         _write(file, b"\n")
         return file
@@ -390,7 +453,9 @@ class ResultsWriter(Generic[L]):
             path.replace(self._final)
             files.sync(self._final.parent)
         except OSError as error:
-            raise InputError(f"{self._final}: cannot be written: {error.strerror}; the run is in {path}") from error
+            raise InputError(
+                f"{self._final}: cannot be written: {error.strerror}; the run is in {path}"
+            ) from error
 
     def _release(self) -> None:
         """Close the file being written, and unlock the output; remove the output if it is empty."""
@@ -398,7 +463,10 @@ class ResultsWriter(Generic[L]):
             self._file.close()
         if self._lock is not None:
             with suppress(OSError):
-                if os.path.samestat(os.fstat(self._lock), self._final.stat()) and not self._final.stat().st_size:
+                if (
+                    os.path.samestat(os.fstat(self._lock), self._final.stat())
+                    and not self._final.stat().st_size
+                ):
                     self._final.unlink()
             os.close(self._lock)
             self._lock = None
@@ -407,7 +475,10 @@ class ResultsWriter(Generic[L]):
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._release()
 
@@ -466,8 +537,9 @@ def check_results_file(
         The states of ``path`` and of ``NAME.part``.
 
     Raises:
-        UsageError: Without ``resume``, the path holds an unfinished run or ``NAME.part`` any run; or a file is not a
-            results file and may not be replaced, or is damaged; or another process writes it.
+        UsageError: Without ``resume``, the path holds an unfinished run or ``NAME.part`` any run;
+            or a file is not a results file and may not be replaced, or is damaged; or another
+            process writes it.
         InputError: The file cannot be read or written.
     """
     path = files.resolve_output(path)
@@ -479,10 +551,16 @@ def check_results_file(
     for file, file_state in ((path, state), (part, part_state)):
         if not resume and file_state == "unfinished":
             if not locked and os.path.lexists(path):
-                os.close(_lock(path))  # also refused while another process writes it, when it must not be deleted
-            raise UsageError(f"{file}: holds an unfinished run; continue it with --resume, or delete it first")
+                os.close(
+                    _lock(path)
+                )  # also refused while another process writes it, when it must not be deleted
+            raise UsageError(
+                f"{file}: holds an unfinished run; continue it with --resume, or delete it first"
+            )
     if not resume and part_state == "finished":
-        raise UsageError(f"{part}: left over from an interrupted run; continue it with --resume, or delete it")
+        raise UsageError(
+            f"{part}: left over from an interrupted run; continue it with --resume, or delete it"
+        )
     return state, part_state
 
 
@@ -501,7 +579,8 @@ def _refuse_inputs(path: Path, run: Run) -> None:
 def _find_state(path: Path, overwrite: bool = False) -> State:
     """Return the state of an output path; ``empty`` also if a crash truncated its first line.
 
-    With ``overwrite``, a file that is not a results file, or a damaged one of a finished run, is ``foreign``.
+    With ``overwrite``, a file that is not a results file, or a damaged one of a finished run, is
+    ``foreign``.
 
     Raises:
         UsageError: The file is not a results file, or a damaged one, and not ``foreign``.
@@ -516,7 +595,9 @@ def _find_state(path: Path, overwrite: bool = False) -> State:
     except InputError as error:
         if overwrite and not files.is_unfinished(path):
             return "foreign"
-        raise UsageError(f"{error}; the file is unchanged; delete it, or choose another name") from error
+        raise UsageError(
+            f"{error}; the file is unchanged; delete it, or choose another name"
+        ) from error
 
 
 def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
@@ -528,7 +609,9 @@ def _drop_partial_layer(earlier: Results[Any]) -> Results[Any]:
     if one_per_layer or earlier.whole or earlier.left_out or earlier.end is not None:
         return earlier
     last = earlier.layers[-1].layer
-    return replace(earlier, layers=tuple(record for record in earlier.layers if record.layer != last))
+    return replace(
+        earlier, layers=tuple(record for record in earlier.layers if record.layer != last)
+    )
 
 
 def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]:
@@ -546,16 +629,25 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
             if (recorded.fingerprint, recorded.sha256) != (current.fingerprint, current.sha256):
                 problem = f"the input {current.path} changed since this run began"
             elif recorded.kind == current.kind and recorded.notes != current.notes:
-                before, now = ("; ".join(side.notes) or "as a whole" for side in (recorded, current))
-                problem = f"{current.path} was read otherwise when this run began ({before}; now: {now})"
+                before, now = (
+                    "; ".join(side.notes) or "as a whole" for side in (recorded, current)
+                )
+                problem = (
+                    f"{current.path} was read otherwise when this run began ({before}; now: {now})"
+                )
         if problem:
             raise UsageError(
-                f"{path}: {problem}, and old and new records must not be mixed; delete the file and measure again, or "
+                f"{path}: {problem}, and old and new records must not be mixed; delete the file "
+                "and measure again, or "
                 "write to another file"
             )
     stored, requested = earlier.run.settings, run.settings
-    settings = [key for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)]
-    earlier_run, current_run = (record.model_dump(exclude={"made", "settings"}) for record in (earlier.run, run))
+    settings = [
+        key for key in {**requested, **stored} if stored.get(key, ...) != requested.get(key, ...)
+    ]
+    earlier_run, current_run = (
+        record.model_dump(exclude={"made", "settings"}) for record in (earlier.run, run)
+    )
     others = [key for key in current_run if earlier_run[key] != current_run[key]]
     if settings and not others and not set(settings) & set(stored):
         missing = ", ".join(f"settings.{key}" for key in settings)

@@ -1,11 +1,13 @@
 """Records → a tidy table by columns: one row per record, one value per cell.
 
-Fields of a record in a record, and the entries of a table, are columns with dotted names (``energy.8``,
-``resolution.verdict``); those of a field with a fixed number of entries are numbered (``shape.0``). Lists of numbers or
-records are not cells: their entries are rows of a separate table of values.
+Fields of a record in a record, and the entries of a table, are columns with dotted names
+(``energy.8``, ``resolution.verdict``); those of a field with a fixed number of entries are numbered
+(``shape.0``). Lists of numbers or records are not cells: their entries are rows of a separate table
+of values.
 
-Further columns are derived from the fields: ``module_type`` and ``block`` from ``layer``, ``relative`` = ``fro`` /
-``base_fro``, and the short name of every field that holds the path of an input (``adapter_name``).
+Further columns are derived from the fields: ``module_type`` and ``block`` from ``layer``,
+``relative`` = ``fro`` / ``base_fro``, and the short name of every field that holds the path of an
+input (``adapter_name``).
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ _IDENTIFYING_COLUMNS = {"results", "record", "module_type", "block", "adapter", 
 
 
 def record_columns(
-    records: Iterable[tuple[Record, Mapping[str, Any]]], label_by_path: Mapping[str, str] | None = None
+    records: Iterable[tuple[Record, Mapping[str, Any]]],
+    label_by_path: Mapping[str, str] | None = None,
 ) -> Columns:
     """Return a table with one row per record; missing values are None.
 
@@ -39,13 +42,17 @@ def record_columns(
         records: Records, each with leading cells.
         label_by_path: Labels of the paths of inputs; None for no columns of labels.
     """
-    return _join_blocks(({**first, **_make_row(record, label_by_path or {})}, {}) for record, first in records)
+    return _join_blocks(
+        ({**first, **_make_row(record, label_by_path or {})}, {}) for record, first in records
+    )
 
 
 def value_columns(
-    records: Iterable[tuple[Record, Mapping[str, Any]]], label_by_path: Mapping[str, str] | None = None
+    records: Iterable[tuple[Record, Mapping[str, Any]]],
+    label_by_path: Mapping[str, str] | None = None,
 ) -> Columns:
-    """Return a table with one row per entry of lists: ``field``, ``index`` from 1 on, and ``value`` or ``text``.
+    """Return a table with one row per entry of lists: ``field``, ``index`` from 1 on, and ``value``
+    or ``text``.
 
     Entries of tables whose keys are layers have a ``layer`` and no index.
 
@@ -54,12 +61,15 @@ def value_columns(
         label_by_path: Labels of the paths of inputs; None for no columns of labels.
     """
     return _join_blocks(
-        block for record, first in records for block in _make_value_rows(record, first, label_by_path or {})
+        block
+        for record, first in records
+        for block in _make_value_rows(record, first, label_by_path or {})
     )
 
 
 def unify_types(columns: Columns) -> Columns:
-    """Return columns of one type each, as required by Arrow: strings if numbers and words are mixed.
+    """Return columns of one type each, as required by Arrow: strings if numbers and words are
+    mixed.
 
     >>> unify_types({"measured": [0.5, None, "unresolved"], "rank": [8, 16]})
     {'measured': ['0.5', None, 'unresolved'], 'rank': [8, 16]}
@@ -73,12 +83,17 @@ def unify_types(columns: Columns) -> Columns:
 
 
 def _join_blocks(blocks: Iterable[tuple[Mapping[str, Any], Mapping[str, list[Any]]]]) -> Columns:
-    """Return the columns of blocks of rows; a block has cells common to its rows, and lists with a cell per row."""
+    """Return the columns of blocks of rows; a block has cells common to its rows, and lists with a
+    cell per row.
+    """
     columns: Columns = {}
     rows = 0
     for cells, lists in blocks:
         size = len(next(iter(lists.values()))) if lists else 1
-        for name, values in (*((name, [value] * size) for name, value in cells.items()), *lists.items()):
+        for name, values in (
+            *((name, [value] * size) for name, value in cells.items()),
+            *lists.items(),
+        ):
             column = columns.setdefault(name, [])
             column += [None] * (rows - len(column))
             column += values
@@ -99,9 +114,12 @@ def _make_row(record: Record, label_by_path: Mapping[str, str]) -> dict[str, Any
         if name == "layer":
             row |= _make_layer_cells(value)
         elif name in {"fro", "base_fro"} and {"fro", "base_fro"} <= row.keys():
-            row["relative"] = row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
+            row["relative"] = (
+                row["fro"] / row["base_fro"] if row["fro"] is not None and row["base_fro"] else None
+            )
         elif paths and all(isinstance(path, str) and path in label_by_path for path in paths):
-            # Probes name an adapter ``name``, other records ``adapter``: one common column to join them.
+            # Probes name an adapter ``name``, other records ``adapter``: one common column to join
+            # them.
             column = "adapter" if name == "name" else name
             row[f"{column}_name"] = _SEPARATOR.join(label_by_path[path] for path in paths)
     return row
@@ -115,7 +133,9 @@ def _make_layer_cells(layer: str | None) -> dict[str, Any]:
 
 
 def _walk(record: Record, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """Yield the dotted name, the value and the layout of each field, and of those in records and tables."""
+    """Yield the dotted name, the value and the layout of each field, and of those in records and
+    tables.
+    """
     for name, form in _classify_fields(type(record)).items():
         if name not in record.long and not (prefix and name in _LEADING_COLUMNS):
             yield from _walk_value(f"{prefix}{name}", getattr(record, name), form)
@@ -128,7 +148,9 @@ def _walk_value(name: str, value: Any, form: str) -> Iterator[tuple[str, Any, st
     elif isinstance(value, Mapping):
         for key, entry in value.items():
             yield from _walk_value(f"{name}.{key}", entry, form)
-    elif isinstance(value, tuple | list) and (form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}):
+    elif isinstance(value, tuple | list) and (
+        form == "fixed" or name.rpartition(".")[2] in {"shape", "tuned_shape"}
+    ):
         yield from ((f"{name}.{place}", entry, "scalar") for place, entry in enumerate(value))
     else:
         yield name, value, form
@@ -147,14 +169,26 @@ def _iterate_cells(record: Record) -> Iterator[tuple[str, Any]]:
 def _make_value_rows(
     record: Record, first: Mapping[str, Any], label_by_path: Mapping[str, str]
 ) -> Iterator[tuple[dict[str, Any], dict[str, list[Any]]]]:
-    """Yield a block of rows for each list of a record: the cells common to its rows, and the columns of entries."""
+    """Yield a block of rows for each list of a record: the cells common to its rows, and the
+    columns of entries.
+    """
     identifying = _IDENTIFYING_COLUMNS | set(record.key) | {f"{name}_name" for name in record.key}
-    row = {**first, **{name: value for name, value in _make_row(record, label_by_path).items() if name in identifying}}
+    row = {
+        **first,
+        **{
+            name: value
+            for name, value in _make_row(record, label_by_path).items()
+            if name in identifying
+        },
+    }
     for name, layer, entries in _iterate_lists(record):
         layer_values = {} if layer is None else {"layer": layer, **_make_layer_cells(layer)}
         index = [None] if layer is not None else list(range(1, len(entries) + 1))
         is_text = all(isinstance(entry, str) for entry in entries)
-        yield {**row, **layer_values, "field": name}, {"index": index, "text" if is_text else "value": entries}
+        yield (
+            {**row, **layer_values, "field": name},
+            {"index": index, "text" if is_text else "value": entries},
+        )
 
 
 def _iterate_lists(record: Record) -> Iterator[tuple[str, str | None, list[Any]]]:
@@ -184,9 +218,18 @@ def _classify_fields(kind: type[Record]) -> dict[str, str]:
 
 
 def _classify(annotation: Any) -> str:
-    """Return ``scalar``, ``record``, ``fixed`` for a fixed number of entries, or ``list`` for any number.
+    """Return ``scalar``, ``record``, ``fixed`` for a fixed number of entries, or ``list`` for any
+    number.
 
-    >>> [_classify(kind) for kind in (float | None, tuple[int, int] | None, tuple[float, ...], dict[str, float | None])]
+    >>> [
+    ...     _classify(kind)
+    ...     for kind in (
+    ...         float | None,
+    ...         tuple[int, int] | None,
+    ...         tuple[float, ...],
+    ...         dict[str, float | None],
+    ...     )
+    ... ]
     ['scalar', 'fixed', 'list', 'scalar']
     """
     for option in _iterate_types(annotation):

@@ -11,8 +11,9 @@ from typing import Literal
 
 Part = Literal["matrices", "vocabulary"]
 
-# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own Llama files name the
-# head ``output``, which is the name of other layers inside a model, so only the whole name matches.
+# Tables whose rows are vocabulary entries, so that a fine-tune may have added some. Meta's own
+# Llama files name the head ``output``, which is the name of other layers inside a model, so only
+# the whole name matches.
 RESIZABLE = re.compile(
     r"(^|\.)(embed_tokens|tok_embeddings|wte|word_embeddings|embed_in|shared|lm_head|embed_out)(\.weight)?$"
     r"|^output\.weight$"
@@ -24,7 +25,20 @@ _TABLES = re.compile(
 _NUMBER = re.compile(r"(?:\.|^)(\d{1,9})(?=\.|$)")
 
 # Usual order of the types in a block; others follow in the order of the file.
-_ORDER = ("qkv", "c_attn", "q_proj", "query", "k_proj", "key", "v_proj", "value", "o_proj", "gate", "up_proj", "down")
+_ORDER = (
+    "qkv",
+    "c_attn",
+    "q_proj",
+    "query",
+    "k_proj",
+    "key",
+    "v_proj",
+    "value",
+    "o_proj",
+    "gate",
+    "up_proj",
+    "down",
+)
 
 
 def depth_of(layer: str) -> int | None:
@@ -58,9 +72,16 @@ def part_of(layer: str) -> Part:
 
     >>> part_of("model.embed_tokens.weight"), part_of("model.layers.0.mlp.up_proj.weight")
     ('vocabulary', 'matrices')
-    >>> part_of("gpt_neox.embed_in.weight"), part_of("output.weight"), part_of("layer.0.attention.output.weight")
+    >>> (
+    ...     part_of("gpt_neox.embed_in.weight"),
+    ...     part_of("output.weight"),
+    ...     part_of("layer.0.attention.output.weight"),
+    ... )
     ('vocabulary', 'vocabulary', 'matrices')
-    >>> part_of("model.visual.pos_embed.weight"), part_of("text_model.embeddings.token_embedding.weight")
+    >>> (
+    ...     part_of("model.visual.pos_embed.weight"),
+    ...     part_of("text_model.embeddings.token_embedding.weight"),
+    ... )
     ('vocabulary', 'vocabulary')
     """
     return "vocabulary" if RESIZABLE.search(layer) or _TABLES.search(layer) else "matrices"
@@ -69,17 +90,27 @@ def part_of(layer: str) -> Part:
 def type_order(layer: str) -> tuple[bool, bool, int]:
     """Return a sort key of module types: attention before MLP before vocabulary tables.
 
-    >>> names = ["lm_head.weight", "h.0.mlp.up_proj.weight", "h.0.attn.v_proj.weight", "h.0.attn.q_proj.weight"]
+    >>> names = [
+    ...     "lm_head.weight",
+    ...     "h.0.mlp.up_proj.weight",
+    ...     "h.0.attn.v_proj.weight",
+    ...     "h.0.attn.q_proj.weight",
+    ... ]
     >>> [module_type_of(name) for name in sorted(names, key=type_order)]
     ['attn.q_proj', 'attn.v_proj', 'mlp.up_proj', 'lm_head']
     """
     name = module_type_of(layer)
     positions = [i for i, word in enumerate(_ORDER) if word in name]
-    return part_of(layer) == "vocabulary", "mlp" in name or "expert" in name, min(positions, default=len(_ORDER))
+    return (
+        part_of(layer) == "vocabulary",
+        "mlp" in name or "expert" in name,
+        min(positions, default=len(_ORDER)),
+    )
 
 
 def tower_of(layer: str) -> tuple[str, ...]:
-    """Return the parts of a name before its block's number, as of encoder or decoder; none outside the blocks.
+    """Return the parts of a name before its block's number, as of encoder or decoder; none outside
+    the blocks.
 
     >>> tower_of("vision_tower.layers.3.fc1.weight"), tower_of("lm_head.weight")
     (('vision_tower', 'layers'), ())
@@ -89,7 +120,8 @@ def tower_of(layer: str) -> tuple[str, ...]:
 
 
 def name_unit(layer: str, per: str) -> str:
-    """Return the name of a layer's unit: itself, its block or ``part`` of it, or its module type, also outside blocks.
+    """Return the name of a layer's unit: itself, its block or ``part`` of it, or its module type,
+    also outside blocks.
 
     >>> [name_unit("model.layers.3.mlp.up_proj.weight", per) for per in ("block", "part", "type")]
     ['model.layers.3', 'model.layers.3.mlp', 'mlp.up_proj']
@@ -117,7 +149,9 @@ def short_names(paths: Iterable[str], display: Callable[[str], str] = str) -> di
     """
     parts = {path: path.replace("\\", "/").rstrip("/").split("/") for path in dict.fromkeys(paths)}
     for last in range(1, max(map(len, parts.values()), default=0) + 1):
-        names = {path: display("/".join(part[-last:])) or display(path) for path, part in parts.items()}
+        names = {
+            path: display("/".join(part[-last:])) or display(path) for path, part in parts.items()
+        }
         if len(set(names.values())) == len(parts):
             return names
     return {path: display(path) for path in parts}

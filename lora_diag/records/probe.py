@@ -1,4 +1,6 @@
-"""Records of ``probe``: losses of a model, statistics of its layers' inputs; and the sets that losses are on."""
+"""Records of ``probe``: losses of a model, statistics of its layers' inputs; and the sets that
+losses are on.
+"""
 
 from __future__ import annotations
 
@@ -8,65 +10,99 @@ from typing import Any, ClassVar, Literal
 from lora_diag.records.base import Count, Guard, Nats, Ratio, Record, Share, Shown, WholeRecord
 
 Subject = Literal[
-    "base", "tuned", "truncated", "reference", "adapter", "lora", "full", "bitfit", "checkpoint", "combination"
+    "base",
+    "tuned",
+    "truncated",
+    "reference",
+    "adapter",
+    "lora",
+    "full",
+    "bitfit",
+    "checkpoint",
+    "combination",
 ]
 
 
 class Probe(WholeRecord):
-    """One loss on one evaluation set: of a truncated update, of an adapter, of a run of a sweep, or of a checkpoint.
+    """One loss on one evaluation set: of a truncated update, of an adapter, of a run of a sweep, or
+    of a checkpoint.
 
-    A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a classifier), in nats.
+    A loss is the mean negative log-likelihood over the predicted tokens (over the examples, for a
+    classifier), in nats.
 
     Args:
-        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``; or ``checkpoints``, of a run.
+        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``; or
+            ``checkpoints``, of a run.
         set: The evaluation set, by its file's name.
         shifted: Whether the user declared it as shifted.
-        subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``; for a sweep's run
-            ``lora``, or ``full`` and ``bitfit`` for the reference lines; of a run's checkpoints ``checkpoint``, or
-            ``combination`` for an average or extrapolation.
-        name: Path of an adapter, a reference or a checkpoint; the rule of a combination; for BASE the grid that it is
-            rounded to, if any; else empty.
+        subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``;
+            for a sweep's run ``lora``, or ``full`` and ``bitfit`` for the reference lines; of a
+            run's checkpoints ``checkpoint``, or ``combination`` for an average or extrapolation.
+        name: Path of an adapter, a reference or a checkpoint; the rule of a combination; for BASE
+            the grid that it is rounded to, if any; else empty.
         layer: The layer that was truncated alone; null for all together.
         module_type: The module type that was truncated alone; null for all types together.
         rank: r; null if not applicable.
-        match_norm: Whether a truncated update is lengthened to the norm of ΔW, (‖ΔW‖/‖ΔW_r‖)·ΔW_r in each layer.
+        match_norm: Whether a truncated update is lengthened to the norm of ΔW, (‖ΔW‖/‖ΔW_r‖)·ΔW_r
+            in each layer.
         lr: Peak learning rate of a sweep's run; null otherwise.
         seed: Seed of the run: of a sweep's factors; otherwise informational only.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
         loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
-        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if unknown.
+        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if
+            unknown.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
-        kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the loss; not clamped;
-            null if TUNED's loss equals that of BASE and, for ``outputs``, if it is not below.
-        energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null otherwise.
+        kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the
+            loss; not clamped; null if TUNED's loss equals that of BASE and, for ``outputs``, if it
+            is not below.
+        energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null
+            otherwise.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
-        hidden: The same for the hidden states of every token at each depth: the embeddings, then the output of each
-            block, as in transformers; null at a depth where BASE and TUNED agree, and if not recorded.
+        hidden: The same for the hidden states of every token at each depth: the embeddings, then
+            the output of each block, as in transformers; null at a depth where BASE and TUNED
+            agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
-        change: Loss minus that of BASE (``outputs``, ``checkpoints``), on the same tokens; above 0 on a text of another
-            kind it is what the fine-tune forgot. Null in other probes and in files of earlier versions, as the next
-            five fields; the last three are of ``outputs`` only.
-        change_error: Standard error of ``change``, from paired differences of blocks of sequences; null for one.
-        lost_at_most: Upper end of the one-sided 95% interval of ``change``, by Student's t over blocks of sequences;
-            null without an error.
+        change: Loss minus that of BASE (``outputs``, ``checkpoints``), on the same tokens; above 0
+            on a text of another kind it is what the fine-tune forgot. Null in other probes and in
+            files of earlier versions, as the next five fields; the last three are of ``outputs``
+            only.
+        change_error: Standard error of ``change``, from paired differences of blocks of sequences;
+            null for one.
+        lost_at_most: Upper end of the one-sided 95% interval of ``change``, by Student's t over
+            blocks of sequences; null without an error.
         kl_base: Mean KL(p_base ‖ p) over the predictions, in nats.
         kl_base_error: Standard error of ``kl_base``, likewise.
         confident: Fraction of the predictions whose label has a probability above 1/2.
         train_loss: Mean loss over the last tenth of a sweep's steps.
-        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, by which any two models can be
-            paired; empty without a finite loss, and for ``truncation`` without ``--match-norm``.
-        predictions: Number of predictions of each sequence; only for BASE, since it is the same for all models.
+        nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals, by which any
+            two models can be paired; empty without a finite loss, and for ``truncation`` without
+            ``--match-norm``.
+        predictions: Number of predictions of each sequence; only for BASE, since it is the same for
+            all models.
         sequences: Number of sequences, for ``truncation``; null elsewhere, where ``nll`` has it.
     """
 
     key: ClassVar[tuple[str, ...]] = (
-        *("probe", "set", "subject", "name", "layer", "module_type", "rank", "match_norm", "lr", "seed"),
+        *(
+            "probe",
+            "set",
+            "subject",
+            "name",
+            "layer",
+            "module_type",
+            "rank",
+            "match_norm",
+            "lr",
+            "seed",
+        ),
     )
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
-        Shown("gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False),
+        Shown(
+            "gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False
+        ),
         Shown("gap_error", "± gap", "standard error of the gap", main=True, terminal=False),
         Shown(
             "to_tuned",
@@ -76,8 +112,21 @@ class Probe(WholeRecord):
             terminal=True,
             error="gap_error",
         ),
-        Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=2, form=".2f", terminal=True),
-        Shown("distance", "distance", "‖z_tuned − z‖/‖z_tuned − z_base‖ of logits", form=".3f", terminal=True),
+        Shown(
+            "kept",
+            "kept",
+            "fraction of TUNED's change of the loss",
+            drop=2,
+            form=".2f",
+            terminal=True,
+        ),
+        Shown(
+            "distance",
+            "distance",
+            "‖z_tuned − z‖/‖z_tuned − z_base‖ of logits",
+            form=".3f",
+            terminal=True,
+        ),
         Shown("kl", "KL", "mean KL(p_tuned ‖ p) in nats", terminal=True),
         Shown(
             "agreement",
@@ -99,7 +148,11 @@ class Probe(WholeRecord):
             drop=3,
             error="change_error",
         ),
-        Shown("lost_at_most", "lost ≤", "upper end of the one-sided 95% interval of the loss minus that of BASE"),
+        Shown(
+            "lost_at_most",
+            "lost ≤",
+            "upper end of the one-sided 95% interval of the loss minus that of BASE",
+        ),
         Shown("kl_base", "KL(BASE)", "mean KL(p_base ‖ p) in nats", terminal=True, drop=4),
         Shown(
             "confident",
@@ -116,7 +169,8 @@ class Probe(WholeRecord):
         Guard(
             "lost_at_most",
             "higher",
-            "too much may be forgotten on this text: use fewer steps, a lower learning rate, or data of its kind",
+            "too much may be forgotten on this text: use fewer steps, a lower learning rate, or "
+            "data of its kind",
             where=(("shifted", True),),
             limit_by="set",
         ),
@@ -180,14 +234,17 @@ class LayerInput(Record):
         size: Dimension of an input x.
         rows: Number of inputs.
         square: E‖x‖², the trace of C = E[xxᵀ].
-        directions: tr(C)²/‖C‖_F², between 1 and ``size``: effective number of directions of the inputs.
+        directions: tr(C)²/‖C‖_F², between 1 and ``size``: effective number of directions of the
+            inputs.
         shares: An earlier layer with the same input and the same C; null without one.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("size", "in", "dimension of an input", main=True, pool="each"),
         Shown("square", "E‖x‖²", "mean square of the inputs", main=True),
-        Shown("directions", "directions", "effective number of directions of the inputs", main=True),
+        Shown(
+            "directions", "directions", "effective number of directions of the inputs", main=True
+        ),
     )
     layer: str
     size: int
@@ -207,7 +264,8 @@ class Activations(Record):
         about: Description of the reading.
         notes: Notes on the text.
         tokens: Number of tokens.
-        gradients: Source of the labels of the loss, if E[ggᵀ] of the output gradients is also in the file.
+        gradients: Source of the labels of the loss, if E[ggᵀ] of the output gradients is also in
+            the file.
         layers: The recorded layers.
         left_out: Weights of the model that were skipped, each with its reason.
     """
@@ -225,10 +283,14 @@ class Activations(Record):
 
 
 def set_names(records: Iterable[Any]) -> list[str]:
-    """Return the names of the evaluation sets of records with a ``set``, in the order of the run."""
+    """Return the names of the evaluation sets of records with a ``set``, in the order
+    of the run.
+    """
     return list(dict.fromkeys(record.set for record in records))
 
 
 def main_sets(records: Sequence[Any]) -> list[str]:
-    """Return the deciding sets of records with a ``set``: those not ``shifted``, or all if there is no other."""
+    """Return the deciding sets of records with a ``set``: those not ``shifted``, or all if there is
+    no other.
+    """
     return set_names(record for record in records if not record.shifted) or set_names(records)

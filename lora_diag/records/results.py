@@ -1,4 +1,6 @@
-"""All records of one run in memory, the lines of its results file, and a description in five lines for a prompt."""
+"""All records of one run in memory, the lines of its results file, and a description in five lines
+for a prompt.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ W = TypeVar("W", bound=WholeRecord)
 class Results(Generic[L]):
     """All records of one run, in memory.
 
-    Iteration yields the records of layers: one per layer for ``spectrum``, one per layer and adapter for ``residual``,
-    one per layer, step and rank for ``overlap``.
+    Iteration yields the records of layers: one per layer for ``spectrum``, one per layer and
+    adapter for ``residual``, one per layer, step and rank for ``overlap``.
 
     Attributes:
         run: The command, its inputs and settings.
@@ -65,11 +67,14 @@ class Results(Generic[L]):
         """Return a figure of the results, a ``matplotlib.figure.Figure`` that a notebook shows.
 
         Args:
-            figure: Name of a figure, as for ``loradiag plot --figure``; None for the first that the records allow.
-            **options: ``labels``, ``width``, ``per``, ``field``, ``rank`` and ``plain`` of ``lora_diag.plots.figure``.
+            figure: Name of a figure, as for ``loradiag plot --figure``; None for the first that the
+                records allow.
+            **options: ``labels``, ``width``, ``per``, ``field``, ``rank`` and ``plain`` of
+                ``lora_diag.plots.figure``.
 
         Raises:
-            UsageError: There is no such figure, an option is invalid, or the records cannot be drawn.
+            UsageError: There is no such figure, an option is invalid, or the records cannot be
+                drawn.
 
         Example:
             >>> import lora_diag
@@ -87,11 +92,12 @@ class Results(Generic[L]):
     def __getitem__(self, item: slice) -> Results[L]: ...
 
     def __getitem__(self, item: str | SupportsIndex | slice) -> L | Results[L]:
-        """Return the first record of a layer, a record by index, or the results for a slice of the records.
+        """Return the first record of a layer, a record by index, or the results for a slice of the
+        records.
 
         Args:
-            item: A layer's name, with or without ``.weight``; an index, from the end if negative; or a slice, whose
-                ``end`` has the totals of its records.
+            item: A layer's name, with or without ``.weight``; an index, from the end if negative;
+                or a slice, whose ``end`` has the totals of its records.
 
         Raises:
             KeyError: The layer was not measured; the message suggests similar names.
@@ -101,7 +107,10 @@ class Results(Generic[L]):
             >>> import lora_diag
             >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
             >>> results = lora_diag.spectrum(base, tuned, layers="o_proj")
-            >>> results[0].layer == results["model.layers.0.self_attn.o_proj"].layer, len(results[:2])
+            >>> (
+            ...     results[0].layer == results["model.layers.0.self_attn.o_proj"].layer,
+            ...     len(results[:2]),
+            ... )
             (True, 2)
         """
         if isinstance(item, slice):
@@ -124,10 +133,12 @@ class Results(Generic[L]):
         names = list(dict.fromkeys(record.layer for record in self.layers))
         layer_by_name = {layer.removesuffix(".weight"): layer for layer in reversed(names)}
         stem = name.removesuffix(".weight")
-        close = [short for short in layer_by_name if stem and stem in short][::-1][:3] or get_close_matches(
-            stem, layer_by_name
+        close = [short for short in layer_by_name if stem and stem in short][::-1][
+            :3
+        ] or get_close_matches(stem, layer_by_name)
+        hint = (
+            f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
         )
-        hint = f"; did you mean {', '.join(close)}?" if close else f"; there are {len(names)} layers"
         return f"{name}: no record of this layer{hint}"
 
     @property
@@ -137,8 +148,12 @@ class Results(Generic[L]):
 
     @property
     def unmeasured(self) -> tuple[LeftOut, ...]:
-        """Layers or adapters that could not be measured: not finite, unreadable, or too little memory."""
-        return tuple(item for item in self.left_out if item.reason in {"non_finite", "memory", "unreadable"})
+        """Layers or adapters that could not be measured: not finite, unreadable, or too little
+        memory.
+        """
+        return tuple(
+            item for item in self.left_out if item.reason in {"non_finite", "memory", "unreadable"}
+        )
 
     def whole_of(self, kind: type[W]) -> list[W]:
         """Return the records of one kind about the run as a whole."""
@@ -147,8 +162,8 @@ class Results(Generic[L]):
     def filter(self, layers: str) -> Results[L]:
         """Return the results of the layers whose name contains a match of a regular expression.
 
-        Skipped tensors are filtered in the same way, and ``end`` has the totals of the remaining records. Records about
-        the run as a whole are kept.
+        Skipped tensors are filtered in the same way, and ``end`` has the totals of the remaining
+        records. Records about the run as a whole are kept.
 
         Raises:
             re.error: The regular expression is invalid.
@@ -159,12 +174,16 @@ class Results(Generic[L]):
         return self._keep_only(kept, left_out)
 
     def _keep_only(self, layers: tuple[L, ...], left_out: tuple[LeftOut, ...]) -> Results[L]:
-        """Return the results with only these layers and skipped tensors, and their totals if the run is finished."""
+        """Return the results with only these layers and skipped tensors, and their totals if the
+        run is finished.
+        """
         end = totals(layers, left_out) if self.end is not None else None
         return replace(self, layers=layers, left_out=left_out, end=end)
 
     def records(self) -> Iterator[AnyRecord]:
-        """Yield every record: the run, layers, the run as a whole, skipped tensors, the end; the order of ``write``."""
+        """Yield every record: the run, layers, the run as a whole, skipped tensors, the end; the
+        order of ``write``.
+        """
         yield self.run
         yield from self.layers
         yield from self.whole
@@ -183,20 +202,27 @@ class Results(Generic[L]):
             UsageError: The path is a link, an unfinished run, or a file that may not be replaced.
             InputError: It cannot be written, or the existing file cannot be read.
         """
-        write_whole(Path(path), "".join(f"{line}\n" for line in lines_of(self.records())), RESULTS, overwrite)
+        write_whole(
+            Path(path),
+            "".join(f"{line}\n" for line in lines_of(self.records())),
+            RESULTS,
+            overwrite,
+        )
 
     def columns(self, values: bool = False, kind: str | None = None) -> dict[str, list[Any]]:
         """Return a tidy table of the records by columns, for any data frame library.
 
-        One row per record, one value per cell: ``energy.8``, ``rank_at.0.9`` and so on are columns; ``module_type``,
-        ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are computed. Several words are one cell, but
-        lists of numbers or records, such as singular values, are none: with ``values`` each of their entries is a row.
+        One row per record, one value per cell: ``energy.8``, ``rank_at.0.9`` and so on are columns;
+        ``module_type``, ``block``, ``relative`` (‖ΔW‖_F / ‖W_base‖_F) and ``adapter_name`` are
+        computed. Several words are one cell, but lists of numbers or records, such as singular
+        values, are none: with ``values`` each of their entries is a row.
 
         Args:
-            values: Return the entries of lists, one row each: ``field`` (``s``), ``index`` from 1 on, and ``value``, or
-                ``text`` for words.
-            kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``; default those of
-                layers, or without layers those about the whole run (a probe's losses, a gate's verdicts).
+            values: Return the entries of lists, one row each: ``field`` (``s``), ``index`` from 1
+                on, and ``value``, or ``text`` for words.
+            kind: Only the records of a kind, such as ``spectrum``, ``certificate`` or ``left_out``;
+                default those of layers, or without layers those about the whole run (a probe's
+                losses, a gate's verdicts).
 
         Example:
             >>> import lora_diag
@@ -211,10 +237,14 @@ class Results(Generic[L]):
             all_records: tuple[Any, ...] = (*self.layers, *self.whole, *self.left_out)
             records = [record for record in all_records if record.record == kind]
         make = value_columns if values else record_columns
-        return make(((record, {}) for record in records), short_names(run_input.path for run_input in self.run.inputs))
+        return make(
+            ((record, {}) for record in records),
+            short_names(run_input.path for run_input in self.run.inputs),
+        )
 
     def to_pandas(self, values: bool = False, kind: str | None = None) -> Any:
-        """Return ``columns`` as a ``pandas.DataFrame``; integer columns with missing values are ``Int64``.
+        """Return ``columns`` as a ``pandas.DataFrame``; integer columns with missing values are
+        ``Int64``.
 
         Raises:
             UsageError: pandas is not installed (extra ``pandas``).
@@ -225,7 +255,9 @@ class Results(Generic[L]):
         table = self.columns(values, kind)
         return pd.DataFrame(
             {
-                name: pd.array(column, dtype="Int64") if {int, NoneType} == set(map(type, column)) else column
+                name: pd.array(column, dtype="Int64")
+                if {int, NoneType} == set(map(type, column))
+                else column
                 for name, column in table.items()
             }
         )
@@ -254,15 +286,24 @@ class Results(Generic[L]):
 
 
 def totals(layers: Sequence[LayerRecord], left_out: Sequence[LeftOut]) -> End:
-    """Return the last line of a finished run: counts, and the norms of ΔW and W_base over its layers."""
+    """Return the last line of a finished run: counts, and the norms of ΔW and W_base over its
+    layers.
+    """
     by_name = {record.layer: record for record in layers}
     fro = [getattr(record, "fro", None) for record in by_name.values()]
     base_fro = [getattr(record, "base_fro", None) for record in by_name.values()]
-    return End(layers=len(by_name), left_out=len(left_out), fro=_pool_norm(fro), base_fro=_pool_norm(base_fro))
+    return End(
+        layers=len(by_name),
+        left_out=len(left_out),
+        fro=_pool_norm(fro),
+        base_fro=_pool_norm(base_fro),
+    )
 
 
 def _pool_norm(norms: Sequence[float | None]) -> float | None:
-    """Return the root of the sum of squares; None if a norm is unknown or the root is beyond float64."""
+    """Return the root of the sum of squares; None if a norm is unknown or the root is beyond
+    float64.
+    """
     known = [part for part in norms if part is not None]
     pooled = math.hypot(*known) if len(known) == len(norms) else math.inf
     return pooled if math.isfinite(pooled) else None
@@ -286,11 +327,15 @@ class Seal:
         return duplicate
 
     def add(self, line: bytes) -> None:
-        """Add one line; line endings are ignored, so that a checkout with other line endings has the same hash."""
+        """Add one line; line endings are ignored, so that a checkout with other line endings has
+        the same hash.
+        """
         self._hash.update(line.rstrip(b"\r\n") + b"\n")
 
     def add_hash(self, record: A) -> A:
-        """Return a record as written: an ``end`` record gets the hash of the lines before it, others are unchanged."""
+        """Return a record as written: an ``end`` record gets the hash of the lines before it,
+        others are unchanged.
+        """
         if isinstance(record, End):
             return record.model_copy(update={"sha256": self.hexdigest()})
         return record
@@ -316,10 +361,14 @@ _MAX_INPUTS = 4
 def text_of(results: Results[Any]) -> str:
     """Return a description of results in at most five lines."""
     records = (*results.layers, *results.whole)
-    inputs = [f"{safe(run_input.role)} {safe(run_input.path)}".strip() for run_input in results.run.inputs]
+    inputs = [
+        f"{safe(run_input.role)} {safe(run_input.path)}".strip() for run_input in results.run.inputs
+    ]
     if len(inputs) > _MAX_INPUTS:
         inputs[_MAX_INPUTS:] = [f"and {len(inputs) - _MAX_INPUTS} more"]
-    layers = len({record.layer for record in results.layers if "layer" in type(record).model_fields})
+    layers = len(
+        {record.layer for record in results.layers if "layer" in type(record).model_fields}
+    )
     kinds = _count_words(record.record for record in records) or "none"
     properties = {
         "inputs": ", ".join(inputs) or "none",
@@ -329,7 +378,9 @@ def text_of(results: Results[Any]) -> str:
     }
     finished = "finished" if results.end is not None else "unfinished"
     title = f"Results of loradiag {safe(results.run.command)}, {finished}"
-    return "\n".join([title, *(f"  {label:<9} {text}" for label, text in properties.items() if text)])
+    return "\n".join(
+        [title, *(f"  {label:<9} {text}" for label, text in properties.items() if text)]
+    )
 
 
 def _count_words(words: Iterable[str]) -> str:
@@ -337,7 +388,8 @@ def _count_words(words: Iterable[str]) -> str:
 
 
 def _describe_main_value(settings: Mapping[str, Any], records: Sequence[Any]) -> str | None:
-    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``, or frequent words.
+    """Return the range of the first main value, such as ``ε 0.5 to 0.9, pooled 0.7, 30 records``,
+    or frequent words.
 
     None without a main value.
     """

@@ -1,4 +1,6 @@
-"""Records of every results file (the run, the skipped tensors, the end), and those that only ``inspect`` prints."""
+"""Records of every results file (the run, the skipped tensors, the end), and those that only
+``inspect`` prints.
+"""
 
 from __future__ import annotations
 
@@ -45,21 +47,23 @@ class RunInput(Record):
     r"""One input of a run: its role, path and kind.
 
     Args:
-        role: Its role, such as ``base``, ``tuned``, ``adapter``, ``reference``, ``activations``, ``gradients``
-            or ``eval``.
+        role: Its role, such as ``base``, ``tuned``, ``adapter``, ``reference``, ``activations``,
+            ``gradients`` or ``eval``.
         path: The path as given; bytes that are not UTF-8 are escaped as ``\xff``.
         kind: Its format, in words.
         tensors: Number of tensors.
         notes: Notes on the input.
         fingerprint: Detects a changed input in ``--resume`` and ``gate``; empty if not computed.
-        sha256: Hash of every byte of its files with ``--verify``; for results, the hash in their last line; else empty.
-        architecture: The model's class in its ``config.json``, such as ``BertForSequenceClassification``; empty without
-            one.
-        names: Names of a BASE: its folder, its Hub id, the name in its config. For an adapter, the name of the base
-            in its config.
+        sha256: Hash of every byte of its files with ``--verify``; for results, the hash in their
+            last line; else empty.
+        architecture: The model's class in its ``config.json``, such as
+            ``BertForSequenceClassification``; empty without one.
+        names: Names of a BASE: its folder, its Hub id, the name in its config. For an adapter, the
+            name of the base in its config.
         targets: Number of weights of BASE that an adapter's config targets; null if unknown.
         lacking: Targeted weights that the adapter's file does not contain.
-        scaling: Smallest and largest scaling s of an adapter's updates, such as α/r; null if unknown.
+        scaling: Smallest and largest scaling s of an adapter's updates, such as α/r; null if
+            unknown.
     """
 
     role: str
@@ -85,8 +89,9 @@ class Run(Record):
         version: Version of loradiag.
         inputs: The inputs, such as BASE and TUNED.
         settings: The options that affect results.
-        made: When the run began, in UTC, such as ``2026-11-27T04:15:19Z``; empty in files of older versions. The only
-            field that differs between runs with the same input and settings; set by ``SOURCE_DATE_EPOCH``.
+        made: When the run began, in UTC, such as ``2026-11-27T04:15:19Z``; empty in files of older
+            versions. The only field that differs between runs with the same input and settings; set
+            by ``SOURCE_DATE_EPOCH``.
     """
 
     record: Literal["run"] = "run"
@@ -121,25 +126,30 @@ class LeftOut(Record):
     Args:
         layer: Its name.
         shape: Its shape; for rows that only one side has, the shape of the rows.
-        reason: Machine-readable reason. ``vector``: one dimension, such as norms and biases: it has no rank.
-            ``only_in_base``: TUNED does not have it; check that TUNED was saved completely. ``only_in_tuned``: BASE
-            does not have it; check that BASE is the model that training started from. ``not_float``: its numbers are no
-            floating-point numbers. ``shape_differs``: BASE and TUNED store it in different shapes; give two checkpoints
-            of one model. ``added_rows``: rows of a vocabulary that TUNED added. ``removed_rows``: rows of a vocabulary
-            that TUNED removed. ``empty``: it has no entries. ``not_selected``: left out by ``--layers``, ``--exclude``
-            or another option. ``non_finite``: it has NaN or Inf: training diverged, or the file is damaged; do not ship
-            it. ``not_in_base``: BASE has no such weight, or not of this shape; give the BASE of the adapter.
-            ``needs_base``: its update depends on BASE; give BASE. ``only_in_adapter``: the adapter changes it, and the
-            compared checkpoint does not have it. ``no_gradient``: it has no gradient; check that it is trained.
-            ``no_reference``: no update whose subspaces could be compared. ``rank_0``: no rank was given to it.
-            ``no_factors``: its update cannot be stored as factors. ``saved``: it is trained and saved in full
-            (``modules_to_save``). ``unreadable``: the file cannot be read; the detail says why. ``not_in_model``: the
-            model has no such weight, or does not use it. ``memory``: it needs more than ``--memory``; raise the limit.
-            ``time``: ``--time`` was over; resume with more. ``no_activations``: the file of activations does not cover
-            its input; collect it with ``probe activations``. ``unrelated``: TUNED does not descend from BASE here, so
-            that their difference is no update; give the BASE that TUNED was trained from.
+        reason: Machine-readable reason. ``vector``: one dimension, such as norms and biases: it has
+            no rank. ``only_in_base``: TUNED does not have it; check that TUNED was saved
+            completely. ``only_in_tuned``: BASE does not have it; check that BASE is the model that
+            training started from. ``not_float``: its numbers are no floating-point numbers.
+            ``shape_differs``: BASE and TUNED store it in different shapes; give two checkpoints of
+            one model. ``added_rows``: rows of a vocabulary that TUNED added. ``removed_rows``: rows
+            of a vocabulary that TUNED removed. ``empty``: it has no entries. ``not_selected``: left
+            out by ``--layers``, ``--exclude`` or another option. ``non_finite``: it has NaN or Inf:
+            training diverged, or the file is damaged; do not ship it. ``not_in_base``: BASE has no
+            such weight, or not of this shape; give the BASE of the adapter. ``needs_base``: its
+            update depends on BASE; give BASE. ``only_in_adapter``: the adapter changes it, and the
+            compared checkpoint does not have it. ``no_gradient``: it has no gradient; check that it
+            is trained. ``no_reference``: no update whose subspaces could be compared. ``rank_0``:
+            no rank was given to it. ``no_factors``: its update cannot be stored as factors.
+            ``saved``: it is trained and saved in full (``modules_to_save``). ``unreadable``: the
+            file cannot be read; the detail says why. ``not_in_model``: the model has no such
+            weight, or does not use it. ``memory``: it needs more than ``--memory``; raise the
+            limit. ``time``: ``--time`` was over; resume with more. ``no_activations``: the file of
+            activations does not cover its input; collect it with ``probe activations``.
+            ``unrelated``: TUNED does not descend from BASE here, so that their difference is no
+            update; give the BASE that TUNED was trained from.
         detail: Reason as text.
-        fro: ‖ΔW‖_F if it was measured, as of 1-D tensors; for rows that only one side has, their norm; else null.
+        fro: ‖ΔW‖_F if it was measured, as of 1-D tensors; for rows that only one side has, their
+            norm; else null.
         base_fro: ‖W_base‖_F if it was measured, else null.
         tuned_shape: Its shape in TUNED if different from BASE (``shape_differs``), else null.
     """
@@ -162,7 +172,8 @@ class End(Record):
         left_out: Number of ``left_out`` records.
         fro: ‖ΔW‖_F over the layers; null if that of any is unknown, or beyond float64.
         base_fro: ‖W_base‖_F over the layers, likewise.
-        sha256: Hash of the lines before this one, each with its newline; empty in files of older versions.
+        sha256: Hash of the lines before this one, each with its newline; empty in files of older
+            versions.
     """
 
     record: Literal["end"] = "end"
@@ -198,7 +209,14 @@ class StoredTensor(Record):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("shape", "shape", "of each", main=True, pool=_common_shape),
         Shown("dtype", "dtype", "as it is stored", main=True),
-        Shown("shape", "entries", "of all", main=True, form="count", pool=lambda rows: sum(map(_count_entries, rows))),
+        Shown(
+            "shape",
+            "entries",
+            "of all",
+            main=True,
+            form="count",
+            pool=lambda rows: sum(map(_count_entries, rows)),
+        ),
         Shown("spectrum", "spectrum", "whether it would be measured", main=True),
     )
     layer: str
@@ -218,11 +236,13 @@ class AdaptedWeight(Record):
     Args:
         layer: Its name in the adapter; for stacked experts, one of them.
         shape: ``(out, in)`` in the adapter's orientation; a size that depends on the base is null.
-        form: ``factored`` (B·A), ``dense`` (computed in full) or ``value`` (the weight's new value).
+        form: ``factored`` (B·A), ``dense`` (computed in full) or ``value`` (the weight's new
+            value).
         dtype: Stored dtype.
         rank: r of its factors; null without factors.
         scaling: Their scaling s; null without one, or if it is stored as a tensor.
-        needs_base: Reason why ΔW depends on the base weight, such as ``DoRA``; empty if it does not.
+        needs_base: Reason why ΔW depends on the base weight, such as ``DoRA``; empty if it does
+            not.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (

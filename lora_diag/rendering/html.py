@@ -1,4 +1,7 @@
-"""Tables and statements as HTML for notebooks, and model cards. Names are escaped; nothing is loaded."""
+"""Tables and statements as HTML for notebooks, and model cards.
+
+Names are escaped; nothing is loaded.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,32 @@ _MAX_ROWS = 40
 
 def statement_html(statement: Statement) -> str:
     """Return a statement as a row: its label, its lead, and its details, which a reader opens."""
-    lead, details = _escape(statement.lead), "".join(f"<br>{_escape(line)}" for line in statement.details)
+    lead, details = (
+        _escape(statement.lead),
+        "".join(f"<br>{_escape(line)}" for line in statement.details),
+    )
     text = f"<details><summary>{lead}</summary>{details[4:]}</details>" if details else lead
     label = _escape(statement.label)
-    return f'<tr><td style="text-align:left"><b>{label}</b></td><td style="text-align:left">{text}</td></tr>'
+    return (
+        f'<tr><td style="text-align:left"><b>{label}</b></td><td '
+        f'style="text-align:left">{text}</td></tr>'
+    )
 
 
 def grid_html(grid: Grid) -> str:
     """Return the first rows of a table, shaded as in a terminal, and the number of further ones."""
-    head = "".join(f"<th>{_escape(title)}</th>" for title in (grid.title, *(column.title for column in grid.columns)))
+    head = "".join(
+        f"<th>{_escape(title)}</th>"
+        for title in (grid.title, *(column.title for column in grid.columns))
+    )
     rows = zip(grid.names, *(column.cells for column in grid.columns), strict=True)
-    body = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>" for row, _ in zip(rows, range(_MAX_ROWS), strict=False))
-    note = f"<p>and {len(grid.names) - _MAX_ROWS} more rows</p>" if len(grid.names) > _MAX_ROWS else ""
+    body = "".join(
+        f"<tr>{''.join(map(_make_cell, row))}</tr>"
+        for row, _ in zip(rows, range(_MAX_ROWS), strict=False)
+    )
+    note = (
+        f"<p>and {len(grid.names) - _MAX_ROWS} more rows</p>" if len(grid.names) > _MAX_ROWS else ""
+    )
     caption = f"<p><b>{_escape(grid.caption)}</b></p>" if grid.caption else ""
     return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
 
@@ -42,7 +59,9 @@ def _make_cell(cell: str | Text) -> str:
     """Return a cell, shaded as in a terminal."""
     style = Style.parse(str(cell.style)) if isinstance(cell, Text) and cell.style else Style.null()
     css = style.get_html_style()
-    return f'<td style="{css}">{_escape(str(cell))}</td>' if css else f"<td>{_escape(str(cell))}</td>"
+    return (
+        f'<td style="{css}">{_escape(str(cell))}</td>' if css else f"<td>{_escape(str(cell))}</td>"
+    )
 
 
 def _escape(text: str) -> str:
@@ -50,7 +69,8 @@ def _escape(text: str) -> str:
 
 
 def escape_markdown(text: str) -> str:
-    r"""Return safe text for inside a line of Markdown, where no markup, HTML, mention, issue or link has an effect.
+    r"""Return safe text for inside a line of Markdown, where no markup, HTML, mention, issue or
+    link has an effect.
 
     >>> escape_markdown("<b>|@me #1 https://x *y*")
     '&#60;b&#62;&#124;&#64;me &#35;1 https&#58;//x &#42;y&#42;'
@@ -62,7 +82,9 @@ def escape_markdown(text: str) -> str:
 
 
 def code_span(text: str) -> str:
-    """Return text from a file as a code span of Markdown, with apostrophes in place of backticks."""
+    """Return text from a file as a code span of Markdown, with apostrophes in place of
+    backticks.
+    """
     return f"`{safe(text).replace('`', chr(39))}`"
 
 
@@ -76,7 +98,8 @@ def model_card(
     library: str = "",
     lora: bool = True,
 ) -> str:
-    """Return the ``README.md`` of a folder that loradiag wrote: metadata, title, body, and the command that made it.
+    """Return the ``README.md`` of a folder that loradiag wrote: metadata, title, body, and the
+    command that made it.
 
     Args:
         title: Title in Markdown.
@@ -89,7 +112,12 @@ def model_card(
         lora: Whether it is a LoRA adapter.
     """
     quoted = safe(base_name).replace("'", "''")
-    head = ["---", f"base_model: '{quoted}'", *([f"library_name: {library}"] if library else []), "tags:"]
+    head = [
+        "---",
+        f"base_model: '{quoted}'",
+        *([f"library_name: {library}"] if library else []),
+        "tags:",
+    ]
     head += [*(["- lora"] if lora else []), "- loradiag", "---"]
     made = f"Made by loradiag {version}; `{numbers}` has the numbers of every weight:"
     return "\n\n".join(["\n".join(head), f"# {title}", *body, made, f"    {safe(command)}"]) + "\n"
@@ -98,7 +126,8 @@ def model_card(
 def with_section(card: str, name: str, section: str) -> str:
     """Return a card with a section in place of an earlier one of that name, or at its end.
 
-    Front matter and line ends stay. A section that lost its end stays, too: text after it may be the user's.
+    Front matter and line ends stay. A section that lost its end stays, too: text after it may be
+    the user's.
 
     Args:
         card: The existing card.
@@ -107,7 +136,10 @@ def with_section(card: str, name: str, section: str) -> str:
 
     Example:
         >>> card = with_section("# Model", "gate", "passed")
-        >>> card == with_section(card, "gate", "passed"), "passed" in with_section(card, "gate", "failed")
+        >>> (
+        ...     card == with_section(card, "gate", "passed"),
+        ...     "passed" in with_section(card, "gate", "failed"),
+        ... )
         (True, False)
     """
     begin, end = f"<!-- loradiag {name}: begin -->", f"<!-- loradiag {name}: end -->"
@@ -126,8 +158,12 @@ def read_card(path: Path) -> str:
         InputError: It cannot be read.
     """
     try:
-        if path.suffix.lower() not in {".md", ".markdown"} or (path.exists() and not CARD.is_at(path)):
-            raise UsageError(f"{path}: is not Markdown; give a Markdown file whose name ends in .md")
+        if path.suffix.lower() not in {".md", ".markdown"} or (
+            path.exists() and not CARD.is_at(path)
+        ):
+            raise UsageError(
+                f"{path}: is not Markdown; give a Markdown file whose name ends in .md"
+            )
         return path.read_bytes().decode("utf-8") if path.exists() else ""
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text ({error}); convert it") from error

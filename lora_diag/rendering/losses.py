@@ -12,9 +12,11 @@ from lora_diag.rendering.text import number, percent, plus_minus, short, with_li
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
-    """Return the summary of a probe: findings, training, conditions, interpretation, skipped tensors, inputs last.
+    """Return the summary of a probe: findings, training, conditions, interpretation, skipped
+    tensors, inputs last.
 
-    An unfinished run and unexpected skipped tensors come first, unmeasured layers before the inputs.
+    An unfinished run and unexpected skipped tensors come first, unmeasured layers before the
+    inputs.
 
     Args:
         results: The results.
@@ -25,8 +27,14 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
     training = ""
     if "optimizer" in settings:
         kind = f"{settings['kind']}; " if "kind" in settings else ""
-        training = f"{kind}{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
-    conditions = f"sequences of up to {settings['length']} tokens, {settings['dtype']} on {settings['device']}"
+        training = (
+            f"{kind}{settings['steps']} steps of {settings['batch']} sequences; "
+            f"{settings['optimizer']}"
+        )
+    conditions = (
+        f"sequences of up to {settings['length']} tokens, {settings['dtype']} on "
+        f"{settings['device']}"
+    )
     summary = summarize(
         results,
         *statements,
@@ -48,7 +56,9 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
         answer: The line that answers the question of a report; the first if empty.
     """
     prefix = "shifted: " if shifted and name != "shifted" else ""
-    return make_statement("on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True)
+    return make_statement(
+        "on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True
+    )
 
 
 def caption_of(name: str, records: Iterable[Any]) -> str:
@@ -58,11 +68,12 @@ def caption_of(name: str, records: Iterable[Any]) -> str:
 
 
 def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
-    """Return the statement of what models forgot: loss minus BASE's on shifted sets, KL(BASE‖model) on others.
+    """Return the statement of what models forgot: loss minus BASE's on shifted sets, KL(BASE‖model)
+    on others.
 
     Args:
-        models: Name of each model, and its records with the fields of ``Forgetting.compare``, ``set``, ``shifted`` and
-            ``nll``; those without a comparison with BASE are ignored.
+        models: Name of each model, and its records with the fields of ``Forgetting.compare``,
+            ``set``, ``shifted`` and ``nll``; those without a comparison with BASE are ignored.
     """
     shifted, tasks = dict[str, list[str]](), dict[str, list[str]]()
     for name, records in models:
@@ -71,7 +82,9 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
                 shifted.setdefault(record.set, []).append(_describe_change(name, record))
             else:
                 error = "" if record.kl_base_error is None else plus_minus(record.kl_base_error)
-                tasks.setdefault(record.set, []).append(f"KL(BASE‖{name}) = {number(record.kl_base)}{error}")
+                tasks.setdefault(record.set, []).append(
+                    f"KL(BASE‖{name}) = {number(record.kl_base)}{error}"
+                )
     lines = [f"on {short(set_name)}, {', '.join(changes)}" for set_name, changes in shifted.items()]
     unknown = "" if shifted else "not measured, as no text is of another kind (--shifted); "
     for set_name, divergences in tasks.items():
@@ -79,10 +92,14 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
     return make_statement("forgotten", "Forgotten", *lines, priority=0 if shifted else 1)
 
 
-# Over 14 adapters of the domain of docs/evidence.md, ρ with the loss on other text was 0.95, that of ‖ΔW‖ 0.73. Full
-# fine-tuning lost less than LoRA of about the same KL: −0.05 and +0.15 nats at 0.50; of the format +0.09 at 4.8, LoRA
-# +0.39 at 4.4.
-_PREDICTOR = "predicts forgetting within one kind of training better than norms of ΔW do (Shenfeld et al. 2025)"
+# Over 14 adapters of the domain of docs/evidence.md, ρ with the loss on other text was 0.95, that
+# of ‖ΔW‖ 0.73. Full fine-tuning lost less than LoRA of about the same KL: −0.05 and +0.15 nats at
+# 0.50; of the format +0.09 at 4.8, LoRA +0.39 at 4.4.
+_PREDICTOR = (
+    "predicts forgetting within one kind of training better than norms of ΔW do "
+    "(Shenfeld "
+    "et al. 2025)"
+)
 
 
 def _describe_change(name: str, record: Any) -> str:
@@ -101,10 +118,14 @@ def describe_diverged(records: Iterable[Any]) -> list[str]:
 
 
 def format_gap(record: Probe) -> str:
-    """Return the gap to TUNED and its standard error as text; empty if the record has no gap, as for TUNED itself."""
+    """Return the gap to TUNED and its standard error as text; empty if the record has no gap, as
+    for TUNED itself.
+    """
     if record.to_tuned is None:
         return ""
-    return f"{record.to_tuned:+.4f}" + ("" if record.gap_error is None else plus_minus(record.gap_error))
+    return f"{record.to_tuned:+.4f}" + (
+        "" if record.gap_error is None else plus_minus(record.gap_error)
+    )
 
 
 def gap_half(record: Probe) -> float | None:
@@ -113,7 +134,9 @@ def gap_half(record: Probe) -> float | None:
 
 
 def format_kept(record: Probe) -> str:
-    """Return the kept fraction of TUNED's change of the loss, as text; a dash if it is not known."""
+    """Return the kept fraction of TUNED's change of the loss, as text; a dash if it is
+    not known.
+    """
     if record.kept is None:
         return "-"
     if abs(record.kept) > 1:
@@ -122,8 +145,13 @@ def format_kept(record: Probe) -> str:
 
 
 def describe_losses(base: Probe, tuned: Probe) -> str:
-    """Return the losses of BASE and of TUNED as text, with a warning if their difference is not significant."""
+    """Return the losses of BASE and of TUNED as text, with a warning if their difference is not
+    significant.
+    """
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
     if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
         return ends
-    return f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not meaningful"
+    return (
+        f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not "
+        "meaningful"
+    )

@@ -1,6 +1,7 @@
 """Statements: the content of a summary as data, read by terminal, HTML, Markdown and advice.
 
-Includes the statements common to all summaries: inputs, skipped tensors, unmeasured layers, unfinished runs.
+Includes the statements common to all summaries: inputs, skipped tensors, unmeasured layers,
+unfinished runs.
 """
 
 from __future__ import annotations
@@ -23,7 +24,16 @@ from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.names import short_names
 from lora_diag.records.run import Reason
 from lora_diag.records.vocabulary import NOISE_MARKS, ON_CPU, Hidden
-from lora_diag.rendering.text import list_counts, list_layers, list_names, number, percent, quantity, safe, short
+from lora_diag.rendering.text import (
+    list_counts,
+    list_layers,
+    list_names,
+    number,
+    percent,
+    quantity,
+    safe,
+    short,
+)
 
 # Maximum number of unmeasured layers that are named.
 NAMED = 5
@@ -60,13 +70,17 @@ REASONS = {
 
 
 def subject(run: Run) -> str:
-    """Return the path of the measured input: the last one that is not of activations; empty without one."""
+    """Return the path of the measured input: the last one that is not of activations; empty without
+    one.
+    """
     paths = [side.path for side in run.inputs if side.role != "activations"]
     return paths[-1] if paths else ""
 
 
 def notes(run: Run) -> list[str]:
-    """Return one line per note about an input, labelled by its role, or by its name if several have that role."""
+    """Return one line per note about an input, labelled by its role, or by its name if several have
+    that role.
+    """
     roles = Counter(side.role for side in run.inputs)
     names = short_paths([side.path for side in run.inputs])
     return [
@@ -79,7 +93,10 @@ def notes(run: Run) -> list[str]:
 def short_paths(paths: Sequence[str]) -> list[str]:
     """Return the last part of each path, or as many last parts as needed to distinguish them.
 
-    >>> short_paths(["runs/a/lora_r4", "runs/b/lora_r8"]), short_paths(["runs/a/lora", "runs/b/lora"])
+    >>> (
+    ...     short_paths(["runs/a/lora_r4", "runs/b/lora_r8"]),
+    ...     short_paths(["runs/a/lora", "runs/b/lora"]),
+    ... )
     (['lora_r4', 'lora_r8'], ['a/lora', 'b/lora'])
     """
     short = short_names(paths, safe)
@@ -87,11 +104,17 @@ def short_paths(paths: Sequence[str]) -> list[str]:
 
 
 def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
-    """Return a qualification of fractions of the change if tensors were not selected or not measured; else empty."""
+    """Return a qualification of fractions of the change if tensors were not selected or not
+    measured; else empty.
+    """
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
     unmeasured_reasons = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
-    return " among the measured layers" if any(item.reason in unmeasured_reasons for item in left_out) else ""
+    return (
+        " among the measured layers"
+        if any(item.reason in unmeasured_reasons for item in left_out)
+        else ""
+    )
 
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
@@ -109,8 +132,8 @@ class Statement:
         details: Further lines.
         level: Severity.
         answer: Answer to the question of a report that refers to the key; ``lead`` if empty.
-        scoped: Whether the label gives the scope of the lines, such as one set; it is then repeated where lines are
-            shown alone.
+        scoped: Whether the label gives the scope of the lines, such as one set; it is then repeated
+            where lines are shown alone.
         priority: 0 for the decision, 1 for its evidence, 2 for what only ``-v`` shows.
     """
 
@@ -142,16 +165,24 @@ class Statement:
     def answered(self) -> tuple[str, tuple[str, ...]]:
         """The answer to a question, and the remaining lines.
 
-        >>> make_statement("on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True).answered
+        >>> make_statement(
+        ...     "on", "On dev", "loss 2.0", "use r=4", answer="use r=4", scoped=True
+        ... ).answered
         ('On dev: use r=4', ('loss 2.0',))
-        >>> make_statement("on", "On dev", "loss 2.0", answer="yes: it is as good", scoped=True).answered
+        >>> make_statement(
+        ...     "on", "On dev", "loss 2.0", answer="yes: it is as good", scoped=True
+        ... ).answered
         ('yes: it is as good', ('On dev: loss 2.0',))
         """
         answer = self.answer or self.lead
         remaining = tuple(line for line in self.lines if line != answer)
         if not self.scoped:
             return answer, remaining
-        return (f"{self.label}: {answer}", remaining) if answer in self.lines else (answer, self.labelled)
+        return (
+            (f"{self.label}: {answer}", remaining)
+            if answer in self.lines
+            else (answer, self.labelled)
+        )
 
     @property
     def labelled(self) -> tuple[str, ...]:
@@ -168,7 +199,8 @@ def make_statement(
     scoped: bool = False,
     priority: int = 1,
 ) -> Statement:
-    """Return a statement with several lines, without empty ones; ``summarize`` omits a statement without any.
+    """Return a statement with several lines, without empty ones; ``summarize`` omits a statement
+    without any.
 
     Unprintable characters are escaped, line ends too.
 
@@ -185,14 +217,19 @@ def find(statements: Iterable[Statement], key: str) -> Statement | None:
 
 
 def state_inputs(results: Results[Any], *extra: str) -> Statement:
-    """Return the statement of the inputs: role, path and kind of each, then further remarks, then notes on inputs."""
+    """Return the statement of the inputs: role, path and kind of each, then further remarks, then
+    notes on inputs.
+    """
     longest = max((len(side.role) for side in results.run.inputs), default=0)
-    inputs = (f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs)
+    inputs = (
+        f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs
+    )
     return make_statement("compared", "Compared", *inputs, *extra, *notes(results.run), priority=2)
 
 
 def left_out(results: Results[Any], *details: str) -> Statement:
-    """Return the statement of the skipped tensors: their number by reason, and the first names of unexpected ones.
+    """Return the statement of the skipped tensors: their number by reason, and the first names of
+    unexpected ones.
 
     If there are unexpected ones, it is a warning.
     """
@@ -208,19 +245,32 @@ def left_out(results: Results[Any], *details: str) -> Statement:
 
 
 def left_out_level(results: Results[Any], *expected: Reason) -> Level:
-    """Return ``warning`` if a tensor was skipped for a reason that is neither usual nor ``expected``, else ``note``."""
-    return "note" if {item.reason for item in results.left_out} <= {*EXPECTED, *expected} else "warning"
+    """Return ``warning`` if a tensor was skipped for a reason that is neither usual nor
+    ``expected``, else ``note``.
+    """
+    return (
+        "note"
+        if {item.reason for item in results.left_out} <= {*EXPECTED, *expected}
+        else "warning"
+    )
 
 
-def final_statements(results: Results[Any], so_far: str = "layers measured so far") -> list[Statement]:
-    """Return the final statements: layers without a result or not on the GPU, and a run that did not finish."""
+def final_statements(
+    results: Results[Any], so_far: str = "layers measured so far"
+) -> list[Statement]:
+    """Return the final statements: layers without a result or not on the GPU, and a run that did
+    not finish.
+    """
     final = []
     if unmeasured := results.unmeasured:
         lines = [f"{short(item.layer)}: {safe(item.detail)}" for item in unmeasured[:NAMED]]
         rest = f"and {len(unmeasured) - NAMED} more" if len(unmeasured) > NAMED else ""
         final.append(make_statement("not_measured", "Not measured", *lines, rest, level="failure"))
     if on_cpu := [record for record in results if ON_CPU in getattr(record, "method", "")]:
-        text = f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers 1 takes less"
+        text = (
+            f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers "
+            "1 takes less"
+        )
         final.append(make_statement("device", "Device", text, level="warning"))
     if results.end is None:
         text = f"the run did not finish: these are the {so_far}"
@@ -253,7 +303,9 @@ def describe_resolution(
         marks: Marks of the verdicts in the command's table; None without marks.
     """
     judged = list(verdicts)
-    texts = {verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS}
+    texts = {
+        verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS
+    }
     unclear = list_counts(judged, texts)
     if not unclear:
         return make_statement("resolved", "Resolution", yes, priority=2)
@@ -264,7 +316,8 @@ def describe_resolution(
 def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
     """State the size of updates before rounding, from estimates and the norms ‖D‖ in the files.
 
-    Empty without estimates of a size: layers without an interval are refused, or the files resolve them.
+    Empty without estimates of a size: layers without an interval are refused, or the files resolve
+    them.
 
     Args:
         estimates: The estimate and ‖D‖_F of each layer.
@@ -276,16 +329,22 @@ def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
     ]
     if not sized:
         return []
-    norm, stored = math.hypot(*(size for size, _, _ in sized)), math.hypot(*(fro for _, _, fro in sized))
+    norm, stored = (
+        math.hypot(*(size for size, _, _ in sized)),
+        math.hypot(*(fro for _, _, fro in sized)),
+    )
     errors = [(interval[1] - interval[0]) / 2 / size for size, interval, _ in sized]
     return [
-        f"‖X‖ = {number(norm)} estimated over {quantity(len(sized))}, ± {percent(median(errors))} in the median "
+        f"‖X‖ = {number(norm)} estimated over {quantity(len(sized))}, ± {percent(median(errors))} "
+        "in the median "
         f"matrix; the files show ‖D‖ = {number(stored)}, {number(stored / norm)} times that"
     ]
 
 
 def is_unrelated(records: Iterable[Any]) -> bool:
-    """Return whether more layers are unrelated to BASE than descend from it, of records with a ``lineage``."""
+    """Return whether more layers are unrelated to BASE than descend from it, of records with a
+    ``lineage``.
+    """
     verdicts = Counter(record.lineage for record in records)
     return verdicts["unrelated"] > verdicts["descends"]
 
@@ -306,16 +365,24 @@ def describe_lineage(records: Iterable[Any], tuned: str = "TUNED", priority: int
         cosine = number(median(abs(record.cosine_to_base) for record in unrelated))
         chance = number(median(record.chance_cosine for record in unrelated))
         lead = (
-            f"unrelated: {tuned} does not descend from BASE in {len(unrelated)} of {total} (cosine of W and W + ΔW "
+            f"unrelated: {tuned} does not descend from BASE in {len(unrelated)} of {total} (cosine "
+            "of W and W + ΔW "
             f"{cosine}, by chance {chance})"
         )
         if is_unrelated(layers.values()):
             fix = f"give the BASE that {tuned} comes from"
         else:
-            fix = f"replaced, reordered, or of another BASE: {list_layers(unrelated)}; {len(descending)} descend"
+            fix = (
+                f"replaced, reordered, or of another BASE: {list_layers(unrelated)}; "
+                f"{len(descending)} descend"
+            )
         return make_statement("lineage", "Lineage", f"{lead}; {fix}", level="warning")
     if not descending:
-        lead = f"not known: {total} too small, or with a cosine between chance and descent" if layers else ""
+        lead = (
+            f"not known: {total} too small, or with a cosine between chance and descent"
+            if layers
+            else ""
+        )
         return make_statement("lineage", "Lineage", lead, priority=2)
     least = min(descending, key=lambda record: float(record.cosine_to_base))
     cosine, chance = number(least.cosine_to_base), number(least.chance_cosine)
@@ -330,9 +397,11 @@ def summarize(
     skipped: Statement | None = None,
     so_far: str = "layers measured so far",
 ) -> list[Statement]:
-    """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the run.
+    """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the
+    run.
 
-    A run that did not finish, layers that are unrelated to BASE, and unexpected skipped tensors come first.
+    A run that did not finish, layers that are unrelated to BASE, and unexpected skipped tensors
+    come first.
 
     Args:
         results: The results.
@@ -342,12 +411,21 @@ def summarize(
         so_far: Contents of an unfinished run.
     """
     options = "; ".join(results.run.settings.get("reduced", ()))
-    lead = f"{options}: to take ten minutes on two cores, or not much more; give these options to measure more"
+    lead = (
+        f"{options}: to take ten minutes on two cores, or not much more; give these options to "
+        "measure more"
+    )
     reduced = make_statement("reduced", "Reduced", options and lead, priority=0)
     found = [statement for statement in (*findings, reduced) if statement.lead]
     skipped = skipped or left_out(results)
-    statements = [state_inputs(results, *extra), *found, skipped, *final_statements(results, so_far)]
-    # What the other statements do not cover comes first: layers of an unfinished run, and unexpected skipped tensors.
+    statements = [
+        state_inputs(results, *extra),
+        *found,
+        skipped,
+        *final_statements(results, so_far),
+    ]
+    # What the other statements do not cover comes first: layers of an unfinished run, and
+    # unexpected skipped tensors.
     return sorted(
         statements,
         key=lambda statement: (
@@ -358,7 +436,12 @@ def summarize(
     )
 
 
-_STYLES: dict[Level, str] = {"ok": "bold green", "note": "", "warning": "bold yellow", "failure": "bold red"}
+_STYLES: dict[Level, str] = {
+    "ok": "bold green",
+    "note": "",
+    "warning": "bold yellow",
+    "failure": "bold red",
+}
 
 
 # Maximum number of lines of a command's summary; None for no limit.
@@ -367,7 +450,8 @@ _MAX_LINES: ContextVar[int | None] = ContextVar("most", default=None)
 
 @contextmanager
 def limit_lines(lines: int | None) -> Iterator[None]:
-    """Limit summaries shown within the block to this number of lines, and tables to their main columns; None for all.
+    """Limit summaries shown within the block to this number of lines, and tables to their main
+    columns; None for all.
 
     The first line of a decision, a warning or a failure is shown even where it exceeds the limit.
     """
@@ -421,14 +505,22 @@ class _Summary:
         grid.add_column(overflow="fold")
         for statement, lines in zip(self.statements, shown_lines, strict=True):
             if lines:
-                grid.add_row(statement.label, Text("\n".join(lines), style=_STYLES[statement.level]))
+                grid.add_row(
+                    statement.label, Text("\n".join(lines), style=_STYLES[statement.level])
+                )
         yield grid
-        if hidden := sum(len(statement.lines) for statement in self.statements) - sum(map(len, shown_lines)):
+        if hidden := sum(len(statement.lines) for statement in self.statements) - sum(
+            map(len, shown_lines)
+        ):
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
-def _select_fitting(statements: Sequence[Statement], limit: int, height: Callable[[str], int]) -> list[tuple[str, ...]]:
-    """Return the lines of each statement that fit: leads before details, decisions and warnings first."""
+def _select_fitting(
+    statements: Sequence[Statement], limit: int, height: Callable[[str], int]
+) -> list[tuple[str, ...]]:
+    """Return the lines of each statement that fit: leads before details, decisions and warnings
+    first.
+    """
     shown_lines: list[tuple[str, ...]] = [()] * len(statements)
     remaining = limit - 1  # the last line gives the number of hidden lines
     order = sorted(range(len(statements)), key=lambda index: statements[index].urgency)
@@ -436,8 +528,14 @@ def _select_fitting(statements: Sequence[Statement], limit: int, height: Callabl
     for index, row in [*((index, 0) for index in order), *details]:
         statement = statements[index]
         # A command has long paths: it takes two lines of the limit, whatever it needs.
-        cost = min(2, height(statement.lead)) if statement.key == "next" else height(statement.lines[row])
+        cost = (
+            min(2, height(statement.lead))
+            if statement.key == "next"
+            else height(statement.lines[row])
+        )
         is_due = len(shown_lines[index]) == row
-        if (is_due and cost <= remaining and statement.urgency < 2) or (row == 0 and statement.urgency == 0):
+        if (is_due and cost <= remaining and statement.urgency < 2) or (
+            row == 0 and statement.urgency == 0
+        ):
             shown_lines[index], remaining = statement.lines[: row + 1], remaining - cost
     return shown_lines

@@ -1,4 +1,5 @@
-"""Tables of records, derived from their declared columns, so that a feature needs no table of its own.
+"""Tables of records, derived from their declared columns, so that a feature needs no table of its
+own.
 
 In a narrow terminal, columns are dropped first, then row names are shortened.
 """
@@ -19,7 +20,17 @@ from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.statements import Statement, is_verbose, summary_of
-from lora_diag.rendering.text import HasLayer, crop, ends, plus_minus, safe, safe_lines, short, to_text, written
+from lora_diag.rendering.text import (
+    HasLayer,
+    crop,
+    ends,
+    plus_minus,
+    safe,
+    safe_lines,
+    short,
+    to_text,
+    written,
+)
 
 # Terminal width from which tables show longer names and more details.
 WIDE = 120
@@ -37,10 +48,11 @@ class Column:
 
     Args:
         title: Its heading.
-        cells: Cells from the first row to the last. Unprintable characters are escaped; only a ``Text`` has line ends.
+        cells: Cells from the first row to the last. Unprintable characters are escaped; only a
+            ``Text`` has line ends.
         justify: Alignment of the cells.
-        drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the last column; 0 for
-            never.
+        drop: Priority of dropping in a narrow terminal: the largest value first, of equal ones the
+            last column; 0 for never.
         detail: Whether it is shown only with ``-v``.
     """
 
@@ -71,7 +83,8 @@ class Grid:
         names: One per row.
         columns: The others.
         about: Explanation for pages; a terminal has a summary instead.
-        most: Number of first rows that a terminal shows, dropping columns before it shortens a name; None for all.
+        most: Number of first rows that a terminal shows, dropping columns before it shortens a
+            name; None for all.
         detail: Whether a terminal shows it only with ``-v``.
     """
 
@@ -89,12 +102,16 @@ class Grid:
         object.__setattr__(self, "names", tuple(map(safe, self.names)))
 
     def render(self, width: int) -> list[RenderableType]:
-        """Return caption, table and number of other rows for a terminal of a given width; details only with ``-v``."""
+        """Return caption, table and number of other rows for a terminal of a given width; details
+        only with ``-v``.
+        """
         if self.detail and not is_verbose():
             return []
         names, limit = self.names[: self.most], self.most
         columns = [replace(column, cells=column.cells[:limit]) for column in self.columns]
-        table = table_of(self.title, names, columns, width, max(map(len, names), default=0) if limit else None)
+        table = table_of(
+            self.title, names, columns, width, max(map(len, names), default=0) if limit else None
+        )
         hidden = len(self.names) - len(names)
         return [
             *([Text(self.caption, style="bold")] if self.caption else []),
@@ -105,7 +122,9 @@ class Grid:
     def rows(self) -> list[tuple[str, list[str]]]:
         """Return the name and the cells of each row."""
         cells = zip(*(column.cells for column in self.columns), strict=True)
-        return [(name, [str(cell) for cell in row]) for name, row in zip(self.names, cells, strict=True)]
+        return [
+            (name, [str(cell) for cell in row]) for name, row in zip(self.names, cells, strict=True)
+        ]
 
 
 def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
@@ -113,12 +132,14 @@ def rows_of(records: Iterable[R], per: str) -> list[tuple[str, tuple[R, ...]]]:
 
     Args:
         records: Records of layers.
-        per: ``layer`` for one row a layer; ``type`` for one row per module type, attention before MLP before vocabulary
-            tables.
+        per: ``layer`` for one row a layer; ``type`` for one row per module type, attention before
+            MLP before vocabulary tables.
     """
     groups: dict[str, list[R]] = {}
     for record in records:
-        groups.setdefault(module_type_of(record.layer) if per == "type" else record.layer, []).append(record)
+        groups.setdefault(
+            module_type_of(record.layer) if per == "type" else record.layer, []
+        ).append(record)
     rows = [(short(name), tuple(group)) for name, group in groups.items()]
     return sorted(rows, key=lambda row: type_order(row[1][0].layer)) if per == "type" else rows
 
@@ -128,7 +149,9 @@ def title_of(per: str) -> str:
     return "module type" if per == "type" else per
 
 
-def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None) -> Table:
+def table_of(
+    title: str, names: Sequence[str], columns: Sequence[Column], width: int, keep: int | None = None
+) -> Table:
     """Return a table of named rows; the caption names the columns that do not fit.
 
     Args:
@@ -136,25 +159,34 @@ def table_of(title: str, names: Sequence[str], columns: Sequence[Column], width:
         names: One per row; shortened to fit, but kept distinct.
         columns: The others.
         width: Width of the terminal.
-        keep: Characters of a name that columns must leave room for; default 12, in a wide terminal 32.
+        keep: Characters of a name that columns must leave room for; default 12, in a wide terminal
+            32.
     """
     longest = max(len(title), *map(len, names), 0)
     at_most = [column for column in columns if is_verbose() or not column.detail]
-    fitting = _drop_columns(at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME)))
+    fitting = _drop_columns(
+        at_most, width, min(longest, keep or (_WIDE_NAME if width >= WIDE else _NAME))
+    )
     room = min(longest, _room_for_names(fitting, width))
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD, pad_edge=False, padding=0, header_style="bold", caption_justify="left"
+    )
     if hidden := [column.title for column in at_most if column not in fitting]:
         table.caption = f"not shown at {width} columns: {', '.join(hidden)}\n"
     table.add_column(title, no_wrap=True, width=room)
     for column in fitting:
         table.add_column(column.title, justify=column.justify, no_wrap=True, width=column.width)
-    for name, *cells in zip(shorten_names(names, room), *(column.cells for column in fitting), strict=True):
+    for name, *cells in zip(
+        shorten_names(names, room), *(column.cells for column in fitting), strict=True
+    ):
         table.add_row(name, *cells)
     return table
 
 
 def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[RenderableType]:
-    """Remove a caption from all but the last of the tables that have it, in place, and return the parts."""
+    """Remove a caption from all but the last of the tables that have it, in place, and return the
+    parts.
+    """
     last = {part.caption: part for part in parts if isinstance(part, Table)}
     for part in parts:
         if isinstance(part, Table) and last[part.caption] is not part:
@@ -163,11 +195,14 @@ def drop_repeated_captions(parts: Sequence[RenderableType]) -> Sequence[Renderab
 
 
 def shorten_names(names: Sequence[str], width: int) -> list[str]:
-    """Return names shortened to a width: at the beginning, and also after the differing part if two would be equal.
+    """Return names shortened to a width: at the beginning, and also after the differing part if two
+    would be equal.
 
     Names that differ stay different, if need be by a number at the end.
 
-    >>> shorten_names(["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16)
+    >>> shorten_names(
+    ...     ["layer.0.attention.output.dense", "layer.1.attention.output.dense", "pooler.dense"], 16
+    ... )
     ['…0.…output.dense', '…1.…output.dense', 'pooler.dense']
     """
     groups: dict[str, list[str]] = {}
@@ -188,22 +223,34 @@ def _disambiguate(names: Sequence[str], width: int, used: Set[str]) -> list[str]
 
     Without room for these, the names end in a number.
     """
-    differ = next((i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0)
+    differ = next(
+        (i for i, chars in enumerate(zip(*names, strict=False)) if len(set(chars)) > 1), 0
+    )
     start = names[0].rfind(".", 0, differ) + 1
     lead = "…" if start else ""
     room = width - len(lead) - 1
 
     def cuts(heads: Sequence[str]) -> list[str]:
-        return [f"{lead}{head}…{name[len(name) - room + len(head) :]}" for head, name in zip(heads, names, strict=True)]
+        return [
+            f"{lead}{head}…{name[len(name) - room + len(head) :]}"
+            for head, name in zip(heads, names, strict=True)
+        ]
 
     tails = [name[start:] for name in names]
     head_parts = [[".".join([*tail.split(".")[:n], ""]) for tail in tails] for n in range(1, 4)]
     head_characters = [[tail[:n] for tail in tails] for n in range(1, room)]
     for heads in (*head_parts, *head_characters):
-        if max(map(len, heads)) < room and len(set(result := cuts(heads))) == len(names) and not used & set(result):
+        if (
+            max(map(len, heads)) < room
+            and len(set(result := cuts(heads))) == len(names)
+            and not used & set(result)
+        ):
             return result
     # No room for the differing part: use a number.
-    return [crop(name, max(1, width - len(f"#{i}"))) + f"#{i}" for i, name in enumerate(names, len(used) + 1)]
+    return [
+        crop(name, max(1, width - len(f"#{i}"))) + f"#{i}"
+        for i, name in enumerate(names, len(used) + 1)
+    ]
 
 
 def _room_for_names(columns: Sequence[Column], width: int) -> int:
@@ -212,9 +259,13 @@ def _room_for_names(columns: Sequence[Column], width: int) -> int:
 
 
 def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> list[Column]:
-    """Return the columns, less those dropped so that names keep ``name_width`` characters, as far as columns may be."""
+    """Return the columns, less those dropped so that names keep ``name_width`` characters, as far
+    as columns may be.
+    """
     fitting = list(columns)
-    for position in sorted(range(len(columns)), key=lambda position: (-columns[position].drop, -position)):
+    for position in sorted(
+        range(len(columns)), key=lambda position: (-columns[position].drop, -position)
+    ):
         if columns[position].drop and _room_for_names(fitting, width) < name_width:
             fitting = [column for column in fitting if column is not columns[position]]
     return fitting
@@ -232,7 +283,9 @@ def columns_of(shown: Iterable[Shown], rows: Rows) -> list[Column]:
     """
     groups = [group for _, group in rows]
     columns = ((field.main, _make_column(field, groups)) for field in shown if field.in_terminal)
-    return [column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)]
+    return [
+        column for main, column in columns if main or any(str(cell) != "-" for cell in column.cells)
+    ]
 
 
 def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -253,9 +306,15 @@ def record_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 
 def grid_of(
-    shown: Iterable[Shown], rows: Rows, per: str, caption: str = "", about: str = "", extra: Sequence[Column] = ()
+    shown: Iterable[Shown],
+    rows: Rows,
+    per: str,
+    caption: str = "",
+    about: str = "",
+    extra: Sequence[Column] = (),
 ) -> Grid:
-    """Return the table of named rows: how many records each has where it is a module type, and the declared columns.
+    """Return the table of named rows: how many records each has where it is a module type, and the
+    declared columns.
 
     Args:
         shown: Columns as declared by the records.
@@ -265,7 +324,9 @@ def grid_of(
         about: What one reads from it.
         extra: Columns after the declared ones.
     """
-    sizes = [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
+    sizes = (
+        [Column("n", tuple(str(len(group)) for _, group in rows), drop=1)] if per == "type" else []
+    )
     columns = (*sizes, *columns_of(shown, rows), *extra)
     return Grid(caption, title_of(per), tuple(name for name, _ in rows), columns, about)
 
@@ -287,7 +348,9 @@ def grids_table(
         next_command: The suggested next command, printed last; None without one.
     """
     tables = [part for grid in grids for part in grid.render(width)]
-    return to_text(Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color)
+    return to_text(
+        Group(*drop_repeated_captions(tables), summary_of(statements, next_command)), width, color
+    )
 
 
 def _make_printable(cell: str | Text) -> str | Text:
@@ -298,15 +361,21 @@ def _make_printable(cell: str | Text) -> str | Text:
 
 
 def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
-    is_text = any(isinstance(value_at(record, shown.path), str) for group in groups for record in group)
+    is_text = any(
+        isinstance(value_at(record, shown.path), str) for group in groups for record in group
+    )
     cells = tuple(_make_cell(shown, group) for group in groups)
-    return Column(shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.detail)
+    return Column(
+        shown.head or shown.title, cells, "left" if is_text else "right", shown.drop, shown.detail
+    )
 
 
 def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     """Return the cell of several records, with error, random baseline and mark."""
     if shown.pool == "ends":
-        return ends([item for record in group for item in value_at(record, shown.path) or ()], shown.form)
+        return ends(
+            [item for record in group for item in value_at(record, shown.path) or ()], shown.form
+        )
     value = pooled_value(shown, group)
     if value is None:
         return "-"

@@ -35,14 +35,26 @@ BARS = "▁▂▃▄▅▆▇█"
 # Placeholder of a bar whose value was not computed.
 UNKNOWN = "·"
 
-# ASCII replacements, of the same width for what bars and tables use, for terminals without these characters.
+# ASCII replacements, of the same width for what bars and tables use, for terminals without these
+# characters.
 _ASCII = str.maketrans("▁▂▃▄▅▆▇█·─×−–…‖Δσεℓ⟨⟩÷", ".:-=+%#@*-x--~|dsel<>/") | str.maketrans(
-    {"²": "^2", "½": "1/2", "ᵀ": "^T", "√": "sqrt ", "Σ": "sum ", "≥": ">=", "≤": "<=", "≈": "~", "±": "+-", "→": "->"}
+    {
+        "²": "^2",
+        "½": "1/2",
+        "ᵀ": "^T",
+        "√": "sqrt ",
+        "Σ": "sum ",
+        "≥": ">=",
+        "≤": "<=",
+        "≈": "~",
+        "±": "+-",
+        "→": "->",
+    }
     | {"λ": "lambda", "ρ": "rho", "κ": "kappa", "α": "alpha", "μ": "mu", "∇": "grad "}
 )
 
-# Background and foreground by fraction, light to dark blue: ordered in grey and for colour-blind readers (xterm
-# colours).
+# Background and foreground by fraction, light to dark blue: ordered in grey and for colour-blind
+# readers (xterm colours).
 SHADES = (
     ("#f7fbff", "#000000"),
     ("#deebf7", "#000000"),
@@ -73,7 +85,9 @@ def to_text(renderable: RenderableType, width: int, color: bool) -> str:
         emoji=False,
         legacy_windows=False,
     )
-    segments = [Segment(safe_lines(segment.text), segment.style) for segment in console.render(renderable)]
+    segments = [
+        Segment(safe_lines(segment.text), segment.style) for segment in console.render(renderable)
+    ]
     console.print(Segments(segments), crop=False)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())
 
@@ -136,7 +150,8 @@ def quantity(number_of: int, noun: str = "matrix", plural: str = "") -> str:
 
 
 def list_counts(words: Iterable[Word], texts: Mapping[Word, str]) -> list[str]:
-    """Return how often each known word occurs, as phrases in the order of ``texts``; without those that do not occur.
+    """Return how often each known word occurs, as phrases in the order of ``texts``; without those
+    that do not occur.
 
     Args:
         words: The words.
@@ -150,7 +165,8 @@ def list_counts(words: Iterable[Word], texts: Mapping[Word, str]) -> list[str]:
 
 
 def crop(text: str, width: int) -> str:
-    """Return text truncated at its beginning to ``width``; the end of a layer's name is more specific.
+    """Return text truncated at its beginning to ``width``; the end of a layer's name is more
+    specific.
 
     >>> crop("block_sparse_moe.experts.*.w1", 16)
     '…oe.experts.*.w1'
@@ -174,7 +190,8 @@ def shade(share: float) -> str:
 
 
 def number(value: float) -> str:
-    """Return a number with up to three significant digits, whole from 100; with an exponent below 1e-3 and from 1e6.
+    """Return a number with up to three significant digits, whole from 100; with an exponent below
+    1e-3 and from 1e6.
 
     >>> number(0.0312345), number(2.1e-5), number(1234.5), number(0)
     ('0.0312', '2.1e-05', '1234', '0')
@@ -230,7 +247,8 @@ def select_evenly(items: Sequence[T], count: int) -> list[T]:
 
 
 def ends(values: Sequence[float], form: str) -> str:
-    """Return the range of several numbers as text, from the smallest to the largest; a dash for fewer than two.
+    """Return the range of several numbers as text, from the smallest to the largest; a dash for
+    fewer than two.
 
     >>> ends([0.25, 0.125], ".3f"), ends([0.25, -0.125], ".3f"), ends([0.25], ".3f")
     ('0.125-0.250', '-0.125 to 0.250', '-')
@@ -284,7 +302,11 @@ def count(value: int) -> str:
     >>> count(999), count(999_999), count(1_050_000), count(6_738_415_616)
     ('999', '1 M', '1.05 M', '6.74 B')
     """
-    return _scale(value, {10**12: "T", 10**9: "B", 10**6: "M"}) or _scale(value, {1000: "k"}, 10**4) or str(value)
+    return (
+        _scale(value, {10**12: "T", 10**9: "B", 10**6: "M"})
+        or _scale(value, {1000: "k"}, 10**4)
+        or str(value)
+    )
 
 
 def byte_count(size: int) -> str:
@@ -297,10 +319,17 @@ def byte_count(size: int) -> str:
 
 
 def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
-    """Return a number in three digits in the first unit that these reach; empty if none, or below ``least``."""
+    """Return a number in three digits in the first unit that these reach; empty if none, or below
+    ``least``.
+    """
     rounded = float(f"{value:.3g}")
     return next(
-        (f"{rounded / size:g} {unit}" for size, unit in units.items() if rounded >= size and value >= least), ""
+        (
+            f"{rounded / size:g} {unit}"
+            for size, unit in units.items()
+            if rounded >= size and value >= least
+        ),
+        "",
     )
 
 
@@ -323,7 +352,8 @@ def plus_minus(error: float) -> str:
 
 
 def with_limits(value: float, half: float | None) -> str:
-    """Return a signed value with its interval, four decimals each; the value alone if the interval is not known.
+    """Return a signed value with its interval, four decimals each; the value alone if the interval
+    is not known.
 
     >>> with_limits(0.01, 0.02), with_limits(0.01, None)
     ('+0.0100 [-0.0100, 0.0300]', '+0.0100')
@@ -341,7 +371,8 @@ def two_digits(error: float) -> str:
 
 
 def factor(value: float) -> str:
-    """Return a factor with up to five significant digits between 0.5 and 2, elsewhere as ``number`` does.
+    """Return a factor with up to five significant digits between 0.5 and 2, elsewhere as ``number``
+    does.
 
     >>> factor(0.998765), factor(0.0312345)
     ('0.99877', '0.0312')
@@ -386,10 +417,16 @@ def written(value: float, form: str = "", share: bool = False) -> str:
 
     Args:
         value: The number.
-        form: A name in ``FORMS``, or a format; empty for two decimals of a fraction and three digits of other numbers.
+        form: A name in ``FORMS``, or a format; empty for two decimals of a fraction and three
+            digits of other numbers.
         share: Whether it is a fraction in [0, 1].
 
-    >>> written(0.4123, share=True), written(0.4123, "percent"), written(0.4123, "+.3f"), written(1234.5)
+    >>> (
+    ...     written(0.4123, share=True),
+    ...     written(0.4123, "percent"),
+    ...     written(0.4123, "+.3f"),
+    ...     written(1234.5),
+    ... )
     ('0.41', '41%', '+0.412', '1234')
     """
     if not form:
@@ -398,7 +435,8 @@ def written(value: float, form: str = "", share: bool = False) -> str:
 
 
 def spark(s: Sequence[float], total: int, width: int = 8) -> str:
-    """Return a spectrum as bars: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over 3 decades, ``·`` beyond s.
+    """Return a spectrum as bars: i log-spaced from 1 to ``total``, height log σ_i/σ_1 over 3
+    decades, ``·`` beyond s.
 
     All bars are the lowest without values or if σ_1 = 0.
 
@@ -408,11 +446,14 @@ def spark(s: Sequence[float], total: int, width: int = 8) -> str:
     if not s or s[0] <= 0:
         return BARS[0] * width
     points = [round(total ** (i / (width - 1))) - 1 for i in range(width)]
-    return "".join(bar(1 + math.log10(max(s[i] / s[0], 1e-3)) / 3) if i < len(s) else UNKNOWN for i in points)
+    return "".join(
+        bar(1 + math.log10(max(s[i] / s[0], 1e-3)) / 3) if i < len(s) else UNKNOWN for i in points
+    )
 
 
 def strip(shares: Sequence[float | None], width: int) -> str:
-    """Return fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are more.
+    """Return fractions in [0, 1] as one line of bars, averaged into ``width`` bins if there are
+    more.
 
     None is ignored in a bin with known values, and a dot in one without.
 

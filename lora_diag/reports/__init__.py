@@ -11,12 +11,18 @@ class ReportOptions(TypedDict, total=False):
     """Options of ``report``."""
 
     output: Annotated[
-        Path | str | None, Option(None, "Report to write; default: report.html.", "FILE", ("--output", "-o"), OUTPUT)
+        Path | str | None,
+        Option(None, "Report to write; default: report.html.", "FILE", ("--output", "-o"), OUTPUT),
     ]
     format: Annotated[
-        str | None, Option(None, "Format; default: by the output's suffix.", "html|md|csv|parquet", panel=OUTPUT)
+        str | None,
+        Option(
+            None, "Format; default: by the output's suffix.", "html|md|csv|parquet", panel=OUTPUT
+        ),
     ]
-    values: Annotated[bool, Option(False, "One row per entry of a list (csv, parquet).", panel=OUTPUT)]
+    values: Annotated[
+        bool, Option(False, "One row per entry of a list (csv, parquet).", panel=OUTPUT)
+    ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
@@ -26,12 +32,20 @@ class TrackerOptions(TypedDict, total=False):
     to: Annotated[
         str | None,
         Option(
-            None, "Tracker to send the report to; default: none.", "wandb|mlflow|trackio|tensorboard|hub", panel=OUTPUT
+            None,
+            "Tracker to send the report to; default: none.",
+            "wandb|mlflow|trackio|tensorboard|hub",
+            panel=OUTPUT,
         ),
     ]
     project: Annotated[
         str | None,
-        Option(None, "Project, experiment, log folder or model id; default: the tracker's.", "NAME", panel=OUTPUT),
+        Option(
+            None,
+            "Project, experiment, log folder or model id; default: the tracker's.",
+            "NAME",
+            panel=OUTPUT,
+        ),
     ]
 
 

@@ -54,7 +54,9 @@ class Source:
 
     def paths(self, role: str = "") -> list[str]:
         """Return the paths of all inputs of a role; without one, of all inputs."""
-        return [run_input.path for run_input in self.results.run.inputs if role in {"", run_input.role}]
+        return [
+            run_input.path for run_input in self.results.run.inputs if role in {"", run_input.role}
+        ]
 
 
 class Capacity(NamedTuple):
@@ -90,12 +92,16 @@ class Evidence:
     def losses(self, *probes: str) -> Iterator[tuple[Source, list[Probe]]]:
         """Yield the runs with records of some probes, with these records."""
         for source in self.sources:
-            records = [r for r in source.results.whole if isinstance(r, Probe) and r.probe in probes]
+            records = [
+                r for r in source.results.whole if isinstance(r, Probe) and r.probe in probes
+            ]
             if records:
                 yield source, records
 
     def path_of(self, role: str, placeholder: str = "") -> str:
-        """Return the path of the first input of a role in any run, else the placeholder, else the role in capitals."""
+        """Return the path of the first input of a role in any run, else the placeholder, else the
+        role in capitals.
+        """
         paths = (path for source in self.sources for path in source.paths(role))
         return next(paths, placeholder or role.upper())
 
@@ -104,7 +110,9 @@ class Evidence:
         return Evidence(tuple(source for source in self.sources if source.results.end is not None))
 
     def groups(self) -> list[Evidence]:
-        """Return the evidence for each full fine-tune, with the runs that belong to none, such as sweeps."""
+        """Return the evidence for each full fine-tune, with the runs that belong to none, such as
+        sweeps.
+        """
         fine_tunes: list[set[str]] = []  # paths and fingerprints of each
         for source in self.sources:
             if tuned_ids := _identify_tuned(source):
@@ -115,7 +123,12 @@ class Evidence:
         if len(fine_tunes) < 2:
             return [self]
         return [
-            replace(self, sources=tuple(s for s in self.sources if not (ids := _identify_tuned(s)) or ids & tuned_ids))
+            replace(
+                self,
+                sources=tuple(
+                    s for s in self.sources if not (ids := _identify_tuned(s)) or ids & tuned_ids
+                ),
+            )
             for tuned_ids in fine_tunes
         ]
 
@@ -123,18 +136,23 @@ class Evidence:
     def update(self) -> Source | None:
         """The first spectrum of a full update, in the weights' metric; None without one.
 
-        Not the spectrum of an adapter, whose rank is a setting, nor one in another metric, which does not describe
-        norms and placement.
+        Not the spectrum of an adapter, whose rank is a setting, nor one in another metric, which
+        does not describe norms and placement.
         """
         for source in self.of(Spectrum):
-            if any((r.method != "factored", r.source, r.metric) == (True, "update", "weights") for r in source.results):
+            if any(
+                (r.method != "factored", r.source, r.metric) == (True, "update", "weights")
+                for r in source.results
+            ):
                 return source
         return None
 
     @cached_property
     def changed(self) -> tuple[Spectrum, ...]:
         """Spectra of ``update``: the changed matrices outside embeddings and head."""
-        return _select_matrices(record for record in (self.update.results if self.update else ()) if record.fro > 0)
+        return _select_matrices(
+            record for record in (self.update.results if self.update else ()) if record.fro > 0
+        )
 
     @cached_property
     def resolved(self) -> tuple[Spectrum, ...]:
@@ -153,43 +171,70 @@ class Evidence:
 
     @cached_property
     def compared(self) -> dict[str, tuple[Residual, ...]]:
-        """Resolved matrices of every adapter outside embeddings and head; empty if fewer than half are resolved."""
-        return {path: _select_resolved(_select_matrices(records)) for path, records in self.adapters.items()}
+        """Resolved matrices of every adapter outside embeddings and head; empty if fewer than half
+        are resolved.
+        """
+        return {
+            path: _select_resolved(_select_matrices(records))
+            for path, records in self.adapters.items()
+        }
 
     @cached_property
     def ranks(self) -> dict[str, int]:
         """The rank of every compared adapter that has one rank."""
-        ranks = {path: {r.rank for r in records if r.rank} for path, records in self.compared.items()}
+        ranks = {
+            path: {r.rank for r in records if r.rank} for path, records in self.compared.items()
+        }
         return {path: next(iter(of_path)) for path, of_path in ranks.items() if len(of_path) == 1}
 
     @cached_property
     def capacities(self) -> tuple[Capacity, ...]:
-        """Energy within the largest rank of any adapter, by layer; within ``DEFAULT_RANK`` without an adapter.
+        """Energy within the largest rank of any adapter, by layer; within ``DEFAULT_RANK`` without
+        an adapter.
 
         Layers that no adapter changes are not counted.
         """
-        records = [record for records in self.compared.values() for record in records if record.rank]
+        records = [
+            record for records in self.compared.values() for record in records if record.rank
+        ]
         records.sort(key=lambda record: record.rank or 0)  # of one layer, the largest rank is last
-        by_layer = {r.layer: (r.rank or 0, 1 - r.epsilon_min**2) for r in records if r.epsilon_min is not None}
+        by_layer = {
+            r.layer: (r.rank or 0, 1 - r.epsilon_min**2)
+            for r in records
+            if r.epsilon_min is not None
+        }
         if not by_layer:
             kept = {record.layer: energy_at(record, DEFAULT_RANK) for record in self.resolved}
-            by_layer = {layer: (DEFAULT_RANK, share) for layer, share in kept.items() if share is not None}
+            by_layer = {
+                layer: (DEFAULT_RANK, share) for layer, share in kept.items() if share is not None
+            }
         return tuple(Capacity(layer, *of_layer) for layer, of_layer in by_layer.items())
 
     @cached_property
     def contests(self) -> list[Contest]:
         """The comparison of every adapter with a full fine-tune by losses."""
-        return [contest for _, records in self.losses("outputs") for contest in contests_of(records)]
+        return [
+            contest for _, records in self.losses("outputs") for contest in contests_of(records)
+        ]
 
     @cached_property
     def sweep(self) -> tuple[Source, Swept] | None:
         """The first sweep with a verdict; None without one."""
         swept = ((source, swept_of(source.results)) for source, _ in self.losses("sweep"))
-        return next(((source, s) for source, s in swept if s is not None and s.verdict.outcome != "no verdict"), None)
+        return next(
+            (
+                (source, s)
+                for source, s in swept
+                if s is not None and s.verdict.outcome != "no verdict"
+            ),
+            None,
+        )
 
     @cached_property
     def insufficient_rank(self) -> int:
-        """The highest rank of an adapter that is significantly worse than the full fine-tune; 0 without one."""
+        """The highest rank of an adapter that is significantly worse than the full fine-tune; 0
+        without one.
+        """
         worse = [contest.name for contest in self.contests if contest.outcome == "worse"]
         return max((self.ranks.get(name, 0) for name in worse), default=0)
 
@@ -199,7 +244,9 @@ class Evidence:
         pairs = (
             (choice.best, rival.name)
             for _, records in self.losses("outputs")
-            for choice in choose_adapters([record for record in records if record.set in deciding_sets(records)])
+            for choice in choose_adapters(
+                [record for record in records if record.set in deciding_sets(records)]
+            )
             for rival in choice.rivals
             if rival.worse
         )
@@ -208,16 +255,26 @@ class Evidence:
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts of all gates."""
-        return tuple(verdict for source in self.sources for verdict in source.results.whole_of(Verdict))
+        return tuple(
+            verdict for source in self.sources for verdict in source.results.whole_of(Verdict)
+        )
 
 
 def _select_matrices(records: Iterator[Matrix] | Sequence[Matrix]) -> tuple[Matrix, ...]:
-    return tuple(record for record in records if len(record.shape) == 2 and part_of(record.layer) == "matrices")
+    return tuple(
+        record
+        for record in records
+        if len(record.shape) == 2 and part_of(record.layer) == "matrices"
+    )
 
 
 def _select_resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
     """Return the resolved records; empty if fewer than half are resolved."""
-    resolved = tuple(record for record in records if record.resolution and record.resolution.verdict == "resolved")
+    resolved = tuple(
+        record
+        for record in records
+        if record.resolution and record.resolution.verdict == "resolved"
+    )
     return resolved if 2 * len(resolved) >= len(records) else ()
 
 
@@ -232,7 +289,12 @@ def energy_at(record: Spectrum, rank: int) -> float | None:
 
     Example:
         >>> from types import SimpleNamespace
-        >>> round(energy_at(SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1), 6)
+        >>> round(
+        ...     energy_at(
+        ...         SimpleNamespace(s=(2.0, 1.0, 1.0), fro=6**0.5, complete=True, energy={}), 1
+        ...     ),
+        ...     6,
+        ... )
         0.666667
     """
     measured = record.energy.get(str(rank))

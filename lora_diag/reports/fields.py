@@ -40,7 +40,8 @@ class Field:
         values: One per layer; None if undefined.
         share: Whether it lies in [0, 1].
         main: Whether it is shown by default.
-        together: Returns the pooled value of several layers by index, as in the command's own table.
+        together: Returns the pooled value of several layers by index, as in the command's own
+            table.
     """
 
     id: str
@@ -65,7 +66,10 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
     """
     return tuple(
         dict.fromkeys(
-            record.layer for source in evidence.sources for record in source.results if not isinstance(record, Fleet)
+            record.layer
+            for source in evidence.sources
+            for record in source.results
+            if not isinstance(record, Fleet)
         )
     )
 
@@ -106,7 +110,9 @@ def _list_columns(evidence: Evidence) -> Iterator[_Columns]:
     for source in evidence.of(Residual):
         for record in source.results:
             adapters.setdefault(record.adapter, {}).setdefault(record.layer, record)
-    for position, (label, records) in enumerate(zip(labels(list(adapters)), adapters.values(), strict=True)):
+    for position, (label, records) in enumerate(
+        zip(labels(list(adapters)), adapters.values(), strict=True)
+    ):
         yield f"a{position}", label, Residual.shown, records
     for position, (source, name) in enumerate(_name_sources(evidence, Overlap)):
         # The last step; the page's curves show all steps.
@@ -118,13 +124,20 @@ def _list_columns(evidence: Evidence) -> Iterator[_Columns]:
         if issubclass(kind, LayerRecord) and kind.key == ("layer",) and kind is not Spectrum:
             for position, (source, name) in enumerate(_name_sources(evidence, kind)):
                 shown = kind.shown_of(source.results.run.settings, source.results.layers)
-                yield f"{kind.model_fields['record'].default}{position}", name, shown, source.by_layer(kind)
+                yield (
+                    f"{kind.model_fields['record'].default}{position}",
+                    name,
+                    shown,
+                    source.by_layer(kind),
+                )
 
 
 def _name_sources(evidence: Evidence, kind: type[LayerRecord]) -> Iterator[tuple[Source, str]]:
     """Yield the runs with records of a kind, and their names if there are several."""
     sources = list(evidence.of(kind))
-    yield from zip(sources, labels([source.name for source in sources]) if sources[1:] else [""], strict=False)
+    yield from zip(
+        sources, labels([source.name for source in sources]) if sources[1:] else [""], strict=False
+    )
 
 
 def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
@@ -135,14 +148,20 @@ def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
             worst[verdict.layer] = min(earlier, verdict.status, key=WORST_FIRST.index)
 
     def together(positions: Sequence[int]) -> Status | None:
-        statuses = [status for position in positions if (status := worst.get(layers[position])) is not None]
+        statuses = [
+            status for position in positions if (status := worst.get(layers[position])) is not None
+        ]
         return min(statuses, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
     return Field("g", "gate", about, "", tuple(map(worst.get, layers)), together, main=True)
 
 
-def _pool_together(shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]) -> Value:
-    """Return the pooled value of a column over the layers at these positions; None without records."""
+def _pool_together(
+    shown: Shown, records: Mapping[str, Any], layers: Sequence[str], positions: Sequence[int]
+) -> Value:
+    """Return the pooled value of a column over the layers at these positions; None
+    without records.
+    """
     group = [records[layers[position]] for position in positions if layers[position] in records]
     return pooled_value(shown, group) if group else None

@@ -1,11 +1,12 @@
-r"""Records → one HTML page that opens from disk, without a network, and is complete without JavaScript.
+r"""Records → one HTML page that opens from disk, without a network, and is complete without
+JavaScript.
 
 Its static figures, as in ``loradiag plot``, are shown without scripts.
 
-Jinja2 escapes all text; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are escaped as
-``\u003c`` and so on, so that no layer name can close the script element. plotly.js draws the interactive charts; it is
-embedded compressed, in 2.0 MB instead of 4.8 MB. The page's content security policy forbids all connections.
-Independent of how values were measured.
+Jinja2 escapes all text; the records are embedded as JSON in which ``<``, ``>``, ``&`` and ``'`` are
+escaped as ``\u003c`` and so on, so that no layer name can close the script element. plotly.js draws
+the interactive charts; it is embedded compressed, in 2.0 MB instead of 4.8 MB. The page's content
+security policy forbids all connections. Independent of how values were measured.
 """
 
 from __future__ import annotations
@@ -70,22 +71,31 @@ def images_of(evidence: Evidence) -> list[Image]:
     """Return every figure that the records allow, as SVG."""
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    runs, files = [source.results for source in evidence.sources], [source.name for source in evidence.sources]
+    runs, files = (
+        [source.results for source in evidence.sources],
+        [source.name for source in evidence.sources],
+    )
     # Name in the page, figure, title, field of a heat map.
-    kinds: list[tuple[str, str, str, str | None]] = [(kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES]
-    kinds.append(("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders"))
+    kinds: list[tuple[str, str, str, str | None]] = [
+        (kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES
+    ]
+    kinds.append(
+        ("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders")
+    )
     images = []
     for name, kind, title, field in kinds:
         if plots.why_not(kind, runs, field=field) is None:
             svg = plots.encode_figure(plots.figure(kind, runs, field=field, files=files), "svg")
-            images.append(Image(name, title, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"))
+            images.append(
+                Image(name, title, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}")
+            )
     return images
 
 
 TEMPLATES = Path(__file__).parent / "templates"
 
-# Total number of points of all spectra: 256 per layer up to 2,000 layers, and 7 at 70,000, where the page stays below
-# 30 MB.
+# Total number of points of all spectra: 256 per layer up to 2,000 layers, and 7 at 70,000, where
+# the page stays below 30 MB.
 MAX_POINTS, MAX_LAYER_POINTS, MIN_LAYER_POINTS = 500_000, 256, 6
 # Number of layers from which numbers have six digits.
 LARGE_PAGE, DIGITS = 5_000, 6
@@ -104,7 +114,8 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
 
     Args:
         evidence: The runs.
-        images: Static figures; those that belong to no section are hidden once the interactive charts are ready.
+        images: Static figures; those that belong to no section are hidden once the interactive
+            charts are ready.
         made: Creation time of the page as text.
 
     Raises:
@@ -157,7 +168,9 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
 
 
 def _make_printable(value: Any) -> Any:
-    """Return a value of the page with the unprintable characters of a text escaped, except line ends."""
+    """Return a value of the page with the unprintable characters of a text escaped, except line
+    ends.
+    """
     is_text = isinstance(value, str) and not hasattr(value, "__html__")
     return safe_lines(value) if is_text else value
 
@@ -165,9 +178,14 @@ def _make_printable(value: Any) -> Any:
 def _list_parts(
     subject: Subject, outcome: str, sections: Sequence[Section], layers: Sequence[str]
 ) -> list[tuple[str, str]]:
-    """Return the ids and titles of the parts of the page; several runs of a command have whole titles."""
+    """Return the ids and titles of the parts of the page; several runs of a command have whole
+    titles.
+    """
     kinds = [section.kind for section in sections]
-    titles = [kind if kinds.count(kind) == 1 else item.title for kind, item in zip(kinds, sections, strict=True)]
+    titles = [
+        kind if kinds.count(kind) == 1 else item.title
+        for kind, item in zip(kinds, sections, strict=True)
+    ]
     parts = (
         ("next", "Next steps", subject.advice),
         ("gate", "Gate", outcome),
@@ -192,7 +210,9 @@ def _render_run(source: Source) -> str:
         return ""
 
 
-def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]) -> dict[str, Any]:
+def _make_data(
+    evidence: Evidence, layers: Sequence[str], columns: Sequence[Field]
+) -> dict[str, Any]:
     """Return the data of the page's script (``templates/page.js``); layers are numbered."""
     from lora_diag.rendering.figures.fields import Types
 
@@ -205,7 +225,10 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
         "type": [type_index[types.of(layer)] for layer in layers],
         "depth": [depth_of(layer) for layer in layers],
         "fields": [
-            {name: getattr(column, name) for name in ("id", "title", "about", "group", "share", "main")}
+            {
+                name: getattr(column, name)
+                for name in ("id", "title", "about", "group", "share", "main")
+            }
             | {"number": column.is_number, "values": column.values}
             for column in columns
         ],
@@ -213,11 +236,17 @@ def _make_data(evidence: Evidence, layers: Sequence[str], columns: Sequence[Fiel
         "spectra": _make_spectra(evidence, layer_index),
         "overlaps": _make_overlaps(evidence, layer_index),
     }
-    return json.loads(json.dumps(data), parse_float=_round_value) if len(layers) >= LARGE_PAGE else data
+    return (
+        json.loads(json.dumps(data), parse_float=_round_value)
+        if len(layers) >= LARGE_PAGE
+        else data
+    )
 
 
 def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for each length."""
+    """Return σ and C(r) of every layer at the ranks of ``thinned_ranks``, which are stored once for
+    each length.
+    """
     points = _count_points(evidence)
     charts = []
     sources = list(evidence.of(Spectrum))
@@ -225,10 +254,14 @@ def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[di
         ranks_by_length: dict[int, list[int]] = {}
         curves = []
         for record in source.results:
-            shown_ranks = ranks_by_length.setdefault(len(record.s), thinned_ranks(len(record.s), points))
+            shown_ranks = ranks_by_length.setdefault(
+                len(record.s), thinned_ranks(len(record.s), points)
+            )
             energy: list[float | None] = [None] * len(shown_ranks)
             if record.fro > 0:
-                energy = [*map(_round_value, curve_at(record.s, record.fro, record.complete, shown_ranks))]
+                energy = [
+                    *map(_round_value, curve_at(record.s, record.fro, record.complete, shown_ranks))
+                ]
             curves.append(
                 {
                     "layer": layer_index[record.layer],
@@ -238,18 +271,33 @@ def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[di
                     "edge": record.resolution.edge,
                 }
             )
-        charts.append({"label": label, "metric": metric_of(source.results), "ranks": ranks_by_length, "curves": curves})
+        charts.append(
+            {
+                "label": label,
+                "metric": metric_of(source.results),
+                "ranks": ranks_by_length,
+                "curves": curves,
+            }
+        )
     return charts
 
 
 def _list_metrics(evidence: Evidence) -> list[dict[str, str]]:
-    """Return the metrics of the spectra, that of the weights first; curves of different metrics are never combined."""
+    """Return the metrics of the spectra, that of the weights first; curves of different metrics are
+    never combined.
+    """
     metrics = {metric_of(source.results) for source in evidence.of(Spectrum)}
-    return [{"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")} for m in METRIC_NAMES if m in metrics]
+    return [
+        {"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")}
+        for m in METRIC_NAMES
+        if m in metrics
+    ]
 
 
 def _make_overlaps(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its baseline)."""
+    """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its
+    baseline).
+    """
     charts = []
     for source in evidence.of(Overlap):
         curves = []
@@ -273,13 +321,20 @@ def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     """State the contents of the records that the page omits."""
     points = _count_points(evidence)
     longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
-    steps = max((len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0)
-    notes = {
-        f"Spectra and energy curves are drawn with up to {points} of {longest} points of the file.": longest > points,
-        f"With {len(layers)} layers, numbers have {DIGITS} digits.": len(layers) >= LARGE_PAGE,
-        f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.": steps > MAX_STEPS,
-    }
-    return [note for note, applies in notes.items() if applies]
+    steps = max(
+        (len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0
+    )
+    notes = []
+    if longest > points:
+        notes.append(
+            f"Spectra and energy curves are drawn with up to {points} of {longest} points of the "
+            "file."
+        )
+    if len(layers) >= LARGE_PAGE:
+        notes.append(f"With {len(layers)} layers, numbers have {DIGITS} digits.")
+    if steps > MAX_STEPS:
+        notes.append(f"Overlap curves show {MAX_STEPS} of {steps} steps, evenly spaced.")
+    return notes
 
 
 def _round_value(value: float | str) -> float:

@@ -1,6 +1,7 @@
 """Records → GitHub-flavoured Markdown for a pull request or a model card, below 60 KB.
 
-Names from files are code spans or have their markup escaped, so that they create no links, mentions or formatting.
+Names from files are code spans or have their markup escaped, so that they create no links, mentions
+or formatting.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ WIDTH = 400
 
 
 def markdown_report(evidence: Evidence) -> str:
-    """Return the report: answers, next steps, sections of runs, columns by module type, gate, inputs."""
+    """Return the report: answers, next steps, sections of runs, columns by module type, gate,
+    inputs.
+    """
     subject = subject_of(evidence)
     parts = [
         f"# {escape_markdown(crop(subject.title, 200))}",
@@ -56,7 +59,9 @@ def _join_fitting(parts: Sequence[str]) -> str:
     for part in parts:
         room -= len(part.encode()) + 2
         if room < 0:
-            kept.append("*Truncated to stay below 60 KB; `loradiag report --format html` shows everything.*")
+            kept.append(
+                "*Truncated to stay below 60 KB; `loradiag report --format html` shows everything.*"
+            )
             break
         kept.append(part)
     return "\n\n".join(kept) + "\n"
@@ -66,7 +71,9 @@ def _list_items(lines: Sequence[str]) -> str:
     return "".join(f"\n- {escape_markdown(line)}" for line in lines)
 
 
-def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool], noun: str = "") -> str:
+def _write_table(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool], noun: str = ""
+) -> str:
     """Return a table of escaped cells, and the number of rows beyond the limit.
 
     Args:
@@ -82,7 +89,9 @@ def _write_table(titles: Sequence[str], rows: Iterable[Sequence[str]], right: Se
 
 
 def _make_table(evidence: Evidence) -> list[str]:
-    """Return the main columns by module type, pooled as declared, with notes; empty without columns."""
+    """Return the main columns by module type, pooled as declared, with notes; empty without
+    columns.
+    """
     layers = sorted(layers_of(evidence), key=type_order)
     groups: dict[str, list[int]] = {}
     for position, layer in enumerate(layers):
@@ -92,11 +101,20 @@ def _make_table(evidence: Evidence) -> list[str]:
         return []
     heads = [escape_markdown(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
     rows = [
-        [code(name), str(len(positions)), *(escape_markdown(plain(field.together(positions))) for field in columns)]
+        [
+            code(name),
+            str(len(positions)),
+            *(escape_markdown(plain(field.together(positions))) for field in columns),
+        ]
         for name, positions in groups.items()
     ]
-    table = _write_table(["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types")
-    pooling = "Values of a type are pooled as in the command's table, else medians or the most frequent words."
+    table = _write_table(
+        ["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types"
+    )
+    pooling = (
+        "Values of a type are pooled as in the command's table, else medians or the most "
+        "frequent words."
+    )
     return ["## By module type", f"{table}\n\n{pooling}"]
 
 
@@ -105,10 +123,14 @@ def _make_sections(evidence: Evidence) -> list[str]:
     parts = []
     for section in sections_of(evidence):
         statements = "\n".join(
-            f"- **{escape_markdown(statement.label)}** {escape_markdown('; '.join(statement.lines))}"
+            f"- **{escape_markdown(statement.label)}** "
+            f"{escape_markdown('; '.join(statement.lines))}"
             for statement in section.statements
         )
-        parts += [f"## {escape_markdown(crop(section.title, 200))}", *([statements] if statements else [])]
+        parts += [
+            f"## {escape_markdown(crop(section.title, 200))}",
+            *([statements] if statements else []),
+        ]
         parts += map(_write_grid, section.grids)
     return parts
 
@@ -116,7 +138,10 @@ def _make_sections(evidence: Evidence) -> list[str]:
 def _write_grid(grid: Grid) -> str:
     """Return a table with its caption and explanation."""
     titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
-    rows = ([code(name), *(escape_markdown(cell.replace("\n", " ")) for cell in cells)] for name, cells in grid.rows())
+    rows = (
+        [code(name), *(escape_markdown(cell.replace("\n", " ")) for cell in cells)]
+        for name, cells in grid.rows()
+    )
     right = [False, *(column.justify == "right" for column in grid.columns)]
     caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
     about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
@@ -129,7 +154,8 @@ def _make_advice(subject: Subject) -> list[str]:
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
         layers = f" Layers: {_list_layers(step.layers)}." if step.layers else ""
         parts.append(
-            f"{position}. **{escape_markdown(step.do)}.** {escape_markdown(step.because)}{about}\n   "
+            f"{position}. **{escape_markdown(step.do)}.** {escape_markdown(step.because)}{about}\n "
+            "  "
             f"{code(step.command, 1000)}\n   Rule: {step.rule}.{layers}"
         )
     return parts
@@ -142,16 +168,21 @@ def _make_gate(evidence: Evidence) -> list[str]:
 
 
 def _list_runs(evidence: Evidence) -> str:
-    """Return the section on the measured runs: command, version, inputs and number of records of each."""
+    """Return the section on the measured runs: command, version, inputs and number of records of
+    each.
+    """
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        inputs = ", ".join(f"{escape_markdown(item.role)} {code(item.path)}" for item in run.inputs[:NAMED])
+        inputs = ", ".join(
+            f"{escape_markdown(item.role)} {code(item.path)}" for item in run.inputs[:NAMED]
+        )
         inputs += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
         state = "" if source.results.end is not None else "; the run did not finish"
         made = f"; started {source.made}" if source.made else ""
         lines.append(
-            f"- {code(source.name)}: loradiag {escape_markdown(run.command)} {escape_markdown(run.version)}: {inputs}; "
+            f"- {code(source.name)}: loradiag {escape_markdown(run.command)} "
+            f"{escape_markdown(run.version)}: {inputs}; "
             f"{len(source.results) or len(source.results.whole)} records{made}{state}"
         )
     return "\n".join(lines)
@@ -163,7 +194,8 @@ def _list_layers(layers: Sequence[str]) -> str:
 
 
 def code(text: str, limit: int = NAME) -> str:
-    r"""Return a code span for any text in a table, truncated to ``limit``, with a fence longer than its backticks.
+    r"""Return a code span for any text in a table, truncated to ``limit``, with a fence longer than
+    its backticks.
 
     >>> code("q_proj"), code("a`b|c")
     ('`q_proj`', '``a`b\\|c``')

@@ -1,7 +1,7 @@
 """``report``: combine the results of several runs in a page, a text or a table.
 
-A table has one row per record, or per entry of their lists (``records/frames.py``); its first column, ``results``, is
-the file of the row.
+A table has one row per record, or per entry of their lists (``records/frames.py``); its first
+column, ``results``, is the file of the row.
 """
 
 from __future__ import annotations
@@ -23,7 +23,14 @@ from lora_diag.reports import ReportOptions
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.running.options import fill_options, show_options
 
-SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".markdown": "md", ".csv": "csv", ".parquet": "parquet"}
+SUFFIXES = {
+    ".html": "html",
+    ".htm": "html",
+    ".md": "md",
+    ".markdown": "md",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
 
 # Format -> what renders it, and the kind of its file.
 _RENDERERS: dict[str, tuple[str, Kind]] = {
@@ -50,8 +57,10 @@ def report(
     Args:
         results: Results files, or results in memory.
         output: File to write; an earlier report is replaced.
-        format: ``html``, ``md``, ``csv`` or ``parquet``; default by the suffix of ``output``, else ``html``.
-        overwrite: Replace an existing ``output`` even if loradiag did not write it or it was edited since.
+        format: ``html``, ``md``, ``csv`` or ``parquet``; default by the suffix of ``output``, else
+            ``html``.
+        overwrite: Replace an existing ``output`` even if loradiag did not write it or it was edited
+            since.
         values: For ``csv`` and ``parquet``: one row per entry of lists, such as singular values.
         **options: ``ReportOptions``.
 
@@ -59,9 +68,10 @@ def report(
         The report: bytes for ``parquet``, else text.
 
     Raises:
-        UsageError: There are no results, the format is unknown or has no ``values``, or ``output`` is one of the
-            results files, or exists and may not be replaced.
-        InputError: A file cannot be read or written, or a package that the format needs is not installed.
+        UsageError: There are no results, the format is unknown or has no ``values``, or ``output``
+            is one of the results files, or exists and may not be replaced.
+        InputError: A file cannot be read or written, or a package that the format needs is not
+            installed.
 
     Example:
         >>> import lora_diag
@@ -71,16 +81,24 @@ def report(
         # full_ft compared with base
     """
     arguments = fill_options(ReportOptions, options)
-    output, format, overwrite, values = (arguments[name] for name in ("output", "format", "overwrite", "values"))
+    output, format, overwrite, values = (
+        arguments[name] for name in ("output", "format", "overwrite", "values")
+    )
     if not results:
         raise UsageError("no results: give at least one results file")
     output_format = format_of(output, format)
     renderer, kind = _RENDERERS[output_format]
     if values and output_format not in _TABLES:
-        raise UsageError(f"--values: not available with --format {output_format}; use {' or '.join(_TABLES)}")
+        raise UsageError(
+            f"--values: not available with --format {output_format}; use {' or '.join(_TABLES)}"
+        )
     if output is not None:
-        if os.path.realpath(output) in {os.path.realpath(item) for item in results if not isinstance(item, Results)}:
-            raise UsageError(f"{output}: is one of the results files; choose another name for the report")
+        if os.path.realpath(output) in {
+            os.path.realpath(item) for item in results if not isinstance(item, Results)
+        }:
+            raise UsageError(
+                f"{output}: is one of the results files; choose another name for the report"
+            )
         check_output(Path(output), kind, overwrite)
     evidence = Evidence(
         tuple(
@@ -90,15 +108,22 @@ def report(
             for item in results
         )
     )
-    rendered: str | bytes = load(renderer)(evidence, *([values] if output_format in _TABLES else []))
+    rendered: str | bytes = load(renderer)(
+        evidence, *([values] if output_format in _TABLES else [])
+    )
     if output is not None:
-        content = rendered if isinstance(rendered, bytes) else rendered.encode("utf-8", "backslashreplace")
+        content = (
+            rendered
+            if isinstance(rendered, bytes)
+            else rendered.encode("utf-8", "backslashreplace")
+        )
         write_whole(Path(output), content, kind, overwrite)
     return rendered
 
 
 def format_of(output: Path | str | None, format: str | None) -> str:
-    """Return the format of a report: as given, else by the suffix of its file; ``html`` without a file.
+    """Return the format of a report: as given, else by the suffix of its file; ``html`` without a
+    file.
 
     Raises:
         UsageError: The format is not known.
@@ -106,7 +131,9 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     suffix = Path(output).suffix.lower() if output is not None else ".html"
     chosen = format or SUFFIXES.get(suffix)
     if chosen is None:
-        raise UsageError(f"{output}: unknown suffix; choose the format with --format: {', '.join(_RENDERERS)}")
+        raise UsageError(
+            f"{output}: unknown suffix; choose the format with --format: {', '.join(_RENDERERS)}"
+        )
     if chosen not in _RENDERERS:
         raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(_RENDERERS)}")
     return chosen
@@ -115,17 +142,21 @@ def format_of(output: Path | str | None, format: str | None) -> str:
 def to_csv(evidence: Evidence, values: bool = False) -> str:
     """Return all records except ``run`` and ``end`` as CSV (RFC 4180), with unrounded numbers.
 
-    Text that a spreadsheet would interpret as a formula is prefixed with ``'``; control characters are escaped.
+    Text that a spreadsheet would interpret as a formula is prefixed with ``'``; control characters
+    are escaped.
 
     Args:
         evidence: The runs.
-        values: Return the entries of the records' lists, such as singular values, instead of the records.
+        values: Return the entries of the records' lists, such as singular values, instead of the
+            records.
     """
     columns = _make_columns(evidence, values)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(map(_make_cell, columns))
-    writer.writerows([_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True))
+    writer.writerows(
+        [_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True)
+    )
     return buffer.getvalue()
 
 
@@ -151,7 +182,9 @@ def _make_columns(evidence: Evidence, values: bool) -> Columns:
         for source in evidence.sources
         for record in (*source.results.layers, *source.results.whole, *source.results.left_out)
     ]
-    paths = (run_input.path for source in evidence.sources for run_input in source.results.run.inputs)
+    paths = (
+        run_input.path for source in evidence.sources for run_input in source.results.run.inputs
+    )
     make = value_columns if values else record_columns
     return make(records, short_names(paths)) or {"results": []}
 

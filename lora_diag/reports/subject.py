@@ -1,7 +1,9 @@
-"""The parts that HTML and Markdown reports share: title, answers, next steps, sections of runs, gates.
+"""The parts that HTML and Markdown reports share: title, answers, next steps, sections of runs,
+gates.
 
-Answers are statements of commands, found by the keys that features declare: ``Feature.questions`` pairs keys and
-questions. A question of several keys has the first statement as its answer and the others as further lines.
+Answers are statements of commands, found by the keys that features declare: ``Feature.questions``
+pairs keys and questions. A question of several keys has the first statement as its answer and the
+others as further lines.
 
 Names and paths are ``safe``, as in the terminal; escaping for a page is left to the page.
 """
@@ -54,12 +56,18 @@ class Section:
 
 
 def sections_of(evidence: Evidence) -> list[Section]:
-    """Return a section for each run whose feature has one, in their declared order; runs of one command as given."""
+    """Return a section for each run whose feature has one, in their declared order; runs of one
+    command as given.
+    """
     declared = [feature for feature in features() if feature.section]
     sections = []
-    for feature in sorted(declared, key=lambda feature: feature.section.order if feature.section else 0):
+    for feature in sorted(
+        declared, key=lambda feature: feature.section.order if feature.section else 0
+    ):
         kind = feature.section
-        for number, source in enumerate(s for s in evidence.sources if s.results.run.command == feature.name):
+        for number, source in enumerate(
+            s for s in evidence.sources if s.results.run.command == feature.name
+        ):
             assert kind is not None
             statements: list[Statement] = feature.load(feature.statements)(source.results)
             figures = kind.figures or tuple(figure.name for figure in feature.figures)
@@ -67,7 +75,11 @@ def sections_of(evidence: Evidence) -> list[Section]:
                 Section(
                     f"{kind.title}: {name_updates(source)}",
                     kind.title,
-                    tuple(statement for statement in statements if statement.key not in _KEYS_IN_RUN_LIST),
+                    tuple(
+                        statement
+                        for statement in statements
+                        if statement.key not in _KEYS_IN_RUN_LIST
+                    ),
                     tuple(grid for grid in feature.tables(source.results, kind.per) if grid.names),
                     () if number else figures,
                 )
@@ -76,7 +88,9 @@ def sections_of(evidence: Evidence) -> list[Section]:
 
 
 def name_updates(source: Source) -> str:
-    """Return the subject of a run: its updates or, of many, their number; without updates BASE, or its file."""
+    """Return the subject of a run: its updates or, of many, their number; without updates BASE, or
+    its file.
+    """
     run = source.results.run
     compared = [run_input for run_input in run.inputs if run_input.role not in _TEXT_ROLES]
     updates = [run_input.path for run_input in compared if run_input.role != "base"] or [
@@ -108,9 +122,11 @@ class Answer:
 
 
 def answers(evidence: Evidence) -> list[Answer]:
-    """Return the answers to the features' questions, in the declared order of their sections; 40 without a section.
+    """Return the answers to the features' questions, in the declared order of their sections; 40
+    without a section.
 
-    A question that several features declare is answered by the first of them that has a statement on it.
+    A question that several features declare is answered by the first of them that has a statement
+    on it.
     """
     order = sorted(
         (feature for feature in features() if feature.questions),
@@ -119,25 +135,38 @@ def answers(evidence: Evidence) -> list[Answer]:
     answered_by: dict[str, str] = {}
     result = []
     for feature in order:
-        sources = [source for source in evidence.sources if source.results.run.command == feature.name][:MAX_RUNS]
+        sources = [
+            source for source in evidence.sources if source.results.run.command == feature.name
+        ][:MAX_RUNS]
         for source in sources:
             run_answers = _answer_questions(feature, source, len(sources) > 1)
-            result += [a for a in run_answers if answered_by.setdefault(a.question, feature.name) == feature.name]
+            result += [
+                a
+                for a in run_answers
+                if answered_by.setdefault(a.question, feature.name) == feature.name
+            ]
     return result
 
 
 def _answer_questions(feature: Feature, source: Source, with_source: bool) -> list[Answer]:
-    """Return the answers of one run to the questions of its feature; ``with_source`` adds the name of the run."""
+    """Return the answers of one run to the questions of its feature; ``with_source`` adds the name
+    of the run.
+    """
     statements: list[Statement] = feature.load(feature.statements)(source.results)
     metric = metric_of(source.results.layers)
     suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
-    name = f"{feature.section.title}: {name_updates(source)}" if feature.section else safe(source.name)
+    name = (
+        f"{feature.section.title}: {name_updates(source)}" if feature.section else safe(source.name)
+    )
     result = []
     for question in dict.fromkeys(question for _, question in feature.questions):
         keys = [key for key, of_key in feature.questions if of_key == question]
         matching = [statement for key in keys for statement in statements if statement.key == key]
         if matching:
-            headline, rest, extra = *_split_headline(matching[0].answered[0]), matching[0].answered[1]
+            headline, rest, extra = (
+                *_split_headline(matching[0].answered[0]),
+                matching[0].answered[1],
+            )
             extra = (*filter(None, [rest]), *extra)
             extra += tuple(line for statement in matching[1:] for line in statement.labelled)
             # With several such runs, each answer names its run.
@@ -160,7 +189,11 @@ def _split_headline(answer: str) -> tuple[str, str]:
     """
     ends = list(re.finditer(r"[.;:,](?= )| (?=\()|$", answer))
     short = [match for match in ends if len(answer[: match.start()].split()) <= HEADLINE]
-    whole = [match for match in short if answer[: match.start()].count("(") == answer[: match.start()].count(")")]
+    whole = [
+        match
+        for match in short
+        if answer[: match.start()].count("(") == answer[: match.start()].count(")")
+    ]
     if not whole:
         return " ".join(answer.split()[:HEADLINE]) + " …", answer
     end = whole[-1]
@@ -189,13 +222,18 @@ def subject_of(evidence: Evidence) -> Subject:
     return Subject(
         title=_make_title(evidence),
         answers=tuple(answers(evidence)),
-        unfinished=tuple(_describe_unfinished(source) for source in evidence.sources if source.results.end is None),
+        unfinished=tuple(
+            _describe_unfinished(source)
+            for source in evidence.sources
+            if source.results.end is None
+        ),
         advice=tuple(map(_make_safe, advice(evidence))),
     )
 
 
 def labels(paths: Sequence[str]) -> list[str]:
-    """Return labels of runs and adapters for columns and legends: the last differing parts of their paths.
+    """Return labels of runs and adapters for columns and legends: the last differing parts of their
+    paths.
 
     >>> labels(["runs/full.jsonl"]), labels(["a/x/adapter", "b/y/adapter"]), labels(["a", "a"])
     (['full'], ['x/adapter', 'y/adapter'], ['a', 'a'])
@@ -217,8 +255,12 @@ def _make_safe(step: Step) -> Step:
 
 
 def _make_title(evidence: Evidence) -> str:
-    """Return the subject of the page: that of the update, else of the residual, else of the first run, and its BASE."""
-    source = evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
+    """Return the subject of the page: that of the update, else of the residual, else of the first
+    run, and its BASE.
+    """
+    source = (
+        evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
+    )
     if source is None:
         return "nothing"
     name, bases = name_updates(source), source.paths("base")
@@ -229,19 +271,26 @@ def _make_title(evidence: Evidence) -> str:
 def _describe_unfinished(source: Source) -> str:
     run, count = source.results.run, len(source.results) or len(source.results.whole)
     return (
-        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements on its {count} "
-        "records do not apply to the rest, and no step is derived from it. Repeat the command with --resume."
+        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements "
+        f"on its {count} "
+        "records do not apply to the rest, and no step is derived from it. Repeat the command with "
+        "--resume."
     )
 
 
 def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
-    """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts, worst first.
+    """Return the outcome of the gates as text, and the failed, inconclusive and warned verdicts,
+    worst first.
 
     Both are empty without gates.
     """
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     if not verdicts:
         return "", []
-    counts = list_counts((verdict.status for verdict in verdicts), {status: status for status in WORST_FIRST})
-    shown = [verdict for verdict in verdicts if verdict.status in {"failed", "inconclusive", "warned"}]
+    counts = list_counts(
+        (verdict.status for verdict in verdicts), {status: status for status in WORST_FIRST}
+    )
+    shown = [
+        verdict for verdict in verdicts if verdict.status in {"failed", "inconclusive", "warned"}
+    ]
     return f"{outcome(verdicts).upper()}: {', '.join(counts)}", shown

@@ -1,4 +1,6 @@
-"""Experiment trackers and model cards that a report can be sent to, one function each; their libraries are optional."""
+"""Experiment trackers and model cards that a report can be sent to, one function each; their
+libraries are optional.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,14 @@ if TYPE_CHECKING:
 
 
 def run_report(
-    shown: Shown, results: Sequence[str], to: str | None, project: str | None, **options: Unpack[ReportOptions]
+    shown: Shown,
+    results: Sequence[str],
+    to: str | None,
+    project: str | None,
+    **options: Unpack[ReportOptions],
 ) -> int:
-    """Write or print a report, or send it to a tracker, and return the exit code; HTML goes to ``report.html``.
+    """Write or print a report, or send it to a tracker, and return the exit code; HTML goes to
+    ``report.html``.
 
     Raises:
         UsageError: Options contradict each other, or ``report`` or ``track`` refuses them.
@@ -41,7 +48,9 @@ def run_report(
     if to is not None:
         defaults = fill_options(ReportOptions, {})
         if any(value != defaults[name] for name, value in options.items()):
-            raise UsageError("--to: sends the report instead of writing a file; leave out -o and its options")
+            raise UsageError(
+                "--to: sends the report instead of writing a file; leave out -o and its options"
+            )
         shown.message(f"{to}: {track(results, to, project)}")
         return DONE
     output, format = options["output"], options["format"]
@@ -63,15 +72,17 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
     Args:
         results: Results files, or results in memory.
         to: ``wandb``, ``mlflow``, ``trackio``, ``tensorboard`` or ``hub``.
-        project: Project (wandb, trackio), experiment (mlflow), log folder (tensorboard), or model id or folder (hub).
+        project: Project (wandb, trackio), experiment (mlflow), log folder (tensorboard), or model
+            id or folder (hub).
 
     Returns:
         Where the report is.
 
     Raises:
-        UsageError: There is no such tracker, no project where one is needed, or the model card may not be written.
-        InputError: The tracker's library is not installed, a results file cannot be read, or the model card cannot be
-            read or written.
+        UsageError: There is no such tracker, no project where one is needed, or the model card may
+            not be written.
+        InputError: The tracker's library is not installed, a results file cannot be read, or the
+            model card cannot be read or written.
     """
     if to not in TRACKERS:
         raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")
@@ -108,13 +119,19 @@ class Payload:
 
     @cached_property
     def scalars(self) -> dict[str, float]:
-        """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as tables pool them."""
+        """The main columns over all records of a kind, such as ``spectrum/energy.16``: pooled as
+        tables pool them.
+        """
         values: dict[str, float] = {}
         for key, item in self._number_runs():
             of_run = (*item.layers, *item.whole)
             for kind in dict.fromkeys(type(record) for record in of_run):
                 records = [record for record in of_run if type(record) is kind]
-                columns = kind.shown_of(item.run.settings, records) if issubclass(kind, LayerRecord) else kind.shown
+                columns = (
+                    kind.shown_of(item.run.settings, records)
+                    if issubclass(kind, LayerRecord)
+                    else kind.shown
+                )
                 for column in columns:
                     value = pooled_value(column, records) if column.main else None
                     if isinstance(value, int | float):
@@ -124,7 +141,9 @@ class Payload:
     @cached_property
     def tables(self) -> dict[str, dict[str, list[Any]]]:
         """The records of each run as columns."""
-        return {key: item.columns() for key, item in self._number_runs() if item.layers or item.whole}
+        return {
+            key: item.columns() for key, item in self._number_runs() if item.layers or item.whole
+        }
 
     @cached_property
     def figures(self) -> dict[str, bytes]:
@@ -143,10 +162,17 @@ class Payload:
         return str(report(*self.results, format=format))
 
     def _number_runs(self) -> list[tuple[str, Results[Any]]]:
-        """Return each run with its command, with underscores, numbered where a command has several."""
+        """Return each run with its command, with underscores, numbered where a command
+        has several.
+        """
         commands = [item.run.command.replace(" ", "_") for item in self.results]
         return [
-            (f"{command}_{commands[:place].count(command)}" if commands.count(command) > 1 else command, item)
+            (
+                f"{command}_{commands[:place].count(command)}"
+                if commands.count(command) > 1
+                else command,
+                item,
+            )
             for place, (command, item) in enumerate(zip(commands, self.results, strict=True), 1)
         ]
 
@@ -157,7 +183,9 @@ def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
     Raises:
         InputError: A results file cannot be read.
     """
-    return Payload(tuple(read_results(item) if isinstance(item, Path | str) else item for item in results))
+    return Payload(
+        tuple(read_results(item) if isinstance(item, Path | str) else item for item in results)
+    )
 
 
 def _decode(png: bytes) -> Any:
@@ -169,17 +197,26 @@ def _decode(png: bytes) -> Any:
 
 
 def _send_to_wandb(payload: Payload, project: str | None) -> str:
-    """Log a run and return its address or folder; wandb's own settings decide where (``WANDB_MODE=offline``)."""
+    """Log a run and return its address or folder; wandb's own settings decide where
+    (``WANDB_MODE=offline``).
+    """
     import wandb
 
-    run = wandb.init(project=project or "loradiag", name=payload.name, config=payload.config, job_type="diagnostics")
+    run = wandb.init(
+        project=project or "loradiag",
+        name=payload.name,
+        config=payload.config,
+        job_type="diagnostics",
+    )
     tables = {
         f"{name}/records": wandb.Table(
             columns=list(table), data=[list(row) for row in zip(*table.values(), strict=True)]
         )
         for name, table in payload.tables.items()
     }
-    figures = {f"figures/{name}": wandb.Image(_decode(png)) for name, png in payload.figures.items()}
+    figures = {
+        f"figures/{name}": wandb.Image(_decode(png)) for name, png in payload.figures.items()
+    }
     run.log({**payload.scalars, **tables, **figures, "report": wandb.Html(payload.render("html"))})
     location = run.url or run.dir
     run.finish()
@@ -192,7 +229,9 @@ def _send_to_mlflow(payload: Payload, project: str | None) -> str:
 
     mlflow.set_experiment(project or "loradiag")
     with mlflow.start_run(run_name=payload.name) as run:
-        mlflow.log_metrics({re.sub(r"[^\w\-./ ]", "_", name): value for name, value in payload.scalars.items()})
+        mlflow.log_metrics(
+            {re.sub(r"[^\w\-./ ]", "_", name): value for name, value in payload.scalars.items()}
+        )
         mlflow.log_dict(payload.config, "config.json")
         for name, table in payload.tables.items():
             mlflow.log_text(json.dumps(table), f"{name}.json")
@@ -203,13 +242,23 @@ def _send_to_mlflow(payload: Payload, project: str | None) -> str:
 
 
 def _send_to_trackio(payload: Payload, project: str | None) -> str:
-    """Log a run, and return its name and the command that shows it; tables need pandas, which trackio brings."""
+    """Log a run, and return its name and the command that shows it; tables need pandas, which
+    trackio brings.
+    """
     import pandas as pd
     import trackio
 
-    run = trackio.init(project=project or "loradiag", name=payload.name, config=payload.config, resume="never")
-    tables = {f"{name}/records": trackio.Table(dataframe=pd.DataFrame(table)) for name, table in payload.tables.items()}
-    figures = {f"figures/{name}": trackio.Image(_decode(png), caption=name) for name, png in payload.figures.items()}
+    run = trackio.init(
+        project=project or "loradiag", name=payload.name, config=payload.config, resume="never"
+    )
+    tables = {
+        f"{name}/records": trackio.Table(dataframe=pd.DataFrame(table))
+        for name, table in payload.tables.items()
+    }
+    figures = {
+        f"figures/{name}": trackio.Image(_decode(png), caption=name)
+        for name, png in payload.figures.items()
+    }
     trackio.log({**payload.scalars, **tables, **figures})
     trackio.finish()
     return f"run {run.name} of project {run.project}: trackio show --project {run.project}"
@@ -230,7 +279,8 @@ def _send_to_tensorboard(payload: Payload, project: str | None) -> str:
 
 
 def _send_to_hub(payload: Payload, project: str | None) -> str:
-    """Write a section into ``README.md`` of a folder, or commit it to a model on the Hugging Face Hub.
+    """Write a section into ``README.md`` of a folder, or commit it to a model on the Hugging Face
+    Hub.
 
     Returns:
         The path of the card, or the address of the commit.
@@ -241,7 +291,9 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
     """
     if project is None:
         raise UsageError("--to hub: give the model id or a folder with --project")
-    section = re.sub(r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE)  # below the card's own title
+    section = re.sub(
+        r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE
+    )  # below the card's own title
     folder = Path(project)
     if folder.is_dir():
         card = folder / "README.md"
@@ -263,7 +315,9 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
             commit_message="Update the loradiag report",
         )
     except (HfHubHTTPError, ValueError, OSError) as error:
-        raise InputError(f"{project}: its model card cannot be updated: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{project}: its model card cannot be updated: {str(error).splitlines()[0]}"
+        ) from error
     return str(commit)
 
 

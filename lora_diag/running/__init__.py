@@ -1,1 +1,3 @@
-"""Shared parts of runs: opening inputs, the loop over layers or training runs, progress, resuming."""
+"""Shared parts of runs: opening inputs, the loop over layers or training runs,
+progress, resuming.
+"""

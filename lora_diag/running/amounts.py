@@ -1,6 +1,8 @@
-"""Amounts in options: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy, learning rates.
+"""Amounts in options: ``10M`` parameters, ``2GB`` of memory, ``2h`` of time, ``0.9`` of the energy,
+learning rates.
 
-For probes that train: the best rate of a grid of learning rates, and the next rate beyond the grid's edge.
+For probes that train: the best rate of a grid of learning rates, and the next rate beyond the
+grid's edge.
 """
 
 from __future__ import annotations
@@ -24,7 +26,11 @@ _AMOUNT = re.compile(r"(\d+(?:_\d{3})*(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 def read_count(text: str, option: str) -> int:
     """Parse a number of parameters.
 
-    >>> read_count("10M", "--params"), read_count("1.5B", "--params"), read_count("8_388_608", "--params")
+    >>> (
+    ...     read_count("10M", "--params"),
+    ...     read_count("1.5B", "--params"),
+    ...     read_count("8_388_608", "--params"),
+    ... )
     (10000000, 1500000000, 8388608)
 
     Raises:
@@ -76,7 +82,9 @@ def _read_amount(text: str, option: str, units: dict[str, int], expected: str) -
         UsageError: It is no such number, has another unit, or is below 1.
     """
     match = _AMOUNT.fullmatch(text.strip())
-    amount = int(Decimal(match[1].replace("_", "")) * units.get(match[2].upper(), 0)) if match else 0
+    amount = (
+        int(Decimal(match[1].replace("_", "")) * units.get(match[2].upper(), 0)) if match else 0
+    )
     if amount < 1:
         raise UsageError(f"{option} {text}: give {expected}")
     return amount
@@ -92,7 +100,9 @@ def read_share(value: float, option: str) -> float:
         UsageError: The value is not in (0, 1].
     """
     if not 0 < value <= 1:
-        raise UsageError(f"{option} {value:g}: must be a fraction above 0 and at most 1, such as 0.9")
+        raise UsageError(
+            f"{option} {value:g}: must be a fraction above 0 and at most 1, such as 0.9"
+        )
     return value
 
 
@@ -100,16 +110,18 @@ Key = TypeVar("Key", bound=Hashable)
 
 # Upper limit of learning rates.
 MAX_RATE = 10.0
-# Largest factor between the edge and the next rate: from 1e-3 and 1e-2 that is 3.3e-2, a common grid step.
+# Largest factor between the edge and the next rate: from 1e-3 and 1e-2 that is 3.3e-2, a common
+# grid step.
 STEP = 10 / 3
 
 
 def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> dict[Key, float]:
-    """Return the learning rate with the lowest loss for each key; omit keys without a run that has both.
+    """Return the learning rate with the lowest loss for each key; omit keys without a run that has
+    both.
 
     Args:
-        runs: Key (such as the rank), loss and learning rate of each run; of one seed, on the deciding evaluation set.
-            A run without a loss (it diverged) or a rate is ignored.
+        runs: Key (such as the rank), loss and learning rate of each run; of one seed, on the
+            deciding evaluation set. A run without a loss (it diverged) or a rate is ignored.
 
     >>> find_best_rates([("r=4", 2.0, 1e-3), ("r=4", 1.5, 1e-2), ("r=8", None, 1e-2)])
     {'r=4': 0.01}
@@ -122,7 +134,8 @@ def find_best_rates(runs: Iterable[tuple[Key, float | None, float | None]]) -> d
 
 
 def edge(tried: Collection[float], best: float) -> int:
-    """Return −1 or 1 if the best rate is the lowest or highest of several, where a better one may be beyond; else 0.
+    """Return −1 or 1 if the best rate is the lowest or highest of several, where a better one may
+    be beyond; else 0.
 
     >>> edge([1e-3, 1e-2], 1e-2), edge([1e-3, 3e-3, 1e-2], 3e-3), edge([1e-2], 1e-2)
     (1, 0, 0)
@@ -133,18 +146,25 @@ def edge(tried: Collection[float], best: float) -> int:
 
 
 def next_rate(tried: Collection[float], best: float) -> float | None:
-    """Return the rate to try next if the best is at the edge: one more grid step, by a factor of at most 10/3.
+    """Return the rate to try next if the best is at the edge: one more grid step, by a factor of at
+    most 10/3.
 
-    It has two significant digits. None if the best rate is inside the grid, if there is only one rate, if the next is
-    not between 0 and ``MAX_RATE``, or if its rounding is not beyond the best.
+    It has two significant digits. None if the best rate is inside the grid, if there is only one
+    rate, if the next is not between 0 and ``MAX_RATE``, or if its rounding is not beyond the best.
 
-    >>> next_rate([1e-3, 2e-3, 4e-3], 4e-3), next_rate([1e-3, 1e-2], 1e-3), next_rate([1e-3, 3e-3, 1e-2], 3e-3)
+    >>> (
+    ...     next_rate([1e-3, 2e-3, 4e-3], 4e-3),
+    ...     next_rate([1e-3, 1e-2], 1e-3),
+    ...     next_rate([1e-3, 3e-3, 1e-2], 3e-3),
+    ... )
     (0.008, 0.0003, None)
     """
     direction = edge(tried, best)
     if direction == 0:
         return None
     neighbour = sorted(tried)[1 if direction < 0 else -2]
-    further = float(f"{best * min(max(best, neighbour) / min(best, neighbour), STEP) ** direction:.2g}")
+    further = float(
+        f"{best * min(max(best, neighbour) / min(best, neighbour), STEP) ** direction:.2g}"
+    )
     # Rounded to two digits, a rate may no longer be beyond the edge.
     return further if 0 < further < MAX_RATE and (further - best) * direction > 0 else None

@@ -1,7 +1,8 @@
-"""The inputs of a command: paths → opened checkpoints and adapters → named ΔW, and descriptions for the run record.
+"""The inputs of a command: paths → opened checkpoints and adapters → named ΔW, and descriptions for
+the run record.
 
-An input is opened once: the type of what is opened says whether it is a checkpoint (sparse patches are read as one) or
-an adapter, and it is passed on.
+An input is opened once: the type of what is opened says whether it is a checkpoint (sparse patches
+are read as one) or an adapter, and it is passed on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from lora_diag.running.fingerprint import (
 if TYPE_CHECKING:
     from lora_diag.layers.metric import Moments, Weighting
 
-# Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair with them.
+# Metadata that ``probe activations`` writes: its matrices have names of weights, and would pair
+# with them.
 MOMENTS = "second moments of layers' inputs"
 
 
@@ -94,10 +96,16 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
     Raises:
         InputError: It cannot be read.
     """
-    return adapters.open_adapter(path, stated_alpha) if adapters.is_adapter(locate(path)) else open_checkpoint(path)
+    return (
+        adapters.open_adapter(path, stated_alpha)
+        if adapters.is_adapter(locate(path))
+        else open_checkpoint(path)
+    )
 
 
-def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
+def open_update(
+    path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None
+) -> Checkpoint | Adapter:
     """Open TUNED by its headers: an adapter, a checkpoint, or sparse patches over BASE.
 
     Args:
@@ -113,11 +121,15 @@ def open_update(path: Path | str, base: Checkpoint | None, stated_alpha: StatedA
     if adapters.is_adapter(locate(path)):
         return adapters.open_adapter(path, stated_alpha)
     if base is None:
-        raise UsageError(f"{path}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED")
+        raise UsageError(
+            f"{path}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED"
+        )
     tuned = open_tuned(path, base)
     for side in (base, tuned):
         if any(file.metadata.get("kind") == MOMENTS for file in side.files):
-            raise UsageError(f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations")
+            raise UsageError(
+                f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations"
+            )
     return tuned
 
 
@@ -128,16 +140,20 @@ def pair_update(
     exclude: str | None = None,
     allow_unmatched: bool = False,
 ) -> tuple[Pairing, Sequence[str]]:
-    """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing; read no weight.
+    """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing;
+    read no weight.
 
     Raises:
-        InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights have one name.
+        InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights
+            have one name.
         NothingComparedError: No weight is selected, or none can be compared.
         UsageError: ``layers`` or ``exclude`` is not a valid regular expression.
     """
     notes: Sequence[str]
     if isinstance(update, Adapter):
-        pairing, notes = place_updates(update.source, update.reading, base, layers, exclude, allow_unmatched)
+        pairing, notes = place_updates(
+            update.source, update.reading, base, layers, exclude, allow_unmatched
+        )
     else:
         assert base is not None
         pairing, notes = _pair_renamed(pair(base, update, layers, exclude), base, update)
@@ -164,19 +180,20 @@ def compare(
         tuned: Fine-tuned checkpoint or adapter; None to measure an adapter without BASE.
         layers: Only weights whose name contains a match.
         exclude: Skip weights whose name contains a match.
-        allow_unmatched: Whether to skip weights that the adapter changes and BASE does not have, instead of raising an
-            error.
+        allow_unmatched: Whether to skip weights that the adapter changes and BASE does not have,
+            instead of raising an error.
         verify: Whether to hash every byte (SHA-256).
         stated_alpha: α of an adapter whose files give none.
         role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
         refuse: A type of TUNED that is refused before it is paired, and why.
 
     Raises:
-        InputError: A side cannot be read, the adapter does not fit BASE or cannot be measured without it, or two
-            weights have one name.
+        InputError: A side cannot be read, the adapter does not fit BASE or cannot be measured
+            without it, or two weights have one name.
         NothingComparedError: No weight is selected, or none can be compared.
-        UsageError: The only side is not an adapter, the adapter comes first, a side holds second moments, TUNED is
-            refused, or ``layers`` or ``exclude`` is not a valid regular expression.
+        UsageError: The only side is not an adapter, the adapter comes first, a side holds second
+            moments, TUNED is refused, or ``layers`` or ``exclude`` is not a valid regular
+            expression.
     """
     if tuned is None:
         assert not isinstance(base, Checkpoint)
@@ -195,7 +212,9 @@ def compare(
     if role is not None:
         described = described.model_copy(update={"role": role})
     unpaired = tuple(replace(tensor, detail=legible(tensor.detail)) for tensor in pairing.unpaired)
-    inputs = (described,) if before is None else (describe("base", before, verify=verify), described)
+    inputs = (
+        (described,) if before is None else (describe("base", before, verify=verify), described)
+    )
     return Comparison(before, update, inputs, replace(pairing, unpaired=unpaired))
 
 
@@ -206,7 +225,9 @@ def refuse_without_rounding(compared: Comparison) -> None:
         UsageError: No layer is a difference of two stored weights.
     """
     if not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
-        raise UsageError("--recover: the factors of an adapter are the update; nothing is rounded away")
+        raise UsageError(
+            "--recover: the factors of an adapter are the update; nothing is rounded away"
+        )
 
 
 def refuse_repeated(paths: Sequence[Path | str], tuned: Path | str | None = None) -> None:
@@ -215,7 +236,9 @@ def refuse_repeated(paths: Sequence[Path | str], tuned: Path | str | None = None
     Raises:
         UsageError: There is such an input.
     """
-    problems = {} if tuned is None else {os.path.realpath(tuned): "TUNED itself; give another input"}
+    problems = (
+        {} if tuned is None else {os.path.realpath(tuned): "TUNED itself; give another input"}
+    )
     for path in paths:
         if (problem := problems.get(os.path.realpath(path))) is not None:
             raise UsageError(f"{path}: is {problem}")
@@ -223,7 +246,8 @@ def refuse_repeated(paths: Sequence[Path | str], tuned: Path | str | None = None
 
 
 def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
-    """Refuse two weights with one name: a stack ``w`` holds ``w[0]``, which may also be the name of a tensor.
+    """Refuse two weights with one name: a stack ``w`` holds ``w[0]``, which may also be the name of
+    a tensor.
 
     Raises:
         InputError: Two weights have one name.
@@ -232,49 +256,71 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
     for delta in deltas:
         earlier = first_by_name.setdefault(delta.layer, delta)
         if earlier is not delta:
-            names = " and ".join(each.base.name if each.base else each.layer for each in (earlier, delta))
-            raise InputError(f"{delta.layer}: two weights have this name, from {names}; exclude one with --exclude")
+            names = " and ".join(
+                each.base.name if each.base else each.layer for each in (earlier, delta)
+            )
+            raise InputError(
+                f"{delta.layer}: two weights have this name, from {names}; exclude one with "
+                "--exclude"
+            )
 
 
-def _pair_renamed(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the pairing with tensors that TUNED stores under other names, and a note on them if there are any.
+def _pair_renamed(
+    pairing: Pairing, base: Checkpoint, tuned: Checkpoint
+) -> tuple[Pairing, tuple[str, ...]]:
+    """Return the pairing with tensors that TUNED stores under other names, and a note on them if
+    there are any.
 
     An example is a stack of fused experts that BASE stores one by one.
 
-    Two sides without a common name may be one model, saved with and without its head or inside a wrapper. They are
-    paired if half of either side has a matching name, unless their configs name different models.
+    Two sides without a common name may be one model, saved with and without its head or inside a
+    wrapper. They are paired if half of either side has a matching name, unless their configs name
+    different models.
     """
     locations = _match_other_names(base, tuned)
     if not locations or not (pairing.deltas or _is_one_model(base, tuned, locations)):
         return pairing, ()
     only_in_base = {tensor.layer for tensor in pairing.unpaired if tensor.reason == "only_in_base"}
-    only_in_tuned = {tensor.layer for tensor in pairing.unpaired if tensor.reason == "only_in_tuned"}
+    only_in_tuned = {
+        tensor.layer for tensor in pairing.unpaired if tensor.reason == "only_in_tuned"
+    }
     renamed = {
         name: [_make_delta(base, location, tuned, name) for location in locations[name]]
         for name in locations
-        if name in only_in_tuned and all(location.name in only_in_base for location in locations[name])
+        if name in only_in_tuned
+        and all(location.name in only_in_base for location in locations[name])
     }
     if not renamed:
         return pairing, ()
     used = {*renamed, *(delta.base.name for delta in chain(*renamed.values()))}
-    deltas = sorted((*pairing.deltas, *chain(*renamed.values())), key=lambda delta: natural_order(delta.layer))
+    deltas = sorted(
+        (*pairing.deltas, *chain(*renamed.values())), key=lambda delta: natural_order(delta.layer)
+    )
     unpaired = tuple(tensor for tensor in pairing.unpaired if tensor.layer not in used)
     name, layer = min((name, deltas[0].layer) for name, deltas in renamed.items())
-    note = f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for {layer}"
+    note = (
+        f"{len(renamed)} tensors are stored under other names than in BASE, such as {name} for "
+        f"{layer}"
+    )
     return Pairing(tuple(deltas), unpaired), (note,)
 
 
 def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[Location, ...]]:
-    """Return the locations in BASE of tensors that only TUNED has by name, independent of the selection.
+    """Return the locations in BASE of tensors that only TUNED has by name, independent of the
+    selection.
 
-    Towers with equal internal names (text and vision) are not matched with each other, nor is a model named BERT with
-    one named RoBERTa.
+    Towers with equal internal names (text and vision) are not matched with each other, nor is a
+    model named BERT with one named RoBERTa.
     """
-    matched, _ = adapters.match_names({name: tuned[name].shape for name in tuned if name not in base}, base)
+    matched, _ = adapters.match_names(
+        {name: tuned[name].shape for name in tuned if name not in base}, base
+    )
     counts = Counter((adapters.drop_all_wrappers(name), base[name].shape) for name in base)
 
     def is_usable(name: str, location: Location) -> bool:
-        """Return whether a location is a weight, or a matrix of a stack, that corresponds to a tensor of TUNED."""
+        """Return whether a location is a weight, or a matrix of a stack, that corresponds to a
+        tensor of TUNED.
+        """
         weight = base[location.name]
         return (
             location.name not in tuned
@@ -282,7 +328,9 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
             and (len(weight.shape) > 2 or location.shape == weight.shape)
             and weight.dtype in FLOAT_DTYPES
             and adapters.is_same_part(
-                name, location.name, counts[adapters.drop_all_wrappers(location.name), weight.shape] == 1
+                name,
+                location.name,
+                counts[adapters.drop_all_wrappers(location.name), weight.shape] == 1,
             )
         )
 
@@ -299,16 +347,24 @@ def _match_other_names(base: Checkpoint, tuned: Checkpoint) -> dict[str, tuple[L
     }
 
 
-def _is_one_model(base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Location]]) -> bool:
-    """Return whether half of either side has a matching name and the configs do not name different models."""
+def _is_one_model(
+    base: Checkpoint, tuned: Checkpoint, renamed: Mapping[str, Sequence[Location]]
+) -> bool:
+    """Return whether half of either side has a matching name and the configs do not name different
+    models.
+    """
     types = {str(kind) for side in (base, tuned) if (kind := side.config.get("model_type"))}
     common = {name for name in base if name in tuned}
     names = common | {location.name for locations in renamed.values() for location in locations}
-    return len(types) < 2 and (2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(names) >= len(base))
+    return len(types) < 2 and (
+        2 * (len(common) + len(renamed)) >= len(tuned) or 2 * len(names) >= len(base)
+    )
 
 
 def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: str) -> StoredDelta:
-    """Return the difference between one weight of BASE and the rows of TUNED that correspond to it."""
+    """Return the difference between one weight of BASE and the rows of TUNED that
+    correspond to it.
+    """
     layer, shape, after = locate_rows(tuned, name, location)
     before = Side(base, location.name, location.offset)
     return StoredDelta(layer, shape, before, after, is_matrix=len(tuned[name].shape) > 1)
@@ -340,7 +396,9 @@ def describe_adapter(
     )
 
 
-def describe(role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False) -> RunInput:
+def describe(
+    role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False
+) -> RunInput:
     """Return the description of a checkpoint for the run record.
 
     Raises:
@@ -368,11 +426,16 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
         InputError: A file cannot be read.
     """
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-    span = f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}" if len(steps) > 1 else f"step {steps[0].step}"
+    span = (
+        f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}"
+        if len(steps) > 1
+        else f"step {steps[0].step}"
+    )
     digest = hashlib.sha256("".join(fingerprint(step.checkpoint) for step in steps).encode())
     notes = [note for step in steps for note in step.checkpoint.notes]
     notes += [
-        f"step {step.step} is next to a config.json; check that these are gradients, not a checkpoint"
+        f"step {step.step} is next to a config.json; check that these are gradients, not a "
+        "checkpoint"
         for step in steps
         if step.checkpoint.config
     ]
@@ -383,11 +446,15 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
         tensors=sum(len(step.checkpoint) for step in steps),
         notes=tuple(dict.fromkeys(map(legible, notes))),
         fingerprint=digest.hexdigest()[:DIGITS],
-        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)]) if verify else "",
+        sha256=content_hash([file for step in steps for file in files_of(step.checkpoint)])
+        if verify
+        else "",
     )
 
 
-NEEDS_ACTIVATIONS = "--kfac: needs --activations FILE, recorded with probe activations --output-gradients"
+NEEDS_ACTIVATIONS = (
+    "--kfac: needs --activations FILE, recorded with probe activations --output-gradients"
+)
 
 # Prefix of matrices that are not E[xxᵀ] of a layer's input but E[ggᵀ] of its output gradient.
 GRADIENTS = "output_gradients."
@@ -420,19 +487,20 @@ class SecondMoments:
 def second_moments(
     path: Path | str, base: Checkpoint, pairing: Pairing, verify: bool = False, kfac: bool = False
 ) -> SecondMoments:
-    """Open second moments by their headers, and return them by the compared layers that they belong to.
+    """Open second moments by their headers, and return them by the compared layers that they belong
+    to.
 
     Args:
-        path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's name, and perhaps one
-            ``(out, out)`` under ``output_gradients.`` and its name.
+        path: A safetensors file, or a folder, with one ``(in, in)`` matrix under each weight's
+            name, and perhaps one ``(out, out)`` under ``output_gradients.`` and its name.
         base: The checkpoint whose weights they belong to.
         pairing: The compared layers.
         verify: Whether to hash every byte (SHA-256).
         kfac: Whether second moments of output gradients are needed, too.
 
     Raises:
-        InputError: The file cannot be read, a tensor is not a square floating-point matrix, or no matrix belongs to a
-            compared weight.
+        InputError: The file cannot be read, a tensor is not a square floating-point matrix, or no
+            matrix belongs to a compared weight.
         NothingComparedError: No matrix is compared.
         UsageError: ``kfac``, and there are none of output gradients of a compared weight.
     """
@@ -444,17 +512,22 @@ def second_moments(
         shape = stored[name].shape
         if len(shape) != 2 or shape[0] != shape[1] or stored[name].dtype not in FLOAT_DTYPES:
             raise InputError(
-                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}, not a square floating-point "
+                f"{stored.file_of(name)}: {name} is {stored[name].dtype} {list(shape)}, not a "
+                "square floating-point "
                 "matrix; record the second moments again with loradiag probe activations"
             )
         sizes[name] = shape[0]
     gradient_sizes = {
-        name.removeprefix(GRADIENTS): sizes.pop(name) for name in list(sizes) if name.startswith(GRADIENTS)
+        name.removeprefix(GRADIENTS): sizes.pop(name)
+        for name in list(sizes)
+        if name.startswith(GRADIENTS)
     }
     shapes: dict[str, Shape] = {name: (None, size) for name, size in sizes.items()}
     matched, _ = adapters.match_names(shapes, base, transposed=True, parts=True)
     located = [(name, location) for name, locations in matched.items() for location in locations]
-    orientation = Orientation(base, {location.name: shapes[name] for name, location in located}, flag=False)
+    orientation = Orientation(
+        base, {location.name: shapes[name] for name, location in located}, flag=False
+    )
     compared = {delta.layer for delta in pairing.deltas if delta.is_matrix}
     of: dict[str, Moments] = {}
     gradients: dict[str, Moments] = {}
@@ -464,16 +537,27 @@ def second_moments(
             of[location.layer] = Moments(Side(stored, name), sizes[name], on_rows)
             size = gradient_sizes.get(name)
             if size == location.shape[1 if on_rows else 0]:
-                gradients[location.layer] = Moments(Side(stored, GRADIENTS + name), size, not on_rows)
+                gradients[location.layer] = Moments(
+                    Side(stored, GRADIENTS + name), size, not on_rows
+                )
     if not compared:
-        raise NothingComparedError(f"--activations {path}: applies to matrices, and none is compared; change --layers")
+        raise NothingComparedError(
+            f"--activations {path}: applies to matrices, and none is compared; change --layers"
+        )
     if not of:
         raise InputError(
-            f"{path}: contains no second moment for a compared weight, such as {min(compared)}; record the "
+            f"{path}: contains no second moment for a compared weight, such as {min(compared)}; "
+            "record the "
             "activations of this BASE"
         )
     if kfac and not gradients:
-        raise UsageError(f"--kfac: {path} has no output gradients; record it with --output-gradients")
+        raise UsageError(
+            f"--kfac: {path} has no output gradients; record it with --output-gradients"
+        )
     notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
-    notes += [f"recorded over {file.metadata['tokens']} tokens" for file in stored.files if "tokens" in file.metadata]
+    notes += [
+        f"recorded over {file.metadata['tokens']} tokens"
+        for file in stored.files
+        if "tokens" in file.metadata
+    ]
     return SecondMoments(describe("activations", stored, tuple(notes), verify), of, gradients)

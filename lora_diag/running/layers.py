@@ -1,4 +1,6 @@
-"""A run of a command over layers: check options, open inputs, measure the layers without a record, write records."""
+"""A run of a command over layers: check options, open inputs, measure the layers without a record,
+write records.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ L = TypeVar("L", bound=LayerRecord)
 T = TypeVar("T", bound=Sized)
 
 
-# Entries from which the only layer of a run gets all cores: on two, all values of 4096² took 2.1 s instead of 3.1 s. At
-# 2048² a second core gains nothing (docs/benchmarks.md).
+# Entries from which the only layer of a run gets all cores: on two, all values of 4096² took 2.1 s
+# instead of 3.1 s. At 2048² a second core gains nothing (docs/benchmarks.md).
 ALL_CORES_FROM = 3072**2
 
 
@@ -49,11 +51,13 @@ class DevicePlan:
 
 
 def plan_device(engine: Ray | None, device: str) -> DevicePlan:
-    """Return the devices; on a cluster they follow from the GPUs of its tasks. ``engine`` is None without a cluster.
+    """Return the devices; on a cluster they follow from the GPUs of its tasks.
+
+    ``engine`` is None without a cluster.
 
     Raises:
-        UsageError: The device is unknown, does not exist or has no float64, or is not that of the cluster's tasks; the
-            cluster's options are invalid, or Ray is not installed.
+        UsageError: The device is unknown, does not exist or has no float64, or is not that of the
+            cluster's tasks; the cluster's options are invalid, or Ray is not installed.
     """
     if engine is None:
         from lora_diag.linalg.devices import resolve_device  # deferred: imports torch
@@ -62,7 +66,11 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     engine.check()
     kind = "cuda" if engine.gpus_per_task else "cpu"
     if device not in {"auto", kind}:
-        fix = "add --gpus-per-task 1 for cuda" if kind == "cpu" else "with --gpus-per-task, leave out --device"
+        fix = (
+            "add --gpus-per-task 1 for cuda"
+            if kind == "cpu"
+            else "with --gpus-per-task, leave out --device"
+        )
         raise UsageError(f"--device {device}: not the device of the cluster's tasks, {kind}; {fix}")
     return DevicePlan(kind, kind, "auto" if kind == "cuda" else "cpu")
 
@@ -76,7 +84,10 @@ def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
     if text is None:
         return None
     if engine is not None:
-        raise UsageError("--memory: not available with --engine ray; Ray's scheduler uses the memory of each node")
+        raise UsageError(
+            "--memory: not available with --engine ray; Ray's scheduler uses the memory of each "
+            "node"
+        )
     return text if isinstance(text, int) else read_bytes(text, "--memory")
 
 
@@ -87,7 +98,9 @@ def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
         UsageError: There is no rank, or one below ``minimum``.
     """
     if not ranks or min(ranks) < minimum:
-        raise UsageError(f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {minimum} up")
+        raise UsageError(
+            f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {minimum} up"
+        )
     return tuple(sorted(set(ranks)))
 
 
@@ -112,21 +125,29 @@ class LayerRun:
 
     Attributes:
         options: All options, with defaults.
-        torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its layers are measured
-            with NumPy on the CPU.
+        torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its
+            layers are measured with NumPy on the CPU.
         apart: Whether layers are measured in separate processes, one per worker.
-        usual_workers: Concurrent layers where the user sets none; None for what cores and memory permit.
+        usual_workers: Concurrent layers where the user sets none; None for what cores and memory
+            permit.
         stated_alpha: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
     Raises:
-        UsageError: An option is invalid, a GPU given by name does not exist, or Ray is needed and not installed.
+        UsageError: An option is invalid, a GPU given by name does not exist, or Ray is needed and
+            not installed.
         TypeError: An option is unknown or missing.
     """
 
-    def __init__(self, command: str, options: Mapping[str, object], group: type = LayerOptions) -> None:
+    def __init__(
+        self, command: str, options: Mapping[str, object], group: type = LayerOptions
+    ) -> None:
         self.command = command
-        self.options: dict[str, Any] = {"engine": None, "verify": False, **fill_options(group, options)}
+        self.options: dict[str, Any] = {
+            "engine": None,
+            "verify": False,
+            **fill_options(group, options),
+        }
         self.own = list_own_settings(group, self.options)
         self.torch = True
         self.apart = False
@@ -149,7 +170,11 @@ class LayerRun:
         return plan_device(self.options["engine"], self._device)
 
     def compare(
-        self, base: Path | str | Checkpoint, tuned: Path | str | None, role: str | None = None, **options: Any
+        self,
+        base: Path | str | Checkpoint,
+        tuned: Path | str | None,
+        role: str | None = None,
+        **options: Any,
     ) -> Comparison:
         """Open both sides and pair the selected weights; see ``inputs.compare``.
 
@@ -157,12 +182,15 @@ class LayerRun:
             base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
             tuned: Fine-tuned checkpoint or adapter.
             role: Role of TUNED in the run record; by default ``tuned`` or ``adapter``.
-            **options: Further arguments of ``inputs.compare``, and options in place of those of the run.
+            **options: Further arguments of ``inputs.compare``, and options in place of those of the
+                run.
 
         Raises:
-            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
+            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have
+                one name.
             NothingComparedError: No weight is selected, or none can be compared.
-            UsageError: An input is in the wrong place or is refused, or a selection is not a valid regular expression.
+            UsageError: An input is in the wrong place or is refused, or a selection is not a valid
+                regular expression.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
         arguments = {name: self.options[name] for name in names} | options
@@ -177,7 +205,8 @@ class LayerRun:
         own: Mapping[str, object] | None = None,
         settings: Any = None,
     ) -> Results[L]:
-        """Measure every matrix that both sides have: ``measure(delta, settings=LayerSettings(...))``.
+        """Measure every matrix that both sides have:
+        ``measure(delta, settings=LayerSettings(...))``.
 
         Args:
             base: Base checkpoint, which may be open already; or an adapter, if ``tuned`` is None.
@@ -195,12 +224,20 @@ class LayerRun:
         """
         compared = self.compare(base, tuned)
         settings = self.settings(LayerSettings) if settings is None else settings
-        return self.over(compared.matrices, measure, size, settings, compared.pairing, compared.inputs, own or {})
+        return self.over(
+            compared.matrices, measure, size, settings, compared.pairing, compared.inputs, own or {}
+        )
 
     def settings(self, kind: Callable[..., S], **own: Any) -> S:
-        """Return the settings of a diagnostic: its own, and the options common to all diagnostics."""
-        common = {name: self.options[name] for name in ("method", "tol", "seed") if name in self.options}
-        return kind(**common, device=self.where.tasks if self.options["engine"] else self._device, **own)
+        """Return the settings of a diagnostic: its own, and the options common to all
+        diagnostics.
+        """
+        common = {
+            name: self.options[name] for name in ("method", "tol", "seed") if name in self.options
+        }
+        return kind(
+            **common, device=self.where.tasks if self.options["engine"] else self._device, **own
+        )
 
     def over(
         self,
@@ -220,37 +257,48 @@ class LayerRun:
 
         Args:
             tasks: One per layer, in the order of the file.
-            measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has none.
-            size: ``size(task, settings=...)`` returns the memory of a running task in bytes; the memory limit of a
-                layer is enough for any.
-            settings: A frozen dataclass with a field ``memory``, which is set to the memory limit of a layer in bytes.
-            unmeasured: The tensors without a task: of their pairing, 1-D and unpaired tensors are recorded as left out;
-                or a function of layout and device that yields their records.
+            measure: ``measure(task, settings=...)`` returns the records of one layer, or why it has
+                none.
+            size: ``size(task, settings=...)`` returns the memory of a running task in bytes; the
+                memory limit of a layer is enough for any.
+            settings: A frozen dataclass with a field ``memory``, which is set to the memory limit
+                of a layer in bytes.
+            unmeasured: The tensors without a task: of their pairing, 1-D and unpaired tensors are
+                recorded as left out; or a function of layout and device that yields their records.
             inputs: For the run record.
             own: The command's own settings, for the run record.
-            recorded: Names of settings that come after the command's own in the run record, in this order.
+            recorded: Names of settings that come after the command's own in the run record, in this
+                order.
             finish: Called with the records while the results file is still locked.
-            conclude: Writes the records about the run as a whole, once those of all layers are written.
-            rest: Returns the part of a task that an interrupted run left out, given its records of the task; None if
-                there is none. That part is measured again, and only its ``left_out`` records are kept.
+            conclude: Writes the records about the run as a whole, once those of all layers are
+                written.
+            rest: Returns the part of a task that an interrupted run left out, given its records of
+                the task; None if there is none. That part is measured again, and only its
+                ``left_out`` records are kept.
 
         Returns:
             All records of the run, including those of an interrupted run.
 
         Raises:
-            UsageError: The memory limit is too small for the program itself and a small layer of every worker, or the
-                output can be neither replaced nor resumed.
+            UsageError: The memory limit is too small for the program itself and a small layer of
+                every worker, or the output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
         options = self.options
         values = {**options, "device": self.where.kind, **own}
         recorded_settings = {name: value for name, value in own.items() if name not in recorded}
         recorded_settings |= {name: values[name] for name in recorded} | stated_alpha(options)
-        run = Run(command=self.command, version=__version__, inputs=inputs, settings=recorded_settings)
+        run = Run(
+            command=self.command, version=__version__, inputs=inputs, settings=recorded_settings
+        )
         layout = self.layout(tasks)
         settings = replace(settings, memory=layout.limit)
-        with ResultsWriter[L](options["output"], run, options["resume"], options["overwrite"]) as writer:
-            records = RunRecords(writer, ProgressReporter(options["on_progress"], options["on_record"]))
+        with ResultsWriter[L](
+            options["output"], run, options["resume"], options["overwrite"]
+        ) as writer:
+            records = RunRecords(
+                writer, ProgressReporter(options["on_progress"], options["on_record"])
+            )
             results = records.finished
             if results is None:
                 earlier: dict[str, list[L]] = {}
@@ -264,14 +312,23 @@ class LayerRun:
                     return int(min(size(task, settings=settings), limit))
 
                 left_out = self._measure_tasks(todo, bound, estimate_bytes, layout, records)
-                list_unmeasured = partial(leave_out, unmeasured) if isinstance(unmeasured, Pairing) else unmeasured
+                list_unmeasured = (
+                    partial(leave_out, unmeasured)
+                    if isinstance(unmeasured, Pairing)
+                    else unmeasured
+                )
                 left_out += list_unmeasured(layout, self.where.here)
                 for task in tasks:
-                    if task.layer in earlier and (part := rest(task, earlier[task.layer])) is not None:
+                    if (
+                        task.layer in earlier
+                        and (part := rest(task, earlier[task.layer])) is not None
+                    ):
                         again = measure(part, settings=replace(settings, device=self.where.here))
                         left_out += [record for record in again if isinstance(record, LeftOut)]
                 conclude(records)
-                results = records.end(sorted(left_out, key=lambda item: (natural_order(item.layer), item.reason)))
+                results = records.end(
+                    sorted(left_out, key=lambda item: (natural_order(item.layer), item.reason))
+                )
             if finish is not None:
                 finish(results)
         return results
@@ -284,18 +341,24 @@ class LayerRun:
         layout: Layout,
         records: RunRecords[L],
     ) -> list[LeftOut]:
-        """Measure layers on this machine or a cluster, write their records, and return those of skipped layers."""
+        """Measure layers on this machine or a cluster, write their records, and return those of
+        skipped layers.
+        """
         engine = self.options["engine"]
         run = run_local if engine is None else partial(run_ray, engine=engine)
         names = [*(task.layer for task in tasks), ""]
         entries_done = list(accumulate((math.prod(task.shape) for task in tasks), initial=0))
 
         def report_progress(done: int) -> None:
-            records.watch.progress(Progress(names[done], done, len(tasks), entries_done[done], entries_done[-1]))
+            records.watch.progress(
+                Progress(names[done], done, len(tasks), entries_done[done], entries_done[-1])
+            )
 
         report_progress(0)
         left_out = list[LeftOut]()
-        for done, measured in enumerate(run(partial(_measure_or_skip, measure), tasks, layout, size), 1):
+        for done, measured in enumerate(
+            run(partial(_measure_or_skip, measure), tasks, layout, size), 1
+        ):
             report_progress(done)
             left_out += [record for record in measured if isinstance(record, LeftOut)]
             records.put(*(record for record in measured if not isinstance(record, LeftOut)))
@@ -305,7 +368,8 @@ class LayerRun:
         """Return the allocation of this machine to layers; one large layer alone gets all cores.
 
         Raises:
-            UsageError: The memory limit is too small for the program itself and a small layer of every worker.
+            UsageError: The memory limit is too small for the program itself and a small layer of
+                every worker.
         """
         workers = self.options["workers"] or self.usual_workers
         largest = max((math.prod(task.shape) for task in tasks), default=0)
@@ -315,21 +379,32 @@ class LayerRun:
         return replace(planned, apart=self.apart and (planned.workers or planned.cores) > 1)
 
 
-def _measure_or_skip(measure: Callable[[T], Sequence[L | LeftOut]], task: T) -> Sequence[L | LeftOut]:
-    """Return the records of one layer; if it does not fit into memory, a record of it as skipped."""
+def _measure_or_skip(
+    measure: Callable[[T], Sequence[L | LeftOut]], task: T
+) -> Sequence[L | LeftOut]:
+    """Return the records of one layer; if it does not fit into memory, a record of it
+    as skipped.
+    """
     try:
         return measure(task)
     except MemoryLimitError as error:
         norms = {"fro": error.fro, "base_fro": error.base_fro}
-        return (LeftOut(layer=task.layer, shape=task.shape, reason="memory", detail=str(error), **norms),)
+        return (
+            LeftOut(
+                layer=task.layer, shape=task.shape, reason="memory", detail=str(error), **norms
+            ),
+        )
 
 
 def leave_out(pairing: Pairing, layout: Layout, device: str) -> Iterator[LeftOut]:
-    """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be paired.
+    """Yield the records of the 1-D tensors of a pairing, and of the tensors that could not be
+    paired.
 
     Raises:
         InputError: A file could not be read.
     """
     vectors = [delta for delta in pairing.deltas if not delta.is_matrix]
     yield from run_local(partial(left_out_vector, device=device), vectors, layout, footprint)
-    yield from run_local(partial(left_out_rows, device=device), pairing.unpaired, layout, lambda unpaired: 0)
+    yield from run_local(
+        partial(left_out_rows, device=device), pairing.unpaired, layout, lambda unpaired: 0
+    )

@@ -1,12 +1,13 @@
 """The options of commands, declared once: name, default, help text and command-line form.
 
 A group is a ``TypedDict`` whose fields are annotated with ``Option``. A Python function takes it as
-``**options: Unpack[LayerOptions]`` under ``@show_options``, which adds the options to its signature and its help. The
-command line builds its own options from the same declaration (``lora_diag.cli.options.make_function``). Options of one
-command are a group in the ``__init__.py`` of its folder; those of several are here.
+``**options: Unpack[LayerOptions]`` under ``@show_options``, which adds the options to its signature
+and its help. The command line builds its own options from the same declaration
+(``lora_diag.cli.options.make_function``). Options of one command are a group in the ``__init__.py``
+of its folder; those of several are here.
 
-``--help`` reads the groups, so nothing heavy is imported here, and a type from torch or pydantic is quoted; and
-annotations are evaluated in this module (no ``from __future__ import annotations``).
+``--help`` reads the groups, so nothing heavy is imported here, and a type from torch or pydantic is
+quoted; and annotations are evaluated in this module (no ``from __future__ import annotations``).
 """
 
 import re
@@ -43,7 +44,8 @@ class Option:
     Args:
         default: Value if it is not given; ``REQUIRED`` for a required option.
         help: Help text, one complete line.
-        metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a flag.
+        metavar: Placeholder of its value on the command line; ``a|b`` for choices; empty for a
+            flag.
         flags: Names on the command line; default ``--`` and its name.
         panel: Part of the help that shows it, from ``PANELS``.
         completions: Words for shell completion, besides the choices.
@@ -66,7 +68,9 @@ class Option:
 
     def words(self) -> str:
         """Return the help text, with the placeholder of the value if that lists choices."""
-        return f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
+        return (
+            f"{self.help.removesuffix('.')}: {self.metavar}." if "|" in self.metavar else self.help
+        )
 
     def by(self, default: Any, **changes: Any) -> "Option":
         """Return the option with another default, and with changes of other fields."""
@@ -76,10 +80,17 @@ class Option:
     def choices(self) -> tuple[str, ...]:
         """The allowed values; empty if others are allowed.
 
-        >>> Option("both", "How Σ is split.", "both|b").choices, Option("auto", "Device.", "auto|cpu|cuda[:i]").choices
+        >>> (
+        ...     Option("both", "How Σ is split.", "both|b").choices,
+        ...     Option("auto", "Device.", "auto|cpu|cuda[:i]").choices,
+        ... )
         (('both', 'b'), ())
         """
-        return tuple(self.metavar.split("|")) if re.fullmatch(r"[a-z0-9_]+(\|[a-z0-9_]+)+", self.metavar) else ()
+        return (
+            tuple(self.metavar.split("|"))
+            if re.fullmatch(r"[a-z0-9_]+(\|[a-z0-9_]+)+", self.metavar)
+            else ()
+        )
 
     def flag(self, name: str) -> str:
         """Return the option's name on the command line, given its name in Python."""
@@ -89,11 +100,18 @@ class Option:
         """Return a value, if the option allows it; text that is not parsed yet may have any number.
 
         Raises:
-            UsageError: The value is not a choice of the option, or outside its limits; or a list of numbers is empty.
+            UsageError: The value is not a choice of the option, or outside its limits; or a list of
+                numbers is empty.
         """
         if isinstance(value, str) and self.choices and value not in self.choices:
-            raise UsageError(f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}")
-        if (self.least, self.most, self.between) == (None, None, None) or value is None or isinstance(value, str):
+            raise UsageError(
+                f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}"
+            )
+        if (
+            (self.least, self.most, self.between) == (None, None, None)
+            or value is None
+            or isinstance(value, str)
+        ):
             return value
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers:
@@ -107,7 +125,10 @@ class Option:
             if self.between is not None and not self.between[0] < number < self.between[1]:
                 problem = f"must lie between {self.between[0]:g} and {self.between[1]:g}"
             if problem:
-                raise UsageError(f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: {problem}")
+                raise UsageError(
+                    f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: "
+                    f"{problem}"
+                )
         return value
 
 
@@ -121,26 +142,46 @@ GRANULARITY = Option(
     ("--granularity",),
 )
 RATES = Option((), "Peak learning rates to try.", "X,X,...", ("--lr",), between=(0, MAX_RATE))
-FULL_RATES = Option((), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",), between=(0, MAX_RATE))
+FULL_RATES = Option(
+    (), "Peak learning rates of full fine-tuning.", "X,X,...", ("--full-lr",), between=(0, MAX_RATE)
+)
 STEPS = Option(100, "Training steps of a run.", "N", least=1)
 RECOVER = Option(False, "Use the estimate of the update before rounding (see recover).")
 SEEDS = Option(2, "Training runs at the best learning rate.", "N", ("--repeats",), least=1)
 TOP = Option(None, "Compute only the K largest singular values; default: all.", "K")
-SHOW_RANK = Option(None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT)
+SHOW_RANK = Option(
+    None, "Measured rank to show; default: depends on the records.", "R", panel=OUTPUT
+)
 WEIGHTS = Option(None, "Weight of each update; default: 1, of a mean 1/K.", "W,W,...", panel=INPUTS)
 CHECKPOINT = Option(
-    False, "Write a checkpoint, BASE plus the update; default: an adapter.", "", ("--checkpoint",), OUTPUT
+    False,
+    "Write a checkpoint, BASE plus the update; default: an adapter.",
+    "",
+    ("--checkpoint",),
+    OUTPUT,
 )
 ENERGY = Option(None, "Smallest ranks that keep this fraction of Σσ², e.g. 0.9.", "FRACTION")
 PARAMS = Option(None, "Budget in trainable parameters, e.g. 10M.", "N")
-MEMORY_BUDGET = Option(None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE")
-OPTIMIZER = Option("adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum")
-ADAPTER_DTYPE = Option("float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", ("--adapter-dtype",))
+MEMORY_BUDGET = Option(
+    None, "Budget in bytes of adapter, gradients and optimizer, e.g. 2GB.", "SIZE"
+)
+OPTIMIZER = Option(
+    "adamw", "Optimizer assumed by --memory-budget.", "adamw|adamw8bit|sgd|sgd_momentum"
+)
+ADAPTER_DTYPE = Option(
+    "float32", "Dtype of the adapter's weights.", "float32|bfloat16|float16", ("--adapter-dtype",)
+)
 DORA = Option(False, "Train DoRA instead of LoRA.")
-CHECKPOINTING = Option(False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION)
+CHECKPOINTING = Option(
+    False, "Recompute activations in the backward pass: less memory, more time.", panel=EXECUTION
+)
 QUANTIZED = Option(None, "Round frozen weights to QLoRA's format; default: off.", "nf4|int8")
 TOLERANCE = Option(
-    0.02, "Fraction of the gain that a smaller rank may lose.", "X", ("--gain-tolerance",), between=(0, 1)
+    0.02,
+    "Fraction of the gain that a smaller rank may lose.",
+    "X",
+    ("--gain-tolerance",),
+    between=(0, 1),
 )
 TARGET_MODULES = Option(
     (),
@@ -150,22 +191,39 @@ TARGET_MODULES = Option(
     INPUTS,
 )
 RSLORA = Option(False, "Scale by lora_alpha/√r (rsLoRA) instead of lora_alpha/r.")
-SWEEP = Option(None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS)
+SWEEP = Option(
+    None, "Results of probe sweep, source of the best learning rate.", "FILE", panel=INPUTS
+)
 BASE = Option(None, "Base checkpoint of what is measured; default: none.", "BASE", panel=INPUTS)
 ACTIVATIONS = Option(
-    None, "Second moments of layer inputs, from probe activations, as the metric.", "FILE", panel=INPUTS
+    None,
+    "Second moments of layer inputs, from probe activations, as the metric.",
+    "FILE",
+    panel=INPUTS,
 )
 KFAC = Option(False, "K-FAC metric: weight outputs by their gradients; needs --activations.")
-REFERENCE = Option(None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS)
+REFERENCE = Option(
+    None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS
+)
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
-LABELS = Option("data", "Labels of the loss: those of the text, or sampled from the model.", "data|model")
+LABELS = Option(
+    "data", "Labels of the loss: those of the text, or sampled from the model.", "data|model"
+)
 SEED = Option(0, "Seed of all random numbers.", "N", least=0, most=2**63 - 1)
 # Weights that get an adapter: by default all matrices except embeddings, head and routers.
 TARGETS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
-MATCH_NORM = Option(False, "Lengthen ΔW_r to the norm of ΔW: (‖ΔW‖/‖ΔW_r‖)·ΔW_r; a probe measures both.")
-PORTABLE = Option(False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT)
-FORMAT = Option("peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT)
-BASE_NAME = Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
+MATCH_NORM = Option(
+    False, "Lengthen ΔW_r to the norm of ΔW: (‖ΔW‖/‖ΔW_r‖)·ΔW_r; a probe measures both."
+)
+PORTABLE = Option(
+    False, "One rank for all layers: every program scales the adapter alike.", panel=OUTPUT
+)
+FORMAT = Option(
+    "peft", "Format; all but peft imply --portable.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT
+)
+BASE_NAME = Option(
+    None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT
+)
 EXCLUDE = Option(None, "Skip weights whose name contains a match.", "REGEX", panel=INPUTS)
 LAYERS = Option(None, "Only weights whose name contains a match.", "REGEX", panel=INPUTS)
 UNFINISHED = Option(False, "Accept results of an interrupted spectrum run.", panel=INPUTS)
@@ -184,9 +242,16 @@ class MissingAlpha(TypedDict, total=False):
 
     alpha: Annotated[
         float | None,
-        Option(None, "α of adapters whose files give none; default: scale 1 (PEFT: an error).", "A", panel=INPUTS),
+        Option(
+            None,
+            "α of adapters whose files give none; default: scale 1 (PEFT: an error).",
+            "A",
+            panel=INPUTS,
+        ),
     ]
-    alpha_is_rank: Annotated[bool, Option(False, "Assume α = r if an adapter's files give no α.", panel=INPUTS)]
+    alpha_is_rank: Annotated[
+        bool, Option(False, "Assume α = r if an adapter's files give no α.", panel=INPUTS)
+    ]
 
 
 def stated_alpha(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -198,14 +263,21 @@ class Matching(Selection, MissingAlpha, total=False):
     """Selection of weights of two sides, and the scaling of adapters without α."""
 
     allow_unmatched: Annotated[
-        bool, Option(False, "Skip weights that the adapter changes and BASE lacks; default: an error.", panel=INPUTS)
+        bool,
+        Option(
+            False,
+            "Skip weights that the adapter changes and BASE lacks; default: an error.",
+            panel=INPUTS,
+        ),
     ]
 
 
 class Device(TypedDict, total=False):
     """Device of the computation."""
 
-    device: Annotated[str, Option("auto", "Device to compute on.", "auto|cpu|cuda[:i]|mps", panel=EXECUTION)]
+    device: Annotated[
+        str, Option("auto", "Device to compute on.", "auto|cpu|cuda[:i]|mps", panel=EXECUTION)
+    ]
 
 
 class Method(Device, total=False):
@@ -226,14 +298,22 @@ class Workers(TypedDict, total=False):
 
     workers: Annotated[
         int | None,
-        Option(None, "Number of concurrent layers; default: by cores and memory.", "N", panel=EXECUTION, least=1),
+        Option(
+            None,
+            "Number of concurrent layers; default: by cores and memory.",
+            "N",
+            panel=EXECUTION,
+            least=1,
+        ),
     ]
 
 
 class Engine(TypedDict, total=False):
     """Where a command runs."""
 
-    engine: Annotated["Ray | None", Option(None, "Ray cluster to measure on; None for this machine.", cli=False)]
+    engine: Annotated[
+        "Ray | None", Option(None, "Ray cluster to measure on; None for this machine.", cli=False)
+    ]
 
 
 class Machines(Workers, Engine, total=False):
@@ -253,7 +333,8 @@ class Output(TypedDict, total=False):
     """Destination of records."""
 
     output: Annotated[
-        Path | str | None, Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT)
+        Path | str | None,
+        Option(None, "Results file (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
@@ -261,8 +342,12 @@ class Output(TypedDict, total=False):
 class Resuming(TypedDict, total=False):
     """Resuming of interrupted runs."""
 
-    resume: Annotated[bool, Option(False, "Resume the interrupted run in the output.", panel=EXECUTION)]
-    verify: Annotated[bool, Option(False, "Hash every byte of the inputs (SHA-256).", panel=EXECUTION)]
+    resume: Annotated[
+        bool, Option(False, "Resume the interrupted run in the output.", panel=EXECUTION)
+    ]
+    verify: Annotated[
+        bool, Option(False, "Hash every byte of the inputs (SHA-256).", panel=EXECUTION)
+    ]
 
 
 class OnProgress(TypedDict, total=False):
@@ -270,7 +355,11 @@ class OnProgress(TypedDict, total=False):
 
     on_progress: Annotated[
         "Callable[[Progress], None] | None",
-        Option(None, "Called after every layer, batch or step, and at the start of each layer.", cli=False),
+        Option(
+            None,
+            "Called after every layer, batch or step, and at the start of each layer.",
+            cli=False,
+        ),
     ]
 
 
@@ -304,7 +393,9 @@ class HeldOut(TypedDict, total=False):
 
     evaluate: Annotated[
         Sequence[Path | str],
-        Option((), "Held-out text, JSONL or datasets folder; repeatable.", "FILE", ("--eval",), INPUTS),
+        Option(
+            (), "Held-out text, JSONL or datasets folder; repeatable.", "FILE", ("--eval",), INPUTS
+        ),
     ]
 
 
@@ -312,35 +403,56 @@ class Shifted(HeldOut, total=False):
     """``HeldOut``, and evaluation sets of another distribution."""
 
     shifted: Annotated[
-        Sequence[Path | str], Option((), "Text from another distribution; repeatable.", "FILE", panel=INPUTS)
+        Sequence[Path | str],
+        Option((), "Text from another distribution; repeatable.", "FILE", panel=INPUTS),
     ]
 
 
 class ModelOptions(Device, total=False):
     """Options of running a model on texts."""
 
-    length: Annotated[int | None, Option(None, "Sequence length in tokens; default: 512 or the model's limit.", "N")]
+    length: Annotated[
+        int | None,
+        Option(None, "Sequence length in tokens; default: 512 or the model's limit.", "N"),
+    ]
     batch: Annotated[int, Option(8, "Sequences per batch.", "N", panel=EXECUTION, least=1)]
     max_sequences: Annotated[
         int | None,
-        Option(None, "Use N sequences of each file, evenly spaced; default: all.", "N", panel=INPUTS, least=1),
+        Option(
+            None,
+            "Use N sequences of each file, evenly spaced; default: all.",
+            "N",
+            panel=INPUTS,
+            least=1,
+        ),
     ]
     tokenizer: Annotated[
-        str, Option("auto", "Tokenizer: of BASE, UTF-8 bytes, or of a folder.", "auto|bytes|DIR", panel=INPUTS)
+        str,
+        Option(
+            "auto",
+            "Tokenizer: of BASE, UTF-8 bytes, or of a folder.",
+            "auto|bytes|DIR",
+            panel=INPUTS,
+        ),
     ]
-    dtype: Annotated[str, Option("float32", "Dtype of the weights during the run.", "float32|bfloat16|float16")]
+    dtype: Annotated[
+        str, Option("float32", "Dtype of the weights during the run.", "float32|bfloat16|float16")
+    ]
 
 
 class Notes(TypedDict, total=False):
     """Callback for the cost estimate."""
 
     on_note: Annotated[
-        "Callable[[str], None] | None", Option(None, "Called with the estimate of what the run will cost.", cli=False)
+        "Callable[[str], None] | None",
+        Option(None, "Called with the estimate of what the run will cost.", cli=False),
     ]
 
 
 class RecordModelOptions(Selection, ModelOptions, OnProgress, Notes, total=False):
-    """Options of a command that runs a model once over selected layers and writes an output in its own format."""
+    """Options of a command that runs a model once over selected layers and writes an output in its
+    own format.
+    """
 
 
 class ProbeOptions(ModelOptions, Output, Resuming, Callbacks, Notes, total=False):
@@ -354,7 +466,9 @@ class LayerProbeOptions(Selection, ProbeOptions, total=False):
 class Training(TypedDict, total=False):
     """Training options."""
 
-    widen: Annotated[int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N", least=0)]
+    widen: Annotated[
+        int, Option(2, "Learning rates to try beyond the grid; 0 for none.", "N", least=0)
+    ]
     seed: Annotated[int, SEED]
 
 
@@ -363,7 +477,12 @@ class TrainingRuns(Engine, total=False):
 
     concurrent: Annotated[
         int | None,
-        Option(None, "With --engine ray: concurrent runs per node; default: 1, or 1 per GPU.", "N", panel=EXECUTION),
+        Option(
+            None,
+            "With --engine ray: concurrent runs per node; default: 1, or 1 per GPU.",
+            "N",
+            panel=EXECUTION,
+        ),
     ]
 
 
@@ -376,7 +495,8 @@ class LayerTrainOptions(Selection, TrainOptions, total=False):
 
 
 def list_options(group: type) -> dict[str, tuple[Any, Option]]:
-    """Return every option of a group by name, with its type: first the command's own, then the common ones.
+    """Return every option of a group by name, with its type: first the command's own, then the
+    common ones.
 
     A quoted type, whose names need not be imported, is returned as a ``ForwardRef``.
 
@@ -389,13 +509,19 @@ def list_options(group: type) -> dict[str, tuple[Any, Option]]:
 
 
 def own_options(group: type) -> list[str]:
-    """Return the names of a group's options that no group of this module declares alike: the command's own options."""
+    """Return the names of a group's options that no group of this module declares alike: the
+    command's own options.
+    """
     common = _list_common()
-    return [name for name, (_, option) in _list_declared(group).items() if common.get(name) != option]
+    return [
+        name for name, (_, option) in _list_declared(group).items() if common.get(name) != option
+    ]
 
 
 def _list_declared(group: type) -> dict[str, tuple[Any, Option]]:
-    """Return the type and the declaration of every option of a group, by name, in the order of the declarations."""
+    """Return the type and the declaration of every option of a group, by name, in the order of the
+    declarations.
+    """
     options = {}
     for name, hint in group.__annotations__.items():
         if isinstance(hint, ForwardRef):  # from a module that does not evaluate its annotations
@@ -422,22 +548,30 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
 
     Raises:
         TypeError: An option is unknown or missing.
-        UsageError: A value is none of the option's choices, or outside its limits; or ``resume`` is set without the
-            group's ``output``.
+        UsageError: A value is none of the option's choices, or outside its limits; or ``resume`` is
+            set without the group's ``output``.
     """
     options = list_options(group)
     if unknown := next((name for name in passed if name not in options), None):
         raise TypeError(f"unexpected keyword argument {unknown!r}; use one of {', '.join(options)}")
-    if missing := [name for name, (_, option) in options.items() if option.default is REQUIRED and name not in passed]:
+    if missing := [
+        name
+        for name, (_, option) in options.items()
+        if option.default is REQUIRED and name not in passed
+    ]:
         raise TypeError(f"missing keyword argument {missing[0]!r}")
-    filled = {name: option.checked(name, passed.get(name, option.default)) for name, (_, option) in options.items()}
+    filled = {
+        name: option.checked(name, passed.get(name, option.default))
+        for name, (_, option) in options.items()
+    }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
     return filled
 
 
 def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the own options of one command by name, for the settings of the run record, in their JSON form.
+    """Return the own options of one command by name, for the settings of the run record, in their
+    JSON form.
 
     Args:
         group: A ``TypedDict`` of options.
@@ -468,7 +602,8 @@ def _to_json(value: Any) -> Any:
 
 
 def show_options(function: F) -> F:
-    """Show the options of a function's group in its signature and docstring; return the same function.
+    """Show the options of a function's group in its signature and docstring; return the same
+    function.
 
     An option that the docstring already describes keeps that description.
 
@@ -489,13 +624,23 @@ def show_options(function: F) -> F:
     options = list_options(group)
     for name, (kind, option) in options.items():
         annotation = kind.__forward_arg__ if isinstance(kind, ForwardRef) else kind
-        parameters.append(Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation))
-    vars(function).update(__signature__=own_signature.replace(parameters=parameters), options=options)
+        parameters.append(
+            Parameter(name, Parameter.KEYWORD_ONLY, default=option.default, annotation=annotation)
+        )
+    vars(function).update(
+        __signature__=own_signature.replace(parameters=parameters), options=options
+    )
 
     def describe_missing(match: re.Match[str]) -> str:
-        missing = {name: option for name, (_, option) in options.items() if f"\n{match[1]}{name}: " not in docstring}
+        missing = {
+            name: option
+            for name, (_, option) in options.items()
+            if f"\n{match[1]}{name}: " not in docstring
+        }
         return "".join(f"{match[1]}{name}: {option.words()}\n" for name, option in missing.items())
 
     docstring = function.__doc__ or ""
-    function.__doc__ = re.sub(r"^( *)\*\*options:.*\n", describe_missing, docstring, flags=re.MULTILINE)
+    function.__doc__ = re.sub(
+        r"^( *)\*\*options:.*\n", describe_missing, docstring, flags=re.MULTILINE
+    )
     return function

@@ -1,8 +1,9 @@
 """The output folder of a command that writes weights.
 
-The folder is written next to its target and renamed when complete. Until then, ``NAME.part`` holds the records so far
-and one file of factors per layer, so that an interrupted run resumes after the last layer. The model card is written
-last and marks a folder whose files are all written. No folder that has files of others is replaced.
+The folder is written next to its target and renamed when complete. Until then, ``NAME.part`` holds
+the records so far and one file of factors per layer, so that an interrupted run resumes after the
+last layer. The model card is written last and marks a folder whose files are all written. No folder
+that has files of others is replaced.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ _HALF_WRITTEN = re.compile(r"^\.(.+)\.\d+$")
 class OutputFolder:
     """The folder that one run writes; a subclass for each command names its files.
 
-    A folder that still has its factors is not complete: a time limit left layers out. Resuming turns it back into
-    ``NAME.part``.
+    A folder that still has its factors is not complete: a time limit left layers out. Resuming
+    turns it back into ``NAME.part``.
 
     Args:
         final: Path of the folder.
@@ -50,13 +51,14 @@ class OutputFolder:
         records_name: Name of the results file.
         own_files: Names of all files of the complete folder.
         description: What it holds, for messages.
-        finished: Whether the output to resume is complete at its final path, so that only its records remain to be
-            reported.
-        whole: Whether all files of the output to resume are written, possibly not yet at their final path.
+        finished: Whether the output to resume is complete at its final path, so that only its
+            records remain to be reported.
+        whole: Whether all files of the output to resume are written, possibly not yet at their
+            final path.
 
     Raises:
-        UsageError: The path is an input, a link or a file, or it or ``NAME.part`` exists and may not be replaced, or is
-            being written by another process.
+        UsageError: The path is an input, a link or a file, or it or ``NAME.part`` exists and may
+            not be replaced, or is being written by another process.
         InputError: The folder cannot be written there.
     """
 
@@ -64,13 +66,17 @@ class OutputFolder:
     own_files: ClassVar[frozenset[str]]
     description: ClassVar[str]
 
-    def __init__(self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool) -> None:
+    def __init__(
+        self, final: Path, inputs: Sequence[Path | str], overwrite: bool, resume: bool
+    ) -> None:
         check_folder_of(final)
         self.final = Path(os.path.realpath(final))
         self.work = self.final.with_name(f"{self.final.name}.part")
         for path in (final, self.work, self.work / FACTORS):
             if path.is_symlink():
-                raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
+                raise UsageError(
+                    f"{path}: is a symbolic link, which is not followed; give the folder itself"
+                )
         self._overwrite, self._resume = overwrite, resume
         has_records = (self.final / self.records_name).is_file()
         continues_final = resume and not overwrite and not self.work.exists() and has_records
@@ -78,7 +84,9 @@ class OutputFolder:
         self.finished = continues_final and not self._reopened
         if self.finished:
             self.work = self.final
-        self.whole = resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
+        self.whole = (
+            resume and (self.work / CARD).is_file() and (self.work / self.records_name).is_file()
+        )
         self._refuse_inside(inputs)
         self._check_final()
         if self.finished or not self.work.exists():
@@ -88,7 +96,8 @@ class OutputFolder:
             return
         self._refuse_running()
         raise UsageError(
-            f"{self.work}: holds {self.description} that did not finish; continue it with --resume, or delete it"
+            f"{self.work}: holds {self.description} that did not finish; continue it with "
+            "--resume, or delete it"
         )
 
     def _refuse_inside(self, inputs: Sequence[Path | str]) -> None:
@@ -102,7 +111,9 @@ class OutputFolder:
             if source == self.final:
                 raise UsageError(f"{self.final}: is an input; choose another folder for -o")
             if source in self.final.parents:
-                raise UsageError(f"{self.final}: is inside the input {path}; choose a folder outside it for -o")
+                raise UsageError(
+                    f"{self.final}: is inside the input {path}; choose a folder outside it for -o"
+                )
 
     def _refuse_running(self) -> None:
         """Refuse a folder that another process is writing, which must not be deleted.
@@ -126,10 +137,14 @@ class OutputFolder:
         if any(self.final.iterdir()) and not self.finished:
             self._check_ours(self.final)
             if not (self._overwrite or self._reopened):
-                raise UsageError(f"{self.final}: is not empty; choose another folder, or replace it with --overwrite")
+                raise UsageError(
+                    f"{self.final}: is not empty; choose another folder, or replace it with "
+                    "--overwrite"
+                )
 
     def _check_ours(self, folder: Path) -> None:
-        """Refuse to replace a folder that this command did not write, or that has other files in it.
+        """Refuse to replace a folder that this command did not write, or that has other files in
+        it.
 
         A trained adapter has files of the same names, but no records and no factors by layer.
 
@@ -138,14 +153,19 @@ class OutputFolder:
         """
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
         if names and not names & {self.records_name, FACTORS}:
-            raise UsageError(f"{folder}: is not {self.description}, so it is not replaced; choose another folder")
+            raise UsageError(
+                f"{folder}: is not {self.description}, so it is not replaced; choose another folder"
+            )
         own = {*self.own_files, FACTORS, SPECTRA, f"{self.records_name}.part", f"{SPECTRA}.part"}
         foreign = sorted(name for name in names if _HALF_WRITTEN.sub(r"\1", name) not in own)
         factors = (_HALF_WRITTEN.sub(r"\1", path.name) for path in (folder / FACTORS).glob("*"))
-        foreign += sorted(f"{FACTORS}/{name}" for name in factors if not re.fullmatch(r"\d{6}\.safetensors", name))
+        foreign += sorted(
+            f"{FACTORS}/{name}" for name in factors if not re.fullmatch(r"\d{6}\.safetensors", name)
+        )
         if foreign:
             raise UsageError(
-                f"{folder}: holds {foreign[0]}, which is not a file of {self.description}; choose another folder"
+                f"{folder}: holds {foreign[0]}, which is not a file of {self.description}; choose "
+                "another folder"
             )
 
     @property
@@ -163,9 +183,11 @@ class OutputFolder:
         return self.work / FACTORS / f"{index:06d}.safetensors"
 
     def open(self) -> None:
-        """Create the folder next to the target, or keep the one to resume: a target that is not complete is moved back.
+        """Create the folder next to the target, or keep the one to resume: a target that is not
+        complete is moved back.
 
-        A folder there that is not resumed is deleted first. Nothing is done if all files are written.
+        A folder there that is not resumed is deleted first. Nothing is done if all files are
+        written.
 
         Raises:
             UsageError: Another process is writing the folder.
@@ -190,13 +212,15 @@ class OutputFolder:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def finish(self, card: str, complete: bool = True) -> None:
-        """Write the model card, remove the files needed only for resuming, and move the folder to its target.
+        """Write the model card, remove the files needed only for resuming, and move the folder to
+        its target.
 
         An adapter at the target is replaced. Nothing is done if the folder is ``finished``.
 
         Args:
             card: Text of the model card.
-            complete: Whether no layer is left to measure; else the factors of layers are kept, for a resumed run.
+            complete: Whether no layer is left to measure; else the factors of layers are kept, for
+                a resumed run.
 
         Raises:
             InputError: A file cannot be written, or the folder cannot be moved.
@@ -211,7 +235,8 @@ class OutputFolder:
             self.spectra.unlink(missing_ok=True)
             for name in self.own_files:
                 for leftover in self.work.glob(f".{name}.[0-9]*"):
-                    leftover.unlink()  # half-written when an earlier process was killed (files.replacing)
+                    # half-written when an earlier process was killed (files.replacing)
+                    leftover.unlink()
             if self.final.exists():
                 self.final.rename(backup)
             self.work.rename(self.final)
@@ -226,7 +251,8 @@ class OutputFolder:
 
 
 def list_words(group: type, run: Run, *others: str) -> list[str]:
-    """Return the words of a run's options as typed: those other than the defaults, without ``others`` and the device.
+    """Return the words of a run's options as typed: those other than the defaults, without
+    ``others`` and the device.
 
     Args:
         group: The options of the command, a ``TypedDict``.
@@ -237,5 +263,8 @@ def list_words(group: type, run: Run, *others: str) -> list[str]:
     for name, value in list_typed_options(group, run.settings).items():
         if name not in {"device", *others}:
             typed = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            words += [list_options(group)[name][1].flag(name), *([] if value is True else [legible(typed)])]
+            words += [
+                list_options(group)[name][1].flag(name),
+                *([] if value is True else [legible(typed)]),
+            ]
     return words

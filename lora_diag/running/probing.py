@@ -31,12 +31,14 @@ from lora_diag.version import __version__
 # Limit of the seeds of probes: later runs add to the seed, and random generators take 63 bits.
 MAX_SEED = 2**31
 
-# Parameters times tokens of forward passes in about ten minutes: on two cores of an AMD EPYC, which do 8e10 a second
-# without other programs, and on a GPU. Counts and no clock: a command with its defaults measures the same everywhere.
+# Parameters times tokens of forward passes in about ten minutes: on two cores of an AMD EPYC, which
+# do 8e10 a second without other programs, and on a GPU. Counts and no clock: a command with its
+# defaults measures the same everywhere.
 CPU_WORK, GPU_WORK = 4e13, 4e15
 # Names and values of options, in the order in which they are tried until a run is short enough.
 Reductions = Sequence[tuple[str, Any]]
-# Numbers of sequences to which a run with default options is reduced; with fewer than eight, errors are not reliable.
+# Numbers of sequences to which a run with default options is reduced; with fewer than eight, errors
+# are not reliable.
 SEQUENCES = tuple(("max_sequences", 2**k) for k in range(12, 2, -1))
 
 
@@ -78,13 +80,17 @@ class ProbeRun:
     model: Model
     params: int
 
-    def __init__(self, command: str, options: Mapping[str, object], group: type = ProbeOptions) -> None:
+    def __init__(
+        self, command: str, options: Mapping[str, object], group: type = ProbeOptions
+    ) -> None:
         self.command = command
         self.options = Options(fill_options(group, options))
         self._given = {name for name, value in options.items() if value is not None}
         self._declared = list_options(group)
         self.reduced: dict[str, str] = {}
-        self.watch = ProgressReporter(*(self.options.get(name) for name in ("on_progress", "on_record", "on_note")))
+        self.watch = ProgressReporter(
+            *(self.options.get(name) for name in ("on_progress", "on_record", "on_note"))
+        )
         self.batch: int = self.options["batch"]
         if (seed := self.options.get("seed", 0)) >= MAX_SEED:
             raise UsageError(f"--seed {seed}: must be below {MAX_SEED}")
@@ -102,27 +108,35 @@ class ProbeRun:
         """Open both sides, pair their weights, and describe the inputs.
 
         Raises:
-            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have one name.
+            InputError: A side cannot be read, the adapter does not fit BASE, or two weights have
+                one name.
             NothingComparedError: No weight can be compared.
-            UsageError: BASE is an adapter, a side holds second moments, or the options on α are invalid.
+            UsageError: BASE is an adapter, a side holds second moments, or the options on α are
+                invalid.
         """
-        return compare(base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options))
+        return compare(
+            base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options)
+        )
 
     def describe(self, stored: Checkpoint) -> RunInput:
-        """Return the description of an opened BASE for the run record, where nothing is compared with it."""
+        """Return the description of an opened BASE for the run record, where nothing is compared
+        with it.
+        """
         return describe("base", stored, verify=self.options["verify"])
 
     def open(self, base: Path | str) -> Model:
         """Open the model, keep it as ``model``, and return it.
 
         Raises:
-            UsageError: An option is invalid, the device does not exist, ``base`` is an adapter, or the extra ``train``
-                is not installed.
-            InputError: It is remote or a file, transformers cannot open it, it is quantized or lacks weights, or its
-                kind is not supported.
+            UsageError: An option is invalid, the device does not exist, ``base`` is an adapter, or
+                the extra ``train`` is not installed.
+            InputError: It is remote or a file, transformers cannot open it, it is quantized or
+                lacks weights, or its kind is not supported.
         """
         dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
-        self.model = open_model(base, resolve_device(self.options["device"]), dtype, length, tokenizer)
+        self.model = open_model(
+            base, resolve_device(self.options["device"]), dtype, length, tokenizer
+        )
         self.params = sum(parameter.numel() for parameter in self.model.module.parameters())
         return self.model
 
@@ -131,12 +145,14 @@ class ProbeRun:
 
         Raises:
             UsageError: It is a data set, and the library ``datasets`` is not installed.
-            InputError: It cannot be read, does not fit the kind of model, or has nothing to predict.
+            InputError: It cannot be read, does not fit the kind of model, or has nothing to
+                predict.
         """
         return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
 
     def check_files(self, *models: Path | str, needs_set: bool = True) -> None:
-        """Check that models and texts exist before one is opened: models, evaluation sets, then the training text.
+        """Check that models and texts exist before one is opened: models, evaluation sets, then the
+        training text.
 
         Args:
             models: Paths of the models.
@@ -159,29 +175,40 @@ class ProbeRun:
         """Return all evaluation sets.
 
         Args:
-            labels: Names of the first sets, for those whose files have the same name; None for that of the file.
+            labels: Names of the first sets, for those whose files have the same name; None for that
+                of the file.
 
         Raises:
             UsageError: Two have one name, or as ``read``.
             InputError: As ``read``.
         """
         shifted = self.options.get("shifted", ())
-        texts = [*map(self.read, self.options.evaluate), *(self.read(path, shifted=True) for path in shifted)]
+        texts = [
+            *map(self.read, self.options.evaluate),
+            *(self.read(path, shifted=True) for path in shifted),
+        ]
         texts = name_apart(texts, labels)
         check_names(texts)
         return texts
 
     def count_tokens(self, sets: Sequence[Texts]) -> int:
-        """Return the number of tokens of evaluation sets, of at most ``max_sequences`` sequences each."""
-        return sum(len(one.ids) for each in sets for one in each.sequences[: self.options.max_sequences])
+        """Return the number of tokens of evaluation sets, of at most ``max_sequences`` sequences
+        each.
+        """
+        return sum(
+            len(one.ids) for each in sets for one in each.sequences[: self.options.max_sequences]
+        )
 
-    def fit(self, sets: Sequence[Texts], count: Callable[[], float], reductions: Reductions = SEQUENCES) -> list[Texts]:
-        """Reduce options that were not given until the run takes about ten minutes; return the sets for these options.
+    def fit(
+        self, sets: Sequence[Texts], count: Callable[[], float], reductions: Reductions = SEQUENCES
+    ) -> list[Texts]:
+        """Reduce options that were not given until the run takes about ten minutes; return the sets
+        for these options.
 
         Args:
             sets: Evaluation sets; a number of sequences above that of the largest is no reduction.
-            count: Returns the tokens of all forward passes with the present options; a backward pass counts as the
-                forward passes that take as long.
+            count: Returns the tokens of all forward passes with the present options; a backward
+                pass counts as the forward passes that take as long.
             reductions: Names and values of options, in the order in which they are tried.
         """
         most = max(len(each.sequences) for each in sets)
@@ -191,14 +218,21 @@ class ProbeRun:
             if count() * self.params <= work:
                 break
             if name not in self._given and not (name == "max_sequences" and value >= most):
-                before, after = (re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value))
+                before, after = (
+                    re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value)
+                )
                 self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
                 self.options[name] = value
         if self.reduced:
             time_of_two_cores = duration(600 * count() * self.params / work)
-            self.watch.note(f"reduced to about {time_of_two_cores} of two cores: {'; '.join(self.reduced.values())}")
+            self.watch.note(
+                f"reduced to about {time_of_two_cores} of two cores: "
+                f"{'; '.join(self.reduced.values())}"
+            )
         kept = self.options.max_sequences if "max_sequences" in self.reduced else most
-        return [each.reduce(kept, "for about ten minutes; more with --max-sequences") for each in sets]
+        return [
+            each.reduce(kept, "for about ten minutes; more with --max-sequences") for each in sets
+        ]
 
     @property
     def model_settings(self) -> dict[str, Any]:
@@ -239,7 +273,8 @@ class ProbeRun:
         measure(self.model, first, self.batch, on_logits=on_logits)
         seconds = time.perf_counter() - start
         self.watch.note(
-            f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} s each{extra}"
+            f"about {duration(seconds * passes)}: {description}, {passes} batches of {seconds:.2g} "
+            f"s each{extra}"
         )
 
     def over(
@@ -249,14 +284,16 @@ class ProbeRun:
         measure_missing: Callable[[RunRecords[Any]], Iterable[LeftOut]],
         extendable: Mapping[str, Callable[[Any, Any], Any]] | None = None,
     ) -> Results[Any]:
-        """Measure what an interrupted run has no records of, or nothing if it was finished; write and return records.
+        """Measure what an interrupted run has no records of, or nothing if it was finished; write
+        and return records.
 
         Args:
             inputs: For the run record.
             settings: The probe's own settings, for the run record.
-            measure_missing: Measures what is not yet in the given records of the run, puts it there, and returns the
-                records of skipped tensors.
-            extendable: Settings that may be extended when the run is resumed, as in ``ResultsWriter``.
+            measure_missing: Measures what is not yet in the given records of the run, puts it
+                there, and returns the records of skipped tensors.
+            extendable: Settings that may be extended when the run is resumed, as in
+                ``ResultsWriter``.
 
         Returns:
             All records of the run, including those of an interrupted run.
@@ -272,13 +309,17 @@ class ProbeRun:
             inputs=tuple(inputs),
             settings={**settings, **self.model_settings, **stated_alpha(options)},
         )
-        with ResultsWriter[Any](options["output"], run, options["resume"], options["overwrite"], extendable) as writer:
+        with ResultsWriter[Any](
+            options["output"], run, options["resume"], options["overwrite"], extendable
+        ) as writer:
             kept = RunRecords(writer, self.watch)
             return kept.end(measure_missing(kept)) if kept.finished is None else kept.finished
 
 
 def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
-    """Return the description of a text for the run record; its role is by default that of an evaluation set."""
+    """Return the description of a text for the run record; its role is by default that of an
+    evaluation set.
+    """
     return RunInput(
         role=role or ("shifted" if texts.shifted else "eval"),
         path=legible(texts.path),
@@ -290,7 +331,8 @@ def describe_texts(texts: Texts, role: str | None = None) -> RunInput:
 
 
 def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
-    """Return the records of tensors that could not be paired, and of updates that the model has no weight for.
+    """Return the records of tensors that could not be paired, and of updates that the model has no
+    weight for.
 
     Args:
         pairing: The pairing of BASE and TUNED.
@@ -299,5 +341,8 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     detail = "the model that transformers builds of BASE has no such weight"
     return [
         *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
-        *(LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail) for d in absent),
+        *(
+            LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail)
+            for d in absent
+        ),
     ]

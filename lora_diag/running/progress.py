@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from lora_diag.records import AnyRecord, LayerRecord, LeftOut, Results, ResultsWriter, WholeRecord, totals
+from lora_diag.records import (
+    AnyRecord,
+    LayerRecord,
+    LeftOut,
+    Results,
+    ResultsWriter,
+    WholeRecord,
+    totals,
+)
 
 L = TypeVar("L", bound=LayerRecord)
 
@@ -102,7 +110,8 @@ class RunRecords(Generic[L]):
                 yield record
 
     def put(self, *records: L | WholeRecord) -> None:
-        """Write records of layers, and those of the whole run that are new, immediately, and pass them on.
+        """Write records of layers, and those of the whole run that are new, immediately, and pass
+        them on.
 
         Raises:
             InputError: They cannot be written.
@@ -117,7 +126,8 @@ class RunRecords(Generic[L]):
         self._write(*new)
 
     def end(self, left_out: Iterable[LeftOut]) -> Results[L]:
-        """Write records of skipped tensors beyond those of the interrupted run, and the totals; return all results.
+        """Write records of skipped tensors beyond those of the interrupted run, and the totals;
+        return all results.
 
         Raises:
             InputError: They cannot be written.
@@ -126,7 +136,9 @@ class RunRecords(Generic[L]):
             self._left_out.append(record)
             self._write(record)
         (last,) = self._write(totals(self.layers, self._left_out))
-        return Results(self.run, tuple(self.layers), tuple(self._left_out), last, tuple(self.records))
+        return Results(
+            self.run, tuple(self.layers), tuple(self._left_out), last, tuple(self.records)
+        )
 
     def _write(self, *records: AnyRecord) -> tuple[Any, ...]:
         """Append records to the file and pass them on; return them as written."""

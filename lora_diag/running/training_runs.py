@@ -1,11 +1,13 @@
-"""The runs of probes that train: options, texts, the sequence of runs, and runs as tasks of a cluster.
+"""The runs of probes that train: options, texts, the sequence of runs, and runs as tasks of a
+cluster.
 
-Every size is trained at every learning rate with the first seed, and at further rates if the best is at the edge of the
-grid; then at its best rate with the other seeds. Finished runs are not repeated. The probe determines the trained
-parameters.
+Every size is trained at every learning rate with the first seed, and at further rates if the best
+is at the edge of the grid; then at its best rate with the other seeds. Finished runs are not
+repeated. The probe determines the trained parameters.
 
-On a cluster, a worker opens the model and the texts, trains, and returns the records. A task is a small descriptor.
-What a worker opened is kept for its next tasks. BASE is measured, and a step timed, in the submitting program.
+On a cluster, a worker opens the model and the texts, trains, and returns the records. A task is a
+small descriptor. What a worker opened is kept for its next tasks. BASE is measured, and a step
+timed, in the submitting program.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from lora_diag.running.layers import plan_device
 from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
-# A shape and a footprint by which the engine sends every run alone: its cost is above that of a batch of layers.
+# A shape and a footprint by which the engine sends every run alone: its cost is above that of a
+# batch of layers.
 UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
 
 MEMORY_FIX = "add a node with more, or lower --batch or --length"
@@ -84,8 +87,8 @@ class RunTask:
     shape: tuple[int, ...] = UNBATCHED_SHAPE
 
 
-# Trains one run on a worker; returns its records. Arguments: the model, the descriptor of the run, settings, evaluation
-# sets, and a function to call after every step and batch.
+# Trains one run on a worker; returns its records. Arguments: the model, the descriptor of the run,
+# settings, evaluation sets, and a function to call after every step and batch.
 TrainTask = Callable[[Model, Any, Training, Sequence[Texts], Callable[[], None]], Sequence[Any]]
 
 
@@ -106,7 +109,11 @@ class Workers:
     slots: int
 
     def run(
-        self, train: TrainTask, training: Training, runs: Sequence[tuple[str, Any]], poll: Callable[[], None]
+        self,
+        train: TrainTask,
+        training: Training,
+        runs: Sequence[tuple[str, Any]],
+        poll: Callable[[], None],
     ) -> Iterator[Sequence[Any]]:
         """Return an iterator over the records of every run, in the order of the runs.
 
@@ -122,7 +129,9 @@ class Workers:
         tasks = [RunTask(label, work) for label, work in runs]
         without_text = replace(training, texts=drop_sequences(training.texts))
         measure = partial(train_on_worker, self.site, train, without_text)
-        return run_ray(measure, tasks, self.layout, lambda task: UNBATCHED_BYTES, self.on, poll, MEMORY_FIX)
+        return run_ray(
+            measure, tasks, self.layout, lambda task: UNBATCHED_BYTES, self.on, poll, MEMORY_FIX
+        )
 
 
 def layout_of_runs(concurrent: int | None) -> Layout:
@@ -130,7 +139,9 @@ def layout_of_runs(concurrent: int | None) -> Layout:
     return Layout(torch.get_num_threads(), (concurrent or 1) * UNBATCHED_BYTES)
 
 
-def train_on_worker(site: Site, train: TrainTask, training: Training, task: RunTask) -> Sequence[Any]:
+def train_on_worker(
+    site: Site, train: TrainTask, training: Training, task: RunTask
+) -> Sequence[Any]:
     """Train one run on a worker of a cluster, and return its records.
 
     Args:
@@ -157,7 +168,8 @@ _open: tuple[Site, Model, list[Texts]] | None = None
 
 
 def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
-    """Return the model, the training text and the evaluation sets; what this process opened last is kept.
+    """Return the model, the training text and the evaluation sets; what this process opened last is
+    kept.
 
     Raises:
         UsageError: The worker has no transformers, or no ``datasets`` for a data set.
@@ -166,7 +178,9 @@ def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     global _open
     if _open is None or _open[0] != site:
         _open = None  # two models may not fit
-        model = open_model(site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer)
+        model = open_model(
+            site.base, torch.device(site.device), site.dtype, site.length, site.tokenizer
+        )
         training_text, *sets = site.texts
         texts = [_read_same_texts(training_text, model, None)]
         texts += [_read_same_texts(described, model, site.max_sequences) for described in sets]
@@ -184,7 +198,8 @@ def _read_same_texts(described: Texts, model: Model, max_sequences: int | None) 
     texts = read_texts(described.path, model, max_sequences, shifted=described.shifted)
     if texts.hash != described.hash:
         raise InputError(
-            f"{described.path}: has other contents on the worker on {platform.node()}; put inputs on storage that all "
+            f"{described.path}: has other contents on the worker on {platform.node()}; put inputs "
+            "on storage that all "
             "nodes share, or copy the same file to every node"
         )
     return texts
@@ -201,8 +216,8 @@ class Trial:
     Args:
         fields: Fields that identify its records.
         label: Label of its progress.
-        train: Trains, evaluates on the given sets, calls its last argument after every step and every batch, and
-            returns one record per set.
+        train: Trains, evaluates on the given sets, calls its last argument after every step and
+            every batch, and returns one record per set.
         work: Descriptor of the run for a worker of a cluster; None for a probe without an engine.
     """
 
@@ -220,7 +235,8 @@ class Arm:
         sizes: Ranks or dimensions, ascending; None for a method without sizes.
         rates: Learning rates, ascending.
         trial: The run of a size, a rate and a seed.
-        earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they are used, but not run.
+        earlier: Rates that an earlier run may have tried beyond the edge of a smaller grid; they
+            are used, but not run.
         workers: The workers of a cluster; None to train its runs here, one after the other.
         train: Trains one of its runs on a worker; None to train its runs here.
     """
@@ -278,14 +294,23 @@ class RunPlan:
         if not self.has(subject="base", **({} if name is None else {"name": name})):
             for texts in self.sets:
                 self.kept.put(
-                    record(texts, measure(model, texts, self.training.batch, lambda: self.watch.batch("BASE")))
+                    record(
+                        texts,
+                        measure(
+                            model, texts, self.training.batch, lambda: self.watch.batch("BASE")
+                        ),
+                    )
                 )
 
-    def report_cost(self, methods: Mapping[str, Sequence[Arm]], bases: int, extra_bytes: int, passes: int = 0) -> None:
-        """Time one step of each method and one evaluation batch, report the estimated cost, and set the expected total.
+    def report_cost(
+        self, methods: Mapping[str, Sequence[Arm]], bases: int, extra_bytes: int, passes: int = 0
+    ) -> None:
+        """Time one step of each method and one evaluation batch, report the estimated cost, and set
+        the expected total.
 
         Args:
-            methods: The arms of each method, by what they train, such as ``of LoRA``; the first of each is timed.
+            methods: The arms of each method, by what they train, such as ``of LoRA``; the first of
+                each is timed.
             bases: Number of measurements of BASE.
             extra_bytes: Memory of training in addition to BASE.
             passes: Number of batches of another pass forward and back, each as long as a step.
@@ -297,11 +322,19 @@ class RunPlan:
             runs = sum(map(self.count_unfinished, (arm, *others)))
             slots = 1 if arm.workers is None else arm.workers.slots
             seconds += passes * step
-            seconds += math.ceil(runs / slots) * (self.training.steps * step + self.batches * evaluation)
+            seconds += math.ceil(runs / slots) * (
+                self.training.steps * step + self.batches * evaluation
+            )
             self.expect(runs)
-            costs.append(f"{quantity(runs, 'run')} {name} of {self.training.steps} steps of {step:.2g} s at most")
+            costs.append(
+                f"{quantity(runs, 'run')} {name} of {self.training.steps} steps of {step:.2g} s at "
+                "most"
+            )
         seconds += bases * self.batches * evaluation
-        gib, arms = extra_bytes / 2**30, [arm for of_method in methods.values() for arm in of_method]
+        gib, arms = (
+            extra_bytes / 2**30,
+            [arm for of_method in methods.values() for arm in of_method],
+        )
         self.watch.note(
             f"about {duration(seconds)}: {', '.join(costs)}, each evaluated on "
             f"{quantity(len(self.sets), 'set')}{self.describe_more_runs(arms)}"
@@ -311,32 +344,43 @@ class RunPlan:
     def run(self, arm: Arm) -> None:
         """Run all rates with the first seed, and the best rate of each size with the others.
 
-        In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and so on, and last the
-        other seeds.
+        In rounds of independent runs: the grid, one rate beyond it at each size that needs one, and
+        so on, and last the other seeds.
         """
         first_seed = self.training.order
         rates = {size: self._iterate_rates(arm, size) for size in arm.sizes}
         tried = {size: list(islice(rates[size], len(arm.rates))) for size in arm.sizes}
-        self._finish(arm, [arm.trial(size, rate, first_seed) for size in arm.sizes for rate in tried[size]])
-        while further := [(size, rate) for size, queue in rates.items() for rate in islice(queue, 1)]:
+        self._finish(
+            arm, [arm.trial(size, rate, first_seed) for size in arm.sizes for rate in tried[size]]
+        )
+        while further := [
+            (size, rate) for size, queue in rates.items() for rate in islice(queue, 1)
+        ]:
             trials = [arm.trial(size, rate, first_seed) for size, rate in further]
             self.expect(sum(not self.has(**trial.fields) for trial in trials))
             self._finish(arm, trials)
             for size, rate in further:
                 tried[size].append(rate)
-        best = [(size, self._best_rate(arm, size, [*tried[size], *arm.earlier])) for size in arm.sizes]
+        best = [
+            (size, self._best_rate(arm, size, [*tried[size], *arm.earlier])) for size in arm.sizes
+        ]
         chosen = [(size, rate) for size, rate in best if rate is not None]
         seeds = range(first_seed + 1, first_seed + self.seeds)
         self._finish(arm, [arm.trial(size, rate, seed) for seed in seeds for size, rate in chosen])
 
     def count_unfinished(self, arm: Arm) -> int:
-        """Return the number of unfinished runs, except those beyond the grid, which are unknown in advance."""
+        """Return the number of unfinished runs, except those beyond the grid, which are unknown in
+        advance.
+        """
         first_seed, count = self.training.order, 0
         for size in arm.sizes:
             best = self._best_rate(arm, size, [*self._iterate_rates(arm, size), *arm.earlier])
             runs = [arm.trial(size, rate, first_seed) for rate in arm.rates]
             other_seeds = range(first_seed + 1, first_seed + self.seeds)
-            runs += [arm.trial(size, arm.rates[0] if best is None else best, seed) for seed in other_seeds]
+            runs += [
+                arm.trial(size, arm.rates[0] if best is None else best, seed)
+                for seed in other_seeds
+            ]
             count += sum(not self.has(**run.fields) for run in runs)
         return count
 
@@ -351,24 +395,34 @@ class RunPlan:
         self.watch.total += runs * (self.training.steps + self.batches)
 
     def time_step(self, arm: Arm) -> tuple[float, float]:
-        """Measure and return the seconds of a step at the largest size, and of one evaluation batch."""
+        """Measure and return the seconds of a step at the largest size, and of one evaluation
+        batch.
+        """
         return time_steps(arm.trial(arm.sizes[-1], 1e-6, 0).train, self.training, self.sets)
 
     def _finish(self, arm: Arm, trials: Sequence[Trial]) -> None:
-        """Train the runs that are not finished, here or on the cluster, and write their records in this order."""
+        """Train the runs that are not finished, here or on the cluster, and write their records in
+        this order.
+        """
         unfinished = [trial for trial in trials if not self.has(**trial.fields)]
         if arm.workers is None or arm.train is None:
             for trial in unfinished:
-                self.kept.put(*trial.train(self.training, self.sets, partial(self.watch.batch, trial.label)))
+                self.kept.put(
+                    *trial.train(self.training, self.sets, partial(self.watch.batch, trial.label))
+                )
             return
         poll = partial(self.watch.batch, f"{quantity(len(unfinished), 'run')} on the cluster", 0)
         runs = [(trial.label, trial.work) for trial in unfinished]
-        for trial, records in zip(unfinished, arm.workers.run(arm.train, self.training, runs, poll), strict=True):
+        for trial, records in zip(
+            unfinished, arm.workers.run(arm.train, self.training, runs, poll), strict=True
+        ):
             self.kept.put(*records)
             self.watch.batch(trial.label, self.training.steps + self.batches)
 
     def _iterate_rates(self, arm: Arm, size: int | None) -> Iterator[float]:
-        """Yield the rates to try: the grid, then beyond its edge, each to be finished before the next is requested."""
+        """Yield the rates to try: the grid, then beyond its edge, each to be finished before the
+        next is requested.
+        """
         tried = list(arm.rates)
         yield from tried
         for _ in range(self.widen):
@@ -381,7 +435,9 @@ class RunPlan:
             tried.append(further)
 
     def _best_rate(self, arm: Arm, size: int | None, rates: Sequence[float]) -> float | None:
-        """Return the rate of a size with the lowest loss of the first seed on the first set; None without a loss."""
+        """Return the rate of a size with the lowest loss of the first seed on the first set; None
+        without a loss.
+        """
         runs = []
         for rate in rates:  # without a record or a loss, a run is not finished or diverged
             fields = {**arm.trial(size, rate, self.training.order).fields, "set": self.sets[0].name}
@@ -389,11 +445,15 @@ class RunPlan:
         return find_best_rates(runs).get(size)
 
 
-def time_steps(train: Callable[..., Any], training: Training, sets: Sequence[Texts]) -> tuple[float, float]:
-    """Measure and return the seconds of one training step, the second of two, and of one batch of an evaluation.
+def time_steps(
+    train: Callable[..., Any], training: Training, sets: Sequence[Texts]
+) -> tuple[float, float]:
+    """Measure and return the seconds of one training step, the second of two, and of one batch of
+    an evaluation.
 
     Args:
-        train: Called with settings of two steps, a set of one batch, and a function to call after every step and batch.
+        train: Called with settings of two steps, a set of one batch, and a function to call after
+            every step and batch.
         training: Settings shared by all runs.
         sets: Evaluation sets; one batch of the first is evaluated.
     """
@@ -431,22 +491,33 @@ class TrainRun(ProbeRun):
         ``kind`` is the form of the trained LoRA; None for ``Lora()``.
 
         Raises:
-            UsageError: Two evaluation sets have one name, the training text is also an evaluation set, the model has no
-                gradient checkpointing, or as ``read``.
+            UsageError: Two evaluation sets have one name, the training text is also an evaluation
+                set, the model has no gradient checkpointing, or as ``read``.
             InputError: As ``read``.
         """
         self.sets, options = self.read_sets(), self.options
         texts = read_texts(options.data, self.model)
-        if existing := next((held_out for held_out in self.sets if held_out.hash == texts.hash), None):
-            raise UsageError(f"{existing.path}: is the training text; give an evaluation set that is held out")
+        if existing := next(
+            (held_out for held_out in self.sets if held_out.hash == texts.hash), None
+        ):
+            raise UsageError(
+                f"{existing.path}: is the training text; give an evaluation set that is held out"
+            )
         checkpointing = options.get("gradient_checkpointing", False)
         if checkpointing:
             check_checkpointing(self.model.module)
         self.training = Training(
-            texts, options.steps, self.batch, options.seed, kind or Lora(), checkpointing=checkpointing
+            texts,
+            options.steps,
+            self.batch,
+            options.seed,
+            kind or Lora(),
+            checkpointing=checkpointing,
         )
 
-    def count_train_tokens(self, sizes: float, rates: Sequence[float], step: float, extra: float = 0) -> float:
+    def count_train_tokens(
+        self, sizes: float, rates: Sequence[float], step: float, extra: float = 0
+    ) -> float:
         """Return the tokens of forward passes that take as long as the runs of a number of sizes.
 
         Args:
@@ -467,19 +538,23 @@ class TrainRun(ProbeRun):
 
     @contextmanager
     def joined(self) -> Iterator[None]:
-        """Stay connected to the cluster of the option ``engine``, if there is one; set ``on`` and the device.
+        """Stay connected to the cluster of the option ``engine``, if there is one; set ``on`` and
+        the device.
 
-        If the cluster has GPUs, each of its tasks gets one, unless ``gpus_per_task`` is set or the device is the CPU.
-        In the block, torch uses at most as many threads as a run has cores there.
+        If the cluster has GPUs, each of its tasks gets one, unless ``gpus_per_task`` is set or the
+        device is the CPU. In the block, torch uses at most as many threads as a run has cores
+        there.
 
         Raises:
-            UsageError: An option is invalid or contradicts another, Ray is not installed, or the tasks have GPUs and
-                this machine, where BASE is measured, has none.
+            UsageError: An option is invalid or contradicts another, Ray is not installed, or the
+                tasks have GPUs and this machine, where BASE is measured, has none.
             InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         on, concurrent, device = self.options.engine, self.options.concurrent, self.options.device
         if concurrent is not None and (on is None or concurrent < 1):
-            raise UsageError(f"--concurrent {concurrent}: must be at least 1, and needs --engine ray")
+            raise UsageError(
+                f"--concurrent {concurrent}: must be at least 1, and needs --engine ray"
+            )
         if on is None:
             yield
             return
@@ -492,12 +567,14 @@ class TrainRun(ProbeRun):
             kind = plan_device(on, device).kind
             if kind == "cuda" and resolve_device("auto").type != "cuda":
                 raise UsageError(
-                    "--engine ray: its tasks have GPUs and this machine has none, on which BASE is measured; start "
+                    "--engine ray: its tasks have GPUs and this machine has none, on which BASE is "
+                    "measured; start "
                     "loradiag on a node with a GPU, or add --device cpu"
                 )
             if kind == "cuda" and concurrent is not None:
                 raise UsageError(
-                    f"--concurrent {concurrent}: applies to the CPU only; share a GPU with --gpus-per-task 0.5"
+                    f"--concurrent {concurrent}: applies to the CPU only; share a GPU with "
+                    "--gpus-per-task 0.5"
                 )
             self.on, self.options["device"] = on, kind
             # Cores of a run, whose step is timed here; the same where a search calls a sweep.
@@ -523,7 +600,10 @@ class TrainRun(ProbeRun):
         options = self.options
         site = Site(
             base=str(base),
-            **{name: options[name] for name in ("device", "dtype", "length", "tokenizer", "max_sequences")},
+            **{
+                name: options[name]
+                for name in ("device", "dtype", "length", "tokenizer", "max_sequences")
+            },
             texts=tuple(map(drop_sequences, (self.training.texts, *self.sets))),
             stored=stored,
         )
@@ -533,7 +613,11 @@ class TrainRun(ProbeRun):
 
     def inputs(self, stored: Checkpoint) -> list[RunInput]:
         """Return the descriptions of BASE and the texts for the run record."""
-        return [self.describe(stored), describe_texts(self.training.texts, "data"), *map(describe_texts, self.sets)]
+        return [
+            self.describe(stored),
+            describe_texts(self.training.texts, "data"),
+            *map(describe_texts, self.sets),
+        ]
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
@@ -545,5 +629,9 @@ class TrainRun(ProbeRun):
         }
 
     def plan_runs(self, kept: RunRecords[Any]) -> RunPlan:
-        """Return the plan of the runs; with the seeds of the run record, which a resumed run may have extended."""
-        return RunPlan(self.training, self.sets, kept.run.settings["seeds"], self.options.widen, kept)
+        """Return the plan of the runs; with the seeds of the run record, which a resumed run may
+        have extended.
+        """
+        return RunPlan(
+            self.training, self.sets, kept.run.settings["seeds"], self.options.widen, kept
+        )

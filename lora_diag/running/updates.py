@@ -71,23 +71,32 @@ def align_layers(
     for comparison, weight in zip(comparisons, weights, strict=True):
         for delta in comparison.pairing.deltas:
             if vectors or delta.is_matrix:
-                by_layer.setdefault(delta.layer, []).append(Update(tuned_path(comparison), weight, drop_base(delta)))
+                by_layer.setdefault(delta.layer, []).append(
+                    Update(tuned_path(comparison), weight, drop_base(delta))
+                )
     is_shared = any(len(updates) > 1 for updates in by_layer.values())
     if len(comparisons) > 1 and not is_shared:
         examples = "; ".join(
-            f"{tuned_path(item)} has {min((delta.layer for delta in item.pairing.deltas), default='no layer')}"
+            f"{tuned_path(item)} has "
+            f"{min((delta.layer for delta in item.pairing.deltas), default='no layer')}"
             for item in comparisons
         )
-        raise NothingComparedError(f"no weight is changed by two of the inputs, so nothing was compared: {examples}")
+        raise NothingComparedError(
+            f"no weight is changed by two of the inputs, so nothing was compared: {examples}"
+        )
     for layer, (first, *others) in by_layer.items():
         for other in others:
             if other.delta.shape != first.delta.shape:
                 raise InputError(
-                    f"{layer}: {list(first.delta.shape)} in {first.name} but {list(other.delta.shape)} in "
-                    f"{other.name}, so these are not updates of one model; skip the weight with --exclude"
+                    f"{layer}: {list(first.delta.shape)} in {first.name} but "
+                    f"{list(other.delta.shape)} in "
+                    f"{other.name}, so these are not updates of one model; skip the weight with "
+                    "--exclude"
                 )
     names = sorted(by_layer, key=natural_order)
-    return [LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names]
+    return [
+        LayerUpdates(name, by_layer[name][0].delta.shape, tuple(by_layer[name])) for name in names
+    ]
 
 
 def tuned_path(comparison: Comparison) -> str:
@@ -96,16 +105,24 @@ def tuned_path(comparison: Comparison) -> str:
 
 
 def list_unmeasured(comparisons: Sequence[Comparison], layers: set[str]) -> Pairing:
-    """Return the compared 1-D tensors, and the unpaired tensors that no comparison pairs, each name once.
+    """Return the compared 1-D tensors, and the unpaired tensors that no comparison pairs, each name
+    once.
 
     The first comparison that has one counts; ``layers`` are the compared matrices.
     """
     vectors: dict[str, Delta] = {}
     unpaired: dict[str, Unpaired] = {}
-    for delta in (delta for comparison in comparisons for delta in comparison.pairing.deltas if not delta.is_matrix):
+    for delta in (
+        delta
+        for comparison in comparisons
+        for delta in comparison.pairing.deltas
+        if not delta.is_matrix
+    ):
         vectors.setdefault(delta.layer, delta)
     for comparison in comparisons:
         for item in comparison.pairing.unpaired:
             if item.layer not in layers and item.layer not in vectors:
-                unpaired.setdefault(item.layer, replace(item, detail=f"{tuned_path(comparison)}: {item.detail}"))
+                unpaired.setdefault(
+                    item.layer, replace(item, detail=f"{tuned_path(comparison)}: {item.detail}")
+                )
     return Pairing(tuple(vectors.values()), tuple(unpaired.values()))

@@ -1,4 +1,6 @@
-"""`tune`: held-out loss against trained parameters: all runs, the frontier, and the choice with its error."""
+"""`tune`: held-out loss against trained parameters: all runs, the frontier, and the choice with its
+error.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Point:
 
 
 def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
-    """Return the trained configurations with a loss on one set, by parameters, each at one of its learning rates.
+    """Return the trained configurations with a loss on one set, by parameters, each at one of its
+    learning rates.
 
     That is the one with the most losses; of several, the one with the lowest mean loss.
 
@@ -56,13 +59,19 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
             groups.setdefault(record.variant, {}).setdefault(record.lr, []).append(record)
     points = []
     for variant, rates in groups.items():
-        best = max(rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs)))
-        points.append(Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None)))
+        best = max(
+            rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs))
+        )
+        points.append(
+            Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None))
+        )
     return sorted(points, key=lambda point: point.params)
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Return the configurations with a lower loss than all with as few or fewer parameters, ascending."""
+    """Return the configurations with a lower loss than all with as few or fewer parameters,
+    ascending.
+    """
     best: list[Point] = []
     for point in sorted(points, key=lambda candidate: (candidate.params, candidate.mean)):
         if not best or point.mean < best[-1].mean:
@@ -95,32 +104,56 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         of_sets,
         f"{subject_of(series)}mean negative log-likelihood of held-out predictions",
         [
-            "The frontier has each configuration at the learning rate that was trained with the most seeds.",
+            "The frontier has each configuration at the learning rate that was trained with the "
+            "most seeds.",
             "Only the first run is drawn." if len(series) > 1 else "",
         ],
     )
 
 
-def _draw(ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, choice: Tune | None) -> None:
+def _draw(
+    ax: Axes, style: PageStyle, trials: Sequence[TuneTrial], name: str, choice: Tune | None
+) -> None:
     """Draw all runs on one set, the frontier, the choice with its error, and the loss of BASE."""
     width = style.line
     points = points_of(trials, name)
-    runs = [(run.params, run.loss) for run in trials if run.set == name and run.params and run.loss is not None]
+    runs = [
+        (run.params, run.loss)
+        for run in trials
+        if run.set == name and run.params and run.loss is not None
+    ]
     panels.set_params_axis(ax, [point.params for point in points])
     panels.draw_seeds(ax, runs, style, RUN, "one run")
     best = zip(*[(point.params, point.mean) for point in frontier(points)], strict=True)
     line: dict[str, Any] = {"lw": 1.5 * width, "marker": "o", "ms": 3.5 * width}
     ax.plot(*best, color=FRONTIER, label="frontier, mean over seeds", **line)
-    chosen = next((point for point in points if choice is not None and point.variant == choice.variant), None)
+    chosen = next(
+        (point for point in points if choice is not None and point.variant == choice.variant), None
+    )
     if chosen is not None:
         n = len(chosen.losses)
         error = 2 * stdev(chosen.losses) / math.sqrt(n) if n > 1 else 0.0
-        diamond: dict[str, Any] = {"marker": "D", "ms": 5 * width, "lw": 1.5 * width, "capsize": 3 * width, "zorder": 3}
+        diamond: dict[str, Any] = {
+            "marker": "D",
+            "ms": 5 * width,
+            "lw": 1.5 * width,
+            "capsize": 3 * width,
+            "zorder": 3,
+        }
         label = "chosen, ± 2 standard errors"
         ax.errorbar(chosen.params, chosen.mean, yerr=error, color=CHOSEN, label=label, **diamond)
-    base = next((trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None)
+    base = next(
+        (trial.loss for trial in trials if trial.variant == "base" and trial.set == name), None
+    )
     ax.set_ylim(panels.axis_limits([loss for _, loss in runs], base))
     if above := sum(loss > ax.get_ylim()[1] for _, loss in runs):
-        ax.text(0.02, 0.98, f"↑ {quantity(above, 'run')} above", transform=ax.transAxes, va="top", size=style.ticks)
+        ax.text(
+            0.02,
+            0.98,
+            f"↑ {quantity(above, 'run')} above",
+            transform=ax.transAxes,
+            va="top",
+            size=style.ticks,
+        )
     panels.draw_levels(ax, [] if base is None else [(f"BASE {base:.3f}", base, INK)], style)
     panels.set_loss_axis(ax)

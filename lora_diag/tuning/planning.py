@@ -1,9 +1,11 @@
-"""The plan of a search: the adapted layers, their cost from timed steps, and the reduction to a time limit.
+"""The plan of a search: the adapted layers, their cost from timed steps, and the reduction to a
+time limit.
 
 A plan has stages; omissions, such as successive halving, reduce it until it fits.
 
-Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter optimization"
-(successive halving), here over training steps: many learning rates get few steps, the best of them all steps.
+Reference: Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization" (successive halving), here over training steps: many learning rates get few steps, the
+best of them all steps.
 """
 
 from __future__ import annotations
@@ -29,7 +31,14 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.models.activations import shape_of
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import ALPHA_OVER_RANK, RSLORA_ALPHA, Cell, Lora, is_transposed, losses_after
+from lora_diag.models.training import (
+    ALPHA_OVER_RANK,
+    RSLORA_ALPHA,
+    Cell,
+    Lora,
+    is_transposed,
+    losses_after,
+)
 from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
@@ -37,13 +46,15 @@ from lora_diag.running.training_runs import TrainRun, time_steps
 from lora_diag.tuning.record import TunePlan, TuneStage
 from lora_diag.tuning.trials import find_shortest_names, target_modules
 
-# The short round of halving trains for the steps divided by this, at the smallest and the largest rank.
+# The short round of halving trains for the steps divided by this, at the smallest and the largest
+# rank.
 SHORT_ROUND_DIVISOR = 4
 # Number of learning rates that continue after it.
 KEPT_RATES = 2
 # Minimum number of steps of a reduced search; with fewer, ranks cannot be compared.
 MIN_STEPS = 5
-# Evaluations whose sequences a time limit reduces to about ten minutes in all; the smallest search has 17.
+# Evaluations whose sequences a time limit reduces to about ten minutes in all; the smallest search
+# has 17.
 EVALUATIONS = 30
 # Factor for opening models and writing files.
 MARGIN = 1.1
@@ -51,8 +62,15 @@ MARGIN = 1.1
 COMPARED = 2
 # Fraction of a time limit that is kept for the report and the other files.
 WRITING = 0.04
-# A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds of confirmed ones.
-WHOLE_SEARCH = {"halving": False, "more_seeds": True, "finer": True, "redistribute": True, "trials": 6}
+# A search without omissions; at most 6 runs of stability and escalation, in addition to the seeds
+# of confirmed ones.
+WHOLE_SEARCH = {
+    "halving": False,
+    "more_seeds": True,
+    "finer": True,
+    "redistribute": True,
+    "trials": 6,
+}
 
 
 def short_steps(steps: int) -> int:
@@ -61,7 +79,8 @@ def short_steps(steps: int) -> int:
 
 
 def ranks_within(largest: int) -> tuple[int, ...]:
-    """Return up to four ranks to start from: the largest power of two within the budget, and fourths (below 4: halves).
+    """Return up to four ranks to start from: the largest power of two within the budget, and
+    fourths (below 4: halves).
 
     >>> ranks_within(19), ranks_within(3), ranks_within(1)
     ((1, 4, 16), (1, 2), (1,))
@@ -108,10 +127,18 @@ def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, 
 
     Args:
         plan: The search.
-        is_grid_done: Whether to count only what follows the runs of every rank and rate with the first seed.
+        is_grid_done: Whether to count only what follows the runs of every rank and rate with the
+            first seed.
     """
-    evaluation, seeds, rounds = plan.evaluation_seconds, plan.repeats - 1, 2 + plan.widen  # rounds: grid, widen, seeds
-    run, short = plan.steps * plan.step_seconds + evaluation, short_steps(plan.steps) * plan.step_seconds
+    evaluation, seeds, rounds = (
+        plan.evaluation_seconds,
+        plan.repeats - 1,
+        2 + plan.widen,
+    )  # rounds: grid, widen, seeds
+    run, short = (
+        plan.steps * plan.step_seconds + evaluation,
+        short_steps(plan.steps) * plan.step_seconds,
+    )
     full_run = plan.steps * plan.full_step_seconds + evaluation
     ranks, has_ranks = len(plan.ranks), len(plan.ranks) > 1
     grid = min(KEPT_RATES, len(plan.rates)) if plan.halving else len(plan.rates)
@@ -119,9 +146,19 @@ def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, 
     # Runs, 0 where the plan omits the stage; seconds of one; rounds; further seconds.
     costs = {
         "budget": (0, 0.0, 1, (1 + COMPARED) * evaluation),
-        "rates": (not is_grid_done and plan.halving * min(ranks, 2) * len(plan.rates), short + evaluation, 1, 0.0),
+        "rates": (
+            not is_grid_done and plan.halving * min(ranks, 2) * len(plan.rates),
+            short + evaluation,
+            1,
+            0.0,
+        ),
         "ranks": (ranks * (seeds if is_grid_done else rates + seeds), run, rounds, 0.0),
-        "full": (plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds), full_run, rounds, 0.0),
+        "full": (
+            plan.full * (min(rates, len(plan.rates)) + plan.widen + seeds),
+            full_run,
+            rounds,
+            0.0,
+        ),
         "seeds": ((plan.more_seeds and has_ranks) * ranks * plan.repeats, run, 1, 0.0),
         "finer": ((plan.finer and has_ranks) * (rates + seeds), run, rounds, 0.0),
         "redistribution": (plan.redistribute * (3 + seeds), run, 3, 0.0),
@@ -137,7 +174,9 @@ def list_stages(plan: TunePlan, is_grid_done: bool = False) -> tuple[TuneStage, 
 
 
 def seconds_of(plan: TunePlan, is_grid_done: bool = False) -> float:
-    """Return the estimated duration of a search, or of what is left of it, as in ``list_stages``."""
+    """Return the estimated duration of a search, or of what is left of it, as in
+    ``list_stages``.
+    """
     return MARGIN * sum(stage.seconds for stage in list_stages(plan, is_grid_done))
 
 
@@ -161,10 +200,15 @@ class Omission(StrEnum):
 
 
 # Omissions of steps; each includes the ones before it.
-STEP_OMISSIONS = (Omission.HALF, Omission.THREE_QUARTERS, Omission.SEVEN_EIGHTHS, Omission.FIFTEEN_SIXTEENTHS)
+STEP_OMISSIONS = (
+    Omission.HALF,
+    Omission.THREE_QUARTERS,
+    Omission.SEVEN_EIGHTHS,
+    Omission.FIFTEEN_SIXTEENTHS,
+)
 
-# Changed fields of a plan by omission, in the order in which these are applied until the search fits. Of the ranks, the
-# smallest and the largest stay.
+# Changed fields of a plan by omission, in the order in which these are applied until the search
+# fits. Of the ranks, the smallest and the largest stay.
 _REDUCTIONS: dict[Omission, Callable[[TunePlan], dict[str, Any]]] = {
     Omission.HALVING: lambda plan: {"halving": len(plan.rates) > KEPT_RATES},
     Omission.MORE_SEEDS: lambda plan: {"more_seeds": False},
@@ -179,7 +223,8 @@ _REDUCTIONS: dict[Omission, Callable[[TunePlan], dict[str, Any]]] = {
 }
 
 
-# Omissions that are still possible when the learning rates are chosen, and when all ranks are trained with one seed.
+# Omissions that are still possible when the learning rates are chosen, and when all ranks are
+# trained with one seed.
 AFTER_RATES = frozenset(Omission) - {Omission.HALVING, Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}
 AFTER_GRID = AFTER_RATES - {Omission.RANKS, Omission.WIDER_RATES}
 
@@ -200,7 +245,8 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     seconds = seconds_of(plan)
     if limit is not None and seconds > limit:
         raise UsageError(
-            f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are allowed; give more "
+            f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are "
+            "allowed; give more "
             "time, fewer --steps or a smaller --eval set"
         )
     # Of several omissions of steps the last one includes the others.
@@ -208,14 +254,21 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     if of_steps:
         saved[of_steps[-1]] = math.fsum(saved.pop(omission) for omission in of_steps)
     left_out = (*saved, *plan.left_out)
-    fields = {"seconds": seconds, "limit": limit, "left_out": left_out, "saved": saved, "stages": list_stages(plan)}
+    fields = {
+        "seconds": seconds,
+        "limit": limit,
+        "left_out": left_out,
+        "saved": saved,
+        "stages": list_stages(plan),
+    }
     return plan.model_copy(update=fields)
 
 
 def omit(
     plan: TunePlan, limit: float, possible: Collection[Omission], is_grid_done: bool = False
 ) -> tuple[TunePlan, dict[Omission, float]]:
-    """Apply omissions in their order until a search fits a limit, or none is left; return it, and the seconds saved.
+    """Apply omissions in their order until a search fits a limit, or none is left; return it, and
+    the seconds saved.
 
     Args:
         plan: The search.
@@ -234,7 +287,9 @@ def omit(
 
 
 def repeat_omissions(plan: TunePlan, names: Collection[str]) -> TunePlan:
-    """Return the plan with omissions that an interrupted run recorded; its ``left_out`` and duration are unchanged."""
+    """Return the plan with omissions that an interrupted run recorded; its ``left_out`` and
+    duration are unchanged.
+    """
     for omission in names:
         if omission in _REDUCTIONS and omission not in plan.left_out:
             plan = plan.model_copy(update=_REDUCTIONS[Omission(omission)](plan))
@@ -249,9 +304,10 @@ class Deadline:
         limit: Seconds; None for none.
 
     Attributes:
-        began: Start of the search on the clock, later by the time that the confirmation of the plan took.
-        pace: Measured duration of the last runs divided by the planned one; at least 1, since runs of smaller ranks
-            are faster than the largest, which is timed for the plan.
+        began: Start of the search on the clock, later by the time that the confirmation of the plan
+            took.
+        pace: Measured duration of the last runs divided by the planned one; at least 1, since runs
+            of smaller ranks are faster than the largest, which is timed for the plan.
     """
 
     limit: float | None
@@ -263,7 +319,11 @@ class Deadline:
     @property
     def left(self) -> float:
         """Seconds left, without the time to write the results; infinite without a limit."""
-        return math.inf if self.limit is None else self.limit * (1 - WRITING) - (monotonic() - self.began)
+        return (
+            math.inf
+            if self.limit is None
+            else self.limit * (1 - WRITING) - (monotonic() - self.began)
+        )
 
     def stop_timing(self) -> None:
         """Do not count the time until the next step in the pace."""
@@ -287,15 +347,24 @@ class Deadline:
 
 
 def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float, ...]:
-    """Return up to ``KEPT_RATES`` learning rates that continue after the short round, ascending; none without a loss.
+    """Return up to ``KEPT_RATES`` learning rates that continue after the short round, ascending;
+    none without a loss.
 
-    They are taken by place: the best rate at each rank, from the largest rank down, then the second best at each.
+    They are taken by place: the best rate at each rank, from the largest rank down, then the second
+    best at each.
 
     Args:
         losses: Losses by rank and rate; None where a run diverged.
 
     Example:
-        >>> losses = {(1, 1e-3): 2.0, (1, 1e-2): 1.0, (1, 1e-1): 1.5, (8, 1e-3): 1.8, (8, 1e-2): 0.9, (8, 1e-1): None}
+        >>> losses = {
+        ...     (1, 1e-3): 2.0,
+        ...     (1, 1e-2): 1.0,
+        ...     (1, 1e-1): 1.5,
+        ...     (8, 1e-3): 1.8,
+        ...     (8, 1e-2): 0.9,
+        ...     (8, 1e-1): None,
+        ... }
         >>> halve_rates(losses)
         (0.001, 0.01)
     """
@@ -344,7 +413,9 @@ class Target:
     def config(self, rank: int) -> dict[str, object]:
         """Return the configuration of one rank everywhere."""
         alpha = RSLORA_ALPHA if self.kind.rslora else ALPHA_OVER_RANK * rank
-        return make_config(self.names, rank, alpha, self.transposed, self.task, self.kind.rslora, self.kind.dora)
+        return make_config(
+            self.names, rank, alpha, self.transposed, self.task, self.kind.rslora, self.kind.dora
+        )
 
     def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
         """Return the configuration of allocated ranks, of the same kind as that of one rank.
@@ -352,7 +423,10 @@ class Target:
         Raises:
             InputError: No layer has a rank, or PEFT cannot express them.
         """
-        config = {**make_peft_config(allocation, Scaling(rslora=self.kind.rslora)), "task_type": self.task}
+        config = {
+            **make_peft_config(allocation, Scaling(rslora=self.kind.rslora)),
+            "task_type": self.task,
+        }
         alpha = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
         return {**config, **alpha, **({"use_dora": True} if self.kind.dora else {})}
 
@@ -372,7 +446,9 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     layers = target_modules(model.module, names)
     if not layers:
         named = f" named {', '.join(names)}" if names else ""
-        raise InputError(f"{stored.path}: has no linear layer to adapt{named}; check --target-modules")
+        raise InputError(
+            f"{stored.path}: has no linear layer to adapt{named}; check --target-modules"
+        )
     stored_names = Weights(model.module).base_names(stored)
     paths = [path for path, _ in model.module.named_modules()]
     return Target(
@@ -387,7 +463,9 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     )
 
 
-def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int) -> TunePlan:
+def plan_of(
+    base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int
+) -> TunePlan:
     """Return the plan of a search.
 
     Args:
@@ -398,8 +476,8 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The budget is too small for rank 1 or a requested rank, the time for any search, an option is
-            invalid, or peft is not installed.
+        UsageError: The budget is too small for rank 1 or a requested rank, the time for any search,
+            an option is invalid, or peft is not installed.
         InputError: The base model cannot be read or adapted.
     """
     options = run.options
@@ -420,10 +498,17 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
         )
     settings = _make_settings(run, largest)
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
-        raise UsageError(f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}")
+        raise UsageError(
+            f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}"
+        )
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
-    cells = [Cell(max(settings["ranks"]), 1e-6, 0), *([Cell(None, 1e-9, 0, "full")] if full else [])]
-    times = [time_steps(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells]
+    cells = [
+        Cell(max(settings["ranks"]), 1e-6, 0),
+        *([Cell(None, 1e-9, 0, "full")] if full else []),
+    ]
+    times = [
+        time_steps(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells
+    ]
     whole = TunePlan(
         budget=budget_plan.fit.budget,
         per_rank=target.per_rank,
@@ -448,10 +533,14 @@ def plan_of(base: Path | str, run: TrainRun, target: Target, limit: float | None
 
 
 def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
-    """Return the fields of a plan that follow from the options: those of a search without omissions."""
+    """Return the fields of a plan that follow from the options: those of a search without
+    omissions.
+    """
     options = run.options
     return {
-        "ranks": tuple(check_ranks(options["ranks"])) if options["ranks"] else ranks_within(largest),
+        "ranks": tuple(check_ranks(options["ranks"]))
+        if options["ranks"]
+        else ranks_within(largest),
         "rates": tuple(sorted(set(options["rates"]))),
         "repeats": options["seeds"],
         "widen": options["widen"],
@@ -460,7 +549,8 @@ def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
 
 
 def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
-    """Return the plan of a search that is given more time: all options as given, as far as this limit allows.
+    """Return the plan of a search that is given more time: all options as given, as far as this
+    limit allows.
 
     The steps of a run are not raised to the option's: they start from the earlier plan.
 
@@ -471,19 +561,22 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
         slots: Concurrent runs.
 
     Raises:
-        UsageError: The limit is below the earlier one or too short for any search, the earlier plan has none, or
-            ``ranks`` has one below 1.
+        UsageError: The limit is below the earlier one or too short for any search, the earlier plan
+            has none, or ``ranks`` has one below 1.
     """
     if plan.limit is None or limit < plan.limit:
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
-            f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; give at least that, or "
+            f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; "
+            "give at least that, or "
             "remove --time"
         )
     whole = {
         **_make_settings(run, plan.largest),
         "slots": slots,
         "full": plan.full_step_seconds > 0 and not run.options["no_full"],
-        "left_out": tuple(item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}),
+        "left_out": tuple(
+            item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}
+        ),
     }
     return fit_plan(plan.model_copy(update=whole), limit)

@@ -53,9 +53,10 @@ class TunePlan(WholeRecord):
         evaluation_seconds: Time of evaluating all sets, from one measured batch.
         seconds: Estimate for the whole search.
         limit: ``--time`` in seconds; null for none.
-        left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are not float32.
-        saved: Estimated seconds by omission; without full fine-tuning of weights that are not float32, and in an
-            extended search without the steps omitted before.
+        left_out: What is omitted: to stay within ``limit``, or full fine-tuning of weights that are
+            not float32.
+        saved: Estimated seconds by omission; without full fine-tuning of weights that are not
+            float32, and in an extended search without the steps omitted before.
         stages: The stages of the search.
     """
 
@@ -97,21 +98,25 @@ class TunePlan(WholeRecord):
 class TuneTrial(WholeRecord):
     """The loss of one run on one evaluation set; or of BASE.
 
-    Those of the sweep over shared ranks, and of full fine-tuning, are copies of records in ``sweep.jsonl``.
+    Those of the sweep over shared ranks, and of full fine-tuning, are copies of records in
+    ``sweep.jsonl``.
 
     Args:
         set: The evaluation set, by its file's name.
         shifted: Whether the user named it as shifted.
         data: Hash of the evaluation file.
         tokens: Predictions that the loss is the mean of.
-        variant: The configuration: ``base``, ``uniform-r8``, ``full``, ``prior``, ``uniform-r8+dropout``, …
+        variant: The configuration: ``base``, ``uniform-r8``, ``full``, ``prior``,
+            ``uniform-r8+dropout``, …
         params: Trainable parameters; 0 for BASE.
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
         seed: Seed of the factors' initial values.
         loss: Mean loss; null where it is not finite.
-        train_loss: Mean loss over the last tenth of the steps; of BASE on training sequences; null where not finite.
-        nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired; empty without a loss.
+        train_loss: Mean loss over the last tenth of the steps; of BASE on training sequences; null
+            where not finite.
+        nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired;
+            empty without a loss.
         predictions: Number of predictions of each sequence; for BASE only.
     """
 
@@ -142,23 +147,27 @@ class TuneDecision(WholeRecord):
     Args:
         stage: The stage.
         name: Subject of the decision.
-        outcome: ``chosen``: of all candidates of the stage. ``kept``: a candidate that replaced the incumbent.
-            ``rejected``: a candidate that did not. ``not needed``: there is nothing to try, or no reason to.
-            ``proposed``: to try next: it lowers the loss but is outside the budget, or was not trained, with its
-            predicted ``seconds``. ``not tried``: not trained, for the reason in ``why``.
+        outcome: ``chosen``: of all candidates of the stage. ``kept``: a candidate that replaced the
+            incumbent. ``rejected``: a candidate that did not. ``not needed``: there is nothing to
+            try, or no reason to. ``proposed``: to try next: it lowers the loss but is outside the
+            budget, or was not trained, with its predicted ``seconds``. ``not tried``: not trained,
+            for the reason in ``why``.
         why: The reason, with its numbers.
         rank: A shared rank; null without one.
         lr: Peak learning rate; null without a single one.
         params: Trainable parameters; null if not applicable.
-        gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; in the stage ``ranks``,
-            minus that of the best rank. Null where not trained, or without a seed at which both have a loss.
-        error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``: over paired sequences.
-            Null in the stage ``ranks``.
-        gap_shifted: Mean of the same over the shifted sets, of one seed on the first; null without any, in the stage
-            ``ranks``, and if a candidate was rejected at the first seed.
+        gap: Loss minus that of the incumbent on the deciding set, in nats, on the same seeds; in
+            the stage ``ranks``, minus that of the best rank. Null where not trained, or without a
+            seed at which both have a loss.
+        error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``:
+            over paired sequences. Null in the stage ``ranks``.
+        gap_shifted: Mean of the same over the shifted sets, of one seed on the first; null without
+            any, in the stage ``ranks``, and if a candidate was rejected at the first seed.
         error_shifted: Standard error of ``gap_shifted``; null without it, or if it is not known.
-        seeds: Number of seeds of ``gap``; of ``more seeds`` that were not tried, the number that would decide.
-        seconds: Predicted duration of what was not trained, or that it saves; null if not known, or trained.
+        seeds: Number of seeds of ``gap``; of ``more seeds`` that were not tried, the number that
+            would decide.
+        seconds: Predicted duration of what was not trained, or that it saves; null if not known, or
+            trained.
         layers: Layers that it is about, where these are named.
         files: Files in the run's folder that it is based on.
     """
@@ -217,7 +226,13 @@ class Tune(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("record",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of BASE minus that of the chosen adapter, in nats", main=True, form=".4f"),
+        Shown(
+            "gain",
+            "gain",
+            "loss of BASE minus that of the chosen adapter, in nats",
+            main=True,
+            form=".4f",
+        ),
         Shown("gain_error", "± gain", "standard error of the gain over seeds", main=True),
         Shown("params", "params", "trainable parameters", main=True),
     )
@@ -255,4 +270,7 @@ class Tune(WholeRecord):
         """Whether the gain is larger than the errors that its seeds need; not of one seed."""
         from lora_diag.metrics.statistics import errors_needed  # deferred: imports SciPy
 
-        return self.gain_error is not None and self.gain > errors_needed(self.seeds - 1) * self.gain_error
+        return (
+            self.gain_error is not None
+            and self.gain > errors_needed(self.seeds - 1) * self.gain_error
+        )

@@ -51,44 +51,55 @@ FILES = (
 def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -> Results[Any]:
     r"""Choose an adapter configuration by training within a budget, and record every decision.
 
-    The search is coarse to fine: shared ranks with the learning rate tuned at each; the smallest rank within
-    tolerance by an equivalence test; non-uniform ranks of the same budget against uniform ones with paired seeds;
-    stability only where the curves justify it; then the gain of more parameters. All runs use the same batches in the
-    same order.
+    The search is coarse to fine: shared ranks with the learning rate tuned at each; the smallest
+    rank within tolerance by an equivalence test; non-uniform ranks of the same budget against
+    uniform ones with paired seeds; stability only where the curves justify it; then the gain of
+    more parameters. All runs use the same batches in the same order.
 
     Args:
         base: The model: a folder that transformers can open, or a Hub id.
-        output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a report and configs.
+        output: Folder of the run. It gets the records, ``adapter_config.json``, ``adapter/``, a
+            report and configs.
         data: Training data: text, JSONL or a data set.
         evaluate: Held-out files of the same kind; the first decides.
         shifted: Files of another kind.
         params: Budget: trainable parameters, such as ``"10M"``.
         memory_budget: Budget: bytes of the adapter, its gradients and AdamW's state.
-        time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With ``resume``, a larger
-            limit than before extends the search: all runs are kept, and omitted ones that now fit are trained.
-        ranks: Shared ranks to try; by default up to four, each a fourth of the next: up to the largest power of two
-            within the budget; 1 and 2 if the largest rank within it is 2 or 3.
+        time: Time limit, such as ``"2h"``; the plan lists the omissions that keep it. With
+            ``resume``, a larger limit than before extends the search: all runs are kept, and
+            omitted ones that now fit are trained.
+        ranks: Shared ranks to try; by default up to four, each a fourth of the next: up to the
+            largest power of two within the budget; 1 and 2 if the largest rank within it is 2 or 3.
         dry_run: Stop after the plan.
-        on_plan: Called with a new or extended plan before the search, unless ``dry_run``; if it returns False, nothing
-            is trained or written.
+        on_plan: Called with a new or extended plan before the search, unless ``dry_run``; if it
+            returns False, nothing is trained or written.
         **options: ``TuneOptions``.
 
     Returns:
-        The records are in ``whole``: the plan, then trials and decisions, and last the choice (``Tune``). Only the plan
+        The records are in ``whole``: the plan, then trials and decisions, and last the choice
+            (``Tune``). Only the plan
         where the run stopped before the search; ``end`` is then None.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the extra ``train``, or a package for the engine or the
-            data set, is not installed, the training text is also an evaluation set, the budget is too small for a rank,
-            the time for a search, or ``output`` is a link or a file, holds other files, or holds a run that is not
-            replaced, and not resumed with the same inputs and settings.
-        InputError: An input cannot be read, the model cannot be opened or adapted, its loss on training sequences is
-            not finite, a file cannot be written, or the cluster cannot be reached.
+        UsageError: An option is invalid, BASE is an adapter, the extra ``train``, or a package for
+            the engine or the data set, is not installed, the training text is also an evaluation
+            set, the budget is too small for a rank, the time for a search, or ``output`` is a link
+            or a file, holds other files, or holds a run that is not replaced, and not resumed with
+            the same inputs and settings.
+        InputError: An input cannot be read, the model cannot be opened or adapted, its loss on
+            training sequences is not finite, a file cannot be written, or the cluster cannot be
+            reached.
         InconclusiveError: No rank is trained with a finite loss, or BASE has none.
 
     Example:
-        >>> found = tune("sample_checkpoints/base", "run/", data="train.txt",  # doctest: +SKIP
-        ...     evaluate=["held_out.txt"], params="10k", time="10min")
+        >>> found = tune(
+        ...     "sample_checkpoints/base",
+        ...     "run/",
+        ...     data="train.txt",  # doctest: +SKIP
+        ...     evaluate=["held_out.txt"],
+        ...     params="10k",
+        ...     time="10min",
+        ... )
         >>> found.whole[-1]  # doctest: +SKIP
     """
     run = TrainRun("tune", options, TuneOptions)
@@ -99,7 +110,10 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     if (arguments.params is None) == (arguments.memory_budget is None):
         raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
     run.check_files(base)
-    earlier, kind = _read_earlier_plan(folder, arguments), Lora(dora=arguments.dora, rslora=arguments.rslora)
+    earlier, kind = (
+        _read_earlier_plan(folder, arguments),
+        Lora(dora=arguments.dora, rslora=arguments.rslora),
+    )
     with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(kind)
@@ -114,7 +128,10 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             plan = extend_plan(earlier, run, limit, slots)
         assert plan is not None
         if plan is not earlier and not arguments.shifted:
-            run.watch.note("--shifted FILE, a text of another kind, would measure what the adapter makes BASE forget")
+            run.watch.note(
+                "--shifted FILE, a text of another kind, would measure what the adapter makes BASE "
+                "forget"
+            )
         deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
         is_confirmed = not arguments.dry_run
@@ -135,19 +152,33 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             kept.put(plan)
             tuner = Tuner(base, folder, run, target, plan, kept, deadline, workers)
             variant, choice = tuner.run()
-            write_outputs(base, folder, run, variant, target.config(choice.rank), choice, tuner.adapter_folder(variant))
+            write_outputs(
+                base,
+                folder,
+                run,
+                variant,
+                target.config(choice.rank),
+                choice,
+                tuner.adapter_folder(variant),
+            )
             return []
 
         results = run.over(run.inputs(stored), record.settings, run_search)
     files = [folder / name for name in (RECORDS, "sweep.jsonl", "spectrum.jsonl")]
-    report(*(path for path in files if path.is_file()), output=folder / "report.html", overwrite=True)
+    report(
+        *(path for path in files if path.is_file()), output=folder / "report.html", overwrite=True
+    )
     return results
 
 
 def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
     arguments = run.options
     return {
-        **{name: legible(str(arguments[name])) for name in ("params", "memory_budget") if arguments[name] is not None},
+        **{
+            name: legible(str(arguments[name]))
+            for name in ("params", "memory_budget")
+            if arguments[name] is not None
+        },
         "rates": sorted(set(arguments.rates)),
         "ranks": list(arguments.ranks),
         **run.training_settings(),
@@ -163,14 +194,16 @@ def _check_output(folder: Path, arguments: Options) -> None:
     """Refuse a folder that cannot hold the run, before any work.
 
     Raises:
-        UsageError: The output is a link, a file, a folder with other files, or one with a run that is not to be
-            resumed or replaced.
+        UsageError: The output is a link, a file, a folder with other files, or one with a run that
+            is not to be resumed or replaced.
         InputError: The folder cannot be created or written.
     """
     records = folder / RECORDS
     for path in (folder, records):
         if os.path.islink(path):  # noqa: PTH114  (unlike Path.is_symlink(), False for names that no file can have)
-            raise UsageError(f"{path}: is a symbolic link, which is not followed; give the folder itself")
+            raise UsageError(
+                f"{path}: is a symbolic link, which is not followed; give the folder itself"
+            )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"-o {folder}: is a file; give a folder")
     check_folder_of(folder)
@@ -179,11 +212,15 @@ def _check_output(folder: Path, arguments: Options) -> None:
     if not records.is_file():
         raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
     if not (arguments.overwrite or arguments.resume):
-        raise UsageError(f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite")
+        raise UsageError(
+            f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite"
+        )
 
 
 def _latest_file(folder: Path) -> Path:
-    """Return the file of a run's records: ``tune.jsonl.part`` while a search is extended, else ``tune.jsonl``."""
+    """Return the file of a run's records: ``tune.jsonl.part`` while a search is extended, else
+    ``tune.jsonl``.
+    """
     part = folder / f"{RECORDS}.part"
     return part if part.is_file() else folder / RECORDS
 
@@ -199,7 +236,9 @@ def _read_earlier_plan(folder: Path, arguments: Options) -> TunePlan | None:
         return None
     plan = next(iter(read_results(_latest_file(folder)).whole_of(TunePlan)), None)
     if plan is not None and plan.full and arguments.no_full:
-        raise UsageError("--no-full: the search to resume has full fine-tuning as a baseline; remove --no-full")
+        raise UsageError(
+            "--no-full: the search to resume has full fine-tuning as a baseline; remove --no-full"
+        )
     return plan
 
 
@@ -213,7 +252,9 @@ def _remove_output(folder: Path) -> None:
 
 
 def _extend(folder: Path, plan: TunePlan) -> None:
-    """Write an unfinished run with another plan and all runs of the earlier one; decisions are made again."""
+    """Write an unfinished run with another plan and all runs of the earlier one; decisions are made
+    again.
+    """
     results = read_results(_latest_file(folder))
     records: tuple[AnyRecord, ...] = (results.run, plan, *results.whole_of(TuneTrial))
     write_whole(folder / f"{RECORDS}.part", "".join(f"{to_line(record)}\n" for record in records))
@@ -249,13 +290,22 @@ def write_outputs(
         shutil.copyfile(adapter / ADAPTER, part / ADAPTER)
         (part / "adapter_config.json").write_text(config_text, encoding="utf-8")
     write_whole(folder / "adapter_config.json", config_text)
-    spectrum(base, folder / "adapter", output=folder / "spectrum.jsonl", overwrite=True, device=run.options["device"])
+    spectrum(
+        base,
+        folder / "adapter",
+        output=folder / "spectrum.jsonl",
+        overwrite=True,
+        device=run.options["device"],
+    )
     try:
         gate = gate_init(folder / "spectrum.jsonl", name=str(folder / "gate.toml"))
     except InputError as error:  # an update of zero gives no limits
         gate = f"# No limits: {error}\n"
     if not choice.significant:
-        note = "# The choice was not significant: these limits are of a candidate that is not shown to be sufficient.\n"
+        note = (
+            "# The choice was not significant: these limits are of a candidate that is not "
+            "shown to be sufficient.\n"
+        )
         gate = f"{note}{gate}"
     write_whole(folder / "gate.toml", gate)
     data = (str(run.options["data"]), str(run.options["evaluate"][0]))
@@ -265,7 +315,11 @@ def write_outputs(
 
 
 def configs(
-    base: str, files: Sequence[str], variant: Variant, uniform: Mapping[str, Any], settings: Mapping[str, int]
+    base: str,
+    files: Sequence[str],
+    variant: Variant,
+    uniform: Mapping[str, Any],
+    settings: Mapping[str, int],
 ) -> dict[str, str]:
     """Return configurations of the chosen adapter for other trainers, by file name.
 
@@ -273,20 +327,25 @@ def configs(
         base: The model.
         files: The training file and the held-out one.
         variant: The chosen configuration.
-        uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no rank of each layer.
+        uniform: Content of ``adapter_config.json`` of the shared rank, for trainers that have no
+            rank of each layer.
         settings: ``batch`` and ``length``.
     """
     note, single_rank = "", variant.config
     if single_rank["rank_pattern"]:
         note = (
-            f"# LLaMA-Factory has one rank for all layers: this is the uniform rank {uniform['r']} that the search\n"
-            f"# compared with {variant.name}; config.axolotl.yaml and config.trl.py have a rank for each layer.\n"
+            f"# LLaMA-Factory has one rank for all layers: this is the uniform rank {uniform['r']} "
+            "that the search\n"
+            f"# compared with {variant.name}; config.axolotl.yaml and config.trl.py have a rank "
+            "for each layer.\n"
         )
         single_rank = {**uniform, "lora_dropout": single_rank["lora_dropout"]}
     return {
         "config.axolotl.yaml": format_yaml(_make_axolotl(base, files, variant, settings)),
         "config.llamafactory.yaml": note
-        + format_yaml(_make_llamafactory(base, files, replace(variant, config=single_rank), settings)),
+        + format_yaml(
+            _make_llamafactory(base, files, replace(variant, config=single_rank), settings)
+        ),
         "config.trl.py": _make_trl(base, files, variant, settings),
     }
 
@@ -304,7 +363,9 @@ def _make_shared(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _make_axolotl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> dict[str, Any]:
+def _make_axolotl(
+    base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]
+) -> dict[str, Any]:
     return {
         "base_model": base,
         "datasets": [{"path": files[0], "type": "completion"}],
@@ -336,7 +397,9 @@ def _make_llamafactory(
     }
 
 
-def _make_trl(base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]) -> str:
+def _make_trl(
+    base: str, files: Sequence[str], variant: Variant, settings: Mapping[str, int]
+) -> str:
     kind = "json" if Path(files[0]).suffix.lower() in {".jsonl", ".json"} else "text"
     values = {key: value for key, value in variant.config.items() if key not in NOT_ARGUMENTS}
     arguments = "".join(f"        {key}={value!r},\n" for key, value in values.items())

@@ -30,11 +30,13 @@ from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
-# LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025); 2 to 63 in evidence.md.
+# LoRA's best learning rate is about ten times that of full fine-tuning (Schulman et al. 2025); 2 to
+# 63 in evidence.md.
 FULL_OVER_LORA = 0.1
 # "Higher ranks" are trained at this multiple of the budget.
 RAISED_FACTOR = 1.5
-# All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is trained in full.
+# All layers of a pilot's spectrum: a pooler that has an adapter gets a rank, and is no head that is
+# trained in full.
 ALL_LAYERS = "."
 # The reason of what a plan omits, or what a search omits of its plan.
 OMITTED = "omitted to keep --time"
@@ -45,7 +47,18 @@ MAX_NAMED = 4
 
 # Options that every sweep of a search has in common.
 SWEEP_OPTIONS = (
-    *("data", "evaluate", "shifted", "batch", "max_sequences", "length", "tokenizer", "dtype", "device", "concurrent"),
+    *(
+        "data",
+        "evaluate",
+        "shifted",
+        "batch",
+        "max_sequences",
+        "length",
+        "tokenizer",
+        "dtype",
+        "device",
+        "concurrent",
+    ),
     *("seed", "tolerance", "targets", "dora", "rslora", "quantized", "gradient_checkpointing"),
 )
 
@@ -109,12 +122,21 @@ class Tuner:
         self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]
         grid = self.run_.options["quantized"]
-        self.trials = Trials(self.run_.model, self.training, sets, self.kept, grid, self._report_batches, self.workers)
+        self.trials = Trials(
+            self.run_.model,
+            self.training,
+            sets,
+            self.kept,
+            grid,
+            self._report_batches,
+            self.workers,
+        )
         self._steps, self._batches = self.plan.steps, self.run_.batches(sets)
         self.slots = 1 if self.workers is None else self.workers.slots
         self.kept.watch.total = sum(stage.runs for stage in self.plan.stages) * self.plan.steps
 
-    # -- time --------------------------------------------------------------------------------------------------------
+    # -- time
+    # ------------------------------------------------------------
 
     @property
     def planned_run(self) -> float:
@@ -128,7 +150,9 @@ class Tuner:
 
     @property
     def left(self) -> float:
-        """Seconds left for the search, without those to train the choice and compare it; infinite without a limit."""
+        """Seconds left for the search, without those to train the choice and compare it; infinite
+        without a limit.
+        """
         comparison = COMPARED * self.deadline.pace * self.plan.evaluation_seconds
         return self.deadline.left - comparison - (0.0 if self._has_adapter else self.one_run)
 
@@ -147,7 +171,13 @@ class Tuner:
             self._is_limited = False
 
     def _attempt(
-        self, decision: tuple[str, str], runs: int, train: Callable[[], T], outcome: str, reason: str, **fields: Any
+        self,
+        decision: tuple[str, str],
+        runs: int,
+        train: Callable[[], T],
+        outcome: str,
+        reason: str,
+        **fields: Any,
     ) -> T | None:
         """Train within the plan and the time limit, and return the result; None without one.
 
@@ -155,7 +185,8 @@ class Tuner:
             decision: Stage and name.
             runs: Training runs, at most.
             train: Trains, and records the decision.
-            outcome: Outcome of the decision if the runs are not allowed, or are stopped by the limit.
+            outcome: Outcome of the decision if the runs are not allowed, or are stopped by the
+                limit.
             reason: Its reason.
             **fields: Further fields of that decision.
         """
@@ -172,7 +203,9 @@ class Tuner:
         return None
 
     def _adapt_plan(self, possible: Collection[Omission], is_grid_done: bool = False) -> None:
-        """Omit some of these if the search, at the pace of its runs, no longer fits into the time left."""
+        """Omit some of these if the search, at the pace of its runs, no longer fits into the time
+        left.
+        """
         pace = self.deadline.pace
         self.plan, saved = planning.omit(self.plan, self.left / pace, possible, is_grid_done)
         for omission, seconds in saved.items():
@@ -188,9 +221,15 @@ class Tuner:
         self.kept.watch.batch(label, count)
         before = self._events if label == self._label else 0
         self._label, self._events = label, before + count
-        steps = max(0, min(self._events, self._steps) - before)  # a run has its steps first, then its evaluation
-        step_seconds = self.plan.full_step_seconds if label.startswith("full ") else self.plan.step_seconds
-        planned = steps * step_seconds + (count - steps) * self.plan.evaluation_seconds / self._batches
+        steps = max(
+            0, min(self._events, self._steps) - before
+        )  # a run has its steps first, then its evaluation
+        step_seconds = (
+            self.plan.full_step_seconds if label.startswith("full ") else self.plan.step_seconds
+        )
+        planned = (
+            steps * step_seconds + (count - steps) * self.plan.evaluation_seconds / self._batches
+        )
         self.deadline.count(planned / self.slots, self.planned_run)
         if self._is_limited and self.left < 0:
             raise TimeIsUpError
@@ -200,7 +239,8 @@ class Tuner:
         count, self._seen = event.done - self._seen, event.done
         self._report_batches(event.label, count)
 
-    # -- records -----------------------------------------------------------------------------------------------------
+    # -- records
+    # ------------------------------------------------------------
 
     def find_decision(self, stage: str, name: str) -> TuneDecision | None:
         """Return a recorded decision, also of an interrupted run; None if it was not made."""
@@ -209,7 +249,9 @@ class Tuner:
     def decide(self, stage: str, name: str, outcome: Any, reason: str, **fields: Any) -> None:
         """Record a decision and report it as a note, unless it is recorded already."""
         if self.find_decision(stage, name) is None:
-            self.kept.put(TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields))
+            self.kept.put(
+                TuneDecision(stage=stage, name=name, outcome=outcome, why=reason, **fields)
+            )
             self.kept.watch.note(f"{stage}: {name} {outcome}: {reason}")
 
     def _decide_on(
@@ -234,7 +276,9 @@ class Tuner:
 
     def _count_params(self, variant: Variant) -> int:
         """Return the trainable parameters of a configuration by its records; 0 if it has none."""
-        return next((trial.params for trial in self.kept.find(record="tune_trial", variant=variant.name)), 0)
+        return next(
+            (trial.params for trial in self.kept.find(record="tune_trial", variant=variant.name)), 0
+        )
 
     def _get_base(self, name: str) -> TuneTrial:
         """Return the record of BASE on a set."""
@@ -246,41 +290,62 @@ class Tuner:
         return {seed: run.loss for seed, run in self.trials.runs(variant).get(name, {}).items()}
 
     def _get_gains(self, variant: Variant, name: str) -> list[float]:
-        """Return how far a configuration is below BASE's loss on a set, for each seed; empty if BASE has no loss."""
+        """Return how far a configuration is below BASE's loss on a set, for each seed; empty if
+        BASE has no loss.
+        """
         base = self._get_base(name).loss
-        return [] if base is None else [base - loss for loss in self._get_losses(variant, name).values()]
+        return (
+            []
+            if base is None
+            else [base - loss for loss in self._get_losses(variant, name).values()]
+        )
 
     def _get_full_gain(self) -> float | None:
-        """Return the mean gain of full fine-tuning on the deciding set; None if it was not trained or has none."""
+        """Return the mean gain of full fine-tuning on the deciding set; None if it was not trained
+        or has none.
+        """
         base, row = self._get_base(self.own).loss, self.swept.lines.get("full")
         return None if base is None or row is None or row.mean >= base else base - row.mean
 
-    # -- stages ------------------------------------------------------------------------------------------------------
+    # -- stages
+    # ------------------------------------------------------------
 
     def run(self) -> tuple[Variant, Tune]:
-        """Run all stages, and return the chosen configuration, with its adapter trained, and its record.
+        """Run all stages, and return the chosen configuration, with its adapter trained, and its
+        record.
 
         Raises:
             InconclusiveError: No run is finished with a finite loss, or BASE has none.
-            InputError: The loss of BASE on training sequences is not finite, or a file cannot be read or written.
+            InputError: The loss of BASE on training sequences is not finite, or a file cannot be
+                read or written.
             LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         plan = self.plan
         rules = "; ".join(
-            f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}" for name, r in plan.rules.items()
+            f"{name}: {'more than full rank' if r is None else f'r ≥ {r}'}"
+            for name, r in plan.rules.items()
         )
         self.decide(
             "budget",
             "largest shared rank",
             "chosen",
-            f"{plan.budget:,} parameters allow r ≤ {plan.largest}; {plan.tokens:,} predicted tokens; {rules}",
+            f"{plan.budget:,} parameters allow r ≤ {plan.largest}; {plan.tokens:,} predicted "
+            f"tokens; {rules}",
             rank=plan.largest,
             params=plan.params(plan.largest),
         )
         for omission in plan.left_out:  # without a note: the plan was printed
-            why = OMITTED if omission != Omission.FULL_NEEDS_FLOAT32 else "--dtype or --quantized is given"
+            why = (
+                OMITTED
+                if omission != Omission.FULL_NEEDS_FLOAT32
+                else "--dtype or --quantized is given"
+            )
             seconds = plan.saved.get(omission)
-            self.kept.put(TuneDecision(stage="budget", name=omission, outcome="not tried", why=why, seconds=seconds))
+            self.kept.put(
+                TuneDecision(
+                    stage="budget", name=omission, outcome="not tried", why=why, seconds=seconds
+                )
+            )
         omitted = self.kept.find(record="tune_decision", stage="budget", outcome="not tried")
         self.plan = planning.repeat_omissions(plan, [decision.name for decision in omitted])
         self.trials.measure_base()
@@ -300,23 +365,37 @@ class Tuner:
         return incumbent, record
 
     def _make_uniform(self, rank: int, name: str = "") -> Variant:
-        """Return the configuration of one rank everywhere, at the learning rate of the shared rank."""
-        return Variant(name or trials.uniform_name(rank), self.target.config(rank), self.choice.lr, self.plan.steps)
+        """Return the configuration of one rank everywhere, at the learning rate of the
+        shared rank.
+        """
+        return Variant(
+            name or trials.uniform_name(rank),
+            self.target.config(rank),
+            self.choice.lr,
+            self.plan.steps,
+        )
 
     def _train_with_adapters(self, *variants: Variant) -> None:
-        """Train configurations with the first seed, unless that is done, and keep their adapters."""
-        self.trials.train(*(TrialRun(one, self.first_seed, self.adapter_folder(one)) for one in variants))
+        """Train configurations with the first seed, unless that is done, and keep their
+        adapters.
+        """
+        self.trials.train(
+            *(TrialRun(one, self.first_seed, self.adapter_folder(one)) for one in variants)
+        )
 
     def adapter_folder(self, variant: Variant) -> Path:
         """Return the folder for the adapter of a configuration."""
         return self.folder / "trials" / variant.name
 
-    # -- shared ranks ------------------------------------------------------------------------------------------------
+    # -- shared ranks
+    # ------------------------------------------------------------
 
     def _run_sweep(
         self, file: str, ranks: Sequence[int], rates: Sequence[float], seeds: int, **options: Any
     ) -> Results[Any]:
-        """Run ``probe sweep``, or resume or extend that in the file; return its results up to the time limit."""
+        """Run ``probe sweep``, or resume or extend that in the file; return its results up to the
+        time limit.
+        """
         path, self._seen = self.folder / file, 0
         shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
@@ -331,7 +410,9 @@ class Tuner:
         return read_results(path)
 
     def _choose_rates(self) -> tuple[float, ...]:
-        """Return the learning rates to try with all steps, after a short round if the plan has one."""
+        """Return the learning rates to try with all steps, after a short round if the
+        plan has one.
+        """
         plan = self.plan
         if not plan.halving:
             return plan.rates
@@ -340,21 +421,25 @@ class Tuner:
         losses = {
             (record.rank, record.lr): record.loss
             for record in results.whole_of(Probe)
-            if (record.set, record.subject) == (self.own, "lora") and record.rank is not None and record.lr is not None
+            if (record.set, record.subject) == (self.own, "lora")
+            and record.rank is not None
+            and record.lr is not None
         }
         rates = planning.halve_rates(losses) or plan.rates
         self.decide(
             "rates",
             "learning rates",
             "chosen",
-            f"{', '.join(f'{rate:g}' for rate in rates)} of {len(plan.rates)}: lowest losses after {steps} steps",
+            f"{', '.join(f'{rate:g}' for rate in rates)} of {len(plan.rates)}: lowest losses after "
+            f"{steps} steps",
             files=("rates.jsonl",),
         )
         self._adapt_plan(planning.AFTER_RATES)
         return rates
 
     def _train_first_seed(self, rates: Sequence[float]) -> None:
-        """Train all ranks and rates with one seed, and adapt the plan to their pace, unless the sweep has more seeds.
+        """Train all ranks and rates with one seed, and adapt the plan to their pace, unless the
+        sweep has more seeds.
 
         Without a time limit nothing is done: the sweep has the same runs.
         """
@@ -364,14 +449,21 @@ class Tuner:
         self._run_sweep(path.name, self.plan.ranks, rates, 1)
         self._adapt_plan(planning.AFTER_GRID, is_grid_done=True)
 
-    def _sweep_ranks(self, rates: Sequence[float], ranks: Sequence[int], repeats: int) -> tuple[Swept, RankChoice]:
-        """Run the sweep over shared ranks or resume it, record its losses, and return its verdict and the choice.
+    def _sweep_ranks(
+        self, rates: Sequence[float], ranks: Sequence[int], repeats: int
+    ) -> tuple[Swept, RankChoice]:
+        """Run the sweep over shared ranks or resume it, record its losses, and return its verdict
+        and the choice.
 
         Raises:
             InconclusiveError: No run is finished with a finite loss, or BASE has none.
         """
         plan = self.plan
-        full = {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]} if plan.full else {}
+        full = (
+            {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]}
+            if plan.full
+            else {}
+        )
         results = self._run_sweep("sweep.jsonl", ranks, rates, repeats, **full)
         if results.end is None:
             self.decide("ranks", "the rest of the sweep", "not tried", "--time was reached")
@@ -379,19 +471,23 @@ class Tuner:
         whole = tuple(
             record
             for record in results.whole_of(Probe)
-            if (record.rank is None or record.rank in ranks) and (record.lr is None or record.seed in seeds)
+            if (record.rank is None or record.rank in ranks)
+            and (record.lr is None or record.seed in seeds)
         )  # a resumed sweep may have more
         results = replace(results, whole=whole)
         swept = swept_of(results)
         if swept is None or swept.verdict.best is None:
             raise InconclusiveError(
-                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more --time"
+                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more "
+                "--time"
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return swept, trials.choose_rank(swept)
 
     def _choose_rank(self, rates: Sequence[float]) -> None:
-        """Choose the shared rank, with more seeds and an intermediate rank where these may decide more."""
+        """Choose the shared rank, with more seeds and an intermediate rank where these may decide
+        more.
+        """
         self._train_first_seed(rates)
         plan, repeats = self.plan, self.plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
@@ -406,7 +502,9 @@ class Tuner:
         middle = trials.between(self.choice.rank, self.swept.ranks) if plan.finer else None
         if middle is None:
             return
-        if middle not in self._read_swept_setting("ranks") and not self.allows(len(rates) + plan.widen + repeats - 1):
+        if middle not in self._read_swept_setting("ranks") and not self.allows(
+            len(rates) + plan.widen + repeats - 1
+        ):
             self.decide("ranks", f"r={middle}", "not tried", "no time was left", rank=middle)
             return
         finer, suggested = self._sweep_ranks(rates, [*plan.ranks, middle], repeats)
@@ -426,13 +524,19 @@ class Tuner:
         return ""
 
     def _read_swept_setting(self, setting: str) -> Any:
-        """Return a setting of the sweep on disk, so that a resumed search decides as the interrupted one."""
+        """Return a setting of the sweep on disk, so that a resumed search decides as the
+        interrupted one.
+        """
         return read_results(self.folder / "sweep.jsonl").run.settings[setting]
 
     def _record_rank(self, name: str, swept: Swept, choice: RankChoice) -> None:
-        """Keep the sweep and the choice of a shared rank, and record this with the gap to the best."""
+        """Keep the sweep and the choice of a shared rank, and record this with the gap
+        to the best.
+        """
         self.swept, self.choice = swept, choice
-        behind = (standing.behind for standing in swept.verdict.standings if standing.rank == choice.rank)
+        behind = (
+            standing.behind for standing in swept.verdict.standings if standing.rank == choice.rank
+        )
         self.decide(
             "ranks",
             f"shared rank, {name}",
@@ -446,27 +550,36 @@ class Tuner:
             files=("sweep.jsonl",),
         )
 
-    # -- non-uniform ranks -------------------------------------------------------------------------------------------
+    # -- non-uniform ranks
+    # ------------------------------------------------------------
 
     def _redistribute(self, incumbent: Variant) -> Variant:
-        """Return the better of uniform and non-uniform ranks; uniform wins ties, and where nothing is compared."""
+        """Return the better of uniform and non-uniform ranks; uniform wins ties, and where nothing
+        is compared.
+        """
         decision = "redistribution", "non-uniform ranks"
         if not self.plan.redistribute:
             return incumbent
         if len(self.target.shapes) < 2:
             self.decide(*decision, "not needed", "one matrix gets an adapter")
         elif self.swept.verdict.outcome == "no gain":
-            self.decide(*decision, "not needed", f"no rank lowers the loss of BASE, {incumbent.name} neither")
+            self.decide(
+                *decision,
+                "not needed",
+                f"no rank lowers the loss of BASE, {incumbent.name} neither",
+            )
         else:
             choose, runs = partial(self._choose_best, incumbent), 2 + self.plan.repeats
-            return self._attempt(decision, runs, choose, "not tried", "no time was left") or incumbent
+            return (
+                self._attempt(decision, runs, choose, "not tried", "no time was left") or incumbent
+            )
         return incumbent
 
     def _make_candidate(self) -> Variant | None:
         """Train a pilot, and return non-uniform ranks of the same budget by its spectrum.
 
-        Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are recorded, and None is
-        returned.
+        Ranks that cannot be allocated or expressed by PEFT, or that equal the shared rank, are
+        recorded, and None is returned.
         """
         name, shared = "marginal", self.choice.rank
         rank = min(2 * shared, max(min(shape) for shape in self.target.shapes.values()))
@@ -487,9 +600,12 @@ class Tuner:
 
     def _allocate_from_pilot(self, params: int, min_rank: int) -> Results[Allocation]:
         """Return ranks from the pilot's spectrum."""
-        return allocate(self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ALL_LAYERS)
+        return allocate(
+            self.folder / "pilot.jsonl", params=params, min_rank=min_rank, layers=ALL_LAYERS
+        )
 
-    # -- contests ----------------------------------------------------------------------------------------------------
+    # -- contests
+    # ------------------------------------------------------------
 
     def _choose_best(self, incumbent: Variant) -> Variant:
         """Return the incumbent, or the candidate of non-uniform ranks that beats it."""
@@ -503,16 +619,23 @@ class Tuner:
         return candidate if is_kept else incumbent
 
     def _gap_at_first_seed(self, incumbent: Variant, challenger: Variant) -> Gap:
-        """Return the gap of the first seed on the deciding set; ∞ if the challenger diverged, −∞ if only the other."""
-        before, after = (self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger))
+        """Return the gap of the first seed on the deciding set; ∞ if the challenger diverged, −∞ if
+        only the other.
+        """
+        before, after = (
+            self._get_losses(one, self.own).get(self.first_seed) for one in (incumbent, challenger)
+        )
         value = math.inf if after is None else after - (math.inf if before is None else before)
         return Gap(value, None, 1)
 
-    def _contest(self, stage: str, incumbent: Variant, challenger: Variant, reason: str = "") -> bool:
-        """Compare a challenger with the incumbent, record the outcome, and return whether the challenger is kept.
+    def _contest(
+        self, stage: str, incumbent: Variant, challenger: Variant, reason: str = ""
+    ) -> bool:
+        """Compare a challenger with the incumbent, record the outcome, and return whether the
+        challenger is kept.
 
-        Only a challenger that is ahead by the tolerance at the first seed is trained with further seeds, as is the
-        incumbent.
+        Only a challenger that is ahead by the tolerance at the first seed is trained with further
+        seeds, as is the incumbent.
 
         Args:
             stage: The stage.
@@ -521,36 +644,66 @@ class Tuner:
             reason: Why it is tried, with a semicolon.
         """
         self._train_with_adapters(challenger)
-        gap, tolerance = self._gap_at_first_seed(incumbent, challenger), self.swept.verdict.tolerance
+        gap, tolerance = (
+            self._gap_at_first_seed(incumbent, challenger),
+            self.swept.verdict.tolerance,
+        )
         if not gap.value < -tolerance:
-            why = f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of {incumbent.name} at the first seed"
+            why = (
+                f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of "
+                f"{incumbent.name} "
+                "at the first seed"
+            )
             self._decide_on(stage, challenger, "rejected", why, gap)
             return False
         seeds = list(range(self.first_seed, self.first_seed + max(self.plan.repeats, 2)))
-        self.trials.train(*(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent)))
+        self.trials.train(
+            *(TrialRun(variant, seed) for seed in seeds for variant in (challenger, incumbent))
+        )
         result = self._compare(incumbent, challenger, seeds)
         why = VERDICTS[result.outcome].format(incumbent.name)
         if result.outcome == "better" and not result.kept:
             why += ", but worse on a shifted set"
-        self._decide_on(stage, challenger, "kept" if result.kept else "rejected", why, result.own, result.shifted)
+        self._decide_on(
+            stage,
+            challenger,
+            "kept" if result.kept else "rejected",
+            why,
+            result.own,
+            result.shifted,
+        )
         return result.kept
 
-    def _compare(self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None) -> Contest:
+    def _compare(
+        self, incumbent: Variant, challenger: Variant, seeds: Sequence[int] | None = None
+    ) -> Contest:
         """Compare a challenger with the incumbent on all sets, with these seeds or all."""
-        incumbent_runs, runs = (self.trials.runs(variant, seeds) for variant in (incumbent, challenger))
+        incumbent_runs, runs = (
+            self.trials.runs(variant, seeds) for variant in (incumbent, challenger)
+        )
         return trials.contest(incumbent_runs, runs, self.own, self.shifted, self.trials.predictions)
 
-    # -- stability ---------------------------------------------------------------------------------------------------
+    # -- stability
+    # ------------------------------------------------------------
 
     def _stabilize(self, incumbent: Variant) -> Variant:
         """Return the configuration after the trials that the curves justify."""
         reasons = trials.stability_trials(self._collect_curves(incumbent))
         if not reasons:
-            self.decide("stability", "curves", "not needed", "training and held-out loss fall together, seeds agree")
+            self.decide(
+                "stability",
+                "curves",
+                "not needed",
+                "training and held-out loss fall together, seeds agree",
+            )
         for name, reason in reasons.items():
             trial = trials.change_variant(incumbent, name)
             compare = partial(self._contest, "stability", incumbent, trial, f"{reason}; ")
-            decision, runs, seconds = ("stability", trial.name), 1 + self.plan.repeats, self.plan.repeats * self.one_run
+            decision, runs, seconds = (
+                ("stability", trial.name),
+                1 + self.plan.repeats,
+                self.plan.repeats * self.one_run,
+            )
             if self._attempt(decision, runs, compare, "proposed", reason, seconds=seconds):
                 incumbent = trial
         return incumbent
@@ -564,14 +717,17 @@ class Tuner:
         base_train = self._get_base(self.own).train_loss
         return trials.Curves(
             gain=fmean(gains),
-            train_gain=0.0 if base_train is None or not train_losses else base_train - fmean(train_losses),
+            train_gain=0.0
+            if base_train is None or not train_losses
+            else base_train - fmean(train_losses),
             spread=stdev(gains) if len(gains) > 1 else None,
             tolerance=self.swept.verdict.tolerance,
             diverged=trials.count_diverged(self.swept.records, self.choice.rank, incumbent.lr),
             gain_shifted=fmean(shifted_gains) if shifted_gains else None,
         )
 
-    # -- escalation --------------------------------------------------------------------------------------------------
+    # -- escalation
+    # ------------------------------------------------------------
 
     def _escalate(self, incumbent: Variant) -> None:
         """Estimate the gain of more parameters than the budget, by training where there is time."""
@@ -580,7 +736,11 @@ class Tuner:
         why = trials.escalation_reason(self.choice.rank, self.swept.ranks, share)
         if not why:
             has_gain = self.swept.verdict.outcome != "no gain"
-            why = "a rank below the largest is enough" if has_gain else "no rank lowers the loss of BASE"
+            why = (
+                "a rank below the largest is enough"
+                if has_gain
+                else "no rank lowers the loss of BASE"
+            )
             self.decide("escalation", "more than LoRA within the budget", "not needed", why)
             return
         further = replace(incumbent, name=f"{incumbent.name}+biases-norms", vectors=True)
@@ -599,50 +759,72 @@ class Tuner:
             self._attempt(("escalation", name), 1, test, "proposed", why, **fields)
         self._record_full(incumbent, why)
 
-    def _test_escalation(self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]) -> None:
-        """Train a configuration beyond the budget with one seed; record it as proposed, rejected or not tried."""
+    def _test_escalation(
+        self, name: str, variant: Variant, incumbent: Variant, layers: tuple[str, ...]
+    ) -> None:
+        """Train a configuration beyond the budget with one seed; record it as proposed, rejected or
+        not tried.
+        """
         try:
             self.trials.train(TrialRun(variant, self.first_seed))
         except LoradiagError as error:
             self.decide("escalation", name, "not tried", str(error), layers=layers)
             return
         gap = self._compare_first_seed(incumbent, variant, self.own)
-        shifted_gap = self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None
+        shifted_gap = (
+            self._compare_first_seed(incumbent, variant, self.shifted[0]) if self.shifted else None
+        )
         better = gap is not None and gap.half is not None and gap.value < -gap.half
         verdict = "lowers the loss" if better else "does not lower the loss significantly"
         reason = f"trained with one seed: {verdict}; outside the budget"
         outcome = "proposed" if better else "rejected"
-        self._decide_on("escalation", variant, outcome, reason, gap, shifted_gap, name=name, layers=layers)
+        self._decide_on(
+            "escalation", variant, outcome, reason, gap, shifted_gap, name=name, layers=layers
+        )
 
     def _compare_first_seed(self, incumbent: Variant, challenger: Variant, name: str) -> Gap | None:
-        """Return the gap of the first seed, with its error over paired sequences; None without both runs."""
-        runs = (self.trials.runs(variant).get(name, {}).get(self.first_seed) for variant in (incumbent, challenger))
-        # As two seeds of the same runs: their spread over seeds is 0, so the error is that over sequences.
+        """Return the gap of the first seed, with its error over paired sequences; None without both
+        runs.
+        """
+        runs = (
+            self.trials.runs(variant).get(name, {}).get(self.first_seed)
+            for variant in (incumbent, challenger)
+        )
+        # As two seeds of the same runs: their spread over seeds is 0, so the error is that over
+        # sequences.
         before, after = ({} if run is None else {0: run, 1: run} for run in runs)
         gap = trials.gap_of(before, after, self.trials.predictions.get(name, ()))
         return None if gap is None else Gap(gap.value, gap.error or None, 1, gap.half or None)
 
     def _raise_rank(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return the incumbent with ranks for a larger budget, and the layers with the highest raised ranks; or None.
+        """Return the incumbent with ranks for a larger budget, and the layers with the highest
+        raised ranks; or None.
 
-        It is None without a pilot, if the ranks cannot be allocated or expressed by PEFT, or if no rank is raised.
+        It is None without a pilot, if the ranks cannot be allocated or expressed by PEFT, or if no
+        rank is raised.
         """
         shared = self.choice.rank
         if not (self.folder / "pilot.jsonl").is_file():
             return None, ()
         try:
-            allocated = self._allocate_from_pilot(round(RAISED_FACTOR * shared * self.plan.per_rank), shared)
+            allocated = self._allocate_from_pilot(
+                round(RAISED_FACTOR * shared * self.plan.per_rank), shared
+            )
             config = self.target.config_of(allocated)
         except LoradiagError:
             return None, ()
-        grown = sorted((record for record in allocated if record.rank > shared), key=lambda r: -r.rank)
+        grown = sorted(
+            (record for record in allocated if record.rank > shared), key=lambda r: -r.rank
+        )
         if not grown:
             return None, ()
         variant = replace(incumbent, name="higher-ranks", config=config)
         return variant, tuple(record.layer for record in grown[:MAX_NAMED])
 
     def _extend_placement(self, incumbent: Variant) -> tuple[Variant | None, tuple[str, ...]]:
-        """Return the incumbent with further linear layers, else an untied head, and the first names; or None."""
+        """Return the incumbent with further linear layers, else an untied head, and the first
+        names; or None.
+        """
         module = self.run_.model.module
         layers = {name.removesuffix(".weight") for name in layers_without_head(module)}
         missing = sorted(layers - set(self.target.layers))
@@ -653,15 +835,22 @@ class Tuner:
                 missing = [path for path, submodule in module.named_modules() if submodule is head]
         if not missing:
             return None, ()
-        config = {**incumbent.config, "target_modules": [*incumbent.config["target_modules"], *missing]}
-        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(missing[:MAX_NAMED])
+        config = {
+            **incumbent.config,
+            "target_modules": [*incumbent.config["target_modules"], *missing],
+        }
+        return replace(incumbent, name=f"{incumbent.name}+placements", config=config), tuple(
+            missing[:MAX_NAMED]
+        )
 
     def _record_full(self, incumbent: Variant, reason: str) -> None:
         """Record the further gain of full fine-tuning, or its predicted cost."""
         row, name = self.swept.lines.get("full"), "full fine-tuning"
         if row is None:
             seconds = self.plan.steps * (self.plan.full_step_seconds or 3 * self.plan.step_seconds)
-            self.decide("escalation", name, "proposed", reason, params=self.target.total, seconds=seconds)
+            self.decide(
+                "escalation", name, "proposed", reason, params=self.target.total, seconds=seconds
+            )
             return
         full = Variant("full", {}, row.lr, self.plan.steps)
         result = self._compare(incumbent, full)
@@ -676,12 +865,16 @@ class Tuner:
             files=("sweep.jsonl",),
         )
 
-    # -- the end -----------------------------------------------------------------------------------------------------
+    # -- the end
+    # ------------------------------------------------------------
 
     def _make_record(self, incumbent: Variant) -> Tune:
         """Return the record of the choice."""
         config, choice, of_full = incumbent.config, self.choice, self._get_full_gain()
-        losses, gains = [*self._get_losses(incumbent, self.own).values()], self._get_gains(incumbent, self.own)
+        losses, gains = (
+            [*self._get_losses(incumbent, self.own).values()],
+            self._get_gains(incumbent, self.own),
+        )
         gain, error = fmean(gains), _compute_error(gains)
         above = next((row for row in self.swept.rows if (row.rank or 0) > choice.rank), None)
         set_shifted = self.shifted[0] if self.shifted else ""
@@ -717,7 +910,9 @@ class Tuner:
             set_shifted=set_shifted,
             seeds=len(losses),
         )
-        return record.model_copy(update={"significant": record.significant and record.has_significant_gain})
+        return record.model_copy(
+            update={"significant": record.significant and record.has_significant_gain}
+        )
 
 
 def _compute_error(values: Sequence[float]) -> float | None:

@@ -25,15 +25,31 @@ DECISIONS = (
     Shown("name", "on", "subject of the decision", main=True),
     Shown("outcome", "outcome", "what was decided", main=True),
     Shown("rank", "rank", "a shared rank", main=True),
-    Shown("gap", "gap", "loss minus that of the incumbent, in nats", main=True, form="+.4f", error="error"),
+    Shown(
+        "gap",
+        "gap",
+        "loss minus that of the incumbent, in nats",
+        main=True,
+        form="+.4f",
+        error="error",
+    ),
     Shown("seeds", "seeds", "seeds of the gap", main=True),
     Shown("why", "why", "the reason", main=True),
 )
 LOSSES = (
     Shown("lr", "lr", "peak learning rate", main=True, form="g"),
     Shown("params", "params", "trainable parameters", main=True, form="count"),
-    Shown("loss", "seeds", "runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))),
-    Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f", pool=lambda runs: _average(runs)),
+    Shown(
+        "loss", "seeds", "runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))
+    ),
+    Shown(
+        "loss",
+        "loss",
+        "mean over seeds, in nats",
+        main=True,
+        form=".4f",
+        pool=lambda runs: _average(runs),
+    ),
 )
 
 
@@ -47,7 +63,11 @@ def _average(trials: Sequence[TuneTrial]) -> float | str:
 
 
 def tune_table(
-    results: Results[Any], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+    results: Results[Any],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
 ) -> str:
     """Return the summary of the choice for a terminal; the plan alone where nothing was trained."""
     plan = _find_plan(results)
@@ -62,16 +82,33 @@ def _find_plan(results: Results[Any]) -> TunePlan | None:
 
 def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
     """Return the plan of a search, which is printed before it starts."""
-    rules = [f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})" for name, rank in plan.rules.items()]
-    ranks, rates = (", ".join(f"{value:g}" for value in values) for values in (plan.ranks, plan.rates))
+    rules = [
+        f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})"
+        for name, rank in plan.rules.items()
+    ]
+    ranks, rates = (
+        ", ".join(f"{value:g}" for value in values) for values in (plan.ranks, plan.rates)
+    )
     time = f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
     lines = [
-        make_statement("budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"),
-        make_statement("capacity", "Capacity", f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}"),
-        make_statement("tries", "Tries", f"r={ranks} at learning rates {rates}, {plan.steps} steps each"),
-        make_statement("time", "Time", time if plan.slots == 1 else f"{time} and {plan.slots} concurrent runs"),
         make_statement(
-            "left_out", "Left out", _describe_omitted(plan, {name: plan.saved.get(name) for name in plan.left_out})
+            "budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"
+        ),
+        make_statement(
+            "capacity",
+            "Capacity",
+            f"{plan.tokens:,} predicted tokens; rules of thumb: {', '.join(rules)}",
+        ),
+        make_statement(
+            "tries", "Tries", f"r={ranks} at learning rates {rates}, {plan.steps} steps each"
+        ),
+        make_statement(
+            "time", "Time", time if plan.slots == 1 else f"{time} and {plan.slots} concurrent runs"
+        ),
+        make_statement(
+            "left_out",
+            "Left out",
+            _describe_omitted(plan, {name: plan.saved.get(name) for name in plan.left_out}),
         ),
     ]
     grid = grid_of(STAGES, [(stage.name, [stage]) for stage in plan.stages], "stage")
@@ -79,12 +116,20 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
 
 
 def _describe_omitted(plan: TunePlan | None, omitted: Mapping[str, float | None]) -> str:
-    """Return what is omitted, with the time that each omission saves, and the limit that allows all; or nothing."""
-    names = [safe(name) if time is None else f"{safe(name)} ({duration(time)})" for name, time in omitted.items()]
+    """Return what is omitted, with the time that each omission saves, and the limit that allows
+    all; or nothing.
+    """
+    names = [
+        safe(name) if time is None else f"{safe(name)} ({duration(time)})"
+        for name, time in omitted.items()
+    ]
     saved = math.fsum(time or 0.0 for time in omitted.values())
     if saved and plan is not None:
         minutes = math.ceil((plan.seconds + saved) / 60)
-        names.append(f"--time {f'{minutes}min' if minutes < 120 else f'{math.ceil(minutes / 60)}h'} allows all")
+        names.append(
+            f"--time {f'{minutes}min' if minutes < 120 else f'{math.ceil(minutes / 60)}h'} allows "
+            "all"
+        )
     return "; ".join(names)
 
 
@@ -94,18 +139,23 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     final = final_statements(results, "records so far")
     if choice is None:
         last = decisions[-1] if decisions else None
-        state = "no decision yet" if last is None else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
+        state = (
+            "no decision yet"
+            if last is None
+            else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
+        )
         return [make_statement("choice", "Choice", state, level="warning"), *final]
     plan, trials = _find_plan(results), results.whole_of(TuneTrial)
     # Statements of the trials' stages name what these did not try.
     omitted = [one for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS]
     for_time = {one.name: one.seconds for one in omitted if one.seconds is not None}
     others = (f"{safe(one.name)}: {safe(one.why)}" for one in omitted if one.seconds is None)
+    doubt = "" if choice.significant else f"; NOT shown to {name_doubt(choice)}"
     statements = [
         make_statement(
             "choice",
             "Choice",
-            f"{describe_choice(choice)}{'' if choice.significant else f'; NOT shown to {name_doubt(choice)}'}",
+            f"{describe_choice(choice)}{doubt}",
             _describe_doubt(choice, decisions),
             level="ok" if choice.significant else "warning",
             priority=0,
@@ -121,9 +171,13 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
 
 
 def describe_choice(choice: Tune) -> str:
-    """Return the configuration in one line: kind, ranks, learning rate, scale, regularization, share of the budget."""
+    """Return the configuration in one line: kind, ranks, learning rate, scale, regularization,
+    share of the budget.
+    """
     ranks = span(choice.ranks.values()) if choice.ranks else ""
-    where = f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
+    where = (
+        f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
+    )
     extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
     extra += f", weight decay {choice.weight_decay:g}" if choice.weight_decay else ""
     alpha = f"{choice.alpha_over_rank:g}r" if choice.alpha is None else f"{choice.alpha:g} (rsLoRA)"
@@ -138,19 +192,27 @@ def name_doubt(choice: Tune) -> str:
 
 
 def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
-    """State the reason for a choice that is not significant, and what would decide it; else empty."""
+    """State the reason for a choice that is not significant, and what would decide it;
+    else empty.
+    """
     if choice.significant:
         return ""
     if not choice.has_significant_gain:
         return "the gain is not significant; more seeds or steps would decide"
-    needed = max((one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"), default=0)
+    needed = max(
+        (one.seeds for one in decisions if one.name == "more seeds" and one.outcome == "not tried"),
+        default=0,
+    )
     seeds = f"about {needed} seeds" if needed else "more seeds or steps"
     return f"the smallest by mean losses; {seeds} would decide"
 
 
 def _describe_gain(choice: Tune) -> str:
     losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {quantity(choice.seeds, 'seed')}"
-    line = f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} ({losses})"
+    line = (
+        f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} "
+        f"({losses})"
+    )
     if choice.share_of_full is None:
         return line
     return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
@@ -161,13 +223,23 @@ def _format_error(error: float | None) -> str:
 
 
 def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | None) -> str:
-    """State that the rate is at the edge of those planned, or tried at the shared rank, or the only one; else empty."""
-    own = {trial.lr for trial in trials if trial.variant == f"uniform-r{choice.rank}" and trial.lr is not None}
+    """State that the rate is at the edge of those planned, or tried at the shared rank, or the only
+    one; else empty.
+    """
+    own = {
+        trial.lr
+        for trial in trials
+        if trial.variant == f"uniform-r{choice.rank}" and trial.lr is not None
+    }
     tried = own | set(plan.rates if plan is not None else ())
     if len(tried) < 2:
         return f"{choice.lr:g} is the only one tried; give several with --lr"
     place = {-1: "lowest", 0: "", 1: "highest"}[edge(tried, choice.lr)]
-    return f"{choice.lr:g} is the {place} tried, so a better one may lie beyond; extend --lr" if place else ""
+    return (
+        f"{choice.lr:g} is the {place} tried, so a better one may lie beyond; extend --lr"
+        if place
+        else ""
+    )
 
 
 def _describe_next_rank(choice: Tune) -> str:
@@ -178,11 +250,16 @@ def _describe_next_rank(choice: Tune) -> str:
 
 
 def _describe_forgotten(choice: Tune, results: Results[Any]) -> Statement:
-    """State what the chosen adapter forgot; in files of earlier versions the gain on the first shifted set."""
+    """State what the chosen adapter forgot; in files of earlier versions the gain on the first
+    shifted set.
+    """
     compared = [record for record in results.whole_of(Probe) if record.name == choice.variant]
     if compared or choice.gain_shifted is None:
         return describe_forgetting(("choice", compared))
-    verb, error = "gains" if choice.gain_shifted >= 0 else "loses", _format_error(choice.gain_shifted_error)
+    verb, error = (
+        "gains" if choice.gain_shifted >= 0 else "loses",
+        _format_error(choice.gain_shifted_error),
+    )
     text = f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
     return make_statement("shifted", "Shifted", text)
 
@@ -196,7 +273,9 @@ TRIALS = {
 
 
 def _describe_trials(decisions: Sequence[TuneDecision]) -> Iterator[Statement]:
-    """Yield the outcomes of each stage that compares configurations; the reason where it compared none."""
+    """Yield the outcomes of each stage that compares configurations; the reason where it compared
+    none.
+    """
     for stage, (key, label, priority) in TRIALS.items():
         names: dict[str, list[str]] = {}
         reason = ""
@@ -205,12 +284,16 @@ def _describe_trials(decisions: Sequence[TuneDecision]) -> Iterator[Statement]:
                 reason = f"{one.outcome}: {safe(one.why)}"
                 if one.outcome != "not needed" and one.name != "non-uniform ranks":
                     names.setdefault(one.outcome, []).append(_name_trial(one))
-        lead = "; ".join(f"{outcome}: {', '.join(of_outcome)}" for outcome, of_outcome in names.items())
+        lead = "; ".join(
+            f"{outcome}: {', '.join(of_outcome)}" for outcome, of_outcome in names.items()
+        )
         yield make_statement(key, label, lead or reason, priority=priority)
 
 
 def _name_trial(decision: TuneDecision) -> str:
-    """Return what a trial changes in the incumbent, with its gap, or its predicted duration if it was not trained."""
+    """Return what a trial changes in the incumbent, with its gap, or its predicted duration if it
+    was not trained.
+    """
     name = safe(decision.name.rpartition("+")[2])
     if decision.gap is not None:
         return f"{name} ({decision.gap:+.4f}{_format_error(decision.error)})"
@@ -218,7 +301,9 @@ def _name_trial(decision: TuneDecision) -> str:
 
 
 def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the trail of decisions, and for each set the losses of each configuration at each learning rate."""
+    """Return the trail of decisions, and for each set the losses of each configuration at each
+    learning rate.
+    """
     about = "Gaps are losses minus that of the incumbent, in nats, on the same seeds and sequences."
     rows = [(decision.stage, [decision]) for decision in results.whole_of(TuneDecision)]
     groups: dict[str, dict[tuple[str, float | None], list[TuneTrial]]] = {}

@@ -1,12 +1,13 @@
 """Configurations of a search, decisions from their losses, and training runs outside the sweep.
 
-Configurations are in PEFT's form. Decisions are the rank, whether a challenger is kept, and which trials the curves
-justify. A challenger is compared with the incumbent on the same seeds and the same sequences. It is kept only where its
-loss is significantly lower in-domain (two standard errors of the paired differences, more with few seeds), and its mean
-loss is not higher on the shifted sets: the incumbent wins ties.
+Configurations are in PEFT's form. Decisions are the rank, whether a challenger is kept, and which
+trials the curves justify. A challenger is compared with the incumbent on the same seeds and the
+same sequences. It is kept only where its loss is significantly lower in-domain (two standard errors
+of the paired differences, more with few seeds), and its mean loss is not higher on the shifted
+sets: the incumbent wins ties.
 
-Every run is recorded with its losses, and trained again only for an adapter that is missing. BASE is unchanged
-afterwards.
+Every run is recorded with its losses, and trained again only for an adapter that is missing. BASE
+is unchanged afterwards.
 """
 
 from __future__ import annotations
@@ -74,13 +75,16 @@ class Variant:
 
 
 def _select_named(paths: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Return the paths of modules that PEFT finds by these names: a path, or its end after a dot."""
+    """Return the paths of modules that PEFT finds by these names: a path, or its end
+    after a dot.
+    """
     ends = tuple(f".{name}" for name in names)
     return [path for path in paths if f".{path}".endswith(ends)]
 
 
 def find_shortest_names(chosen: Sequence[str], all_paths: Collection[str]) -> list[str]:
-    """Return names by which PEFT finds these modules: the last part of a path if it finds no others, else the path.
+    """Return names by which PEFT finds these modules: the last part of a path if it finds no
+    others, else the path.
 
     Args:
         chosen: Paths of the modules to adapt.
@@ -111,7 +115,11 @@ def ranks_of(config: Mapping[str, Any], paths: Iterable[str]) -> dict[str, int]:
     """
     ranks = dict.fromkeys(paths, 0)
     for path in _select_named(ranks, config["target_modules"]):
-        matching_ranks = (rank for key, rank in config["rank_pattern"].items() if re.match(rf"(.*\.)?({key})$", path))
+        matching_ranks = (
+            rank
+            for key, rank in config["rank_pattern"].items()
+            if re.match(rf"(.*\.)?({key})$", path)
+        )
         ranks[path] = next(matching_ranks, config["r"])
     return ranks
 
@@ -126,7 +134,10 @@ def change_variant(variant: Variant, trial: str) -> Variant:
     Example:
         >>> from lora_diag.decisions.allocate.peft_config import make_config
         >>> one = Variant("uniform-r4", make_config(["q"], 4, 8), 1e-3, 100)
-        >>> change_variant(one, "half-alpha").config["lora_alpha"], change_variant(one, "fewer-steps").steps
+        >>> (
+        ...     change_variant(one, "half-alpha").config["lora_alpha"],
+        ...     change_variant(one, "fewer-steps").steps,
+        ... )
         (4.0, 50)
     """
     config = variant.config
@@ -135,14 +146,19 @@ def change_variant(variant: Variant, trial: str) -> Variant:
         "dropout": {"config": {**config, "lora_dropout": DROPOUT}},
         "weight-decay": {"decay": WEIGHT_DECAY},
         "half-alpha": {
-            "config": {**config, "lora_alpha": config["lora_alpha"] / 2, "alpha_pattern": halved_alphas},
+            "config": {
+                **config,
+                "lora_alpha": config["lora_alpha"] / 2,
+                "alpha_pattern": halved_alphas,
+            },
         },
         "fewer-steps": {"steps": max(1, variant.steps // 2)},
     }
     return replace(variant, name=f"{variant.name}+{trial}", **changes[trial])
 
 
-# Regularization is justified if the held-out loss fell less than the training loss by this fraction of the gain.
+# Regularization is justified if the held-out loss fell less than the training loss by this fraction
+# of the gain.
 OVERFIT_SHARE = 0.25
 # Fraction of full fine-tuning's gain below which more than LoRA within the budget is considered.
 SHORT_OF_FULL = 0.9
@@ -175,11 +191,12 @@ class Gap:
 
     Args:
         value: Mean over seeds, in nats.
-        error: The larger of two standard errors: over paired seeds, and over paired sequences; of one seed, over
-            sequences, or None if these were not compared.
+        error: The larger of two standard errors: over paired seeds, and over paired sequences; of
+            one seed, over sequences, or None if these were not compared.
         seeds: Number of these seeds.
-        half: Half-width of the interval around 0 outside which it is significant, the larger of those by the two
-            errors: two standard errors, more with few seeds or sequences (``errors_needed``). None if not known.
+        half: Half-width of the interval around 0 outside which it is significant, the larger of
+            those by the two errors: two standard errors, more with few seeds or sequences
+            (``errors_needed``). None if not known.
     """
 
     value: float
@@ -193,7 +210,8 @@ class Contest:
     """A challenger compared with the incumbent.
 
     Args:
-        outcome: ``better``, ``worse``: significantly; ``tie``: neither; ``not known``: one seed or none.
+        outcome: ``better``, ``worse``: significantly; ``tie``: neither; ``not known``: one seed or
+            none.
         kept: Whether it replaces the incumbent.
         own: On the set that decides; None without a common seed.
         shifted: Mean over the shifted sets with a common seed; None without any.
@@ -206,7 +224,9 @@ class Contest:
 
 
 def gap_of(
-    incumbent: Mapping[int, Measured], challenger: Mapping[int, Measured], predictions: Sequence[int]
+    incumbent: Mapping[int, Measured],
+    challenger: Mapping[int, Measured],
+    predictions: Sequence[int],
 ) -> Gap | None:
     """Return the difference on one set; None without a seed that both have.
 
@@ -229,7 +249,9 @@ def gap_of(
         return Gap(gaps[0], None, 1)
     errors = [stdev(gaps) / math.sqrt(len(gaps))]
     halves = [errors[0] * errors_needed(len(gaps) - 1)]
-    challenger_nll, incumbent_nll = (_average_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent))
+    challenger_nll, incumbent_nll = (
+        _average_nll([runs[seed] for seed in seeds]) for runs in (challenger, incumbent)
+    )
     if len(challenger_nll) == len(incumbent_nll) == len(predictions) > 1:
         errors.append(paired_difference(challenger_nll, incumbent_nll, predictions)[1] or 0.0)
         halves.append(paired_half(errors[1], len(predictions)) or 0.0)
@@ -244,7 +266,11 @@ def _average_nll(runs: Sequence[Measured]) -> list[float]:
 
 
 def contest(
-    incumbent: Runs, challenger: Runs, own: str, shifted: Sequence[str], predictions: Mapping[str, Sequence[int]]
+    incumbent: Runs,
+    challenger: Runs,
+    own: str,
+    shifted: Sequence[str],
+    predictions: Mapping[str, Sequence[int]],
 ) -> Contest:
     """Return the comparison of a challenger with the incumbent, and whether it is kept.
 
@@ -266,7 +292,9 @@ def contest(
         return Contest("not known", False, own_gap, shifted_gap)
     is_better = own_gap.value < -own_gap.half
     outcome: Outcome = "better" if is_better else "worse" if own_gap.value > own_gap.half else "tie"
-    return Contest(outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap)
+    return Contest(
+        outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap
+    )
 
 
 def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:
@@ -274,7 +302,9 @@ def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:
     if not gaps:
         return None
     errors = [gap.error for gap in gaps if gap.error is not None]
-    error = math.sqrt(math.fsum(e**2 for e in errors)) / len(gaps) if len(errors) == len(gaps) else None
+    error = (
+        math.sqrt(math.fsum(e**2 for e in errors)) / len(gaps) if len(errors) == len(gaps) else None
+    )
     return Gap(fmean(gap.value for gap in gaps), error, min(gap.seeds for gap in gaps))
 
 
@@ -296,10 +326,12 @@ class RankChoice:
 
 
 def choose_rank(swept: Swept) -> RankChoice:
-    """Return the smallest rank shown to be enough; where none is, the smallest by the mean losses, or of all, marked.
+    """Return the smallest rank shown to be enough; where none is, the smallest by the mean losses,
+    or of all, marked.
 
-    Not the smallest that is not shown to be too small: the noisier the seeds, the smaller that is. On the sample model
-    and Python source (4 seeds) it was r=4, whose test loss was 0.030 ± 0.005 above that of r=16.
+    Not the smallest that is not shown to be too small: the noisier the seeds, the smaller that is.
+    On the sample model and Python source (4 seeds) it was r=4, whose test loss was 0.030 ± 0.005
+    above that of r=16.
 
     Args:
         swept: A sweep with a loss at a rank.
@@ -309,14 +341,17 @@ def choose_rank(swept: Swept) -> RankChoice:
         rank, why = verdict.rank, "the smallest shown to be enough"
     elif verdict.answer is not None:
         rank = verdict.answer
-        why = "the smallest whose mean loss is within tolerance of every other's, which is not shown"
+        why = (
+            "the smallest whose mean loss is within tolerance of every other's, which is not shown"
+        )
     else:
         rank, why = min(rates), "the smallest"
     return RankChoice(rank, rates[rank], verdict.rank is not None, f"{verdict.outcome}: {why}")
 
 
 def between(chosen: int, ranks: Iterable[int]) -> int | None:
-    """Return the rounded geometric mean of a rank and the next lower one tried; None unless that is below its half.
+    """Return the rounded geometric mean of a rank and the next lower one tried; None unless that is
+    below its half.
 
     >>> between(16, [1, 4, 16]), between(4, [2, 4]), between(1, [1, 4]), between(24, [6, 24])
     (8, None, None, 12)
@@ -328,7 +363,8 @@ def between(chosen: int, ranks: Iterable[int]) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Curves:
-    """Gains of the chosen configuration, in nats below BASE's loss, from which its stability is judged.
+    """Gains of the chosen configuration, in nats below BASE's loss, from which its stability is
+    judged.
 
     Args:
         gain: On the deciding set, mean over seeds.
@@ -348,7 +384,8 @@ class Curves:
 
 
 def stability_trials(curves: Curves) -> dict[str, str]:
-    """Return the stability trials that the curves justify, each with its reason; none where training is sound.
+    """Return the stability trials that the curves justify, each with its reason; none where
+    training is sound.
 
     Example:
         >>> stability_trials(Curves(gain=0.5, train_gain=0.5, spread=0.001, tolerance=0.01))
@@ -366,12 +403,19 @@ def stability_trials(curves: Curves) -> dict[str, str]:
         unstable = f"seeds differ by {curves.spread:.3f}, tolerance {curves.tolerance:.3f}"
     if curves.gain_shifted is not None and curves.gain_shifted < 0:
         worse = f"the loss on the shifted set rises by {-curves.gain_shifted:.3f}"
-    reasons = {"dropout": overfit, "weight-decay": overfit, "half-alpha": unstable, "fewer-steps": overfit or worse}
+    reasons = {
+        "dropout": overfit,
+        "weight-decay": overfit,
+        "half-alpha": unstable,
+        "fewer-steps": overfit or worse,
+    }
     return {name: why for name, why in reasons.items() if why}
 
 
 def count_diverged(records: Sequence[Probe], rank: int, lr: float) -> int:
-    """Return the number of LoRA runs of a sweep at this rank that diverged, at any learning rate up to this one."""
+    """Return the number of LoRA runs of a sweep at this rank that diverged, at any learning rate up
+    to this one.
+    """
     diverged = find_diverged(records)
     return sum(
         subject == "lora" and tried_rank == rank and (tried_lr or 0.0) <= lr
@@ -432,7 +476,8 @@ class Trials:
         sets: Evaluation sets, those of the training's kind first.
         kept: The records.
         grid: Grid of BASE's linear layers; None without rounding.
-        after: Called with a label after every step and every batch; or with a label and their number after several.
+        after: Called with a label after every step and every batch; or with a label and their
+            number after several.
         workers: The workers of a cluster; None to train here.
     """
 
@@ -454,22 +499,28 @@ class Trials:
         return self.kept.has([texts.name for texts in self.sets], record=record, **fields)
 
     def train(self, *runs: TrialRun) -> None:
-        """Train configurations, as far as that is not done yet; independent runs are trained concurrently on a cluster.
+        """Train configurations, as far as that is not done yet; independent runs are trained
+        concurrently on a cluster.
 
         Raises:
             UsageError: See ``train_variant``.
-            InputError: An adapter that a worker wrote is not visible here, or see ``train_variant``.
+            InputError: An adapter that a worker wrote is not visible here, or see
+                ``train_variant``.
             LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         todo = [
             run
             for run in runs
-            if not (run.is_written and self._has(variant=run.variant.name, lr=run.variant.lr, seed=run.seed))
+            if not (
+                run.is_written
+                and self._has(variant=run.variant.name, lr=run.variant.lr, seed=run.seed)
+            )
         ]
         for run, records in zip(todo, self._collect_results(todo), strict=True):
             if not run.is_written:
                 raise InputError(
-                    f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on storage that all "
+                    f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on "
+                    "storage that all "
                     "nodes share"
                 )
             self.kept.put(*records)
@@ -479,7 +530,9 @@ class Trials:
         train = partial(train_variant, self.grid)
         if self.workers is None:
             for run in runs:
-                yield train(self.model, run, self.training, self.sets, partial(self.after, run.label))
+                yield train(
+                    self.model, run, self.training, self.sets, partial(self.after, run.label)
+                )
             return
         poll = partial(self.after, f"{len(runs)} runs on the cluster", 0)
         results = self.workers.run(train, self.training, [(run.label, run) for run in runs], poll)
@@ -489,7 +542,8 @@ class Trials:
             yield records
 
     def measure_base(self) -> None:
-        """Measure BASE on every set and on as many training sequences as the largest set has, unless recorded.
+        """Measure BASE on every set and on as many training sequences as the largest set has,
+        unless recorded.
 
         Raises:
             InputError: The loss on the training sequences is not finite.
@@ -531,9 +585,14 @@ class Trials:
             add_lora(self.model, int(variant.config["r"]), Lora(config=variant.config)) as tuned,
         ):
             load_factors(tuned, folder / ADAPTER)
-            contenders = [Contender("base", "", None), Contender("adapter", variant.name, _Adapter(tuned.module))]
+            contenders = [
+                Contender("base", "", None),
+                Contender("adapter", variant.name, _Adapter(tuned.module)),
+            ]
             for texts in self.sets:
-                self.kept.put(*measure_outputs(self.model, contenders, texts, self.training.batch, self.after))
+                self.kept.put(
+                    *measure_outputs(self.model, contenders, texts, self.training.batch, self.after)
+                )
 
     def copy(self, probes: Sequence[Probe], plan: TunePlan, total: int) -> None:
         """Record the runs of a sweep, so that one file has all losses.
@@ -557,7 +616,9 @@ class Trials:
             )
         )
 
-    def runs(self, variant: Variant, seeds: Sequence[int] | None = None) -> dict[str, dict[int, Measured]]:
+    def runs(
+        self, variant: Variant, seeds: Sequence[int] | None = None
+    ) -> dict[str, dict[int, Measured]]:
         """Return the runs of a configuration that have a loss, by set and seed.
 
         Args:
@@ -568,13 +629,17 @@ class Trials:
         for record in self.records:
             is_selected = (record.variant, record.lr) == (variant.name, variant.lr)
             if is_selected and record.loss is not None and (seeds is None or record.seed in seeds):
-                by_set.setdefault(record.set, {})[record.seed] = Measured(record.loss, record.nll, record.train_loss)
+                by_set.setdefault(record.set, {})[record.seed] = Measured(
+                    record.loss, record.nll, record.train_loss
+                )
         return by_set
 
     @property
     def predictions(self) -> Mapping[str, tuple[int, ...]]:
         """Number of predictions of each sequence, by set."""
-        return {record.set: record.predictions for record in self.records if record.variant == "base"}
+        return {
+            record.set: record.predictions for record in self.records if record.variant == "base"
+        }
 
 
 def train_variant(
@@ -633,7 +698,9 @@ def uniform_name(rank: int) -> str:
 
 @contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Provide an empty path for a folder, which replaces ``folder`` once the block ends without an error."""
+    """Provide an empty path for a folder, which replaces ``folder`` once the block ends without an
+    error.
+    """
     part = folder.with_name(f".{folder.name}.{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
     folder.parent.mkdir(exist_ok=True)
@@ -644,7 +711,9 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 def save_adapter(module: Any, folder: Path) -> None:
     """Write PEFT's folder of a trained adapter; it replaces an earlier one once it is complete."""
-    for config in module.peft_config.values():  # PEFT keeps names as a set, whose order differs between processes
+    for config in (
+        module.peft_config.values()
+    ):  # PEFT keeps names as a set, whose order differs between processes
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
     with replace_folder(folder) as part:
@@ -665,7 +734,11 @@ class _Adapter:
 
     def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
         """Enable the adapter for ``others=FULL``, disable it for 0."""
-        (self._module.enable_adapter_layers if others == FULL else self._module.disable_adapter_layers)()
+        (
+            self._module.enable_adapter_layers
+            if others == FULL
+            else self._module.disable_adapter_layers
+        )()
 
 
 def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
@@ -675,5 +748,7 @@ def target_modules(module: nn.Module, names: Sequence[str]) -> dict[str, nn.Modu
         module: The model.
         names: As PEFT takes them; empty for all linear layers but the head.
     """
-    layers = {name.removesuffix(".weight"): layer for name, layer in layers_without_head(module).items()}
+    layers = {
+        name.removesuffix(".weight"): layer for name, layer in layers_without_head(module).items()
+    }
     return {path: layers[path] for path in _select_named(layers, names)} if names else layers

@@ -15,12 +15,22 @@ from lora_diag.deltas import DenseDelta, FactoredDelta, StoredDelta
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
     """Float32 numbers, in float64."""
-    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(np.float32).astype(np.float64)
+    return (
+        np.random.default_rng([seed, *shape])
+        .standard_normal(shape)
+        .astype(np.float32)
+        .astype(np.float64)
+    )
 
 
-def write(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None) -> Path:
+def write(
+    path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str] | None = None
+) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    stored = {name: torch.tensor(value, dtype=torch.float32).contiguous() for name, value in tensors.items()}
+    stored = {
+        name: torch.tensor(value, dtype=torch.float32).contiguous()
+        for name, value in tensors.items()
+    }
     save_file(stored, path, metadata)
     return path
 
@@ -32,27 +42,46 @@ def base(folder: Path, tensors: dict[str, np.ndarray], config: dict | None = Non
     return folder / "base"
 
 
-def adapter(folder: Path, tensors: dict[str, np.ndarray], prefix: str = "base_model.model.", **config) -> Path:
-    """Write a PEFT adapter folder; ``config`` fills its config: LoRA of r = 2, alpha = 3 by default."""
+def adapter(
+    folder: Path, tensors: dict[str, np.ndarray], prefix: str = "base_model.model.", **config
+) -> Path:
+    """Write a PEFT adapter folder; ``config`` fills its config: LoRA of r = 2, alpha = 3 by
+    default.
+    """
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "peft_version": "0.21.2"} | config
-    write(folder / "adapter" / "adapter_model.safetensors", {prefix + name: value for name, value in tensors.items()})
+    write(
+        folder / "adapter" / "adapter_model.safetensors",
+        {prefix + name: value for name, value in tensors.items()},
+    )
     (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     return folder / "adapter"
 
 
 def lora(
-    folder: Path, updates: dict[str, tuple], scale: float = 1.0, dtype: torch.dtype | None = None, **config
+    folder: Path,
+    updates: dict[str, tuple],
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    **config,
 ) -> Path:
     """Write a PEFT adapter from ``{layer: (B, A)}``, in their dtype by default: ΔW = scale·B·A."""
     tensors: dict[str, torch.Tensor] = {}
     for layer, (b, a) in updates.items():
         key = f"base_model.model.{layer.removesuffix('.weight')}"
-        tensors |= {f"{key}.lora_{side}.weight": torch.tensor(np.asarray(x)) for side, x in (("B", b), ("A", a))}
+        tensors |= {
+            f"{key}.lora_{side}.weight": torch.tensor(np.asarray(x))
+            for side, x in (("B", b), ("A", a))
+        }
         rank = b.shape[1]
     folder.mkdir(parents=True)
     stored = {name: value.to(dtype or value.dtype).contiguous() for name, value in tensors.items()}
     save_file(stored, folder / "adapter_model.safetensors")
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": scale * rank, "target_modules": ["q_proj"]} | config
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": ["q_proj"],
+    } | config
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
@@ -77,12 +106,19 @@ def product(folder: Path, layer: str) -> np.ndarray:
     """Return B·A of a layer of a PEFT adapter, without its scale, by NumPy."""
     factors = load_file(folder / "adapter_model.safetensors")
     key = f"base_model.model.{layer.removesuffix('.weight')}"
-    return factors[f"{key}.lora_B.weight"].double().numpy() @ factors[f"{key}.lora_A.weight"].double().numpy()
+    return (
+        factors[f"{key}.lora_B.weight"].double().numpy()
+        @ factors[f"{key}.lora_A.weight"].double().numpy()
+    )
 
 
-def changes(path: Path, on: Path | None, **options) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+def changes(
+    path: Path, on: Path | None, **options
+) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
     """Return the ΔW of every layer, and the notes."""
-    pairing, notes = open_adapter(path).pair(open_checkpoint(on) if on is not None else None, **options)
+    pairing, notes = open_adapter(path).pair(
+        open_checkpoint(on) if on is not None else None, **options
+    )
     return {delta.layer: dense(delta) for delta in pairing.deltas}, notes
 
 

@@ -1,4 +1,6 @@
-"""ΔW of real adapters against PEFT's own merge: files made with peft and transformers, with their truth beside them."""
+"""ΔW of real adapters against PEFT's own merge: files made with peft and transformers, with their
+truth beside them.
+"""
 
 import json
 from pathlib import Path
@@ -14,7 +16,11 @@ from lora_diag.errors import LoradiagError
 from tests.adapters.making import dense
 from tests.conftest import DATA
 
-CASES = sorted(path.parent.name for path in (DATA / "cases").glob("*/adapter") if (path.parent / "merged").exists())
+CASES = sorted(
+    path.parent.name
+    for path in (DATA / "cases").glob("*/adapter")
+    if (path.parent / "merged").exists()
+)
 # A bf16 merge is rounded to 8 bits, so its ΔW is off by more than the adapter's.
 TOLERANCE = {"llama-bf16": 5e-3}
 
@@ -42,8 +48,14 @@ def test_every_layer_is_what_peft_merges(case):
         change = (change[int(index)] if index else change).numpy()
         ours = dense(delta).reshape(change.shape)
         # Rounding of the merge itself: half an ulp of float32 (or bf16) of the largest weight.
-        floor = 0 if case in TOLERANCE else 2.0**-24 * np.sqrt(change.size) * float(merged[name].abs().max())
-        assert np.linalg.norm(ours - change) <= tolerance * np.linalg.norm(change) + floor, delta.layer
+        floor = (
+            0
+            if case in TOLERANCE
+            else 2.0**-24 * np.sqrt(change.size) * float(merged[name].abs().max())
+        )
+        assert np.linalg.norm(ours - change) <= tolerance * np.linalg.norm(change) + floor, (
+            delta.layer
+        )
         if not index and truth[name]["s"] is not None and change.ndim == 2:
             s = np.linalg.svd(ours, compute_uv=False)[: len(truth[name]["s"])]
             assert np.abs(s - truth[name]["s"]).max() <= tolerance * s[0] + floor

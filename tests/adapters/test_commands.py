@@ -44,7 +44,11 @@ def test_unmatched_weights_are_refused_or_listed(tmp_path, loradiag, model):
 def test_inspect_describes_adapter_and_scaling(tmp_path, loradiag):
     ran = loradiag("inspect", adapter(tmp_path, PAIR, rank_pattern={"nothing": 4}))
     assert ran.code == 0
-    for words in ("PEFT LoRA, r=2, alpha=3", "lora_alpha / r, from adapter_config.json", "'nothing' matches no module"):
+    for words in (
+        "PEFT LoRA, r=2, alpha=3",
+        "lora_alpha / r, from adapter_config.json",
+        "'nothing' matches no module",
+    ):
         assert words in " ".join(ran.out.split())
     inventory = json.loads(loradiag("inspect", tmp_path / "adapter", "--json").out)
     assert inventory["adapts"] == [

@@ -44,11 +44,19 @@ def check(model, config, tmp_path, tolerance=1e-5, factored=None):
     pairing, notes = open_adapter(tmp_path / "adapter").pair(open_checkpoint(tmp_path / "base"))
     changes = {}
     for delta in pairing.deltas:
-        change = (merged[delta.layer].double() - before[delta.layer].double()).numpy().reshape(delta.shape)
+        change = (
+            (merged[delta.layer].double() - before[delta.layer].double())
+            .numpy()
+            .reshape(delta.shape)
+        )
         size = 2.0**-23 * np.sqrt(change.size) * float(merged[delta.layer].abs().max())
         error = np.linalg.norm(dense(delta) - change)
-        assert error <= tolerance * np.linalg.norm(change) + size, f"{delta.layer}: {error / np.linalg.norm(change)}"
-        assert factored is None or not delta.is_matrix or isinstance(delta, FactoredDelta) == factored
+        assert error <= tolerance * np.linalg.norm(change) + size, (
+            f"{delta.layer}: {error / np.linalg.norm(change)}"
+        )
+        assert (
+            factored is None or not delta.is_matrix or isinstance(delta, FactoredDelta) == factored
+        )
         changes[delta.layer] = change
     for name, value in before.items():
         if name not in changes:
@@ -127,7 +135,10 @@ TOY = {
 
 @pytest.mark.parametrize("kind", TOY)
 def test_current_peft_types_equal_merge(kind, tmp_path):
-    if kind == "bias of adapted layers" and tuple(map(int, peft.__version__.split(".")[:2])) < (0, 21):
+    if kind == "bias of adapted layers" and tuple(map(int, peft.__version__.split(".")[:2])) < (
+        0,
+        21,
+    ):
         pytest.skip("PEFT before 0.21 trains these biases and does not save them")
     config, factored = TOY[kind]
     check(Toy(), config(), tmp_path, factored=factored)
@@ -142,7 +153,9 @@ def test_gpt2_weights_are_stored_in_out(kind, tmp_path):
         "dora": lambda: peft.LoraConfig(target_modules=targets, use_dora=True, **LORA),
         "ia3": lambda: peft.IA3Config(target_modules=targets, feedforward_modules=["c_proj"]),
         "vera": lambda: peft.VeraConfig(target_modules=targets, r=6),
-        "fourierft": lambda: peft.FourierFTConfig(target_modules=targets, n_frequency=50, scaling=20.0),
+        "fourierft": lambda: peft.FourierFTConfig(
+            target_modules=targets, n_frequency=50, scaling=20.0
+        ),
     }[kind]()
     model = gpt2()
     if kind == "mixed":
@@ -161,11 +174,17 @@ def test_multihead_attention_count_equals_peft(tmp_path):
         def forward(self, x):
             return self.fc(self.attn(x, x, x)[0])
 
-    changes, notes = check(Attention(), peft.LoraConfig(target_modules=["attn", "fc"], **LORA), tmp_path)
+    changes, notes = check(
+        Attention(), peft.LoraConfig(target_modules=["attn", "fc"], **LORA), tmp_path
+    )
     assert set(changes) == {"attn.in_proj_weight", "attn.out_proj.weight", "fc.weight"}
     assert any("twice" in note for note in notes)
-    written = write_portable(open_adapter(tmp_path / "adapter"), tmp_path / "portable", leave_out=True)
-    assert json.loads((tmp_path / "portable/adapter_config.json").read_text())["target_modules"] == ["fc"]
+    written = write_portable(
+        open_adapter(tmp_path / "adapter"), tmp_path / "portable", leave_out=True
+    )
+    assert json.loads((tmp_path / "portable/adapter_config.json").read_text())[
+        "target_modules"
+    ] == ["fc"]
     assert len(written.unsupported) == 2
 
 
@@ -198,7 +217,11 @@ def test_target_parameters_equal_current_peft(tmp_path):
 
 def test_embedding_and_head_equal_merge(tmp_path):
     model = llama()
-    changes, _ = check(model, peft.LoraConfig(target_modules=["embed_tokens", "lm_head", "q_proj"], **LORA), tmp_path)
+    changes, _ = check(
+        model,
+        peft.LoraConfig(target_modules=["embed_tokens", "lm_head", "q_proj"], **LORA),
+        tmp_path,
+    )
     assert "lm_head.weight" in changes
 
 
@@ -233,11 +256,19 @@ def test_pattern_matches_like_peft():
     from lora_diag.adapters.patterns import read_pattern
     from lora_diag.adapters.source import Config
 
-    modules = ["model.layers.1.self_attn.q_proj", "model.layers.11.self_attn.q_proj", "q_proj", "a.proj", "b.xproj"]
+    modules = [
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.11.self_attn.q_proj",
+        "q_proj",
+        "a.proj",
+        "b.xproj",
+    ]
     keys = ["proj", "q_proj", r"layers.1.self_attn.q_proj", "^q_proj", r".*1\..*q_proj", modules[1]]
     for start in range(len(keys)):
         table = {key: number for number, key in enumerate(keys[start:], 1)}
-        pattern = read_pattern(Config("config.json", {"rank_pattern": table}), "rank_pattern", modules)
+        pattern = read_pattern(
+            Config("config.json", {"rank_pattern": table}), "rank_pattern", modules
+        )
         for module in modules:
             expected = table.get(get_pattern_key(table.keys(), module))
             result = pattern.matches(module)

@@ -41,8 +41,13 @@ def factors(columns, out, seed=0):
 
 def test_parameter_follows_wrapper_depth(tmp_path):
     up, down = factors(8, 10), factors(5, 8, seed=4)
-    folder = base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)})
-    for targets in (["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj", "experts.gate_up_proj"]):
+    folder = base(
+        tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8), f"{OWNER}.down_proj": normal(E, 8, 5)}
+    )
+    for targets in (
+        ["experts.gate_up_proj", "experts.down_proj"],
+        ["experts.down_proj", "experts.gate_up_proj"],
+    ):
         result, _ = changes(folder_of(tmp_path, targets, [up, down]), folder)
         for e in range(E):
             close(result[f"{OWNER}.gate_up_proj[{e}]"], oracle(*up, 1.5)[e])
@@ -51,11 +56,23 @@ def test_parameter_follows_wrapper_depth(tmp_path):
 
 @pytest.mark.parametrize("by_name", [["q_proj"], r".*\.q_proj"])
 def test_bare_parameter_names_mean_module_of_same_nesting(tmp_path, by_name):
-    """What PEFT 0.21 writes for ``all-linear`` on a mixture: the router by its path, the experts by their leaves."""
-    up, down, router, query = factors(8, 10), factors(5, 8, seed=4), normal(R, 8), normal(R, 8, seed=3)
-    folder = folder_of(tmp_path, ["gate.weight", "gate_up_proj", "down_proj"], [up, down], target_modules=by_name)
+    """What PEFT 0.21 writes for ``all-linear`` on a mixture: the router by its path, the experts by
+    their leaves.
+    """
+    up, down, router, query = (
+        factors(8, 10),
+        factors(5, 8, seed=4),
+        normal(R, 8),
+        normal(R, 8, seed=3),
+    )
+    folder = folder_of(
+        tmp_path, ["gate.weight", "gate_up_proj", "down_proj"], [up, down], target_modules=by_name
+    )
     layer = OWNER.removesuffix(".mlp.experts")
-    more = {f"{layer}.mlp.gate": (router, normal(E, R)), f"{layer}.self_attn.q_proj": (query, normal(6, R))}
+    more = {
+        f"{layer}.mlp.gate": (router, normal(E, R)),
+        f"{layer}.self_attn.q_proj": (query, normal(6, R)),
+    }
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file) | {
         f"base_model.model.{module}.lora_{part}.weight": torch.tensor(value, dtype=torch.float32)
@@ -73,14 +90,19 @@ def test_bare_parameter_names_mean_module_of_same_nesting(tmp_path, by_name):
 
 def test_rank_and_alpha_are_looked_up_by_parameter_s_path(tmp_path):
     down = factors(5, 8)
-    path = folder_of(tmp_path, ["experts.down_proj"], [down], r=7, rank_pattern={"experts.down_proj": 2})
+    path = folder_of(
+        tmp_path, ["experts.down_proj"], [down], r=7, rank_pattern={"experts.down_proj": 2}
+    )
     close(changes(path, None)[0][f"{OWNER}.down_proj[1]"], oracle(*down, 1.5)[1])
 
 
 def test_experts_stored_one_by_one_get_their_rows(tmp_path):
     up = factors(8, 10)
     disk = "model.layers.0.block_sparse_moe.experts"
-    folder = base(tmp_path, {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")})
+    folder = base(
+        tmp_path,
+        {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")},
+    )
     result, _ = changes(folder_of(tmp_path, ["experts.gate_up_proj"], [up]), folder)
     assert len(result) == 2 * E
     for e in range(E):
@@ -90,10 +112,15 @@ def test_experts_stored_one_by_one_get_their_rows(tmp_path):
 
 def test_fully_adapted_experts_leave_no_rows_out(tmp_path):
     disk = "model.layers.0.block_sparse_moe.experts"
-    one_by_one = {f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")}
+    one_by_one = {
+        f"{disk}.{e}.{name}.weight": normal(5, 8) for e in range(E) for name in ("w1", "w3")
+    }
     values = normal(E, 10, 8, seed=4)
     q_proj = "model.layers.0.self_attn.q_proj"
-    factors_of_q = {f"{q_proj}.lora_A.weight": normal(R, 8), f"{q_proj}.lora_B.weight": normal(6, R)}
+    factors_of_q = {
+        f"{q_proj}.lora_A.weight": normal(R, 8),
+        f"{q_proj}.lora_B.weight": normal(6, R),
+    }
     path = adapter(tmp_path, factors_of_q | {f"{OWNER}.gate_up_proj": values}, r=R)
     on = open_checkpoint(base(tmp_path, one_by_one | {f"{q_proj}.weight": normal(6, 8)}))
     pairing, _ = open_adapter(path).pair(on)
@@ -104,7 +131,8 @@ def test_fully_adapted_experts_leave_no_rows_out(tmp_path):
 def test_experts_stored_in_out_are_detected_by_shape(tmp_path):
     up = factors(8, 10)
     result, _ = changes(
-        folder_of(tmp_path, ["experts.gate_up_proj"], [up]), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 8, 10)})
+        folder_of(tmp_path, ["experts.gate_up_proj"], [up]),
+        base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 8, 10)}),
     )
     close(result[f"{OWNER}.gate_up_proj[1]"], oracle(*up, 1.5)[1].T)
 
@@ -151,8 +179,13 @@ def test_experts_adapted_one_by_one_meet_in_fused_base(tmp_path, names):
     tensors = {}
     for e in range(E):
         for name, (a, b) in parts.items():
-            tensors |= {f"{OWNER}.{e}.{name}.lora_A.weight": a + e, f"{OWNER}.{e}.{name}.lora_B.weight": b}
-    result, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8)}))
+            tensors |= {
+                f"{OWNER}.{e}.{name}.lora_A.weight": a + e,
+                f"{OWNER}.{e}.{name}.lora_B.weight": b,
+            }
+    result, _ = changes(
+        adapter(tmp_path, tensors), base(tmp_path, {f"{OWNER}.gate_up_proj": normal(E, 10, 8)})
+    )
     assert len(result) == E
     expected = np.concatenate([1.5 * b @ (a + 2) for a, b in parts.values()])
     close(result[f"{OWNER}.gate_up_proj[2]"], expected, 1e-5)

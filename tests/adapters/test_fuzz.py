@@ -1,4 +1,6 @@
-"""Damaged adapters of every family: each ends in numbers or in one message, never in a traceback."""
+"""Damaged adapters of every family: each ends in numbers or in one message, never in a
+traceback.
+"""
 
 import json
 import shutil
@@ -70,7 +72,24 @@ STARTS = [
     (None, {"unet.processor.fc_lora.up.weight": (8, 2), "unet.processor.fc_lora.down.weight": (2, 6)}),
 ]  # fmt: skip
 JUNK = st.sampled_from(
-    [None, 0, -1, 1.5, 10**30, 10**400, float("inf"), "", "x", [], [1], [[0, 1]], {}, {"fc": 1}, {"a": "b"}, True]
+    [
+        None,
+        0,
+        -1,
+        1.5,
+        10**30,
+        10**400,
+        float("inf"),
+        "",
+        "x",
+        [],
+        [1],
+        [[0, 1]],
+        {},
+        {"fc": 1},
+        {"a": "b"},
+        True,
+    ]
 )
 SHAPES = st.lists(st.integers(0, 8), max_size=4).map(tuple)
 
@@ -86,11 +105,22 @@ def test_damaged_file_gives_numbers_or_one_message(data):
     if data.draw(st.booleans()) and len(shapes) > 1:
         del shapes[data.draw(st.sampled_from(sorted(shapes)))]
     if config is not None and data.draw(st.booleans()):
-        keys = {*config, "rank_pattern", "alpha_pattern", "layer_replication", "use_rslora", "init_lora_weights"}
+        keys = {
+            *config,
+            "rank_pattern",
+            "alpha_pattern",
+            "layer_replication",
+            "use_rslora",
+            "init_lora_weights",
+        }
         config = config | {data.draw(st.sampled_from(sorted(keys))): data.draw(JUNK)}
     folder = Path(tempfile.mkdtemp())
     try:
-        name = "adapter_model.safetensors" if config is not None else "pytorch_lora_weights.safetensors"
+        name = (
+            "adapter_model.safetensors"
+            if config is not None
+            else "pytorch_lora_weights.safetensors"
+        )
         write(folder / "adapter" / name, {name: normal(*shape) for name, shape in shapes.items()})
         if config is not None:
             (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))

@@ -1,4 +1,6 @@
-"""GGUF adapters: files laid out as the gguf package does, read as llama.cpp's converter and runtime mean them."""
+"""GGUF adapters: files laid out as the gguf package does, read as llama.cpp's converter and runtime
+mean them.
+"""
 
 import json
 from types import MappingProxyType
@@ -25,8 +27,14 @@ CONFIG = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads"
 
 def write(path, tensors, alpha=16.0, arch="llama", fields=MappingProxyType({})):
     """Write an adapter as llama.cpp's converter does."""
-    fields = {"general.architecture": arch, "general.type": "adapter", "adapter.type": "lora"} | fields
-    return write_gguf(path, fields if alpha is None else fields | {"adapter.lora.alpha": alpha}, tensors)
+    fields = {
+        "general.architecture": arch,
+        "general.type": "adapter",
+        "adapter.type": "lora",
+    } | fields
+    return write_gguf(
+        path, fields if alpha is None else fields | {"adapter.lora.alpha": alpha}, tensors
+    )
 
 
 def pairs(name, a, b):
@@ -62,7 +70,10 @@ def llama(tmp_path):
     weights = {f"{layer}self_attn.{leaf}.weight": normal(*shape) for leaf, shape in shapes.items()}
     weights |= {"model.embed_tokens.weight": normal(50, 32), "lm_head.weight": normal(50, 32)}
     base = making.base(tmp_path, weights, CONFIG)
-    a = {leaf: normal(r, shapes[leaf][1], seed=1) for leaf, r in (("q_proj", 2), ("k_proj", 4), ("o_proj", 2))}
+    a = {
+        leaf: normal(r, shapes[leaf][1], seed=1)
+        for leaf, r in (("q_proj", 2), ("k_proj", 4), ("o_proj", 2))
+    }
     b = {leaf: normal(shapes[leaf][0], a[leaf].shape[0], seed=2) for leaf in a}
     table = normal(50, 3, seed=3), normal(32, 3, seed=4)
     tensors = {
@@ -104,9 +115,13 @@ def test_gguf_q8_0_factors_are_decoded(llama):
     name = "blk.0.attn_output.weight.lora_a"
     kind = gguf.GGMLQuantizationType.Q8_0
     blocks = gguf.quants.quantize(tensors[name].astype(np.float32), kind)
-    result, _ = changes(write(path, tensors | {name: ("Q8_0", tensors[name].shape, blocks.tobytes())}), None)
+    result, _ = changes(
+        write(path, tensors | {name: ("Q8_0", tensors[name].shape, blocks.tobytes())}), None
+    )
     a = gguf.quants.dequantize(blocks, kind)
-    close(result["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8)
+    close(
+        result["model.layers.0.self_attn.o_proj.weight"], tensors[name.replace("_a", "_b")] @ a * 8
+    )
 
 
 def test_gguf_without_alpha_uses_stated_alpha(llama):
@@ -123,11 +138,15 @@ def test_gguf_experts_are_one_update_each(tmp_path):
     path = write(tmp_path / "a.gguf", pairs("blk.1.ffn_up_exps", a, b), 4.0, "qwen3moe")
     result, _ = changes(path, None)
     for expert in range(3):
-        close(result[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], b[expert] @ a[expert] * 2)
+        close(
+            result[f"model.layers.1.mlp.experts.{expert}.up_proj.weight"], b[expert] @ a[expert] * 2
+        )
 
 
 def test_gguf_of_unknown_architecture_keeps_its_names(tmp_path):
-    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), arch="bloom")
+    path = write(
+        tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), arch="bloom"
+    )
     result, notes = changes(path, None)
     assert list(result) == ["blk.1.attn_q.weight"]
     assert any("'bloom' are not known" in note for note in notes)
@@ -135,7 +154,9 @@ def test_gguf_of_unknown_architecture_keeps_its_names(tmp_path):
 
 def test_gguf_ignores_peft_config_in_folder(llama):
     _, tensors, _, _, path = llama
-    (path.parent / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 99}')
+    (path.parent / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 1, "lora_alpha": 99}'
+    )
     adapter = open_adapter(write(path, tensors))
     assert is_adapter(path)
     assert (adapter.form, adapter.source.config) == ("gguf", None)
@@ -150,7 +171,9 @@ def test_gguf_ignores_peft_config_in_folder(llama):
     ],
 )
 def test_gguf_header_without_lora_is_refused(tmp_path, change, problem):
-    path = write(tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), None, fields=change)
+    path = write(
+        tmp_path / "a.gguf", pairs("blk.1.attn_q", normal(2, 8), normal(8, 2)), None, fields=change
+    )
     with pytest.raises(InputError, match=problem):
         open_adapter(path)
 
@@ -172,7 +195,9 @@ def test_mismatched_gguf_factors_are_refused(tmp_path, tensors, problem):
         open_adapter(path)
 
 
-@pytest.mark.parametrize(("heads", "problem"), [(None, "gives no num_attention_heads"), (3, "gives 3 heads for 64")])
+@pytest.mark.parametrize(
+    ("heads", "problem"), [(None, "gives no num_attention_heads"), (3, "gives 3 heads for 64")]
+)
 def test_gguf_rows_need_the_heads_of_base(llama, heads, problem):
     base, tensors, _, _, path = llama
     (base / "config.json").write_text(json.dumps({"num_attention_heads": heads} if heads else {}))
@@ -187,7 +212,9 @@ def test_gguf_names_equal_library():
         for stem in (*(f"blk.2.{part}" for part in names.block), *OUTSIDE_BLOCKS):
             theirs = names.in_transformers(f"{stem}.weight")
             result = table.get_name(theirs.replace(".{}", ""), try_suffixes=(".weight",))
-            if result is None and stem in OUTSIDE_BLOCKS:  # a tied head, a final norm without a weight
+            if (
+                result is None and stem in OUTSIDE_BLOCKS
+            ):  # a tied head, a final norm without a weight
                 continue
             assert result == f"{stem}.weight", (names.architecture, stem)
             assert names.in_gguf(theirs) == f"{stem}.weight"
@@ -195,7 +222,9 @@ def test_gguf_names_equal_library():
 
 @pytest.fixture
 def peft(llama):
-    """Write the same adapter as a PEFT folder with rsLoRA and patterns, and return the ΔW that it means."""
+    """Write the same adapter as a PEFT folder with rsLoRA and patterns, and return the ΔW that it
+    means.
+    """
     base, _, expected, ranks, path = llama
     result = {}
     for layer, rank in ranks.items():
@@ -207,21 +236,38 @@ def peft(llama):
         else:
             result |= {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}
     pattern = {layer.removesuffix(".weight"): rank for layer, rank in ranks.items()}
-    config = {"rank_pattern": pattern, "use_rslora": True, "target_modules": [*pattern], "lora_alpha": 6}
+    config = {
+        "rank_pattern": pattern,
+        "use_rslora": True,
+        "target_modules": [*pattern],
+        "lora_alpha": 6,
+    }
     folder = making.adapter(path.parent, result, **config)
-    return base, folder, {layer: change * 6 / ranks[layer] ** 0.5 for layer, change in expected.items()}
+    return (
+        base,
+        folder,
+        {layer: change * 6 / ranks[layer] ** 0.5 for layer, change in expected.items()},
+    )
 
 
 def test_gguf_written_is_the_same_update_by_the_library(peft):
-    """The file by gguf's own reader: one α, one rank, rows in llama.cpp's order, the embedding turned."""
+    """The file by gguf's own reader: one α, one rank, rows in llama.cpp's order, the embedding
+    turned.
+    """
     base, folder, expected = peft
     out = folder.parent / "out"
     results = make_portable(folder, out, base, form="gguf")
     assert {(record.consumer, record.status) for record in results} == {("llamacpp", "exact")}
     reader = gguf.GGUFReader(out / "adapter.gguf")
-    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    fields = {
+        key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")
+    }
     alpha = {"adapter.lora.alpha": 4.0}
-    assert fields == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"} | alpha
+    assert (
+        fields
+        == {"general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora"}
+        | alpha
+    )
     result = {tensor.name: np.array(tensor.data, np.float64) for tensor in reader.tensors}
     layer = "model.layers.0.self_attn."
     for stem, name, heads in (("q", "q_proj", 4), ("k", "k_proj", 2), ("output", "o_proj", 0)):

@@ -24,7 +24,10 @@ PAIR = {"fc.lora_A.weight": A, "fc.lora_B.weight": B}
         ({"use_rslora": True}, 3 / np.sqrt(2)),
         ({"lora_alpha": -0.5}, -0.25),
         ({"alpha_pattern": {"fc": 7}}, 7 / 2),
-        ({"alpha_pattern": {"c": 7}}, 3 / 2),  # a key matches from a dot on, not from the middle of a word
+        (
+            {"alpha_pattern": {"c": 7}},
+            3 / 2,
+        ),  # a key matches from a dot on, not from the middle of a word
         ({"r": 5, "rank_pattern": {"f.": 2}}, 3 / 2),
         ({"init_lora_weights": "eva", "lora_dropout": 0.3, "layers_to_transform": [0]}, 3 / 2),
     ],
@@ -35,7 +38,9 @@ def test_scaling_follows_config(tmp_path, config, scale):
 
 
 def test_weight_stored_in_by_out_is_transposed_by_shape_not_flag(tmp_path):
-    result, _ = changes(adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T}))
+    result, _ = changes(
+        adapter(tmp_path, PAIR, fan_in_fan_out=False), base(tmp_path, {"fc.weight": W.T})
+    )
     close(result["fc.weight"], (1.5 * B @ A).T)
 
 
@@ -47,25 +52,46 @@ def test_weight_stored_in_by_out_is_transposed_by_shape_not_flag(tmp_path):
         ({"x.mlp.c_proj.weight": (8, 16), "x.mlp.c_proj.bias": (8,)}, False),
         ({"h.0.other.weight": (8, 24), "h.0.other.bias": (24,)}, True),
         # a namesake tells more than a neighbour
-        ({"h.0.b.weight": (8, 24), "h.0.b.bias": (24,), "x.c_proj.weight": (8, 16), "x.c_proj.bias": (8,)}, False),
+        (
+            {
+                "h.0.b.weight": (8, 24),
+                "h.0.b.bias": (24,),
+                "x.c_proj.weight": (8, 16),
+                "x.c_proj.bias": (8,),
+            },
+            False,
+        ),
     ],
 )
 @pytest.mark.parametrize("flag", [True, False])
 def test_square_weight_follows_namesakes_neighbours_then_flag(tmp_path, others, transposed, flag):
     a, b = normal(2, 8), normal(8, 2, seed=1)
     folder = base(
-        tmp_path, {"h.0.c_proj.weight": normal(8, 8)} | {name: normal(*size) for name, size in others.items()}
+        tmp_path,
+        {"h.0.c_proj.weight": normal(8, 8)}
+        | {name: normal(*size) for name, size in others.items()},
     )
-    path = adapter(tmp_path, {"h.0.c_proj.lora_A.weight": a, "h.0.c_proj.lora_B.weight": b}, fan_in_fan_out=flag)
+    path = adapter(
+        tmp_path,
+        {"h.0.c_proj.lora_A.weight": a, "h.0.c_proj.lora_B.weight": b},
+        fan_in_fan_out=flag,
+    )
     result, _ = changes(path, folder)
     expected = 1.5 * b @ a
-    close(result["h.0.c_proj.weight"], expected.T if (flag if transposed is None else transposed) else expected)
+    close(
+        result["h.0.c_proj.weight"],
+        expected.T if (flag if transposed is None else transposed) else expected,
+    )
 
 
 def test_grown_vocabulary_lists_new_and_compares_common_rows(tmp_path):
     a, b = normal(2, 20), normal(6, 2)
-    path = adapter(tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b})
-    pairing, _ = open_adapter(path).pair(open_checkpoint(base(tmp_path, {"embed_tokens.weight": normal(17, 6)})))
+    path = adapter(
+        tmp_path, {"embed_tokens.lora_embedding_A": a, "embed_tokens.lora_embedding_B": b}
+    )
+    pairing, _ = open_adapter(path).pair(
+        open_checkpoint(base(tmp_path, {"embed_tokens.weight": normal(17, 6)}))
+    )
     assert [delta.shape for delta in pairing.deltas] == [(17, 6)]
     assert [(item.reason, item.shape) for item in pairing.unpaired] == [("added_rows", (3, 6))]
     saved = adapter(tmp_path, PAIR | {"embed_tokens.weight": normal(20, 6)})
@@ -83,13 +109,19 @@ def test_copied_base_embedding_is_not_a_change(tmp_path):
     result, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": w}), folder)
     close(result["embed_tokens.weight"], 1.5 * (b @ a).T)
     other = normal(20, 6, seed=9)
-    result, _ = changes(adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": other}), folder)
+    result, _ = changes(
+        adapter(tmp_path, factors | {"embed_tokens.base_layer.weight": other}), folder
+    )
     close(result["embed_tokens.weight"], 1.5 * (b @ a).T + other - w)
 
 
 def test_adapted_head_copy_is_not_used_as_model(tmp_path):
     w = normal(8, 12)
-    tensors = {"lm_head.lora_A.weight": A, "lm_head.lora_B.weight": B, "lm_head.base_layer.weight": w}
+    tensors = {
+        "lm_head.lora_A.weight": A,
+        "lm_head.lora_B.weight": B,
+        "lm_head.base_layer.weight": w,
+    }
     result, _ = changes(adapter(tmp_path, tensors), base(tmp_path, {"lm_head.weight": w}))
     close(result["lm_head.weight"], 1.5 * B @ A)
 
@@ -106,7 +138,9 @@ def test_dora_of_small_rotation_keeps_precision(tmp_path):
 def test_without_base_new_values_are_listed_and_rest_measured(tmp_path):
     pairing, _ = open_adapter(adapter(tmp_path, PAIR | {"norm.weight": normal(8)})).pair(None)
     assert [delta.layer for delta in pairing.deltas] == ["fc.weight"]
-    assert [(item.layer, item.reason) for item in pairing.unpaired] == [("norm.weight", "needs_base")]
+    assert [(item.layer, item.reason) for item in pairing.unpaired] == [
+        ("norm.weight", "needs_base")
+    ]
 
 
 def test_token_right_behind_table_is_refused(tmp_path):
@@ -117,7 +151,9 @@ def test_token_right_behind_table_is_refused(tmp_path):
 
 
 def test_zero_factors_are_noted(tmp_path):
-    _, notes = changes(adapter(tmp_path, PAIR | {"fc.lora_B.weight": B * 0}), base(tmp_path, {"fc.weight": W}))
+    _, notes = changes(
+        adapter(tmp_path, PAIR | {"fc.lora_B.weight": B * 0}), base(tmp_path, {"fc.weight": W})
+    )
     assert any(mentions(note, "1 of 1 updates", "zero") for note in notes)
 
 
@@ -127,7 +163,10 @@ def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
     path = adapter(tmp_path, {"fc.lora_A.default.weight": A, "fc.lora_B.default.weight": B})
     close(changes(path, None)[0]["fc.weight"], 1.5 * B @ A)
     (path / "adapter_model.safetensors").unlink()
-    state = {f"base_model.model.fc.lora_{part}.weight": torch.tensor(value) for part, value in (("A", A), ("B", B))}
+    state = {
+        f"base_model.model.fc.lora_{part}.weight": torch.tensor(value)
+        for part, value in (("A", A), ("B", B))
+    }
     torch.save(state, path / "adapter_model.bin")
     close(changes(path, None)[0]["fc.weight"], 1.5 * B @ A)
 
@@ -141,10 +180,18 @@ def test_bin_files_and_adapter_name_in_keys_are_read(tmp_path):
         (PAIR, {"r": 0}, "r must be a whole number from 1 up"),
         (PAIR, {"lora_alpha": None}, "lora_alpha must be a finite number"),
         (PAIR, {"lora_alpha": "16"}, "lora_alpha must be a finite number"),
-        (PAIR, {"rank_pattern": {"(": 2}}, r"rank_pattern: the key '\(' is not a valid regular expression"),
+        (
+            PAIR,
+            {"rank_pattern": {"(": 2}},
+            r"rank_pattern: the key '\(' is not a valid regular expression",
+        ),
         (PAIR, {"rank_pattern": {"fc": 0}}, "must be a whole number from 1 up, not 0"),
         (PAIR, {"rank_pattern": {"fc": 2.5}}, "must be a whole number from 1 up, not 2.5"),
-        ({f"wte.{TOKENS}_delta": A}, {"trainable_token_indices": {"wte": [3, 3]}}, "has 1 token indices"),
+        (
+            {f"wte.{TOKENS}_delta": A},
+            {"trainable_token_indices": {"wte": [3, 3]}},
+            "has 1 token indices",
+        ),
         (PAIR, {"rank_pattern": ["fc"]}, "rank_pattern must map names to values"),
         (PAIR, {"init_lora_weights": "corda"}, "CorDA"),
         (PAIR, {"init_lora_weights": "pissa_niter_4"}, "randomised SVD"),

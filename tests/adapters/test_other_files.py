@@ -24,12 +24,16 @@ RANKS = {"unet.r": 9, "unet.lora_alpha": 5, "unet.rank_pattern": {"to_q": 2}}
 
 
 def kohya(tmp_path, tensors, **weights):
-    folder = base(tmp_path, {f"{Q}.weight": W} | {name.replace("__", "."): value for name, value in weights.items()})
+    folder = base(
+        tmp_path,
+        {f"{Q}.weight": W} | {name.replace("__", "."): value for name, value in weights.items()},
+    )
     return write(tmp_path / "adapter" / "some.safetensors", tensors), folder
 
 
 @pytest.mark.parametrize(
-    ("extra", "scale"), [({f"{FLAT}.alpha": ALPHA}, 1.5), ({}, 1.0), ({f"{FLAT}.alpha": np.array(0.0)}, 1.0)]
+    ("extra", "scale"),
+    [({f"{FLAT}.alpha": ALPHA}, 1.5), ({}, 1.0), ({f"{FLAT}.alpha": np.array(0.0)}, 1.0)],
 )
 def test_kohya_lora_is_scaled_by_alpha(tmp_path, extra, scale):
     tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN} | extra
@@ -44,27 +48,49 @@ def test_kohya_lora_is_scaled_by_alpha(tmp_path, extra, scale):
 
 
 def test_kohya_convolution_with_core(tmp_path):
-    up, mid, down = normal(8, 3, 1, 1), normal(3, 3, 3, 3), normal(3, 6, 1, 1)  # the core is (r, r, kh, kw)
-    tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_mid.weight": mid, f"{FLAT}.lora_down.weight": down}
+    up, mid, down = (
+        normal(8, 3, 1, 1),
+        normal(3, 3, 3, 3),
+        normal(3, 6, 1, 1),
+    )  # the core is (r, r, kh, kw)
+    tensors = {
+        f"{FLAT}.lora_up.weight": up,
+        f"{FLAT}.lora_mid.weight": mid,
+        f"{FLAT}.lora_down.weight": down,
+    }
     folder = base(tmp_path, {f"{Q}.weight": normal(8, 6, 3, 3)})
     result, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
-    close(result[f"{Q}.weight"], np.einsum("oi,ijkl,jp->opkl", up[:, :, 0, 0], mid, down[:, :, 0, 0]))
+    close(
+        result[f"{Q}.weight"], np.einsum("oi,ijkl,jp->opkl", up[:, :, 0, 0], mid, down[:, :, 0, 0])
+    )
 
 
 def test_lycoris_loha_lokr_and_differences(tmp_path):
     w1a, w1b, w2a, w2b = normal(8, 2), normal(2, 6), normal(8, 2, seed=5), normal(2, 6, seed=5)
-    loha = {f"{FLAT}.hada_w1_a": w1a, f"{FLAT}.hada_w1_b": w1b, f"{FLAT}.hada_w2_a": w2a, f"{FLAT}.hada_w2_b": w2b}
+    loha = {
+        f"{FLAT}.hada_w1_a": w1a,
+        f"{FLAT}.hada_w1_b": w1b,
+        f"{FLAT}.hada_w2_a": w2a,
+        f"{FLAT}.hada_w2_b": w2b,
+    }
     path, folder = kohya(tmp_path, loha | {f"{FLAT}.alpha": ALPHA})
     close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * (w1a @ w1b) * (w2a @ w2b))
     (item,) = read_contents(open_adapter(path)).items
     assert (item.alpha, item.scale) == (3.0, 1.5)
 
     w1, b, a = normal(2, 3), normal(4, 2), normal(2, 2)
-    lokr = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2_a": b, f"{FLAT}.lokr_w2_b": a, f"{FLAT}.alpha": ALPHA}
+    lokr = {
+        f"{FLAT}.lokr_w1": w1,
+        f"{FLAT}.lokr_w2_a": b,
+        f"{FLAT}.lokr_w2_b": a,
+        f"{FLAT}.alpha": ALPHA,
+    }
     path, folder = kohya(tmp_path, lokr)
     close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * np.kron(w1, b @ a))
     assert read_contents(open_adapter(path)).items[0].scale == 1.5
-    path, folder = kohya(tmp_path, {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": normal(4, 2), f"{FLAT}.alpha": ALPHA})
+    path, folder = kohya(
+        tmp_path, {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": normal(4, 2), f"{FLAT}.alpha": ALPHA}
+    )
     close(changes(path, folder)[0][f"{Q}.weight"], np.kron(w1, normal(4, 2)))
 
     differences = {f"{FLAT}.diff": normal(8, 6), f"{FLAT}.diff_b": normal(8)}
@@ -80,7 +106,10 @@ LYCORIS = {
         {"hada_w1_a": UP, "hada_w1_b": DOWN, "hada_w2_a": UP + 1, "hada_w2_b": DOWN - 1},
         (UP @ DOWN) * ((UP + 1) @ (DOWN - 1)),
     ),
-    "lokr": ({"lokr_w1": normal(2, 3), "lokr_w2": normal(4, 2)}, np.kron(normal(2, 3), normal(4, 2))),
+    "lokr": (
+        {"lokr_w1": normal(2, 3), "lokr_w2": normal(4, 2)},
+        np.kron(normal(2, 3), normal(4, 2)),
+    ),
 }
 
 
@@ -92,12 +121,20 @@ def test_lycoris_dora_axis_follows_shape_of_lengths(tmp_path, kind, by_column):
     tensors = {f"{FLAT}.{part}": value for part, value in parts.items()} | {f"{FLAT}.dora_scale": m}
     result, _ = changes(*kohya(tmp_path, tensors))
     v = W + change
-    close(result[f"{Q}.weight"], m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W)
+    close(
+        result[f"{Q}.weight"],
+        m / np.linalg.norm(v, axis=0 if by_column else 1, keepdims=True) * v - W,
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 6, 1, 1)], ids=str)
 def test_lycoris_dora_of_convolution_measures_all_kernels(tmp_path, shape):
-    w, w1, w2, m = normal(8, 6, 3, 3), normal(2, 3), normal(4, 2, 3, 3), np.abs(normal(*shape)) + 0.5
+    w, w1, w2, m = (
+        normal(8, 6, 3, 3),
+        normal(2, 3),
+        normal(4, 2, 3, 3),
+        np.abs(normal(*shape)) + 0.5,
+    )
     tensors = {f"{FLAT}.lokr_w1": w1, f"{FLAT}.lokr_w2": w2, f"{FLAT}.dora_scale": m}
     folder = base(tmp_path, {f"{Q}.weight": w})
     result, _ = changes(write(tmp_path / "a.safetensors", tensors), folder)
@@ -108,15 +145,25 @@ def test_lycoris_dora_of_convolution_measures_all_kernels(tmp_path, shape):
 
 @pytest.mark.parametrize(("shape", "entries"), [((5, 1), 8), ((1, 3), 6), ((1, 2), 6)], ids=str)
 def test_mismatched_dora_lengths_are_refused(tmp_path, shape, entries):
-    tensors = {f"{FLAT}.lora_up.weight": UP, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": normal(*shape)}
+    tensors = {
+        f"{FLAT}.lora_up.weight": UP,
+        f"{FLAT}.lora_down.weight": DOWN,
+        f"{FLAT}.dora_scale": normal(*shape),
+    }
     with pytest.raises(InputError, match=f"instead of {entries} entries"):
         open_adapter(kohya(tmp_path, tensors)[0])
 
 
 def test_single_dora_length_is_for_single_row(tmp_path):
     w, up, m = normal(1, 6, seed=3), normal(1, 2), np.array([[0.7]])
-    tensors = {f"{FLAT}.lora_up.weight": up, f"{FLAT}.lora_down.weight": DOWN, f"{FLAT}.dora_scale": m}
-    result, _ = changes(write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w}))
+    tensors = {
+        f"{FLAT}.lora_up.weight": up,
+        f"{FLAT}.lora_down.weight": DOWN,
+        f"{FLAT}.dora_scale": m,
+    }
+    result, _ = changes(
+        write(tmp_path / "a.safetensors", tensors), base(tmp_path, {f"{Q}.weight": w})
+    )
     v = w + up @ DOWN
     close(result[f"{Q}.weight"], 0.7 * v / np.linalg.norm(v) - w)
 
@@ -128,16 +175,23 @@ def test_lycoris_lokr_of_conv1d_multiplies_outputs_and_inputs(tmp_path):
     close(result[f"{Q}.weight"], np.einsum("ab,cdk->acbdk", w1, w2).reshape(8, 6, 3))
 
 
-@pytest.mark.parametrize(("up", "down"), [((8, 2), (2, 0)), ((8, 2), (2,)), ((8,), (2, 6)), ((0, 2), (2, 6))], ids=str)
+@pytest.mark.parametrize(
+    ("up", "down"), [((8, 2), (2, 0)), ((8, 2), (2,)), ((8,), (2, 6)), ((0, 2), (2, 6))], ids=str
+)
 def test_non_matrix_factors_are_refused(tmp_path, up, down):
-    path, _ = kohya(tmp_path, {f"{FLAT}.lora_up.weight": np.ones(up), f"{FLAT}.lora_down.weight": np.ones(down)})
+    path, _ = kohya(
+        tmp_path, {f"{FLAT}.lora_up.weight": np.ones(up), f"{FLAT}.lora_down.weight": np.ones(down)}
+    )
     with raises_naming(InputError, "fit together"):
         open_adapter(path)
 
 
 def test_alpha_stored_as_integer_is_used(tmp_path):
     path, folder = kohya(tmp_path, {})
-    factors = {f"{FLAT}.lora_up.weight": torch.tensor(UP), f"{FLAT}.lora_down.weight": torch.tensor(DOWN)}
+    factors = {
+        f"{FLAT}.lora_up.weight": torch.tensor(UP),
+        f"{FLAT}.lora_down.weight": torch.tensor(DOWN),
+    }
     save_file(factors | {f"{FLAT}.alpha": torch.tensor(3)}, path)
     close(changes(path, folder)[0][f"{Q}.weight"], 1.5 * UP @ DOWN)
 
@@ -170,7 +224,9 @@ def test_two_text_encoders_on_one_are_refused(tmp_path):
 @pytest.mark.parametrize("names", [("lora_B", "lora_A"), ("lora.up", "lora.down")])
 def test_diffusers_lora_is_scaled_by_metadata(tmp_path, metadata, extra, scale, names):
     tensors = {f"unet.{Q}.{names[0]}.weight": UP, f"unet.{Q}.{names[1]}.weight": DOWN}
-    path = write(tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tensors | extra, metadata)
+    path = write(
+        tmp_path / "adapter" / "pytorch_lora_weights.safetensors", tensors | extra, metadata
+    )
     result, notes = changes(path.parent, base(tmp_path, {f"{Q}.weight": W}))
     close(result[f"{Q}.weight"], scale * UP @ DOWN)
     assert any("s = 1" in note for note in notes) == (scale == 1.0)
@@ -178,7 +234,10 @@ def test_diffusers_lora_is_scaled_by_metadata(tmp_path, metadata, extra, scale, 
 
 def test_diffusers_before_peft(tmp_path):
     stem = "unet.down_blocks.0.attn1.processor.to_q_lora"
-    path = write(tmp_path / "pytorch_lora_weights.safetensors", {f"{stem}.up.weight": UP, f"{stem}.down.weight": DOWN})
+    path = write(
+        tmp_path / "pytorch_lora_weights.safetensors",
+        {f"{stem}.up.weight": UP, f"{stem}.down.weight": DOWN},
+    )
     result, _ = changes(path, base(tmp_path, {f"{Q}.weight": W}))
     close(result[f"{Q}.weight"], UP @ DOWN)
 
@@ -212,9 +271,17 @@ def test_mlx_factors_are_transposed_and_unscaled_by_rank(tmp_path):
     result, _ = changes(path, base(tmp_path, {"model.layers.0.q_proj.weight": W}))
     close(result["model.layers.0.q_proj.weight"], 10 * UP @ DOWN)
     with pytest.raises(InputError, match="no scale"):
-        open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 2}))
+        open_adapter(
+            mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 2})
+        )
     with pytest.raises(InputError, match="says 3"):
-        open_adapter(mlx(tmp_path, {"q.lora_a": DOWN.T, "q.lora_b": UP.T}, lora_parameters={"rank": 3, "scale": 1}))
+        open_adapter(
+            mlx(
+                tmp_path,
+                {"q.lora_a": DOWN.T, "q.lora_b": UP.T},
+                lora_parameters={"rank": 3, "scale": 1},
+            )
+        )
 
 
 @pytest.mark.parametrize("rows", [8, 6])  # of a square weight, too, its rows
@@ -228,10 +295,15 @@ def test_mlx_dora_equals_definition(tmp_path, rows):
 
 def test_mlx_embeddings_are_adapted_row_by_row(tmp_path):
     table, a, b, m = normal(9, 6), normal(9, 2), normal(2, 6), np.abs(normal(9)) + 0.5
-    folder, factors = base(tmp_path, {"model.embed_tokens.weight": table}), {"lora_a": a, "lora_b": b}
+    folder, factors = (
+        base(tmp_path, {"model.embed_tokens.weight": table}),
+        {"lora_a": a, "lora_b": b},
+    )
     tensors = {f"embed_tokens.{part}": value for part, value in factors.items()}
     result, _ = changes(mlx(tmp_path, tensors), folder)
     close(result["model.embed_tokens.weight"], 10 * a @ b)
     v = table + 10 * a @ b
-    result, _ = changes(mlx(tmp_path, tensors | {"embed_tokens.m": m}, fine_tune_type="dora"), folder)
+    result, _ = changes(
+        mlx(tmp_path, tensors | {"embed_tokens.m": m}, fine_tune_type="dora"), folder
+    )
     close(result["model.embed_tokens.weight"], (m / np.linalg.norm(v, axis=1))[:, None] * v - table)

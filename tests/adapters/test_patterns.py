@@ -21,7 +21,9 @@ from lora_diag.errors import InputError
 from tests.conftest import ROOT, time_limit
 from tests.messages import raises_naming
 
-MODULES = [f"model.layers.{layer}.self_attn.{name}" for layer in range(80) for name in ("q_proj", "v_proj")]
+MODULES = [
+    f"model.layers.{layer}.self_attn.{name}" for layer in range(80) for name in ("q_proj", "v_proj")
+]
 PATH = Path("adapter_config.json")
 
 # Matching is ended after 0.5 or 2 s of its own.
@@ -58,7 +60,9 @@ def use(key: str, pattern: str, modules: list[str] = MODULES) -> set[str]:
 def test_usual_patterns_match_like_peft(pattern: str) -> None:
     keyed = re.compile(rf"(.*\.)?({pattern})$")
     assert use("rank_pattern", pattern) == {module for module in MODULES if keyed.match(module)}
-    assert use("target_modules", pattern) == {module for module in MODULES if re.fullmatch(pattern, module)}
+    assert use("target_modules", pattern) == {
+        module for module in MODULES if re.fullmatch(pattern, module)
+    }
 
 
 def test_target_names_match_whole_parts() -> None:
@@ -77,7 +81,9 @@ def test_target_names_match_whole_parts() -> None:
     ("key", "pattern"),
     [*((key, HOSTILE[1]) for key in EITHER), *(("target_modules", pattern) for pattern in HOSTILE)],
 )
-def test_hostile_pattern_ends_with_a_message(key: str, pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hostile_pattern_ends_with_a_message(
+    key: str, pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(patterns, "SECONDS", 0.5)
     message = r"adapter_config\.json: .*could not be matched with 160 names"
     with time_limit(PATIENCE), pytest.raises(InputError, match=message) as caught:
@@ -108,7 +114,9 @@ def is_running(process: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="processes are listed by Linux only")
+@pytest.mark.skipif(
+    not Path("/proc/self/task").is_dir(), reason="processes are listed by Linux only"
+)
 def test_matching_ends_after_its_parent_was_killed() -> None:
     parent = subprocess.Popen([sys.executable, "-c", MATCHING], cwd=ROOT, start_new_session=True)
     children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
@@ -145,7 +153,9 @@ def test_slow_pattern_among_others_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     assert repr(HOSTILE[0]) in str(caught.value)
 
 
-@pytest.mark.parametrize("pattern", ["(", "a{99999999999}", "(" * 5000, "*", r"(?<=a+)b", "x" * 200_000, "a\\"])
+@pytest.mark.parametrize(
+    "pattern", ["(", "a{99999999999}", "(" * 5000, "*", r"(?<=a+)b", "x" * 200_000, "a\\"]
+)
 @pytest.mark.parametrize("key", EITHER)
 def test_invalid_pattern_is_refused(key: str, pattern: str) -> None:
     with pytest.raises(InputError) as caught:
@@ -168,7 +178,12 @@ def test_any_pattern_matches_like_peft_or_is_refused(pattern: str) -> None:
 
 
 def test_ends_of_module_are_the_names_that_match_it() -> None:
-    names = {module[start:] for module in MODULES[:3] for start in range(len(module))} | {"", "x", "proj", ".q_proj"}
+    names = {module[start:] for module in MODULES[:3] for start in range(len(module))} | {
+        "",
+        "x",
+        "proj",
+        ".q_proj",
+    }
     for module in [*MODULES[:3], "a", "", "a..b", "a."]:
         assert {name for name in names if is_named(module, name)} == names & {*ends_of(module)}
 
@@ -182,7 +197,9 @@ def test_many_plain_patterns_are_matched_in_bounded_time(monkeypatch: pytest.Mon
 
 
 def test_value_of_wrong_type_is_quoted_in_short() -> None:
-    config = Config(PATH, {"r": 10**4000, "rank_pattern": {"a": ["x"] * 10_000}, "target_modules": [1] * 10_000})
+    config = Config(
+        PATH, {"r": 10**4000, "rank_pattern": {"a": ["x"] * 10_000}, "target_modules": [1] * 10_000}
+    )
     uses: dict[str, Callable[[], object]] = {
         "r": lambda: config.integer("r"),
         "rank_pattern": lambda: read_pattern(config, "rank_pattern", MODULES),

@@ -17,14 +17,22 @@ def test_pruned_adalora_update_is_read(tmp_path):
     a, b, e = normal(3, 6), normal(8, 3), normal(3, 1)
     tensors = {"fc.lora_A": a, "fc.lora_B": b, "fc.lora_E": e}
     pattern = {"fc.lora_E": [True, False, True, True]}
-    path = adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=pattern)
+    path = adapter(
+        tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=pattern
+    )
     close(changes(path, None)[0]["fc.weight"], b @ (a * e) * 4 / (3 + 1e-5))
     with pytest.raises(InputError, match="has rank 3, but"):
-        open_adapter(adapter(tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=None))
+        open_adapter(
+            adapter(
+                tmp_path, tensors, peft_type="ADALORA", init_r=4, lora_alpha=4, rank_pattern=None
+            )
+        )
 
 
 def test_lokr_of_convolution_multiplies_channels_of_conv1d_ends(tmp_path):
-    """PEFT 0.21.2 multiplies the sides of a Conv1d as ``torch.kron`` lays them: w1's columns into the kernel."""
+    """PEFT 0.21.2 multiplies the sides of a Conv1d as ``torch.kron`` lays them: w1's columns into
+    the kernel.
+    """
     w1, w2 = normal(2, 3), normal(4, 2, 3, 3)
     path = adapter(tmp_path, {"fc.lokr_w1": w1, "fc.lokr_w2": w2}, peft_type="LOKR", r=4, alpha=6)
     result, _ = changes(path, base(tmp_path, {"fc.weight": normal(8, 6, 3, 3)}))
@@ -38,7 +46,10 @@ def test_lokr_of_convolution_multiplies_channels_of_conv1d_ends(tmp_path):
 def vera(tmp_path, **more):
     a, b = normal(3, 10), normal(12, 3)
     tensors = {"base_model.vera_A": a, "base_model.vera_B": b} | more
-    tensors |= {"base_model.model.fc.vera_lambda_b": normal(8), "base_model.model.fc.vera_lambda_d": normal(3)}
+    tensors |= {
+        "base_model.model.fc.vera_lambda_b": normal(8),
+        "base_model.model.fc.vera_lambda_d": normal(3),
+    }
     return adapter(tmp_path, tensors, prefix="", peft_type="VERA", r=3), a, b
 
 
@@ -58,12 +69,17 @@ def test_vera_without_shared_matrices_is_refused(tmp_path):
 
 def test_oft_constrained_is_refused(tmp_path):
     with pytest.raises(InputError, match="coft"):
-        open_adapter(adapter(tmp_path, {"fc.oft_R.weight": normal(2, 3)}, peft_type="OFT", coft=True))
+        open_adapter(
+            adapter(tmp_path, {"fc.oft_R.weight": normal(2, 3)}, peft_type="OFT", coft=True)
+        )
 
 
 def test_type_with_integer_tensors_is_refused_by_name(tmp_path):
     path = adapter(tmp_path, {"x": normal(2)}, peft_type="SHIRA")
-    save_file({"q_proj.shira_indices": torch.ones(2, 3, dtype=torch.int32)}, path / "adapter_model.safetensors")
+    save_file(
+        {"q_proj.shira_indices": torch.ones(2, 3, dtype=torch.int32)},
+        path / "adapter_model.safetensors",
+    )
     with raises_naming(InputError, "SHIRA", "supported"):
         open_adapter(path)
     (path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
@@ -73,7 +89,18 @@ def test_type_with_integer_tensors_is_refused_by_name(tmp_path):
 
 def test_every_type_of_installed_peft_is_read_or_refused_by_name(tmp_path):
     peft = pytest.importorskip("peft")
-    read = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "IA3", "OFT", "FOURIERFT", "LN_TUNING", "TRAINABLE_TOKENS"}
+    read = {
+        "LORA",
+        "ADALORA",
+        "LOHA",
+        "LOKR",
+        "VERA",
+        "IA3",
+        "OFT",
+        "FOURIERFT",
+        "LN_TUNING",
+        "TRAINABLE_TOKENS",
+    }
     for name in {kind.value for kind in peft.PeftType} - read:
         with pytest.raises(InputError, match=name):
             open_adapter(adapter(tmp_path / name, {"x": normal(2)}, peft_type=name))

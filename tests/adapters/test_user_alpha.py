@@ -52,13 +52,20 @@ def test_alpha_in_file_is_used(tmp_path):
     result, _ = stated(path, 8.0)
     close(result["lora_unet_a.weight"], 1.5 * B @ A)
     close(result["lora_unet_b.weight"], 8 / 3 * D @ C)
-    whole = kohya(tmp_path, **{"lora_unet_a.alpha": np.array(3.0), "lora_unet_b.alpha": np.array(3.0)})
+    whole = kohya(
+        tmp_path, **{"lora_unet_a.alpha": np.array(3.0), "lora_unet_b.alpha": np.array(3.0)}
+    )
     assert "is not used" in stated(whole, 8.0)[1]
 
 
 @pytest.mark.parametrize(("given", "scales"), [("rank", (1, 1)), (8.0, (4, 8 / 3))])
 def test_peft_file_without_its_config(tmp_path, given, scales):
-    tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B, "h.b.lora_A.weight": C, "h.b.lora_B.weight": D}
+    tensors = {
+        "h.a.lora_A.weight": A,
+        "h.a.lora_B.weight": B,
+        "h.b.lora_A.weight": C,
+        "h.b.lora_B.weight": D,
+    }
     folder = adapter(tmp_path, tensors)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(InputError, match="give --alpha"):
@@ -69,7 +76,9 @@ def test_peft_file_without_its_config(tmp_path, given, scales):
     assert "was given" in notes
     options = {"alpha_is_rank": True} if given == "rank" else {"alpha": given}
     assert {record.status for record in portability(folder, **options)} == {"refused"}
-    written = make_portable(folder, tmp_path / "out", consumers=["peft", "vllm", "llamacpp"], **options)
+    written = make_portable(
+        folder, tmp_path / "out", consumers=["peft", "vllm", "llamacpp"], **options
+    )
     assert {record.status for record in written} == {"exact"}
     after, _ = stated(tmp_path / "out", None)
     close(after["h.b.weight"], scales[1] * D @ C)
@@ -99,7 +108,9 @@ def test_config_without_alpha(tmp_path, make, given, scale):
     close(stated(folder, given)[0]["h.a.weight"], scale * B @ A)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}])
+@pytest.mark.parametrize(
+    "options", [{"alpha": 0.0}, {"alpha": float("nan")}, {"alpha": 2.0, "alpha_is_rank": True}]
+)
 def test_alpha_without_effect_is_refused(options):
     with pytest.raises(UsageError, match="--alpha"):
         get_stated_alpha(options)
@@ -112,7 +123,9 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     for words in ((), ("--alpha", "8"), ("--alpha-is-rank",)):
         ran = loradiag("spectrum", "base", "lora.safetensors", "--json", *words)
         assert ran.code == 0, ran.err
-        norms[words] = next(record["fro"] for record in ran.records if record.get("layer") == "a.weight")
+        norms[words] = next(
+            record["fro"] for record in ran.records if record.get("layer") == "a.weight"
+        )
         settings = ran.records[0]["settings"]
         recorded = {f"--{key.replace('_', '-')}" for key in settings if key.startswith("alpha")}
         assert recorded == set(words[:1])
@@ -120,12 +133,19 @@ def test_commands_record_stated_alpha(tmp_path, loradiag):
     assert norms["--alpha-is-rank",] == norms[()]
     for command in ("inspect", "fleet", "portability"):
         assert loradiag(command, "lora.safetensors", "--alpha", "8").code == 0
-    ran = loradiag("extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8")
+    ran = loradiag(
+        "extract", "base", "lora.safetensors", "--rank", "2", "-o", "out", "--alpha", "8"
+    )
     assert ran.code == 0, ran.err
-    ran = loradiag("residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a")
+    ran = loradiag(
+        "residual", "base", "lora.safetensors", "out", "--alpha", "8", "--json", "--layers", "^a"
+    )
     (record,) = [record for record in ran.records if record["record"] == "residual"]
     assert record["epsilon"] == pytest.approx(0, abs=1e-5)
-    assert loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code == 2
+    assert (
+        loradiag("spectrum", "base", "lora.safetensors", "--alpha", "1", "--alpha-is-rank").code
+        == 2
+    )
 
 
 @pytest.mark.parametrize("options", [TruncationOptions, OutputsOptions, CurvatureOptions])
@@ -139,7 +159,9 @@ def test_probes_scale_adapters_by_stated_alpha(tmp_path, options):
 
 
 def test_gate_recognises_adapter_of_stated_alpha(tmp_path, loradiag):
-    """The fingerprint is that of the files, whatever was stated of them; a changed file is another one."""
+    """The fingerprint is that of the files, whatever was stated of them; a changed file is another
+    one.
+    """
     tensors = {"h.a.lora_A.weight": A, "h.a.lora_B.weight": B}
     folder = adapter(tmp_path, tensors)
     (folder / "adapter_config.json").unlink()

@@ -1,4 +1,6 @@
-"""Adapters that ``extract`` writes, loaded and merged by the installed PEFT: W_base + the best rank-r ΔW."""
+"""Adapters that ``extract`` writes, loaded and merged by the installed PEFT: W_base + the best
+rank-r ΔW.
+"""
 
 import copy
 import json
@@ -12,7 +14,14 @@ from torch import nn
 
 import lora_diag
 from lora_diag.adapters import open_adapter
-from lora_diag.adapters.writing import Described, Part, check_written, read_config_ranks, store_factors, write_adapter
+from lora_diag.adapters.writing import (
+    Described,
+    Part,
+    check_written,
+    read_config_ranks,
+    store_factors,
+    write_adapter,
+)
 from lora_diag.adapters.writing_targets import Model, Target
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import pair
@@ -41,7 +50,9 @@ def best(change, rank, stack=False):
 
 
 def perturbed(model, seed=1, only=None):
-    """The same model after a full fine-tune that moved every weight, or those whose name contains a match."""
+    """The same model after a full fine-tune that moved every weight, or those whose name contains a
+    match.
+    """
     tuned = copy.deepcopy(model)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -64,7 +75,10 @@ def saved(model, tuned, folder):
 
 def merged_by_peft(model, adapter):
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), adapter)
-    return {name: value.double().numpy() for name, value in wrapped.merge_and_unload().state_dict().items()}
+    return {
+        name: value.double().numpy()
+        for name, value in wrapped.merge_and_unload().state_dict().items()
+    }
 
 
 def state(model):
@@ -72,7 +86,9 @@ def state(model):
 
 
 def check(model, tmp_path, rank, tuned=None, halves=(), kept=r"norm|ln_|bias", **options):
-    """Extract and let PEFT merge: every weight is W_base + best ΔW, and what no factor carries is W_base."""
+    """Extract and let PEFT merge: every weight is W_base + best ΔW, and what no factor carries is
+    W_base.
+    """
     tuned = tuned if tuned is not None else perturbed(model)
     base_path, tuned_path = saved(model, tuned, tmp_path)
     results = lora_diag.extract(base_path, tuned_path, tmp_path / "adapter", rank=rank, **options)
@@ -94,7 +110,9 @@ def check(model, tmp_path, rank, tuned=None, halves=(), kept=r"norm|ln_|bias", *
 
 def llama(layers=2, **more):
     torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=layers, **SMALL | more))
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(num_hidden_layers=layers, **SMALL | more)
+    )
 
 
 def test_llama_update_is_extracted(tmp_path):
@@ -119,15 +137,27 @@ def test_gpt2_conv1d_is_stored_in_out(tmp_path, split):
     results, written = check(gpt2(), tmp_path, rank=2, split=split)
     assert written["fan_in_fan_out"] is True
     kinds = {record.layer.split(".")[-2]: record.kind for record in results}
-    assert kinds == {"wte": "embedding", "wpe": "embedding", "c_attn": "conv1d", "c_proj": "conv1d", "c_fc": "conv1d"}
+    assert kinds == {
+        "wte": "embedding",
+        "wpe": "embedding",
+        "c_attn": "conv1d",
+        "c_proj": "conv1d",
+        "c_fc": "conv1d",
+    }
 
 
 def test_gpt2_with_hub_names(tmp_path):
-    """``h.0.attn.c_attn``: saved from the model without its head, while its config names the one with it."""
+    """``h.0.attn.c_attn``: saved from the model without its head, while its config names the one
+    with it.
+    """
     model = gpt2()
     tuned = perturbed(model)
     for side, one in zip(saved(model, tuned, tmp_path), (model, tuned), strict=True):
-        names = {k.removeprefix("transformer."): v.clone() for k, v in one.state_dict().items() if "lm_head" not in k}
+        names = {
+            k.removeprefix("transformer."): v.clone()
+            for k, v in one.state_dict().items()
+            if "lm_head" not in k
+        }
         save_file(names, side / "model.safetensors", {"format": "pt"})
         assert "GPT2LMHeadModel" in (side / "config.json").read_text()
     lora_diag.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=2)
@@ -139,7 +169,8 @@ def test_gpt2_with_hub_names(tmp_path):
 def test_tied_embeddings_are_changed_once(tmp_path):
     results, _ = check(llama(tie_word_embeddings=True), tmp_path, rank=2)
     assert results.run.inputs[-1].notes == (
-        "model.embed_tokens.weight is tied to the head: its update reaches the head only after merging",
+        "model.embed_tokens.weight is tied to the head: its update reaches the head only after "
+        "merging",
     )
 
 
@@ -154,7 +185,12 @@ def test_untied_head_update_needs_untied_base(tmp_path):
     (head,) = (item for item in results.left_out if item.layer == "lm_head.weight")
     assert head.reason == "no_factors"
     assert head.fro > 19
-    assert "lm_head" not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert (
+        "lm_head"
+        not in json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())[
+            "target_modules"
+        ]
+    )
 
 
 def test_convolutions_and_embeddings(tmp_path):
@@ -180,13 +216,20 @@ def mixtral():
 
 def qwen3_moe():
     config = transformers.Qwen3MoeConfig(
-        **SMALL, num_hidden_layers=2, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, head_dim=8
+        **SMALL,
+        num_hidden_layers=2,
+        num_experts=3,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        head_dim=8,
     )
     return transformers.Qwen3MoeForCausalLM(config)
 
 
 def gpt_oss():
-    config = transformers.GptOssConfig(**SMALL | MIXTURE | {"head_dim": 8, "layer_types": ["full_attention"] * 2})
+    config = transformers.GptOssConfig(
+        **SMALL | MIXTURE | {"head_dim": 8, "layer_types": ["full_attention"] * 2}
+    )
     return transformers.GptOssForCausalLM(config)
 
 
@@ -211,7 +254,11 @@ def test_experts_of_different_ranks_share_largest(tmp_path):
     pairing, _ = open_adapter(tmp_path / "adapter").pair(before)
     for delta in pairing.deltas:
         shape = before[delta.layer].shape
-        change = (after.read(delta.layer).double() - before.read(delta.layer).double()).view(shape).numpy()
+        change = (
+            (after.read(delta.layer).double() - before.read(delta.layer).double())
+            .view(shape)
+            .numpy()
+        )
         rank = results[delta.layer].rank
         gap = np.linalg.norm(dense(delta) - best(change, rank))
         assert gap <= 3e-6 * np.linalg.norm(change), delta.layer
@@ -219,7 +266,9 @@ def test_experts_of_different_ranks_share_largest(tmp_path):
 
 
 def test_layer_1_is_not_layer_11(tmp_path):
-    """Every layer has its own rank: a pattern for layer 1 must not speak for layers 10 and 11, nor the other way."""
+    """Every layer has its own rank: a pattern for layer 1 must not speak for layers 10 and 11, nor
+    the other way.
+    """
     model = llama(layers=12)
     tuned = perturbed(model, only="q_proj")
     base, after = saved(model, tuned, tmp_path)
@@ -233,14 +282,18 @@ def test_layer_1_is_not_layer_11(tmp_path):
         ),
     ]  # fmt: skip
     (tmp_path / "ranks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    results = lora_diag.extract(base, after, tmp_path / "adapter", allocation=tmp_path / "ranks.jsonl")
+    results = lora_diag.extract(
+        base, after, tmp_path / "adapter", allocation=tmp_path / "ranks.jsonl"
+    )
     assert {record.layer: record.rank for record in results} == ranks
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for layer in range(12):
         name = f"model.layers.{layer}.self_attn.q_proj.weight"
         close(merged[name], w0[name] + best(w1[name] - w0[name], layer))
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert "model.layers.1.self_attn.q_proj" in config["target_modules"]  # layer 0 has none: "q_proj" would add it
+    assert (
+        "model.layers.1.self_attn.q_proj" in config["target_modules"]
+    )  # layer 0 has none: "q_proj" would add it
     given = tmp_path / "adapter" / "adapter_config.json"
     repeated = lora_diag.extract(base, after, tmp_path / "again", allocation=given)
     assert {record.layer: record.rank for record in repeated} == ranks
@@ -251,7 +304,9 @@ def test_unfactored_tensors_are_saved_in_full(tmp_path):
     model = gpt2()
     tuned = perturbed(model)
     base, after = saved(model, tuned, tmp_path)
-    results = lora_diag.extract(base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", rest="save")
+    results = lora_diag.extract(
+        base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", rest="save"
+    )
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for name, weight in merged.items():
         close(weight, w0[name] if "h.1.mlp.c_fc" in name else w1[name], 2e-6)
@@ -272,12 +327,16 @@ def test_grown_vocabulary_is_saved_in_full(tmp_path):
 
 
 def test_adapter_is_compressed_under_its_own_names(tmp_path):
-    """LLaVA-like: the file says ``language_model.model``, the module in memory and the adapter say otherwise."""
+    """LLaVA-like: the file says ``language_model.model``, the module in memory and the adapter say
+    otherwise.
+    """
     name = "language_model.model.layers.0.self_attn.q_proj.weight"
     on = write_base(tmp_path, {name: normal(12, 10)})
     b, a = normal(12, 4, seed=1), normal(4, 10, seed=2)
     module = "model.language_model.layers.0.self_attn.q_proj"
-    path = adapter(tmp_path, {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, r=4, lora_alpha=8)
+    path = adapter(
+        tmp_path, {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, r=4, lora_alpha=8
+    )
     results = lora_diag.extract(on, path, tmp_path / "small", rank=2)
     assert results.layers[0].module == module
     assert results.layers[0].method == "factored"
@@ -290,11 +349,17 @@ def test_untested_model_type_is_noted(tmp_path):
     for kind, message in (("llama", 0), ("segformer", 1)):
         tensors = {"stages.0.q_proj.weight": normal(8, 6)}
         model = write_base(tmp_path / kind, tensors, {"model_type": kind})
-        tuned = write_base(tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()})
+        tuned = write_base(
+            tmp_path / kind / "tuned", {name: value + 1 for name, value in tensors.items()}
+        )
         run = lora_diag.extract(model, tuned, tmp_path / kind / "adapter", rank=1).run
         assert sum(mentions(note, "segformer", "PEFT") for note in run.inputs[1].notes) == message
-    smaller = lora_diag.extract(model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1).run
-    assert smaller.inputs[1].notes == ("adapts 1 of 1 tensors of BASE",)  # that adapter tells the names
+    smaller = lora_diag.extract(
+        model, tmp_path / "segformer" / "adapter", tmp_path / "smaller", rank=1
+    ).run
+    assert smaller.inputs[1].notes == (
+        "adapts 1 of 1 tensors of BASE",
+    )  # that adapter tells the names
 
 
 def test_updates_of_weight_used_twice_have_no_adapter(tmp_path):
@@ -329,7 +394,9 @@ def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
     target = Target("experts.0.w1.weight", (5, 8), "experts.gate_up_proj", "parameter", half=(0, 2))
     path = tmp_path / "adapter_config.json"
     for rank, each in ((6, 3), (1, 1)):
-        path.write_text(json.dumps({"peft_type": "LORA", "r": rank, "target_parameters": ["gate_up_proj"]}))
+        path.write_text(
+            json.dumps({"peft_type": "LORA", "r": rank, "target_parameters": ["gate_up_proj"]})
+        )
         assert read_config_ranks(path, {target.layer: target}) == {target.layer: each}
     for names in (3, {"q_proj": 1}, ["q_proj", 1]):
         path.write_text(json.dumps({"peft_type": "LORA", "r": 2, "target_modules": names}))
@@ -339,11 +406,22 @@ def test_ranks_of_config_are_shared_by_halves_of_fused_parameter(tmp_path):
 
 def test_square_experts_are_not_transposed_and_towers_keep_names(tmp_path):
     experts = "model.language_model.layers.0.mlp.experts.down_proj"
-    base = open_checkpoint(write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"}))
+    base = open_checkpoint(
+        write_base(tmp_path, {experts: normal(2, 6, 6)}, {"model_type": "qwen3_vl_moe"})
+    )
     targets = [Model(base).find_target(delta) for delta in pair(base, base).deltas]
-    assert [(target.expert, target.transposed) for target in targets] == [((0, 2), False), ((1, 2), False)]
+    assert [(target.expert, target.transposed) for target in targets] == [
+        ((0, 2), False),
+        ((1, 2), False),
+    ]
     towers = ("audio_tower", "vision_tower", "multi_modal_projector")
     names = ["language_model.model.fc.weight", *(f"{tower}.fc.weight" for tower in towers)]
-    model = Model(open_checkpoint(write_base(tmp_path / "qwen2_audio", {name: normal(4, 6) for name in names})))
+    model = Model(
+        open_checkpoint(
+            write_base(tmp_path / "qwen2_audio", {name: normal(4, 6) for name in names})
+        )
+    )
     expected = ["language_model", *towers]
-    assert [model.in_memory(name) for name in names] == [f"model.{tower}.fc.weight" for tower in expected]
+    assert [model.in_memory(name) for name in names] == [
+        f"model.{tower}.fc.weight" for tower in expected
+    ]

@@ -1,7 +1,8 @@
-"""Model by model: the whole update, written as an adapter, loaded and merged by PEFT, is the fine-tune again.
+"""Model by model: the whole update, written as an adapter, loaded and merged by PEFT, is the
+fine-tune again.
 
-What a model is called in memory differs from its files, and PEFT treats mixtures of experts in its own way; a name that
-PEFT does not find is dropped without a word, so only the merged weights tell.
+What a model is called in memory differs from its files, and PEFT treats mixtures of experts in its
+own way; a name that PEFT does not find is dropped without a word, so only the merged weights tell.
 """
 
 import re
@@ -20,13 +21,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 BLOCKS = {"num_hidden_layers": 2}
 EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
-OLD = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 20, "num_attention_heads": 2} | BLOCKS
+OLD = {
+    "vocab_size": 24,
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_attention_heads": 2,
+} | BLOCKS
 SIZES = {"hidden_size": 16, "num_attention_heads": 2, "image_size": 8, "patch_size": 4} | BLOCKS
 VISION = SIZES | {"intermediate_size": 20}
 
 
 def llava():
-    vision, text = transformers.CLIPVisionConfig(**VISION), transformers.LlamaConfig(**SMALL | BLOCKS)
+    vision, text = (
+        transformers.CLIPVisionConfig(**VISION),
+        transformers.LlamaConfig(**SMALL | BLOCKS),
+    )
     return transformers.LlavaConfig(vision_config=vision, text_config=text)
 
 
@@ -37,7 +46,13 @@ def qwen2_vl():
 
 
 def deepseek():
-    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    latent = {
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     mixture = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
     dense = {"first_k_dense_replace": 1, "moe_intermediate_size": 12}
     return transformers.DeepseekV3Config(**SMALL | BLOCKS | latent | mixture | dense)
@@ -45,7 +60,12 @@ def deepseek():
 
 def qwen3_vl_moe():
     rotary = {"rope_type": "default", "mrope_section": [1, 1, 2]}
-    mixture = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 8}
+    mixture = {
+        "num_experts": 3,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 12,
+        "head_dim": 8,
+    }
     vision = {
         "depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 20,
         "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
@@ -56,13 +76,26 @@ def qwen3_vl_moe():
 
 
 def llama4():
-    text = SMALL | BLOCKS | {"head_dim": 8, "intermediate_size_mlp": 20, "num_local_experts": 3, "pad_token_id": 0}
-    vision = VISION | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16}
+    text = (
+        SMALL
+        | BLOCKS
+        | {"head_dim": 8, "intermediate_size_mlp": 20, "num_local_experts": 3, "pad_token_id": 0}
+    )
+    vision = VISION | {
+        "vision_output_dim": 16,
+        "projector_input_dim": 16,
+        "projector_output_dim": 16,
+    }
     return transformers.Llama4Config(text_config=text, vision_config=vision)
 
 
 def jamba():
-    layout = {"expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 2, "attn_layer_offset": 1}
+    layout = {
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+    }
     mixture = {"num_experts": 3, "num_experts_per_tok": 2, "mamba_d_state": 4}
     return transformers.JambaConfig(**SMALL | BLOCKS | layout | mixture)
 
@@ -70,7 +103,11 @@ def jamba():
 def nemotron_h():
     mamba = {"mamba_num_heads": 2, "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1}
     mixture = {"n_routed_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
-    layers = {"layers_block_type": ["mamba", "moe"], "moe_shared_expert_intermediate_size": 12, "head_dim": 8}
+    layers = {
+        "layers_block_type": ["mamba", "moe"],
+        "moe_shared_expert_intermediate_size": 12,
+        "head_dim": 8,
+    }
     return transformers.NemotronHConfig(**SMALL | mamba | mixture | layers)
 
 
@@ -129,9 +166,13 @@ LEFT_OUT = {
 
 
 def merge(model, folder, kept, **options):
-    """Extract the whole update of a fine-tune, and compare what PEFT merges with it, but for weights that are kept."""
+    """Extract the whole update of a fine-tune, and compare what PEFT merges with it, but for
+    weights that are kept.
+    """
     tuned = perturbed(model)
-    results = lora_diag.extract(*saved(model, tuned, folder), folder / "adapter", rank=64, **options)
+    results = lora_diag.extract(
+        *saved(model, tuned, folder), folder / "adapter", rank=64, **options
+    )
     before, after = state(model), state(tuned)
     for name, value in merged_by_peft(model, folder / "adapter").items():
         expected = (before if value.ndim < 2 or re.search(kept, name) else after)[name]
@@ -165,9 +206,13 @@ def test_skipped_experts_are_not_targets(tmp_path):
 def test_sample_with_all_its_rank_answers_like_fine_tune(tmp_path):
     """Full rank and the rest in full: the logits are those of TUNED, merged or not."""
     samples = ROOT / "sample_checkpoints"
-    lora_diag.extract(samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, rest="save")
+    lora_diag.extract(
+        samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, rest="save"
+    )
     models = [
-        transformers.AutoModelForCausalLM.from_pretrained(samples / side, dtype=torch.float32).eval()
+        transformers.AutoModelForCausalLM.from_pretrained(
+            samples / side, dtype=torch.float32
+        ).eval()
         for side in ("base", "full_ft")
     ]
     adapted = peft.PeftModel.from_pretrained(models[0], tmp_path / "adapter").eval()

@@ -25,7 +25,9 @@ def find_chromium() -> str | None:
         return os.environ["CHROMIUM"]
     # Ubuntu's chromium-browser may be a script that asks for a snap.
     result = filter(None, map(shutil.which, NAMES))
-    return next((name for name in result if not subprocess.call([name, "--version"], **QUIET)), None)
+    return next(
+        (name for name in result if not subprocess.call([name, "--version"], **QUIET)), None
+    )
 
 
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -41,7 +43,10 @@ def pipe() -> tuple[int, int]:
 
 
 class Page:
-    """One tab. Whatever the page logs, throws or asks the network for is kept, and asserted on by the tests."""
+    """One tab.
+
+    Whatever the page logs, throws or asks the network for is kept, and asserted on by the tests.
+    """
 
     def __init__(self, profile: Path):
         to_browser, self._write = pipe()
@@ -74,7 +79,9 @@ class Page:
         self.problems: list[str] = []
         self.requests: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -116,7 +123,11 @@ class Page:
     def _note(self, event: str | None, params: dict) -> None:
         if event == "Runtime.exceptionThrown":
             self.problems.append(json.dumps(params["exceptionDetails"])[:500])
-        elif event == "Runtime.consoleAPICalled" and params["type"] in {"error", "warning", "assert"}:
+        elif event == "Runtime.consoleAPICalled" and params["type"] in {
+            "error",
+            "warning",
+            "assert",
+        }:
             self.problems.append(json.dumps(params["args"])[:500])
         elif event == "Log.entryAdded" and params["entry"]["level"] in {"error", "warning"}:
             self.problems.append(params["entry"]["text"])
@@ -129,10 +140,19 @@ class Page:
 
     def size(self, width: int, height: int = 900, mobile: bool = False) -> None:
         """Set the size of the window."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=mobile,
+        )
 
     def open(
-        self, path: Path, fragment: str = "", ready: str = "document.documentElement?.dataset.ready === '1'"
+        self,
+        path: Path,
+        fragment: str = "",
+        ready: str = "document.documentElement?.dataset.ready === '1'",
     ) -> None:
         """Open a file and wait until it is ready."""
         self.call("Page.navigate", url="about:blank")
@@ -149,13 +169,16 @@ class Page:
     def freeze_layout(self) -> None:
         """Wait until the page has drawn: Plotly delays resizing by 100 ms."""
         frames = (
-            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(drawn, 200))))"
+            "new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(() => "
+            "setTimeout(drawn, 200))))"
         )
         self.js(f"{frames}.then(() => true)")
 
     def js(self, expression: str):
         """Evaluate an expression in the page and return its value."""
-        answer = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -167,12 +190,24 @@ class Page:
 
     def key(self, name: str) -> None:
         """Press and release a key, such as ``Enter`` or ``ArrowDown``."""
-        code = {"Enter": 13, " ": 32, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}[name]
+        code = {
+            "Enter": 13,
+            " ": 32,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "Tab": 9,
+        }[name]
         text = {"text": "\r"} if name == "Enter" else {}
         for event in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=event, key=name, windowsVirtualKeyCode=code, **text)
+            self.call(
+                "Input.dispatchKeyEvent", type=event, key=name, windowsVirtualKeyCode=code, **text
+            )
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         """Write a PNG of the page, or of what the window shows."""
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)["data"]
+        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)[
+            "data"
+        ]
         path.write_bytes(base64.b64decode(data))

@@ -12,7 +12,9 @@ from tests.reports.making import decay, names, residual, residuals, spectra, spe
 from tests.reports.test_html import HOSTILE, evidence, small
 from tests.reports.test_sections import probed
 
-pytestmark = pytest.mark.skipif(find_chromium() is None, reason="no Chromium here (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason="no Chromium here (apt-get install chromium)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +45,16 @@ def curves(page) -> list[str]:
 
 
 def column(page, place: int) -> list[str]:
-    return page.js(f"[...document.querySelectorAll('#table tbody tr')].map((row) => row.cells[{place}].textContent)")
+    return page.js(
+        "[...document.querySelectorAll('#table tbody tr')].map((row) => "
+        f"row.cells[{place}].textContent)"
+    )
 
 
 def center(page, selector: str) -> tuple[float, float]:
     box = page.js(
-        f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}}); "
+        f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: "
+        "'center'}); "
         "const b = e.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
     )
     return box[0], box[1]
@@ -59,7 +65,8 @@ def cell(page, row: int, col: int) -> tuple[float, float]:
     x, y = page.js(
         "(() => { const g = document.getElementById('heat'); g.scrollIntoView({block: 'center'}); "
         "const b = g.getBoundingClientRect(), f = g._fullLayout; "
-        f"return [b.x + f.xaxis._offset + f.xaxis.d2p({col}), b.y + f.yaxis._offset + f.yaxis.d2p({row})]; }})()"
+        f"return [b.x + f.xaxis._offset + f.xaxis.d2p({col}), b.y + f.yaxis._offset + "
+        f"f.yaxis.d2p({row})]; }})()"
     )
     return x, y
 
@@ -101,7 +108,9 @@ def test_curves_equal_record(page):
     click_cell(page, 0, 0)
     page.wait("document.getElementById('spectrum').data.length === 1")
     record = small()[0]["model.layers.0.self_attn.q_proj.weight"]
-    ranks, values = page.js("(() => { const t = document.getElementById('spectrum').data[0]; return [t.x, t.y]; })()")
+    ranks, values = page.js(
+        "(() => { const t = document.getElementById('spectrum').data[0]; return [t.x, t.y]; })()"
+    )
     assert values == [record.s[rank - 1] for rank in ranks]
     residual_record = small()[1][record.layer]
     assert page.js("document.getElementById('residual').data[0].y") == [residual_record.epsilon]
@@ -113,7 +122,9 @@ def test_page_is_usable_by_keyboard(page):
     page.js("document.getElementById('heat').focus()")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.key(key)
-    assert page.js("document.getElementById('cursor').textContent").startswith("self_attn.v_proj, block 1: C(8) = 0.")
+    assert page.js("document.getElementById('cursor').textContent").startswith(
+        "self_attn.v_proj, block 1: C(8) = 0."
+    )
     page.key("Enter")
     page.wait("document.getElementById('energy').data.length === 1")
     assert curves(page) == ["self_attn.v_proj 1"]
@@ -123,17 +134,25 @@ def test_page_is_usable_by_keyboard(page):
     page.key("Enter")
     page.wait("document.getElementById('energy').data.length === 2")
     assert curves(page) == ["self_attn.v_proj 1", "self_attn.q_proj 0"]
-    order = "[...document.querySelectorAll('select, input, button:not([disabled]), summary, [tabindex=\"0\"]')]"
+    order = (
+        "[...document.querySelectorAll('select, input, button:not([disabled]), summary, "
+        '[tabindex="0"]\')]'
+    )
     assert page.js(f"{order}.filter((e) => e.tabIndex < 0).length") == 0
 
 
 def test_page_sorts_rows(page):
     wanted = sorted((record.rank_at["0.9"], record.layer) for record in small()[0])
-    titles = page.js("[...document.querySelectorAll('#table thead th')].map((cell) => cell.textContent)")
+    titles = page.js(
+        "[...document.querySelectorAll('#table thead th')].map((cell) => cell.textContent)"
+    )
     place = titles.index("r@90%")
     for down in (False, True):
         page.click(*center(page, "#table button[data-sort='s0.rank_at.0.9']"))
-        page.wait(f"document.querySelector('[aria-sort={'descending' if down else 'ascending'}]') !== null")
+        page.wait(
+            f"document.querySelector('[aria-sort={'descending' if down else 'ascending'}]') !== "
+            "null"
+        )
         result = [int(text) for text in column(page, place)]
         assert result == sorted(result, reverse=down)
         assert sorted(result) == [rank for rank, _ in wanted]
@@ -155,7 +174,9 @@ def test_page_filters_rows(page):
         put(page, "filter", text, "input")
         wanted = [record.layer.removesuffix(".weight") for record in small()[0] if kept(record)]
         assert column(page, 0) == wanted, text
-        assert page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"
+        assert (
+            page.js("document.getElementById('count').textContent") == f"{len(wanted)} of 14 layers"
+        )
 
 
 def test_address_restores_page_state(page, report):
@@ -182,18 +203,31 @@ def test_hostile_names_are_text_on_screen(tab, tmp_path):
         residuals([residual(n, 8, 0.2, adapter=HOSTILE[1]) for n in layers], adapters=[HOSTILE[1]]),
     )
     path = tmp_path / "hostile.html"
-    path.write_text(html_report(Evidence(tuple(Source(HOSTILE[0], run) for run in runs))), encoding="utf-8")
+    path.write_text(
+        html_report(Evidence(tuple(Source(HOSTILE[0], run) for run in runs))), encoding="utf-8"
+    )
     tab.open(path)
-    tab.js(f"for (const i of Array({len(layers)}).keys()) document.querySelector(`[data-layer='${{i}}']`).click()")
+    tab.js(
+        f"for (const i of Array({len(layers)}).keys()) "
+        "document.querySelector(`[data-layer='${i}']`).click()"
+    )
     tab.wait("document.getElementById('energy').data.length === 8")
     x, y = cell(tab, 0, 0)
     tab.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
     tab.freeze_layout()
     assert (tab.problems, tab.requests) == ([], [])
-    outside = "main img, main svg a, main svg image[href^=http], main script, svg b, svg i, tspan[style*=bold]"
+    outside = (
+        "main img, main svg a, main svg image[href^=http], main script, svg b, svg i, "
+        "tspan[style*=bold]"
+    )
     assert tab.js(f"document.querySelectorAll('{outside}').length") == 0
-    assert tab.js("document.querySelector('#table button[data-layer=\"1\"]').textContent") == HOSTILE[1]
-    legend = tab.js("[...document.querySelectorAll('#energy .legendtext')].map((e) => e.textContent)")
+    assert (
+        tab.js("document.querySelector('#table button[data-layer=\"1\"]').textContent")
+        == HOSTILE[1]
+    )
+    legend = tab.js(
+        "[...document.querySelectorAll('#energy .legendtext')].map((e) => e.textContent)"
+    )
     assert any("</a>" in text for text in legend)
 
 
@@ -240,7 +274,9 @@ CONTRAST = """(() => {
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
 def test_text_has_contrast_of_wcag_aa(page, report, scheme):
-    page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    page.call(
+        "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
+    )
     page.open(report)
     ground = page.js("getComputedStyle(document.documentElement).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
@@ -255,7 +291,9 @@ def test_page_elements_have_accessible_names(page):
         ".map((e) => e.outerHTML.slice(0, 80))"
     )
     assert page.js(nameless) == []
-    levels = page.js("[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))")
+    levels = page.js(
+        "[...document.querySelectorAll('h1, h2, h3')].map((e) => Number(e.tagName[1]))"
+    )
     assert levels[0] == 1
     assert levels.count(1) == 1
 
@@ -276,7 +314,10 @@ def test_losses_page_fits_and_is_self_contained(tab, tmp_path):
 
 def test_page_of_many_layers_has_pages_of_rows(tab, tmp_path):
     path, layers = tmp_path / "many.html", names(16)
-    path.write_text(html_report(evidence(spectra([spectrum(n, decay(16, 0.5)) for n in layers]))), encoding="utf-8")
+    path.write_text(
+        html_report(evidence(spectra([spectrum(n, decay(16, 0.5)) for n in layers]))),
+        encoding="utf-8",
+    )
     tab.open(path)
     assert len(column(tab, 0)) == 100
     tab.click(*center(tab, "#after"))

@@ -21,7 +21,9 @@ def _field(value):
         return struct.pack("<I", 8) + _text(value)
     if isinstance(value, list):
         return struct.pack("<IIQ", 9, 4, len(value)) + struct.pack(f"<{len(value)}I", *value)
-    return struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    return (
+        struct.pack("<If", 6, value) if isinstance(value, float) else struct.pack("<II", 4, value)
+    )
 
 
 def write_gguf(path, fields, tensors):
@@ -40,7 +42,10 @@ def write_gguf(path, fields, tensors):
         code, block, size = TYPES[kind]
         assert len(content) == math.prod(shape) // block * size
         data += bytes(-len(data) % 32)
-        rows.append(_text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], code, len(data)))
+        rows.append(
+            _text(name)
+            + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], code, len(data))
+        )
         data += content
     head = b"GGUF" + struct.pack("<IQQ", 3, len(rows), len(fields))
     head += b"".join(_text(key) + _field(value) for key, value in fields.items()) + b"".join(rows)

@@ -1,4 +1,6 @@
-"""Packed checkpoints made from random codes, and the weights they stand for: float64 loops, from the formulas."""
+"""Packed checkpoints made from random codes, and the weights they stand for: float64 loops, from
+the formulas.
+"""
 
 import numpy as np
 import torch
@@ -33,7 +35,11 @@ def compressed(module, shape, bits=4, groups=2, zeros=False, ordered=False, seed
     out, columns = shape
     codes, z = rng.integers(0, 2**bits, shape), rng.integers(0, 2**bits, (out, groups))
     scale = torch.tensor(rng.uniform(0.01, 0.1, (out, groups))).bfloat16()
-    group = rng.integers(0, groups, columns) if ordered else [j * groups // columns for j in range(columns)]
+    group = (
+        rng.integers(0, groups, columns)
+        if ordered
+        else [j * groups // columns for j in range(columns)]
+    )
     s = scale.double().numpy()
     tensors = {
         f"{module}.weight_packed": torch.from_numpy(words(codes, bits)),
@@ -44,7 +50,9 @@ def compressed(module, shape, bits=4, groups=2, zeros=False, ordered=False, seed
         tensors[f"{module}.weight_zero_point"] = torch.from_numpy(words(z.T, bits).T.copy())
     if ordered:
         tensors[f"{module}.weight_g_idx"] = torch.tensor(group, dtype=torch.int32)
-    return tensors, *transposed(codes, z.T if zeros else np.full(z.T.shape, 2 ** (bits - 1)), s.T, group)
+    return tensors, *transposed(
+        codes, z.T if zeros else np.full(z.T.shape, 2 ** (bits - 1)), s.T, group
+    )
 
 
 def float4(module, shape, kind="nvfp4", seed=0):
@@ -60,7 +68,9 @@ def float4(module, shape, kind="nvfp4", seed=0):
     if kind == "mxfp4":
         tensors[f"{module}.weight_scale"] = torch.tensor(exponents).to(torch.uint8)
     else:
-        tensors[f"{module}.weight_scale"] = torch.tensor(eight).to(torch.uint8).view(torch.float8_e4m3fn)
+        tensors[f"{module}.weight_scale"] = (
+            torch.tensor(eight).to(torch.uint8).view(torch.float8_e4m3fn)
+        )
         key = "weight_scale_2" if kind == "modelopt" else "weight_global_scale"
         tensors[f"{module}.{key}"] = torch.tensor(0.25 if kind == "modelopt" else 800.0)
     weight, steps = np.empty(shape), np.empty(shape)
@@ -69,14 +79,18 @@ def float4(module, shape, kind="nvfp4", seed=0):
         if kind == "mxfp4":
             scale = 2.0 ** (int(exponents[place]) - 127)
         else:
-            scale = float8_value(int(eight[place]), "float8_e4m3fn") * (0.25 if kind == "modelopt" else 1 / 800)
+            scale = float8_value(int(eight[place]), "float8_e4m3fn") * (
+                0.25 if kind == "modelopt" else 1 / 800
+            )
         weight[at] = FP4[codes[at]] * scale
         steps[at] = fp4_step(FP4[codes[at]], 4 if kind == "mxfp4" else 2) * scale
     return tensors, weight, steps
 
 
 def fp4_step(value, last=4):
-    """Return the distance from a 4-bit float to its farther neighbour; ``last`` at the end, where it may saturate."""
+    """Return the distance from a 4-bit float to its farther neighbour; ``last`` at the end, where
+    it may saturate.
+    """
     if abs(value) == 6:
         return last
     below = [abs(value) - other for other in FP4[:8] if other < abs(value)]
@@ -91,7 +105,11 @@ def gptq(module, shape, bits=4, groups=2, ordered=True, v2=False, seed=0):
     codes = rng.integers(0, 2**bits, shape)
     z = rng.integers(0 if v2 else 1, 2**bits, (groups, out))
     scale = torch.tensor(rng.uniform(0.01, 0.1, (groups, out))).half()
-    group = rng.integers(0, groups, columns) if ordered else [j * groups // columns for j in range(columns)]
+    group = (
+        rng.integers(0, groups, columns)
+        if ordered
+        else [j * groups // columns for j in range(columns)]
+    )
     tensors = {
         f"{module}.qweight": torch.from_numpy(words(codes, bits).T.copy()),
         f"{module}.qzeros": torch.from_numpy(words(z if v2 else z - 1, bits)),
@@ -114,12 +132,18 @@ def awq(module, shape, groups=2, seed=0):
         ordered = [[row[8 * w + at] for w in range(out // 8) for at in ORDER] for row in rows]
         return torch.from_numpy(words(ordered, 4))
 
-    tensors = {f"{module}.qweight": packed(codes.T), f"{module}.qzeros": packed(z), f"{module}.scales": scale}
+    tensors = {
+        f"{module}.qweight": packed(codes.T),
+        f"{module}.qzeros": packed(z),
+        f"{module}.scales": scale,
+    }
     return tensors, *transposed(codes, z, scale.double().numpy(), group)
 
 
 def transposed(codes, z, s, group):
-    """Return the weight and its steps from codes ``(out, in)`` and zeros and scales ``(groups, out)``."""
+    """Return the weight and its steps from codes ``(out, in)`` and zeros and scales
+    ``(groups, out)``.
+    """
     weight, steps = np.empty(codes.shape), np.empty(codes.shape)
     for i, j in np.ndindex(*codes.shape):
         weight[i, j] = (int(codes[i, j]) - int(z[group[j], i])) * s[group[j], i]
@@ -145,7 +169,9 @@ def mlx(module, shape, bits=4, group=32, seed=0):
         place = (*at[:-1], at[-1] // group)
         weight[at] = codes[at] * s[place] + b[place]
         ends = codes[at] in (0, 2**bits - 1)
-        steps[at] = abs(s[place]) * (1 + ends) + (abs(s[place] * codes[at]) + abs(b[place])) / 2**7  # of bfloat16
+        steps[at] = (
+            abs(s[place]) * (1 + ends) + (abs(s[place] * codes[at]) + abs(b[place])) / 2**7
+        )  # of bfloat16
     return tensors, weight, steps
 
 

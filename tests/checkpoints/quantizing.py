@@ -1,4 +1,6 @@
-"""Quantized checkpoints made from random codes, and the weights they stand for: float64 loops, from the formulas."""
+"""Quantized checkpoints made from random codes, and the weights they stand for: float64 loops, from
+the formulas.
+"""
 
 import json
 from itertools import pairwise
@@ -7,8 +9,22 @@ import numpy as np
 import torch
 
 NF4 = [
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
-    *(-0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+    ),
+    *(
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+    ),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 ]
 FP4 = [0, 0.0052083333, 0.66666667, 1, 0.33333333, 0.5, 0.16666667, 0.25]
@@ -40,12 +56,15 @@ def four_bit(name, shape, kind="nf4", block=64, nested=None, seed=0):
         nested_absmax = rng.uniform(0.01, 0.02, -(-blocks // nested)).astype(np.float32)
         state |= {"nested_blocksize": nested, "nested_dtype": "float32", "nested_offset": 0.05}
         absmax = [
-            float(nested_table[code]) * float(nested_absmax[b // nested]) + 0.05 for b, code in enumerate(nested_codes)
+            float(nested_table[code]) * float(nested_absmax[b // nested]) + 0.05
+            for b, code in enumerate(nested_codes)
         ]
         tensors[f"{name}.absmax"] = torch.from_numpy(nested_codes)
         tensors[f"{name}.nested_absmax"] = torch.from_numpy(nested_absmax)
         tensors[f"{name}.nested_quant_map"] = torch.from_numpy(nested_table)
-    weight = np.array([float(table[code]) * float(absmax[k // block]) for k, code in enumerate(codes)])
+    weight = np.array(
+        [float(table[code]) * float(absmax[k // block]) for k, code in enumerate(codes)]
+    )
     padded = [*codes.tolist(), 0] if count % 2 else codes.tolist()
     packed = [padded[k] * 16 + padded[k + 1] for k in range(0, len(padded), 2)]
     tensors[name] = torch.tensor(packed, dtype=torch.uint8).view(-1, 1)
@@ -82,10 +101,20 @@ def float8_value(code: int, kind: str) -> float:
     return sign * (1 + fraction) * 2.0 ** (exponent - bias)
 
 
-def scaled(name, shape, grid, block, kind="float8_e4m3fn", suffix="_scale_inv", scale_dtype=torch.float32, seed=0):
+def scaled(
+    name,
+    shape,
+    grid,
+    block,
+    kind="float8_e4m3fn",
+    suffix="_scale_inv",
+    scale_dtype=torch.float32,
+    seed=0,
+):
     """Return the stored tensors of a weight with a scale per block, and the weight (float64).
 
-    ``grid`` is the stored shape of the scales, ``block`` the size of the blocks over the last two dimensions.
+    ``grid`` is the stored shape of the scales, ``block`` the size of the blocks over the last two
+    dimensions.
     """
     rng = np.random.default_rng(seed)
     if kind == "int8":
@@ -94,9 +123,15 @@ def scaled(name, shape, grid, block, kind="float8_e4m3fn", suffix="_scale_inv", 
     else:
         legal = [code for code in range(256) if code not in FLOAT8[kind][3]]
         codes = rng.choice(legal, shape).astype(np.uint8)
-        values = np.array([float8_value(int(code), kind) for code in codes.reshape(-1)]).reshape(shape)
+        values = np.array([float8_value(int(code), kind) for code in codes.reshape(-1)]).reshape(
+            shape
+        )
         stored = torch.from_numpy(codes).view(getattr(torch, kind))
-    scale = torch.tensor(2.0 ** rng.integers(-8, -2, grid) * rng.uniform(1, 2, grid)).float().to(scale_dtype)
+    scale = (
+        torch.tensor(2.0 ** rng.integers(-8, -2, grid) * rng.uniform(1, 2, grid))
+        .float()
+        .to(scale_dtype)
+    )
     flat_scale = scale.float().double().numpy().reshape(-1)
     matrices, (rows, columns) = int(np.prod(shape[:-2])), shape[-2:]
     down, across = -(-rows // block[0]), -(-columns // block[1])
@@ -105,7 +140,9 @@ def scaled(name, shape, grid, block, kind="float8_e4m3fn", suffix="_scale_inv", 
         for i in range(rows):
             for j in range(columns):
                 at = (e * down + i // block[0]) * across + j // block[1]
-                weight[e, i, j] = values.reshape(weight.shape)[e, i, j] * flat_scale[at % len(flat_scale)]
+                weight[e, i, j] = (
+                    values.reshape(weight.shape)[e, i, j] * flat_scale[at % len(flat_scale)]
+                )
     return {name: stored, name + suffix: scale}, weight.reshape(shape)
 
 

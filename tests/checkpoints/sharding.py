@@ -27,7 +27,10 @@ def assert_same(checkpoint, tensors):
     assert set(checkpoint) == set(tensors)
     rng = np.random.default_rng(0)
     for name, expected in tensors.items():
-        assert (checkpoint[name].shape, getattr(torch, checkpoint[name].dtype)) == (expected.shape, expected.dtype)
+        assert (checkpoint[name].shape, getattr(torch, checkpoint[name].dtype)) == (
+            expected.shape,
+            expected.dtype,
+        )
         flat = expected.reshape(-1)
         ends = np.sort(rng.integers(0, flat.numel() + 1, 14))
         for start, stop in [(0, flat.numel()), (0, 0), *pairwise(map(int, ends))]:
@@ -52,10 +55,18 @@ def save_dcp(folder, tensors, cuts, planned=None, extra=()):
         boxes = [((), ())]
         for sizes in cuts.get(key, [[size] for size in value.shape]):
             starts = [sum(sizes[:i]) for i in range(len(sizes))]
-            boxes = [((*o, at), (*n, size)) for o, n in boxes for at, size in zip(starts, sizes, strict=True)]
+            boxes = [
+                ((*o, at), (*n, size))
+                for o, n in boxes
+                for at, size in zip(starts, sizes, strict=True)
+            ]
         chunks = []
         for offsets, sizes in boxes:
-            part = value[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].contiguous().clone()
+            part = (
+                value[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))]
+                .contiguous()
+                .clone()
+            )
             file = number % 2
             begin = files[file].tell()
             torch.save(part, files[file])
@@ -78,7 +89,8 @@ def save_ranks(folder, make, shape=(2,), names=("fsdp",)):
 
     Args:
         folder: The folder.
-        make: Given rank and mesh, returns the state dict of that rank; called with a process group that moves no data.
+        make: Given rank and mesh, returns the state dict of that rank; called with a process group
+            that moves no data.
         shape: Shape of the mesh.
         names: Names of its dimensions.
     """

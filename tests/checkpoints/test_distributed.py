@@ -1,4 +1,6 @@
-"""torch.distributed checkpoints and files of single ranks: read as data, whole, and in any range."""
+"""torch.distributed checkpoints and files of single ranks: read as data, whole, and in
+any range.
+"""
 
 import inspect
 import json
@@ -54,7 +56,12 @@ def test_torch_s_own_writer_is_read(tmp_path):
     if "no_dist" not in inspect.signature(dcp.save).parameters:
         pytest.skip("this torch writes only from a process group")
     tensors = weights(3, torch.bfloat16)
-    state = {"app": {"model": tensors, "optim": {"state": {"a.weight": {"exp_avg": torch.ones(2, 2)}}, "step": 3}}}
+    state = {
+        "app": {
+            "model": tensors,
+            "optim": {"state": {"a.weight": {"exp_avg": torch.ones(2, 2)}}, "step": 3},
+        }
+    }
     with pytest.warns(UserWarning, match="single process"):
         dcp.save(state, checkpoint_id=tmp_path / "d", no_dist=True)
     checkpoint = open_checkpoint(tmp_path / "d")
@@ -71,15 +78,30 @@ def test_accelerate_folder_inside_step_is_found(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "planned", "names"),
     [
-        ({"layers.0.wq": 4, "optimizer.state.layers.0.wq.exp_avg": 4, "optim.step": 1}, None, {"layers.0.wq"}),
-        ({"model.a": 4, "model.b": 4}, {"model.a": ("model", "a"), "model.b": ("model", "b")}, {"a", "b"}),
-        ({"model.a": 4, "optim.model.a": 4}, {"optim.model.a": ("optim", "model", "a")}, {"model.a"}),
+        (
+            {"layers.0.wq": 4, "optimizer.state.layers.0.wq.exp_avg": 4, "optim.step": 1},
+            None,
+            {"layers.0.wq"},
+        ),
+        (
+            {"model.a": 4, "model.b": 4},
+            {"model.a": ("model", "a"), "model.b": ("model", "b")},
+            {"a", "b"},
+        ),
+        (
+            {"model.a": 4, "optim.model.a": 4},
+            {"optim.model.a": ("optim", "model", "a")},
+            {"model.a"},
+        ),
         ({"x.a": 4, "x.exp_avg": 4}, {"x.a": ("x", 0, "state_dict", "a")}, {"a"}),
     ],
 )
 def test_weights_are_separated_from_training_state(tmp_path, keys, planned, names):
     tensors = {key: torch.ones(size) for key, size in keys.items()}
-    assert set(open_checkpoint(save_dcp(tmp_path / "d", tensors, {}, planned, extra=["step"]))) == names
+    assert (
+        set(open_checkpoint(save_dcp(tmp_path / "d", tensors, {}, planned, extra=["step"])))
+        == names
+    )
 
 
 def test_two_models_in_one_state_are_refused(tmp_path):
@@ -117,7 +139,9 @@ def overlap(index):
     index.state_dict_metadata["columns"].chunks = chunks
     for key in list(index.storage_data):
         if key.fqn == "columns" and key.offset == torch.Size([0, 5]):
-            index.storage_data[type(key)("columns", torch.Size([0, 4]), 1)] = index.storage_data.pop(key)
+            index.storage_data[type(key)("columns", torch.Size([0, 4]), 1)] = (
+                index.storage_data.pop(key)
+            )
 
 
 def enlarge(index):
@@ -128,8 +152,14 @@ def enlarge(index):
 
 BAD = {
     "a part less": (drop_chunk, "hold 30 entries of 35"),
-    "another shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([8, 5])), "35 entries of 40"),
-    "a huge shape": (lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([2**40, 2**40])), "of 1,2"),
+    "another shape": (
+        lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([8, 5])),
+        "35 entries of 40",
+    ),
+    "a huge shape": (
+        lambda i: setattr(i.state_dict_metadata["rows"], "size", torch.Size([2**40, 2**40])),
+        "of 1,2",
+    ),
     "a part larger than its bytes": (enlarge, "of whole takes 4,000,000,000,000,000,000 bytes"),
     "parts that overlap": (overlap, r"hold 36 entries of 36 and overlap|lies outside|hold"),
     "a file elsewhere": (lambda i: place(i, relative_path="../x.distcp"), "plain file name"),
@@ -152,7 +182,10 @@ def test_contradictory_index_gives_one_message(tmp_path, kind):
 
 
 def test_part_that_contradicts_index_is_named(tmp_path):
-    folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: place(i, 3, **vars(first_of(i.storage_data))))
+    folder = edited(
+        save_dcp(tmp_path / "d", TENSORS, CUTS),
+        lambda i: place(i, 3, **vars(first_of(i.storage_data))),
+    )
     with raises_naming(InputError, "float32 [3, 5]", "bfloat16 [4, 5]"):
         open_checkpoint(folder).read("columns")
 
@@ -163,7 +196,9 @@ def test_part_that_contradicts_index_is_named(tmp_path):
 @pytest.mark.parametrize("protocol", range(6))
 def test_pickle_in_index_or_shard_is_not_executed(tmp_path, protocol):
     canary = Canary(tmp_path / "sang")
-    folder = edited(save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary))
+    folder = edited(
+        save_dcp(tmp_path / "d", TENSORS, CUTS), lambda i: setattr(i, "storage_meta", canary)
+    )
     assert_same(open_checkpoint(folder), TENSORS)
     result = load(pickle.dumps([canary, {"a": canary}], protocol), tmp_path, "it")
     assert isinstance(result[0], Record)
@@ -183,7 +218,19 @@ def test_pickled_plain_data_is_read(tmp_path, protocol):
     nested: list = [1]
     nested.append(nested)
     raw = b"\0\xff" if protocol > 2 else 0  # before, bytes were a call of a codec
-    value = [None, True, 2**70, -1.5, "é", raw, (), (1,), (1, 2, 3, 4), {"a": [1, {2: 3}]}, {1: (2, 3)}]
+    value = [
+        None,
+        True,
+        2**70,
+        -1.5,
+        "é",
+        raw,
+        (),
+        (1,),
+        (1, 2, 3, 4),
+        {"a": [1, {2: 3}]},
+        {1: (2, 3)},
+    ]
     assert load(pickle.dumps(value, protocol), tmp_path, "it") == value
     repeated = load(pickle.dumps(nested, protocol), tmp_path, "it")
     assert repeated[1] is repeated
@@ -208,7 +255,11 @@ def test_tensors_of_every_placement_are_assembled(tmp_path):
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     whole = {name: numbers(7, 6) for name in ("rows", "columns", "both", "twice", "copies")}
-    placements = {"rows": [Replicate(), Shard(0)], "columns": [Shard(1), Replicate()], "both": [Shard(0), Shard(1)]}
+    placements = {
+        "rows": [Replicate(), Shard(0)],
+        "columns": [Shard(1), Replicate()],
+        "both": [Shard(0), Shard(1)],
+    }
     placements |= {"twice": [Shard(0), Shard(0)], "copies": [Replicate(), Replicate()]}
 
     def cut(value, places, rank):
@@ -256,10 +307,16 @@ def test_plain_rows_of_ranks_are_joined(tmp_path):
 
 def test_sharded_tensors_of_fsdp1_are_joined_by_their_offsets(tmp_path):
     from torch.distributed._shard.sharded_tensor import Shard, ShardedTensor, ShardMetadata
-    from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+    from torch.distributed._shard.sharded_tensor.metadata import (
+        ShardedTensorMetadata,
+        TensorProperties,
+    )
 
     whole = numbers(7, 3)
-    places = [ShardMetadata([0, 0], [4, 3], "rank:0/cpu"), ShardMetadata([4, 0], [3, 3], "rank:1/cpu")]
+    places = [
+        ShardMetadata([0, 0], [4, 3], "rank:0/cpu"),
+        ShardMetadata([4, 0], [3, 3], "rank:1/cpu"),
+    ]
 
     def make(rank, mesh):
         about = ShardedTensorMetadata(places, whole.size(), TensorProperties(dtype=whole.dtype))
@@ -277,15 +334,23 @@ def test_unsupported_placements_state_fix(tmp_path, kind):
 
     placements = [Partial() if kind == "partial" else _StridedShard(0, split_factor=2)]
     whole = torch.ones(2, 2)
-    folder = save_ranks(tmp_path, lambda _, mesh: {"w": DTensor.from_local(whole, mesh, placements, run_check=False)})
-    with pytest.raises(InputError, match=r"w is placed as \w+, which is not supported.*verl\.model_merger"):
+    folder = save_ranks(
+        tmp_path,
+        lambda _, mesh: {"w": DTensor.from_local(whole, mesh, placements, run_check=False)},
+    )
+    with pytest.raises(
+        InputError, match=r"w is placed as \w+, which is not supported.*verl\.model_merger"
+    ):
         open_checkpoint(folder)
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
 @pytest.mark.slow
 def test_mutated_distributed_checkpoints(tmp_path, name):
-    tensors, cuts = {"a": numbers(4, 3), "b": numbers(3, 4)}, {"a": [[2, 2], [3]], "b": [[3], [2, 2]]}
+    tensors, cuts = (
+        {"a": numbers(4, 3), "b": numbers(3, 4)},
+        {"a": [[2, 2], [3]], "b": [[3], [2, 2]]},
+    )
     folder = save_dcp(tmp_path / "d", tensors, cuts)
     assert_mutants_are_read_or_refused(folder / name, folder, rounds=300)
 
@@ -295,5 +360,7 @@ def test_parts_are_read_by_ranges_from_a_web_server(tmp_path, web_here):
     checkpoint = open_checkpoint(f"{web_here.url}/d")
     assert_same(checkpoint, TENSORS)
     whole = fingerprint(checkpoint)
-    save_dcp(tmp_path / "d", {**TENSORS, "grid": TENSORS["grid"] + 1}, CUTS | {"rows": [[7], [2, 3]]})
+    save_dcp(
+        tmp_path / "d", {**TENSORS, "grid": TENSORS["grid"] + 1}, CUTS | {"rows": [[7], [2, 3]]}
+    )
     assert fingerprint(open_checkpoint(f"{web_here.url}/d")) != whole

@@ -11,7 +11,8 @@ from tests.messages import raises_naming
 
 
 @pytest.mark.parametrize(
-    "text", ['{"a": 1, "a": 1}', '{"x": [{"b": {"a": 1, "c": 2, "a": 3}}]}', '{"a": 1, "\\u0061": 2}']
+    "text",
+    ['{"a": 1, "a": 1}', '{"x": [{"b": {"a": 1, "c": 2, "a": 3}}]}', '{"a": 1, "\\u0061": 2}'],
 )
 def test_key_given_twice_is_refused(tmp_path, text):
     for content in (text, text.encode(), text.encode("utf-16")):
@@ -33,7 +34,9 @@ def model(tmp_path):
 
 
 def test_config_with_repeated_key_is_refused(model):
-    (model / "config.json").write_text('{"model_type": "llama", "hidden_size": 4, "hidden_size": 8}')
+    (model / "config.json").write_text(
+        '{"model_type": "llama", "hidden_size": 4, "hidden_size": 8}'
+    )
     with raises_naming(InputError, "config.json", "hidden_size"):
         _ = open_checkpoint(model).config
 
@@ -53,7 +56,9 @@ def test_metadata_with_repeated_key_is_refused(tmp_path):
     settings = '{"unet.r": 4, "unet.lora_alpha": 4, "unet.lora_alpha": 400}'
     path = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(
-        {key: value.astype(np.float32) for key, value in factors.items()}, path, {"lora_adapter_metadata": settings}
+        {key: value.astype(np.float32) for key, value in factors.items()},
+        path,
+        {"lora_adapter_metadata": settings},
     )
     from lora_diag.adapters import open_input
 

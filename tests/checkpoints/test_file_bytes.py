@@ -22,10 +22,15 @@ SAMPLE = Path(__file__).parents[2] / "sample_checkpoints"
 
 
 def test_bytes_are_counted_in_every_pass(tmp_path, monkeypatch):
-    """``spectrum`` reads every number once; ``intruders`` reads the weights again for their directions."""
+    """``spectrum`` reads every number once; ``intruders`` reads the weights again for their
+    directions.
+    """
     tensors = {f"layers.{i}.up_proj.weight": torch.randn(40, 30) for i in range(3)}
     save_file(tensors, tmp_path / "base.safetensors")
-    save_file({name: w + torch.randn(40, 30) / 9 for name, w in tensors.items()}, tmp_path / "tuned.safetensors")
+    save_file(
+        {name: w + torch.randn(40, 30) / 9 for name, w in tensors.items()},
+        tmp_path / "tuned.safetensors",
+    )
     sides = [tmp_path / f"{name}.safetensors" for name in ("base", "tuned")]
     arrived, read = [], os.preadv
     monkeypatch.setattr(os, "preadv", lambda *words: arrived.append(read(*words)) or arrived[-1])
@@ -38,17 +43,27 @@ def test_bytes_are_counted_in_every_pass(tmp_path, monkeypatch):
 
 
 def test_wrong_merge_is_read_once_if_it_fits(tmp_path, monkeypatch):
-    """A layer that is no merge is compared with many updates; a memory limit makes each of them read it again."""
+    """A layer that is no merge is compared with many updates; a memory limit makes each of them
+    read it again.
+    """
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 6000)
     adapter = making.adapter(
-        tmp_path, {f"w.lora_{name}.weight": making.normal(*shape) for name, shape in (("A", (2, 50)), ("B", (300, 2)))}
+        tmp_path,
+        {
+            f"w.lora_{name}.weight": making.normal(*shape)
+            for name, shape in (("A", (2, 50)), ("B", (300, 2)))
+        },
     )
     base, merged = (
-        open_checkpoint(making.base(tmp_path / str(seed), {"w.weight": making.normal(300, 50, seed=seed)}))
+        open_checkpoint(
+            making.base(tmp_path / str(seed), {"w.weight": making.normal(300, 50, seed=seed)})
+        )
         for seed in range(2)
     )
     (update,) = open_adapter(adapter).pair(base)[0].deltas
-    layer = MergedLayer("w", (300, 50), *(deltas.Side(side, "w.weight") for side in (base, merged)), (update,))
+    layer = MergedLayer(
+        "w", (300, 50), *(deltas.Side(side, "w.weight") for side in (base, merged)), (update,)
+    )
     result = []
     for memory, low, high in ((None, 2, 2), (layer.needed, 3, 100)):
         READING.clear()
@@ -77,7 +92,10 @@ def test_every_code_equals_torch_value(dtype):
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float8_e5m2"])
 def test_read_array_does_not_share_memory(tmp_path, dtype):
     """Bytes are read into memory that is used again; numbers must not lie in it."""
-    tensors = {name: torch.full((40, 3), value).to(getattr(torch, dtype)) for name, value in (("a", 1.0), ("b", 2.0))}
+    tensors = {
+        name: torch.full((40, 3), value).to(getattr(torch, dtype))
+        for name, value in (("a", 1.0), ("b", 2.0))
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
     first, second = checkpoint.read_array("a"), checkpoint.read_array("b")

@@ -30,7 +30,9 @@ WRITERS = {
     "bin": lambda folder, tensors: save_torch(folder, "pytorch_model.bin", tensors),
     "bin shards": lambda folder, tensors: save_sharded(folder, tensors, suffix="bin"),
     "legacy": lambda folder, tensors: save_torch(folder, "pytorch_model.bin", tensors, **OLD),
-    "nested": lambda folder, tensors: save_torch(folder, "last.ckpt", {"state_dict": tensors}) / "last.ckpt",
+    "nested": lambda folder, tensors: (
+        save_torch(folder, "last.ckpt", {"state_dict": tensors}) / "last.ckpt"
+    ),
 }
 
 
@@ -42,7 +44,10 @@ def test_every_range_of_every_tensor_is_read_back(tmp_path, write, dtype):
     assert set(checkpoint) == set(tensors)
     for name, expected in tensors.items():
         info = checkpoint[name]
-        assert (info.shape, info.dtype) == (tuple(expected.shape), str(dtype).removeprefix("torch."))
+        assert (info.shape, info.dtype) == (
+            tuple(expected.shape),
+            str(dtype).removeprefix("torch."),
+        )
         flat, half = expected.reshape(-1), expected.numel() // 2
         assert torch.equal(checkpoint.read(name), flat)
         assert torch.equal(checkpoint.read(name, 3, half), flat[3:half])
@@ -92,7 +97,9 @@ def test_link_into_hub_cache_is_allowed(tmp_path):
 
 
 def raw(path, header: bytes, data: bytes = b"", length: int | None = None):
-    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    path.write_bytes(
+        (len(header) if length is None else length).to_bytes(8, "little") + header + data
+    )
     return path
 
 
@@ -110,22 +117,72 @@ BAD_HEADERS = {
     "data too long": (json.dumps({"w": entry()}).encode(), bytes(9), None, "describes 8"),
     "unknown dtype": (json.dumps({"w": entry(dtype="F31")}).encode(), bytes(8), None, "F31"),
     **{
-        f"dtype {dtype!r}": (json.dumps({"w": entry(dtype=dtype)}).encode(), bytes(8), None, "unknown dtype")
+        f"dtype {dtype!r}": (
+            json.dumps({"w": entry(dtype=dtype)}).encode(),
+            bytes(8),
+            None,
+            "unknown dtype",
+        )
         for dtype in (["F32"], {"F32": 1}, None, 7)
     },
-    "wrong size": (json.dumps({"w": entry(shape=(3,))}).encode(), bytes(8), None, "does not match its size"),
-    "negative": (json.dumps({"w": entry(shape=(-2, -1))}).encode(), bytes(8), None, "invalid shape or offset"),
-    "huge": (json.dumps({"w": entry(shape=(2**62, 2**62))}).encode(), bytes(8), None, "does not match its size"),
-    "boolean shape": (json.dumps({"w": entry([True])}).encode(), bytes(8), None, "invalid shape or offset"),
+    "wrong size": (
+        json.dumps({"w": entry(shape=(3,))}).encode(),
+        bytes(8),
+        None,
+        "does not match its size",
+    ),
+    "negative": (
+        json.dumps({"w": entry(shape=(-2, -1))}).encode(),
+        bytes(8),
+        None,
+        "invalid shape or offset",
+    ),
+    "huge": (
+        json.dumps({"w": entry(shape=(2**62, 2**62))}).encode(),
+        bytes(8),
+        None,
+        "does not match its size",
+    ),
+    "boolean shape": (
+        json.dumps({"w": entry([True])}).encode(),
+        bytes(8),
+        None,
+        "invalid shape or offset",
+    ),
     "no offsets": (b'{"w":{"dtype":"F32","shape":[2]}}', bytes(8), None, "has no dtype"),
     "not a tensor": (b'{"w":7}', bytes(8), None, "has no dtype"),
-    "overlap": (json.dumps({"v": entry(), "w": entry(offsets=(4, 12))}).encode(), bytes(12), None, "starts at byte"),
+    "overlap": (
+        json.dumps({"v": entry(), "w": entry(offsets=(4, 12))}).encode(),
+        bytes(12),
+        None,
+        "starts at byte",
+    ),
     "metadata of numbers": (b'{"__metadata__":{"a":1}}', b"", None, "__metadata__"),
     "deep nesting": (b'{"w":' + b"[" * 100_000, b"", None, "header is invalid"),
-    "half a character in a name": (json.dumps({"\ud800": entry()}).encode(), bytes(8), None, "header is invalid"),
-    "half a character in bytes": (b'{"w\xed\xa0\x80":%s}' % json.dumps(entry()).encode(), bytes(8), None, "invalid"),
-    "half a character in UTF-16": (json.dumps({"\ud800": entry()}).encode("utf-16-le"), bytes(8), None, "invalid"),
-    "half a character beside them": (rb'{"__metadata__":{"step":"\uDfff"}}', b"", None, "header is invalid"),
+    "half a character in a name": (
+        json.dumps({"\ud800": entry()}).encode(),
+        bytes(8),
+        None,
+        "header is invalid",
+    ),
+    "half a character in bytes": (
+        b'{"w\xed\xa0\x80":%s}' % json.dumps(entry()).encode(),
+        bytes(8),
+        None,
+        "invalid",
+    ),
+    "half a character in UTF-16": (
+        json.dumps({"\ud800": entry()}).encode("utf-16-le"),
+        bytes(8),
+        None,
+        "invalid",
+    ),
+    "half a character beside them": (
+        rb'{"__metadata__":{"step":"\uDfff"}}',
+        b"",
+        None,
+        "header is invalid",
+    ),
 }
 
 
@@ -154,7 +211,9 @@ def test_file_shrunk_after_opening_is_reported(tmp_path):
         checkpoint.read("w")
 
 
-@pytest.mark.parametrize("around", [lambda x: {"w": x}, lambda x: x, lambda x: {"w": torch.ones(2), "x": x}])
+@pytest.mark.parametrize(
+    "around", [lambda x: {"w": x}, lambda x: x, lambda x: {"w": torch.ones(2), "x": x}]
+)
 def test_pickle_with_code_is_refused_and_not_run(tmp_path, around):
     torch.save(around(Canary(tmp_path / "ran")), tmp_path / "a.bin")
     with pytest.raises(InputError, match="could run code"):
@@ -170,7 +229,9 @@ def test_damaged_torch_files(tmp_path, content):
 
 
 def _claiming(path, part, size, compression):
-    """Write a torch file anew with one part of so many zero bytes; stored, only its entry in the directory says so."""
+    """Write a torch file anew with one part of so many zero bytes; stored, only its entry in the
+    directory says so.
+    """
     torch.save({"w": torch.ones(2)}, path)
     with zipfile.ZipFile(path) as archive:
         parts = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -184,9 +245,12 @@ def _claiming(path, part, size, compression):
 
 @pytest.mark.parametrize("part", ["data.pkl", "data/0"])
 @pytest.mark.parametrize(
-    ("compression", "problem"), [(zipfile.ZIP_DEFLATED, "is compressed"), (zipfile.ZIP_STORED, "claim 20,000,")]
+    ("compression", "problem"),
+    [(zipfile.ZIP_DEFLATED, "is compressed"), (zipfile.ZIP_STORED, "claim 20,000,")],
 )
-def test_archive_with_larger_content_is_not_unpacked(tmp_path, monkeypatch, part, compression, problem):
+def test_archive_with_larger_content_is_not_unpacked(
+    tmp_path, monkeypatch, part, compression, problem
+):
     _claiming(tmp_path / "a.bin", part, 20_000_000, compression)
     assert (tmp_path / "a.bin").stat().st_size < 50_000
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch read it"))
@@ -194,7 +258,9 @@ def test_archive_with_larger_content_is_not_unpacked(tmp_path, monkeypatch, part
         open_checkpoint(tmp_path / "a.bin")
 
 
-@pytest.mark.parametrize("content", [[torch.ones(2)], {}, {"a": 1}, torch.ones(2), {"w\ud800": torch.ones(2)}])
+@pytest.mark.parametrize(
+    "content", [[torch.ones(2)], {}, {"a": 1}, torch.ones(2), {"w\ud800": torch.ones(2)}]
+)
 def test_torch_files_without_named_tensors(tmp_path, content):
     torch.save(content, tmp_path / "a.bin")
     with pytest.raises(InputError, match=r"named tensors|valid Unicode"):
@@ -204,13 +270,17 @@ def test_torch_files_without_named_tensors(tmp_path, content):
 def test_surrogate_pair_is_text(tmp_path):
     header = json.dumps({"w\U0001f600": entry()}).encode()
     assert rb"\ud83d\ude00" in header
-    assert list(open_checkpoint(raw(tmp_path / "a.safetensors", header, bytes(8)))) == ["w\U0001f600"]
+    assert list(open_checkpoint(raw(tmp_path / "a.safetensors", header, bytes(8)))) == [
+        "w\U0001f600"
+    ]
 
 
 # Folders and indexes.
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "a\\b", "x\0y"])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "", "..", "a/b.safetensors", "a\\b", "x\0y"]
+)
 def test_index_may_only_name_plain_files(tmp_path, shard):
     save_model(tmp_path, {"w": torch.ones(2, 2)})
     inside = tmp_path / "inside"
@@ -220,7 +290,9 @@ def test_index_may_only_name_plain_files(tmp_path, shard):
         open_checkpoint(inside)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"w": 3}}', "[" * 100_000]
+)
 def test_invalid_indexes_are_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     with pytest.raises(InputError, match="index"):
@@ -263,8 +335,14 @@ def test_missing_or_unreadable_file_is_reported(tmp_path):
     [
         (["adapter_config.json"], "adapter"),
         (["__0_0.distcp"], r"give its folder, with the file \.metadata in it: '.*/a folder'"),
-        (["pytorch_model_fsdp_0"], "accelerate merge-weights '.*/a folder/pytorch_model_fsdp_0' out"),
-        (["mp_rank_01_model_states.pt"], r"give the folder .*zero_to_fp32\.py '?/[^']*[^r]'? out --safe"),
+        (
+            ["pytorch_model_fsdp_0"],
+            "accelerate merge-weights '.*/a folder/pytorch_model_fsdp_0' out",
+        ),
+        (
+            ["mp_rank_01_model_states.pt"],
+            r"give the folder .*zero_to_fp32\.py '?/[^']*[^r]'? out --safe",
+        ),
         (["_CHECKPOINT_METADATA", "manifest.ocdbt"], "Orbax .* orbaxport"),
         (["latest_checkpointed_iteration.txt"], "Megatron .* megatron-bridge"),
         (["rank0.engine", "config.json"], "TensorRT"),

@@ -1,4 +1,6 @@
-"""Damaged quantized checkpoints: every input ends in tensors of their shape, or in one InputError."""
+"""Damaged quantized checkpoints: every input ends in tensors of their shape, or in one
+InputError.
+"""
 
 import json
 import random
@@ -21,7 +23,10 @@ pytestmark = pytest.mark.slow
 
 W = "a.weight"
 STATE = f"{W}.quant_state.bitsandbytes__nf4"
-CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}, "tie_word_embeddings": True}
+CONFIG = {
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]},
+    "tie_word_embeddings": True,
+}
 MODELS = {
     "nf4": four_bit(W, (5, 13))[0],
     "nf4 double": four_bit(W, (5, 13), block=8, nested=4)[0],
@@ -52,8 +57,12 @@ def tensors_or_one_error(path) -> bool:
     return False
 
 
-def assert_mutants_are_read_or_refused(path: Path, opened: Path | None = None, rounds: int = 200) -> None:
-    """Damage a file again and again, and open it or the checkpoint ``opened``: some mutants are read, some refused."""
+def assert_mutants_are_read_or_refused(
+    path: Path, opened: Path | None = None, rounds: int = 200
+) -> None:
+    """Damage a file again and again, and open it or the checkpoint ``opened``: some mutants are
+    read, some refused.
+    """
     good, rng = path.read_bytes(), random.Random(0)
     count = 0
     for _ in range(rounds):
@@ -86,14 +95,17 @@ def test_mutated_configs_are_read_or_refused(tmp_path):
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    key=st.sampled_from(["quant_type", "blocksize", "shape", "nested_blocksize", "nested_offset"]), value=json_values
+    key=st.sampled_from(["quant_type", "blocksize", "shape", "nested_blocksize", "nested_offset"]),
+    value=json_values,
 )
 def test_arbitrary_setting_is_read_or_refused(tmp_path_factory, key, value):
     tensors = dict(MODELS["nf4 double"])
@@ -103,12 +115,16 @@ def test_arbitrary_setting_is_read_or_refused(tmp_path_factory, key, value):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    key=st.sampled_from(["quantization_config", "compression_config", "tie_word_embeddings", "text_config"]),
+    key=st.sampled_from(
+        ["quantization_config", "compression_config", "tie_word_embeddings", "text_config"]
+    ),
     inner=st.sampled_from([None, "quant_method", "weight_block_size"]),
     value=json_values,
 )
 def test_arbitrary_config_value_is_read_or_refused(tmp_path_factory, key, inner, value):
-    folder = save_model(tmp_path_factory.mktemp("any"), MODELS["fp8"], {key: {inner: value} if inner else value})
+    folder = save_model(
+        tmp_path_factory.mktemp("any"), MODELS["fp8"], {key: {inner: value} if inner else value}
+    )
     tensors_or_one_error(folder / "model.safetensors")
 
 
@@ -129,7 +145,11 @@ def test_arbitrary_hub_id_is_accepted_or_refused(words):
     assert result is None or str(result) == words
 
 
-@given(st.lists(st.text(alphabet="._abmodule", max_size=20) | st.just("module._orig_mod.a"), max_size=4))
+@given(
+    st.lists(
+        st.text(alphabet="._abmodule", max_size=20) | st.just("module._orig_mod.a"), max_size=4
+    )
+)
 def test_plain_names_stay_unique(names):
     plain = plain_names(names)
     assert len(plain) == len(names)

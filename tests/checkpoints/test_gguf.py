@@ -1,4 +1,6 @@
-"""The GGUF container against the gguf package's writer, tables and decoder, and against damage of every kind."""
+"""The GGUF container against the gguf package's writer, tables and decoder, and against damage of
+every kind.
+"""
 
 import struct
 
@@ -26,7 +28,12 @@ def file(tmp_path):
     writer.add_token_types([1] * 5000)
     writer.add_array("llama.attention.head_count", [4, 8])
     written = {}
-    for name, dtype in (("f32", np.float32), ("f16", np.float16), ("f64", np.float64), ("i32", np.int32)):
+    for name, dtype in (
+        ("f32", np.float32),
+        ("f16", np.float16),
+        ("f64", np.float64),
+        ("i32", np.int32),
+    ):
         written[name] = (rng.standard_normal((3, 7)) * 9).astype(dtype)
         writer.add_tensor(name, written[name])
     raw = rng.standard_normal((5, 96)).astype(np.float32)
@@ -49,22 +56,31 @@ def test_gguf_reads_what_the_library_wrote(file):
         info = opened.tensors[name]
         assert info.shape == values.shape
         whole = opened.read(name, 0, info.numel)
-        np.testing.assert_array_equal(whole.double().numpy().reshape(values.shape), values.astype(np.float64))
+        np.testing.assert_array_equal(
+            whole.double().numpy().reshape(values.shape), values.astype(np.float64)
+        )
         for start, stop in ((0, 0), (1, 2), (20, 21), (5, 20)):
             assert torch.equal(opened.read(name, start, stop), whole[start:stop])
     assert opened.metadata["general.type"] == "model"
     assert opened.fields["llama.block_count"] == 2
     assert opened.fields["llama.rope.freq_base"] == 500000.0
     assert opened.fields["llama.attention.head_count"] == [4, 8]
-    assert opened.fields["tokenizer.ggml.tokens"] is opened.fields["tokenizer.ggml.token_type"] is None
+    assert (
+        opened.fields["tokenizer.ggml.tokens"] is opened.fields["tokenizer.ggml.token_type"] is None
+    )
 
 
 def test_gguf_steps_are_the_gap_between_codes(file):
     path, _ = file
     opened = GgufFile(path)
-    values, steps = (opened.read("Q8_0", 30, 70).double(), opened.read_scales("Q8_0", 30, 70).double())
+    values, steps = (
+        opened.read("Q8_0", 30, 70).double(),
+        opened.read_scales("Q8_0", 30, 70).double(),
+    )
     codes = values / steps
-    assert torch.allclose(opened.read_steps("Q8_0", 30, 70).double(), steps * (1 + codes.abs() / 1024))
+    assert torch.allclose(
+        opened.read_steps("Q8_0", 30, 70).double(), steps * (1 + codes.abs() / 1024)
+    )
     assert torch.allclose(codes, codes.round(), atol=1e-9)
     assert codes.abs().max() <= 127
     assert opened.read_steps("f16", 0, 3) is None
@@ -116,13 +132,22 @@ HUGE = 2**63 - 1
         (header(text(b"k") + struct.pack("<IIQ", 9, 9, 1), fields=1), "the field 'k' has"),
         (header(*[text(b"k") + struct.pack("<IB", 0, 1)] * 2, fields=2), "'k' appears twice"),
         (header(text(b"\xff") + struct.pack("<IB", 0, 1), fields=1), "not UTF-8"),
-        (header(text(b"general.alignment") + struct.pack("<II", 4, 3), fields=1), "not a power of two"),
+        (
+            header(text(b"general.alignment") + struct.pack("<II", 4, 3), fields=1),
+            "not a power of two",
+        ),
         (header(tensor(b"w", [1] * 5, 0, 0), bytes(99), tensors=1), "claims 5 dimensions"),
         (header(tensor(b"w", [4], 99, 0), bytes(99), tensors=1), "unknown type 99"),
         (header(tensor(b"w", [HUGE, HUGE], 0, 0), bytes(99), tensors=1), "the file holds"),
         (header(tensor(b"w", [4], 0, 32), bytes(99), tensors=1), "starts at byte 32"),
-        (header(tensor(b"w", [4], 0, 0), tensor(b"v", [4], 0, 0), bytes(99), tensors=2), "starts at byte 0"),
-        (header(tensor(b"w", [4], 0, 0), tensor(b"w", [4], 0, 32), bytes(99), tensors=2), "'w' appears twice"),
+        (
+            header(tensor(b"w", [4], 0, 0), tensor(b"v", [4], 0, 0), bytes(99), tensors=2),
+            "starts at byte 0",
+        ),
+        (
+            header(tensor(b"w", [4], 0, 0), tensor(b"w", [4], 0, 32), bytes(99), tensors=2),
+            "'w' appears twice",
+        ),
         (header(tensor(b"w", [33, 2], 8, 0), bytes(999), tensors=1), "not whole blocks of 32"),
     ],
 )

@@ -34,7 +34,9 @@ def forbidden(*words, **options):
     raise AssertionError(f"a request was made: {words} {options}")
 
 
-def put(cache, folder, repo="org/name", subfolder="", revision="main", sha=SHA, only=lambda name: True):
+def put(
+    cache, folder, repo="org/name", subfolder="", revision="main", sha=SHA, only=lambda name: True
+):
     """Lay files out as the cache does: blobs, a snapshot of links, a ref."""
     root = cache / f"models--{repo.replace('/', '--')}"
     snapshot = root / "snapshots" / sha / subfolder
@@ -94,7 +96,11 @@ def test_shards_revisions_and_subfolders(cache, tmp_path):
     other = SHA[::-1]
     put(cache, model(tmp_path / "a", 1, save_sharded), revision="v1")
     put(cache, model(tmp_path / "b", 2), revision="refs/pr/1", subfolder="merged/last", sha=other)
-    for words, seed in (("org/name@v1", 1), (f"org/name@{SHA}", 1), ("org/name/merged/last@refs/pr/1", 2)):
+    for words, seed in (
+        ("org/name@v1", 1),
+        (f"org/name@{SHA}", 1),
+        ("org/name/merged/last@refs/pr/1", 2),
+    ):
         read = open_checkpoint(words).read("lm_head.weight")
         assert torch.equal(read, weights(seed)["lm_head.weight"].reshape(-1))
     for words in ("org/name", "org/name@v2", "org/name/merged@v1", "org/other@v1"):
@@ -105,7 +111,9 @@ def test_shards_revisions_and_subfolders(cache, tmp_path):
 def test_local_path_wins(cache, tmp_path):
     put(cache, model(tmp_path / "m", 1))
     model(tmp_path / "org" / "name", 2)
-    assert torch.equal(open_checkpoint("org/name").read("lm_head.weight"), weights(2)["lm_head.weight"].reshape(-1))
+    assert torch.equal(
+        open_checkpoint("org/name").read("lm_head.weight"), weights(2)["lm_head.weight"].reshape(-1)
+    )
 
 
 def test_partial_download_is_not_read(cache, tmp_path):
@@ -135,7 +143,9 @@ class FakeHub:
 
     def info(self, repo):
         assert repo == "org/name"
-        names = [str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()]
+        names = [
+            str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file()
+        ]
         return hub.ModelInfo(id=repo, sha=SHA, siblings=[{"rfilename": name} for name in names])
 
     def download(self, repo, name, revision):
@@ -147,7 +157,12 @@ class FakeHub:
 
 def test_only_configuration_index_and_its_shards_are_downloaded(cache, tmp_path, monkeypatch):
     folder = model(tmp_path / "m", 1, save_sharded)
-    for name in ("pytorch_model.bin", "README.md", "model-00001-of-00001.gguf", "consolidated.safetensors"):
+    for name in (
+        "pytorch_model.bin",
+        "README.md",
+        "model-00001-of-00001.gguf",
+        "consolidated.safetensors",
+    ):
         (folder / name).write_text("large")
     fake = FakeHub(cache, folder, monkeypatch)
     assert len(open_checkpoint("org/name")) == len(weights(1))

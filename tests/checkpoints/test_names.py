@@ -13,15 +13,20 @@ Q = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "module.module."]
+    "prefix",
+    ["module.", "_orig_mod.", "_fsdp_wrapped_module.", "module._orig_mod.", "module.module."],
 )
 @pytest.mark.parametrize("save", [save_model, save_sharded])
 def test_prefixes_of_wrappers_are_left_out_with_note(tmp_path, prefix, save):
     tensors = weights(1)
-    checkpoint = open_checkpoint(save(tmp_path, {prefix + name: value for name, value in tensors.items()}))
+    checkpoint = open_checkpoint(
+        save(tmp_path, {prefix + name: value for name, value in tensors.items()})
+    )
     assert set(checkpoint) == set(tensors)
     assert all(checkpoint[name].name == name for name in checkpoint)
-    assert torch.equal(checkpoint.read("lm_head.weight", 5, 9), tensors["lm_head.weight"].reshape(-1)[5:9])
+    assert torch.equal(
+        checkpoint.read("lm_head.weight", 5, 9), tensors["lm_head.weight"].reshape(-1)[5:9]
+    )
     assert prefix + "lm_head.weight" in " ".join(checkpoint.notes) or prefix in checkpoint.notes[0]
 
 
@@ -52,7 +57,11 @@ def test_valid_names_are_kept(tmp_path, names):
 def test_unmerged_peft_state_dict_is_refused(tmp_path, own):
     tensors = {own: torch.ones(4, 4), f"{Q}.lora_A.default.weight": torch.ones(2, 4)}
     with raises_naming(InputError, "unmerged", "PEFT"):
-        open_checkpoint(save_model(tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}))
+        open_checkpoint(
+            save_model(
+                tmp_path, {f"base_model.model.{name}": value for name, value in tensors.items()}
+            )
+        )
 
 
 @pytest.mark.parametrize(("suffix", "method"), PACKED.items())
@@ -65,7 +74,8 @@ def test_packed_weights_are_refused_by_names_of_their_tensors(tmp_path, suffix, 
 
 
 @pytest.mark.parametrize(
-    "method", ["hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "quark", "mxfp4", "gptq", "awq"]
+    "method",
+    ["hqq", "aqlm", "quanto", "torchao", "eetq", "bitnet", "vptq", "quark", "mxfp4", "gptq", "awq"],
 )
 @pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
 def test_methods_are_refused_by_configuration(tmp_path, method, key):

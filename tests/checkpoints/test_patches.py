@@ -20,7 +20,10 @@ NAME = "model.layers.0.self_attn.q_proj.weight"
 
 def patch(path, changes, version=1, **metadata):
     """Write a patch: name -> (indices, values)."""
-    tensors = {f"{name}.indices": torch.as_tensor(at, dtype=torch.int32) for name, (at, _) in changes.items()}
+    tensors = {
+        f"{name}.indices": torch.as_tensor(at, dtype=torch.int32)
+        for name, (at, _) in changes.items()
+    }
     tensors |= {f"{name}.values": values for name, (_, values) in changes.items()}
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, {"sparse": "True", "model_version": str(version), **metadata})
@@ -50,7 +53,9 @@ def test_changed_entries_are_replaced_in_any_range(tmp_path, base):
 
 
 def test_wider_values_widen_the_tensor(tmp_path, base):
-    after = open_tuned(patch(tmp_path / "p.safetensors", {NAME: ([5], torch.tensor([0.1]))}), open_checkpoint(base))
+    after = open_tuned(
+        patch(tmp_path / "p.safetensors", {NAME: ([5], torch.tensor([0.1]))}), open_checkpoint(base)
+    )
     assert after[NAME].dtype == "float32"
     assert after.read(NAME, 5, 6).tolist() == [float(np.float32(0.1))]
 
@@ -93,8 +98,15 @@ def test_inconsistent_patches_give_one_message(tmp_path, base, changes, problem)
 
 
 def test_patches_need_both_halves_and_a_plain_base(tmp_path, base):
-    for name, problem in ((f"{NAME}.indices", "values is missing"), (f"{NAME}.values", "neither indices nor values")):
-        save_file({name: torch.zeros(1, dtype=torch.int32)}, tmp_path / "p.safetensors", {"sparse": "True"})
+    for name, problem in (
+        (f"{NAME}.indices", "values is missing"),
+        (f"{NAME}.values", "neither indices nor values"),
+    ):
+        save_file(
+            {name: torch.zeros(1, dtype=torch.int32)},
+            tmp_path / "p.safetensors",
+            {"sparse": "True"},
+        )
         with pytest.raises(InputError, match=problem):
             open_tuned(tmp_path / "p.safetensors", open_checkpoint(base))
     quantized = open_checkpoint(save_model(tmp_path / "q", eight_bit("a", (3, 4))[0]))

@@ -21,7 +21,9 @@ WHOLE = {
 
 
 def cut(folder, ranks=3, change=lambda offsets: None):
-    """Write the files that ``HuggingFaceStorageWriter(save_distributed=True)`` writes for FSDP over some ranks."""
+    """Write the files that ``HuggingFaceStorageWriter(save_distributed=True)`` writes for FSDP over
+    some ranks.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(ranks):
         tensors, offsets = {}, {}
@@ -36,7 +38,9 @@ def cut(folder, ranks=3, change=lambda offsets: None):
             offsets[name] = {"saved_offsets": [first] + [0] * (value.ndim - 1)}
         change(offsets)
         metadata = {"format": "pt", "DCP_VERSION": "1.0", "DCP_SHARDING_INFO": json.dumps(offsets)}
-        save_file(tensors, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata)
+        save_file(
+            tensors, folder / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors", metadata
+        )
     return folder
 
 
@@ -48,7 +52,9 @@ def test_every_range_across_pieces(tmp_path, ranks):
 def test_missing_file_is_reported(tmp_path):
     cut(tmp_path)
     (tmp_path / "shard-00002-model-00001-of-00001.safetensors").unlink()
-    with pytest.raises(InputError, match=r"the parts of \S+ hold \d+ entries of \d+; a file is missing"):
+    with pytest.raises(
+        InputError, match=r"the parts of \S+ hold \d+ entries of \d+; a file is missing"
+    ):
         open_checkpoint(tmp_path)
 
 
@@ -64,7 +70,9 @@ def test_pieces_of_columns_are_assembled(tmp_path):
     for number, (first, last) in enumerate([(0, 3), (3, 5)]):
         metadata = {"DCP_SHARDING_INFO": json.dumps({"a": {"saved_offsets": [0, first]}})}
         piece = {"a": whole[:, first:last].contiguous()}
-        save_file(piece, tmp_path / f"shard-{number + 1:05d}-model-00001-of-00001.safetensors", metadata)
+        save_file(
+            piece, tmp_path / f"shard-{number + 1:05d}-model-00001-of-00001.safetensors", metadata
+        )
     checkpoint = open_checkpoint(tmp_path)
     assert torch.equal(checkpoint.read("a", 7, 33), whole.reshape(-1)[7:33])
 
@@ -76,8 +84,12 @@ def test_pieces_without_offset_are_refused(tmp_path, offsets):
         open_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("metadata", [None, {"DCP_SHARDING_INFO": "{"}, {"DCP_SHARDING_INFO": "[]"}])
+@pytest.mark.parametrize(
+    "metadata", [None, {"DCP_SHARDING_INFO": "{"}, {"DCP_SHARDING_INFO": "[]"}]
+)
 def test_files_without_piece_metadata_are_refused(tmp_path, metadata):
-    save_file({"a": torch.ones(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata)
+    save_file(
+        {"a": torch.ones(2)}, tmp_path / "shard-00001-model-00001-of-00001.safetensors", metadata
+    )
     with pytest.raises(InputError, match=r"DCP_SHARDING_INFO|starts at None"):
         open_checkpoint(tmp_path)

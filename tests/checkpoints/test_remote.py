@@ -1,4 +1,6 @@
-"""Addresses, and checkpoints read by ranges from a web server: requests, responses, and secrets, which are hidden."""
+"""Addresses, and checkpoints read by ranges from a web server: requests, responses, and secrets,
+which are hidden.
+"""
 
 import io
 import json
@@ -46,7 +48,13 @@ pytestmark = pytest.mark.usefixtures("soon")
 )
 def test_address_is_shown_without_its_secrets(words, text):
     path = as_path(words)
-    for seen in (str(path), repr(path), hide_secrets(path), legible(words).rstrip("/"), f"{path!r:>9}"):
+    for seen in (
+        str(path),
+        repr(path),
+        hide_secrets(path),
+        legible(words).rstrip("/"),
+        f"{path!r:>9}",
+    ):
         assert text in seen
         assert "ss@" not in seen
         assert "sig" not in seen.lower()
@@ -57,13 +65,20 @@ def test_address_is_shown_without_its_secrets(words, text):
 
 @given(
     st.sampled_from(["https", "http", "HTTPS"]),
-    st.lists(st.text("abcxyz%40.~_-!$", min_size=1).map(lambda word: f"Zecret{word}Zecret"), min_size=2, max_size=2),
+    st.lists(
+        st.text("abcxyz%40.~_-!$", min_size=1).map(lambda word: f"Zecret{word}Zecret"),
+        min_size=2,
+        max_size=2,
+    ),
     st.text("abcxyz=&/+%3D:@?", max_size=20),
     st.sampled_from(["{}", "{}: cannot be read", "see '{}' and {}"]),
 )
 def test_secrets_are_hidden_in_any_spelling(scheme, user, query, around):
     address = f"{scheme}://{user[0]}:{user[1]}@host/folder/m.safetensors?Zecret={query}#Zecret"
-    for message in (hide_secrets(around.replace("{}", address)), legible(around.replace("{}", address))):
+    for message in (
+        hide_secrets(around.replace("{}", address)),
+        legible(around.replace("{}", address)),
+    ):
         assert "Zecret" not in message
         assert "//host/folder/m.safetensors" in message
 
@@ -71,7 +86,10 @@ def test_secrets_are_hidden_in_any_spelling(scheme, user, query, around):
 def test_addresses_in_messages_have_no_secrets():
     text = "cannot reach 'https://u:p@h/x?sig=1' nor s3://bucket/key, http://h/y#frag."
     assert hide_secrets(text) == "cannot reach 'https://h/x' nor s3://bucket/key, http://h/y"
-    assert hide_secrets("a plain: text / with // slashes @ and ?") == "a plain: text / with // slashes @ and ?"
+    assert (
+        hide_secrets("a plain: text / with // slashes @ and ?")
+        == "a plain: text / with // slashes @ and ?"
+    )
 
 
 def test_remote_path_behaves_as_path():
@@ -119,7 +137,8 @@ def test_invalid_addresses_are_refused(words, says):
 
 
 @pytest.mark.parametrize(
-    "name", ["base", "sharded", "bins", "base/model.safetensors", "sharded/model.safetensors.index.json"]
+    "name",
+    ["base", "sharded", "bins", "base/model.safetensors", "sharded/model.safetensors.index.json"],
 )
 def test_checkpoint_is_same_from_server(web, folder, name):
     far = open_checkpoint(f"{web.url}/{name}/" if "." not in name else f"{web.url}/{name}")
@@ -154,11 +173,18 @@ def test_cluster_records_equal_local_run(web, folder):
     near = spectrum(folder / "base", folder / "tuned")
     assert far.layers == near.layers
     assert far.left_out == near.left_out
-    assert far.end.model_copy(update={"sha256": near.end.sha256}) == near.end  # of lines that name the inputs
+    assert (
+        far.end.model_copy(update={"sha256": near.end.sha256}) == near.end
+    )  # of lines that name the inputs
     assert far.run.settings == near.run.settings
     assert [side.path for side in far.run.inputs] == [f"{web.url}/base", f"{web.url}/tuned"]
     for one, other in zip(far.run.inputs, near.run.inputs, strict=True):
-        assert (one.role, one.kind, one.tensors, one.notes) == (other.role, other.kind, other.tensors, other.notes)
+        assert (one.role, one.kind, one.tensors, one.notes) == (
+            other.role,
+            other.kind,
+            other.tensors,
+            other.notes,
+        )
 
 
 def test_large_tensor_uses_several_connections(web):
@@ -166,7 +192,9 @@ def test_large_tensor_uses_several_connections(web):
     name = next(iter(checkpoint))
     web.requests.clear()
     checkpoint.read(name)
-    assert sorted(request.range[1] + 1 - request.range[0] for request in web.requests) == [2**16] * 4
+    assert (
+        sorted(request.range[1] + 1 - request.range[0] for request in web.requests) == [2**16] * 4
+    )
 
 
 def test_whole_stream_is_one_request():
@@ -225,7 +253,10 @@ def test_missing_remote_file_is_reported(web):
 def test_shard_stays_in_folder(web_here, tmp_path):
     """``%2e%2e%2f`` is a plain name here, and must not become ``../`` there."""
     text = json.dumps({"weight_map": {"w": "%2e%2e%2fbase%2fmodel.safetensors"}})
-    index = save_model(tmp_path / "base", {"w": torch.ones(2, 2)}).with_name("bad") / "model.safetensors.index.json"
+    index = (
+        save_model(tmp_path / "base", {"w": torch.ones(2, 2)}).with_name("bad")
+        / "model.safetensors.index.json"
+    )
     index.parent.mkdir()
     index.write_text(text)
     with pytest.raises(InputError, match="is missing from"):
@@ -271,9 +302,17 @@ def test_credentials_go_to_server_only(web):
     with raises_naming(InputError, "answers", 401) as caught:
         open_checkpoint(f"{web.url}/base")
     web.user = None
-    result = spectrum(f"{web.url}/base/model.safetensors?sig=a%2Fb", f"{web.url}/tuned/model.safetensors?sig=c%2Fd")
-    assert {request.query for request in web.requests if request.query} == {"sig=a%2Fb", "sig=c%2Fd"}
+    result = spectrum(
+        f"{web.url}/base/model.safetensors?sig=a%2Fb",
+        f"{web.url}/tuned/model.safetensors?sig=c%2Fd",
+    )
+    assert {request.query for request in web.requests if request.query} == {
+        "sig=a%2Fb",
+        "sig=c%2Fd",
+    }
     assert "sig" not in result.run.model_dump_json()
     # The signature is for one file: no other is requested.
-    assert all(request.path.endswith("model.safetensors") for request in web.requests if request.query)
+    assert all(
+        request.path.endswith("model.safetensors") for request in web.requests if request.query
+    )
     assert "401" in str(caught.value)

@@ -36,7 +36,11 @@ def bucket(server, folder):
     """A bucket with the folder's files; returns a client to change them with."""
     import boto3
 
-    settings = {"AWS_ENDPOINT_URL": server, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    settings = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
     settings |= {"AWS_DEFAULT_REGION": "us-east-1"}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -51,7 +55,9 @@ def bucket(server, folder):
         client.close()
 
 
-@pytest.mark.parametrize("name", ["base", "sharded", "base/model.safetensors", "sharded/model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", ["base", "sharded", "base/model.safetensors", "sharded/model.safetensors.index.json"]
+)
 def test_checkpoint_is_same_from_bucket(bucket, folder, name):
     far, near = open_checkpoint(f"s3://models/{name}"), open_checkpoint(folder / name)
     assert far.notes == near.notes
@@ -72,7 +78,10 @@ def test_replaced_file_during_read_is_detected(bucket, folder):
     try:
         for other in (content[:-1] + b"\0", content[:-4]):
             bucket.put_object(Bucket="models", Key="tuned/model.safetensors", Body=other)
-            with pytest.raises(InputError, match=r"^s3://models/tuned/model\.safetensors: the file has changed since"):
+            with pytest.raises(
+                InputError,
+                match=r"^s3://models/tuned/model\.safetensors: the file has changed since",
+            ):
                 checkpoint.read(NAME)
         bucket.put_object(Bucket="models", Key="tuned/model.safetensors", Body=content[:-1] + b"\0")
         assert fingerprint(open_checkpoint("s3://models/tuned")) != before
@@ -85,7 +94,8 @@ def test_replaced_file_during_read_is_detected(bucket, folder):
 
 
 @pytest.mark.parametrize(
-    "where", ["s3://models/nothing", "s3://elsewhere/base", "s3://elsewhere", "s3://models/base/x.bin"]
+    "where",
+    ["s3://models/nothing", "s3://elsewhere/base", "s3://elsewhere", "s3://models/base/x.bin"],
 )
 def test_missing_remote_file_is_reported(bucket, where):
     with pytest.raises(InputError, match=f"^{where}: no such file or folder"):
@@ -121,7 +131,9 @@ def test_failures_of_bucket(bucket, monkeypatch):
         return get_object
 
     def status(code):
-        return ClientError({"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": code}}, "GetObject")
+        return ClientError(
+            {"Error": {"Code": "X"}, "ResponseMetadata": {"HTTPStatusCode": code}}, "GetObject"
+        )
 
     for error, kind, says in (
         (status(503), TransientError, "answers 503"),
@@ -161,7 +173,11 @@ def test_inconsistent_store_is_detected(bucket, monkeypatch, change, says):
 
     def make(file_info):
         async def get_object(**words):
-            sent = {"ContentRange": f"bytes 0-7/{file_info.size}", "ContentLength": 8, "ETag": file_info.version}
+            sent = {
+                "ContentRange": f"bytes 0-7/{file_info.size}",
+                "ContentLength": 8,
+                "ETag": file_info.version,
+            }
             return {**sent, "Body": Body(), **change}
 
         return get_object
@@ -186,8 +202,13 @@ def memory(monkeypatch, folder):
             """As gcsfs reports it: a generation that changes with the content."""
             entries = super().ls(path, detail=True)
             files = [entry for entry in entries if entry["type"] == "file"]
-            versions = {entry["name"]: zlib.crc32(super(Played, self).cat_file(entry["name"])) for entry in files}
-            return [entry | {"generation": str(versions.get(entry["name"], ""))} for entry in entries]
+            versions = {
+                entry["name"]: zlib.crc32(super(Played, self).cat_file(entry["name"]))
+                for entry in files
+            }
+            return [
+                entry | {"generation": str(versions.get(entry["name"], ""))} for entry in entries
+            ]
 
         def info(self, path, **options):
             return self.ls(path)[0]

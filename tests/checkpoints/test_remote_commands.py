@@ -1,4 +1,6 @@
-"""Every command that opens a checkpoint or adapter takes an address, and none shows or stores its secrets."""
+"""Every command that opens a checkpoint or adapter takes an address, and none shows or stores its
+secrets.
+"""
 
 import asyncio
 import json
@@ -64,12 +66,15 @@ def test_command_output_equal_for_address_and_folder(web, run, words):
     assert web.requests
     counts = Counter((request.path, request.range) for request in web.requests)
     twice = {path for (path, _), count in counts.items() if count > 1}
-    # Factors are looked at before they are measured; these two commands go over a weight several times.
+    # Factors are looked at before they are measured; these two commands go over a weight several
+    # times.
     assert all("lora" in path for path in twice) or words[0] in {"intruders", "verify-merge"}
 
 
 def test_extract_and_gate_accept_addresses(web, run, tmp_path):
-    done = run("extract", f"{web.url}/base", f"{web.url}/full_ft", "--rank", "2", *QPROJ, "-o", "adapter")
+    done = run(
+        "extract", f"{web.url}/base", f"{web.url}/full_ft", "--rank", "2", *QPROJ, "-o", "adapter"
+    )
     assert done.code == 0, done.err
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == f"{web.url}/base"
@@ -82,7 +87,14 @@ def test_extract_and_gate_accept_addresses(web, run, tmp_path):
 def test_resume_requires_same_inputs(run, web_here, tmp_path):
     for name in ("base", "full_ft"):
         shutil.copytree(SAMPLES / name, tmp_path / name)
-    words = ("spectrum", *far(["@base", "@full_ft"], web_here.url), "--layers", r"layers\.0", "-o", "s.jsonl")
+    words = (
+        "spectrum",
+        *far(["@base", "@full_ft"], web_here.url),
+        "--layers",
+        r"layers\.0",
+        "-o",
+        "s.jsonl",
+    )
     assert run(*words).code == 0
     whole = (tmp_path / "s.jsonl").read_text()
     begun = "".join(whole.splitlines(keepends=True)[:3])
@@ -107,7 +119,10 @@ def test_failures_give_one_message_and_exit_code_3(web, run):
         (("inspect", "s3://"), "s3://: unsupported scheme"),
         (("inspect", f"{web.url}/x.safetensors"), "/x.safetensors: no such file or folder"),
         (("inspect", "http://127.0.0.1:9/base"), "cannot be read"),
-        (("probe", "truncation", f"{web.url}/base", f"{web.url}/full_ft", "--eval", __file__), "download it"),
+        (
+            ("probe", "truncation", f"{web.url}/base", f"{web.url}/full_ft", "--eval", __file__),
+            "download it",
+        ),
     ):
         done = run(*words)
         assert done.code == 3, done.err
@@ -117,7 +132,11 @@ def test_failures_give_one_message_and_exit_code_3(web, run):
 
 
 def test_results_are_written_to_this_machine(web, run, tmp_path):
-    for words in (("-o", "s3://b/s.jsonl"), ("--output", "https://me:hidden@host/s.jsonl"), ("--output=https://h/s",)):
+    for words in (
+        ("-o", "s3://b/s.jsonl"),
+        ("--output", "https://me:hidden@host/s.jsonl"),
+        ("--output=https://h/s",),
+    ):
         done = run("spectrum", SAMPLES / "base", SAMPLES / "full_ft", *QPROJ, *words)
         assert done.code == 2
         assert_names(done.err, "local path")
@@ -127,7 +146,9 @@ def test_results_are_written_to_this_machine(web, run, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path):
-    """The Hub, played by two local servers: one that knows repositories, one that has their files."""
+    """The Hub, played by two local servers: one that knows repositories, one that has
+    their files.
+    """
     pytest.importorskip("huggingface_hub")
     commit = "0123456789abcdef0123456789abcdef01234567"
     names = [str(file.relative_to(SAMPLES)) for file in SAMPLES.rglob("*") if file.is_file()]
@@ -136,7 +157,10 @@ def hub(tmp_path):
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(listing))
     with closing(Web(SAMPLES)) as files, closing(Web(tmp_path / "hub")) as front:
-        moved = {f"/org/name/resolve/{commit}/{name}/": f"{files.url}/{name}" for name in ("base", "full_ft")}
+        moved = {
+            f"/org/name/resolve/{commit}/{name}/": f"{files.url}/{name}"
+            for name in ("base", "full_ft")
+        }
         front.moved = moved
         yield front, files
 
@@ -152,9 +176,11 @@ def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
     assert result.run.inputs[0].path == "hf://org/name@main/base"
     assert "at commit 0123456789abcdef" in result.run.inputs[0].notes[0]
     # The token goes to the Hub, not to where it keeps its files; and nothing of a file is kept.
-    assert {request.headers.get("authorization") for request in front.requests if "/org/name" in request.path} == {
-        "Bearer hf_hidden"
-    }
+    assert {
+        request.headers.get("authorization")
+        for request in front.requests
+        if "/org/name" in request.path
+    } == {"Bearer hf_hidden"}
     # Nothing but the named model is asked for, such as huggingface_hub's list of programs.
     assert {"/".join(request.path.split("/")[:5]) for request in front.requests} == {
         "/api/models/org/name",
@@ -166,7 +192,9 @@ def test_hub_commands_read_remote_model(hub, loradiag, tmp_path):
     assert not list((tmp_path / "home").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize(("endpoint", "follows"), [("http://127.0.0.1", True), ("http://localhost", False)])
+@pytest.mark.parametrize(
+    ("endpoint", "follows"), [("http://127.0.0.1", True), ("http://localhost", False)]
+)
 def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, follows):
     """A file host on the private network, with the Hub there as well or not."""
 
@@ -176,7 +204,9 @@ def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, foll
     monkeypatch.setattr(hub_module, "_is_public", is_public)
     front, files = hub
     root = f"{endpoint}:{front.url.rpartition(':')[2]}/org/name/resolve/0123456789abcdef0123456789abcdef01234567"
-    store = hub_module.HubStore("hf://org/name", root, ["base/config.json"], "0123", {"Authorization": "Bearer x"})
+    store = hub_module.HubStore(
+        "hf://org/name", root, ["base/config.json"], "0123", {"Authorization": "Bearer x"}
+    )
     if follows:
         size = (SAMPLES / "base" / "config.json").stat().st_size
         assert store.file_info("hf://org/name/base/config.json").size == size
@@ -192,7 +222,10 @@ def test_hub_redirects_to_public_addresses_only(hub, monkeypatch, endpoint, foll
     ("host", "expected"),
     [
         *((host, True) for host in ("1.1.1.1", "2606:4700:4700::1111")),
-        *((host, False) for host in ("127.0.0.1", "::1", "169.254.169.254", "10.0.0.1", "localhost")),
+        *(
+            (host, False)
+            for host in ("127.0.0.1", "::1", "169.254.169.254", "10.0.0.1", "localhost")
+        ),
         *((host, False) for host in ("::ffff:127.0.0.1", "fe80::1%lo")),
     ],
 )
@@ -204,8 +237,10 @@ def test_inspect_of_address_imports_no_torch(web):
     import subprocess
 
     code = (
-        f"import sys; sys.argv = ['loradiag', 'inspect', '{web.url}/base']\nfrom lora_diag.cli import main\n"
-        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' not in sys.modules"
+        f"import sys; sys.argv = ['loradiag', 'inspect', '{web.url}/base']\nfrom lora_diag.cli "
+        "import main\n"
+        "try:\n    main()\nexcept SystemExit as stop:\n    assert not stop.code\nassert 'torch' "
+        "not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
@@ -213,7 +248,9 @@ def test_inspect_of_address_imports_no_torch(web):
 def test_certificate_is_checked(web, loradiag, tmp_path):
     certificate = self_signed(tmp_path)
     with closing(Web(SAMPLES, certificate)) as secure:
-        trusting = loradiag("inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)}, anew=True)
+        trusting = loradiag(
+            "inspect", f"{secure.url}/lora_r4", env={"SSL_CERT_FILE": str(certificate)}, anew=True
+        )
         assert trusting.code == 0, trusting.err
         assert trusting.out.startswith(f"{secure.url}/lora_r4: PEFT LoRA")
         doubting = loradiag("inspect", f"{secure.url}/lora_r4")
@@ -235,7 +272,9 @@ def self_signed(folder):
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False
+        )
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.usefixtures("soon")
 
 
 @pytest.mark.parametrize(
-    ("fault", "times"), [("drop", 3), ("drop", 30), ("500", 2), ("503", 4), ("429", 1), ("short", 3), ("short", 30)]
+    ("fault", "times"),
+    [("drop", 3), ("drop", 30), ("500", 2), ("503", 4), ("429", 1), ("short", 3), ("short", 30)],
 )
 def test_transient_fault_is_retried(web, fault, times):
     """A dropped or shortened answer is gone on from, however often: every one brings some bytes."""
@@ -26,7 +27,14 @@ def test_transient_fault_is_retried(web, fault, times):
     assert torch.equal(checkpoint.read(NAME), large(1)[NAME].reshape(-1))
     assert web.times == 0
     # Bytes received before an interruption are not requested again.
-    repeated = sum(request.sent for request in web.requests if request.status == 206 and request.range[0] > 0) - 2**18
+    repeated = (
+        sum(
+            request.sent
+            for request in web.requests
+            if request.status == 206 and request.range[0] > 0
+        )
+        - 2**18
+    )
     assert repeated == 0
 
 
@@ -72,7 +80,9 @@ def test_server_that_sends_byte_by_byte_is_given_up(web, monkeypatch, at_all):
     checkpoint = open_checkpoint(f"{web.url}/base/model.safetensors")
     monkeypatch.setattr(stores, "READ_SECONDS", 0.2)
     web.fault, web.at_all = "drip", at_all
-    with raises_naming(InputError, "model.safetensors", "less than 65,536 bytes arrived in 0.2 s", "5 attempts"):
+    with raises_naming(
+        InputError, "model.safetensors", "less than 65,536 bytes arrived in 0.2 s", "5 attempts"
+    ):
         open_checkpoint(f"{web.url}/tuned/model.safetensors") if at_all else checkpoint.read(NAME)
 
 
@@ -83,7 +93,9 @@ def test_server_that_drops_after_few_bytes_is_given_up(web):
         checkpoint.read(NAME)
 
 
-@pytest.mark.parametrize("fault", ["shifted", "less", "no range", "gzip", "long", "endless", "403", "302"])
+@pytest.mark.parametrize(
+    "fault", ["shifted", "less", "no range", "gzip", "long", "endless", "403", "302"]
+)
 def test_unfounded_header_is_refused_remotely(web, fault):
     web.fault, web.at_all = fault, True
     with pytest.raises(InputError):
@@ -110,8 +122,12 @@ def test_large_file_without_ranges_is_refused_early(web, folder):
         open_checkpoint(f"{web.url}/large.safetensors")
     # A small one is taken whole, once.
     web.requests.clear()
-    assert torch.equal(open_checkpoint(f"{web.url}/base/model.safetensors").read(NAME), large(1)[NAME].reshape(-1))
-    assert [request.status for request in web.requests if request.path.endswith(".safetensors")] == [200]
+    assert torch.equal(
+        open_checkpoint(f"{web.url}/base/model.safetensors").read(NAME), large(1)[NAME].reshape(-1)
+    )
+    assert [
+        request.status for request in web.requests if request.path.endswith(".safetensors")
+    ] == [200]
 
 
 def test_replaced_file_during_read_is_detected(web, folder):

@@ -8,17 +8,30 @@ import pytest
 from lora_diag.running.inputs import compare
 from tests.conftest import DATA, as_numpy
 
-FOLDERS = [*DATA.glob("formats/*"), *(DATA / "cases" / name for name in ("bnb-nf4-double", "fp8-block-scaled"))]
+FOLDERS = [
+    *DATA.glob("formats/*"),
+    *(DATA / "cases" / name for name in ("bnb-nf4-double", "fp8-block-scaled")),
+]
 # The folder of a case, and of its TUNED.
 CASES = [
-    (folder, folder / side) for folder in sorted(FOLDERS) for side in ("tuned", "merged") if (folder / side).exists()
+    (folder, folder / side)
+    for folder in sorted(FOLDERS)
+    for side in ("tuned", "merged")
+    if (folder / side).exists()
 ]
-CASES = [(folder, tuned) for folder, tuned in CASES if (folder / "base").exists() and (folder / "truth.json").exists()]
+CASES = [
+    (folder, tuned)
+    for folder, tuned in CASES
+    if (folder / "base").exists() and (folder / "truth.json").exists()
+]
 
 
 def test_no_case_is_missing():
     """Other tests take the folders that are there; here they are counted."""
-    number = {kind: sum(path.is_dir() for path in (DATA / kind).iterdir()) for kind in ("cases", "formats", "bad")}
+    number = {
+        kind: sum(path.is_dir() for path in (DATA / kind).iterdir())
+        for kind in ("cases", "formats", "bad")
+    }
     assert number == {"cases": 30, "formats": 36, "bad": 22}
     assert len(CASES) == 27
     assert len(list(DATA.glob("cases/*/truth.json"))) == 30
@@ -30,7 +43,9 @@ def test_shared_case_has_true_change(folder, tuned):
     result = compare(folder / "base", tuned).pairing
     changes: dict[str, list[np.ndarray]] = {}  # of a stack of experts, one per expert
     for delta in result.deltas:
-        change = np.concatenate([as_numpy(after) - as_numpy(before) for before, after in delta.blocks()])
+        change = np.concatenate(
+            [as_numpy(after) - as_numpy(before) for before, after in delta.blocks()]
+        )
         changes.setdefault(delta.layer.partition("[")[0], []).append(change)
     assert not result.unpaired
     assert set(changes) == set(truth) - {"_meta"}

@@ -20,7 +20,10 @@ TENSORS = {
 
 
 def infos(tensors):
-    return {name: TensorInfo(name, tuple(x.shape), str(x.dtype).split(".")[1]) for name, x in tensors.items()}
+    return {
+        name: TensorInfo(name, tuple(x.shape), str(x.dtype).split(".")[1])
+        for name, x in tensors.items()
+    }
 
 
 def test_library_reads_what_was_written(tmp_path):
@@ -29,7 +32,8 @@ def test_library_reads_what_was_written(tmp_path):
     result = load_file(path)
     assert set(result) == set(TENSORS)
     assert all(
-        torch.equal(result[name], tensor) and result[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+        torch.equal(result[name], tensor) and result[name].dtype == tensor.dtype
+        for name, tensor in TENSORS.items()
     )
     ours = open_checkpoint(path)
     assert np.array_equal(ours.read("b").numpy(), np.arange(6, dtype=np.float32))
@@ -39,11 +43,16 @@ def test_library_reads_what_was_written(tmp_path):
 def test_written_bytes_are_independent_of_order(tmp_path):
     for name, order in (("x", list(TENSORS)), ("y", sorted(TENSORS, reverse=True))):
         write_safetensors(
-            tmp_path / f"{name}.safetensors", infos({key: TENSORS[key] for key in order}), TENSORS.__getitem__, {}
+            tmp_path / f"{name}.safetensors",
+            infos({key: TENSORS[key] for key in order}),
+            TENSORS.__getitem__,
+            {},
         )
     content = (tmp_path / "x.safetensors").read_bytes()
     assert content == (tmp_path / "y.safetensors").read_bytes()
-    assert int.from_bytes(content[:8], "little") % 8 == 0  # so that float64 lie where they can be mapped
+    assert (
+        int.from_bytes(content[:8], "little") % 8 == 0
+    )  # so that float64 lie where they can be mapped
 
 
 def test_failed_write_keeps_old_file_only(tmp_path):
@@ -64,4 +73,6 @@ def test_failed_write_keeps_old_file_only(tmp_path):
 
 def test_missing_folder_gives_one_message(tmp_path):
     with pytest.raises(InputError, match="cannot be written"):
-        write_safetensors(tmp_path / "no" / "x.safetensors", infos(TENSORS), TENSORS.__getitem__, {})
+        write_safetensors(
+            tmp_path / "no" / "x.safetensors", infos(TENSORS), TENSORS.__getitem__, {}
+        )

@@ -16,7 +16,11 @@ SHAPES = [{"a.weight": (5, 3), "b.bias": (7,)}, {"c.weight": (4, 4)}]
 
 def numbers():
     rng = np.random.default_rng(0)
-    return {name: torch.tensor(rng.standard_normal(shape)).float() for group in SHAPES for name, shape in group.items()}
+    return {
+        name: torch.tensor(rng.standard_normal(shape)).float()
+        for group in SHAPES
+        for name, shape in group.items()
+    }
 
 
 def padded(flat, multiple):
@@ -24,7 +28,9 @@ def padded(flat, multiple):
 
 
 def save_zero(folder, stage, world=2, **changed):
-    """Write a checkpoint as DeepSpeed does; ``changed`` replaces values of the optimizer's state."""
+    """Write a checkpoint as DeepSpeed does; ``changed`` replaces values of the
+    optimizer's state.
+    """
     step = folder / "global_step5"
     step.mkdir(parents=True)
     (folder / "latest").write_text("global_step5\n")
@@ -36,14 +42,19 @@ def save_zero(folder, stage, world=2, **changed):
             parts = padded(torch.cat(flats), 2 * world).chunk(world)
         else:
             parts = [
-                torch.cat(part) for part in zip(*(padded(flat, world).chunk(world) for flat in flats), strict=True)
+                torch.cat(part)
+                for part in zip(*(padded(flat, world).chunk(world) for flat in flats), strict=True)
             ]
         for rank, part in enumerate(parts):
             shards[rank].append(part.clone())
     key = "single_partition_of_fp32_groups" if stage < 3 else "fp32_flat_groups"
     shapes = [{name: torch.Size(shape) for name, shape in group.items()} for group in SHAPES]
     for rank in range(world):
-        state = {key: shards[rank], "zero_stage": stage, "partition_count": [world] * 2 if stage < 3 else world}
+        state = {
+            key: shards[rank],
+            "zero_stage": stage,
+            "partition_count": [world] * 2 if stage < 3 else world,
+        }
         path = step / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         torch.save({"optimizer_state_dict": state | changed}, path)
         frozen = torch.arange(6.0).chunk(world)[rank] if stage == 3 else torch.arange(6.0)
@@ -65,7 +76,11 @@ def save_zero(folder, stage, world=2, **changed):
 def test_zero_parameters_of_every_stage_are_joined(tmp_path, stage, world):
     folder = save_zero(tmp_path / "d", stage, world)
     expected = numbers()
-    expected |= {"tied.weight": expected["c.weight"], "buffer": torch.ones(2), "frozen": torch.arange(6.0).view(2, 3)}
+    expected |= {
+        "tied.weight": expected["c.weight"],
+        "buffer": torch.ones(2),
+        "frozen": torch.arange(6.0).view(2, 3),
+    }
     for path in (folder, folder / "global_step5"):
         checkpoint = pickle.loads(pickle.dumps(open_checkpoint(path)))
         assert_same(checkpoint, expected)
@@ -88,9 +103,21 @@ def test_model_file_alone_gives_its_16_bit_weights(tmp_path):
         (2, {"zero_stage": 7}, "is not an optimizer file of ZeRO"),
         (2, {"single_partition_of_fp32_groups": []}, "holds no flat master weights"),
         (2, {"single_partition_of_fp32_groups": [torch.ones(9)]}, "lacks some of the 2 groups"),
-        (2, {"single_partition_of_fp32_groups": [torch.ones(9), torch.ones(8)]}, "lies up to entry 22, but 18"),
-        (2, {"single_partition_of_fp32_groups": [torch.ones(99), torch.ones(8)]}, "has 22 entries, but 198"),
-        (3, {"fp32_flat_groups": [torch.ones(12), torch.ones(9)]}, "has 20 parameters, but 21 are stored"),
+        (
+            2,
+            {"single_partition_of_fp32_groups": [torch.ones(9), torch.ones(8)]},
+            "lies up to entry 22, but 18",
+        ),
+        (
+            2,
+            {"single_partition_of_fp32_groups": [torch.ones(99), torch.ones(8)]},
+            "has 22 entries, but 198",
+        ),
+        (
+            3,
+            {"fp32_flat_groups": [torch.ones(12), torch.ones(9)]},
+            "has 20 parameters, but 21 are stored",
+        ),
         (2, {"param_alignment_paddings": [[0, 3], [0]]}, "aligns parameters one by one"),
     ],
 )

@@ -1,4 +1,6 @@
-"""A web server for tests: it gives ranges of a folder's files, counts sent bytes, and fails or lies if told to."""
+"""A web server for tests: it gives ranges of a folder's files, counts sent bytes, and fails or lies
+if told to.
+"""
 
 import base64
 import hashlib
@@ -20,7 +22,10 @@ from tests.conftest import save_model
 def large(seed: int) -> dict[str, torch.Tensor]:
     """Four matrices of 256 KiB, so that most of a file is after its first bytes."""
     rng = torch.Generator().manual_seed(seed)
-    return {f"model.layers.{i}.mlp.up_proj.weight": torch.randn(256, 256, generator=rng) for i in range(4)}
+    return {
+        f"model.layers.{i}.mlp.up_proj.weight": torch.randn(256, 256, generator=rng)
+        for i in range(4)
+    }
 
 
 def save_large(root: Path):
@@ -57,8 +62,8 @@ class Request:
 class Web:
     """Serves a folder on 127.0.0.1.
 
-    ``fault`` names how the data behind the first 64 KiB of a file are answered (everything, with ``at_all``), and
-    ``times`` how often before the server behaves again.
+    ``fault`` names how the data behind the first 64 KiB of a file are answered (everything, with
+    ``at_all``), and ``times`` how often before the server behaves again.
     """
 
     def __init__(self, folder: Path, certificate: Path | None = None):
@@ -67,10 +72,15 @@ class Web:
         self.takes_signature = None  # a query with this text counts as the user
         self.names_versions, self.is_gone = True, False
         self.now, self.most = 0, 0  # requests at once, now and at most
-        self.together, self.held = 0, ""  # how many are waited for before one that asks for such a path is answered
+        self.together, self.held = (
+            0,
+            "",
+        )  # how many are waited for before one that asks for such a path is answered
         self.moved = {}  # beginnings of paths, and where they are now
         self._lock = threading.Condition()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self}))
+        self._server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"web": self})
+        )
         self._server.daemon_threads = True
         self.host = f"127.0.0.1:{self._server.server_port}"
         self.url = f"http{'s' if certificate else ''}://{self.host}"
@@ -136,21 +146,39 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         span = tuple(map(int, wanted.removeprefix("bytes=").split("-"))) if wanted else None
         request = Request(
-            parts.path, parts.query, span, 0, 0, {name.lower(): value for name, value in self.headers.items()}
+            parts.path,
+            parts.query,
+            span,
+            0,
+            0,
+            {name.lower(): value for name, value in self.headers.items()},
         )
         self.web.requests.append(request)
         is_signed = self.web.takes_signature and self.web.takes_signature in parts.query
-        if self.web.user and not is_signed and self.headers.get("Authorization") != f"Basic {self.web.user}":
+        if (
+            self.web.user
+            and not is_signed
+            and self.headers.get("Authorization") != f"Basic {self.web.user}"
+        ):
             self.answer(request, 401, {}, b"who are you?")
-        elif moved := next((to for old, to in self.web.moved.items() if parts.path.startswith(old)), None):
-            self.answer(request, 302, {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"}, b"")
+        elif moved := next(
+            (to for old, to in self.web.moved.items() if parts.path.startswith(old)), None
+        ):
+            self.answer(
+                request,
+                302,
+                {"Location": f"{moved}/{parts.path.rpartition('/')[2]}?signature=secret"},
+                b"",
+            )
         elif not file.is_file():
             self.answer(request, 404, {}, b"nothing here")
         else:
             self.give(request, file.read_bytes(), span)
 
     def give(self, request: Request, content: bytes, span: tuple[int, int] | None):
-        headers = {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.web.names_versions else {}
+        headers = (
+            {"ETag": f'"{hashlib.md5(content).hexdigest()}"'} if self.web.names_versions else {}
+        )
         start, stop = (span[0], min(span[1] + 1, len(content))) if span else (0, len(content))
         fault = self.web.takes_fault(start)
         if fault == "ignore" or span is None:
@@ -162,7 +190,12 @@ class _Handler(BaseHTTPRequestHandler):
         body = content[start:stop]
         first, last, size = start, stop - 1, len(content)
         if fault and fault.isdigit():
-            self.answer(request, int(fault), {"Location": "http://elsewhere.invalid/x?token=secret"}, b"<html>")
+            self.answer(
+                request,
+                int(fault),
+                {"Location": "http://elsewhere.invalid/x?token=secret"},
+                b"<html>",
+            )
             return
         if fault == "shifted":
             first, last, body = start + 1, stop, content[start + 1 : stop + 1]

@@ -35,7 +35,11 @@ def commands(value) -> list[str]:
         return [line for key, item in value.items() if key != "name" for line in commands(item)]
     if isinstance(value, list):
         return [line for item in value for line in commands(item)]
-    return [line for line in value.splitlines() if line.startswith("loradiag ")] if isinstance(value, str) else []
+    return (
+        [line for line in value.splitlines() if line.startswith("loradiag ")]
+        if isinstance(value, str)
+        else []
+    )
 
 
 @pytest.fixture
@@ -58,9 +62,16 @@ def repository(tmp_path):
 def shell(repository, server):
     def run(line: str, **variables: str) -> int:
         path = f"{repository / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", PREPARE: "tests.served:draw_nothing"}
+        environment = {
+            **os.environ,
+            "PATH": path,
+            "OMP_NUM_THREADS": "1",
+            PREPARE: "tests.served:draw_nothing",
+        }
         environment |= variables
-        return subprocess.run(line, shell=True, cwd=repository, env=environment, check=False).returncode
+        return subprocess.run(
+            line, shell=True, cwd=repository, env=environment, check=False
+        ).returncode
 
     return run
 
@@ -71,8 +82,14 @@ def workflow() -> dict:
 
 def given() -> dict[str, str]:
     """Return what the workflow of the page gives to the action, as environment variables."""
-    (inputs,) = (step["with"] for step in workflow()["jobs"]["gate"]["steps"] if "loradiag@" in step.get("uses", ""))
-    assert set(inputs) <= set(yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"])
+    (inputs,) = (
+        step["with"]
+        for step in workflow()["jobs"]["gate"]["steps"]
+        if "loradiag@" in step.get("uses", "")
+    )
+    assert set(inputs) <= set(
+        yaml.safe_load((ROOT / "action.yml").read_text(encoding="utf-8"))["inputs"]
+    )
     return {name.upper(): value for name, value in inputs.items()}
 
 
@@ -86,7 +103,10 @@ def test_every_command_of_the_page_runs(shell, repository):
     _, *others = (yaml.safe_load(text) for text in blocks("yaml"))
     lines = [line for document in others for line in commands(document)]
     assert len(lines) >= 2
-    hooks = {hook["id"]: hook for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))}
+    hooks = {
+        hook["id"]: hook
+        for hook in yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text("utf-8"))
+    }
     (used,) = (document["repos"][0]["hooks"] for document in others if "repos" in document)
     lines += [shlex.join([*hooks[hook["id"]]["entry"].split(), *hook["args"]]) for hook in used]
     for line in lines:
@@ -95,7 +115,9 @@ def test_every_command_of_the_page_runs(shell, repository):
 
 def test_failed_gate_stops_shell_chain(shell, repository):
     assert shell("loradiag spectrum base adapter --quiet -o results.jsonl") == 0
-    (repository / "gates" / "adapter.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
+    (repository / "gates" / "adapter.toml").write_text(
+        '[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n'
+    )
     gate = ROOT / ".github" / "action" / "gate.sh"
     assert shell(f"set -e\nbash {gate}\ntouch uploaded", **given(), RESULTS="results.jsonl") == 1
     assert not (repository / "uploaded").exists()
@@ -115,7 +137,9 @@ def merged(repository):
     for name in [name for name in factors if "lora_A" in name]:
         layer = name.removeprefix("base_model.model.").replace(".lora_A", "")
         weights[layer] += (
-            scaling["lora_alpha"] / scaling["r"] * (factors[name.replace("lora_A", "lora_B")] @ factors[name])
+            scaling["lora_alpha"]
+            / scaling["r"]
+            * (factors[name.replace("lora_A", "lora_B")] @ factors[name])
         )
     save_model(repository / "merged", weights)
     return "merged"
@@ -156,7 +180,10 @@ def action(shell, repository, **variables) -> tuple[int, dict[str, str]]:
         **variables,
     }
     scripts = ROOT / ".github" / "action"
-    assert shell(f"bash {scripts / 'key.sh'}", **given, RUNNER_TEMP=str(repository.parent / "runner")) == 0
+    assert (
+        shell(f"bash {scripts / 'key.sh'}", **given, RUNNER_TEMP=str(repository.parent / "runner"))
+        == 0
+    )
     cache = outputs_of(output)["cache"]
     code = shell(f"bash {scripts / 'gate.sh'}", **given, CACHE=cache)
     return code, outputs_of(output)
@@ -171,10 +198,16 @@ def test_action_measures_judges_and_reports(shell, repository):
     assert (code, result["verdict"]) == (0, "passed")
     assert (repository / result["report"]).read_text(encoding="utf-8").startswith("<!doctype html>")
     assert "| " in (repository / "summary.md").read_text(encoding="utf-8")
-    (repository / "gates" / "strict.toml").write_text('[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n')
-    code, repeated = action(shell, repository, POLICY="gates/strict.toml", RESULTS=result["results"])
+    (repository / "gates" / "strict.toml").write_text(
+        '[[rule]]\nname = "x"\nrequire = "relative <= 1e-6"\n'
+    )
+    code, repeated = action(
+        shell, repository, POLICY="gates/strict.toml", RESULTS=result["results"]
+    )
     assert (code, repeated["verdict"], repeated["key"]) == (1, "failed", result["key"])
-    code, other = action(shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=result["results"])
+    code, other = action(
+        shell, repository, TUNED="base", POLICY="nowhere.toml", RESULTS=result["results"]
+    )
     assert (code, other["verdict"], other["report"]) == (2, "error", "")
     assert other["key"] != result["key"]
     weights = repository / "adapter" / "adapter_model.safetensors"
@@ -187,19 +220,26 @@ def test_action_measures_judges_and_reports(shell, repository):
 
 
 def test_action_never_reuses_a_key_of_a_remote_base(shell, repository):
-    keys = [action(shell, repository, BASE="org/x", RESULTS="none", GITHUB_RUN_ID=run)[1]["key"] for run in "12"]
+    keys = [
+        action(shell, repository, BASE="org/x", RESULTS="none", GITHUB_RUN_ID=run)[1]["key"]
+        for run in "12"
+    ]
     assert keys[0] != keys[1]
 
 
 def test_action_measures_despite_committed_results(shell, repository):
-    """A file that claims to be finished results of these weights, with small updates and the right hash."""
+    """A file that claims to be finished results of these weights, with small updates and the right
+    hash.
+    """
     config = repository / "adapter" / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"lora_alpha": 320}))
     code, result = action(shell, repository)
     assert (code, result["verdict"]) == (1, "failed")
     committed = repository / "loradiag" / "results.jsonl"
     forge(committed)
-    assert shell(f"loradiag gate gates/adapter.toml {committed} --for adapter") == 0  # which is why it is not read
+    assert (
+        shell(f"loradiag gate gates/adapter.toml {committed} --for adapter") == 0
+    )  # which is why it is not read
     code, result = action(shell, repository)
     assert (code, result["verdict"]) == (1, "failed")
     forge(committed)
@@ -241,7 +281,12 @@ def test_file_without_folder_or_suffix_is_no_policy(shell, repository):
 @pytest.mark.parametrize(
     ("link", "folder"),
     [
-        *(("loradiag", "loradiag"), ("loradiag", "loradiag//"), ("loradiag", "./loradiag/."), ("out", "out/a/b")),
+        *(
+            ("loradiag", "loradiag"),
+            ("loradiag", "loradiag//"),
+            ("loradiag", "./loradiag/."),
+            ("out", "out/a/b"),
+        ),
         ("gates/out", "gates/out/x"),
     ],
 )
@@ -268,7 +313,9 @@ def test_action_writes_below_link_outside_checkout(shell, repository, tmp_path):
 
 def test_action_carries_no_command_of_a_tensor_name(shell, repository, capfd):
     weights = load_file(repository / "adapter" / "adapter_model.safetensors")
-    weights["base_model.model.##[set-output name=verdict;]passed.lora_A.weight"] = next(iter(weights.values())).clone()
+    weights["base_model.model.##[set-output name=verdict;]passed.lora_A.weight"] = next(
+        iter(weights.values())
+    ).clone()
     save_file(weights, repository / "adapter" / "adapter_model.safetensors")
     capfd.readouterr()
     code, result = action(shell, repository, GITHUB_ACTIONS="true")
@@ -284,7 +331,9 @@ def forge(results) -> None:
     layers = [record for record in records if "base_fro" in record]
     for record in layers:
         record["base_fro"] = 100 * record["fro"]
-    text = "".join(json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records)
+    text = "".join(
+        json.dumps(record, ensure_ascii=False, separators=(",", ":")) + "\n" for record in records
+    )
     end["base_fro"] = math.sqrt(sum(record["base_fro"] ** 2 for record in layers))
     end["sha256"] = hashlib.sha256(text.encode()).hexdigest()
     results.write_text(text + json.dumps(end))
@@ -298,7 +347,12 @@ def test_action_takes_results_from_its_cache(shell, repository, capfd):
     assert not measured.is_relative_to(repository)
     gate = ROOT / ".github" / "action" / "gate.sh"
     capfd.readouterr()
-    variables = {"BASE": "base", "TUNED": "adapter", "POLICY": "gates/adapter.toml", "CACHE": result["cache"]}
+    variables = {
+        "BASE": "base",
+        "TUNED": "adapter",
+        "POLICY": "gates/adapter.toml",
+        "CACHE": result["cache"],
+    }
     assert shell(f"bash {gate}", **variables) == 0
     assert hashlib.sha256(content).hexdigest() in capfd.readouterr().out
     assert measured.read_bytes() == content

@@ -67,7 +67,9 @@ def test_terminal_gets_progress_and_colour(server, pair_of_models, tmp_path):
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100"}
     environment.pop("NO_COLOR", None)
-    process = subprocess.Popen([*PROGRAM, "spectrum", base, tuned], stdout=follower, stderr=follower, env=environment)
+    process = subprocess.Popen(
+        [*PROGRAM, "spectrum", base, tuned], stdout=follower, stderr=follower, env=environment
+    )
     os.close(follower)
     seen = b""
     while True:
@@ -88,10 +90,14 @@ COMMAND = shlex.join(PROGRAM)
 
 
 def shell(line: str, cwd) -> subprocess.CompletedProcess:
-    return subprocess.run(["bash", "-c", line], capture_output=True, cwd=cwd, text=True, check=False, timeout=PATIENCE)
+    return subprocess.run(
+        ["bash", "-c", line], capture_output=True, cwd=cwd, text=True, check=False, timeout=PATIENCE
+    )
 
 
-@pytest.mark.parametrize("words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"])
+@pytest.mark.parametrize(
+    "words", ["spectrum base tuned --json", "spectrum base tuned", "inspect base", "--help"]
+)
 def test_closed_pipe_is_not_an_error(server, pair_of_models, tmp_path, words):
     """The reader is gone before the first line, so the first write fails."""
     command = f"({COMMAND} {words}; echo code $? >&2) | true"
@@ -99,7 +105,9 @@ def test_closed_pipe_is_not_an_error(server, pair_of_models, tmp_path, words):
     assert done.stderr == "code 0\n"
 
 
-@pytest.mark.parametrize("words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"])
+@pytest.mark.parametrize(
+    "words", ["spectrum base tuned", "spectrum base tuned --json", "inspect base", "--help"]
+)
 @pytest.mark.parametrize("target", ["/dev/full", "&-"])
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full")
 def test_failing_output_gives_one_message(server, pair_of_models, tmp_path, words, target):

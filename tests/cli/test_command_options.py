@@ -1,4 +1,6 @@
-"""The options of all commands together: one name, one meaning; former names; help; and how much a command prints."""
+"""The options of all commands together: one name, one meaning; former names; help; and how much a
+command prints.
+"""
 
 from collections import defaultdict
 
@@ -40,11 +42,15 @@ def leaves(command, name=""):
     if not hasattr(command, "commands"):
         return {name: command}
     return {
-        key: leaf for word, each in command.commands.items() for key, leaf in leaves(each, f"{name} {word}").items()
+        key: leaf
+        for word, each in command.commands.items()
+        for key, leaf in leaves(each, f"{name} {word}").items()
     }
 
 
-COMMANDS = {name.strip(): command for name, command in leaves(typer.main.get_command(application())).items()}
+COMMANDS = {
+    name.strip(): command for name, command in leaves(typer.main.get_command(application())).items()
+}
 
 
 def visible(command):
@@ -69,7 +75,9 @@ EXAMPLES = sorted((ROOT / "docs/examples").glob("*.jsonl"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["inspect", path] for path in EXAMPLES], ids=[path.stem for path in EXAMPLES])
+@pytest.mark.parametrize(
+    "words", [["inspect", path] for path in EXAMPLES], ids=[path.stem for path in EXAMPLES]
+)
 def test_summary_of_example_is_short(loradiag, words):
     short, whole = (below_the_table(loradiag(*words, brief=brief).out) for brief in (True, False))
     assert len(short) <= LINES < len(whole)
@@ -86,7 +94,8 @@ def test_decisions_and_warnings_are_never_hidden():
 
     alarm = make_statement("alarm", "Warning", *(f"alarm {n}" for n in range(20)), level="warning")
     notes = [
-        make_statement(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3) for n in range(9)
+        make_statement(f"note{n}", f"Note {n}", f"lead {n}", *["detail"] * 3, priority=2 - n % 3)
+        for n in range(9)
     ]
     console = Console(file=StringIO(), width=40)
     with limit_lines(8):

@@ -1,4 +1,6 @@
-"""Every error of usage or input ends with its exit code and one message, before anything is written."""
+"""Every error of usage or input ends with its exit code and one message, before anything is
+written.
+"""
 
 import pytest
 
@@ -11,13 +13,15 @@ BASE, TUNED, R4, R16 = (SAMPLES / name for name in ("base", "full_ft", "lora_r4"
 GRADIENTS, SPECTRUM = SAMPLES / "gradients", ROOT / "docs" / "examples" / "spectrum.jsonl"
 STEPS = sorted(GRADIENTS.glob("*.safetensors"))
 
-# Command line up to what is wrong -> (what is wrong, what the message names, exit code if it is not 2).
+# Command line up to what is wrong -> (what is wrong, what the message names, exit code if it is not
+# 2).
 ERRORS = {
     (): [("--nope", "see loradiag --help"), ("magic", "magic")],
     ("spectrum", BASE, TUNED): [
         *((f"{words} -o r.jsonl", words.split()[0]) for words in (
             "--ranks 4,x", "--ranks 0", "--top 0", "--top many", "--method magic", "--device tpu", "--layers (",
-            "--exclude [", "--per planet", "--nope", "--rnak 4", f"--seed {'9' * 23} --top 4 --method krylov",
+            "--exclude [", "--per planet", "--nope", "--rnak 4", f"--seed {'9' * 23} --top 4 "
+                                                                 "--method krylov",
         )),
         ("--ranks= -o r.jsonl", "--ranks"), ("--resume", "--resume"), ("--ranks", "--ranks"),
         ("c", "unexpected extra argument"), (f"--gradients {GRADIENTS}", "BASE alone"),
@@ -68,7 +72,8 @@ ERRORS = {
         ("--memory-budget 2GB --optimizer lion", "--optimizer lion"), ("--energy 90", "--energy 90"),
         ("--params 50k --scaling 0 -o adapter_config.json", "--scaling 0"), ("--params 50k -o ranks.txt", ".jsonl"),
         (f"--params 50k --layer-weights {STEPS[0]}", "UTF-8", 3),
-        ("--params 50k --check config.json", "--check"), ("--params 50k -o a.jsonl --check config.json", "--check"),
+        ("--params 50k --check config.json", "--check"), ("--params 50k -o a.jsonl --check "
+                                                          "config.json", "--check"),
     ],
     ("extract", BASE, TUNED, "-o", "adapter"): [
         ("-q", "exactly one option"), ("--rank 4 --signal", "exactly one option"), ("--rank 0", "from 1 up"),
@@ -93,11 +98,15 @@ ERRORS = {
     ],
 }  # fmt: skip
 CASES = [
-    ((*command, *words.split()), named, *code) for command, cases in ERRORS.items() for words, named, *code in cases
+    ((*command, *words.split()), named, *code)
+    for command, cases in ERRORS.items()
+    for words, named, *code in cases
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case[0])).replace(str(ROOT), ""))
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: " ".join(map(str, case[0])).replace(str(ROOT), "")
+)
 def test_error_is_one_message_with_exit_code(run, tmp_path, case):
     words, named, *code = case
     ran = run(*words)

@@ -1,4 +1,6 @@
-"""What all commands that measure samples have in common: table, records, resume, a gate, and errors."""
+"""What all commands that measure samples have in common: table, records, resume, a gate, and
+errors.
+"""
 
 import pytest
 
@@ -6,16 +8,22 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
+BASE, TUNED, R4, R16 = (
+    ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16")
+)
 ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
 
 GRADIENTS = ROOT / "sample_checkpoints" / "gradients"
 
-# Command -> its arguments, and rules on its records with the exit code of a gate; layers left out are inconclusive.
+# Command -> its arguments, and rules on its records with the exit code of a gate; layers left out
+# are inconclusive.
 COMMANDS = {
     "spectrum": ((BASE, TUNED, *ONE), {"relative <= 1": 5, "relative <= 1e-9": 1}),
     "residual": ((BASE, TUNED, R4, *ONE), {"epsilon <= 9": 5, "epsilon <= 1e-9": 1}),
-    "intruders": ((BASE, R4), {"intruders <= 10": 0, "intruders <= 2": 1, "median intruders.share <= 0.9": 0}),
+    "intruders": (
+        (BASE, R4),
+        {"intruders <= 10": 0, "intruders <= 2": 1, "median intruders.share <= 0.9": 0},
+    ),
     "overlap": ((BASE, TUNED, GRADIENTS, *ONE), {"kappa <= 0.999": 5, "kappa <= 1e-9": 1}),
     "spectrum --gradients": ((GRADIENTS, *ONE), {"energy.64 >= 0.5": 5, "energy.4 >= 1": 1}),
     "fleet": ((R4, R16), {"dead <= 0": 0, "used <= 0.5": 1}),

@@ -1,4 +1,6 @@
-"""``--memory``: runs under a hard limit of the system, messages, and results equal to those without the option."""
+"""``--memory``: runs under a hard limit of the system, messages, and results equal to those without
+the option.
+"""
 
 import json
 import os
@@ -20,12 +22,15 @@ from tests.messages import assert_names
 pytestmark = pytest.mark.slow
 
 NAME, SMALL = "model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"
-MEMORY = "510MB"  # 369 of them for the program; ΔW of NAME in float32 has 184, its Gram matrix and reading it 60
+# 369 of them for the program; ΔW of NAME in float32 has 184, its Gram matrix and reading it 60
+MEMORY = "510MB"
 
-# MiB besides what a run on nothing large has: with --memory it takes 35 of them, without 195, give or take 10.
+# MiB besides what a run on nothing large has: with --memory it takes 35 of them, without 195, give
+# or take 10.
 LIMIT = 110
 
-# Prints how much address space a run takes whose matrices are small: torch alone maps hundreds of megabytes.
+# Prints how much address space a run takes whose matrices are small: torch alone maps hundreds of
+# megabytes.
 PLAIN = """
 import atexit, sys
 atexit.register(lambda: print(open("/proc/self/status").read().split("VmPeak:")[1].split()[0], file=sys.stderr))
@@ -54,13 +59,17 @@ def limited():
     """Run the command with so many MiB of address space besides what a run on nothing large has."""
     # One arena: each thread's own would reserve 64 MiB of address space that nothing uses.
     env = {**os.environ, "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    plain = subprocess.run([sys.executable, "-c", PLAIN], capture_output=True, text=True, cwd=ROOT, env=env, check=True)
+    plain = subprocess.run(
+        [sys.executable, "-c", PLAIN], capture_output=True, text=True, cwd=ROOT, env=env, check=True
+    )
     size = int(plain.stderr.split()[-1])
 
     def run(extra, *words) -> Ran:
         command = f'ulimit -v {size + extra * 1024}; exec "$@"'
         words = ["sh", "-c", command, "sh", sys.executable, "-m", "lora_diag", *map(str, words)]
-        done = subprocess.run(words, capture_output=True, text=True, env=env, check=False, timeout=PATIENCE)
+        done = subprocess.run(
+            words, capture_output=True, text=True, env=env, check=False, timeout=PATIENCE
+        )
         assert "Traceback" not in done.stderr, done.stderr
         return Ran(done.returncode, done.stdout, done.stderr)
 
@@ -75,7 +84,9 @@ def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
     assert_names(without.err, NAME, "out of memory", "--memory")
     ran = limited(LIMIT, "spectrum", base, tuned, "--memory", MEMORY, "--json")
     assert ran.code == 0, ran.err
-    large, small = (next(r for r in ran.records if r.get("layer") == name) for name in (NAME, SMALL))
+    large, small = (
+        next(r for r in ran.records if r.get("layer") == name) for name in (NAME, SMALL)
+    )
     assert (large["method"], large["blocks"], large["complete"]) == ("gram", 44, True)
     assert small["blocks"] is None
     delta = as_numpy(after[NAME]) - as_numpy(before[NAME])
@@ -86,10 +97,22 @@ def test_matrix_larger_than_hard_limit_is_measured(pair, limited):
 
 def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
     rng = torch.Generator().manual_seed(0)
-    before = {NAME: torch.randn(3650, 3600, generator=rng).bfloat16(), SMALL: torch.randn(96, 80, generator=rng)}
+    before = {
+        NAME: torch.randn(3650, 3600, generator=rng).bfloat16(),
+        SMALL: torch.randn(96, 80, generator=rng),
+    }
     after = {name: (value.float() + 0.01).to(value.dtype) for name, value in before.items()}
     base, tuned = save_model(tmp_path / "base", before), save_model(tmp_path / "tuned", after)
-    ran = loradiag("spectrum", base, tuned, "--memory", MEMORY, "-o", tmp_path / "r.jsonl", env={"COLUMNS": "200"})
+    ran = loradiag(
+        "spectrum",
+        base,
+        tuned,
+        "--memory",
+        MEMORY,
+        "-o",
+        tmp_path / "r.jsonl",
+        env={"COLUMNS": "200"},
+    )
     assert ran.code == 3
     assert_names(ran.err, NAME, "3650x3600", "--memory", "141 MB", "169 MB")
     needed = limits.READING_BYTES + limits.gram_bytes((3650, 3600), Allowance(0), in_place=True)
@@ -114,4 +137,6 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
 )
 def test_invalid_sizes_are_refused(memory, workers, text):
     with pytest.raises(UsageError, match=re.escape(text)):
-        lora_diag.spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers)
+        lora_diag.spectrum(
+            "sample_checkpoints/base", "sample_checkpoints/full_ft", memory=memory, workers=workers
+        )

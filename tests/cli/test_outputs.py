@@ -1,4 +1,5 @@
-"""One rule for every output of every command, found by looking at the application: a new one is tested unasked.
+"""One rule for every output of every command, found by looking at the application: a new one is
+tested unasked.
 
 No input of these commands exists, so what refuses an output did it before any work.
 """
@@ -58,14 +59,26 @@ def outputs():
         required = []
         for each in command.params:
             if each.required and each.name != "output":
-                word = each.metavar.split("|")[0] if each.metavar and "|" in each.metavar else "missing"
+                word = (
+                    each.metavar.split("|")[0]
+                    if each.metavar and "|" in each.metavar
+                    else "missing"
+                )
                 required += [each.opts[0], word] if each.name in options else [word]
         required += ["--yes"] if "yes" in options else []
-        required = ["missing", "one", "two"] if words[0] == "merge" else required  # two updates or more
+        required = (
+            ["missing", "one", "two"] if words[0] == "merge" else required
+        )  # two updates or more
         for name, option in options.items():
             # what --write names is checked after the texts, in the tests of the features
-            if has_path(kinds[name].annotation) and option.rich_help_panel == OUTPUT and name != "write":
-                yield pytest.param([*words, *required], option.opts[0], name, id=" ".join((*words, option.opts[0])))
+            if (
+                has_path(kinds[name].annotation)
+                and option.rich_help_panel == OUTPUT
+                and name != "write"
+            ):
+                yield pytest.param(
+                    [*words, *required], option.opts[0], name, id=" ".join((*words, option.opts[0]))
+                )
     yield pytest.param(["gate", "init", "missing"], "-o", "policy", id="gate init -o")
 
 
@@ -99,14 +112,18 @@ def names(folder):
 
 
 def test_commands_and_their_outputs_are_found():
-    result = {" ".join(each.values[0]).removesuffix(" missing") + " " + each.values[1] for each in OUTPUTS}
+    result = {
+        " ".join(each.values[0]).removesuffix(" missing") + " " + each.values[1] for each in OUTPUTS
+    }
     assert len(OUTPUTS) >= 22
     assert {"gate --model-card", "extract missing --output", "plot --output"} <= result
 
 
 @pytest.mark.parametrize(("words", "option", "name"), OUTPUTS)
 def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name):
-    """Links, foreign files, files of another kind, folders: nothing changes, and the message gives a fix."""
+    """Links, foreign files, files of another kind, folders: nothing changes, and the message gives
+    a fix.
+    """
     out = tmp_path / names_of(words, name)
     folder = words[0] in FOLDERS
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\x00weights")
@@ -128,7 +145,9 @@ def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name
             out.unlink()
             continue
         refused("is a symbolic link", overwrite_too=True)
-    way_out = "is a file" if folder else "name ends in .md" if name == "model_card" else "--overwrite"
+    way_out = (
+        "is a file" if folder else "name ends in .md" if name == "model_card" else "--overwrite"
+    )
     out.write_bytes(FOREIGN[out.suffix])
     refused(way_out, overwrite_too=folder or name == "model_card")
     if words[0] != "report":
@@ -142,7 +161,9 @@ def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name
         refused("is not", overwrite_too=False)
     out.mkdir()
     (out / "kept").write_text("mine")
-    if words[0] == "plot":  # of figures; each file in it is looked at when it is known which are drawn
+    if (
+        words[0] == "plot"
+    ):  # of figures; each file in it is looked at when it is known which are drawn
         return
     before = state(tmp_path)
     for more in ([], ["--overwrite"]):
@@ -150,9 +171,13 @@ def test_unsafe_paths_are_refused_before_work(run, tmp_path, words, option, name
     assert state(tmp_path) == before
 
 
-@pytest.mark.parametrize(("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] not in FOLDERS])
+@pytest.mark.parametrize(
+    ("words", "option", "name"), [each for each in OUTPUTS if each.values[0][0] not in FOLDERS]
+)
 def test_overwrite_allows_foreign_file(run, tmp_path, words, option, name):
-    """With the option, the error is about the missing inputs; the file still exists, because nothing was written."""
+    """With the option, the error is about the missing inputs; the file still exists, because
+    nothing was written.
+    """
     out = tmp_path / names_of(words, name)
     out.write_bytes(b"# mine\n" if name == "model_card" else FOREIGN[out.suffix])
     before = state(tmp_path)
@@ -198,8 +223,12 @@ MADE = {
 
 @pytest.mark.parametrize("file", MADE)
 def test_write_replaces_own_files_others_on_request(run, tmp_path, records, undrawn, file):
-    """What a command wrote it replaces unasked, under one of two names of a hard link; a stranger's with a word."""
-    for extra in {".parquet": ["pandas", "pyarrow"], ".png": ["matplotlib"]}.get(Path(file).suffix, []):
+    """What a command wrote it replaces unasked, under one of two names of a hard link; a stranger's
+    with a word.
+    """
+    for extra in {".parquet": ["pandas", "pyarrow"], ".png": ["matplotlib"]}.get(
+        Path(file).suffix, []
+    ):
         pytest.importorskip(extra)
     (tmp_path / "r.jsonl").write_bytes(records.read_bytes())
     path = tmp_path / file
@@ -223,7 +252,10 @@ def test_write_replaces_own_files_others_on_request(run, tmp_path, records, undr
 
 
 def test_figures_in_folder_are_all_or_none(run, tmp_path, records):
-    """A stranger's file, or a link to weights, among the figures: nothing is drawn. A linked folder is a folder."""
+    """A stranger's file, or a link to weights, among the figures: nothing is drawn.
+
+    A linked folder is a folder.
+    """
     pytest.importorskip("matplotlib")
     (tmp_path / "scratch").mkdir()
     (tmp_path / "figs").symlink_to("scratch")
@@ -253,9 +285,15 @@ def test_overwrite_spares_inputs_and_replaces_at_end(run, tmp_path, records):
     for place in (Path(PAIR[1]) / "adapter_model.safetensors", Path(PAIR[0]) / "config.json"):
         before = place.read_bytes()
         code, err = run(*words, place)
-        assert (code, mentions(err, "belongs", "input"), place.read_bytes() == before) == (2, True, True)
+        assert (code, mentions(err, "belongs", "input"), place.read_bytes() == before) == (
+            2,
+            True,
+            True,
+        )
     for name in (records, "r.xml"):
-        code, err = run("gate", records, "--policy", "adapter-basic", "--overwrite", "-o", name, "--junit", name)
+        code, err = run(
+            "gate", records, "--policy", "adapter-basic", "--overwrite", "-o", name, "--junit", name
+        )
         assert (code, "another name" in err) == (2, True)
     assert not (tmp_path / "r.xml").exists()
 
@@ -279,10 +317,15 @@ def test_model_card_keeps_other_text(run, tmp_path, records):
 
 
 def test_results_file_below_linked_folder(run, tmp_path):
-    """A user's ~/runs that leads to scratch storage; and output into the file behind standard output."""
+    """A user's ~/runs that leads to scratch storage; and output into the file behind standard
+    output.
+    """
     (tmp_path / "scratch").mkdir()
     (tmp_path / "runs").symlink_to("scratch")
     for _ in range(2):
         assert run(*MADE["s.jsonl"], "runs/s.jsonl") == (0, "")
     assert names(tmp_path / "scratch") == ["s.jsonl"]
-    assert json.loads((tmp_path / "scratch" / "s.jsonl").read_text().splitlines()[-1])["record"] == "end"
+    assert (
+        json.loads((tmp_path / "scratch" / "s.jsonl").read_text().splitlines()[-1])["record"]
+        == "end"
+    )

@@ -1,4 +1,6 @@
-"""Where output goes is looked at before any work, by one rule for all commands: folders are not made of a typo."""
+"""Where output goes is looked at before any work, by one rule for all commands: folders are not
+made of a typo.
+"""
 
 import os
 from operator import attrgetter
@@ -18,14 +20,40 @@ WRITERS = [
     ["extract", *PAIR, "--rank", "2", "-o", "{}"],
     ["allocate", "r.jsonl", "--energy", "0.9", "-o", "{}.json"],
     ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "{}.jsonl"],
-    ["gate", "--policy", "adapter-basic", "--base", PAIR[0], "--adapter", PAIR[1], "--junit", "{}.xml"],
+    [
+        "gate",
+        "--policy",
+        "adapter-basic",
+        "--base",
+        PAIR[0],
+        "--adapter",
+        PAIR[1],
+        "--junit",
+        "{}.xml",
+    ],
     ["gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "{}.md"],
     ["gate", "init", "r.jsonl", "-o", "{}.toml"],
     ["report", "r.jsonl", "-o", "{}.html"],
     ["plot", "r.jsonl", "-o", "{}.png"],
     ["plot", "r.jsonl", "-o", "{}"],
-    ["probe", "activations", PAIR[0], "--data", str(SAMPLES / "eval" / "in_domain.txt"), "-o", "{}.safetensors"],
-    ["probe", "truncation", *PAIR, "--eval", str(SAMPLES / "eval" / "in_domain.txt"), "-o", "{}.jsonl"],
+    [
+        "probe",
+        "activations",
+        PAIR[0],
+        "--data",
+        str(SAMPLES / "eval" / "in_domain.txt"),
+        "-o",
+        "{}.safetensors",
+    ],
+    [
+        "probe",
+        "truncation",
+        *PAIR,
+        "--eval",
+        str(SAMPLES / "eval" / "in_domain.txt"),
+        "-o",
+        "{}.jsonl",
+    ],
 ]
 
 
@@ -36,19 +64,28 @@ def told(run):
     return lambda *words: attrgetter("code", "err")(run(*words))
 
 
-@pytest.mark.parametrize("words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), ""))
+@pytest.mark.parametrize(
+    "words", WRITERS, ids=lambda words: " ".join(words[:2] + words[-2:]).replace(str(SAMPLES), "")
+)
 def test_missing_folder_is_reported_and_not_created(told, tmp_path, words):
     place = words[-1].format("typo/deeper")
     code, err = told(*words[:-1], place)
-    assert (code, err) == (3, f"Error: {place}: cannot be written: there is no folder typo; create it first\n")
+    assert (code, err) == (
+        3,
+        f"Error: {place}: cannot be written: there is no folder typo; create it first\n",
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
 
 
-@pytest.mark.parametrize("words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]])
+@pytest.mark.parametrize(
+    "words", [["report", "r.jsonl", "--format", "html"], ["gate", "init", "r.jsonl"]]
+)
 def test_output_does_not_replace_device(told, tmp_path, words):
-    """As root, renaming onto /dev/null would take it from the whole machine; here a pipe replaces it.
+    """As root, renaming onto /dev/null would take it from the whole machine; here a pipe replaces
+    it.
 
-    No test names the real one: where the refusal failed, a test that did took it from the machine that ran it.
+    No test names the real one: where the refusal failed, a test that did took it from the machine
+    that ran it.
     """
     os.mkfifo(tmp_path / "device")
     (tmp_path / "null").symlink_to("device")
@@ -66,7 +103,16 @@ def test_output_does_not_replace_device(told, tmp_path, words):
         ["allocate", "r.jsonl", "--energy", "0.9", "--layer-weights", "w.jsonl", "-o", "w.jsonl"],
         ["interference", PAIR[1], PAIR[1], "-o", "new.jsonl", "--spectrum", "./new.jsonl"],
         ["gate", "--policy", "adapter-basic", "r.jsonl", "-o", "r.jsonl"],
-        ["gate", "--policy", "adapter-basic", "r.jsonl", "--junit", "new.md", "--model-card", "./new.md"],
+        [
+            "gate",
+            "--policy",
+            "adapter-basic",
+            "r.jsonl",
+            "--junit",
+            "new.md",
+            "--model-card",
+            "./new.md",
+        ],
         ["report", "r.jsonl", "--format", "html", "-o", "r.jsonl"],
     ],
 )
@@ -77,11 +123,15 @@ def test_outputs_do_not_overwrite_inputs_or_each_other(told, tmp_path, words):
     code, err = told(*words)
     assert code == 2
     assert "another name" in err
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"r.jsonl": before, "w.jsonl": before}
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
+        "r.jsonl": before,
+        "w.jsonl": before,
+    }
 
 
 @pytest.mark.parametrize(
-    "words", [["report", "e.jsonl"], ["allocate", "e.jsonl", "--energy", "1"], ["inspect", "e.jsonl"]]
+    "words",
+    [["report", "e.jsonl"], ["allocate", "e.jsonl", "--energy", "1"], ["inspect", "e.jsonl"]],
 )
 def test_empty_file_is_reported(told, tmp_path, words):
     (tmp_path / "e.jsonl").write_bytes(b"")

@@ -1,4 +1,6 @@
-"""What reaches a terminal: no control character, no command of a CI system, whatever inputs and results contain."""
+"""What reaches a terminal: no control character, no command of a CI system, whatever inputs and
+results contain.
+"""
 
 import json
 import re
@@ -24,7 +26,12 @@ NAME = "A\x1b]0;p\x07\u202e\x9b31m\x7f\u2028\n::error::pwned ##[error]x"
 COLORS = re.compile(r"\x1b\[[\d;]*m")
 FILES = (
     *("examples/curvature", "examples/intrinsic", "examples/spectrum", "examples/sweep"),
-    *("examples/tune", "evidence/outputs-bf16", "evidence/overlap-lora", "evidence/plan-merge-bf16"),
+    *(
+        "examples/tune",
+        "evidence/outputs-bf16",
+        "evidence/overlap-lora",
+        "evidence/plan-merge-bf16",
+    ),
     *("evidence/recover-bf16", "evidence/fisher"),
 )
 
@@ -41,7 +48,13 @@ def strings_of(value, path=()):
     """Yield the path of every text in a record, of lists only in the first entry."""
     if isinstance(value, str):
         yield path
-    items = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in items:
         yield from strings_of(item, (*path, key))
 
@@ -55,7 +68,9 @@ def replaced(value, path):
 
 
 def forged(file, folder):
-    """Yield readable, unfinished results in which one text is another, for each text of each kind of record."""
+    """Yield readable, unfinished results in which one text is another, for each text of each kind
+    of record.
+    """
     kinds = Counter()
     records = []
     for line in file.read_text(encoding="utf-8").splitlines()[:-1]:
@@ -71,7 +86,9 @@ def forged(file, folder):
                 continue
             seen.add(key)
             changed = [*records[:position], replaced(record, path), *records[position + 1 :]]
-            (folder / "forged.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in changed))
+            (folder / "forged.jsonl").write_text(
+                "".join(f"{json.dumps(each)}\n" for each in changed)
+            )
             try:
                 yield key, catalog.read_results(folder / "forged.jsonl")
             except InputError:
@@ -101,9 +118,19 @@ def test_table_of_forged_results_is_printable(tmp_path, name):
 def made(run, tmp_path):
     """Results of lint and of geometry, which no page has."""
     samples = ROOT / "sample_checkpoints"
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "lora_alpha": 0.001}')
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "r": 8, "lora_alpha": 0.001}'
+    )
     run("lint", "adapter_config.json", samples / "base", "--lr", "1", "-o", "lint.jsonl")
-    run("geometry", samples / "base", samples / "full_ft", "--layers", "0.*q_proj", "-o", "geometry.jsonl")
+    run(
+        "geometry",
+        samples / "base",
+        samples / "full_ft",
+        "--layers",
+        "0.*q_proj",
+        "-o",
+        "geometry.jsonl",
+    )
     return tmp_path
 
 
@@ -134,7 +161,10 @@ def in_ci(request, monkeypatch):
     monkeypatch.setenv(request.param, "true")
 
 
-HOSTILE_LINES = "::error::a\n \t::stop-commands::b\n x ##[set-output name=v;]p ##[[ \x1b[0Ksection_start:1:s\r\x1b[0K"
+HOSTILE_LINES = (
+    "::error::a\n \t::stop-commands::b\n x ##[set-output name=v;]p ##[[ "
+    "\x1b[0Ksection_start:1:s\r\x1b[0K"
+)
 
 
 def test_print_result_carries_no_command_in_ci(in_ci, capsys):
@@ -159,7 +189,9 @@ def test_print_result_escapes_control_characters(capsys, monkeypatch):
 
 def test_print_message_carries_no_command_in_ci(in_ci, capsys):
     print_message(HOSTILE_LINES)
-    print_message("Error: x/adapter_model.safetensors: ##[set-output name=verdict;]passed has no lora_B")
+    print_message(
+        "Error: x/adapter_model.safetensors: ##[set-output name=verdict;]passed has no lora_B"
+    )
     err = capsys.readouterr().err
     assert not starts_command(err)
     assert len(err.splitlines()) == 2
@@ -187,14 +219,17 @@ def test_print_annotated_stops_commands_around_text(in_ci, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [["inspect", "base"], ["inspect", "base", "--json"], ["spectrum", "base", "tuned"]])
+@pytest.mark.parametrize(
+    "words", [["inspect", "base"], ["inspect", "base", "--json"], ["spectrum", "base", "tuned"]]
+)
 def test_command_in_ci_carries_no_command(loradiag, tmp_path, words):
     """Names of tensors, of which inspect and spectrum make a row each with --per layer."""
     rng = np.random.default_rng(0)
     for folder in ("base", "tuned"):
         names = ("::error::pwned.weight", "##[error]pwned.weight", "a\x9b31m\u202e\x7f.weight")
         save_file(
-            {name: rng.normal(size=(8, 8)) for name in names}, save_model(tmp_path / folder, {}) / "m.safetensors"
+            {name: rng.normal(size=(8, 8)) for name in names},
+            save_model(tmp_path / folder, {}) / "m.safetensors",
         )
     for file in tmp_path.glob("*/model.safetensors"):
         file.unlink()

@@ -14,7 +14,9 @@ from tests.messages import raises_naming
 from tests.served import ROOT
 
 SPECTRUM = ROOT / "docs" / "examples" / "spectrum.jsonl"
-UNIFORM = make_config(["up_proj", "q_proj"], 8, 16.0, task="CAUSAL_LM") | {"modules_to_save": ["classifier"]}
+UNIFORM = make_config(["up_proj", "q_proj"], 8, 16.0, task="CAUSAL_LM") | {
+    "modules_to_save": ["classifier"]
+}
 LAYER = "layers.0.mlp.up_proj"
 CONFIG = UNIFORM | {"rank_pattern": {LAYER: 4}, "alpha_pattern": {LAYER: 8.0}}
 
@@ -33,12 +35,16 @@ AXOLOTL = {
 def test_axolotl_settings_keep_rank_pattern():
     result = yaml.safe_load(format_settings("axolotl", CONFIG))
     assert result.pop("adapter") == "lora"
-    assert {AXOLOTL[key]: value for key, value in result.items()} == {key: CONFIG[key] for key in AXOLOTL.values()}
+    assert {AXOLOTL[key]: value for key, value in result.items()} == {
+        key: CONFIG[key] for key in AXOLOTL.values()
+    }
 
 
 def test_unsloth_call_has_the_arguments_of_peft():
     given = {}
-    model = types.SimpleNamespace(get_peft_model=lambda _model, **arguments: given.update(arguments))
+    model = types.SimpleNamespace(
+        get_peft_model=lambda _model, **arguments: given.update(arguments)
+    )
     exec(format_settings("unsloth", CONFIG), {"FastLanguageModel": model, "model": None})
     assert given == {key: value for key, value in CONFIG.items() if key in given}
     assert {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"} <= given.keys()
@@ -46,11 +52,24 @@ def test_unsloth_call_has_the_arguments_of_peft():
 
 
 def test_trl_and_llamafactory_take_one_rank():
-    trl, factory = (yaml.safe_load(format_settings(name, UNIFORM)) for name in ("trl", "llamafactory"))
-    assert (trl["lora_r"], trl["lora_alpha"], trl["lora_target_modules"]) == (8, 16, ["up_proj", "q_proj"])
-    assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (8, 16, "up_proj,q_proj")
+    trl, factory = (
+        yaml.safe_load(format_settings(name, UNIFORM)) for name in ("trl", "llamafactory")
+    )
+    assert (trl["lora_r"], trl["lora_alpha"], trl["lora_target_modules"]) == (
+        8,
+        16,
+        ["up_proj", "q_proj"],
+    )
+    assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (
+        8,
+        16,
+        "up_proj,q_proj",
+    )
     assert factory["additional_target"] == "classifier"
-    dora = [yaml.safe_load(format_settings(name, {**UNIFORM, "use_dora": True})) for name in ("trl", "llamafactory")]
+    dora = [
+        yaml.safe_load(format_settings(name, {**UNIFORM, "use_dora": True}))
+        for name in ("trl", "llamafactory")
+    ]
     assert [each["use_dora"] for each in dora] == [True, True]
     assert "use_dora" not in trl
 
@@ -82,7 +101,9 @@ def test_allocate_writes_axolotl_settings(loradiag, tmp_path):
     result = yaml.safe_load((tmp_path / "lora.yaml").read_text())
     assert result["lora_rank_pattern"] == config["rank_pattern"]
     assert result["lora_target_modules"] == config["target_modules"]
-    assert loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0  # its own file is replaced
+    assert (
+        loradiag(*words, "--format", "axolotl", "-o", "lora.yaml").code == 0
+    )  # its own file is replaced
     (tmp_path / "lora.yaml").write_text("mine: 1\n")
     for wrong in ("axolotl -o lora.yaml", "axolotl -o lora.json", "axolotl", "trl -o trl.yaml"):
         assert loradiag(*words, "--format", *wrong.split()).code == 2

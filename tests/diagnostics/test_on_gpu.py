@@ -13,8 +13,12 @@ HERE = {"layers": r"layers\.0\..*(q_proj|down_proj)"}
 RUNS = {
     "diagnostics.spectrum": lambda _: lora_diag.spectrum(BASE, TUNED, recover=True, **HERE),
     "diagnostics.residual": lambda _: lora_diag.residual(BASE, TUNED, [ADAPTER], **HERE),
-    "diagnostics.overlap": lambda _: lora_diag.overlap(BASE, TUNED, [SAMPLES / "gradients"], **HERE),
-    "diagnostics.interference": lambda _: lora_diag.interference([ADAPTER, TUNED], base=BASE, **HERE),
+    "diagnostics.overlap": lambda _: lora_diag.overlap(
+        BASE, TUNED, [SAMPLES / "gradients"], **HERE
+    ),
+    "diagnostics.interference": lambda _: lora_diag.interference(
+        [ADAPTER, TUNED], base=BASE, **HERE
+    ),
     "diagnostics.intruders": lambda _: lora_diag.intruders(BASE, TUNED, **HERE),
     "diagnostics.geometry": lambda _: lora_diag.geometry(BASE, TUNED, draws=1, **HERE),
     "decisions.extract": lambda folder: lora_diag.extract(BASE, TUNED, folder, rank=8, **HERE),

@@ -1,4 +1,6 @@
-"""``doctor``: what it finds of the machine, from files of a machine that is not this one, and its exit codes."""
+"""``doctor``: what it finds of the machine, from files of a machine that is not this one, and its
+exit codes.
+"""
 
 import json
 import os
@@ -14,7 +16,9 @@ from tests.served import ROOT
 SAMPLES_BASE = ROOT / "sample_checkpoints" / "base"
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("junk", None)])
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("50000 100000\n", 0.5), ("max 100000\n", None), ("junk", None)]
+)
 def test_cores_follow_quota_of_container(tmp_path, quota, cores):
     (tmp_path / "cpu.max").write_text(quota)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -33,7 +37,9 @@ def test_memory_is_smaller_of_machine_and_container(tmp_path):
 
 
 def test_gaps_name_missing_and_old_packages():
-    wanted = [Requirement(line) for line in ("numpy>=1.26", "numpy>=999", "no-such-package-at-all>=1")]
+    wanted = [
+        Requirement(line) for line in ("numpy>=1.26", "numpy>=999", "no-such-package-at-all>=1")
+    ]
     present, gaps = check._find_gaps(wanted)
     assert [each.split()[0] for each in present] == ["numpy", "numpy"]
     assert len(gaps) == 2
@@ -66,8 +72,13 @@ def test_doctor_fails_on_unreadable_input(loradiag, tmp_path):
 def test_doctor_tries_cluster_of_environment(loradiag):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        assert rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"] == "ok"
-    assert rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"] == "warning"
+        assert (
+            rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"] == "ok"
+        )
+    assert (
+        rows(loradiag("doctor", "--json", env={"RAY_ADDRESS": address}))["ray"]["level"]
+        == "warning"
+    )
 
 
 def test_doctor_shortens_home_folder(monkeypatch, tmp_path):

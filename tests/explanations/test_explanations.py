@@ -1,4 +1,6 @@
-"""``explain``: every word of the output has a text; ``schema``: it accepts what the program reads, and nothing else."""
+"""``explain``: every word of the output has a text; ``schema``: it accepts what the program reads,
+and nothing else.
+"""
 
 import json
 import re
@@ -29,11 +31,18 @@ def results_validator():
 
 def fields_of_records():
     kinds = dict.fromkeys(model for _, model in terms._find_models())
-    return [(model, name, field) for model in kinds for name, field in model.model_fields.items() if name != "record"]
+    return [
+        (model, name, field)
+        for model in kinds
+        for name, field in model.model_fields.items()
+        if name != "record"
+    ]
 
 
 def test_every_value_of_every_field_is_explained():
-    words = {word for _, _, field in fields_of_records() for word in terms.list_values(field.annotation)}
+    words = {
+        word for _, _, field in fields_of_records() for word in terms.list_values(field.annotation)
+    }
     assert {"unresolved", "wrong scale", "only_in_base", "not judged"} <= words
     assert [word for word in words if not terms.find_terms(word)] == []
 
@@ -46,7 +55,9 @@ def test_every_field_column_and_check_is_explained():
     ]
     assert undocumented == []
     assert [name for name in Checks.names() if len(terms.document_fields(Checks)[name]) < 20] == []
-    titles = {shown.title for _, model in terms._find_models() for shown in getattr(model, "shown", ())}
+    titles = {
+        shown.title for _, model in terms._find_models() for shown in getattr(model, "shown", ())
+    }
     assert len(titles) > 50
     assert [title for title in titles if not terms.find_terms(title)] == []
 
@@ -83,7 +94,10 @@ def test_unknown_word_gets_nearest(loradiag):
 
 def commands_in(page: str) -> list[list[str]]:
     text = (ROOT / "lora_diag" / "explanations" / page).read_text(encoding="utf-8")
-    return [shlex.split(line)[1:] for line in re.findall(r"^    (loradiag .*)$", text, flags=re.MULTILINE)]
+    return [
+        shlex.split(line)[1:]
+        for line in re.findall(r"^    (loradiag .*)$", text, flags=re.MULTILINE)
+    ]
 
 
 @pytest.mark.parametrize("words", commands_in("symptoms.md"), ids=" ".join)
@@ -104,7 +118,14 @@ def test_schema_accepts_every_record(results_validator, path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"record": "spektrum"}, {"energy": {"4": 1.5}}, {"fro": -1.0}, {"shape": [1]}, {"layer": None}]
+    "change",
+    [
+        {"record": "spektrum"},
+        {"energy": {"4": 1.5}},
+        {"fro": -1.0},
+        {"shape": [1]},
+        {"layer": None},
+    ],
 )
 def test_schema_refuses_what_the_program_refuses(results_validator, change):
     record = json.loads((ROOT / "docs/examples/spectrum.jsonl").read_text().splitlines()[1])
@@ -116,7 +137,9 @@ def test_schema_refuses_what_the_program_refuses(results_validator, change):
 @pytest.mark.parametrize("name", READY)
 def test_policy_schema_accepts_included_policies(name):
     validator = jsonschema.Draft202012Validator(schemas.policy_schema())
-    policy = tomllib.loads((ROOT / f"lora_diag/gating/policies/{name}.toml").read_text(encoding="utf-8"))
+    policy = tomllib.loads(
+        (ROOT / f"lora_diag/gating/policies/{name}.toml").read_text(encoding="utf-8")
+    )
     validator.validate(policy)
     policy["rule"][0]["requires"] = "relative <= 1"
     with pytest.raises(jsonschema.ValidationError, match="requires"):
@@ -138,6 +161,10 @@ def test_schema_documents_classes_of_one_name(monkeypatch):
 
     kinds = {**catalog.record_kinds(), "plugin_spectrum": Spectrum}
     monkeypatch.setattr(catalog, "record_kinds", lambda: kinds)
-    found = [one["description"] for one in schemas.results_schema()["$defs"].values() if one["title"] == "Spectrum"]
+    found = [
+        one["description"]
+        for one in schemas.results_schema()["$defs"].values()
+        if one["title"] == "Spectrum"
+    ]
     assert len(found) == 2
     assert "A spectrum of a plugin." in found

@@ -7,9 +7,21 @@ from tests import building
 HOSTILE = "model.\x1b[2J::error::x%0A,:\n|<b>`*&\"'\u202e\ud800 ]]>.weight"
 
 
-def verdict(status="failed", rule="drift", layer="model.layers.0.mlp.up_proj.weight", **changes) -> Verdict:
-    given = {"rule": rule, "layer": layer, "measured": 0.5, "allowed": "relative <= 0.3", "status": status, "line": 7}
-    given |= {"severity": "warning" if status == "warned" else "error", "message": f"what to do about {rule}"}
+def verdict(
+    status="failed", rule="drift", layer="model.layers.0.mlp.up_proj.weight", **changes
+) -> Verdict:
+    given = {
+        "rule": rule,
+        "layer": layer,
+        "measured": 0.5,
+        "allowed": "relative <= 0.3",
+        "status": status,
+        "line": 7,
+    }
+    given |= {
+        "severity": "warning" if status == "warned" else "error",
+        "message": f"what to do about {rule}",
+    }
     return Verdict(**(given | changes))
 
 
@@ -22,9 +34,22 @@ ONE_OF_EACH = (
     verdict("passed", layer="model.layers.1.mlp.up_proj.weight", measured=0.1, message=""),
     verdict("failed"),
     verdict("failed", layer="model.layers.2.mlp.up_proj.weight", measured=0.7),
-    verdict("inconclusive", "rank", layer="lm_head.weight", measured=None, message="null: not computed"),
+    verdict(
+        "inconclusive", "rank", layer="lm_head.weight", measured=None, message="null: not computed"
+    ),
     verdict("warned", "spike", layer="lm_head.weight", line=None, message="look"),
-    verdict("waived", "drift", layer="model.embed_tokens.weight", message="waived to 2027-01-01: new tokens"),
-    verdict("not judged", "rank", layer="model.layers.0.self_attn.q_proj.weight", measured=None, message="zero"),
+    verdict(
+        "waived",
+        "drift",
+        layer="model.embed_tokens.weight",
+        message="waived to 2027-01-01: new tokens",
+    ),
+    verdict(
+        "not judged",
+        "rank",
+        layer="model.layers.0.self_attn.q_proj.weight",
+        measured=None,
+        message="zero",
+    ),
     verdict("passed", "finished", layer=None, measured=None, message="", line=None),
 )

@@ -1,4 +1,6 @@
-"""Nobody passes by accident: what fails may turn into an error or an open question, never into a pass."""
+"""Nobody passes by accident: what fails may turn into an error or an open question, never into a
+pass.
+"""
 
 import json
 
@@ -64,14 +66,22 @@ def test_file_cut_at_any_byte_does_not_pass(tmp_path):
 def test_missing_line_does_not_pass(tmp_path):
     for records in (failing(), passing()):
         for i in range(len(records)):
-            assert comes_to(POLICY, content(records[:i] + records[i + 1 :]), tmp_path) != "passed", records[i]
+            assert (
+                comes_to(POLICY, content(records[:i] + records[i + 1 :]), tmp_path) != "passed"
+            ), records[i]
 
 
 def places(value, path=()):
     """Every place in a record that holds a number, a word, a list or a table."""
     if path:
         yield path
-    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, item in inside:
         yield from places(item, (*path, key))
 
@@ -89,7 +99,9 @@ def changed(record: dict, path: tuple, value) -> dict:
 
 
 def test_edited_value_does_not_pass(tmp_path):
-    """Any value of any line, also of the last, which no hash covers; the other lines stay as they were."""
+    """Any value of any line, also of the last, which no hash covers; the other lines stay as they
+    were.
+    """
     whole = content(passing()).decode().splitlines()
     for i, line in enumerate(whole):
         for path in places(record := json.loads(line)):
@@ -98,11 +110,18 @@ def test_edited_value_does_not_pass(tmp_path):
                 value = value[step]
             if isinstance(value, dict | list):
                 continue
-            edits = (value * 1.01 + 1, None) if isinstance(value, int | float) else (f"{value}0", "", None)
+            edits = (
+                (value * 1.01 + 1, None)
+                if isinstance(value, int | float)
+                else (f"{value}0", "", None)
+            )
             for edit in edits:
                 if (edited := changed(record, path, edit)) != record:
                     broken = [*whole[:i], json.dumps(edited), *whole[i + 1 :]]
-                    assert comes_to(POLICY, "\n".join(broken).encode(), tmp_path) != "passed", (path, edit)
+                    assert comes_to(POLICY, "\n".join(broken).encode(), tmp_path) != "passed", (
+                        path,
+                        edit,
+                    )
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf"), "", KeyError, {}, []], ids=str)
@@ -119,10 +138,11 @@ def test_null_or_missing_value_of_failing_layer_does_not_pass(tmp_path, value):
 @settings(deadline=None, max_examples=200)
 @given(st.data())
 def test_misspelled_policy_does_not_pass(tmp_path_factory, data):
-    """One character of the policy is dropped, doubled or changed; the failing layer does not come through.
+    """One character of the policy is dropped, doubled or changed; the failing layer does not come
+    through.
 
-    Changed limits and names are another policy, not a misspelt one, so digits and the words in quotes are left alone,
-    but for fields.
+    Changed limits and names are another policy, not a misspelt one, so digits and the words in
+    quotes are left alone, but for fields.
     """
     at = data.draw(st.sampled_from([i for i, char in enumerate(POLICY) if char.isalpha()]))
     edit = data.draw(st.sampled_from(["", POLICY[at] * 2, "x", "_", "."]))
@@ -133,12 +153,20 @@ def test_misspelled_policy_does_not_pass(tmp_path_factory, data):
 
 
 def test_policy_cut_at_any_byte_does_not_pass_what_fails(tmp_path):
-    """Cut behind a whole rule it is a shorter policy that may be met: here its first rule fails already."""
+    """Cut behind a whole rule it is a shorter policy that may be met: here its first rule fails
+    already.
+    """
     for end in range(len(POLICY)):
         assert comes_to(POLICY[:end], content(failing()), tmp_path) != "passed", POLICY[:end]
 
 
-SELECTORS = ["layers = 'nothing'", "type = 'nothing'", "depth = [50, 60]", "exclude = '.'", "layers = '^$'"]
+SELECTORS = [
+    "layers = 'nothing'",
+    "type = 'nothing'",
+    "depth = [50, 60]",
+    "exclude = '.'",
+    "layers = '^$'",
+]
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -149,12 +177,16 @@ def test_selector_without_match_does_not_pass(tmp_path, selector):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.sampled_from(["relative <= 0.09", "max relative <= 0.09", "p95 relative <= 0.09", "energy.4 >= 0.99"]),
+    st.sampled_from(
+        ["relative <= 0.09", "max relative <= 0.09", "p95 relative <= 0.09", "energy.4 >= 0.99"]
+    ),
     st.lists(st.integers(0, len(LAYERS) - 1), max_size=3),
     st.booleans(),
 )
 def test_gate_misses_no_layer_when_records_are_removed(tmp_path_factory, require, gone, keep_count):
-    """Layers are removed from the file; unless its last line is changed too, the gate reports missing layers."""
+    """Layers are removed from the file; unless its last line is changed too, the gate reports
+    missing layers.
+    """
     records = [spectrum(name, s=(8.0, 1.0)) for name in LAYERS]
     kept = [record for i, record in enumerate(records) if i not in gone]
     whole, part = lines(records), lines(kept)

@@ -1,4 +1,6 @@
-"""Adapters that a gate measures and must not pass: updates that are zero where they are served, or subtracted."""
+"""Adapters that a gate measures and must not pass: updates that are zero where they are served, or
+subtracted.
+"""
 
 import json
 import shutil
@@ -28,15 +30,35 @@ def configure(adapter, **settings):
 def scale(adapter, factor):
     """Multiply the factors, and return whether every product is zero in float32."""
     file = adapter / "adapter_model.safetensors"
-    factors = {name: (value.astype(np.float64) * factor).astype(np.float32) for name, value in load_file(file).items()}
+    factors = {
+        name: (value.astype(np.float64) * factor).astype(np.float32)
+        for name, value in load_file(file).items()
+    }
     save_file(factors, file, {"format": "pt"})
-    pairs = [(factors[name.replace("lora_A", "lora_B")], factors[name]) for name in factors if "lora_A" in name]
+    pairs = [
+        (factors[name.replace("lora_A", "lora_B")], factors[name])
+        for name in factors
+        if "lora_A" in name
+    ]
     return not any((b @ a).any() for b, a in pairs)
 
 
 def judged(run, adapter):
-    ran = run("gate", "--policy", "adapter-basic", "--base", SAMPLES / "base", "--adapter", adapter, "--json")
-    return ran.code, {(record["rule"], record["status"]) for record in ran.records if record["record"] == "verdict"}
+    ran = run(
+        "gate",
+        "--policy",
+        "adapter-basic",
+        "--base",
+        SAMPLES / "base",
+        "--adapter",
+        adapter,
+        "--json",
+    )
+    return ran.code, {
+        (record["rule"], record["status"])
+        for record in ran.records
+        if record["record"] == "verdict"
+    }
 
 
 @pytest.mark.parametrize("factor", [1e-42, 1e-30, 1e-23])
@@ -53,7 +75,8 @@ def test_small_update_is_not_dead(run, adapter):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"lora_alpha": -8}, {"alpha_pattern": {"q_proj": -8}}, {"lora_alpha": -8, "use_rslora": True}]
+    "settings",
+    [{"lora_alpha": -8}, {"alpha_pattern": {"q_proj": -8}}, {"lora_alpha": -8, "use_rslora": True}],
 )
 def test_negative_alpha_fails(run, adapter, settings):
     configure(adapter, **settings)
@@ -72,14 +95,18 @@ def test_negative_alpha_of_kohya_fails(run, tmp_path):
     assert run("spectrum", tmp_path / "kohya.safetensors", "-q", "-o", "r.jsonl").code == 0
     ran = run("gate", "--policy", "adapter-basic", "r.jsonl", "--json")
     assert ran.code == 1
-    assert ("negative", "failed") in {(each["rule"], each["status"]) for each in ran.records if "rule" in each}
+    assert ("negative", "failed") in {
+        (each["rule"], each["status"]) for each in ran.records if "rule" in each
+    }
 
 
 @pytest.mark.parametrize("key", ["lora_alpha", "r", "target_modules"])
 def test_key_given_twice_is_refused(run, adapter, key):
     file = adapter / "adapter_config.json"
     value = json.loads(file.read_text())[key]
-    file.write_text(file.read_text().rstrip().removesuffix("}") + f', "{key}": {json.dumps(value)}}}')
+    file.write_text(
+        file.read_text().rstrip().removesuffix("}") + f', "{key}": {json.dumps(value)}}}'
+    )
     for words in (
         ["gate", "--policy", "adapter-basic", "--base", SAMPLES / "base", "--adapter", adapter],
         ["inspect", adapter],

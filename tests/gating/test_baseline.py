@@ -17,7 +17,9 @@ def policy(worse: str = "higher", tolerance: str = "0.1"):
 
 
 def file(path, epsilons, adapter="a", names=LAYERS, **changes):
-    records = [residual(name, adapter, e, **changes) for name, e in zip(names, epsilons, strict=False)]
+    records = [
+        residual(name, adapter, e, **changes) for name, e in zip(names, epsilons, strict=False)
+    ]
     return write(path, records, inputs=(("base", "b"), ("adapter", adapter)))
 
 
@@ -40,7 +42,9 @@ def test_layer_fails_if_worse_than_tolerance(tmp_path_factory, pairs, tolerance,
     expected = []
     for a, b in zip(now, before, strict=True):
         room = tolerance / 100 * b if relative else tolerance / 8
-        expected.append("passed" if (a <= b + room if worse == "higher" else a >= b - room) else "failed")
+        expected.append(
+            "passed" if (a <= b + room if worse == "higher" else a >= b - room) else "failed"
+        )
     assert [v.status for v in verdicts if v.rule == "baseline.residual.epsilon"] == expected
 
 
@@ -88,7 +92,9 @@ def test_policy_and_baseline_require_each_other(tmp_path):
 
 def test_unfinished_baseline_is_refused(tmp_path):
     new = file(tmp_path / "new.jsonl", [0.5])
-    main = write(tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=ADAPTER, finished=False)
+    main = write(
+        tmp_path / "main.jsonl", [residual(LAYERS[0], "a", 0.5)], inputs=ADAPTER, finished=False
+    )
     with pytest.raises(InputError, match="cannot be a baseline"):
         judge(policy(), new, baseline=main)
 
@@ -96,7 +102,9 @@ def test_unfinished_baseline_is_refused(tmp_path):
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(*[st.integers(0, 8)] * 4), min_size=1, max_size=5), st.integers(0, 4))
 def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
-    """Two fields are compared; a stored record is exchanged only for one that is better in one and worse in none."""
+    """Two fields are compared; a stored record is exchanged only for one that is better in one and
+    worse in none.
+    """
     folder = tmp_path_factory.mktemp("r")
     rules = policy(tolerance=tolerance / 8)
     rules += policy("lower", tolerance / 8).replace("epsilon", "column_space.overlap")
@@ -106,7 +114,10 @@ def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
 
     def records(i, adapter):
         pairs = zip(LAYERS, layers, strict=False)
-        return [residual(name, adapter, new[i] / 8, column_space=space(new[i + 2] / 8)) for name, new in pairs]
+        return [
+            residual(name, adapter, new[i] / 8, column_space=space(new[i + 2] / 8))
+            for name, new in pairs
+        ]
 
     new = write(folder / "new.jsonl", records(0, "x"), inputs=(("base", "b"), ("adapter", "x")))
     main = write(folder / "main.jsonl", records(1, "a"), inputs=ADAPTER)
@@ -116,7 +127,11 @@ def test_ratchet_never_loosens(tmp_path_factory, layers, tolerance):
     assert [record.layer for record in after] == [record.layer for record in before]
     for old, now, (e_new, e_old, c_new, c_old) in zip(before, after, layers, strict=False):
         better = e_new <= e_old and c_new >= c_old and (e_new, c_new) != (e_old, c_old)
-        wanted = (e_new / 8, space(c_new / 8)) if better and status == "passed" else (e_old / 8, space(c_old / 8))
+        wanted = (
+            (e_new / 8, space(c_new / 8))
+            if better and status == "passed"
+            else (e_old / 8, space(c_old / 8))
+        )
         assert (now.epsilon, now.column_space.model_dump(mode="json")) == wanted
         assert (now.adapter, old.adapter) == ("a", "a")
     if status == "passed":

@@ -11,12 +11,17 @@ from tests.gating.making import LAYERS, spectrum, write
 from tests.messages import assert_names
 
 SAMPLES = ROOT / "sample_checkpoints"
-POLICY = '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the learning rate"\n'
+POLICY = (
+    '[[rule]]\nname = "drift"\nrequire = "relative <= {limit}"\nmessage = "look at the '
+    'learning rate"\n'
+)
 
 
 @pytest.fixture
 def results(tmp_path):
-    return write(tmp_path / "r.jsonl", [spectrum(name, s=(4.0 + i, 1.0)) for i, name in enumerate(LAYERS)])
+    return write(
+        tmp_path / "r.jsonl", [spectrum(name, s=(4.0 + i, 1.0)) for i, name in enumerate(LAYERS)]
+    )
 
 
 @pytest.fixture
@@ -72,7 +77,12 @@ def test_json_equals_file_and_inspect_shows_it(run, results, policy, tmp_path):
 def test_quiet_keeps_one_line_with_reason(run, results, policy):
     ran = run("gate", policy(0.08), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err.count("\n")) == (1, "", 1)
-    words = LAYERS[5].removesuffix(".weight"), "0.0906", "relative <= 0.08", "look at the learning rate"
+    words = (
+        LAYERS[5].removesuffix(".weight"),
+        "0.0906",
+        "relative <= 0.08",
+        "look at the learning rate",
+    )
     assert_names(ran.err, "FAILED", "drift", *words)
     ran = run("gate", policy(0.2), "r.jsonl", "-q")
     assert (ran.code, ran.out, ran.err) == (0, "", "")
@@ -95,7 +105,10 @@ def test_reports_are_written_and_model_card_is_kept(run, results, policy, tmp_pa
 
 
 def test_github_mode_escapes_commands_and_writes_step_summary(loradiag, tmp_path, policy):
-    write(tmp_path / "r.jsonl", [spectrum("::error::forged.weight"), *(spectrum(n, s=(4.0, 2.0)) for n in LAYERS)])
+    write(
+        tmp_path / "r.jsonl",
+        [spectrum("::error::forged.weight"), *(spectrum(n, s=(4.0, 2.0)) for n in LAYERS)],
+    )
     (tmp_path / "summary.md").write_text("earlier\n")
     env = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
     ran = loradiag("gate", policy(0.03), "r.jsonl", "--github", env=env)
@@ -122,7 +135,11 @@ def test_gate_init_writes_passing_policy(run, results, tmp_path):
     assert printed.replace("policy.toml", "p.toml") == (tmp_path / "p.toml").read_text()
     content = (tmp_path / "p.toml").read_bytes()
     refused = run("gate", "init", "r.jsonl", "-o", "p.toml")
-    assert (refused.code, "--overwrite" in refused.err, (tmp_path / "p.toml").read_bytes()) == (2, True, content)
+    assert (refused.code, "--overwrite" in refused.err, (tmp_path / "p.toml").read_bytes()) == (
+        2,
+        True,
+        content,
+    )
     assert run("gate", "init", "r.jsonl", "-o", "p.toml", "-q", "--overwrite").code == 0
 
 
@@ -139,10 +156,18 @@ def test_gate_measures_like_existing_file(run, tmp_path):
 
 def test_adapter_is_measured_against_base_and_fine_tune(run, tmp_path):
     (tmp_path / "p.toml").write_text(
-        '[[rule]]\nname = "far"\nrequire = "residual.epsilon <= 1"\nlayers = "q_proj"\nwhere = {role = "adapter"}\n'
+        '[[rule]]\nname = "far"\nrequire = "residual.epsilon <= 1"\nlayers = "q_proj"\nwhere = '
+        '{role = "adapter"}\n'
         '[[rule]]\nname = "near"\nrequire = "spectrum.relative <= 1"\n'
     )
-    words = ["--base", SAMPLES / "base", "--tuned", SAMPLES / "full_ft", "--adapter", SAMPLES / "lora_r4"]
+    words = [
+        "--base",
+        SAMPLES / "base",
+        "--tuned",
+        SAMPLES / "full_ft",
+        "--adapter",
+        SAMPLES / "lora_r4",
+    ]
     ran = run("gate", "p.toml", *words, "--json")
     statuses = {(record["rule"], record["status"]) for record in ran.records if record.get("layer")}
     assert ran.code == 1

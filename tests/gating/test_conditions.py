@@ -28,7 +28,10 @@ def test_condition_follows_its_operator(sign, limit, value):
     assert condition.test.holds(value) == SIGNS[sign](value, limit)
 
 
-@given(st.lists(numbers, min_size=1, max_size=30), st.sampled_from([1, 10, 20, 25, 33, 50, 75, 90, 95, 99]))
+@given(
+    st.lists(numbers, min_size=1, max_size=30),
+    st.sampled_from([1, 10, 20, 25, 33, 50, 75, 90, 95, 99]),
+)
 def test_aggregates_equal_definitions(values, percent):
     wanted = {
         "max": max(values),
@@ -38,7 +41,9 @@ def test_aggregates_equal_definitions(values, percent):
         "sum": math.fsum(values),
     }
     for word, expected in wanted.items():
-        assert parse(f"{word} epsilon <= 1").measure(values) == pytest.approx(expected, rel=1e-12, abs=1e-9)
+        assert parse(f"{word} epsilon <= 1").measure(values) == pytest.approx(
+            expected, rel=1e-12, abs=1e-9
+        )
     result = parse(f"p{percent} epsilon <= 1").measure(values)
     below = [value for value in values if value <= result]
     assert result in values

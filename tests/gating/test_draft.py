@@ -1,4 +1,6 @@
-"""``gate init``: a policy that reads back, passes where it is from, and fails a layer that is 10% worse."""
+"""``gate init``: a policy that reads back, passes where it is from, and fails a layer that is 10%
+worse.
+"""
 
 import pytest
 from scipy.stats import t as student_t
@@ -34,7 +36,10 @@ def test_drafted_policy_passes_source_and_fails_beyond_tolerance(tmp_path):
 
     assert failed(1.0) == ("passed", set())
     assert failed(1.09) == ("passed", set())
-    assert failed(1.2) == ("failed", {f"baseline.{name}" for name in fields} - {"baseline.spectrum.spike"})
+    assert failed(1.2) == (
+        "failed",
+        {f"baseline.{name}" for name in fields} - {"baseline.spectrum.spike"},
+    )
 
 
 def test_drafted_policy_finds_its_baseline_from_its_folder(tmp_path, monkeypatch):
@@ -53,16 +58,33 @@ def test_drafted_policy_finds_its_baseline_from_its_folder(tmp_path, monkeypatch
 
 def test_losses_of_probe_are_compared(tmp_path):
     record = building.build(Probe, loss=2.0)
-    policy = read_policy("p.toml", gate_init(building.results((), command="probe outputs", whole=[record])))
+    policy = read_policy(
+        "p.toml", gate_init(building.results((), command="probe outputs", whole=[record]))
+    )
     assert [(item.field, item.tolerance) for item in policy.regressions] == [("probe.loss", "1%")]
 
 
 def test_limit_of_forgetting_is_written_and_judged_by_upper_end(tmp_path):
     def run(change, error, name='a "b"'):
-        each = {"probe": "outputs", "tokens": 10, "data": "", "loss": 1.0, "set": name, "shifted": True}
+        each = {
+            "probe": "outputs",
+            "tokens": 10,
+            "data": "",
+            "loss": 1.0,
+            "set": name,
+            "shifted": True,
+        }
         upper = change + error * student_t.ppf(0.95, 3)
-        lost = {"change": change, "change_error": error, "lost_at_most": upper, "subject": "adapter"}
-        adapters = [Probe(**each, **lost, name="one"), Probe(**each, **lost | {"lost_at_most": 0.0}, name="two")]
+        lost = {
+            "change": change,
+            "change_error": error,
+            "lost_at_most": upper,
+            "subject": "adapter",
+        }
+        adapters = [
+            Probe(**each, **lost, name="one"),
+            Probe(**each, **lost | {"lost_at_most": 0.0}, name="two"),
+        ]
         task = Probe(**each | {"set": "task", "shifted": False}, **lost | {"lost_at_most": 9.0})
         return building.results((), command="probe outputs", whole=[*adapters, task])
 
@@ -72,7 +94,9 @@ def test_limit_of_forgetting_is_written_and_judged_by_upper_end(tmp_path):
     limit = policy.rules[0].require.test.value
     assert limit == pytest.approx(1.1 * (0.1 + 0.01 * student_t.ppf(0.95, 3)), rel=0.05)
     assert judge(policy, before, baseline=[before])[0] == "passed"
-    status, verdicts = judge(policy, run(limit - 0.02, 0.01), baseline=[before])  # not significantly below the limit
+    status, verdicts = judge(
+        policy, run(limit - 0.02, 0.01), baseline=[before]
+    )  # not significantly below the limit
     failed = [verdict for verdict in verdicts if verdict.status == "failed"]
     assert (status, [verdict.rule for verdict in failed]) == ("failed", [policy.rules[0].name])
     assert "one" in failed[0].group
@@ -83,7 +107,10 @@ def test_limit_of_forgetting_is_written_and_judged_by_upper_end(tmp_path):
 
 
 def test_value_missing_in_layers_lowers_drafted_coverage(tmp_path):
-    records = [residual(LAYERS[0], "a", 0.5, cosine=0.9, fro=3.0), residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0)]
+    records = [
+        residual(LAYERS[0], "a", 0.5, cosine=0.9, fro=3.0),
+        residual(LAYERS[1], "a", 1.0, fro=4.0, rank=0),
+    ]
     path = write(tmp_path / "r.jsonl", records, inputs=ADAPTER)
     text = gate_init(path)
     assert_names(text, "0.36", 1, "2 layers")

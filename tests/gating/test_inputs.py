@@ -1,4 +1,6 @@
-"""Results of something else than what would ship: older than the adapter, incomplete, of another base, too old."""
+"""Results of something else than what would ship: older than the adapter, incomplete, of another
+base, too old.
+"""
 
 import json
 import re
@@ -63,7 +65,9 @@ def scaled(weights):
 def test_results_older_than_adapter_do_not_pass(shop, loradiag):
     change(shop / "adapter", scaled)
     assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
-    ran = loradiag("gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "card.md", "--github")
+    ran = loradiag(
+        "gate", "--policy", "adapter-basic", "r.jsonl", "--model-card", "card.md", "--github"
+    )
     assert (ran.code, ran.out.count("::error ")) == (5, 1)
     assert "PASSED" not in (shop / "card.md").read_text()
 
@@ -85,8 +89,14 @@ def test_fingerprint_covers_config_and_base(shop):
     assert blocking("r.jsonl")[0] == "inconclusive"
     (shop / "adapter" / "adapter_config.json").write_text(json.dumps(config))
     assert blocking("r.jsonl")[0] == "passed"
-    part, weights = shop / "base" / "model-00002-of-00003.safetensors", shop / "adapter" / "adapter_model.safetensors"
-    for file, content in ((part, part.read_bytes()[:-1] + b"\x01"), (weights, b"\0" * 100)):  # the latter unreadable
+    part, weights = (
+        shop / "base" / "model-00002-of-00003.safetensors",
+        shop / "adapter" / "adapter_model.safetensors",
+    )
+    for file, content in (
+        (part, part.read_bytes()[:-1] + b"\x01"),
+        (weights, b"\0" * 100),
+    ):  # the latter unreadable
         before = file.read_bytes()
         file.write_bytes(content)
         assert blocking("r.jsonl") == ("inconclusive", {"inputs"})
@@ -116,7 +126,10 @@ def test_results_are_of_what_for_names(shop):
 def test_each_results_file_matches_for_option(shop):
     measure(adapter=SAMPLES / "lora_r16")
     shutil.rmtree("adapter")
-    assert blocking("r.jsonl", "new.jsonl", shipped=[SAMPLES / "lora_r16"]) == ("inconclusive", {"inputs"})
+    assert blocking("r.jsonl", "new.jsonl", shipped=[SAMPLES / "lora_r16"]) == (
+        "inconclusive",
+        {"inputs"},
+    )
     both = [SAMPLES / "lora_r16", SAMPLES / "lora_r4", "base"]
     assert blocking("r.jsonl", "new.jsonl", shipped=both) == ("passed", set())
     assert blocking("new.jsonl", shipped=both) == ("inconclusive", {"inputs"})
@@ -125,10 +138,15 @@ def test_each_results_file_matches_for_option(shop):
 def test_pinned_fingerprint_must_be_that_of_results(shop):
     base, adapter = lora_diag.read_results("r.jsonl").run.inputs
     text = 'about = "adapter"\n[checks]\n[inputs]\nadapter = "{}"\n'
-    assert blocking("r.jsonl", policy=read_policy("p", text.format(adapter.fingerprint))) == ("passed", set())
+    assert blocking("r.jsonl", policy=read_policy("p", text.format(adapter.fingerprint))) == (
+        "passed",
+        set(),
+    )
     other = read_policy("p", text.format(base.fingerprint))
     assert blocking("r.jsonl", policy=other) == ("failed", {"inputs"})
-    lone = write(shop / "made.jsonl", [spectrum(LAYERS[0])], inputs=(("base", "b"), ("adapter", "a")))
+    lone = write(
+        shop / "made.jsonl", [spectrum(LAYERS[0])], inputs=(("base", "b"), ("adapter", "a"))
+    )
     assert blocking(lone, policy=other) == ("inconclusive", {"inputs"})
     full = write(shop / "full.jsonl", [spectrum(LAYERS[0])])
     assert "inputs" in blocking(full, policy=other)[1]
@@ -146,14 +164,19 @@ def test_old_results_do_not_pass(shop):
 
 
 def test_adapter_with_missing_layers_is_incomplete(shop):
-    change(shop / "adapter", lambda w: {name: value for name, value in w.items() if ".layers.0." in name})
+    change(
+        shop / "adapter",
+        lambda w: {name: value for name, value in w.items() if ".layers.0." in name},
+    )
     measure()
     assert blocking("new.jsonl") == ("failed", {"complete"})
     result = gate(POLICY, "new.jsonl", today=TODAY).whole
     lost = {v.layer for v in result if v.rule == "complete"}
     whole = {record.layer for record in lora_diag.read_results("r.jsonl")}
     assert lost == {layer for layer in whole if ".layers.0." not in layer}
-    lora_diag.residual("base", SAMPLES / "full_ft", ["adapter"], layers="layers.0", output="res.jsonl")
+    lora_diag.residual(
+        "base", SAMPLES / "full_ft", ["adapter"], layers="layers.0", output="res.jsonl"
+    )
     assert "complete" in blocking("res.jsonl")[1]
 
 
@@ -163,18 +186,39 @@ def with_config(shop, **values):
 
 
 def test_only_targeted_weights_are_missed(shop):
-    change(shop / "adapter", lambda w: {n: v for n, v in w.items() if ".layers.1." in n and "q_proj" in n})
+    change(
+        shop / "adapter",
+        lambda w: {n: v for n, v in w.items() if ".layers.1." in n and "q_proj" in n},
+    )
     for config, lacking in (
         ({"target_modules": ["q_proj"]}, 3),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 0),
-        ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": "layers"}, 1),
+        (
+            {
+                "target_modules": ["q_proj"],
+                "layers_to_transform": [1, 2],
+                "layers_pattern": "layers",
+            },
+            1,
+        ),
         ({"target_modules": ["q_proj"], "layers_to_transform": [1, 2], "layers_pattern": 5}, 1),
         ({"target_modules": r"model\.layers\.1\.self_attn\.(q|k)_proj"}, 1),
-        ({"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*(k_proj|layers\.[023].*)"}, 0),
+        (
+            {
+                "target_modules": ["q_proj", "k_proj"],
+                "exclude_modules": r".*(k_proj|layers\.[023].*)",
+            },
+            0,
+        ),
         ({"target_modules": ["q_proj", "lm_head"], "modules_to_save": ["lm_head"]}, 3),
         ({"target_modules": "all-linear"}, None),
     ):
-        keep = {"layers_to_transform": None, "layers_pattern": None, "exclude_modules": None, "modules_to_save": None}
+        keep = {
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "exclude_modules": None,
+            "modules_to_save": None,
+        }
         with_config(shop, **keep | config)
         result = lora_diag.spectrum("base", "adapter").run.inputs[-1]
         assert (None if result.targets is None else len(result.lacking)) == lacking, config
@@ -193,7 +237,9 @@ def test_gate_fails_for_base_other_than_in_config(shop):
     with_config(shop, base_model_name_or_path=None)
     measure()
     assert blocking("new.jsonl") == ("passed", set())
-    assert [v.status for v in gate(POLICY, "new.jsonl", today=TODAY).whole if v.rule == "base"] == ["not judged"]
+    assert [v.status for v in gate(POLICY, "new.jsonl", today=TODAY).whole if v.rule == "base"] == [
+        "not judged"
+    ]
 
 
 def test_fully_hidden_updates_do_not_pass(tmp_path):
@@ -214,4 +260,7 @@ def test_results_without_hash_are_inconclusive(shop):
     assert blocking(read_results("unhashed.jsonl")) == ("passed", set())  # in memory
     policy = read_policy("p.toml", '[[baseline]]\nfield = "relative"\nworse = "higher"\n')
     assert blocking("r.jsonl", policy=policy, baseline="r.jsonl") == ("passed", set())
-    assert blocking("r.jsonl", policy=policy, baseline="unhashed.jsonl") == ("inconclusive", {"inputs"})
+    assert blocking("r.jsonl", policy=policy, baseline="unhashed.jsonl") == (
+        "inconclusive",
+        {"inputs"},
+    )

@@ -35,16 +35,26 @@ layer = st.tuples(values, st.sampled_from([0.0, 1.0, 1.0, 3.0]), st.booleans())
     st.booleans(),
 )
 def test_rule_follows_definition(tmp_path_factory, layers, limit, kind, by, minimum, ignore):
-    """Epsilon is null where drawn so; a third of the layers may be floor-limited; zero updates have no value."""
+    """Epsilon is null where drawn so; a third of the layers may be floor-limited; zero updates have
+    no value.
+    """
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(len(layers))]
     records = []
     for name, (value, fro, limited) in zip(names, layers, strict=True):
         verdict = "floor-limited" if limited else "resolved"
         resolution = spectrum(name, verdict=verdict)["resolution"]
         records.append(residual(name, "a", value if fro else None, fro=fro, resolution=resolution))
-    path = write(tmp_path_factory.mktemp("r") / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a")])
-    text = f"share of layers with epsilon <= {limit} is >= 0.5" if kind == "share" else f"{kind}epsilon <= {limit}"
-    policy = rule(text, 'floor = "ignore"' if ignore else "", f'[coverage]\nby = "{by}"\nminimum = {minimum}')
+    path = write(
+        tmp_path_factory.mktemp("r") / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a")]
+    )
+    text = (
+        f"share of layers with epsilon <= {limit} is >= 0.5"
+        if kind == "share"
+        else f"{kind}epsilon <= {limit}"
+    )
+    policy = rule(
+        text, 'floor = "ignore"' if ignore else "", f'[coverage]\nby = "{by}"\nminimum = {minimum}'
+    )
 
     known, energy, lost_energy = [], 0.0, 0.0
     for value, fro, limited in layers:
@@ -53,11 +63,19 @@ def test_rule_follows_definition(tmp_path_factory, layers, limit, kind, by, mini
             energy += fro**2
         else:
             lost_energy += fro**2
-    share = len(known) / len(layers) if by == "layers" else energy / (energy + lost_energy) if known else 0.0
+    share = (
+        len(known) / len(layers)
+        if by == "layers"
+        else energy / (energy + lost_energy)
+        if known
+        else 0.0
+    )
     if not known or share < minimum:
         wanted = "inconclusive"
     elif kind == "share":
-        wanted = "passed" if sum(value <= limit for value in known) / len(known) >= 0.5 else "failed"
+        wanted = (
+            "passed" if sum(value <= limit for value in known) / len(known) >= 0.5 else "failed"
+        )
     elif kind == "median ":
         wanted = "passed" if statistics.median(known) <= limit else "failed"
     else:
@@ -72,8 +90,16 @@ def test_each_layer_has_its_verdict_with_value_and_condition(tmp_path):
     status, result = judged(rule("relative <= 0.08", 'message = "look"'), path)
     assert status == "failed"
     good, bad = result["r", LAYERS[0], ""], result["r", LAYERS[1], ""]
-    assert (good.status, good.measured, good.message) == ("passed", pytest.approx(21**0.5 / 100), "")
-    assert (bad.status, bad.measured, bad.message) == ("failed", pytest.approx(82**0.5 / 100), "look")
+    assert (good.status, good.measured, good.message) == (
+        "passed",
+        pytest.approx(21**0.5 / 100),
+        "",
+    )
+    assert (bad.status, bad.measured, bad.message) == (
+        "failed",
+        pytest.approx(82**0.5 / 100),
+        "look",
+    )
     assert (bad.allowed, bad.line) == ("relative <= 0.08", 2)
     status, result = judged(rule("relative <= 0.08", 'severity = "warning"'), path)
     assert (status, result["r", LAYERS[1], ""].status) == ("passed", "warned")
@@ -103,7 +129,9 @@ def test_where_selects_records_and_must_match(tmp_path):
         for name in LAYERS[:2]
         for a, e, role in (("a", 0.1, "adapter"), ("t", 9.0, "reference"))
     ]
-    path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("reference", "t")])
+    path = write(
+        tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("reference", "t")]
+    )
     assert judged(rule("epsilon <= 1", 'where = {role = "adapter"}'), path)[0] == "passed"
     assert judged(rule("epsilon <= 1"), path)[0] == "failed"
     with pytest.raises(UsageError, match="matches 'where'"):
@@ -114,7 +142,11 @@ def test_where_selects_records_and_must_match(tmp_path):
 
 def test_aggregates_are_per_adapter(tmp_path):
     records = [residual(name, a, e) for name in LAYERS for a, e in (("good", 0.1), ("bad", 0.9))]
-    path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "good"), ("adapter", "bad")])
+    path = write(
+        tmp_path / "r.jsonl",
+        records,
+        inputs=[("base", "b"), ("adapter", "good"), ("adapter", "bad")],
+    )
     status, result = judged(rule("median epsilon <= 0.5"), path)
     assert status == "failed"
     assert {key[2]: v.status for key, v in result.items() if key[0] == "r"} == {
@@ -133,11 +165,17 @@ def test_gate_reports_adapter_without_records(tmp_path):
 
 
 def test_missing_record_makes_layer_inconclusive(tmp_path):
-    records = [residual(name, a, 0.1) for name in LAYERS for a in "ab" if (name, a) != (LAYERS[3], "b")]
-    path = write(tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("adapter", "b")])
+    records = [
+        residual(name, a, 0.1) for name in LAYERS for a in "ab" if (name, a) != (LAYERS[3], "b")
+    ]
+    path = write(
+        tmp_path / "r.jsonl", records, inputs=[("base", "b"), ("adapter", "a"), ("adapter", "b")]
+    )
     status, result = judged(rule("epsilon <= 0.5"), path)
     assert status == "inconclusive"
-    assert [key for key, v in result.items() if v.status == "inconclusive"] == [("r", LAYERS[3], "adapter b")]
+    assert [key for key, v in result.items() if v.status == "inconclusive"] == [
+        ("r", LAYERS[3], "adapter b")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +194,9 @@ def test_missing_record_makes_layer_inconclusive(tmp_path):
     ],
 )
 def test_unmeasured_matrix_is_reported(tmp_path, reason, shape, comes_to):
-    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("other.weight", reason, shape)])
+    path = write(
+        tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("other.weight", reason, shape)]
+    )
     assert judged(rule("relative <= 1"), path)[0] == comes_to
     spared = f"[coverage]\nleft_out = ['{reason}']"
     if reason != "non_finite":
@@ -168,7 +208,10 @@ def test_unmeasured_matrix_is_reported(tmp_path, reason, shape, comes_to):
 
 @pytest.mark.parametrize(
     ("require", "layer", "named"),
-    [("certificate.gap <= 0.1", None, "loradiag allocate"), ("energy.12 >= 0.5", LAYERS[0], "4, 8, 16")],
+    [
+        ("certificate.gap <= 0.1", None, "loradiag allocate"),
+        ("energy.12 >= 0.5", LAYERS[0], "4, 8, 16"),
+    ],
 )
 def test_unmeasured_field_is_inconclusive_with_what_to_measure(tmp_path, require, layer, named):
     status, result = judged(rule(require), write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])]))
@@ -178,7 +221,11 @@ def test_unmeasured_field_is_inconclusive_with_what_to_measure(tmp_path, require
 
 def test_ambiguous_field_needs_record_kind(tmp_path):
     a = write(tmp_path / "a.jsonl", [spectrum(LAYERS[0])])
-    b = write(tmp_path / "b.jsonl", [residual(LAYERS[0], "x", 0.1)], inputs=[("base", "b"), ("adapter", "x")])
+    b = write(
+        tmp_path / "b.jsonl",
+        [residual(LAYERS[0], "x", 0.1)],
+        inputs=[("base", "b"), ("adapter", "x")],
+    )
     assert judged(rule("fro <= 10"), a)[0] == "passed"
     with raises_naming(UsageError, "line 2", "fro", "spectrum.fro", "residual.fro"):
         judged(rule("fro <= 10"), a, b)
@@ -186,7 +233,9 @@ def test_ambiguous_field_needs_record_kind(tmp_path):
 
 
 def test_gate_judges_unrounded_values(tmp_path):
-    path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("norm.weight", "vector", (3,))])
+    path = write(
+        tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out("norm.weight", "vector", (3,))]
+    )
     assert judged(rule("end.left_out <= 1"), path)[0] == "passed"
     assert judged(rule("end.left_out < 1"), path)[0] == "failed"
     unfinished = write(tmp_path / "u.jsonl", [spectrum(LAYERS[0])], finished=False)
@@ -201,7 +250,10 @@ def test_missing_or_damaged_results_never_pass(tmp_path):
     with pytest.raises(NothingComparedError):
         judged(rule("relative <= 1"), write(tmp_path / "none.jsonl", []))
     one = [spectrum(LAYERS[0])]
-    assert judged(rule("relative <= 1"), write(tmp_path / "u.jsonl", one, finished=False))[0] == "inconclusive"
+    assert (
+        judged(rule("relative <= 1"), write(tmp_path / "u.jsonl", one, finished=False))[0]
+        == "inconclusive"
+    )
     assert judged(rule("relative <= 1e-9"), tmp_path / "u.jsonl")[0] == "failed"
     with pytest.raises(UsageError, match="at least one"):
         judged(rule("relative <= 1"))
@@ -215,9 +267,22 @@ def test_tiny_unjudged_layer_is_counted(tmp_path):
 
 
 def test_inconclusive_records_are_inconclusive(tmp_path):
-    merge = {"record": "merge", "layer": "a.weight", "shape": [2, 2], "adapted": True, "dtype": "float32", "cause": ""}
-    merge |= dict.fromkeys(("differing", "differing_share", "max_ulp", "scale", "retained", "residual", "unchanged"))
+    merge = {
+        "record": "merge",
+        "layer": "a.weight",
+        "shape": [2, 2],
+        "adapted": True,
+        "dtype": "float32",
+        "cause": "",
+    }
+    merge |= dict.fromkeys(
+        ("differing", "differing_share", "max_ulp", "scale", "retained", "residual", "unchanged")
+    )
     merge |= dict.fromkeys(("expected_fro", "observed_fro", "base_fro"))
-    for status, comes_to in (("ok", "passed"), ("dropped", "failed"), ("inconclusive", "inconclusive")):
+    for status, comes_to in (
+        ("ok", "passed"),
+        ("dropped", "failed"),
+        ("inconclusive", "inconclusive"),
+    ):
         path = write(tmp_path / "m.jsonl", [merge | {"status": status}], command="verify-merge")
         assert judged(rule("merge.status in (ok, coarse)"), path)[0] == comes_to

@@ -1,4 +1,6 @@
-"""Spectra in another metric: named in every verdict, selected by ``where``, not compared with those of weights."""
+"""Spectra in another metric: named in every verdict, selected by ``where``, not compared with those
+of weights.
+"""
 
 import pytest
 
@@ -15,7 +17,9 @@ BASELINE = '[[baseline]]\nfield = "energy.4"\nworse = "lower"\ntolerance = 0.02\
 def file(path, metric="weights", s=(4.0, 2.0, 1.0, 1.0, 1.0, 1.0), lost=(), **changes):
     own = {} if metric == "weights" else {"metric": metric, "weights_fro": 3.0}
     inputs = [("base", "base/"), ("tuned", "tuned/"), *([("activations", "a")] if own else [])]
-    return write(path, [spectrum(name, s=s, **own, **changes) for name in LAYERS], lost, inputs=inputs)
+    return write(
+        path, [spectrum(name, s=s, **own, **changes) for name in LAYERS], lost, inputs=inputs
+    )
 
 
 def test_where_selects_metric_and_must_match(tmp_path):
@@ -32,7 +36,9 @@ def test_baseline_in_another_metric_is_rejected(tmp_path):
     now, main = file(tmp_path / "d.jsonl", "data"), file(tmp_path / "w.jsonl")
     status, verdicts = judge(BASELINE, now, baseline=main)
     assert status == "inconclusive"
-    assert_names(" ".join(v.message for v in verdicts), "baseline", "weights' metric", "data's metric")
+    assert_names(
+        " ".join(v.message for v in verdicts), "baseline", "weights' metric", "data's metric"
+    )
     same = file(tmp_path / "d2.jsonl", "data")
     assert judge(BASELINE, now, baseline=same)[0] == "passed"
 
@@ -41,9 +47,14 @@ def test_ratchet_puts_no_other_metric_into_baseline(tmp_path):
     main = file(tmp_path / "w.jsonl")
     before = main.read_bytes()
     better = file(tmp_path / "d.jsonl", "data", s=(4.0, 2.0, 1.0, 1.0))
-    assert judge(BASELINE + 'severity = "warning"\n', better, baseline=main, ratchet=True)[0] == "passed"
+    assert (
+        judge(BASELINE + 'severity = "warning"\n', better, baseline=main, ratchet=True)[0]
+        == "passed"
+    )
     assert main.read_bytes() == before
-    judge(BASELINE, file(tmp_path / "w2.jsonl", s=(4.0, 2.0, 1.0, 1.0)), baseline=main, ratchet=True)
+    judge(
+        BASELINE, file(tmp_path / "w2.jsonl", s=(4.0, 2.0, 1.0, 1.0)), baseline=main, ratchet=True
+    )
     assert main.read_bytes() != before
 
 

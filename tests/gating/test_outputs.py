@@ -1,4 +1,6 @@
-"""Outputs as their readers parse them: JUnit by XML, workflow commands by GitHub's runner; and a model card."""
+"""Outputs as their readers parse them: JUnit by XML, workflow commands by GitHub's runner; and a
+model card.
+"""
 
 import re
 from collections import Counter
@@ -16,10 +18,14 @@ UNESCAPED = (("%3A", ":"), ("%2C", ","), ("%0D", "\r"), ("%0A", "\n"), ("%25", "
 
 
 def parsed(line: str) -> tuple[str, dict[str, str], str]:
-    """What the runner makes of a line (actions/runner, ActionCommand.cs): a command, its properties, its text."""
+    """What the runner makes of a line (actions/runner, ActionCommand.cs): a command, its
+    properties, its text.
+    """
     result = re.fullmatch(r"::(?P<command>\w+)(?: (?P<properties>.*?))?::(?P<text>.*)", line)
     assert result, line
-    properties = dict(item.split("=", 1) for item in (result["properties"] or "").split(",") if item)
+    properties = dict(
+        item.split("=", 1) for item in (result["properties"] or "").split(",") if item
+    )
 
     def unescape(text, pairs):
         for code, char in pairs:
@@ -87,7 +93,9 @@ def cases(text: str) -> dict[tuple[str, str], str]:
 
 
 def check_counts(element: ElementTree.Element, outcomes: Counter) -> None:
-    counts = {f"{name}s": outcomes[name] for name in ("failure", "error")} | {"skipped": outcomes["skipped"]}
+    counts = {f"{name}s": outcomes[name] for name in ("failure", "error")} | {
+        "skipped": outcomes["skipped"]
+    }
     counts["tests"] = outcomes.total()
     assert {name: int(element.get(name)) for name in counts} == counts
 

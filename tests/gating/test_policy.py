@@ -49,14 +49,26 @@ expires = 2030-01-01
         (7, "cannot be left out", GOOD + "[coverage]\nleft_out = ['non_finite']"),
         (7, "is not a number", GOOD + "[[baseline]]\nfield = 'limited_by'\nworse = 'lower'"),
         (6, "'worse' is missing", GOOD + "[[baseline]]\nfield = 'epsilon'"),
-        (9, "tolerance is", GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1"),
-        (7, "no rule is called 'drft'; did you mean 'drift'", GOOD + WAIVER.replace("drift", "drft")),
+        (
+            9,
+            "tolerance is",
+            GOOD + "[[baseline]]\nfield = 'epsilon'\nworse = 'higher'\ntolerance = -1",
+        ),
+        (
+            7,
+            "no rule is called 'drft'; did you mean 'drift'",
+            GOOD + WAIVER.replace("drift", "drft"),
+        ),
         (7, "cannot be waived", GOOD + WAIVER.replace("drift", "inputs")),
         (8, "waives every layer", GOOD + WAIVER.replace('"x"', '""')),
         (9, "text in quotes that gives the reason", GOOD + WAIVER.replace('"y"', '" "')),
         (10, "a date", GOOD + WAIVER.replace("2030-01-01", "'2030-01-01'")),
         (4, "is not valid TOML", "title = 'x'\n\n[[rule]]\nname drift"),
-        (6, "value of the whole run", GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'"),
+        (
+            6,
+            "value of the whole run",
+            GOOD.replace("relative <= 0.3", "certificate.gap <= 0.1") + "layers = 'x'",
+        ),
     ],
 )
 def test_policy_error_names_line(line, printed, text):

@@ -1,4 +1,6 @@
-"""The answer to a gate, in a terminal and in reports: failures first, all of it in the width there is."""
+"""The answer to a gate, in a terminal and in reports: failures first, all of it in the width there
+is.
+"""
 
 import pytest
 

@@ -7,7 +7,10 @@ import pytest
 from tests.gating.making import LAYERS, TODAY, judge, left_out, spectrum, write
 
 RULE = '[[rule]]\nname = "drift"\nrequire = "{require}"\n'
-WAIVER = '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = {expires}\n'
+WAIVER = (
+    '[[waiver]]\nrule = "{rule}"\nlayers = \'{layers}\'\nreason = "new tokens"\nexpires = '
+    "{expires}\n"
+)
 
 
 @pytest.fixture
@@ -15,7 +18,9 @@ def path(tmp_path):
     return write(tmp_path / "r.jsonl", [spectrum(LAYERS[0]), spectrum(LAYERS[1], s=(9.0, 8.0))])
 
 
-def judged(path, layers, require="relative <= 0.1", rule="drift", expires="2026-12-31", today=TODAY):
+def judged(
+    path, layers, require="relative <= 0.1", rule="drift", expires="2026-12-31", today=TODAY
+):
     text = RULE.format(require=require) + WAIVER.format(rule=rule, layers=layers, expires=expires)
     return judge(text, path, today=today)
 
@@ -61,7 +66,9 @@ def test_waiver_of_one_layer_takes_it_out_of_aggregate(path):
 
 def test_built_in_check_can_be_waived_by_layer(tmp_path):
     path = write(tmp_path / "r.jsonl", [spectrum(LAYERS[0])], [left_out(LAYERS[1], "non_finite")])
-    assert judged(path, "up_proj", rule="non_finite")[0] == "inconclusive"  # the rule lacks the layer, too
+    assert (
+        judged(path, "up_proj", rule="non_finite")[0] == "inconclusive"
+    )  # the rule lacks the layer, too
     text = RULE.format(require="relative <= 0.1") + "exclude = 'up_proj'\n"
     text += WAIVER.format(rule="non_finite", layers="up_proj", expires="2026-12-31")
     assert judge(text, path)[0] == "passed"

@@ -8,7 +8,12 @@ from lora_diag.layers.change import Change
 from lora_diag.linalg.streamed import Streamed
 
 
-@given(rows=st.integers(1, 9), columns=st.integers(1, 5), parts=st.integers(1, 12), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(1, 9),
+    columns=st.integers(1, 5),
+    parts=st.integers(1, 12),
+    seed=st.integers(0, 99),
+)
 def test_blocks_have_equal_rows_in_every_form(rows, columns, parts, seed):
     generator = torch.Generator().manual_seed(seed)
     b, a = torch.randn(rows, 2, generator=generator), torch.randn(2, columns, generator=generator)

@@ -1,4 +1,6 @@
-"""Whether TUNED descends from BASE: the cosine against float64 NumPy, its verdict, and what the commands make of it."""
+"""Whether TUNED descends from BASE: the cosine against float64 NumPy, its verdict, and what the
+commands make of it.
+"""
 
 import math
 
@@ -15,7 +17,9 @@ from tests.adapters import making
 from tests.conftest import save_model
 from tests.messages import assert_names
 
-NAMES = [f"model.layers.{n}.self_attn.{leaf}.weight" for n in (0, 1) for leaf in ("q_proj", "v_proj")]
+NAMES = [
+    f"model.layers.{n}.self_attn.{leaf}.weight" for n in (0, 1) for leaf in ("q_proj", "v_proj")
+]
 SHAPE = (48, 40)
 
 
@@ -25,7 +29,9 @@ def draw(seed):
 
 
 def save(folder, weights, dtype=torch.float32):
-    return save_model(folder, {name: torch.tensor(value).to(dtype) for name, value in weights.items()}, {})
+    return save_model(
+        folder, {name: torch.tensor(value).to(dtype) for name, value in weights.items()}, {}
+    )
 
 
 def tune(weights, size=0.1, rank=None):
@@ -58,11 +64,16 @@ def test_cosine_equals_float64_of_files(tmp_path, dtype):
         {name: torch.tensor(value).to(dtype).double().numpy() for name, value in weights.items()}
         for weights in (before, after)
     ]
-    results = lora_diag.spectrum(save(tmp_path / "a", before, dtype), save(tmp_path / "b", after, dtype))
+    results = lora_diag.spectrum(
+        save(tmp_path / "a", before, dtype), save(tmp_path / "b", after, dtype)
+    )
     for record in results:
         expected = cosine(stored[0][record.layer], stored[1][record.layer])
-        # ΔW is rounded to float32, its square by 2⁻²³ of itself; the cosine by as much of ‖ΔW‖²/(‖W‖‖W + ΔW‖)
-        assert record.cosine_to_base == pytest.approx(expected, abs=1e-14 if dtype == torch.float64 else 2**-21)
+        # ΔW is rounded to float32, its square by 2⁻²³ of itself; the cosine by as much of
+        # ‖ΔW‖²/(‖W‖‖W + ΔW‖)
+        assert record.cosine_to_base == pytest.approx(
+            expected, abs=1e-14 if dtype == torch.float64 else 2**-21
+        )
         assert record.chance_cosine == pytest.approx(1 / math.sqrt(math.prod(SHAPE)))
         assert record.lineage == ("unrelated" if record.layer == NAMES[1] else "descends")
 
@@ -90,7 +101,8 @@ def test_verdict_is_same_for_permuted_or_turned_pairs(seed, turn):
 
 
 @pytest.mark.parametrize(
-    ("size", "verdict"), [(0.01, "descends"), (1.0, "descends"), (3.0, "descends"), (20.0, "unrelated")]
+    ("size", "verdict"),
+    [(0.01, "descends"), (1.0, "descends"), (3.0, "descends"), (20.0, "unrelated")],
 )
 def test_heavily_trained_weights_descend(size, verdict):
     """cos = 1/√(1 + ρ²) of an independent ΔW = ρ‖W‖; only far beyond any fine-tune it is chance."""
@@ -113,12 +125,15 @@ def test_unrelated_models_get_no_rank_story(pair, tmp_path, run):
         assert {*record.energy.values(), *record.rank_at.values(), *record.tail.values()} == {None}
         assert (record.stable_rank, record.effective_rank) == (None, None)
         assert record.relative == pytest.approx(
-            np.linalg.norm(pair[3][record.layer] - pair[2][record.layer]) / np.linalg.norm(pair[2][record.layer]),
+            np.linalg.norm(pair[3][record.layer] - pair[2][record.layer])
+            / np.linalg.norm(pair[2][record.layer]),
             rel=1e-6,
         )
     ran = run("spectrum", "base", "other", "-o", "s.jsonl")
     assert ran.code == 0
-    lines = [line for line in ran.out.split("\n") if line.startswith(("Lineage", "Low rank", "Change"))]
+    lines = [
+        line for line in ran.out.split("\n") if line.startswith(("Lineage", "Low rank", "Change"))
+    ]
     assert_names(lines[0], "unrelated", "4 of 4", "BASE")
     assert_names(lines[1], "not known")
     assert "Rank at 90%" not in ran.out
@@ -134,10 +149,17 @@ def test_replaced_layers_are_named(pair, tmp_path, run):
     after[NAMES[0]], after[NAMES[2]] = after[NAMES[2]], after[NAMES[0]]
     save(tmp_path / "tuned", after)
     results = lora_diag.spectrum(pair[0], tmp_path / "tuned")
-    assert [record.lineage for record in results] == ["unrelated", "descends", "unrelated", "descends"]
+    assert [record.lineage for record in results] == [
+        "unrelated",
+        "descends",
+        "unrelated",
+        "descends",
+    ]
     assert results[1].rank_at["0.9"]
     ran = run("spectrum", "base", "tuned")
-    assert_names(ran.out, "unrelated", "2 of 4", "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj")
+    assert_names(
+        ran.out, "unrelated", "2 of 4", "layers.0.self_attn.q_proj", "layers.1.self_attn.q_proj"
+    )
 
 
 def test_gate_fails_checkpoint_of_another_base(pair, tmp_path, run):
@@ -148,7 +170,9 @@ def test_gate_fails_checkpoint_of_another_base(pair, tmp_path, run):
     save(tmp_path / "tuned", tune(pair[2]))
     assert run("spectrum", "base", "tuned", "-o", "t.jsonl").code == 0
     assert "do not descend" not in run("gate", "--policy", "full-ft-drift", "t.jsonl").out
-    rule = 'title = "Base"\n[[rule]]\nname = "descent"\nrequire = "spectrum.cosine_to_base >= 0.5"\n'
+    rule = (
+        'title = "Base"\n[[rule]]\nname = "descent"\nrequire = "spectrum.cosine_to_base >= 0.5"\n'
+    )
     (tmp_path / "p.toml").write_text(rule)
     assert run("gate", "./p.toml", "s.jsonl").code == 1
     assert run("gate", "./p.toml", "t.jsonl").code == 0
@@ -159,7 +183,10 @@ def test_extract_and_recover_write_nothing_for_unrelated(pair, tmp_path):
         lora_diag.extract(*pair[:2], tmp_path / "adapter", rank=2)
     assert not (tmp_path / "adapter").exists()
     assert not (tmp_path / "adapter.part").exists()
-    short = save(tmp_path / "short", pair[3], torch.bfloat16), save(tmp_path / "short2", draw(7), torch.bfloat16)
+    short = (
+        save(tmp_path / "short", pair[3], torch.bfloat16),
+        save(tmp_path / "short2", draw(7), torch.bfloat16),
+    )
     results = lora_diag.recover(*short)
     assert {(record.status, record.lineage) for record in results} == {("refused", "unrelated")}
     with pytest.raises(InputError, match="unrelated"):

@@ -23,7 +23,11 @@ PREFIX = "output_gradients."
 
 
 def moments(n, seed, rank=None, scale=1.0):
-    x = np.random.default_rng(seed).standard_normal((rank or 4 * n, n)) * np.linspace(0.1, 2, n) * scale
+    x = (
+        np.random.default_rng(seed).standard_normal((rank or 4 * n, n))
+        * np.linspace(0.1, 2, n)
+        * scale
+    )
     return x.T @ x / len(x)
 
 
@@ -48,7 +52,9 @@ def check(record, d, base, left, right):
     assert 0 < record.energy_error < 1e-4
     for rank, share in record.energy.items():
         assert abs(share - oracles.energy_at(s, int(rank))) <= record.energy_error + 1e-12
-        assert record.tail[rank].fro == pytest.approx(np.sqrt((s[int(rank) :] ** 2).sum()), rel=1e-4, abs=1e-6 * s[0])
+        assert record.tail[rank].fro == pytest.approx(
+            np.sqrt((s[int(rank) :] ** 2).sum()), rel=1e-4, abs=1e-6 * s[0]
+        )
     for share, rank in record.rank_at.items():
         assert rank == oracles.rank_at(s, float(share))
     assert record.effective_rank == pytest.approx(oracles.effective_rank(s), rel=1e-5)
@@ -90,7 +96,13 @@ def test_adapter_metric_uses_factors(tmp_path, monkeypatch, rank):
     monkeypatch.setattr("lora_diag.layers.change.decompose", None)  # what is dense would need it
     record = lora_diag.spectrum(base, adapter, activations=file, ranks=(1, 3, 5))[UP]
     assert record.method == "factored"
-    check(record, b @ a, as_numpy(weights(1)[UP]), np.eye(16), oracles.square_root(as_stored(file)[UP]))
+    check(
+        record,
+        b @ a,
+        as_numpy(weights(1)[UP]),
+        np.eye(16),
+        oracles.square_root(as_stored(file)[UP]),
+    )
     assert record.resolution.verdict == "resolved"
 
 
@@ -100,7 +112,9 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     file, text = tmp_path / "a.safetensors", some_text(tmp_path, windows=4)
     chosen = r"(layers|h)\.1\."
-    message = lora_diag.probe_activations(tuned, text, file, output_gradients=True, length=32, batch=3, layers=chosen)
+    message = lora_diag.probe_activations(
+        tuned, text, file, output_gradients=True, length=32, batch=3, layers=chosen
+    )
     assert message.gradients == "data"
     inputs, outputs = caught(tuned, text.read_bytes(), 32)
     stored = as_stored(file)
@@ -108,7 +122,10 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
     assert stored.keys() == names | {PREFIX + name for name in names}
     for name in names:
         g = outputs[name]
-        assert np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max() <= 1e-4 * np.abs(g.T @ g / len(g)).max()
+        assert (
+            np.abs(stored[PREFIX + name] - g.T @ g / len(g)).max()
+            <= 1e-4 * np.abs(g.T @ g / len(g)).max()
+        )
     assert any("not a checkpoint" in note for note in lora_diag.inspect(file).notes)
     with raises_naming(UsageError, "activations"):
         lora_diag.spectrum(base, file)
@@ -125,7 +142,9 @@ def test_recorded_gradients_and_their_spectra_equal_autograd(tmp_path, kind):
 
 
 def caught(folder, content, length):
-    """Inputs and output gradients of the linear layers, one row a token, one window at a time, by autograd."""
+    """Inputs and output gradients of the linear layers, one row a token, one window at a time, by
+    autograd.
+    """
     import json
 
     import transformers
@@ -148,13 +167,20 @@ def caught(folder, content, length):
         for name, (x, y) in held.items():
             inputs.setdefault(name, []).append(x.detach()[0])
             outputs.setdefault(name, []).append(y.grad[0])
-    return tuple({k: torch.cat(v).double().numpy() for k, v in each.items()} for each in (inputs, outputs))
+    return tuple(
+        {k: torch.cat(v).double().numpy() for k, v in each.items()} for each in (inputs, outputs)
+    )
 
 
 def test_labels_drawn_from_model_repeat_with_seed(tmp_path):
     text, base = some_text(tmp_path), gpt2(tmp_path / "base")
     files = {}
-    for name, more in {"data": {}, "one": {"seed": 1}, "again": {"seed": 1}, "two": {"seed": 2}}.items():
+    for name, more in {
+        "data": {},
+        "one": {"seed": 1},
+        "again": {"seed": 1},
+        "two": {"seed": 2},
+    }.items():
         labels = "data" if name == "data" else "model"
         files[name] = tmp_path / f"{name}.safetensors"
         lora_diag.probe_activations(
@@ -169,10 +195,16 @@ def test_labels_drawn_from_model_repeat_with_seed(tmp_path):
 
 @settings(max_examples=30, deadline=None)
 @given(
-    m=st.integers(1, 9), n=st.integers(1, 9), seen=st.integers(1, 12), rank=st.integers(0, 4), seed=st.integers(0, 999)
+    m=st.integers(1, 9),
+    n=st.integers(1, 9),
+    seen=st.integers(1, 12),
+    rank=st.integers(0, 4),
+    seed=st.integers(0, 999),
 )
 def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
-    """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches it."""
+    """Σ_{i>r}σ_i² of ΔW·C^½ is min E‖(ΔW − X)x‖² over rank r, C singular or not; U_rU_rᵀΔW reaches
+    it.
+    """
     from lora_diag.layers.change import Change
     from lora_diag.layers.metric import fro_of, times
     from lora_diag.linalg.distance import factor_moments
@@ -200,7 +232,9 @@ def test_truncated_product_is_nearest_in_output(m, n, seen, rank, seed):
 
 
 def test_rounding_in_data_metric_is_change_by_rounding(tmp_path):
-    """Norm, bound and edge of the rounding error E·C^½, against the E of a fine-tune that was rounded to bf16."""
+    """Norm, bound and edge of the rounding error E·C^½, against the E of a fine-tune that was
+    rounded to bf16.
+    """
     rng = np.random.default_rng(0)
     w = (rng.standard_normal((200, 160)) * 0.02).astype(np.float32)
     trained = w + (rng.standard_normal(w.shape) * 3e-3).astype(np.float32)
@@ -216,7 +250,9 @@ def test_rounding_in_data_metric_is_change_by_rounding(tmp_path):
     assert np.linalg.svd(error, compute_uv=False)[0] < record.resolution.edge
     plain = lora_diag.spectrum(base, tuned).layers[0]
     spectral = np.sqrt(np.linalg.eigvalsh(as_stored(file)[layer])[-1])
-    assert record.resolution.rounding_fro == pytest.approx(plain.resolution.rounding_fro * spectral, rel=1e-6)
+    assert record.resolution.rounding_fro == pytest.approx(
+        plain.resolution.rounding_fro * spectral, rel=1e-6
+    )
     assert plain.resolution.noise_fro != pytest.approx(record.resolution.noise_fro, rel=0.1)
 
 
@@ -228,17 +264,28 @@ def test_bound_covers_bf16_storage_of_moments(pair_of_models, tmp_path):
     d = as_numpy(after[UP] - before[UP])
     for kfac, left in ((False, np.eye(16)), (True, oracles.square_root(g))):
         record = lora_diag.spectrum(
-            base, tuned, activations=tmp_path / "a.safetensors", ranks=(1, 3), layers="mlp", kfac=kfac
+            base,
+            tuned,
+            activations=tmp_path / "a.safetensors",
+            ranks=(1, 3),
+            layers="mlp",
+            kfac=kfac,
         )[UP]
         s = np.linalg.svd(left @ d @ oracles.square_root(c), compute_uv=False)
-        moved = max(abs(share - oracles.energy_at(s, int(rank))) for rank, share in record.energy.items())
+        moved = max(
+            abs(share - oracles.energy_at(s, int(rank))) for rank, share in record.energy.items()
+        )
         assert 1e-6 < moved <= record.energy_error < 0.2
 
 
 def test_float32_rounding_directions_are_not_inverted():
-    lower = torch.diag(torch.tensor([2.0, 1e-3, 1e-4], dtype=torch.float64))  # C's eigenvalues: 4, 1e-6 and 1e-8
+    lower = torch.diag(
+        torch.tensor([2.0, 1e-3, 1e-4], dtype=torch.float64)
+    )  # C's eigenvalues: 4, 1e-6 and 1e-8
     root = Root(lower, on_rows=False, error=0.0, fro=2.0, spectral=2.0)
-    assert torch.allclose(root.inverse, torch.diag(torch.tensor([0.5, 1e3, 0.0], dtype=torch.float64)))
+    assert torch.allclose(
+        root.inverse, torch.diag(torch.tensor([0.5, 1e3, 0.0], dtype=torch.float64))
+    )
     assert Root(lower * 0, False, 0.0, 0.0, 0.0).inverse.eq(0).all()
 
 
@@ -246,7 +293,9 @@ def test_edge_of_weighted_noise_is_above_noise():
     rng = np.random.default_rng(0)
     right = rng.standard_normal((40, 40)) * np.linspace(0.1, 2, 40)
     tops = [np.linalg.norm(rng.standard_normal((60, 40)) @ right, 2) for _ in range(200)]
-    edge = weighted_edge((60**0.5, 1.0), (float(np.linalg.norm(right)), float(np.linalg.norm(right, 2))))
+    edge = weighted_edge(
+        (60**0.5, 1.0), (float(np.linalg.norm(right)), float(np.linalg.norm(right, 2)))
+    )
     assert max(tops) < edge < 1.7 * np.median(tops)
 
 
@@ -269,11 +318,16 @@ def test_invalid_second_moments_are_refused(pair_of_models, tmp_path, change, wo
 def test_invalid_options_are_refused(pair_of_models, tmp_path, loradiag):
     base, tuned, *_ = pair_of_models
     file = store(tmp_path / "a.safetensors", **{UP: moments(12, 3)})
-    adapter = lora(tmp_path / "adapter", {UP: (np.ones((16, 1)), np.ones((1, 12)))}, target_modules=["up_proj"])
+    adapter = lora(
+        tmp_path / "adapter", {UP: (np.ones((16, 1)), np.ones((1, 12)))}, target_modules=["up_proj"]
+    )
     for words, options in (
         ("needs BASE", {"base": adapter, "activations": file}),
         ("needs activations", {"base": base, "tuned": tuned, "kfac": True}),
-        ("has no output gradients", {"base": base, "tuned": tuned, "activations": file, "kfac": True}),
+        (
+            "has no output gradients",
+            {"base": base, "tuned": tuned, "activations": file, "kfac": True},
+        ),
         ("not to gradients", {"base": base, "activations": file, "gradients": [tmp_path]}),
     ):
         with pytest.raises(UsageError, match=words):

@@ -25,7 +25,10 @@ def estimate(folder, base, tuned, seed=0, memory=None, device=CPU):
     """Recover the one layer of two files; tensors, or all tensors of a file by name."""
     for name, side in (("base", base), ("tuned", tuned)):
         tensors = side if isinstance(side, dict) else {NAME: side}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: value.contiguous() for key, value in tensors.items()},
+            folder / f"{name}.safetensors",
+        )
     sides = [open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned")]
     (delta,) = pair(*sides).deltas
     fro = math.sqrt(sum(float((t.double() - b.double()).square().sum()) for b, t in delta.blocks()))
@@ -36,10 +39,15 @@ def off(found, x):
     return abs(found.hidden.fro_estimate / float(x.norm()) - 1)
 
 
-# Shape, rank, rms, seed, spread of the rows' scales; and by how much size and matrix may be off, relative to X.
+# Shape, rank, rms, seed, spread of the rows' scales; and by how much size and matrix may be off,
+# relative to X.
 PLANTED = {
     "rank 4": ((256, 192, 4, 1.5e-5, 1, 0.0), 0.05, 0.25),
-    "sparse changes": ((256, 320, 4, 3e-6, 41, 0.0), 0.2, None),  # values of the fit are too small there
+    "sparse changes": (
+        (256, 320, 4, 3e-6, 41, 0.0),
+        0.2,
+        None,
+    ),  # values of the fit are too small there
     "rank 1": ((256, 200, 1, 2e-5, 21, 0.0), 0.06, 0.25),
     "rank 2": ((256, 200, 2, 2e-5, 22, 0.0), 0.06, 0.25),
     "row scales": ((256, 200, 2, 2e-5, 10, 0.9), 0.1, 0.3),
@@ -143,10 +151,16 @@ def test_recover_notes_base_rounded_after_start(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "spread"), [(1, 0.0), (4, 0.8)])
 def test_rounded_start_is_found_under_heavy_tails(tmp_path, rank, spread):
-    """Entries of rank 1, or of unequal rows: under a stored start ‖X‖ would be too large, or refused."""
+    """Entries of rank 1, or of unequal rows: under a stored start ‖X‖ would be too large, or
+    refused.
+    """
     rng = np.random.default_rng(6)
     start = torch.tensor(rng.normal(size=(192, 256)) * 0.02)
-    x = rng.normal(size=(192, rank)) @ rng.normal(size=(rank, 256)) * np.exp(spread * rng.normal(size=(192, 1)))
+    x = (
+        rng.normal(size=(192, rank))
+        @ rng.normal(size=(rank, 256))
+        * np.exp(spread * rng.normal(size=(192, 1)))
+    )
     x = torch.tensor(x * 6e-5 / np.sqrt((x**2).mean()))
     hidden = estimate(tmp_path, start.bfloat16(), (start + x).bfloat16()).hidden
     assert (hidden.start, hidden.status) == ("rounded", "recovered")
@@ -158,7 +172,9 @@ def test_rounded_start_is_found_under_heavy_tails(tmp_path, rank, spread):
 def test_energies_of_flat_update_are_in_their_intervals(tmp_path, seed):
     """Entries saturate, as in steps of Adam: what is outside the directions is not normal."""
     rng = np.random.default_rng(seed)
-    x = np.tanh(rng.normal(size=(192, 5)) @ rng.normal(size=(5, 256))) + 0.3 * rng.normal(size=(192, 256))
+    x = np.tanh(rng.normal(size=(192, 5)) @ rng.normal(size=(5, 256))) + 0.3 * rng.normal(
+        size=(192, 256)
+    )
     w = torch.tensor(rng.normal(size=x.shape) * 0.02).bfloat16()
     x *= 1.5e-5 / np.sqrt((x**2).mean())
     hidden = estimate(tmp_path, w, (w.double() + torch.tensor(x)).bfloat16()).hidden
@@ -179,7 +195,9 @@ def test_scaled_eight_bit_weights(tmp_path, dtype):
     w = code.double() * scale
     x = torch.tensor(rng.normal(size=(128, 96)) * 4e-4)
     tuned = ((w + x) / scale).float().to(dtype)
-    result = estimate(tmp_path, *({NAME: c, f"{NAME}_scale": torch.tensor([scale])} for c in (code, tuned)))
+    result = estimate(
+        tmp_path, *({NAME: c, f"{NAME}_scale": torch.tensor([scale])} for c in (code, tuned))
+    )
     assert result.hidden.status == "size_only"
     assert off(result, x) < 0.05
 
@@ -223,7 +241,9 @@ def test_training_without_master_weights_is_refused(tmp_path, stochastic, rate, 
     for _ in range(40):
         moved = now - rate * torch.tanh(torch.randn(160, 160, generator=rng) + drift)
         if stochastic:
-            bits = moved.view(torch.int32) + torch.randint(0, 65536, (160, 160), generator=rng, dtype=torch.int32)
+            bits = moved.view(torch.int32) + torch.randint(
+                0, 65536, (160, 160), generator=rng, dtype=torch.int32
+            )
             now = (bits & -65536).view(torch.float32)
         else:
             now = moved.bfloat16().float()
@@ -243,18 +263,24 @@ def test_steady_steps_of_optimizer_are_one_rounding(tmp_path):
     result = estimate(tmp_path, w.bfloat16(), (w + x).bfloat16())
     assert result.hidden.status == "size_only"
     assert result.hidden.fro_interval[0] < float(x.norm()) < result.hidden.fro_interval[1]
-    assert result.hidden.kurtosis == pytest.approx(float((x**4).mean() / (x**2).mean() ** 2), rel=0.1)
+    assert result.hidden.kurtosis == pytest.approx(
+        float((x**4).mean() / (x**2).mean() ** 2), rel=0.1
+    )
 
 
 @pytest.mark.parametrize(("energy", "status"), [(1.1, "recovered"), (1.6, "size_only")])
 def test_directions_far_beyond_size_are_no_result(tmp_path, monkeypatch, energy, status):
-    """Directions cannot hold far more than the whole update; a little more is the error of both estimates."""
+    """Directions cannot hold far more than the whole update; a little more is the error of both
+    estimates.
+    """
     w, x, t = planted(128, 96, 3, 2e-5, 2)
     recover = recovery.recover
 
     def recover_inflated(*arguments):
         found = recover(*arguments)
-        values = replace(found.low_rank.values, debiased=found.low_rank.values.debiased * math.sqrt(energy))
+        values = replace(
+            found.low_rank.values, debiased=found.low_rank.values.debiased * math.sqrt(energy)
+        )
         return replace(found, low_rank=replace(found.low_rank, values=values))
 
     monkeypatch.setattr(recovery, "recover", recover_inflated)
@@ -295,7 +321,10 @@ def test_interval_of_size_does_not_grow_with_entries(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "limit", "value", "reason"),
-    [("linalg.hidden", "MAX_ITERATIONS", 2, "converge"), ("layers.recovery", "MAX_EXCESS", 0.5, "energy")],
+    [
+        ("linalg.hidden", "MAX_ITERATIONS", 2, "converge"),
+        ("layers.recovery", "MAX_EXCESS", 0.5, "energy"),
+    ],
 )
 @pytest.mark.parametrize(("rank", "status"), [(4, "size_only"), (1, "refused")])
 def test_directions_that_are_no_result_are_not_reported(

@@ -1,4 +1,6 @@
-"""Cells of storage formats, moments in them and binades, against definitions written out and rounding itself."""
+"""Cells of storage formats, moments in them and binades, against definitions written out and
+rounding itself.
+"""
 
 import math
 from itertools import pairwise
@@ -25,7 +27,15 @@ from lora_diag.linalg.cells import (
 )
 from lora_diag.linalg.hidden_models import Scales
 
-SHORT = ["bfloat16", "float16", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "int8"]
+SHORT = [
+    "bfloat16",
+    "float16",
+    "float8_e4m3fn",
+    "float8_e5m2",
+    "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+    "int8",
+]
 
 
 def values_of(name: str) -> torch.Tensor:
@@ -81,7 +91,11 @@ def test_tie_goes_to_even_code(name):
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float16"])
-@given(start=st.floats(-60000, 60000, width=32), move=st.floats(-1, 1, width=32), size=st.integers(-40, 15))
+@given(
+    start=st.floats(-60000, 60000, width=32),
+    move=st.floats(-1, 1, width=32),
+    size=st.integers(-40, 15),
+)
 def test_sum_is_in_stored_cell(name, start, move, size):
     start, move = (torch.tensor(value, dtype=torch.float64) for value in (start, move * 2.0**size))
     total = (start + move).float()
@@ -95,8 +109,12 @@ def test_wider_formats_step_as_numpy_does():
     for name, number in (("float32", np.float32), ("float64", np.float64)):
         values = np.array([1.0, -1.5, 2.0**-100, 3.7e5, 1e-30], dtype=number)
         below, above = cell_halves(torch.tensor(values), GRIDS[name])
-        np.testing.assert_array_equal(above.numpy(), (np.nextafter(values, number(np.inf)) - values) / 2)
-        np.testing.assert_array_equal(below.numpy(), (values - np.nextafter(values, number(-np.inf))) / 2)
+        np.testing.assert_array_equal(
+            above.numpy(), (np.nextafter(values, number(np.inf)) - values) / 2
+        )
+        np.testing.assert_array_equal(
+            below.numpy(), (values - np.nextafter(values, number(-np.inf))) / 2
+        )
 
 
 @pytest.mark.parametrize("first", [0, 2, 5])
@@ -109,13 +127,17 @@ def test_derived_cell_rows_equal_whole(first):
 
 
 def by_definition(lo, hi, start, mean, deviation):
-    """E, Var and log-likelihood of x ~ N(mean, deviation²) stored in the cell; start: (below, above) of W, or None."""
+    """E, Var and log-likelihood of x ~ N(mean, deviation²) stored in the cell; start: (below,
+    above) of W, or None.
+    """
 
     def weight(x):
         if start is None:
             return np.ones_like(x)
         below, above = start  # share of starts W + e, e uniform, for which x + e lies in the cell
-        return np.maximum(0.0, np.minimum(hi - x, above) - np.maximum(lo - x, -below)) / (below + above)
+        return np.maximum(0.0, np.minimum(hi - x, above) - np.maximum(lo - x, -below)) / (
+            below + above
+        )
 
     first, last = (lo, hi) if start is None else (lo - start[1], hi + start[0])
     peak = min(max(mean, first), last)
@@ -127,12 +149,20 @@ def by_definition(lo, hi, start, mean, deviation):
 
     def integral(power):
         def density(x):
-            return np.exp(-((x - mean) ** 2 - (peak - mean) ** 2) / 2 / deviation**2) * weight(x) * (x - peak) ** power
+            return (
+                np.exp(-((x - mean) ** 2 - (peak - mean) ** 2) / 2 / deviation**2)
+                * weight(x)
+                * (x - peak) ** power
+            )
 
         return sum(fixed_quad(density, a, b, n=60)[0] for a, b in pairwise(marks))
 
     mass, one, two = (integral(k) for k in range(3))
-    log_mass = math.log(mass) - ((peak - mean) / deviation) ** 2 / 2 - math.log(deviation * math.sqrt(2 * math.pi))
+    log_mass = (
+        math.log(mass)
+        - ((peak - mean) / deviation) ** 2 / 2
+        - math.log(deviation * math.sqrt(2 * math.pi))
+    )
     return peak + one / mass, two / mass - (one / mass) ** 2, log_mass
 
 
@@ -141,7 +171,9 @@ def one(lo, hi, start, dtype):
     return Cells(*(None if part is None else torch.tensor([[part]], dtype=dtype) for part in parts))
 
 
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-8), (torch.float32, 1e-4)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "error"), [(torch.float64, 1e-8), (torch.float32, 1e-4)], ids=str
+)
 @pytest.mark.parametrize("rounded", [False, True])
 @settings(max_examples=25)
 @given(
@@ -155,7 +187,9 @@ def test_moments_equal_definition(dtype, error, rounded, scale, mean, center, ha
     s, h = 10**scale, 10 ** (scale + half)
     start = tuple(h * 10**ratio for ratio in ratios) if rounded else None
     numbers = [center * s - h, center * s + h, *(start or ()), mean * s]
-    lo, hi, *start, mu = (float(torch.tensor(x, dtype=dtype)) for x in numbers)  # as they are in the dtype
+    lo, hi, *start, mu = (
+        float(torch.tensor(x, dtype=dtype)) for x in numbers
+    )  # as they are in the dtype
     result = moments(one(lo, hi, start, dtype), mu, s)
     expected = by_definition(lo, hi, start or None, mu, s)
     assert abs(float(result.mean) - expected[0]) <= error * math.sqrt(expected[1])
@@ -167,14 +201,22 @@ def test_moments_equal_definition(dtype, error, rounded, scale, mean, center, ha
 @settings(max_examples=15)
 @given(seed=st.integers(0, 999), scale=st.integers(-12, 0), deviation=st.floats(0.03, 2))
 def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
-    """Cells narrower and wider than s, far outside and too wide for a table; 1 and 1.5 times a power of two wide."""
+    """Cells narrower and wider than s, far outside and too wide for a table; 1 and 1.5 times a
+    power of two wide.
+    """
     rng = np.random.default_rng(seed)
-    stored, start = ((1 + rng.integers(0, 2, 12) / 2) * 2.0 ** rng.integers(-8, 4, 12) for _ in range(2))
+    stored, start = (
+        (1 + rng.integers(0, 2, 12) / 2) * 2.0 ** rng.integers(-8, 4, 12) for _ in range(2)
+    )
     stored[0] = 2.0**12
     center, mu = rng.normal(size=12) * 2, rng.normal(size=12)
     center[1] = 30.0
     c = 2.0**scale
-    parts = [center - stored / 2, center + stored / 2, *((start / 4, 3 * start / 4) if rounded else ())]
+    parts = [
+        center - stored / 2,
+        center + stored / 2,
+        *((start / 4, 3 * start / 4) if rounded else ()),
+    ]
     lo, hi, *halves = (torch.tensor(part * c).float()[None] for part in parts)
     widths = [torch.tensor(width * c).float()[None] for width in (stored, start)]
     codes = encode_widths(widths[0], widths[1] if rounded else None)
@@ -185,10 +227,16 @@ def test_tabulated_moments_equal_definition(rounded, seed, scale, deviation):
     assert float((rough.variance - result.variance).abs().max()) <= 3e-3 * (deviation * c) ** 2
     for i in range(12):
         ends = [float(part[0, i]) for part in (lo, hi, *halves)]
-        expected = by_definition(*ends[:2], tuple(ends[2:]) or None, float(np.float32(mu[i] * c)), deviation * c)
-        assert abs(float(result.mean[0, i]) - expected[0]) <= 2e-5 * deviation * c + 4e-7 * c * abs(center[i])
+        expected = by_definition(
+            *ends[:2], tuple(ends[2:]) or None, float(np.float32(mu[i] * c)), deviation * c
+        )
+        assert abs(float(result.mean[0, i]) - expected[0]) <= 2e-5 * deviation * c + 4e-7 * c * abs(
+            center[i]
+        )
         assert abs(float(result.variance[0, i]) - expected[1]) <= 1e-4 * (deviation * c) ** 2
-        assert float(result.log_mass[0, i]) == pytest.approx(expected[2], abs=2e-5 + 1e-5 / deviation, rel=1e-5)
+        assert float(result.log_mass[0, i]) == pytest.approx(
+            expected[2], abs=2e-5 + 1e-5 / deviation, rel=1e-5
+        )
 
 
 def test_other_widths_have_no_code():
@@ -207,7 +255,9 @@ def test_merged_cells_count_every_entry(block, monkeypatch):
     numbers = np.stack([part.numpy().ravel() for part in (lo, below)], 1)
     distinct, counts = np.unique(numbers, axis=0, return_counts=True)
     found = torch.cat([merged.lo, merged.below - 1, merged.counts]).T.tolist()
-    assert sorted(found) == [[*pair, count] for pair, count in zip(distinct.tolist(), counts.tolist(), strict=True)]
+    assert sorted(found) == [
+        [*pair, count] for pair, count in zip(distinct.tolist(), counts.tolist(), strict=True)
+    ]
     assert merged.count == merged.exact_start().rows(0, 1).count == 3200
     assert torch.equal(merged.hi, merged.lo + 1)
     assert merged.total(merged.lo**2) == pytest.approx(float(lo.double().square().sum()))
@@ -222,9 +272,16 @@ def test_powers_of_two_scale_moments_exactly(power, seed, rounded):
     rng = torch.Generator().manual_seed(seed)
     lo = torch.randn(4, 5, generator=rng)
     parts = [lo, lo + torch.rand(4, 5, generator=rng)]
-    parts += [torch.rand(4, 5, generator=rng) + 0.1, torch.rand(4, 5, generator=rng) + 0.1] if rounded else []
+    parts += (
+        [torch.rand(4, 5, generator=rng) + 0.1, torch.rand(4, 5, generator=rng) + 0.1]
+        if rounded
+        else []
+    )
     c = 2.0**power
-    plain, scaled = moments(Cells(*parts), 0.0, 0.5), moments(Cells(*(part * c for part in parts)), 0.0, 0.5 * c)
+    plain, scaled = (
+        moments(Cells(*parts), 0.0, 0.5),
+        moments(Cells(*(part * c for part in parts)), 0.0, 0.5 * c),
+    )
     assert torch.equal(scaled.mean, plain.mean * c)
     assert torch.equal(scaled.variance, plain.variance * c * c)
     assert torch.allclose(scaled.log_mass, plain.log_mass, atol=1e-5)
@@ -243,7 +300,12 @@ def test_mean_lies_in_cell(seed, far):
 
 
 def test_unbounded_cell_gives_no_information():
-    wide = Cells(torch.full((1, 2), -math.inf), torch.full((1, 2), math.inf), torch.ones(1, 2), torch.ones(1, 2))
+    wide = Cells(
+        torch.full((1, 2), -math.inf),
+        torch.full((1, 2), math.inf),
+        torch.ones(1, 2),
+        torch.ones(1, 2),
+    )
     for cells in (wide, wide.exact_start().rows(0, 1)):
         result = moments(cells, torch.tensor([[0.0, 3.0]]), 2.0)
         assert torch.allclose(result.mean, torch.tensor([[0.0, 3.0]]), atol=1e-6)
@@ -272,12 +334,16 @@ def test_change_proportional_to_weight_is_uneven(growth, bad):
     binade = torch.frexp(w)[1].numpy() + 6
     x = 2e-4 * np.exp(growth * binade) * rng.normal(size=w.shape)
     t = (w + torch.tensor(x)).bfloat16().double()
-    ulp = 2.0 ** (torch.frexp(t)[1].numpy() - 8)  # not exact at powers of two, of which there are few
+    ulp = 2.0 ** (
+        torch.frexp(t)[1].numpy() - 8
+    )  # not exact at powers of two, of which there are few
     lo, hi = ((t - w).numpy() + side * ulp / 2 for side in (-1, 1))
 
     def size(where):
         def loss(log_s):
-            return -np.log(ndtr(hi[where] / math.exp(log_s)) - ndtr(lo[where] / math.exp(log_s))).sum()
+            return -np.log(
+                ndtr(hi[where] / math.exp(log_s)) - ndtr(lo[where] / math.exp(log_s))
+            ).sum()
 
         return minimize_scalar(loss, bounds=(-10, -6.5), method="bounded").x
 

@@ -1,4 +1,6 @@
-"""What happens on a GPU, with a stand-in for one: streams by thread, pinned copies, and the CPU as a fallback."""
+"""What happens on a GPU, with a stand-in for one: streams by thread, pinned copies, and the CPU as
+a fallback.
+"""
 
 import math
 import sys
@@ -59,7 +61,10 @@ def in_a_thread(work) -> None:
 def test_each_thread_uses_its_own_stream(log):
     def two_layers():
         for _ in range(2):
-            assert compute_on_device(lambda device: log.append(f"computed on {device}"), GPU) == (None, "")
+            assert compute_on_device(lambda device: log.append(f"computed on {device}"), GPU) == (
+                None,
+                "",
+            )
 
     in_a_thread(two_layers)
     in_a_thread(two_layers)
@@ -103,7 +108,9 @@ def test_gpu_out_of_memory_falls_back_after_freeing_its_own(log, kind, words):
 
 
 def test_krylov_waits_once_a_check_and_repeats_a_block():
-    """40 equal values: the third block of 32 has 8 directions left, and two rounds do not orthonormalize the others."""
+    """40 equal values: the third block of 32 has 8 directions left, and two rounds do not
+    orthonormalize the others.
+    """
     matrix = torch.diag(torch.cat((torch.ones(40), torch.zeros(1160))))
     there = decompose(matrix, "krylov", 24, fro=40**0.5)
     with counted() as mode:
@@ -122,12 +129,16 @@ CASES = [((BF16, BF16), 0.6), ((BF16, F32), 0.1), ((F32, F32), 0.0), ((F64, F16)
 
 @pytest.mark.parametrize(("dtypes", "still"), CASES, ids=str)
 def test_pass_over_a_layer_waits_once(monkeypatch, dtypes, still):
-    """Whatever the number of blocks; decisions made on the GPU are those of the CPU on the same pieces."""
+    """Whatever the number of blocks; decisions made on the GPU are those of the CPU on the same
+    pieces.
+    """
     monkeypatch.setattr(sys.modules[Difference.__module__], "GPU_PIECE_ENTRIES", 12_000)
     seeded = torch.Generator().manual_seed(0)
     stored = [torch.randn(160, 200, generator=seeded) * size for size in (0.02, 4e-4, 1e-2)]
     base = stored[0].to(BF16).to(dtypes[0])  # in float32 they are still bfloat16 numbers
-    tuned = (base.double() + torch.cat((stored[1][:80], stored[2][80:]))).to(dtypes[1])  # the second half moves far
+    tuned = (base.double() + torch.cat((stored[1][:80], stored[2][80:]))).to(
+        dtypes[1]
+    )  # the second half moves far
     tuned[:, : int(200 * still)] = base[:, : int(200 * still)].to(dtypes[1])
     own = difference(zip(base.split(60), tuned.split(60), strict=True), (160, 200), CPU)
     with counted() as mode:
@@ -143,7 +154,14 @@ def numbers(found):
     profile = [noise.unit**2 * noise.rows, noise.unit**2 * noise.columns]
     profile += [noise.unit**4 * noise.rows_fourth, noise.unit**4 * noise.columns_fourth]
     beta = rounding.base_rounding or (math.nan, math.nan)
-    single = (found.fro, found.base_fro, found.unchanged, rounding.bound, rounding.base_fro, rounding.untouched)
+    single = (
+        found.fro,
+        found.base_fro,
+        found.unchanged,
+        rounding.bound,
+        rounding.base_fro,
+        rounding.untouched,
+    )
     return np.array([*single, *beta, rounding.sides, *torch.cat(profile).tolist()])
 
 

@@ -54,7 +54,10 @@ def test_result_is_independent_of_blocks(rows, piece, shape, seed):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("lora_diag.linalg.difference"), "PIECE_ENTRIES", piece)
         result = difference(
-            in_blocks(base, tuned, rows), shape, CPU, steps=((None, part) for part in torch.split(step, rows))
+            in_blocks(base, tuned, rows),
+            shape,
+            CPU,
+            steps=((None, part) for part in torch.split(step, rows)),
         )
     assert torch.equal(result.matrix, whole.matrix)
     assert result.fro == pytest.approx(whole.fro, rel=1e-14)
@@ -69,7 +72,9 @@ def test_norm_of_large_matrix_is_accurate():
     base = torch.zeros(4096, 4096, dtype=torch.bfloat16)
     tuned = torch.randn(4096, 4096).to(torch.bfloat16)
     result = difference(in_blocks(base, tuned, 512), (4096, 4096), CPU)
-    assert result.fro == pytest.approx(math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9)
+    assert result.fro == pytest.approx(
+        math.sqrt(float((tuned.to(torch.float64) ** 2).sum())), rel=1e-9
+    )
 
 
 def test_minus_zero_is_a_change_within_dtype():
@@ -115,7 +120,9 @@ def test_missing_devices_are_refused(word, problem):
 
 
 def test_limit_of_unchanged_entries_may_exceed_float32():
-    """RuntimeError: √12·rms(ΔW) in units of 2⁻²³ overflowed, where one entry moved by 10³⁶ and others stayed."""
+    """RuntimeError: √12·rms(ΔW) in units of 2⁻²³ overflowed, where one entry moved by 10³⁶ and
+    others stayed.
+    """
     base = torch.full((4, 4), 1.1)  # uses all mantissa bits
     tuned = base.clone()
     tuned[0, 0] = 1.1e36

@@ -1,4 +1,6 @@
-"""Size, shape, scales and low rank of an update from its cells, against definitions written out, and laws."""
+"""Size, shape, scales and low rank of an update from its cells, against definitions written out,
+and laws.
+"""
 
 import math
 from dataclasses import astuple
@@ -14,7 +16,16 @@ from scipy.special import ndtr
 from scipy.stats import norm
 
 from lora_diag.linalg import hidden_models as hidden_density
-from lora_diag.linalg.cells import GRIDS, Cells, Shrunk, add_noise, cell_halves, moments, noise_edge, shrink
+from lora_diag.linalg.cells import (
+    GRIDS,
+    Cells,
+    Shrunk,
+    add_noise,
+    cell_halves,
+    moments,
+    noise_edge,
+    shrink,
+)
 from lora_diag.linalg.hidden import HeldOut, LowRank, fit_low_rank, fit_size, recover
 from lora_diag.linalg.hidden_models import (
     END,
@@ -36,7 +47,9 @@ from lora_diag.linalg.hidden_models import (
 
 
 def planted(m, n, rank, rms, seed, noise=0.0, rows=None):
-    """W in bfloat16, X of a rank (plus a share of white noise), and round(W + X); float32 tensors."""
+    """W in bfloat16, X of a rank (plus a share of white noise), and round(W + X);
+    float32 tensors.
+    """
     rng = np.random.default_rng(seed)
     w = torch.tensor(rng.normal(size=(m, n)) * 0.02).bfloat16().float()
     x = rng.normal(size=(m, rank)) @ rng.normal(size=(rank, n)) if rank else np.zeros((m, n))
@@ -59,7 +72,9 @@ def rms_of(w, t):
 
 def mean_of(cells, low_rank, deviation):
     """Return E[X | cells]."""
-    return moments(cells, 0.0 if low_rank is None else low_rank.rows(0, len(cells.lo)), deviation).mean
+    return moments(
+        cells, 0.0 if low_rank is None else low_rank.rows(0, len(cells.lo)), deviation
+    ).mean
 
 
 def low_rank_of(matrix, rank):
@@ -68,7 +83,9 @@ def low_rank_of(matrix, rank):
 
 
 def error(found, x):
-    return float(np.linalg.norm(np.asarray(found) - x.double().numpy()) / np.linalg.norm(x.double().numpy()))
+    return float(
+        np.linalg.norm(np.asarray(found) - x.double().numpy()) / np.linalg.norm(x.double().numpy())
+    )
 
 
 @pytest.mark.parametrize("rounded", [False, True])
@@ -79,21 +96,30 @@ def test_size_has_largest_likelihood(rounded):
     base = stored if rounded else torch.tensor(start)
     tuned = torch.tensor(start + rng.normal(size=start.shape) * 4e-5).bfloat16().double()
     below, above = cell_halves(tuned, GRIDS["bfloat16"])
-    parts = [tuned - base - below, tuned - base + above, *(cell_halves(base, GRIDS["bfloat16"]) if rounded else ())]
+    parts = [
+        tuned - base - below,
+        tuned - base + above,
+        *(cell_halves(base, GRIDS["bfloat16"]) if rounded else ()),
+    ]
     lo, hi, *wide = (part.numpy() for part in parts)
-    # The likelihood written out: the probability of the cell, averaged over where the start may have been.
+    # The likelihood written out: the probability of the cell, averaged over where the start may
+    # have been.
     shifts = np.linspace(0, 1, 201)[:, None, None] if rounded else np.zeros((1, 1, 1))
     offset = -wide[0] + shifts * (wide[0] + wide[1]) if rounded else 0.0
 
     def loss(log_s):
         s = math.exp(log_s)
         return (
-            -np.log(trapezoid(ndtr((hi - offset) / s) - ndtr((lo - offset) / s), dx=1 / 200, axis=0)).sum()
+            -np.log(
+                trapezoid(ndtr((hi - offset) / s) - ndtr((lo - offset) / s), dx=1 / 200, axis=0)
+            ).sum()
             if (rounded)
             else -np.log(ndtr(hi / s) - ndtr(lo / s)).sum()
         )
 
-    best = minimize_scalar(loss, bounds=(math.log(5e-6), math.log(5e-4)), method="bounded", options={"xatol": 1e-7})
+    best = minimize_scalar(
+        loss, bounds=(math.log(5e-6), math.log(5e-4)), method="bounded", options={"xatol": 1e-7}
+    )
     result = fit_size(Cells(*parts), 1e-4)
     assert result.deviation == pytest.approx(math.exp(best.x), rel=1e-4 if not rounded else 2e-3)
     assert result.log_likelihood == pytest.approx(-best.fun, rel=1e-6 if not rounded else 1e-4)
@@ -126,10 +152,14 @@ def test_shrinking_inverts_what_noise_and_information_do(m, n, q, factor, relaxa
     noise = s / math.sqrt(q)
     x = noise * (m * n) ** 0.25 * factor
     y = float(add_noise(torch.tensor([x], dtype=torch.float64), (m, n), noise)[0])
-    eta = math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y  # Gavish and Donoho 2017
+    eta = (
+        math.sqrt((y**2 - (m + n) * noise**2) ** 2 - 4 * m * n * noise**4) / y
+    )  # Gavish and Donoho 2017
     relaxation = max(relaxation, q)
     sigma = (1 - q) * eta + q * y - (1 - relaxation) * eta
-    values = torch.tensor([sigma, 0.999 * noise_edge((m, n), s * math.sqrt(q))], dtype=torch.float64)
+    values = torch.tensor(
+        [sigma, 0.999 * noise_edge((m, n), s * math.sqrt(q))], dtype=torch.float64
+    )
     result = shrink(values, (m, n), s, q, relaxation)
     assert result.debiased.tolist() == pytest.approx([x], rel=1e-6)
     assert result.eta.tolist() == pytest.approx([eta], rel=1e-5)
@@ -172,7 +202,10 @@ def test_error_of_the_estimate_is_expected(rms, noise):
     off = float((x - low_rank.rows(0, 256)).square().mean().sqrt())
     assert 0.95 * off < result.deviation < 1.4 * off
     # Var[x | cell] of a truncated normal distribution, written out.
-    low, high = ((end - low_rank.rows(0, 256)).double().numpy() / result.deviation for end in (cells.lo, cells.hi))
+    low, high = (
+        (end - low_rank.rows(0, 256)).double().numpy() / result.deviation
+        for end in (cells.lo, cells.hi)
+    )
     mass, at = ndtr(high) - ndtr(low), [norm.pdf(end) for end in (low, high)]
     variance = 1 + (low * at[0] - high * at[1]) / mass - ((at[0] - at[1]) / mass) ** 2
     mean = mean_of(cells, low_rank, result.deviation)
@@ -194,7 +227,9 @@ def test_pure_noise_has_no_direction(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["norm", "debiased"])
 def test_fit_is_a_fixed_point_of_the_whole_posterior_mean(rule):
-    """L is a fixed point: the singular values of the whole posterior mean given L, in float64, shrink to those of L."""
+    """L is a fixed point: the singular values of the whole posterior mean given L, in float64,
+    shrink to those of L.
+    """
     rng = np.random.default_rng(8)
     u, v = (np.linalg.qr(rng.normal(size=(count, 240)))[0] for count in (400, 240))
     x = torch.tensor((u / np.arange(1, 241)) @ v.T).float()
@@ -208,7 +243,9 @@ def test_fit_is_a_fixed_point_of_the_whole_posterior_mean(rule):
     expected = shrink(s, (400, 240), result.deviation, q).eta
     assert abs(len(expected) - result.rank) <= 1
     together = min(len(expected), result.rank)
-    assert float((expected[:together] - result.values.eta[:together]).norm() / expected.norm()) < 0.003
+    assert (
+        float((expected[:together] - result.values.eta[:together]).norm() / expected.norm()) < 0.003
+    )
 
 
 @pytest.mark.slow
@@ -255,7 +292,9 @@ def test_scales_of_rows_are_found_and_unneeded_ones_are_not():
     scales, divided, fitted = fit_scales(cells, size)
     true = x.square().mean(1).sqrt().log()
     assert float(torch.corrcoef(torch.stack([scales.rows.log(), true]))[0, 1]) > 0.95
-    assert torch.allclose(divided.rows(0, 200).lo * scales.rows[:, None] * scales.columns, cells.lo, rtol=1e-5)
+    assert torch.allclose(
+        divided.rows(0, 200).lo * scales.rows[:, None] * scales.columns, cells.lo, rtol=1e-5
+    )
     assert fitted.log_likelihood > size.log_likelihood
     w, _, t = planted(200, 150, 0, 1e-5, 18)
     cells = cells_of(w, t)
@@ -276,10 +315,15 @@ def test_norm_with_scales_counts_their_posterior_variance(seed):
 
 
 def planted_directions(seed, noise):
-    """Directions of X/(a·b) off the true ones, their scales, and cells of random entries that they do not know."""
+    """Directions of X/(a·b) off the true ones, their scales, and cells of random entries that they
+    do not know.
+    """
     rng = np.random.default_rng(seed)
     m, n = 120, 150
-    scales = Scales(*(torch.tensor(np.exp(0.8 * rng.normal(size=k))).float() for k in (m, n)), *2 * (torch.zeros(1),))
+    scales = Scales(
+        *(torch.tensor(np.exp(0.8 * rng.normal(size=k))).float() for k in (m, n)),
+        *2 * (torch.zeros(1),),
+    )
     divided = rng.normal(size=(m, 2)) @ rng.normal(size=(2, n))
     u, s, vh = np.linalg.svd(divided + noise * rng.normal(size=(m, n)), full_matrices=False)
     u, s, vh = (torch.tensor(part.copy()) for part in (u[:, :2], s[:2], vh[:2]))
@@ -302,14 +346,20 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
     scales, low_rank, x, entries = planted_directions(seed, 0.7)
     u, s, vh = unscale(low_rank, scales)
     weight = scales.of_rows(0, 120).double()
-    units = torch.stack([torch.outer(u[:, i], vh[i]) / weight for i in range(2)], -1).reshape(-1, 2).numpy()
+    units = (
+        torch.stack([torch.outer(u[:, i], vh[i]) / weight for i in range(2)], -1)
+        .reshape(-1, 2)
+        .numpy()
+    )
     target = (x / weight).flatten().numpy()
     true = np.linalg.lstsq(units, target, rcond=None)[0]
     outside = float((target - units @ true).std())
     step = 3.0 * torch.tensor(np.exp(np.random.default_rng(seed).normal(size=x.shape)))
     low = (x / step).floor() * step
     cells = scales.divide(Cells(low, low + step))
-    lengths, errors = measure_lengths(HeldOut(cells.at(entries), entries), low_rank, outside, scales)
+    lengths, errors = measure_lengths(
+        HeldOut(cells.at(entries), entries), low_rank, outside, scales
+    )
     assert (errors.numpy() < 0.1 * true[0]).all()
     assert (np.abs(lengths.numpy() - true) < 3.5 * errors.numpy()).all()
     assert true[0] - float(s[0]) > 3 * float(errors[0])
@@ -318,18 +368,28 @@ def test_lengths_of_held_out_cells_fit_all_entries(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("rms", [2e-5, 8e-5])
 def test_linear_lengths_need_no_normal_remainder(rms):
-    """Where all entries are of about one size, the likelihood of a normal remainder is off, E[x | cell] is not."""
+    """Where all entries are of about one size, the likelihood of a normal remainder is off, E[x |
+    cell] is not.
+    """
     rng = np.random.default_rng(8)
-    x = np.sign(rng.normal(size=(300, 3)) @ rng.normal(size=(3, 280))) * (1 + 0.2 * rng.normal(size=(300, 280)))
+    x = np.sign(rng.normal(size=(300, 3)) @ rng.normal(size=(3, 280))) * (
+        1 + 0.2 * rng.normal(size=(300, 280))
+    )
     x *= rms / np.sqrt((x**2).mean())
     w = torch.tensor(rng.normal(size=x.shape) * 0.02).bfloat16().double()
-    cells = cells_of(w, (w + torch.tensor(x)).bfloat16().double()).map(lambda part: (part / rms).float())
+    cells = cells_of(w, (w + torch.tensor(x)).bfloat16().double()).map(
+        lambda part: (part / rms).float()
+    )
     u, s, vh = np.linalg.svd(x / rms, full_matrices=False)
     values = Shrunk(torch.tensor(0.8 * s[:3]), torch.tensor(s[:3]), 0.1)
-    low_rank = LowRank(torch.tensor(u[:, :3]).float(), torch.tensor(vh[:3]).float(), values, 0.6, 0.2, 1, True)
+    low_rank = LowRank(
+        torch.tensor(u[:, :3]).float(), torch.tensor(vh[:3]).float(), values, 0.6, 0.2, 1, True
+    )
     entries = torch.arange(0, x.size, 3)
     held_out = HeldOut(cells.at(entries), entries)
-    lengths, error = estimate_linear_lengths(held_out, low_rank, fit_density(cells, fit_size(cells, 1.0).deviation))
+    lengths, error = estimate_linear_lengths(
+        held_out, low_rank, fit_density(cells, fit_size(cells, 1.0).deviation)
+    )
     assert error < 0.03 * s[2]
     assert (np.abs(lengths.numpy() - s[:3]) < 3.5 * error).all()
 
@@ -339,7 +399,11 @@ def drawn(kind, side, rng):
         return rng.uniform(-math.sqrt(3), math.sqrt(3), (side, side))
     if kind == "product":  # of rank 2: kurtosis 6
         return rng.normal(size=(side, 2)) @ rng.normal(size=(2, side)) / math.sqrt(2)
-    return rng.normal(size=(side, side)) if kind == "normal" else rng.laplace(size=(side, side)) / math.sqrt(2)
+    return (
+        rng.normal(size=(side, side))
+        if kind == "normal"
+        else rng.laplace(size=(side, side)) / math.sqrt(2)
+    )
 
 
 def hidden(kind, rms, side=200, seed=4):
@@ -375,7 +439,9 @@ def test_likelihood_equals_definition_and_fit_maximizes_it():
     mass = sum(ndtr((hi - sign * z) / s) - ndtr((lo - sign * z) / s) for sign in (1, -1))
     expected = mass / mass.max(1, keepdims=True)
     assert np.abs(result.numpy() - expected).max() < 5e-3
-    weights, _, features = hidden_density._fit_coefficients(result, torch.ones(len(result)).double(), grid)
+    weights, _, features = hidden_density._fit_coefficients(
+        result, torch.ones(len(result)).double(), grid
+    )
     best = float((result @ weights).log().sum())
     for column in features.T:
         for step in (-0.05, 0.05):
@@ -396,13 +462,20 @@ def test_sampled_entries_estimate_full_size(monkeypatch):
     monkeypatch.setattr(hidden_density, "LARGE_SAMPLE", 2**13)
     guess = fit_size(cells, 1.0).deviation
     shaped = fit_shape(cells, guess)
-    assert shaped.deviation == pytest.approx(fit_deviation(cells, shaped.shape, guess).deviation, rel=0.01)
+    assert shaped.deviation == pytest.approx(
+        fit_deviation(cells, shaped.shape, guess).deviation, rel=0.01
+    )
 
 
-@pytest.mark.parametrize("shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}")
+@pytest.mark.parametrize(
+    "shape", [NORMAL, *FLATTER, *HEAVIER], ids=lambda shape: f"{shape.kurtosis:.2f}"
+)
 def test_shapes_have_variance_1_and_moments_of_their_density(shape):
     x = np.linspace(-12, 12, 200_001)
-    density = sum(w * np.exp(-(((x - mean) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi)) for w, mean, s in shape.parts)
+    density = sum(
+        w * np.exp(-(((x - mean) / s) ** 2) / 2) / (s * math.sqrt(2 * math.pi))
+        for w, mean, s in shape.parts
+    )
     assert trapezoid(density * x**2, x) == pytest.approx(1, abs=1e-6)
     assert trapezoid(density * x**4, x) == pytest.approx(shape.kurtosis, rel=1e-3)
     lo, hi = torch.tensor([[-0.5, 0.3, 1.0]]).double(), torch.tensor([[0.4, 0.5, 3.0]]).double()
@@ -417,7 +490,9 @@ def test_shapes_have_variance_1_and_moments_of_their_density(shape):
         assert float(result.variance[0, k]) == pytest.approx(variance, rel=5e-3)
 
 
-@pytest.mark.parametrize(("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)])
+@pytest.mark.parametrize(
+    ("kind", "low", "high"), [("uniform", 1.4, 2.2), ("normal", 2.6, 3.6), ("laplace", 4.0, 7.0)]
+)
 def test_hidden_entry_shape_is_estimated(kind, low, high):
     """The likelihood is that of the definition, and no smaller than the normal one."""
     cells = hidden(kind, 2e-5)[0].map(torch.Tensor.double)
@@ -426,5 +501,7 @@ def test_hidden_entry_shape_is_estimated(kind, low, high):
     assert low <= result.shape.kurtosis <= high
     assert result.log_likelihood >= normal.log_likelihood - 1e-4 * abs(normal.log_likelihood)
     edges = [cells.lo.numpy() / result.deviation, cells.hi.numpy() / result.deviation]
-    mass = sum(w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in result.shape.parts)
+    mass = sum(
+        w * (ndtr((edges[1] - m) / s) - ndtr((edges[0] - m) / s)) for w, m, s in result.shape.parts
+    )
     assert result.log_likelihood == pytest.approx(float(np.log(mass).sum()), rel=1e-3)

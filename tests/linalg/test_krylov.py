@@ -1,4 +1,6 @@
-"""Bounds on missed energy and both ends of a spectrum from products alone, against NumPy's dense eigenvalues."""
+"""Bounds on missed energy and both ends of a spectrum from products alone, against NumPy's dense
+eigenvalues.
+"""
 
 import numpy as np
 import pytest
@@ -24,7 +26,10 @@ from tests.messages import raises_naming
 
 N = 400
 INDEX = np.arange(1, N + 1)
-NOISE = np.sort(np.linalg.svd(np.random.default_rng(0).standard_normal((N, N)), compute_uv=False))[::-1] / N
+NOISE = (
+    np.sort(np.linalg.svd(np.random.default_rng(0).standard_normal((N, N)), compute_uv=False))[::-1]
+    / N
+)
 HARD = {
     "rank 8, faint noise": np.r_[np.ones(8), 0.001 * NOISE[8:]],
     "rank 8, noise": np.r_[np.ones(8), 0.3 * NOISE[8:]],
@@ -37,7 +42,9 @@ HARD = {
 
 
 def of_basis(m: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return Ritz values, FᵀF and λ_max(N) of a symmetric matrix and an orthonormal basis, from their definitions."""
+    """Return Ritz values, FᵀF and λ_max(N) of a symmetric matrix and an orthonormal basis, from
+    their definitions.
+    """
     values, w = np.linalg.eigh(q.T @ m @ q)
     v = q @ w[:, ::-1]
     out = np.eye(len(m)) - q @ q.T
@@ -76,13 +83,20 @@ def test_bound_holds_for_any_basis(name, columns, top, powers, slack, seed):
 
 
 def test_bound_covers_unconverged_values():
-    """Of a basis that holds the signal only, the bound on K values is that of the noise, not of all energy."""
+    """Of a basis that holds the signal only, the bound on K values is that of the noise, not of all
+    energy.
+    """
     s = HARD["rank 8, noise"]
     a = oracles.with_spectrum(s, N, N, 1)
     _, _, vh = np.linalg.svd(a)
     q, _ = np.linalg.qr(np.c_[vh[:8].T, np.random.default_rng(0).standard_normal((N, 24))])
     squares, residuals, largest = of_basis(a.T @ a, q)
-    words = (torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 32, float(np.linalg.norm(a)))
+    words = (
+        torch.from_numpy(squares.copy()),
+        torch.from_numpy(residuals),
+        32,
+        float(np.linalg.norm(a)),
+    )
     bound = krylov.inertia_bound(*words, 1.01 * largest, torch.from_numpy(a))
     truth = (s[:32] ** 2 - squares).sum() / words[3] ** 2
     assert truth <= bound < 0.5 * krylov.trace_bound(words[0], words[3], torch.from_numpy(a))
@@ -109,17 +123,25 @@ TEMPTING = {
     "rank 60, noise": np.hypot(2.0 * (LARGE <= 60), FLOOR),
     "slow power law": LARGE**-0.3,
     "step behind K": np.where(LARGE <= 100, 1.0, 0.3 * LARGE**-0.5),
-    "long plateau": np.where(LARGE <= 50, LARGE**-0.7, np.where(LARGE <= 600, 50**-0.7, 0.2 * 50**-0.7)),
-    "equal values": np.where(LARGE <= 20, 1.0, np.where(LARGE <= 80, 0.3, np.where(LARGE <= 320, 0.2, 0.01))),
+    "long plateau": np.where(
+        LARGE <= 50, LARGE**-0.7, np.where(LARGE <= 600, 50**-0.7, 0.2 * 50**-0.7)
+    ),
+    "equal values": np.where(
+        LARGE <= 20, 1.0, np.where(LARGE <= 80, 0.3, np.where(LARGE <= 320, 0.2, 0.01))
+    ),
 }
 
 
 @pytest.mark.parametrize("name", TEMPTING)
 def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
-    """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these values."""
+    """Of a diagonal matrix: its Krylov space from a Gaussian start is that of any matrix with these
+    values.
+    """
     checks, probes = [], []
     solve, probe = krylov._rayleigh_ritz, krylov._bound_outside
-    monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest))
+    monkeypatch.setattr(
+        krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest)
+    )
     monkeypatch.setattr(krylov, "_bound_outside", lambda *words: probes.append(1) or probe(*words))
     matrix = torch.from_numpy(np.diag(np.sort(TEMPTING[name])[::-1]).astype(np.float32))
     full, probing = full_cost(matrix.shape), PROBE * matrix.numel()
@@ -130,14 +152,21 @@ def test_failed_attempts_cost_at_most_bound(monkeypatch, name):
             assert cost <= (LOSS + krylov.STEP) * full + probing
             assert cost <= LOSS * full or "plateau" in name or "equal" in name
         else:
-            assert krylov_cost(matrix.shape, checks, 64) + (len(probes) - 1) * probing <= WORTH * full + probing
+            assert (
+                krylov_cost(matrix.shape, checks, 64) + (len(probes) - 1) * probing
+                <= WORTH * full + probing
+            )
 
 
 @pytest.mark.slow
 def test_attempt_ends_at_loss_if_value_k_is_below_noise(monkeypatch):
-    """Its bound falls as predicted at first; followed to the end, the attempt cost half of all values."""
+    """Its bound falls as predicted at first; followed to the end, the attempt cost half of all
+    values.
+    """
     checks, solve = [], krylov._rayleigh_ritz
-    monkeypatch.setattr(krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest))
+    monkeypatch.setattr(
+        krylov, "_rayleigh_ritz", lambda qq, *rest: checks.append(len(qq)) or solve(qq, *rest)
+    )
     matrix = torch.diag(torch.arange(1, 2561.0) ** -0.4)
     assert krylov.decompose_krylov(matrix, float(matrix.double().norm()), 128) is None
     assert len(checks) > 1
@@ -146,21 +175,32 @@ def test_attempt_ends_at_loss_if_value_k_is_below_noise(monkeypatch):
 
 @pytest.mark.parametrize("name", ["power law", "rank 20, loud noise"])
 def test_stated_bound_is_not_below_that_of_its_basis(monkeypatch, name):
-    """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64 eigenvalues."""
+    """Not below the bound (2) of the basis that was probed, with λ_max(N) from float64
+    eigenvalues.
+    """
     bases, probe = [], krylov._bound_outside
-    monkeypatch.setattr(krylov, "_bound_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest))
+    monkeypatch.setattr(
+        krylov, "_bound_outside", lambda a, q, *rest: bases.append(q) or probe(a, q, *rest)
+    )
     a = oracles.with_spectrum(HARD[name], N, N, 3)
     fro = float(np.linalg.norm(a))
     result = krylov.decompose_krylov(torch.from_numpy(a), fro, 20, tol=2e-2, budget=np.inf)
     squares, residuals, largest = of_basis(a.T @ a, np.linalg.qr(bases[-1].double().numpy())[0])
     exact = krylov.inertia_bound(
-        torch.from_numpy(squares.copy()), torch.from_numpy(residuals), 20, fro, largest, torch.from_numpy(a)
+        torch.from_numpy(squares.copy()),
+        torch.from_numpy(residuals),
+        20,
+        fro,
+        largest,
+        torch.from_numpy(a),
     )
     assert exact * 0.99 <= result.energy_error <= 2e-2
 
 
 def test_bound_of_low_rank_matrix_covers_all_energy_not_found():
-    """Its values are in float64: a bound from float32 products could be smaller than what they lack."""
+    """Its values are in float64: a bound from float32 products could be smaller than what they
+    lack.
+    """
     for seed in range(4):
         rng = np.random.default_rng(seed)
         u, v = (np.linalg.qr(rng.standard_normal((n, 300)))[0] for n in (400, 300))
@@ -199,7 +239,9 @@ def test_values_and_vectors_equal_dense_solver(size, count, kind, seed):
     values = {
         "spread": rng.standard_normal(size),
         "spikes": np.r_[100.0, -50.0, rng.standard_normal(size)][:size],
-        "repeated": np.r_[np.full(min(3, size), 2.0), np.full(min(3, size), -3.0), rng.random(size)][:size],
+        "repeated": np.r_[
+            np.full(min(3, size), 2.0), np.full(min(3, size), -3.0), rng.random(size)
+        ][:size],
         "negative": -1 - rng.random(size),
         "low rank": np.r_[3.0, 1.0, np.zeros(size)][:size],
         "zero": np.zeros(size),
@@ -213,7 +255,8 @@ def test_values_and_vectors_equal_dense_solver(size, count, kind, seed):
     values = answer.values.numpy()
     near = 2e-3 * scale
     assert values[0] == pytest.approx(truth[0], abs=near)
-    # Behind the first one may be passed over, as a copy is that comes by rounding alone; never is one beyond its place.
+    # Behind the first one may be passed over, as a copy is that comes by rounding alone; never is
+    # one beyond its place.
     assert np.abs(values[:, None] - truth).min(1).max() <= near
     assert (values - truth[:count]).max() <= near
     v = answer.vectors.double().numpy()
@@ -247,11 +290,15 @@ def test_both_ends_of_one_process_equal_dense_solver(size, kind, seed):
     }[kind]
     h, calls = symmetric(values, seed), []
     matrix = torch.from_numpy(h).float()
-    ends = extreme_eigenpairs(lambda x: calls.append(x) or matrix @ x, size, seed, torch.device("cpu"))
+    ends = extreme_eigenpairs(
+        lambda x: calls.append(x) or matrix @ x, size, seed, torch.device("cpu")
+    )
     truth, scale = np.linalg.eigvalsh(h), np.abs(values).max()
     for end, exact in zip(ends, truth[[-1, 0]], strict=True):
         value = end.values.item()
-        assert np.abs(truth - value).min() <= end.residual + 1e-5 * scale  # what the residual promises
+        assert (
+            np.abs(truth - value).min() <= end.residual + 1e-5 * scale
+        )  # what the residual promises
         assert value == pytest.approx(exact, abs=2e-3 * scale)
         assert end.residual <= 2e-3 * scale
     assert ends[0].products + ends[1].products == len(calls)

@@ -19,7 +19,9 @@ ROUND = {
 
 
 def bf16_of_float64(x: np.ndarray) -> np.ndarray:
-    """Round float64 to bfloat16 in one step: to odd in float32 first, so that no tie is rounded twice."""
+    """Round float64 to bfloat16 in one step: to odd in float32 first, so that no tie is rounded
+    twice.
+    """
     nearest = x.astype(np.float32)
     wrong_side = np.abs(nearest.astype(np.float64)) > np.abs(x)
     toward_zero = np.where(wrong_side, np.nextafter(nearest, np.float32(0)), nearest)
@@ -43,7 +45,11 @@ def problems(draw):
     dtype = draw(st.sampled_from([*ROUND]))
     to = ROUND[dtype][0]
     w = to(rng.standard_normal((m, n)) * 0.02)
-    b = (rng.standard_normal((m, r)) * 10.0 ** draw(st.integers(-5, -1))).astype(np.float32).astype(np.float64)
+    b = (
+        (rng.standard_normal((m, r)) * 10.0 ** draw(st.integers(-5, -1)))
+        .astype(np.float32)
+        .astype(np.float64)
+    )
     a = (rng.standard_normal((r, n)) * 0.1).astype(np.float32).astype(np.float64)
     return dtype, w, b, a
 
@@ -78,7 +84,9 @@ def counted(dtype, w, m, b, a, s=1.0):
 
 
 @settings(deadline=None, max_examples=150)
-@given(problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.0, 2.5, 11.313708498984761]))
+@given(
+    problems(), st.sampled_from(PATHS), st.sampled_from([0.5, 1.0, 2.0, 2.5, 11.313708498984761])
+)
 def test_every_documented_merge_is_correct(problem, path, s):
     dtype, w, b, a = problem
     m = merged(path, dtype, w, b, a, s)
@@ -100,9 +108,14 @@ def test_wrong_scale_above_rounding_fails(problem, path, factor, s):
     u, small = ROUND[dtype][1], ROUND[dtype][2]
     product = s * (np.abs(b) @ np.abs(a))
     grain = 2 * u * np.maximum.reduce([np.abs(w), np.abs(m), np.abs(change)]) + small
-    # Half a spacing for each of the two roundings of M that could hide it, and all that ΔW itself may be off by.
-    above = np.abs((factor - 1) * change) > grain + 1.02 * (2 * u * np.abs(change) + (6 * u + 2.0**-20) * product)
-    above &= np.abs((factor - 1) * change) > 20 * small * (2 + s + np.abs(b).sum() + np.abs(a).sum())
+    # Half a spacing for each of the two roundings of M that could hide it, and all that ΔW itself
+    # may be off by.
+    above = np.abs((factor - 1) * change) > grain + 1.02 * (
+        2 * u * np.abs(change) + (6 * u + 2.0**-20) * product
+    )
+    above &= np.abs((factor - 1) * change) > 20 * small * (
+        2 + s + np.abs(b).sum() + np.abs(a).sum()
+    )
     result = counted(dtype, w, m, b, a, s)
     assert result.count >= int(above.sum()) > 0 or not above.any()
 
@@ -129,14 +142,19 @@ def test_merge_sums_equal_numpy():
     b, a = rng.standard_normal((50, 3)) * 3e-3, rng.standard_normal((3, 700)) * 0.1
     m, d = bf16_of_float64(w + b @ a), b @ a
     stored_w, stored_m, left, right = tensors(w, m, b, a)
-    blocks = [(stored_w[i:j].bfloat16(), stored_m[i:j].bfloat16(), None) for i, j in pairwise([0, 7, 30, 50])]
+    blocks = [
+        (stored_w[i:j].bfloat16(), stored_m[i:j].bfloat16(), None)
+        for i, j in pairwise([0, 7, 30, 50])
+    ]
     result = check_merge(blocks, (50, 700), Product(left, right), rounding_of(torch.bfloat16))
     o = m - w
     expected = [(o * d).sum(), (d**2).sum(), (o**2).sum(), ((o - d) ** 2).sum(), (w**2).sum()]
     ours = [result.inner, result.expected, result.observed, result.residual, result.base]
     assert np.allclose(ours, expected, rtol=1e-12)
     assert (result.unchanged, result.entries) == (int((m == w).sum()), m.size)
-    assert 0.99 * (m != w).sum() < result.moved <= (m != w).sum()  # tiny entries may move within ½ulp(M)
+    assert (
+        0.99 * (m != w).sum() < result.moved <= (m != w).sum()
+    )  # tiny entries may move within ½ulp(M)
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5])
@@ -159,11 +177,16 @@ def test_unadapted_rows_are_counted_also_where_equal():
     check = check_merge([(*tensors(w, m), None)], w.shape, addend, Rounding(torch.float32, 2**-24))
     assert (check.entries, check.unchanged, check.count, check.moved) == (w.size, w.size - 1, 1, 1)
     assert check.beyond[0].nonzero().tolist() == [[2500]]
-    assert (check.base, check.observed) == pytest.approx(((w.astype(float) ** 2).sum(), 1), rel=1e-6)
+    assert (check.base, check.observed) == pytest.approx(
+        ((w.astype(float) ** 2).sum(), 1), rel=1e-6
+    )
 
 
 def test_small_update_is_rounded_entrywise():
-    """ΔW = 0.6 spacings everywhere: every entry must move. A tolerance of one ulp would let a dropped merge pass."""
+    """ΔW = 0.6 spacings everywhere: every entry must move.
+
+    A tolerance of one ulp would let a dropped merge pass.
+    """
     w = np.full((8, 8), 1.0)
     b, a = np.full((8, 1), 0.6 * 2.0**-7), np.ones((1, 8))
     assert counted(torch.bfloat16, w, bf16_of_float64(w + b @ a), b, a).count == 0
@@ -184,7 +207,9 @@ def test_verify_merge_allows_base_in_dtype_of_merge():
 
 
 def test_sum_rounded_to_float32_on_way_may_lose_tie():
-    """W is between two bf16 numbers, and ΔW moves it past the middle by less than float32 resolves."""
+    """W is between two bf16 numbers, and ΔW moves it past the middle by less than
+    float32 resolves.
+    """
     w, delta = torch.tensor([[1 + 2.0**-8]]), torch.tensor([[2.0**-30]], dtype=torch.float64)
     m = (w + delta.float()).bfloat16()
     assert m.item() == 1.0 != bf16_of_float64((w.double() + delta).numpy()).item()
@@ -192,16 +217,25 @@ def test_sum_rounded_to_float32_on_way_may_lose_tie():
     assert check_merge([(w, m, None)], (1, 1), addend, rounding_of(torch.bfloat16)).count == 0
 
 
-@pytest.mark.parametrize(("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, np.float32), (torch.float16, np.float16)]
+)
 def test_spacing_equals_numpy(dtype, kind):
-    values = np.concatenate([np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)])
+    values = np.concatenate(
+        [np.random.default_rng(3).standard_normal(500) * 10.0**k for k in range(-7, 4)]
+    )
     values = np.concatenate([values, [0.0, 1.0, -2.0, 2.0**-24, 6e-8]]).astype(kind)
-    assert ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist() == np.spacing(np.abs(values)).tolist()
+    assert (
+        ulp(torch.from_numpy(values.astype(np.float64)), dtype).tolist()
+        == np.spacing(np.abs(values)).tolist()
+    )
 
 
 def test_products_and_matrices_agree_within_tolerance():
     torch.manual_seed(0)
-    product = Product(torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64))
+    product = Product(
+        torch.randn(6, 2, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    )
     matrix = product.rows(0, 6)
     whole = Whole((6, 6), lambda first, last: matrix[first:last])
     for left, right in (
@@ -220,7 +254,9 @@ def test_numbers_of_shorter_dtype_are_recognised():
     assert shortest_dtype(values.bfloat16().float()) == torch.bfloat16
     assert shortest_dtype(values.half().float()) == torch.float16
     assert shortest_dtype(values.half()) == torch.float16
-    assert shortest_dtype((values * 1e-7).half()) == torch.float16  # subnormal numbers have few bits
+    assert (
+        shortest_dtype((values * 1e-7).half()) == torch.float16
+    )  # subnormal numbers have few bits
 
 
 @pytest.mark.parametrize(("side", "bad"), [("BASE", 0), ("MERGED", 1)])
@@ -234,7 +270,9 @@ def test_non_finite_entry_is_named(side, bad):
 
 @pytest.mark.parametrize("factor", [1.0, 1.05, 0.95])
 def test_scale_within_entry_rounding_is_detected(factor):
-    """With r = 512, |B||A| is 14 times |ΔW|, and the bound for factors that were cast lets 5% pass everywhere."""
+    """With r = 512, |B||A| is 14 times |ΔW|, and the bound for factors that were cast lets 5% pass
+    everywhere.
+    """
     rng = np.random.default_rng(0)
     w = bf16_of_float64(rng.standard_normal((96, 96)) * 0.02)
     b, a = rng.standard_normal((96, 512)) * 0.05, rng.standard_normal((512, 96)) * 0.1

@@ -37,7 +37,9 @@ def true_values(matrix: np.ndarray) -> np.ndarray:
 
 
 def check(factors: Factors, matrix: np.ndarray, tolerance: float = 1e-6) -> None:
-    """Hold an answer for the stored matrix against LAPACK's in float64, and its bound against the truth."""
+    """Hold an answer for the stored matrix against LAPACK's in float64, and its bound against the
+    truth.
+    """
     s = true_values(matrix)
     kept = s[: len(factors.s)]
     assert factors.s.dtype == torch.float64
@@ -93,7 +95,9 @@ def test_small_and_thin_matrices(method, shape):
 @pytest.mark.parametrize("digits", [0.5, 2.9, 3.5, 5.9, 6.1, 9])
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90)], ids=str)
 def test_vectors_of_small_values_are_orthonormal(shape, digits):
-    """Values on both sides of the limits from which columns of A·V are divided, orthogonalized or all decomposed."""
+    """Values on both sides of the limits from which columns of A·V are divided, orthogonalized or
+    all decomposed.
+    """
     matrix = oracles.with_spectrum(np.logspace(0, -digits, 60), *shape, seed=8)
     factors = decompose(torch.from_numpy(matrix), "gram", vectors=True)
     check_vectors(factors, matrix)
@@ -109,10 +113,13 @@ def test_vectors_of_small_values_are_orthonormal(shape, digits):
 def test_left_vectors_have_norm_one(large):
     """The Gram matrix has σ² to some ε·σ_1², a millionth of which the small σ² are here.
 
-    Inner products stay below 100·ε·σ_1²/(σ_iσ_j), four times what was measured on several processors.
+    Inner products stay below 100·ε·σ_1²/(σ_iσ_j), four times what was measured on several
+    processors.
     """
     s = np.r_[np.ones(large), np.full(200 - large, 1.001e-3)]
-    factors = decompose(torch.from_numpy(oracles.with_spectrum(s, 300, 200, seed=11)), "gram", vectors=True)
+    factors = decompose(
+        torch.from_numpy(oracles.with_spectrum(s, 300, 200, seed=11)), "gram", vectors=True
+    )
     u = factors.vectors[0].numpy()
     assert np.abs(np.linalg.norm(u, axis=0) - 1).max() < 1e-14
     bound = 100 * np.finfo(float).eps / np.outer(s, s)
@@ -129,7 +136,9 @@ def test_top_keeps_largest(method, top):
 
 
 @settings(max_examples=25, deadline=None)
-@given(m=st.integers(1, 30), n=st.integers(1, 30), rank=st.integers(0, 30), seed=st.integers(0, 10**6))
+@given(
+    m=st.integers(1, 30), n=st.integers(1, 30), rank=st.integers(0, 30), seed=st.integers(0, 10**6)
+)
 def test_laws_of_singular_values(m, n, rank, seed):
     rng = np.random.default_rng(seed)
     s = np.sort(rng.exponential(size=min(rank, m, n)))[::-1]
@@ -170,7 +179,11 @@ ADVERSARIAL = {
 
 
 # Every spectrum in one shape, and those with most for a certificate to miss in the two others.
-SHAPED = {"square": ((N, N), np.float64, 1), "wide": ((N, 900), np.float32, 0), "tall": ((900, N), np.float64, 1)}
+SHAPED = {
+    "square": ((N, N), np.float64, 1),
+    "wide": ((N, 900), np.float32, 0),
+    "tall": ((900, N), np.float64, 1),
+}
 HARD = ("power law 1/2", "clustered at K", "two tiny gaps", "rank K + 1", "hidden second group")
 CERTIFIED = [(spectrum, "square") for spectrum in ADVERSARIAL]
 CERTIFIED += [(spectrum, shape) for spectrum in HARD for shape in ("wide", "tall")]
@@ -198,7 +211,13 @@ def test_krylov_certificate_is_never_broken(spectrum, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [(1e-30, np.float32), (1e-20, np.float64), (1e-12, np.float32), (1e12, np.float64), (1e25, np.float32)],
+    [
+        (1e-30, np.float32),
+        (1e-20, np.float64),
+        (1e-12, np.float32),
+        (1e12, np.float64),
+        (1e25, np.float32),
+    ],
 )
 @pytest.mark.parametrize("spectrum", ["power law 1", "power law 1/2", "geometric", "flat"])
 def test_certificate_does_not_depend_on_scale(spectrum, dtype, scale):
@@ -215,7 +234,9 @@ def test_certificate_does_not_depend_on_scale(spectrum, dtype, scale):
 def test_float64_far_from_one(method, scale):
     plain = oracles.with_spectrum(SPECTRA["power law"], 40, 60, seed=2)
     factors = decompose(torch.from_numpy(plain * scale), method)
-    assert (factors.s.numpy() / scale) == pytest.approx(decompose(torch.from_numpy(plain), method).s.numpy(), rel=1e-6)
+    assert (factors.s.numpy() / scale) == pytest.approx(
+        decompose(torch.from_numpy(plain), method).s.numpy(), rel=1e-6
+    )
     assert factors.fro == pytest.approx(np.linalg.norm(plain) * scale, rel=1e-12)
     b, a = plain[:, :3] * scale, plain[:3]
     thin = decompose_factored(torch.from_numpy(b), torch.from_numpy(a))
@@ -236,7 +257,9 @@ def test_failed_solver_falls_back(monkeypatch):
 
 
 def test_bound_covers_energy_outside_basis(monkeypatch):
-    """Start Lanczos in a space that never meets the largest direction: the certificate must not pass it."""
+    """Start Lanczos in a space that never meets the largest direction: the certificate must not
+    pass it.
+    """
     s = np.where(INDEX <= 40, 1.0 / INDEX, 1e-5)
     matrix = torch.from_numpy(np.diag(s))
     matrix[0, 0] = 0.05  # a direction worth 0.15% of the energy, on an axis of its own
@@ -245,7 +268,11 @@ def test_bound_covers_energy_outside_basis(monkeypatch):
 
     def blind(a, generator):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "randn", lambda *size, **options: gaussian(*size, **options).index_fill_(0, first, 0))
+            patch.setattr(
+                torch,
+                "randn",
+                lambda *size, **options: gaussian(*size, **options).index_fill_(0, first, 0),
+            )
             return start(a, generator)
 
     first = torch.tensor([0])
@@ -253,7 +280,9 @@ def test_bound_covers_energy_outside_basis(monkeypatch):
     factors = krylov.decompose_krylov(matrix, float(matrix.norm()), top=30)
     true = np.sort(np.diag(matrix.numpy()))[::-1]
     if factors is not None:
-        missed = (np.cumsum(true[:30] ** 2) - np.cumsum(factors.s.numpy() ** 2)).max() / (true**2).sum()
+        missed = (np.cumsum(true[:30] ** 2) - np.cumsum(factors.s.numpy() ** 2)).max() / (
+            true**2
+        ).sum()
         assert missed <= factors.energy_error
 
 
@@ -263,7 +292,9 @@ def test_energy_outside_basis_is_bounded_above(monkeypatch):
     seen = []
     outside = krylov._bound_outside
     monkeypatch.setattr(
-        krylov, "_bound_outside", lambda a, q, probe: seen.append((a, q, outside(a, q, probe))) or seen[-1][2]
+        krylov,
+        "_bound_outside",
+        lambda a, q, probe: seen.append((a, q, outside(a, q, probe))) or seen[-1][2],
     )
     matrix = torch.from_numpy(oracles.with_spectrum(s, 500, 400, 3))
     assert krylov.decompose_krylov(matrix, float(matrix.norm()), top=4) is not None
@@ -273,7 +304,9 @@ def test_energy_outside_basis_is_bounded_above(monkeypatch):
 
 
 def test_krylov_repeats_and_seeds_agree_within_bound():
-    matrix = torch.from_numpy(oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3).astype(np.float32))
+    matrix = torch.from_numpy(
+        oracles.with_spectrum(ADVERSARIAL["power law 1"], N, N, 3).astype(np.float32)
+    )
     one, two = (decompose(matrix, "krylov", top=K, seed=4) for _ in range(2))
     other = decompose(matrix, "krylov", top=K, seed=5)
     assert torch.equal(one.s, two.s)
@@ -303,18 +336,24 @@ def test_largest_vectors_without_others(monkeypatch, spectrum, shape):
     monkeypatch.setattr(gram, "ALL_CORES", torch.get_num_threads())
     whole = torch.linalg.eigh
     calls = []
-    monkeypatch.setattr(torch.linalg, "eigh", lambda *args, **options: calls.append(1) or whole(*args, **options))
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda *args, **options: calls.append(1) or whole(*args, **options)
+    )
     matrix = oracles.with_spectrum(ADVERSARIAL[spectrum], *shape, seed=6)
     for top in (1, K):
         factors = decompose(torch.from_numpy(matrix), "gram", top, vectors=True)
         check(factors, matrix)
         check_vectors(factors, matrix)
-        assert factors.energy_error == pytest.approx(decompose(torch.from_numpy(matrix), "gram", top).energy_error)
+        assert factors.energy_error == pytest.approx(
+            decompose(torch.from_numpy(matrix), "gram", top).energy_error
+        )
         u, vh = factors.u.numpy(), factors.vh.numpy()
         assert max(np.abs(q.T @ q - np.eye(top)).max() for q in (u, vh.T)) < 1e-10
         core = u.T @ matrix @ vh.T
         assert np.abs(core - np.diag(factors.s.numpy())).max() <= 1e-7 * factors.s.max()
-    assert len(calls) == 0 or spectrum == "flat"  # of 600 equal values bisection may find fewer than asked for
+    assert (
+        len(calls) == 0 or spectrum == "flat"
+    )  # of 600 equal values bisection may find fewer than asked for
 
 
 @pytest.mark.parametrize("failure", ["raises", "finds fewer"])
@@ -351,7 +390,9 @@ def test_factored_equals_dense(m, n, r, seed):
     factors = decompose_factored(torch.from_numpy(b), torch.from_numpy(a), vectors=True)
     check(factors, b @ a)
     assert factors.complete
-    assert np.abs((factors.u * factors.s @ factors.vh).numpy() - b @ a).max() <= 1e-12 * max(1, np.abs(b @ a).max())
+    assert np.abs((factors.u * factors.s @ factors.vh).numpy() - b @ a).max() <= 1e-12 * max(
+        1, np.abs(b @ a).max()
+    )
 
 
 def test_factored_with_dead_and_repeated_columns():

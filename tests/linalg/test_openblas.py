@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(not openblas.FOUND, reason="NumPy is not linked to OpenBLAS here")
 
 
-@given(n=st.integers(1, 60), top=st.integers(1, 60), rank=st.integers(0, 60), seed=st.integers(0, 99))
+@given(
+    n=st.integers(1, 60), top=st.integers(1, 60), rank=st.integers(0, 60), seed=st.integers(0, 99)
+)
 def test_largest_eigenpairs_are_those_of_all(n, top, rank, seed):
     top = min(top, n)
     x = np.random.default_rng(seed).standard_normal((rank, n))
@@ -34,7 +36,9 @@ def test_largest_eigenpairs_are_those_of_all(n, top, rank, seed):
     np.testing.assert_allclose(values, np.linalg.eigvalsh(gram)[n - top :], rtol=0, atol=tolerance)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(top), atol=1e-12)
     np.testing.assert_allclose(gram @ vectors, vectors * values, rtol=0, atol=tolerance)
-    np.testing.assert_allclose(openblas.eigenvalues(torch.from_numpy(np.tril(gram)))[n - top :], values, atol=tolerance)
+    np.testing.assert_allclose(
+        openblas.eigenvalues(torch.from_numpy(np.tril(gram)))[n - top :], values, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("top", [0, -1, 4])
@@ -47,7 +51,9 @@ def test_number_of_eigenpairs_out_of_range_is_refused(top, capfd):
 def test_gram_is_the_same_without_openblas(monkeypatch):
     matrix = torch.randn(400, 300, generator=torch.Generator().manual_seed(0))
     fro = float(matrix.double().norm())
-    runs = [decompose_gram(matrix, fro, top, vectors) for top, vectors in ((None, False), (8, True))]
+    runs = [
+        decompose_gram(matrix, fro, top, vectors) for top, vectors in ((None, False), (8, True))
+    ]
     monkeypatch.setattr(openblas, "FOUND", ())
     for run, top, vectors in zip(runs, (None, 8), (False, True), strict=True):
         other = decompose_gram(matrix, fro, top, vectors)
@@ -55,7 +61,9 @@ def test_gram_is_the_same_without_openblas(monkeypatch):
         assert run.complete == other.complete
         if vectors:
             u, vh = other.vectors
-            torch.testing.assert_close(run.vectors[0] * run.s @ run.vectors[1], u * other.s @ vh, rtol=0, atol=1e-9)
+            torch.testing.assert_close(
+                run.vectors[0] * run.s @ run.vectors[1], u * other.s @ vh, rtol=0, atol=1e-9
+            )
             assert run.rest is None
             assert len(other.rest) == 292
 
@@ -68,7 +76,8 @@ def test_threads_of_openblas_are_restored():
     try:
         with ThreadPoolExecutor(4) as pool:
             assert all(
-                found is not None for found in pool.map(lambda _: openblas.largest_eigenpairs(gram + 0, 1), "abcd")
+                found is not None
+                for found in pool.map(lambda _: openblas.largest_eigenpairs(gram + 0, 1), "abcd")
             )
         assert count() == 3
     finally:

@@ -1,4 +1,6 @@
-"""The bound on the error of leading spaces: it covers perturbed vectors, and grows without limit as the gap closes."""
+"""The bound on the error of leading spaces: it covers perturbed vectors, and grows without limit as
+the gap closes.
+"""
 
 import numpy as np
 import pytest
@@ -17,14 +19,19 @@ def test_bound_covers_perturbed_spaces(seed, size, k):
     u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
     source = torch.Generator().manual_seed(seed)
     u1, v1 = (
-        torch.linalg.qr(x[:, :k] + size * torch.randn(len(x), k, generator=source, dtype=torch.float64))[0]
+        torch.linalg.qr(
+            x[:, :k] + size * torch.randn(len(x), k, generator=source, dtype=torch.float64)
+        )[0]
         for x in (u, vh.T)
     )
     signs = (u1 * u[:, :k]).sum(0).sign(), (v1 * vh.T[:, :k]).sum(0).sign()
     computed = Spaces(torch.tensor(s), u1 * signs[0], v1 * signs[1], "")
     bound = bound_space_error(matrix, computed, k)
     for close, true in ((u1, u[:, :k]), (v1, vh.T[:, :k])):
-        assert np.sin(np.radians(float(principal_angles(true, close).max()))) <= bound * (1 + 1e-9) + 1e-13
+        assert (
+            np.sin(np.radians(float(principal_angles(true, close).max())))
+            <= bound * (1 + 1e-9) + 1e-13
+        )
 
 
 @pytest.mark.parametrize("method", ["auto", "exact", "gram", "krylov"])

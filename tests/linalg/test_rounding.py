@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from lora_diag.layers.resolution import noise_of
 from lora_diag.linalg.difference import difference
-from lora_diag.linalg.rounding import LAYOUT, Energies, Spacing, find_steps, is_dequantized, write_spacings
+from lora_diag.linalg.rounding import (
+    LAYOUT,
+    Energies,
+    Spacing,
+    find_steps,
+    is_dequantized,
+    write_spacings,
+)
 from lora_diag.metrics.resolution import signal_rank, verdict
 from tests.conftest import as_numpy
 from tests.standin import GPU, StandIn
@@ -29,7 +36,9 @@ def ulp(value: float, dtype: torch.dtype) -> float:
 
 def of(values: torch.Tensor) -> torch.Tensor:
     """The spacing of every entry, float64."""
-    out = torch.empty_like(values, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32)
+    out = torch.empty_like(
+        values, dtype=torch.float64 if values.dtype == torch.float64 else torch.float32
+    )
     mantissa = write_spacings(values, out)
     return out.double() * 2.0**-mantissa
 
@@ -39,7 +48,9 @@ def of(values: torch.Tensor) -> torch.Tensor:
 @given(value=st.floats(-60000, 60000))
 def test_spacing_is_distance_to_next_number(dtype, value):
     stored = torch.tensor([value], dtype=dtype)
-    long = torch.tensor([1 / 3, 1 / 7, 1 / 11], dtype=torch.float64).to(dtype)  # so that most fit no shorter dtype
+    long = torch.tensor([1 / 3, 1 / 7, 1 / 11], dtype=torch.float64).to(
+        dtype
+    )  # so that most fit no shorter dtype
     expected = ulp(float(stored.double()), dtype)
     assert float(of(torch.cat([stored, long]))[0]) == pytest.approx(expected, rel=1e-12, abs=0)
 
@@ -56,7 +67,9 @@ def test_bound_holds_for_real_rounding_of_both_sides(dtype, scale, seed):
     result = difference([stored], (20, 30), CPU)
     error = np.linalg.norm((as_numpy(stored[1]) - as_numpy(stored[0])) - (tuned - base).numpy())
     assert error <= result.rounding.bound
-    by_definition = sum(math.sqrt(sum((ulp(float(w), dtype) / 2) ** 2 for w in side.reshape(-1))) for side in stored)
+    by_definition = sum(
+        math.sqrt(sum((ulp(float(w), dtype) / 2) ** 2 for w in side.reshape(-1))) for side in stored
+    )
     assert result.rounding.bound == pytest.approx(by_definition, rel=3e-6)
 
 
@@ -217,7 +230,8 @@ NF4 = np.array(
     ]
 )
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-# Levels of a group with its largest entry scaled to 1, and inputs of a group; None: 16 levels from minimum to maximum.
+# Levels of a group with its largest entry scaled to 1, and inputs of a group; None: 16 levels from
+# minimum to maximum.
 FOUR_BITS = {
     "Q4_1": (None, 32),
     "int4": (np.arange(-7, 8) / 7, 128),
@@ -233,7 +247,11 @@ def dequantized(x: np.ndarray, kind: str) -> np.ndarray:
     for i, row in enumerate(x):
         for at in range(0, len(row), size):
             group = row[at : at + size]
-            values = np.linspace(group.min(), group.max(), 16) if levels is None else levels * np.abs(group).max()
+            values = (
+                np.linspace(group.min(), group.max(), 16)
+                if levels is None
+                else levels * np.abs(group).max()
+            )
             result[i, at : at + size] = values[np.abs(group[:, None] - values).argmin(axis=1)]
     return result
 
@@ -271,10 +289,23 @@ def test_float64_beyond_float32_is_no_4_bit_format(scale):
         lambda x: x[:, :72].sign(),  # no groups of 32
         lambda x: x[:0],
     ],
-    ids=["float32", "bfloat16", "float16", "float8", "int8", "6 bits", "zeros", "ones", "72 columns", "no rows"],
+    ids=[
+        "float32",
+        "bfloat16",
+        "float16",
+        "float8",
+        "int8",
+        "6 bits",
+        "zeros",
+        "ones",
+        "72 columns",
+        "no rows",
+    ],
 )
 def test_other_values_are_not_taken_for_4_bits(convert):
-    assert not is_dequantized(convert(torch.randn(40, 256, generator=torch.Generator().manual_seed(2))))
+    assert not is_dequantized(
+        convert(torch.randn(40, 256, generator=torch.Generator().manual_seed(2)))
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -350,7 +381,10 @@ def test_few_changes_of_a_dequantized_base_are_resolved(kind, trained):
     chosen = np.arange(64)[:, None] >= 62 if trained == "few rows" else rng.random(w.shape) < 0.03
     t = w + chosen * 0.01 * rng.standard_normal(w.shape)
     assert is_dequantized(torch.tensor(t))
-    stored = [(torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float()) for rows in (slice(40), slice(40, 64))]
+    stored = [
+        (torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float())
+        for rows in (slice(40), slice(40, 64))
+    ]
     result = difference(stored, w.shape, CPU)
     assert result.rounding.fro < 0.01 * result.fro
 
@@ -359,7 +393,10 @@ def test_dequantized_tuned_is_recognized_after_unchanged_rows():
     rng = np.random.default_rng(3)
     w = dequantized(rng.standard_normal((64, 256)), "int4")
     t = np.concatenate([w[:32], dequantized(w[32:] + 0.3 * rng.standard_normal((32, 256)), "int4")])
-    stored = [(torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float()) for rows in (slice(32), slice(32, 64))]
+    stored = [
+        (torch.tensor(w[rows]).float(), torch.tensor(t[rows]).float())
+        for rows in (slice(32), slice(32, 64))
+    ]
     assert difference(stored, w.shape, CPU).mantissa == (23, 23)  # of the first block
     assert difference(stored[1:], (32, 256), CPU).mantissa == (0, 0)
     result = difference(stored, w.shape, CPU).rounding
@@ -377,7 +414,9 @@ def test_outlier_does_not_spread_the_levels():
 
 
 def test_dequantized_base_may_be_the_start_of_training():
-    """BASE was dequantized from 4 bits, TUNED was trained from it in float32: its own rounding is all that counts."""
+    """BASE was dequantized from 4 bits, TUNED was trained from it in float32: its own rounding is
+    all that counts.
+    """
     rng = np.random.default_rng(4)
     w = dequantized(rng.standard_normal((64, 256)), "Q4_1")
     t = w + 1e-4 * rng.standard_normal(w.shape)

@@ -15,7 +15,12 @@ def dense_overlaps(delta: np.ndarray, gradient: np.ndarray, rank: int) -> dict[s
     u, _, vh = np.linalg.svd(delta.astype(np.float64))
     g = gradient.astype(np.float64)
     p, q = u[:, :rank] @ u[:, :rank].T, vh[:rank].T @ vh[:rank]
-    parts = {"kappa": p @ g @ q, "left": p @ g, "right": g @ q, "tangent": p @ g + g @ q - p @ g @ q}
+    parts = {
+        "kappa": p @ g @ q,
+        "left": p @ g,
+        "right": g @ q,
+        "tangent": p @ g + g @ q - p @ g @ q,
+    }
     return {name: float(np.sqrt((part**2).sum() / (g**2).sum())) for name, part in parts.items()}
 
 
@@ -24,7 +29,13 @@ def random_basis(rng: np.random.Generator, m: int, r: int) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 10_000), st.integers(1, 4), st.floats(1e-12, 1e12))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.integers(0, 10_000),
+    st.integers(1, 4),
+    st.floats(1e-12, 1e12),
+)
 def test_shares_equal_dense_projections_for_any_blocks(m, n, seed, rows, scale):
     rng = np.random.default_rng(seed)
     delta, gradient = rng.standard_normal((m, n)), rng.standard_normal((m, n)) * scale
@@ -53,9 +64,14 @@ def test_random_subspaces_meet_baselines_within_sampling_error(shape, gradient_r
     blocks, rank = [torch.from_numpy(gradient)], 6
     draws = []
     for _ in range(400):
-        u, v = torch.from_numpy(random_basis(rng, m, rank)), torch.from_numpy(random_basis(rng, n, rank))
+        u, v = (
+            torch.from_numpy(random_basis(rng, m, rank)),
+            torch.from_numpy(random_basis(rng, n, rank)),
+        )
         result = measure_shares(blocks, u, v, [rank])
-        draws.append([result.both[0] ** 2, result.tangent[0] ** 2, result.left[0] ** 2, result.right[0] ** 2])
+        draws.append(
+            [result.both[0] ** 2, result.tangent[0] ** 2, result.left[0] ** 2, result.right[0] ** 2]
+        )
     mean, error = np.mean(draws, 0), np.std(draws, 0) / 20
     expected = np.array(overlap_by_chance(shape, rank)) ** 2
     assert (np.abs(mean - expected) < 4 * error).all(), (mean, expected, error)

@@ -14,14 +14,18 @@ LLAMA = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
 }  # fmt: skip
 PEFT = {"peft_type": "LORA", "r": 16, "lora_alpha": 32, "target_modules": ["q_proj", "up_proj"]}
-MODULES = [f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")]
+MODULES = [
+    f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.q_proj", "mlp.up_proj")
+]
 
 
 def make_base(folder, tied=False, dtype=torch.bfloat16, std=0.02):
     """Write a Llama whose weights are N(0, std)."""
     config = {**LLAMA, "tie_word_embeddings": tied}
     torch.manual_seed(0)
-    tensors = {name: (torch.randn(*shape) * std).to(dtype) for name, shape in weights_of(config, "x")}
+    tensors = {
+        name: (torch.randn(*shape) * std).to(dtype) for name, shape in weights_of(config, "x")
+    }
     save_model(folder, tensors, config)
     return folder
 

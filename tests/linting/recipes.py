@@ -1,4 +1,6 @@
-"""Keys of ten published recipes, as data: those that ``lint`` reads, from the documentation of each trainer."""
+"""Keys of ten published recipes, as data: those that ``lint`` reads, from the documentation of each
+trainer.
+"""
 
 SEVEN = ["gate_proj", "down_proj", "up_proj", "q_proj", "v_proj", "k_proj", "o_proj"]
 TUNE_LORA = {"lora_attn_modules": ["q_proj", "v_proj", "output_proj"], "apply_lora_to_mlp": True}

@@ -50,9 +50,15 @@ def test_records_are_written_and_judged_by_gate(run, inputs):
     assert run("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
     results = catalog.read_results(inputs / "l.jsonl")
     (finding,) = results.whole_of(Finding)
-    assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == ("bf16-step", True, 3)
+    assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == (
+        "bf16-step",
+        True,
+        3,
+    )
     assert results.whole_of(StepShare)[0].name == "all"
-    lines = [json.loads(line) for line in run("lint", "bad.yaml", "base", "--json").out.splitlines()]
+    lines = [
+        json.loads(line) for line in run("lint", "bad.yaml", "base", "--json").out.splitlines()
+    ]
     assert lines[1] == json.loads(finding.model_dump_json())
     (inputs / "p.toml").write_text('[[rule]]\nname = "r"\nrequire = "finding.severity != error"\n')
     ran = run("gate", "p.toml", "l.jsonl")
@@ -88,21 +94,39 @@ def test_hostile_names_stay_text(run, inputs):
 
 def test_findings_of_a_rule_are_limited(inputs):
     names = [f"{name}{number}" for number in range(5_000) for name in ("m", "\n::error::")]
-    path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", *names, "a" * 100_000]})
-    found = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "target-unmatched"]
+    path = write_config(
+        inputs / "c.json", {**PEFT, "target_modules": ["q_proj", *names, "a" * 100_000]}
+    )
+    found = [
+        item
+        for item in lint(path, inputs / "base").whole_of(Finding)
+        if item.id == "target-unmatched"
+    ]
     assert len(found) == MAX_FINDINGS
     assert "more" in found[-1].evidence
     path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", "a" * 100_000]})
-    (long,) = [item for item in lint(path, inputs / "base").whole_of(Finding) if item.id == "target-unmatched"]
+    (long,) = [
+        item
+        for item in lint(path, inputs / "base").whole_of(Finding)
+        if item.id == "target-unmatched"
+    ]
     assert len(long.evidence) <= MAX_MESSAGE
 
 
 @pytest.mark.slow
 def test_lint_is_quick_and_needs_no_torch(inputs):
-    """The best of three tries; a quiet machine takes 0.5 s of the processor, a busy one up to 0.9 s."""
-    code = "import sys; from lora_diag.cli import main; sys.argv[1:] = {}\ntry: main()\nexcept SystemExit: pass\n"
+    """The best of three tries; a quiet machine takes 0.5 s of the processor, a busy one up to 0.9
+    s.
+    """
+    code = (
+        "import sys; from lora_diag.cli import main; sys.argv[1:] = {}\ntry: main()\nexcept "
+        "SystemExit: pass\n"
+    )
     code += "assert 'torch' not in sys.modules; import time; print(time.process_time())"
     words = ["lint", "bad.yaml", "base", "--steps", "100", "-q"]
     run = [sys.executable, "-c", code.format(words)]
-    tries = [subprocess.run(run, cwd=inputs, capture_output=True, text=True, check=True).stdout for _ in range(3)]
+    tries = [
+        subprocess.run(run, cwd=inputs, capture_output=True, text=True, check=True).stdout
+        for _ in range(3)
+    ]
     assert min(map(float, tries)) < 1.2

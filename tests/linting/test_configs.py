@@ -12,11 +12,39 @@ from tests.linting.making import PEFT, make_adapter, write_config
 from tests.linting.recipes import RECIPES, SEVEN
 from tests.messages import raises_naming
 
-# Recipe -> family, method, lr, dtype, optimizer, r, alpha, targets; as the trainer's documentation says.
+# Recipe -> family, method, lr, dtype, optimizer, r, alpha, targets; as the trainer's documentation
+# says.
 SAID = {
-    "axolotl examples/llama-3/lora-1b.yml": ("axolotl", "lora", 2e-4, "float32", "adamw8bit", 16, 32, SEVEN),
-    "axolotl examples/llama-3/qlora.yml": ("axolotl", "lora", 2e-4, "float32", "adamw32bit", 32, 16, "all-linear"),
-    "axolotl examples/llama-3/fft-8b.yaml": ("axolotl", "full", 2e-5, "bfloat16", "adamw8bit", None, None, None),
+    "axolotl examples/llama-3/lora-1b.yml": (
+        "axolotl",
+        "lora",
+        2e-4,
+        "float32",
+        "adamw8bit",
+        16,
+        32,
+        SEVEN,
+    ),
+    "axolotl examples/llama-3/qlora.yml": (
+        "axolotl",
+        "lora",
+        2e-4,
+        "float32",
+        "adamw32bit",
+        32,
+        16,
+        "all-linear",
+    ),
+    "axolotl examples/llama-3/fft-8b.yaml": (
+        "axolotl",
+        "full",
+        2e-5,
+        "bfloat16",
+        "adamw8bit",
+        None,
+        None,
+        None,
+    ),
     "LLaMA-Factory examples/train_lora/qwen3_lora_sft.yaml": (
         *("llamafactory", "lora", 1e-4, "float32", None, 8, 16, "all-linear"),
     ),
@@ -37,7 +65,9 @@ def read(folder, values, name="c.yaml"):
 def test_recipe_is_read_as_its_trainer_does(name, tmp_path):
     found = read(tmp_path, RECIPES[name])
     factors = [found.peft.values.get(key) for key in ("r", "lora_alpha", "target_modules")]
-    assert (found.family, found.method, found.lr, found.dtype, found.optimizer, *factors) == SAID[name]
+    assert (found.family, found.method, found.lr, found.dtype, found.optimizer, *factors) == SAID[
+        name
+    ]
 
 
 @pytest.mark.parametrize(
@@ -45,13 +75,24 @@ def test_recipe_is_read_as_its_trainer_does(name, tmp_path):
     [
         ({"base_model": "x", "bf16": True, "deepspeed": "z.json"}, "float32"),
         ({"base_model": "x", "bf16": False, "fp16": True}, "float16"),
-        ({"base_model": "x", "bf16": True, "adapter": "lora", "peft_autocast_adapter_dtype": False}, "bfloat16"),
+        (
+            {
+                "base_model": "x",
+                "bf16": True,
+                "adapter": "lora",
+                "peft_autocast_adapter_dtype": False,
+            },
+            "bfloat16",
+        ),
         ({"finetuning_type": "full", "pure_bf16": True}, "bfloat16"),
         ({"finetuning_type": "full", "bf16": True}, "float32"),
         ({"model_name_or_path": "x", "dtype": "bfloat16", "learning_rate": 1e-6}, "bfloat16"),
         ({"model_name_or_path": "x", "torch_dtype": "auto", "learning_rate": 1e-6}, "auto"),
         ({"model_name_or_path": "x", "use_peft": True, "load_in_4bit": True}, "bfloat16"),
-        ({"learning_rate": 1e-6, "bf16": True}, None),  # a Trainer's arguments do not load the model
+        (
+            {"learning_rate": 1e-6, "bf16": True},
+            None,
+        ),  # a Trainer's arguments do not load the model
     ],
 )
 def test_dtype_of_trained_weights(values, dtype, tmp_path):
@@ -60,10 +101,15 @@ def test_dtype_of_trained_weights(values, dtype, tmp_path):
 
 def test_setting_is_located_in_file(tmp_path):
     path = tmp_path / "c.yaml"
-    path.write_text("# learning_rate: 1\nbase_model: x\nlearning_rate: 2e-5\nunknown_key: {a: [1]}\n")
+    path.write_text(
+        "# learning_rate: 1\nbase_model: x\nlearning_rate: 2e-5\nunknown_key: {a: [1]}\n"
+    )
     found = read_settings(path)
     assert (found.lr, found.locate("lr")) == (2e-5, (f"{path}:3 learning_rate", 3))
-    nested = {"optimizer": {"_component_": "torch.optim.AdamW", "lr": "1e-5"}, "model": {"_component_": "m"}}
+    nested = {
+        "optimizer": {"_component_": "torch.optim.AdamW", "lr": "1e-5"},
+        "model": {"_component_": "m"},
+    }
     where, line = read(tmp_path, nested, "t.yaml").locate("lr")
     assert where.endswith(" optimizer.lr")
     assert (tmp_path / "t.yaml").read_text().splitlines()[line - 1].strip().startswith("lr:")
@@ -89,7 +135,13 @@ def test_training_args_are_read_as_data(tmp_path):
     args.callback, args.others = Trapped(tmp_path / "run"), OrderedDict(a=1)
     torch.save(args, folder / TRAINING_ARGS)
     found = read_settings(folder)
-    assert (found.family, found.lr, found.optimizer, found.steps, found.beta2) == ("peft", 1e-4, "adamw", 100, 0.95)
+    assert (found.family, found.lr, found.optimizer, found.steps, found.beta2) == (
+        "peft",
+        1e-4,
+        "adamw",
+        100,
+        0.95,
+    )
     assert found.peft.values["r"] == PEFT["r"]
     assert not (tmp_path / "run").exists()
 
@@ -143,10 +195,18 @@ def test_large_file_is_refused(tmp_path):
 # Trainer's name -> ours; the dtype of the state is from the source of each optimizer.
 OPTIMIZERS = {
     "adamw": ["torch.optim.AdamW", "adam", "adamw_torch_fused", "adamw_hf", "galore_adamw"],
-    "adamw8bit": ["adamw_bnb_8bit", "paged_adamw_8bit", "torchao.optim.AdamW8bit", "q_galore_adamw8bit"],
+    "adamw8bit": [
+        "adamw_bnb_8bit",
+        "paged_adamw_8bit",
+        "torchao.optim.AdamW8bit",
+        "q_galore_adamw8bit",
+    ],
     "adamw32bit": [
         *("paged_adamw_32bit", "adamw_bnb_32bit", "adamw_apex_fused", "adamw_anyprecision"),
-        *(f"bitsandbytes.optim.{name}" for name in ("Adam", "AdamW", "AdamW32bit", "PagedAdam", "PagedAdamW")),
+        *(
+            f"bitsandbytes.optim.{name}"
+            for name in ("Adam", "AdamW", "AdamW32bit", "PagedAdam", "PagedAdamW")
+        ),
     ],
     "adamw_torch_4bit": ["adamw_torch_4bit"],
     "ao_adamw_fp8": ["ao_adamw_fp8"],

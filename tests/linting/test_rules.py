@@ -1,4 +1,6 @@
-"""Every rule finds a case that triggers it, and not the one next to it; numbers by hand; published recipes."""
+"""Every rule finds a case that triggers it, and not the one next to it; numbers by hand; published
+recipes.
+"""
 
 import pytest
 
@@ -13,8 +15,9 @@ from tests.messages import assert_names
 BF16 = {"method": "full", "dtype": "bfloat16"}
 AXOLOTL = {"base_model": "x", "learning_rate": 1e-2, "bf16": True}
 
-# Rule -> the case that triggers it, the one next to it, and what the evidence names. A case is a configuration (or the
-# arguments of a saved adapter in ``saved``), options, and ``tied`` for a BASE with a tied head.
+# Rule -> the case that triggers it, the one next to it, and what the evidence names. A case is a
+# configuration (or the arguments of a saved adapter in ``saved``), options, and ``tied`` for a BASE
+# with a tied head.
 CASES = {
     "bf16-step": ({**BF16, "lr": 1e-6}, {**BF16, "lr": 1e-3}, ["1.0e-06", "moves"]),
     "lora-16bit": (
@@ -27,10 +30,22 @@ CASES = {
         {**BF16, "lr": 0.01, "optimizer": "paged_adamw_32bit"},
         ["β₂ = 0.999"],
     ),
-    "fp16-weights": ({"config": PEFT, "dtype": "float16"}, {"config": PEFT, "dtype": "float32"}, ["float16"]),
+    "fp16-weights": (
+        {"config": PEFT, "dtype": "float16"},
+        {"config": PEFT, "dtype": "float32"},
+        ["float16"],
+    ),
     "full-quantized": (
         {"config": {**AXOLOTL, "load_in_4bit": True}},
-        {"config": {**AXOLOTL, "load_in_4bit": True, "adapter": "qlora", "lora_r": 8, "lora_alpha": 16}},
+        {
+            "config": {
+                **AXOLOTL,
+                "load_in_4bit": True,
+                "adapter": "qlora",
+                "lora_r": 8,
+                "lora_alpha": 16,
+            }
+        },
         ["4 or 8 bits"],
     ),
     "pattern-invalid": (
@@ -64,7 +79,12 @@ CASES = {
         ["lm_head"],
     ),
     "rank-pattern": (
-        {"config": {**PEFT, "rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 4}}},
+        {
+            "config": {
+                **PEFT,
+                "rank_pattern": {"base_model.model.model.layers.0.self_attn.q_proj": 4},
+            }
+        },
         {"config": {**PEFT, "rank_pattern": {"layers.0.self_attn.q_proj": 4}}},
         ["layers.0.self_attn.q_proj", "matches no module"],
     ),
@@ -85,7 +105,10 @@ CASES = {
     ),
     "rate-low": (
         {"config": {**PEFT, "r": 8, "lora_alpha": 16}, "lr": 5e-7},
-        {"config": {**PEFT, "r": 64, "lora_alpha": 32}, "lr": 3e-6},  # an example of verl, at the limit
+        {
+            "config": {**PEFT, "r": 64, "lora_alpha": 32},
+            "lr": 3e-6,
+        },  # an example of verl, at the limit
         ["5.0e-07", "rank 8", "scale 2", "7.1e-06", "8.5e-04"],  # 5e-6 and 6e-4 over √(8/16)
     ),
     "capacity": (
@@ -114,7 +137,11 @@ CASES = {
     ),
     "merge-storage": ({"saved": {"size": 1e-5}}, {"saved": {"size": 1e-2}}, ["bfloat16", "‖ΔW‖"]),
     "adapter-mismatch": ({"saved": {"r": 8}}, {"saved": {}}, ["rank 16", "8"]),
-    "adapter-incomplete": ({"saved": {"without": MODULES[:1]}}, {"saved": {}}, ["1 of 4", MODULES[0]]),
+    "adapter-incomplete": (
+        {"saved": {"without": MODULES[:1]}},
+        {"saved": {}},
+        ["1 of 4", MODULES[0]],
+    ),
     "adapter-zero": ({"saved": {"size": 0.0}}, {"saved": {}}, ["4 of 4"]),
 }
 
@@ -132,7 +159,9 @@ def find(case, bases, folder, suffix=".json"):
         config = make_adapter(folder / "adapter", **case.pop("saved"))
     elif "config" in case:
         values = case.pop("config")
-        config = write_config(folder / f"adapter_config{suffix if 'peft_type' in values else '.yaml'}", values)
+        config = write_config(
+            folder / f"adapter_config{suffix if 'peft_type' in values else '.yaml'}", values
+        )
     results = lint(config, bases[case.pop("tied", False)], **case)
     return {finding.id: finding for finding in results.whole_of(Finding)}
 
@@ -155,13 +184,21 @@ def test_rule_finds_its_case_and_not_its_neighbour(rule, bases, tmp_path):
     ("case", "rule", "severity"),
     [
         ({"config": {**PEFT, "target_modules": ["q_proj", "wq"]}}, "target-unmatched", "warning"),
-        ({"config": {**PEFT, "rank_pattern": {"q_proj": 4, "0.self_attn.q_proj": 8}}}, "rank-pattern", "warning"),
+        (
+            {"config": {**PEFT, "rank_pattern": {"q_proj": 4, "0.self_attn.q_proj": 8}}},
+            "rank-pattern",
+            "warning",
+        ),
         ({"config": {"peft_type": "LORA", "r": 32}}, "scale", "note"),  # α = 8 by default
         ({**BF16, "lr": 1e-5, "optimizer": "adamw"}, "adam-bf16", "note"),
         ({**BF16, "lr": 1e-5}, "bf16-step", "warning"),
         ({**BF16, "lr": 1e-6}, "bf16-step", "error"),
         ({"config": PEFT, "dtype": "bfloat16", "lr": 2e-3}, "lora-16bit", "note"),
-        ({"config": {**PEFT, "r": 32, "lora_alpha": 64}}, "server", "note"),  # vLLM's --max-lora-rank
+        (
+            {"config": {**PEFT, "r": 32, "lora_alpha": 64}},
+            "server",
+            "note",
+        ),  # vLLM's --max-lora-rank
         ({"saved": {"r": 8, "rank_pattern": {"(": 1}}}, "pattern-invalid", "error"),
     ],
 )
@@ -173,7 +210,10 @@ def test_severity_depends_on_numbers(case, rule, severity, bases, tmp_path):
 BF16_FULL = {
     "trl": ({"model_name_or_path": "x", "dtype": "bfloat16", "learning_rate": 1e-5}, "optim"),
     "axolotl": ({"base_model": "x", "bf16": True, "learning_rate": 1e-5}, "optimizer"),
-    "llamafactory": ({"finetuning_type": "full", "pure_bf16": True, "learning_rate": 1e-5}, "optim"),
+    "llamafactory": (
+        {"finetuning_type": "full", "pure_bf16": True, "learning_rate": 1e-5},
+        "optim",
+    ),
     "torchtune": ({"model": {"_component_": "m"}, "dtype": "bf16"}, "optimizer"),
 }
 
@@ -184,7 +224,10 @@ def test_state_of_bitsandbytes_is_float32(family, found, tmp_path):
     values, key = BF16_FULL[family]
     name = "adamw_torch" if found else "paged_adamw_32bit"
     if family == "torchtune":
-        name = {"_component_": "torch.optim.AdamW" if found else "bitsandbytes.optim.PagedAdamW", "lr": 1e-5}
+        name = {
+            "_component_": "torch.optim.AdamW" if found else "bitsandbytes.optim.PagedAdamW",
+            "lr": 1e-5,
+        }
     results = lint(write_config(tmp_path / "c.yaml", {**values, key: name}))
     assert "adam-bf16" in results.run.settings["judged"]
     assert ("adam-bf16" in {finding.id for finding in results.whole_of(Finding)}) == found
@@ -199,7 +242,11 @@ def test_state_of_bitsandbytes_is_float32(family, found, tmp_path):
         ({"r": 16, "use_rslora": True}, {"lr": 1e-6}, False),  # s = 8
         ({"r": 16}, {"lr": 1e-6, "optimizer": "adafactor"}, False),  # steps of another size
         ({"r": 16}, {"lr": 2e-4, "steps": 3}, False),
-        ({"r": 16, "rank_pattern": {"up_proj": 256}, "alpha_pattern": {"up_proj": 512}}, {"lr": 1e-6}, False),
+        (
+            {"r": 16, "rank_pattern": {"up_proj": 256}, "alpha_pattern": {"up_proj": 512}},
+            {"lr": 1e-6},
+            False,
+        ),
         ({"r": 16, "lora_alpha": 0}, {"lr": 1e-6}, False),  # "scale" names it
     ],
 )

@@ -1,4 +1,6 @@
-"""Values of configurations: the types of settings, and files that ask for much or are not what they seem."""
+"""Values of configurations: the types of settings, and files that ask for much or are not what they
+seem.
+"""
 
 import json
 import sys
@@ -91,7 +93,9 @@ def test_deep_or_large_yaml_is_refused_at_once(read, parser, text):
 @pytest.mark.slow
 def test_limits_of_yaml_admit_their_value(read, parser):
     assert read(LORA + "x: " + "[" * (MAX_DEPTH - 1) + "]" * (MAX_DEPTH - 1)).peft.values["r"] == 8
-    assert read(LORA + "x: &x 1\n" + f"y: [{', '.join(['*x'] * MAX_ALIASES)}]").peft.values["r"] == 8
+    assert (
+        read(LORA + "x: &x 1\n" + f"y: [{', '.join(['*x'] * MAX_ALIASES)}]").peft.values["r"] == 8
+    )
     assert read((LORA + "#").ljust(MAX_YAML_BYTES, "x")).peft.values["r"] == 8
     for text in ("x: " + "[" * MAX_DEPTH + "]" * MAX_DEPTH, "#".ljust(MAX_YAML_BYTES, "x")):
         with raises_naming(InputError, "c.yaml"):
@@ -115,7 +119,10 @@ def test_yaml_key_given_twice_is_refused(read, parser, text):
 
 
 def test_merged_keys_are_read(read, parser):
-    text = "common: &c {_component_: torch.optim.AdamW, lr: 1e-5}\nx: &x {}\nmodel: {<<: *x, _component_: m}\n"
+    text = (
+        "common: &c {_component_: torch.optim.AdamW, lr: 1e-5}\nx: &x {}\nmodel: {<<: *x, "
+        "_component_: m}\n"
+    )
     found = read(f"{text}optimizer:\n  <<: *c\n  <<: *x\n  lr: 2e-5\nlist: [{{a: 1}}, {{a: 1}}]\n")
     assert (found.family, found.lr, found.optimizer) == ("torchtune", 2e-5, "adamw")
 
@@ -144,7 +151,9 @@ def test_wrong_type_in_yaml_names_key(read, key):
         read(yaml.safe_dump({"base_model": "x", "lora_r": 8, key: TRAINER_KEYS[key]}))
 
 
-@pytest.mark.parametrize("key", ["lora_attn_modules", "lora_rank", "lora_alpha", "apply_lora_to_mlp"])
+@pytest.mark.parametrize(
+    "key", ["lora_attn_modules", "lora_rank", "lora_alpha", "apply_lora_to_mlp"]
+)
 def test_wrong_type_in_nested_table_names_key(read, key):
     with raises_naming(InputError, "c.yaml", f"model.{key}"):
         read(yaml.safe_dump({"model": {"_component_": "m", key: {"q": 1}}}))
@@ -153,8 +162,17 @@ def test_wrong_type_in_nested_table_names_key(read, key):
 @pytest.mark.parametrize("value", [None, "auto", "${ref}"])
 def test_value_left_open_is_not_known(read, value):
     keys = ("learning_rate", "lora_r", "max_steps", "sequence_len", "adam_beta2", "load_in_8bit")
-    found = read(yaml.safe_dump({"base_model": "x", "adapter": "lora", **dict.fromkeys(keys, value)}))
-    known = (found.lr, found.peft.values.get("r"), found.steps, found.length, found.beta2, found.quantized)
+    found = read(
+        yaml.safe_dump({"base_model": "x", "adapter": "lora", **dict.fromkeys(keys, value)})
+    )
+    known = (
+        found.lr,
+        found.peft.values.get("r"),
+        found.steps,
+        found.length,
+        found.beta2,
+        found.quantized,
+    )
     assert known == (None, None, None, None, None, False)
 
 
@@ -164,7 +182,9 @@ def test_method_of_reference_is_not_known(read):
     assert read("finetuning_type: ${TYPE}\n").method is None
 
 
-@pytest.mark.parametrize(("value", "known"), [("true", True), ("False", False), (1, True), (0, False), (None, None)])
+@pytest.mark.parametrize(
+    ("value", "known"), [("true", True), ("False", False), (1, True), (0, False), (None, None)]
+)
 def test_flag_is_read(tmp_path, value, known):
     assert Values(tmp_path, {"use_dora": value}).flag("use_dora") is known
 
@@ -194,7 +214,9 @@ def make_leaves(levels):
     return value
 
 
-@pytest.mark.parametrize("key", ["learning_rate", "optim", "dtype", "torch_dtype", "max_steps", "lora_r"])
+@pytest.mark.parametrize(
+    "key", ["learning_rate", "optim", "dtype", "torch_dtype", "max_steps", "lora_r"]
+)
 def test_shared_lists_of_pickle_are_not_formatted(tmp_path, key):
     folder = write_arguments(make_adapter(tmp_path / "a"), **{key: make_leaves(6)})
     with time_limit(PATIENCE), raises_naming(InputError, TRAINING_ARGS, key) as caught:
@@ -204,7 +226,14 @@ def test_shared_lists_of_pickle_are_not_formatted(tmp_path, key):
 
 def test_only_plain_values_leave_pickle(tmp_path):
     given = {"a": 1, "b": "x", "c": 1.5, "d": None, "e": True, "f": ["x", 1]}
-    others = {"g": [["x"]], "h": {"a": 1}, "i": OrderedDict(a=1), "j": torch.ones(2), "k": Arguments(), "l": (1,)}
+    others = {
+        "g": [["x"]],
+        "h": {"a": 1},
+        "i": OrderedDict(a=1),
+        "j": torch.ones(2),
+        "k": Arguments(),
+        "l": (1,),
+    }
     others["m"] = [1] * (reading.MAX_LIST + 1)
     path = write_arguments(tmp_path, **given, **others) / TRAINING_ARGS
     table = Values.read(path).table

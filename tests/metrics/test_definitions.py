@@ -57,7 +57,9 @@ def layer(d, x):
 
 
 def found(one):
-    return compute_distances(one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None)
+    return compute_distances(
+        one.fro, one.adapter_fro, one.gap, one.inner, one.floor / one.fro if one.fro else None
+    )
 
 
 def test_pooled_distances_equal_block_diagonal():
@@ -83,7 +85,9 @@ def test_limit_names_what_was_changed():
     assert find_limit(found(layer(d, -best))) == "direction"
     assert find_limit(found(layer(d, turned))) == "direction"
     assert find_limit(found(layer(d, best + 0.3 * turned))) == "direction"
-    assert find_limit(found(layer(d, 5 * (best + 1.5 * turned)))) == "direction"  # of which no scale makes much
+    assert (
+        find_limit(found(layer(d, 5 * (best + 1.5 * turned)))) == "direction"
+    )  # of which no scale makes much
     assert find_limit(found(layer(d, 3 * best))) == "scale"
     assert find_limit(found(layer(0 * d, d))) is None
 
@@ -91,23 +95,33 @@ def test_limit_names_what_was_changed():
 @pytest.mark.parametrize("length", [0.05, 0.5, 1.0, 2.5, 8.0])
 @pytest.mark.parametrize("aligned", [-0.5, 0.0, 0.1, 0.6, 0.95, 1.0])
 def test_parts_sum_to_epsilon_squared(length, aligned):
-    """Scale is what a search over scales gains, from the better of X and nothing, if X does not pass 2D along D."""
+    """Scale is what a search over scales gains, from the better of X and nothing, if X does not
+    pass 2D along D.
+    """
     rng = np.random.default_rng(7)
     d = rng.normal(size=(7, 5))
     best = oracles.best_approximation(d, 2)
     other = oracles.best_approximation(rng.normal(size=(7, 5)), 2)
     other -= (other * d).sum() / (d * d).sum() * d  # orthogonal to D
-    x = aligned * best / np.linalg.norm(best) + math.sqrt(1 - aligned**2) * other / np.linalg.norm(other)
+    x = aligned * best / np.linalg.norm(best) + math.sqrt(1 - aligned**2) * other / np.linalg.norm(
+        other
+    )
     x *= length * np.linalg.norm(d)
     along = (x * d).sum() / (d * d).sum() * d
-    whole, overshoot = (((d - other) ** 2).sum() / (d * d).sum() for other in (x, along if aligned > 0 else 0 * d))
+    whole, overshoot = (
+        ((d - other) ** 2).sum() / (d * d).sum() for other in (x, along if aligned > 0 else 0 * d)
+    )
     floor = ((d - best) ** 2).sum() / (d * d).sum()
     got = split_epsilon(found(layer(d, x)))
     assert got.rank == pytest.approx(floor)
     assert got.rank + got.direction + got.scale == pytest.approx(whole)
     assert min(got.rank, got.direction, got.scale) >= 0
-    found_scale = minimize_scalar(lambda c: ((d - c * x) ** 2).sum() / (d * d).sum(), bounds=(0, 40), method="bounded")
-    assert got.scale == pytest.approx(min(whole, max(1.0, overshoot)) - min(1.0, found_scale.fun), abs=1e-6)
+    found_scale = minimize_scalar(
+        lambda c: ((d - c * x) ** 2).sum() / (d * d).sum(), bounds=(0, 40), method="bounded"
+    )
+    assert got.scale == pytest.approx(
+        min(whole, max(1.0, overshoot)) - min(1.0, found_scale.fun), abs=1e-6
+    )
 
 
 def updates(count, rank, m, n, rng):
@@ -136,11 +150,18 @@ def test_overlap_of_random_updates_is_near_chance():
         space = np.linalg.qr(rng.normal(size=(64, 8)))[0]
         d = rng.normal(size=(64, 4)) @ rng.normal(size=(4, 32))
         share = float((space.T @ d).ravel() @ (space.T @ d).ravel() / (d.ravel() @ d.ravel()))
-        near.append(is_near_chance(share, 8, 64, oracles.effective_rank(np.linalg.svd(d, compute_uv=False))))
+        near.append(
+            is_near_chance(share, 8, 64, oracles.effective_rank(np.linalg.svd(d, compute_uv=False)))
+        )
         inside = space @ rng.normal(size=(8, 32))
-        assert not is_near_chance(1.0, 8, 64, oracles.effective_rank(np.linalg.svd(inside, compute_uv=False)))
+        assert not is_near_chance(
+            1.0, 8, 64, oracles.effective_rank(np.linalg.svd(inside, compute_uv=False))
+        )
     assert np.mean(near) > 0.97
-    pairs = {classify_relation(near, c, 0.01) for near, c in ((True, 0.02), (False, 0.02), (True, 0.5), (True, -0.5))}
+    pairs = {
+        classify_relation(near, c, 0.01)
+        for near, c in ((True, 0.02), (False, 0.02), (True, 0.5), (True, -0.5))
+    }
     assert pairs == {"apart", "share", "reinforce", "cancel"}
     assert classify_relation(False, 0.5, 0.2) == "share"  # within three standard deviations
 
@@ -164,7 +185,9 @@ def test_random_similarity_equals_monte_carlo():
 
 def test_hard_threshold_is_near_polynomial_of_its_paper():
     for beta in np.linspace(0.05, 1, 9):
-        assert hard_threshold(beta) == pytest.approx(0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43, abs=0.02)
+        assert hard_threshold(beta) == pytest.approx(
+            0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43, abs=0.02
+        )
     rng = np.random.default_rng(5)
     noisy = 20 * rng.normal(size=(60, 3)) @ rng.normal(size=(3, 40)) + rng.normal(size=(60, 40))
     assert gavish_donoho(np.linalg.svd(noisy, compute_uv=False), (60, 40)) == 3
@@ -187,8 +210,15 @@ def test_alike_finds_planted_copies_and_shared_spaces():
     rows[4] = rows[1] + 0.2 * rows[2]
     spaces = np.eye(5)
     spaces[2] = spaces[0]
-    found = {(pair.first, pair.second): pair for pair in find_near_duplicates(rows.tolist(), spaces.tolist())}
-    assert {key: pair.relation for key, pair in found.items()} == {(0, 3): "same", (1, 4): "near", (0, 2): "space"}
+    found = {
+        (pair.first, pair.second): pair
+        for pair in find_near_duplicates(rows.tolist(), spaces.tolist())
+    }
+    assert {key: pair.relation for key, pair in found.items()} == {
+        (0, 3): "same",
+        (1, 4): "near",
+        (0, 2): "space",
+    }
     cosine = rows[1] @ rows[4] / np.linalg.norm(rows[1]) / np.linalg.norm(rows[4])
     assert (found[0, 3].cosine, found[1, 4].cosine) == pytest.approx((-1, cosine))
     assert find_near_duplicates([[1.0]], [[1.0]]) == []
@@ -236,7 +266,9 @@ def test_paired_error_is_spread_of_ratio_over_samples():
 
 @pytest.mark.parametrize(("memory", "least"), [(0.0, 0.93), (0.6, 0.87)])
 def test_paired_interval_holds_for_dependent_sequences(memory, least):
-    """Values of which each keeps a share of the one before; the error of independent values covers 68% at 0.6."""
+    """Values of which each keeps a share of the one before; the error of independent values covers
+    68% at 0.6.
+    """
     rng, held = np.random.default_rng(3), 0
     half = Estimate(0.0, 1.0, degrees_of_freedom(100)).half(0.975)
     for _ in range(1000):

@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.metrics.energy import effective_rank, energy_curve, rank_at, stable_rank, truncation_error
+from lora_diag.metrics.energy import (
+    effective_rank,
+    energy_curve,
+    rank_at,
+    stable_rank,
+    truncation_error,
+)
 from lora_diag.metrics.subspaces import random_angles
 from tests import oracles
 
-values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(lambda v: np.sort(np.array(v))[::-1])
+values = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=40).map(
+    lambda v: np.sort(np.array(v))[::-1]
+)
 
 
 @given(values)
@@ -52,7 +60,9 @@ def test_errors_of_incomplete_spectrum(s, top, rank):
         assert result is None
         return
     exact, _ = truncation_error(s, fro, rank, complete=True)
-    assert result[0] == pytest.approx(exact, abs=1e-7 * fro)  # √ of a few rounding errors in ‖A‖² and in what is kept
+    assert result[0] == pytest.approx(
+        exact, abs=1e-7 * fro
+    )  # √ of a few rounding errors in ‖A‖² and in what is kept
     assert result[1] == (s[rank] if rank < min(top, len(s)) else None)
 
 

@@ -29,8 +29,17 @@ def profiles() -> dict[str, np.ndarray]:
     rows = weights * np.exp(rng.standard_normal((96, 1)))
     both = rows * np.exp(0.7 * rng.standard_normal((1, 64)))
     column = weights * np.where(np.arange(64) == 7, 30.0, 1.0)
-    binades = {"even": np.ones((96, 64)), "weights": weights, "rows": rows, "both": both, "outlier": outlier}
-    return {name: 4.0 ** np.floor(np.log2(np.abs(w))) / 12 for name, w in (binades | {"column": column}).items()}
+    binades = {
+        "even": np.ones((96, 64)),
+        "weights": weights,
+        "rows": rows,
+        "both": both,
+        "outlier": outlier,
+    }
+    return {
+        name: 4.0 ** np.floor(np.log2(np.abs(w))) / 12
+        for name, w in (binades | {"column": column}).items()
+    }
 
 
 @pytest.mark.parametrize(("name", "variance"), profiles().items())
@@ -68,11 +77,17 @@ def test_noise_edge_equals_minimum_of_scipy(spread, pole):
         def above(q):
             return q * (b / (1 - b * q)).sum() - target
 
-        q = most_q if above(most_q) <= 0 else optimize.brentq(above, 0, most_q, xtol=1e-14 * most_q, rtol=1e-12)
+        q = (
+            most_q
+            if above(most_q) <= 0
+            else optimize.brentq(above, 0, most_q, xtol=1e-14 * most_q, rtol=1e-12)
+        )
         return target / p / q
 
     top = math.log(most_p)
-    result = optimize.minimize_scalar(squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8})
+    result = optimize.minimize_scalar(
+        squared, bounds=(top - 14, top), method="bounded", options={"xatol": 1e-8}
+    )
     edge, at = _minimize_edge(a, b, pole * a.max(), pole * b.max())
     assert edge == pytest.approx(min(result.fun, squared(top)), rel=1e-6)
     assert math.log(at) == pytest.approx(result.x if result.fun < squared(top) else top, abs=1e-3)
@@ -91,7 +106,9 @@ def planted(rng, shape, rank, rms):
 
 
 def heteroscedastic(rng, shape=(256, 192)):
-    return torch.from_numpy(rng.standard_normal(shape) * 0.02 * np.exp(rng.standard_normal((shape[0], 1))))
+    return torch.from_numpy(
+        rng.standard_normal(shape) * 0.02 * np.exp(rng.standard_normal((shape[0], 1)))
+    )
 
 
 @pytest.mark.parametrize("rms", [1e-3, 3e-3])
@@ -116,7 +133,10 @@ def test_rounded_copy_has_no_signal():
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_rounded_base_is_detected_despite_outlier(share):
     rng = np.random.default_rng(0)
-    for scale in (np.exp(rng.standard_normal((400, 1))) * np.exp(0.7 * rng.standard_normal((1, 100))), 1.0):
+    for scale in (
+        np.exp(rng.standard_normal((400, 1))) * np.exp(0.7 * rng.standard_normal((1, 100))),
+        1.0,
+    ):
         start = torch.from_numpy(rng.standard_normal((400, 100)) * 0.02 * scale).float()
         start[7, 3] = 20.0
         base = start.bfloat16()
@@ -124,7 +144,9 @@ def test_rounded_base_is_detected_despite_outlier(share):
         delta = torch.from_numpy(rng.standard_normal(start.shape)) * error
         tuned = (start + delta * math.sqrt(1 / share - 1)).float()
         assert difference([(base, tuned)], start.shape, CPU).rounding.start == "rounded"
-        assert difference([(base, (base + delta).float())], start.shape, CPU).rounding.start == "exact"
+        assert (
+            difference([(base, (base + delta).float())], start.shape, CPU).rounding.start == "exact"
+        )
 
 
 @pytest.mark.slow
@@ -139,7 +161,9 @@ def test_changes_proportional_to_weight_are_not_rounding(kind):
 
 
 def quantize(weights):
-    """Return bfloat16 weights after Q4_0, in which the largest of 32 keeps its value, at a scale in float16."""
+    """Return bfloat16 weights after Q4_0, in which the largest of 32 keeps its value, at a scale in
+    float16.
+    """
     groups = weights.reshape(-1, 32)
     largest = groups.gather(1, groups.abs().argmax(1, keepdim=True))
     scale = (largest / -8).half().double()
@@ -149,7 +173,9 @@ def quantize(weights):
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("size", [1e-6, 1e-5])
 def test_copy_of_dequantized_weights_is_not_the_start(size, seed):
-    """Rounding errors of its levels are not spread evenly, so that a copy fits the start as well."""
+    """Rounding errors of its levels are not spread evenly, so that a copy fits the
+    start as well.
+    """
     rng = np.random.default_rng(seed)
     start = quantize(torch.from_numpy(rng.standard_normal((192, 320)) * 0.02).bfloat16().double())
     tuned = (start + planted(rng, start.shape, 4, size)).float()
@@ -165,8 +191,14 @@ def test_start_is_unknown_where_rounding_errors_are_uneven():
     base = start.bfloat16().double()
     fine = torch.where((start.abs() * 300).floor() % 2 == 0, base, start)
     moves = planted(rng, start.shape, 4, 1e-6)
-    assert difference([(base.bfloat16(), (fine + moves).float())], start.shape, CPU).rounding.start == "unknown"
-    assert difference([(base.bfloat16(), (base + moves).float())], start.shape, CPU).rounding.start == "exact"
+    assert (
+        difference([(base.bfloat16(), (fine + moves).float())], start.shape, CPU).rounding.start
+        == "unknown"
+    )
+    assert (
+        difference([(base.bfloat16(), (base + moves).float())], start.shape, CPU).rounding.start
+        == "exact"
+    )
 
 
 def test_unknown_start_counts_rounding_of_base():
@@ -203,7 +235,9 @@ def test_rounded_base_differs_from_exact_start(share):
     rounded = difference([(base, (start + delta).float())], start.shape, CPU)
     exact = difference([(base, (base.double() + delta).float())], start.shape, CPU)
     assert (rounded.rounding.start, exact.rounding.start) == ("rounded", "exact")
-    assert (noise_of(rounded.rounding.noise, 1).fro / rounded.fro) ** 2 == pytest.approx(share, rel=0.1)
+    assert (noise_of(rounded.rounding.noise, 1).fro / rounded.fro) ** 2 == pytest.approx(
+        share, rel=0.1
+    )
     assert noise_of(exact.rounding.noise, 1).fro < 1e-3 * exact.fro
 
 
@@ -211,12 +245,17 @@ def test_sparse_update_noise_is_at_changed_entries():
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((256, 256)) * 0.02).bfloat16()
     delta = torch.from_numpy(rng.standard_normal(base.shape) * 1e-2)
-    for trained in (torch.from_numpy(rng.random(base.shape)) < 0.05, torch.arange(256)[:, None] < 10):
+    for trained in (
+        torch.from_numpy(rng.random(base.shape)) < 0.05,
+        torch.arange(256)[:, None] < 10,
+    ):
         true = torch.where(trained, delta, 0.0)
         tuned = (base.double() + true).bfloat16()
         result, own, _ = seen(base, tuned)
         error = (tuned.double() - base.double() - true).norm()
-        assert result.rounding.untouched == pytest.approx(1 - float(trained.double().mean()), abs=0.03)
+        assert result.rounding.untouched == pytest.approx(
+            1 - float(trained.double().mean()), abs=0.03
+        )
         assert own.fro == pytest.approx(math.sqrt(2) * float(error), rel=0.1)  # both sides count
 
 
@@ -232,7 +271,9 @@ def test_absorbed_update_is_not_sparse():
 
 
 def untouched_of_few_entries(rows, draw):
-    """Return the estimates for 60 updates of few entries, without those that rounding absorbed whole."""
+    """Return the estimates for 60 updates of few entries, without those that rounding absorbed
+    whole.
+    """
     estimates = []
     for seed in range(60):
         rng = np.random.default_rng(seed)
@@ -245,14 +286,19 @@ def untouched_of_few_entries(rows, draw):
 
 @pytest.mark.parametrize("rows", [10, 20, 30])
 def test_few_entries_do_not_make_absorbed_update_sparse(rows):
-    absorbed = untouched_of_few_entries(rows, lambda rng, shape: rng.standard_normal(shape) * 10 ** rng.uniform(-5, -4))
+    absorbed = untouched_of_few_entries(
+        rows, lambda rng, shape: rng.standard_normal(shape) * 10 ** rng.uniform(-5, -4)
+    )
     assert max(absorbed) < 0.2
 
 
 @pytest.mark.parametrize("rows", [20, 30])
 def test_few_entries_show_sparse_update(rows):
     sparse = untouched_of_few_entries(
-        rows, lambda rng, shape: np.where(rng.random(shape) < 0.1, rng.standard_normal(shape) * 1e-2, 0.0)
+        rows,
+        lambda rng, shape: np.where(
+            rng.random(shape) < 0.1, rng.standard_normal(shape) * 1e-2, 0.0
+        ),
     )
     assert np.mean(sparse) == pytest.approx(0.9, abs=0.08)
 
@@ -263,11 +309,16 @@ def test_subtraction_rounding_is_not_a_signal():
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()
     result = difference([(base, tuned)], base.shape, CPU)
     s = np.linalg.svd(result.matrix.double().numpy(), compute_uv=False)
-    assert signal_rank(s, noise_of(result.rounding.noise, result.rounding.sides).edge, complete=True) == 8
+    assert (
+        signal_rank(s, noise_of(result.rounding.noise, result.rounding.sides).edge, complete=True)
+        == 8
+    )
 
 
 def test_gram_rounding_is_not_a_signal():
-    """σ² is found to some ε·σ_1²: of a large update in float32, values near 1e-8 σ_1 stand above the files' noise."""
+    """σ² is found to some ε·σ_1²: of a large update in float32, values near 1e-8 σ_1 stand above
+    the files' noise.
+    """
     rng = np.random.default_rng(0)
     base = torch.from_numpy(rng.standard_normal((512, 256)) * 0.02).float()
     tuned = (base.double() + planted(rng, base.shape, 8, 0.05)).float()

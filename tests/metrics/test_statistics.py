@@ -1,4 +1,6 @@
-"""Rank correlations, limits and confidences against SciPy, permutations, and the share of wrong statements."""
+"""Rank correlations, limits and confidences against SciPy, permutations, and the share of wrong
+statements.
+"""
 
 import math
 from itertools import permutations
@@ -49,7 +51,9 @@ def test_rho_within_groups_ignores_group_means():
 def test_p_value_equals_exact_permutation_fraction(groups):
     x, y = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [2.0, 1.0, 3.0, 6.0, 4.0, 5.0]
     result = abs(spearman(x, y, groups))
-    orders = [order for order in permutations(range(6)) if groups is None or {*order[:3]} == {0, 1, 2}]
+    orders = [
+        order for order in permutations(range(6)) if groups is None or {*order[:3]} == {0, 1, 2}
+    ]
     far = [abs(spearman(x, [y[i] for i in order], groups)) >= result - 1e-12 for order in orders]
     assert p_value(x, y, groups) == pytest.approx(np.mean(far), abs=0.015)
 
@@ -83,7 +87,9 @@ def test_two_groups_in_blocks_are_paired_t_test(pairs):
 
 
 def test_blocks_equal_two_way_analysis_of_variance():
-    losses = np.random.default_rng(0).normal(size=(4, 5)) + np.arange(4)[:, None] + np.arange(5) ** 2
+    losses = (
+        np.random.default_rng(0).normal(size=(4, 5)) + np.arange(4)[:, None] + np.arange(5) ** 2
+    )
     variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
     rest = losses - losses.mean(0) - losses.mean(1, keepdims=True) + losses.mean()
     assert freedom == 12
@@ -91,7 +97,9 @@ def test_blocks_equal_two_way_analysis_of_variance():
     # What a seed adds to every group does not count, and a missing run costs one degree of freedom.
     shifted, _ = blocked_variance([dict(enumerate(row + 100 * np.arange(5))) for row in losses])
     np.testing.assert_allclose(shifted, variance)
-    assert blocked_variance([dict(enumerate(row)) for row in losses[:3]] + [{0: 1.0, 3: 2.0}])[1] == 9
+    assert (
+        blocked_variance([dict(enumerate(row)) for row in losses[:3]] + [{0: 1.0, 3: 2.0}])[1] == 9
+    )
     assert blocked_variance([{0: 1.0}, {0: 2.0}]) == (0.0, 0)
 
 
@@ -102,7 +110,9 @@ def test_interval_and_confidence_equal_scipy():
     result = Estimate(one.mean() - two.mean(), error, freedom)
     truth = stats.ttest_ind(one, two, equal_var=False)
     low, high = truth.confidence_interval(2 * LEVEL - 1)
-    np.testing.assert_allclose([result.value - result.half(), result.value + result.half()], [low, high])
+    np.testing.assert_allclose(
+        [result.value - result.half(), result.value + result.half()], [low, high]
+    )
     less = stats.ttest_ind(one, two, equal_var=False, alternative="less").pvalue
     np.testing.assert_allclose(result.confidence_below(0.0), 1 - less)
     spread, freedom = variance_within([one, two])
@@ -115,7 +125,9 @@ def test_limit_is_missed_in_one_case_of_twenty(n):
     rng = np.random.default_rng(n)
     missed = 0
     for _ in range(2000):
-        losses = rng.normal(size=(3, n)) + rng.normal(size=n)  # equal means; a seed's own part in all three
+        losses = rng.normal(size=(3, n)) + rng.normal(
+            size=n
+        )  # equal means; a seed's own part in all three
         variance, freedom = blocked_variance([dict(enumerate(row)) for row in losses])
         result = Estimate(losses[0].mean() - losses[1].mean(), math.sqrt(2 * variance / n), freedom)
         missed += result.value + result.half() < 0
@@ -140,7 +152,11 @@ def test_planned_runs_have_power_80_percent():
 
 
 def test_estimate_without_error_is_sure():
-    assert [Estimate(1.0, 0.0, 3).confidence_below(limit) for limit in (0.5, 1.0, 2.0)] == [0.0, 0.5, 1.0]
+    assert [Estimate(1.0, 0.0, 3).confidence_below(limit) for limit in (0.5, 1.0, 2.0)] == [
+        0.0,
+        0.5,
+        1.0,
+    ]
 
 
 def test_fitted_line_equals_scipy_and_removes_seeds():
@@ -150,7 +166,10 @@ def test_fitted_line_equals_scipy_and_removes_seeds():
     found = fit_line(x, [{0: loss} for loss in y])
     assert (found.slope.value, found.slope.error) == pytest.approx((truth.slope, truth.stderr))
     assert (found.slope.freedom, found.lack) == (3, None)
-    cells = [{seed: y[i] + 10 * seed + 0.1 * random.standard_normal() for seed in range(3)} for i in range(5)]
+    cells = [
+        {seed: y[i] + 10 * seed + 0.1 * random.standard_normal() for seed in range(3)}
+        for i in range(5)
+    ]
     shifted = [{seed: loss - 10 * seed for seed, loss in cell.items()} for cell in cells]
     mean = [np.mean([*cell.values()]) for cell in shifted]
     assert fit_line(x, cells).slope.value == pytest.approx(stats.linregress(x, mean).slope)
@@ -162,7 +181,10 @@ def test_lack_of_fit_is_uniform_for_lines_and_small_for_curves():
     random, x = np.random.default_rng(1), np.arange(5.0)
 
     def lack(curve):
-        cells = [{seed: -value + curve * value**2 + random.standard_normal() for seed in range(3)} for value in x]
+        cells = [
+            {seed: -value + curve * value**2 + random.standard_normal() for seed in range(3)}
+            for value in x
+        ]
         return fit_line(x, cells).lack
 
     share = np.mean([lack(0.0) < 0.05 for _ in range(400)])

@@ -1,4 +1,6 @@
-"""What a model's folder names: no repository is asked, and a damaged value is one message with file and field."""
+"""What a model's folder names: no repository is asked, and a damaged value is one message with file
+and field.
+"""
 
 import json
 import shutil
@@ -39,7 +41,9 @@ KERNELS = [
 
 @pytest.fixture
 def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The repositories that the package ``kernels`` is asked for, as if it were installed, and connections."""
+    """The repositories that the package ``kernels`` is asked for, as if it were installed, and
+    connections.
+    """
     asked: list[str] = []
 
     def get_kernel(name: str, **options: object) -> None:
@@ -66,7 +70,9 @@ def changed(folder: Path, values: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("values", KERNELS, ids=str)
-def test_config_names_no_kernel_to_ask_for(tmp_path: Path, requests: list[str], values: dict[str, Any]) -> None:
+def test_config_names_no_kernel_to_ask_for(
+    tmp_path: Path, requests: list[str], values: dict[str, Any]
+) -> None:
     folder = changed(tmp_path / "base", values)
     model = open_model(folder, CPU)
     model.module(torch.tensor([[1, 2, 3]]))
@@ -76,8 +82,15 @@ def test_config_names_no_kernel_to_ask_for(tmp_path: Path, requests: list[str], 
 
 @pytest.mark.parametrize("name", ["sonicmoe", "deepgemm"])
 def test_experts_name_no_kernel(tmp_path: Path, requests: list[str], name: str) -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.MixtralConfig(vocab_size=256, num_hidden_layers=1, num_local_experts=2, **sizes)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    config = transformers.MixtralConfig(
+        vocab_size=256, num_hidden_layers=1, num_local_experts=2, **sizes
+    )
     transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"experts_implementation": name}))
@@ -94,12 +107,22 @@ def test_stub_sees_kernel_that_transformers_asks_for(tmp_path: Path, requests: l
 
 def composite(**values: Any) -> dict[str, Any]:
     """Return the configuration of a tiny model with a text model and a vision model."""
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_attention_heads": 1,
+        "num_hidden_layers": 1,
+    }
     return {
         "model_type": "llava",
         "architectures": ["LlavaForConditionalGeneration"],
         "text_config": {"model_type": "llama", "vocab_size": 8, **sizes, **values},
-        "vision_config": {"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **sizes},
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "image_size": 8,
+            "patch_size": 4,
+            **sizes,
+        },
     }
 
 
@@ -121,7 +144,9 @@ def test_part_of_model_names_no_kernel(
 
 
 def test_quantized_part_of_model_is_refused(tmp_path: Path, requests: list[str]) -> None:
-    config = composite(quantization_config={"quant_method": "fbgemm_fp8"}) | {"architectures": ["LlavaForCausalLM"]}
+    config = composite(quantization_config={"quant_method": "fbgemm_fp8"}) | {
+        "architectures": ["LlavaForCausalLM"]
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     with raises_naming(InputError, str(tmp_path), "is quantized"):
         open_model(tmp_path, CPU)
@@ -171,9 +196,17 @@ def test_damaged_value_names_file_and_field(tmp_path: Path, key: str, value: obj
 
 
 @pytest.mark.parametrize(
-    "values", [{"rope_parameters": 5}, {"hidden_act": "no"}, {"head_dim": []}, {"rope_parameters": {"rope_type": [1]}}]
+    "values",
+    [
+        {"rope_parameters": 5},
+        {"hidden_act": "no"},
+        {"head_dim": []},
+        {"rope_parameters": {"rope_type": [1]}},
+    ],
 )
-def test_value_that_transformers_refuses_names_folder(tmp_path: Path, values: dict[str, Any]) -> None:
+def test_value_that_transformers_refuses_names_folder(
+    tmp_path: Path, values: dict[str, Any]
+) -> None:
     folder = changed(tmp_path / "base", values)
     with raises_naming(InputError, str(folder)):
         open_model(folder, CPU)

@@ -14,20 +14,29 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred"]
 
 
 def save_tokenizer(folder, vocabulary, around, unk, **tokens):
-    """Save a tokenizer of words beside a model; the words 1 and 2 are around a text as in the template ``around``."""
+    """Save a tokenizer of words beside a model; the words 1 and 2 are around a text as in the
+    template ``around``.
+    """
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     special = [(word, i) for word, i in vocabulary.items() if i in {1, 2}]
     tokenizer.post_processor = processors.TemplateProcessing(single=around, special_tokens=special)
-    wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unk, **tokens)
+    wrapped = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token=unk, **tokens
+    )
     wrapped.save_pretrained(folder)
     return folder
 
 
 def with_tokenizer(folder, around):
     """Save a tokenizer of eight words."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "year", "1936"])}
-    return save_tokenizer(folder, vocabulary, around, "<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    vocabulary = {
+        word: i
+        for i, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS, "The", "year", "1936"])
+    }
+    return save_tokenizer(
+        folder, vocabulary, around, "<unk>", pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def read(folder, file, content, length):
@@ -39,7 +48,10 @@ def read(folder, file, content, length):
 def test_every_window_starts_with_what_tokenizer_puts_first(tmp_path):
     folder = with_tokenizer(gpt2(tmp_path / "base"), "<s> $A")
     texts = read(folder, tmp_path / "x.txt", " ".join(WORDS), 4)
-    assert [sequence.ids for sequence in texts.sequences] == [(1, 4, 5, 6), (1, 7, 8, 9)]  # two words are left over
+    assert [sequence.ids for sequence in texts.sequences] == [
+        (1, 4, 5, 6),
+        (1, 7, 8, 9),
+    ]  # two words are left over
     assert all(sequence.labels == sequence.ids for sequence in texts.sequences)
 
 
@@ -65,7 +77,9 @@ def test_max_sequences_are_spread_over_file(tmp_path):
 
 def test_classifier_keeps_both_ends_of_long_line(tmp_path):
     folder = with_tokenizer(bert(tmp_path / "base"), "<s> $A </s>")
-    texts = read(folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5)
+    texts = read(
+        folder, tmp_path / "x.jsonl", '{"text": "the cat sat on a mat", "label": "other"}\n', 5
+    )
     assert texts.sequences[0].ids == (1, 4, 5, 6, 2)
     assert texts.sequences[0].labels == (2,)
 

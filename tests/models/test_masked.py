@@ -1,4 +1,6 @@
-"""Masked language models: which tokens are hidden, and losses against a script of transformers alone."""
+"""Masked language models: which tokens are hidden, and losses against a script of transformers
+alone.
+"""
 
 import json
 import random
@@ -30,8 +32,13 @@ def case(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text(" ".join(words))
     splitter = pre_tokenizers.Whitespace()
-    known = sorted({word for word, _ in splitter.pre_tokenize_str(text.read_text())} | {"The", "year", "1936", "a"})
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *known])}
+    known = sorted(
+        {word for word, _ in splitter.pre_tokenize_str(text.read_text())}
+        | {"The", "year", "1936", "a"}
+    )
+    vocabulary = {
+        word: i for i, word in enumerate(["[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]", *known])
+    }
     torch.manual_seed(0)
     config = transformers.BertConfig(
         vocab_size=len(vocabulary),
@@ -70,7 +77,9 @@ def test_masking_hides_fifteen_percent(case):
         hidden = [i for i, label in enumerate(sequence.labels) if label != -100]
         assert len(hidden) == round(0.15 * (LENGTH - 2))
         assert [sequence.labels[i] for i in hidden] == [original[i] for i in hidden]
-        assert list(sequence.ids) == [MASK if i in hidden else token for i, token in enumerate(original)]
+        assert list(sequence.ids) == [
+            MASK if i in hidden else token for i, token in enumerate(original)
+        ]
         assert not {0, LENGTH - 1} & set(hidden)
         places += hidden
     assert len(set(places)) > LENGTH / 2  # not the same places everywhere
@@ -84,7 +93,9 @@ def test_mask_depends_on_position_only(case):
     assert sequences(base, text).sequences == sequences(tuned, text).sequences
     model = open_model(base, torch.device("cpu"), length=LENGTH)
     whole = sequences(base, text).sequences
-    assert read_texts(text, model, 3).sequences == tuple(whole[i * len(whole) // 3] for i in range(3))
+    assert read_texts(text, model, 3).sequences == tuple(
+        whole[i * len(whole) // 3] for i in range(3)
+    )
 
 
 def test_mask_is_fixed_by_seed_and_line(case, tmp_path):
@@ -102,7 +113,11 @@ def test_only_completions_are_masked(case, tmp_path):
     base, _, text, _ = case
     words = text.read_text().split()
     file = tmp_path / "x.jsonl"
-    rows = [{"prompt": " ".join(words[:9]), "completion": " ".join(words[9:60])}, {"text": "a"}, {"text": ""}]
+    rows = [
+        {"prompt": " ".join(words[:9]), "completion": " ".join(words[9:60])},
+        {"text": "a"},
+        {"text": ""},
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = sequences(base, file)
     first, second = result.sequences
@@ -118,7 +133,9 @@ def test_only_completions_are_masked(case, tmp_path):
 
 
 def losses(base, weights, text, own):
-    """Mean loss of each sequence by transformers' own masked loss, the mask taken from the package."""
+    """Mean loss of each sequence by transformers' own masked loss, the mask taken from
+    the package.
+    """
     model = transformers.BertForMaskedLM(transformers.AutoConfig.from_pretrained(base))
     state = {name: torch.from_numpy(value).float() for name, value in weights.items()}
     assert not model.load_state_dict(state, strict=False).unexpected_keys
@@ -126,19 +143,29 @@ def losses(base, weights, text, own):
     model.eval()
     with torch.no_grad():
         return np.array(
-            [model(input_ids=torch.tensor([s.ids]), labels=torch.tensor([s.labels])).loss.item() for s in own.sequences]
+            [
+                model(input_ids=torch.tensor([s.ids]), labels=torch.tensor([s.labels])).loss.item()
+                for s in own.sequences
+            ]
         )
 
 
 def test_truncation_losses_equal_independent_script(case):
     base, tuned, text, _ = case
-    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4).whole
+    result = lora_diag.probe_truncation(
+        base, tuned, evaluate=[text], ranks=(0, 2), length=LENGTH, batch=4
+    ).whole
     own = sequences(base, text)
     w, t = tensors(base), tensors(tuned)
     matrices = [n for n in w if w[n].ndim == 2 and "embeddings" not in n and "decoder" not in n]
     assert len(matrices) == 13  # six in each block, one before the decoder
     cut = {rank: {**t, **{n: w[n] + best(t[n] - w[n], rank) for n in matrices}} for rank in (0, 2)}
-    expected = {("base", None): w, ("tuned", None): t, ("truncated", 0): cut[0], ("truncated", 2): cut[2]}
+    expected = {
+        ("base", None): w,
+        ("tuned", None): t,
+        ("truncated", 0): cut[0],
+        ("truncated", 2): cut[2],
+    }
     assert [(r.subject, r.rank) for r in result] == list(expected)
     of_tuned = losses(base, t, text, own)
     for record in result:
@@ -159,7 +186,8 @@ def test_outputs_compare_masked_predictions(case, tmp_path):
         model = transformers.BertForMaskedLM.from_pretrained(folder).eval()
         with torch.no_grad():
             result = [
-                model(input_ids=torch.tensor([s.ids])).logits[0][torch.tensor(s.labels) != -100] for s in own.sequences
+                model(input_ids=torch.tensor([s.ids])).logits[0][torch.tensor(s.labels) != -100]
+                for s in own.sequences
             ]
         return torch.cat(result).double().numpy()
 
@@ -172,7 +200,9 @@ def test_outputs_compare_masked_predictions(case, tmp_path):
 
 def test_activations_respect_attention_mask(case, tmp_path):
     base, _, text, _ = case
-    result = lora_diag.probe_activations(base, data=text, output=tmp_path / "c.safetensors", length=LENGTH)
+    result = lora_diag.probe_activations(
+        base, data=text, output=tmp_path / "c.safetensors", length=LENGTH
+    )
     own = sequences(base, text)
     model = transformers.BertForMaskedLM.from_pretrained(base).eval()
     ids = torch.tensor([s.ids for s in own.sequences])

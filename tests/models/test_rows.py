@@ -1,4 +1,6 @@
-"""Folders of ``datasets`` give what JSON lines of the same rows give; everything else is one message."""
+"""Folders of ``datasets`` give what JSON lines of the same rows give; everything else is one
+message.
+"""
 
 import json
 import sys
@@ -15,7 +17,10 @@ from tests.messages import raises_naming
 from tests.probes.making import bert, gpt2, moved
 
 CPU = torch.device("cpu")
-ROWS = [{"text": "The first line."}, {"text": "Another, which is longer than the model has room for, and cut."}]
+ROWS = [
+    {"text": "The first line."},
+    {"text": "Another, which is longer than the model has room for, and cut."},
+]
 
 
 def saved(rows, path, features=None):
@@ -29,7 +34,8 @@ def lines(rows, path):
 
 
 @pytest.mark.parametrize(
-    "rows", [ROWS, [{"prompt": "Say ", "completion": "yes."}, {"prompt": "And ", "completion": "no."}]]
+    "rows",
+    [ROWS, [{"prompt": "Say ", "completion": "yes."}, {"prompt": "And ", "completion": "no."}]],
 )
 def test_data_set_equals_json_lines(tmp_path, rows):
     model = open_model(gpt2(tmp_path / "base"), CPU)
@@ -52,7 +58,9 @@ def test_only_line_feed_ends_json_line(tmp_path):
 
 def test_label_is_found_by_name_then_index(tmp_path):
     model = open_model(bert(tmp_path / "base"), CPU, tokenizer="bytes")  # ham, spam, other
-    named = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["other", "spam"])})
+    named = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["other", "spam"])}
+    )
     rows = [{"text": "a", "label": 0}, {"text": "b", "label": 1}]
     result = read_texts(saved(rows, tmp_path / "named", named), model)
     assert [sequence.labels for sequence in result.sequences] == [(2,), (1,)]
@@ -73,7 +81,9 @@ def test_probe_accepts_data_set_or_file(tmp_path):
 
 def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
     model = open_model(gpt2(tmp_path / "base"), CPU)
-    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)})
+    splits = datasets.DatasetDict(
+        {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS)}
+    )
     splits.save_to_disk(str(tmp_path / "splits"))
     with raises_naming(InputError, "splits/train"):
         read_texts(tmp_path / "splits", model)
@@ -92,7 +102,9 @@ def test_invalid_data_set_is_one_message(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="which is not a file in this folder"):
         read_texts(outside, model)
     with pytest.raises(InputError, match="no such file"):
-        lora_diag.probe_truncation(tmp_path / "base", tmp_path / "base", evaluate=[tmp_path / "nothing"])
+        lora_diag.probe_truncation(
+            tmp_path / "base", tmp_path / "base", evaluate=[tmp_path / "nothing"]
+        )
 
     monkeypatch.setitem(sys.modules, "datasets", None)
     with raises_naming(UsageError, "install datasets"):

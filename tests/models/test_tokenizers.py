@@ -23,7 +23,8 @@ DAMAGED: dict[str, Any] = {
     "a panic": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "//////////8="}},
     "merges": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b", "zz zz"]}},
     "unknown": {"model": {**WORDS, "vocab": {"a": 0}}},
-    "infinity": '{"model": {"type": "Unigram", "unk_id": 5, "vocab": [["a", -1.0], ["b", -Infinity]]}}',
+    "infinity": '{"model": {"type": "Unigram", "unk_id": 5, "vocab": [["a", -1.0], ["b", '
+    "-Infinity]]}}",
     "depth": "[" * 100_000,
     "no JSON": "\0",
     "no object": "7",
@@ -33,14 +34,22 @@ DAMAGED: dict[str, Any] = {
 
 def tokenizer(folder: Path, content: Any) -> Path:
     """Write a tokenizer.json."""
-    usual = {"version": "1.0", "added_tokens": [], "normalizer": None, "pre_tokenizer": SPLIT, "model": WORDS}
+    usual = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": SPLIT,
+        "model": WORDS,
+    }
     path = folder / "tokenizer.json"
     path.write_text(content if isinstance(content, str) else json.dumps(usual | content))
     return path
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_damaged_tokenizer_names_its_file(tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+def test_damaged_tokenizer_names_its_file(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
     folder = shutil.copytree(BASE, tmp_path / "base")
     path = tokenizer(folder, DAMAGED[kind])
     with raises_naming(InputError, str(path)):
@@ -83,6 +92,13 @@ def test_panic_of_tokenizer_is_one_message_with_exit_code_3(loradiag, tmp_path: 
     folder = shutil.copytree(BASE, tmp_path / "base")
     path = tokenizer(folder, DAMAGED["a panic"])
     samples = ROOT / "sample_checkpoints"
-    ran = loradiag("probe", "strength", folder, samples / "lora_r4", "--eval", samples / "eval" / "in_domain.txt")
+    ran = loradiag(
+        "probe",
+        "strength",
+        folder,
+        samples / "lora_r4",
+        "--eval",
+        samples / "eval" / "in_domain.txt",
+    )
     assert (ran.code, ran.out, ran.err.count("\n")) == (3, "", 1)
     assert_names(ran.err, str(path))

@@ -1,4 +1,6 @@
-"""Records made by hand, their numbers by NumPy; nothing here calls the package's own mathematics."""
+"""Records made by hand, their numbers by NumPy; nothing here calls the package's own
+mathematics.
+"""
 
 import math
 
@@ -42,9 +44,16 @@ TYPES = (
 )
 
 
-def spectrum(layer, s, *, fro=None, complete=True, edge=0.0, signal=None, verdict="resolved", ranks=(8, 16)):
+def spectrum(
+    layer, s, *, fro=None, complete=True, edge=0.0, signal=None, verdict="resolved", ranks=(8, 16)
+):
     """Return the record of a layer with these singular values."""
-    seen = {"noise_fro": 0.05, "edge": edge, "signal_rank": len(s) if signal is None else signal, "verdict": verdict}
+    seen = {
+        "noise_fro": 0.05,
+        "edge": edge,
+        "signal_rank": len(s) if signal is None else signal,
+        "verdict": verdict,
+    }
     some = {"rank_at": {"0.9": 3, "0.95": None, "0.99": None}, "effective_rank": None}
     return layer_spectrum(layer, s, ranks, fro=fro, complete=complete, resolution=seen, **some)
 
@@ -57,7 +66,9 @@ def decay(number, values=32):
 def model(blocks, types=TYPES, values=32, **more):
     """Return the spectra of a model of so many blocks."""
     return [
-        spectrum(f"model.layers.{block}.{name}.weight", decay(block * len(types) + place, values), **more)
+        spectrum(
+            f"model.layers.{block}.{name}.weight", decay(block * len(types) + place, values), **more
+        )
         for block in range(blocks)
         for place, name in enumerate(types)
     ]
@@ -74,23 +85,42 @@ def trained(blocks, types=TYPES, steps=(10, 250, 500, 750, 1000)):
                 "spectral_share": 0.5 / (t + 1),
             }
             overlaps = tuple(0.9 ** (t - s) for s in range(t))
-            result.append(build(CheckpointLayer, layer=layer, step=step, shape=(32, 64), overlaps=overlaps, **norms))
+            result.append(
+                build(
+                    CheckpointLayer,
+                    layer=layer,
+                    step=step,
+                    shape=(32, 64),
+                    overlaps=overlaps,
+                    **norms,
+                )
+            )
     return result
 
 
 def merged(blocks, types=TYPES, updates=("runs/sql", "runs/chat")):
-    """Return what a merge keeps of updates: less of the later ones, and less than nothing of some layers."""
+    """Return what a merge keeps of updates: less of the later ones, and less than nothing of some
+    layers.
+    """
     rng = np.random.default_rng(blocks)
     result = []
     for i, update in enumerate(updates):
         for layer in layers_of(blocks, types):
-            kept = {"kept": rng.random() - 0.2 * i, "kept_mean": 0.5, "kept_random": 0.5 + 0.1 * rng.random()}
+            kept = {
+                "kept": rng.random() - 0.2 * i,
+                "kept_mean": 0.5,
+                "kept_random": 0.5 + 0.1 * rng.random(),
+            }
             result.append(build(Merged, layer=layer, shape=(32, 64), update=update, **kept))
     return result
 
 
-def judged(methods=("sum", "ties", "dare"), scales=(0.5, 1.0), sets=("sql", "chat", "other"), updates=2):
-    """Return the losses of merges on the text of each update and on one of none; the first merge was written."""
+def judged(
+    methods=("sum", "ties", "dare"), scales=(0.5, 1.0), sets=("sql", "chat", "other"), updates=2
+):
+    """Return the losses of merges on the text of each update and on one of none; the first merge
+    was written.
+    """
     counts, result = (10, 20, 30, 40), []
     merges = [(method, scale) for method in methods for scale in scales]
     for place, name in enumerate(sets):
@@ -98,9 +128,13 @@ def judged(methods=("sum", "ties", "dare"), scales=(0.5, 1.0), sets=("sql", "cha
         for number, model in enumerate([("base", None), *alone, *merges]):
             loss = 1.5 + 0.03 * number
             more = {"change": loss - 2, "change_error": 0.02, "chosen": model == merges[0]}
-            more |= {"update": f"runs/{name}", "gap": loss - 1.4, "gap_error": 0.01} if alone else {}
+            more |= (
+                {"update": f"runs/{name}", "gap": loss - 1.4, "gap_error": 0.01} if alone else {}
+            )
             nll, (method, scale) = tuple(loss * count for count in counts), model
-            result.append(build(MergedLoss, set=name, method=method, scale=scale, loss=loss, nll=nll, **more))
+            result.append(
+                build(MergedLoss, set=name, method=method, scale=scale, loss=loss, nll=nll, **more)
+            )
     return result
 
 
@@ -110,10 +144,18 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
     if fro:
         epsilon = float(np.sqrt(fro**2 + other**2 - 2 * cosine * fro * other)) / fro
         excess = None if epsilon_min is None else epsilon**2 - epsilon_min**2
-        distances = {"epsilon": epsilon, "epsilon_min": epsilon_min, "excess": excess, "norm_ratio": other / fro}
+        distances = {
+            "epsilon": epsilon,
+            "epsilon_min": epsilon_min,
+            "excess": excess,
+            "norm_ratio": other / fro,
+        }
         distances["limited_by"] = "direction" if other else "not adapted"
     if fro and other:
-        scaled = {"best_scale": cosine * fro / other, "epsilon_best_scale": float(np.sqrt(1 - cosine**2))}
+        scaled = {
+            "best_scale": cosine * fro / other,
+            "epsilon_best_scale": float(np.sqrt(1 - cosine**2)),
+        }
         distances |= {"cosine": cosine, **scaled}
     norms = {"fro": fro, "adapter_fro": other, "base_fro": 10.0, "energy_error": 0.0}
     where = {"layer": layer, "shape": (32, 64), "adapter": adapter, "role": "adapter", "rank": rank}
@@ -122,14 +164,29 @@ def residual(layer, fro, other, cosine, epsilon_min, *, adapter="runs/lora_r8", 
 
 def residuals(blocks, types=TYPES, adapter="runs/lora_r8"):
     rng = np.random.default_rng(len(adapter) + blocks)
-    drawn = [(layer, 1 + rng.random(), 1 + rng.random(), rng.random()) for layer in layers_of(blocks, types)]
+    drawn = [
+        (layer, 1 + rng.random(), 1 + rng.random(), rng.random())
+        for layer in layers_of(blocks, types)
+    ]
     return [residual(*norms, 0.2 + 0.5 * share, 0.5, adapter=adapter) for *norms, share in drawn]
 
 
 def overlap(layer, step, rank, kappa, tangent):
-    kappa_random, tangent_random = rank / np.sqrt(32 * 64), float(np.sqrt(rank / 32 + rank / 64 - rank**2 / 2048))
+    kappa_random, tangent_random = (
+        rank / np.sqrt(32 * 64),
+        float(np.sqrt(rank / 32 + rank / 64 - rank**2 / 2048)),
+    )
     random = {"kappa_random": kappa_random, "tangent_random": tangent_random}
-    return build(Overlap, layer=layer, shape=(32, 64), step=step, rank=rank, kappa=kappa, tangent=tangent, **random)
+    return build(
+        Overlap,
+        layer=layer,
+        shape=(32, 64),
+        step=step,
+        rank=rank,
+        kappa=kappa,
+        tangent=tangent,
+        **random,
+    )
 
 
 def overlaps(blocks, types=TYPES, steps=(0, 40, 200), ranks=(4, 8)):
@@ -145,7 +202,9 @@ def overlaps(blocks, types=TYPES, steps=(0, 40, 200), ranks=(4, 8)):
 def allocations(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
     return [
-        build(Allocation, layer=layer, shape=(32, 64), rank=int(rng.integers(0, 20)), uniform_rank=8)
+        build(
+            Allocation, layer=layer, shape=(32, 64), rank=int(rng.integers(0, 20)), uniform_rank=8
+        )
         for layer in layers_of(blocks, types)
     ]
 
@@ -155,7 +214,12 @@ def geometries(blocks, types=TYPES):
 
     def moved(kind, low, angle, **more):
         angles = tuple(float(angle * i) for i in range(1, 9))
-        shares = {"low_30": low, "principal_30": 0.6 - low, "left_angles": angles, "right_angles": angles[::-1]}
+        shares = {
+            "low_30": low,
+            "principal_30": 0.6 - low,
+            "left_angles": angles,
+            "right_angles": angles[::-1],
+        }
         return build(kind, **shares, **more)
 
     return [
@@ -163,7 +227,9 @@ def geometries(blocks, types=TYPES):
             Geometry,
             layer=layer,
             k=8,
-            heads=tuple(build(Head, kind="query", index=i, fro=0.1 + i, base_fro=10.0) for i in range(4)),
+            heads=tuple(
+                build(Head, kind="query", index=i, fro=0.1 + i, base_fro=10.0) for i in range(4)
+            ),
             moved=moved(Movement, 0.5, 0.3),
             chance=moved(Null, 0.35, 0.2),
             rounding=moved(Null, 0.45, 0.1),
@@ -180,20 +246,38 @@ def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
     """Updates of which half is seen before rounding, and their files."""
     shares = {str(r): min(1.0, 0.2 + 0.1 * k) for k, r in enumerate(ranks)}
     energies = {"energy": {r: share / 2 for r, share in shares.items()}, "energy_estimate": shares}
-    energies["energy_interval"] = {r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()}
-    return [build(Recovery, layer=layer, shape=(32, 64), **energies) for layer in layers_of(blocks, types)]
+    energies["energy_interval"] = {
+        r: (share * 0.8, min(1.0, share * 1.5)) for r, share in shares.items()
+    }
+    return [
+        build(Recovery, layer=layer, shape=(32, 64), **energies)
+        for layer in layers_of(blocks, types)
+    ]
 
 
 def certificate(spent=1000, kept=0.5, bound=0.51):
-    uniform = Baseline(name="uniform r=8", spent=0.9 * spent, kept=0.9 * kept, equal=kept, epsilon_min=0.8)
+    uniform = Baseline(
+        name="uniform r=8", spent=0.9 * spent, kept=0.9 * kept, equal=kept, epsilon_min=0.8
+    )
     money = dict.fromkeys(("budget", "spent", "params"), spent)
-    return build(Certificate, kept=kept, bound=bound, gap=(bound - kept) / bound, baselines=(uniform,), **money)
+    return build(
+        Certificate,
+        kept=kept,
+        bound=bound,
+        gap=(bound - kept) / bound,
+        baselines=(uniform,),
+        **money,
+    )
 
 
 def agreement(cosines, larger, dimension):
-    """Return what principal angles with these cosines say, between spaces of as many and of ``larger`` dimensions."""
+    """Return what principal angles with these cosines say, between spaces of as many and of
+    ``larger`` dimensions.
+    """
     cosines = tuple(sorted(map(float, cosines), reverse=True))
-    return Agreement(cosines=cosines, overlap=float(np.mean(np.square(cosines))), random=larger / dimension)
+    return Agreement(
+        cosines=cosines, overlap=float(np.mean(np.square(cosines))), random=larger / dimension
+    )
 
 
 def interference(layer, columns, rows, first="runs/sql", second="runs/chat", shape=(32, 64)):
@@ -202,7 +286,9 @@ def interference(layer, columns, rows, first="runs/sql", second="runs/chat", sha
         "columns": {str(r): agreement(c, r, shape[0]) for r, c in columns.items()},
         "rows": {str(r): agreement(c, r, shape[1]) for r, c in rows.items()},
     }
-    spaces["energy"] = {str(r): build(EnergyOverlap, first_in_second=0.3, second_in_first=0.2) for r in columns}
+    spaces["energy"] = {
+        str(r): build(EnergyOverlap, first_in_second=0.3, second_in_first=0.2) for r in columns
+    }
     pair = {"first": first, "second": second, "cosine": 0.1, "relation": "share"}
     return build(Interference, layer=layer, shape=shape, **pair, **spaces)
 
@@ -218,13 +304,24 @@ def interferences(blocks, types=TYPES, updates=("runs/sql", "runs/chat"), ranks=
 
 
 def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
-    """Return the sum of some updates by its rank at 90%, theirs, and that which keeps 90% of each."""
+    """Return the sum of some updates by its rank at 90%, theirs, and that which keeps
+    90% of each.
+    """
     summed = spectrum(layer, decay(1))
     shares, number = ("0.9", "0.95", "0.99"), len(updates)
     several, none = number > 1, dict.fromkeys(shares)
     summed = summed.model_copy(update={"rank_at": dict.fromkeys(shares, together)})
-    own = {"updates": updates, "ranks": (None,) * number, "fro": summed.fro, "parts_fro": (1.0,) * number}
-    own |= {"parts_rank_at": dict.fromkeys(shares, apart), "parts_effective_rank": 3.0, "additive": none}
+    own = {
+        "updates": updates,
+        "ranks": (None,) * number,
+        "fro": summed.fro,
+        "parts_fro": (1.0,) * number,
+    }
+    own |= {
+        "parts_rank_at": dict.fromkeys(shares, apart),
+        "parts_effective_rank": 3.0,
+        "additive": none,
+    }
     if several:
         own["additive"] = none | {"0.9": together / apart if together and apart else None}
         own |= {"rank_for_all": none | {"0.9": every}, "weakest_kept": none | {"0.9": 0.7}}
@@ -234,16 +331,28 @@ def union(layer, together, apart, every, updates=("runs/sql", "runs/chat")):
 
 def unions(blocks, types=TYPES):
     rng = np.random.default_rng(blocks)
-    return [union(layer, int(rng.integers(1, 20)), 20, int(rng.integers(20, 30))) for layer in layers_of(blocks, types)]
+    return [
+        union(layer, int(rng.integers(1, 20)), 20, int(rng.integers(20, 30)))
+        for layer in layers_of(blocks, types)
+    ]
 
 
 def adapter(path, fro=1.0, used=0.8, *, dead=0, spike=0.3, rank=8, sketch=(1.0, 0.0)):
     """Return an adapter of ten layers that uses so much of its rank."""
     layers = {"model.layers.0.q_proj.weight": FleetLayer(fro=fro, rank=rank, rank_99=3, spike=0.3)}
-    size = {"modules": 10, "dead": dead, "rank": rank, "fro": fro, "spike": spike if fro else None, "layers": layers}
+    size = {
+        "modules": 10,
+        "dead": dead,
+        "rank": rank,
+        "fro": fro,
+        "spike": spike if fro else None,
+        "layers": layers,
+    }
     size["total_rank_99"] = 40 if rank is None else round(10 * rank * used)
     size |= {} if rank is None else {"total_rank": 10 * rank, "used": used}
-    return build(Fleet, adapter=path, kind="PEFT LoRA", update=tuple(sketch), space=tuple(sketch), **size)
+    return build(
+        Fleet, adapter=path, kind="PEFT LoRA", update=tuple(sketch), space=tuple(sketch), **size
+    )
 
 
 def adapters(count, folder="runs"):
@@ -262,15 +371,32 @@ def adapters(count, folder="runs"):
     ]
 
 
-def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0"), ("llamacpp", "0b03adaa632b"))):
-    """Return what programs make of a model's weights: exact, wrong by more in every block, dropped, refused."""
+def served(
+    blocks,
+    types=TYPES,
+    programs=(("peft", "0.21.2"), ("vllm", "0.33.0"), ("llamacpp", "0b03adaa632b")),
+):
+    """Return what programs make of a model's weights: exact, wrong by more in every block, dropped,
+    refused.
+    """
     result = []
     for place, layer in enumerate(layers_of(blocks, types)):
         block, second = place // len(types), ("wrong", "dropped", "full")[place % len(types) % 3]
-        epsilons = {"exact": 0.0, "full": 0.0, "dropped": 1.0, "wrong": 0.5 * (block + 1), "refused": None}
+        epsilons = {
+            "exact": 0.0,
+            "full": 0.0,
+            "dropped": 1.0,
+            "wrong": 0.5 * (block + 1),
+            "refused": None,
+        }
         for number, (consumer, version) in enumerate(programs):
             status = ("exact", second, "refused")[number % 3]
-            how = {"consumer": consumer, "version": version, "status": status, "epsilon": epsilons[status]}
+            how = {
+                "consumer": consumer,
+                "version": version,
+                "status": status,
+                "epsilon": epsilons[status],
+            }
             result.append(build(Portability, layer=layer, part="factors", rank=8, **how))
     return result
 
@@ -278,15 +404,28 @@ def served(blocks, types=TYPES, programs=(("peft", "0.21.2"), ("vllm", "0.33.0")
 def results(records, whole=(), name="tuned"):
     kind = records[0].record if records else "spectrum"
     sides = [("base", "models/base"), ("tuned", f"models/{name}")]
-    return building.results(records, command=COMMANDS.get(kind, kind), inputs=sides, whole=tuple(whole), ranks=[8, 16])
+    return building.results(
+        records, command=COMMANDS.get(kind, kind), inputs=sides, whole=tuple(whole), ranks=[8, 16]
+    )
 
 
 def probe(probe, subject, loss, *, name="held_out", shifted=False, **more):
-    return Probe(probe=probe, set=name, shifted=shifted, subject=subject, tokens=5000, data="0" * 16, loss=loss, **more)
+    return Probe(
+        probe=probe,
+        set=name,
+        shifted=shifted,
+        subject=subject,
+        tokens=5000,
+        data="0" * 16,
+        loss=loss,
+        **more,
+    )
 
 
 def swept(ranks=(4, 8, 16, 64), seeds=3, sets=("held_out", "other"), base=1.8, rates=(1e-4, 1e-3)):
-    """Return the records of a sweep: the higher rate is the better one, all seeds there and one elsewhere."""
+    """Return the records of a sweep: the higher rate is the better one, all seeds there and one
+    elsewhere.
+    """
     result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
@@ -296,28 +435,43 @@ def swept(ranks=(4, 8, 16, 64), seeds=3, sets=("held_out", "other"), base=1.8, r
                 for seed in range(seeds if lr == max(rates) else 1):
                     noise = 0.0002 * ((rank + seed) % 3)
                     loss = 1.5 + 0.15 / rank + 0.004 * seed + noise + 0.05 * (lr < max(rates))
-                    result.append(probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where))
+                    result.append(
+                        probe("sweep", "lora", loss, rank=rank, lr=lr, seed=seed, **where)
+                    )
     return result
 
 
-def truncated(ranks=(0, 1, 4, 16, 64), sets=("held_out", "other"), base=2.0, tuned=1.2, error=0.02, **alone):
+def truncated(
+    ranks=(0, 1, 4, 16, 64), sets=("held_out", "other"), base=2.0, tuned=1.2, error=0.02, **alone
+):
     """Return the records of a truncation: with the rank the loss goes from BASE's to TUNED's."""
     result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
         ends = (base, tuned) if place == 0 else (tuned, base)
         for subject, loss in zip(("base", "tuned"), ends, strict=True):
-            result.append(probe("truncation", subject, loss, gap=loss - ends[1], gap_error=error, **where))
+            result.append(
+                probe("truncation", subject, loss, gap=loss - ends[1], gap_error=error, **where)
+            )
         for rank in ranks:
             kept = rank / (rank + 4)
             loss = ends[0] + kept * (ends[1] - ends[0])
-            more = {"rank": rank, "gap": loss - ends[1], "gap_error": error * (1 - kept), "kept": kept}
-            result.append(probe("truncation", "truncated", loss, energy=kept**2, **more, **where, **alone))
+            more = {
+                "rank": rank,
+                "gap": loss - ends[1],
+                "gap_error": error * (1 - kept),
+                "kept": kept,
+            }
+            result.append(
+                probe("truncation", "truncated", loss, energy=kept**2, **more, **where, **alone)
+            )
     return result
 
 
 def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_type", **more):
-    """Return the records of parts truncated alone: the later costs more, and half as much at the higher rank."""
+    """Return the records of parts truncated alone: the later costs more, and half as much at the
+    higher rank.
+    """
     result = truncated(ranks=(), **more)
     return result + [
         record.model_copy(update={kind: part, "gap": (0.1 + i) / (1 + j), "rank": rank})
@@ -329,72 +483,136 @@ def alone(parts=("mlp.up_proj", "self_attn.q_proj"), ranks=(0, 4), kind="module_
 
 
 def said(adapters=("runs/r4", "runs/r16"), sets=("held_out", "other"), depths=5, base=0.8, **more):
-    """Return the records of outputs: each adapter is worse than the one before it, and its states further away."""
+    """Return the records of outputs: each adapter is worse than the one before it, and its states
+    further away.
+    """
     result = []
     for place, name in enumerate(sets):
         where = {"name": name, "shifted": place > 0}
         ends = (("base", base, 1.0), ("tuned", 0.0, 0.0))
         for subject, gap, far in ends:
             hidden = (None, *[far] * (depths - 1))
-            result.append(probe("outputs", subject, 1.2 + gap, gap=gap, gap_error=0.02, hidden=hidden, **where))
+            result.append(
+                probe(
+                    "outputs", subject, 1.2 + gap, gap=gap, gap_error=0.02, hidden=hidden, **where
+                )
+            )
         for i, path in enumerate(adapters):
             hidden = (None, *[(1 + i) / (2 + depth) for depth in range(depths - 1)])
             gap = 0.05 * i - 0.02
-            record = probe("outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where)
+            record = probe(
+                "outputs", "adapter", 1.2 + gap, gap=gap, gap_error=0.01, hidden=hidden, **where
+            )
             result.append(record.model_copy(update={"name": path} | more))
     return result
 
 
 def scaled(scales=(0.0, 0.5, 1.0, 1.5), parts=(), sets=("held_out", "other")):
-    """Return losses by strength: a parabola, best at 1 on the first set and at 0 on others; or of parts at 0."""
+    """Return losses by strength: a parabola, best at 1 on the first set and at 0 on others; or of
+    parts at 0.
+    """
     counts, result = (10, 20, 30, 40), []
     for place, name in enumerate(sets):
         more = {"set": name, "shifted": place > 0}
         for part, scale in [*((None, t) for t in scales), *((part, 0.0) for part in parts)]:
             loss = 1.5 + (scale - (place == 0)) ** 2 if part is None else 1.6 + 0.1 * len(part)
-            ends = {"gap": loss - 1.5 - (place > 0), "change": loss - 1.5 - (place == 0), "kept": 0.5}
+            ends = {
+                "gap": loss - 1.5 - (place > 0),
+                "change": loss - 1.5 - (place == 0),
+                "kept": 0.5,
+            }
             nll = tuple(loss * count for count in counts)
             errors = dict.fromkeys(("loss_error", "gap_error", "change_error"), 0.01)
-            result.append(build(Strength, scale=scale, part=part, loss=loss, nll=nll, **ends, **errors, **more))
+            result.append(
+                build(
+                    Strength, scale=scale, part=part, loss=loss, nll=nll, **ends, **errors, **more
+                )
+            )
         if place == 0 and not parts:
-            more = {"best_gap_error": 0.0, "gain": 1.0, "gain_error": 0.01, "sufficient": 0.7, "low": 0.5, "high": 1.0}
+            more = {
+                "best_gap_error": 0.0,
+                "gain": 1.0,
+                "gain_error": 0.01,
+                "sufficient": 0.7,
+                "low": 0.5,
+                "high": 1.0,
+            }
             more |= {"sufficient_low": 0.6, "sufficient_high": 0.8, "fit": "edge"}
             result.append(build(StrengthChoice, set=name, **more))
     return result
 
 
 def adapted(units=("mlp.up_proj", "self_attn.q_proj"), sets=("held_out", "other")):
-    """Return the records of units adapted alone, two rates each: the later gains more, and all at the higher rate."""
+    """Return the records of units adapted alone, two rates each: the later gains more, and all at
+    the higher rate.
+    """
     rng = np.random.default_rng(0)
     counts = [10, 20, 30, 40]
     result = []
     for place, name in enumerate(sets):
         base = np.array(counts) * 2.0
         more = {"set": name, "shifted": place > 0}
-        result.append(build(Sensitivity, loss=2.0, nll=tuple(base), predictions=tuple(counts), **more))
+        result.append(
+            build(Sensitivity, loss=2.0, nll=tuple(base), predictions=tuple(counts), **more)
+        )
         for i, unit in enumerate(units):
             for lr in (1e-4, 1e-3):
                 nll = base - np.array(counts) * (0.1 + 0.2 * i) * (lr > 1e-4) - rng.normal(size=4)
                 loss = float(nll.sum() / sum(counts))
-                run = {"unit": unit, "layers": (unit,), "rank": 8, "params": 64, "lr": lr, "nll": tuple(nll)}
-                result.append(build(Sensitivity, loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more))
+                run = {
+                    "unit": unit,
+                    "layers": (unit,),
+                    "rank": 8,
+                    "params": 64,
+                    "lr": lr,
+                    "nll": tuple(nll),
+                }
+                result.append(
+                    build(Sensitivity, loss=loss, gain=2.0 - loss, gain_error=0.1, **run, **more)
+                )
     return result
 
 
-SETTINGS = {"length": 32, "dtype": "float32", "device": "cpu", "tokens": "bytes", "batch": 8, "steps": 9, "seed": 0}
-SETTINGS |= {"tolerance": 0.02, "targets": "all-linear", "alpha_over_rank": 2, "optimizer": "AdamW", "rest": "tuned"}
+SETTINGS = {
+    "length": 32,
+    "dtype": "float32",
+    "device": "cpu",
+    "tokens": "bytes",
+    "batch": 8,
+    "steps": 9,
+    "seed": 0,
+}
+SETTINGS |= {
+    "tolerance": 0.02,
+    "targets": "all-linear",
+    "alpha_over_rank": 2,
+    "optimizer": "AdamW",
+    "rest": "tuned",
+}
 
 
 def probed(records, name="tuned", command="probe sweep", adapters=(), **settings):
     """Return a run that has these probe records."""
-    sides = [("base", "models/base"), ("tuned", f"models/{name}"), *(("adapter", path) for path in adapters)]
+    sides = [
+        ("base", "models/base"),
+        ("tuned", f"models/{name}"),
+        *(("adapter", path) for path in adapters),
+    ]
     return building.results(
-        (), command=command, inputs=[*sides, ("eval", "held_out.txt")], whole=tuple(records), **SETTINGS | settings
+        (),
+        command=command,
+        inputs=[*sides, ("eval", "held_out.txt")],
+        whole=tuple(records),
+        **SETTINGS | settings,
     )
 
 
-def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"), **how):
-    """Return the records of curvature at TUNED, or at BASE without ``ranks``; the gap is 1/(1 + r) nats."""
+def curved(
+    layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight"), **how
+):
+    """Return the records of curvature at TUNED, or at BASE without ``ranks``; the gap is 1/(1 + r)
+    nats.
+    """
     ranks, sets = how.get("ranks", (0, 4, 16)), how.get("sets", ("held_out",))
     more = {"set": sets[0], "at": "tuned" if ranks else "base", "matrix": "hessian"}
     top = {"eigenvalues": (50.0, 2.0), "residual": 1e-3, "smallest": -1.0}
@@ -406,38 +624,68 @@ def curved(layers=("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_p
         for rank in ranks:
             for along in (0.1, 1.0):
                 gap = how.get("gap", 1.0) * along / (1 + rank)
-                more = {"linear": 0.1 * gap, "quadratic": 0.8 * gap, "upper": 100 / (1 + rank), "holds": True}
+                more = {
+                    "linear": 0.1 * gap,
+                    "quadratic": 0.8 * gap,
+                    "upper": 100 / (1 + rank),
+                    "holds": True,
+                }
                 more |= {"loss": 1 + gap, "gap": gap, "gap_error": 0.3 * abs(gap)}
                 result.append(build(LossBound, set=name, rank=rank, along=along, **more))
     return result
 
 
 def reached(dims=(10, 100, 1000), ranks=(1, 8), sets=("held_out", "shifted"), full=1.0):
-    """Return the runs of ``probe intrinsic``, two seeds and rates each; ``shifted`` gains nothing."""
+    """Return the runs of ``probe intrinsic``, two seeds and rates each; ``shifted``
+    gains nothing.
+    """
     sizes = [("full", None, None, 10**6, full)]
     sizes += [("subspace", d, None, d, 2 - 0.3 * np.log10(d)) for d in dims]
     sizes += [("lora", None, r, 500 * r, 1.3 - 0.02 * r) for r in ranks]
     result = []
     for name in sets:
         more = {"set": name, "shifted": name == "shifted"}
-        result.append(build(Intrinsic, subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more))
+        result.append(
+            build(
+                Intrinsic, subject="base", params=0, loss=2.0 if name != "shifted" else 0.5, **more
+            )
+        )
         for subject, dim, rank, params, loss in sizes:
             for lr, seed, worse in ((1e-3, 0, 0.0), (1e-2, 0, 0.2), (1e-3, 1, 0.04)):
-                run = {"subject": subject, "dim": dim, "rank": rank, "params": params, "lr": lr, "seed": seed}
+                run = {
+                    "subject": subject,
+                    "dim": dim,
+                    "rank": rank,
+                    "params": params,
+                    "lr": lr,
+                    "seed": seed,
+                }
                 result.append(build(Intrinsic, loss=loss + worse, **run, **more))
     return result
 
 
-def fishers(types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), measured=True, values=32):
-    """Return the records of ``probe fisher``: the KL has the order of F, the other way round than σ²."""
+def fishers(
+    types=("mlp.up_proj", "self_attn.q_proj"), blocks=4, ranks=(4, 8), measured=True, values=32
+):
+    """Return the records of ``probe fisher``: the KL has the order of F, the other way round than
+    σ².
+    """
     result = []
     for place, kind in enumerate(types):
         for block in range(blocks):
             number = place * blocks + block + 1
             curve = tuple(float(number) * (1 - r / values) for r in range(values))
             at = {str(r): curve[r] for r in ranks}
-            effect = {r: Effect(loss=1.0, gap=f / 2, gap_error=None, kl=f / 2) for r, f in at.items()}
-            more = {"linear": at, "weight": {r: -f for r, f in at.items()}, "data": at, "kfac": at, "fisher": curve}
+            effect = {
+                r: Effect(loss=1.0, gap=f / 2, gap_error=None, kl=f / 2) for r, f in at.items()
+            }
+            more = {
+                "linear": at,
+                "weight": {r: -f for r, f in at.items()},
+                "data": at,
+                "kfac": at,
+                "fisher": curve,
+            }
             more |= {"on": "held_out", "effect": effect} if measured else {}
             layer = f"model.layers.{block}.{kind}.weight"
             result.append(build(Fisher, layer=layer, shape=(8, 8 * number), **more))
@@ -456,7 +704,9 @@ def searched(ranks=(4, 16, 64), sets=("held_out", "other"), base=1.8):
                 run = {"variant": f"uniform-r{rank}", "params": 1000 * rank, "seed": seed}
                 records.append(build(TuneTrial, lr=1e-3, loss=loss, **run, **more))
     rank = ranks[len(ranks) // 2]
-    records.append(build(Tune, set=sets[0], variant=f"uniform-r{rank}", rank=rank, params=1000 * rank, seeds=3))
+    records.append(
+        build(Tune, set=sets[0], variant=f"uniform-r{rank}", rank=rank, params=1000 * rank, seeds=3)
+    )
     return probed(records, command="tune")
 
 

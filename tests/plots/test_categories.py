@@ -1,4 +1,6 @@
-"""Labels of categories are at the values of their records; ``residual`` and ``union`` have slots as ``allocation``."""
+"""Labels of categories are at the values of their records; ``residual`` and ``union`` have slots as
+``allocation``.
+"""
 
 import itertools
 import re
@@ -18,7 +20,8 @@ pytestmark = pytest.mark.slow
 
 LLAMA = making.TYPES
 ENCODER = ("attention.self.query", "attention.self.value", "attention.output.dense", "output.dense")
-# The layers of each input: several have some types only, in another order or of another architecture.
+# The layers of each input: several have some types only, in another order or of another
+# architecture.
 MIXES = {
     "four": [("model.layers", LLAMA[i : i + 2], 2 + i) for i in (3, 0, 5, 1)],
     "two architectures": [("model.layers", LLAMA, 4), ("bert.encoder.layer", ENCODER, 8)],
@@ -43,7 +46,9 @@ def categories(axis):
 
 
 def readings(figure):
-    """Return what a reader sees of categories: for each panel with such values {name: its values}."""
+    """Return what a reader sees of categories: for each panel with such values {name:
+    its values}.
+    """
     figure.draw_without_rendering()
     for ax in figure.axes:
         seen = defaultdict(list)
@@ -51,9 +56,13 @@ def readings(figure):
             if isinstance(mesh, QuadMesh) and not hasattr(ax, "_colorbar"):
                 corners, beside = mesh.get_coordinates(), categories(ax.yaxis)
                 for row, values in enumerate(np.ma.filled(mesh.get_array(), np.nan)):
-                    seen[beside[corners[row : row + 2, 0, 1].mean()]] += list(values[np.isfinite(values)])
+                    seen[beside[corners[row : row + 2, 0, 1].mean()]] += list(
+                        values[np.isfinite(values)]
+                    )
         for data in (patch.get_data() for patch in ax.patches if isinstance(patch, StepPatch)):
-            seen[categories(ax.xaxis)[round(data.edges.mean())]] += list(data.values[np.isfinite(data.values)])
+            seen[categories(ax.xaxis)[round(data.edges.mean())]] += list(
+                data.values[np.isfinite(data.values)]
+            )
         if seen:
             yield seen
 
@@ -63,13 +72,23 @@ def readings(figure):
 def test_names_of_categories_are_at_their_values(name, mix):
     runs = [records_of(name, *each) for each in mix]
     made = [making.results(run, [making.certificate()] * (name == "allocation")) for run in runs]
-    figure = plots.figure(name, made, labels=("full", "part", "third", "fourth")[: len(runs)], width="column")
-    panels = runs if name == "heatmap" else [list(itertools.chain(*runs))]  # ranks of all in one panel
+    figure = plots.figure(
+        name, made, labels=("full", "part", "third", "fourth")[: len(runs)], width="column"
+    )
+    panels = (
+        runs if name == "heatmap" else [list(itertools.chain(*runs))]
+    )  # ranks of all in one panel
     for seen, records in zip(readings(figure), panels, strict=True):
         expected = defaultdict(list)
         for record in records:
-            expected[re.sub(r"^.*?\.\d+\.", "", record.layer.removesuffix(".weight"))].append(VALUES[name](record))
+            expected[re.sub(r"^.*?\.\d+\.", "", record.layer.removesuffix(".weight"))].append(
+                VALUES[name](record)
+            )
         assert len(seen) == len(expected)
         for kind, values in expected.items():
-            (shown,) = [each for each in seen if each == kind or (each[0] == "…" and kind.endswith(each[1:]))]
+            (shown,) = [
+                each
+                for each in seen
+                if each == kind or (each[0] == "…" and kind.endswith(each[1:]))
+            ]
             np.testing.assert_allclose(sorted(seen[shown]), sorted(values), rtol=1e-9)

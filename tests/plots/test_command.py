@@ -22,7 +22,9 @@ def test_plot_draws_available_figures(run, spectra, tmp_path):
     assert all(f"figures/{name}" in ran.out for name in made)
 
 
-@pytest.mark.parametrize(("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize(
+    ("suffix", "begins"), [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")]
+)
 def test_one_file_takes_one_figure(run, spectra, tmp_path, suffix, begins):
     ran = run("plot", spectra, "-o", f"one.{suffix}", "--figure", "spectrum", "--width", "column")
     assert ran.code == 0

@@ -1,4 +1,6 @@
-"""The numbers in the figures, compared with NumPy in float64; what a notebook keeps; what cannot be drawn."""
+"""The numbers in the figures, compared with NumPy in float64; what a notebook keeps; what cannot be
+drawn.
+"""
 
 import matplotlib as mpl
 import numpy as np
@@ -38,7 +40,9 @@ def test_energy_curve_is_cumulated_energy(values, signal):
     ranks, shares = lines(plots.energy([record]), record.layer)
     assert (ranks[0], ranks[-1]) == (1, values)
     assert {rank for rank in (4, 16, 64) if rank <= values} <= set(ranks)
-    np.testing.assert_allclose(shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12)
+    np.testing.assert_allclose(
+        shares, [np.sum(s[:r] ** 2) / np.sum(s**2) for r in ranks], rtol=1e-12
+    )
 
 
 def test_truncated_curve_divides_by_norm_and_ends_with_values():
@@ -58,11 +62,16 @@ def test_two_runs_are_bands_of_median_and_range():
     np.testing.assert_allclose(middle, np.median(curves, axis=0)[ranks - 1], rtol=1e-12)
     vertices = ax.collections[0].get_paths()[0].vertices
     at_16 = vertices[vertices[:, 0] == 16][:, 1]
-    np.testing.assert_allclose([at_16.min(), at_16.max()], [np.min(curves, 0)[15], np.max(curves, 0)[15]], rtol=1e-12)
+    np.testing.assert_allclose(
+        [at_16.min(), at_16.max()], [np.min(curves, 0)[15], np.max(curves, 0)[15]], rtol=1e-12
+    )
 
 
 def test_spectrum_is_singular_values_with_median_edge():
-    records = [making.spectrum(f"h.{i}.q.weight", making.decay(i), edge=0.1 * (i + 1), signal=9) for i in range(3)]
+    records = [
+        making.spectrum(f"h.{i}.q.weight", making.decay(i), edge=0.1 * (i + 1), signal=9)
+        for i in range(3)
+    ]
     ax = plots.spectrum(records)
     for record in records:
         ranks, values = lines(ax, record.layer)
@@ -96,7 +105,10 @@ def test_cells_of_heat_map_are_fields_of_records(field, of):
 
 def drawn_parts(axes):
     """Return the heights of the parts in a panel with one bar."""
-    return [float(patch.get_data().values[0] - np.ravel(patch.get_data().baseline)[0]) for patch in axes.patches]
+    return [
+        float(patch.get_data().values[0] - np.ravel(patch.get_data().baseline)[0])
+        for patch in axes.patches
+    ]
 
 
 def test_bands_of_residual_are_parts_of_epsilon():
@@ -146,7 +158,9 @@ def test_kept_fraction_is_drawn_beside_bound():
     certificates = making.certificate(1000, 0.3, 0.3), making.certificate(2000, 0.5, 0.52)
     several = plots.allocation([*records, *certificates], name="energy")
     drawn = points(several)
-    np.testing.assert_allclose(drawn["bound: maximum energy within the budget"], [[1000, 0.3], [2000, 0.52]])
+    np.testing.assert_allclose(
+        drawn["bound: maximum energy within the budget"], [[1000, 0.3], [2000, 0.52]]
+    )
     np.testing.assert_allclose(drawn["kept by the allocation"], [[1000, 0.3], [2000, 0.5]])
 
 
@@ -168,11 +182,16 @@ def test_angles_of_layers_are_one_distribution_with_chance():
             many += list(np.linalg.svd(u.T @ v, compute_uv=False))
     angles, chance = drawn["_random sql × chat"].T
     np.testing.assert_allclose(chance, [np.mean(np.array(many) <= x) for x in angles], atol=0.05)
-    np.testing.assert_array_equal(points(plots.angles(records, name="rows"))["_sql × chat"][:, 0], np.ones(17))
+    np.testing.assert_array_equal(
+        points(plots.angles(records, name="rows"))["_sql × chat"][:, 0], np.ones(17)
+    )
 
 
 def test_union_figure_has_ranks():
-    records = [making.union(f"h.{i}.q.weight", *ranks) for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])]
+    records = [
+        making.union(f"h.{i}.q.weight", *ranks)
+        for i, ranks in enumerate([(3, 6, 5), (4, 5, None), (2, 8, 9)])
+    ]
     lone = making.union("h.3.q.weight", 7, 7, None, updates=("runs/sql",))
     bars, every, apart = plots.union([*records, lone]).patches
     assert list(bars.get_data().values) == [3, 4, 2]
@@ -183,12 +202,20 @@ def test_union_figure_has_ranks():
 
 def test_merges_of_two_runs_are_not_pooled():
     records = making.merged(2, ("q_proj",))
-    runs = [making.results([r.model_copy(update={"kept": r.kept + i}) for r in records]) for i in range(2)]
+    runs = [
+        making.results([r.model_copy(update={"kept": r.kept + i}) for r in records])
+        for i in range(2)
+    ]
     page = plots.figure("merge", runs, labels=["one", "two"])
-    drawn = {ax.get_title(loc="left"): next(p for p in ax.patches if p.get_label() == "kept") for ax in page.axes}
+    drawn = {
+        ax.get_title(loc="left"): next(p for p in ax.patches if p.get_label() == "kept")
+        for ax in page.axes
+    }
     assert list(drawn) == ["one: sql", "one: chat", "two: sql", "two: chat"]
     for number, (title, bars) in enumerate(drawn.items()):
-        kept = [r.kept + number // 2 for r in records if title.endswith(r.update.removeprefix("runs/"))]
+        kept = [
+            r.kept + number // 2 for r in records if title.endswith(r.update.removeprefix("runs/"))
+        ]
         np.testing.assert_allclose(bars.get_data().values, kept)
     losses = plots.figure("merged", [making.example("merged")] * 2, labels=["one", "two"])
     names = [label.get_text() for label in losses.axes[0].get_yticklabels()]
@@ -204,7 +231,10 @@ def test_fleet_figure_names_outliers():
     np.testing.assert_allclose(drawn["_dead"], [(0, min(record.fro for record in alive) / 2)])
     named = {text.get_text().partition("/")[0] for text in ax.texts}
     assert named == {"dead", "loud", "spiked"}
-    assert plots.why_not("fleet", making.results([making.adapter("b", rank=None)])) == "no adapter has a rank"
+    assert (
+        plots.why_not("fleet", making.results([making.adapter("b", rank=None)]))
+        == "no adapter has a rank"
+    )
 
 
 @pytest.mark.parametrize("name", [kind.name for kind in plots.FIGURES])
@@ -222,7 +252,10 @@ def test_panel_draws_on_given_axes(name):
 
 @pytest.mark.parametrize("kind", plots.FORMATS)
 def test_same_records_give_same_bytes(kind):
-    made = [plots.encode_figure(plots.figure("energy", making.results(making.model(2))), kind) for _ in range(2)]
+    made = [
+        plots.encode_figure(plots.figure("energy", making.results(making.model(2))), kind)
+        for _ in range(2)
+    ]
     assert made[0] == made[1]
     assert b"2026" not in made[0] or kind == "png"
 
@@ -230,7 +263,9 @@ def test_same_records_give_same_bytes(kind):
 def test_users_settings_do_not_change_page():
     results = making.results(making.model(2))
     page = plots.encode_figure(plots.figure("energy", results), "svg")
-    with mpl.rc_context({"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}):
+    with mpl.rc_context(
+        {"font.size": 30, "axes.grid": True, "lines.linewidth": 9, "svg.fonttype": "path"}
+    ):
         assert plots.encode_figure(plots.figure("energy", results), "svg") == page
 
 
@@ -240,8 +275,12 @@ def test_undrawable_record_states_reason():
     assert_names(plots.why_not("residual", spectra), "residual records")
     assert_names(plots.why_not("energy", making.results(zero)), "ΔW = 0", "matrix")
     assert_names(plots.why_not("heatmap", spectra, field="nope"), "fro, base_fro")
-    assert_names(plots.why_not("overlap", making.results(making.overlaps(1)), rank=5), "rank 5", 4, 8)
-    assert_names(plots.why_not("angles", making.results(making.interferences(1)), rank=5), "rank 5", 4, 8)
+    assert_names(
+        plots.why_not("overlap", making.results(making.overlaps(1)), rank=5), "rank 5", 4, 8
+    )
+    assert_names(
+        plots.why_not("angles", making.results(making.interferences(1)), rank=5), "rank 5", 4, 8
+    )
     assert "at most 6 results" in plots.why_not("energy", [spectra] * 7)
     for wrong in ({"width": "poster"}, {"per": "head"}, {"labels": ["a", "b"]}):
         with pytest.raises(UsageError):
@@ -252,7 +291,9 @@ def test_undrawable_record_states_reason():
 
 def test_heat_map_has_a_panel_for_each_pair_of_updates():
     records = making.interferences(2, ("q", "k"), ("runs/a", "runs/b", "runs/c"))
-    records = [record.model_copy(update={"cosine": 0.01 * number}) for number, record in enumerate(records)]
+    records = [
+        record.model_copy(update={"cosine": 0.01 * number}) for number, record in enumerate(records)
+    ]
     page = plots.figure("heatmap", making.results(records), field="cosine")
     panels = {ax.get_title(loc="left"): ax for ax in page.axes if ax.get_title(loc="left")}
     assert list(panels) == ["a × b", "a × c", "b × c"]
@@ -265,7 +306,9 @@ def test_heat_map_has_a_panel_for_each_pair_of_updates():
 
 def test_spectra_in_other_metrics_name_it_and_share_no_axis():
     plain, norm = making.results(making.model(2)), "G^½·ΔW·C^½"
-    weighted = making.results([record.model_copy(update={"metric": "kfac"}) for record in making.model(2)])
+    weighted = making.results(
+        [record.model_copy(update={"metric": "kfac"}) for record in making.model(2)]
+    )
     assert norm in plots.energy(weighted).get_ylabel()
     assert title_in("fro", (*plain.layers, *weighted.layers)) == f"‖ΔW‖_F and ‖{norm}‖_F"
     with raises_naming(UsageError, "common axis"):

@@ -33,7 +33,8 @@ def test_runs_of_one_command_are_distinguished(runs, files, names):
 def test_adapters_of_several_runs_keep_own_names():
     def results(adapters, tuned="full"):
         return making.results(
-            [making.residual("h.0.q.weight", 1, 1, 0.3, 0.2, adapter=a) for a in adapters], name=tuned
+            [making.residual("h.0.q.weight", 1, 1, 0.3, 0.2, adapter=a) for a in adapters],
+            name=tuned,
         )
 
     def labels(*runs):
@@ -41,4 +42,7 @@ def test_adapters_of_several_runs_keep_own_names():
 
     assert labels(results(["runs/r4", "runs/r16"]), results(["runs/svd"])) == ["r4", "r16", "svd"]
     assert labels(results(["a/lora", "b/lora"])) == ["a/lora", "b/lora"]
-    assert labels(results(["runs/r4"], "one"), results(["runs/r4"], "two")) == ["one: r4", "two: r4"]
+    assert labels(results(["runs/r4"], "one"), results(["runs/r4"], "two")) == [
+        "one: r4",
+        "two: r4",
+    ]

@@ -21,10 +21,17 @@ def title_of(ax):
 
 
 def bars(ax):
-    """Return (name, value, half the bar) of every row from top to bottom, by the labels and containers."""
+    """Return (name, value, half the bar) of every row from top to bottom, by the labels and
+    containers.
+    """
     names = [label.get_text() for label in ax.get_yticklabels()]
-    spans = [(dots.get_xdata()[0], errors.get_segments()[0]) for dots, _, (errors,) in ax.containers]
-    return [(name, x, (span[1][0] - span[0][0]) / 2) for name, (x, span) in zip(names, spans, strict=True)]
+    spans = [
+        (dots.get_xdata()[0], errors.get_segments()[0]) for dots, _, (errors,) in ax.containers
+    ]
+    return [
+        (name, x, (span[1][0] - span[0][0]) / 2)
+        for name, (x, span) in zip(names, spans, strict=True)
+    ]
 
 
 STILL = [record.model_copy(update={"fisher": (0.0,)}) for record in making.fishers()]
@@ -56,20 +63,27 @@ def test_sweep_shows_mean_over_seeds_at_each_rank_s_best_rate():
     records = making.swept()
     ax = plots.sweep(making.probed(records))
     expected = {
-        rank: np.mean([r.loss for r in records if (r.set, r.rank, r.lr) == ("held_out", rank, 1e-3)])
+        rank: np.mean(
+            [r.loss for r in records if (r.set, r.rank, r.lr) == ("held_out", rank, 1e-3)]
+        )
         for rank in (4, 8, 16, 64)
     }
     np.testing.assert_allclose(lines(ax, "_mean")[0], list(expected.items()))
     assert len(lines(ax, "_seeds")[0]) == 12
-    assert [label.get_text() for label in ax.get_xticklabels()] == [f"{rank}\n0.001" for rank in expected]
+    assert [label.get_text() for label in ax.get_xticklabels()] == [
+        f"{rank}\n0.001" for rank in expected
+    ]
     assert lines(ax, "_BASE 1.800")[0][0, 1] == 1.8
-    # 0.15/16 - 0.15/64 = 0.0070 is more than 2% of the gain, 0.0059, and seeds are quiet enough to show it.
+    # 0.15/16 - 0.15/64 = 0.0070 is more than 2% of the gain, 0.0059, and seeds are quiet enough to
+    # show it.
     assert_names(title_of(ax), "held_out", "r = 64")
     assert lines(ax, "_enough")[0][0, 0] == 64
     (band,) = [patch for patch in ax.patches if patch.get_label() == "_tolerance"]
     np.testing.assert_allclose(band.get_height(), 0.02 * (1.8 - expected[64]))
     assert "BASE 1.900 ↑" in [text.get_text() for text in plots.sweep(records, name="other").texts]
-    assert plots.sweep(making.swept(base=90.0)).get_ylim()[1] < 2  # a distant BASE is named at the edge
+    assert (
+        plots.sweep(making.swept(base=90.0)).get_ylim()[1] < 2
+    )  # a distant BASE is named at the edge
 
 
 def test_diverged_run_does_not_prevent_refusal_of_heat_map():
@@ -82,11 +96,13 @@ def test_strength_shows_gain_against_cost_at_each_t():
     records = making.scaled()
     ax = plots.figure("strength", making.probed(records, command="probe strength")).axes[0]
     task, other = (
-        [r for r in records if getattr(r, "scale", None) is not None and r.shifted == side] for side in (0, 1)
+        [r for r in records if getattr(r, "scale", None) is not None and r.shifted == side]
+        for side in (0, 1)
     )
     ((points, _, (sides, heights)),) = ax.containers
     np.testing.assert_allclose(
-        np.array(points.get_xydata()), [(b.change, -a.change) for a, b in zip(task, other, strict=True)]
+        np.array(points.get_xydata()),
+        [(b.change, -a.change) for a, b in zip(task, other, strict=True)],
     )
     half = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 1.5) * 0.01
     assert [s[1][0] - s[0][0] for s in sides.get_segments()] == pytest.approx([2 * half] * 4)
@@ -99,10 +115,14 @@ def test_truncation_shows_gaps_with_their_errors():
     ax = plots.truncation(making.probed(records))
     cut = [r for r in records if r.set == "held_out" and r.rank is not None]
     ((points, _, (errors,)),) = ax.containers
-    np.testing.assert_allclose(np.array(points.get_xydata()), [(r.rank, r.loss - 1.2) for r in cut], atol=1e-12)
+    np.testing.assert_allclose(
+        np.array(points.get_xydata()), [(r.rank, r.loss - 1.2) for r in cut], atol=1e-12
+    )
     for record, (low, high) in zip(cut, errors.get_segments(), strict=True):
         np.testing.assert_allclose((high[1] - low[1]) / 4, record.gap_error)
-    np.testing.assert_allclose(lines(ax, "_energy")[0], [(r.rank, (1 - r.energy) * (2.0 - 1.2)) for r in cut])
+    np.testing.assert_allclose(
+        lines(ax, "_energy")[0], [(r.rank, (1 - r.energy) * (2.0 - 1.2)) for r in cut]
+    )
     assert lines(ax, "_BASE 2.000")[0][0, 1] == pytest.approx(0.8)
     assert lines(ax, "_TUNED 1.200")[0][0, 1] == 0
 
@@ -110,12 +130,16 @@ def test_truncation_shows_gaps_with_their_errors():
 def test_two_truncations_are_compared_by_kept_gain():
     runs = [making.probed(making.truncated(tuned=tuned), name=str(tuned)) for tuned in (1.2, 1.6)]
     ax = plots.figure("truncation", runs, labels=["a", "b"]).axes[0]
-    expected = [(r.rank, r.kept) for r in making.truncated() if r.set == "held_out" and r.rank is not None]
+    expected = [
+        (r.rank, r.kept) for r in making.truncated() if r.set == "held_out" and r.rank is not None
+    ]
     for points, *_ in ax.containers:
         np.testing.assert_allclose(np.array(points.get_xydata()), expected)
     spans = [errors.get_segments()[0] for _, _, (errors,) in ax.containers]
     # The same error is twice as large a share of a change half as large.
-    np.testing.assert_allclose([(span[1][1] - span[0][1]) / 4 for span in spans], [0.02 / 0.8, 0.02 / 0.4])
+    np.testing.assert_allclose(
+        [(span[1][1] - span[0][1]) / 4 for span in spans], [0.02 / 0.8, 0.02 / 0.4]
+    )
 
 
 def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
@@ -130,7 +154,10 @@ def test_parts_truncated_alone_are_ranked_by_cost_with_errors():
 
 def test_adapters_are_shown_with_fine_tune_and_errors():
     drawn = bars(plots.outputs(making.probed(making.said())))
-    assert [name for name, *_ in drawn] == ["r16", "r4"]  # BASE, 0.8 away, would press both together
+    assert [name for name, *_ in drawn] == [
+        "r16",
+        "r4",
+    ]  # BASE, 0.8 away, would press both together
     np.testing.assert_allclose([row[1:] for row in drawn], [(0.03, 0.02), (-0.02, 0.02)])
     near = bars(plots.outputs(making.probed(making.said(base=0.1))))
     assert [name for name, *_ in near] == ["BASE", "r16", "r4"]
@@ -138,9 +165,14 @@ def test_adapters_are_shown_with_fine_tune_and_errors():
 
 def test_hidden_states_are_drawn_at_compared_depths():
     records = making.said()
-    drawn = {line.get_label(): np.array(line.get_xydata()) for line in plots.depth(making.probed(records)).lines}
+    drawn = {
+        line.get_label(): np.array(line.get_xydata())
+        for line in plots.depth(making.probed(records)).lines
+    }
     for record in records[2:4]:
-        expected = [(depth, value) for depth, value in enumerate(record.hidden) if value is not None]
+        expected = [
+            (depth, value) for depth, value in enumerate(record.hidden) if value is not None
+        ]
         np.testing.assert_allclose(drawn[record.name.removeprefix("runs/")], expected)
 
 
@@ -149,10 +181,13 @@ def test_gains_of_single_units_are_ranked_at_best_rate():
     expected = []
     for unit in ("self_attn.q_proj", "mlp.up_proj"):
         base = records[0]
-        run = max((r for r in records if r.set == "held_out" and r.unit == unit), key=lambda r: r.gain)
+        run = max(
+            (r for r in records if r.set == "held_out" and r.unit == unit), key=lambda r: r.gain
+        )
         d, n = np.subtract(base.nll, run.nll), np.array(base.predictions)
         gain = d.sum() / n.sum()
-        # As improbable as two errors of a normal variable: Student's t with 1.5(4/2 − 1) degrees of freedom.
+        # As improbable as two errors of a normal variable: Student's t with 1.5(4/2 − 1) degrees of
+        # freedom.
         errors = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 1.5)
         expected.append((gain, errors * 4 * oracles.error_of_mean(d - gain * n) / n.sum()))
     drawn = bars(plots.sensitivity(making.probed(records)))
@@ -167,10 +202,13 @@ def test_curvature_figure_has_model_bound_and_gap():
     # The measured line is part of a bar, which has no name of its own.
     ((points, _, (errors,)),) = ax.containers
     np.testing.assert_allclose(points.get_xydata(), list(gaps.items()))
-    np.testing.assert_allclose(lines(ax, "_predicted")[0][:, 1], [0.9 * gap for gap in gaps.values()])
+    np.testing.assert_allclose(
+        lines(ax, "_predicted")[0][:, 1], [0.9 * gap for gap in gaps.values()]
+    )
     np.testing.assert_allclose(lines(ax, "_bound")[0][:, 1], [100.1 * gap for gap in gaps.values()])
     np.testing.assert_allclose(
-        [bar[:, 1] for bar in errors.get_segments()], [[0.4 * gap, 1.6 * gap] for gap in gaps.values()]
+        [bar[:, 1] for bar in errors.get_segments()],
+        [[0.4 * gap, 1.6 * gap] for gap in gaps.values()],
     )
     both = plots.figure("curvature", making.probed(records))
     rows = bars(both.axes[1])
@@ -185,7 +223,10 @@ def test_curvature_figure_has_model_bound_and_gap():
 
 
 def test_ggn_gives_no_bound():
-    newton = [r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r for r in making.curved()]
+    newton = [
+        r.model_copy(update={"matrix": "ggn"}) if r.record == "curvature" else r
+        for r in making.curved()
+    ]
     page = plots.figure("curvature", making.probed(newton))
     assert "bound" not in page.legends[0].get_title().get_text()
     assert "not a bound" in page.texts[0].get_text().replace("\n", " ")
@@ -204,10 +245,23 @@ def test_intrinsic_figure_omits_sets_without_gain():
 
 def test_fisher_shows_predictor_orders_and_unmeasured_tails():
     page = plots.figure("fisher", making.probed(making.fishers()))
-    assert [title_of(ax).split(" (")[0] for ax in page.axes] == ["over all layers", "within module types"]
+    assert [title_of(ax).split(" (")[0] for ax in page.axes] == [
+        "over all layers",
+        "within module types",
+    ]
     for ax in page.axes:
-        for name, rho in (("Fisher", 1.0), ("weight energy", -1.0), ("K-FAC energy", 1.0), ("layer size", 1.0)):
+        for name, rho in (
+            ("Fisher", 1.0),
+            ("weight energy", -1.0),
+            ("K-FAC energy", 1.0),
+            ("layer size", 1.0),
+        ):
             np.testing.assert_allclose(lines(ax, name)[0], [[4, rho], [8, rho]])
-    for ax in (plots.fisher(making.fishers(measured=False)), plots.fisher(making.fishers(), per="type")):
+    for ax in (
+        plots.fisher(making.fishers(measured=False)),
+        plots.fisher(making.fishers(), per="type"),
+    ):
         (tail,) = lines(ax, "mlp.up_proj")
-        np.testing.assert_allclose(tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)])
+        np.testing.assert_allclose(
+            tail[:-1], [[r, sum(range(1, 5)) * (1 - r / 32) / 2] for r in range(1, 32)]
+        )

@@ -19,7 +19,9 @@ EVAL = SAMPLES / "eval"
 best = best_approximation
 
 
-def some_text(folder: Path, name: str = "held_out", windows: int = 3, length: int = 32, source="in_domain") -> Path:
+def some_text(
+    folder: Path, name: str = "held_out", windows: int = 3, length: int = 32, source="in_domain"
+) -> Path:
     """The beginning of a sample text: so many windows, and a rest that is to be dropped."""
     path = folder / f"{name}.txt"
     path.write_bytes((EVAL / f"{source}.txt").read_bytes()[: windows * length + length // 2])
@@ -29,20 +31,30 @@ def some_text(folder: Path, name: str = "held_out", windows: int = 3, length: in
 def training_case(folder: Path) -> tuple[Path, Path, Path, Path]:
     """BASE, a text to train on, one held out, one shifted."""
     texts = (("train", 7, "in_domain"), ("held_out", 4, "shifted"), ("other", 3, "shifted"))
-    return gpt2(folder / "base"), *(some_text(folder, name, windows, source=source) for name, windows, source in texts)
+    return gpt2(folder / "base"), *(
+        some_text(folder, name, windows, source=source) for name, windows, source in texts
+    )
 
 
 def diverge_at(monkeypatch, diverging: float) -> None:
     """Let training with this peak rate diverge."""
     real = training.rate_at
-    monkeypatch.setattr(training, "rate_at", lambda s, n, peak: math.nan if peak == diverging else real(s, n, peak))
+    monkeypatch.setattr(
+        training, "rate_at", lambda s, n, peak: math.nan if peak == diverging else real(s, n, peak)
+    )
 
 
 def gpt2(folder: Path, seed: int = 0, positions: int = 32) -> Path:
     """Tied head, Conv1D layers, biases; a vocabulary of 256."""
     torch.manual_seed(seed)
     config = transformers.GPT2Config(
-        vocab_size=256, n_positions=positions, n_embd=16, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=None
+        vocab_size=256,
+        n_positions=positions,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=None,
+        eos_token_id=None,
     )
     transformers.GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -85,10 +97,14 @@ def moved(base: Path, folder: Path, size: float = 0.1, seed: int = 7) -> Path:
 def tensors(folder: Path) -> dict[str, np.ndarray]:
     """All weights of a folder, float64."""
     files = sorted(folder.glob("*.safetensors"))
-    return {name: value.double().numpy() for file in files for name, value in load_file(file).items()}
+    return {
+        name: value.double().numpy() for file in files for name, value in load_file(file).items()
+    }
 
 
-def window_losses(folder: Path, weights: dict[str, np.ndarray], text: Path, length: int) -> np.ndarray:
+def window_losses(
+    folder: Path, weights: dict[str, np.ndarray], text: Path, length: int
+) -> np.ndarray:
     """Mean loss of each whole window, by the model's own loss."""
     model = opened(folder)
     state = {name: torch.from_numpy(value).float() for name, value in weights.items()}
@@ -96,7 +112,12 @@ def window_losses(folder: Path, weights: dict[str, np.ndarray], text: Path, leng
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
     with torch.no_grad():
-        return np.array([model(input_ids=one[None], labels=one[None]).loss.item() for one in ids_of(text, length)])
+        return np.array(
+            [
+                model(input_ids=one[None], labels=one[None]).loss.item()
+                for one in ids_of(text, length)
+            ]
+        )
 
 
 def ids_of(text, length=32):
@@ -112,23 +133,47 @@ def loss_of(model, text: Path) -> float:
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def trained(base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options):
-    """The loss after training, by a plain loop; of all that ``rank`` names where that is no number."""
+def trained(
+    base, train, held, rank, lr, seed, steps, batch, order, change=lambda model: None, **options
+):
+    """The loss after training, by a plain loop; of all that ``rank`` names where that
+    is no number.
+    """
     model = transformers.GPT2LMHeadModel.from_pretrained(base)
     change(model)
     torch.manual_seed(seed)
     if isinstance(rank, int):
         model.requires_grad_(False)
-        options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, "fan_in_fan_out": True, **options}
-        model = peft.get_peft_model(model, peft.LoraConfig(**({"target_modules": "all-linear"} | options)))
+        options = {
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "fan_in_fan_out": True,
+            **options,
+        }
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(**({"target_modules": "all-linear"} | options))
+        )
     for name, parameter in model.named_parameters() if not isinstance(rank, int) else ():
         parameter.requires_grad_(rank == "full" or name.endswith(".bias") or ".ln_" in name)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return loss_after(model, weights, lambda ids: model(ids, labels=ids).loss, train, held, lr, steps, batch, order)
+    return loss_after(
+        model,
+        weights,
+        lambda ids: model(ids, labels=ids).loss,
+        train,
+        held,
+        lr,
+        steps,
+        batch,
+        order,
+    )
 
 
 def loss_after(model, weights, loss_of, train, held, lr, steps, batch, order):
-    """The held-out loss after training weights by a plain loop, where ``loss_of`` gives the loss of some windows."""
+    """The held-out loss after training weights by a plain loop, where ``loss_of`` gives the loss of
+    some windows.
+    """
     windows, optimizer = ids_of(train), torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     generator, pool = torch.Generator().manual_seed(order), []
     warmup = max(1, round(0.05 * steps))
@@ -137,7 +182,10 @@ def loss_after(model, weights, loss_of, train, held, lr, steps, batch, order):
         while len(pool) < batch:
             pool += torch.randperm(len(windows), generator=generator).tolist()
         chosen, pool = pool[:batch], pool[batch:]
-        rise, fall = (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (steps - warmup)))
+        rise, fall = (
+            (step + 1) / warmup,
+            0.5 * (1 + math.cos(math.pi * (step + 1 - warmup) / (steps - warmup))),
+        )
         optimizer.param_groups[0]["lr"] = lr * (rise if step < warmup else fall)
         optimizer.zero_grad()
         loss_of(windows[chosen]).backward()
@@ -157,4 +205,6 @@ def labelled(file: Path, texts, labels=(0, 1, 2)) -> Path:
 
 def lettered(folder, name, count, shift=0):
     """JSON lines of a classifier: one letter of three, repeated, and its class."""
-    return labelled(folder / f"{name}.jsonl", [chr(97 + i % 3) * (4 + i + shift) for i in range(count)])
+    return labelled(
+        folder / f"{name}.jsonl", [chr(97 + i % 3) * (4 + i + shift) for i in range(count)]
+    )

@@ -15,23 +15,44 @@ pytestmark = pytest.mark.slow
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     base = gpt2(folder / "base")
-    return base, moved(base, folder / "tuned"), some_text(folder), some_text(folder, "english", source="shifted")
+    return (
+        base,
+        moved(base, folder / "tuned"),
+        some_text(folder),
+        some_text(folder, "english", source="shifted"),
+    )
 
 
 def test_truncation_prints_only_records_and_states_its_cost(loradiag, pair, tmp_path):
     base, tuned, text, shifted = pair
-    words = ("probe", "truncation", base, tuned, "--eval", text, "--shifted", shifted, "--ranks", "0,2,8")
+    words = (
+        "probe",
+        "truncation",
+        base,
+        tuned,
+        "--eval",
+        text,
+        "--shifted",
+        shifted,
+        "--ranks",
+        "0,2,8",
+    )
     ran = loradiag(*words, "--json", "-o", "t.jsonl", "--verify")
     assert ran.code == 0
     sides = {item["role"]: item["sha256"] for item in ran.records[0]["inputs"]}
     for role, folder in (("base", base), ("tuned", tuned)):
-        assert sides[role] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        assert (
+            sides[role] == hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+        )
     assert ran.out == (tmp_path / "t.jsonl").read_text()
     assert [record["record"] for record in ran.records] == ["run", *["probe"] * 10, "end"]
     assert ran.err.startswith("about ")
     assert len(ran.err.splitlines()) == 1
     assert max(map(len, loradiag("inspect", "t.jsonl").out.splitlines())) <= 80
-    assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {"held_out", "english"}
+    assert {record.set for record in read_results(tmp_path / "t.jsonl").whole} == {
+        "held_out",
+        "english",
+    }
 
 
 def test_activations_are_recorded_and_read_by_residual(run, pair, tmp_path):
@@ -48,7 +69,9 @@ def test_outputs_are_shown_again_and_gated(run, pair, tmp_path):
     other = moved(base, tmp_path / "other", seed=3)
     ran = run("probe", "outputs", base, tuned, other, "--eval", text, "-o", "o.jsonl")
     assert ran.code == 0
-    rule = '[[rule]]\nname = "gap"\nrequire = "probe.gap <= {}"\nwhere = {{ subject = "adapter" }}\n'
+    rule = (
+        '[[rule]]\nname = "gap"\nrequire = "probe.gap <= {}"\nwhere = {{ subject = "adapter" }}\n'
+    )
     for limit, code in ((1e6, 0), (-1e6, 1)):
         (tmp_path / "policy.toml").write_text(rule.format(limit))
         assert run("gate", "policy.toml", "o.jsonl").code == code
@@ -81,8 +104,18 @@ def test_layer_weights_of_other_commands_are_refused(run, pair, tmp_path):
 
 @pytest.mark.slow
 def test_error_is_only_line_of_standard_error(loradiag, tmp_path):
-    """Libraries that transformers imports report objects that are alive at exit: nanobind in Triton in 23 lines."""
+    """Libraries that transformers imports report objects that are alive at exit: nanobind in Triton
+    in 23 lines.
+    """
     base = gpt2(tmp_path / "base")
     (tmp_path / "empty.txt").write_text("")
-    ran = loradiag("probe", "truncation", base, moved(base, tmp_path / "tuned"), "--eval", "empty.txt", anew=True)
+    ran = loradiag(
+        "probe",
+        "truncation",
+        base,
+        moved(base, tmp_path / "tuned"),
+        "--eval",
+        "empty.txt",
+        anew=True,
+    )
     assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err

@@ -1,4 +1,6 @@
-"""What all probes have in common: an interrupted run is resumed, and bad options are refused before any work."""
+"""What all probes have in common: an interrupted run is resumed, and bad options are refused before
+any work.
+"""
 
 import math
 import re
@@ -26,7 +28,10 @@ def inputs(tmp_path_factory):
         "tuned": moved(base, folder / "tuned"),
         "adapters": [moved(base, folder / "other", seed=3)],
         "data": some_text(folder, "train", windows=5),
-        "evaluate": [some_text(folder, "held", windows=2, source="shifted"), some_text(folder, "second", windows=2)],
+        "evaluate": [
+            some_text(folder, "held", windows=2, source="shifted"),
+            some_text(folder, "second", windows=2),
+        ],
     }
 
 
@@ -56,8 +61,17 @@ def measure(probe, inputs, **more):
 
 @pytest.mark.parametrize("probe", PROBES)
 def test_interrupted_probe_resumes_behind_its_records(inputs, tmp_path, probe):
-    """By Ctrl-C before the last records; the file is that of a whole run, and what it had is not measured again."""
-    whole, cut, steps, seen, again, notes = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl", [], [], [], []
+    """By Ctrl-C before the last records; the file is that of a whole run, and what it had is not
+    measured again.
+    """
+    whole, cut, steps, seen, again, notes = (
+        tmp_path / "whole.jsonl",
+        tmp_path / "cut.jsonl",
+        [],
+        [],
+        [],
+        [],
+    )
     result = measure(probe, inputs, output=whole, on_progress=steps.append)
 
     def stop(record):
@@ -78,7 +92,10 @@ def test_interrupted_probe_resumes_behind_its_records(inputs, tmp_path, probe):
     assert all(event.done <= event.total for event in (*steps, *again))
     assert notes[0].startswith("about ")
     again.clear()
-    assert measure(probe, inputs, output=cut, resume=True, on_progress=again.append).whole == result.whole
+    assert (
+        measure(probe, inputs, output=cut, resume=True, on_progress=again.append).whole
+        == result.whole
+    )
     assert again == []
 
 
@@ -132,7 +149,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("probe", "case"), [(probe, case) for probe, cases in REFUSED.items() for case in cases], ids=str
+    ("probe", "case"),
+    [(probe, case) for probe, cases in REFUSED.items() for case in cases],
+    ids=str,
 )
 def test_invalid_option_of_probe_is_refused(inputs, tmp_path, probe, case):
     change, message, *error = case
@@ -142,9 +161,11 @@ def test_invalid_option_of_probe_is_refused(inputs, tmp_path, probe, case):
 
 
 COMMANDS = {
-    "curvature": "{base} {tuned} --eval {held} --layers query|c_attn --ranks 0,4 --eigenvalues 1 --trace-vectors 2",
+    "curvature": "{base} {tuned} --eval {held} --layers query|c_attn --ranks 0,4 --eigenvalues 1 "
+    "--trace-vectors 2",
     "fisher": "{base} {tuned} --data {data} --measure --ranks 2,8 --batch 4",
-    "intrinsic": "{base} --data {data} --eval {held} --dims 10 --ranks= --steps 2 --lr 1e-3 --full-lr 1e-2 --repeats 1"
+    "intrinsic": "{base} --data {data} --eval {held} --dims 10 --ranks= --steps 2 --lr 1e-3 "
+    "--full-lr 1e-2 --repeats 1"
     " --projection said",
 }
 
@@ -179,7 +200,14 @@ REDUCED = {
     "fisher": ({"layers": "h.0.attn"}, {"max_sequences": 8, "ranks": (8,)}),
     "intrinsic": (
         {"dims": (5,), "ranks": (1,), "steps": 2, "batch": 4},
-        {"max_sequences": 8, "seeds": 1, "widen": 0, "paces": (3e-3,), "full_rates": (3e-4,), "lora_rates": (3e-3,)},
+        {
+            "max_sequences": 8,
+            "seeds": 1,
+            "widen": 0,
+            "paces": (3e-3,),
+            "full_rates": (3e-4,),
+            "lora_rates": (3e-3,),
+        },
     ),
     "curvature": (
         {"layers": "h.0.attn.c_proj", "along": (0.5,)},
@@ -194,19 +222,36 @@ def test_run_with_defaults_is_reduced_to_amount_of_work(inputs, tmp_path, monkey
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     options, smaller = REDUCED[probe]
     given = {name: inputs[name] for name in PROBES[probe][0].split()} | options
-    given["evaluate"], run = [some_text(tmp_path, "held", windows=19)], getattr(lora_diag, f"probe_{probe}")
+    given["evaluate"], run = (
+        [some_text(tmp_path, "held", windows=19)],
+        getattr(lora_diag, f"probe_{probe}"),
+    )
     reduced, explicit = run(**given), run(**given, **smaller)
     assert (reduced.whole, reduced.layers) == (explicit.whole, explicit.layers)
     assert len(reduced.run.settings["reduced"]) == len(smaller)
     assert "--max-sequences 8 (of 19)" in reduced.run.settings["reduced"]
     assert ["Reduced" in table(found, 80) for found in (reduced, explicit)] == [True, False]
-    assert {**explicit.run.settings, "reduced": reduced.run.settings["reduced"]} == reduced.run.settings
+    assert {
+        **explicit.run.settings,
+        "reduced": reduced.run.settings["reduced"],
+    } == reduced.run.settings
 
 
 def test_default_typed_on_command_line_is_not_reduced(inputs, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     text, output = some_text(tmp_path, "held", windows=12), tmp_path / "curvature.jsonl"
-    options = ["--layers", "h.0.attn.c_proj", "--eigenvalues", "5", "--ranks", "2", "--eval", text, "-o", output]
+    options = [
+        "--layers",
+        "h.0.attn.c_proj",
+        "--eigenvalues",
+        "5",
+        "--ranks",
+        "2",
+        "--eval",
+        text,
+        "-o",
+        output,
+    ]
     words = list(map(str, [inputs["base"], inputs["tuned"], *options]))
     commands("probe curvature")(["probe", "curvature", *words], standalone_mode=False)
     shown = " ".join(capsys.readouterr().out.split())

@@ -74,7 +74,9 @@ def test_resume_ends_in_same_file(path, models, cut, torn):
     with pytest.raises(UsageError, match="resume"):
         lora_diag.spectrum(*models, output=path)
     begun, message, events = len(read_results(path)), [], []
-    lora_diag.spectrum(*models, output=path, resume=True, on_record=message.append, on_progress=events.append)
+    lora_diag.spectrum(
+        *models, output=path, resume=True, on_record=message.append, on_progress=events.append
+    )
     assert path.read_bytes() == whole
     assert tuple(message) == tuple(read_results(path).records())
     assert events[-1].total == 10 - begun  # what is there is not measured again
@@ -94,7 +96,9 @@ def test_resume_refuses_other_settings_and_inputs(path, models):
 
 def test_layer_left_out_for_time_is_measured_by_resume(results, path, models):
     *layers, late = results.layers
-    skipped = LeftOut(layer=late.layer, shape=late.shape, reason="time", detail="", fro=None, base_fro=None)
+    skipped = LeftOut(
+        layer=late.layer, shape=late.shape, reason="time", detail="", fro=None, base_fro=None
+    )
     left_out = [item for item in results.left_out if item.reason != "time"]
     replace(results, layers=tuple(layers), left_out=(*left_out, skipped)).write(path)
     lora_diag.spectrum(*models, output=path, resume=True)
@@ -113,7 +117,9 @@ def test_layer_left_out_for_time_is_measured_by_resume(results, path, models):
     ],
 )
 def test_setting_of_one_run_is_named(path, models, change, named):
-    """A field that was not requested is null, which differs from a run that does not have the field."""
+    """A field that was not requested is null, which differs from a run that does not have the
+    field.
+    """
     begun, *rest = path.read_text().splitlines(keepends=True)
     run = json.loads(begun)
     assert run["settings"]["top"] is None
@@ -125,7 +131,9 @@ def test_setting_of_one_run_is_named(path, models, change, named):
 
 def test_run_resumes_in_writable_file_of_read_only_folder(results, path, models, monkeypatch):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
-    monkeypatch.setattr("os.access", lambda place, mode: str(place) == str(path))  # root may write anywhere
+    monkeypatch.setattr(
+        "os.access", lambda place, mode: str(place) == str(path)
+    )  # root may write anywhere
     with pytest.raises(InputError, match="permission denied"):
         lora_diag.spectrum(*models, output=path.with_name("new.jsonl"))
     assert lora_diag.spectrum(*models, output=path, resume=True) == results
@@ -162,15 +170,30 @@ def test_overwrite_replaces_only_finished_runs(path, models, tmp_path):
         (lambda lines: [], "it is empty"),
         (lambda lines: [lines[0].replace('"schema":1', '"schema":2'), *lines[1:]], "schema 2"),
         (lambda lines: [*lines[:3], '{"record":"magic"}', *lines[3:]], "line 4"),
-        (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":"x","was":'), *lines[4:]], "line 4.*fro"),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":"x","was":'), *lines[4:]],
+            "line 4.*fro",
+        ),
         (lambda lines: [*lines, *lines], "line 15 begins a second run"),
         (lambda lines: [*lines[:4], *lines], "line 5 begins a second run"),
         (lambda lines: [*lines, lines[3]], "line 15 comes after the end"),
-        (lambda lines: [lines[0].replace('"ranks":', '"rungs":'), *lines[1:]], r"line 1 .*settings\.ranks"),
-        (lambda lines: [*lines[:3], lines[3].replace('"8":', '"9":'), *lines[4:]], r"line 4 .*energy\.8"),
-        (lambda lines: [*lines[:3], lines[3].replace('"0.95":', '"0.96":'), *lines[4:]], r"line 4 .*rank_at\.0\.95"),
+        (
+            lambda lines: [lines[0].replace('"ranks":', '"rungs":'), *lines[1:]],
+            r"line 1 .*settings\.ranks",
+        ),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"8":', '"9":'), *lines[4:]],
+            r"line 4 .*energy\.8",
+        ),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"0.95":', '"0.96":'), *lines[4:]],
+            r"line 4 .*rank_at\.0\.95",
+        ),
         (lambda lines: [*lines[:3], "[" * 100_000, *lines[3:]], "line 4"),
-        (lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":NaN,"was":'), *lines[4:]], "line 4"),
+        (
+            lambda lines: [*lines[:3], lines[3].replace('"fro":', '"fro":NaN,"was":'), *lines[4:]],
+            "line 4",
+        ),
     ],
 )
 def test_damaged_results_files(path, change, words):
@@ -180,9 +203,15 @@ def test_damaged_results_files(path, change, words):
 
 
 def test_fields_of_later_version_are_ignored(results, path):
-    edit_results(path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]'))
+    edit_results(
+        path, lambda text: text.replace('"record":"spectrum"', '"record":"spectrum","later":[1]')
+    )
     result = read_results(path)
-    assert (result.run, result.layers, result.left_out) == (results.run, results.layers, results.left_out)
+    assert (result.run, result.layers, result.left_out) == (
+        results.run,
+        results.layers,
+        results.left_out,
+    )
 
 
 def test_last_line_hashes_lines_before_it(results, path):
@@ -289,15 +318,24 @@ def test_runs_are_not_written_through_links(path, models, tmp_path, name):
 
 
 def test_overwrite_replaces_foreign_file_by_finished_run(path, models, tmp_path):
-    """Until the new run ends, what was there stays; a damaged results file is one of them, an unfinished one is not."""
+    """Until the new run ends, what was there stays; a damaged results file is one of them, an
+    unfinished one is not.
+    """
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    for content in (b"mine", b"mine\n", b'{"a": 1}\n' * 3, b"".join([lines[0], b"?\n", *lines[1:]])):
+    for content in (
+        b"mine",
+        b"mine\n",
+        b'{"a": 1}\n' * 3,
+        b"".join([lines[0], b"?\n", *lines[1:]]),
+    ):
         path.write_bytes(content)
         os.link(path, tmp_path / "second")
         for resume in (False, True):
             with pytest.raises(LoradiagError):
-                lora_diag.spectrum(models[0], tmp_path / "gone", output=path, resume=resume, overwrite=True)
+                lora_diag.spectrum(
+                    models[0], tmp_path / "gone", output=path, resume=resume, overwrite=True
+                )
             assert path.read_bytes() == content
             with pytest.raises(UsageError):
                 lora_diag.spectrum(*models, output=path, resume=resume)
@@ -353,7 +391,9 @@ def test_fingerprint_is_independent_of_path_and_time(pair_of_models, tmp_path):
     prints = [run.fingerprint for run in runs]
     assert len(set(prints)) == 1
     assert len(prints[0]) == 32
-    half = save_model(tmp_path / "half", {name: value.to(torch.float16) for name, value in before.items()})
+    half = save_model(
+        tmp_path / "half", {name: value.to(torch.float16) for name, value in before.items()}
+    )
     assert lora_diag.spectrum(half, half).run.inputs[0].fingerprint != prints[0]
 
 
@@ -371,10 +411,16 @@ def test_unwritable_output_is_refused_before_measuring(models, tmp_path):
     events = []
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    targets = [tmp_path / "no" / "r.jsonl", tmp_path / ("n" * 300), *([] if os.getuid() == 0 else [locked / "r.jsonl"])]
+    targets = [
+        tmp_path / "no" / "r.jsonl",
+        tmp_path / ("n" * 300),
+        *([] if os.getuid() == 0 else [locked / "r.jsonl"]),
+    ]
     for output in targets:
         with pytest.raises(InputError, match="cannot be written"):
-            lora_diag.spectrum(*models, output=output, on_progress=events.append, on_record=events.append)
+            lora_diag.spectrum(
+                *models, output=output, on_progress=events.append, on_record=events.append
+            )
     assert events == []
     assert {path.name for path in tmp_path.iterdir()} == {"locked"}
 
@@ -409,6 +455,9 @@ def test_zeros_after_power_loss_are_recognised(results, path):
 def test_written_lines_are_readable(results, tmp_path, monkeypatch):
     monkeypatch.setattr(file, "MAX_LINE_BYTES", 1000)
     path = tmp_path / "long.jsonl"
-    with pytest.raises(InputError, match="limit of 1,000 bytes"), file.ResultsWriter(path, results.run) as writer:
+    with (
+        pytest.raises(InputError, match="limit of 1,000 bytes"),
+        file.ResultsWriter(path, results.run) as writer,
+    ):
         writer.append(*results)
     assert not path.exists()

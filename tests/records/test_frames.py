@@ -27,11 +27,16 @@ EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.jsonl"))
 
 
 def in_csv(results, values=False):
-    return list(csv.DictReader(io.StringIO(to_csv(Evidence((Source("r.jsonl", results),)), values))))
+    return list(
+        csv.DictReader(io.StringIO(to_csv(Evidence((Source("r.jsonl", results),)), values)))
+    )
 
 
 def test_row_has_values_of_its_record():
-    records = [spectrum("model.layers.3.mlp.up_proj.weight", decay(300, 0.7)), spectrum("lm_head.weight", decay(90, 1))]
+    records = [
+        spectrum("model.layers.3.mlp.up_proj.weight", decay(300, 0.7)),
+        spectrum("lm_head.weight", decay(90, 1)),
+    ]
     frame = spectra(records).to_pandas()
     assert frame.module_type.tolist() == ["mlp.up_proj", "lm_head"]
     assert frame.block.dtype == "Int64"
@@ -57,7 +62,9 @@ def test_values_are_one_row_layer_and_index():
         mine = frame[frame.layer == record.layer]
         assert mine["index"].tolist() == list(range(1, len(record.s) + 1))
         assert tuple(mine.value) == record.s
-    assert [(row["layer"], row["block"]) for row in in_csv(spectra(records), values=True)[39:41]] == [
+    assert [
+        (row["layer"], row["block"]) for row in in_csv(spectra(records), values=True)[39:41]
+    ] == [
         ("h.0.q.weight", "0"),
         ("h.1.q.weight", "1"),
     ]
@@ -65,7 +72,12 @@ def test_values_are_one_row_layer_and_index():
 
 def test_adapters_have_short_and_unique_names():
     records = [residual("h.0.q.weight", 8, 0.5, adapter=path) for path in ("a/x/lora", "b/y/lora/")]
-    inputs = (("base", "base"), ("tuned", "tuned"), ("adapter", "a/x/lora"), ("adapter", "b/y/lora/"))
+    inputs = (
+        ("base", "base"),
+        ("tuned", "tuned"),
+        ("adapter", "a/x/lora"),
+        ("adapter", "b/y/lora/"),
+    )
     frame = replace(residuals(records), run=run("residual", *inputs)).to_pandas()
     assert frame.adapter.tolist() == ["a/x/lora", "b/y/lora/"]
     assert frame.adapter_name.tolist() == ["x/lora", "y/lora"]
@@ -83,7 +95,16 @@ def test_short_names_distinguish_paths(paths):
 
 def test_probe_has_one_row_record():
     probes = [
-        Probe(probe="outputs", set="s", subject="adapter", name="x/a", tokens=4, data="d", loss=loss, nll=(1.0, 2.5))
+        Probe(
+            probe="outputs",
+            set="s",
+            subject="adapter",
+            name="x/a",
+            tokens=4,
+            data="d",
+            loss=loss,
+            nll=(1.0, 2.5),
+        )
         for loss in (1.25, None)
     ]
     results = Results(run("probe outputs", ("adapter", "x/a")), (), whole=tuple(probes))
@@ -95,11 +116,16 @@ def test_probe_has_one_row_record():
     assert results.to_pandas(values=True).value.tolist() == [1.0, 2.5] * 2
     layer = results.whole[0].model_copy(update={"layer": "h.2.q.weight", "module_type": None})
     other = results.whole[0].model_copy(update={"module_type": "mlp.up"})
-    assert replace(results, whole=(layer, other)).to_pandas().module_type.tolist() == ["q", "mlp.up"]
+    assert replace(results, whole=(layer, other)).to_pandas().module_type.tolist() == [
+        "q",
+        "mlp.up",
+    ]
 
 
 def test_list_entries_of_records_are_values():
-    directions = tuple(build(Direction, sigma=s, kind=k) for s, k in ((3.0, "kept"), (2.0, "intruder")))
+    directions = tuple(
+        build(Direction, sigma=s, kind=k) for s, k in ((3.0, "kept"), (2.0, "intruder"))
+    )
     record = build(Intruders, layer="h.0.q.weight", directions=directions)
     frame = Results(run("intruders"), (record,)).to_pandas(values=True)
     assert frame[frame.field == "directions.sigma"].value.tolist() == [3.0, 2.0]
@@ -113,7 +139,9 @@ def test_layers_of_fleet_are_rows_and_no_columns():
     assert not [name for name in results.columns() if name.startswith(("layers", "update"))]
     frame = results.to_pandas(values=True)
     rows = frame[frame.field.str.startswith("layers.")]
-    expected = {f"layers.{name}": value for name, value in layers["h.0.q.weight"].model_dump().items()}
+    expected = {
+        f"layers.{name}": value for name, value in layers["h.0.q.weight"].model_dump().items()
+    }
     assert dict(zip(rows.field, rows.value, strict=True)) == expected
     assert set(rows.layer) == {"h.0.q.weight"}
     assert set(frame.adapter_name) == {"a"}
@@ -184,15 +212,24 @@ def test_arrow_and_parquet_have_columns_of_records(results, values):
     table = pq.read_table(io.BytesIO(to_parquet(Evidence((Source("r.jsonl", results),)), values)))
     result = table.to_pydict()
     assert result.pop("results") == ["r.jsonl"] * table.num_rows
-    assert {name: column for name, column in result.items() if any(value is not None for value in column)} == {
-        name: column for name, column in columns.items() if any(value is not None for value in column)
+    assert {
+        name: column
+        for name, column in result.items()
+        if any(value is not None for value in column)
+    } == {
+        name: column
+        for name, column in columns.items()
+        if any(value is not None for value in column)
     } or not table.num_rows
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("pyarrow"), reason="pyarrow is not installed")
 def test_mixed_column_is_text_in_arrow():
     verdicts = [build(Verdict, measured=value) for value in (1.5, "x")]
-    assert Results(run("gate"), (), whole=tuple(verdicts)).to_arrow()["measured"].to_pylist() == ["1.5", "x"]
+    assert Results(run("gate"), (), whole=tuple(verdicts)).to_arrow()["measured"].to_pylist() == [
+        "1.5",
+        "x",
+    ]
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("polars"), reason="polars is not installed")

@@ -73,7 +73,21 @@ def test_html_escapes_names_and_loads_nothing(command):
     records = [residual(HOSTILE, 8, 0.5, adapter=path) for path in ("<b>x</b>", "y")]
     inputs = [("base", HOSTILE), ("adapter", "<b>x</b>"), ("adapter", "y")]
     page = replace(residuals(records), run=run(command, *inputs))._repr_html_()
-    allowed = {"div", "p", "b", "br", "table", "thead", "tbody", "tr", "th", "td", "pre", "details", "summary"}
+    allowed = {
+        "div",
+        "p",
+        "b",
+        "br",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "pre",
+        "details",
+        "summary",
+    }
     tags = Elements(page).seen
     assert {tag for tag, _ in tags} <= allowed
     assert {name for _, attributes in tags for name in attributes} <= {"style"}

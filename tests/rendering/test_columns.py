@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 from lora_diag.rendering.statements import limit_lines
 from lora_diag.rendering.tables import Column, shorten_names, table_of
 
-PARTS = st.sampled_from(["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"])
+PARTS = st.sampled_from(
+    ["0", "1", "10", "layer", "attention", "output", "dense", "LayerNorm", "bias"]
+)
 NAMES = st.lists(st.lists(PARTS, min_size=1, max_size=7).map(".".join), min_size=1, max_size=20)
 
 
@@ -31,4 +33,6 @@ def test_table_names_columns_without_room(width, brief):
     shown = {column.header for column in table.columns}
     assert ("five" in shown) != brief
     hidden = [column.title for column in columns if column.title not in shown | {"five"}]
-    assert table.caption == (f"not shown at {width} columns: {', '.join(hidden)}\n" if hidden else None)
+    assert table.caption == (
+        f"not shown at {width} columns: {', '.join(hidden)}\n" if hidden else None
+    )

@@ -1,4 +1,6 @@
-"""Tables from the declarations of records: values, formats, marks, and the order in which columns are dropped."""
+"""Tables from the declarations of records: values, formats, marks, and the order in which columns
+are dropped.
+"""
 
 import math
 from typing import ClassVar, Literal
@@ -36,7 +38,14 @@ def cells(shown, *rows):
 
 @pytest.mark.parametrize(
     ("pool", "expected"),
-    [(None, "0.5"), ("sum", "1.75"), ("max", "1"), ("min", "0.25"), ("range", "0.25-1.0"), (len, "3")],
+    [
+        (None, "0.5"),
+        ("sum", "1.75"),
+        ("max", "1"),
+        ("min", "0.25"),
+        ("range", "0.25-1.0"),
+        (len, "3"),
+    ],
 )
 def test_cell_has_pooled_value(pool, expected):
     row = [Made(value=value) for value in (1.0, 0.25, 0.5)]
@@ -53,17 +62,26 @@ def test_errors_and_baseline_are_shown_with_value():
     one = Made(value=0.5, error=0.0123, random=0.04)
     shown = Shown("value", "v", "", share=True, main=True, error="error", chance="random")
     assert cells(shown, [one], [Made()]) == ["0.50 ±0.012 (0.04)", "0.50"]
-    assert cells(shown, [Made(value=0.5, random=0.1), Made(value=None, random=0.9)]) == ["0.50 (0.10)"]
+    assert cells(shown, [Made(value=0.5, random=0.1), Made(value=None, random=0.9)]) == [
+        "0.50 (0.10)"
+    ]
 
 
-@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(20, 119))
+@given(
+    st.lists(st.tuples(st.integers(1, 12), st.integers(0, 3)), min_size=1, max_size=8),
+    st.integers(20, 119),
+)
 def test_columns_have_declared_order(made, width):
-    columns = [Column(f"{place}".rjust(size), ("1",), drop=drop) for place, (size, drop) in enumerate(made)]
+    columns = [
+        Column(f"{place}".rjust(size), ("1",), drop=drop) for place, (size, drop) in enumerate(made)
+    ]
     shown = {column.header for column in table_of("layer", ["a" * 40], columns, width).columns}
     hidden = [column for column in columns if column.title not in shown]
     kept = [column for column in columns if column.title in shown]
     assert all(column.drop for column in hidden)
-    assert max([column.drop for column in kept if column.drop], default=0) <= min([c.drop for c in hidden], default=99)
+    assert max([column.drop for column in kept if column.drop], default=0) <= min(
+        [c.drop for c in hidden], default=99
+    )
     if any(column.drop for column in kept):
         assert sum(column.width + 1 for column in kept) + 2 + 12 <= width
 
@@ -85,11 +103,17 @@ def test_every_declared_path_begins_with_field_or_property():
     for kind, one in declared():
         for path in filter(None, (one.path, one.chance, one.error)):
             head = path.partition(".")[0]
-            assert head in kind.model_fields or isinstance(getattr(kind, head, None), property), (kind, path)
+            assert head in kind.model_fields or isinstance(getattr(kind, head, None), property), (
+                kind,
+                path,
+            )
 
 
 def test_pooled_cosine_is_that_of_block_diagonal_matrices():
     """⟨·,·⟩ = 1·2·0.5 − 3·2·0.25, norms √10 and √8."""
     values = ((1.0, 0.5), (3.0, -0.25))
-    records = [build(Interference, first_fro=first, second_fro=2.0, cosine=cosine) for first, cosine in values]
+    records = [
+        build(Interference, first_fro=first, second_fro=2.0, cosine=cosine)
+        for first, cosine in values
+    ]
     assert pooled_cosine(records) == pytest.approx(-0.5 / math.sqrt(80))

@@ -29,11 +29,15 @@ def flat_to(rank: int, size: int) -> np.ndarray:
     return np.array([1.0] * rank + [0.0] * (size - rank))
 
 
-def spectrum(layer: str, s: np.ndarray, verdict: str = "resolved", shape=None, method: str = "gram") -> Spectrum:
+def spectrum(
+    layer: str, s: np.ndarray, verdict: str = "resolved", shape=None, method: str = "gram"
+) -> Spectrum:
     """Return the record of a layer with these singular values, all of them."""
     fields = {"base_fro": 100.0, "energy_error": 1e-9, "method": method, "complete": True}
     fields["effective_rank"] = 3.0 if any(s) else None
-    return layer_spectrum(layer, s, RANKS, shape=shape or (len(s), len(s)), resolution={"verdict": verdict}, **fields)
+    return layer_spectrum(
+        layer, s, RANKS, shape=shape or (len(s), len(s)), resolution={"verdict": verdict}, **fields
+    )
 
 
 def run(command: str, *inputs: tuple[str, str], **settings) -> Run:
@@ -45,7 +49,9 @@ def spectra(records, left_out=(), inputs=(("base", "base"), ("tuned", "full_ft")
 
 
 def vector(layer: str, fro: float) -> LeftOut:
-    return LeftOut(layer=layer, shape=(8,), reason="vector", detail="one-dimensional", fro=fro, base_fro=1.0)
+    return LeftOut(
+        layer=layer, shape=(8,), reason="vector", detail="one-dimensional", fro=fro, base_fro=1.0
+    )
 
 
 def residual(
@@ -63,8 +69,13 @@ def residual(
     """Return a layer's record for an adapter that would be nearest at ``scale`` times its scale."""  # fmt: skip
     cosine = kept**0.5 if cosine is None else cosine
     floor, other = ((1 - kept) ** 0.5, cosine / scale * fro) if rank else (1.0, 0.0)
-    seen = {"limited_by": limited_by if rank else "not adapted", "resolution": build(Resolution, verdict=verdict)}
-    return plots.residual(layer, fro, other, cosine, floor, adapter=adapter, rank=rank, shape=(128, 128), **seen)
+    seen = {
+        "limited_by": limited_by if rank else "not adapted",
+        "resolution": build(Resolution, verdict=verdict),
+    }
+    return plots.residual(
+        layer, fro, other, cosine, floor, adapter=adapter, rank=rank, shape=(128, 128), **seen
+    )
 
 
 def residuals(records, adapters=("lora",)) -> Results:
@@ -72,7 +83,9 @@ def residuals(records, adapters=("lora",)) -> Results:
     return results(records, command="residual", inputs=inputs, norms=1.0, ranks=list(RANKS))
 
 
-def overlap(layer: str, step: int, kappa: float, tangent: float, rank: int = 16, verdict: str = "resolved") -> Overlap:
+def overlap(
+    layer: str, step: int, kappa: float, tangent: float, rank: int = 16, verdict: str = "resolved"
+) -> Overlap:
     return Overlap(
         layer=layer, shape=(512, 512), step=step, rank=rank, kappa=kappa, kappa_random=rank / 512, tangent=tangent,
         tangent_random=(2 * rank / 512 - (rank / 512) ** 2) ** 0.5, left=tangent, left_random=(rank / 512) ** 0.5,

@@ -1,4 +1,6 @@
-"""Planted situations: each rule applies where its evidence is, and not where it is missing or at the noise floor."""
+"""Planted situations: each rule applies where its evidence is, and not where it is missing or at
+the noise floor.
+"""
 
 import shlex
 from dataclasses import replace
@@ -37,7 +39,9 @@ def evidence(*results) -> Evidence:
 
 
 def told(*results) -> list[str]:
-    """Return the rules that apply, but for the request to measure a loss, which all pages without one have."""
+    """Return the rules that apply, but for the request to measure a loss, which all pages without
+    one have.
+    """
     return [step.rule for step in advice(evidence(*results)) if step.rule != "measure the loss"]
 
 
@@ -46,7 +50,9 @@ def steps(*results) -> dict[str, object]:
 
 
 def model(s=EASY, blocks=4, verdict="resolved", special=None, left_out=()):
-    """Every layer has the spectrum ``s``, but for those whose name contains a key of ``special``."""
+    """Every layer has the spectrum ``s``, but for those whose name contains a key of
+    ``special``.
+    """
     special = special or {}
     return spectra(
         [
@@ -78,7 +84,10 @@ def test_insufficient_layers_are_named_and_get_rank():
     step = steps(results)["raise the rank"]
     assert step.layers == ("model.layers.2.self_attn.o_proj.weight",)
     assert step.facts["worst"] == "27%"
-    assert step.command == "loradiag allocate spectrum.jsonl --energy 0.5 --min-rank 8 -o adapter_config.json"
+    assert (
+        step.command
+        == "loradiag allocate spectrum.jsonl --energy 0.5 --min-rank 8 -o adapter_config.json"
+    )
 
 
 def test_advised_allocation_leaves_no_layer_short():
@@ -95,11 +104,15 @@ def test_adapter_is_judged_by_its_own_rank():
     short = residuals([residual(layer, 4, kept=0.1) for layer in names(4)])
     wide = residuals([residual(layer, 32, kept=0.8, adapter="wide") for layer in names(4)])
     assert steps(full, short)["raise the rank"].facts["min_rank"] == 4
-    assert told(full, wide) == told(full, residuals([*short, *wide])) == []  # the larger one replaces the smaller
+    assert (
+        told(full, wide) == told(full, residuals([*short, *wide])) == []
+    )  # the larger one replaces the smaller
 
 
 def test_small_rank_without_spectrum_suggests_measurement():
-    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))["raise the rank"]
+    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))[
+        "raise the rank"
+    ]
     assert (step.facts["rank"], step.facts["worst"]) == ("4", "33%")
     assert step.command == "loradiag spectrum base full_ft -o spectrum.jsonl"
 
@@ -107,13 +120,19 @@ def test_small_rank_without_spectrum_suggests_measurement():
 @pytest.mark.parametrize(("by_direction", "rules"), [(15, []), (14, ["raise the rank"])])
 def test_rank_is_not_raised_for_other_solutions(by_direction, rules):
     limits = ["direction"] * by_direction + ["rank"] * (28 - by_direction)
-    records = [residual(layer, 4, kept=0.1, limited_by=limit) for layer, limit in zip(names(4), limits, strict=True)]
+    records = [
+        residual(layer, 4, kept=0.1, limited_by=limit)
+        for layer, limit in zip(names(4), limits, strict=True)
+    ]
     assert told(model(flat_to(40, 512)), residuals(records)) == rules
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
 def test_wrong_scale_comes_before_rank(factor):
-    records = [residual(layer, 16, kept=0.4, cosine=0.6, scale=factor, limited_by="scale") for layer in names(4)]
+    records = [
+        residual(layer, 16, kept=0.4, cosine=0.6, scale=factor, limited_by="scale")
+        for layer in names(4)
+    ]
     step, *_ = advice(evidence(residuals(records)))
     assert step.rule == "scale"
     assert step.facts["factors"] == {"lora": pytest.approx(factor)}
@@ -124,7 +143,14 @@ def test_wrong_scale_comes_before_rank(factor):
 
 @pytest.mark.parametrize(("scale", "cosine"), [(0.3, 0.2), (1.2, 0.9)])
 def test_scale_without_direction_or_near_one_is_kept(scale, cosine):
-    assert told(residuals([residual(layer, 16, kept=0.95, scale=scale, cosine=cosine) for layer in names(4)])) == []
+    assert (
+        told(
+            residuals(
+                [residual(layer, 16, kept=0.95, scale=scale, cosine=cosine) for layer in names(4)]
+            )
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("verdict", ["floor-limited", "unresolved"])
@@ -136,7 +162,9 @@ def test_unresolved_files_support_no_rule_on_weights(verdict, s):
 
 
 def test_page_without_update_has_no_step():
-    factored = spectra([spectrum(layer, EASY, method="factored") for layer in names(2)])  # a rank is a setting
+    factored = spectra(
+        [spectrum(layer, EASY, method="factored") for layer in names(2)]
+    )  # a rank is a setting
     for results in (factored, spectra([]), model(np.zeros(64))):
         assert advice(evidence(results)) == []
     assert advice(Evidence(())) == []
@@ -144,8 +172,13 @@ def test_page_without_update_has_no_step():
 
 def test_distances_ask_for_loss():
     step = steps(model(EASY))["measure the loss"]
-    assert step.command == "loradiag probe truncation base full_ft --eval HELD_OUT_TEXT -o truncation.jsonl"
-    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))["measure the loss"]
+    assert (
+        step.command
+        == "loradiag probe truncation base full_ft --eval HELD_OUT_TEXT -o truncation.jsonl"
+    )
+    step = steps(residuals([residual(layer, 4, kept=1 / 3) for layer in names(4)]))[
+        "measure the loss"
+    ]
     assert step.argv[5] == "lora"
 
 
@@ -154,7 +187,9 @@ def test_rank_is_raised_without_condition_if_an_adapter_is_worse():
 
     short = model(FLAT)
     worse, undecided = outputs({"a": 0.3}), outputs({"a": 0.09}, error=0.05)
-    actions = [steps(*runs)["raise the rank"].do for runs in ((short, worse), (short, undecided), (short,))]
+    actions = [
+        steps(*runs)["raise the rank"].do for runs in ((short, worse), (short, undecided), (short,))
+    ]
     assert ["if the loss needs it" in action for action in actions] == [False, True, True]
 
 
@@ -197,7 +232,9 @@ def test_every_rule_has_parsable_command_and_page_in_docs():
         for key in ("rank", "ranks"):
             if f"--{key}" in step.argv and not isinstance(step.facts.get(key), str):
                 given = [int(part) for part in str(params[key]).split(",")]
-                assert given == [step.facts.get("rank")] or set(step.facts.get("ranks", (0,))) <= set(given)
+                assert given == [step.facts.get("rank")] or set(
+                    step.facts.get("ranks", (0,))
+                ) <= set(given)
     page = (ROOT / "docs" / "reference" / "report.md").read_text()
     assert [rule.name for rule in RULES if f"| `{rule.name}` |" not in page] == []
 
@@ -219,7 +256,9 @@ def test_kept_is_fraction_of_energy(values, rank):
 @pytest.mark.slow
 @given(st.permutations(range(6)))
 def test_advice_is_independent_of_layer_order(order):
-    records = [spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])]
+    records = [
+        spectrum(layer, flat_to(4 if i % 2 else 30, 512)) for i, layer in enumerate(names(1)[:6])
+    ]
     first, second = (advice(evidence(spectra([records[i] for i in o]))) for o in (range(6), order))
     assert [step.rule for step in first] == [step.rule for step in second]
     assert [set(step.layers) for step in first] == [set(step.layers) for step in second]
@@ -230,10 +269,15 @@ def test_advice_names_each_fine_tune_once():
     other = spectra(one.layers, inputs=(("base", "base"), ("tuned", "other")))
     runs = Evidence((Source("one.jsonl", one), Source("other.jsonl", other)))
     raised = [step for step in advice(runs) if step.rule == "raise the rank"]
-    assert [(step.about, step.argv[2]) for step in raised] == [(("full_ft",), "one.jsonl"), (("other",), "other.jsonl")]
+    assert [(step.about, step.argv[2]) for step in raised] == [
+        (("full_ft",), "one.jsonl"),
+        (("other",), "other.jsonl"),
+    ]
     flat = [Evidence(tuple(Source("s.jsonl", spectra(model(FLAT).layers, inputs=(("base", "b"), ("tuned", name))))
                            for name in group)) for group in (["x"], ["x", "y"])]  # fmt: skip
-    assert [step for step in advice(flat[1]) if step.rule == "raise the rank"] == advice(flat[0])[-1:]  # for both, once
+    assert [step for step in advice(flat[1]) if step.rule == "raise the rank"] == advice(flat[0])[
+        -1:
+    ]  # for both, once
 
 
 def test_unfinished_run_is_announced_first_and_supports_no_step():

@@ -1,4 +1,6 @@
-"""Answers are statements found by the keys that features declare: a key of one side only would empty an answer."""
+"""Answers are statements found by the keys that features declare: a key of one side only would
+empty an answer.
+"""
 
 import ast
 from importlib import import_module
@@ -27,9 +29,17 @@ def keys_of(package: str) -> set[str]:
     keys = set()
     for path in Path(import_module(package).__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            called = (
+                node.func.id
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+                else ""
+            )
             if called in {"make_statement", "Statement"}:
-                keys |= {value.value for value in ast.walk(node.args[0]) if isinstance(value, ast.Constant)}
+                keys |= {
+                    value.value
+                    for value in ast.walk(node.args[0])
+                    if isinstance(value, ast.Constant)
+                }
             elif called in SHARED:
                 keys.add(SHARED[called].key)
     return keys
@@ -50,16 +60,23 @@ ADAPTER = residuals([residual(n, 8, 0.4) for n in names(2)])
 GRADIENTS = overlaps([overlap(n, step, 0.3, 0.6) for n in names(2) for step in (0, 50)])
 
 
-@pytest.mark.parametrize("results", [UPDATE, ADAPTER, GRADIENTS], ids=["spectrum", "residual", "overlap"])
+@pytest.mark.parametrize(
+    "results", [UPDATE, ADAPTER, GRADIENTS], ids=["spectrum", "residual", "overlap"]
+)
 def test_every_declared_question_on_weights_is_answered(results):
     (feature,) = [feature for feature in ANSWERING if feature.name == results.run.command]
-    assert [answer.question for answer in ask(results)] == [*dict.fromkeys(q for _, q in feature.questions)]
+    assert [answer.question for answer in ask(results)] == [
+        *dict.fromkeys(q for _, q in feature.questions)
+    ]
 
 
 def test_answers_of_two_updates_name_their_run():
     first, *_ = ask(UPDATE)
     one, two = [answer for answer in ask(UPDATE, UPDATE) if answer.question == first.question]
-    assert (one.more, two.more) == ((*first.more, "spectrum0.jsonl"), (*first.more, "spectrum1.jsonl"))
+    assert (one.more, two.more) == (
+        (*first.more, "spectrum0.jsonl"),
+        (*first.more, "spectrum1.jsonl"),
+    )
 
 
 def test_page_without_records_has_no_answer():

@@ -31,11 +31,16 @@ def test_page_with_name_and_one_without(loradiag, files, tmp_path):
     one, two = ((tmp_path / name).read_text() for name in ("report.html", "my page.html"))
     changing = r"made \S+ \S+ UTC|<!-- loradiag \w+ -->\n$"
     assert re.sub(changing, "", one) == re.sub(changing, "", two)
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*files, "report.html", "my page.html"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [*files, "report.html", "my page.html"]
+    )
 
 
 def test_markdown_and_csv_go_to_standard_output_or_file(loradiag, files, tmp_path):
-    for form, begins in (("md", "# full_ft compared with base\n"), ("csv", "results,record,layer,")):
+    for form, begins in (
+        ("md", "# full_ft compared with base\n"),
+        ("csv", "results,record,layer,"),
+    ):
         ran = loradiag("report", *files, "--format", form)
         assert (ran.code, ran.err) == (0, "")
         assert ran.out.startswith(begins)

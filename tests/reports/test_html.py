@@ -1,4 +1,6 @@
-"""The page without a browser: its numbers are the records', names stay text, nothing is loaded; its size and time."""
+"""The page without a browser: its numbers are the records', names stay text, nothing is loaded; its
+size and time.
+"""
 
 import html.parser
 import json
@@ -40,16 +42,29 @@ HOSTILE = (
 
 
 def evidence(*results) -> Evidence:
-    return Evidence(tuple(Source(f"{item.run.command}{i}.jsonl", item) for i, item in enumerate(results)))
+    return Evidence(
+        tuple(Source(f"{item.run.command}{i}.jsonl", item) for i, item in enumerate(results))
+    )
 
 
 def small():
     layers = names(2)
     rng = np.random.default_rng(1)
     return (
-        spectra([spectrum(n, decay(300, rng.uniform(0.2, 1.2))) for n in layers], [vector("model.norm.weight", 0.1)]),
-        residuals([residual(n, 8, rng.uniform(0.3, 0.9), scale=rng.uniform(0.3, 3)) for n in layers]),
-        overlaps([overlap(n, step, rng.uniform(0, 0.3), rng.uniform(0.3, 1)) for n in layers for step in (0, 50, 99)]),
+        spectra(
+            [spectrum(n, decay(300, rng.uniform(0.2, 1.2))) for n in layers],
+            [vector("model.norm.weight", 0.1)],
+        ),
+        residuals(
+            [residual(n, 8, rng.uniform(0.3, 0.9), scale=rng.uniform(0.3, 3)) for n in layers]
+        ),
+        overlaps(
+            [
+                overlap(n, step, rng.uniform(0, 0.3), rng.uniform(0.3, 1))
+                for n in layers
+                for step in (0, 50, 99)
+            ]
+        ),
     )
 
 
@@ -73,14 +88,24 @@ class Elements(html.parser.HTMLParser):
         if self._in is None:
             self.words.append(text)
         else:
-            self.scripts[self._in[1] or self._in[0]] = self.scripts.get(self._in[1] or self._in[0], "") + text
+            self.scripts[self._in[1] or self._in[0]] = (
+                self.scripts.get(self._in[1] or self._in[0], "") + text
+            )
 
 
 def embedded(page: str) -> dict:
     return json.loads(Elements(page).scripts["data"])
 
 
-SPECTRUM_FIELDS = ("fro", "energy.8", "energy.64", "rank_at.0.9", "rank_at.0.99", "stable_rank", "relative")
+SPECTRUM_FIELDS = (
+    "fro",
+    "energy.8",
+    "energy.64",
+    "rank_at.0.9",
+    "rank_at.0.99",
+    "stable_rank",
+    "relative",
+)
 SPECTRUM_FIELDS += ("resolution.signal_rank", "resolution.verdict")
 RESIDUAL_FIELDS = ("epsilon", "epsilon_min", "cosine", "best_scale", "norm_ratio", "limited_by")
 
@@ -90,9 +115,14 @@ def test_page_numbers_equal_records():
     spectrum_run, residual_run, overlap_run = runs
     data = embedded(html_report(evidence(*runs)))
     fields = {field["id"]: field["values"] for field in data["fields"]}
-    for prefix, run, shown in (("s0", spectrum_run, SPECTRUM_FIELDS), ("a0", residual_run, RESIDUAL_FIELDS)):
+    for prefix, run, shown in (
+        ("s0", spectrum_run, SPECTRUM_FIELDS),
+        ("a0", residual_run, RESIDUAL_FIELDS),
+    ):
         for name in shown:
-            assert fields[f"{prefix}.{name}"] == [value_at(run[layer], name) for layer in data["layers"]]
+            assert fields[f"{prefix}.{name}"] == [
+                value_at(run[layer], name) for layer in data["layers"]
+            ]
     (drawn,) = data["spectra"]
     assert len(drawn["curves"]) == len(spectrum_run)
     for curve in drawn["curves"]:
@@ -103,7 +133,9 @@ def test_page_numbers_equal_records():
         assert curve["c"] == pytest.approx([energy[r - 1] for r in ranks], rel=1e-5)
         assert (ranks[0], ranks[-1]) == (1, 300)
     (drawn,) = data["overlaps"]
-    rows = {(data["layers"][c["layer"]], row[0]): row[1:] for c in drawn["curves"] for row in c["rows"]}
+    rows = {
+        (data["layers"][c["layer"]], row[0]): row[1:] for c in drawn["curves"] for row in c["rows"]
+    }
     assert rows == {
         (r.layer, r.step): [r.kappa, r.kappa_random, r.tangent, r.tangent_random] for r in overlap_run
     }  # fmt: skip
@@ -112,10 +144,16 @@ def test_page_numbers_equal_records():
 def test_page_makes_no_requests():
     page = html_report(evidence(*small()))
     parsed = Elements(page)
-    (policy,) = [a["content"] for tag, a in parsed.seen if a.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        a["content"] for tag, a in parsed.seen if a.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert "default-src 'none'" in policy
     assert "connect-src" not in policy
-    assert not [a for tag, a in parsed.seen if tag in {"link", "iframe", "object", "embed", "base"} or "src" in a]
+    assert not [
+        a
+        for tag, a in parsed.seen
+        if tag in {"link", "iframe", "object", "embed", "base"} or "src" in a
+    ]
     assert all(a.get("href", "#").startswith("#") for _, a in parsed.seen)
 
 
@@ -127,7 +165,9 @@ def test_run_without_layers_has_page():
 
 def test_page_of_7b_model_is_small():
     """224 layers of 4,096 values."""
-    results = spectra([spectrum(n, decay(4096, 0.3 + i / 400, 1 + i / 200)) for i, n in enumerate(names(32))])
+    results = spectra(
+        [spectrum(n, decay(4096, 0.3 + i / 400, 1 + i / 200)) for i, n in enumerate(names(32))]
+    )
     runs = evidence(results)
     page = html_report(runs, images_of(runs))
     assert len(page.encode()) < 8e6

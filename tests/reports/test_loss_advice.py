@@ -1,4 +1,6 @@
-"""Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent without it."""
+"""Planted losses: each rule speaks where its evidence is, leads those on weights, and is silent
+without it.
+"""
 
 import itertools
 import math
@@ -20,7 +22,16 @@ from tests.reports.test_advice import EASY, evidence, model, steps, told
 
 
 def probe(kind, subject, loss, *, name="own", shifted=False, **more):
-    return Probe(probe=kind, set=name, shifted=shifted, subject=subject, tokens=9, data="0", loss=loss, **more)
+    return Probe(
+        probe=kind,
+        set=name,
+        shifted=shifted,
+        subject=subject,
+        tokens=9,
+        data="0",
+        loss=loss,
+        **more,
+    )
 
 
 def run(command, records, **settings):
@@ -44,7 +55,9 @@ def outputs(adapters, base=2.0, tuned=1.0, error=0.01, sets=("own",), shifted=()
 
 
 def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
-    """``losses`` by rank, two seeds ``spread`` apart, ranks in turns; ``shifted`` on a set of BASE ``own``."""
+    """``losses`` by rank, two seeds ``spread`` apart, ranks in turns; ``shifted`` on a set of BASE
+    ``own``.
+    """
     records = []
     for name, given, start in (("own", losses, base), ("other", shifted or {}, own)):
         if given:
@@ -52,7 +65,9 @@ def sweep(losses, base=2.0, own=None, shifted=None, spread=0.001):
             records.append(probe("sweep", "base", start, **where))
             for (place, (rank, loss)), seed in itertools.product(enumerate(given.items()), (0, 1)):
                 off = (seed - 0.5) * spread * (-1) ** place
-                records.append(probe("sweep", "lora", loss + off, rank=rank, lr=1e-3, seed=seed, **where))
+                records.append(
+                    probe("sweep", "lora", loss + off, rank=rank, lr=1e-3, seed=seed, **where)
+                )
     return run("probe sweep", records, seed=0, tolerance=0.02)
 
 
@@ -65,7 +80,11 @@ def truncation(kept, base=2.0, tuned=1.0, gain_error=0.02, **settings):
         loss = base - share * (base - tuned)
         more = {"gap": loss - tuned, "gap_error": 0.01, "kept": share, "energy": share / 2}
         records.append(probe("truncation", "truncated", loss, rank=rank, **more))
-    return run("probe truncation", records, **{"rest": "tuned", "layers": None, "exclude": None, **settings})
+    return run(
+        "probe truncation",
+        records,
+        **{"rest": "tuned", "layers": None, "exclude": None, **settings},
+    )
 
 
 def words(*results):
@@ -74,9 +93,15 @@ def words(*results):
 
 def test_contest_as_good_keeps_90_percent_within_errors():
     # TUNED gains 1.0: 0.07 + 2 × 0.01 is within a tenth of it, 0.09 + 2 × 0.01 is not.
-    assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {"a": "as good", "b": "worse", "c": "as good"}
+    assert words(outputs({"a": 0.07, "b": 0.09, "c": -0.2})) == {
+        "a": "as good",
+        "b": "worse",
+        "c": "as good",
+    }
     assert words(outputs({"a": 0.09}, error=0.05)) == {"a": "not known"}
-    assert words(outputs({"a": 0.0}, error=0.2)) == {"a": "not known"}  # no difference seen, and none excluded
+    assert words(outputs({"a": 0.0}, error=0.2)) == {
+        "a": "not known"
+    }  # no difference seen, and none excluded
     # On every set, but for shifted ones.
     assert words(outputs({"a": (0.0, 0.5)}, sets=("own", "two"))) == {"a": "worse"}
     assert words(outputs({"a": (0.0, 0.5)}, shifted=("two",))) == {"a": "as good"}
@@ -97,33 +122,57 @@ def test_finetune_worse_than_base_is_no_standard_for_adapters():
 
 
 def measured(moves, sequences, seed):
-    """Records of losses of sequences: BASE, TUNED and an adapter, each with its mean move from BASE."""
+    """Records of losses of sequences: BASE, TUNED and an adapter, each with its mean move from
+    BASE.
+    """
     rng = np.random.default_rng(seed)
     counts = rng.integers(20, 40, sequences)
     base = counts * rng.uniform(1, 3, sequences)
-    nll = {name: base + counts * (move + 0.01 * rng.normal(size=sequences)) for name, move in moves.items()}
-    records = [probe("outputs", "base", base.sum() / counts.sum(), nll=tuple(base), predictions=tuple(counts.tolist()))]
-    records += [probe("outputs", name, each.sum() / counts.sum(), nll=tuple(each)) for name, each in nll.items()]
+    nll = {
+        name: base + counts * (move + 0.01 * rng.normal(size=sequences))
+        for name, move in moves.items()
+    }
+    records = [
+        probe(
+            "outputs",
+            "base",
+            base.sum() / counts.sum(),
+            nll=tuple(base),
+            predictions=tuple(counts.tolist()),
+        )
+    ]
+    records += [
+        probe("outputs", name, each.sum() / counts.sum(), nll=tuple(each))
+        for name, each in nll.items()
+    ]
     all_nll = {"base": base} | nll
     result = []
     for record in records:
         difference = all_nll[record.subject] - nll["tuned"]
         gap = difference.sum() / counts.sum()
         error = oracles.error_of_ratio(difference, counts)
-        more = {"gap": gap, "gap_error": error, "name": "runs/a" if record.subject == "adapter" else ""}
+        more = {
+            "gap": gap,
+            "gap_error": error,
+            "name": "runs/a" if record.subject == "adapter" else "",
+        }
         result.append(record.model_copy(update=more))
     return result
 
 
 @pytest.mark.parametrize("sequences", [2, 3, 5, 9, 17])
 def test_few_sequences_need_more_than_two_errors(sequences):
-    """The rate of false differences of equal models, whose sequences are independent, is near 4.6% at any number."""
+    """The rate of false differences of equal models, whose sequences are independent, is near 4.6%
+    at any number.
+    """
     wrong = 0
     for seed in range(400):
         adapter = measured({"tuned": 0.0, "adapter": 0.0}, sequences, seed)[-1]
         wrong += abs(adapter.gap) > gap_half(adapter)
         freedom = sequences - 1 if sequences < 4 else 1.5 * (sequences / math.isqrt(sequences) - 1)
-        assert gap_half(adapter) == pytest.approx(stats.t(freedom).ppf(stats.norm.cdf(2)) * adapter.gap_error)
+        assert gap_half(adapter) == pytest.approx(
+            stats.t(freedom).ppf(stats.norm.cdf(2)) * adapter.gap_error
+        )
     assert wrong / 400 < 0.08
 
 
@@ -140,12 +189,17 @@ def test_equal_adapter_ends_advice():
 
 
 def rivals(seed=0, apart=0.1, sequences=20):
-    """Three adapters: ``b`` is the best, ``a`` about as good, ``c`` worse; sequences differ more than adapters do."""
+    """Three adapters: ``b`` is the best, ``a`` about as good, ``c`` worse; sequences differ more
+    than adapters do.
+    """
     rng = np.random.default_rng(seed)
     counts = rng.integers(5, 50, sequences)
     hard = counts * rng.uniform(1, 3, sequences)
     shifts = {"a": 0.001, "b": 0.0, "c": apart}
-    nll = {path: hard + counts * (shift + 0.01 * rng.normal(size=sequences)) for path, shift in shifts.items()}
+    nll = {
+        path: hard + counts * (shift + 0.01 * rng.normal(size=sequences))
+        for path, shift in shifts.items()
+    }
     records = [probe("outputs", "base", 5.0, predictions=tuple(counts.tolist()), nll=tuple(hard))]
     for path, each in nll.items():
         record = probe("outputs", "adapter", float(each.sum() / counts.sum()), nll=tuple(each))
@@ -191,8 +245,14 @@ def test_worse_adapter_is_not_shipped():
     runs = model(flat_to(40, 512)), trained, outputs({"a": 0.3, "b": 0.2})
     assert told(*runs) == ["close the gap", "raise the rank"]
     step = steps(*runs)["close the gap"]
-    assert (step.facts["adapter"], step.facts["ranks"], step.facts["count"]) == ("b", (16, 32, 64), 2)  # r=8 lost
-    command = "loradiag probe sweep base --data TRAIN_TEXT --eval own.txt --ranks 16,32,64 -o sweep.jsonl"
+    assert (step.facts["adapter"], step.facts["ranks"], step.facts["count"]) == (
+        "b",
+        (16, 32, 64),
+        2,
+    )  # r=8 lost
+    command = (
+        "loradiag probe sweep base --data TRAIN_TEXT --eval own.txt --ranks 16,32,64 -o sweep.jsonl"
+    )
     assert step.command == command
     assert "measure the loss" not in steps(*runs)
 
@@ -201,7 +261,10 @@ def test_undecided_adapter_needs_more_text():
     assert told(outputs({"a b": 0.09, "c": 0.4}, error=0.05)) == []  # nor is there a gap to close
     step = steps(outputs({"a b": 0.09, "c": 0.4}, error=0.05))["measure the loss"]
     assert step.facts["adapters"] == ("a b",)
-    assert step.command == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
+    assert (
+        step.command
+        == "loradiag probe outputs 'my base' full_ft 'a b' --eval MORE_TEXT -o outputs-2.jsonl"
+    )
 
 
 def test_rank_is_not_raised_where_higher_rank_lost():
@@ -210,7 +273,11 @@ def test_rank_is_not_raised_where_higher_rank_lost():
     for rank, raised in ((16, False), (2, True)):
         ranks = {"a": 4, "b": 4, "c": rank}
         trained = residuals(
-            [residual(n, r, 0.3, cosine=0.2, adapter=name) for name, r in ranks.items() for n in names(4)]
+            [
+                residual(n, r, 0.3, cosine=0.2, adapter=name)
+                for name, r in ranks.items()
+                for n in names(4)
+            ]
         )
         assert ("raise the rank" in told(full, trained, run("probe outputs", records))) == raised
 
@@ -218,7 +285,11 @@ def test_rank_is_not_raised_where_higher_rank_lost():
 def test_settled_sweep_gives_rank_rate_and_configuration():
     steep = sweep({4: 1.5, 8: 1.2, 16: 1.1, 64: 1.099})
     step = steps(steep)["sweep"]
-    assert (step.facts["rank"], step.facts["lr"], step.facts["outcome"]) == (16, 1e-3, "gradual decline")
+    assert (step.facts["rank"], step.facts["lr"], step.facts["outcome"]) == (
+        16,
+        1e-3,
+        "gradual decline",
+    )
     assert step.command == "loradiag plan 'my base' --ranks 16"
     assert told(model(flat_to(40, 512)), steep) == ["sweep"]  # no rank by weights
     step = steps(model(flat_to(40, 512)), steep)["sweep"]
@@ -232,7 +303,10 @@ def test_open_sweep_is_extended():
     repeated = "loradiag probe sweep 'my base' --data TRAIN_TEXT --eval own.txt"
     last = steps(sweep({4: 1.5, 8: 1.2, 16: 1.1}))["sweep"]
     assert last.facts["higher"] == (32, 64)
-    assert last.command == f"{repeated} --ranks 4,8,16,32,64 --repeats 2 --resume -o 'probe sweep.jsonl'"
+    assert (
+        last.command
+        == f"{repeated} --ranks 4,8,16,32,64 --repeats 2 --resume -o 'probe sweep.jsonl'"
+    )
     noisy = sweep({4: 1.50, 8: 1.51}, spread=0.04)
     verdict = list_swept(noisy.whole, noisy.run.settings)[0].verdict
     step = steps(noisy)["sweep"]
@@ -246,13 +320,25 @@ def test_open_sweep_is_extended():
 
 def test_extended_sweep_repeats_options_of_first():
     first = sweep({4: 1.50, 8: 1.51}, spread=0.04)
-    settings = {"seed": 7, "steps": 9, "tolerance": 0.05, "targets": ["q_proj"], "bitfit": True, "rates": [1e-3, 1e-2]}
+    settings = {
+        "seed": 7,
+        "steps": 9,
+        "tolerance": 0.05,
+        "targets": ["q_proj"],
+        "bitfit": True,
+        "rates": [1e-3, 1e-2],
+    }
     settings |= {"full_rates": [1e-5], "kind": "DoRA"}
     other = RunInput(role="shifted", path="other.txt", kind="", tensors=1)
     first = replace(
-        first, run=first.run.model_copy(update={"inputs": (*first.run.inputs, other), "settings": settings})
+        first,
+        run=first.run.model_copy(
+            update={"inputs": (*first.run.inputs, other), "settings": settings}
+        ),
     )
-    first = replace(first, whole=tuple(r.model_copy(update={"seed": 7 + r.seed}) for r in first.whole))
+    first = replace(
+        first, whole=tuple(r.model_copy(update={"seed": 7 + r.seed}) for r in first.whole)
+    )
     words = steps(first)["sweep"].argv
     given = {words[i]: words[i + 1] for i in range(3, len(words) - 1) if words[i].startswith("-")}
     assert given["--shifted"] == "other.txt"
@@ -266,11 +352,16 @@ def test_truncation_names_rank_that_keeps_gain():
     step = steps(truncation({0: 0.2, 4: 0.5, 16: 0.93, 64: 0.99}))["sufficient rank"]
     assert step.facts["rank"] == 16
     assert_names(step.because, "93%", "20%")
-    assert step.command == "loradiag extract 'my base' full_ft --rank 16 --unfactored save -o adapter/"
-    # Where norms, biases, embeddings and head bring nothing, or are those of BASE, they need not be saved.
+    assert (
+        step.command == "loradiag extract 'my base' full_ft --rank 16 --unfactored save -o adapter/"
+    )
+    # Where norms, biases, embeddings and head bring nothing, or are those of BASE, they need not be
+    # saved.
     for runs in (truncation({0: 0.0, 4: 0.95}), truncation({4: 0.95}, rest="base")):
         assert "--unfactored" not in steps(runs)["sufficient rank"].argv
-    assert told(model(flat_to(40, 512)), truncation({4: 0.95})) == ["sufficient rank"]  # its loss decides, not energy
+    assert told(model(flat_to(40, 512)), truncation({4: 0.95})) == [
+        "sufficient rank"
+    ]  # its loss decides, not energy
 
 
 def test_loss_advice_without_evidence_is_empty():
@@ -287,14 +378,18 @@ def test_loss_advice_without_evidence_is_empty():
 def test_sufficient_rank_is_judged_on_worst_set():
     runs = truncation({4: 0.99}), truncation({4: 0.93})
     two = [
-        record.model_copy(update={"set": name}) for name, one in zip("ab", runs, strict=True) for record in one.whole
+        record.model_copy(update={"set": name})
+        for name, one in zip("ab", runs, strict=True)
+        for record in one.whole
     ]
     assert_names(steps(run("probe truncation", two, rest="base"))["sufficient rank"].because, "93%")
     lost = [r.model_copy(update={"kept": 0.5}) if (r.set, r.rank) == ("b", 4) else r for r in two]
     assert told(run("probe truncation", lost, rest="base")) == []
     # A rank that was measured on one set only says nothing of the other.
     more = [record for record in truncation({2: 0.97}).whole if record.rank == 2]
-    step = steps(run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base"))
+    step = steps(
+        run("probe truncation", [*two, more[0].model_copy(update={"set": "a"})], rest="base")
+    )
     assert step["sufficient rank"].facts["rank"] == 4
 
 

@@ -22,7 +22,11 @@ GITHUB = MarkdownIt("commonmark").enable("table")
 def test_table_has_medians_of_records():
     run = small()[0]
     energies = [record.energy["8"] for record in run if "q_proj" in record.layer]
-    (row,) = [line for line in markdown_report(evidence(run)).splitlines() if line.startswith("| `self_attn.q_proj`")]
+    (row,) = [
+        line
+        for line in markdown_report(evidence(run)).splitlines()
+        if line.startswith("| `self_attn.q_proj`")
+    ]
     assert row.split(" | ")[1] == str(len(energies))
     assert f"| {np.median(energies):.3g} |" in row
 
@@ -38,7 +42,9 @@ def test_adapter_rows_pool_layers_of_type_as_residual_does():
     inner = sum(record.cosine * record.norm_ratio * record.fro**2 for record in (far, near))
     cosine = inner / (whole * sum(record.adapter_fro**2 for record in (far, near))) ** 0.5
     text = markdown_report(evidence(residuals([far, near])))
-    assert f"| `q_proj` | 2 | {epsilon:.3g} | {floor:.3g} | {cosine:.3g} | scale 1, rank 1 |" in text
+    assert (
+        f"| `q_proj` | 2 | {epsilon:.3g} | {floor:.3g} | {cosine:.3g} | scale 1, rank 1 |" in text
+    )
 
 
 @given(st.text(st.sampled_from("`|\\<>*_@#[]()!&a \n:/"), max_size=40))
@@ -64,7 +70,9 @@ def test_code_span_stays_in_one_cell(text):
 @pytest.mark.slow
 def test_markdown_report_stays_below_60_kb():
     layers = [f"model.layers.{i}.{'x' * 300}{i}.weight" for i in range(3000)]
-    run = spectra([spectrum("x", decay(16, 0.1)).model_copy(update={"layer": layer}) for layer in layers])
+    run = spectra(
+        [spectrum("x", decay(16, 0.1)).model_copy(update={"layer": layer}) for layer in layers]
+    )
     failed = {"rule": "r" * 500, "allowed": "x" * 500, "status": "failed", "message": "m" * 999}
     verdicts = tuple(build(Verdict, layer=layer, **failed) for layer in layers)
     text = markdown_report(evidence(replace(run, whole=verdicts)))

@@ -12,14 +12,21 @@ INPUTS = (("base", "base"), ("tuned", "full ft"), ("activations", "act.safetenso
 
 
 def plain(power: float = 0.3):
-    """Slow decay, a head that holds most of the change and a heavy norm: three rules have something to say."""
+    """Slow decay, a head that holds most of the change and a heavy norm: three rules have something
+    to say.
+    """
     head = spectrum("lm_head.weight", decay(128, 0.3, scale=20.0))
-    return spectra([*(spectrum(n, decay(128, power)) for n in names(2)), head], [vector("model.norm.weight", 90.0)])
+    return spectra(
+        [*(spectrum(n, decay(128, power)) for n in names(2)), head],
+        [vector("model.norm.weight", 90.0)],
+    )
 
 
 def weighted(metric: str = "data", power: float = 0.3):
     run = plain(power)
-    layers = tuple(record.model_copy(update={"metric": metric, "weights_fro": 1.0}) for record in run.layers)
+    layers = tuple(
+        record.model_copy(update={"metric": metric, "weights_fro": 1.0}) for record in run.layers
+    )
     return spectra(layers, run.left_out, INPUTS)
 
 
@@ -34,7 +41,9 @@ def test_spectrum_and_residual_are_separate_evidence(order):
     both = evidence(*(runs[i] for i in order))
     assert both.update is not None
     assert both.update.results is runs[0]
-    assert [step.because for step in advice(both)] == [step.because for step in advice(evidence(plain()))]
+    assert [step.because for step in advice(both)] == [
+        step.because for step in advice(evidence(plain()))
+    ]
     answers = {answer.question: answer.says for answer in subject_of(both).answers}
     assert answers[low_rank()].startswith("no")
     assert answers[f"{low_rank()[:-1]} in {METRIC_NAMES['kfac']}?"].startswith("yes")

@@ -1,4 +1,6 @@
-"""Sections of the report: tables with the numbers of the records, thousands of adapters, merges, unfinished runs."""
+"""Sections of the report: tables with the numbers of the records, thousands of adapters, merges,
+unfinished runs.
+"""
 
 import json
 from dataclasses import replace
@@ -23,17 +25,29 @@ pytestmark = pytest.mark.slow
 MORE = {
     "probe sensitivity": {"rank": 8, "delta": None, "per": "type", "kind": "LoRA"},
     "probe curvature": {"ranks": [0, 4, 16]},
-    "probe intrinsic": {"ranks": [1, 8], "dims": [10, 100, 1000], "share": 0.9, "method": "plain", "params": 10**6},
+    "probe intrinsic": {
+        "ranks": [1, 8],
+        "dims": [10, 100, 1000],
+        "share": 0.9,
+        "method": "plain",
+        "params": 10**6,
+    },
     "probe fisher": {"ranks": [4, 8]},
     "probe strength": {"by": "type", "scales": [0.0]},
     "probe outputs": {"adapters": ("runs/r4", "runs/r16")},
 }
 RECORDS = {
-    "probe sensitivity": lambda name, set: making.adapted(units=(f"{name}.up", "self_attn.q_proj"), sets=(set, "b")),
-    "probe curvature": lambda name, set: making.curved(layers=(f"layers.0.{name}", "layers.1.up"), sets=(set,)),
+    "probe sensitivity": lambda name, set: making.adapted(
+        units=(f"{name}.up", "self_attn.q_proj"), sets=(set, "b")
+    ),
+    "probe curvature": lambda name, set: making.curved(
+        layers=(f"layers.0.{name}", "layers.1.up"), sets=(set,)
+    ),
     "probe intrinsic": lambda name, set: making.reached(sets=(set, f"{name} other")),
     "probe fisher": lambda name, set: making.fishers(types=(name, "self_attn.q_proj")),
-    "probe outputs": lambda name, set: making.said(sets=(set, "b"), distance=0.654, kl=0.21, agreement=0.83, kept=0.6),
+    "probe outputs": lambda name, set: making.said(
+        sets=(set, "b"), distance=0.654, kl=0.21, agreement=0.83, kept=0.6
+    ),
     "probe sweep": lambda name, set: making.swept(sets=(set, "b")),
     "probe strength": lambda name, set: making.scaled(parts=(name,), sets=(set, "b")),
     "probe truncation": lambda name, set: making.truncated(sets=(set, "b")),
@@ -64,15 +78,24 @@ def test_unfinished_run_is_shown_partially(command):
 
 
 def test_every_probe_with_table_has_section():
-    probes = [feature for feature in features() if feature.statements and feature.name.startswith("probe ")]
+    probes = [
+        feature
+        for feature in features()
+        if feature.statements and feature.name.startswith("probe ")
+    ]
     assert all(feature.section for feature in probes)
 
 
 def test_thousand_adapters_are_not_thousand_lines():
     names = [f"runs/adapter-{i:04}" for i in range(1000)]
     rng = np.random.default_rng(0)
-    records = [making.adapter(name, float(rng.uniform(0.9, 1.1)), 0.2, sketch=rng.normal(size=64)) for name in names]
-    many = results(records, command="spectrum --adapters", inputs=[("adapter", name) for name in names])
+    records = [
+        making.adapter(name, float(rng.uniform(0.9, 1.1)), 0.2, sketch=rng.normal(size=64))
+        for name in names
+    ]
+    many = results(
+        records, command="spectrum --adapters", inputs=[("adapter", name) for name in names]
+    )
     page = html_report(evidence(many), images_of(evidence(many)))
     assert "and 980 more" in page
     assert len(page) < 3e6
@@ -95,8 +118,13 @@ def test_merge_comes_first_and_one_wrong_layer_decides():
     for message in (" ".join(Elements(page).words), text):
         assert_names(message, *questions("verify-merge"), "no", "1 of 3", "ΔW")
         assert low_rank() not in message
-    fields = {field["title"]: field["values"] for field in json.loads(Elements(page).scripts["data"])["fields"]}
+    fields = {
+        field["title"]: field["values"]
+        for field in json.loads(Elements(page).scripts["data"])["fields"]
+    }
     assert fields["merge"] == ["ok", "dropped", "ok"]
     assert fields["differing"] == [0, 0.125, 0.25]
     assert fields["scale c"] == [1, 0.75, 0.5]
-    assert_names(markdown_report(evidence(merged("ok", "ok"))), *questions("verify-merge"), "yes", 2, "ΔW")
+    assert_names(
+        markdown_report(evidence(merged("ok", "ok"))), *questions("verify-merge"), "yes", 2, "ΔW"
+    )

@@ -20,12 +20,17 @@ def test_every_record_is_a_row():
     runs = small()
     result = rows(*runs)
     assert len(result) == sum(len(run) + len(run.left_out) for run in runs)
-    by_kind = {kind: [row for row in result if row["record"] == kind] for kind in ("spectrum", "residual", "overlap")}
+    by_kind = {
+        kind: [row for row in result if row["record"] == kind]
+        for kind in ("spectrum", "residual", "overlap")
+    }
     for row, record in zip(by_kind["spectrum"], runs[0], strict=True):
         assert row["layer"] == record.layer
         assert float(row["tail.8.fro"]) == record.tail["8"].fro
         assert ("s" in row, row["epsilon"], row["results"]) == (False, "", "spectrum0.jsonl")
-    assert [float(row["epsilon"]) for row in by_kind["residual"]] == [record.epsilon for record in runs[1]]
+    assert [float(row["epsilon"]) for row in by_kind["residual"]] == [
+        record.epsilon for record in runs[1]
+    ]
     assert [int(row["step"]) for row in by_kind["overlap"]] == [record.step for record in runs[2]]
 
 
@@ -53,12 +58,16 @@ def test_values_of_several_runs_name_their_run():
     runs = small()
     result = list(csv.DictReader(io.StringIO(to_csv(evidence(*runs), values=True))))
     assert {row["results"] for row in result} == {"spectrum0.jsonl"}
-    assert [float(row["value"]) for row in result] == [value for record in runs[0] for value in record.s]
+    assert [float(row["value"]) for row in result] == [
+        value for record in runs[0] for value in record.s
+    ]
 
 
 def test_page_has_no_rows_for_values(loradiag, tmp_path):
     small()[0].write(tmp_path / "r.jsonl")
-    ran = loradiag("report", tmp_path / "r.jsonl", "--format", "md", "--values", "-o", tmp_path / "x")
+    ran = loradiag(
+        "report", tmp_path / "r.jsonl", "--format", "md", "--values", "-o", tmp_path / "x"
+    )
     assert ran.code == 2
     assert "--values" in ran.err
     assert not (tmp_path / "x").exists()

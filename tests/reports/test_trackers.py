@@ -1,4 +1,6 @@
-"""Reports in experiment trackers, each by its own library without a network, where it is installed."""
+"""Reports in experiment trackers, each by its own library without a network, where it
+is installed.
+"""
 
 import json
 from pathlib import Path
@@ -66,7 +68,9 @@ def test_hub_commits_the_card(monkeypatch):
         raise hub.errors.EntryNotFoundError("no README.md")
 
     monkeypatch.setattr(hub, "hf_hub_download", missing)
-    monkeypatch.setattr(hub.HfApi, "upload_file", lambda self, **given: sent.update(given) or "commit")
+    monkeypatch.setattr(
+        hub.HfApi, "upload_file", lambda self, **given: sent.update(given) or "commit"
+    )
     assert track([SPECTRUM], "hub", "org/model") == "commit"
     assert (sent["repo_id"], sent["path_in_repo"]) == ("org/model", "README.md")
     assert b"C(16)" in sent["path_or_fileobj"]
@@ -118,7 +122,9 @@ def test_mlflow_reads_what_was_sent(tmp_path, monkeypatch):
     track([SPECTRUM], "mlflow", "checks")
     (run,) = mlflow.search_runs(experiment_names=["checks"], output_format="list")
     payload = payload_of([SPECTRUM])
-    assert run.data.metrics["spectrum/energy.16"] == pytest.approx(payload.scalars["spectrum/energy.16"])
+    assert run.data.metrics["spectrum/energy.16"] == pytest.approx(
+        payload.scalars["spectrum/energy.16"]
+    )
     kept = Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id))
     assert json.loads((kept / "spectrum.json").read_text())["layer"]
     assert (kept / "report.html").is_file()
@@ -139,5 +145,7 @@ def test_report_to_a_folder_by_the_command(loradiag, tmp_path):
     assert (tmp_path / "README.md").exists()
     assert loradiag("report", SPECTRUM, "--project", "x").code == 2
     assert loradiag("report", SPECTRUM, "--to", "nowhere").code == 2
-    ran = loradiag("report", SPECTRUM, "--to", "hub", "--project", tmp_path, "-o", "x.html")  # it would not be written
+    ran = loradiag(
+        "report", SPECTRUM, "--to", "hub", "--project", tmp_path, "-o", "x.html"
+    )  # it would not be written
     assert (ran.code, "-o" in ran.err) == (2, True)

@@ -1,4 +1,6 @@
-"""``python -m tests.robustness``: damage inputs at random and see what the commands make of them; ``make fuzz``."""
+"""``python -m tests.robustness``: damage inputs at random and see what the commands make of them;
+``make fuzz``.
+"""
 
 import argparse
 import collections
@@ -25,8 +27,12 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=100, help="of each kind, each time round")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
-    parser.add_argument("--only", type=int, help="this number of one kind alone, to see a finding again")
-    parser.add_argument("--log", type=Path, help="append findings and counts to this file after every batch")
+    parser.add_argument(
+        "--only", type=int, help="this number of one kind alone, to see a finding again"
+    )
+    parser.add_argument(
+        "--log", type=Path, help="append findings and counts to this file after every batch"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     # Imported here, once, so that no child pays for it.
@@ -52,10 +58,20 @@ def main() -> int:
                 if options.log:
                     with options.log.open("a") as log:
                         log.writelines(json.dumps(asdict(one)) + "\n" for one in result)
-                        log.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
+                        log.write(
+                            json.dumps(
+                                {"tried": tried, "all": tried.total(), "findings": len(findings)}
+                            )
+                            + "\n"
+                        )
     for one in findings[:20]:
-        sys.stdout.write(f"\n{one.kind} {one.number} (seed {options.seed}): {' '.join(one.words)}\n{one.problem}\n")
-    sys.stdout.write(json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n")
+        sys.stdout.write(
+            f"\n{one.kind} {one.number} (seed {options.seed}): "
+            f"{' '.join(one.words)}\n{one.problem}\n"
+        )
+    sys.stdout.write(
+        json.dumps({"tried": tried, "all": tried.total(), "findings": len(findings)}) + "\n"
+    )
     return 1 if findings else 0
 
 

@@ -1,4 +1,6 @@
-"""Small files that ask for much memory or time: pickles that repeat values, shapes without data, deep settings."""
+"""Small files that ask for much memory or time: pickles that repeat values, shapes without data,
+deep settings.
+"""
 
 import json
 import random
@@ -21,7 +23,9 @@ COUNT = 30_000
 def limit(job: dict[str, Any]) -> None:
     """Limit this process before it becomes a command, and note at its end by how much it grew."""
     page = resource.getpagesize()
-    size, resident = (int(pages) * page for pages in Path("/proc/self/statm").read_text().split()[:2])
+    size, resident = (
+        int(pages) * page for pages in Path("/proc/self/statm").read_text().split()[:2]
+    )
     resource.setrlimit(resource.RLIMIT_AS, (size + SPACE, size + SPACE))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     main = lora_diag.__main__.main
@@ -36,7 +40,8 @@ def limit(job: dict[str, Any]) -> None:
     lora_diag.__main__.main = measured
 
 
-# --- an assembler ----------------------------------------------------------------------------------------------------
+# --- an assembler
+# ----------------------------------------------------------------------------------------------------
 
 
 class Code(bytes):
@@ -88,7 +93,10 @@ def code(value: Any) -> bytes:
 
 
 def nested(levels: int, width: int = 10, kind: str = "list") -> Code:
-    """Return a list, or tuple, of lists that are one list: width ** levels leaves. It takes the memo's place 9."""
+    """Return a list, or tuple, of lists that are one list: width ** levels leaves.
+
+    It takes the memo's place 9.
+    """
     start, end = (b"](", b"e") if kind == "list" else (b"(", b"t")
     inner = b"".join(b"0" + start + get(9) * width + end + b"q\t" for _ in range(levels))
     return Code(put("aaaaa", 9) + inner)
@@ -109,7 +117,9 @@ def forget(value: Code, then: Code) -> Code:
 
 def calls(module: str, of: str, argument: Code, count: int = COUNT, how: bytes = b"\x85R") -> Code:
     """Return a list of calls of one function with one argument, which is in the memo's place 0."""
-    return forget(argument, forget(put(name(module, of), 1), repeated(Code(get(1) + get(0) + how), count)))
+    return forget(
+        argument, forget(put(name(module, of), 1), repeated(Code(get(1) + get(0) + how), count))
+    )
 
 
 def keyed(key: Code, count: int = COUNT) -> Code:
@@ -122,12 +132,16 @@ PICKLES: dict[str, Code] = {
     "sets": calls("builtins", "set", BIG),
     "sizes": calls("torch", "Size", BIG),
     "texts": calls("_codecs", "encode", put("a" * 100_000, 0)),
-    "keywords": forget(WIDE, forget(put(name("a", "B"), 1), repeated(Code(get(1) + get(0) + b"}NNs\x92")))),
+    "keywords": forget(
+        WIDE, forget(put(name("a", "B"), 1), repeated(Code(get(1) + get(0) + b"}NNs\x92")))
+    ),
     "dictionaries": calls("collections", "OrderedDict", put([(i, 0) for i in range(10_000)], 0)),
     "a long key": keyed(WIDE),
     "a key of shared tuples": Code(b"}" + nested(60, 2, "tuple") + b"Ns"),
     "a deep key": Code(b"}" + deep(300_000) + b"Ns"),
-    "keys of one hash": Code(b"}(" + b"".join(code(i * (2**61 - 1)) + b"N" for i in range(30_000)) + b"u"),
+    "keys of one hash": Code(
+        b"}(" + b"".join(code(i * (2**61 - 1)) + b"N" for i in range(30_000)) + b"u"
+    ),
     "a large memo": Code(b"Nr\xff\xff\xff\x7f"),
     "bytes by number": call(name("builtins", "bytearray"), 20_000_000_000),
     "deep lists": Code(b"]" * 100_000 + b"a" * 99_999),
@@ -140,7 +154,8 @@ def pickled(value: Any, protocol: bytes = b"\x80\x02") -> bytes:
     return protocol + code(value) + b"."
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
+# --- files
+# -----------------------------------------------------------------------------------------------------------
 
 
 def index(folder: Path, root: Any) -> Path:
@@ -154,7 +169,11 @@ def index(folder: Path, root: Any) -> Path:
 def archive(path: Path, root: Any) -> Path:
     """Write a torch file with 64 bytes of data."""
     with zipfile.ZipFile(path, "w") as file:
-        for part, content in (("data.pkl", pickled(root)), ("byteorder", b"little"), ("data/0", bytes(64))):
+        for part, content in (
+            ("data.pkl", pickled(root)),
+            ("byteorder", b"little"),
+            ("data/0", bytes(64)),
+        ):
             file.writestr(f"a/{part}", content)
         file.writestr("a/version", "3\n")
     return path
@@ -171,7 +190,11 @@ def zero(folder: Path, model: Any, **state: Any) -> Path:
     """Write the files of DeepSpeed's only rank."""
     step = folder / "global_step1"
     step.mkdir(parents=True, exist_ok=True)
-    state = {"zero_stage": 2, "partition_count": [1], "single_partition_of_fp32_groups": [TENSOR]} | state
+    state = {
+        "zero_stage": 2,
+        "partition_count": [1],
+        "single_partition_of_fp32_groups": [TENSOR],
+    } | state
     archive(step / "zero_pp_rank_0_mp_rank_00_optim_states.pt", {"optimizer_state_dict": state})
     archive(step / "mp_rank_00_model_states.pt", model)
     return folder
@@ -188,14 +211,22 @@ def tensor(shape: Any = (16,), strides: Any = (1,), storage: Code = STORAGE) -> 
 TENSOR = tensor()
 CHUNK = made(name("x", "ChunkStorageMetadata"), offsets=(0,), sizes=(2,))
 PROPERTIES = made(name("x", "TensorProperties"), dtype=name("torch", "float32"))
-SHARD = made(name("x", "Shard"), metadata=made(name("x", "ShardMetadata"), shard_offsets=[0]), tensor=TENSOR)
+SHARD = made(
+    name("x", "Shard"), metadata=made(name("x", "ShardMetadata"), shard_offsets=[0]), tensor=TENSOR
+)
 
 
 def dcp(
-    relative: Any = "__0_0.distcp", offsets: Any = (0,), size: Any = (2,), path: Any = ("w",), key: Any = "w"
+    relative: Any = "__0_0.distcp",
+    offsets: Any = (0,),
+    size: Any = (2,),
+    path: Any = ("w",),
+    key: Any = "w",
 ) -> Code:
     """Return an index of one tensor."""
-    described = made(name("x", "TensorStorageMetadata"), properties=PROPERTIES, size=size, chunks=[CHUNK])
+    described = made(
+        name("x", "TensorStorageMetadata"), properties=PROPERTIES, size=size, chunks=[CHUNK]
+    )
     place = made(name("x", "StorageInfo"), relative_path=relative, offset=0, length=64)
     where = made(name("x", "MetadataIndex"), fqn="w", offset=offsets)
     entries = {"state_dict_metadata": (code(key), described), "storage_data": (where, place)}
@@ -209,10 +240,14 @@ def shared_parts(count: int = 3_000) -> Code:
     parts = forget(put(CHUNK, 0), forget(put(place, 1), put(repeated(get(0)), 2)))
     kind = made(name("x", "TensorStorageMetadata"), properties=PROPERTIES, size=(2,), chunks=get(2))
     names = [f"w{i}" for i in range(count)]
-    where = b"".join(made(name("x", "MetadataIndex"), fqn=each, offset=(0,)) + get(1) for each in names)
+    where = b"".join(
+        made(name("x", "MetadataIndex"), fqn=each, offset=(0,)) + get(1) for each in names
+    )
     described = forget(parts, forget(put(kind, 3), Code(code({each: get(3) for each in names}))))
     places = Code(b"}(" + where + b"u")
-    return made(name("x", "Metadata"), state_dict_metadata=described, storage_data=places, planner_data=None)
+    return made(
+        name("x", "Metadata"), state_dict_metadata=described, storage_data=places, planner_data=None
+    )
 
 
 def distributed(kind: str, state: Any) -> Code:
@@ -227,7 +262,10 @@ def sharded(size: Any = (16,), shards: Any = None) -> Code:
 
 
 def placed(placements: Any) -> Code:
-    meta, mesh = made(name("x", "TensorMeta"), shape=(16,)), made(name("x", "DeviceMesh"), _coordinate_on_dim=[0])
+    meta, mesh = (
+        made(name("x", "TensorMeta"), shape=(16,)),
+        made(name("x", "DeviceMesh"), _coordinate_on_dim=[0]),
+    )
     spec = made(name("x", "DTensorSpec"), tensor_meta=meta, placements=placements, mesh=mesh)
     return distributed("DTensor", {"_local_tensor": TENSOR, "_spec": spec})
 
@@ -267,9 +305,15 @@ def costly(rng: random.Random) -> Code:
             case 2:
                 again = Code(b"}" + (get(0) + get(0) + b"s") * 20_000)
             case 3:
-                again = nested(rng.choice([3, 9, 60]), rng.choice([2, 10]), rng.choice(["list", "tuple"]))
+                again = nested(
+                    rng.choice([3, 9, 60]), rng.choice([2, 10]), rng.choice(["list", "tuple"])
+                )
             case 4:
-                again = Code(b"(" + get(0) * rng.choice([2, 20_000]) + rng.choice([b"t", b"l", b"d", b"\x91"]))
+                again = Code(
+                    b"("
+                    + get(0) * rng.choice([2, 20_000])
+                    + rng.choice([b"t", b"l", b"d", b"\x91"])
+                )
             case _:
                 again = made(rng.choice([get(0), Code(function)]), a=get(0))
         value = put(forget(value, again), 0)
@@ -277,8 +321,19 @@ def costly(rng: random.Random) -> Code:
 
 
 CALLED = [
-    *(("a", "B"), ("builtins", "set"), ("builtins", "bytearray"), ("collections", "OrderedDict"), ("torch", "Size")),
-    *(("_codecs", "encode"), ("torch", "Tensor"), ("torch._utils", "_rebuild_tensor_v2"), ("collections", "Counter")),
+    *(
+        ("a", "B"),
+        ("builtins", "set"),
+        ("builtins", "bytearray"),
+        ("collections", "OrderedDict"),
+        ("torch", "Size"),
+    ),
+    *(
+        ("_codecs", "encode"),
+        ("torch", "Tensor"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("collections", "Counter"),
+    ),
 ]
 
 
@@ -287,7 +342,9 @@ def costly_toml(rng: random.Random) -> bytes:
     part = rng.choice(["a", '"a"', "'a'", "a-b", '"."'])
     count = rng.choice([3, 15, 17, 3_000, 30_000])
     key = rng.choice([".", " . "]).join([part] * count)
-    line = rng.choice(["{0} = 1", "[{0}]", "[[{0}]]", "x = {{{0} = 1}}", "x = [{1}", "x = {2}", "x = '{0}'"])
+    line = rng.choice(
+        ["{0} = 1", "[{0}]", "[[{0}]]", "x = {{{0} = 1}}", "x = [{1}", "x = {2}", "x = '{0}'"]
+    )
     return f"{line}\n".format(key, "[" * count, "{a = " * count).encode()
 
 
@@ -327,7 +384,8 @@ FILES: dict[str, Write] = {
 }  # fmt: skip
 
 
-# --- policies --------------------------------------------------------------------------------------------------------
+# --- policies
+# --------------------------------------------------------------------------------------------------------
 
 RULE = '[[rule]]\nname = "r{0}"\nrequire = "relative <= 0.3"\n'
 POLICIES: dict[str, str] = {
@@ -343,7 +401,8 @@ POLICIES: dict[str, str] = {
 }
 
 
-# --- configurations of trainers --------------------------------------------------------------------------------------
+# --- configurations of trainers
+# --------------------------------------------------------------------------------------
 
 # The limit of YAML, below which a parser is asked at all.
 YAML_BYTES = 100_000
@@ -364,8 +423,14 @@ def arguments_of(**state: Any) -> Write:
     """Write an adapter's folder with a Trainer's arguments."""
 
     def make(folder: Path) -> Path:
-        write(folder / "adapter_config.json", json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
-        archive(folder / "training_args.bin", made(name("transformers.training_args", "TrainingArguments"), **state))
+        write(
+            folder / "adapter_config.json",
+            json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}),
+        )
+        archive(
+            folder / "training_args.bin",
+            made(name("transformers.training_args", "TrainingArguments"), **state),
+        )
         return folder
 
     return make
@@ -387,12 +452,19 @@ CONFIGURATIONS: dict[str, Write] = {
     "base 60": yaml_of(f"{LORA}learning_rate: 1{':1' * 450_000}\n", 990_000),
     "base 60 below the limit": yaml_of(f"{LORA}learning_rate: 1{':1' * 49_000}\n"),
     "hexadecimal": yaml_of(f"{LORA}learning_rate: 0x{'f' * 99_000}\n"),
-    "a merged table": yaml_of(f"{LORA}m: &m {{{': 1, '.join(NAMES[:8_000])}: 1}}\nn: {{<<: [*m, *m, *m, *m, *m]}}\n"),
+    "a merged table": yaml_of(
+        f"{LORA}m: &m {{{': 1, '.join(NAMES[:8_000])}: 1}}\nn: {{<<: [*m, *m, *m, *m, *m]}}\n"
+    ),
     "targets": yaml_of(f"{LORA}lora_target_modules: [{', '.join(NAMES)}]\n", 990_000),
     "targets in JSON": peft_of(target_modules=NAMES, modules_to_save=NAMES),
     "one long target": peft_of(target_modules=["a" * 900_000]),
     "ranks": peft_of(rank_pattern=dict.fromkeys(NAMES, 8)),
-    **{f"arguments: {key}": arguments_of(**{key: nested(9)}) for key in ("learning_rate", "optim", "dtype")},
+    **{
+        f"arguments: {key}": arguments_of(**{key: nested(9)})
+        for key in ("learning_rate", "optim", "dtype")
+    },
     "arguments: torch_dtype": arguments_of(torch_dtype=nested(9)),
-    "arguments: integer": arguments_of(learning_rate=Code(b"\x8b" + struct.pack("<i", 900_000) + b"\x7f" * 900_000)),
+    "arguments: integer": arguments_of(
+        learning_rate=Code(b"\x8b" + struct.pack("<i", 900_000) + b"\x7f" * 900_000)
+    ),
 }

@@ -1,7 +1,8 @@
-"""Commands run in children of one process that has imported everything: real processes, some 20 ms each.
+"""Commands run in children of one process that has imported everything: real processes, some 20 ms
+each.
 
-A child has a limit on its memory and its processor time, and reports over a pipe which input it is at, so that its
-parent knows the one at which it was killed or stood still.
+A child has a limit on its memory and its processor time, and reports over a pipe which input it is
+at, so that its parent knows the one at which it was killed or stood still.
 """
 
 import contextlib
@@ -88,7 +89,9 @@ def try_one(kind: str, number: int, seed: int, whole: Path) -> tuple[list[str], 
         if not problem and (whole / "ran").exists():
             problem = "a pickle ran code"
     except TooLongError:
-        problem = f"took more than {SECONDS:g} s of the processor:\n{traceback.format_exc(limit=-8)}"
+        problem = (
+            f"took more than {SECONDS:g} s of the processor:\n{traceback.format_exc(limit=-8)}"
+        )
     except MemoryError:
         problem = f"took more than {MEMORY >> 20} MiB:\n{traceback.format_exc(limit=-8)}"
     except BaseException:
@@ -109,14 +112,23 @@ def judge(words: list[str], code: int, out: str, err: str) -> str:
         return f"a secret is printed: {(out + err)[-1000:]}"
     if "Traceback" in err or "Traceback" in out:
         return f"a traceback: {err[-1000:]}"
-    if code in {2, 3, 4} and not err.strip() and words[:1] not in (["gate"], ["verify-merge"]) and "--help" not in out:
+    if (
+        code in {2, 3, 4}
+        and not err.strip()
+        and words[:1] not in (["gate"], ["verify-merge"])
+        and "--help" not in out
+    ):
         return f"exit code {code} without a word"
-    foreign = {character for character in out + err if ord(character) < 32 and character not in "\r\n\t"}
+    foreign = {
+        character for character in out + err if ord(character) < 32 and character not in "\r\n\t"
+    }
     return f"control characters {sorted(foreign)!r} reach the terminal" if foreign else ""
 
 
 def _left(folder: Path, before: set[Path], words: list[str], code: int) -> str:
-    """Return the problem with files left by a command: partial ones, or any but records after an error."""
+    """Return the problem with files left by a command: partial ones, or any but records after an
+    error.
+    """
     for path in sorted(set(folder.rglob("*")) - before):
         name = str(path.relative_to(folder))
         if path.is_dir() or name.startswith(("new.part/", "new/", "figures/")):
@@ -185,7 +197,10 @@ def _work(kind: str, numbers: range, seed: int, whole: Path, writing: int) -> No
         signal.signal(signal.SIGPROF, stop)
         for number in numbers:
             words, problem = try_one(kind, number, seed, whole)
-            os.write(writing, json.dumps({"number": number, "words": words, "problem": problem}).encode() + b"\n")
+            os.write(
+                writing,
+                json.dumps({"number": number, "words": words, "problem": problem}).encode() + b"\n",
+            )
         code = 0
     finally:
         os._exit(code)

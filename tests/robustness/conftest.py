@@ -56,10 +56,18 @@ class Commands:
         prepare: str = "tests.robustness.fault_injection:prepare",
         **faults: Any,
     ) -> Ended:
-        """Run a command to its end, to the step ``at`` or for ``after`` seconds, with ``faults`` for ``prepare``."""
+        """Run a command to its end, to the step ``at`` or for ``after`` seconds, with ``faults``
+        for ``prepare``.
+        """
         steps = self.notes / "steps"
         steps.write_text("")
-        job = {"at": at, "signal": signal, "steps": str(steps), "faults": faults, "prepare": prepare}
+        job = {
+            "at": at,
+            "signal": signal,
+            "steps": str(steps),
+            "faults": faults,
+            "prepare": prepare,
+        }
         job["environment"] = self._environment
         code, out, err = self._server.run(words, cwd, after=after, with_signal=signal, **job)
         return Ended(code, out.decode(), err.decode(), steps.read_text().splitlines())
@@ -84,14 +92,21 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     names = {f"model.layers.{index}.self_attn.q_proj.weight": (10, 8) for index in range(3)}
     names |= {"model.norm.weight": (8,), "model.layers.3.self_attn.q_proj.weight": (10, 8)}
     before = {name: torch.randn(shape, generator=rng) for name, shape in names.items()}
-    after = {name: value + 0.1 * torch.randn(value.shape, generator=rng) for name, value in before.items()}
+    after = {
+        name: value + 0.1 * torch.randn(value.shape, generator=rng)
+        for name, value in before.items()
+    }
     save_model(folder / "base", before)
     save_model(folder / "fine", after)
     after["model.layers.3.self_attn.q_proj.weight"][0, 0] = float("nan")
     save_model(folder / "tuned", after)
     adapters(folder, before)
     for step in (1, 2):
-        gradients = {name: torch.randn(shape, generator=rng) for name, shape in names.items() if len(shape) == 2}
+        gradients = {
+            name: torch.randn(shape, generator=rng)
+            for name, shape in names.items()
+            if len(shape) == 2
+        }
         if step == 2:
             gradients["model.layers.1.self_attn.q_proj.weight"][2, 2] = float("inf")
         saved = save_model(folder / "gradients", gradients) / "model.safetensors"

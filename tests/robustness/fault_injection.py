@@ -1,8 +1,10 @@
-"""What a child of the server of ``tests.served`` does before it is the command, so that it meets a fault.
+"""What a child of the server of ``tests.served`` does before it is the command, so that it meets a
+fault.
 
-It dies of SIGKILL or Ctrl-C at a step or after a time, meets a disk that is full or a file that cannot be read. Steps
-are what a process does to files below its folder: every opening for writing, renaming, removing, creating, truncating
-and locking, and every write to a results file, before it, in its middle and after it.
+It dies of SIGKILL or Ctrl-C at a step or after a time, meets a disk that is full or a file that
+cannot be read. Steps are what a process does to files below its folder: every opening for writing,
+renaming, removing, creating, truncating and locking, and every write to a results file, before it,
+in its middle and after it.
 """
 
 import errno
@@ -59,7 +61,11 @@ class Steps:
         if event == "open":
             path, _, flags = arguments
             writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if writes and isinstance(path, str | bytes | os.PathLike) and self._ours(os.fsdecode(path)):
+            if (
+                writes
+                and isinstance(path, str | bytes | os.PathLike)
+                and self._ours(os.fsdecode(path))
+            ):
                 self.step("open")
         elif event in EVENTS and (event == "fcntl.flock" or self._ours(os.fsdecode(arguments[0]))):
             self.step(event)
@@ -72,7 +78,10 @@ class Steps:
         self.seen += 1
         os.write(self.log, f"{name}\n".encode())
         if self.seen == self.at:
-            if self.signal == signal.SIGINT and threading.current_thread() is threading.main_thread():
+            if (
+                self.signal == signal.SIGINT
+                and threading.current_thread() is threading.main_thread()
+            ):
                 signal.raise_signal(signal.SIGINT)
             else:
                 os.kill(os.getpid(), self.signal)
@@ -80,7 +89,11 @@ class Steps:
 
 def _unreadable(call: int) -> None:
     """Every read from the one of this number on fails, as on a broken disk."""
-    _at_read(call, lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))), lasting=True)
+    _at_read(
+        call,
+        lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))),
+        lasting=True,
+    )
 
 
 def _shrinking(call: int) -> None:
@@ -118,7 +131,9 @@ def _full(size: int) -> None:
 
 
 def _failing(module: Any, function: str, number: int) -> None:
-    """The file system has no locks; or it cannot wait for its disk, which may have failed by then."""
+    """The file system has no locks; or it cannot wait for its disk, which may have
+    failed by then.
+    """
 
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))

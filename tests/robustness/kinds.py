@@ -1,7 +1,8 @@
 """What is damaged, and the command that is given it.
 
-A kind takes a random generator, the folder of whole inputs and an empty folder, writes a damaged input into the latter
-and returns the words of a command. Paths in them are relative to the empty folder, except those of whole inputs.
+A kind takes a random generator, the folder of whole inputs and an empty folder, writes a damaged
+input into the latter and returns the words of a command. Paths in them are relative to the empty
+folder, except those of whole inputs.
 """
 
 import json
@@ -24,7 +25,10 @@ def _read_as(rng: random.Random, whole: Path, path: str, base: str) -> list[str]
     """Return a command that reads a checkpoint, or an adapter on ``base``."""
     on = str(whole / base)
     commands = [["inspect", path], ["plan", path], ["spectrum", on, path, "-q", "-o", "out.jsonl"]]
-    commands += [["spectrum", path, on, "-q", "--allow-unmatched"], ["intruders", on, path, "--json"]]
+    commands += [
+        ["spectrum", path, on, "-q", "--allow-unmatched"],
+        ["intruders", on, path, "--json"],
+    ]
     return rng.choice(commands)
 
 
@@ -54,7 +58,11 @@ def sharded(rng: random.Random, whole: Path, at: Path) -> list[str]:
             rng.choice(files).unlink()
         case 1:
             shard = rng.choice([file for file in files if file != index])
-            _damage(shard, mutate.damaged_safetensors if suffix == "safetensors" else mutate.damaged_bytes, rng)
+            _damage(
+                shard,
+                mutate.damaged_safetensors if suffix == "safetensors" else mutate.damaged_bytes,
+                rng,
+            )
         case _:
             _damage(index, mutate.damaged_json, rng)
     return _read_as(rng, whole, "m", "base")
@@ -69,16 +77,26 @@ def torch_file(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 def patch(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A sparse patch over a whole BASE."""
-    (at / "p.safetensors").write_bytes(mutate.damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng))
+    (at / "p.safetensors").write_bytes(
+        mutate.damaged_safetensors((whole / "patch.safetensors").read_bytes(), rng)
+    )
     base = str(whole / "base")
     more = rng.choice([["-q"], ["-q", "-o", "out.jsonl"], ["--json"]])
-    return rng.choice([["spectrum", base, "p.safetensors", *more], ["intruders", base, "p.safetensors", *more]])
+    return rng.choice(
+        [["spectrum", base, "p.safetensors", *more], ["intruders", base, "p.safetensors", *more]]
+    )
 
 
 def distributed(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts of tensors."""
+    """A distributed checkpoint, the files of ranks or DeepSpeed's: an index, or a file with parts
+    of tensors.
+    """
     folder = shutil.copytree(whole / rng.choice(["dcp", "ranks", "zero"]), at / "m")
-    _damage(rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())), mutate.damaged_archive, rng)
+    _damage(
+        rng.choice(sorted(path for path in folder.rglob("*") if path.is_file())),
+        mutate.damaged_archive,
+        rng,
+    )
     return _read_as(rng, whole, "m", "base")
 
 
@@ -92,7 +110,11 @@ def adapter(rng: random.Random, whole: Path, at: Path) -> list[str]:
     else:
         _damage(next(folder.glob("*.safetensors")), mutate.damaged_safetensors, rng)
     base = str(whole / "fc")
-    commands = [["inspect", "m"], ["spectrum", "m", "-q"], ["spectrum", base, "m", "-q", "-o", "out.jsonl"]]
+    commands = [
+        ["inspect", "m"],
+        ["spectrum", "m", "-q"],
+        ["spectrum", base, "m", "-q", "-o", "out.jsonl"],
+    ]
     commands += [["fleet", "m", "-q"], ["extract", base, "m", "--rank", "1", "-q", "-o", "new"]]
     return rng.choice([*commands, ["verify-merge", base, "m", base, "-q"]])
 
@@ -137,16 +159,34 @@ def bomb(rng: random.Random, whole: Path, at: Path) -> list[str]:
         case 0:
             bombs.index(at / "m", value)
         case 1:
-            fields = {"relative": "__0_0.distcp", "offsets": (0,), "size": (2,), "path": ("w",), "key": "w"}
+            fields = {
+                "relative": "__0_0.distcp",
+                "offsets": (0,),
+                "size": (2,),
+                "path": ("w",),
+                "key": "w",
+            }
             bombs.index(at / "m", bombs.dcp(**fields | {rng.choice(sorted(fields)): value}))
         case 2:
-            bombs.ranks(at / "m", {"w": rng.choice([bombs.sharded(size=value), bombs.sharded(shards=value)])})
+            bombs.ranks(
+                at / "m",
+                {"w": rng.choice([bombs.sharded(size=value), bombs.sharded(shards=value)])},
+            )
         case 3:
-            bombs.ranks(at / "m", {"w": rng.choice([bombs.placed(value), bombs.tensor(shape=value), value])})
+            bombs.ranks(
+                at / "m", {"w": rng.choice([bombs.placed(value), bombs.tensor(shape=value), value])}
+            )
         case 4:
-            bombs.zero(at / "m", {"param_shapes": rng.choice([value, [value], [{"w": value}]])}, other=value)
+            bombs.zero(
+                at / "m",
+                {"param_shapes": rng.choice([value, [value], [{"w": value}]])},
+                other=value,
+            )
         case 5:
-            bombs.archive(at / "m", {"w": rng.choice([value, bombs.tensor(shape=value), bombs.tensor()]), "x": value})
+            bombs.archive(
+                at / "m",
+                {"w": rng.choice([value, bombs.tensor(shape=value), bombs.tensor()]), "x": value},
+            )
     return _read_as(rng, whole, "m", "base")
 
 
@@ -155,9 +195,15 @@ def policy(rng: random.Random, whole: Path, at: Path) -> list[str]:
     name = rng.choice(["policy", "policy", "adapter-basic", "merge", "full-ft-drift"])
     content = mutate.damaged_toml((whole / f"{name}.toml").read_bytes(), rng)
     if rng.random() < 0.2:
-        content = rng.choice([b"%s", b"[[rule]]\n%s", b"[checks]\n%s", b"# %s"]) % bombs.costly_toml(rng) + content
+        content = (
+            rng.choice([b"%s", b"[[rule]]\n%s", b"[checks]\n%s", b"# %s"]) % bombs.costly_toml(rng)
+            + content
+        )
     (at / "p.toml").write_bytes(content)
-    runs = [str(whole / "runs" / f"{run}.jsonl") for run in rng.sample(["spectrum", "residual", "overlap", "merge"], 2)]
+    runs = [
+        str(whole / "runs" / f"{run}.jsonl")
+        for run in rng.sample(["spectrum", "residual", "overlap", "merge"], 2)
+    ]
     runs = [run.replace("merge.jsonl", "verify-merge.jsonl") for run in runs]
     more = rng.choice([[], ["--junit", "j.xml"], ["--model-card", "c.md"], ["-o", "out.jsonl"]])
     return ["gate", "p.toml", *runs, *more]
@@ -187,23 +233,95 @@ def pages(rng: random.Random, whole: Path, at: Path) -> list[str]:
     """A results file, drawn and made a page; slow, so few of them."""
     name = rng.choice(sorted((whole / "runs").iterdir()))
     (at / "r.jsonl").write_bytes(mutate.damaged_results(name.read_bytes(), rng))
-    return rng.choice([["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]])
+    return rng.choice(
+        [["plot", "r.jsonl", "-o", "figures"], ["report", "r.jsonl", "-o", "out.html", "-q"]]
+    )
 
 
 OPTIONS = (
-    *("--layers", "--exclude", "--device", "--workers", "--per", "-o", "--json", "--resume", "--verify", "-q"),
-    *("--ranks", "--top", "--tol", "--method", "--seed", "--rank", "--energy", "--params", "--total-rank", "--weights"),
-    *("--density", "--epsilon", "--reference", "--policy", "--junit", "--figure", "--format", "--label"),
+    *(
+        "--layers",
+        "--exclude",
+        "--device",
+        "--workers",
+        "--per",
+        "-o",
+        "--json",
+        "--resume",
+        "--verify",
+        "-q",
+    ),
+    *(
+        "--ranks",
+        "--top",
+        "--tol",
+        "--method",
+        "--seed",
+        "--rank",
+        "--energy",
+        "--params",
+        "--total-rank",
+        "--weights",
+    ),
+    *(
+        "--density",
+        "--epsilon",
+        "--reference",
+        "--policy",
+        "--junit",
+        "--figure",
+        "--format",
+        "--label",
+    ),
     *("--overwrite", "--split", "--dtype", "--signal", "--nope", "--help"),
 )
-MEASURING = ("spectrum", "residual", "overlap", "interference", "intruders", "verify-merge", "extract")
-COMMANDS = (*MEASURING, "allocate", "plan", "gate", "inspect", "plot", "report", "probe", "nope", "")
-VALUES = ("4,8", "auto", "exact", "krylov", "(", "q_proj", "out.jsonl", "0.9", "10M", "2", "type", "layer", "init", "-")
+MEASURING = (
+    "spectrum",
+    "residual",
+    "overlap",
+    "interference",
+    "intruders",
+    "verify-merge",
+    "extract",
+)
+COMMANDS = (
+    *MEASURING,
+    "allocate",
+    "plan",
+    "gate",
+    "inspect",
+    "plot",
+    "report",
+    "probe",
+    "nope",
+    "",
+)
+VALUES = (
+    "4,8",
+    "auto",
+    "exact",
+    "krylov",
+    "(",
+    "q_proj",
+    "out.jsonl",
+    "0.9",
+    "10M",
+    "2",
+    "type",
+    "layer",
+    "init",
+    "-",
+)
 
 
 def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """Mistaken arguments: options of other commands, values of other options, paths of other kinds."""
-    paths = [str(whole / name) for name in ("base", "tuned", "lora", "gradients", "policy.toml", "zip.pt", "nowhere")]
+    """Mistaken arguments: options of other commands, values of other options, paths of
+    other kinds.
+    """
+    paths = [
+        str(whole / name)
+        for name in ("base", "tuned", "lora", "gradients", "policy.toml", "zip.pt", "nowhere")
+    ]
     paths += [str(whole / "runs" / f"{name}.jsonl") for name in ("spectrum", "residual", "gate")]
     pool = [
         *OPTIONS,
@@ -213,7 +331,8 @@ def words(rng: random.Random, whole: Path, at: Path) -> list[str]:
         *(str(junk) for junk in mutate.JUNK if isinstance(junk, str | int | float)),
     ]
     chosen = [rng.choice(COMMANDS), *(rng.choice(pool) for _ in range(rng.randrange(7)))]
-    # What an argument of a program cannot hold is no finding; and this machine's own files are not written to.
+    # What an argument of a program cannot hold is no finding; and this machine's own files are not
+    # written to.
     chosen = [word.replace("\0", "").encode("utf-8", "ignore").decode() for word in chosen]
     return [word for word in chosen if not word.startswith(("..", "/dev"))]
 
@@ -228,12 +347,16 @@ SECRET = "Qz7"
 
 
 def patterns(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """A regular expression in ``adapter_config.json``, of pieces that a backtracking engine may take long to match."""
+    """A regular expression in ``adapter_config.json``, of pieces that a backtracking engine may
+    take long to match.
+    """
     folder = shutil.copytree(whole / "lora", at / "m")
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
     pattern = "".join(rng.choices(PIECES, k=rng.randint(1, 8)))
-    key = rng.choice(["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"])
+    key = rng.choice(
+        ["rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_pattern"]
+    )
     config[key] = {pattern: 2} if key in {"rank_pattern", "alpha_pattern"} else pattern
     path.write_text(json.dumps(config))
     base = str(whole / "base")
@@ -244,15 +367,41 @@ def patterns(rng: random.Random, whole: Path, at: Path) -> list[str]:
 
 
 def addresses(rng: random.Random, whole: Path, at: Path) -> list[str]:
-    """Malformed addresses with secrets, and those of a port where nothing answers; no other host is named."""
-    scheme = rng.choice(["http://", "https://", "http:/", "HTTP://", " http://", "s3://", "gs://", "hf://", "ftp://"])
+    """Malformed addresses with secrets, and those of a port where nothing answers; no other host is
+    named.
+    """
+    scheme = rng.choice(
+        [
+            "http://",
+            "https://",
+            "http:/",
+            "HTTP://",
+            " http://",
+            "s3://",
+            "gs://",
+            "hf://",
+            "ftp://",
+        ]
+    )
     users = ["me:{}@", "me:{}/{}@", "{}:{}#@", "me:{} {}@", "me:{}'{}@", "me:1?{}@", "me:[{}@"]
     user = rng.choice([*users, *([""] * (scheme.strip().lower()[0] == "h" and scheme != "hf://"))])
     user = user.replace("{}", SECRET)
     parts = [*"@:/#[]% '\"<>\\", ":99999", "::1", ".safetensors", "%40", "é"]
     address = f"{scheme}{user}127.0.0.1:9{''.join(rng.choices(parts, k=rng.randint(0, 5)))}"
     address += rng.choice(["", f"?{SECRET}", f"?a@b={SECRET}"])
-    command = rng.choice(["inspect", "spectrum", "plan", "fleet", "portability", "report", "gate", "residual", "nope"])
+    command = rng.choice(
+        [
+            "inspect",
+            "spectrum",
+            "plan",
+            "fleet",
+            "portability",
+            "report",
+            "gate",
+            "residual",
+            "nope",
+        ]
+    )
     return [command, *(str(whole / "base") for _ in range(rng.randrange(2))), address]
 
 
@@ -264,7 +413,17 @@ KINDS: dict[str, Kind] = {
     **{
         kind.__name__.replace("_", " "): kind
         for kind in (
-            *(sharded, torch_file, patch, distributed, adapter, adapter_config, gradients, gguf, bomb),
+            *(
+                sharded,
+                torch_file,
+                patch,
+                distributed,
+                adapter,
+                adapter_config,
+                gradients,
+                gguf,
+                bomb,
+            ),
             *(policy, results, pages, words, patterns, addresses),
         )
     },

@@ -1,6 +1,8 @@
-"""``python -m tests.robustness.licences``: every package that the program needs to run, and its licence, as Markdown.
+"""``python -m tests.robustness.licences``: every package that the program needs to run, and its
+licence, as Markdown.
 
-From the metadata of the installed packages; ``make licences`` writes the table into docs/explanation/security.md.
+From the metadata of the installed packages; ``make licences`` writes the table into
+docs/explanation/security.md.
 """
 
 import re
@@ -28,13 +30,34 @@ SPDX = {
     "mpl-2.0": "MPL-2.0", "mit-cmu": "MIT-CMU", "mit": "MIT", "isc": "ISC", "unlicense": "Unlicense", "zlib": "Zlib",
     "0bsd": "0BSD",
 }  # fmt: skip
-# None of these asks anything of a program that imports the package. MPL-2.0 asks that changed files of the package
-# itself stay open; it is weak copyleft, and is listed for transparency.
+# None of these asks anything of a program that imports the package. MPL-2.0 asks that changed files
+# of the package itself stay open; it is weak copyleft, and is listed for transparency.
 PERMISSIVE = {
-    *("Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "BSD", "MIT", "MIT-CMU", "ISC", "PSF-2.0", "Unlicense", "Zlib"),
-    *("0BSD", "HPND", "CC0-1.0", "MPL-2.0", "Python-2.0", "LLVM-exception", "BSL-1.0", "CNRI-Python"),
+    *(
+        "Apache-2.0",
+        "BSD-2-Clause",
+        "BSD-3-Clause",
+        "BSD",
+        "MIT",
+        "MIT-CMU",
+        "ISC",
+        "PSF-2.0",
+        "Unlicense",
+        "Zlib",
+    ),
+    *(
+        "0BSD",
+        "HPND",
+        "CC0-1.0",
+        "MPL-2.0",
+        "Python-2.0",
+        "LLVM-exception",
+        "BSL-1.0",
+        "CNRI-Python",
+    ),
 }
-# What torch's builds for CUDA bring, which are what the package index has for Linux: names and licence.
+# What torch's builds for CUDA bring, which are what the package index has for Linux: names and
+# licence.
 CUDA_ROWS = (
     ("triton, cuda-bindings, cuda-pathfinder", "MIT, Apache-2.0", "torch for CUDA"),
     ("nvidia-\\*, cuda-toolkit", "NVIDIA's own, proprietary", "torch for CUDA"),
@@ -74,9 +97,13 @@ def needed(
 
 
 def own() -> list[str]:
-    """Return what pyproject.toml asks for, in the words of a package's metadata; an installed copy may be older."""
+    """Return what pyproject.toml asks for, in the words of a package's metadata; an installed copy
+    may be older.
+    """
     extras = {extra: PROJECT["optional-dependencies"][extra] for extra in EXTRAS if extra}
-    return PROJECT["dependencies"] + [f'{text}; extra == "{extra}"' for extra in extras for text in extras[extra]]
+    return PROJECT["dependencies"] + [
+        f'{text}; extra == "{extra}"' for extra in extras for text in extras[extra]
+    ]
 
 
 def licence(package: Distribution) -> str:
@@ -91,7 +118,8 @@ def licence(package: Distribution) -> str:
 
 
 def forbidden(expression: str) -> set[str]:
-    """Return the parts of an expression that are not known to be permissive; of alternatives, one is enough.
+    """Return the parts of an expression that are not known to be permissive; of alternatives, one
+    is enough.
 
     >>> forbidden("MIT OR GPL-3.0-only"), forbidden("Apache-2.0 AND (GPL-3.0-only)")
     (set(), {'GPL-3.0-only'})
@@ -101,19 +129,27 @@ def forbidden(expression: str) -> set[str]:
 
 
 def rows() -> list[tuple[str, str, str]]:
-    """Return name, licence and the extras that bring a package on every platform, those of no extra first."""
+    """Return name, licence and the extras that bring a package on every platform, those of no extra
+    first.
+    """
     by_extra = {extra: needed("loradiag", extra) for extra in EXTRAS}
     result = {name: package for packages in by_extra.values() for name, package in packages.items()}
     table = []
     for name, package in sorted(result.items()):
         always = name in by_extra[""]
-        extras = [] if always else [f"`{extra}`" for extra in EXTRAS if extra and name in by_extra[extra]]
+        extras = (
+            []
+            if always
+            else [f"`{extra}`" for extra in EXTRAS if extra and name in by_extra[extra]]
+        )
         table.append((name, licence(package), "always" if always else " ".join(extras)))
     return sorted(table, key=lambda row: (row[2] != "always", row[0]))
 
 
 def cuda_licences() -> dict[str, str]:
-    """Return the licences of the packages that only this platform's torch brings; none with a build for CPUs."""
+    """Return the licences of the packages that only this platform's torch brings; none with a build
+    for CPUs.
+    """
     everywhere = needed("loradiag")
     here = needed("loradiag", cuda=True)
     return {name: licence(package) for name, package in here.items() if name not in everywhere}

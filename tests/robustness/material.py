@@ -28,18 +28,28 @@ QUANTIZED: dict[str, dict[str, torch.Tensor]] = {
 }
 # Name -> tensors, weights and steps; configuration.
 PACKED: dict[str, tuple[Any, dict[str, Any]]] = {
-    "ct": (packed.compressed("a", (6, 16), groups=2, zeros=True, ordered=True), {"quant_method": "compressed-tensors"}),
+    "ct": (
+        packed.compressed("a", (6, 16), groups=2, zeros=True, ordered=True),
+        {"quant_method": "compressed-tensors"},
+    ),
     "nvfp4": (packed.float4("a", (4, 32)), {"quant_method": "compressed-tensors"}),
     "gptq": (packed.gptq("a", (16, 8)), {"quant_method": "gptq"}),
     "awq": (packed.awq("a", (8, 6)), {"quant_method": "awq", "version": "gemm"}),
     "mlx": (packed.mlx("a", (4, 64)), {"bits": 4, "group_size": 32}),
     "mxfp4": (packed.experts("a.experts.down_proj", (2, 32, 5)), {"quant_method": "mxfp4"}),
 }
-FP8_CONFIG = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]}, "model_type": "llama"}
+FP8_CONFIG = {
+    "quantization_config": {"quant_method": "fp8", "weight_block_size": [4, 4]},
+    "model_type": "llama",
+}
 SHAPES = {"lm_head.weight": (20, 12)} | {
     f"model.layers.{block}.{name}.weight": shape
     for block in range(2)
-    for name, shape in {"self_attn.q_proj": (12, 12), "mlp.up_proj": (16, 12), "norm": (12,)}.items()
+    for name, shape in {
+        "self_attn.q_proj": (12, 12),
+        "mlp.up_proj": (16, 12),
+        "norm": (12,),
+    }.items()
 }
 CONFIG = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 12, "intermediate_size": 16,
@@ -89,10 +99,15 @@ def make(folder: Path) -> Path:
     torch.save(after, folder / "legacy.bin", _use_new_zipfile_serialization=False)
     (folder / "runs.pt").write_bytes(pickle.dumps({"w": Canary(folder / "ran")}, protocol=2))
     save_dcp(
-        folder / "dcp", after, {"lm_head.weight": [[20], [6, 6]], "model.layers.0.mlp.up_proj.weight": [[9, 7], [12]]}
+        folder / "dcp",
+        after,
+        {"lm_head.weight": [[20], [6, 6]], "model.layers.0.mlp.up_proj.weight": [[9, 7], [12]]},
     )
     save_zero(folder / "zero", 2)
-    changes = {name: ([5, 1, 9], torch.ones(3)) for name in ("lm_head.weight", "model.layers.1.norm.weight")}
+    changes = {
+        name: ([5, 1, 9], torch.ones(3))
+        for name in ("lm_head.weight", "model.layers.1.norm.weight")
+    }
     save_patch(folder / "patch.safetensors", changes)
     (folder / "ranks").mkdir()
     for rank in range(2):
@@ -115,9 +130,13 @@ def make(folder: Path) -> Path:
     )
     (folder / "policy.toml").write_text(POLICY)
     for name in ("adapter-basic", "merge", "full-ft-drift"):
-        shutil.copy(Path(lora_diag.__file__).parent / "gating" / "policies" / f"{name}.toml", folder)
+        shutil.copy(
+            Path(lora_diag.__file__).parent / "gating" / "policies" / f"{name}.toml", folder
+        )
     save_model(folder / "gradients", {n: v for n, v in before.items() if v.ndim == 2})
-    (folder / "gradients" / "model.safetensors").rename(folder / "gradients" / "grad_step000005.safetensors")
+    (folder / "gradients" / "model.safetensors").rename(
+        folder / "gradients" / "grad_step000005.safetensors"
+    )
     results(folder)
     return folder
 
@@ -128,7 +147,11 @@ def adapters(folder: Path, base: dict[str, torch.Tensor]) -> None:
     write(folder / "fc" / "model.safetensors", weights)
     for number, (config, shapes) in enumerate(STARTS):
         at = folder / "adapters" / f"{number:02d}"
-        name = "adapter_model.safetensors" if config is not None else "pytorch_lora_weights.safetensors"
+        name = (
+            "adapter_model.safetensors"
+            if config is not None
+            else "pytorch_lora_weights.safetensors"
+        )
         write(at / name, {key: normal(*shape) for key, shape in shapes.items()})
         if config is not None:
             (at / "adapter_config.json").write_text(json.dumps(config))
@@ -140,7 +163,12 @@ def adapters(folder: Path, base: dict[str, torch.Tensor]) -> None:
                 tensors[f"{path}.lora_A.weight"] = normal(2, value.shape[1], seed=seed)
                 tensors[f"{path}.lora_B.weight"] = normal(value.shape[0], 2, seed=seed + 9)
         write(folder / name / "adapter_model.safetensors", tensors)
-        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "up_proj"]}
+        config = {
+            "peft_type": "LORA",
+            "r": 2,
+            "lora_alpha": 3,
+            "target_modules": ["q_proj", "up_proj"],
+        }
         config |= {"rank_pattern": {}, "alpha_pattern": {"up_proj": 5}}
         (folder / name / "adapter_config.json").write_text(json.dumps(config))
 

@@ -7,21 +7,92 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
-NUMBERS = [0, -1, 1, 2, 1.5, -0.0, 1e-320, 1e308, 10**30, 2**31, 2**63, -(2**63), float("inf"), float("nan")]
-TEXTS = ["", "x", "0", "1e9", "../../etc/passwd", "/dev/zero", "\x1b[31m", "é\u202e", "\ud800", "a" * 3000, "float32"]
+NUMBERS = [
+    0,
+    -1,
+    1,
+    2,
+    1.5,
+    -0.0,
+    1e-320,
+    1e308,
+    10**30,
+    2**31,
+    2**63,
+    -(2**63),
+    float("inf"),
+    float("nan"),
+]
+TEXTS = [
+    "",
+    "x",
+    "0",
+    "1e9",
+    "../../etc/passwd",
+    "/dev/zero",
+    "\x1b[31m",
+    "é\u202e",
+    "\ud800",
+    "a" * 3000,
+    "float32",
+]
 JUNK: list[Any] = [
     *(None, True, False, *NUMBERS, *TEXTS),
     *([], [1], [0], [[0, 1]], [None], ["x"], {}, {"a": "b"}, {"": 0}, {"fc": 1}),
 ]
 TOKENS = [
-    *(b"\0", b"\n", b"\r\n", b"\xff\xfe", b"\xef\xbb\xbf", b"[" * 3000, b'{"a":' * 1500, b"NaN", b"Infinity", b"-1"),
-    *(b"1e999", b"9" * 400, b"9" * 5000, b"\\u0000", b'"', b"}", b"]", b",", b'{"record":"run"', b"\x1b]0;x\x07"),
+    *(
+        b"\0",
+        b"\n",
+        b"\r\n",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"[" * 3000,
+        b'{"a":' * 1500,
+        b"NaN",
+        b"Infinity",
+        b"-1",
+    ),
+    *(
+        b"1e999",
+        b"9" * 400,
+        b"9" * 5000,
+        b"\\u0000",
+        b'"',
+        b"}",
+        b"]",
+        b",",
+        b'{"record":"run"',
+        b"\x1b]0;x\x07",
+    ),
 ]
 # As little-endian float32: not a number, both infinities, the largest, the smallest.
 FLOATS = [b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\x80\xff", b"\xff\xff\x7f\x7f", b"\1\0\0\0"]
 SETTINGS = [
-    *(b"0", b"-1", b"1e400", b"inf", b"nan", b"true", b"''", b"'x'", b"[]", b"['a']", b"{}", b"{a=1}", b"2024-01-01"),
-    *(b"'('", b"'energy.8 >= '", b"'fro < 1e999'", b"'nope.nope > 1'", b"'all(energy) == 3'", b"'%s'", b"'9' * 3"),
+    *(
+        b"0",
+        b"-1",
+        b"1e400",
+        b"inf",
+        b"nan",
+        b"true",
+        b"''",
+        b"'x'",
+        b"[]",
+        b"['a']",
+        b"{}",
+        b"{a=1}",
+        b"2024-01-01",
+    ),
+    *(
+        b"'('",
+        b"'energy.8 >= '",
+        b"'fro < 1e999'",
+        b"'nope.nope > 1'",
+        b"'all(energy) == 3'",
+        b"'%s'",
+        b"'9' * 3",
+    ),
     *(b'"\\u001b[31m"', b"99999999999999999999999", b"'no = such'", b"[[1]]", b'"""\n"""'),
 ]
 
@@ -118,7 +189,9 @@ def damaged_safetensors(content: bytes, rng: random.Random) -> bytes:
     header, data = content[8 : 8 + length], content[8 + length :]
     match rng.randrange(6):
         case 0:
-            length = rng.choice([0, 1, length - 1, length + 1, 2**40, 2**63, 2**64 - 1, len(content) - 8])
+            length = rng.choice(
+                [0, 1, length - 1, length + 1, 2**40, 2**63, 2**64 - 1, len(content) - 8]
+            )
             return length.to_bytes(8, "little") + header + data
         case 1:
             return content[:8] + header + damaged_bytes(data, rng)
@@ -141,18 +214,25 @@ def _numbers(data: bytes, rng: random.Random) -> bytes:
 
 
 def damaged_archive(content: bytes, rng: random.Random) -> bytes:
-    """Damage the pickle inside a torch file, under a right checksum; half of the time or without one, any bytes."""
+    """Damage the pickle inside a torch file, under a right checksum; half of the time or without
+    one, any bytes.
+    """
     if rng.random() < 0.5 or not zipfile.is_zipfile(io.BytesIO(content)):
         return damaged_bytes(content, rng)
     written = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(written, "w") as new:
         for info in old.infolist():
             part = old.read(info)
-            new.writestr(info.filename, damaged_bytes(part, rng) if info.filename.endswith("data.pkl") else part)
+            new.writestr(
+                info.filename,
+                damaged_bytes(part, rng) if info.filename.endswith("data.pkl") else part,
+            )
     return written.getvalue()
 
 
-def damaged_lines(content: bytes, rng: random.Random, inside: Callable[[bytes, random.Random], bytes]) -> bytes:
+def damaged_lines(
+    content: bytes, rng: random.Random, inside: Callable[[bytes, random.Random], bytes]
+) -> bytes:
     """Remove, repeat, exchange or damage whole lines."""
     lines = content.split(b"\n")
     for _ in range(rng.randint(1, 3)):
@@ -173,12 +253,20 @@ def damaged_lines(content: bytes, rng: random.Random, inside: Callable[[bytes, r
 
 def damaged_record(line: bytes, rng: random.Random) -> bytes:
     """Damage one line of a results file."""
-    return damaged_json(line, rng) if line.startswith(b"{") and line.endswith(b"}") else damaged_bytes(line, rng)
+    return (
+        damaged_json(line, rng)
+        if line.startswith(b"{") and line.endswith(b"}")
+        else damaged_bytes(line, rng)
+    )
 
 
 def damaged_results(content: bytes, rng: random.Random) -> bytes:
     """Damage a results file, by its lines or by its bytes."""
-    return damaged_bytes(content, rng) if rng.random() < 0.2 else damaged_lines(content, rng, damaged_record)
+    return (
+        damaged_bytes(content, rng)
+        if rng.random() < 0.2
+        else damaged_lines(content, rng, damaged_record)
+    )
 
 
 def damaged_setting(line: bytes, rng: random.Random) -> bytes:
@@ -189,11 +277,17 @@ def damaged_setting(line: bytes, rng: random.Random) -> bytes:
         case 0:
             return damaged_bytes(line, rng)
         case 1:
-            return rng.choice([b"extra", b"name", b"require", b"layers", b"severity"]) + b" = " + value
+            return (
+                rng.choice([b"extra", b"name", b"require", b"layers", b"severity"]) + b" = " + value
+            )
         case _:
             return key + b"= " + value if equals else line + b" = " + value
 
 
 def damaged_toml(content: bytes, rng: random.Random) -> bytes:
     """Damage a policy, by its lines or by its bytes."""
-    return damaged_bytes(content, rng) if rng.random() < 0.2 else damaged_lines(content, rng, damaged_setting)
+    return (
+        damaged_bytes(content, rng)
+        if rng.random() < 0.2
+        else damaged_lines(content, rng, damaged_setting)
+    )

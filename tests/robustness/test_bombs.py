@@ -1,4 +1,6 @@
-"""Small files that ask for much memory or time end in one message, or are read, in little of both."""
+"""Small files that ask for much memory or time end in one message, or are read, in
+little of both.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,9 @@ def limited(command: Commands, tmp_path: Path) -> Limited:
 
     def run(*words: str) -> tuple[int, str]:
         peak.unlink(missing_ok=True)
-        ended = command(*words, cwd=tmp_path, prepare="tests.robustness.bombs:limit", peak=str(peak))
+        ended = command(
+            *words, cwd=tmp_path, prepare="tests.robustness.bombs:limit", peak=str(peak)
+        )
         assert ended.code >= 0, f"ended by signal {-ended.code}"
         assert "Traceback" not in ended.err, ended.err[-2000:]
         assert int(peak.read_text()) < PEAK

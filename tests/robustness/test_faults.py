@@ -1,4 +1,6 @@
-"""Full disks, broken disks, files that change under a reader, missing permissions, odd clocks: one message, no loss."""
+"""Full disks, broken disks, files that change under a reader, missing permissions, odd clocks: one
+message, no loss.
+"""
 
 import errno
 import os
@@ -27,7 +29,9 @@ from tests.served import PATIENCE
 @contextmanager
 def mounted(place: Path, option: str) -> Iterator[Path]:
     place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(place)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", option, "tmpfs", str(place)], capture_output=True
+    ).returncode:
         pytest.skip("may not mount a disk")
     try:
         yield place
@@ -41,7 +45,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
-def test_full_disk_is_reported(command: Commands, model: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_full_disk_is_reported(
+    command: Commands, model: Path, small_disk: Path, tmp_path: Path
+) -> None:
     case = Case("interference", command, model, tmp_path)
     free = os.statvfs(small_disk)
     filler = small_disk / "filler"
@@ -68,7 +74,9 @@ def test_limit_on_size_of_files(command: Commands, model: Path, tmp_path: Path, 
     case.goes_on()
 
 
-def test_extract_reports_full_disk_and_resumes(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_extract_reports_full_disk_and_resumes(
+    command: Commands, model: Path, tmp_path: Path
+) -> None:
     case = Case("extract", command, model, tmp_path)
     assert "cannot be written: File too large" in case.run(full=2500).told(3)
     assert not (case.place / "out").exists()
@@ -77,7 +85,11 @@ def test_extract_reports_full_disk_and_resumes(command: Commands, model: Path, t
 
 @pytest.mark.parametrize(
     "words",
-    [["report", "-o", "page.html"], ["plot", "-o", "a.png"], ["allocate", "--params", "300", "-o", "a.jsonl"]],
+    [
+        ["report", "-o", "page.html"],
+        ["plot", "-o", "a.png"],
+        ["allocate", "--params", "300", "-o", "a.jsonl"],
+    ],
     ids=lambda words: words[0],
 )
 def test_full_disk_is_reported_and_leaves_nothing(
@@ -90,7 +102,9 @@ def test_full_disk_is_reported_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(("fault", "at"), [("unreadable", 1), ("unreadable", 5), ("shrinking", 3)])
-def test_read_error_is_reported(command: Commands, model: Path, tmp_path: Path, fault: str, at: int) -> None:
+def test_read_error_is_reported(
+    command: Commands, model: Path, tmp_path: Path, fault: str, at: int
+) -> None:
     case = Case("residual", command, model, tmp_path)
     for name in ("base", "tuned", "lora", "lora2"):
         shutil.copytree(model / name, tmp_path / "copies" / name)
@@ -148,16 +162,22 @@ def test_read_only_disk_is_reported(command: Commands, model: Path, tmp_path: Pa
             assert "out: cannot be written: " in ended.told(3)
 
 
-# --- two processes ----------------------------------------------------------------------------------------------------
+# --- two processes
+# ----------------------------------------------------------------------------------------------------
 
 
 def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
-    """Start a run and return when its first two layers are in the file and it is at the third, until its input ends."""
+    """Start a run and return when its first two layers are in the file and it is at the third,
+    until its input ends.
+    """
     words = [*words_of("spectrum", model), "-o", "out", "-q", "--json", *more]
     server = "import sys, lora_diag.running.engines.local as e; m = e._run_on_threads\n"
     server += "def third(): print('third', flush=True); sys.stdin.read()\n"
     server += "e._run_on_threads = lambda *a: (m(*a), third() if 's.2.' in a[2].layer else '')[0]\n"
-    server += f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import main\nmain()"
+    server += (
+        f"sys.argv = ['loradiag', *{words!r}, '--workers', '1']\nfrom lora_diag.cli import "
+        "main\nmain()"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", server],
         cwd=folder,
@@ -172,7 +192,9 @@ def running(model: Path, folder: Path, *more: str) -> subprocess.Popen[bytes]:
     return process
 
 
-def test_lock_stops_second_process_and_is_freed_by_kill(command: Commands, model: Path, tmp_path: Path) -> None:
+def test_lock_stops_second_process_and_is_freed_by_kill(
+    command: Commands, model: Path, tmp_path: Path
+) -> None:
     case = Case("spectrum", command, model, tmp_path)
     first = running(model, case.place)
     try:
@@ -223,12 +245,15 @@ def test_extraction_is_not_overwritten_while_it_runs(model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
-def test_file_system_without_locks_is_noted(command: Commands, model: Path, tmp_path: Path, number: int) -> None:
+def test_file_system_without_locks_is_noted(
+    command: Commands, model: Path, tmp_path: Path, number: int
+) -> None:
     case = Case("intruders", command, model, tmp_path)
     assert_names(case.ends_as_undisturbed(no_locks=number).err, "out", "no locks")
 
 
-# --- Ctrl-C -----------------------------------------------------------------------------------------------------------
+# --- Ctrl-C
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_ctrl_c_at_step(command: Commands, model: Path, tmp_path: Path) -> None:
@@ -266,16 +291,32 @@ runpy.run_module("lora_diag", run_name="__main__", alter_sys=True)
 """
 
 
-@pytest.mark.parametrize("module", ["typer", "torch", "torch.nn", "torch.cuda", "lora_diag.layers.change"])
+@pytest.mark.parametrize(
+    "module", ["typer", "torch", "torch.nn", "torch.cuda", "lora_diag.layers.change"]
+)
 def test_ctrl_c_while_real_process_starts(module: str, model: Path, tmp_path: Path) -> None:
-    """An exception amid the imports of torch came out as a RecursionError and exit code 1: that of a failed gate."""
-    words = [sys.executable, "-c", AT_AN_IMPORT, module, *words_of("spectrum", model), "-o", "out", "-q"]
+    """An exception amid the imports of torch came out as a RecursionError and exit code 1: that of
+    a failed gate.
+    """
+    words = [
+        sys.executable,
+        "-c",
+        AT_AN_IMPORT,
+        module,
+        *words_of("spectrum", model),
+        "-o",
+        "out",
+        "-q",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert (ended.returncode, ended.stderr) == (130, "interrupted\n")
 
 
-# --- inputs that change -----------------------------------------------------------------------------------------------
+# --- inputs that change
+# -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -305,14 +346,18 @@ def test_verify_detects_changed_byte(large: Path, verify: bool) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", **run)
     cut(large / "out")
     change_between_samples(large / "tuned")
-    # Without it too: small files are hashed whole, and the samples of larger ones are tested with the fingerprint.
+    # Without it too: small files are hashed whole, and the samples of larger ones are tested with
+    # the fingerprint.
     with raises_naming(UsageError, "tuned changed"):
         lora_diag.spectrum(large / "base", large / "tuned", resume=True, **run)
 
 
 def test_hash_equals_file_hash(large: Path) -> None:
     results = lora_diag.spectrum(large / "base", large / "tuned", verify=True)
-    assert results.run.inputs[0].sha256 == sha256((large / "base" / "model.safetensors").read_bytes()).hexdigest()
+    assert (
+        results.run.inputs[0].sha256
+        == sha256((large / "base" / "model.safetensors").read_bytes()).hexdigest()
+    )
     assert lora_diag.spectrum(large / "base", large / "tuned").run.inputs[0].sha256 == ""
 
 
@@ -320,7 +365,9 @@ def test_resume_uses_original_settings(large: Path) -> None:
     lora_diag.spectrum(large / "base", large / "tuned", output=large / "out")
     cut(large / "out")
     with pytest.raises(UsageError, match="without verify"):
-        lora_diag.spectrum(large / "base", large / "tuned", output=large / "out", resume=True, verify=True)
+        lora_diag.spectrum(
+            large / "base", large / "tuned", output=large / "out", resume=True, verify=True
+        )
 
 
 def test_unhashable_input_gives_one_message(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from tests.messages import assert_names
 @pytest.mark.parametrize("largest", [3.4028e38, 1.5e38, 2e-38, 3e-45])
 @pytest.mark.parametrize("method", ["exact", "gram"])
 def test_number_at_edge_of_float32(largest: float, method: str) -> None:
-    """All singular values were zero: the matrix was divided by 2^128, which is infinite in float32."""
+    """All singular values were zero: the matrix was divided by 2^128, which is infinite
+    in float32.
+    """
     matrix = torch.zeros(4, 3)
     matrix[1, 2] = largest
     factors = decompose(matrix, method)
@@ -41,7 +43,9 @@ def test_shard_with_invalid_name_is_refused(tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
-def test_pickle_of_unknown_protocol_is_refused(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_pickle_of_unknown_protocol_is_refused(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     """A warning of torch reached the terminal, asking for a bug report."""
     path = tmp_path / "m.bin"
     path.write_bytes(b"\x80\x34}q\x00.")
@@ -56,7 +60,9 @@ def test_unfinished_allocation_is_reported(pair: list[Path], tmp_path: Path) -> 
     lora_diag.allocate(spectra, total_rank=2).write(tmp_path / "a.jsonl")
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "a.jsonl").write_text("".join(lines[:2]))
-    assert_names(table(read_results(tmp_path / "a.jsonl"), 100), "did not finish", "incomplete file")
+    assert_names(
+        table(read_results(tmp_path / "a.jsonl"), 100), "did not finish", "incomplete file"
+    )
 
 
 def test_results_file_with_zeros_is_unfinished(pair: list[Path], tmp_path: Path) -> None:
@@ -70,7 +76,9 @@ def test_results_file_with_zeros_is_unfinished(pair: list[Path], tmp_path: Path)
 
 
 def test_zeros_for_newline_do_not_hide_later_lines(pair: list[Path], tmp_path: Path) -> None:
-    """The last record is whole and is kept, the zeros stayed: nothing behind them was ever read again."""
+    """The last record is whole and is kept, the zeros stayed: nothing behind them was ever read
+    again.
+    """
     lora_diag.spectrum(*pair, output=tmp_path / "r.jsonl")
     whole = (tmp_path / "r.jsonl").read_bytes()
     for newline in (whole.index(b"\n"), whole.rindex(b"\n", 0, -1)):

@@ -1,4 +1,5 @@
-"""Damaged inputs of every kind: a result or one message, in bounded time and memory, and nothing half-written.
+"""Damaged inputs of every kind: a result or one message, in bounded time and memory, and nothing
+half-written.
 
 The same inputs each time; ``make fuzz`` tries others for as long as it is told.
 """
@@ -34,7 +35,8 @@ def test_damaged_inputs_of_every_kind(server: Server) -> None:
     assert message["all"] > 85
 
 
-# --- the judge itself, which must be able to fail --------------------------------------------------------------------
+# --- the judge itself, which must be able to fail
+# --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -49,7 +51,9 @@ def test_damaged_inputs_of_every_kind(server: Server) -> None:
         (["gate"], 1, "FAILED\n", "", ""),
     ],
 )
-def test_judge_reports_each_fault(words: list[str], code: int, out: str, err: str, problem: str) -> None:
+def test_judge_reports_each_fault(
+    words: list[str], code: int, out: str, err: str, problem: str
+) -> None:
     result = judge(words, code, out, err)
     assert (problem in result) if problem else not result
 
@@ -86,9 +90,13 @@ def try_broken(job: dict) -> None:
 
 
 def test_faults_of_child_are_found(server: Server, tmp_path: Path) -> None:
-    """A bug, too much memory, an abort, an endless loop, a half-written file; and what comes after them is tried."""
+    """A bug, too much memory, an abort, an endless loop, a half-written file; and what comes after
+    them is tried.
+    """
     environment = {**os.environ}
-    _, out, _ = server.run((), tmp_path, environment=environment, prepare="tests.robustness.test_fuzz:try_broken")
+    _, out, _ = server.run(
+        (), tmp_path, environment=environment, prepare="tests.robustness.test_fuzz:try_broken"
+    )
     done, result = json.loads(out)
     assert done == 7
     message = dict(result)

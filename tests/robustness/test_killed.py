@@ -1,4 +1,6 @@
-"""A run that is killed goes on with --resume, repeats at most the layers in flight, and ends in the same bytes."""
+"""A run that is killed goes on with --resume, repeats at most the layers in flight, and ends in the
+same bytes.
+"""
 
 import os
 import random
@@ -30,8 +32,12 @@ def words_of(name: str, model: Path) -> list[str]:
 
 
 CALLS: dict[str, Callable[[Path], Callable[..., Any]]] = {
-    "residual": lambda m: partial(lora_diag.residual, m / "base", m / "tuned", [m / "lora", m / "lora2"]),
-    "interference": lambda m: partial(lora_diag.interference, [m / "tuned", m / "lora", m / "lora2"], base=m / "base"),
+    "residual": lambda m: partial(
+        lora_diag.residual, m / "base", m / "tuned", [m / "lora", m / "lora2"]
+    ),
+    "interference": lambda m: partial(
+        lora_diag.interference, [m / "tuned", m / "lora", m / "lora2"], base=m / "base"
+    ),
     "overlap": lambda m: partial(lora_diag.overlap, m / "base", m / "tuned", [m / "gradients"]),
     "gradients": lambda m: partial(lora_diag.spectrum, m / "base", gradients=[m / "gradients"]),
     "verify-merge": lambda m: partial(lora_diag.verify_merge, m / "base", m / "lora", m / "fine"),
@@ -42,7 +48,11 @@ COMMANDS = ["spectrum", "residual", "interference", "intruders", "overlap", "ext
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 class Case:
@@ -83,7 +93,11 @@ def case(request: pytest.FixtureRequest, command: Commands, model: Path, tmp_pat
 
 def kept(folder: Path) -> int:
     """Return how many layers' records, or lines that follow them, a killed run left whole."""
-    files = [path for path in (folder / "out", folder / "out.part" / "extraction.jsonl") if path.is_file()]
+    files = [
+        path
+        for path in (folder / "out", folder / "out.part" / "extraction.jsonl")
+        if path.is_file()
+    ]
     if not files or not files[0].stat().st_size:
         return 0
     results = read_results(files[0])
@@ -91,7 +105,9 @@ def kept(folder: Path) -> int:
 
 
 def moments(case: Case, most: int) -> list[int]:
-    """Return the steps to be killed at: some of each kind, or all of them if LORADIAG_EVERY_STEP is set."""
+    """Return the steps to be killed at: some of each kind, or all of them if LORADIAG_EVERY_STEP is
+    set.
+    """
     steps = case.undisturbed.steps
     if os.environ.get("LORADIAG_EVERY_STEP"):
         return list(range(1, len(steps) + 1))
@@ -106,12 +122,15 @@ def test_killed_at_step(case: Case) -> None:
         done = kept(case.place)
         ended = case.goes_on()
         if case.words[0] != "extract":  # which counts its spectra, too
-            # Besides the layer that was being written, and whose first records are dropped with its last.
+            # Besides the layer that was being written, and whose first records are dropped with its
+            # last.
             assert ended.steps.count("written") <= writes - done + 2
 
 
 def test_repeatedly_killed_run_completes(command: Commands, model: Path, tmp_path: Path) -> None:
-    """Layers of 30 ms, the last of which never ends, and processes that are killed after 20 to 150 ms."""
+    """Layers of 30 ms, the last of which never ends, and processes that are killed after 20 to 150
+    ms.
+    """
     case = Case("spectrum", command, model, tmp_path)
     rng = random.Random(0)
     for _ in range(8):
@@ -122,7 +141,9 @@ def test_repeatedly_killed_run_completes(command: Commands, model: Path, tmp_pat
 
 @pytest.mark.parametrize("name", CALLS)
 def test_loss_of_power_anywhere_in_file(name: str, model: Path, tmp_path: Path) -> None:
-    """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet on the disk."""
+    """The file is cut at any byte, or its end is zeros, as some file systems leave what was not yet
+    on the disk.
+    """
     run = CALLS[name](model)
     run(output=tmp_path / "whole")
     whole = (tmp_path / "whole").read_bytes()

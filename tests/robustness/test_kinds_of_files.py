@@ -21,9 +21,25 @@ SECONDS = 30
 
 # Inputs whose weights are found in a folder, and what stands in their place.
 PLACES = [
-    *("model.safetensors", "other.safetensors", "model.gguf", "pytorch_model.bin", "adapter_model.safetensors"),
-    *("adapter.gguf", "model.safetensors.index.json", "config.json", ".metadata", "x_optim_states.pt"),
-    *("model_world_size_1_rank_0.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "model-00001-of-00002.gguf"),
+    *(
+        "model.safetensors",
+        "other.safetensors",
+        "model.gguf",
+        "pytorch_model.bin",
+        "adapter_model.safetensors",
+    ),
+    *(
+        "adapter.gguf",
+        "model.safetensors.index.json",
+        "config.json",
+        ".metadata",
+        "x_optim_states.pt",
+    ),
+    *(
+        "model_world_size_1_rank_0.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "model-00001-of-00002.gguf",
+    ),
     *("grad_step000001.safetensors", "__0_0.distcp", "shard-00001-of-00002.safetensors", "latest"),
     *("pytorch_model/mp_rank_00_model_states.pt", "adapter_config.json", "adapters.safetensors"),
 ]
@@ -42,7 +58,9 @@ def place(path: Path, what: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["pipe", "device", "folder"])
 @pytest.mark.parametrize("name", PLACES)
-def test_no_command_waits_for_what_is_no_file(loradiag, tmp_path: Path, name: str, what: str) -> None:
+def test_no_command_waits_for_what_is_no_file(
+    loradiag, tmp_path: Path, name: str, what: str
+) -> None:
     place(tmp_path / "in" / name, what)
     for words in (["inspect", "in"], ["spectrum", SAMPLES / "base", "in"], ["inspect", f"in/{name}"],
                   ["spectrum", "--gradients", "in"]):  # fmt: skip

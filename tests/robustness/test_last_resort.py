@@ -1,4 +1,6 @@
-"""Exit code 1 means that a check failed: whatever else goes wrong ends with another code and one message."""
+"""Exit code 1 means that a check failed: whatever else goes wrong ends with another code and one
+message.
+"""
 
 import json
 import os
@@ -28,21 +30,34 @@ main()
 """
 
 
-def start(*words: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def start(
+    *words: str, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if name != "LORADIAG_TRACEBACK"}
     return subprocess.run(
-        words, cwd=ROOT, env={**kept, **(environment or {})}, capture_output=True, text=True, check=False
+        words,
+        cwd=ROOT,
+        env={**kept, **(environment or {})},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 
 @pytest.mark.parametrize(
     ("error", "facts"),
     [
-        ("ValueError('odd\\nwords')", ["unexpected ValueError", "odd", "defect", "report", "LORADIAG_TRACEBACK=1"]),
+        (
+            "ValueError('odd\\nwords')",
+            ["unexpected ValueError", "odd", "defect", "report", "LORADIAG_TRACEBACK=1"],
+        ),
         ("OSError(12, 'Cannot allocate memory')", ["out of memory", "ulimit -v"]),
         ("MemoryError()", ["out of memory", "ulimit -v"]),
         ("KeyError(sys.argv[2])", ["unexpected KeyError", "http://host/x"]),
-        ("type('PanicException', (BaseException,), {})('odd')", ["unexpected PanicException", "odd", "defect"]),
+        (
+            "type('PanicException', (BaseException,), {})('odd')",
+            ["unexpected PanicException", "odd", "defect"],
+        ),
         ("GeneratorExit()", ["unexpected GeneratorExit", "defect"]),
     ],
 )
@@ -56,8 +71,12 @@ def test_unexpected_error_is_one_message_with_exit_code_3(error: str, facts: lis
 
 @pytest.mark.parametrize("code", ["0", "1", "'stop'"])
 def test_exit_of_a_library_is_no_verdict(code: str) -> None:
-    """A tokenizer or a plugin that calls ``sys.exit`` while a command runs neither passes nor fails a check."""
-    script = DEFECT.replace("app._run = fail", "app.commands = lambda names: lambda **options: fail()")
+    """A tokenizer or a plugin that calls ``sys.exit`` while a command runs neither passes nor fails
+    a check.
+    """
+    script = DEFECT.replace(
+        "app._run = fail", "app.commands = lambda names: lambda **options: fail()"
+    )
     done = start(sys.executable, "-c", script.format(error=f"SystemExit({code})"))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (3, "", 1)
     assert_names(done.stderr, "library", code)
@@ -75,9 +94,18 @@ def test_traceback_is_shown_on_request_without_secrets() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kilobytes", [40_000, 300_000, 650_000])
 def test_small_address_space_is_one_message(kilobytes: int) -> None:
-    words = [sys.executable, "-m", "lora_diag", "spectrum", str(SAMPLES / "base"), str(SAMPLES / "full_ft")]
+    words = [
+        sys.executable,
+        "-m",
+        "lora_diag",
+        "spectrum",
+        str(SAMPLES / "base"),
+        str(SAMPLES / "full_ft"),
+    ]
     environment = {"OMP_NUM_THREADS": "1"}
-    done = start("sh", "-c", f'ulimit -v {kilobytes}; exec "$@"', "sh", *words, environment=environment)
+    done = start(
+        "sh", "-c", f'ulimit -v {kilobytes}; exec "$@"', "sh", *words, environment=environment
+    )
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("\n") == 1
     assert_names(done.stderr, "out of memory", "ulimit -v")
@@ -98,7 +126,15 @@ def test_long_name_of_tensor_is_refused(loradiag, tmp_path: Path) -> None:
 
 def test_numbers_of_many_digits_are_ordered() -> None:
     names = ["h.2.w", "h.010.w", "h.10.w", f"h.{'9' * 5000}.w", f"h.1{'0' * 5000}.w", "h.a.w", "a"]
-    assert sorted(names, key=natural_order) == ["a", "h.2.w", "h.010.w", "h.10.w", names[3], names[4], "h.a.w"]
+    assert sorted(names, key=natural_order) == [
+        "a",
+        "h.2.w",
+        "h.010.w",
+        "h.10.w",
+        names[3],
+        names[4],
+        "h.a.w",
+    ]
 
 
 @pytest.mark.slow
@@ -122,7 +158,9 @@ def test_infinite_scale_is_refused(loradiag, tmp_path: Path, key: str) -> None:
 def test_norm_beyond_float64_is_null_or_refused(loradiag, tmp_path: Path) -> None:
     """Each layer's norm is finite; that of all layers is not."""
     names = [f"model.layers.{index}.q_proj" for index in range(4)]
-    save_model(tmp_path / "base", {f"{name}.weight": torch.eye(2).double() * 1.2e308 for name in names})
+    save_model(
+        tmp_path / "base", {f"{name}.weight": torch.eye(2).double() * 1.2e308 for name in names}
+    )
     save_model(tmp_path / "tuned", {f"{name}.weight": torch.zeros(2, 2).double() for name in names})
     ran = loradiag("spectrum", "base", "tuned", "--json")
     assert ran.code in {0, 3}, ran.err

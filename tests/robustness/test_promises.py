@@ -8,7 +8,11 @@ PAGE = ROOT / "docs" / "explanation" / "promises.md"
 
 
 def test_every_promise_names_existing_tests() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and "promise" not in line]
+    rows = [
+        line
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ") and "promise" not in line
+    ]
     assert len(rows) > 15
     for row in rows:
         named = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`", row)

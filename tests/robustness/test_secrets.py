@@ -1,4 +1,6 @@
-"""A password and a signature planted in addresses appear in no output of any command, at any width."""
+"""A password and a signature planted in addresses appear in no output of any command,
+at any width.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ QPROJ = ("--layers", r"layers\.0\.self_attn\.q_proj")
 QPROJ_OR_ADDRESS = ("--layers", rf"{QPROJ[1]}|http://me:{{password}}@{{host}}/x")
 WIDTHS = (60, 400)
 
-# No other text contains MARK, and every cut of a secret into lines leaves one whole, since lines are joined again.
+# No other text contains MARK, and every cut of a secret into lines leaves one whole, since lines
+# are joined again.
 MARK = "Qz7"
 PASSWORD, SIGNATURE = MARK * 40, MARK * 20
 
@@ -69,11 +72,15 @@ def fill(words: list[str], host: str) -> list[str]:
 
 
 def assert_hidden(done: Ran) -> None:
-    """Assert that no part of a secret was printed, also if it was cut into lines, or is in a file of this folder."""
+    """Assert that no part of a secret was printed, also if it was cut into lines, or is in a file
+    of this folder.
+    """
     printed = "".join((done.out + done.err).split())
     at = printed.find(MARK)
     assert at < 0, f"exit code {done.code}: …{printed[max(0, at - 200) : at + 20]}…"
-    assert not [file for file in Path().rglob("*") if file.is_file() and MARK.encode() in file.read_bytes()]
+    assert not [
+        file for file in Path().rglob("*") if file.is_file() and MARK.encode() in file.read_bytes()
+    ]
 
 
 @pytest.mark.slow
@@ -103,8 +110,16 @@ def test_gate_hides_secrets(width: int, web: Web, run: Run, tmp_path: Path) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_refusing_command_hides_secrets(name: str, web: Web, run: Run) -> None:
-    """Every command, given addresses as all of its arguments: those that take none name them in a message."""
-    for words in ([BASE], [TUNED, BASE], [TUNED, BASE, ADAPTER, TUNED], [BASE, "--nope", TUNED], ["-o", TUNED, BASE]):
+    """Every command, given addresses as all of its arguments: those that take none name them in a
+    message.
+    """
+    for words in (
+        [BASE],
+        [TUNED, BASE],
+        [TUNED, BASE, ADAPTER, TUNED],
+        [BASE, "--nope", TUNED],
+        ["-o", TUNED, BASE],
+    ):
         for width in WIDTHS:
             assert_hidden(run(*name.split(), *fill(words, "127.0.0.1:9"), width=width))
 

@@ -19,14 +19,19 @@ def hostile(tmp_path: Path) -> Path:
     config = {
         "model_type": "hostile",
         "architectures": ["HostileForCausalLM"],
-        "auto_map": {"AutoConfig": "code.HostileConfig", "AutoModelForCausalLM": "code.HostileForCausalLM"},
+        "auto_map": {
+            "AutoConfig": "code.HostileConfig",
+            "AutoModelForCausalLM": "code.HostileForCausalLM",
+        },
     }
     folder = save_model(tmp_path / "model", {"a.weight": torch.zeros(4, 4)}, config)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     return folder
 
 
-def test_model_repository_code_is_not_executed(hostile: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_repository_code_is_not_executed(
+    hostile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # A prompt for permission would wait for an answer.
     monkeypatch.setattr("builtins.input", lambda *_: "y")
     with raises_naming(InputError, "cannot open"):
@@ -36,9 +41,16 @@ def test_model_repository_code_is_not_executed(hostile: Path, monkeypatch: pytes
     assert not (hostile.parent / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "set_seed", "is_torch_available", "__name__", 7])
+@pytest.mark.parametrize(
+    "name", ["pipeline", "AutoModel", "set_seed", "is_torch_available", "__name__", 7]
+)
 def test_architecture_in_config_is_model_class_or_refused(tmp_path: Path, name: object) -> None:
-    config = {"model_type": "llama", "architectures": [name], "hidden_size": 8, "intermediate_size": 8}
+    config = {
+        "model_type": "llama",
+        "architectures": [name],
+        "hidden_size": 8,
+        "intermediate_size": 8,
+    }
     config |= {"num_hidden_layers": 1, "num_attention_heads": 1, "vocab_size": 8}
     (tmp_path / "config.json").write_text(json.dumps(config))
     try:

@@ -1,4 +1,6 @@
-"""An option is declared once: Python's signature and help, and the command line, show that declaration."""
+"""An option is declared once: Python's signature and help, and the command line, show that
+declaration.
+"""
 
 import inspect
 import subprocess
@@ -41,7 +43,11 @@ def test_signature_and_documentation_name_every_option(name):
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_unknown_option_is_refused_before_work(name):
     function = FUNCTIONS[name]
-    required = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    required = [
+        each
+        for each in inspect.signature(function).parameters.values()
+        if each.default is each.empty
+    ]
     given = {each.name: "x" for each in required if each.kind is each.KEYWORD_ONLY}
     places = ["sample_checkpoints/base"] * (len(required) - len(given))
     with pytest.raises(TypeError, match="'layer'"):
@@ -53,9 +59,11 @@ def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
     (tmp_path / "their_options.py").write_text(
         "from __future__ import annotations\nfrom typing import Annotated, Unpack\n"
         "from lora_diag.running.options import Option, Selection, show_options\n"
-        "class Theirs(Selection, total=False):\n    p: Annotated[float, Option(2.0, 'Order of the norm.', 'P')]\n"
+        "class Theirs(Selection, total=False):\n    p: Annotated[float, Option(2.0, 'Order of the "
+        "norm.', 'P')]\n"
         "@show_options\ndef norm(base: str, **options: Unpack[Theirs]) -> None:\n"
-        "    '''Measure.\n\n    Args:\n        base: Where.\n        **options: ``Theirs``.\n    '''\n"
+        "    '''Measure.\n\n    Args:\n        base: Where.\n        **options: ``Theirs``.\n    "
+        "'''\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     from their_options import Theirs, norm
@@ -67,8 +75,15 @@ def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
 
 
 def test_groups_are_read_without_heavy_imports():
-    code = "import sys, lora_diag.running.options; print({'torch', 'numpy', 'pydantic', 'typer'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout == b"set()\n"
+    code = (
+        "import sys, lora_diag.running.options; print({'torch', 'numpy', 'pydantic', 'typer'} "
+        "& "
+        "set(sys.modules))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout
+        == b"set()\n"
+    )
 
 
 @pytest.mark.parametrize("option", [{"ray_address": "10.0.0.1:6379"}, {"gpus_per_task": 1.0}])

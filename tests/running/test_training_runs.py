@@ -26,7 +26,9 @@ class Case:
     def __init__(self, best, widen, seeds=2, stop_after=None):
         self.best, self.ran, self.stop_after, self.ticks = best, [], stop_after, []
         run = Run(command="probe sweep", version="0", inputs=(), settings={})
-        watch = ProgressReporter(lambda event: self.ticks.append((event.label, event.done, event.total)))
+        watch = ProgressReporter(
+            lambda event: self.ticks.append((event.label, event.done, event.total))
+        )
         kept = RunRecords(ResultsWriter(None, run, False), watch)
         self.walk = RunPlan(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
 
@@ -67,8 +69,14 @@ def test_rates_extend_until_best_is_inside(best, widen, tried):
     case.walk.run(arm)
     lost = [rate for rate in tried if loss_of(4, rate, best) is None]
     assert [rate for _, rate, seed in case.ran if seed == 7] == pytest.approx(tried)
-    chosen = min((rate for rate in tried if rate not in lost), key=lambda rate: loss_of(4, rate, best), default=None)
-    assert [rate for _, rate, seed in case.ran if seed == 8] == ([] if chosen is None else [pytest.approx(chosen)])
+    chosen = min(
+        (rate for rate in tried if rate not in lost),
+        key=lambda rate: loss_of(4, rate, best),
+        default=None,
+    )
+    assert [rate for _, rate, seed in case.ran if seed == 8] == (
+        [] if chosen is None else [pytest.approx(chosen)]
+    )
     if chosen is not None:  # what was told before the last run is what was done
         assert case.ticks[-1][1:] == (3 * len(case.ran), 3 * len(case.ran))
 
@@ -85,7 +93,12 @@ def test_single_rate_is_kept_and_refined_grid_steps_are_short():
     assert [rate for _, rate, _ in case.ran] == [2.5, 5.0, 5.0]
     case = Case({4: 1.0}, 1)
     case.walk.run(case.arm((1e-3, 1e-1)))
-    assert [rate for _, rate, _ in case.ran] == [1e-3, 1e-1, pytest.approx(0.33), pytest.approx(0.33)]
+    assert [rate for _, rate, _ in case.ran] == [
+        1e-3,
+        1e-1,
+        pytest.approx(0.33),
+        pytest.approx(0.33),
+    ]
 
 
 @pytest.mark.parametrize("stop_after", range(9))
@@ -105,7 +118,9 @@ def test_resume_runs_remaining_cells_once(stop_after):
     case.walk.expect(case.walk.count_unfinished(arm))
     case.walk.run(arm)
     assert case.ran == whole.ran
-    assert case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2  # what is finished is no work to come
+    assert (
+        case.ticks[-1][1:] == (3 * (len(whole.ran) - stop_after),) * 2
+    )  # what is finished is no work to come
 
 
 def test_record_of_another_kind_is_not_a_trial():
@@ -155,5 +170,8 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 
 
 def test_numbers_at_their_limits_are_valid():
-    for valid in ({"rates": [9.9], "steps": 1, "widen": 0, "seed": 0}, {"seed": 2**31 - 1, "max_sequences": None}):
+    for valid in (
+        {"rates": [9.9], "steps": 1, "widen": 0, "seed": 0},
+        {"seed": 2**31 - 1, "max_sequences": None},
+    ):
         TrainRun("probe sweep", {"data": "t", **valid}, SweepOptions)

@@ -15,14 +15,18 @@ def cosine(x: np.ndarray, y: np.ndarray) -> float:
 @pytest.mark.parametrize("target", [0.0, 0.6, 0.95, 0.999])
 @pytest.mark.parametrize(("rank", "kept"), [(1, 1.0), (16, 1.0), (16, 0.05), (50, 1.0)])
 def test_sketch_cosines_have_stated_error(target, rank, kept):
-    """The root mean square of the errors over 60 pairs is near (1 − c²)/√d: never twice that, at rank one 2.6 times.
+    """The root mean square of the errors over 60 pairs is near (1 − c²)/√d: never twice that, at
+    rank one 2.6 times.
 
-    Also where only a few rows are not small, at regular distances: what structured buckets would add up.
+    Also where only a few rows are not small, at regular distances: what structured buckets would
+    add up.
     """
     rng = np.random.default_rng(3)
     errors = []
     for trial in range(60):
-        x, y = (rng.standard_normal((300, rank)) @ rng.standard_normal((rank, 50)) for _ in range(2))
+        x, y = (
+            rng.standard_normal((300, rank)) @ rng.standard_normal((rank, 50)) for _ in range(2)
+        )
         if kept < 1:
             small = np.arange(300) % int(1 / kept) > 0
             x[small], y[small] = 1e-3 * x[small], 1e-3 * y[small]
@@ -65,7 +69,9 @@ def test_sums_beyond_float32_are_added_in_float64():
 
 
 def test_sketches_of_orthogonal_spaces_are_orthogonal():
-    """Hashes of rows and columns are independent also of a square matrix: else all projectors would look alike."""
+    """Hashes of rows and columns are independent also of a square matrix: else all projectors would
+    look alike.
+    """
     q = np.linalg.qr(np.random.default_rng(6).standard_normal((64, 32)))[0]
     first, second = (sketch((u, u.T), "x") for u in (q[:, :16], q[:, 16:]))
     assert abs(cosine(first, second)) < 4 / math.sqrt(LENGTH)
@@ -74,7 +80,9 @@ def test_sketches_of_orthogonal_spaces_are_orthogonal():
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 16), (700, 3), (1, 1)])
 @pytest.mark.parametrize("by", [ROWS, COLUMNS, BOTH])
 def test_fold_adds_each_row_to_one_bucket(rows, columns, by):
-    """Also a stack whose columns are stored one by one, at distances that are multiples of 4096 bytes."""
+    """Also a stack whose columns are stored one by one, at distances that are multiples of 4096
+    bytes.
+    """
     hashed = fold(np.eye(rows), by)
     assert (np.abs(hashed).sum(axis=0) == len(by)).all()
     assert set(np.unique(hashed)) <= {-1.0, 0.0, 1.0}

@@ -27,7 +27,9 @@ def thin_values(b: np.ndarray, a: np.ndarray, factor: float = 1.0):
 
 
 def factors(m: int, n: int, rank: int, decay: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return factors whose columns and rows shrink by ``decay`` each, and are turned into each other in B."""
+    """Return factors whose columns and rows shrink by ``decay`` each, and are turned into each
+    other in B.
+    """
     rng = np.random.default_rng(seed)
     turn = np.linalg.qr(rng.standard_normal((rank, rank)))[0]
     b = rng.standard_normal((m, rank)) * decay ** np.arange(rank) @ turn
@@ -49,7 +51,9 @@ def test_values_equal_product(m, n, rank, decay, scale, seed):
     assert len(result.s) == len(due)
     assert np.abs(result.s - due).max() <= 1e-12 * due[0]
     energy = np.cumsum(due**2) / (due**2).sum()
-    assert np.abs(np.cumsum(result.s**2) / result.fro**2 - energy).max() <= result.energy_error + 1e-13
+    assert (
+        np.abs(np.cumsum(result.s**2) / result.fro**2 - energy).max() <= result.energy_error + 1e-13
+    )
     assert result.energy_error <= 1e-8
     assert result.fro == pytest.approx(np.linalg.norm(due), rel=1e-12)
 
@@ -76,7 +80,9 @@ def test_both_ways_to_triangle_agree_within_bounds():
 
 
 def test_energies_are_within_their_bound_or_refused():
-    """Also where columns differ by 1e6 in size or rows of A are alike; NaN, zero and no Cholesky factor are refused."""
+    """Also where columns differ by 1e6 in size or rows of A are alike; NaN, zero and no Cholesky
+    factor are refused.
+    """
     pairs = [factors(700, 120, 8, decay, 9) for decay in (1.0, 0.5, 0.1, 1.0, 1.0, 1.0)]
     sizes = 10.0 ** np.linspace(-3, 3, 8)
     pairs.append((pairs[0][0] * sizes, pairs[0][1] / sizes[:, None]))
@@ -95,10 +101,15 @@ def test_energies_are_within_their_bound_or_refused():
         u, due, _ = np.linalg.svd(scale[i] * (b @ a), full_matrices=False)
         assert result.fro[i] == pytest.approx(np.linalg.norm(due), rel=1e-12)
         energy = np.cumsum(due[:8] ** 2) / (due**2).sum()
-        assert (np.abs(np.cumsum(result.s[i] ** 2) / result.fro[i] ** 2 - energy) <= result.energy_error[i]).all()
+        assert (
+            np.abs(np.cumsum(result.s[i] ** 2) / result.fro[i] ** 2 - energy)
+            <= result.energy_error[i]
+        ).all()
         assert np.abs((b @ result.mix[i])[:, :2].T @ u[:, :2]) == pytest.approx(np.eye(2), abs=1e-9)
         alone = thin.thin_energies(
-            thin.compute_grams(b[None]), thin.compute_grams(np.ascontiguousarray(a.T)[None]), scale[i : i + 1]
+            thin.compute_grams(b[None]),
+            thin.compute_grams(np.ascontiguousarray(a.T)[None]),
+            scale[i : i + 1],
         )
         for name in ("s", "energy_error", "fro", "mix"):
             assert (getattr(result, name)[i] == getattr(alone, name)[0]).all()
@@ -176,12 +187,22 @@ print(found.hexdigest())
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(np.lib.NumpyVersion(np.__version__) < "2.3.0", reason="OpenBLAS starts threads for small matrices")
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) < "2.3.0",
+    reason="OpenBLAS starts threads for small matrices",
+)
 def test_bytes_do_not_depend_on_threads():
     """Products and decompositions stay below the sizes from which OpenBLAS starts threads."""
     result = set()
     for threads in ("1", "2"):
-        env = {**os.environ, "OPENBLAS_NUM_THREADS": threads, "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=True)
+        env = {
+            **os.environ,
+            "OPENBLAS_NUM_THREADS": threads,
+            "OMP_NUM_THREADS": threads,
+            "PYTHONPATH": str(ROOT),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", BYTES], env=env, capture_output=True, text=True, check=True
+        )
         result.add(done.stdout)
     assert len(result) == 1

@@ -1,4 +1,6 @@
-"""Decisions from losses that are made up: against NumPy, and how often they are wrong in simulations."""
+"""Decisions from losses that are made up: against NumPy, and how often they are wrong in
+simulations.
+"""
 
 import numpy as np
 import pytest
@@ -27,7 +29,9 @@ def runs(rng, mean, seeds, spread, seed_effect):
     """Losses of one configuration with an effect of each seed in common; sequences differ, too."""
     result = {}
     for seed in range(seeds):
-        nll = COUNTS * (mean + seed_effect[seed] + spread * rng.standard_normal()) + 0.01 * rng.standard_normal(4)
+        nll = COUNTS * (
+            mean + seed_effect[seed] + spread * rng.standard_normal()
+        ) + 0.01 * rng.standard_normal(4)
         result[seed] = Measured(float(nll.sum() / COUNTS.sum()), tuple(nll))
     return result
 
@@ -44,14 +48,18 @@ def test_gap_error_is_larger_of_two_paired_errors():
     assert result.error == pytest.approx(max(over_seeds, oracles.error_of_ratio(moved, COUNTS)))
     shift = np.array([1.0, -2.0, 0.5, 3.0])  # alike for all seeds
     shifted = {seed: np.array(run.nll) + shift for seed, run in one.items()}
-    alike = {seed: Measured(float(nll.sum() / COUNTS.sum()), tuple(nll)) for seed, nll in shifted.items()}
+    alike = {
+        seed: Measured(float(nll.sum() / COUNTS.sum()), tuple(nll)) for seed, nll in shifted.items()
+    }
     assert gap_of(one, alike, COUNTS).error == pytest.approx(oracles.error_of_ratio(shift, COUNTS))
     assert gap_of(one, {0: two[0]}, COUNTS).error is None
     assert gap_of(one, {7: two[0]}, COUNTS) is None
 
 
 def test_uniform_ranks_win_ties():
-    """Where both are equally good, uniform stays in most of 400 searches; a clear gain is seen in nearly all."""
+    """Where both are equally good, uniform stays in most of 400 searches; a clear gain is seen in
+    nearly all.
+    """
     rng = np.random.default_rng(1)
     kept = {0.0: 0, 0.1: 0}
     for gain in kept:
@@ -65,7 +73,10 @@ def test_uniform_ranks_win_ties():
 
 def test_contest_rejects_gain_with_loss_on_shifted_set():
     def losses(own, shifted):
-        return {"dev": dict(enumerate(map(Measured, own))), "other": dict(enumerate(map(Measured, shifted)))}
+        return {
+            "dev": dict(enumerate(map(Measured, own))),
+            "other": dict(enumerate(map(Measured, shifted))),
+        }
 
     one = losses((1.0, 1.1, 1.05), (2.0, 2.1, 2.2))
     better = losses((0.8, 0.91, 0.85), (2.1, 2.2, 2.3))
@@ -98,7 +109,11 @@ def test_rank_choice_follows_verdict_or_is_marked():
 def test_stability_runs_only_if_curves_suggest():
     sound = {"gain": 0.5, "train_gain": 0.55, "spread": 0.005, "tolerance": 0.01}
     assert stability_trials(Curves(**sound)) == {}
-    assert [*stability_trials(Curves(**sound | {"train_gain": 0.9}))] == ["dropout", "weight-decay", "fewer-steps"]
+    assert [*stability_trials(Curves(**sound | {"train_gain": 0.9}))] == [
+        "dropout",
+        "weight-decay",
+        "fewer-steps",
+    ]
     assert [*stability_trials(Curves(**sound | {"spread": 0.03}))] == ["half-alpha"]
     assert [*stability_trials(Curves(**sound | {"diverged": 2}))] == ["half-alpha"]
     assert [*stability_trials(Curves(**sound, gain_shifted=-0.1))] == ["fewer-steps"]
@@ -107,16 +122,26 @@ def test_stability_runs_only_if_curves_suggest():
 
 @pytest.mark.parametrize(("lr", "expected"), [(1e-3, 0), (1e-2, 1)])
 def test_diverged_runs_are_counted_at_one_rank(lr, expected):
-    """By hand: one run of r=2 and two of r=8 diverged at 1e-2; stability of r=2 is judged by its own."""
+    """By hand: one run of r=2 and two of r=8 diverged at 1e-2; stability of r=2 is judged by its
+    own.
+    """
     fields = {"probe": "sweep", "subject": "lora", "set": "dev", "data": "", "tokens": 1}
     records = [Probe(**fields | {"subject": "base"}, loss=2.0)]
     for rank, losses in ((2, (1.0, None)), (8, (None, None))):
-        records += [Probe(**fields, rank=rank, lr=1e-2, seed=seed, loss=loss) for seed, loss in enumerate(losses)]
+        records += [
+            Probe(**fields, rank=rank, lr=1e-2, seed=seed, loss=loss)
+            for seed, loss in enumerate(losses)
+        ]
     assert count_diverged(records, 2, lr) == expected
 
 
 def test_frontier_has_undominated_sizes():
-    points = [Point("a", 10, (2.0,)), Point("b", 20, (2.1,)), Point("c", 20, (1.8, 1.9)), Point("d", 40, (1.85,))]
+    points = [
+        Point("a", 10, (2.0,)),
+        Point("b", 20, (2.1,)),
+        Point("c", 20, (1.8, 1.9)),
+        Point("d", 40, (1.85,)),
+    ]
     assert [point.variant for point in frontier(points)] == ["a", "c"]
 
 
@@ -125,4 +150,8 @@ def test_variant_changes_one_setting():
     assert change_variant(one, "dropout").config == {**one.config, "lora_dropout": 0.1}
     assert change_variant(one, "weight-decay").decay == 0.1
     patterned = Variant("prior", {**one.config, "alpha_pattern": {"k": 16}}, 1e-3, 100)
-    assert change_variant(patterned, "half-alpha").config == {**one.config, "lora_alpha": 4, "alpha_pattern": {"k": 8}}
+    assert change_variant(patterned, "half-alpha").config == {
+        **one.config,
+        "lora_alpha": 4,
+        "alpha_pattern": {"k": 8},
+    }

@@ -1,4 +1,6 @@
-"""One search on a tiny model: what it writes, that its losses are those of a plain loop, and that it resumes."""
+"""One search on a tiny model: what it writes, that its losses are those of a plain loop, and that
+it resumes.
+"""
 
 import io
 import json
@@ -44,7 +46,15 @@ pytestmark = [
     pytest.mark.usefixtures("undrawn"),  # the report of ``case`` is drawn
 ]
 
-OPTIONS = {"params": 4500, "ranks": (2, 8), "rates": (1e-2, 3e-2), "steps": 6, "seeds": 2, "batch": 4, "widen": 0}
+OPTIONS = {
+    "params": 4500,
+    "ranks": (2, 8),
+    "rates": (1e-2, 3e-2),
+    "steps": 6,
+    "seeds": 2,
+    "batch": 4,
+    "widen": 0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +83,20 @@ def test_tune_records_and_prints_every_decision(case):
     (choice,) = result.whole_of(Tune)
     assert choice.rank in {2, 4, 8}
     assert choice.params <= choice.budget == 4500
-    assert {one.variant for one in result.whole_of(TuneTrial)} >= {"base", "full", "uniform-r2", "uniform-r8"}
+    assert {one.variant for one in result.whole_of(TuneTrial)} >= {
+        "base",
+        "full",
+        "uniform-r2",
+        "uniform-r8",
+    }
 
 
 def test_losses_equal_plain_loop(case):
     base, texts, result, _, _ = case
     held = texts["evaluate"][0]
-    of_held = [one for one in result.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None]
+    of_held = [
+        one for one in result.whole_of(TuneTrial) if one.set == "held_out" and one.lr is not None
+    ]
     for one in of_held:
         if one.variant in {"uniform-r2", "uniform-r8", "full"}:
             what = "full" if one.variant == "full" else int(one.variant.removeprefix("uniform-r"))
@@ -99,15 +116,24 @@ def test_tune_writes_adapter_that_peft_loads(case):
     assert config == json.loads((folder / "adapter" / "adapter_config.json").read_text())
     model = opened(base, folder / "adapter")
     loss = loss_of(model, texts["evaluate"][0])
-    trials = [o for o in result.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)]
-    assert loss == pytest.approx(next(o.loss for o in trials if o.set == "held_out" and o.seed == 0), abs=1e-5)
+    trials = [
+        o for o in result.whole_of(TuneTrial) if (o.variant, o.lr) == (choice.variant, choice.lr)
+    ]
+    assert loss == pytest.approx(
+        next(o.loss for o in trials if o.set == "held_out" and o.seed == 0), abs=1e-5
+    )
     weights = sum(value.numel() for name, value in model.named_parameters() if "lora_" in name)
     assert weights == choice.params
-    assert all(rank == choice.rank for rank in choice.ranks.values()) or choice.variant != f"uniform-r{choice.rank}"
+    assert (
+        all(rank == choice.rank for rank in choice.ranks.values())
+        or choice.variant != f"uniform-r{choice.rank}"
+    )
     names = {"report.html", "gate.toml", "config.axolotl.yaml", "config.llamafactory.yaml"}
     assert names <= {path.name for path in folder.iterdir()}
     assert lora_diag.gate(folder / "gate.toml", folder / "spectrum.jsonl").whole
-    arguments = {key: config[key] for key in config.keys() - {"peft_type", "base_model_name_or_path"}}
+    arguments = {
+        key: config[key] for key in config.keys() - {"peft_type", "base_model_name_or_path"}
+    }
     arguments["inference_mode"] = False
     assert _lora_of((folder / "config.trl.py").read_text()) == peft.LoraConfig(**arguments)
 
@@ -115,25 +141,37 @@ def test_tune_writes_adapter_that_peft_loads(case):
 def test_choice_is_compared_with_base_on_every_set(case):
     base, texts, result, folder, _ = case
     (choice,) = result.whole_of(Tune)
-    records = {record.set: record for record in result.whole_of(Probe) if record.subject == "adapter"}
+    records = {
+        record.set: record for record in result.whole_of(Probe) if record.subject == "adapter"
+    }
     assert {record.name for record in records.values()} == {choice.variant}
     before, after = opened(base), opened(base, folder / "adapter")
     for file in (*texts["evaluate"], *texts["shifted"]):
-        z, z0 = (torch.cat([m(input_ids=w[None]).logits[0, :-1] for w in ids_of(file)]) for m in (after, before))
+        z, z0 = (
+            torch.cat([m(input_ids=w[None]).logits[0, :-1] for w in ids_of(file)])
+            for m in (after, before)
+        )
         p, p0 = (log_softmax(each.detach().double().numpy(), 1) for each in (z, z0))
         record = records[file.stem]
         assert record.kl_base == pytest.approx((np.exp(p0) * (p0 - p)).sum(1).mean(), rel=1e-3)
-        assert record.change == pytest.approx(loss_of(after, file) - loss_of(before, file), abs=1e-5)
+        assert record.change == pytest.approx(
+            loss_of(after, file) - loss_of(before, file), abs=1e-5
+        )
     assert find(tune_lines(result), "forgotten").lead.startswith("on other")
 
 
 def _lora_of(script):
-    """The ``LoraConfig`` that a script for TRL gives its trainer, without any file beside the script."""
+    """The ``LoraConfig`` that a script for TRL gives its trainer, without any file beside the
+    script.
+    """
     given = {}
     trainer = SimpleNamespace(train=lambda: None, save_model=lambda: None)
     stand_ins = {
         "datasets": {"load_dataset": lambda kind, data_files: data_files},
-        "trl": {"SFTConfig": dict, "SFTTrainer": lambda **arguments: given.update(arguments) or trainer},
+        "trl": {
+            "SFTConfig": dict,
+            "SFTTrainer": lambda **arguments: given.update(arguments) or trainer,
+        },
     }
     with pytest.MonkeyPatch.context() as patched:
         for name, content in stand_ins.items():
@@ -159,16 +197,25 @@ def test_tune_resumed_search_gives_same_result(case, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder, run)
     lines = (run / "tune.jsonl").read_text().splitlines(keepends=True)
-    decided = next(i for i, line in enumerate(lines) if '"stage":"redistribution"' in line.replace(" ", ""))
+    decided = next(
+        i for i, line in enumerate(lines) if '"stage":"redistribution"' in line.replace(" ", "")
+    )
     (run / "tune.jsonl").write_text("".join(lines[:decided]))
     with pytest.raises(UsageError, match="resume"):
         lora_diag.tune(base, run, **texts, **OPTIONS)
     labels = []
     repeated = lora_diag.tune(
-        base, run, resume=True, on_progress=lambda event: labels.append(event.label), **texts, **OPTIONS
+        base,
+        run,
+        resume=True,
+        on_progress=lambda event: labels.append(event.label),
+        **texts,
+        **OPTIONS,
     )
     assert repeated == result
-    assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
+    assert not [
+        label for label in labels if label.startswith("r=")
+    ]  # the sweep is not trained again
 
 
 def test_tune_writes_nothing_before_confirmation(case, tmp_path):
@@ -190,7 +237,17 @@ def test_tune_writes_nothing_before_confirmation(case, tmp_path):
 
 def test_tune_asks_for_confirmation_after_the_budget(loradiag, case):
     base, texts, *_ = case
-    words = ["tune", base, "--data", texts["data"], "--eval", texts["evaluate"][0], "-o", "run", "--params"]
+    words = [
+        "tune",
+        base,
+        "--data",
+        texts["data"],
+        "--eval",
+        texts["evaluate"][0],
+        "-o",
+        "run",
+        "--params",
+    ]
     refused, impossible = loradiag(*words, "4k"), loradiag(*words, "10")
     assert (refused.code, impossible.code) == (2, 2)
     assert "--yes" in refused.err
@@ -207,7 +264,9 @@ class Terminal(io.StringIO):
 
 @pytest.mark.parametrize(("answer", "trains"), [("n\n", False), ("y\n", True), ("\n", True)])
 def test_tune_prompt_decides_in_terminal(case, tmp_path, monkeypatch, capsys, answer, trains):
-    """Answering no stops with exit code 0 before anything is written; yes, the default, starts training."""
+    """Answering no stops with exit code 0 before anything is written; yes, the default, starts
+    training.
+    """
     base, texts, *_ = case
     started = []
 
@@ -217,7 +276,18 @@ def test_tune_prompt_decides_in_terminal(case, tmp_path, monkeypatch, capsys, an
 
     monkeypatch.setattr(Tuner, "run", run)
     monkeypatch.setattr("sys.stdin", Terminal(answer))
-    words = ["tune", base, "--data", texts["data"], "--eval", texts["evaluate"][0], "--params", "4k", "-o", "run"]
+    words = [
+        "tune",
+        base,
+        "--data",
+        texts["data"],
+        "--eval",
+        texts["evaluate"][0],
+        "--params",
+        "4k",
+        "-o",
+        "run",
+    ]
     monkeypatch.chdir(tmp_path)
     with nullcontext() if not trains else pytest.raises(InconclusiveError):
         commands()([str(word) for word in words], standalone_mode=False)
@@ -241,13 +311,17 @@ def test_tune_replaces_run_only_after_confirmation(case, tmp_path):
     with pytest.raises(UsageError, match="overwrite"):
         lora_diag.tune(base, run, **texts, **options)
     plans = []
-    lora_diag.tune(base, run, overwrite=True, on_plan=lambda plan: bool(plans.append(plan)), **texts, **options)
+    lora_diag.tune(
+        base, run, overwrite=True, on_plan=lambda plan: bool(plans.append(plan)), **texts, **options
+    )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     result = lora_diag.tune(base, run, overwrite=True, **texts, **options)
     assert not stale.exists()
     assert read_results(run / "tune.jsonl") == result
     assert result.run.settings["ranks"] == [2]
-    assert {one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"} == {2}
+    assert {
+        one.rank for one in read_results(run / "sweep.jsonl").whole if one.subject == "lora"
+    } == {2}
     for settings in (result.run.settings, read_results(run / "sweep.jsonl").run.settings):
         assert (settings["kind"], settings["gradient_checkpointing"]) == (
             "DoRA with rsLoRA's scaling, alpha = 16",
@@ -265,16 +339,27 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
     for one in trials:
         if one.variant == "uniform-r2":
             assert one.params == 2 * plan.per_rank + outputs
-            held = texts["evaluate"][0].with_stem(one.set) if one.set == "held_out" else texts["shifted"][0]
+            held = (
+                texts["evaluate"][0].with_stem(one.set)
+                if one.set == "held_out"
+                else texts["shifted"][0]
+            )
             truth = trained(base, texts["data"], held, 2, one.lr, one.seed, 6, 4, 0, **kinds)
             assert one.loss == pytest.approx(truth, abs=1e-4)
-    configs_ = {path.parent.name: json.loads(path.read_text()) for path in run.glob("trials/*/adapter_config.json")}
+    configs_ = {
+        path.parent.name: json.loads(path.read_text())
+        for path in run.glob("trials/*/adapter_config.json")
+    }
     configs_["written"] = json.loads((run / "adapter_config.json").read_text())
     assert {"uniform-r2", "pilot-r4", "written"} <= configs_.keys()
     assert "marginal" in configs_
     for name, config in configs_.items():
         alpha = kinds["lora_alpha"] / (2 if name.endswith("half-alpha") else 1)
-        assert (config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (alpha, True, True)
+        assert (config["lora_alpha"], config["use_rslora"], config["use_dora"]) == (
+            alpha,
+            True,
+            True,
+        )
         assert not config["alpha_pattern"]
     (choice,) = found.whole_of(Tune)
     assert (choice.alpha, choice.dora) == (configs_["written"]["lora_alpha"], True)
@@ -286,7 +371,9 @@ def _check_dora_and_rslora(base, texts, found, run, plan):
 
 @pytest.mark.parametrize("slowness", [2.0, 4.0])
 def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
-    """On a fake clock: every step takes ``slowness`` times as long as the one that was timed for the plan."""
+    """On a fake clock: every step takes ``slowness`` times as long as the one that was timed for
+    the plan.
+    """
     base, texts, *_ = case
     clock, seen = [1000.0], [0]
     for module in (planning, run_module):
@@ -306,13 +393,23 @@ def test_tune_keeps_time_on_busy_machine(case, tmp_path, monkeypatch, slowness):
     limit = math.ceil(whole.seconds)
     began = clock[0]
     result = lora_diag.tune(
-        base, tmp_path / "run", time=f"{limit}s", on_plan=wait, on_progress=advance, **texts, **options
+        base,
+        tmp_path / "run",
+        time=f"{limit}s",
+        on_plan=wait,
+        on_progress=advance,
+        **texts,
+        **options,
     )
     assert result.whole_of(TunePlan)[0].left_out == ()  # the plan would keep the limit
     assert clock[0] - began - 9999 <= limit
     assert result.whole_of(Tune)
     assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()
-    omitted = [one for one in result.whole_of(TuneDecision) if (one.stage, one.outcome) == ("budget", "not tried")]
+    omitted = [
+        one
+        for one in result.whole_of(TuneDecision)
+        if (one.stage, one.outcome) == ("budget", "not tried")
+    ]
     assert omitted
     assert all(f"{slowness:g} times" in one.why and one.seconds > 0 for one in omitted)
     lines = {one.key: one for one in tune_lines(result)}
@@ -328,7 +425,9 @@ def test_resumed_search_with_full_fine_tuning_refuses_no_full(case):
 
 
 def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
-    """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as without one."""
+    """Time is up when the pilot of non-uniform ranks begins; with a larger limit, all comes out as
+    without one.
+    """
     base, texts, whole, *_ = case
     began, run, original = [], tmp_path / "run", Tuner.left.fget
     monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if began else original(self)))
@@ -350,14 +449,24 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
     decided = next(i for i, line in enumerate(lines) if '"name":"non-uniform ranks"' in line)
     (run / "tune.jsonl").write_text("".join(lines[: decided + 1]))
     resumed = lora_diag.tune(base, run, resume=True, time="1h", **texts, **OPTIONS)
-    assert not {one.variant for one in resumed.whole_of(TuneTrial)} & {"marginal"}  # the decision stands
+    assert not {one.variant for one in resumed.whole_of(TuneTrial)} & {
+        "marginal"
+    }  # the decision stands
     labels = []
     more = lora_diag.tune(
-        base, run, resume=True, time="2h", on_progress=lambda e: labels.append(e.label), **texts, **OPTIONS
+        base,
+        run,
+        resume=True,
+        time="2h",
+        on_progress=lambda e: labels.append(e.label),
+        **texts,
+        **OPTIONS,
     )
     assert more.whole_of(Tune) == whole.whole_of(Tune)
     assert more.whole_of(TuneDecision) == whole.whole_of(TuneDecision)
-    assert not [label for label in labels if label.startswith("r=")]  # the sweep is not trained again
+    assert not [
+        label for label in labels if label.startswith("r=")
+    ]  # the sweep is not trained again
     assert more.whole_of(TunePlan)[0].limit == 7200
     assert read_results(run / "tune.jsonl") == more
 
@@ -365,19 +474,33 @@ def test_tune_extends_search_out_of_time(case, tmp_path, monkeypatch):
 def test_trainers_get_expressible_ranks():
     """LLaMA-Factory has one rank for all layers, and gets the uniform one; TRL has patterns."""
     shared = make_config(["q", "v"], 4, 8, task="CAUSAL_LM")
-    mixed = {**shared, "r": 2, "lora_alpha": 4, "rank_pattern": {"0.q": 8}, "alpha_pattern": {"0.q": 16}}
+    mixed = {
+        **shared,
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {"0.q": 8},
+        "alpha_pattern": {"0.q": 16},
+    }
     variant, settings = Variant("marginal", mixed, 1e-3, 9), {"batch": 8, "length": 64}
     result = configs("base", ("a.jsonl", "b.jsonl"), variant, shared, settings)
-    axolotl, factory = (yaml.safe_load(result[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory"))
+    axolotl, factory = (
+        yaml.safe_load(result[f"config.{name}.yaml"]) for name in ("axolotl", "llamafactory")
+    )
     assert (axolotl["lora_rank_pattern"], axolotl["learning_rate"]) == ({"0.q": 8}, 1e-3)
     assert (factory["lora_rank"], factory["lora_alpha"], factory["lora_target"]) == (4, 8, "q,v")
     assert "uniform rank 4" in result["config.llamafactory.yaml"]
     mine = _lora_of(result["config.trl.py"])
-    assert (mine.rank_pattern, mine.alpha_pattern, mine.target_modules) == ({"0.q": 8}, {"0.q": 16}, {"q", "v"})
+    assert (mine.rank_pattern, mine.alpha_pattern, mine.target_modules) == (
+        {"0.q": 8},
+        {"0.q": 16},
+        {"q", "v"},
+    )
 
 
 def test_allocate_ranks_pooler_like_other_layers(tmp_path):
-    """It has an adapter in the pilot; ``allocate`` by itself trains it in full, beyond the budget."""
+    """It has an adapter in the pilot; ``allocate`` by itself trains it in full, beyond
+    the budget.
+    """
     base = bert(tmp_path / "base")
     model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
     lora = peft.LoraConfig(r=2, target_modules=["query", "dense"], init_lora_weights=False)
@@ -389,8 +512,12 @@ def test_allocate_ranks_pooler_like_other_layers(tmp_path):
 
 @pytest.mark.parametrize(("gap", "goes_on"), [(0.01, False), (-0.004, False), (-0.006, True)])
 def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
-    """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is trained."""
-    incumbent, other = (Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in ("uniform", "marginal"))
+    """By hand: uniform has a loss of 1, the tolerance is 0.005; otherwise no further seed is
+    trained.
+    """
+    incumbent, other = (
+        Variant(name, make_config(["q"], 4, 8), 1e-3, 9) for name in ("uniform", "marginal")
+    )
     losses, trained_seeds, outcomes = {"uniform": 1.0, "marginal": 1.0 + gap}, set(), {}
     tuner = object.__new__(Tuner)
     tuner.own, tuner.shifted, tuner.first_seed, tuner.folder = "dev", [], 0, Path("run")
@@ -398,7 +525,9 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     tuner.plan = SimpleNamespace(repeats=3)
     tuner.trials = SimpleNamespace(
         train=lambda *runs: trained_seeds.update(run.seed for run in runs),
-        runs=lambda variant, *_: {"dev": {seed: Measured(losses[variant.name]) for seed in (0, *trained_seeds)}},
+        runs=lambda variant, *_: {
+            "dev": {seed: Measured(losses[variant.name]) for seed in (0, *trained_seeds)}
+        },
         predictions={},
     )
     tuner._make_candidate = lambda: other
@@ -407,22 +536,32 @@ def test_challenger_wins_only_beyond_tolerance(gap, goes_on):
     best = tuner._choose_best(incumbent)
     assert trained_seeds == ({0, 1, 2} if goes_on else {0})
     assert best.name == ("marginal" if goes_on else "uniform")
-    assert outcomes == dict.fromkeys(("non-uniform ranks", "marginal"), "kept" if goes_on else "rejected")
+    assert outcomes == dict.fromkeys(
+        ("non-uniform ranks", "marginal"), "kept" if goes_on else "rejected"
+    )
 
 
 def test_diverged_challenger_never_leads():
     losses = {"incumbent": {}, "fine": {0: 1.0}, "diverged": {}}
     tuner = SimpleNamespace(own="dev", first_seed=0, _get_losses=lambda name, _: losses[name])
-    gaps = [Tuner._gap_at_first_seed(tuner, "incumbent", name).value for name in ("diverged", "fine")]
+    gaps = [
+        Tuner._gap_at_first_seed(tuner, "incumbent", name).value for name in ("diverged", "fine")
+    ]
     assert gaps == [math.inf, -math.inf]
 
 
 def test_summary_names_what_is_not_significant():
     def summarize(**fields):
         choice = build(Tune, budget=1, seeds=3, gain=0.1, **fields)
-        return next(one.text for one in tune_lines(results((), whole=(choice,))) if one.key == "choice")
+        return next(
+            one.text for one in tune_lines(results((), whole=(choice,))) if one.key == "choice"
+        )
 
-    assert_names(summarize(significant=False, gain_error=0.001), "NOT shown to be enough", "smallest by mean losses")
+    assert_names(
+        summarize(significant=False, gain_error=0.001),
+        "NOT shown to be enough",
+        "smallest by mean losses",
+    )
     of_gain = summarize(significant=False, gain_error=0.1)
     assert_names(of_gain, "NOT shown to lower the loss")
     assert "enough" not in of_gain
@@ -440,12 +579,34 @@ def fix_step_times(job=None):
 def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path, monkeypatch, run, server):
     """Under SOURCE_DATE_EPOCH, every file has the same bytes, given the seconds of a step."""
     held = some_text(tmp_path, "held_out", windows=2, source="shifted")
-    words = ["tune", gpt2(tmp_path / "base"), "--data", some_text(tmp_path, "train", windows=5), "--eval", held]
-    words += ["--params", "4500", "--ranks", "2", "--lr", "1e-2", "--steps", "2", "--repeats", "1", "--batch", "4"]
+    words = [
+        "tune",
+        gpt2(tmp_path / "base"),
+        "--data",
+        some_text(tmp_path, "train", windows=5),
+        "--eval",
+        held,
+    ]
+    words += [
+        "--params",
+        "4500",
+        "--ranks",
+        "2",
+        "--lr",
+        "1e-2",
+        "--steps",
+        "2",
+        "--repeats",
+        "1",
+        "--batch",
+        "4",
+    ]
     words += ["--widen", "0", "--no-full", "--yes", "--quiet", "-o", "run"]
     here, there = tmp_path / "here", tmp_path / "there"
     there.mkdir()
-    code, _, err = server.run(words, there, environment={**os.environ}, prepare="tests.tuning.test_run:fix_step_times")
+    code, _, err = server.run(
+        words, there, environment={**os.environ}, prepare="tests.tuning.test_run:fix_step_times"
+    )
     assert code == 5, err  # of one seed, no choice is significant
     here.mkdir()
     monkeypatch.setattr("lora_diag.reports.html.images_of", images_of)
@@ -454,10 +615,18 @@ def test_files_of_search_do_not_depend_on_hash_seed_or_time(tmp_path, monkeypatc
     monkeypatch.chdir(here)
     assert run(*words).code == 5
     found = [
-        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
         for folder in (here, there)
     ]
-    assert {"run/report.html", "run/tune.jsonl", "run/trials/uniform-r2/adapter_config.json"} <= set(found[0])
+    assert {
+        "run/report.html",
+        "run/tune.jsonl",
+        "run/trials/uniform-r2/adapter_config.json",
+    } <= set(found[0])
     assert b"made 2023-11-14 22:13 UTC" in found[0]["run/report.html"]
     assert found[0].keys() == found[1].keys()
     assert [name for name, content in found[0].items() if found[1][name] != content] == []

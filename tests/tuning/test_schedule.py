@@ -1,4 +1,6 @@
-"""The plan of a search: its cost counted by a simulation, its time limit kept, its omissions named."""
+"""The plan of a search: its cost counted by a simulation, its time limit kept, its
+omissions named.
+"""
 
 from itertools import pairwise
 from types import SimpleNamespace
@@ -25,8 +27,17 @@ from lora_diag.tuning.record import TunePlan
 from tests.messages import assert_names, raises_naming
 
 
-def make_plan(ranks=(1, 4, 16), rates=(1e-4, 3e-4, 1e-3, 3e-3), steps=100, repeats=3, widen=1, times=(0.1, 1.0, 0.3)):
-    """A plan without omissions; ``times`` are seconds of a step, an evaluation and a step of full fine-tuning."""
+def make_plan(
+    ranks=(1, 4, 16),
+    rates=(1e-4, 3e-4, 1e-3, 3e-3),
+    steps=100,
+    repeats=3,
+    widen=1,
+    times=(0.1, 1.0, 0.3),
+):
+    """A plan without omissions; ``times`` are seconds of a step, an evaluation and a step of full
+    fine-tuning.
+    """
     step, evaluation, full_step = times
     return TunePlan(
         budget=0, per_rank=1, largest=64, tokens=0, rules={}, ranks=ranks, rates=rates, steps=steps, repeats=repeats,
@@ -36,7 +47,9 @@ def make_plan(ranks=(1, 4, 16), rates=(1e-4, 3e-4, 1e-3, 3e-3), steps=100, repea
 
 
 def some_of(values):
-    return st.lists(st.sampled_from(values), min_size=1, max_size=5, unique=True).map(lambda some: tuple(sorted(some)))
+    return st.lists(st.sampled_from(values), min_size=1, max_size=5, unique=True).map(
+        lambda some: tuple(sorted(some))
+    )
 
 
 plans = st.builds(
@@ -59,7 +72,9 @@ def test_concurrent_rounds_take_planned_time(rounds, slots):
 
 
 def test_stage_cost_equals_sum_of_runs():
-    """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds more."""
+    """By hand: a run takes 11 s, one of full fine-tuning 31 s; at each rank 4 + 1 rates and 2 seeds
+    more.
+    """
     result = {stage.name: (stage.runs, stage.seconds) for stage in list_stages(make_plan())}
     assert result["ranks"] == (3 * 7, pytest.approx(21 * 11))
     assert result["seeds"] == (9, pytest.approx(99))
@@ -68,7 +83,9 @@ def test_stage_cost_equals_sum_of_runs():
     assert result["redistribution"] == (5, pytest.approx(55))
     assert result["trials"] == (6, pytest.approx(66))
     assert "rates" not in result
-    assert seconds_of(make_plan()) == pytest.approx(MARGIN * sum(seconds for _, seconds in result.values()))
+    assert seconds_of(make_plan()) == pytest.approx(
+        MARGIN * sum(seconds for _, seconds in result.values())
+    )
 
 
 @given(plans, st.floats(0.01, 1.2))
@@ -102,9 +119,16 @@ def test_less_time_omits_more_in_fixed_order():
 def test_halving_keeps_the_best_rate_of_every_rank():
     """An oracle: losses are parabolas in log rate with their own best rate at each rank."""
     rates = (1e-4, 3e-4, 1e-3, 3e-3)
-    losses = {(rank, rate): (i - best) ** 2 for rank, best in ((1, 3), (16, 1)) for i, rate in enumerate(rates)}
+    losses = {
+        (rank, rate): (i - best) ** 2
+        for rank, best in ((1, 3), (16, 1))
+        for i, rate in enumerate(rates)
+    }
     assert halve_rates(losses) == (3e-4, 3e-3)
-    assert halve_rates({**losses, (1, 3e-3): None}) == (3e-4, 1e-3)  # the best run diverged, so the next one continues
+    assert halve_rates({**losses, (1, 3e-3): None}) == (
+        3e-4,
+        1e-3,
+    )  # the best run diverged, so the next one continues
     assert halve_rates({}) == ()
 
 
@@ -115,12 +139,22 @@ def test_invalid_time_is_refused(words):
 
 
 def test_more_time_restores_omitted_stages():
-    """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of the steps."""
-    run = SimpleNamespace(options={"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False})
+    """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of
+    the steps.
+    """
+    run = SimpleNamespace(
+        options={"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False}
+    )
     omitted = {"limit": 60.0, "full": False, "left_out": ("every second rank", "half of the steps")}
     plan = make_plan((1, 64), (1e-3, 1e-2), 50, widen=0).model_copy(update=omitted)
     result = extend_plan(plan, run, 36_000.0, 1)
-    assert (result.ranks, result.steps, result.full, result.widen, result.repeats) == ((1, 4, 16, 64), 50, True, 1, 3)
+    assert (result.ranks, result.steps, result.full, result.widen, result.repeats) == (
+        (1, 4, 16, 64),
+        50,
+        True,
+        1,
+        3,
+    )
     assert (result.left_out, result.limit) == (("half of the steps",), 36_000)
     run.options["no_full"] = True
     assert not extend_plan(plan, run, 36_000.0, 1).full

@@ -15,6 +15,15 @@ def make_page(series, style, options):
         for record in one.records:
             blocks[depth_of(record.layer)] += record.nuclear
         total = sum(blocks.values()) or 1.0
-        rows = [Row(f"block {block}", part / total, None, category(number)) for block, part in blocks.items()]
+        rows = [
+            Row(f"block {block}", part / total, None, category(number))
+            for block, part in blocks.items()
+        ]
         panels.append(make_rows_panel(one.label, rows, style, xlabel="share of the nuclear norm"))
-    return Page("Where the nuclear norm of the update is", panels, "share of Σσ over all layers", columns=1, low=True)
+    return Page(
+        "Where the nuclear norm of the update is",
+        panels,
+        "share of Σσ over all layers",
+        columns=1,
+        low=True,
+    )

@@ -26,7 +26,13 @@ class Nuclear(LayerRecord):
             main=True,
             pool=lambda rs: sum(r.nuclear for r in rs),
         ),
-        Shown("flatness", "flatness", "Σσ over its largest value for this ‖ΔW‖_F", share=True, main=True),
+        Shown(
+            "flatness",
+            "flatness",
+            "Σσ over its largest value for this ‖ΔW‖_F",
+            share=True,
+            main=True,
+        ),
         Shown("peak", "peak", "largest entry of the update"),
     )
     record: Literal["nuclear"] = "nuclear"

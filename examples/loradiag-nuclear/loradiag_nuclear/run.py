@@ -30,7 +30,9 @@ def measure(delta: Delta, settings: LayerSettings) -> tuple[Nuclear | LeftOut]:
 
 
 @show_options
-def nuclear(base: Path | str, tuned: Path | str, **options: Unpack[LayerOptions]) -> Results[Nuclear]:
+def nuclear(
+    base: Path | str, tuned: Path | str, **options: Unpack[LayerOptions]
+) -> Results[Nuclear]:
     """Measure the nuclear norm of every update.
 
     Args:

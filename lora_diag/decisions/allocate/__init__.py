@@ -16,9 +16,13 @@ class AllocateOptions(TypedDict, total=False):
     total_rank: Annotated[int | None, Option(None, "Budget: sum of the ranks of all layers.", "R")]
     memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
     energy: Annotated[float | None, options.ENERGY]
-    match: Annotated[Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")]
+    match: Annotated[
+        Path | str | None, Option(None, "Budget: number of parameters of this adapter.", "ADAPTER")
+    ]
     min_rank: Annotated[int, Option(0, "Smallest rank of a layer with any signal.", "R")]
-    max_rank: Annotated[int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")]
+    max_rank: Annotated[
+        int | None, Option(None, "Largest rank of a layer; default: no limit.", "R")
+    ]
     ranks_from: Annotated[
         Sequence[int] | None,
         Option(None, "Allowed ranks, e.g. 8,16,32; default: any.", "R,R,...", ("--allowed-ranks",)),
@@ -43,20 +47,39 @@ class AllocateOptions(TypedDict, total=False):
 
 
 class ConfigOptions(TypedDict, total=False):
-    """Options of the output: file, format and scaling, the check of a config, and the source of a learning rate."""
+    """Options of the output: file, format and scaling, the check of a config, and the source of a
+    learning rate.
+    """
 
     output: Annotated[
         Path | None,
-        Option(None, "PEFT config (.json) or records (.jsonl) to write.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(
+            None,
+            "PEFT config (.json) or records (.jsonl) to write.",
+            "FILE",
+            ("--output", "-o"),
+            OUTPUT,
+        ),
     ]
     format: Annotated[
-        str, Option("peft", "Configuration to write.", "peft|axolotl|llamafactory|trl|unsloth", panel=OUTPUT)
+        str,
+        Option(
+            "peft", "Configuration to write.", "peft|axolotl|llamafactory|trl|unsloth", panel=OUTPUT
+        ),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
-    scaling: Annotated[float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)]
+    scaling: Annotated[
+        float, Option(2.0, "PEFT config: lora_alpha / r of every layer.", "S", panel=OUTPUT)
+    ]
     rslora: Annotated[bool, options.RSLORA]
     check: Annotated[
-        Path | None, Option(None, "PEFT config: compare its ranks with this model; default: off.", "BASE", panel=INPUTS)
+        Path | None,
+        Option(
+            None,
+            "PEFT config: compare its ranks with this model; default: off.",
+            "BASE",
+            panel=INPUTS,
+        ),
     ]
     sweep: Annotated[Path | None, options.SWEEP]
 

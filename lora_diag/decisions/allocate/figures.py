@@ -1,4 +1,6 @@
-"""`allocation`: rank of each layer with that of the uniform rule, and the energy kept with its bound."""
+"""`allocation`: rank of each layer with that of the uniform rule, and the energy kept with its
+bound.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, stack_panels
 from lora_diag.rendering.figures.series import Options, Series
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, PageStyle, category, crop_names, name_of
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    DASHED,
+    INK,
+    QUIET,
+    PageStyle,
+    category,
+    crop_names,
+    name_of,
+)
 from lora_diag.rendering.text import count
 
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
@@ -32,10 +43,19 @@ _UNITS = {
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a page with the ranks of the layers, and below the energy kept by rule, or of several runs over cost."""
-    certificates = [certificate for run in series for certificate in run.whole if isinstance(certificate, Certificate)]
+    """Return a page with the ranks of the layers, and below the energy kept by rule, or of several
+    runs over cost.
+    """
+    certificates = [
+        certificate
+        for run in series
+        for certificate in run.whole
+        if isinstance(certificate, Certificate)
+    ]
     # An axis has one unit; allocations in other units are listed as not drawn.
-    comparable = [certificate for certificate in certificates if certificate.unit == certificates[0].unit]
+    comparable = [
+        certificate for certificate in certificates if certificate.unit == certificates[0].unit
+    ]
     other_units = len(certificates) - len(comparable)
     runs = make_slots([run.records for run in series], options.per)
     ranks = Panel(
@@ -57,18 +77,27 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         best = only.optimal or only.gap == 0
         gap = "the optimum" if best else f"at most {only.gap:.2%} below the optimum"
         about += f"; {only.params:,} parameters keep {only.kept:.1%} of the energy, {gap}"
-    metrics = {run.run.settings.get("metric", "weights") if run.run else "weights" for run in series}
-    metric = " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics)) if metrics != {"weights"} else ""
+    metrics = {
+        run.run.settings.get("metric", "weights") if run.run else "weights" for run in series
+    }
+    metric = (
+        " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics))
+        if metrics != {"weights"}
+        else ""
+    )
     joined = max((slot.joined for slots in runs for slot in slots), default=1)
     return Page(
         "Allocation: rank r by layer, and the energy kept",
         panels,
         about,
         [
-            f"Energy is Σσ² as measured{f', in {metric}' if metric else ''}; blocks run from left to right in each "
+            f"Energy is Σσ² as measured{f', in {metric}' if metric else ''}; blocks run from left "
+            "to right in each "
             "module type.",
             f"A bar is the median rank of up to {joined} layers." if joined > 1 else "",
-            "Fractions are of the weighted energy." if any(record.weight != 1 for record in records) else "",
+            "Fractions are of the weighted energy."
+            if any(record.weight != 1 for record in records)
+            else "",
             f"Not drawn: {other_units} with a budget in another unit." if other_units else "",
         ],
         columns=1,
@@ -76,15 +105,25 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     )
 
 
-def _draw_ranks(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]], labels: Sequence[str]) -> None:
+def _draw_ranks(
+    ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]], labels: Sequence[str]
+) -> None:
     """Draw the ranks of each run by slot; of a single run also those of the uniform rule."""
     rank_of: Callable[[Sequence[Allocation]], float | None] = median_of(lambda record: record.rank)
     if len(runs) == 1:
-        draw_bars(ax, runs[0], rank_of, label="rank allocated", color=BARS, fill=True, baseline=0, lw=0)
-        uniform: dict[str, Any] = {"label": "uniform rule, same budget", "color": UNIFORM, "lw": 1.3 * style.line}
+        draw_bars(
+            ax, runs[0], rank_of, label="rank allocated", color=BARS, fill=True, baseline=0, lw=0
+        )
+        uniform: dict[str, Any] = {
+            "label": "uniform rule, same budget",
+            "color": UNIFORM,
+            "lw": 1.3 * style.line,
+        }
         draw_bars(ax, runs[0], median_of(lambda record: record.uniform_rank), **uniform)
     for number, slots in enumerate(runs if len(runs) > 1 else ()):
-        draw_bars(ax, slots, rank_of, label=labels[number], color=category(number), lw=1.5 * style.line)
+        draw_bars(
+            ax, slots, rank_of, label=labels[number], color=category(number), lw=1.5 * style.line
+        )
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
@@ -100,7 +139,9 @@ def _draw_kept(ax: Axes, style: PageStyle, certificates: Sequence[Certificate]) 
 def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
     """Draw one bar per rule with its energy and cost, and the upper bound."""
     rules = [("this allocation", certificate.kept, _cost_of(certificate), BARS)]
-    rules += [(name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines]
+    rules += [
+        (name_of(rule.name), rule.kept, rule.spent, UNIFORM) for rule in certificate.baselines
+    ]
     short = crop_names([name for name, *_ in rules], 24)
     scale = max(certificate.bound, *(kept for _, kept, *_ in rules)) or 1.0
     ax.set_xlim(0, scale / 0.7)
@@ -108,29 +149,60 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
         ax.barh(position, kept, height=0.66, color=color, lw=0)
         # Right of all bars and of the bound.
         text, place = f"{kept:.1%} ({count(round(spent))})", (scale, position)
-        ax.annotate(text, place, xytext=(4, 0), textcoords="offset points", size=style.ticks, va="center")
+        ax.annotate(
+            text, place, xytext=(4, 0), textcoords="offset points", size=style.ticks, va="center"
+        )
     ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label=_BOUND_LABEL)
-    ax.set_yticks(range(len(rules)), [short[name] for name, *_ in rules], parse_math=False, size=style.ticks)
+    ax.set_yticks(
+        range(len(rules)), [short[name] for name, *_ in rules], parse_math=False, size=style.ticks
+    )
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
-    ax.set_xticks([tick for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale) if tick <= scale])
+    ax.set_xticks(
+        [
+            tick
+            for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale)
+            if tick <= scale
+        ]
+    )
 
 
 def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certificate]) -> None:
-    """Draw the bound over the budget, and the energy kept by allocations and by the uniform rule over their cost."""
+    """Draw the bound over the budget, and the energy kept by allocations and by the uniform rule
+    over their cost.
+    """
     width = style.line
     ordered = sorted(certificates, key=_cost_of)
-    limits = [item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item) for item in ordered]
+    limits = [
+        item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item)
+        for item in ordered
+    ]
     uniform = [(rule.spent, rule.kept) for item in ordered if (rule := item.uniform) is not None]
-    ax.plot(limits, [item.bound for item in ordered], color=BOUND, lw=width, ls=DASHED, label=_BOUND_LABEL)
+    ax.plot(
+        limits,
+        [item.bound for item in ordered],
+        color=BOUND,
+        lw=width,
+        ls=DASHED,
+        label=_BOUND_LABEL,
+    )
     for points, color, marker, name in (
         (uniform, OTHERS, "s", "kept by the uniform rule"),
         ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "kept by the allocation"),
     ):
         if points:
-            ax.plot(*zip(*points, strict=True), color=color, marker=marker, lw=1.2 * width, ms=4.5 * width, label=name)
+            ax.plot(
+                *zip(*points, strict=True),
+                color=color,
+                marker=marker,
+                lw=1.2 * width,
+                ms=4.5 * width,
+                label=name,
+            )
     ax.set_xlim(0, 1.06 * max([*limits, *(x for x, _ in uniform)]))
-    ax.set_ylim(0, min(1.02, 1.15 * max([*(item.bound for item in ordered), *(y for _, y in uniform)])))
+    ax.set_ylim(
+        0, min(1.02, 1.15 * max([*(item.bound for item in ordered), *(y for _, y in uniform)]))
+    )
     ax.set(xlabel=_UNITS[ordered[0].unit], ylabel="energy kept")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -138,5 +210,7 @@ def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certifica
 
 
 def _cost_of(certificate: Certificate) -> float:
-    """Return the cost of an allocation in the unit of the axis: parameters for an energy fraction."""
+    """Return the cost of an allocation in the unit of the axis: parameters for an
+    energy fraction.
+    """
     return float(certificate.params) if certificate.unit == "energy" else certificate.spent

@@ -1,35 +1,40 @@
 """Allocation of a budget to layers, with a certificate of its distance from the optimum.
 
-Combines heads, candidates, steps and other rules into records; opens no files, and takes the spectra as measured.
+Combines heads, candidates, steps and other rules into records; opens no files, and takes the
+spectra as measured.
 
-Heads: those of a fine-tuned model are trained in full (PEFT's ``modules_to_save``). A task head is new, so BASE has no
-weight for a low-rank update, and it is small. PEFT itself trains ``classifier`` and ``score`` (sequence and token
-classification) and ``qa_outputs`` (question answering) in full.
+Heads: those of a fine-tuned model are trained in full (PEFT's ``modules_to_save``). A task head is
+new, so BASE has no weight for a low-rank update, and it is small. PEFT itself trains ``classifier``
+and ``score`` (sequence and token classification) and ``qa_outputs`` (question answering) in full.
 
-Candidates: the layers for adapters, groups with a common rank, and the largest rank of each, from records of
-``spectrum`` and constraints; independent of budgets.
+Candidates: the layers for adapters, groups with a common rank, and the largest rank of each, from
+records of ``spectrum`` and constraints; independent of budgets.
 
-Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all. Each rule orders
-the steps by a key and takes them in that order, steps with equal keys together, while the budget lasts. Constraints and
-caps are those of the allocation, so that only the rules differ.
+Other rules for the same budget: one rank for all, the article's prior, one energy fraction for all.
+Each rule orders the steps by a key and takes them in that order, steps with equal keys together,
+while the budget lasts. Constraints and caps are those of the allocation, so that only the rules
+differ.
 
-Steps: a budget is spent on steps of decreasing yield, with a bound on the distance from the optimum.
-max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing gains. This uses gains,
-costs and a budget; independent of layers, files and units.
+Steps: a budget is spent on steps of decreasing yield, with a bound on the distance from the
+optimum. max Σ_u G_u(r_u) subject to Σ_u cost_u·r_u ≤ B, G_u(r) = Σ_{i≤r} gain_{u,i} with decreasing
+gains. This uses gains, costs and a budget; independent of layers, files and units.
 
-Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks within the budget
-(weak duality). G_u is concave on the allowed ranks, so the inner maximum takes exactly the steps whose gain per cost
-exceeds λ. The right side is least where those steps just fill the budget: with all steps sorted by gain per cost, at
-the first one that does not fit. This is the greedy order, so one sort gives the greedy prefix and its bound. The rest
-of the budget is filled with later steps that fit.
+Derivation. For every price λ ≥ 0, Σ_u G_u(r_u) ≤ λB + Σ_u max_r (G_u(r) − λ·cost_u·r) for all ranks
+within the budget (weak duality). G_u is concave on the allowed ranks, so the inner maximum takes
+exactly the steps whose gain per cost exceeds λ. The right side is least where those steps just fill
+the budget: with all steps sorted by gain per cost, at the first one that does not fit. This is the
+greedy order, so one sort gives the greedy prefix and its bound. The rest of the budget is filled
+with later steps that fit.
 
-One rank for all layers with a rank, which every serving program scales alike: programs that read one r and one
-lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one rank r the choice is which layers
-get it; every r of a grid is tried, and the allocation that keeps most is taken.
+One rank for all layers with a rank, which every serving program scales alike: programs that read
+one r and one lora_alpha refuse, or scale wrongly, an adapter whose layers differ in rank. With one
+rank r the choice is which layers get it; every r of a grid is tried, and the allocation that keeps
+most is taken.
 
-References: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next rank unit to the layer
-with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a budget of parameters the order is that of
-σ²/(d_in + d_out). Everett 1963, "Generalized Lagrange multiplier method"; Dantzig 1957 (the prefix).
+References: The article, "Multi-Layer Allocation": min Σ_ℓ Σ_{i>r_ℓ} σ_{ℓ,i}²; its rule, the next
+rank unit to the layer with the largest σ²_{ℓ,r+1}, is the greedy order for a budget of ranks. For a
+budget of parameters the order is that of σ²/(d_in + d_out). Everett 1963, "Generalized Lagrange
+multiplier method"; Dantzig 1957 (the prefix).
 """
 
 from __future__ import annotations
@@ -57,14 +62,15 @@ from lora_diag.records.names import depth_of
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Names of heads of transformers 5 classes for classification and question answering; the language-modelling head is a
-# vocabulary table (``names.part_of``) and not included.
+# Names of heads of transformers 5 classes for classification and question answering; the
+# language-modelling head is a vocabulary table (``names.part_of``) and not included.
 _HEAD = re.compile(
     r"(?:.*\.)?(?:\w*classifier|score|qa_outputs|\w*pooler|classification_head|multiple_choice_head|sequence_summary"
     r"|logits_proj)(?=\.|$)"
 )
 
-# The end of a class name -> PEFT's task type. Other classes (masked language models, multiple choice) have none.
+# The end of a class name -> PEFT's task type. Other classes (masked language models, multiple
+# choice) have none.
 _TASKS = (
     ("ForSequenceClassification", "SEQ_CLS"),
     ("ForTokenClassification", "TOKEN_CLS"),
@@ -81,7 +87,11 @@ _SEQ_2_SEQ = re.compile(
 def head_of(name: str) -> str | None:
     """Return the module of the head that contains a tensor; None outside of heads.
 
-    >>> head_of("classifier.out_proj.weight"), head_of("bert.pooler.dense.bias"), head_of("lm_head.weight")
+    >>> (
+    ...     head_of("classifier.out_proj.weight"),
+    ...     head_of("bert.pooler.dense.bias"),
+    ...     head_of("lm_head.weight"),
+    ... )
     ('classifier', 'bert.pooler', None)
     >>> head_of("model.layers.3.score.weight")  # a block's own
     """
@@ -97,8 +107,9 @@ def list_saved_tensors(
 ) -> list[LeftOut]:
     """Return a record of each of TUNED's tensors in the heads to train in full.
 
-    These are the heads that TUNED changed or resized or that only it has, except those with a tensor that matches a
-    pattern: a match of ``target`` gives it a rank, one of ``exclude`` leaves it unchanged.
+    These are the heads that TUNED changed or resized or that only it has, except those with a
+    tensor that matches a pattern: a match of ``target`` gives it a rank, one of ``exclude`` leaves
+    it unchanged.
 
     Args:
         records: Spectra.
@@ -133,16 +144,20 @@ def list_saved_tensors(
 
 
 def _is_new_or_changed(tensor: Spectrum | LeftOut) -> bool:
-    return bool(tensor.fro) or (isinstance(tensor, LeftOut) and tensor.reason in {"only_in_tuned", "shape_differs"})
+    return bool(tensor.fro) or (
+        isinstance(tensor, LeftOut) and tensor.reason in {"only_in_tuned", "shape_differs"}
+    )
 
 
 def task_type_of(results: Results[Any], heads: Collection[str]) -> str | None:
-    """Return PEFT's task type of a fine-tune by the class in its config; None if it cannot be determined.
+    """Return PEFT's task type of a fine-tune by the class in its config; None if it cannot be
+    determined.
 
     Args:
-        results: Spectra of the fine-tune or an allocation: the class of TUNED is used, else that of BASE.
-        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full, so
-            without heads only ``CAUSAL_LM`` and ``SEQ_2_SEQ_LM`` are returned.
+        results: Spectra of the fine-tune or an allocation: the class of TUNED is used, else that of
+            BASE.
+        heads: Heads that are trained in full. PEFT always trains the heads of a task type in full,
+            so without heads only ``CAUSAL_LM`` and ``SEQ_2_SEQ_LM`` are returned.
     """
     sides = [side for role in ("tuned", "base") for side in results.run.inputs if side.role == role]
     architecture = next((side.architecture for side in sides if side.architecture), "")
@@ -184,8 +199,12 @@ class Constraints:
         if self.ranks_from is not None:
             if not self.ranks_from or min(self.ranks_from) < 1:
                 raise UsageError("--allowed-ranks: ranks must be 1 or more, such as 8,16,32,64")
-            if not any(self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from):
-                raise UsageError("--allowed-ranks: none of its ranks lies between --min-rank and --max-rank")
+            if not any(
+                self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from
+            ):
+                raise UsageError(
+                    "--allowed-ranks: none of its ranks lies between --min-rank and --max-rank"
+                )
 
 
 @dataclass(frozen=True)
@@ -198,7 +217,8 @@ class Unit:
         weights: Factor of each member's energy.
         stops: Minimum rank and the allowed ranks above it, ascending.
         capped_by: Reason for the largest of them.
-        losses: F(0), F(1), … of each member: measured cost of discarding everything beyond a rank; None to use energy.
+        losses: F(0), F(1), … of each member: measured cost of discarding everything beyond a rank;
+            None to use energy.
     """
 
     members: tuple[Spectrum, ...]
@@ -233,13 +253,17 @@ class Unit:
         """The weighted energy Σ w‖ΔW‖_F²; with losses ΣF(0)."""
         if self.losses is not None:
             return float(sum(loss[0] for loss in self.losses))
-        return sum(weight * member.fro**2 for weight, member in zip(self.weights, self.members, strict=True))
+        return sum(
+            weight * member.fro**2
+            for weight, member in zip(self.weights, self.members, strict=True)
+        )
 
     @property
     def corners(self) -> Ints:
         """The ``stops`` at the corners of the concave envelope of ``curve``, up to its maximum.
 
-        Between two corners no rank is better than a mixture of both, and beyond the last there is no gain.
+        Between two corners no rank is better than a mixture of both, and beyond the last there is
+        no gain.
         """
         stops, values = self.stops, self.curve[self.stops]
 
@@ -266,7 +290,8 @@ class Unit:
 
     @cached_property
     def curve(self) -> Floats:
-        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); constant beyond the measured values.
+        """The weighted energy kept at ranks 0, …, cap: Σ_members w‖ΔW‖_F²·C(r); constant beyond the
+        measured values.
 
         With losses Σ_members (F(0) − F(r)), which may decrease with rank.
         """
@@ -276,7 +301,9 @@ class Unit:
         else:
             parts = [
                 weight * member.fro**2 * curve[np.minimum(ranks, len(curve) - 1)]
-                for weight, member, curve in zip(self.weights, self.members, self.curves, strict=True)
+                for weight, member, curve in zip(
+                    self.weights, self.members, self.curves, strict=True
+                )
             ]
         total: Floats = np.sum(parts, axis=0)
         return total
@@ -287,8 +314,9 @@ def split_candidates(
 ) -> tuple[list[Spectrum], list[LeftOut]]:
     """Return the candidates among the layers, and records of the skipped ones with the reason.
 
-    Without ``target``, candidates are the matrices that adapters usually target, see ``targets.why_no_target``; with
-    it, all layers whose name contains a match. Layers that match ``exclude`` are skipped.
+    Without ``target``, candidates are the matrices that adapters usually target, see
+    ``targets.why_no_target``; with it, all layers whose name contains a match. Layers that match
+    ``exclude`` are skipped.
 
     Raises:
         UsageError: There is no candidate.
@@ -296,13 +324,22 @@ def split_candidates(
     candidates, left_out = [], []
     for record in records:
         if why := why_no_target(record.layer, target, exclude):
-            known = {"layer": record.layer, "shape": record.shape, "fro": record.fro, "base_fro": record.base_fro}
+            known = {
+                "layer": record.layer,
+                "shape": record.shape,
+                "fro": record.fro,
+                "base_fro": record.base_fro,
+            }
             left_out.append(LeftOut(**known, reason="not_selected", detail=why))
         else:
             candidates.append(record)
     if not candidates:
-        requested = f"--layers {target.pattern}: matches" if target is not None else "the results hold"
-        raise UsageError(f"{requested} no layer that could get an adapter; select layers with --layers")
+        requested = (
+            f"--layers {target.pattern}: matches" if target is not None else "the results hold"
+        )
+        raise UsageError(
+            f"{requested} no layer that could get an adapter; select layers with --layers"
+        )
     return candidates, left_out
 
 
@@ -326,8 +363,11 @@ def make_units(
         groups.setdefault(stacked[1] if stacked else record.layer, []).append(record)
     units = []
     for name, members in groups.items():
-        # Ranks reach the largest cap of the members, or the minimum rank if that is higher and a rank has a gain.
-        soft, reason = max((_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0])
+        # Ranks reach the largest cap of the members, or the minimum rank if that is higher and a
+        # rank has a gain.
+        soft, reason = max(
+            (_cap_rank(member, constraints.max_rank) for member in members), key=lambda cap: cap[0]
+        )
         largest = compute_break_even(members[0].shape)
         hard = min(constraints.max_rank or largest, largest)
         if 0 < soft < (least := min(constraints.min_rank, hard)):
@@ -335,7 +375,9 @@ def make_units(
         stops = _list_allowed_ranks(soft, hard, constraints)
         curves = None
         if losses is not None:
-            curves = tuple(np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members)
+            curves = tuple(
+                np.asarray(losses.get(member.layer, (0.0,)), np.float64) for member in members
+            )
         units.append(
             Unit(
                 members=tuple(members),
@@ -350,7 +392,8 @@ def make_units(
 
 
 def compute_break_even(shape: tuple[int, int]) -> int:
-    """Return the largest rank whose factors have no more parameters than the matrix: r(out + in) ≤ out·in.
+    """Return the largest rank whose factors have no more parameters than the matrix: r(out + in) ≤
+    out·in.
 
     >>> compute_break_even((77, 384)), compute_break_even((128, 128)), compute_break_even((1, 64))
     (64, 64, 0)
@@ -359,7 +402,8 @@ def compute_break_even(shape: tuple[int, int]) -> int:
 
 
 def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
-    """Return the largest rank with a measured gain, within break-even and ``max_rank``, and the reason for this limit.
+    """Return the largest rank with a measured gain, within break-even and ``max_rank``, and the
+    reason for this limit.
 
     Of equal limits, the reason is the first.
     """
@@ -376,8 +420,8 @@ def _cap_rank(record: Spectrum, max_rank: int | None) -> tuple[int, CappedBy]:
 def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
     """Return the minimum rank of a unit and the allowed ranks above it, ascending.
 
-    In a list of ranks, the last is the first that reaches ``soft``, if one within ``hard`` does: a signal of rank 5 may
-    get 8 of 8, 16, 32.
+    In a list of ranks, the last is the first that reaches ``soft``, if one within ``hard`` does: a
+    signal of rank 5 may get 8 of 8, 16, 32.
 
     Args:
         soft: The largest rank with a gain.
@@ -387,10 +431,16 @@ def _list_allowed_ranks(soft: int, hard: int, constraints: Constraints) -> Ints:
     minimum = min(constraints.min_rank, soft)
     if constraints.ranks_from is None:
         return np.arange(minimum, soft + 1)
-    possible = [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard] if soft else []
+    possible = (
+        [rank for rank in sorted(set(constraints.ranks_from)) if rank <= hard] if soft else []
+    )
     last = next((i for i, rank in enumerate(possible) if rank >= soft), len(possible) - 1)
     possible = possible[: last + 1]
-    start = next((rank for rank in possible if rank >= minimum), possible[-1]) if possible and minimum else 0
+    start = (
+        next((rank for rank in possible if rank >= minimum), possible[-1])
+        if possible and minimum
+        else 0
+    )
     return np.asarray([start, *(rank for rank in possible if rank > start)], np.int64)
 
 
@@ -433,10 +483,11 @@ def apply_rules(units: Sequence[Unit], steps: Steps, budget: int, scores: Floats
 
 
 def _compute_share_before(units: Sequence[Unit], steps: Steps) -> Floats:
-    """Return for each step over all allowed ranks the fraction of its unit's energy kept without it, ``(n,)``.
+    """Return for each step over all allowed ranks the fraction of its unit's energy kept without
+    it, ``(n,)``.
 
-    It is 1 where a unit has no energy. 1e-9 is added, because an error of that size in the sum of 9-digit values must
-    not increase the rank by one: 0.9 is reached by 0.8999999995.
+    It is 1 where a unit has no energy. 1e-9 is added, because an error of that size in the sum of
+    9-digit values must not increase the rank by one: 0.9 is reached by 0.8999999995.
     """
     share = np.empty(len(steps.gain))
     for unit, of_unit in zip(units, steps.slices, strict=True):
@@ -448,7 +499,8 @@ def _take_steps(steps: Steps, key: Floats, budget: int) -> tuple[float, tuple[In
     """Take steps by ascending key, steps with equal keys together, while the budget lasts.
 
     Returns:
-        The last key whose steps were all taken (0 if none), and the ranks with the cost of their steps.
+        The last key whose steps were all taken (0 if none), and the ranks with the cost of their
+            steps.
     """
     # Steps of a unit stay in order despite rounding of their keys.
     key = key.copy()
@@ -469,7 +521,8 @@ class Steps:
     """All steps of all units, unit by unit, in order of rank.
 
     Args:
-        gain: Gain of each step, ``(n,)``; ``spend`` requires that ``gain / cost`` does not increase within a unit.
+        gain: Gain of each step, ``(n,)``; ``spend`` requires that ``gain / cost`` does not increase
+            within a unit.
         cost: Cost of each step, ``(n,)``, positive.
         unit: Index of its unit, ``(n,)``, ascending.
         rank: The unit's rank after it, ``(n,)``.
@@ -493,7 +546,9 @@ class Steps:
         return [slice(first, end) for first, end in pairwise(self.first)]
 
     def ranks_after(self, chosen: Ints | NDArray[np.bool_]) -> Ints:
-        """Return the rank of each unit after the chosen steps, given by index or mask, ``(units,)``."""
+        """Return the rank of each unit after the chosen steps, given by index or mask,
+        ``(units,)``.
+        """
         ranks = self.start.copy()
         np.maximum.at(ranks, self.unit[chosen], self.rank[chosen])
         return ranks
@@ -509,8 +564,8 @@ class BudgetedRanks:
         cost: Total cost of the steps.
         bound: Upper bound on the gain within the budget.
         price: Gain of one more unit of the budget, at the bound; 0 if the budget covers all steps.
-        optimal: True if this is known to be the optimum: all steps were taken, or the greedy prefix spends the whole
-            budget.
+        optimal: True if this is known to be the optimum: all steps were taken, or the greedy prefix
+            spends the whole budget.
     """
 
     ranks: Ints
@@ -527,11 +582,16 @@ def make_steps(curves: Sequence[Floats], costs: Sequence[int], stops: Sequence[I
     Args:
         curves: By unit: G(0), …, G(cap), concave at its stops, ``(cap + 1,)``.
         costs: By unit: cost of one rank.
-        stops: By unit: minimum rank and the allowed ranks above it, ascending; for one unit or more.
+        stops: By unit: minimum rank and the allowed ranks above it, ascending; for one unit or
+            more.
     """
     return Steps(
-        gain=np.concatenate([np.diff(curve[ranks]) for curve, ranks in zip(curves, stops, strict=True)]),
-        cost=np.concatenate([np.diff(ranks) * cost for cost, ranks in zip(costs, stops, strict=True)]),
+        gain=np.concatenate(
+            [np.diff(curve[ranks]) for curve, ranks in zip(curves, stops, strict=True)]
+        ),
+        cost=np.concatenate(
+            [np.diff(ranks) * cost for cost, ranks in zip(costs, stops, strict=True)]
+        ),
         unit=np.repeat(np.arange(len(stops)), [len(ranks) - 1 for ranks in stops]),
         rank=np.concatenate([ranks[1:] for ranks in stops]),
         start=np.array([ranks[0] for ranks in stops], np.int64),
@@ -581,7 +641,9 @@ def spend(steps: Steps, budget: int) -> BudgetedRanks:
 
 
 def _order_by_yield(steps: Steps) -> Ints:
-    """Return the steps with a positive gain by decreasing gain per cost; the steps of one unit keep their order."""
+    """Return the steps with a positive gain by decreasing gain per cost; the steps of one unit keep
+    their order.
+    """
     density = steps.gain / steps.cost
     for of_unit in steps.slices:
         # Rounding of sums must not reorder the steps of a unit.
@@ -591,7 +653,9 @@ def _order_by_yield(steps: Steps) -> Ints:
 
 
 def _add_fitting_steps(steps: Steps, counts: Ints, left: int) -> None:
-    """Add to ``counts``, one by one, the next step of a unit with the largest gain per cost that ``left`` covers."""
+    """Add to ``counts``, one by one, the next step of a unit with the largest gain per cost that
+    ``left`` covers.
+    """
     first = steps.first
     while True:
         upcoming = first[:-1] + counts
@@ -616,7 +680,9 @@ def _make_mask(steps: Steps, counts: Ints) -> NDArray[np.bool_]:
 GRID = tuple(sorted({rank * 2**power for power in range(9) for rank in (2, 3)} | {1}))
 
 
-def allocate_one_rank(choose: Callable[[Constraints], Allocated], constraints: Constraints) -> Allocated:
+def allocate_one_rank(
+    choose: Callable[[Constraints], Allocated], constraints: Constraints
+) -> Allocated:
     """Return the best allocation in which every layer has rank 0 or one common rank.
 
     Args:
@@ -624,12 +690,13 @@ def allocate_one_rank(choose: Callable[[Constraints], Allocated], constraints: C
         constraints: Constraints on the rank; ``ranks_from`` replaces the grid.
 
     Returns:
-        The allocation that keeps most; its bound is the largest of all ranks tried, and rules that spend nothing are
+        The allocation that keeps most; its bound is the largest of all ranks tried, and rules that
+            spend nothing are
         omitted.
 
     Raises:
-        UsageError: ``choose`` raised one for every rank tried, of which this is the first; or no rank is within the
-            constraints.
+        UsageError: ``choose`` raised one for every rank tried, of which this is the first; or no
+            rank is within the constraints.
     """
     allocated: list[Allocated] = []
     first_error: UsageError | None = None
@@ -641,14 +708,20 @@ def allocate_one_rank(choose: Callable[[Constraints], Allocated], constraints: C
         except UsageError as error:
             first_error = first_error or error
     if not allocated:
-        raise first_error or UsageError("--portable: no rank lies between --min-rank and --max-rank")
-    best = max(allocated, key=lambda at_rank: (at_rank.certificate.kept, -at_rank.certificate.spent))
+        raise first_error or UsageError(
+            "--portable: no rank lies between --min-rank and --max-rank"
+        )
+    best = max(
+        allocated, key=lambda at_rank: (at_rank.certificate.kept, -at_rank.certificate.spent)
+    )
     kept, bound = best.certificate.kept, max(at_rank.certificate.bound for at_rank in allocated)
     update = {
         "bound": bound,
         "gap": max(0.0, (bound - kept) / bound) if bound > 0 else 0.0,
         "optimal": best.certificate.optimal and bound <= kept,
-        "baselines": tuple(rule for rule in best.certificate.baselines if rule.spent),  # others have no such rank
+        "baselines": tuple(
+            rule for rule in best.certificate.baselines if rule.spent
+        ),  # others have no such rank
     }
     return replace(best, certificate=best.certificate.model_copy(update=update))
 
@@ -658,7 +731,8 @@ class Budget:
     """A budget.
 
     Args:
-        unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to keep.
+        unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to
+            keep.
         amount: Amount in this unit.
         option: The option as given, for messages.
         bytes_per_param: Memory of one trainable parameter for a budget in bytes; 1 for others.
@@ -695,7 +769,8 @@ class Allocated:
     Args:
         layers: Candidates with their ranks.
         certificate: Distance of the ranks from the optimum.
-        left_out: Heads that are trained in full, layers that are not candidates, and tensors without a spectrum.
+        left_out: Heads that are trained in full, layers that are not candidates, and tensors
+            without a spectrum.
     """
 
     layers: tuple[Allocation, ...]
@@ -724,21 +799,24 @@ def allocate(
         budget: The budget.
         constraints: Constraints on the ranks.
         weights: Factor of each layer's energy, by name; None for 1.
-        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximized instead of Σ‖ΔW‖²C_ℓ.
-        target: Only layers whose name contains a match; None for the matrices that adapters usually target.
+        relative: Whether every layer's energy counts as 1, so that Σ C_ℓ(r_ℓ) is maximized instead
+            of Σ‖ΔW‖²C_ℓ.
+        target: Only layers whose name contains a match; None for the matrices that adapters usually
+            target.
         exclude: No layers whose name contains a match; None to exclude none.
-        losses: F(0), F(1), … by layer, from ``probe fisher``; ranks then minimize ΣF_ℓ(r_ℓ). F need not be convex, so
-            ranks are chosen from the corners of its convex envelope, and the bound holds for all ranks. None to use
-            energy.
+        losses: F(0), F(1), … by layer, from ``probe fisher``; ranks then minimize ΣF_ℓ(r_ℓ). F need
+            not be convex, so ranks are chosen from the corners of its convex envelope, and the
+            bound holds for all ranks. None to use energy.
         left_out: Tensors without a spectrum, including heads that only TUNED has.
         save_heads: Whether heads are trained in full and paid for first; else they are layers.
 
     Returns:
-        The ranks of the candidates in the order of ``records``, their distance from the optimum, and the other tensors.
+        The ranks of the candidates in the order of ``records``, their distance from the optimum,
+            and the other tensors.
 
     Raises:
-        UsageError: The budget is too small for the heads, the constraints or any rank; no layer is a candidate or can
-            get a rank; a pattern is not a valid regular expression.
+        UsageError: The budget is too small for the heads, the constraints or any rank; no layer is
+            a candidate or can get a rank; a pattern is not a valid regular expression.
     """
     included, excluded = compile_pattern(target, "--layers"), compile_pattern(exclude, "--exclude")
     saved = list_saved_tensors(records, left_out, included, excluded) if save_heads else []
@@ -747,9 +825,15 @@ def allocate(
     candidates, not_selected = split_candidates(
         [record for record in records if record.layer not in saved_names], included, excluded
     )
-    factors = {record.layer: 1.0 if weights is None else weights[record.layer] for record in candidates}
+    factors = {
+        record.layer: 1.0 if weights is None else weights[record.layer] for record in candidates
+    }
     if relative:
-        factors |= {record.layer: factors[record.layer] / record.fro**2 for record in candidates if record.fro > 0}
+        factors |= {
+            record.layer: factors[record.layer] / record.fro**2
+            for record in candidates
+            if record.fro > 0
+        }
     units = make_units(candidates, factors, constraints, losses)
     _require_possible_rank(units)
     curves, costs = [unit.curve for unit in units], [budget.cost_of(unit) for unit in units]
@@ -763,7 +847,8 @@ def allocate(
         heads = sorted({head_of(name) or "" for name in saved_names})
         raise UsageError(
             f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
-            f"{budget.describe(reserved)}, {budget.describe(reserved - budget.whole)} more than the budget; "
+            f"{budget.describe(reserved)}, {budget.describe(reserved - budget.whole)} more than "
+            "the budget; "
             f"raise it, or exclude a head with --exclude {heads[0]}"
         )
     chosen, left = _choose_ranks(units, steps, all_steps, budget, fixed, reserved)
@@ -779,22 +864,32 @@ def allocate(
     order = {record.layer: i for i, record in enumerate(records)}
     return Allocated(
         layers=tuple(sorted(layers, key=lambda record: order[record.layer])),
-        certificate=_make_certificate(units, steps, budget, fixed + reserved, saved_params, chosen, rule_results),
-        left_out=(*saved, *not_selected, *(item for item in left_out if item.layer not in saved_names)),
+        certificate=_make_certificate(
+            units, steps, budget, fixed + reserved, saved_params, chosen, rule_results
+        ),
+        left_out=(
+            *saved,
+            *not_selected,
+            *(item for item in left_out if item.layer not in saved_names),
+        ),
     )
 
 
 def _take_better_rule(
     units: Sequence[Unit], steps: Steps, chosen: BudgetedRanks, rule_results: Sequence[Rule]
 ) -> BudgetedRanks:
-    """Return the chosen ranks, or those of a rule that keeps more: a few large steps may fill a small budget better."""
+    """Return the chosen ranks, or those of a rule that keeps more: a few large steps may fill a
+    small budget better.
+    """
     best = max(rule_results, key=lambda rule: _compute_kept_energy(units, rule.ranks))
     if _compute_kept_energy(units, best.ranks) <= _compute_kept_energy(units, chosen.ranks):
         return chosen
     return _bound_ranks(units, steps, best.ranks, best.cost, chosen)
 
 
-def _bound_ranks(units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks) -> BudgetedRanks:
+def _bound_ranks(
+    units: Sequence[Unit], steps: Steps, ranks: Ints, cost: int, best: BudgetedRanks
+) -> BudgetedRanks:
     """Return given ranks with the bound and price of ``best``, the best ranks for their budget."""
     gain = _compute_kept_energy(units, ranks) - _compute_kept_energy(units, steps.start)
     return BudgetedRanks(ranks, gain, cost, max(best.bound, gain), best.price, optimal=False)
@@ -814,16 +909,22 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
     if not any(unit.energy for unit in units):
         raise UsageError("every changed layer has weight 0, so there is no energy to keep")
     if all(member.resolution.signal_rank == 0 for member in changed):
-        raise UsageError("every update is below the rounding noise of the files, so there is only noise to keep")
+        raise UsageError(
+            "every update is below the rounding noise of the files, so there is only noise to keep"
+        )
     raise UsageError("every layer with energy is smaller than the smallest allowed rank")
 
 
 def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> float:
-    """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖ without W)."""
+    """Return s for the prior, the mean over the layers: of their weights, else of ‖ΔW‖/‖W‖ (‖ΔW‖
+    without W).
+    """
     if weights is not None:
         values = [weights[member.layer] for member in unit.members]
     else:
-        values = [member.fro if member.relative is None else member.relative for member in unit.members]
+        values = [
+            member.fro if member.relative is None else member.relative for member in unit.members
+        ]
     return math.fsum(values) / len(values)
 
 
@@ -832,8 +933,8 @@ def _choose_ranks(
 ) -> tuple[BudgetedRanks, int]:
     """Return the ranks, and the budget for steps above the starting ranks.
 
-    For an energy fraction: the smallest allowed rank of each unit that keeps it, else its cap; and the cost of their
-    steps.
+    For an energy fraction: the smallest allowed rank of each unit that keeps it, else its cap; and
+    the cost of their steps.
 
     Args:
         units: The units.
@@ -844,27 +945,34 @@ def _choose_ranks(
         reserved: Cost of the heads.
 
     Raises:
-        UsageError: The budget is too small for the starting ranks or for any rank, or no allowed rank lowers the loss.
+        UsageError: The budget is too small for the starting ranks or for any rank, or no allowed
+            rank lowers the loss.
     """
     if budget.unit == "energy":
         ranks = all_steps.ranks_after(_compute_share_before(units, all_steps) < budget.amount)
-        left = sum(int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True))
+        left = sum(
+            int(rank - unit.start) * unit.cost for rank, unit in zip(ranks, units, strict=True)
+        )
         return _bound_ranks(units, steps, ranks, left, spend(steps, left)), left
     left = budget.whole - reserved - fixed
     remaining = f"the {budget.describe(budget.whole - reserved)} that remain after the heads"
     budget_text = remaining if reserved else "the budget"
     if left < 0:
         raise UsageError(
-            f"{budget.option}: the smallest ranks allowed by --min-rank take {budget.describe(fixed)}, "
+            f"{budget.option}: the smallest ranks allowed by --min-rank take "
+            f"{budget.describe(fixed)}, "
             f"{budget.describe(-left)} more than {budget_text}; raise it, lower --min-rank "
             "or select fewer layers with --layers"
         )
     if not fixed and not len(steps.gain):
-        raise UsageError(f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank")
+        raise UsageError(
+            f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank"
+        )
     if not fixed and left < (minimum := int(steps.cost.min())):
         unit = units[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
-            f"{budget.option}: even the cheapest rank, one of {unit.name}, takes {budget.describe(minimum)}; "
+            f"{budget.option}: even the cheapest rank, one of {unit.name}, takes "
+            f"{budget.describe(minimum)}; "
             f"give a budget of at least {budget.describe(budget.whole - left + minimum)}"
         )
     return spend(steps, left), left
@@ -891,7 +999,9 @@ def _make_records(units: Sequence[Unit], ranks: Ints, uniform: Ints) -> list[All
             fisher=None if unit.losses is None else _read_loss(unit.losses[position], rank),
         )
         for unit, rank, uniform_rank in zip(units, ranks.tolist(), uniform.tolist(), strict=True)
-        for position, (weight, member, curve) in enumerate(zip(unit.weights, unit.members, unit.curves, strict=True))
+        for position, (weight, member, curve) in enumerate(
+            zip(unit.weights, unit.members, unit.curves, strict=True)
+        )
     ]
 
 
@@ -914,11 +1024,15 @@ def _make_certificate(
     chosen: BudgetedRanks,
     rule_results: Sequence[Rule],
 ) -> Certificate:
-    """Return the certificate; ``fixed``: cost of starting ranks and heads, ``saved``: parameters of the heads."""
+    """Return the certificate; ``fixed``: cost of starting ranks and heads, ``saved``: parameters of
+    the heads.
+    """
     total = math.fsum(unit.energy for unit in units)
     at_start = _compute_kept_energy(units, steps.start)
     # Losses may be larger at the smallest ranks than without an adapter.
-    kept, bound = (min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound))
+    kept, bound = (
+        min(1.0, max(0.0, at_start + gain) / total) for gain in (chosen.gain, chosen.bound)
+    )
     error = math.fsum(
         weight * member.fro**2 * member.energy_error
         for unit in units
@@ -931,7 +1045,8 @@ def _make_certificate(
         unit=budget.unit,
         budget=None if budget.unit == "energy" else budget.amount,
         spent=budget.in_unit(fixed + chosen.cost),
-        params=saved + sum(rank * unit.cost for unit, rank in zip(units, chosen.ranks.tolist(), strict=True)),
+        params=saved
+        + sum(rank * unit.cost for unit, rank in zip(units, chosen.ranks.tolist(), strict=True)),
         saved=saved,
         kept=kept,
         bound=bound,
@@ -941,7 +1056,9 @@ def _make_certificate(
         epsilon_min=_compute_epsilon_min(units, chosen.ranks),
         price=price,
         slack=bound - kept + price * unused_budget,
-        baselines=tuple(_compare_baseline(rule, units, steps, budget, fixed, total) for rule in rule_results),
+        baselines=tuple(
+            _compare_baseline(rule, units, steps, budget, fixed, total) for rule in rule_results
+        ),
     )
 
 
@@ -952,7 +1069,9 @@ def _compare_baseline(
     equal = _take_better_rule(units, steps, spend(steps, rule.cost), [rule])
     gains = [
         float(unit.curve[rank] - unit.curve[rule_rank])
-        for unit, rank, rule_rank in zip(units, equal.ranks.tolist(), rule.ranks.tolist(), strict=True)
+        for unit, rank, rule_rank in zip(
+            units, equal.ranks.tolist(), rule.ranks.tolist(), strict=True
+        )
     ]
     lead = int(np.argmax(gains))
     has_lead = len(units) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
@@ -969,7 +1088,9 @@ def _compare_baseline(
 
 def _compute_kept_energy(units: Sequence[Unit], ranks: Ints) -> float:
     """Return the weighted energy that ranks keep."""
-    return math.fsum(float(unit.curve[rank]) for unit, rank in zip(units, ranks.tolist(), strict=True))
+    return math.fsum(
+        float(unit.curve[rank]) for unit, rank in zip(units, ranks.tolist(), strict=True)
+    )
 
 
 def _compute_epsilon_min(units: Sequence[Unit], ranks: Ints) -> float:

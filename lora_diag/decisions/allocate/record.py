@@ -7,9 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
-from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, WholeRecord
+from lora_diag.records.base import (
+    SHAPE,
+    Count,
+    Guard,
+    LayerRecord,
+    Norm,
+    Ratio,
+    Record,
+    Share,
+    Shown,
+    WholeRecord,
+)
 
-CappedBy = Literal["max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"]
+CappedBy = Literal[
+    "max_rank", "break_even", "shape", "signal_rank", "values_kept", "ranks_from", "update_rank"
+]
 Unit = Literal["params", "total_rank", "bytes", "energy"]
 
 # Note on spectra of an unfinished run, in the inputs of the run record.
@@ -35,33 +48,44 @@ class Allocation(LayerRecord):
         shape: ``(out, in)``.
         rank: r; 0 for a layer that gets no adapter.
         params: r·(out + in).
-        kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the measured values, their
-            fraction, which is a lower bound.
+        kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the
+            measured values, their fraction, which is a lower bound.
         fro: ‖ΔW‖_F of the layer.
         base_fro: ‖W_base‖_F, null if unknown.
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
-        cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out + in), beyond which
-            factors have more parameters than the matrix, its signal rank, its nonzero singular values and the kept
-            values; a larger ``--min-rank`` raises it, up to the first two. With ``--allowed-ranks`` the first of them
-            that reaches this limit, else the largest. In a stack of experts the largest cap of its matrices.
-        capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a larger rank the
-            factors have more parameters than the matrix; train it in full. ``signal_rank``: further directions are
-            rounding noise. ``values_kept``: the spectrum was measured with ``--top``; measure more values.
-            ``update_rank``: the update has no further nonzero singular value. ``ranks_from``: the cap differs from the
-            layer's limit, as it is one of ``--allowed-ranks``. ``shape``: min(out, in), in results of older versions.
+        cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out
+            + in), beyond which factors have more parameters than the matrix, its signal rank, its
+            nonzero singular values and the kept values; a larger ``--min-rank`` raises it, up to
+            the first two. With ``--allowed-ranks`` the first of them that reaches this limit, else
+            the largest. In a stack of experts the largest cap of its matrices.
+        capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a
+            larger rank the factors have more parameters than the matrix; train it in full.
+            ``signal_rank``: further directions are rounding noise. ``values_kept``: the spectrum
+            was measured with ``--top``; measure more values. ``update_rank``: the update has no
+            further nonzero singular value. ``ranks_from``: the cap differs from the layer's limit,
+            as it is one of ``--allowed-ranks``. ``shape``: min(out, in), in results of older
+            versions.
         verdict: Resolution verdict of ``spectrum``.
         uniform_rank: Rank by the uniform rule with the same budget.
         uniform_kept: C(uniform_rank); null for a zero update.
-        group: Layers that share one rank, because an adapter has one factor pair for all of them (a stack of
-            experts); the layer's own name without its index, null for a layer on its own.
+        group: Layers that share one rank, because an adapter has one factor pair for all of them (a
+            stack of experts); the layer's own name without its index, null for a layer on its own.
         source: ``gradients`` if the spectra are of gradients instead of an update.
-        fisher: F(rank) if ranks were chosen by ``probe fisher``: half of it estimates the mean KL per prediction of
-            truncating this layer alone to its rank. Null otherwise.
+        fisher: F(rank) if ranks were chosen by ``probe fisher``: half of it estimates the mean KL
+            per prediction of truncating this layer alone to its rank. Null otherwise.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
         replace(SHAPE, detail=False),
-        Shown("rank", "rank given", "by the allocation", axis="rank r", main=True, pool="range", head="rank"),
+        Shown(
+            "rank",
+            "rank given",
+            "by the allocation",
+            axis="rank r",
+            main=True,
+            pool="range",
+            head="rank",
+        ),
         Shown(
             "uniform_rank",
             "uniform rank",
@@ -70,7 +94,9 @@ class Allocation(LayerRecord):
             head="uniform",
             terminal=True,
         ),
-        Shown("cap", "cap", "largest possible rank of this layer", pool="range", drop=5, terminal=True),
+        Shown(
+            "cap", "cap", "largest possible rank of this layer", pool="range", drop=5, terminal=True
+        ),
         Shown(
             "params",
             "parameters",
@@ -130,9 +156,10 @@ class Baseline(Record):
         spent: Its cost in the unit of the budget.
         kept: Fraction of the (weighted) energy that it keeps.
         equal: Fraction kept by the energy-optimal ranks at the same cost, for a fair comparison.
-        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
-            ranks.
-        lead: The layer (or stack) that accounts for more than half of ``equal`` − ``kept``; null if there is none.
+        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound
+            on ε for these ranks.
+        lead: The layer (or stack) that accounts for more than half of ``equal`` − ``kept``; null if
+            there is none.
         lead_gain: Its part of ``equal`` − ``kept``.
     """
 
@@ -151,30 +178,40 @@ class Certificate(WholeRecord):
     Fractions are of the (weighted) energy of the candidate layers, as measured by their spectra.
 
     Args:
-        unit: Unit of the budget: ``params``, trainable parameters; ``total_rank``, the sum of all ranks; ``bytes`` of
-            the adapter, its gradients and its optimizer's state; or ``energy``, a fraction to keep in every layer.
+        unit: Unit of the budget: ``params``, trainable parameters; ``total_rank``, the sum of all
+            ranks; ``bytes`` of the adapter, its gradients and its optimizer's state; or ``energy``,
+            a fraction to keep in every layer.
         budget: The requested budget; null if ranks follow from an energy fraction.
-        spent: Cost of the allocation, at most the budget; for an energy fraction, parameters without heads.
-        params: Number of parameters of the allocation, including heads, whatever the unit of the budget.
-        saved: Number of parameters of the heads that are trained in full. A budget of parameters or bytes pays for them
-            first; a budget of ranks does not.
+        spent: Cost of the allocation, at most the budget; for an energy fraction, parameters
+            without heads.
+        params: Number of parameters of the allocation, including heads, whatever the unit of the
+            budget.
+        saved: Number of parameters of the heads that are trained in full. A budget of parameters or
+            bytes pays for them first; a budget of ranks does not.
         kept: Fraction of the (weighted) energy that it keeps.
         bound: Upper bound on the fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
         optimal: Whether this is known to be the optimum.
         energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.
-        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound on ε for these
-            ranks.
+        epsilon_min: √(1 − unweighted fraction kept), minus the error of the spectra: a lower bound
+            on ε for these ranks.
         price: Marginal value λ: increase of the bound per further unit of the budget.
-        slack: n further units of the budget keep at most price·n + slack more than ``kept``, for every n: bound − kept,
-            and for a budget of bytes the value of its part below one parameter; null in results of older versions.
-        baselines: Other rules at the same budget: one rank for all layers, the prior, one energy fraction for all
-            layers. Without the last if the budget is an energy fraction; a portable allocation omits those that spend
-            nothing.
+        slack: n further units of the budget keep at most price·n + slack more than ``kept``, for
+            every n: bound − kept, and for a budget of bytes the value of its part below one
+            parameter; null in results of older versions.
+        baselines: Other rules at the same budget: one rank for all layers, the prior, one energy
+            fraction for all layers. Without the last if the budget is an energy fraction; a
+            portable allocation omits those that spend nothing.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("kept", "kept", "fraction of the energy that the allocation keeps", share=True, main=True),
+        Shown(
+            "kept",
+            "kept",
+            "fraction of the energy that the allocation keeps",
+            share=True,
+            main=True,
+        ),
         Shown("bound", "bound", "upper bound on that fraction", share=True, main=True),
         Shown("params", "parameters", "of the allocation", main=True),
     )
@@ -198,7 +235,8 @@ class Certificate(WholeRecord):
     baselines: tuple[Baseline, ...] = ()
 
     def more_at_most(self, amount: float) -> float:
-        """Return a bound on the energy fraction that ``amount`` more units of the budget add to ``kept``.
+        """Return a bound on the energy fraction that ``amount`` more units of the budget add to
+        ``kept``.
 
         Weak duality: within a budget B + n no allocation keeps more than the bound at B plus λn
         (``decisions/allocate/measure.py``). The fraction missing to 1 is also a bound.

@@ -1,8 +1,8 @@
 """``allocate``: distribute ranks over layers, with a bound on the distance from the optimum.
 
-``--layer-weights`` takes factors of energies, or results of ``probe fisher``, whose tails replace energies. Without a
-budget, the command gives the ranks of each layer by rules that use one spectrum; rules that need every singular value
-are undefined for a truncated one.
+``--layer-weights`` takes factors of energies, or results of ``probe fisher``, whose tails replace
+energies. Without a budget, the command gives the ranks of each layer by rules that use one
+spectrum; rules that need every singular value are undefined for a truncated one.
 """
 
 from __future__ import annotations
@@ -70,13 +70,15 @@ def _require_finished(results: Results[Any], name: str) -> None:
     """
     if results.end is None:
         raise InputError(
-            f"{name}: the run did not finish, and missing layers would get no rank; finish it with loradiag "
+            f"{name}: the run did not finish, and missing layers would get no rank; finish it with "
+            "loradiag "
             f"{results.run.command} ... --resume, or accept it with --allow-unfinished"
         )
 
 
 def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) -> LayerWeights:
-    """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher``, with the input for the run record.
+    """Return the tails F_ℓ(0), F_ℓ(1), … in results of ``probe fisher``, with the input for the run
+    record.
 
     Args:
         path: The results.
@@ -85,12 +87,14 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
 
     Raises:
         UsageError: No layer of the spectra was measured.
-        InputError: The file cannot be read, is of another command or of another update, or is unfinished.
+        InputError: The file cannot be read, is of another command or of another update, or is
+            unfinished.
     """
     results = read_results(path)
     if results.run.command != "probe fisher":
         raise InputError(
-            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those of probe fisher, or "
+            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those "
+            "of probe fisher, or "
             "a JSON object of layer and factor"
         )
     if not allow_unfinished:
@@ -99,37 +103,54 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
     in_both = [record for record in spectra if record.layer in records]
     if not in_both:
         raise UsageError(
-            f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both on one BASE and "
+            f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both "
+            "on one BASE and "
             "TUNED"
         )
     for record in in_both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
         if abs(records[record.layer].fro - fro) > _SAME * fro:
             raise InputError(
-                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g}, but {fro:.4g} "
+                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is "
+                f"{records[record.layer].fro:.4g}, but {fro:.4g} "
                 "in the spectra; measure both on the same update"
             )
-    missing = [r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"]
-    notes = [f"{len(missing)} layers were not measured and get no rank: {list_names(missing)}"] if missing else []
+    missing = [
+        r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"
+    ]
+    notes = (
+        [f"{len(missing)} layers were not measured and get no rank: {list_names(missing)}"]
+        if missing
+        else []
+    )
     first = records[in_both[0].layer]
-    kind = f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels of the {first.labels}"
-    described = RunInput(role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes))
-    return LayerWeights(described, losses={record.layer: records[record.layer].fisher for record in in_both})
+    kind = (
+        f"results of probe fisher, {first.sequences} gradients on {legible(first.set)}, labels "
+        f"of the {first.labels}"
+    )
+    described = RunInput(
+        role="weights", path=legible(path), kind=kind, tensors=len(in_both), notes=tuple(notes)
+    )
+    return LayerWeights(
+        described, losses={record.layer: records[record.layer].fisher for record in in_both}
+    )
 
 
 def apply_rank_rules(record: Spectrum) -> Policies:
     """Return the rank of one layer by every rule.
 
     Args:
-        record: The layer's spectrum. Knee and Gavish–Donoho are null unless it holds all min(out, in) values and the
-            layer changed: an adapter has the rank of its factors and no noise.
+        record: The layer's spectrum. Knee and Gavish–Donoho are null unless it holds all min(out,
+            in) values and the layer changed: an adapter has the rank of its factors and no noise.
     """
     s = np.asarray(record.s)
     applicable = record.complete and len(s) == min(record.shape) and record.fro > 0
     ranks = {
         "energy 90%": record.rank_at["0.9"],
         "knee": knee(energy_curve(s, record.fro, True)) if applicable else None,
-        "effective": int(np.ceil(record.effective_rank)) if record.effective_rank is not None else None,
+        "effective": int(np.ceil(record.effective_rank))
+        if record.effective_rank is not None
+        else None,
         "Gavish–Donoho": gavish_donoho(s, record.shape) if applicable else None,
         "signal": record.resolution.signal_rank,
     }
@@ -143,30 +164,36 @@ def apply_rank_rules(record: Spectrum) -> Policies:
 
 
 @show_options
-def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[AllocateOptions]) -> Results[Allocation]:
+def allocate(
+    results: Results[Spectrum] | Path | str, **options: Unpack[AllocateOptions]
+) -> Results[Allocation]:
     """Choose the rank of each layer so that the adapter keeps as much of Σσ² as a budget allows.
 
-    Exactly one budget is given. Heads of a task (``classifier``, ``score``, ``qa_outputs``, ``pooler``, …) that TUNED
-    changed or added are trained in full; budgets of parameters and bytes pay for them first.
+    Exactly one budget is given. Heads of a task (``classifier``, ``score``, ``qa_outputs``,
+    ``pooler``, …) that TUNED changed or added are trained in full; budgets of parameters and bytes
+    pay for them first.
 
     Args:
-        results: Results of ``spectrum``, or its file; if measured with ``recover``, recovered layers use their
-            recovered directions.
+        results: Results of ``spectrum``, or its file; if measured with ``recover``, recovered
+            layers use their recovered directions.
         params: Budget: trainable parameters Σ r(d_in + d_out), such as ``10_000_000`` or ``"10M"``.
         total_rank: Budget: Σ r over the layers.
-        memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        memory_budget: Budget: bytes of the adapter, its gradients and its optimizer's state, such
+            as ``"2GB"``.
         energy: Instead of a budget: the smallest rank of each layer with C(r) ≥ this fraction.
         match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer; None for no limit.
         ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
-        layers: Only layers whose name contains a match; None for the matrices that adapters usually target: weights of
-            layers other than embeddings, head, routers and short convolutions.
+        layers: Only layers whose name contains a match; None for the matrices that adapters usually
+            target: weights of layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file of such; or results
-            of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy maximized.
-        portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two and half-way
-            between them): a config without patterns, which every program that serves the adapter scales alike.
+        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file
+            of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy
+            maximized.
+        portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two
+            and half-way between them): a config without patterns, which every program that serves
+            the adapter scales alike.
         relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
         dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
@@ -177,10 +204,11 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         One ``Allocation`` per candidate layer, and the ``Certificate`` in ``whole``.
 
     Raises:
-        UsageError: No budget or several; the budget is too small for the heads, the constraints or any rank; no layer
-            can get a rank; an option is invalid or contradicts another; or the weights do not fit the layers.
-        InputError: The results, the weights or the adapter to match cannot be read, or results are unfinished, hold no
-            layer or are of another command or update.
+        UsageError: No budget or several; the budget is too small for the heads, the constraints or
+            any rank; no layer can get a rank; an option is invalid or contradicts another; or the
+            weights do not fit the layers.
+        InputError: The results, the weights or the adapter to match cannot be read, or results are
+            unfinished, hold no layer or are of another command or update.
 
     Example:
         >>> import lora_diag
@@ -194,7 +222,9 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
     weights, portable = arguments["weights"], arguments["portable"]
     energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
     if portable and energy is not None:
-        raise UsageError("--portable: divides a budget over layers of one rank, and --energy gives each its own")
+        raise UsageError(
+            "--portable: divides a budget over layers of one rank, and --energy gives each its own"
+        )
     budget = _make_budget(arguments)
     ranks_from = arguments["ranks_from"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
@@ -206,7 +236,8 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
     if layer_weights.losses is not None and arguments["relative"]:
         raise UsageError(
-            "--relative: not available with --layer-weights of probe fisher, which uses no energy; remove one of them"
+            "--relative: not available with --layer-weights of probe fisher, which uses no energy; "
+            "remove one of them"
         )
 
     choose = partial(
@@ -221,16 +252,25 @@ def allocate(results: Results[Spectrum] | Path | str, **options: Unpack[Allocate
         left_out=spectra.left_out,
     )
     chosen = allocate_one_rank(choose, constraints) if portable else choose(constraints)
-    if portable and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None)) is not None:
+    if (
+        portable
+        and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None))
+        is not None
+    ):
         raise UsageError(
-            f"--portable: {stack.group} is a stack of experts, which has no place in a portable adapter; leave it out "
+            f"--portable: {stack.group} is a stack of experts, which has no place in a portable "
+            "adapter; leave it out "
             "with --exclude"
         )
     has_memory, metric = arguments["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
         command="allocate",
         version=__version__,
-        inputs=(described, *spectra.run.inputs, *((layer_weights.described,) if layer_weights.described else ())),
+        inputs=(
+            described,
+            *spectra.run.inputs,
+            *((layer_weights.described,) if layer_weights.described else ()),
+        ),
         settings={
             "budget": budget.option,
             "energy": energy,
@@ -263,10 +303,11 @@ def allocate_and_write(
     sweep: Path | None = None,
     **options: Unpack[AllocateOptions],
 ) -> Results[Allocation] | list[Policies]:
-    """Allocate ranks, and write them by ``write_allocation`` if there is an ``output``, which is checked first.
+    """Allocate ranks, and write them by ``write_allocation`` if there is an ``output``, which is
+    checked first.
 
-    With no option of ``AllocateOptions`` but ``allow_unfinished``, and neither ``output`` nor ``sweep``, the ranks are
-    those of ``apply_rank_rules``.
+    With no option of ``AllocateOptions`` but ``allow_unfinished``, and neither ``output`` nor
+    ``sweep``, the ranks are those of ``apply_rank_rules``.
 
     Args:
         results: Results of ``spectrum``, as a file.
@@ -276,15 +317,17 @@ def allocate_and_write(
         scaling: As for ``write_allocation``.
         rslora: As for ``write_allocation``.
         check: As for ``write_allocation``.
-        sweep: Results of ``probe sweep``, from which the summary takes a learning rate; None without one.
+        sweep: Results of ``probe sweep``, from which the summary takes a learning rate; None
+            without one.
         **options: ``AllocateOptions``.
 
     Returns:
         The allocation, as ``allocate`` returns it; or the ranks by several rules.
 
     Raises:
-        UsageError: As ``allocate`` and ``write_allocation``; ``format`` or ``check`` is given without ``output``;
-            ``output`` is an input; or ``sweep`` holds results of another command or without a chosen rank.
+        UsageError: As ``allocate`` and ``write_allocation``; ``format`` or ``check`` is given
+            without ``output``; ``output`` is an input; or ``sweep`` holds results of another
+            command or without a chosen rank.
         InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` cannot be read.
     """
     if output is None and format != "peft":
@@ -295,7 +338,11 @@ def allocate_and_write(
         weights = options.get("weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
-    if output is None and sweep is None and set(list_typed_options(AllocateOptions, options)) <= {"allow_unfinished"}:
+    if (
+        output is None
+        and sweep is None
+        and set(list_typed_options(AllocateOptions, options)) <= {"allow_unfinished"}
+    ):
         spectra, _ = _read_spectra(results, options.get("allow_unfinished", False))
         return [apply_rank_rules(record) for record in spectra]
     if sweep is not None:
@@ -320,20 +367,22 @@ def write_allocation(
     Args:
         results: The allocation.
         path: The file to write; its suffix determines which.
-        scaling: lora_alpha / r of every layer in the config; with ``rslora`` every layer has lora_alpha = scaling · √r,
-            r the most common rank.
+        scaling: lora_alpha / r of every layer in the config; with ``rslora`` every layer has
+            lora_alpha = scaling · √r, r the most common rank.
         rslora: Whether the config makes PEFT scale by lora_alpha / √r.
-        check: A model, or its ``config.json``: it is built without weights, PEFT adapts it by the config, and every
-            rank and scaling is compared before anything is written. Requires the extra ``train``. None for no check.
+        check: A model, or its ``config.json``: it is built without weights, PEFT adapts it by the
+            config, and every rank and scaling is compared before anything is written. Requires the
+            extra ``train``. None for no check.
         overwrite: Replace a file there that loradiag did not write; never a config next to weights.
-        format: ``peft`` for ``adapter_config.json``, or a trainer of ``lora_diag.decisions.trainers``.
+        format: ``peft`` for ``adapter_config.json``, or a trainer of
+            ``lora_diag.decisions.trainers``.
 
     Raises:
-        UsageError: The suffix is unknown or not that of the format, the file may not be replaced, ``scaling`` is
-            invalid, there is no config to check or the extra ``train`` is missing, portable ranks are to be scaled by
-            rsLoRA, or the trainer cannot express these ranks.
-        InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds a difference or
-            cannot build the model.
+        UsageError: The suffix is unknown or not that of the format, the file may not be replaced,
+            ``scaling`` is invalid, there is no config to check or the extra ``train`` is missing,
+            portable ranks are to be scaled by rsLoRA, or the trainer cannot express these ranks.
+        InputError: The file cannot be written, PEFT cannot express these ranks, or the check finds
+            a difference or cannot build the model.
     """
     path = Path(path)
     kind = _find_kind(path, check, format)
@@ -342,18 +391,25 @@ def write_allocation(
         results.write(path, overwrite)
         return
     if rslora and results.run.settings.get("portable"):
-        raise UsageError("--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable")
+        raise UsageError(
+            "--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable"
+        )
     config = make_peft_config(results, Scaling(scaling, rslora))
     if check is not None:
-        from lora_diag.models.peft_check import adapted_by_peft  # deferred: importing transformers takes seconds
+        from lora_diag.models.peft_check import (
+            adapted_by_peft,
+        )  # deferred: importing transformers takes seconds
 
         compare_with_peft(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
-    text = json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
+    text = (
+        json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
+    )
     write_whole(path, text, kind, overwrite)
 
 
 def _find_kind(path: Path, check: Path | str | None, format: str) -> Kind:
-    """Return the kind of file of an allocation by its format and suffix; ``check`` is the model to check it with.
+    """Return the kind of file of an allocation by its format and suffix; ``check`` is the model to
+    check it with.
 
     Raises:
         UsageError: The suffix is unknown or not that of the format, or PEFT cannot check records.
@@ -364,9 +420,13 @@ def _find_kind(path: Path, check: Path | str | None, format: str) -> Kind:
             raise UsageError(f"-o {path}: --format {format} writes a file named *{suffixes[0]}")
         return kind
     if path.suffix not in {".json", ".jsonl"}:
-        raise UsageError(f"-o {path}: unknown suffix; use .json for a PEFT adapter_config, or .jsonl for records")
+        raise UsageError(
+            f"-o {path}: unknown suffix; use .json for a PEFT adapter_config, or .jsonl for records"
+        )
     if path.suffix == ".jsonl" and check is not None:
-        raise UsageError(f"--check: needs a PEFT config, but {path} gets records; name it adapter_config.json")
+        raise UsageError(
+            f"--check: needs a PEFT config, but {path} gets records; name it adapter_config.json"
+        )
     return CONFIG if path.suffix == ".json" else RESULTS
 
 
@@ -374,7 +434,8 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
     """Return the one given budget of ``AllocateOptions``.
 
     Raises:
-        UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is unknown.
+        UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
+            unknown.
         InputError: The adapter to match cannot be read, or has no factors of known size.
     """
     training = Training(arguments["optimizer"], arguments["dtype"])
@@ -382,7 +443,11 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     given = [name for name in names if arguments[name] is not None]
     if len(given) != 1:
-        problem = f"{len(given)} budgets ({', '.join(flags[name] for name in given)})" if given else "no budget"
+        problem = (
+            f"{len(given)} budgets ({', '.join(flags[name] for name in given)})"
+            if given
+            else "no budget"
+        )
         raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(flags.values())}")
     name, amount = given[0], arguments[given[0]]
     option = f"{flags[name]} {legible(str(amount))}"
@@ -395,7 +460,11 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
             return Budget("bytes", read_memory(amount), option, training.bytes_per_param)
         case "energy":
             return Budget("energy", read_share(amount, "--energy"), option)
-    return Budget("params", _count_params(amount) if name == "match" else read_count(str(amount), "--params"), option)
+    return Budget(
+        "params",
+        _count_params(amount) if name == "match" else read_count(str(amount), "--params"),
+        option,
+    )
 
 
 def _count_params(path: Path | str) -> int:
@@ -409,7 +478,8 @@ def _count_params(path: Path | str) -> int:
         sizes = [size for size in weight.shape if size is not None]
         if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
             raise InputError(
-                f"{path}: {weight.layer} has no factors of known size; give --match an adapter with factors"
+                f"{path}: {weight.layer} has no factors of known size; give --match an adapter "
+                "with factors"
             )
         total += weight.rank * sum(sizes)
     return total
@@ -431,19 +501,27 @@ def _read_spectra(
         raise InputError(f"{path or 'these results'}: hold no layer; measure again")
     if is_unrelated(spectra.layers):
         raise InputError(
-            f"{path or 'these results'}: TUNED is unrelated to BASE, so that there is no update to divide a budget "
+            f"{path or 'these results'}: TUNED is unrelated to BASE, so that there is no update to "
+            "divide a budget "
             "over; measure with the BASE that TUNED was trained from"
         )
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)
-    changed = sum(recovered is not record for recovered, record in zip(layers, spectra.layers, strict=True))
+    changed = sum(
+        recovered is not record for recovered, record in zip(layers, spectra.layers, strict=True)
+    )
     if changed:
         notes.append(
-            f"{changed} of {len(layers)} layers by the update before rounding, as estimated: extract with --recover"
+            f"{changed} of {len(layers)} layers by the update before rounding, as estimated: "
+            "extract with --recover"
         )
     spectra = replace(spectra, layers=layers)
     return spectra, RunInput(
-        role="results", path=path, kind="results of spectrum", tensors=len(spectra), notes=tuple(notes)
+        role="results",
+        path=path,
+        kind="results of spectrum",
+        tensors=len(spectra),
+        notes=tuple(notes),
     )
 
 
@@ -453,20 +531,33 @@ def _read_weights(
     """Return the factor of every layer, None without weights; names may omit ``.weight``.
 
     Raises:
-        UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from 0 up.
+        UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from
+            0 up.
         InputError: The file cannot be read.
     """
     if weights is None:
         return None
     option, table = "--layer-weights", weights
     if not isinstance(table, Mapping):
-        option, table = f"{option} {weights}", read_object(Path(table), "file of weights", MAX_CONFIG_BYTES)
+        option, table = (
+            f"{option} {weights}",
+            read_object(Path(table), "file of weights", MAX_CONFIG_BYTES),
+        )
     for name, value in table.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
-            raise UsageError(f"{option}: the weight of {name} must be a number from 0 up, not {value!r}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not 0 <= value < float("inf")
+        ):
+            raise UsageError(
+                f"{option}: the weight of {name} must be a number from 0 up, not {value!r}"
+            )
     layers = {name: r.layer for r in spectra for name in (r.layer.removesuffix(".weight"), r.layer)}
     if unknown := [name for name in table if name not in layers and name != "default"]:
-        raise UsageError(f"{option}: {unknown[0]} is not a layer of these results; use names as in the results file")
+        raise UsageError(
+            f"{option}: {unknown[0]} is not a layer of these results; use names as in the results "
+            "file"
+        )
     by_layer = {layers[name]: float(value) for name, value in table.items() if name != "default"}
     if "default" in table:
         return dict.fromkeys(layers.values(), float(table["default"])) | by_layer

@@ -14,15 +14,36 @@ from statistics import median
 from typing import Any
 
 from lora_diag.decisions.allocate.measure import head_of, task_type_of
-from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Baseline, Certificate, Policies
+from lora_diag.decisions.allocate.record import (
+    UNFINISHED,
+    Allocation,
+    Baseline,
+    Certificate,
+    Policies,
+)
 from lora_diag.feature import Hint
 from lora_diag.probes.sweep.verdict import swept_rate
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
 from lora_diag.records.names import part_of
-from lora_diag.rendering.statements import Statement, left_out, left_out_level, make_statement, summarize
+from lora_diag.rendering.statements import (
+    Statement,
+    left_out,
+    left_out_level,
+    make_statement,
+    summarize,
+)
 from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import list_layers, list_names, percent, quantity, safe, short, span, strip
+from lora_diag.rendering.text import (
+    list_layers,
+    list_names,
+    percent,
+    quantity,
+    safe,
+    short,
+    span,
+    strip,
+)
 
 _UNITS = {"params": "parameters", "total_rank": "ranks", "bytes": "bytes", "energy": "parameters"}
 
@@ -55,7 +76,9 @@ def policies_table(
 
 
 def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
-    """Return the function that gives the median rank by a rule; None where it cannot be applied to all records."""
+    """Return the function that gives the median rank by a rule; None where it cannot be applied to
+    all records.
+    """
 
     def median_of(group: Sequence[Policies]) -> float | None:
         known = [rank for record in group if (rank := record.ranks[rule]) is not None]
@@ -65,25 +88,37 @@ def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
 
 
 def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
-    """State in how many layers rules differ by a factor of 2, where they differ most, and the meaning of each rule."""
+    """State in how many layers rules differ by a factor of 2, where they differ most, and the
+    meaning of each rule.
+    """
     spread = []
     for record in records:
         ranks = {rank: name for name, rank in record.ranks.items() if rank and name != "signal"}
         if len(ranks) > 1:
             low, high = min(ranks), max(ranks)
-            spread.append((high / low, f"{short(record.layer)}: {ranks[low]} {low}, {ranks[high]} {high}"))
+            spread.append(
+                (high / low, f"{short(record.layer)}: {ranks[low]} {low}, {ranks[high]} {high}")
+            )
     differing = (
-        f"by a factor of 2 or more in {sum(ratio >= 2 for ratio, _ in spread)} of {len(records)} layers; most in"
+        f"by a factor of 2 or more in {sum(ratio >= 2 for ratio, _ in spread)} of "
+        f"{len(records)} layers; most in"
     )
     return [
-        *([make_statement("disagree", "Disagreement", differing, max(spread)[1])] if spread else []),
+        *(
+            [make_statement("disagree", "Disagreement", differing, max(spread)[1])]
+            if spread
+            else []
+        ),
         make_statement(
             "rules",
             "Rules",
-            "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest above its chord",
-            "effective: exp of the entropy of the energy; signal: values above the rounding noise of the files, an "
+            "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest "
+            "above its chord",
+            "effective: exp of the entropy of the energy; signal: values above the rounding noise "
+            "of the files, an "
             "upper limit",
-            "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full updates",
+            "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of "
+            "full updates",
         ),
     ]
 
@@ -119,18 +154,27 @@ def allocation_table(
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
         bins = 24 if width >= WIDE else 8
-        strips = tuple(strip([record.rank / largest or None for record in group], bins) for _, group in rows)
+        strips = tuple(
+            strip([record.rank / largest or None for record in group], bins) for _, group in rows
+        )
         extra.append(Column("by depth", strips, "left", drop=3))
     grid = grid_of(Allocation.shown, rows, per, extra=extra)
     return grids_table([grid], [*allocation_lines(results), *rate], width, color, next_command)
 
 
-def suggest_next(results: Results[Allocation] | list[Policies], values: Mapping[str, Any]) -> Hint | str:
+def suggest_next(
+    results: Results[Allocation] | list[Policies], values: Mapping[str, Any]
+) -> Hint | str:
     """Return the next step: a command, or advice on the written file."""
     output = values["output"]
     if isinstance(results, list):
-        params = 8 * sum(sum(record.shape) for record in results if part_of(record.layer) == "matrices")
-        return Hint(f"--params {params} -o adapter_config.json", "divides a budget, here that of r=8 in every layer")
+        params = 8 * sum(
+            sum(record.shape) for record in results if part_of(record.layer) == "matrices"
+        )
+        return Hint(
+            f"--params {params} -o adapter_config.json",
+            "divides a budget, here that of r=8 in every layer",
+        )
     if output is None:
         return Hint("-o adapter_config.json", "for training with PEFT; .jsonl for loradiag extract")
     paths: dict[str, list[str]] = {}
@@ -145,32 +189,46 @@ def suggest_next(results: Results[Allocation] | list[Policies], values: Mapping[
     if output.suffix == ".json":
         return "rename it to adapter_config.json, the only name that PEFT reads"
     if output.suffix != ".jsonl":
-        return f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
+        return (
+            f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
+        )
     models = [path for role in ("base", "tuned", "adapter") for path in paths.get(role, ())]
     metric = [word for path in paths.get("activations", ()) for word in ("--activations", path)]
     metric += ["--kfac"] if results.run.settings.get("metric") == "kfac" else []
-    return shlex.join(["loradiag", "extract", *models, "--allocation", str(output), *metric, "-o", "adapter"])
+    return shlex.join(
+        ["loradiag", "extract", *models, "--allocation", str(output), *metric, "-o", "adapter"]
+    )
 
 
 def allocation_lines(results: Results[Allocation]) -> list[Statement]:
     """Return the statements of the summary."""
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
-    outside = replace(left_out(results, _describe_outside(results)), level=left_out_level(results, "saved"), priority=1)
+    outside = replace(
+        left_out(results, _describe_outside(results)),
+        level=left_out_level(results, "saved"),
+        priority=1,
+    )
     findings = () if certificate is None else _describe_findings(results, certificate)
-    return summarize(results, *findings, skipped=outside, so_far="ranks of an incomplete file; allocate again")
+    return summarize(
+        results, *findings, skipped=outside, so_far="ranks of an incomplete file; allocate again"
+    )
 
 
 # Criterion of the ranks -> what fractions refer to, and the limits of the criterion.
 _CRITERIA = {
     "fisher": (
         "ΣF(0), the Fisher information of discarding the whole update",
-        "F estimates the cost of truncating each layer alone on its text; the joint cost may differ from the sum",
+        "F estimates the cost of truncating each layer alone on its text; the joint cost may "
+        "differ from the sum",
     ),
     "data": (
         "these layers' energy (Σσ², in the data metric)",
         "energy is the change of the outputs on that text, not the importance for the loss",
     ),
-    "kfac": ("these layers' energy (Σσ², in K-FAC's metric)", "energy is the K-FAC estimate of the change of the loss"),
+    "kfac": (
+        "these layers' energy (Σσ², in K-FAC's metric)",
+        "energy is the K-FAC estimate of the change of the loss",
+    ),
     "weights": (
         "these layers' energy (Σσ²)",
         "energy is the size of the weight change, not the importance for the loss",
@@ -178,8 +236,12 @@ _CRITERIA = {
 }
 
 
-def _describe_findings(results: Results[Allocation], certificate: Certificate) -> Iterator[Statement]:
-    """State the ranks, their cost, the energy that they keep compared with the optimum and other rules, and limits."""
+def _describe_findings(
+    results: Results[Allocation], certificate: Certificate
+) -> Iterator[Statement]:
+    """State the ranks, their cost, the energy that they keep compared with the optimum and other
+    rules, and limits.
+    """
     settings = results.run.settings
     portable = settings.get("portable")
     is_fisher = any(record.fisher is not None for record in results)
@@ -187,7 +249,10 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
     if not is_fisher and settings.get("weights") is not None:
         whole = whole.replace("energy", "weighted energy")
     whole += ", each layer's counted as 1" if settings.get("relative") else ""
-    ranks, zero = [record.rank for record in results if record.rank], [r for r in results if not r.rank]
+    ranks, zero = (
+        [record.rank for record in results if record.rank],
+        [r for r in results if not r.rank],
+    )
     yield make_statement(
         "allocated",
         "Allocated",
@@ -204,17 +269,28 @@ def _describe_findings(results: Results[Allocation], certificate: Certificate) -
         if certificate.energy_error > 1e-4
         else "",
     )
-    yield make_statement("portable", "Portable", *(_describe_refusals(results) if portable else ()), level="warning")
+    yield make_statement(
+        "portable", "Portable", *(_describe_refusals(results) if portable else ()), level="warning"
+    )
     if certificate.price:
-        yield make_statement("against", "Baselines", *map(_compare_with_baseline, certificate.baselines))
-        more = 1 if certificate.unit == "total_rank" else 10 ** int(math.log10(max(certificate.spent, 100) / 10))
+        yield make_statement(
+            "against", "Baselines", *map(_compare_with_baseline, certificate.baselines)
+        )
+        more = (
+            1
+            if certificate.unit == "total_rank"
+            else 10 ** int(math.log10(max(certificate.spent, 100) / 10))
+        )
         # An upper bound is rounded up.
         gain = math.ceil(certificate.more_at_most(more) * 1e4 - 1e-9) / 1e4
         text = f"{more:,} more {_UNITS[certificate.unit]} keep at most another {gain:.2%}"
         yield make_statement("more", "Marginal gain", text)
     yield make_statement("limits", "Limits", *(() if portable else _describe_limits(results)))
     yield make_statement("note", "Note", f"{limits}: compare the held-out loss")
-    yield from (make_statement("warning", "Warning", text, level="failure") for text in _make_warnings(results))
+    yield from (
+        make_statement("warning", "Warning", text, level="failure")
+        for text in _make_warnings(results)
+    )
 
 
 def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
@@ -222,7 +298,10 @@ def _describe_budget(results: Results[Allocation], certificate: Certificate) -> 
     if certificate.budget is None:
         return f"{requested}: takes {certificate.params:,} parameters"
     left = certificate.budget - certificate.spent
-    text = f"{requested}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, {left:,.0f} left"
+    text = (
+        f"{requested}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, "
+        f"{left:,.0f} left"
+    )
     if not certificate.price:
         text += "; every layer is at its cap, so a larger budget has no effect"
     return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
@@ -238,14 +317,24 @@ def _describe_refusals(results: Results[Allocation]) -> Iterator[str]:
             yield f"SGLang refuses {short(module)} without {sibling}: --min-rank gives both a rank"
             break
     if any(item.reason == "saved" for item in results.left_out):
-        yield "heads trained in full: vLLM takes classifier and score alone, SGLang drops, llama.cpp refuses them"
+        yield (
+            "heads trained in full: vLLM takes classifier and score alone, SGLang drops, "
+            "llama.cpp refuses them"
+        )
 
 
 def _describe_heads(results: Results[Allocation], certificate: Certificate) -> Iterator[str]:
-    """Name the heads that are trained in full, with their cost, and a task type that the user must set."""
-    names = sorted({head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"})
+    """Name the heads that are trained in full, with their cost, and a task type that the user must
+    set.
+    """
+    names = sorted(
+        {head_of(item.layer) or item.layer for item in results.left_out if item.reason == "saved"}
+    )
     if names:
-        yield f"{list_names(names)}: {certificate.saved:,} parameters, trained in full (modules_to_save)"
+        yield (
+            f"{list_names(names)}: {certificate.saved:,} parameters, trained in full "
+            "(modules_to_save)"
+        )
         if task_type_of(results, names) is None:
             yield "task_type: not in the config of the fine-tune; set it in the PEFT config"
 
@@ -253,7 +342,10 @@ def _describe_heads(results: Results[Allocation], certificate: Certificate) -> I
 def _describe_optimum(certificate: Certificate) -> str:
     """State the distance from the optimum."""
     if certificate.unit == "energy":
-        return f"an unconstrained choice with as many parameters could keep at most {certificate.bound:.2%}"
+        return (
+            "an unconstrained choice with as many parameters could keep at most "
+            f"{certificate.bound:.2%}"
+        )
     if certificate.optimal:
         return "optimal within budget and caps"
     gap = "below 0.01%" if certificate.gap < 1e-4 else f"{certificate.gap:.2%}"
@@ -264,15 +356,26 @@ def _compare_with_baseline(baseline: Baseline) -> str:
     """Compare another rule with the ranks chosen for energy at its cost."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"
-    return f"{baseline.name} keeps {baseline.kept:.2%}; an allocation of its cost {baseline.equal:.2%}"
+    return (
+        f"{baseline.name} keeps {baseline.kept:.2%}; an allocation of its cost {baseline.equal:.2%}"
+    )
 
 
 def _describe_limits(results: Results[Allocation]) -> Iterator[str]:
-    """State how many layers need more measured values for a larger rank, or do not reach a requested fraction."""
+    """State how many layers need more measured values for a larger rank, or do not reach a
+    requested fraction.
+    """
     share = results.run.settings.get("energy")
-    if few := sum(record.rank == record.cap and record.capped_by == "values_kept" for record in results):
-        yield f"{quantity(few, 'layer')} at a cap set by the values kept by --top: measure with a larger --top"
-    if isinstance(share, float) and (below := [r for r in results if r.kept is not None and r.kept < share - 1e-6]):
+    if few := sum(
+        record.rank == record.cap and record.capped_by == "values_kept" for record in results
+    ):
+        yield (
+            f"{quantity(few, 'layer')} at a cap set by the values kept by --top: measure with a "
+            "larger --top"
+        )
+    if isinstance(share, float) and (
+        below := [r for r in results if r.kept is not None and r.kept < share - 1e-6]
+    ):
         yield f"below {percent(share)} at the cap: {list_layers(below)}"
 
 
@@ -282,10 +385,15 @@ def _describe_outside(results: Results[Allocation]) -> str:
     It exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
-    outside = math.fsum(item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved")
+    outside = math.fsum(
+        item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved"
+    )
     if not outside or results.run.settings.get("metric", "weights") != "weights":
         return ""
-    return f"{percent(outside / (inside + outside))} of ‖Δ‖² of the measured tensors is outside this adapter"
+    return (
+        f"{percent(outside / (inside + outside))} of ‖Δ‖² of the measured tensors is outside "
+        "this adapter"
+    )
 
 
 def _make_warnings(results: Results[Allocation]) -> Iterator[str]:
@@ -293,7 +401,8 @@ def _make_warnings(results: Results[Allocation]) -> Iterator[str]:
         yield "these are spectra of gradients: ranks for a first-order step, not for an update"
     if unresolved := [r for r in results if r.verdict == "unresolved" and r.fro > 0]:
         yield (
-            f"mostly rounding noise: {quantity(len(unresolved), 'layer')}, with ranks up to the signal and an energy "
+            f"mostly rounding noise: {quantity(len(unresolved), 'layer')}, with ranks up to the "
+            "signal and an energy "
             "that is not the update's; measure the adapter or a float32 fine-tune"
         )
     if any(UNFINISHED in run_input.notes for run_input in results.run.inputs):

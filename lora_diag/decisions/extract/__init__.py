@@ -1,4 +1,6 @@
-"""``extract``: write the best adapter of given ranks in PEFT's format or another; its declaration and options."""
+"""``extract``: write the best adapter of given ranks in PEFT's format or another; its declaration
+and options.
+"""
 
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -15,9 +17,12 @@ class ExtractOptions(FolderOptions, total=False):
     energy: Annotated[float | None, options.ENERGY]
     params: Annotated[str | int | None, options.PARAMS]
     allocation: Annotated[
-        Path | str | None, Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS)
+        Path | str | None,
+        Option(None, "Ranks from allocate: results or adapter_config.json.", "FILE", panel=INPUTS),
     ]
-    signal: Annotated[bool, Option(False, "Ranks: singular values above the files' rounding noise.")]
+    signal: Annotated[
+        bool, Option(False, "Ranks: singular values above the files' rounding noise.")
+    ]
     recover: Annotated[bool, options.RECOVER]
     activations: Annotated[Path | str | None, options.ACTIVATIONS]
     kfac: Annotated[bool, options.KFAC]
@@ -26,7 +31,11 @@ class ExtractOptions(FolderOptions, total=False):
     rest: Annotated[
         str,
         Option(
-            "list", "Tensors without factors: list them, or store them in full.", "list|save", ("--unfactored",), OUTPUT
+            "list",
+            "Tensors without factors: list them, or store them in full.",
+            "list|save",
+            ("--unfactored",),
+            OUTPUT,
         ),
     ]
     match_norm: Annotated[bool, options.MATCH_NORM]
@@ -40,7 +49,9 @@ class ExtractOptions(FolderOptions, total=False):
 class FolderOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)]
+    output: Annotated[
+        Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)
+    ]
 
 
 FEATURE = Feature(
@@ -53,7 +64,12 @@ FEATURE = Feature(
             examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(FolderOutput, ExtractOptions),
-            hints=(Hint("probe outputs {base} {tuned} {output} --eval held_out.txt", "what it does to the loss"),),
+            hints=(
+                Hint(
+                    "probe outputs {base} {tuned} {output} --eval held_out.txt",
+                    "what it does to the loss",
+                ),
+            ),
         ),
     ),
     records=(".record:Extraction",),

@@ -1,4 +1,5 @@
-"""Extraction of one layer: its rank, the factors of its best update of this rank, and the error of those stored.
+"""Extraction of one layer: its rank, the factors of its best update of this rank, and the error of
+those stored.
 
 The rank is one value for all layers, or follows from a rule or an allocation.
 """
@@ -26,7 +27,14 @@ from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
-from lora_diag.layers.change import PARTS, PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
+from lora_diag.layers.change import (
+    PARTS,
+    PRODUCT_OVERFLOW,
+    Change,
+    bytes_of,
+    load_change,
+    measure_on_device,
+)
 from lora_diag.layers.metric import Weighted, Weighting, fro_of, times, weigh, weighting_bytes
 from lora_diag.layers.recovery import DEFAULT_RANKS, recover_layer, recovery_bytes
 from lora_diag.layers.resolution import resolution
@@ -45,17 +53,22 @@ RANK_OPTIONS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --
 
 
 def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
-    """Return the name and the value of the option that determines the ranks; ``params`` as a number.
+    """Return the name and the value of the option that determines the ranks; ``params`` as a
+    number.
 
     Args:
-        arguments: All options by name: ``rank``, ``energy``, ``params``, ``allocation`` and ``signal``, of which
-            exactly one is given.
+        arguments: All options by name: ``rank``, ``energy``, ``params``, ``allocation`` and
+            ``signal``, of which exactly one is given.
 
     Raises:
         UsageError: Not exactly one is given, or a number is out of range.
     """
     names = ("rank", "energy", "params", "allocation", "signal")
-    given = {name: arguments[name] for name in names if arguments[name] is not None and arguments[name] is not False}
+    given = {
+        name: arguments[name]
+        for name in names
+        if arguments[name] is not None and arguments[name] is not False
+    }
     if len(given) != 1:
         raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
     ((name, value),) = given.items()
@@ -67,7 +80,10 @@ def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
 
 
 def choose_rank_rules(
-    name: str, value: Any, targets: Mapping[str, Target], measure_spectra: Callable[[], Results[Spectrum]]
+    name: str,
+    value: Any,
+    targets: Mapping[str, Target],
+    measure_spectra: Callable[[], Results[Spectrum]],
 ) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
 
@@ -82,10 +98,16 @@ def choose_rank_rules(
         UsageError: The budget is too small for any rank, or no layer can get one.
     """
     if name == "params":
-        reachable = tuple(record.before_rounding() for record in measure_spectra() if record.layer in targets)
+        reachable = tuple(
+            record.before_rounding() for record in measure_spectra() if record.layer in targets
+        )
         budget = Budget("params", value, f"--params {value}")
-        # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps them.
-        ranks = {record.layer: record.rank for record in allocate(reachable, budget, save_heads=False).layers}
+        # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps
+        # them.
+        ranks = {
+            record.layer: record.rank
+            for record in allocate(reachable, budget, save_heads=False).layers
+        }
     elif name == "allocation":
         ranks = _read_ranks(Path(value), targets)
     else:
@@ -104,15 +126,18 @@ def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
     if unknown := sorted(layer for layer, rank in ranks.items() if rank and layer not in targets):
         raise InputError(
-            f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but layers have names "
-            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same --layers and --exclude"
+            f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but "
+            "layers have names "
+            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same "
+            "--layers and --exclude"
         )
     return ranks
 
 
 Kind = Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
 
-# Singular values below this fraction of the largest are rounding of a lower rank, and get no column.
+# Singular values below this fraction of the largest are rounding of a lower rank, and get no
+# column.
 NUMERICALLY_ZERO = 1e-10
 
 # Dtypes that PEFT reads.
@@ -144,7 +169,8 @@ class ExtractionSettings(LayerSettings):
     Args:
         dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        recover: Whether to factor the estimated update before rounding where its directions are significant.
+        recover: Whether to factor the estimated update before rounding where its directions are
+            significant.
         match_norm: Whether to lengthen B·A to the norm of ΔW.
     """
 
@@ -164,8 +190,8 @@ class Layer(LayerTask):
         kind: Kind of the module.
         transposed: Whether PEFT's B·A is the transpose of the stored ΔW.
         rank: The rule for its rank.
-        weighting: Second moments of its inputs, or of its inputs and output gradients, for factors that are best in
-            this metric; None for the Frobenius norm.
+        weighting: Second moments of its inputs, or of its inputs and output gradients, for factors
+            that are best in this metric; None for the Frobenius norm.
     """
 
     module: str
@@ -177,7 +203,9 @@ class Layer(LayerTask):
 
 def estimate_bytes(layer: Layer, settings: ExtractionSettings) -> int:
     """Estimate the memory of factoring a layer in bytes: ΔW, its metric, and recovery."""
-    needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + weighting_bytes(layer.weighting, layer.shape)
+    needed = bytes_of(layer.delta, _make_allowance(layer, settings)) + weighting_bytes(
+        layer.weighting, layer.shape
+    )
     if settings.recover and isinstance(layer.delta, StoredDelta):
         needed += recovery_bytes(layer.shape, settings.memory)
     return needed
@@ -197,19 +225,21 @@ def _make_allowance(layer: Layer, settings: ExtractionSettings) -> Allowance | N
 def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extraction | LeftOut:
     """Factor one ΔW by its truncated singular value decomposition, ΔW ≈ U_r Σ_r V_rᵀ = B·A.
 
-    In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A = U_rU_rᵀΔW has the
-    smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, the nearest matrix of rank r. No root of C is
-    inverted, so C may be singular and no damping is needed. With K·Kᵀ = G on the other side, B·A = K^{-T}U_rU_rᵀKᵀΔW
-    with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW − B·A)C^½‖; K is inverted on the eigenvalues of G above 1e-7 of the
-    largest.
+    In the metric of the data, with L·Lᵀ = C = E[xxᵀ] and U_r the left singular vectors of ΔW·L, B·A
+    = U_rU_rᵀΔW has the smallest E‖(ΔW − B·A)x‖² of its rank: (U_rU_rᵀΔW)L = (ΔW·L)_r, the nearest
+    matrix of rank r. No root of C is inverted, so C may be singular and no damping is needed. With
+    K·Kᵀ = G on the other side, B·A = K^{-T}U_rU_rᵀKᵀΔW with U_r of KᵀΔW·L has the smallest ‖G^½(ΔW
+    − B·A)C^½‖; K is inverted on the eigenvalues of G above 1e-7 of the largest.
 
     Args:
         layer: The layer.
         settings: Settings of the extraction.
-        store: Writes B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, to a file, and returns them as stored.
+        store: Writes B ``(out, r)`` and A ``(r, in)``, in PEFT's orientation, to a file, and
+            returns them as stored.
 
     Returns:
-        The record, with ε of the stored factors; or why there are none: an entry that is not finite, or rank 0.
+        The record, with ε of the stored factors; or why there are none: an entry that is not
+            finite, or rank 0.
 
     Raises:
         InputError: A file could not be read or written, or the dtype cannot hold the factors.
@@ -219,29 +249,39 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     return measure_on_device(partial(_extract, layer, settings, store), settings.device)
 
 
-def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device) -> Extraction | LeftOut:
+def _extract(
+    layer: Layer, settings: ExtractionSettings, store: Store, device: torch.device
+) -> Extraction | LeftOut:
     change = load_change(layer.delta, device, allowance=_make_allowance(layer, settings))
     if change.non_finite is not None:
         return not_finite(layer.delta, change.non_finite)
     if change.is_unrelated(layer.shape):
         detail = "TUNED is unrelated to BASE here, so that their difference is no update"
         return leave_out(layer.delta, "unrelated", detail, fro=change.fro, base_fro=change.base_fro)
-    weighted = weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
+    weighted = (
+        weigh(change, layer.delta, layer.weighting, device) if layer.weighting is not None else None
+    )
     as_stored, hidden = change, None
     if settings.recover and isinstance(layer.delta, StoredDelta) and change.fro:
         change, hidden = _estimate_before_rounding(change, layer.delta, settings, device)
-    best, spectrum = _decompose(change if weighted is None else weighted.change, layer, settings, weighted, hidden)
+    best, spectrum = _decompose(
+        change if weighted is None else weighted.change, layer, settings, weighted, hidden
+    )
     if not math.isfinite(best.fro):
         return not_finite(layer.delta, PRODUCT_OVERFLOW)
     rank = int((best.s > NUMERICALLY_ZERO * best.s[:1]).sum())
     if rank == 0 or best.fro == 0.0:
-        return _explain_missing_factors(layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro)
+        return _explain_missing_factors(
+            layer, change, best.fro if weighted is None else weighted.plain_fro, best.fro
+        )
     plain = factors = best
     if change is not as_stored:
         spectrum = as_stored.decompose(settings.method, tol=settings.tol, seed=settings.seed)
     if weighted is not None:
         factors = _project(change, best, rank, weighted)
-        plain = spectrum = change.decompose(settings.method, rank, False, settings.tol, settings.seed)
+        plain = spectrum = change.decompose(
+            settings.method, rank, False, settings.tol, settings.seed
+        )
     curve, lengthened = _compute_curve(plain, rank), None
     if settings.match_norm:
         lengthened = plain.fro / float(torch.linalg.vector_norm(factors.s[:rank]))
@@ -249,7 +289,11 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
     parts = split_factors(factors, rank, layer.transposed, settings.split)
     b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
-        fix = "exclude it with --exclude" if settings.dtype == "float32" else "use --adapter-dtype float32"
+        fix = (
+            "exclude it with --exclude"
+            if settings.dtype == "float32"
+            else "use --adapter-dtype float32"
+        )
         raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {fix}")
     if layer.transposed:
         b, a = a.T, b.T
@@ -273,30 +317,39 @@ def _extract(layer: Layer, settings: ExtractionSettings, store: Store, device: t
         blocks=change.row_blocks,
         resolution=resolution(as_stored.rounding, spectrum),
         hidden=hidden,
-        data=None if weighted is None else _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
+        data=None
+        if weighted is None
+        else _error_on_data(weighted, best, rank, (b.to(device), a.to(device)), layer),
     )
 
 
 def _estimate_before_rounding(
     change: Change, delta: StoredDelta, settings: ExtractionSettings, device: torch.device
 ) -> tuple[Change, Hidden]:
-    """Return E[X | cells] if directions are significant, else ``change``; and the record of the estimate.
+    """Return E[X | cells] if directions are significant, else ``change``; and the record of the
+    estimate.
 
     Raises:
         MemoryLimitError: The layer's cells do not fit.
     """
     assert change.fro is not None
-    estimate = recover_layer(delta, change.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
+    estimate = recover_layer(
+        delta, change.fro, DEFAULT_RANKS, settings.seed, device, settings.memory
+    )
     if estimate.hidden.status != "recovered":
         return change, estimate.hidden
     mean = estimate.change(settings.memory)
-    new = replace(change, fro=mean.fro, matrix=mean.matrix, streamed=mean.streamed, limit=mean.limit)
+    new = replace(
+        change, fro=mean.fro, matrix=mean.matrix, streamed=mean.streamed, limit=mean.limit
+    )
     return new, estimate.hidden
 
 
 def _compute_curve(factors: Factors, rank: int) -> NDArray[np.float64]:
     """Return C(1), …, C(rank)."""
-    return energy_curve(factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s))
+    return energy_curve(
+        factors.s[:rank].numpy(), factors.fro, factors.complete and rank == len(factors.s)
+    )
 
 
 def _project(change: Change, best: Factors, rank: int, weighted: Weighted) -> Factors:
@@ -342,21 +395,33 @@ def _error_on_data(
 
 
 def _decompose(
-    change: Change, layer: Layer, settings: ExtractionSettings, weighted: Weighted | None, hidden: Hidden | None
+    change: Change,
+    layer: Layer,
+    settings: ExtractionSettings,
+    weighted: Weighted | None,
+    hidden: Hidden | None,
 ) -> tuple[Factors, Factors]:
-    """Return the kept singular values with vectors, and all values of ``change``; for a given r, the kept ones twice.
+    """Return the kept singular values with vectors, and all values of ``change``; for a given r,
+    the kept ones twice.
 
-    All values decide how many are kept, except of a recovered update: there the values of its estimate do.
+    All values decide how many are kept, except of a recovered update: there the values of its
+    estimate do.
     """
     if layer.rank.at_most is not None:
         factors = _compute_vectors(change, min(layer.rank.at_most, *layer.shape), settings)
         return factors, factors
-    spectrum = change.decompose(settings.method if settings.method != "krylov" else "auto", seed=settings.seed)
+    spectrum = change.decompose(
+        settings.method if settings.method != "krylov" else "auto", seed=settings.seed
+    )
     rank = 0
     if hidden is not None and hidden.status == "recovered":
         values = np.array(hidden.values_estimate or ())
         curve = np.cumsum((values / (hidden.fro_estimate or math.inf)) ** 2)
-        rank = len(values) if layer.rank.energy is None else rank_at(curve, layer.rank.energy) or len(values)
+        rank = (
+            len(values)
+            if layer.rank.energy is None
+            else rank_at(curve, layer.rank.energy) or len(values)
+        )
     elif spectrum.fro > 0 and layer.rank.energy is not None:
         curve = energy_curve(spectrum.s.numpy(), spectrum.fro, spectrum.complete)
         rank = rank_at(curve, layer.rank.energy) or len(spectrum.s)
@@ -378,8 +443,12 @@ def _compute_vectors(
     return change.decompose(settings.method, rank, True, settings.tol, settings.seed)
 
 
-def split_factors(factors: Factors, rank: int, transposed: bool, split: str) -> tuple[Tensor, Tensor]:
-    """Return B ``(out, rank)`` and A ``(rank, in)`` in PEFT's orientation, float64; ``split`` as in the settings."""
+def split_factors(
+    factors: Factors, rank: int, transposed: bool, split: str
+) -> tuple[Tensor, Tensor]:
+    """Return B ``(out, rank)`` and A ``(rank, in)`` in PEFT's orientation, float64; ``split`` as in
+    the settings.
+    """
     left, right = factors.vectors[0][:, :rank], factors.vectors[1][:rank]
     if transposed:
         left, right = right.T, left.T
@@ -396,13 +465,16 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
     b, a = b.to(torch.float64), a.to(torch.float64)
     distance, row = 0.0, 0
     for block in change.blocks(shape, PARTS):
-        distance = math.hypot(distance, norm([torch.addmm(block, b[row : row + len(block)], a, alpha=-1)]))
+        distance = math.hypot(
+            distance, norm([torch.addmm(block, b[row : row + len(block)], a, alpha=-1)])
+        )
         row += len(block)
     return distance
 
 
 def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
-    """Return the record of a matrix without factors: with the norm of its change, or an entry that is not finite.
+    """Return the record of a matrix without factors: with the norm of its change, or an entry that
+    is not finite.
 
     Raises:
         InputError: A file could not be read.
@@ -414,7 +486,9 @@ def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
     return leave_out(delta, "no_factors", detail, fro=fro_of(change), base_fro=change.base_fro)
 
 
-def _explain_missing_factors(layer: Layer, change: Change, fro: float, weighted_fro: float) -> LeftOut:
+def _explain_missing_factors(
+    layer: Layer, change: Change, fro: float, weighted_fro: float
+) -> LeftOut:
     """Return the record of a layer whose rank is 0, with the reason.
 
     Args:

@@ -8,7 +8,16 @@ from statistics import median
 from typing import ClassVar, Literal
 
 from lora_diag.layers.lineage import Lineage
-from lora_diag.records.base import Count, LayerRecord, Norm, Ratio, Record, Share, Shown, least_epsilon
+from lora_diag.records.base import (
+    Count,
+    LayerRecord,
+    Norm,
+    Ratio,
+    Record,
+    Share,
+    Shown,
+    least_epsilon,
+)
 from lora_diag.records.vocabulary import Hidden, Resolution, noise_mark
 
 
@@ -21,8 +30,8 @@ class OnData(Record):
         kept: Fraction of ‖ΔW·C^½‖_F² that the best update of this rank keeps.
         energy_error: Bound on the error of ``kept``.
         epsilon: ‖(ΔW − B·A)C^½‖_F / ‖ΔW·C^½‖_F of the stored factors.
-        epsilon_min: √(1 − kept), the smallest of any update of this rank up to ``energy_error``; these factors attain
-            it up to rounding.
+        epsilon_min: √(1 − kept), the smallest of any update of this rank up to ``energy_error``;
+            these factors attain it up to rounding.
     """
 
     metric: Literal["data", "kfac"] = "data"
@@ -41,12 +50,19 @@ class OnData(Record):
 def _median_signal_rank(records: Sequence[Extraction]) -> int | str | None:
     """Return the median signal rank of merged updates; None without any.
 
-    If all kept values of one of them are above the noise, return ``≥`` and the range of the stored ranks.
+    If all kept values of one of them are above the noise, return ``≥`` and the range of the stored
+    ranks.
     """
     merged = [record for record in records if record.method != "factored"]
-    signal_ranks = [record.resolution.signal_rank for record in merged if record.resolution.signal_rank is not None]
+    signal_ranks = [
+        record.resolution.signal_rank
+        for record in merged
+        if record.resolution.signal_rank is not None
+    ]
     if len(signal_ranks) < len(merged):
-        ranks = sorted({min(record.rank for record in records), max(record.rank for record in records)})
+        ranks = sorted(
+            {min(record.rank for record in records), max(record.rank for record in records)}
+        )
         return f"≥ {'-'.join(map(str, ranks))}"
     return int(median(signal_ranks)) if signal_ranks else None
 
@@ -63,34 +79,58 @@ class Extraction(Lineage, LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)`` as stored in BASE.
         module: PEFT's name of the adapted module; for ``parameter``, the parameter's own path.
-        kind: Kind of the layer in PEFT: ``linear``, ``conv1d`` (transposed, as in GPT-2), ``embedding``,
-            ``convolution``, or ``parameter``, a matrix of a stack of experts.
+        kind: Kind of the layer in PEFT: ``linear``, ``conv1d`` (transposed, as in GPT-2),
+            ``embedding``, ``convolution``, or ``parameter``, a matrix of a stack of experts.
         rank: r.
         params: r·(out + in).
-        kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank keeps.
+        kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank
+            keeps.
         energy_error: Bound on the error of ``kept``.
         epsilon: ‖ΔW − B·A‖_F / ‖ΔW‖_F of the stored factors in their dtype.
-        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), up to ``energy_error``.
-        lengthened: ‖ΔW‖_F / ‖ΔW_r‖_F, by which the factors are multiplied (``--match-norm``); ``epsilon`` is then above
-            ``epsilon_min``. Null if they are not.
+        epsilon_min: √(1 − C(r)), the smallest ε of any update of this rank (Eckart–Young), up to
+            ``energy_error``.
+        lengthened: ‖ΔW‖_F / ‖ΔW_r‖_F, by which the factors are multiplied (``--match-norm``);
+            ``epsilon`` is then above ``epsilon_min``. Null if they are not.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F; null for an update given by factors, for which W_base is not read.
         dtype: Dtype of the stored factors.
         method: Method of the singular vectors.
-        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
-            fits.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
+            limit; null if it fits.
         resolution: Resolution of ΔW under the rounding of the files.
-        hidden: The update before rounding, if requested; if its ``status`` is ``recovered``, the factors are of its
-            estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that in place of ΔW.
-        data: The error in the data metric, if the factors are optimal in it; ``epsilon`` is then above ``epsilon_min``.
-            Null if they are optimal in the Frobenius norm.
+        hidden: The update before rounding, if requested; if its ``status`` is ``recovered``, the
+            factors are of its estimate E[X | cells], and ``fro``, ``kept`` and both ε are of that
+            in place of ΔW.
+        data: The error in the data metric, if the factors are optimal in it; ``epsilon`` is then
+            above ``epsilon_min``. Null if they are optimal in the Frobenius norm.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("rank", "rank stored", "rank of the factors", axis="rank r", main=True, pool="range", head="rank"),
-        Shown("params", "parameters", "r·(out + in)", pool="sum", drop=3, head="params", form="count", terminal=True),
         Shown(
-            "relative", "‖ΔW‖/‖W‖", "Frobenius norm of the update over that of the base weight", drop=4, terminal=True
+            "rank",
+            "rank stored",
+            "rank of the factors",
+            axis="rank r",
+            main=True,
+            pool="range",
+            head="rank",
+        ),
+        Shown(
+            "params",
+            "parameters",
+            "r·(out + in)",
+            pool="sum",
+            drop=3,
+            head="params",
+            form="count",
+            terminal=True,
+        ),
+        Shown(
+            "relative",
+            "‖ΔW‖/‖W‖",
+            "Frobenius norm of the update over that of the base weight",
+            drop=4,
+            terminal=True,
         ),
         Shown(
             "retained",
@@ -143,8 +183,24 @@ class Extraction(Lineage, LayerRecord):
             terminal=True,
             mark=_mark,
         ),
-        Shown("kind", "kind", "kind of the layer in PEFT", pool="each", drop=5, terminal=True, detail=True),
-        Shown("solver", "solver", "method of the singular vectors", pool="each", drop=7, terminal=True, detail=True),
+        Shown(
+            "kind",
+            "kind",
+            "kind of the layer in PEFT",
+            pool="each",
+            drop=5,
+            terminal=True,
+            detail=True,
+        ),
+        Shown(
+            "solver",
+            "solver",
+            "method of the singular vectors",
+            pool="each",
+            drop=7,
+            terminal=True,
+            detail=True,
+        ),
     )
     record: Literal["extraction"] = "extraction"
     layer: str
@@ -184,12 +240,16 @@ class Extraction(Lineage, LayerRecord):
 
     @property
     def retained(self) -> Share:
-        """Fraction of ‖ΔW‖_F² that these factors keep: ``kept``, or 1 − ε² if they are optimal in another metric."""
+        """Fraction of ‖ΔW‖_F² that these factors keep: ``kept``, or 1 − ε² if they are optimal in
+        another metric.
+        """
         return self.kept if self.data is None else max(0.0, 1 - self.epsilon**2)
 
     @property
     def signal_rank(self) -> int | None:
-        """``resolution.signal_rank``; None for an update given by factors, without rounding of merged weights."""
+        """``resolution.signal_rank``; None for an update given by factors, without rounding of
+        merged weights.
+        """
         return None if self.method == "factored" else self.resolution.signal_rank
 
     @property
@@ -198,17 +258,25 @@ class Extraction(Lineage, LayerRecord):
         return self.method.partition(":")[0]
 
 
-def pooled(records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min", "least_epsilon"]) -> float:
+def pooled(
+    records: Sequence[Extraction], field: Literal["epsilon", "epsilon_min", "least_epsilon"]
+) -> float:
     """Return a pooled error of several layers, as ε = √(Σ‖ΔW − B·A‖² / Σ‖ΔW‖²)."""
     gaps = (getattr(record, field) * record.fro for record in records)
     return math.hypot(*gaps) / math.hypot(*(record.fro for record in records))
 
 
-def pooled_data(records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]) -> float | None:
-    """Return a pooled error of several layers in the data or K-FAC metric; None without one, or where ΔW is 0 in it."""
+def pooled_data(
+    records: Sequence[Extraction], field: Literal["epsilon", "least_epsilon"]
+) -> float | None:
+    """Return a pooled error of several layers in the data or K-FAC metric; None without one, or
+    where ΔW is 0 in it.
+    """
     errors = [record.data for record in records if record.data is not None]
     total = math.hypot(*(data.fro for data in errors))
-    return math.hypot(*(getattr(data, field) * data.fro for data in errors)) / total if total else None
+    return (
+        math.hypot(*(getattr(data, field) * data.fro for data in errors)) / total if total else None
+    )
 
 
 def pooled_energy(records: Sequence[Extraction]) -> float:

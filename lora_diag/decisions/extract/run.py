@@ -61,11 +61,13 @@ def extract(
     output: Path | str,
     **options: Unpack[ExtractOptions],
 ) -> Results[Extraction]:
-    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base, by default its truncated SVD in PEFT's format.
+    r"""Write the best low-rank adapter for ΔW = W_tuned − W_base, by default its truncated SVD in
+    PEFT's format.
 
-    By default, B·A = U_r Σ_r V_rᵀ in every layer, the nearest matrix of rank r to ΔW in the Frobenius and the spectral
-    norm (Eckart and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed from the stored factors in their dtype. Exactly
-    one of ``rank``, ``energy``, ``params``, ``allocation`` and ``signal`` is given.
+    By default, B·A = U_r Σ_r V_rᵀ in every layer, the nearest matrix of rank r to ΔW in the
+    Frobenius and the spectral norm (Eckart and Young 1936). ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F is computed
+    from the stored factors in their dtype. Exactly one of ``rank``, ``energy``, ``params``,
+    ``allocation`` and ``signal`` is given.
 
     Args:
         base: Base checkpoint.
@@ -73,39 +75,49 @@ def extract(
         output: Adapter folder to write. It is written as ``NAME.part`` and renamed when complete.
         rank: r of every layer; less if a matrix is smaller, or the rank of its update is.
         energy: The smallest r of each layer with C(r) ≥ this fraction.
-        params: Largest number of parameters of the adapter, such as ``"10M"``, allocated as by ``allocate``.
+        params: Largest number of parameters of the adapter, such as ``"10M"``, allocated as by
+            ``allocate``.
         allocation: Results file of ``allocate``, or an ``adapter_config.json`` or its folder.
         signal: r is the number of singular values above the files' rounding noise.
-        recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding hides it and its
-            directions are significant, see ``recover``; the other layers as without this option.
-        match_norm: Write (‖ΔW‖/‖ΔW_r‖)·ΔW_r instead of ΔW_r in every layer: the same directions, at the length of ΔW.
-        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Factors are
-            then those with the smallest E‖(ΔW − B·A)x‖² of their rank, U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``,
-            ``params`` and ``signal`` refer to that metric. Layers without C are factored as without this option.
-        kfac: Minimize ‖G^½(ΔW − B·A)C^½‖ instead, with G = E[ggᵀ] of the output gradients in the same file: the K-FAC
-            estimate of the loss that the factors miss. Requires ``activations``.
+        recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding
+            hides it and its directions are significant, see ``recover``; the other layers as
+            without this option.
+        match_norm: Write (‖ΔW‖/‖ΔW_r‖)·ΔW_r instead of ΔW_r in every layer: the same directions, at
+            the length of ΔW.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations``
+            records them. Factors are then those with the smallest E‖(ΔW − B·A)x‖² of their rank,
+            U_rU_rᵀΔW with U_r of ΔW·C^½, and ``energy``, ``params`` and ``signal`` refer to that
+            metric. Layers without C are factored as without this option.
+        kfac: Minimize ‖G^½(ΔW − B·A)C^½‖ instead, with G = E[ggᵀ] of the output gradients in the
+            same file: the K-FAC estimate of the loss that the factors miss. Requires
+            ``activations``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
         dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        rest: ``save`` to store tensors without factors in full (norms, biases, resized tables), ``list`` to list
-            them.
-        portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter that every program
-            scales alike, see ``portability``. Stacked experts are skipped.
-        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
+        rest: ``save`` to store tensors without factors in full (norms, biases, resized tables),
+            ``list`` to list them.
+        portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter
+            that every program scales alike, see ``portability``. Stacked experts are skipped.
+        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply
+            ``portable``.
         base_name: The base model's name for config and model card; default ``base`` as given.
-        sweep: Results of ``probe sweep``, source of the learning rate in the model card; None for a card without one.
+        sweep: Results of ``probe sweep``, source of the learning rate in the model card; None for a
+            card without one.
         overwrite: Replace an existing adapter in ``output``.
         **options: ``ExtractOptions``.
 
     Returns:
-        The records, also in ``extraction.jsonl`` of the folder. Layers with entries that are not finite are in
+        The records, also in ``extraction.jsonl`` of the folder. Layers with entries that are not
+            finite are in
         ``left_out`` and not in the adapter.
 
     Raises:
-        UsageError: An option is invalid, ``params`` is too small for any rank, ``sweep`` has no chosen rank, ``base``
-            is an adapter, or ``output`` is an input or exists and may not be replaced.
-        InputError: An input cannot be read, entries are not finite and no other layer gets factors, or the adapter
-            cannot be written.
-        NothingComparedError: The sides have no weight in common, none is selected, or no layer gets factors.
+        UsageError: An option is invalid, ``params`` is too small for any rank, ``sweep`` has no
+            chosen rank, ``base`` is an adapter, or ``output`` is an input or exists and may not be
+            replaced.
+        InputError: An input cannot be read, entries are not finite and no other layer gets factors,
+            or the adapter cannot be written.
+        NothingComparedError: The sides have no weight in common, none is selected, or no layer gets
+            factors.
 
     Example:
         >>> import tempfile
@@ -115,26 +127,39 @@ def extract(
         >>> found.layers[0].rank, found.layers[0].epsilon - found.layers[0].epsilon_min < 1e-6
         (8, True)
 
-    Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank", Psychometrika 1.
+    Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank",
+    Psychometrika 1.
     """
     arguments = fill_options(ExtractOptions, options)
-    activations, kfac, sweep, base_name = (arguments[n] for n in ("activations", "kfac", "sweep", "base_name"))
-    split, dtype, unfactored, portable = (arguments[name] for name in ("split", "dtype", "rest", "portable"))
+    activations, kfac, sweep, base_name = (
+        arguments[n] for n in ("activations", "kfac", "sweep", "base_name")
+    )
+    split, dtype, unfactored, portable = (
+        arguments[name] for name in ("split", "dtype", "rest", "portable")
+    )
     form, recover, match_norm = (arguments[name] for name in ("format", "recover", "match_norm"))
     base, tuned = as_path(base), as_path(tuned)
-    folder = ExtractionFolder(Path(output), (base, tuned), arguments["overwrite"], arguments["resume"])
+    folder = ExtractionFolder(
+        Path(output), (base, tuned), arguments["overwrite"], arguments["resume"]
+    )
     rank_name, rank_value = read_rank_option(arguments)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:
-        raise UsageError("--recover: factors an update in the weights' metric; remove --activations")
+        raise UsageError(
+            "--recover: factors an update in the weights' metric; remove --activations"
+        )
     if match_norm and activations is not None:
-        raise UsageError("--match-norm: matches the norm of the weights; remove it or --activations")
+        raise UsageError(
+            "--match-norm: matches the norm of the weights; remove it or --activations"
+        )
     if kfac and activations is None:
         raise UsageError(NEEDS_ACTIVATIONS)
     rate = None if sweep is None else swept_rate(sweep)
     if (portable or form != PEFT) and unfactored == "save":
         kind = "a portable adapter" if portable else f"an adapter in {form}"
-        raise UsageError(f"--unfactored save: {kind} cannot store weights in full; remove one of the two")
+        raise UsageError(
+            f"--unfactored save: {kind} cannot store weights in full; remove one of the two"
+        )
     portable = portable or form != PEFT
     common = {name: arguments[name] for name in list_options(FolderOptions)}
     run = LayerRun("extract", {**common, "output": folder.records})
@@ -150,16 +175,24 @@ def extract(
 
     def measure_spectra() -> Results[Spectrum]:
         folder.open()
-        shared: dict[str, Any] = {name: common[name] for name in common if name not in {"method", "tol", "on_record"}}
+        shared: dict[str, Any] = {
+            name: common[name] for name in common if name not in {"method", "tol", "on_record"}
+        }
         shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **shared)
 
     try:
-        rules = {} if folder.whole else choose_rank_rules(rank_name, rank_value, planned.targets, measure_spectra)
+        rules = (
+            {}
+            if folder.whole
+            else choose_rank_rules(rank_name, rank_value, planned.targets, measure_spectra)
+        )
     except UsageError as error:
         if not folder.spectra.exists():
             raise
-        raise UsageError(f"{error}; the spectra are kept in {folder.work}: use --resume with another budget") from error
+        raise UsageError(
+            f"{error}; the spectra are kept in {folder.work}: use --resume with another budget"
+        ) from error
     tasks = [
         Layer(
             _drop_base(delta),
@@ -194,14 +227,18 @@ def extract(
         if activations is not None:
             command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
         command += ["--sweep", legible(sweep)] if sweep is not None else []
-        folder.finish(extraction_card(results, name, shlex.join([*command, "-o", legible(output)]), rate))
+        folder.finish(
+            extraction_card(results, name, shlex.join([*command, "-o", legible(output)]), rate)
+        )
 
     *other_inputs, tuned_input = compared.inputs
     return run.over(
         tasks,
         partial(_extract_layer, files=files),
         estimate_bytes,
-        run.settings(ExtractionSettings, dtype=dtype, split=split, recover=recover, match_norm=match_norm),
+        run.settings(
+            ExtractionSettings, dtype=dtype, split=split, recover=recover, match_norm=match_norm
+        ),
         planned.measure_left_out,
         (
             *other_inputs,
@@ -228,7 +265,9 @@ def place_target(target: Target) -> Placed:
     """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
-    return Placed(Item(target.layer, target.module, part, shape=shape, kernel=target.kernel), 1, shape)
+    return Placed(
+        Item(target.layer, target.module, part, shape=shape, kernel=target.kernel), 1, shape
+    )
 
 
 def write_in_format(
@@ -241,7 +280,8 @@ def write_in_format(
     form: str,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write the adapter in PEFT's layout, and convert it if ``form`` is another, which has no metadata.
+    """Write the adapter in PEFT's layout, and convert it if ``form`` is another, which has no
+    metadata.
 
     Args:
         planned: The treatment of all tensors.
@@ -267,11 +307,15 @@ def write_in_format(
 
 
 def _drop_base(delta: Delta) -> Delta:
-    """Return an update given by factors without its base weight, which takes minutes to read; others unchanged."""
+    """Return an update given by factors without its base weight, which takes minutes to read;
+    others unchanged.
+    """
     return replace(delta, base=None) if isinstance(delta, FactoredDelta) else delta
 
 
-def _extract_layer(task: Layer, files: Mapping[str, Path], settings: ExtractionSettings) -> tuple[Extraction | LeftOut]:
+def _extract_layer(
+    task: Layer, files: Mapping[str, Path], settings: ExtractionSettings
+) -> tuple[Extraction | LeftOut]:
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 
 
@@ -279,7 +323,12 @@ def _make_no_factors_error(tuned: Path | str, results: Results[Extraction]) -> L
     """Return the error for an extraction without factors."""
     if results.non_finite:
         bad = results.non_finite[0]
-        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; no other layer has factors, so nothing was written")
-    reasons = sorted({item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}})
+        return InputError(
+            f"{tuned}: {bad.layer}: {bad.detail}; no other layer has factors, so nothing was "
+            "written"
+        )
+    reasons = sorted(
+        {item.detail for item in results.left_out if item.reason in {"rank_0", "no_factors"}}
+    )
     why = f" ({'; '.join(reasons[:3])})" if reasons else ""
     return NothingComparedError(f"{tuned}: no layer has factors{why}, so nothing was written")

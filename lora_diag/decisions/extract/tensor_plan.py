@@ -43,7 +43,8 @@ class TensorPlan:
         targets: PEFT's view of each layer with factors.
         refused: Why a matrix gets no factors, by layer.
         save: Whether to store tensors without factors in full.
-        portable: Whether the adapter has one rank for all layers, and only parts that all programs scale alike.
+        portable: Whether the adapter has one rank for all layers, and only parts that all programs
+            scale alike.
     """
 
     base: Checkpoint
@@ -55,22 +56,37 @@ class TensorPlan:
     portable: bool = False
 
     def list_notes(self) -> tuple[str, ...]:
-        """Return notes for users of the adapter: on untested names, and on factors of an embedding tied to the head."""
+        """Return notes for users of the adapter: on untested names, and on factors of an embedding
+        tied to the head.
+        """
         notes = []
-        if self.model.type and self.model.type not in VERIFIED_MODELS and not self.model.has_names_in_memory:
+        if (
+            self.model.type
+            and self.model.type not in VERIFIED_MODELS
+            and not self.model.has_names_in_memory
+        ):
             notes.append(
-                f"model type {self.model.type!r} has not been tested with PEFT: names on disk are assumed to equal "
-                "those in memory, and PEFT ignores unknown names; watch for missing adapter keys when it loads the "
+                f"model type {self.model.type!r} has not been tested with PEFT: names on disk are "
+                "assumed to equal "
+                "those in memory, and PEFT ignores unknown names; watch for missing adapter keys "
+                "when it loads the "
                 "adapter"
             )
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
-        if target is not None and target.kind == "embedding" and CAUSAL.search(self._read_architecture()):
-            notes.append(f"{table} is tied to the head: its update reaches the head only after merging")
+        if (
+            target is not None
+            and target.kind == "embedding"
+            and CAUSAL.search(self._read_architecture())
+        ):
+            notes.append(
+                f"{table} is tied to the head: its update reaches the head only after merging"
+            )
         return tuple(notes)
 
     def measure_left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
-        """Yield the records of tensors without factors, with the norm of their change if it has one.
+        """Yield the records of tensors without factors, with the norm of their change if it has
+        one.
 
         Raises:
             InputError: A file could not be read.
@@ -83,16 +99,33 @@ class TensorPlan:
                 yield self._mark_saved(measure_left_out(delta, self.refused[delta.layer], device))
 
     def _mark_saved(self, record: LeftOut) -> LeftOut:
-        """Return a record with the reason ``saved`` if its tensor is to be stored in full; else unchanged."""
-        if not self.save or not record.fro or record.reason not in {"vector", "no_factors", "added_rows"}:
+        """Return a record with the reason ``saved`` if its tensor is to be stored in full; else
+        unchanged.
+        """
+        if (
+            not self.save
+            or not record.fro
+            or record.reason not in {"vector", "no_factors", "added_rows"}
+        ):
             return record
         if not can_be_saved(self._find_base_name(record.layer), self.base, self.model):
             return record
-        return record.model_copy(update={"reason": "saved", "detail": f"{record.detail}; stored in full"})
+        return record.model_copy(
+            update={"reason": "saved", "detail": f"{record.detail}; stored in full"}
+        )
 
     def _find_base_name(self, layer: str) -> str:
-        """Return the name of the tensor of BASE that holds a layer; the layer's name without one."""
-        return next((delta.base.name for delta in self.pairing.deltas if delta.layer == layer and delta.base), layer)
+        """Return the name of the tensor of BASE that holds a layer; the layer's name
+        without one.
+        """
+        return next(
+            (
+                delta.base.name
+                for delta in self.pairing.deltas
+                if delta.layer == layer and delta.base
+            ),
+            layer,
+        )
 
     def write(
         self,
@@ -103,7 +136,8 @@ class TensorPlan:
         base_name: str,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """Write the adapter's two files, read them back, and compare them with the measured factors.
+        """Write the adapter's two files, read them back, and compare them with the measured
+        factors.
 
         Args:
             folder: An existing folder.
@@ -117,11 +151,17 @@ class TensorPlan:
             InputError: The files cannot be written, or differ when read back.
         """
         parts = [Part(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank]
-        names = {self._find_base_name(record.layer) for record in left_out if record.reason == "saved"}
-        deltas: dict[str, Delta] = {delta.base.name: delta for delta in self.pairing.deltas if delta.base}
+        names = {
+            self._find_base_name(record.layer) for record in left_out if record.reason == "saved"
+        }
+        deltas: dict[str, Delta] = {
+            delta.base.name: delta for delta in self.pairing.deltas if delta.base
+        }
         adapted = {part.target.module for part in parts if part.target.kind != "parameter"}
         values = list_full_values(sorted(names), deltas, self.base, self.model, adapted)
-        write_adapter(folder, parts, values, self._describe_base(base_name), self.portable, metadata)
+        write_adapter(
+            folder, parts, values, self._describe_base(base_name), self.portable, metadata
+        )
         check_written(folder, self.base, parts)
 
     def _read_architecture(self) -> str:
@@ -131,10 +171,14 @@ class TensorPlan:
         return first if isinstance(first, str) else ""
 
     def _describe_base(self, base_name: str) -> Described:
-        """Return what the config of an adapter depends on: name, class, modules and parameters of BASE."""
+        """Return what the config of an adapter depends on: name, class, modules and parameters of
+        BASE.
+        """
         modules = {self.model.in_memory(name).rpartition(".")[0] for name in self.base} - {""}
         # With the parents of every module: a target ``0`` also matches ``blocks.0``.
-        modules |= {module[: dot.start()] for module in modules for dot in re.finditer(r"\.", module)}
+        modules |= {
+            module[: dot.start()] for module in modules for dot in re.finditer(r"\.", module)
+        }
         return Described(
             base_name=base_name,
             architecture=self._read_architecture(),
@@ -144,13 +188,18 @@ class TensorPlan:
 
 
 def plan_tensors(
-    compared: Comparison, save: bool, portable: bool = False, others: Sequence[Checkpoint | Adapter] = ()
+    compared: Comparison,
+    save: bool,
+    portable: bool = False,
+    others: Sequence[Checkpoint | Adapter] = (),
 ) -> TensorPlan:
     """Return the treatment of all tensors.
 
     Args:
-        compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are kept.
-        save: Whether to store tensors without factors in full; a resized vocabulary then gets no factors.
+        compared: BASE, and a fine-tuned checkpoint or an adapter, whose own names of modules are
+            kept.
+        save: Whether to store tensors without factors in full; a resized vocabulary then gets no
+            factors.
         portable: Whether only matrices that all programs scale equally get factors.
         others: Further updates with layers in the pairing.
 
@@ -160,8 +209,13 @@ def plan_tensors(
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None
     adapters = [update for update in (*others, tuned) if isinstance(update, Adapter)]
-    model = Model(base, dict(chain.from_iterable(names_in_memory(adapter, base).items() for adapter in adapters)))
-    resized = {item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}}
+    model = Model(
+        base,
+        dict(chain.from_iterable(names_in_memory(adapter, base).items() for adapter in adapters)),
+    )
+    resized = {
+        item.layer for item in pairing.unpaired if item.reason in {"added_rows", "removed_rows"}
+    }
     targets: dict[str, Target] = {}
     refused: dict[str, str] = {}
     for delta in pairing.deltas:
@@ -189,6 +243,8 @@ def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:
         earlier = first.setdefault((target.module, target.expert, target.half), layer)
         if earlier != layer:
             raise InputError(
-                f"{tuned}: {earlier} and {layer} change one weight of BASE, as layer_replication does, and no adapter "
-                "of BASE holds both; use this adapter unchanged, or exclude one of them with --exclude"
+                f"{tuned}: {earlier} and {layer} change one weight of BASE, as layer_replication "
+                "does, and no adapter "
+                "of BASE holds both; use this adapter unchanged, or exclude one of them with "
+                "--exclude"
             )

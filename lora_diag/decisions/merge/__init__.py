@@ -1,4 +1,6 @@
-"""``merge``: updates of one BASE in one adapter or checkpoint; its methods, declaration and options."""
+"""``merge``: updates of one BASE in one adapter or checkpoint; its methods, declaration and
+options.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +9,16 @@ from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
 from lora_diag.running import options
-from lora_diag.running.options import REQUIRED, Callbacks, Matching, ModelOptions, Notes, Option, Resources, Resuming
+from lora_diag.running.options import (
+    REQUIRED,
+    Callbacks,
+    Matching,
+    ModelOptions,
+    Notes,
+    Option,
+    Resources,
+    Resuming,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +26,8 @@ class Method:
     """A method of merging.
 
     Args:
-        name: Value of ``--method``; also the function in ``methods.py``, unless ``run`` names another.
+        name: Value of ``--method``; also the function in ``methods.py``, unless ``run`` names
+            another.
         title: Its name in its paper.
         source: The paper.
         averages: Whether the default weights are 1/K; else 1.
@@ -40,15 +52,44 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("mean", "weighted mean", "Wortsman et al. 2022", averages=True, linear=True, run="add"),
-        Method("sum", "task arithmetic", "Ilharco et al. 2023, arXiv 2212.04089", linear=True, run="add"),
+        Method(
+            "mean", "weighted mean", "Wortsman et al. 2022", averages=True, linear=True, run="add"
+        ),
+        Method(
+            "sum",
+            "task arithmetic",
+            "Ilharco et al. 2023, arXiv 2212.04089",
+            linear=True,
+            run="add",
+        ),
         Method("ties", "TIES", "Yadav et al. 2023, arXiv 2306.01708", density=0.2, entrywise=True),
-        Method("dare", "DARE", "Yu et al. 2024, arXiv 2311.03099", averages=True, density=0.5, entrywise=True),
-        Method("dare_ties", "DARE with TIES", "Yu et al. 2024, arXiv 2311.03099", density=0.5, entrywise=True),
+        Method(
+            "dare",
+            "DARE",
+            "Yu et al. 2024, arXiv 2311.03099",
+            averages=True,
+            density=0.5,
+            entrywise=True,
+        ),
+        Method(
+            "dare_ties",
+            "DARE with TIES",
+            "Yu et al. 2024, arXiv 2311.03099",
+            density=0.5,
+            entrywise=True,
+        ),
         Method("tsv", "TSV-Merge", "Gargiulo et al. 2025, arXiv 2412.00081"),
         Method("iso_c", "Iso-C", "Marczak et al. 2025, arXiv 2502.04959"),
         Method("knots_ties", "KnOTS-TIES", "Stoica et al. 2025, arXiv 2410.19735", density=1.0),
-        Method("core_ties", "TIES in Core Space", "Panariello et al. 2025, arXiv 2509.17786", False, 1.0, False, True),
+        Method(
+            "core_ties",
+            "TIES in Core Space",
+            "Panariello et al. 2025, arXiv 2509.17786",
+            False,
+            1.0,
+            False,
+            True,
+        ),
     )
 }
 
@@ -70,10 +111,14 @@ class JudgeOptions(ModelOptions, Notes, total=False):
         ),
     ]
     scales: Annotated[
-        Sequence[float], Option((), "With --eval: factors λ to choose from, instead of --scale.", "X,...")
+        Sequence[float],
+        Option((), "With --eval: factors λ to choose from, instead of --scale.", "X,..."),
     ]
     choose: Annotated[
-        str, Option("worst", "With --eval: choose by the worst task, or by the mean of all.", "worst|mean")
+        str,
+        Option(
+            "worst", "With --eval: choose by the worst task, or by the mean of all.", "worst|mean"
+        ),
     ]
 
 
@@ -81,12 +126,16 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
     """Options of ``merge``."""
 
     method: Annotated[
-        str, Option("mean", "Method of merging; with --eval, all compares them.", "|".join((*METHODS, ALL)))
+        str,
+        Option(
+            "mean", "Method of merging; with --eval, all compares them.", "|".join((*METHODS, ALL))
+        ),
     ]
     weights: Annotated[Sequence[float] | None, options.WEIGHTS]
     scale: Annotated[float, Option(1.0, "Factor of the merged update, or of a single one.", "X")]
     density: Annotated[
-        float | None, Option(None, "Fraction of entries kept by TIES and DARE; default: by method.", "D")
+        float | None,
+        Option(None, "Fraction of entries kept by TIES and DARE; default: by method.", "D"),
     ]
     rank: Annotated[int | None, options.RANK]
     energy: Annotated[float | None, options.ENERGY]
@@ -116,7 +165,9 @@ class MergeRunOptions(MergeOptions, total=False):
 class FolderOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), options.OUTPUT)]
+    output: Annotated[
+        Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), options.OUTPUT)
+    ]
 
 
 FEATURE = Feature(
@@ -126,17 +177,21 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Merge updates of one BASE, and state what each keeps.",
-            notes="The merge is an adapter, by default of the exact rank, or a checkpoint. One update alone is written "
+            notes="The merge is an adapter, by default of the exact rank, or a checkpoint. One "
+            "update alone is written "
             "at the strength --scale.",
             examples=(
                 "merge base/ sql/ chat/ code/ -o merged/",
                 "merge base/ sql/ chat/ code/ --method tsv --rank 32 -o merged/",
-                "merge base/ sql/ chat/ --method all --eval sql=sql.txt --eval chat=chat.txt -o merged/",
+                "merge base/ sql/ chat/ --method all --eval sql=sql.txt --eval chat=chat.txt -o "
+                "merged/",
                 "merge base/ sql/ --scale 0.75 -o weaker/",
             ),
             arguments=(
                 BASE_ARGUMENT,
-                Argument("updates", "One or more adapters or fine-tuned checkpoints.", "TUNED", True),
+                Argument(
+                    "updates", "One or more adapters or fine-tuned checkpoints.", "TUNED", True
+                ),
             ),
             options=(FolderOutput, MergeOptions),
             suggest=".show:suggest_next",

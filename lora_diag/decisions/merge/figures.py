@@ -1,4 +1,6 @@
-"""`merge`: what each update keeps in the merge, layer by layer, with random updates and the mean as references."""
+"""`merge`: what each update keeps in the merge, layer by layer, with random updates and the mean as
+references.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,21 @@ from lora_diag.decisions.merge.show import name_model
 from lora_diag.metrics.statistics import paired_half
 from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import MAX_PANELS, ROWS, Page, Panel, Row, make_rows_page
-from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, sets_of, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
+from lora_diag.rendering.figures.panels import (
+    Slot,
+    draw_bars,
+    make_slots,
+    median_of,
+    sets_of,
+    stack_panels,
+)
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    subject_of,
+)
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle
 from lora_diag.rendering.statements import short_paths
 
@@ -51,7 +66,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         stack_panels(panels, runs, style),
         f"{count_matrices(next(iter(shown.values())))}; 1: the whole update, 0: none of it",
         [
-            "Blocks run from left to right in each module type. Weights alone do not show the loss of a merge.",
+            "Blocks run from left to right in each module type. Weights alone do not show the loss "
+            "of a merge.",
             f"A bar is the median of up to {joined} layers." if joined > 1 else "",
             f"Not drawn: {hidden} more updates." if hidden else "",
         ],
@@ -72,7 +88,10 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         raise UndrawableError("no merge was judged by its loss")
 
     def rows_of(item: Series[MergedLoss], name: str, color: str) -> list[Row]:
-        owner, found = owner_of(item, series), [record for record in item.records if record.set == name]
+        owner, found = (
+            owner_of(item, series),
+            [record for record in item.records if record.set == name],
+        )
         rows = [row for record in found if (row := _make_row(record, owner)) is not None]
         return sorted(rows, key=lambda row: row.value)[:ROWS]
 
@@ -82,10 +101,12 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
         sets_of(records),
         style,
         title="Held-out loss of each merge minus that of the update alone",
-        about=f"{subject_of(series)}on a text of no update: minus that of BASE; mean negative log-likelihood, nats",
+        about=f"{subject_of(series)}on a text of no update: minus that of BASE; mean negative "
+        "log-likelihood, nats",
         xlabel="loss minus the reference (nats)",
         notes=[
-            "Error bars: two paired standard errors, more for few sequences (t). In colour: what was written.",
+            "Error bars: two paired standard errors, more for few sequences (t). In colour: what "
+            "was written.",
             f"Up to {ROWS} models of each run, those with the lowest losses.",
         ],
         ordered=True,
@@ -96,17 +117,45 @@ def make_loss_page(series: Sequence[Series[Any]], style: PageStyle, options: Opt
 def _make_row(record: MergedLoss, owner: str) -> Row | None:
     """Return the row of a model of a run; None for the one that others are compared with."""
     reference = "base" if record.update is None else "alone"
-    value, error = (record.change, record.change_error) if record.update is None else (record.gap, record.gap_error)
+    value, error = (
+        (record.change, record.change_error)
+        if record.update is None
+        else (record.gap, record.gap_error)
+    )
     if value is None or record.method == reference:
         return None
     half = paired_half(error, len(record.nll) - record.skipped)
-    return Row(f"{owner}{name_model(record.method, record.scale)}", value, half, KEPT if record.chosen else QUIET)
+    return Row(
+        f"{owner}{name_model(record.method, record.scale)}",
+        value,
+        half,
+        KEPT if record.chosen else QUIET,
+    )
 
 
 def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Merged]], low: float) -> None:
     line: dict[str, Any] = {"lw": 1.3 * style.line}
-    draw_bars(ax, slots, median_of(lambda r: r.kept), label="kept", color=KEPT, fill=True, baseline=0, lw=0)
-    draw_bars(ax, slots, median_of(lambda r: r.kept_mean), label="mean of the updates", color=MEAN, **line)
-    draw_bars(ax, slots, median_of(lambda r: r.kept_random), label="random updates", color=INK, ls=DOTTED, **line)
+    draw_bars(
+        ax,
+        slots,
+        median_of(lambda r: r.kept),
+        label="kept",
+        color=KEPT,
+        fill=True,
+        baseline=0,
+        lw=0,
+    )
+    draw_bars(
+        ax, slots, median_of(lambda r: r.kept_mean), label="mean of the updates", color=MEAN, **line
+    )
+    draw_bars(
+        ax,
+        slots,
+        median_of(lambda r: r.kept_random),
+        label="random updates",
+        color=INK,
+        ls=DOTTED,
+        **line,
+    )
     ax.set_ylim(bottom=low)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))

@@ -1,10 +1,12 @@
-"""Held-out losses of BASE, of each update on the text of its task, and of every candidate merge; the choice among them.
+"""Held-out losses of BASE, of each update on the text of its task, and of every candidate merge;
+the choice among them.
 
-What is judged is what would be written: the factors or the weights of a candidate are computed by the code that writes
-the merge, into scratch files. Several λ multiply one output in float32; one that is rounded to a shorter dtype is made
-for each λ, and weights that a checkpoint in another dtype than BASE holds unchanged are rounded as in the file. The
-losses of all sequences are recorded. With several candidates one is chosen by the first half of each text, and the
-numbers that are shown are those of the second half, so that they are not the lowest by chance.
+What is judged is what would be written: the factors or the weights of a candidate are computed by
+the code that writes the merge, into scratch files. Several λ multiply one output in float32; one
+that is rounded to a shorter dtype is made for each λ, and weights that a checkpoint in another
+dtype than BASE holds unchanged are rounded as in the file. The losses of all sequences are
+recorded. With several candidates one is chosen by the first half of each text, and the numbers that
+are shown are those of the second half, so that they are not the lowest by chance.
 """
 
 from __future__ import annotations
@@ -59,14 +61,16 @@ class Candidate:
     def weigh(self, task: MergeTask, paths: Sequence[str]) -> MergeTask:
         """Return a layer with the weights of this merge; ``paths`` are those of the updates."""
         by_path = dict(zip(paths, self.weights, strict=True))
-        return replace(task, updates=tuple(replace(item, weight=by_path[item.name]) for item in task.updates))
+        return replace(
+            task, updates=tuple(replace(item, weight=by_path[item.name]) for item in task.updates)
+        )
 
 
 def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[int | None, str]]:
     """Return the update, by its place, and the path of each text; None for a text of no update.
 
-    A name may contain ``=``, as may a path: ``NAME=FILE`` is the text of an update unless only a file of that whole
-    name exists.
+    A name may contain ``=``, as may a path: ``NAME=FILE`` is the text of an update unless only a
+    file of that whole name exists.
 
     Args:
         texts: Each ``NAME=FILE`` or ``FILE``.
@@ -89,7 +93,10 @@ def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[
             tasks.append((None, text))
         else:
             unknown = text.partition("=")[0]
-            raise UsageError(f"--eval {text}: {unknown} names no update; use one of {', '.join(names)}, or FILE alone")
+            raise UsageError(
+                f"--eval {text}: {unknown} names no update; use one of {', '.join(names)}, or FILE "
+                "alone"
+            )
     return tasks
 
 
@@ -108,16 +115,26 @@ class MergeJudge:
     """
 
     def __init__(
-        self, options: Mapping[str, Any], base: Path | str, compared: Sequence[Comparison], names: Sequence[str]
+        self,
+        options: Mapping[str, Any],
+        base: Path | str,
+        compared: Sequence[Comparison],
+        names: Sequence[str],
     ) -> None:
         tasks = read_tasks(options["evaluate"], names)
-        own = {name: options[name] for name in list_options(JudgeOptions)} | {"evaluate": [path for _, path in tasks]}
+        own = {name: options[name] for name in list_options(JudgeOptions)} | {
+            "evaluate": [path for _, path in tasks]
+        }
         self._options, self._base, self._compared = options, base, compared
         self._run = ProbeRun("merge", own, JudgeOptions)
         self._run.check_files(base)
         self._run.open(base)
-        self._texts = self._run.read_sets([None if task is None else names[task] for task, _ in tasks])
-        self._task = {text_set.name: task for text_set, (task, _) in zip(self._texts, tasks, strict=True)}
+        self._texts = self._run.read_sets(
+            [None if task is None else names[task] for task, _ in tasks]
+        )
+        self._task = {
+            text_set.name: task for text_set, (task, _) in zip(self._texts, tasks, strict=True)
+        }
 
     @property
     def inputs(self) -> list[RunInput]:
@@ -149,33 +166,53 @@ class MergeJudge:
 
         Raises:
             UsageError: A text has too few sequences to choose by one half and report the other.
-            InputError: A file cannot be read or written, or a loss of BASE or an update is not finite.
+            InputError: A file cannot be read or written, or a loss of BASE or an update is not
+                finite.
         """
         scales = list(dict.fromkeys(map(float, self._options["scales"]))) or [settings.scale]
         count, run = len(candidates) * len(scales), self._run
-        if count > 1 and (few := next((t for t in self._texts if len(t.sequences) < MIN_SEQUENCES), None)):
-            problem = f"has {quantity(len(few.sequences), 'sequence')}, and half of them choose the merge"
+        if count > 1 and (
+            few := next((t for t in self._texts if len(t.sequences) < MIN_SEQUENCES), None)
+        ):
+            problem = (
+                f"has {quantity(len(few.sequences), 'sequence')}, and half of them choose the merge"
+            )
             fix = f"give at least {MIN_SEQUENCES}, or one --method and --scale"
             raise UsageError(f"--eval {few.path}: {problem}; {fix}")
         run.watch.total = (count + 1) * run.batches(self._texts)
-        run.watch.total += run.batches([text_set for text_set in self._texts if self._task[text_set.name] is not None])
+        run.watch.total += run.batches(
+            [text_set for text_set in self._texts if self._task[text_set.name] is not None]
+        )
         merges = f"{quantity(count, 'merge')} on {quantity(len(self._texts), 'set')}"
         run.estimate(self._texts[0], f"BASE, each update on its text, and {merges}")
         losses: dict[Model, dict[str, Losses]] = {
             ("base", None): self._measure("BASE", self._texts),
             ("alone", None): self._measure_alone(),
         }
-        for who, found in ((self._base, losses["base", None]), ("an update", losses["alone", None])):
+        for who, found in (
+            (self._base, losses["base", None]),
+            ("an update", losses["alone", None]),
+        ):
             if bad := next((name for name, own in found.items() if not own.is_finite), None):
-                raise InputError(f"{who}: its loss on {bad} is not finite; check the weights, or use --dtype float32")
+                raise InputError(
+                    f"{who}: its loss on {bad} is not finite; check the weights, or use --dtype "
+                    "float32"
+                )
         exact = all((settings.dtype or side.dtype) == "float32" for side in sides.values())
         for candidate in candidates:
             for written in [1.0] if exact else scales:
-                with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+                with tempfile.TemporaryDirectory(
+                    prefix=f".{folder.name}.", dir=folder.parent
+                ) as scratch:
                     own = replace(
-                        settings, method=candidate.method.name, scale=written, density=candidate.density or 1.0
+                        settings,
+                        method=candidate.method.name,
+                        scale=written,
+                        density=candidate.density or 1.0,
                     )
-                    swapped = Swapped(run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0)
+                    swapped = Swapped(
+                        run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0
+                    )
                     if self._options["full"] and settings.dtype:
                         self._round(settings.dtype)
                     for scale in scales if exact else [written]:
@@ -202,7 +239,9 @@ class MergeJudge:
 
     @torch.no_grad()
     def _round(self, dtype: str) -> None:
-        """Round all weights of the model, as those that a merge does not change are in a checkpoint of this dtype."""
+        """Round all weights of the model, as those that a merge does not change are in a checkpoint
+        of this dtype.
+        """
         for parameter in self._run.model.module.parameters():
             parameter.copy_(parameter.to(getattr(torch, dtype)))
 
@@ -214,34 +253,58 @@ class MergeJudge:
         settings: MergeSettings,
         scratch: Path,
     ) -> Iterator[Delta]:
-        """Write a candidate to scratch files; yield its layers, without those whose updates are zero or cancel."""
+        """Write a candidate to scratch files; yield its layers, without those whose updates are
+        zero or cancel.
+        """
         paths = list(map(tuned_path, self._compared))
         for index, task in enumerate(tasks):
             file = scratch / f"{index}.safetensors"
-            if write_merge(candidate.weigh(task, paths), settings, file) is not None or not file.exists():
+            if (
+                write_merge(candidate.weigh(task, paths), settings, file) is not None
+                or not file.exists()
+            ):
                 continue
             base, layer = sides[task.layer], task.layer
             if task.base is None:
                 yield FactoredDelta(
-                    layer, task.shape, partial(_read_factors, file, task), (base.dtype, "float32"), base
+                    layer,
+                    task.shape,
+                    partial(_read_factors, file, task),
+                    (base.dtype, "float32"),
+                    base,
                 )
             else:
-                yield StoredDelta(layer, task.shape, base, Side(open_checkpoint(file), "W"), task.is_matrix)
+                yield StoredDelta(
+                    layer, task.shape, base, Side(open_checkpoint(file), "W"), task.is_matrix
+                )
 
-    def _make_records(self, losses: Mapping[Model, Mapping[str, Losses]], choosing: bool) -> Iterator[MergedLoss]:
-        """Yield the records: of BASE, of updates alone, and of candidates, of which one is chosen."""
+    def _make_records(
+        self, losses: Mapping[Model, Mapping[str, Losses]], choosing: bool
+    ) -> Iterator[MergedLoss]:
+        """Yield the records: of BASE, of updates alone, and of candidates, of which one
+        is chosen.
+        """
         base, alone = losses["base", None], losses["alone", None]
-        half = {text_set.name: len(text_set.sequences) // 2 if choosing else 0 for text_set in self._texts}
+        half = {
+            text_set.name: len(text_set.sequences) // 2 if choosing else 0
+            for text_set in self._texts
+        }
         cost: dict[Model, float] = {}
         for model, own in losses.items():
             if model[1] is not None and all(found.is_finite for found in own.values()):
                 first = {name: slice(half[name] or None) for name in own}
                 rises = [
-                    _part(own[name], s).minus(_part(alone.get(name, base[name]), s))[0] for name, s in first.items()
+                    _part(own[name], s).minus(_part(alone.get(name, base[name]), s))[0]
+                    for name, s in first.items()
                 ]
-                cost[model] = max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
+                cost[model] = (
+                    max(rises) if self._options["choose"] == "worst" else sum(rises) / len(rises)
+                )
         if not cost:
-            raise InputError(f"{self._base}: no merge has a finite loss; check the weights, or use --dtype float32")
+            raise InputError(
+                f"{self._base}: no merge has a finite loss; check the weights, or use --dtype "
+                "float32"
+            )
         best = min(cost, key=cost.__getitem__)
         for model, own in losses.items():
             for text_set in (each for each in self._texts if each.name in own):
@@ -263,8 +326,12 @@ def _part(losses: Losses, span: slice) -> Losses:
     return Losses(losses.sums[span], losses.counts[span])
 
 
-def _compare(own: Losses, base: Losses, alone: Losses | None, span: slice) -> dict[str, float | None]:
-    """Return the loss of a model on some sequences, and its paired differences from BASE and from the update alone."""
+def _compare(
+    own: Losses, base: Losses, alone: Losses | None, span: slice
+) -> dict[str, float | None]:
+    """Return the loss of a model on some sequences, and its paired differences from BASE and from
+    the update alone.
+    """
     if not own.is_finite:
         return {"loss": None}
     own, base = _part(own, span), _part(base, span)
@@ -280,7 +347,9 @@ def _compare(own: Losses, base: Losses, alone: Losses | None, span: slice) -> di
 
 
 def _read_factors(file: Path, task: MergeTask) -> tuple[Tensor, Tensor]:
-    """Return B ``(out, r)`` and A ``(r, in)`` of a scratch file, for the weight as BASE stores it."""
+    """Return B ``(out, r)`` and A ``(r, in)`` of a scratch file, for the weight as BASE
+    stores it.
+    """
     stored = open_checkpoint(file)
     b, a = (stored.read(name).view(stored[name].shape) for name in ("B", "A"))
     return (a.T, b.T) if task.transposed else (b, a)

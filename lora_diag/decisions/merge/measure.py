@@ -1,4 +1,6 @@
-"""One layer of a merge: the merged update, its factors or the new weight, and what is left of each update in it."""
+"""One layer of a merge: the merged update, its factors or the new weight, and what is left of each
+update in it.
+"""
 
 from __future__ import annotations
 
@@ -108,12 +110,15 @@ class MergeSettings:
     memory: int | None = None
 
 
-# The merge as written: M itself or its factors in their dtype, its decomposition if it has factors, fields of records.
+# The merge as written: M itself or its factors in their dtype, its decomposition if it has factors,
+# fields of records.
 Written = tuple[Matrix, exact.Factors | None, dict[str, Any]]
 
 
 def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
-    """Return an upper bound on the memory of a layer in bytes: all updates, their merge, and its decomposition."""
+    """Return an upper bound on the memory of a layer in bytes: all updates, their merge, and its
+    decomposition.
+    """
     entries, count, method = math.prod(task.shape), len(task.updates), METHODS[settings.method]
     weight = 8 * entries if task.base is not None else 0
     if task.factored and not method.entrywise:
@@ -126,7 +131,9 @@ def estimate_bytes(task: MergeTask, settings: MergeSettings) -> int:
     return COMPUTED_ENTRY_BYTES * entries * (count + 2) + weight + blocks + max(svd, factor)
 
 
-def merge_layer(task: MergeTask, files: Mapping[str, Path], settings: MergeSettings) -> tuple[Merged | LeftOut, ...]:
+def merge_layer(
+    task: MergeTask, files: Mapping[str, Path], settings: MergeSettings
+) -> tuple[Merged | LeftOut, ...]:
     """Merge the updates of one layer, write the result, and measure what is left of each.
 
     Args:
@@ -175,15 +182,23 @@ def write_merge(task: MergeTask, settings: MergeSettings, file: Path) -> LeftOut
         UsageError: The device is unknown or not available.
         MemoryLimitError: The layer does not fit into the memory limit.
     """
-    merged, _ = compute_on_device(partial(_write_merge, task, settings, file), resolve_device(settings.device))
+    merged, _ = compute_on_device(
+        partial(_write_merge, task, settings, file), resolve_device(settings.device)
+    )
     return merged if isinstance(merged, LeftOut) else None
 
 
-def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: torch.device) -> _Merge | LeftOut:
-    """Write the merge of one layer; a layer that has to be formed must fit into the memory limit."""
+def _write_merge(
+    task: MergeTask, settings: MergeSettings, file: Path, device: torch.device
+) -> _Merge | LeftOut:
+    """Write the merge of one layer; a layer that has to be formed must fit into the
+    memory limit.
+    """
     if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
         description = "its updates and their merge take"
-        require_memory(estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it")
+        require_memory(
+            estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it"
+        )
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
         change, size = load_change(update.delta, device), 0.0
@@ -200,14 +215,28 @@ def _write_merge(task: MergeTask, settings: MergeSettings, file: Path, device: t
     updates, parts, norms = zip(*changed, strict=True)
     weights = [update.weight for update in updates]
     names = [update.name for update in updates]
-    request = Request(weights, settings.density, f"{settings.seed}:{task.layer}", names, settings.count)
+    request = Request(
+        weights, settings.density, f"{settings.seed}:{task.layer}", names, settings.count
+    )
     merge = choose_merger(METHODS[settings.method], task.is_matrix)
     merged = sum_matrices([merge(parts, request)], [settings.scale])
     factors = exact.decompose_factored(*merged, vectors=True) if isinstance(merged, tuple) else None
-    fro = norm([merged]) if isinstance(merged, Tensor) else factors.fro if factors is not None else 0.0
-    longest = abs(settings.scale) * sum(abs(weight) * size for weight, size in zip(weights, norms, strict=True))
+    fro = (
+        norm([merged])
+        if isinstance(merged, Tensor)
+        else factors.fro
+        if factors is not None
+        else 0.0
+    )
+    longest = abs(settings.scale) * sum(
+        abs(weight) * size for weight, size in zip(weights, norms, strict=True)
+    )
     if fro <= (exact.ZERO_FACTORED if factors is not None else exact.ZERO_DENSE) * longest:
-        merged, factors, fro = sum_matrices([merged], [0.0]), None, 0.0  # updates that cancel leave only rounding
+        merged, factors, fro = (
+            sum_matrices([merged], [0.0]),
+            None,
+            0.0,
+        )  # updates that cancel leave only rounding
     if task.base is None:
         total = _find_sum(settings, parts, weights)
         written = _write_factors(task, settings, merged, fro, factors, file, total)
@@ -249,7 +278,8 @@ def _merge_layer(
 def _compare_others(
     changed: Sequence[tuple[Update, Matrix, float]], index: int, count: int, entries: int
 ) -> dict[str, float]:
-    """Return what the mean keeps of an update, what the others add to it, and the latter's root mean square by chance.
+    """Return what the mean keeps of an update, what the others add to it, and the latter's root
+    mean square by chance.
 
     For a uniformly rotated ΔW_j, ⟨ΔW_j, ΔW_k⟩ has the variance ‖ΔW_j‖²‖ΔW_k‖²/(mn).
 
@@ -260,22 +290,33 @@ def _compare_others(
         entries: mn.
     """
     own, part, size = changed[index]
-    cosines = [(other, norm, frobenius_inner(matrix, part) / size**2) for other, matrix, norm in changed]
+    cosines = [
+        (other, norm, frobenius_inner(matrix, part) / size**2) for other, matrix, norm in changed
+    ]
     found = {"kept_mean": sum(product for _, _, product in cosines) / count}
     if own.weight:
-        others = [(other.weight / own.weight, norm, product) for other, norm, product in cosines if other is not own]
+        others = [
+            (other.weight / own.weight, norm, product)
+            for other, norm, product in cosines
+            if other is not own
+        ]
         found["others"] = sum(weight * product for weight, _, product in others)
-        found["others_random"] = math.hypot(*(weight * norm for weight, norm, _ in others)) / size / math.sqrt(entries)
+        found["others_random"] = (
+            math.hypot(*(weight * norm for weight, norm, _ in others)) / size / math.sqrt(entries)
+        )
     return found
 
 
 def choose_merger(method: Method, is_matrix: bool) -> mergers.Merger:
-    """Return the function of a method; for 1-D tensors, of methods of matrices, that of the weighted mean.
+    """Return the function of a method; for 1-D tensors, of methods of matrices, that of the
+    weighted mean.
 
     The authors of TSV-Merge and Iso-C average 1-D tensors, too.
     """
     if not is_matrix and not (method.linear or method.entrywise):
-        return lambda parts, request: sum_matrices(parts, [w / sum(request.weights) for w in request.weights])
+        return lambda parts, request: sum_matrices(
+            parts, [w / sum(request.weights) for w in request.weights]
+        )
     merger: mergers.Merger = getattr(mergers, method.run or method.name)
     return merger
 
@@ -296,7 +337,9 @@ def _write_factors(
     file: Path,
     total: Callable[[], Matrix] | None,
 ) -> Written:
-    """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank; ``total`` as in ``_keep_leading``."""
+    """Write B = U√Σ and A = √ΣVᵀ of the best update of the requested rank; ``total`` as in
+    ``_keep_leading``.
+    """
     dtype = settings.dtype or "float32"
     if fro == 0.0:
         return merged, None, {"rank": 0, "params": 0, "dtype": dtype}
@@ -307,7 +350,10 @@ def _write_factors(
     if settings.energy is not None:
         rank = min(rank, rank_at(curve, settings.energy) or rank)
     kept = _keep_leading(merged, factors, rank, total)
-    b, a = (part.to(dtype=getattr(torch, dtype)).cpu() for part in split_factors(kept, rank, task.transposed, "both"))
+    b, a = (
+        part.to(dtype=getattr(torch, dtype)).cpu()
+        for part in split_factors(kept, rank, task.transposed, "both")
+    )
     _check_finite(task, dtype, b, a)
     b, a = store_factors(file, b, a)
     if task.transposed:
@@ -329,7 +375,8 @@ def _write_factors(
 def _keep_leading(
     merged: Matrix, factors: exact.Factors, rank: int, total: Callable[[], Matrix] | None
 ) -> exact.Factors:
-    """Return the first directions of M; among equal singular values, those with most of the sum of the updates.
+    """Return the first directions of M; among equal singular values, those with most of the sum of
+    the updates.
 
     Args:
         merged: M.
@@ -362,7 +409,12 @@ def _keep_directions(factors: exact.Factors, rank: int) -> exact.Factors:
 
 
 def _write_weight(
-    task: MergeTask, settings: MergeSettings, merged: Matrix, fro: float, factors: exact.Factors | None, file: Path
+    task: MergeTask,
+    settings: MergeSettings,
+    merged: Matrix,
+    fro: float,
+    factors: exact.Factors | None,
+    file: Path,
 ) -> Written:
     """Write W + M, rounded once."""
     assert task.base is not None
@@ -374,8 +426,14 @@ def _write_weight(
     _check_finite(task, dtype, weight)
     write_tensors(file, {"W": weight})
     if factors is not None:
-        factors = _keep_directions(factors, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum()))
-    return merged, factors, {"dtype": dtype, "method": factors.method if factors is not None else ""}
+        factors = _keep_directions(
+            factors, int((factors.s > NUMERICALLY_ZERO * factors.s[:1]).sum())
+        )
+    return (
+        merged,
+        factors,
+        {"dtype": dtype, "method": factors.method if factors is not None else ""},
+    )
 
 
 def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
@@ -385,7 +443,10 @@ def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
         InputError: An entry overflows the dtype, or BASE holds one that is not finite.
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise InputError(f"{task.layer}: {dtype} cannot hold its merge; give --output-dtype float32, or --exclude it")
+        raise InputError(
+            f"{task.layer}: {dtype} cannot hold its merge; give --output-dtype float32, or "
+            "--exclude it"
+        )
 
 
 def _measure_directions(factors: exact.Factors | None, part: Matrix, fro: float) -> float | None:
@@ -404,7 +465,9 @@ def _measure_chance(
     merge: mergers.Merger,
     written: exact.Factors | None,
 ) -> list[dict[str, float | None]]:
-    """Return what random updates with the same singular values keep: exact for the sum, else from one draw."""
+    """Return what random updates with the same singular values keep: exact for the sum, else from
+    one draw.
+    """
     if METHODS[settings.method].linear and settings.rank is None and settings.energy is None:
         return [{"kept_random": settings.scale * weight} for weight in request.weights]
     pairs = [part for part in parts if isinstance(part, tuple)]
@@ -431,7 +494,9 @@ def _measure_chance(
 
 
 def _draw_update(pair: tuple[Tensor, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return a random update with the singular values of another: uniform orthonormal vectors on either side."""
+    """Return a random update with the singular values of another: uniform orthonormal vectors on
+    either side.
+    """
     s = exact.decompose_factored(*pair).s
     left, right = (
         torch.linalg.qr(torch.randn(size, len(s), generator=generator, dtype=torch.float64))[0]
@@ -441,7 +506,9 @@ def _draw_update(pair: tuple[Tensor, Tensor], generator: torch.Generator) -> tup
 
 
 def _compare_signs(parts: Sequence[Matrix], request: Request) -> list[dict[str, float | None]]:
-    """Return the fraction of entries with opposite signs in each update and the sum of the others, from random rows."""
+    """Return the fraction of entries with opposite signs in each update and the sum of the others,
+    from random rows.
+    """
     m, _ = shape_of(parts[0])
     generator = mergers.make_generator(f"{request.seed}:rows")
     rows = torch.randperm(m, generator=generator)[:SAMPLED_ROWS].sort().values

@@ -1,11 +1,12 @@
 """Methods of merging ΔW_1 … ΔW_K of one layer into M, each named by its paper, in float64.
 
-Updates with factors are merged in the core of their common spaces, where the method commutes with rotations: with the
-orthonormal bases Q_b of all B_k and Q_a of all A_kᵀ, ΔW_k = Q_bC_kQ_aᵀ and M = Q_b·merge(C_1, …, C_K)·Q_aᵀ. No matrix
-of the size of ΔW is formed. Those that compare single entries of ΔW (TIES, DARE) form it.
+Updates with factors are merged in the core of their common spaces, where the method commutes with
+rotations: with the orthonormal bases Q_b of all B_k and Q_a of all A_kᵀ, ΔW_k = Q_bC_kQ_aᵀ and M =
+Q_b·merge(C_1, …, C_K)·Q_aᵀ. No matrix of the size of ΔW is formed. Those that compare single
+entries of ΔW (TIES, DARE) form it.
 
-Zero updates are left out by the caller. Singular values below ``ZERO`` of the largest are zero: a space that no
-update has gets no direction.
+Zero updates are left out by the caller. Singular values below ``ZERO`` of the largest are zero: a
+space that no update has gets no direction.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ from lora_diag.linalg.exact import svd
 # Singular values up to this fraction of the largest are rounding of float64.
 ZERO = 1e-12
 
-# Singular values of stacked orthonormal bases up to this fraction of the largest are rounding of equal directions. The
-# updates are float32 or shorter, so equal directions of different updates agree to about 1e-7.
+# Singular values of stacked orthonormal bases up to this fraction of the largest are rounding of
+# equal directions. The updates are float32 or shorter, so equal directions of different updates
+# agree to about 1e-7.
 EQUAL = 1e-6
 
 
@@ -80,17 +82,21 @@ class Frame:
 
 
 def reduce_to_cores(parts: Sequence[Matrix]) -> Frame:
-    """Return updates in the singular bases of their stacked factors; dense ones, if any is, in the identity.
+    """Return updates in the singular bases of their stacked factors; dense ones, if any is, in the
+    identity.
 
-    Reference: Panariello et al. 2025, "Accurate and Efficient Low-Rank Model Merging in Core Space", arXiv 2509.17786:
-    U of [B_1 … B_K] and Vᵀ of [A_1; …; A_K], without the directions that no update has.
+    Reference: Panariello et al. 2025, "Accurate and Efficient Low-Rank Model Merging in Core
+    Space", arXiv 2509.17786: U of [B_1 … B_K] and Vᵀ of [A_1; …; A_K], without the directions that
+    no update has.
     """
     pairs = [part for part in parts if isinstance(part, tuple)]
     if len(pairs) < len(parts):
         return Frame(None, None, tuple(torch.cat(list(rows_of(part))) for part in parts))
     b, a = stack_products(pairs, [1.0] * len(pairs))
     left, right = _find_basis(b), _find_basis(a.T).T
-    return Frame(left, right, tuple((left.T @ b.double()) @ (a.double() @ right.T) for b, a in pairs))
+    return Frame(
+        left, right, tuple((left.T @ b.double()) @ (a.double() @ right.T) for b, a in pairs)
+    )
 
 
 def _find_basis(columns: Tensor) -> Tensor:
@@ -113,17 +119,23 @@ def _count_nonzero(s: Tensor) -> int:
 
 
 def has_equal(s: Tensor, rank: int) -> bool:
-    """Return whether σ_rank and the next one are equal up to ``EQUAL``, so that rounding chooses between them."""
+    """Return whether σ_rank and the next one are equal up to ``EQUAL``, so that rounding chooses
+    between them.
+    """
     return 0 < rank < len(s) and float(s[rank]) >= (1 - EQUAL) * float(s[rank - 1])
 
 
-def order_equal(u: Tensor, s: Tensor, vh: Tensor, rank: int, total: Matrix) -> tuple[Tensor, Tensor]:
-    """Return U and Vᵀ in which those of the values equal to σ_rank come first that have most of S = Σ w_kΔW_k.
+def order_equal(
+    u: Tensor, s: Tensor, vh: Tensor, rank: int, total: Matrix
+) -> tuple[Tensor, Tensor]:
+    """Return U and Vᵀ in which those of the values equal to σ_rank come first that have most of S =
+    Σ w_kΔW_k.
 
-    The vectors U_g and V_g of equal singular values are determined up to one rotation Q of both, which a decomposition
-    leaves to rounding. The first j columns of U_gQ and V_gQ have the largest Σ_i ⟨u_iv_iᵀ, S⟩ if Q are the eigenvectors
-    of the symmetric part of C = U_gᵀSV_g, the largest eigenvalue first (Fan 1949). Those of Iso-C are the singular
-    vectors of S. Where these eigenvalues are equal, too, the choice is arbitrary.
+    The vectors U_g and V_g of equal singular values are determined up to one rotation Q of both,
+    which a decomposition leaves to rounding. The first j columns of U_gQ and V_gQ have the largest
+    Σ_i ⟨u_iv_iᵀ, S⟩ if Q are the eigenvectors of the symmetric part of C = U_gᵀSV_g, the largest
+    eigenvalue first (Fan 1949). Those of Iso-C are the singular vectors of S. Where these
+    eigenvalues are equal, too, the choice is arbitrary.
 
     Args:
         u: ``(m, r)``.
@@ -153,14 +165,16 @@ def project(u: Tensor, matrix: Matrix, vh: Tensor) -> Tensor:
 def add(parts: Sequence[Matrix], request: Request) -> Matrix:
     """M = Σ w_kΔW_k: factors side by side (PEFT's ``cat``), or the sum.
 
-    Reference: Ilharco et al. 2023, "Editing Models with Task Arithmetic", arXiv 2212.04089; Wortsman et al. 2022,
-    "Model soups", for the mean.
+    Reference: Ilharco et al. 2023, "Editing Models with Task Arithmetic", arXiv 2212.04089;
+    Wortsman et al. 2022, "Model soups", for the mean.
     """
     return sum_matrices(parts, request.weights)
 
 
 def ties(parts: Sequence[Matrix], request: Request) -> Matrix:
-    """Trim, elect signs, average the entries that agree, layer by layer: see ``linalg.distance``."""
+    """Trim, elect signs, average the entries that agree, layer by layer: see
+    ``linalg.distance``.
+    """
     return torch.cat([merged for _, merged in ties_blocks(parts, request.weights, request.density)])
 
 
@@ -179,7 +193,9 @@ def _drop(parts: Sequence[Matrix], request: Request) -> list[Tensor]:
     for name, part in zip(request.names, parts, strict=True):
         generator, blocks = make_generator(f"{request.seed}:{name}"), []
         for block in rows_of(part):
-            kept = torch.rand(block.shape, generator=generator, dtype=torch.float64) < request.density
+            kept = (
+                torch.rand(block.shape, generator=generator, dtype=torch.float64) < request.density
+            )
             blocks.append(block * kept.to(block.device) / request.density)
         dropped.append(torch.cat(blocks))
     return dropped
@@ -191,18 +207,24 @@ def dare(parts: Sequence[Matrix], request: Request) -> Matrix:
 
 
 def dare_ties(parts: Sequence[Matrix], request: Request) -> Matrix:
-    """Elect signs of dropped and rescaled updates, and average the entries that agree (PEFT's ``dare_ties_svd``)."""
+    """Elect signs of dropped and rescaled updates, and average the entries that agree (PEFT's
+    ``dare_ties_svd``).
+    """
     dropped = torch.stack(_drop(parts, request))
-    return merge_entries(dropped, torch.tensor(request.weights, dtype=torch.float64, device=dropped.device))
+    return merge_entries(
+        dropped, torch.tensor(request.weights, dtype=torch.float64, device=dropped.device)
+    )
 
 
 def tsv(parts: Sequence[Matrix], request: Request) -> Matrix:
-    """M = U⊥·diag(w_kΣ_k)·V⊥ᵀ: the largest ⌊min(m, n)/K⌋ directions of each update, orthogonalized together.
+    """M = U⊥·diag(w_kΣ_k)·V⊥ᵀ: the largest ⌊min(m, n)/K⌋ directions of each update, orthogonalized
+    together.
 
-    U = [U_1 … U_K] = PDQᵀ is replaced with its polar factor U⊥ = PQᵀ, the nearest matrix with orthonormal columns, and
-    V likewise. Directions that several updates share up to ``EQUAL`` count once in P and Q, so that equal updates give
-    their mean. K counts all updates of the merge, also those that are zero in this layer. An update of lower rank keeps
-    its own directions; the authors' code fills up with arbitrary ones, of singular value 0.
+    U = [U_1 … U_K] = PDQᵀ is replaced with its polar factor U⊥ = PQᵀ, the nearest matrix with
+    orthonormal columns, and V likewise. Directions that several updates share up to ``EQUAL`` count
+    once in P and Q, so that equal updates give their mean. K counts all updates of the merge, also
+    those that are zero in this layer. An update of lower rank keeps its own directions; the
+    authors' code fills up with arbitrary ones, of singular value 0.
 
     Reference: Gargiulo et al. 2025, "Task Singular Vectors", arXiv 2412.00081.
     """
@@ -217,7 +239,11 @@ def tsv(parts: Sequence[Matrix], request: Request) -> Matrix:
         left.append(u[:, :rank])
         right.append(vh[:rank])
         values.append(weight * s[:rank])
-    return frame.expand(_orthogonalize(torch.cat(left, 1)) * torch.cat(values) @ _orthogonalize(torch.cat(right).T).T)
+    return frame.expand(
+        _orthogonalize(torch.cat(left, 1))
+        * torch.cat(values)
+        @ _orthogonalize(torch.cat(right).T).T
+    )
 
 
 def _orthogonalize(columns: Tensor) -> Tensor:
@@ -230,9 +256,9 @@ def _orthogonalize(columns: Tensor) -> Tensor:
 def iso_c(parts: Sequence[Matrix], request: Request) -> Matrix:
     """M = σ̄UVᵀ, from the sum UΣVᵀ = Σ w_kΔW_k with σ̄ the mean of its r nonzero singular values.
 
-    Reference: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging", arXiv 2502.04959. A sum of adapters
-    has r < min(m, n) directions; there it is the method in Core Space (Panariello et al. 2025), as the other directions
-    of the authors' code on ΔW are arbitrary.
+    Reference: Marczak et al. 2025, "No Task Left Behind: Isotropic Model Merging", arXiv
+    2502.04959. A sum of adapters has r < min(m, n) directions; there it is the method in Core Space
+    (Panariello et al. 2025), as the other directions of the authors' code on ΔW are arbitrary.
     """
     frame = reduce_to_cores(parts)
     weighted = [weight * core for weight, core in zip(request.weights, frame.cores, strict=True)]
@@ -253,7 +279,8 @@ def knots_ties(parts: Sequence[Matrix], request: Request) -> Matrix:
     u, s, vh = _decompose(torch.cat(frame.cores, 1))
     rank = _count_nonzero(s)
     aligned = [
-        part if frame.right is None else part @ frame.right for part in (s[:, None] * vh)[:rank].chunk(len(parts), 1)
+        part if frame.right is None else part @ frame.right
+        for part in (s[:, None] * vh)[:rank].chunk(len(parts), 1)
     ]
     merged = ties(aligned, request)
     assert isinstance(merged, Tensor)

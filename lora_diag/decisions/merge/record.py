@@ -6,22 +6,41 @@ import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from lora_diag.records.base import Count, Guard, LayerRecord, Nats, Norm, Ratio, Share, Shown, WholeRecord
+from lora_diag.records.base import (
+    Count,
+    Guard,
+    LayerRecord,
+    Nats,
+    Norm,
+    Ratio,
+    Share,
+    Shown,
+    WholeRecord,
+)
 
 
 def _pool(field: str, title: str, about: str, **options: Any) -> Shown:
     """Return the column of a value that is pooled over layers with weights ‖ΔW_k‖²."""
     form = "percent" if options.get("share") else ".3f"
-    return Shown(field, title, about, pool=lambda group: pooled_kept(group, field), form=form, terminal=True, **options)
+    return Shown(
+        field,
+        title,
+        about,
+        pool=lambda group: pooled_kept(group, field),
+        form=form,
+        terminal=True,
+        **options,
+    )
 
 
-# An update collides with the others where they remove more than this fraction of it, and more than this number of
-# standard deviations of random updates.
+# An update collides with the others where they remove more than this fraction of it, and more than
+# this number of standard deviations of random updates.
 COLLISION, COLLISION_ERRORS = 0.1, 3.0
 
 
 class Merged(LayerRecord):
-    """One update of a layer, and what is left of it in the merge M that was written; none for an update of zero.
+    """One update of a layer, and what is left of it in the merge M that was written; none for an
+    update of zero.
 
     Args:
         layer: The weight's name in BASE.
@@ -31,26 +50,30 @@ class Merged(LayerRecord):
         fro: ‖ΔW_k‖_F.
         merged_fro: ‖M‖_F of the exact merge, before truncation and rounding.
         norm_ratio: ``merged_fro`` / ``fro``.
-        kept: ⟨M, ΔW_k⟩ / ‖ΔW_k‖² of the written M: the factor with which the update is in it. 1 for a whole update, 1/K
-            for the mean of orthogonal ones, below 0 for a reversed one.
+        kept: ⟨M, ΔW_k⟩ / ‖ΔW_k‖² of the written M: the factor with which the update is in it. 1 for
+            a whole update, 1/K for the mean of orthogonal ones, below 0 for a reversed one.
         kept_mean: The same for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
-        kept_random: The same for this merge of random updates with the same singular values: λw_k for an untruncated
-            weighted sum, whose expectation it is; else an estimate, from one random draw. Null for updates without
-            factors, except for the sum, and for 1-D tensors.
-        others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a fraction of it;
-            below 0 where they remove some of it. Null for w_k = 0.
+        kept_random: The same for this merge of random updates with the same singular values: λw_k
+            for an untruncated weighted sum, whose expectation it is; else an estimate, from one
+            random draw. Null for updates without factors, except for the sum, and for 1-D tensors.
+        others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a
+            fraction of it; below 0 where they remove some of it. Null for w_k = 0.
         others_random: Root mean square of ``others`` for randomly rotated updates, whose mean is 0.
-        directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy fraction of the update
-            in the spaces of M. Null for a checkpoint whose M has no factors.
-        directions_random: The same for random updates, as ``kept_random``; null for an untruncated weighted sum.
-        sign_conflict: Fraction of entries in which ΔW_k and the weighted sum of the others have opposite signs, of
-            those in which both are nonzero; ½ by chance. From up to 64 random rows. Null for 1-D tensors, and without
-            such an entry.
-        sign_conflict_error: Standard error of ``sign_conflict`` over the rows; 0 if all rows are measured.
+        directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy
+            fraction of the update in the spaces of M. Null for a checkpoint whose M has no factors.
+        directions_random: The same for random updates, as ``kept_random``; null for an untruncated
+            weighted sum.
+        sign_conflict: Fraction of entries in which ΔW_k and the weighted sum of the others have
+            opposite signs, of those in which both are nonzero; ½ by chance. From up to 64 random
+            rows. Null for 1-D tensors, and without such an entry.
+        sign_conflict_error: Standard error of ``sign_conflict`` over the rows; 0 if all rows are
+            measured.
         rank: Rank of the written factors; 0 for a merge of zero. Null for a checkpoint.
         params: rank·(out + in); null for a checkpoint.
-        epsilon: ‖M − M_written‖_F / ‖M‖_F, from truncation and rounding of factors. Null for a checkpoint and M = 0.
-        epsilon_min: The smallest of any update of this rank (Eckart–Young), up to ``energy_error``; null likewise.
+        epsilon: ‖M − M_written‖_F / ‖M‖_F, from truncation and rounding of factors. Null for a
+            checkpoint and M = 0.
+        epsilon_min: The smallest of any update of this rank (Eckart–Young), up to ``energy_error``;
+            null likewise.
         energy_error: Bound on the error of ``epsilon_min``²; null likewise.
         dtype: Dtype of the written values.
         method: Method of the singular vectors; empty without.
@@ -59,27 +82,49 @@ class Merged(LayerRecord):
     key: ClassVar[tuple[str, ...]] = ("layer", "update")
     part_label: ClassVar[str] = "{update}"
     shown: ClassVar[tuple[Shown, ...]] = (
-        _pool("kept", "kept", "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge", main=True),
+        _pool(
+            "kept",
+            "kept",
+            "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge",
+            main=True,
+        ),
         _pool("kept_random", "chance", "``kept`` of random updates with the same singular values"),
         _pool("kept_mean", "mean", "``kept`` of the mean of the updates", drop=4),
-        _pool("others", "others", "what the other updates add to this one, as a fraction of it", drop=6, detail=True),
         _pool(
-            "directions", "directions", "energy fraction of the update in the spaces of the merge", drop=3, share=True
+            "others",
+            "others",
+            "what the other updates add to this one, as a fraction of it",
+            drop=6,
+            detail=True,
+        ),
+        _pool(
+            "directions",
+            "directions",
+            "energy fraction of the update in the spaces of the merge",
+            drop=3,
+            share=True,
         ),
         Shown(
             "sign_conflict",
             "signs",
-            "fraction of entries with opposite signs in the update and the sum of the others; ½ by chance",
+            "fraction of entries with opposite signs in the update and the sum of the others; ½ by "
+            "chance",
             share=True,
             error="sign_conflict_error",
             drop=5,
             terminal=True,
             detail=True,
         ),
-        Shown("norm_ratio", "‖M‖/‖ΔW‖", "norm of the merge over that of the update", main=True, drop=2),
+        Shown(
+            "norm_ratio", "‖M‖/‖ΔW‖", "norm of the merge over that of the update", main=True, drop=2
+        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
-        Guard("kept", "lower", "less of the update survives the merge than before: check weights, rank and conflicts"),
+        Guard(
+            "kept",
+            "lower",
+            "less of the update survives the merge than before: check weights, rank and conflicts",
+        ),
     )
     record: Literal["merged"] = "merged"
     layer: str
@@ -108,13 +153,17 @@ class Merged(LayerRecord):
 
     @property
     def collides(self) -> bool:
-        """Whether the others remove more than a tenth of the update, and clearly more than random ones could."""
+        """Whether the others remove more than a tenth of the update, and clearly more than random
+        ones could.
+        """
         limit = max(COLLISION, COLLISION_ERRORS * (self.others_random or 0.0))
         return self.others is not None and self.others < -limit
 
 
 def pooled_kept(records: Sequence[Merged], field: str) -> float | None:
-    """Return a fraction of updates over several layers, weighted by ‖ΔW_k‖²; None if a layer has none."""
+    """Return a fraction of updates over several layers, weighted by ‖ΔW_k‖²; None if a layer has
+    none.
+    """
     values = [(getattr(record, field), record.fro) for record in records if record.fro]
     if not values or any(value is None for value, _ in values):
         return None
@@ -129,16 +178,22 @@ def select_layers(records: Sequence[Merged]) -> list[Merged]:
 
 
 def pooled_epsilon(records: Sequence[Merged], field: str = "epsilon") -> float | None:
-    """Return ‖M − M_written‖ / ‖M‖ over several layers, or another error of the layers; None without any."""
+    """Return ‖M − M_written‖ / ‖M‖ over several layers, or another error of the layers; None
+    without any.
+    """
     layers = [r for r in select_layers(records) if getattr(r, field) is not None and r.merged_fro]
     whole = math.hypot(*(r.merged_fro for r in layers))
-    return math.hypot(*(getattr(r, field) * r.merged_fro for r in layers)) / whole if whole else None
+    return (
+        math.hypot(*(getattr(r, field) * r.merged_fro for r in layers)) / whole if whole else None
+    )
 
 
 class MergedLoss(WholeRecord):
-    """The loss of one merge on one held-out text; also that of BASE, and of an update alone on the text of its task.
+    """The loss of one merge on one held-out text; also that of BASE, and of an update alone on the
+    text of its task.
 
-    Numbers are null if the loss is not finite. Errors are paired by sequence; null for one sequence.
+    Numbers are null if the loss is not finite. Errors are paired by sequence; null for one
+    sequence.
 
     Args:
         set: Name of the text.
@@ -155,9 +210,11 @@ class MergedLoss(WholeRecord):
         gap: ``loss`` minus that of the update alone; null for a text of no update.
         gap_error: Standard error of ``gap``.
         kept: Fraction of the update's gain over BASE; null if it has none, or there is no update.
-        skipped: Number of first sequences that chose the merge, and are in no number but ``cost``; 0 for one merge.
-        cost: What the choice minimizes over these sequences (all, if none is skipped): the largest rise above the
-            updates alone over the texts, or their mean (``choose``); on a text of no update, above BASE.
+        skipped: Number of first sequences that chose the merge, and are in no number but ``cost``;
+            0 for one merge.
+        cost: What the choice minimizes over these sequences (all, if none is skipped): the largest
+            rise above the updates alone over the texts, or their mean (``choose``); on a text of no
+            update, above BASE.
         chosen: Whether this merge was written.
         nll: Negative log-likelihood of every sequence, in nats.
         predictions: Number of predictions of every sequence; for ``base`` only.
@@ -166,12 +223,30 @@ class MergedLoss(WholeRecord):
     key: ClassVar[tuple[str, ...]] = ("set", "method", "scale")
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "held-out loss per token, in nats", main=True, form=".4f"),
-        Shown("change", "to BASE", "loss minus that of BASE", main=True, form="+.4f", error="change_error"),
-        Shown("gap", "to alone", "loss minus that of the update alone", form="+.4f", terminal=True, error="gap_error"),
+        Shown(
+            "change",
+            "to BASE",
+            "loss minus that of BASE",
+            main=True,
+            form="+.4f",
+            error="change_error",
+        ),
+        Shown(
+            "gap",
+            "to alone",
+            "loss minus that of the update alone",
+            form="+.4f",
+            terminal=True,
+            error="gap_error",
+        ),
         Shown("kept", "kept", "fraction of the gain of the update alone", form=".2f", main=True),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
-        Guard("loss", "higher", "the merge is worse on this text than before: compare methods with --method all"),
+        Guard(
+            "loss",
+            "higher",
+            "the merge is worse on this text than before: compare methods with --method all",
+        ),
     )
     record: Literal["merged_loss"] = "merged_loss"
     set: str

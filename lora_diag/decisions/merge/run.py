@@ -1,4 +1,6 @@
-"""``merge``: write merged updates, or a single one times a factor, and record what is kept of each."""
+"""``merge``: write merged updates, or a single one times a factor, and record what is
+kept of each.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.run import place_target, write_in_format
 from lora_diag.decisions.extract.tensor_plan import plan_tensors
-from lora_diag.decisions.merge import ALL, METHODS, JudgeOptions, MergeOptions, MergeRunOptions, Method
+from lora_diag.decisions.merge import (
+    ALL,
+    METHODS,
+    JudgeOptions,
+    MergeOptions,
+    MergeRunOptions,
+    Method,
+)
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
 from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
@@ -53,33 +62,39 @@ def merge(
     output: Path | str,
     **options: Unpack[MergeOptions],
 ) -> Results[Merged]:
-    r"""Merge updates of one model, and measure what each keeps; or write one update at another strength.
+    r"""Merge updates of one model, and measure what each keeps; or write one update at another
+    strength.
 
-    M of a layer is merged from the updates that change it; an update without the layer counts as zero. The output is an
-    adapter with the exact rank of M, or its best approximation of a lower rank, or with ``full`` the checkpoint W + M.
-    Of one update, M = ``scale``·ΔW.
+    M of a layer is merged from the updates that change it; an update without the layer counts as
+    zero. The output is an adapter with the exact rank of M, or its best approximation of a lower
+    rank, or with ``full`` the checkpoint W + M. Of one update, M = ``scale``·ΔW.
 
     Args:
         base: Base checkpoint.
         updates: One or more adapters or fine-tuned checkpoints.
         output: Folder to write. It is written as ``NAME.part`` and renamed when complete.
-        method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``, ``iso_c``,
-            ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``. With ``evaluate`` also ``all``:
-            of those that can be written, the one that is chosen by its losses. Of one update, ``mean`` or ``sum``.
-        weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean`` divides them by their sum.
+        method: ``mean``, ``sum`` (task arithmetic), ``ties``, ``dare``, ``dare_ties``, ``tsv``,
+            ``iso_c``, ``knots_ties`` or ``core_ties``; see ``lora_diag.decisions.merge.methods``.
+            With ``evaluate`` also ``all``: of those that can be written, the one that is chosen by
+            its losses. Of one update, ``mean`` or ``sum``.
+        weights: w_k; by default 1/K for ``mean`` and ``dare`` and 1 for the others. ``mean``
+            divides them by their sum.
         scale: λ, the factor of M.
         density: Fraction of entries that TIES and DARE keep; default by method.
         rank: Largest rank of a layer.
         energy: The smallest rank of each layer that keeps this fraction of ‖M‖².
         full: Write the checkpoint W + M.
-        evaluate: Held-out texts, each ``NAME=FILE`` with the name of an update's folder, whose task it is, or ``FILE``.
-            Losses of BASE, of each update on its own text, and of the merge are measured.
+        evaluate: Held-out texts, each ``NAME=FILE`` with the name of an update's folder, whose task
+            it is, or ``FILE``. Losses of BASE, of each update on its own text, and of the merge are
+            measured.
         scales: With ``evaluate``: factors λ to choose from.
-        choose: With several merges: the one with the smallest rise of the loss on the ``worst`` task, or in the
-            ``mean``, above the updates alone, by the first half of each text.
-        output_dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a checkpoint.
+        choose: With several merges: the one with the smallest rise of the loss on the ``worst``
+            task, or in the ``mean``, above the updates alone, by the first half of each text.
+        output_dtype: Dtype of the output; by default float32 for an adapter, and that of BASE for a
+            checkpoint.
         portable: Write one rank for all layers: an adapter that every program scales alike.
-        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply ``portable``.
+        format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply
+            ``portable``.
         base_name: The base model's name for config and model card; default ``base`` as given.
         seed: Seed of DARE's masks, sampled rows and random updates.
         overwrite: Replace an existing merge in ``output``.
@@ -89,14 +104,19 @@ def merge(
         One ``merged`` record for each layer and update, also in ``merge.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option is invalid or needs several updates, there is no update or one is given twice, ``base`` is
-            an adapter, the merge has no factors and no rank is given, or ``output`` is an input or may not be replaced.
-        InputError: An input cannot be read or does not fit ``base``, or the output cannot be written.
-        NothingComparedError: No weight is in two of several updates, or every layer of the merge is zero.
+        UsageError: An option is invalid or needs several updates, there is no update or one is
+            given twice, ``base`` is an adapter, the merge has no factors and no rank is given, or
+            ``output`` is an input or may not be replaced.
+        InputError: An input cannot be read or does not fit ``base``, or the output cannot be
+            written.
+        NothingComparedError: No weight is in two of several updates, or every layer of the merge is
+            zero.
 
     Example:
         >>> import tempfile
-        >>> base, *updates = (f"sample_checkpoints/{name}" for name in ("base", "lora_r4", "lora_r16"))
+        >>> base, *updates = (
+        ...     f"sample_checkpoints/{name}" for name in ("base", "lora_r4", "lora_r16")
+        ... )
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     found = merge(base, updates, f"{folder}/merged", layers=r"layers\.0\..*q_proj")
         >>> [(record.rank, round(record.weight, 3)) for record in found]
@@ -110,24 +130,38 @@ def merge(
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
     folder = MergeFolder(Path(output), (base, *paths), arguments["overwrite"], arguments["resume"])
-    run = LayerRun("merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions)
+    run = LayerRun(
+        "merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions
+    )
     opened = open_base(base)
     compared = [run.compare(opened, path) for path in paths]
     aligned = align_layers(compared, candidates[0].weights, vectors=full)
-    deltas = {delta.layer: delta for each in reversed(compared) for delta in each.pairing.deltas}  # the first's count
+    deltas = {
+        delta.layer: delta for each in reversed(compared) for delta in each.pairing.deltas
+    }  # the first's count
     skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
-    pairing = Pairing(tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))), skipped.unpaired)
+    pairing = Pairing(
+        tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
+        skipped.unpaired,
+    )
     sides = _find_sides(pairing, base) if full or arguments["evaluate"] else {}
     planned = None
     if full:
-        tasks = [MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned]
+        tasks = [
+            MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned
+        ]
     else:
         first = replace(compared[0], pairing=pairing)
-        planned = plan_tensors(first, False, portable or form != PEFT, [other.update for other in compared[1:]])
+        planned = plan_tensors(
+            first, False, portable or form != PEFT, [other.update for other in compared[1:]]
+        )
         targets = planned.targets
         check_layout(form, list(map(place_target, targets.values())), opened)
         kept = [(item, targets[item.layer].transposed) for item in aligned if item.layer in targets]
-        tasks = [MergeTask(item.layer, item.shape, item.updates, transposed=turned) for item, turned in kept]
+        tasks = [
+            MergeTask(item.layer, item.shape, item.updates, transposed=turned)
+            for item, turned in kept
+        ]
     candidates = _select_writable(candidates, tasks, arguments)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
     settings = run.settings(
@@ -138,13 +172,22 @@ def merge(
     )
     method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
     if arguments["evaluate"]:
-        judge = MergeJudge(arguments, base, compared, short_paths([legible(path) for path in paths]))
-        if folder.whole:  # what was chosen; settings that do not fit it are refused as of any resumed run
+        judge = MergeJudge(
+            arguments, base, compared, short_paths([legible(path) for path in paths])
+        )
+        if (
+            folder.whole
+        ):  # what was chosen; settings that do not fit it are refused as of any resumed run
             written = read_results(folder.records).run.settings
-            method, scale = written["method"], written["scale"] if arguments["scales"] else settings.scale
+            method, scale = (
+                written["method"],
+                written["scale"] if arguments["scales"] else settings.scale,
+            )
         else:
             losses = judge.judge(candidates, tasks, sides, settings, folder.final)
-            method, scale = next((record.method, record.scale) for record in losses if record.chosen)
+            method, scale = next(
+                (record.method, record.scale) for record in losses if record.chosen
+            )
         settings = replace(settings, scale=scale)
     chosen = next((each for each in candidates if each.method.name == method), candidates[0])
     settings = replace(settings, method=chosen.method.name, density=chosen.density or 1.0)
@@ -173,9 +216,13 @@ def merge(
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
             parts = [(sides[record.layer], record) for record in layers]
-            replaced = [Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts]
+            replaced = [
+                Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts
+            ]
             write_changed(folder.work, opened, replaced, arguments["output_dtype"], metadata)
-        typed = list_words(MergeOptions, results.run, *list_options(JudgeOptions))  # what they chose is in the others
+        typed = list_words(
+            MergeOptions, results.run, *list_options(JudgeOptions)
+        )  # what they chose is in the others
         words = ["loradiag", "merge", *map(legible, (base, *paths)), *typed, "-o", legible(output)]
         folder.finish(merge_card(results, name, shlex.join(words)))
 
@@ -185,7 +232,11 @@ def merge(
         estimate_bytes,
         settings,
         Pairing((), skipped.unpaired) if planned is None else planned.measure_left_out,
-        (*compared[0].inputs[:-1], *_describe_inputs(compared), *(judge.inputs if judge is not None else ())),
+        (
+            *compared[0].inputs[:-1],
+            *_describe_inputs(compared),
+            *(judge.inputs if judge is not None else ()),
+        ),
         own,
         recorded=("layers", "exclude", "device", "seed"),
         finish=finish,
@@ -201,15 +252,20 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
         count: K.
 
     Raises:
-        UsageError: An option is out of range or does not apply, or merges are compared without an evaluation set.
+        UsageError: An option is out of range or does not apply, or merges are compared without an
+            evaluation set.
     """
     name, density = arguments["method"], arguments["density"]
     if count == 1 and (name == ALL or not METHODS[name].linear):
-        raise UsageError(f"--method {name}: merges several updates; give two or more, or --scale alone for one")
+        raise UsageError(
+            f"--method {name}: merges several updates; give two or more, or --scale alone for one"
+        )
     _check_numbers(arguments)
     methods = METHODS.values() if name == ALL else [METHODS[name]]
     if density is not None and all(method.density is None for method in methods):
-        raise UsageError(f"--density: {name} keeps every entry; remove it, or use a method that trims")
+        raise UsageError(
+            f"--density: {name} keeps every entry; remove it, or use a method that trims"
+        )
     return [
         Candidate(
             method,
@@ -231,11 +287,17 @@ def _select_writable(
     problems = [_explain_unwritable(tasks, candidate.method, arguments) for candidate in candidates]
     if all(problems):
         raise UsageError(problems[-1])
-    return [candidate for candidate, problem in zip(candidates, problems, strict=True) if not problem]
+    return [
+        candidate for candidate, problem in zip(candidates, problems, strict=True) if not problem
+    ]
 
 
-def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]) -> str:
-    """Return why a method needs factors that an update lacks, or its merge has none and no rank is requested."""
+def _explain_unwritable(
+    tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]
+) -> str:
+    """Return why a method needs factors that an update lacks, or its merge has none and no rank is
+    requested.
+    """
     limited = arguments["full"] or arguments["rank"] or arguments["energy"]
     for task in tasks:
         dense = task.is_matrix and not task.factored
@@ -250,7 +312,9 @@ def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, arguments: M
     return ""
 
 
-def _choose_weights(method: Method, requested: Sequence[float] | None, count: int) -> tuple[float, ...]:
+def _choose_weights(
+    method: Method, requested: Sequence[float] | None, count: int
+) -> tuple[float, ...]:
     """Return the weights: as given, divided by their sum for ``mean``, or the method's default.
 
     Raises:
@@ -260,11 +324,16 @@ def _choose_weights(method: Method, requested: Sequence[float] | None, count: in
         return (1 / count if method.averages else 1.0,) * count
     weights = tuple(map(float, requested))
     if len(weights) != count:
-        raise UsageError(f"--weights: {len(weights)} weights for {count} updates; give one for each, in their order")
+        raise UsageError(
+            f"--weights: {len(weights)} weights for {count} updates; give one for each, in their "
+            "order"
+        )
     if not all(map(math.isfinite, weights)) or not any(weights):
         raise UsageError("--weights: must be finite, and not all 0")
     if method.name != "sum" and min(weights) <= 0:
-        raise UsageError(f"--weights: must be positive for {method.name}; --method sum also subtracts updates")
+        raise UsageError(
+            f"--weights: must be positive for {method.name}; --method sum also subtracts updates"
+        )
     return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
 
 
@@ -274,21 +343,34 @@ def _check_numbers(arguments: Mapping[str, Any]) -> None:
     Raises:
         UsageError: A number is out of range, or an option does not apply.
     """
-    rank, energy, density, full = (arguments[name] for name in ("rank", "energy", "density", "full"))
+    rank, energy, density, full = (
+        arguments[name] for name in ("rank", "energy", "density", "full")
+    )
     scales = [arguments["scale"], *arguments["scales"]]
     bad_scale = next((scale for scale in scales if not math.isfinite(scale) or scale == 0), None)
-    compared = "--method all" if arguments["method"] == ALL else "--scales" if arguments["scales"] else ""
+    compared = (
+        "--method all" if arguments["method"] == ALL else "--scales" if arguments["scales"] else ""
+    )
     of_adapters = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
     of_adapters["--format"] = arguments["format"] != PEFT
     given = next((option for option, value in of_adapters.items() if value), "")
     text = "give --eval NAME=FILE, held-out text of each task"
     for is_wrong, problem in (
-        (rank is not None and energy is not None, "merge: give one of --rank R and --energy FRACTION"),
+        (
+            rank is not None and energy is not None,
+            "merge: give one of --rank R and --energy FRACTION",
+        ),
         (rank is not None and rank < 1, f"--rank {rank}: must be a whole number from 1 up"),
         (bad_scale is not None, f"--scale {bad_scale}: must be finite and not 0"),
-        (density is not None and not 0 < density <= 1, f"--density {density}: must be above 0 and at most 1"),
+        (
+            density is not None and not 0 < density <= 1,
+            f"--density {density}: must be above 0 and at most 1",
+        ),
         (full and given, f"{given}: applies to adapters; remove it, or --checkpoint"),
-        (compared and not arguments["evaluate"], f"{compared}: compares merges by their loss; {text}"),
+        (
+            compared and not arguments["evaluate"],
+            f"{compared}: compares merges by their loss; {text}",
+        ),
     ):
         if is_wrong:
             raise UsageError(problem)
@@ -316,12 +398,18 @@ def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
 
 
 def _describe_inputs(compared: Sequence[Comparison]) -> list[RunInput]:
-    """Return the updates for the run record, each with a note if it has the bytes of an earlier one."""
+    """Return the updates for the run record, each with a note if it has the bytes of an earlier
+    one.
+    """
     first: dict[str, str] = {}
     described = []
     for item in (comparison.inputs[-1] for comparison in compared):
         earlier = first.setdefault(item.fingerprint, item.path)
-        notes = item.notes if earlier == item.path else (*item.notes, f"is a copy of {earlier}, and counts again")
+        notes = (
+            item.notes
+            if earlier == item.path
+            else (*item.notes, f"is a copy of {earlier}, and counts again")
+        )
         described.append(item.model_copy(update={"notes": notes}))
     return described
 
@@ -346,15 +434,22 @@ def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
     """Return the error for a merge without anything to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
-        return InputError(f"{bad.layer}: {bad.detail}; no other layer can be merged, so nothing was written")
+        return InputError(
+            f"{bad.layer}: {bad.detail}; no other layer can be merged, so nothing was written"
+        )
     density = results.run.settings["density"]
     if results.layers and density is not None and density < 1:
         problem = f"--density {density:g}: keeps no entry of any update"
-        return NothingComparedError(f"{problem}, so that the merge is BASE itself and nothing was written; keep more")
+        return NothingComparedError(
+            f"{problem}, so that the merge is BASE itself and nothing was written; keep more"
+        )
     if results.layers:
         return NothingComparedError(
-            "merge: the updates cancel in every layer, so that the merge is BASE itself and nothing was written; "
+            "merge: the updates cancel in every layer, so that the merge is BASE itself and "
+            "nothing was written; "
             "check --weights, and that an update is not the negative of another"
         )
     why = "every update is zero, or PEFT has no place for its factors"
-    return NothingComparedError(f"merge: {why}, so nothing was written; --checkpoint merges all weights")
+    return NothingComparedError(
+        f"merge: {why}, so nothing was written; --checkpoint merges all weights"
+    )

@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.decisions.merge import METHODS
-from lora_diag.decisions.merge.record import COLLISION, Merged, MergedLoss, pooled_epsilon, pooled_kept, select_layers
+from lora_diag.decisions.merge.record import (
+    COLLISION,
+    Merged,
+    MergedLoss,
+    pooled_epsilon,
+    pooled_kept,
+    select_layers,
+)
 from lora_diag.feature import Hint
 from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
-from lora_diag.rendering.statements import Statement, left_out, left_out_level, make_statement, short_paths, summarize
+from lora_diag.rendering.statements import (
+    Statement,
+    left_out,
+    left_out_level,
+    make_statement,
+    short_paths,
+    summarize,
+)
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import (
     count,
@@ -31,7 +45,10 @@ from lora_diag.rendering.text import (
 )
 
 # What a table of losses does not repeat of the models that others are compared with.
-_OWN: dict[str, dict[str, Any]] = {"base": {"change": None, "kept": None}, "alone": {"gap": None, "kept": None}}
+_OWN: dict[str, dict[str, Any]] = {
+    "base": {"change": None, "kept": None},
+    "alone": {"gap": None, "kept": None},
+}
 
 # Columns that say nothing of a single update.
 _COMPARING = {"kept_random", "kept_mean", "others", "directions", "sign_conflict"}
@@ -57,7 +74,9 @@ def group_updates(results: Results[Merged]) -> list[tuple[str, list[Merged]]]:
 
 
 def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
-    """Return the tables: one row per update; and one of each update by module type or layer, as details."""
+    """Return the tables: one row per update; and one of each update by module type or layer, as
+    details.
+    """
     updates = [(name, records) for name, records in group_updates(results) if records]
     if not updates:
         return []
@@ -76,7 +95,9 @@ def is_single(results: Results[Merged]) -> bool:
 
 
 def describe_merge(results: Results[Merged], quote: Callable[[str], str] = str) -> str:
-    """Return what M is: the method, or of a single update its strength t and its name, which ``quote`` formats."""
+    """Return what M is: the method, or of a single update its strength t and its name, which
+    ``quote`` formats.
+    """
     settings, updates = results.run.settings, group_updates(results)
     if not is_single(results):
         scale = f", λ = {number(settings['scale'])}" if settings["scale"] != 1 else ""
@@ -87,9 +108,14 @@ def describe_merge(results: Results[Merged], quote: Callable[[str], str] = str) 
 
 
 def compute_length(results: Results[Merged]) -> tuple[float, str]:
-    """Return ‖M‖ over the norm of the longest update, over all layers, and the name of that update."""
+    """Return ‖M‖ over the norm of the longest update, over all layers, and the name of
+    that update.
+    """
     longest = max(
-        ((math.hypot(*(record.fro for record in records)), name) for name, records in group_updates(results)),
+        (
+            (math.hypot(*(record.fro for record in records)), name)
+            for name, records in group_updates(results)
+        ),
         default=(0.0, ""),
     )
     whole = math.hypot(*(record.merged_fro for record in select_layers(results.layers)))
@@ -127,7 +153,9 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     settings, layers = results.run.settings, select_layers(results.layers)
     what = "" if output is None else f"{safe(str(output))}: "
     what += describe_merge(results)
-    dtypes = "".join(f", {dtype}" for dtype in sorted({record.dtype for record in layers}) if dtype != "float32")
+    dtypes = "".join(
+        f", {dtype}" for dtype in sorted({record.dtype for record in layers}) if dtype != "float32"
+    )
     if settings["full"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
@@ -164,47 +192,90 @@ def _make_loss_grids(results: Results[Merged]) -> list[Grid]:
     by_model, grids = _find_losses(results), []
     for name in set_names(results.whole_of(MergedLoss)):
         rows = [
-            (name_model(*model) + (" *" if record.chosen else ""), [record.model_copy(update=_OWN.get(model[0], {}))])
+            (
+                name_model(*model) + (" *" if record.chosen else ""),
+                [record.model_copy(update=_OWN.get(model[0], {}))],
+            )
             for model, group in by_model.items()
             for record in group
             if record.set == name
         ]
-        grids.append(grid_of(MergedLoss.shown, rows, "model", f"held-out loss on {short(name)}; * was written"))
+        grids.append(
+            grid_of(
+                MergedLoss.shown, rows, "model", f"held-out loss on {short(name)}; * was written"
+            )
+        )
     return grids
 
 
 def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
-    """State the chosen merge and its rise above the updates alone, and which merges are worse than it or than BASE."""
+    """State the chosen merge and its rise above the updates alone, and which merges are worse than
+    it or than BASE.
+    """
     by_model = _find_losses(results)
-    model, group = next(((model, group) for model, group in by_model.items() if group[0].chosen), (None, []))
+    model, group = next(
+        ((model, group) for model, group in by_model.items() if group[0].chosen), (None, [])
+    )
     if model is None:
         return
     text = name_model(*model)
     if gaps := [record for record in group if record.gap is not None]:
         worst = max(gaps, key=lambda record: record.gap or 0.0)
-        rise = with_limits(worst.gap or 0.0, paired_half(worst.gap_error, len(worst.nll) - worst.skipped))
+        rise = with_limits(
+            worst.gap or 0.0, paired_half(worst.gap_error, len(worst.nll) - worst.skipped)
+        )
         kept = "" if worst.kept is None else f", {percent(worst.kept)} of its gain"
-        text += f": the worst task is {short(worst.set)}, {rise} compared with its update alone{kept}"
+        text += (
+            f": the worst task is {short(worst.set)}, {rise} compared with its update alone{kept}"
+        )
     counts = [record.predictions for record in by_model["base", None]]
-    merges = {name_model(*each): records for each, records in by_model.items() if each[1] is not None}
-    alike = [name for name, each in merges.items() if each is not group and not _is_worse(each, group, counts)]
-    tied = f"; not significantly worse on any text: {list_names(alike, len(METHODS))}" if alike else ""
-    how = "chosen by the first half of each text; the losses are of the second" if group[0].skipped else ""
+    merges = {
+        name_model(*each): records for each, records in by_model.items() if each[1] is not None
+    }
+    alike = [
+        name
+        for name, each in merges.items()
+        if each is not group and not _is_worse(each, group, counts)
+    ]
+    tied = (
+        f"; not significantly worse on any text: {list_names(alike, len(METHODS))}" if alike else ""
+    )
+    how = (
+        "chosen by the first half of each text; the losses are of the second"
+        if group[0].skipped
+        else ""
+    )
     yield make_statement("loss", "Loss", text + tied, how, priority=0)
-    for key, label, is_chosen in (("worse", "Worse than BASE", True), ("worse_others", "Others", False)):
+    for key, label, is_chosen in (
+        ("worse", "Worse than BASE", True),
+        ("worse_others", "Others", False),
+    ):
         named, changes = list[str](), list[str]()
         for name, records in merges.items():
             halves = [(r, paired_half(r.change_error, len(r.nll) - r.skipped)) for r in records]
-            worse = [(r, r.change, half) for r, half in halves if half is not None and r.change and r.change > half]
+            worse = [
+                (r, r.change, half)
+                for r, half in halves
+                if half is not None and r.change and r.change > half
+            ]
             if worse and records[0].chosen == is_chosen:
                 named.append(f"{name} on {' and '.join(short(r.set) for r, *_ in worse)}")
-                changes += [f"{name} on {short(r.set)}: {with_limits(change, half)}" for r, change, half in worse]
+                changes += [
+                    f"{name} on {short(r.set)}: {with_limits(change, half)}"
+                    for r, change, half in worse
+                ]
         lead = f"{'' if is_chosen else 'worse than BASE: '}{'; '.join(named)}" if named else ""
-        yield make_statement(key, label, lead, *changes, level="warning" if is_chosen else "note", priority=0)
+        yield make_statement(
+            key, label, lead, *changes, level="warning" if is_chosen else "note", priority=0
+        )
 
 
-def _is_worse(records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]) -> bool:
-    """Return whether a merge is significantly worse than the chosen one on any text, or has no finite loss."""
+def _is_worse(
+    records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]
+) -> bool:
+    """Return whether a merge is significantly worse than the chosen one on any text, or has no
+    finite loss.
+    """
     for own, best, of_set in zip(records, chosen, counts, strict=True):
         if not own.nll:
             return True
@@ -222,10 +293,16 @@ def _describe_error(results: Results[Merged]) -> Statement:
     if epsilon is None or least is None:
         return make_statement("error", "Error", "")
     if epsilon < EXACT:
-        return make_statement("error", "Error", f"none: the factors are the merge (ε = {number(epsilon)})", priority=2)
-    text = f"ε = {number(epsilon)} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
+        return make_statement(
+            "error", "Error", f"none: the factors are the merge (ε = {number(epsilon)})", priority=2
+        )
+    text = (
+        f"ε = {number(epsilon)} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
+    )
     least_text = f"; the best of these ranks has {number(least)}" if epsilon > 1.01 * least else ""
-    return make_statement("error", "Error", text + least_text, level="warning" if epsilon > 0.5 else "note")
+    return make_statement(
+        "error", "Error", text + least_text, level="warning" if epsilon > 0.5 else "note"
+    )
 
 
 def _describe_kept(results: Results[Merged]) -> Statement:
@@ -236,13 +313,18 @@ def _describe_kept(results: Results[Merged]) -> Statement:
     ends = dict.fromkeys(f"{_decimal(value)} ({name})" for value, name in (kept[0], kept[-1]))
     text = f"{' to '.join(ends)} of each update"
     for label, field in (("chance", "kept_random"), ("mean", "kept_mean")):
-        values = [value for _, records in groups if (value := pooled_kept(records, field)) is not None]
+        values = [
+            value for _, records in groups if (value := pooled_kept(records, field)) is not None
+        ]
         if values and (field == "kept_random" or results.run.settings["method"] != "mean"):
-            text += f"; {label} {' to '.join(dict.fromkeys((_decimal(min(values)), _decimal(max(values)))))}"
+            ends = dict.fromkeys((_decimal(min(values)), _decimal(max(values))))
+            text += f"; {label} {' to '.join(ends)}"
     reversed_names = [name for value, name in kept if value < 0]
     warning = f"reversed by the others: {', '.join(reversed_names)}" if reversed_names else ""
     details = f"⟨M, ΔW⟩/‖ΔW‖²: {', '.join(f'{name} {number(value)}' for value, name in kept)}"
-    return make_statement("kept", "Kept", text, warning, details, level="warning" if warning else "note", priority=0)
+    return make_statement(
+        "kept", "Kept", text, warning, details, level="warning" if warning else "note", priority=0
+    )
 
 
 def _describe_length(results: Results[Merged]) -> Statement:
@@ -251,15 +333,22 @@ def _describe_length(results: Results[Merged]) -> Statement:
     limit = math.sqrt(len(group_updates(results)))
     text = f"‖M‖ is {_decimal(ratio)} times the longest update ({name})"
     if ratio > limit:
-        text += f", more than √K = {number(limit)}: the updates reinforce each other; lower --scale, or use mean"
+        text += (
+            f", more than √K = {number(limit)}: the updates reinforce each other; lower "
+            "--scale, or use mean"
+        )
     return make_statement("length", "Length", text, level="warning" if ratio > limit else "note")
 
 
 def _describe_collisions(results: Results[Merged]) -> Statement:
     """State the layers in which the other updates remove part of an update."""
-    low = sorted((record for record in results if record.collides), key=lambda record: record.others or 0.0)
+    low = sorted(
+        (record for record in results if record.collides), key=lambda record: record.others or 0.0
+    )
     if not low:
-        text = f"none: in no layer do the other updates remove more than {percent(COLLISION)} of one"
+        text = (
+            f"none: in no layer do the other updates remove more than {percent(COLLISION)} of one"
+        )
         return make_statement("collisions", "Collisions", text)
     names = {records[0].update: name for name, records in group_updates(results) if records}
     worst = [f"{short(r.layer)} ({names[r.update]} {percent(-(r.others or 0.0))})" for r in low[:3]]
@@ -271,7 +360,11 @@ def _describe_collisions(results: Results[Merged]) -> Statement:
 def _describe_lost(results: Results[Merged]) -> Statement:
     """Warn of changed 1-D tensors that an adapter does not hold."""
     lost = [item.layer for item in results.left_out if item.reason == "vector" and item.fro]
-    text = f"{quantity(len(lost), 'changed 1-D tensor')}: {list_names(lost)}; --checkpoint holds them" if lost else ""
+    text = (
+        f"{quantity(len(lost), 'changed 1-D tensor')}: {list_names(lost)}; --checkpoint holds them"
+        if lost
+        else ""
+    )
     return make_statement("lost", "Not included", text, level="warning")
 
 
@@ -293,23 +386,34 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     is_adapter = not settings["full"]
     kind = "LoRA adapter" if is_adapter else "Checkpoint"
     title = f"{kind} merged with {method.title}"
-    source = f"{method.title} ({method.source}) of updates of {code_span(base_name)}. Evaluate it on every task"
+    source = (
+        f"{method.title} ({method.source}) of updates of {code_span(base_name)}. Evaluate it "
+        "on every task"
+    )
     if is_single(results):
         title = f"{kind} of a single update"
-        source = f"{describe_merge(results, code_span)}, an update of {code_span(base_name)}. Evaluate it"
+        source = (
+            f"{describe_merge(results, code_span)}, an update of {code_span(base_name)}. "
+            "Evaluate it"
+        )
     table = ["| update | weight | kept | norm |", "|---|---:|---:|---:|"]
     for name, records in group_updates(results):
         if records:
             kept = pooled_kept(records, "kept")
             norm = math.hypot(*(record.fro for record in records))
-            cells = [number(records[0].weight), "" if kept is None else _decimal(kept), number(norm)]
+            cells = [
+                number(records[0].weight),
+                "" if kept is None else _decimal(kept),
+                number(norm),
+            ]
             table.append(f"| {code_span(name)} | {' | '.join(cells)} |")
     epsilon = pooled_epsilon(results.layers)
     body = [
         f"{source}: numbers of weights do not say what a merge does to the loss.",
         "\n".join(table),
         "`kept` is ⟨M, ΔW⟩/‖ΔW‖², the factor with which an update is in the merge.",
-        f"The factors have a distance of ε = {number(epsilon)} from the merge, relative to its norm."
+        f"The factors have a distance of ε = {number(epsilon)} from the merge, relative to its "
+        "norm."
         if epsilon
         else "",
     ]

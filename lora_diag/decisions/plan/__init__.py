@@ -19,13 +19,19 @@ class PlanOptions(TypedDict, total=False):
     memory_budget: Annotated[str | int | None, options.MEMORY_BUDGET]
     optimizer: Annotated[str, options.OPTIMIZER]
     dtype: Annotated[str, options.ADAPTER_DTYPE]
-    cost: Annotated[bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")]
+    cost: Annotated[
+        bool, Option(False, "Also estimate the run time of spectrum, by timing this machine.")
+    ]
     top: Annotated[
-        int, options.TOP.by(64, help="With --cost: second estimate, for the K largest singular values only.")
+        int,
+        options.TOP.by(
+            64, help="With --cost: second estimate, for the K largest singular values only."
+        ),
     ]
     data: Annotated[Path | str | None, options.DATA.by(None)]
     tokens: Annotated[
-        str | int | None, Option(None, "Predicted tokens of the training data; default: those in --data.", "N")
+        str | int | None,
+        Option(None, "Predicted tokens of the training data; default: those in --data.", "N"),
     ]
     tokenizer: Annotated[str, list_options(ModelOptions)["tokenizer"][1]]
     length: Annotated[int | None, list_options(ModelOptions)["length"][1]]
@@ -39,7 +45,9 @@ FEATURE = Feature(
         Command(
             help="Parameters, memory and FLOPs of LoRA at each rank.",
             examples=("plan base/ --layers 'q_proj|v_proj' --params 10M",),
-            arguments=(Argument("base", "Checkpoint (only headers are read), or a model's config.json."),),
+            arguments=(
+                Argument("base", "Checkpoint (only headers are read), or a model's config.json."),
+            ),
             options=(PlanOptions,),
             shows=("json", "quiet", "verbose"),
             suggest=".show:suggest_next",

@@ -1,7 +1,8 @@
-"""Matrices of a model, and names and shapes of its weights from its ``config.json``, for common decoders.
+"""Matrices of a model, and names and shapes of its weights from its ``config.json``, for common
+decoders.
 
-Names are those of transformers in memory (experts fused into stacks, as since version 5). No checkpoint is opened, and
-an unknown architecture is an error.
+Names are those of transformers in memory (experts fused into stacks, as since version 5). No
+checkpoint is opened, and an unknown architecture is an error.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ class Matrix:
 
 
 def make_matrix(name: str, shape: tuple[int, ...]) -> Matrix:
-    """Return a tensor's matrices, as ``deltas`` does: a 3-D tensor is a stack of experts, unless it is a convolution.
+    """Return a tensor's matrices, as ``deltas`` does: a 3-D tensor is a stack of experts, unless it
+    is a convolution.
 
     The kernels of a convolution are flattened to ``(out, rest)``.
     """
@@ -57,11 +59,15 @@ def make_matrix(name: str, shape: tuple[int, ...]) -> Matrix:
 
 
 def split_experts(matrix: Matrix) -> list[Matrix]:
-    """Return the gate and up matrices of a stack of experts that holds both as one; another matrix unchanged."""
+    """Return the gate and up matrices of a stack of experts that holds both as one; another matrix
+    unchanged.
+    """
     if matrix.count == 1 or not matrix.name.endswith("gate_up_proj"):
         return [matrix]
     half = (matrix.shape[0] // 2, matrix.shape[1])
-    return [Matrix(matrix.name.replace("gate_up", part), half, matrix.count) for part in ("gate", "up")]
+    return [
+        Matrix(matrix.name.replace("gate_up", part), half, matrix.count) for part in ("gate", "up")
+    ]
 
 
 @dataclass(frozen=True)
@@ -77,16 +83,22 @@ class Reader:
     where: str
 
     def size(self, *keys: str, default: int | None = None) -> int:
-        """Return the value of the first of these keys that exists and is not null; the default without one.
+        """Return the value of the first of these keys that exists and is not null; the default
+        without one.
 
         Raises:
-            InputError: No key exists and there is no default, or the value is not a positive whole number.
+            InputError: No key exists and there is no default, or the value is not a positive whole
+                number.
         """
-        value = next((self.values[key] for key in keys if self.values.get(key) is not None), default)
+        value = next(
+            (self.values[key] for key in keys if self.values.get(key) is not None), default
+        )
         if value is None:
             raise InputError(f"{self.where}: has no {keys[0]}; give the checkpoint itself")
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
-            raise InputError(f"{self.where}: {keys[0]} must be a whole number from 1 to 2^31, not {quote(value)}")
+            raise InputError(
+                f"{self.where}: {keys[0]} must be a whole number from 1 to 2^31, not {quote(value)}"
+            )
         return value
 
     def blocks(self, *keys: str) -> int:
@@ -96,7 +108,10 @@ class Reader:
             InputError: As ``size``; or the number is implausibly large.
         """
         if (number := self.size(*keys)) > MAX_BLOCKS:
-            raise InputError(f"{self.where}: {keys[0]} is {number:,}; at most {MAX_BLOCKS:,} blocks are supported")
+            raise InputError(
+                f"{self.where}: {keys[0]} is {number:,}; at most {MAX_BLOCKS:,} blocks are "
+                "supported"
+            )
         return number
 
     def flag(self, key: str, default: bool) -> bool:
@@ -106,7 +121,9 @@ class Reader:
 
 
 def select_text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the ``text_config`` of a vision-language model's ``config.json``; the config itself without one."""
+    """Return the ``text_config`` of a vision-language model's ``config.json``; the config itself
+    without one.
+    """
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
@@ -118,7 +135,8 @@ class Llama:
     Args:
         tied: Whether the head is the embedding by default.
         qkv_bias: Whether the query, key and value projections have biases by default.
-        qk_norm: Norms on queries and keys: ``head`` for each head, ``all`` for all heads together, empty for none.
+        qk_norm: Norms on queries and keys: ``head`` for each head, ``all`` for all heads together,
+            empty for none.
         norms: Norms of a block.
         fused: Whether query, key, value are one matrix, and gate and up another.
         head_dim: Default width of a head; None for hidden_size / heads.
@@ -132,7 +150,12 @@ class Llama:
     head_dim: int | None = None
 
 
-_GEMMA = ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_GEMMA = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 # model_type -> differences from Llama.
 LLAMAS = {
@@ -157,15 +180,22 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     """Return the name and shape of every weight and bias, block by block.
 
     Args:
-        config: Content of ``config.json``; for a vision-language model, its ``text_config`` is used.
+        config: Content of ``config.json``; for a vision-language model, its ``text_config`` is
+            used.
         where: Its name in messages.
 
     Raises:
         InputError: The architecture is unknown, or a size is missing or invalid.
 
     Example:
-        >>> config = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1,
-        ...           "num_attention_heads": 2, "vocab_size": 32}
+        >>> config = {
+        ...     "model_type": "llama",
+        ...     "hidden_size": 8,
+        ...     "intermediate_size": 16,
+        ...     "num_hidden_layers": 1,
+        ...     "num_attention_heads": 2,
+        ...     "vocab_size": 32,
+        ... }
         >>> weights_of(config, "config.json")[1]
         ('model.layers.0.self_attn.q_proj.weight', (8, 8))
     """
@@ -175,26 +205,32 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
     if build is None:
         supported = ", ".join(BUILDERS)
         raise InputError(
-            f"{where}: model_type {quote(model_type)} is not supported ({supported}); give the checkpoint itself, "
+            f"{where}: model_type {quote(model_type)} is not supported ({supported}); give the "
+            "checkpoint itself, "
             "of which only headers are read"
         )
     return list(build(reader))
 
 
 def _list_layer(name: str, shape: Shape, biased: bool = True) -> Weights:
-    """Yield the weight of a layer or norm and, if it is ``biased``, its bias of one value per row."""
+    """Yield the weight of a layer or norm and, if it is ``biased``, its bias of one
+    value per row.
+    """
     yield f"{name}.weight", shape
     if biased:
         yield f"{name}.bias", shape[:1]
 
 
-def _list_decoder(reader: Reader, kind: Llama, list_block: Callable[[str, int], Weights]) -> Weights:
+def _list_decoder(
+    reader: Reader, kind: Llama, list_block: Callable[[str, int], Weights]
+) -> Weights:
     """Yield the weights of a model with the names of Llama outside its blocks.
 
     Args:
         reader: Reader of the config.
         kind: Differences from Llama.
-        list_block: Yields the weights of a block but ``kind.norms``, from the prefix of their names and its index.
+        list_block: Yields the weights of a block but ``kind.norms``, from the prefix of their names
+            and its index.
     """
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     yield "model.embed_tokens.weight", (vocabulary, hidden)
@@ -258,7 +294,9 @@ def _list_experts(hidden: int, prefix: str, experts: int, inner: int) -> Weights
 
 
 def _is_dense(reader: Reader, index: int) -> bool:
-    """Return whether a block of a mixture of experts is dense (Qwen: ``mlp_only_layers``, ``decoder_sparse_step``)."""
+    """Return whether a block of a mixture of experts is dense (Qwen: ``mlp_only_layers``,
+    ``decoder_sparse_step``).
+    """
     step = reader.size("decoder_sparse_step", default=1)
     dense = reader.values.get("mlp_only_layers") or []
     if not isinstance(dense, list):
@@ -274,7 +312,9 @@ def _list_dense(reader: Reader, kind: Llama, hidden: int, prefix: str, inner: in
 
 
 def _list_gpt2(reader: Reader) -> Weights:
-    """Yield the weights of GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding by default."""
+    """Yield the weights of GPT-2, whose Conv1D stores ``(in, out)``; the head is the embedding by
+    default.
+    """
     hidden, vocabulary = reader.size("n_embd", "hidden_size"), reader.size("vocab_size")
     inner = reader.size("n_inner", default=4 * hidden)
     yield "transformer.wte.weight", (vocabulary, hidden)
@@ -296,8 +336,13 @@ def _list_gpt2(reader: Reader) -> Weights:
 def _list_gpt_neox(reader: Reader) -> Weights:
     hidden, vocabulary = reader.size("hidden_size"), reader.size("vocab_size")
     inner = reader.size("intermediate_size")
-    attention = {"attention.query_key_value": (3 * hidden, hidden), "attention.dense": (hidden, hidden)}
-    others: dict[str, Shape] = dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    attention = {
+        "attention.query_key_value": (3 * hidden, hidden),
+        "attention.dense": (hidden, hidden),
+    }
+    others: dict[str, Shape] = dict.fromkeys(
+        ("input_layernorm", "post_attention_layernorm"), (hidden,)
+    )
     others |= {"mlp.dense_h_to_4h": (inner, hidden), "mlp.dense_4h_to_h": (hidden, inner)}
     yield "gpt_neox.embed_in.weight", (vocabulary, hidden)
     for index in range(reader.blocks("num_hidden_layers")):
@@ -310,13 +355,17 @@ def _list_gpt_neox(reader: Reader) -> Weights:
 
 
 def _list_deepseek(reader: Reader) -> Weights:
-    """Yield the weights of DeepSeek V3: low-rank attention (MLA), and a mixture of experts after the first blocks."""
+    """Yield the weights of DeepSeek V3: low-rank attention (MLA), and a mixture of experts after
+    the first blocks.
+    """
     kind, hidden = Llama(), reader.size("hidden_size")
 
     def list_block(prefix: str, index: int) -> Weights:
         yield from _list_latent_attention(reader, hidden, prefix + "self_attn.")
         if index < reader.size("first_k_dense_replace"):
-            yield from _list_dense(reader, kind, hidden, prefix + "mlp.", reader.size("intermediate_size"))
+            yield from _list_dense(
+                reader, kind, hidden, prefix + "mlp.", reader.size("intermediate_size")
+            )
             return
         experts, inner = reader.size("n_routed_experts"), reader.size("moe_intermediate_size")
         yield from _list_experts(hidden, prefix + "mlp.", experts, inner)

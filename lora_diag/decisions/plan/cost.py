@@ -1,7 +1,9 @@
-"""Run time of ``spectrum`` on machines like this one, from shapes and a measurement of its speed in some seconds.
+"""Run time of ``spectrum`` on machines like this one, from shapes and a measurement of its speed in
+some seconds.
 
-Times of matrices are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a machine has as many
-core-seconds per second as cores. Idle cores during the last matrices are not included.
+Times of matrices are core-seconds: a matrix that takes t seconds on p cores costs p·t, and a
+machine has as many core-seconds per second as cores. Idle cores during the last matrices are not
+included.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ def estimate_core_seconds(rates: PlanRates, shape: tuple[int, int], top: int | N
 
 
 def interpolate_cost(costs: Mapping[int, float], order: int, beyond: int) -> float:
-    """Return a cost interpolated between measured orders by a power law; beyond them, ∝ ``order ** beyond``.
+    """Return a cost interpolated between measured orders by a power law; beyond them, ∝
+    ``order ** beyond``.
 
-    >>> [round(interpolate_cost({1000: 0.1, 2000: 0.4}, n, beyond=3), 4) for n in (500, 1000, 1414, 2000, 4000)]
+    >>> [
+    ...     round(interpolate_cost({1000: 0.1, 2000: 0.4}, n, beyond=3), 4)
+    ...     for n in (500, 1000, 1414, 2000, 4000)
+    ... ]
     [0.0125, 0.1, 0.1999, 0.4, 3.2]
     """
     below = max((n for n in costs if n <= order), default=None)
@@ -53,7 +59,9 @@ def interpolate_cost(costs: Mapping[int, float], order: int, beyond: int) -> flo
     return costs[below] * math.pow(order / below, exponent)
 
 
-def estimate_cost(matrices: Sequence[Matrix], size: int | None, rates: PlanRates, top: int | None) -> PlanCost:
+def estimate_cost(
+    matrices: Sequence[Matrix], size: int | None, rates: PlanRates, top: int | None
+) -> PlanCost:
     """Return the cost of a run of ``spectrum`` over all matrices.
 
     Args:
@@ -63,7 +71,9 @@ def estimate_cost(matrices: Sequence[Matrix], size: int | None, rates: PlanRates
         top: K; None for all values.
     """
     core_seconds = [estimate_core_seconds(rates, matrix.shape, top) for matrix in matrices]
-    total = math.fsum(matrix.count * seconds for matrix, seconds in zip(matrices, core_seconds, strict=True))
+    total = math.fsum(
+        matrix.count * seconds for matrix, seconds in zip(matrices, core_seconds, strict=True)
+    )
     seconds, longest = total / rates.cores, max(core_seconds) / rates.cores
     return PlanCost(
         top=top,
@@ -76,7 +86,8 @@ def estimate_cost(matrices: Sequence[Matrix], size: int | None, rates: PlanRates
 
 T = TypeVar("T")
 
-# Orders at which the eigenvalue solver is timed, up to the largest of the model; extrapolated beyond.
+# Orders at which the eigenvalue solver is timed, up to the largest of the model; extrapolated
+# beyond.
 ORDERS = (256, 1024, 2048, 4096)
 
 # Up to this order a kernel is timed at least three times.
@@ -86,7 +97,9 @@ QUICK = 2048
 PASS_ORDER = 2048
 
 
-def estimate_costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+def estimate_costs(
+    matrices: Sequence[Matrix], size: int | None, top: int
+) -> tuple[PlanRates, tuple[PlanCost, ...]]:
     """Return the speed of this machine, and the cost of a model's spectra on it.
 
     The first cost is that of all values; the second, where krylov is used, that of the K largest.
@@ -97,11 +110,15 @@ def estimate_costs(matrices: Sequence[Matrix], size: int | None, top: int) -> tu
         top: K of the second estimate.
     """
     rates = _time_kernels(matrices, top)
-    return rates, tuple(estimate_cost(matrices, size, rates, k) for k in ((None, top) if rates.few else (None,)))
+    return rates, tuple(
+        estimate_cost(matrices, size, rates, k) for k in ((None, top) if rates.few else (None,))
+    )
 
 
 def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
-    """Return the speed of every kernel, timed as in a run: with the cores of its size, and with the others busy."""
+    """Return the speed of every kernel, timed as in a run: with the cores of its size, and with the
+    others busy.
+    """
     layout = layout_for(max(matrix.entries // matrix.count for matrix in matrices))
     largest = max(min(matrix.shape) for matrix in matrices)
     orders = [order for order in ORDERS if order <= largest] or [ORDERS[0]]
@@ -116,11 +133,15 @@ def _time_kernels(matrices: Sequence[Matrix], top: int) -> PlanRates:
         few[order] = threads * _median_time(seconds) / order**2
     threads, seconds = _time_side_by_side(partial(time_pass, PASS_ORDER), PASS_ORDER, layout)
     entry = threads * _median_time(seconds) / PASS_ORDER**2
-    return PlanRates(cores=layout.cores, entry=entry, product=product, eigen=eigen, few=few, few_from=few_from)
+    return PlanRates(
+        cores=layout.cores, entry=entry, product=product, eigen=eigen, few=few, few_from=few_from
+    )
 
 
 def _time_side_by_side(work: Callable[[], T], order: int, layout: Layout) -> tuple[int, list[T]]:
-    """Return the cores per run of ``work``, and results of as many runs as fit side by side, at least 3 if quick."""
+    """Return the cores per run of ``work``, and results of as many runs as fit side by side, at
+    least 3 if quick.
+    """
     footprint = 20 * order**2
     threads = layout.threads(footprint)
     copies = range(max(1 if order > QUICK else 3, layout.cores // threads))

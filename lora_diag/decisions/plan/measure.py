@@ -1,13 +1,14 @@
-"""``plan``: cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of thumb require.
+"""``plan``: cost of LoRA and of full fine-tuning from names and shapes, and the rank that rules of
+thumb require.
 
-The cost is parameters, memory and multiply-adds. It follows from the shapes in headers or of a bare ``config.json``,
-not from training. The published rules estimate the capacity of an adapter, not the need of a task; repeated passes over
-the data add no information.
+The cost is parameters, memory and multiply-adds. It follows from the shapes in headers or of a bare
+``config.json``, not from training. The published rules estimate the capacity of an adapter, not the
+need of a task; repeated passes over the data add no information.
 
-References: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute Overhead"; Thinking
-Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025, "LoRA Without Regret",
-thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language Models: Part 3.3, Knowledge Capacity Scaling
-Laws", arXiv 2404.05405.
+References: The article, "Parameter Count and State Complexity" and "Forward/Backward Compute
+Overhead"; Thinking Machines Lab, LoRA primer (Tinker documentation, 2025); Schulman et al. 2025,
+"LoRA Without Regret", thinkingmachines.ai/blog/lora; Allen-Zhu and Li 2024, "Physics of Language
+Models: Part 3.3, Knowledge Capacity Scaling Laws", arXiv 2404.05405.
 """
 
 from __future__ import annotations
@@ -25,7 +26,13 @@ from lora_diag.checkpoints import Checkpoint, TensorFile, TensorInfo, as_path, l
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.decisions.plan import PlanOptions
-from lora_diag.decisions.plan.architectures import Matrix, make_matrix, select_text_config, split_experts, weights_of
+from lora_diag.decisions.plan.architectures import (
+    Matrix,
+    make_matrix,
+    select_text_config,
+    split_experts,
+    weights_of,
+)
 from lora_diag.decisions.plan.record import (
     Plan,
     PlanCapacity,
@@ -36,7 +43,14 @@ from lora_diag.decisions.plan.record import (
     PlanRule,
     PlanType,
 )
-from lora_diag.decisions.targets import BYTES, STATE, Training, compile_pattern, read_memory, why_no_target
+from lora_diag.decisions.targets import (
+    BYTES,
+    STATE,
+    Training,
+    compile_pattern,
+    read_memory,
+    why_no_target,
+)
 from lora_diag.deltas import EXPERTS, natural_order
 from lora_diag.errors import UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, type_order
@@ -66,14 +80,18 @@ RULES = (
 
 
 def apply_capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRule, ...]:
-    """Return the parameters and the rank required by each rule; a rank above every min(m, n) is null.
+    """Return the parameters and the rank required by each rule; a rank above every min(m, n) is
+    null.
 
     Args:
         chosen: The matrices that LoRA is put on.
         tokens: Predicted tokens of the training data, counted once.
 
     Example:
-        >>> [(rule.params, rule.rank) for rule in apply_capacity_rules([Matrix("q", (64, 64), 4)], 10_000)]
+        >>> [
+        ...     (rule.params, rule.rank)
+        ...     for rule in apply_capacity_rules([Matrix("q", (64, 64), 4)], 10_000)
+        ... ]
         [(10000, 20), (5000, 10)]
     """
     per_rank = sum(matrix.per_rank for matrix in chosen)
@@ -82,7 +100,11 @@ def apply_capacity_rules(chosen: Sequence[Matrix], tokens: int) -> tuple[PlanRul
     for name, source, per_token in RULES:
         params = math.ceil(tokens * per_token)
         rank = max(1, -(-params // per_rank))
-        rules.append(PlanRule(name=name, source=source, params=params, rank=rank if rank <= full_rank else None))
+        rules.append(
+            PlanRule(
+                name=name, source=source, params=params, rank=rank if rank <= full_rank else None
+            )
+        )
     return tuple(rules)
 
 
@@ -99,7 +121,9 @@ def group_types(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[P
     """
     groups: dict[tuple[str, tuple[int, int], bool], list[Matrix]] = {}
     for matrix in sorted(matrices, key=lambda matrix: type_order(matrix.name)):
-        groups.setdefault((module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []).append(matrix)
+        groups.setdefault(
+            (module_type_of(matrix.name), matrix.shape, matrix.name in targeted), []
+        ).append(matrix)
     return tuple(
         PlanType(
             name=name,
@@ -114,7 +138,12 @@ def group_types(matrices: Sequence[Matrix], targeted: frozenset[str]) -> tuple[P
 
 
 def compute_rank_cost(
-    matrices: Sequence[Matrix], chosen: Sequence[Matrix], params: int, rank: int, dtype: str, active: float = 1.0
+    matrices: Sequence[Matrix],
+    chosen: Sequence[Matrix],
+    params: int,
+    rank: int,
+    dtype: str,
+    active: float = 1.0,
 ) -> PlanRank:
     """Return the cost of LoRA of one rank.
 
@@ -127,9 +156,13 @@ def compute_rank_cost(
         active: Fraction of a mixture's experts that are active for a token.
     """
     trained = rank * sum(matrix.per_rank for matrix in chosen)
-    active_fractions = {matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices}
+    active_fractions = {
+        matrix.name: active if _EXPERT.search(matrix.name) else 1.0 for matrix in matrices
+    }
     extra = rank * math.fsum(matrix.per_rank * active_fractions[matrix.name] for matrix in chosen)
-    base = math.fsum(matrix.entries * active_fractions[matrix.name] for matrix in _select_multiplied(matrices))
+    base = math.fsum(
+        matrix.entries * active_fractions[matrix.name] for matrix in _select_multiplied(matrices)
+    )
     return PlanRank(
         rank=rank,
         params=trained,
@@ -143,12 +176,15 @@ def compute_rank_cost(
 def _select_multiplied(matrices: Sequence[Matrix]) -> list[Matrix]:
     """Return the matrices that multiply a token: no embeddings, unless one is also the head."""
     tables = [matrix for matrix in matrices if part_of(matrix.name) == "vocabulary"]
-    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)] or sorted(tables, key=lambda m: -m.entries)[:1]
+    heads = [matrix for matrix in tables if _HEAD.search(matrix.name)] or sorted(
+        tables, key=lambda m: -m.entries
+    )[:1]
     return [matrix for matrix in matrices if part_of(matrix.name) == "matrices"] + heads
 
 
 def memory_of(params: int, dtype: str) -> dict[str, int]:
-    """Return the memory of trainable parameters with gradients and optimizer state, in bytes, by optimizer.
+    """Return the memory of trainable parameters with gradients and optimizer state, in bytes, by
+    optimizer.
 
     >>> memory_of(1_000_000, "float32")["adamw"]
     16000000
@@ -156,7 +192,9 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
 
 
-def fit_ranks(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: int) -> PlanFit:
+def fit_ranks(
+    chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, budget: int
+) -> PlanFit:
     """Return the ranks that a budget of parameters allows.
 
     Args:
@@ -166,7 +204,9 @@ def fit_ranks(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, bu
         budget: Budget in parameters.
 
     Example:
-        >>> attention = [Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")]
+        >>> attention = [
+        ...     Matrix(f"layers.{i}.{name}", (4096, 4096)) for i in range(32) for name in ("q", "v")
+        ... ]
         >>> found = fit_ranks(attention, [4, 8, 16, 64], "--params 10M", 10_000_000)
         >>> found.rank, found.listed, found.listed_left, found.doubled
         (19, 16, 1611392, 6)
@@ -181,7 +221,9 @@ def fit_ranks(chosen: Sequence[Matrix], ranks: Sequence[int], requested: str, bu
     listed_left, doubled = None, 0
     if listed is not None:
         listed_left = budget - listed * per_rank
-        doubled = sum(listed * cost <= listed_left for cost in accumulate(sorted(block_costs.values())))
+        doubled = sum(
+            listed * cost <= listed_left for cost in accumulate(sorted(block_costs.values()))
+        )
     return PlanFit(
         asked=requested,
         budget=budget,
@@ -201,33 +243,42 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """Return the cost of full fine-tuning and LoRA of a model, and the ranks that a budget allows.
 
     Args:
-        base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with that file only.
+        base: A checkpoint, of which only headers are read; or its ``config.json``, or a folder with
+            that file only.
         ranks: Ranks r.
-        layers: LoRA on matrices whose name contains a match; None for the weights of layers other than embeddings,
-            head, routers and short convolutions.
+        layers: LoRA on matrices whose name contains a match; None for the weights of layers other
+            than embeddings, head, routers and short convolutions.
         exclude: No matrices whose name contains a match.
         params: Budget of trainable parameters, such as ``"10M"``; not with ``memory_budget``.
-        memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state, such as ``"2GB"``.
+        memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state,
+            such as ``"2GB"``.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
         dtype: Dtype of the trainable parameters and their gradients.
-        cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some seconds.
+        cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some
+            seconds.
         top: Number of largest values in the second of two estimates.
-        data: Training text, JSONL or a data set: its predicted tokens are counted with the model's tokenizer.
+        data: Training text, JSONL or a data set: its predicted tokens are counted with the model's
+            tokenizer.
         tokens: Number of predicted tokens, such as ``"2M"``, instead of ``data``.
-        tokenizer: ``auto`` for that of the model, ``bytes`` for UTF-8 bytes, or a folder with one; for ``data``.
-        length: Tokens of a sequence; longer rows are truncated before counting. None for 512 or the model's limit.
+        tokenizer: ``auto`` for that of the model, ``bytes`` for UTF-8 bytes, or a folder with one;
+            for ``data``.
+        length: Tokens of a sequence; longer rows are truncated before counting. None for 512 or the
+            model's limit.
         **options: ``PlanOptions``.
 
     Returns:
-        One record: parameters of every module type, cost of every rank, and the ranks within the budget.
+        One record: parameters of every module type, cost of every rank, and the ranks within the
+            budget.
 
     Raises:
-        UsageError: An option is invalid or contradicts another, no matrix is targeted, ``base`` is an adapter, or a
-            library to count the tokens of ``data`` is not installed.
+        UsageError: An option is invalid or contradicts another, no matrix is targeted, ``base`` is
+            an adapter, or a library to count the tokens of ``data`` is not installed.
         InputError: The model, the data or the tokenizer cannot be read.
 
     Example:
-        >>> found = plan("sample_checkpoints/base/config.json", layers="q_proj|v_proj", params="10k")
+        >>> found = plan(
+        ...     "sample_checkpoints/base/config.json", layers="q_proj|v_proj", params="10k"
+        ... )
         >>> found.params, found.ranks[0].params, found.fit.rank
         (853120, 7168, 5)
     """
@@ -240,25 +291,41 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     if arguments["data"] is not None and arguments["tokens"] is not None:
         raise UsageError("--tokens: cannot be combined with --data; give one of them")
     if not ranks or ranks[0] < 1:
-        raise UsageError(f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 up")
-    included, excluded = compile_pattern(target, "--layers"), compile_pattern(arguments["exclude"], "--exclude")
+        raise UsageError(
+            f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 "
+            "up"
+        )
+    included, excluded = (
+        compile_pattern(target, "--layers"),
+        compile_pattern(arguments["exclude"], "--exclude"),
+    )
     model = open_headers(base)
     infos = [model[name] for name in sorted(model, key=natural_order)]
     matrices = [make_matrix(info.name, info.shape) for info in infos if len(info.shape) > 1]
     chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
     if not chosen:
         requested = f"--layers {target}" if target is not None else "the model"
-        raise UsageError(f"{requested}: no matrix is selected for LoRA; check --layers and --exclude")
+        raise UsageError(
+            f"{requested}: no matrix is selected for LoRA; check --layers and --exclude"
+        )
     fit = None
     if params is not None:
-        fit = fit_ranks(chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params"))
+        fit = fit_ranks(
+            chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params")
+        )
     elif memory is not None:
-        requested = f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
-        fit = fit_ranks(chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param))
+        requested = (
+            f"--memory-budget {legible(str(memory))} ({training.optimizer}, {training.dtype})"
+        )
+        fit = fit_ranks(
+            chosen, ranks, requested, math.floor(read_memory(memory) / training.bytes_per_param)
+        )
     total = sum(info.numel for info in infos)
     active, notes = _find_active_share(model.config, matrices)
     capacity = _estimate_capacity(base, arguments, chosen)
-    rates, costs = _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
+    rates, costs = (
+        _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
+    )
     return Plan(
         path=legible(base),
         kind=legible(model.kind),
@@ -269,7 +336,9 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         dtype=dtype,
         full_bytes=memory_of(total, dtype),
         types=group_types(matrices, frozenset(matrix.name for matrix in chosen)),
-        ranks=tuple(compute_rank_cost(matrices, chosen, total, rank, dtype, active) for rank in ranks),
+        ranks=tuple(
+            compute_rank_cost(matrices, chosen, total, rank, dtype, active) for rank in ranks
+        ),
         fit=fit,
         rates=rates,
         costs=costs,
@@ -277,17 +346,22 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     )
 
 
-def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]) -> PlanCapacity | None:
-    """Return the number of tokens of the data and the ranks by the rules of thumb; None without data or tokens.
+def _estimate_capacity(
+    base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]
+) -> PlanCapacity | None:
+    """Return the number of tokens of the data and the ranks by the rules of thumb; None without
+    data or tokens.
 
     Raises:
-        UsageError: The number of tokens, the length or the tokenizer is invalid, ``base`` is an adapter, or a library
-            to read the data is missing.
+        UsageError: The number of tokens, the length or the tokenizer is invalid, ``base`` is an
+            adapter, or a library to read the data is missing.
         InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:
         tokens = read_count(str(arguments["tokens"]), "--tokens")
-        return PlanCapacity(data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens))
+        return PlanCapacity(
+            data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens)
+        )
     if arguments["data"] is None:
         return None
     # deferred: imports transformers
@@ -308,10 +382,14 @@ def _estimate_capacity(base: Path | str, arguments: Mapping[str, Any], chosen: S
     )
 
 
-def _estimate_costs(model: Checkpoint, matrices: Sequence[Matrix], top: int) -> tuple[PlanRates, tuple[PlanCost, ...]]:
-    """Return this machine's speed, and the cost of ``spectrum`` for all values and, with krylov, the ``top`` largest.
+def _estimate_costs(
+    model: Checkpoint, matrices: Sequence[Matrix], top: int
+) -> tuple[PlanRates, tuple[PlanCost, ...]]:
+    """Return this machine's speed, and the cost of ``spectrum`` for all values and, with krylov,
+    the ``top`` largest.
 
-    The gate and up matrices of experts from a config are counted one by one, as checkpoints store them.
+    The gate and up matrices of experts from a config are counted one by one, as checkpoints store
+    them.
 
     Raises:
         UsageError: ``top`` is below 1.
@@ -321,12 +399,17 @@ def _estimate_costs(model: Checkpoint, matrices: Sequence[Matrix], top: int) -> 
 
     if top < 1:
         raise UsageError(f"--top {top}: must be at least 1")
-    stored = [part for matrix in matrices for part in split_experts(matrix)] if model.kind == DERIVED else matrices
+    stored = (
+        [part for matrix in matrices for part in split_experts(matrix)]
+        if model.kind == DERIVED
+        else matrices
+    )
     return estimate_costs(stored, compute_stored_size(model), top)
 
 
 def open_headers(base: Path | str) -> Checkpoint:
-    """Open BASE by its headers; if a config is given or alone in its folder, names and shapes that follow from it.
+    """Open BASE by its headers; if a config is given or alone in its folder, names and shapes that
+    follow from it.
 
     Without weights, the kind is ``DERIVED``, and no entries can be read.
 
@@ -344,27 +427,41 @@ def open_headers(base: Path | str) -> Checkpoint:
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     file = TensorFile()
     file.path = path
-    file.tensors = {name: TensorInfo(name, shape, dtype) for name, shape in weights_of(config, str(path))}
-    notes = () if select_text_config(config) is config else ("only the language model, from its text_config",)
+    file.tensors = {
+        name: TensorInfo(name, shape, dtype) for name, shape in weights_of(config, str(path))
+    }
+    notes = (
+        ()
+        if select_text_config(config) is config
+        else ("only the language model, from its text_config",)
+    )
     return Checkpoint(base, DERIVED, (file,), notes, config)
 
 
 def _has_weights(folder: Path) -> bool:
     if any((folder / name).is_file() for name in WEIGHTS):  # a web server has no listing
         return True
-    return any(path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir())
+    return any(
+        path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir()
+    )
 
 
 def compute_stored_size(checkpoint: Checkpoint) -> int | None:
-    """Return the stored size of the weights in bytes; None if one is quantized or of another dtype than ``BYTES``."""
+    """Return the stored size of the weights in bytes; None if one is quantized or of another dtype
+    than ``BYTES``.
+    """
     infos = [checkpoint[name] for name in checkpoint]
     if any(info.stored is not None or info.dtype not in BYTES for info in infos):
         return None
     return sum(BYTES[info.dtype] * info.numel for info in infos)
 
 
-def _find_active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) -> tuple[float, tuple[str, ...]]:
-    """Return the fraction of experts that are active for a token, and notes; 1 without experts or if unknown."""
+def _find_active_share(
+    config: Mapping[str, Any], matrices: Sequence[Matrix]
+) -> tuple[float, tuple[str, ...]]:
+    """Return the fraction of experts that are active for a token, and notes; 1 without experts or
+    if unknown.
+    """
     if not any(EXPERTS.search(matrix.name) for matrix in matrices):
         return 1.0, ()
     values = select_text_config(config)
@@ -372,5 +469,7 @@ def _find_active_share(config: Mapping[str, Any], matrices: Sequence[Matrix]) ->
     keys = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((values[key] for key in keys if key in values), 0)
     if isinstance(active, int) and isinstance(experts, int) and 0 < active <= experts:
-        return active / experts, (f"{active} of {experts} experts count for the multiply-adds per token",)
+        return active / experts, (
+            f"{active} of {experts} experts count for the multiply-adds per token",
+        )
     return 1.0, ("number of active experts unknown: all count for the multiply-adds per token",)

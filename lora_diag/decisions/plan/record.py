@@ -41,18 +41,42 @@ class PlanRank(Record):
         rho: params / entries of the targeted matrices; of one matrix r(d_in + d_out)/(d_in·d_out).
         of_model: params / parameters of the model.
         bytes: By optimizer: memory of the trainable parameters, gradients and state in bytes.
-        flops: Multiply-adds per token that the unmerged adapter adds / those of the model's matrices.
+        flops: Multiply-adds per token that the unmerged adapter adds / those of the model's
+            matrices.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("params", "trains", "parameters", main=True, form="count"),
-        Shown("of_model", "of model", "fraction of the model's parameters", main=True, form="small_percent"),
-        Shown("rho", "ρ", "fraction of the targeted matrices' entries", main=True, form="small_percent"),
-        Shown("flops", "+ FLOPs", "that the unmerged adapter adds", main=True, form="small_percent"),
+        Shown(
+            "of_model",
+            "of model",
+            "fraction of the model's parameters",
+            main=True,
+            form="small_percent",
+        ),
+        Shown(
+            "rho",
+            "ρ",
+            "fraction of the targeted matrices' entries",
+            main=True,
+            form="small_percent",
+        ),
+        Shown(
+            "flops", "+ FLOPs", "that the unmerged adapter adds", main=True, form="small_percent"
+        ),
         Shown("bytes.adamw", "AdamW", "weights, gradients and state", main=True, form="bytes"),
-        Shown("bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"),
+        Shown(
+            "bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"
+        ),
         Shown("bytes.sgd", "SGD", "weights and gradients", main=True, form="bytes"),
-        Shown("bytes.sgd_momentum", "SGD+momentum", "weights, gradients and state", main=True, form="bytes", drop=1),
+        Shown(
+            "bytes.sgd_momentum",
+            "SGD+momentum",
+            "weights, gradients and state",
+            main=True,
+            form="bytes",
+            drop=1,
+        ),
     )
     rank: int
     params: int
@@ -68,7 +92,8 @@ class PlanFit(Record):
     Args:
         asked: The option as given.
         budget: The budget in parameters.
-        rank: Largest rank that all targeted matrices can have, up to ``full_rank``; 0 if not even 1 fits.
+        rank: Largest rank that all targeted matrices can have, up to ``full_rank``; 0 if not even 1
+            fits.
         full_rank: max of min(out, in) over them: no update of any of them has a higher rank.
         spent: Parameters at this rank.
         left: Remaining parameters.
@@ -98,7 +123,8 @@ class PlanRates(Record):
         entry: Per entry of a matrix: both sides read from memory, subtracted, norms computed.
         product: Per multiply-add of the Gram product of order n with n rows, which has n³.
         eigen: Eigenvalues of a matrix, by its order.
-        few: Per entry, the K largest values of a decaying spectrum, by order; empty if krylov is not used.
+        few: Per entry, the K largest values of a decaying spectrum, by order; empty if krylov is
+            not used.
         few_from: Order from which krylov is used.
     """
 
@@ -123,7 +149,13 @@ class PlanCost(Record):
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("core_seconds", "core time", "of all cores", main=True, form="time"),
-        Shown("speed", "one reads", "bytes that one machine reads in a second", terminal=True, form="speed"),
+        Shown(
+            "speed",
+            "one reads",
+            "bytes that one machine reads in a second",
+            terminal=True,
+            form="speed",
+        ),
     )
     top: int | None
     core_seconds: float
@@ -144,7 +176,8 @@ class PlanRule(Record):
         name: Description of the rule.
         source: Publication of the rule.
         params: Required trainable parameters.
-        rank: Smallest rank of all targeted matrices that has as many; null where full rank has fewer.
+        rank: Smallest rank of all targeted matrices that has as many; null where full rank has
+            fewer.
     """
 
     name: str
@@ -160,7 +193,8 @@ class PlanCapacity(Record):
         data: The counted data, as named by the user; empty where the number was given.
         about: Interpretation of the data.
         notes: Notes on limitations.
-        tokens: Number of predicted tokens: of completions, or of whole texts; for a classifier, labels.
+        tokens: Number of predicted tokens: of completions, or of whole texts; for a classifier,
+            labels.
         rules: The rules.
     """
 
@@ -182,7 +216,8 @@ class Plan(Record):
         targeted: Number of entries of the matrices with LoRA.
         base_bytes: Stored size of the model; null if a weight is quantized or its dtype is unknown.
         dtype: Dtype of the trainable parameters and their gradients.
-        full_bytes: By optimizer: memory of training every parameter, with gradients and state, in bytes.
+        full_bytes: By optimizer: memory of training every parameter, with gradients and state, in
+            bytes.
         types: The module types.
         ranks: LoRA by rank.
         fit: Ranks that the budget allows; null without one.

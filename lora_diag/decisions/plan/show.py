@@ -1,4 +1,6 @@
-"""Terminal output of ``plan``: parameters, memory and compute of LoRA by rank, with full fine-tuning."""
+"""Terminal output of ``plan``: parameters, memory and compute of LoRA by rank, with full
+fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lora_diag.decisions.plan.measure import LORA_RATE, RATE_SOURCE
-from lora_diag.decisions.plan.record import Plan, PlanCapacity, PlanCost, PlanFit, PlanRank, PlanType
+from lora_diag.decisions.plan.record import (
+    Plan,
+    PlanCapacity,
+    PlanCost,
+    PlanFit,
+    PlanRank,
+    PlanType,
+)
 from lora_diag.feature import Hint
 from lora_diag.records.base import Shown
 from lora_diag.rendering.statements import Statement, make_statement
@@ -18,20 +27,27 @@ from lora_diag.rendering.text import byte_count, quantity, safe, short
 def suggest_next(plan: Plan, values: Mapping[str, Any]) -> Hint:
     """Return the next command: ``tune``, which trains within the budget and needs no fine-tune.
 
-    The budget is that of the plan, rank 16 in every layer without one, or rank 1 if the plan's allows no rank.
+    The budget is that of the plan, rank 16 in every layer without one, or rank 1 if the plan's
+    allows no rank.
     """
     params, memory = values["params"], values["memory_budget"]
     budget = ["--params", str(params or 16 * plan.per_rank)]
     if memory and not params:
         budget = ["--memory-budget", str(memory)]
-    if plan.fit is not None and not plan.fit.rank:  # the budget allows no rank: name the smallest that does
+    if (
+        plan.fit is not None and not plan.fit.rank
+    ):  # the budget allows no rank: name the smallest that does
         budget = ["--params", str(plan.per_rank)]
     data = shlex.quote(str(values["data"] or "train.jsonl"))
     command = f"tune {{base}} --data {data} --eval held_out.jsonl {shlex.join(budget)} -o run"
-    return Hint(command, "chooses by training; for a fine-tune that exists: spectrum, then allocate")
+    return Hint(
+        command, "chooses by training; for a fine-tune that exists: spectrum, then allocate"
+    )
 
 
-def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None) -> str:
+def plan_table(
+    plan: Plan, width: int = 80, color: bool = False, next_command: str | None = None
+) -> str:
     """Return the tables and the summary of a plan.
 
     Args:
@@ -43,22 +59,39 @@ def plan_table(plan: Plan, width: int = 80, color: bool = False, next_command: s
     Returns:
         Lines of text, without a trailing newline.
     """
-    grids = [_make_types_grid(plan), _make_ranks_grid(plan), *([_make_costs_grid(plan)] if plan.costs else [])]
+    grids = [
+        _make_types_grid(plan),
+        _make_ranks_grid(plan),
+        *([_make_costs_grid(plan)] if plan.costs else []),
+    ]
     statements = [statement for statement in _make_statements(plan) if statement.lead]
     return grids_table(grids, statements, width, color, next_command)
 
 
 def _make_types_grid(plan: Plan) -> Grid:
-    """Return the table of module types: parameters of full fine-tuning and of LoRA by rank, and ρ at the first."""
+    """Return the table of module types: parameters of full fine-tuning and of LoRA by rank, and ρ
+    at the first.
+    """
     ranks = [row.rank for row in plan.ranks[:6]]
     rank_columns = [
-        Shown(f"r{rank}", f"r={rank}", "what LoRA trains", main=True, form="count", drop=6 - i if i else 0)
+        Shown(
+            f"r{rank}",
+            f"r={rank}",
+            "what LoRA trains",
+            main=True,
+            form="count",
+            drop=6 - i if i else 0,
+        )
         for i, rank in enumerate(ranks)
     ]
-    rho = Shown("rho", f"ρ at r={ranks[0]}", "r(d_in + d_out)/(d_in·d_out)", main=True, form="small_percent")
+    rho = Shown(
+        "rho", f"ρ at r={ranks[0]}", "r(d_in + d_out)/(d_in·d_out)", main=True, form="small_percent"
+    )
     rows: list[tuple[str, list[dict[str, Any]]]] = []
     for row in sorted(plan.types, key=lambda row: not row.targeted):
-        lora = {f"r{rank}": rank * row.per_rank for rank in ranks} | {"rho": ranks[0] * row.per_rank / row.params}
+        lora = {f"r{rank}": rank * row.per_rank for rank in ranks} | {
+            "rho": ranks[0] * row.per_rank / row.params
+        }
         rows.append((short(row.name), [row.model_dump() | (lora if row.targeted else {})]))
     return grid_of([*PlanType.shown, *rank_columns, rho], rows, "module type")
 
@@ -66,7 +99,9 @@ def _make_types_grid(plan: Plan) -> Grid:
 def _make_ranks_grid(plan: Plan) -> Grid:
     full = {"params": plan.params, "of_model": 1.0, "bytes": plan.full_bytes}
     rows: list[tuple[str, list[Any]]] = [("full fine-tune", [full])]
-    return grid_of(PlanRank.shown, [*rows, *((f"LoRA r={row.rank}", [row]) for row in plan.ranks)], "")
+    return grid_of(
+        PlanRank.shown, [*rows, *((f"LoRA r={row.rank}", [row]) for row in plan.ranks)], ""
+    )
 
 
 def _make_costs_grid(plan: Plan) -> Grid:
@@ -77,7 +112,11 @@ def _make_costs_grid(plan: Plan) -> Grid:
     rows = [
         (
             "all values" if cost.top is None else f"--top {cost.top}",
-            [cost.model_dump() | {"speed": cost.speed} | {f"on{n}": seconds for n, seconds in cost.seconds.items()}],
+            [
+                cost.model_dump()
+                | {"speed": cost.speed}
+                | {f"on{n}": seconds for n, seconds in cost.seconds.items()}
+            ],
         )
         for cost in plan.costs
     ]
@@ -97,45 +136,61 @@ def _make_statements(plan: Plan) -> Iterator[Statement]:
     yield make_statement(
         "targets",
         "LoRA on",
-        f"{quantity(matrices)} with {plan.targeted:,} entries; each unit of r trains {plan.per_rank:,} parameters",
+        f"{quantity(matrices)} with {plan.targeted:,} entries; each unit of r trains "
+        f"{plan.per_rank:,} parameters",
     )
     yield make_statement("model", "Model", *map(safe, plan.notes))
     frozen = "" if plan.base_bytes is None else f", {byte_count(plan.base_bytes)} as it is stored"
-    memory = f"of what is trained, in {plan.dtype}; LoRA also needs the frozen model{frozen}, and both need activations"
+    memory = (
+        f"of what is trained, in {plan.dtype}; LoRA also needs the frozen model{frozen}, and "
+        "both need activations"
+    )
     yield make_statement("memory", "Memory", memory, priority=2)
     if plan.rates is not None:
         yield make_statement(
             "time",
             "Time",
-            f"an estimate for {quantity(plan.rates.cores, 'core')} at the current speed and load of this machine; n "
+            f"an estimate for {quantity(plan.rates.cores, 'core')} at the current speed and load "
+            "of this machine; n "
             "machines read n times the rate in the last column",
-            "--top assumes decaying spectra; a flat spectrum costs as much as all values" if plan.costs[1:] else "",
+            "--top assumes decaying spectra; a flat spectrum costs as much as all values"
+            if plan.costs[1:]
+            else "",
         )
 
 
 def _describe_capacity(capacity: PlanCapacity) -> Iterator[Statement]:
     """State the size of the data, and rules of thumb for rank and learning rate."""
     required_ranks = ", ".join(
-        f"{'more than full rank' if rule.rank is None else f'r ≥ {rule.rank}'} ({rule.name}: {rule.source})"
+        f"{'more than full rank' if rule.rank is None else f'r ≥ {rule.rank}'} ({rule.name}: "
+        f"{rule.source})"
         for rule in capacity.rules
     )
     lead = f"{capacity.tokens:,} predicted tokens; rules of thumb, to be tested: {required_ranks}"
     data = f"in {safe(capacity.data)} ({capacity.about})" if capacity.data else ""
     yield make_statement("capacity", "Capacity", lead, data, *map(safe, capacity.notes))
-    rate = f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every rank ({RATE_SOURCE})"
+    rate = (
+        f"rule of thumb: about {LORA_RATE} times full fine-tuning's, nearly the same at every "
+        f"rank ({RATE_SOURCE})"
+    )
     yield make_statement("rate", "Learning rate", rate)
 
 
 def _describe_fit(plan: Plan, fit: PlanFit) -> list[str]:
-    """State the largest rank within the budget, and when full fine-tuning of the matrices costs no more."""
+    """State the largest rank within the budget, and when full fine-tuning of the matrices costs no
+    more.
+    """
     asked = safe(fit.asked)
     if fit.rank == 0:
         return [f"{asked}: too small for r=1, which takes {plan.per_rank:,} parameters"]
     lines = [
-        f"{asked}: {fit.budget:,} parameters allow r ≤ {fit.rank} everywhere: {fit.spent:,} used, {fit.left:,} left"
+        f"{asked}: {fit.budget:,} parameters allow r ≤ {fit.rank} everywhere: {fit.spent:,} used, "
+        f"{fit.left:,} left"
     ]
     if fit.rank == fit.full_rank:
         lines.append("that is full rank: a larger budget has no effect")
     if fit.spent >= plan.targeted:
-        lines.append(f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}")
+        lines.append(
+            f"that saves nothing: full fine-tuning of these matrices trains {plan.targeted:,}"
+        )
     return lines

@@ -14,10 +14,19 @@ class PlanMergeOptions(RunOptions, total=False):
 
     to: Annotated[
         str,
-        Option(REQUIRED, "Format of the merged weights.", "bf16|fp16|fp8|mxfp4|nvfp4|int4|q8_0|q5_0|q5_1|q4_0|q4_1"),
+        Option(
+            REQUIRED,
+            "Format of the merged weights.",
+            "bf16|fp16|fp8|mxfp4|nvfp4|int4|q8_0|q5_0|q5_1|q4_0|q4_1",
+        ),
     ]
-    group_size: Annotated[int | None, Option(None, "Inputs that share a scale of int4; default: 128.", "N")]
-    scale: Annotated[str | None, Option(None, "Scales of fp8: one per row (default) or one per tensor.", "row|tensor")]
+    group_size: Annotated[
+        int | None, Option(None, "Inputs that share a scale of int4; default: 128.", "N")
+    ]
+    scale: Annotated[
+        str | None,
+        Option(None, "Scales of fp8: one per row (default) or one per tensor.", "row|tensor"),
+    ]
 
 
 FEATURE = Feature(

@@ -2,22 +2,27 @@
 
 W + ΔW of each layer is rounded to the format, entry by entry in row blocks.
 
-In the formats below x is a float32 matrix ``(out, in)``. A group is consecutive inputs of one output; the last group of
-a row may be shorter. ``rne`` rounds to the nearest value of a type, ties to even. Where the maximum is zero, all
-values are zero.
+In the formats below x is a float32 matrix ``(out, in)``. A group is consecutive inputs of one
+output; the last group of a row may be shorter. ``rne`` rounds to the nearest value of a type, ties
+to even. Where the maximum is zero, all values are zero.
 
     bf16, fp16  rne(x); fp16 overflows to infinity from 65520 on
-    fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the matrix
-    mxfp4       groups of 32: e2m1(x/s)·s, saturating at ±6; s = 2^(⌊log₂ max|x|⌋ − 2), 2^−127 ≤ s ≤ 2^127
-    nvfp4       groups of 16: e2m1(x/(s·g))·s·g; g = fl32(max|x| of the matrix / 2688), s = e4m3(max|x| / (6g))
+    fp8         e4m3: rne(x/s)·s, saturating at ±448; s = fl32(max|x| / 448) of an output, or of the
+                matrix
+    mxfp4       groups of 32: e2m1(x/s)·s, saturating at ±6; s = 2^(⌊log₂ max|x|⌋ − 2),
+                2^−127 ≤ s ≤ 2^127
+    nvfp4       groups of 16: e2m1(x/(s·g))·s·g; g = fl32(max|x| of the matrix / 2688),
+                s = e4m3(max|x| / (6g))
     int4        groups of --group-size: clamp(round(x/s), −7, 7)·s; s = fl32(max|x| / 7)
     q8_0        groups of 32: round(x/s)·fl16(s); s = max|x| / 127
-    q5_0, q4_0  groups of 32, b bits: min(⌊x/s + ½⌋, 2^(b−1) − 1)·fl16(s); s = −x_m / 2^(b−1), |x_m| = max|x|
-    q5_1, q4_1  groups of 32, b bits: ⌊(x − min x)/s + ½⌋·fl16(s) + fl16(min x); s = (max x − min x) / (2^b − 1)
+    q5_0, q4_0  groups of 32, b bits: min(⌊x/s + ½⌋, 2^(b−1) − 1)·fl16(s); s = −x_m / 2^(b−1),
+                |x_m| = max|x|
+    q5_1, q4_1  groups of 32, b bits: ⌊(x − min x)/s + ½⌋·fl16(s) + fl16(min x);
+                s = (max x − min x) / (2^b − 1)
 
-Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4); NVIDIA, Pretraining Large
-Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448); llama.cpp, ``ggml-quants.c`` (q8_0 to q4_1). Round to nearest,
-without calibration or importance matrix.
+Reference: Open Compute Project, Microscaling Formats (MX) 1.0, sections 5.3 and 6.3 (mxfp4);
+NVIDIA, Pretraining Large Language Models with NVFP4, 2025 (nvfp4, 2688 = 6 · 448); llama.cpp,
+``ggml-quants.c`` (q8_0 to q4_1). Round to nearest, without calibration or importance matrix.
 """
 
 from __future__ import annotations
@@ -50,7 +55,12 @@ from lora_diag.running.options import show_options
 # Largest values.
 E4M3, E2M1, INT4 = 448.0, 6.0, 7.0
 # Number of inputs that share a scale.
-GROUPS = {"mxfp4": 32, "nvfp4": 16, "int4": 128, **dict.fromkeys(("q8_0", "q5_0", "q5_1", "q4_0", "q4_1"), 32)}
+GROUPS = {
+    "mxfp4": 32,
+    "nvfp4": 16,
+    "int4": 128,
+    **dict.fromkeys(("q8_0", "q5_0", "q5_1", "q4_0", "q4_1"), 32),
+}
 SIXTEEN_BIT = ("bf16", "fp16")
 # Largest exponent of e2m1, and the exponents that E8M0 has.
 E2M1_EXPONENT, E8M0 = 2, 127
@@ -72,13 +82,15 @@ class Target:
 
 
 def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return a matrix, or whole groups of its inputs, as codes of a format and as the numbers that they encode.
+    """Return a matrix, or whole groups of its inputs, as codes of a format and as the numbers that
+    they encode.
 
     Args:
         x: ``(out, in)``, float32.
         target: The format.
-        peaks: For fp8 and nvfp4, max|x| of every output over all inputs of the matrix, ``(out, 1)``; for nvfp4, and for
-            fp8 with one scale per tensor, the maximum of the matrix in every row. Default those of the rows of ``x``.
+        peaks: For fp8 and nvfp4, max|x| of every output over all inputs of the matrix,
+            ``(out, 1)``; for nvfp4, and for fp8 with one scale per tensor, the maximum of the
+            matrix in every row. Default those of the rows of ``x``.
 
     Returns:
         Codes, and the numbers that they encode, float64; both ``(out, in)``.
@@ -112,12 +124,16 @@ def quantize(x: Tensor, target: Target, peaks: Tensor | None = None) -> tuple[Te
         codes = (groups.double() / scales).round().clamp(-INT4, INT4)
     else:
         codes, scales, minima = _round_gguf(groups, target.name)
-    codes, values = (part.reshape(len(x), -1)[:, : x.shape[1]] for part in (codes, codes * scales + minima))
+    codes, values = (
+        part.reshape(len(x), -1)[:, : x.shape[1]] for part in (codes, codes * scales + minima)
+    )
     return codes, values
 
 
 def _round_gguf(groups: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scales and minima of groups in a block format of llama.cpp, which computes in float32."""
+    """Return codes, scales and minima of groups in a block format of llama.cpp, which computes in
+    float32.
+    """
     levels, sizes = 2 ** int(name[1]), groups.abs()
     low, first = torch.zeros_like(groups[:, :, :1]), -levels // 2
     if name == "q8_0":
@@ -148,13 +164,16 @@ def _round_e4m3(x: Tensor) -> Tensor:
 
 
 def _round_e2m1(x: Tensor) -> Tensor:
-    """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign, saturating: spacing 1/2 below 2, 1 below 4, 2 above."""
+    """Round to 0, 0.5, 1, 1.5, 2, 3, 4 or 6 with a sign, saturating: spacing 1/2 below 2, 1 below
+    4, 2 above.
+    """
     size = x.abs()
     step = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
     return ((x / step).round() * step).clamp(-E2M1, E2M1)
 
 
-# Bytes for each entry of a block: 93 (bf16) to 159 (nvfp4) were measured with blocks of 2^20 entries.
+# Bytes for each entry of a block: 93 (bf16) to 159 (nvfp4) were measured with blocks of 2^20
+# entries.
 BLOCK = 160
 # Bytes for each entry of an update that is computed in full, with one copy.
 COMPUTED = 16
@@ -190,7 +209,9 @@ class PlanSettings:
 def estimate_bytes(task: MergeTask, settings: PlanSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     rows, columns = task.shape
-    needed = BLOCK * min(max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns)
+    needed = BLOCK * min(
+        max(BLOCK_ENTRIES, _rows_per_group(task, settings.target) * columns), rows * columns
+    )
     return needed + (COMPUTED * rows * columns if isinstance(task.delta, DenseDelta) else 0)
 
 
@@ -198,7 +219,8 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     """Measure one layer by rounding W and W + ΔW.
 
     Returns:
-        One record; that of a left-out layer if an entry or a norm is not finite or BASE does not hold the weight.
+        One record; that of a left-out layer if an entry or a norm is not finite or BASE does not
+            hold the weight.
 
     Raises:
         InputError: A file could not be read.
@@ -209,7 +231,13 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
     if settings.memory is not None and isinstance(delta, DenseDelta):
         needed = COMPUTED * math.prod(delta.shape)
-        require_memory(needed, settings.memory, delta.shape, "its update, computed in full, takes", "--exclude it")
+        require_memory(
+            needed,
+            settings.memory,
+            delta.shape,
+            "its update, computed in full, takes",
+            "--exclude it",
+        )
     layer = _Layer(task, settings.target, delta.base)
     if problem := layer.scan():
         return (leave_out(delta, "non_finite", problem),)
@@ -217,7 +245,9 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
 
 
 def _rows_per_group(task: MergeTask, target: Target) -> int:
-    """Return the number that the rows of a block are a multiple of: a group if groups are along columns, else 1."""
+    """Return the number that the rows of a block are a multiple of: a group if groups are along
+    columns, else 1.
+    """
     return target.group or 1 if task.in_out else 1
 
 
@@ -236,7 +266,9 @@ class _Sum:
     overflow: int = 0
 
     def make_effect(self, energy: float) -> FormatEffect:
-        """Return c and error of an update with ‖ΔW‖_F² = ``energy``; null if it is 0 or an entry overflows."""
+        """Return c and error of an update with ‖ΔW‖_F² = ``energy``; null if it is 0 or an entry
+        overflows.
+        """
         if not energy or self.overflow:
             return FormatEffect(arrived=None, error=None)
         return FormatEffect(arrived=self.inner / energy, error=math.sqrt(self.squares / energy))
@@ -257,17 +289,23 @@ class _Layer:
     basis: Tensor | None = field(init=False, default=None)
 
     def scan(self) -> str | None:
-        """Read the layer once for norms and ``peaks``; return which entry or norm is not finite, None if all are."""
+        """Read the layer once for norms and ``peaks``; return which entry or norm is not finite,
+        None if all are.
+        """
         addend = load_addend(self.task.delta)
         if isinstance(addend, Product):
-            if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite("lora_A holds", addend.a):
+            if problem := first_non_finite("lora_B holds", addend.b) or first_non_finite(
+                "lora_A holds", addend.a
+            ):
                 return problem
             self.basis = _row_space_basis(addend.b.T if self.task.in_out else addend.a)
         self.update = addend.rows
         outputs = self.task.shape[1 if self.task.in_out else 0]
         merged_peaks, base_peaks = torch.zeros(outputs, 1), torch.zeros(outputs, 1)
         for (first, last), w, u in self._read_blocks():
-            if problem := first_non_finite("BASE holds", w, first) or first_non_finite("the update holds", u, first):
+            if problem := first_non_finite("BASE holds", w, first) or first_non_finite(
+                "the update holds", u, first
+            ):
                 return problem
             self.energy += float(u.square().sum())
             self.base_energy += float(w.square().sum())
@@ -279,7 +317,10 @@ class _Layer:
                 x = self._to_out_in(x).float()
                 peak[rows] = torch.maximum(peak[rows], x.abs().amax(dim=1, keepdim=True))
         if self.target.name == "nvfp4" or self.target.per_tensor:
-            merged_peaks, base_peaks = merged_peaks.max().expand(outputs, 1), base_peaks.max().expand(outputs, 1)
+            merged_peaks, base_peaks = (
+                merged_peaks.max().expand(outputs, 1),
+                base_peaks.max().expand(outputs, 1),
+            )
         self.peaks = merged_peaks, base_peaks
         finite = math.isfinite(self.energy + self.base_energy)
         return None if finite else "the squares of its entries overflow float64"
@@ -328,7 +369,9 @@ class _Layer:
             moved=changed / math.prod(delta.shape),
             overflow=sums[target.name].overflow,
             base_error=base_error,
-            base_error_inside=math.sqrt(inside / self.energy) if has_base_error and self.basis is not None else None,
+            base_error_inside=math.sqrt(inside / self.energy)
+            if has_base_error and self.basis is not None
+            else None,
             base_noise=math.sqrt(self.step_energy / 12 / self.energy) if quantized else None,
             bf16=sixteen[0],
             fp16=sixteen[1],
@@ -364,32 +407,39 @@ def plan_merge(
     adapter: Path | str,
     **options: Unpack[PlanMergeOptions],
 ) -> Results[PlannedMerge]:
-    r"""Measure how much of an adapter's update survives a merge into a storage format, without merging.
+    r"""Measure how much of an adapter's update survives a merge into a storage format, without
+    merging.
 
-    W + ΔW is computed in float64, rounded to float32 and then to the format, entry by entry, as a merge in float32
-    does. Nothing is written but the records.
+    W + ΔW is computed in float64, rounded to float32 and then to the format, entry by entry, as a
+    merge in float32 does. Nothing is written but the records.
 
     Args:
         base: The checkpoint that the adapter was trained on.
         adapter: The adapter.
-        to: Format of the merged weights: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4``, ``int4``, or one of
-            GGUF, ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0`` or ``q4_1``.
+        to: Format of the merged weights: ``bf16``, ``fp16``, ``fp8`` (e4m3), ``mxfp4``, ``nvfp4``,
+            ``int4``, or one of GGUF, ``q8_0``, ``q5_0``, ``q5_1``, ``q4_0`` or ``q4_1``.
         group_size: Number of inputs that share a scale of ``int4``; default 128.
-        scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per matrix.
+        scale: Scales of ``fp8``: ``row`` for one per output (default), ``tensor`` for one per
+            matrix.
         **options: ``PlanMergeOptions``.
 
     Returns:
         One record for each measured matrix that the adapter changes.
 
     Raises:
-        UsageError: An option is invalid, ``adapter`` is not an adapter or ``base`` is one, or the output may not be
-            replaced.
-        InputError: An input cannot be read, the adapter does not fit ``base``, or the output cannot be written.
+        UsageError: An option is invalid, ``adapter`` is not an adapter or ``base`` is one, or the
+            output may not be replaced.
+        InputError: An input cannot be read, the adapter does not fit ``base``, or the output cannot
+            be written.
         NothingComparedError: The two have no weight in common, or none is selected.
 
     Example:
-        >>> found = plan_merge("sample_checkpoints/base", "sample_checkpoints/lora_r4", to="bf16",
-        ...     layers=r"layers\.0\..*q_proj")
+        >>> found = plan_merge(
+        ...     "sample_checkpoints/base",
+        ...     "sample_checkpoints/lora_r4",
+        ...     to="bf16",
+        ...     layers=r"layers\.0\..*q_proj",
+        ... )
         >>> found[0].conclusion
         'merge'
     """
@@ -398,7 +448,10 @@ def plan_merge(
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
     target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
-    refused = (Checkpoint, "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT")
+    refused = (
+        Checkpoint,
+        "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT",
+    )
     compared = run.compare(base, adapter, refuse=refused)
     assert compared.base is not None
     orientation = Orientation(compared.base, {}, flag=False)
@@ -430,7 +483,8 @@ def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
 
 
 def _is_in_out(delta: Delta, orientation: Orientation) -> bool:
-    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of some models.
+    """Return whether a matrix is stored ``(in, out)``: GPT-2's Conv1D, and stacks of experts of
+    some models.
 
     False if BASE does not hold it.
     """

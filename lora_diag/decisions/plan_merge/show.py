@@ -1,4 +1,6 @@
-"""Terminal output of ``plan-merge``: fraction kept, error of the format without an adapter, and conclusion."""
+"""Terminal output of ``plan-merge``: fraction kept, error of the format without an adapter, and
+conclusion.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from lora_diag.rendering.text import count, factor, list_layers, number
 
 
 def suggest_next(results: Results[PlannedMerge], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: the check after a merge, or how programs serve the adapter; None with nothing to merge."""
+    """Return the next step: the check after a merge, or how programs serve the adapter; None with
+    nothing to merge.
+    """
     outcome = conclude_together(results.layers)
     if outcome is None:
         return None
@@ -36,16 +40,26 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     if not records:
         return summarize(results)
     hit = [record for record in records if record.overflow]
-    overflow = f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in {list_layers(hit)}"
+    overflow = (
+        f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in "
+        f"{list_layers(hit)}"
+    )
     to, sixteen = records[0].to, _effects_of_16_bits(records)
-    others = [f"{name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to]
+    others = [
+        f"{name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to
+    ]
     return summarize(
         results,
         _describe_conclusion(records),
-        make_statement("arrived", "Kept", f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)),
+        make_statement(
+            "arrived", "Kept", f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)
+        ),
         make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
         make_statement(
-            "base", "Unmerged", _describe_base(records), priority=2 if conclude_together(records) == "merge" else 1
+            "base",
+            "Unmerged",
+            _describe_base(records),
+            priority=2 if conclude_together(records) == "merge" else 1,
         ),
     )
 
@@ -71,7 +85,10 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
     ):
         advice += f", but keeps BASE: BASE in {to} and the adapter lose nothing"
     others = [record for record in records if record.conclusion not in {outcome, None}]
-    different = f"{len(others)} of {len(records)} layers alone have a different conclusion: {list_layers(others)}"
+    different = (
+        f"{len(others)} of {len(records)} layers alone have a different conclusion: "
+        f"{list_layers(others)}"
+    )
     return make_statement(
         "conclusion",
         "Conclusion",
@@ -96,11 +113,21 @@ def _effects_of_16_bits(records: Sequence[PlannedMerge]) -> dict[str, FormatEffe
 
 
 def _describe_base(records: Sequence[PlannedMerge]) -> str:
-    """Compare the merge with the adapter on the rounded BASE; where BASE is quantized, also on BASE as it is."""
+    """Compare the merge with the adapter on the rounded BASE; where BASE is quantized, also on BASE
+    as it is.
+    """
     effect, error = pool_effects(records), pool_ratios(records, lambda record: record.base_error)
     if effect.error is None or error is None:
         return ""
     result = "no worse (rule of thumb)" if is_no_worse_than_unmerged(effect, error) else "worse"
-    text = f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the merge is {result}"
+    text = (
+        f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the "
+        "merge "
+        f"is {result}"
+    )
     quantized = error > MAX_ERROR and any(record.base_noise is not None for record in records)
-    return f"{text}; BASE as it is, with the adapter unmerged, has no such error" if quantized else text
+    return (
+        f"{text}; BASE as it is, with the adapter unmerged, has no such error"
+        if quantized
+        else text
+    )

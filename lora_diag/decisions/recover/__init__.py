@@ -1,10 +1,21 @@
-"""``recover``: the update that 16-bit storage rounded away, from the rounding cells of the files; and its options."""
+"""``recover``: the update that 16-bit storage rounded away, from the rounding cells of the files;
+and its options.
+"""
 
 from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Argument, Command, Feature, Figure, Section
-from lora_diag.running.options import CHECKPOINT, ENERGY, EXECUTION, OUTPUT, PARAMS, RANK, FolderOptions, Option
+from lora_diag.running.options import (
+    CHECKPOINT,
+    ENERGY,
+    EXECUTION,
+    OUTPUT,
+    PARAMS,
+    RANK,
+    FolderOptions,
+    Option,
+)
 
 
 class RecoverOptions(FolderOptions, total=False):
@@ -13,16 +24,32 @@ class RecoverOptions(FolderOptions, total=False):
     rank: Annotated[int | None, RANK]
     energy: Annotated[float | None, ENERGY]
     params: Annotated[str | int | None, PARAMS]
-    time: Annotated[str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION)]
+    time: Annotated[
+        str | None,
+        Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME", panel=EXECUTION),
+    ]
     full: Annotated[bool, CHECKPOINT]
     leave_out_refused: Annotated[
-        bool, Option(False, "Write no factors of refused layers; default: the SVD of TUNED − BASE.", panel=OUTPUT)
+        bool,
+        Option(
+            False,
+            "Write no factors of refused layers; default: the SVD of TUNED − BASE.",
+            panel=OUTPUT,
+        ),
     ]
     nearest: Annotated[
-        bool, Option(False, "Write the estimate nearest to the update; default: scaled to its norm.", panel=OUTPUT)
+        bool,
+        Option(
+            False,
+            "Write the estimate nearest to the update; default: scaled to its norm.",
+            panel=OUTPUT,
+        ),
     ]
     base_name: Annotated[
-        str | None, Option(None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT)
+        str | None,
+        Option(
+            None, "Name of BASE in config and model card; default: its path.", "NAME", panel=OUTPUT
+        ),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
@@ -32,7 +59,13 @@ class RecoverOutput(TypedDict, total=False):
 
     output: Annotated[
         Path | None,
-        Option(None, "Folder to write, or results file for records only.", "OUT", ("--output", "-o"), OUTPUT),
+        Option(
+            None,
+            "Folder to write, or results file for records only.",
+            "OUT",
+            ("--output", "-o"),
+            OUTPUT,
+        ),
     ]
 
 
@@ -43,7 +76,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Estimate the update that 16-bit storage rounded away.",
-            notes="A part of the update along the weight itself (weight decay, a rescaled layer) is not seen.",
+            notes="A part of the update along the weight itself (weight decay, a rescaled layer) "
+            "is not seen.",
             examples=(
                 "recover base/ tuned_bf16/ -o recovery.jsonl",
                 "recover base/ tuned_bf16/ --rank 16 -o adapter/",

@@ -1,4 +1,6 @@
-"""`recovery`: C(r) of the files and of the update before rounding, the median over the layers of each module type."""
+"""`recovery`: C(r) of the files and of the update before rounding, the median over the layers of
+each module type.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         [Panel(name, partial(_draw, records=of_type), "rank r", "C(r)") for name, of_type in shown],
         " · ".join(item.label for item in series if item.label),
         [
-            "Median over the layers of a type; band: median ends of the layers' intervals (about 95% under the model).",
+            "Median over the layers of a type; band: median ends of the layers' intervals (about "
+            "95% under the model).",
             f"Not drawn: {', '.join(omitted)}." if omitted else "",
         ],
         share=True,
@@ -52,11 +55,21 @@ def _draw(ax: Axes, style: PageStyle, records: Sequence[Recovery]) -> None:
     limit = min(min(record.shape) for record in records)
     ranks = [int(r) for r in records[0].energy if int(r) <= limit]
     estimates = [[(record.energy_estimate or {})[str(r)] for r in ranks] for record in records]
-    intervals = np.median([[(record.energy_interval or {})[str(r)] for r in ranks] for record in records], axis=0)
+    intervals = np.median(
+        [[(record.energy_interval or {})[str(r)] for r in ranks] for record in records], axis=0
+    )
     in_files = [[record.energy[str(r)] or 0.0 for r in ranks] for record in records]
     ax.plot(ranks, np.median(estimates, axis=0), color=ESTIMATE, label="before rounding, estimated")
-    ax.fill_between(ranks, *intervals.T, color=ESTIMATE, alpha=0.2, linewidth=0, label="its interval")
-    ax.plot(ranks, np.median(in_files, axis=0), color=QUIET, linestyle="--", label="the files' difference")
+    ax.fill_between(
+        ranks, *intervals.T, color=ESTIMATE, alpha=0.2, linewidth=0, label="its interval"
+    )
+    ax.plot(
+        ranks,
+        np.median(in_files, axis=0),
+        color=QUIET,
+        linestyle="--",
+        label="the files' difference",
+    )
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks[::2], [str(r) for r in ranks[::2]])
     ax.minorticks_off()

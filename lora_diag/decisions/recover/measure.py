@@ -1,7 +1,9 @@
-"""``recover``: estimate the update that 16-bit storage rounded away, and write an adapter or a checkpoint from it.
+"""``recover``: estimate the update that 16-bit storage rounded away, and write an adapter or a
+checkpoint from it.
 
-Of each layer: its update in the files, the estimate of the update before rounding, and the requested output. A budget
-of parameters is allocated by the estimated singular values of all layers, as in ``allocate``.
+Of each layer: its update in the files, the estimate of the update before rounding, and the
+requested output. A budget of parameters is allocated by the estimated singular values of all
+layers, as in ``allocate``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from lora_diag.adapters.source import CONFIG
 from lora_diag.adapters.writing import WEIGHTS
 from lora_diag.checkpoints import Checkpoint, as_path, open_checkpoint
 from lora_diag.checkpoints.hub import loadable
-from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, Replacement, write_changed, write_tensors
+from lora_diag.checkpoints.rewriting import (
+    MODEL,
+    MODEL_CONFIG,
+    Replacement,
+    write_changed,
+    write_tensors,
+)
 from lora_diag.decisions.allocate.measure import Budget, allocate
 from lora_diag.decisions.extract.measure import NUMERICALLY_ZERO, split_factors
 from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
@@ -64,7 +72,8 @@ Written = Literal["posterior", "file", "nothing"]
 
 
 def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
-    """Return the rank that a budget gives to each usual target with ``values_estimate``; no other layer.
+    """Return the rank that a budget gives to each usual target with ``values_estimate``; no other
+    layer.
 
     Args:
         records: Records of layers.
@@ -79,7 +88,9 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
 
 
 def make_spectrum(record: Recovery) -> Spectrum:
-    """Return ``values_estimate`` of a layer as a spectrum for ``allocate``; those of D where nothing was estimated."""
+    """Return ``values_estimate`` of a layer as a spectrum for ``allocate``; those of D where
+    nothing was estimated.
+    """
     values, fro = record.values_estimate or (), record.fro_estimate or record.fro
     return Spectrum(
         layer=record.layer,
@@ -121,16 +132,18 @@ class CheckpointFolder(OutputFolder):
 
 @dataclass(frozen=True, slots=True)
 class OutputRequest:
-    """The output for a layer; none if ``rank``, ``energy``, ``full`` and ``all_directions`` are unset.
+    """The output for a layer; none if ``rank``, ``energy``, ``full`` and ``all_directions`` are
+    unset.
 
     Args:
         rank: Rank of the factors.
-        energy: Fraction of the estimated energy: factors of the smallest rank that carries it, or of all directions
-            that were found if they carry less.
+        energy: Fraction of the estimated energy: factors of the smallest rank that carries it, or
+            of all directions that were found if they carry less.
         full: Whether to write the weight itself, W_base + E[X | cells], in float32.
-        all_directions: Whether to write factors of all directions that were found, of which ``truncate_stored`` keeps
-            some.
-        leave_out_refused: Whether a refused layer has no factors; else it gets the truncated SVD of D.
+        all_directions: Whether to write factors of all directions that were found, of which
+            ``truncate_stored`` keeps some.
+        leave_out_refused: Whether a refused layer has no factors; else it gets the truncated SVD of
+            D.
         transposed: Whether PEFT's B·A is the update's transpose.
         keep_length: Whether E[X | cells] is scaled to the estimated ‖X‖_F.
     """
@@ -156,8 +169,8 @@ class RecoveryTask(LayerTask):
     Args:
         delta: Its ΔW, from two stored sides.
         request: The requested output.
-        earlier: An earlier estimate, with the factors of all directions in its file, of which those of
-            ``request.rank`` are to be kept; None to estimate.
+        earlier: An earlier estimate, with the factors of all directions in its file, of which those
+            of ``request.rank`` are to be kept; None to estimate.
     """
 
     delta: StoredDelta
@@ -171,7 +184,8 @@ def estimate_bytes(layer: RecoveryTask, settings: LayerSettings) -> int:
 
 
 def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Recovery:
-    """Keep the first ``request.rank`` directions of the factors in a file; a repetition changes nothing.
+    """Keep the first ``request.rank`` directions of the factors in a file; a repetition changes
+    nothing.
 
     Returns:
         The earlier record with the new rank.
@@ -186,7 +200,9 @@ def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Re
         stored = open_checkpoint(file)
         b, a = (stored.read(name).view(stored[name].shape) for name in "BA")
         write_tensors(file, {"B": b[:, :rank].contiguous(), "A": a[:rank].contiguous()})
-    return earlier.model_copy(update={"rank": rank, "params": rank * sum(earlier.shape), "written": written})
+    return earlier.model_copy(
+        update={"rank": rank, "params": rank * sum(earlier.shape), "written": written}
+    )
 
 
 def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recovery | LeftOut:
@@ -215,7 +231,9 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
     return measure_on_device(partial(_measure, layer, settings, file), settings.device)
 
 
-def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: torch.device) -> Recovery | LeftOut:
+def _measure(
+    layer: RecoveryTask, settings: LayerSettings, file: Path, device: torch.device
+) -> Recovery | LeftOut:
     delta, request = layer.delta, layer.request
     fits = settings.memory is None or estimate_bytes(layer, settings) <= settings.memory
     limit = None if fits else settings.memory
@@ -233,7 +251,9 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: t
     if limit is not None:
         change = replace(change, matrix=None)  # read again if it is to be written
     estimate = recover_layer(delta, fro, DEFAULT_RANKS, settings.seed, device, limit)
-    written, rank, values = _write(request, delta, change, estimate, curve, replace(settings, memory=limit), file)
+    written, rank, values = _write(
+        request, delta, change, estimate, curve, replace(settings, memory=limit), file
+    )
     hidden = estimate.hidden.model_dump()
     if estimate.hidden.status == "not_hidden":
         values = factors.s
@@ -247,8 +267,14 @@ def _measure(layer: RecoveryTask, settings: LayerSettings, file: Path, device: t
         dtypes=delta.dtypes,
         fro=fro,
         base_fro=base_fro,
-        energy={str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None for r in DEFAULT_RANKS},
-        rank_at={str(threshold): rank_at(curve, threshold) if len(curve) else 0 for threshold in THRESHOLDS},
+        energy={
+            str(r): float(curve[min(r, len(curve)) - 1]) if len(curve) else None
+            for r in DEFAULT_RANKS
+        },
+        rank_at={
+            str(threshold): rank_at(curve, threshold) if len(curve) else 0
+            for threshold in THRESHOLDS
+        },
         energy_error=factors.energy_error,
         method=factors.method,
         written=written,
@@ -288,8 +314,10 @@ def _write(
     """Write the requested output.
 
     Returns:
-        Its source, the rank of factors, and for a budget their singular values, else None. They are without the scaling
-        to ‖X‖: their squares are the energies that the directions of E[X | cells] are expected to have in X.
+        Its source, the rank of factors, and for a budget their singular values, else None. They are
+            without the scaling
+        to ‖X‖: their squares are the energies that the directions of E[X | cells] are expected to
+            have in X.
     """
     is_estimated = estimate.cells is not None
     is_refused = estimate.hidden.status == "refused" and request.leave_out_refused
@@ -315,22 +343,29 @@ def _write(
     return "posterior" if is_estimated else "file", rank, values
 
 
-def _choose_rank(request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]) -> int:
-    """Return the smallest rank with the requested fraction of the energy; without one, the largest useful rank.
+def _choose_rank(
+    request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]
+) -> int:
+    """Return the smallest rank with the requested fraction of the energy; without one, the largest
+    useful rank.
 
-    It is the length of the curve if that does not reach the fraction. The curve is that of the estimate if directions
-    were recovered, else ``curve`` of D.
+    It is the length of the curve if that does not reach the fraction. The curve is that of the
+    estimate if directions were recovered, else ``curve`` of D.
     """
     if estimate.hidden.status == "recovered":
         curve = np.array(estimate.curve)
     if request.energy is None:
-        return max(1, min(len(curve), math.prod(shape) // sum(shape)))  # beyond, factors are larger than the matrix
+        return max(
+            1, min(len(curve), math.prod(shape) // sum(shape))
+        )  # beyond, factors are larger than the matrix
     return rank_at(curve, request.energy) or len(curve)
 
 
 def _compute_length_factor(estimate: Estimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
-    length = math.hypot(*(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean()))
+    length = math.hypot(
+        *(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean())
+    )
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
@@ -347,7 +382,9 @@ def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: P
     write_tensors(file, {"W": weight})
 
 
-OUTPUT_OPTIONS = "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
+OUTPUT_OPTIONS = (
+    "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
+)
 
 
 @show_options
@@ -359,39 +396,46 @@ def recover(
 ) -> Results[Recovery]:
     r"""Estimate the update before rounding, X, from the cells that the stored weights lie in.
 
-    For a fine-tune with float32 master weights whose checkpoint was stored in bfloat16, float16 or 8 bits, TUNED =
-    round(BASE + X). Where X is small most entries do not change, and D = TUNED − BASE looks full-rank. Each stored
-    entry still bounds X from both sides; a low-rank model with optimal shrinkage is fitted to these bounds. The
-    status of a layer states where the model does not fit, or hidden entries confirm no direction.
+    For a fine-tune with float32 master weights whose checkpoint was stored in bfloat16, float16 or
+    8 bits, TUNED = round(BASE + X). Where X is small most entries do not change, and D = TUNED −
+    BASE looks full-rank. Each stored entry still bounds X from both sides; a low-rank model with
+    optimal shrinkage is fitted to these bounds. The status of a layer states where the model does
+    not fit, or hidden entries confirm no direction.
 
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after; not an adapter, whose factors are the update.
-        output: Without ``rank``, ``energy``, ``params`` and ``full``, of which at most one is given, the results file
-            to write; None for none. Else the folder of the adapter or of the checkpoint; it is written as ``NAME.part``
-            and renamed when complete.
+        output: Without ``rank``, ``energy``, ``params`` and ``full``, of which at most one is
+            given, the results file to write; None for none. Else the folder of the adapter or of
+            the checkpoint; it is written as ``NAME.part`` and renamed when complete.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
-        energy: Write an adapter with the smallest rank of each layer that has this fraction of its estimated energy.
-        params: Write an adapter with at most this number of parameters, such as ``"10M"``, allocated as by ``allocate``
-            with the estimated singular values, or those of D where nothing was estimated.
-        time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy per entry that a
-            sample of their rows suggests, and none is started after this time. With ``resume`` those that were not
-            reached are measured, within a new limit or without.
+        energy: Write an adapter with the smallest rank of each layer that has this fraction of its
+            estimated energy.
+        params: Write an adapter with at most this number of parameters, such as ``"10M"``,
+            allocated as by ``allocate`` with the estimated singular values, or those of D where
+            nothing was estimated.
+        time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy
+            per entry that a sample of their rows suggests, and none is started after this time.
+            With ``resume`` those that were not reached are measured, within a new limit or without.
         full: Write a checkpoint in float32, W_base + E[X | cells].
-        leave_out_refused: Write no factors for refused layers; by default they get the truncated SVD of D.
-        nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate of each layer is
-            scaled to its estimated norm, which has a larger distance to X and, where it was measured, the lower loss.
+        leave_out_refused: Write no factors for refused layers; by default they get the truncated
+            SVD of D.
+        nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate
+            of each layer is scaled to its estimated norm, which has a larger distance to X and,
+            where it was measured, the lower loss.
         base_name: The base model's name for config and model card; default ``base`` as given.
         overwrite: Replace the output of an earlier run.
         **options: ``RecoverOptions``.
 
     Returns:
-        One record for each matrix, for an adapter each that PEFT can adapt; also in ``recovery.jsonl`` of the folder.
+        One record for each matrix, for an adapter each that PEFT can adapt; also in
+            ``recovery.jsonl`` of the folder.
 
     Raises:
-        UsageError: An option is invalid, ``base`` or ``tuned`` is an adapter, ``params`` is too small for any rank, or
-            ``output`` is an input or exists and may not be replaced.
-        InputError: An input cannot be read, no layer can be measured for an output, or it cannot be written.
+        UsageError: An option is invalid, ``base`` or ``tuned`` is an adapter, ``params`` is too
+            small for any rank, or ``output`` is an input or exists and may not be replaced.
+        InputError: An input cannot be read, no layer can be measured for an output, or it cannot be
+            written.
         NothingComparedError: The sides have no weight in common, or none is selected.
         InconclusiveError: There is nothing to write.
 
@@ -406,7 +450,10 @@ def recover(
     rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
     limit = None if resolved["time"] is None else read_time(resolved["time"])
     if limit is not None and resolved["params"] is not None:
-        raise UsageError("--time: a budget of --params needs the estimates of all layers; give --rank or --energy")
+        raise UsageError(
+            "--time: a budget of --params needs the estimates of all layers; give --rank or "
+            "--energy"
+        )
     params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
     leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
     nearest, overwrite = resolved["nearest"], resolved["overwrite"]
@@ -424,7 +471,9 @@ def recover(
         run_options["output"] = folder.records
     else:
         if nearest:
-            raise UsageError(f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}")
+            raise UsageError(
+                f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}"
+            )
         if output is not None:
             check_results_file(Path(output), resolved["resume"], overwrite)
         run_options |= {"output": output, "overwrite": overwrite}
@@ -436,7 +485,9 @@ def recover(
     stored = compared.update
     assert isinstance(stored, Checkpoint)
     planned = plan_tensors(compared, save=False) if writes_factors else None
-    request = OutputRequest(rank, energy, full, params is not None, leave_out_refused, keep_length=not nearest)
+    request = OutputRequest(
+        rank, energy, full, params is not None, leave_out_refused, keep_length=not nearest
+    )
     tasks = [] if folder is not None and folder.whole else _make_tasks(compared, planned, request)
     files: dict[str, Path] = {}
     if folder is not None:
@@ -457,7 +508,9 @@ def recover(
         assert folder is not None
         if is_unrelated(results):
             folder.discard()
-            raise make_unrelated_error(base, tuned, [item.layer for item in results if item.lineage == "unrelated"])
+            raise make_unrelated_error(
+                base, tuned, [item.layer for item in results if item.lineage == "unrelated"]
+            )
         out_of_time = any(item.reason == "time" for item in results.left_out)
         if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
             full and not any(record.written == "posterior" for record in results)
@@ -470,14 +523,32 @@ def recover(
             planned.write(folder.work, results, results.left_out, files, name)
         elif not folder.whole:
             estimated = {record.layer for record in results if record.written == "posterior"}
-            sides = [(task.layer, task.shape, task.delta.tuned) for task in tasks if task.layer in estimated]
-            replaced = [Replacement(side.name, side.offset, shape, files[layer]) for layer, shape, side in sides]
+            sides = [
+                (task.layer, task.shape, task.delta.tuned)
+                for task in tasks
+                if task.layer in estimated
+            ]
+            replaced = [
+                Replacement(side.name, side.offset, shape, files[layer])
+                for layer, shape, side in sides
+            ]
             write_changed(folder.work, stored, replaced, "float32")
-        command = ["loradiag", "recover", legible(base), legible(tuned), *list_words(RecoverOptions, results.run)]
+        command = [
+            "loradiag",
+            "recover",
+            legible(base),
+            legible(tuned),
+            *list_words(RecoverOptions, results.run),
+        ]
         command += ["-o", legible(str(output))]
-        folder.finish(recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time)
+        folder.finish(
+            recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time
+        )
 
-    requested = {name: resolved[name] for name in ("rank", "energy", "params", "full", "leave_out_refused", "nearest")}
+    requested = {
+        name: resolved[name]
+        for name in ("rank", "energy", "params", "full", "leave_out_refused", "nearest")
+    }
     requested |= {"params": params, "curve": list(DEFAULT_RANKS)}
     return run.over(
         tasks,
@@ -510,7 +581,12 @@ def _spend_budget(
         UsageError: The budget is too small for any rank, or no layer can get one.
         InputError: A file could not be read or written.
     """
-    options = {**run.options, "output": folder.spectra, "resume": folder.spectra.exists(), "overwrite": False}
+    options = {
+        **run.options,
+        "output": folder.spectra,
+        "resume": folder.spectra.exists(),
+        "overwrite": False,
+    }
     records = LayerRun("recover", options).over(
         tasks,
         partial(_measure_layer, files=files),
@@ -522,21 +598,35 @@ def _spend_budget(
     )
     earlier = {record.layer: record for record in records}
     try:
-        ranks = allocate_ranks(records, params) if any(record.values_estimate for record in records) else {}
+        ranks = (
+            allocate_ranks(records, params)
+            if any(record.values_estimate for record in records)
+            else {}
+        )
     except UsageError as error:
-        raise UsageError(f"{error}; estimates are kept in {folder.work}: --resume with another budget") from error
+        raise UsageError(
+            f"{error}; estimates are kept in {folder.work}: --resume with another budget"
+        ) from error
     requests = {task.layer: replace(task.request, rank=ranks.get(task.layer, 0)) for task in tasks}
-    return [replace(task, request=requests[task.layer], earlier=earlier.get(task.layer)) for task in tasks]
+    return [
+        replace(task, request=requests[task.layer], earlier=earlier.get(task.layer))
+        for task in tasks
+    ]
 
 
 def _check_options(
-    rank: int | None, energy: float | None, params: int | None, full: bool, leave_out_refused: bool, output: object
+    rank: int | None,
+    energy: float | None,
+    params: int | None,
+    full: bool,
+    leave_out_refused: bool,
+    output: object,
 ) -> None:
     """Refuse invalid options.
 
     Raises:
-        UsageError: Several outputs are requested, a number is out of range, there is no path to write to, or
-            ``--leave-out-refused`` is given without an adapter.
+        UsageError: Several outputs are requested, a number is out of range, there is no path to
+            write to, or ``--leave-out-refused`` is given without an adapter.
     """
     count = sum(value is not None for value in (rank, energy, params)) + full
     if count > 1:
@@ -548,16 +638,29 @@ def _check_options(
     if energy is not None:
         read_share(energy, "--energy")
     if leave_out_refused and (full or not count):
-        raise UsageError("--leave-out-refused: applies to adapters; give --rank, --energy or --params with it")
+        raise UsageError(
+            "--leave-out-refused: applies to adapters; give --rank, --energy or --params with it"
+        )
 
 
-def _make_tasks(compared: Comparison, planned: TensorPlan | None, request: OutputRequest) -> list[RecoveryTask]:
+def _make_tasks(
+    compared: Comparison, planned: TensorPlan | None, request: OutputRequest
+) -> list[RecoveryTask]:
     """Return the tasks of all matrices; with a plan, of those that PEFT can adapt."""
-    deltas = [delta for delta in compared.pairing.deltas if isinstance(delta, StoredDelta) and delta.is_matrix]
+    deltas = [
+        delta
+        for delta in compared.pairing.deltas
+        if isinstance(delta, StoredDelta) and delta.is_matrix
+    ]
     if planned is None:
         return [RecoveryTask(delta, request) for delta in deltas]
-    targets = [(delta, planned.targets[delta.layer]) for delta in deltas if delta.layer in planned.targets]
-    return [RecoveryTask(delta, replace(request, transposed=target.transposed)) for delta, target in targets]
+    targets = [
+        (delta, planned.targets[delta.layer]) for delta in deltas if delta.layer in planned.targets
+    ]
+    return [
+        RecoveryTask(delta, replace(request, transposed=target.transposed))
+        for delta, target in targets
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -565,7 +668,8 @@ class Deadline:
     """The time limit of a run.
 
     Args:
-        end: Time of the last start in seconds since the epoch, which all machines of a cluster share.
+        end: Time of the last start in seconds since the epoch, which all machines of a cluster
+            share.
         limit_text: The limit as the user gave it.
         energy_by_layer: Hidden energy of every layer, estimated from a sample.
     """
@@ -577,12 +681,18 @@ class Deadline:
     def make_left_out(self, task: RecoveryTask) -> LeftOut:
         """Return the record of a layer that was not reached."""
         share = self.energy_by_layer[task.layer] / (sum(self.energy_by_layer.values()) or 1.0)
-        detail = f"not started within --time {self.limit_text}; by a sample {share:.1%} of all layers' hidden energy"
+        detail = (
+            f"not started within --time {self.limit_text}; by a sample {share:.1%} of all "
+            "layers' hidden energy"
+        )
         return leave_out(task.delta, "time", detail)
 
 
 def _measure_layer(
-    task: RecoveryTask, files: Mapping[str, Path], settings: LayerSettings, deadline: Deadline | None = None
+    task: RecoveryTask,
+    files: Mapping[str, Path],
+    settings: LayerSettings,
+    deadline: Deadline | None = None,
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
         return (deadline.make_left_out(task),)
@@ -595,13 +705,22 @@ def _make_nothing_to_write_error(
     """Return the error of a run that has nothing to write."""
     if results.unmeasured and not results.layers:
         bad = results.unmeasured[0]
-        return InputError(f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written")
+        return InputError(
+            f"{tuned}: {bad.layer}: {bad.detail}; nothing else is left, so nothing was written"
+        )
     if late := sum(item.reason == "time" for item in results.left_out):
         return InconclusiveError(
-            f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no other has an update "
+            f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no "
+            "other has an update "
             "that can be recovered; nothing was written; continue with --resume"
         )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
-    hint = "; without --leave-out-refused the SVD of the files' difference is written" if leave_out_refused else ""
-    return InconclusiveError(f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written")
+    hint = (
+        "; without --leave-out-refused the SVD of the files' difference is written"
+        if leave_out_refused
+        else ""
+    )
+    return InconclusiveError(
+        f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written"
+    )

@@ -25,10 +25,14 @@ def _make_ratio(field: str) -> Callable[[Sequence[Any]], Value]:
     """Return a function that pools ‖·‖/‖W‖ over the layers with a value."""
 
     def pool_ratio(records: Sequence[Any]) -> Value:
-        complete = [record for record in records if getattr(record, field) is not None and record.base_fro]
+        complete = [
+            record for record in records if getattr(record, field) is not None and record.base_fro
+        ]
         if not complete:
             return None
-        return math.hypot(*(getattr(r, field) for r in complete)) / math.hypot(*(r.base_fro for r in complete))
+        return math.hypot(*(getattr(r, field) for r in complete)) / math.hypot(
+            *(r.base_fro for r in complete)
+        )
 
     return pool_ratio
 
@@ -41,13 +45,17 @@ def _describe_verdicts(records: Sequence[Any]) -> str:
 
 
 def _pool_file_ranks(records: Sequence[Any]) -> Value:
-    """Return the median rank at 90% of ‖D‖²; None where a layer needs more than the values that were kept."""
+    """Return the median rank at 90% of ‖D‖²; None where a layer needs more than the values that
+    were kept.
+    """
     ranks = [rank for record in records if (rank := record.rank_at["0.9"]) is not None]
     return int(median(ranks)) if ranks and len(ranks) == len(records) else None
 
 
 def _pool_estimated_ranks(records: Sequence[Any]) -> Value:
-    """Return the median estimated rank at 90% of ‖X‖², ``> n`` if above n, the median number of directions; or None."""
+    """Return the median estimated rank at 90% of ‖X‖², ``> n`` if above n, the median number of
+    directions; or None.
+    """
     estimated = [record for record in records if record.rank_at_estimate is not None]
     if not estimated:
         return None
@@ -61,10 +69,11 @@ def _pool_directions(records: Sequence[Any]) -> Value:
 
 
 class Recovery(Hidden, Lineage, LayerRecord):
-    """One layer's update before rounding, X, and the difference of the files, D; see ``Hidden`` for the other fields.
+    """One layer's update before rounding, X, and the difference of the files, D; see ``Hidden`` for
+    the other fields.
 
-    Where TUNED is unrelated to BASE (``lineage``), the layer is refused: ``energy`` and ``rank_at`` are null, nothing
-    is written, and ``method`` is ``none``.
+    Where TUNED is unrelated to BASE (``lineage``), the layer is refused: ``energy`` and ``rank_at``
+    are null, nothing is written, and ``method`` is ``none``.
 
     Args:
         layer: The weight's name in BASE.
@@ -73,11 +82,12 @@ class Recovery(Hidden, Lineage, LayerRecord):
         fro: ‖D‖_F of the files.
         base_fro: ‖W_base‖_F.
         energy: C(r) of D, by r; null where D = 0.
-        rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0, null beyond the kept values.
+        rank_at: Smallest r at which C(r) of D reaches the threshold; 0 where D = 0, null beyond the
+            kept values.
         energy_error: Bound on the error of every energy fraction of D.
         method: Method of the singular values of D.
-        written: Source of the layer's output: ``posterior``, from the estimate E[X | cells]; ``file``, from D;
-            ``nothing``.
+        written: Source of the layer's output: ``posterior``, from the estimate E[X | cells];
+            ``file``, from D; ``nothing``.
         rank: Rank of the factors in the adapter; 0 without factors.
         params: rank·(out + in).
     """
@@ -90,7 +100,14 @@ class Recovery(Hidden, Lineage, LayerRecord):
             main=True,
             pool=_describe_verdicts,
         ),
-        Shown("unchanged", "unchanged", "fraction of unchanged entries", share=True, main=True, form="percent"),
+        Shown(
+            "unchanged",
+            "unchanged",
+            "fraction of unchanged entries",
+            share=True,
+            main=True,
+            form="percent",
+        ),
         Shown(
             "relative",
             "‖D‖/‖W‖",
@@ -106,7 +123,9 @@ class Recovery(Hidden, Lineage, LayerRecord):
             main=True,
             pool=_make_ratio("fro_estimate"),
         ),
-        Shown("kept", "‖D‖/‖X‖", "norm of the files' difference over the estimated norm of the update"),
+        Shown(
+            "kept", "‖D‖/‖X‖", "norm of the files' difference over the estimated norm of the update"
+        ),
         Shown(
             "rank_at.0.9",
             "r@90% file",
@@ -118,7 +137,8 @@ class Recovery(Hidden, Lineage, LayerRecord):
         Shown(
             "rank_at_estimate.0.9",
             "r@90%",
-            "smallest rank whose estimated directions carry 90% of the update's energy; empty if they do not",
+            "smallest rank whose estimated directions carry 90% of the update's energy; empty if "
+            "they do not",
             axis="estimated rank at 90% of the energy",
             main=True,
             pool=_pool_estimated_ranks,
@@ -131,10 +151,23 @@ class Recovery(Hidden, Lineage, LayerRecord):
             pool=_pool_directions,
             drop=5,
         ),
-        Shown("gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2),
-        Shown("fit_chi", "χ²/df", "misfit of the changed entries by binade of |W|", drop=6, terminal=True),
+        Shown(
+            "gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2
+        ),
+        Shown(
+            "fit_chi",
+            "χ²/df",
+            "misfit of the changed entries by binade of |W|",
+            drop=6,
+            terminal=True,
+        ),
         Shown("fit_misplaced", "misplaced", "fraction of changed entries in the wrong binade"),
-        Shown("information", "information", "fraction of an entry's variance that its cell removes", share=True),
+        Shown(
+            "information",
+            "information",
+            "fraction of an entry's variance that its cell removes",
+            share=True,
+        ),
         Shown("rank", "rank", "rank of the factors in the adapter"),
         COSINE_TO_BASE,
     )
@@ -156,7 +189,11 @@ class Recovery(Hidden, Lineage, LayerRecord):
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
         """Return the problem with the settings of a run of ``recover``; None if they are valid."""
         ranks = settings.get("curve")
-        if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+        if (
+            not isinstance(ranks, list)
+            or not ranks
+            or not all(type(r) is int and r > 0 for r in ranks)
+        ):
             return "settings.curve must be a list of ranks"
         return None
 
@@ -166,7 +203,8 @@ class Recovery(Hidden, Lineage, LayerRecord):
         return tuple(
             field
             for field in cls.shown
-            if any(field.value(record) is not None for record in records) or pooled_value(field, records) is not None
+            if any(field.value(record) is not None for record in records)
+            or pooled_value(field, records) is not None
         )
 
     @property
@@ -182,7 +220,11 @@ class Recovery(Hidden, Lineage, LayerRecord):
     @property
     def relative_estimate(self) -> float | None:
         """‖X‖ / ‖W_base‖; None without an estimate, or where the base is zero."""
-        return self.fro_estimate / self.base_fro if self.base_fro and self.fro_estimate is not None else None
+        return (
+            self.fro_estimate / self.base_fro
+            if self.base_fro and self.fro_estimate is not None
+            else None
+        )
 
     @property
     def kept(self) -> float | None:

@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import BASE, OUTPUT, RANK, RANKS, ModelOptions, Notes, Option, RunOptions, Shifted
+from lora_diag.running.options import (
+    BASE,
+    OUTPUT,
+    RANK,
+    RANKS,
+    ModelOptions,
+    Notes,
+    Option,
+    RunOptions,
+    Shifted,
+)
 
 
 class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
@@ -13,16 +23,29 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
 
     base: Annotated[str | Path | None, BASE]
     ranks: Annotated[Sequence[int], RANKS.by((1, 4, 16))]
-    directions: Annotated[int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)]
+    directions: Annotated[
+        int, Option(4, "Largest singular directions whose spaces are compared.", "K", least=1)
+    ]
     average: Annotated[
-        Sequence[str], Option((), "With --eval: averages of checkpoints to compare.", "uniform,ema[:DECAY],last:K")
+        Sequence[str],
+        Option(
+            (), "With --eval: averages of checkpoints to compare.", "uniform,ema[:DECAY],last:K"
+        ),
     ]
     extrapolate: Annotated[
-        Sequence[str], Option((), "With --eval: extrapolations by F intervals; default F: 1.", "linear[:F],rank1[:F]")
+        Sequence[str],
+        Option(
+            (), "With --eval: extrapolations by F intervals; default F: 1.", "linear[:F],rank1[:F]"
+        ),
     ]
     write: Annotated[
         Path | str | None,
-        Option(None, "Folder for averages and extrapolations; exact unless --rank is given.", "FOLDER", panel=OUTPUT),
+        Option(
+            None,
+            "Folder for averages and extrapolations; exact unless --rank is given.",
+            "FOLDER",
+            panel=OUTPUT,
+        ),
     ]
     rank: Annotated[int | None, RANK]
 
@@ -31,9 +54,16 @@ class FollowOptions(TypedDict, total=False):
     """Options of watching a run."""
 
     follow: Annotated[
-        bool, Option(False, "Refresh one table as checkpoints or records of LoraMonitor arrive.", panel=OUTPUT)
+        bool,
+        Option(
+            False,
+            "Refresh one table as checkpoints or records of LoraMonitor arrive.",
+            panel=OUTPUT,
+        ),
     ]
-    on_view: Annotated[Callable[..., None] | None, Option(None, "Called at every look at a run.", cli=False)]
+    on_view: Annotated[
+        Callable[..., None] | None, Option(None, "Called at every look at a run.", cli=False)
+    ]
 
 
 FEATURE = Feature(
@@ -43,7 +73,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="A training run over its checkpoints, and which to keep.",
-            notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. Full checkpoints need "
+            notes="Reads the outputs of transformers, TRL, axolotl, LLaMA-Factory and torchtune. "
+            "Full checkpoints need "
             "BASE, after the run's folder or with --base.",
             examples=(
                 "checkpoints out/ -o run.jsonl",
@@ -52,16 +83,25 @@ FEATURE = Feature(
                 "checkpoints out/ --follow",
             ),
             run=".measure:measure_run",
-            arguments=(Argument("inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True),),
+            arguments=(
+                Argument(
+                    "inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True
+                ),
+            ),
             options=(CheckpointsOptions, FollowOptions),
             hints=(
-                Hint("plot {output} --figure checkpoints", "curves, increments and overlaps by step"),
+                Hint(
+                    "plot {output} --figure checkpoints", "curves, increments and overlaps by step"
+                ),
                 Hint("-o run.jsonl", "saves these results, for plot, report and gate"),
             ),
         ),
     ),
     records=(
-        *(f".record:{name}" for name in ("CheckpointLayer", "Checkpoint", "Trajectory", "Choice", "Combination")),
+        *(
+            f".record:{name}"
+            for name in ("CheckpointLayer", "Checkpoint", "Trajectory", "Choice", "Combination")
+        ),
         "lora_diag.records.probe:Probe",
     ),
     functions=(".measure:trajectory", ".monitor:LoraMonitor", ".axolotl:AxolotlPlugin"),

@@ -15,8 +15,8 @@ except ImportError:  # outside of axolotl, which finds the class by its name
 class AxolotlPlugin(BasePlugin):  # type: ignore[misc]
     """Monitor a run of axolotl: ``plugins: [lora_diag.AxolotlPlugin]`` in its configuration.
 
-    The records are in ``monitor.jsonl`` in ``output_dir``, the numbers in axolotl's log. ``lora_monitor: {every: 20}``
-    sets arguments of ``LoraMonitor``.
+    The records are in ``monitor.jsonl`` in ``output_dir``, the numbers in axolotl's log.
+    ``lora_monitor: {every: 20}`` sets arguments of ``LoraMonitor``.
     """
 
     def get_input_args(self) -> str:

@@ -1,10 +1,12 @@
-"""The updates ΔW_t = B_tA_t of one layer at several steps, from r×r products of their factors alone, with NumPy.
+"""The updates ΔW_t = B_tA_t of one layer at several steps, from r×r products of their factors
+alone, with NumPy.
 
-With δB_t = B_t − B_{t−1} and δA_t = A_t − A_{t−1}, an increment is D_t = ΔW_t − ΔW_{t−1} = δB_t A_t + B_{t−1} δA_t. All
-inner products ⟨D_s, D_t⟩ are sums of tr((XᵀY)(ZWᵀ)) with X, Y from B and δB, Z, W from A and δA; all these products
-follow by partial sums from the Gram matrices of the stacked differences [B_1, δB_2, …] and [A_1, δA_2, …], two
-products per layer. So a small increment of a large update loses no digits, which ‖ΔW_t‖² + ‖ΔW_{t−1}‖² − 2⟨ΔW_t,
-ΔW_{t−1}⟩ would. Then ⟨ΔW_s, ΔW_t⟩ is the sum of ⟨D_i, D_j⟩ over i ≤ s and j ≤ t.
+With δB_t = B_t − B_{t−1} and δA_t = A_t − A_{t−1}, an increment is D_t = ΔW_t − ΔW_{t−1} = δB_t A_t
++ B_{t−1} δA_t. All inner products ⟨D_s, D_t⟩ are sums of tr((XᵀY)(ZWᵀ)) with X, Y from B and δB, Z,
+W from A and δA; all these products follow by partial sums from the Gram matrices of the stacked
+differences [B_1, δB_2, …] and [A_1, δA_2, …], two products per layer. So a small increment of a
+large update loses no digits, which ‖ΔW_t‖² + ‖ΔW_{t−1}‖² − 2⟨ΔW_t, ΔW_{t−1}⟩ would. Then ⟨ΔW_s,
+ΔW_t⟩ is the sum of ⟨D_i, D_j⟩ over i ≤ s and j ≤ t.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ from lora_diag.thin import compute_triangle, thin_values
 
 Array = NDArray[np.float64]
 
-# Singular values below this fraction of σ_1 are not compared: their vectors are rounding of stored float32 numbers.
+# Singular values below this fraction of σ_1 are not compared: their vectors are rounding of stored
+# float32 numbers.
 ZERO = 1e-6
 
 
@@ -72,7 +75,9 @@ class Factors:
     scale: float = 1.0
 
     def find_problem(self) -> str | None:
-        """Return why the update is not finite, with the first such entry of a factor; None if it is finite."""
+        """Return why the update is not finite, with the first such entry of a factor; None if it is
+        finite.
+        """
         for name, factor in (("lora_B", self.b), ("lora_A", self.a)):
             if not np.isfinite(factor).all():
                 row, column = np.argwhere(~np.isfinite(factor))[0].tolist()
@@ -88,11 +93,13 @@ class Evolution:
         s: All singular values of each ΔW_t that can be nonzero, descending.
         fro: ‖ΔW_t‖_F of each.
         increments: ⟨D_s, D_t⟩ ``(T, T)``, with D_1 = ΔW_1.
-        spaces: U_t ``(out, k_t)`` of each, the first left singular vectors; fewer than requested if the rank is lower.
-        unchanged: Fraction of entries that are equal at the step before; None for the first, where it is not known.
+        spaces: U_t ``(out, k_t)`` of each, the first left singular vectors; fewer than requested if
+            the rank is lower.
+        unchanged: Fraction of entries that are equal at the step before; None for the first, where
+            it is not known.
         method: Method of the singular values of each step.
-        kinship: Cosine of each A and that of the step before; None for the first, and where it is not known. Empty for
-            updates that are no factors.
+        kinship: Cosine of each A and that of the step before; None for the first, and where it is
+            not known. Empty for updates that are no factors.
     """
 
     s: Sequence[Array]
@@ -116,16 +123,26 @@ def measure_factors(steps: Sequence[Factors], directions: int) -> Evolution | No
     """
     left = [np.asarray(step.b, np.float64) * step.scale for step in steps]
     right = [np.asarray(step.a, np.float64).T for step in steps]
-    triangles = [(compute_triangle(b), compute_triangle(a)) for b, a in zip(left, right, strict=True)]
-    values = [thin_values(b, a, vectors=True) for b, a in triangles if b is not None and a is not None]
+    triangles = [
+        (compute_triangle(b), compute_triangle(a)) for b, a in zip(left, right, strict=True)
+    ]
+    values = [
+        thin_values(b, a, vectors=True) for b, a in triangles if b is not None and a is not None
+    ]
     fro = [float(each.fro[0]) for each in values]
     if len(values) < len(steps) or not np.isfinite(fro).all():
         return None
     b, a = _multiply_differences(left), _multiply_differences(right)
     mixed = _inner(_shift(b.mixed).transpose(2, 3, 0, 1), a.mixed)  # ⟨δB_s A_s, B_{t−1} δA_t⟩
-    both = _inner(_shift(_shift(b.whole).transpose(2, 3, 0, 1)), a.changes)  # ⟨B_{s−1} δA_s, B_{t−1} δA_t⟩
+    both = _inner(
+        _shift(_shift(b.whole).transpose(2, 3, 0, 1)), a.changes
+    )  # ⟨B_{s−1} δA_s, B_{t−1} δA_t⟩
     s = [each.s[0] for each in values]
-    mixes = [each.mix[0, :, : count_directions(each.s[0], directions)] for each in values if each.mix is not None]
+    mixes = [
+        each.mix[0, :, : count_directions(each.s[0], directions)]
+        for each in values
+        if each.mix is not None
+    ]
     return Evolution(
         s=s,
         fro=fro,
@@ -164,7 +181,9 @@ class _Products:
 
 
 def _multiply_differences(factors: Sequence[Array]) -> _Products:
-    """Return the products of factors ``(n, r_t)`` and of their differences; smaller ranks are filled up with zeros."""
+    """Return the products of factors ``(n, r_t)`` and of their differences; smaller ranks are
+    filled up with zeros.
+    """
     count, rank = len(factors), max(factor.shape[1] for factor in factors)
     stack = np.zeros((len(factors[0]), count, rank))
     for i, factor in enumerate(factors):

@@ -1,4 +1,6 @@
-"""Figure of ``checkpoints``: norms by module type over the steps, increments by layer, and overlaps of the steps."""
+"""Figure of ``checkpoints``: norms by module type over the steps, increments by layer, and overlaps
+of the steps.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, group_by
 from lora_diag.rendering.figures.fields import Types, count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import label_ticks
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    subject_of,
+)
 from lora_diag.rendering.figures.style import CATEGORIES, SHARES, PageStyle, category
 from lora_diag.rendering.text import middle
 
@@ -41,10 +49,30 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         for record in item.records:
             groups[names[types.of(record.layer)]].append(record)
         for title, draw, ylabel, name in (
-            ("norm of the update", partial(_draw_curves, groups=groups, field="fro"), "median ‖ΔW‖_F", "norm"),
-            ("energy in σ₁", partial(_draw_curves, groups=groups, field="spectral_share"), "σ₁²/‖ΔW‖_F²", "share"),
-            ("increment / its largest", partial(_draw_map, cells=_map_increments(item.records)), "layer", "increments"),
-            ("overlap of directions", partial(_draw_map, cells=_map_overlaps(item.records)), "step", "overlaps"),
+            (
+                "norm of the update",
+                partial(_draw_curves, groups=groups, field="fro"),
+                "median ‖ΔW‖_F",
+                "norm",
+            ),
+            (
+                "energy in σ₁",
+                partial(_draw_curves, groups=groups, field="spectral_share"),
+                "σ₁²/‖ΔW‖_F²",
+                "share",
+            ),
+            (
+                "increment / its largest",
+                partial(_draw_map, cells=_map_increments(item.records)),
+                "layer",
+                "increments",
+            ),
+            (
+                "overlap of directions",
+                partial(_draw_map, cells=_map_overlaps(item.records)),
+                "step",
+                "overlaps",
+            ),
         ):
             draw, owner = partial(draw, steps=steps), owner_of(item, series)
             panels.append(Panel(f"{owner}{title}", draw, "step", ylabel, name=name))
@@ -53,12 +81,17 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(
         "A training run over its checkpoints: norms, energy in one direction, increments, overlap",
         panels,
-        f"{subject_of(series)}{count_matrices(records)}; curves are medians of the layers of a type",
+        f"{subject_of(series)}{count_matrices(records)}; curves are medians of the layers of a "
+        "type",
         [
-            "Increment: ‖ΔW_t\xa0−\xa0ΔW_{t−1}‖_F of each layer, from the first at the top, over its largest. Overlap: "
+            "Increment: ‖ΔW_t\xa0−\xa0ΔW_{t−1}‖_F of each layer, from the first at the top, over "
+            "its largest. Overlap: "
             "median over the layers of ‖U_sᵀU_t‖_F²/k of the largest left singular vectors."
         ],
-        [key(name, color=category(i), lw=1.5 * style.line) for i, name in enumerate(dict.fromkeys(names.values()))],
+        [
+            key(name, color=category(i), lw=1.5 * style.line)
+            for i, name in enumerate(dict.fromkeys(names.values()))
+        ],
         columns=2 if style.columns > 2 else 1,
         scale=ScalarMappable(Normalize(0, 1), SHARES),
         scale_label="fraction",
@@ -66,23 +99,36 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _draw_curves(
-    ax: Axes, style: PageStyle, groups: Mapping[str, Sequence[CheckpointLayer]], field: str, steps: Sequence[int]
+    ax: Axes,
+    style: PageStyle,
+    groups: Mapping[str, Sequence[CheckpointLayer]],
+    field: str,
+    steps: Sequence[int],
 ) -> None:
     """Draw the median of a field over the layers of each module type."""
     for number, (name, group) in enumerate(groups.items()):
-        values = [middle([getattr(record, field) for record in group if record.step == step]) for step in steps]
+        values = [
+            middle([getattr(record, field) for record in group if record.step == step])
+            for step in steps
+        ]
         known = [math.nan if value is None else value for value in values]
-        ax.plot(steps, known, color=category(number), label=f"_{name}", lw=1.5 * style.line, marker=".")
+        ax.plot(
+            steps, known, color=category(number), label=f"_{name}", lw=1.5 * style.line, marker="."
+        )
     ax.set_ylim(0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     label_ticks(ax, (steps[0], steps[-1], *steps), style)
 
 
 def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
-    """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not known or all zero."""
+    """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not
+    known or all zero.
+    """
     steps, rows = group_by(records, "step"), []
     for group in group_by(records, "layer").values():
-        by_step = {record.step: record.increment for record in group}  # of a killed run, without some of the last step
+        by_step = {
+            record.step: record.increment for record in group
+        }  # of a killed run, without some of the last step
         rows.append([by_step.get(step) for step in steps])
     cells = np.array(rows, np.float64)
     largest = np.nan_to_num(cells).max(axis=1, keepdims=True)
@@ -90,11 +136,15 @@ def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
 
 
 def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
-    """Return the median overlaps of all pairs of checkpoints, ``(T, T)``; NaN where they are not known."""
+    """Return the median overlaps of all pairs of checkpoints, ``(T, T)``; NaN where they are not
+    known.
+    """
     groups = group_by(records, "step").values()
     cells = np.full((len(groups), len(groups)), np.nan)
     for t, group in enumerate(groups):
-        known = [record.overlaps for record in group if len(record.overlaps) == t]  # empty where it is not finite
+        known = [
+            record.overlaps for record in group if len(record.overlaps) == t
+        ]  # empty where it is not finite
         for s, values in enumerate(zip(*known, strict=True)):
             overlap = middle(values)
             cells[s, t] = cells[t, s] = math.nan if overlap is None else overlap

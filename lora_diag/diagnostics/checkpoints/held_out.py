@@ -1,11 +1,13 @@
-"""What held-out losses show of a run: the checkpoint to keep, those not distinguished from it, and combinations.
+"""What held-out losses show of a run: the checkpoint to keep, those not distinguished from it, and
+combinations.
 
-A checkpoint is left out if its loss is significantly above the lowest: differences are paired by sequence, with
-one-sided limits of Student's t at 1 − 0.05/(T − 1) (Bonferroni). The lowest loss on a text is the lowest partly by
-chance, and this covers it: if the truly best checkpoint is left out, one of its T − 1 differences from the others
-exceeds its limit, which has probability 0.05 at most, whichever of them is lowest. So those that remain contain the
-best with confidence 95% (Hsu 1984, "Constrained simultaneous confidence intervals for multiple comparisons with the
-best", Annals of Statistics 12).
+A checkpoint is left out if its loss is significantly above the lowest: differences are paired by
+sequence, with one-sided limits of Student's t at 1 − 0.05/(T − 1) (Bonferroni). The lowest loss on
+a text is the lowest partly by chance, and this covers it: if the truly best checkpoint is left out,
+one of its T − 1 differences from the others exceeds its limit, which has probability 0.05 at most,
+whichever of them is lowest. So those that remain contain the best with confidence 95% (Hsu 1984,
+"Constrained simultaneous confidence intervals for multiple comparisons with the best", Annals of
+Statistics 12).
 """
 
 from __future__ import annotations
@@ -52,27 +54,38 @@ def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Ite
         freedom, tied = stats.degrees_of_freedom(len(counts)), []
         for probe in ranked:
             excess, error = stats.paired_difference(probe.nll, ranked[0].nll, counts)
-            if error is None or excess <= stats.Estimate(excess, error, freedom).half(_find_level(len(ranked))):
+            if error is None or excess <= stats.Estimate(excess, error, freedom).half(
+                _find_level(len(ranked))
+            ):
                 tied.append(steps[probe.name])
         if ranked:
-            yield Choice(step=steps[ranked[0].name], by=name, tied=tuple(sorted(tied)), earliest=min(tied))
+            yield Choice(
+                step=steps[ranked[0].name], by=name, tied=tuple(sorted(tied)), earliest=min(tied)
+            )
 
 
 def describe_losses(probes: Sequence[Probe], path: str) -> dict[str, HeldOutLoss]:
-    """Return the losses of a checkpoint or a combination by evaluation set, each compared with the best checkpoint."""
+    """Return the losses of a checkpoint or a combination by evaluation set, each compared with the
+    best checkpoint.
+    """
     losses = {}
     for own in (probe for probe in probes if probe.name == path and probe.loss is not None):
         ranked, counts = _rank(probes, own.set), _find_base(probes, own.set).predictions
-        excess, excess_error = stats.paired_difference(own.nll, ranked[0].nll, counts) if ranked else (None, None)
+        excess, excess_error = (
+            stats.paired_difference(own.nll, ranked[0].nll, counts) if ranked else (None, None)
+        )
         _, error = stats.paired_difference(own.nll, [0.0] * len(counts), counts)
-        losses[own.set] = HeldOutLoss(loss=own.nats, error=error, excess=excess, excess_error=excess_error)
+        losses[own.set] = HeldOutLoss(
+            loss=own.nats, error=error, excess=excess, excess_error=excess_error
+        )
     return losses
 
 
 def compare_combinations(
     probes: Sequence[Probe], paths: Mapping[str, int], combinations: Sequence[Combination]
 ) -> Iterator[Combination]:
-    """Yield the record of every combination, with its losses and its comparison with the best checkpoint.
+    """Yield the record of every combination, with its losses and its comparison with the best
+    checkpoint.
 
     Args:
         probes: The losses.
@@ -83,11 +96,20 @@ def compare_combinations(
     counts, combined = _find_base(probes, name).predictions, _rank(probes, name, "combination")
     half = len(counts) // 2
     groups = (_rank(probes, name), combined) if half > 1 else ((), ())
-    single, best = (min(group, key=lambda probe: sum(probe.nll[:half]), default=None) for group in groups)
+    single, best = (
+        min(group, key=lambda probe: sum(probe.nll[:half]), default=None) for group in groups
+    )
     for combination in combinations:
-        fields = {"losses": describe_losses(probes, combination.name), "by": name, "sequences": len(counts) - half}
+        fields = {
+            "losses": describe_losses(probes, combination.name),
+            "by": name,
+            "sequences": len(counts) - half,
+        }
         own = next((probe for probe in combined if probe.name == combination.name), None)
-        fields |= {"single": single and paths[single.name], "chosen": own is not None and own is best}
+        fields |= {
+            "single": single and paths[single.name],
+            "chosen": own is not None and own is best,
+        }
         if own is not None and single is not None:
             gain, error = stats.paired_difference(single.nll[half:], own.nll[half:], counts[half:])
             fields |= {"gain": gain, "gain_error": error}
@@ -95,41 +117,68 @@ def compare_combinations(
 
 
 def held_out_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: what to keep, its losses, those not finite, and whether a combination is better."""
+    """Return the statements: what to keep, its losses, those not finite, and whether a combination
+    is better.
+    """
     probes, checkpoints = results.whole_of(Probe), results.whole_of(Checkpoint)
     choices, combined = results.whole_of(Choice), results.whole_of(Combination)
     steps = {record.path: record.step for record in checkpoints}
     lost = [str(record.step) for record in checkpoints if not record.losses] if probes else []
     return [
-        make_statement("keep", "Keep", *(_describe_choice(each, probes, steps) for each in choices), priority=0),
-        make_statement("no_loss", "No loss", f"{list_names(lost)}: not finite" if lost else "", level="failure"),
+        make_statement(
+            "keep", "Keep", *(_describe_choice(each, probes, steps) for each in choices), priority=0
+        ),
+        make_statement(
+            "no_loss", "No loss", f"{list_names(lost)}: not finite" if lost else "", level="failure"
+        ),
         make_statement("combined", "Averages", *_describe_combinations(combined), priority=0),
-        make_statement("held_out", "Held-out loss", *_describe_evidence(choices, probes, checkpoints)),
+        make_statement(
+            "held_out", "Held-out loss", *_describe_evidence(choices, probes, checkpoints)
+        ),
     ]
 
 
 def _describe_choice(choice: Choice, probes: Sequence[Probe], steps: Mapping[str, int]) -> str:
-    """State the checkpoint to keep, those not distinguished from it, and what it or later ones lose on shifted text."""
+    """State the checkpoint to keep, those not distinguished from it, and what it or later ones lose
+    on shifted text.
+    """
     order = sorted(steps[probe.name] for probe in _rank(probes, choice.by))
     parts = [str(choice.step)]
     if choice.step == order[-1] and len(order) > 1:
-        parts = [f"{choice.step}, the last", f"{'may be ' if order[-2] in choice.tied else ''}still falling"]
+        parts = [
+            f"{choice.step}, the last",
+            f"{'may be ' if order[-2] in choice.tied else ''}still falling",
+        ]
     others = [str(step) for step in choice.tied if step != choice.step]
     if len(_find_base(probes, choice.by).predictions) < 2:
         parts.append("not compared with the others: one sequence has no error")
     elif order.index(choice.tied[-1]) - order.index(choice.tied[0]) == len(others) > 1:
         parts.append(f"{choice.tied[0]} to {choice.tied[-1]} do not differ significantly")
     else:
-        parts.append(f"not significantly below {list_names(others, 4)}" if others else "significantly below all others")
+        parts.append(
+            f"not significantly below {list_names(others, 4)}"
+            if others
+            else "significantly below all others"
+        )
     return "; ".join([*parts, *_describe_shift(choice.step, order[-1], probes, steps)])
 
 
-def _describe_shift(keep: int, last: int, probes: Sequence[Probe], steps: Mapping[str, int]) -> Iterator[str]:
-    """State significant changes of the loss on shifted text: from the kept checkpoint on, or from BASE to it."""
+def _describe_shift(
+    keep: int, last: int, probes: Sequence[Probe], steps: Mapping[str, int]
+) -> Iterator[str]:
+    """State significant changes of the loss on shifted text: from the kept checkpoint on, or from
+    BASE to it.
+    """
     for name in set_names(probe for probe in probes if probe.shifted):
-        base, by_step = _find_base(probes, name), {steps[probe.name]: probe for probe in _rank(probes, name)}
+        base, by_step = (
+            _find_base(probes, name),
+            {steps[probe.name]: probe for probe in _rank(probes, name)},
+        )
         kept, final = by_step.get(keep), by_step.get(last)
-        for first, second, where in ((kept, final, f"from {keep} on"), (base, kept, f"from BASE to {keep}")):
+        for first, second, where in (
+            (kept, final, f"from {keep} on"),
+            (base, kept, f"from BASE to {keep}"),
+        ):
             if first is not None and second is not None:
                 change, error = stats.paired_difference(second.nll, first.nll, base.predictions)
                 half = stats.paired_half(error, len(base.predictions))
@@ -141,19 +190,36 @@ def _describe_shift(keep: int, last: int, probes: Sequence[Probe], steps: Mappin
 def _describe_evidence(
     choices: Sequence[Choice], probes: Sequence[Probe], checkpoints: Sequence[Checkpoint]
 ) -> Iterator[str]:
-    """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished from it."""
+    """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished
+    from it.
+    """
     for choice in choices:
-        (best, *others), count = _rank(probes, choice.by), len(_find_base(probes, choice.by).predictions)
+        (best, *others), count = (
+            _rank(probes, choice.by),
+            len(_find_base(probes, choice.by).predictions),
+        )
         change = with_limits(best.change or 0.0, stats.paired_half(best.change_error, count))
-        early = next(record.losses[choice.by] for record in checkpoints if record.step == choice.earliest)
-        since = f"; the earliest, {choice.earliest}, has {_format_excess(early)}" if early.excess else ""
+        early = next(
+            record.losses[choice.by] for record in checkpoints if record.step == choice.earliest
+        )
+        since = (
+            f"; the earliest, {choice.earliest}, has {_format_excess(early)}"
+            if early.excess
+            else ""
+        )
         if early.excess and early.excess_error:
             spread, level = early.excess_error * count**0.5, _find_level(len(others) + 1)
             needed = stats.runs_needed(early.excess, spread, 1, level=level)
             since += f" (about {max(needed, count + 1)} would decide)" if needed else ""
-        yield f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
+        yield (
+            f"{best.nats:.4f} on {count} sequences of {short(choice.by)}, {change} from BASE{since}"
+        )
     if choices:
-        yield f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected for their number"
+        yield (
+            f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, "
+            "corrected "
+            "for their number"
+        )
 
 
 def _format_excess(loss: HeldOutLoss) -> str:
@@ -163,25 +229,45 @@ def _format_excess(loss: HeldOutLoss) -> str:
 
 
 def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
-    """State whether the best combination is significantly better than the best checkpoint on the second half."""
+    """State whether the best combination is significantly better than the best checkpoint on the
+    second half.
+    """
     chosen = next((record for record in combined if record.chosen), None)
     if chosen is not None and chosen.gain is not None:
-        half, where = stats.paired_half(chosen.gain_error, chosen.sequences), safe(chosen.path or "add --write FOLDER")
+        half, where = (
+            stats.paired_half(chosen.gain_error, chosen.sequences),
+            safe(chosen.path or "add --write FOLDER"),
+        )
         verdict = f"better, {where}" if half is not None and chosen.gain > half else "not better"
         difference = f"{chosen.name} minus {chosen.single} is {with_limits(-chosen.gain, half)}"
-        yield f"{verdict}: {difference}, both the best on one half of {short(chosen.by)} and compared on the other"
+        yield (
+            f"{verdict}: {difference}, both the best on one half of {short(chosen.by)} and "
+            "compared on the other"
+        )
     elif combined:
-        yield f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them to choose by"
+        yield (
+            f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them "
+            "to choose by"
+        )
 
 
 def held_out_grids(results: Results[Any]) -> list[Grid]:
-    """Return the table of all losses: rows for BASE, checkpoints and combinations, two columns per set."""
-    probes, steps = results.whole_of(Probe), {each.path: str(each.step) for each in results.whole_of(Checkpoint)}
+    """Return the table of all losses: rows for BASE, checkpoints and combinations, two columns per
+    set.
+    """
+    probes, steps = (
+        results.whole_of(Probe),
+        {each.path: str(each.step) for each in results.whole_of(Checkpoint)},
+    )
     losses = {probe.name: describe_losses(probes, probe.name) for probe in probes}
     columns = []
     for name in set_names(probes):
         cells = [by_set.get(name) for by_set in losses.values()]
-        columns.append(Column(short(name), tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)))
+        columns.append(
+            Column(
+                short(name), tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
+            )
+        )
         excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
         columns.append(Column("minus best", excess, drop=1))
     rows = tuple(steps.get(name, name) or "BASE" for name in losses)

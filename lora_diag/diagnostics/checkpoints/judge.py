@@ -1,22 +1,25 @@
-"""Held-out losses of BASE, of the checkpoints of a run, and of their averages and extrapolations: one model in memory.
+"""Held-out losses of BASE, of the checkpoints of a run, and of their averages and extrapolations:
+one model in memory.
 
-Every model is BASE with its weights changed in place, and is evaluated on all sets before the next one. A loss is
-recorded when it is measured, so that an interrupted run resumes after the last model.
+Every model is BASE with its weights changed in place, and is evaluated on all sets before the next
+one. A loss is recorded when it is measured, so that an interrupted run resumes after the last
+model.
 
 Averages and extrapolations are all Σ_t c_tΔW_t, with the same c_t in all layers:
 
-- ``uniform``: c_t = 1/T; ``last:K``: that of the last K (Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet
-  and BERT Training with Latest Weight Averaging", arXiv 2209.14981).
+- ``uniform``: c_t = 1/T; ``last:K``: that of the last K (Kaddour 2022, "Stop Wasting My Time!
+  Saving Days of ImageNet and BERT Training with Latest Weight Averaging", arXiv 2209.14981).
 - ``ema:D``: c_t ∝ D^(T−t), an exponential moving average without bias to its start.
 - ``linear:F``: ΔW_T + F(ΔW_T − ΔW_{T−1}).
-- ``rank1:F``: the first right singular vector v of the trajectory, the matrix with the rows ΔW_t, and the line through
-  its coefficients ⟨ΔW_t, v⟩ over the steps s_t, by least squares, at s_T + F(s_T − s_{T−1}). With σ_1 and u of the Gram
-  matrix ⟨ΔW_s, ΔW_t⟩ the coefficients are σ_1u_t and v = Σ_t u_tΔW_t/σ_1, so that no row is formed. RELEX does this for
-  each tensor; here v is that of all layers together (Wei et al. 2026, "You Only Need Minimal RLVR Training:
-  Extrapolating LLMs via Rank-1 Trajectories", arXiv 2605.21468).
+- ``rank1:F``: the first right singular vector v of the trajectory, the matrix with the rows ΔW_t,
+  and the line through its coefficients ⟨ΔW_t, v⟩ over the steps s_t, by least squares, at s_T +
+  F(s_T − s_{T−1}). With σ_1 and u of the Gram matrix ⟨ΔW_s, ΔW_t⟩ the coefficients are σ_1u_t and v
+  = Σ_t u_tΔW_t/σ_1, so that no row is formed. RELEX does this for each tensor; here v is that of
+  all layers together (Wei et al. 2026, "You Only Need Minimal RLVR Training: Extrapolating LLMs via
+  Rank-1 Trajectories", arXiv 2605.21468).
 
-An average of products B_tA_t is not the product of averages: as an adapter it has the factors [c_1B_1 … c_TB_T] and
-[A_1; …; A_T], which ``merge`` writes.
+An average of products B_tA_t is not the product of averages: as an adapter it has the factors
+[c_1B_1 … c_TB_T] and [A_1; …; A_T], which ``merge`` writes.
 """
 
 from __future__ import annotations
@@ -60,7 +63,10 @@ from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
 
 # Rules by option, with the default of their numbers; NaN for one that must be given.
-RULES = {"average": {"uniform": 0.0, "ema": 0.8, "last": math.nan}, "extrapolate": {"linear": 1.0, "rank1": 1.0}}
+RULES = {
+    "average": {"uniform": 0.0, "ema": 0.8, "last": math.nan},
+    "extrapolate": {"linear": 1.0, "rank1": 1.0},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +97,10 @@ class Rule:
             InputError: The Gram matrix is needed and not known.
 
         Example:
-            >>> Rule("last", 2).weigh([10, 20, 30]).tolist(), Rule("linear", 0.5).weigh([10, 20, 30]).tolist()
+            >>> (
+            ...     Rule("last", 2).weigh([10, 20, 30]).tolist(),
+            ...     Rule("linear", 0.5).weigh([10, 20, 30]).tolist(),
+            ... )
             ([0.0, 0.5, 0.5], [0.0, -0.5, 1.5])
         """
         ages = np.arange(len(steps) - 1.0, -1.0, -1.0)
@@ -105,7 +114,11 @@ class Rule:
             u = np.linalg.eigh(gram).eigenvectors[:, -1]
             intervals = (np.array(steps) - steps[-1]) / (steps[-1] - steps[-2])
             return np.asarray(np.polyval(np.polyfit(intervals, u, 1), self.number) * u, np.float64)
-        weights = self.number**ages if self.kind == "ema" else np.where(ages < (self.number or math.inf), 1.0, 0.0)
+        weights = (
+            self.number**ages
+            if self.kind == "ema"
+            else np.where(ages < (self.number or math.inf), 1.0, 0.0)
+        )
         return np.asarray(weights / weights.sum(), np.float64)
 
 
@@ -125,10 +138,20 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
             found = re.fullmatch(r"(\w+)(?::(\d*\.?\d+))?", text)
             kind, given = found.groups() if found else ("", None)
             number = defaults.get(kind, math.nan) if given is None else float(given)
-            fits = {"uniform": given is None, "ema": 0 < number < 1, "last": number in range(2, count + 1)}
+            fits = {
+                "uniform": given is None,
+                "ema": 0 < number < 1,
+                "last": number in range(2, count + 1),
+            }
             if kind not in defaults or not fits.get(kind, number > 0):
-                forms = f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate linear:F, rank1:F (F > 0)"
-                raise UsageError(f"--{option} {text}: unknown rule, or number out of range; use --average {forms}")
+                forms = (
+                    f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate "
+                    "linear:F, rank1:F (F > 0)"
+                )
+                raise UsageError(
+                    f"--{option} {text}: unknown rule, or number out of range; use --average "
+                    f"{forms}"
+                )
             rules.append(Rule(kind, number))
     return list(dict.fromkeys(rules))
 
@@ -145,7 +168,9 @@ def combine(deltas: Sequence[Delta], weights: Sequence[float]) -> DenseDelta:
 
 
 def _add(deltas: Sequence[Delta], weights: Sequence[float]) -> torch.Tensor:
-    """Return a sum of updates, float64; each is read in row blocks, and of factors no other product is formed."""
+    """Return a sum of updates, float64; each is read in row blocks, and of factors no other product
+    is formed.
+    """
     total = torch.zeros(deltas[0].shape, dtype=torch.float64)
     for delta, weight in zip(deltas, weights, strict=True):
         addend = load_addend(delta)
@@ -158,7 +183,8 @@ class JudgeOptions(Shifted, ProbeOptions, total=False):
     """Options of evaluating checkpoints on texts."""
 
 
-# A model: its kind, its name as in ``Probe``, and what returns its updates; None for a checkpoint that is not finite.
+# A model: its kind, its name as in ``Probe``, and what returns its updates; None for a checkpoint
+# that is not finite.
 Contender = tuple[Subject, str, Callable[[], Sequence[Delta]] | None]
 
 
@@ -181,7 +207,11 @@ class Judge:
 
     def __init__(self, options: Mapping[str, Any], base: Path | str, steps: Sequence[Step]) -> None:
         self._options, self._base, self._steps = options, base, steps
-        self._run = ProbeRun("checkpoints", {name: options[name] for name in list_options(JudgeOptions)}, JudgeOptions)
+        self._run = ProbeRun(
+            "checkpoints",
+            {name: options[name] for name in list_options(JudgeOptions)},
+            JudgeOptions,
+        )
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
         sets, stored = self._run.read_sets(), open_checkpoint(base)
@@ -198,18 +228,28 @@ class Judge:
                     MergeFolder(folder, (), options["overwrite"], options["resume"])
         self.inputs = tuple(map(describe_texts, self._texts))
         own = {name: list(options[name]) for name in RULES} | {"rank": options["rank"]}
-        self.settings = {**self._run.model_settings, "device": resolve_device(options["device"]).type, **own}
+        self.settings = {
+            **self._run.model_settings,
+            "device": resolve_device(options["device"]).type,
+            **own,
+        }
 
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:
-        """Evaluate the models that have no records yet, and write the choice and the comparison of combinations.
+        """Evaluate the models that have no records yet, and write the choice and the comparison of
+        combinations.
 
         Raises:
-            UsageError: A rule needs more checkpoints than are finite, or an output folder may not be replaced.
-            InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not finite.
+            UsageError: A rule needs more checkpoints than are finite, or an output folder may not
+                be replaced.
+            InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not
+                finite.
         """
         bad = {record.step for record in records.layers if record.non_finite}
         finite = [step for step in self._steps if step.step not in bad]
-        steps, paths = tuple(step.step for step in finite), {legible(step.path): step.step for step in self._steps}
+        steps, paths = (
+            tuple(step.step for step in finite),
+            {legible(step.path): step.step for step in self._steps},
+        )
         partial_gram = bad or self._options["layers"] or self._options["exclude"]
         gram = None if partial_gram else sum_grams(list(group_by(records.layers, "layer").values()))
         contenders: list[Contender] = [("base", "", tuple)]
@@ -219,19 +259,29 @@ class Judge:
         combinations = []
         for rule in read_rules(self._options, len(finite)):
             weights = tuple(rule.weigh(steps, gram).tolist())
-            used = {step.path: weight for step, weight in zip(finite, weights, strict=True) if weight}
+            used = {
+                step.path: weight for step, weight in zip(finite, weights, strict=True) if weight
+            }
             folder = self._write(rule, used) if self._options["write"] is not None else None
-            read = partial(self._read_updates, folder) if folder is not None else partial(self._combine, used)
+            read = (
+                partial(self._read_updates, folder)
+                if folder is not None
+                else partial(self._combine, used)
+            )
             contenders.append(("combination", rule.name, read))
             path = None if folder is None else legible(folder)
-            combinations.append(Combination(name=rule.name, steps=steps, weights=weights, by="", path=path))
+            combinations.append(
+                Combination(name=rule.name, steps=steps, weights=weights, by="", path=path)
+            )
         self._evaluate(contenders, records)
         probes = [record for record in records.records if isinstance(record, Probe)]
         records.put(*choose_checkpoints(probes, paths))
         records.put(*compare_combinations(probes, paths, combinations))
 
     def _read_updates(self, path: Path) -> Sequence[Delta]:
-        """Return all updates of a checkpoint: --layers and --exclude select those of other measurements."""
+        """Return all updates of a checkpoint: --layers and --exclude select those of other
+        measurements.
+        """
         allowed, alpha = self._options["allow_unmatched"], get_stated_alpha(self._options)
         return compare(self._base, path, allow_unmatched=allowed, stated_alpha=alpha).pairing.deltas
 
@@ -247,12 +297,18 @@ class Judge:
         by_layer: dict[str, list[Delta]] = {}
         for delta in chain.from_iterable(map(self._read_updates, weights)):
             by_layer.setdefault(delta.layer, []).append(delta)
-        if partly := next((layer for layer, deltas in by_layer.items() if len(deltas) < len(weights)), None):
-            raise InputError(f"{partly}: is not in all checkpoints, which cannot be combined; give those that have it")
+        if partly := next(
+            (layer for layer, deltas in by_layer.items() if len(deltas) < len(weights)), None
+        ):
+            raise InputError(
+                f"{partly}: is not in all checkpoints, which cannot be combined; give those that "
+                "have it"
+            )
         return [combine(deltas, list(weights.values())) for deltas in by_layer.values()]
 
     def _write(self, rule: Rule, weights: Mapping[Path, float]) -> Path:
-        """Write a combination as ``merge`` does: of adapters as an adapter, else as a checkpoint; return its folder.
+        """Write a combination as ``merge`` does: of adapters as an adapter, else as a checkpoint;
+        return its folder.
 
         Raises:
             LoradiagError: As ``merge``.
@@ -260,16 +316,36 @@ class Judge:
         folder = self._choose_folder(rule)
         folder.parent.mkdir(exist_ok=True)
         full = self._options["rank"] is None and not is_adapter(locate([*weights][-1]))
-        names = ("overwrite", "resume", "rank", "device", "memory", "workers", "alpha", "alpha_is_rank")
+        names = (
+            "overwrite",
+            "resume",
+            "rank",
+            "device",
+            "memory",
+            "workers",
+            "alpha",
+            "alpha_is_rank",
+        )
         shared = {name: self._options[name] for name in (*names, "allow_unmatched")}
-        merge(self._base, [*weights], folder, method="sum", weights=list(weights.values()), full=full, **shared)
+        merge(
+            self._base,
+            [*weights],
+            folder,
+            method="sum",
+            weights=list(weights.values()),
+            full=full,
+            **shared,
+        )
         return folder
 
-    def _evaluate(self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]) -> None:
+    def _evaluate(
+        self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]
+    ) -> None:
         """Write the missing losses of BASE, which comes first, and of the others.
 
         Raises:
-            InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not finite.
+            InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not
+                finite.
         """
         run, sets = self._run, [text_set.name for text_set in self._texts]
         lost = {"loss": None, "nll": (), "predictions": ()}
@@ -278,7 +354,9 @@ class Judge:
             return
         model = run.open(self._base)
         run.watch.total = run.batches(self._texts) * sum(read is not None for *_, read in todo)
-        run.estimate(self._texts[0], f"{quantity(len(todo), 'model')} on {quantity(len(sets), 'set')}")
+        run.estimate(
+            self._texts[0], f"{quantity(len(todo), 'model')} on {quantity(len(sets), 'set')}"
+        )
         for subject, name, read in todo:
             swapped = Swapped(model, read() if read is not None else (), 0)
             swapped.arrange({}, FULL)
@@ -287,12 +365,24 @@ class Judge:
                 if read is None and base is not None:
                     records.put(base.model_copy(update=lost | {"subject": subject, "name": name}))
                     continue
-                losses = measure(model, text_set, run.batch, partial(run.watch.batch, name or "BASE"))
-                fields = {**losses.fields_of_run(text_set, None), **losses.by_sequence(base is None)}
+                losses = measure(
+                    model, text_set, run.batch, partial(run.watch.batch, name or "BASE")
+                )
+                fields = {
+                    **losses.fields_of_run(text_set, None),
+                    **losses.by_sequence(base is None),
+                }
                 if base is None and not losses.is_finite:
-                    raise InputError(f"{self._base}: its loss is not finite; check the weights, or use --dtype float32")
-                if base is not None and losses.is_finite:  # from the rounded losses, as in a run that is resumed
-                    own, other = (Losses.of(sums, base.predictions) for sums in (fields["nll"], base.nll))
+                    raise InputError(
+                        f"{self._base}: its loss is not finite; check the weights, or use --dtype "
+                        "float32"
+                    )
+                if (
+                    base is not None and losses.is_finite
+                ):  # from the rounded losses, as in a run that is resumed
+                    own, other = (
+                        Losses.of(sums, base.predictions) for sums in (fields["nll"], base.nll)
+                    )
                     fields |= own.compare(other)
                 records.put(Probe(probe="checkpoints", subject=subject, name=name, **fields))
             swapped.arrange({})

@@ -1,7 +1,7 @@
 """``checkpoints``: measure the updates of a training run, layer by layer, at all its checkpoints.
 
-Layers whose factors are stored as they are, in safetensors and of a rank up to 64, are measured with NumPy
-(``factors``); all others with torch (``stored``), which is imported only then.
+Layers whose factors are stored as they are, in safetensors and of a rank up to 64, are measured
+with NumPy (``factors``); all others with torch (``stored``), which is imported only then.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from lora_diag.checkpoints import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
-from lora_diag.diagnostics.checkpoints.series import Series, Step, find_series, holds_weights, list_checkpoints
+from lora_diag.diagnostics.checkpoints.series import (
+    Series,
+    Step,
+    find_series,
+    holds_weights,
+    list_checkpoints,
+)
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
 from lora_diag.errors import InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
@@ -41,7 +47,9 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
     return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= MAX_RANK
 
 
-def measure_layer(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> tuple[CheckpointLayer, ...]:
+def measure_layer(
+    task: factors.LayerSeries, settings: factors.CheckpointsSettings
+) -> tuple[CheckpointLayer, ...]:
     """Measure one layer at all checkpoints.
 
     Args:
@@ -56,12 +64,18 @@ def measure_layer(task: factors.LayerSeries, settings: factors.CheckpointsSettin
         MemoryLimitError: The layer does not fit.
     """
     if not all(map(is_thin, task.deltas)):
-        from lora_diag.diagnostics.checkpoints.stored import measure_stored  # deferred: imports torch
+        from lora_diag.diagnostics.checkpoints.stored import (
+            measure_stored,
+        )  # deferred: imports torch
         from lora_diag.layers.change import append_note, compute_on_device
         from lora_diag.linalg.devices import resolve_device
 
-        measured, note = compute_on_device(partial(measure_stored, task, settings), resolve_device(settings.device))
-        return tuple(append_note(record, note) for record in make_records(task, settings, *measured))
+        measured, note = compute_on_device(
+            partial(measure_stored, task, settings), resolve_device(settings.device)
+        )
+        return tuple(
+            append_note(record, note) for record in make_records(task, settings, *measured)
+        )
     thin = [delta.thin for delta in task.deltas if is_thin(delta) and delta.thin is not None]
     read = [factors.Factors(each.read_b(), each.read_a(), each.read_scale()) for each in thin]
     problems = [each.find_problem() for each in read]
@@ -88,7 +102,8 @@ def make_records(
         task: The layer.
         settings: Settings of the measurement.
         problems: Why the update of each checkpoint is not finite; None if it is.
-        found: Measurements of the finite ones, in order; None if there are none, or a norm overflows.
+        found: Measurements of the finite ones, in order; None if there are none, or a norm
+            overflows.
         base_fro: ‖W_base‖_F; None if it is not known.
     """
     place = {t: i for i, t in enumerate(t for t, problem in enumerate(problems) if problem is None)}
@@ -98,13 +113,22 @@ def make_records(
         if problem is None and found is not None:
             fields = _describe_step(found, place, t, settings)
             fields["relative"] = fields["fro"] / base_fro if base_fro else None
-            fields["overlap_random"] = fields["directions"] / task.shape[0] if fields["directions"] else None
-        records.append(CheckpointLayer(layer=task.layer, step=step, shape=task.shape, base_fro=base_fro, **fields))
+            fields["overlap_random"] = (
+                fields["directions"] / task.shape[0] if fields["directions"] else None
+            )
+        records.append(
+            CheckpointLayer(
+                layer=task.layer, step=step, shape=task.shape, base_fro=base_fro, **fields
+            )
+        )
     return tuple(records)
 
 
 def _describe_step(
-    found: factors.Evolution, place: Mapping[int, int], t: int, settings: factors.CheckpointsSettings
+    found: factors.Evolution,
+    place: Mapping[int, int],
+    t: int,
+    settings: factors.CheckpointsSettings,
 ) -> dict[str, Any]:
     """Return the fields of the record of a finite update.
 
@@ -122,7 +146,9 @@ def _describe_step(
 
     def overlap(other: int) -> float | None:
         known = other in place and other != t
-        value = factors.compare_spaces(found.spaces[i], found.spaces[place[other]]) if known else None
+        value = (
+            factors.compare_spaces(found.spaces[i], found.spaces[place[other]]) if known else None
+        )
         return None if value is None else _round(value)
 
     return {
@@ -140,7 +166,9 @@ def _describe_step(
 
 
 def describe_values(s: factors.Array, fro: float, ranks: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a record that follow from all singular values of a finite update and its norm."""
+    """Return the fields of a record that follow from all singular values of a finite update and its
+    norm.
+    """
     curve = energy_curve(s, fro, complete=True) if fro else None
     return {
         "fro": fro,
@@ -149,26 +177,40 @@ def describe_values(s: factors.Array, fro: float, ranks: Sequence[int]) -> dict[
         "spectral_share": min(1.0, float((s[0] / fro) ** 2)) if fro else None,
         "stable_rank": stable_rank(s, fro) if fro else None,
         "effective_rank": effective_rank(s) if fro else None,
-        "energy": {str(r): None if curve is None else float(curve[min(r, len(s)) - 1]) for r in ranks},
+        "energy": {
+            str(r): None if curve is None else float(curve[min(r, len(s)) - 1]) for r in ranks
+        },
     }
 
 
-def describe_increment(square: float | None, before: float | None, product: float) -> dict[str, float | None]:
-    """Return the fields of an increment from ‖D_t‖_F² and ‖D_{t−1}‖_F², None if not known, and ⟨D_t, D_{t−1}⟩."""
-    length, earlier = (None if value is None else math.sqrt(max(0.0, value)) for value in (square, before))
-    cosine = max(-1.0, min(1.0, _round(product / (length * earlier)))) if length and earlier else None
+def describe_increment(
+    square: float | None, before: float | None, product: float
+) -> dict[str, float | None]:
+    """Return the fields of an increment from ‖D_t‖_F² and ‖D_{t−1}‖_F², None if not known, and
+    ⟨D_t, D_{t−1}⟩.
+    """
+    length, earlier = (
+        None if value is None else math.sqrt(max(0.0, value)) for value in (square, before)
+    )
+    cosine = (
+        max(-1.0, min(1.0, _round(product / (length * earlier)))) if length and earlier else None
+    )
     return {"increment": None if length is None else _round(length), "cosine": cosine}
 
 
 def _round(value: float) -> float:
-    """Return a value to 9 significant digits: sums of products differ in the last ones by the number of threads."""
+    """Return a value to 9 significant digits: sums of products differ in the last ones by the
+    number of threads.
+    """
     return float(f"{value:.9g}")
 
 
 def _estimate_bytes(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> int:
     """Estimate the memory of measuring a layer in bytes."""
     if not all(map(is_thin, task.deltas)):
-        from lora_diag.diagnostics.checkpoints.stored import estimate_bytes  # deferred: imports torch
+        from lora_diag.diagnostics.checkpoints.stored import (
+            estimate_bytes,
+        )  # deferred: imports torch
 
         return estimate_bytes(task, settings)
     ranks = sum(delta.rank for delta in task.deltas if is_thin(delta))
@@ -192,10 +234,10 @@ def trajectory(
         One record per layer and checkpoint; in ``whole``, one per checkpoint and one of the run.
 
     Raises:
-        UsageError: An option is invalid, the checkpoints are no adapters and there is no ``base``, or ``output`` may be
-            neither replaced nor resumed.
-        InputError: A checkpoint cannot be read or does not fit, its step is not known, or the results file cannot be
-            written.
+        UsageError: An option is invalid, the checkpoints are no adapters and there is no ``base``,
+            or ``output`` may be neither replaced nor resumed.
+        InputError: A checkpoint cannot be read or does not fit, its step is not known, or the
+            results file cannot be written.
         NothingComparedError: The folder contains no checkpoint, or no weight is selected.
     """
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
@@ -204,9 +246,15 @@ def trajectory(
     if base is None:
         _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
-        raise InputError(f"{series.steps[0].path}: is the only checkpoint; give a run of several, or use spectrum")
+        raise InputError(
+            f"{series.steps[0].path}: is the only checkpoint; give a run of several, or use "
+            "spectrum"
+        )
     steps = [*series.steps, *([series.final] if series.final else [])]
-    compared = [layers.compare(step.path, None) if base is None else layers.compare(base, step.path) for step in steps]
+    compared = [
+        layers.compare(step.path, None) if base is None else layers.compare(base, step.path)
+        for step in steps
+    ]
     *prints, final_print = (each.inputs[-1].fingerprint for each in compared)
     if series.final is not None and final_print in prints:
         del steps[-1], compared[-1]
@@ -214,7 +262,10 @@ def trajectory(
         problem = "holds a model unlike all checkpoints, and its step is not known"
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
-    given, judged = [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]], None
+    given, judged = (
+        [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]],
+        None,
+    )
     if layers.options["evaluate"] and base is None:
         raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
     if layers.options["evaluate"]:
@@ -223,12 +274,16 @@ def trajectory(
         judged = Judge(layers.options, layers.options["base"], steps)
     elif given:
         raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
-    layers.torch = not all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas)
+    layers.torch = not all(
+        is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
+    )
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
     ranks, k = check_ranks(layers.options["ranks"]), layers.options["directions"]
     numbers = tuple(step.step for step in steps)
-    settings = layers.settings(factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers)
+    settings = layers.settings(
+        factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers
+    )
     own = {"ranks": list(ranks), "directions": k, "steps": list(numbers)}
     last = compared[-1].pairing
     return layers.over(
@@ -236,8 +291,14 @@ def trajectory(
         measure_layer,
         _estimate_bytes,
         settings,
-        Pairing(tuple(delta for delta in last.deltas if not delta.is_matrix), (*last.unpaired, *missing)),
-        (*compared[0].inputs[:-1], *(each.inputs[-1] for each in compared), *(judged.inputs if judged else ())),
+        Pairing(
+            tuple(delta for delta in last.deltas if not delta.is_matrix), (*last.unpaired, *missing)
+        ),
+        (
+            *compared[0].inputs[:-1],
+            *(each.inputs[-1] for each in compared),
+            *(judged.inputs if judged else ()),
+        ),
         own | (judged.settings if judged else {}),
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
@@ -255,12 +316,20 @@ def _require_adapters(steps: Sequence[Step]) -> None:
         if is_adapter(locate(step.path)):
             continue
         if step.path.is_dir() and not holds_weights(step.path):
-            raise InputError(f"{step.path}: has no weights; remove it, or wait if a trainer is writing it")
-        raise UsageError(f"{step.path}: is not an adapter; give BASE after the run, to compare its checkpoints with")
+            raise InputError(
+                f"{step.path}: has no weights; remove it, or wait if a trainer is writing it"
+            )
+        raise UsageError(
+            f"{step.path}: is not an adapter; give BASE after the run, to compare its checkpoints "
+            "with"
+        )
 
 
 def _conclude(
-    steps: Sequence[Step], series: Series, judged: Judge | None, records: RunRecords[CheckpointLayer]
+    steps: Sequence[Step],
+    series: Series,
+    judged: Judge | None,
+    records: RunRecords[CheckpointLayer],
 ) -> None:
     """Write the records of the checkpoints, and that of the run."""
     if judged is not None:
@@ -276,7 +345,8 @@ def measure_run(
     on_view: Callable[..., None] | None = None,
     **options: Unpack[CheckpointsOptions],
 ) -> Results[CheckpointLayer]:
-    """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an option.
+    """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
+    option.
 
     Raises:
         LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
@@ -287,11 +357,16 @@ def measure_run(
     if not follow:
         return trajectory(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
-        problem = "shows one run, or a monitor's results file; give its path, without -o, --json and --eval"
+        problem = (
+            "shows one run, or a monitor's results file; give its path, without -o, --json "
+            "and --eval"
+        )
         raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
-    return follow_run(paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None))
+    return follow_run(
+        paths[0], partial(trajectory, paths, **options), on_view or (lambda draw, lines: None)
+    )
 
 
 def _align_layers(
@@ -312,13 +387,19 @@ def _align_layers(
         deltas = by_layer[layer]
         shape = next(iter(deltas.values())).shape
         if other := next((step for step, delta in deltas.items() if delta.shape != shape), None):
-            problem = f"{layer} is {list(deltas[other].shape)}, but {list(shape)} in other checkpoints"
+            problem = (
+                f"{layer} is {list(deltas[other].shape)}, but {list(shape)} in other checkpoints"
+            )
             raise InputError(f"{other.path}: {problem}; give the checkpoints of one run")
         if lacking := [step for step in steps if step not in deltas]:
-            detail = legible(f"not in {len(lacking)} of {len(steps)} checkpoints, such as {lacking[0].path}")
+            detail = legible(
+                f"not in {len(lacking)} of {len(steps)} checkpoints, such as {lacking[0].path}"
+            )
             missing.append(Unpaired(layer, shape, "only_in_adapter", detail))
         else:
             tasks.append(factors.LayerSeries(layer, shape, tuple(deltas[step] for step in steps)))
     if not tasks:
-        raise InputError(f"{steps[0].path}: no matrix is in all checkpoints; give the checkpoints of one run")
+        raise InputError(
+            f"{steps[0].path}: no matrix is in all checkpoints; give the checkpoints of one run"
+        )
     return tasks, tuple(missing)

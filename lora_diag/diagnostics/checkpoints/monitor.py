@@ -1,7 +1,8 @@
 """Measure the updates of a model in training: the records of ``checkpoints``, without checkpoints.
 
-Of a LoRA, all numbers follow from r×r products of its factors, as in ``factors``; the products are computed on the
-device of the factors, and their eigenvalues on the CPU. Of a weight that is trained itself, ``ROWS`` rows are sampled.
+Of a LoRA, all numbers follow from r×r products of its factors, as in ``factors``; the products are
+computed on the device of the factors, and their eigenvalues on the CPU. Of a weight that is trained
+itself, ``ROWS`` rows are sampled.
 """
 
 from __future__ import annotations
@@ -46,18 +47,28 @@ _LOG = logging.getLogger(__name__)
 # Role of the input of a run that was measured while it trained.
 ROLE = "training"
 
-# Entries of factors, over all of their layers, that are multiplied at once: 16 MiB in float64, ten times.
+# Entries of factors, over all of their layers, that are multiplied at once: 16 MiB in float64, ten
+# times.
 PART_ENTRIES = 2**21
 
-# Rows that stand for all of a weight that is trained itself. Their error is in the record: 3% of ‖ΔW‖ where the
-# energies of the rows differ by half of their mean.
+# Rows that stand for all of a weight that is trained itself. Their error is in the record: 3% of
+# ‖ΔW‖ where the energies of the rows differ by half of their mean.
 ROWS = 64
 
 # Ranks r of C(r).
 RANKS = (1, 4, 16)
 
 # The fields of a checkpoint's record that are logged.
-_LOGGED = {"fro", "relative", "increment", "cosine", "spectral_share", "effective_rank", "dead", "non_finite"}
+_LOGGED = {
+    "fro",
+    "relative",
+    "increment",
+    "cosine",
+    "spectral_share",
+    "effective_rank",
+    "dead",
+    "non_finite",
+}
 
 # Rules of ``stop_on``: the layers that ``checkpoints`` counts in the record of a run.
 RULES = ("dead", "non_finite", "collapsed", "spiked", "frozen")
@@ -86,7 +97,9 @@ class _Moment:
 
     def sides(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return B·diag(c) ``(L, m, r)`` and Aᵀ ``(L, n, r)`` in float64 on a device."""
-        return self.b.to(device).double() * self.c.to(device)[:, None], self.a.to(device).double().mT
+        return self.b.to(device).double() * self.c.to(device)[:, None], self.a.to(
+            device
+        ).double().mT
 
     def keep(self, known: list[bool], square: Array) -> _Moment:
         """Return a copy on the CPU, with zeros in place of entries that are not finite."""
@@ -101,7 +114,8 @@ class _Part:
     Args:
         weights: The layers.
         base_fro: ‖W_base‖_F of each; None if it is not known.
-        window: The last two moments; the first one, when the monitor attaches, is known by itself only.
+        window: The last two moments; the first one, when the monitor attaches, is known by itself
+            only.
     """
 
     weights: list[Frozen]
@@ -115,7 +129,10 @@ class _Part:
 
     def _read(self) -> _Moment:
         """Return the factors as they are now, on their device."""
-        b, a, c = (torch.stack(each) for each in zip(*(weight.factors() for weight in self.weights), strict=True))
+        b, a, c = (
+            torch.stack(each)
+            for each in zip(*(weight.factors() for weight in self.weights), strict=True)
+        )
         if b.device.type == "mps":  # has no float64
             b, a, c = b.cpu(), a.cpu(), c.cpu()
         return _Moment(b, a, c, [], np.zeros(0))
@@ -129,9 +146,13 @@ class _Part:
         square, product = _multiply_increments(now, before, first)
         equal = [(x == y).sum((1, 2)) for x, y in zip(now, before, strict=True)]
         unchanged = ((equal[0] + equal[1]) / (b[0].numel() + a[0].numel())).tolist()
-        left, right = (Grams((side.mT @ side).cpu().numpy(), np.full(size, side.shape[1])) for side in now)
+        left, right = (
+            Grams((side.mT @ side).cpu().numpy(), np.full(size, side.shape[1])) for side in now
+        )
         values = thin_energies(left, right, np.ones(size))
-        finite = np.isfinite(left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))).tolist()
+        finite = np.isfinite(
+            left.products.sum(axis=(1, 2)) + right.products.sum(axis=(1, 2))
+        ).tolist()
         records = []
         for i, (weight, base_fro) in enumerate(zip(self.weights, self.base_fro, strict=True)):
             s, fro = values.s[i], float(values.fro[i])
@@ -141,14 +162,22 @@ class _Part:
                     s, fro = np.asarray(exact.s, np.float64), exact.fro
                 was_known, is_known = (each.known[i] for each in self.window)
                 earlier = self.window[1].square[i] if was_known and is_known else None
-                fields = describe_values(s, fro, RANKS) | {"unchanged": unchanged[i] if is_known else None}
+                fields = describe_values(s, fro, RANKS) | {
+                    "unchanged": unchanged[i] if is_known else None
+                }
                 fields |= describe_increment(square[i] if is_known else None, earlier, product[i])
                 fields["relative"] = fro / base_fro if base_fro else None
             else:
-                problem = Factors(b[i].double().cpu().numpy(), a[i].double().cpu().numpy()).find_problem()
+                problem = Factors(
+                    b[i].double().cpu().numpy(), a[i].double().cpu().numpy()
+                ).find_problem()
                 fields = {"fro": None, "non_finite": problem or OVERFLOW}
             shape = (b.shape[1], a.shape[2])
-            records.append(CheckpointLayer(layer=weight.name, step=step, shape=shape, base_fro=base_fro, **fields))
+            records.append(
+                CheckpointLayer(
+                    layer=weight.name, step=step, shape=shape, base_fro=base_fro, **fields
+                )
+            )
         self.window = [self.window[1], moment.keep(finite, square)]
         return records
 
@@ -157,7 +186,8 @@ Sides = tuple[Tensor, Tensor]
 
 
 def _multiply_increments(now: Sides, before: Sides, first: Sides) -> tuple[Array, Array]:
-    """Return ‖D_t‖_F² and ⟨D_t, D_{t−1}⟩ of D_t = ΔW_t − ΔW_{t−1} = [δB_t B_{t−1}] [A_t; δA_t] of L layers, ``(L,)``.
+    """Return ‖D_t‖_F² and ⟨D_t, D_{t−1}⟩ of D_t = ΔW_t − ΔW_{t−1} = [δB_t B_{t−1}] [A_t; δA_t] of L
+    layers, ``(L,)``.
 
     As in ``factors``, a small increment of a large update loses no digits.
 
@@ -168,7 +198,10 @@ def _multiply_increments(now: Sides, before: Sides, first: Sides) -> tuple[Array
     """
     (b, a), (b_before, a_before), (b_first, a_first) = now, before, first
     left, right = torch.cat([b - b_before, b_before], -1), torch.cat([a, a - a_before], -1)
-    other = torch.cat([b_before - b_first, b_first], -1), torch.cat([a_before, a_before - a_first], -1)
+    other = (
+        torch.cat([b_before - b_first, b_first], -1),
+        torch.cat([a_before, a_before - a_first], -1),
+    )
     square = ((left.mT @ left) * (right.mT @ right)).sum((1, 2))
     product = ((left.mT @ other[0]) * (right.mT @ other[1])).sum((1, 2))
     return square.cpu().numpy(), product.cpu().numpy()
@@ -196,7 +229,11 @@ class _Rows:
     def sample(cls, weight: Trained, is_start: bool) -> _Rows:
         """Sample rows that depend on the weight's name alone."""
         seed = int.from_bytes(hashlib.sha256(weight.name.encode()).digest()[:7])
-        chosen = torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(seed))[:ROWS].sort().values
+        chosen = (
+            torch.randperm(weight.shape[0], generator=torch.Generator().manual_seed(seed))[:ROWS]
+            .sort()
+            .values
+        )
         now = _read_rows(weight, chosen)
         base_fro, start = (_norm(weight.parameter), now) if is_start else (None, None)
         return cls(weight, base_fro, chosen, start, [None, now])
@@ -205,7 +242,11 @@ class _Rows:
         """Return the record of the weight, and keep its rows for the next time."""
         norm, (first, before) = _norm(self.weight.parameter), self.window
         now = None if norm is None else _read_rows(self.weight, self.rows)
-        whole, change, earlier = _subtract(now, self.start), _subtract(now, before), _subtract(before, first)
+        whole, change, earlier = (
+            _subtract(now, self.start),
+            _subtract(now, before),
+            _subtract(before, first),
+        )
         rows, columns = self.weight.shape
         fields = _estimate_norm("fro", whole, rows) | _estimate_norm("increment", change, rows)
         fro, cosine = fields["fro"], None
@@ -246,10 +287,12 @@ def _norm(weight: Tensor) -> float | None:
 
 
 def _estimate_norm(name: str, rows: Tensor | None, count: int) -> dict[str, Any]:
-    """Return the fields of ‖X‖_F from a random sample of its rows, and of its standard error; none if X is not known.
+    """Return the fields of ‖X‖_F from a random sample of its rows, and of its standard error; none
+    if X is not known.
 
-    With k of m rows, ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is (1 − k/m)·s²/k (Cochran 1977,
-    *Sampling Techniques*, theorem 2.2), and the error of its root by dividing by 2‖X‖_F. It is None if k = m.
+    With k of m rows, ‖X‖_F² is estimated by m times the mean ‖x_i‖², whose variance is (1 −
+    k/m)·s²/k (Cochran 1977, *Sampling Techniques*, theorem 2.2), and the error of its root by
+    dividing by 2‖X‖_F. It is None if k = m.
     """
     if rows is None:
         return {name: None}
@@ -261,7 +304,9 @@ def _estimate_norm(name: str, rows: Tensor | None, count: int) -> dict[str, Any]
 
 
 def _base_norm(weight: Frozen) -> float | None:
-    """Return ‖W_base‖_F of the weight under a LoRA; None if it is quantized, offloaded or not finite."""
+    """Return ‖W_base‖_F of the weight under a LoRA; None if it is quantized, offloaded or not
+    finite.
+    """
     base = weight.module.get_base_layer().weight
     if base.device.type == "meta" or not base.is_floating_point() or base.dtype.itemsize < 2:
         return None
@@ -269,24 +314,26 @@ def _base_norm(weight: Frozen) -> float | None:
 
 
 class LoraMonitor(TrainingCallback):
-    r"""Measure the update of every trained matrix at every n-th step of training, and log the numbers.
+    r"""Measure the update of every trained matrix at every n-th step of training, and log the
+    numbers.
 
-    Pass it to a Trainer of transformers or TRL (``Trainer(..., callbacks=[monitor])``; ``monitor.log_to(trainer)`` adds
-    its numbers to the Trainer's log), or use it in your own loop::
+    Pass it to a Trainer of transformers or TRL (``Trainer(..., callbacks=[monitor])``;
+    ``monitor.log_to(trainer)`` adds its numbers to the Trainer's log), or use it in your own loop::
 
         with LoraMonitor("monitor.jsonl", every=50).attach(model) as monitor:
             for batch in batches:
                 ...
                 optimizer.step()
-                if monitor.step():                     # True if a rule of stop_on holds
+                if monitor.step():  # True if a rule of stop_on holds
                     break
 
-    ``loradiag checkpoints monitor.jsonl --follow``, ``inspect``, ``plot``, ``report`` and ``gate`` read the records,
-    also during training. After a resume from a checkpoint, the records up to its step are kept, and new ones follow.
+    ``loradiag checkpoints monitor.jsonl --follow``, ``inspect``, ``plot``, ``report`` and ``gate``
+    read the records, also during training. After a resume from a checkpoint, the records up to its
+    step are kept, and new ones follow.
 
     Args:
-        output: The results file; None for ``monitor.jsonl`` in the Trainer's output folder. That of an earlier run of
-            the monitor is renamed (``monitor.1.jsonl``).
+        output: The results file; None for ``monitor.jsonl`` in the Trainer's output folder. That of
+            an earlier run of the monitor is renamed (``monitor.1.jsonl``).
         every: Measure after the steps ``every``, 2·``every``, …, and in a Trainer after the last.
         stop_on: Rules that end the training: of ``RULES``, one or several.
         layers: Regular expression; only weights whose name contains a match. None for all.
@@ -313,7 +360,10 @@ class LoraMonitor(TrainingCallback):
         if unknown := sorted(self.stop_on - set(RULES)):
             raise UsageError(f"stop_on={unknown[0]!r}: no such rule; use {', '.join(RULES)}")
         self.output, self.every, self.log = None if output is None else Path(output), every, log
-        self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        self._is_selected, self._settings = (
+            selector(layers, exclude),
+            {"layers": layers, "exclude": exclude},
+        )
         self._parts: list[_Part | _Rows] = []
         self._writer: ResultsWriter[CheckpointLayer] | None = None
         self._left_out: list[LeftOut] = []
@@ -325,56 +375,94 @@ class LoraMonitor(TrainingCallback):
     def attach(self, model: nn.Module, step: int = 0) -> Self:
         """Find the weights of a model, and open the results file; return the monitor.
 
-        Where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3), it says so and measures nothing.
+        Where the weights are sharded over processes (FSDP, DeepSpeed ZeRO-3), it says so and
+        measures nothing.
 
         Args:
             model: The model, possibly with adapters and data-parallel wrappers.
             step: Number of updates so far.
 
         Raises:
-            UsageError: No output is given, the model has nothing to measure, or the file is not a monitor's or is being
-                written.
+            UsageError: No output is given, the model has nothing to measure, or the file is not a
+                monitor's or is being written.
             InputError: The output cannot be written.
         """
         self.close(finished=False)  # of a training that an error ended
         self._step = step
         if not is_main():
             return self
-        if sharded := [name for name, weight in model.named_parameters() if is_sharded(name, weight)]:
-            _LOG.warning("LoraMonitor measures nothing: %s is sharded over processes (FSDP, ZeRO-3)", sharded[0])
+        if sharded := [
+            name for name, weight in model.named_parameters() if is_sharded(name, weight)
+        ]:
+            _LOG.warning(
+                "LoraMonitor measures nothing: %s is sharded over processes (FSDP, ZeRO-3)",
+                sharded[0],
+            )
             return self
         weights, unread = weights_of(model, self._is_selected)
         unread |= {each.name: "it is no matrix" for each in weights if len(each.shape) != 2}
-        self._left_out = [LeftOut(layer=name, shape=(), reason="no_factors", detail=unread[name]) for name in unread]
+        self._left_out = [
+            LeftOut(layer=name, shape=(), reason="no_factors", detail=unread[name])
+            for name in unread
+        ]
         if unread:
-            _LOG.warning("LoraMonitor leaves out %s: %s", list_names(list(unread)), next(iter(unread.values())))
+            _LOG.warning(
+                "LoraMonitor leaves out %s: %s",
+                list_names(list(unread)),
+                next(iter(unread.values())),
+            )
         # Of a head that is tied to a table, the table, under whose name they are saved.
-        trained = {id(each.parameter): each for each in weights if isinstance(each, Trained) and len(each.shape) == 2}
-        self._parts = [*_make_parts(weights), *(_Rows.sample(each, step == 0) for each in trained.values())]
+        trained = {
+            id(each.parameter): each
+            for each in weights
+            if isinstance(each, Trained) and len(each.shape) == 2
+        }
+        self._parts = [
+            *_make_parts(weights),
+            *(_Rows.sample(each, step == 0) for each in trained.values()),
+        ]
         if not self._parts:
             raise UsageError("nothing to monitor: no selected matrix is trained or under a LoRA")
         if self.output is None:
-            raise UsageError("output: is required outside of a Trainer; give the name of a results file")
-        inputs = (RunInput(role=ROLE, path=legible(self.output.parent), kind="in training", tensors=len(weights)),)
+            raise UsageError(
+                "output: is required outside of a Trainer; give the name of a results file"
+            )
+        inputs = (
+            RunInput(
+                role=ROLE,
+                path=legible(self.output.parent),
+                kind="in training",
+                tensors=len(weights),
+            ),
+        )
         settings = {**self._settings, "every": self.every, "ranks": list(RANKS)}
-        self._open(Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings))
+        self._open(
+            Run(command="checkpoints", version=__version__, inputs=inputs, settings=settings)
+        )
         return self
 
     def _open(self, run: Run) -> None:
-        """Open the results file; rename that of an earlier run, and copy its records up to the present step.
+        """Open the results file; rename that of an earlier run, and copy its records up to the
+        present step.
 
         Raises:
             UsageError: The file is not a monitor's, or is being written.
             InputError: It cannot be read or written.
         """
-        path, checkpoints, by_step = self.output, list[Checkpoint](), dict[int, list[CheckpointLayer]]()
+        path, checkpoints, by_step = (
+            self.output,
+            list[Checkpoint](),
+            dict[int, list[CheckpointLayer]](),
+        )
         assert path is not None
         if path.exists() and path.stat().st_size:
             check_output(path, RESULTS, appending=True)
             os.close(lock(path))
             earlier = read_results(path)
             if [each.role for each in earlier.run.inputs] != [ROLE]:
-                raise UsageError(f"{path}: holds results of loradiag {earlier.run.command}; choose another name")
+                raise UsageError(
+                    f"{path}: holds results of loradiag {earlier.run.command}; choose another name"
+                )
             by_step = group_by(earlier, "step")
             checkpoints = [each for each in earlier.whole_of(Checkpoint) if each.step <= self._step]
             names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(1))
@@ -398,7 +486,8 @@ class LoraMonitor(TrainingCallback):
         """Release the model, and end the results file.
 
         Args:
-            finished: False to end the file without ``left_out`` records and last line, as that of an interrupted run.
+            finished: False to end the file without ``left_out`` records and last line, as that of
+                an interrupted run.
 
         Raises:
             InputError: The results file cannot be written.
@@ -411,34 +500,47 @@ class LoraMonitor(TrainingCallback):
             self._writer = None
         self._recent.clear()
 
-    # --- in a Trainer ---------------------------------------------------------------------------------------------
+    # --- in a Trainer
+    # ---------------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Attach to the model, as ``attach`` does; the file is in the Trainer's output folder by default."""
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Attach to the model, as ``attach`` does; the file is in the Trainer's output folder by
+        default.
+        """
         if self.output is None and is_main():
             self.output = Path(args.output_dir, MONITOR)
         self.attach(model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write the records of the step before, with the losses that the Trainer has logged since."""
+        """Write the records of the step before, with the losses that the Trainer has
+        logged since.
+        """
         self._write(state.log_history)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure if it is due; end the training if a rule of ``stop_on`` holds."""
         should_log = control.should_log
-        if self._advance(state.global_step, state.log_history, state.global_step >= state.max_steps):
+        if self._advance(
+            state.global_step, state.log_history, state.global_step >= state.max_steps
+        ):
             control.should_training_stop = True
-        control.should_log = should_log  # the Trainer's log resets it, and would not log the loss of this step
+        control.should_log = (
+            should_log  # the Trainer's log resets it, and would not log the loss of this step
+        )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the last records, and close the file, as ``close`` does."""
         self._write(state.log_history)
         self.close()
 
-    # --- shared by both -------------------------------------------------------------------------------------------
+    # --- shared by both
+    # -------------------------------------------------------------------------------------------
 
     def _advance(self, step: int, history: Sequence[Any] = (), last: bool = False) -> bool:
-        """Measure the weights after a step if it is due, log and warn; return whether a rule of ``stop_on`` holds.
+        """Measure the weights after a step if it is due, log and warn; return whether a rule of
+        ``stop_on`` holds.
 
         Args:
             step: Number of updates so far.
@@ -469,12 +571,16 @@ class LoraMonitor(TrainingCallback):
     def _warn(self, checkpoint: Checkpoint) -> set[str]:
         """Return the rules that hold now, and warn of those that hold for the first time."""
         moments = [*self._recent, (checkpoint, self._pending)]
-        run = judge([record for _, group in moments for record in group], [each for each, _ in moments])
+        run = judge(
+            [record for _, group in moments for record in group], [each for each, _ in moments]
+        )
         found = {rule: list(layers) for rule, layers in run.affected.items() if layers}
         if run.spike is not None and run.spike > SPIKED:
             found.setdefault("spiked", ["all layers together"])
         for rule in found.keys() - self._warned:
-            _LOG.warning("step %d: %s: %s", checkpoint.step, rule.replace("_", "-"), list_names(found[rule]))
+            _LOG.warning(
+                "step %d: %s: %s", checkpoint.step, rule.replace("_", "-"), list_names(found[rule])
+            )
         self._warned |= found.keys()
         return set(found)
 
@@ -499,7 +605,9 @@ class LoraMonitor(TrainingCallback):
 
 
 def _make_parts(weights: Sequence[Weight]) -> list[_Part]:
-    """Return the layers under a LoRA, together where their factors have one shape and one device."""
+    """Return the layers under a LoRA, together where their factors have one shape and
+    one device.
+    """
     groups: dict[Any, list[Frozen]] = {}
     for weight in weights:
         if isinstance(weight, Frozen) and len(weight.shape) == 2:

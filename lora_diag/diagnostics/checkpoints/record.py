@@ -1,4 +1,6 @@
-"""Records of ``checkpoints``: each layer of each checkpoint of a run, each checkpoint, the run, and the choice."""
+"""Records of ``checkpoints``: each layer of each checkpoint of a run, each checkpoint, the run, and
+the choice.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,35 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
-from lora_diag.records.base import Count, Guard, LayerRecord, Nats, Norm, Ratio, Record, Share, Shown, WholeRecord
+from lora_diag.records.base import (
+    Count,
+    Guard,
+    LayerRecord,
+    Nats,
+    Norm,
+    Ratio,
+    Record,
+    Share,
+    Shown,
+    WholeRecord,
+)
 
 # Overlaps of the spaces of the largest singular vectors, with those of random spaces.
 _OVERLAP: dict[str, Any] = {"share": True, "drop": 7, "chance": "overlap_random", "terminal": True}
 _OVERLAPS = tuple(
-    Shown(f"overlap_{which}", f"overlap {which}", f"of the largest directions with the {which} checkpoint", **_OVERLAP)
+    Shown(
+        f"overlap_{which}",
+        f"overlap {which}",
+        f"of the largest directions with the {which} checkpoint",
+        **_OVERLAP,
+    )
     for which in ("next", "last")
 )
 
 
 class CheckpointLayer(LayerRecord):
-    """One layer of one checkpoint: its update ΔW_t, and how it changed since the checkpoint before, ΔW_{t−1}.
+    """One layer of one checkpoint: its update ΔW_t, and how it changed since the checkpoint before,
+    ΔW_{t−1}.
 
     Args:
         layer: The weight's name in BASE, or in the adapter without BASE.
@@ -30,26 +49,32 @@ class CheckpointLayer(LayerRecord):
         sigma_1: σ_1(ΔW_t).
         spectral_share: σ_1² / ‖ΔW_t‖_F²; null for a zero update.
         stable_rank: ‖ΔW_t‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of σ_i²/Σσ²; null for a zero update, or if not all σ_i were computed.
-        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW_t‖_F² by r; null for a zero update, or beyond the computed values.
-        directions: k, the dimension of the space of the largest left singular vectors of ΔW_t that overlaps compare;
-            less than requested if the rank is.
-        overlap_next: ‖U_tᵀU_{t+1}‖_F²/k of these spaces: 1 for equal spaces; null for the last checkpoint.
+        effective_rank: exp of the entropy of σ_i²/Σσ²; null for a zero update, or if not all σ_i
+            were computed.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW_t‖_F² by r; null for a zero update, or beyond the computed
+            values.
+        directions: k, the dimension of the space of the largest left singular vectors of ΔW_t that
+            overlaps compare; less than requested if the rank is.
+        overlap_next: ‖U_tᵀU_{t+1}‖_F²/k of these spaces: 1 for equal spaces; null for the last
+            checkpoint.
         overlap_last: The same with the last checkpoint; null for the last.
         overlap_random: k/out, the expected overlap of random spaces.
         increment: ‖ΔW_t − ΔW_{t−1}‖_F; of the first checkpoint, ‖ΔW_t‖_F.
-        cosine: Cosine of this increment and the one before; null for the first checkpoint and zero increments.
-        unchanged: Fraction of stored entries (of an adapter: of its factors) that are equal in the checkpoint before;
-            of the first checkpoint in BASE, null for an adapter.
-        kinship: Cosine of the stored factor A and that of the checkpoint before, near 0 for factors of two runs; null
-            for weights, and where the rank has changed.
+        cosine: Cosine of this increment and the one before; null for the first checkpoint and zero
+            increments.
+        unchanged: Fraction of stored entries (of an adapter: of its factors) that are equal in the
+            checkpoint before; of the first checkpoint in BASE, null for an adapter.
+        kinship: Cosine of the stored factor A and that of the checkpoint before, near 0 for factors
+            of two runs; null for weights, and where the rank has changed.
         dead: Whether ΔW_t = 0.
         non_finite: Why ΔW_t is not finite; null if it is.
-        method: Method of the singular values; of factors ``factored``, without singular values ``rows``: norms and
-            cosine are estimates from randomly sampled rows, as ``LoraMonitor`` measures weights that are trained.
+        method: Method of the singular values; of factors ``factored``, without singular values
+            ``rows``: norms and cosine are estimates from randomly sampled rows, as ``LoraMonitor``
+            measures weights that are trained.
         fro_error: Standard error of ``fro`` from the sampling of rows; null if it is not sampled.
         increment_error: Standard error of ``increment``, likewise.
-        gram: ⟨ΔW_t, ΔW_s⟩ for every checkpoint s up to this one; empty if only neighbours were compared.
+        gram: ⟨ΔW_t, ΔW_s⟩ for every checkpoint s up to this one; empty if only neighbours were
+            compared.
         overlaps: ‖U_tᵀU_s‖_F²/k for every checkpoint s before this one; empty likewise.
     """
 
@@ -59,13 +84,28 @@ class CheckpointLayer(LayerRecord):
         Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F", main=True),
         Shown("increment", "increment", "‖ΔW_t − ΔW_{t−1}‖_F", main=True),
         Shown("cosine", "cosine", "of this increment and the one before", main=True, form=".2f"),
-        Shown("spectral_share", "σ₁² share", "fraction of the energy in σ₁", "σ₁² / ‖ΔW‖_F²", share=True, main=True),
-        Shown("effective_rank", "eff. rank", "exp of the entropy of σ_i²/Σσ²", axis="effective rank", main=True),
+        Shown(
+            "spectral_share",
+            "σ₁² share",
+            "fraction of the energy in σ₁",
+            "σ₁² / ‖ΔW‖_F²",
+            share=True,
+            main=True,
+        ),
+        Shown(
+            "effective_rank",
+            "eff. rank",
+            "exp of the entropy of σ_i²/Σσ²",
+            axis="effective rank",
+            main=True,
+        ),
         *_OVERLAPS,
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
-            "effective_rank", "lower", "the update has fewer effective directions at this step than before: a collapse"
+            "effective_rank",
+            "lower",
+            "the update has fewer effective directions at this step than before: a collapse",
         ),
     )
     record: Literal["checkpoint_layer"] = "checkpoint_layer"
@@ -98,15 +138,22 @@ class CheckpointLayer(LayerRecord):
 
     @classmethod
     def check_together(cls, records: Sequence[Any]) -> str | None:
-        """Return which layer lacks a step, or overlaps with earlier steps; None if every layer has all."""
+        """Return which layer lacks a step, or overlaps with earlier steps; None if every layer has
+        all.
+        """
         steps = list(group_by(records, "step"))
         for layer, group in group_by(records, "layer").items():
             if sorted(record.step for record in group) != sorted(steps):
-                return f"layer {layer!r} is recorded at {len(group)} of the run's {len(steps)} steps"
+                return (
+                    f"layer {layer!r} is recorded at {len(group)} of the run's {len(steps)} steps"
+                )
             for index, record in enumerate(group):
                 if record.overlaps and len(record.overlaps) != index:
                     place = f"layer {layer!r}, step {record.step}"
-                    return f"{place}: overlaps has {len(record.overlaps)} entries, where {index} steps came before"
+                    return (
+                        f"{place}: overlaps has {len(record.overlaps)} entries, where {index} "
+                        "steps came before"
+                    )
         return None
 
 
@@ -124,7 +171,8 @@ class HeldOutLoss(Record):
     Args:
         loss: Mean loss per token.
         error: Standard error of ``loss``; null if it is not known.
-        excess: ``loss`` minus that of the best checkpoint on this set, paired by sequence; null likewise.
+        excess: ``loss`` minus that of the best checkpoint on this set, paired by sequence; null
+            likewise.
         excess_error: Standard error of ``excess``; null likewise.
     """
 
@@ -143,11 +191,12 @@ class Checkpoint(WholeRecord):
         final: Whether it is the final model in the run's own folder.
         foreign: Whether its log contradicts that of the checkpoint before: they are of two runs.
         losses: Held-out loss by evaluation set; empty if none was measured.
-        train_loss: Mean of the training losses that the trainer logged since the checkpoint before; null without a log.
+        train_loss: Mean of the training losses that the trainer logged since the checkpoint before;
+            null without a log.
         eval_loss: Evaluation loss that the trainer logged at this step; null likewise.
         rate: Learning rate logged last up to this step; null likewise.
-        rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged rates linear; null
-            likewise.
+        rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged
+            rates linear; null likewise.
         fro: √Σ‖ΔW_t‖_F² over the layers that are finite.
         relative: ``fro`` over √Σ‖W_base‖_F² of the same layers; null without BASE.
         increment: √Σ of the layers' squared increments; null if no layer has one.
@@ -164,16 +213,44 @@ class Checkpoint(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("step",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("fro", "‖ΔW‖", "Frobenius norm of the update over all layers", axis="‖ΔW‖_F", main=True),
+        Shown(
+            "fro", "‖ΔW‖", "Frobenius norm of the update over all layers", axis="‖ΔW‖_F", main=True
+        ),
         Shown("relative", "‖ΔW‖/‖W‖", "over that of the base weights", drop=1, terminal=True),
-        Shown("increment", "increment", "norm of the change since the checkpoint before", drop=1, terminal=True),
-        Shown("cosine", "cosine", "of this increment and the one before", drop=3, form=".2f", terminal=True),
-        Shown("spectral_share", "σ₁² share", "median of the layers", share=True, drop=4, terminal=True),
+        Shown(
+            "increment",
+            "increment",
+            "norm of the change since the checkpoint before",
+            drop=1,
+            terminal=True,
+        ),
+        Shown(
+            "cosine",
+            "cosine",
+            "of this increment and the one before",
+            drop=3,
+            form=".2f",
+            terminal=True,
+        ),
+        Shown(
+            "spectral_share", "σ₁² share", "median of the layers", share=True, drop=4, terminal=True
+        ),
         Shown("effective_rank", "eff. rank", "median of the layers", drop=5, terminal=True),
         *_OVERLAPS,
         Shown("rate", "rate", "learning rate that the trainer logged", drop=8, terminal=True),
-        Shown("train_loss", "train loss", "mean logged training loss since the checkpoint before", terminal=True),
-        Shown("eval_loss", "eval loss", "evaluation loss that the trainer logged", drop=2, terminal=True),
+        Shown(
+            "train_loss",
+            "train loss",
+            "mean logged training loss since the checkpoint before",
+            terminal=True,
+        ),
+        Shown(
+            "eval_loss",
+            "eval loss",
+            "evaluation loss that the trainer logged",
+            drop=2,
+            terminal=True,
+        ),
     )
     record: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -218,44 +295,56 @@ class Trajectory(WholeRecord):
     """The run as a whole, as far as weights show it.
 
     Args:
-        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``two runs``: the checkpoints are
-            not of one run. ``out of order``: with two checkpoints exchanged the path is much shorter. ``dead``: a layer
-            ends with ΔW = 0, or all do. ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far
-            above its neighbours. ``frozen``: a layer stopped, while others move. ``random walk``: increments without a
-            common direction. ``settled``: it stays near its end from ``settled`` on. ``growing``: ‖ΔW‖ still grows;
-            ``moving``: it changes at about the same norm. Null for fewer than three checkpoints.
+        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``two runs``:
+            the checkpoints are not of one run. ``out of order``: with two checkpoints exchanged the
+            path is much shorter. ``dead``: a layer ends with ΔW = 0, or all do. ``collapsed``: a
+            layer lost most of its rank. ``spiked``: an increment far above its neighbours.
+            ``frozen``: a layer stopped, while others move. ``random walk``: increments without a
+            common direction. ``settled``: it stays near its end from ``settled`` on. ``growing``:
+            ‖ΔW‖ still grows; ``moving``: it changes at about the same norm. Null for fewer than
+            three checkpoints.
         step: The checkpoint that shows it first; null for states of the whole run.
         dead: Number of layers with ΔW = 0 at the last checkpoint.
         non_finite: Number of layers that are not finite at any.
         collapsed: Number of layers that lost most of their rank, suddenly or over the run.
         spiked: Number of layers with an increment far above its neighbours.
-        frozen: Number of layers that moved, and are unchanged from ``frozen_step`` to the end while others move.
+        frozen: Number of layers that moved, and are unchanged from ``frozen_step`` to the end while
+            others move.
         frozen_step: The last checkpoint at which the first of these layers moved; null without any.
         affected: The names of these layers, by field.
         repeated: Checkpoints that are equal to the one before.
-        other_run: The first checkpoint that is not of the same run as the one before it; null without such.
+        other_run: The first checkpoint that is not of the same run as the one before it; null
+            without such.
         swapped: Two checkpoints whose exchange shortens the path; null without such.
-        spike: The largest ratio of an increment of all layers together to the median of its neighbours: the smaller of
-            that per step and that per sum of learning rates, where these are known; null for fewer than four.
+        spike: The largest ratio of an increment of all layers together to the median of its
+            neighbours: the smaller of that per step and that per sum of learning rates, where these
+            are known; null for fewer than four.
         spike_step: The checkpoint of that increment.
-        first_share: Energy fraction of the first direction over time; null where updates are not all compared.
+        first_share: Energy fraction of the first direction over time; null where updates are not
+            all compared.
         first_share_random: The same of a random walk with the same norms of increments.
         linear: R² of the coefficient of that direction as a line in the step; null likewise.
         linear_random: The same of the random walk.
-        cosine: Mean cosine of consecutive increments of all layers together, weighted by their lengths.
-        cosine_momentum: The same of a random walk with momentum 0.9 and checkpoints at the median distance of these.
-        cosine_far: The same of increments that are 20 or more steps apart: 0 of a random walk, with momentum up to 0.9
-            too; null without such increments.
+        cosine: Mean cosine of consecutive increments of all layers together, weighted by their
+            lengths.
+        cosine_momentum: The same of a random walk with momentum 0.9 and checkpoints at the median
+            distance of these.
+        cosine_far: The same of increments that are 20 or more steps apart: 0 of a random walk, with
+            momentum up to 0.9 too; null without such increments.
         drift: Fraction of the final ‖ΔW‖² from inner products of these increments; null likewise.
         growth: Fraction of the final ‖ΔW‖ that was added in the last tenth of the steps.
-        growth_schedule: The same of steps along a line, in proportion to the learning rates; null if not known.
-        settled: The first checkpoint from which on the distance to the last one is at most a tenth of the final ‖ΔW‖;
-            null if it is in the last quarter of the run.
-        settled_schedule: The same of steps along a line, in proportion to the learning rates; null if not known.
+        growth_schedule: The same of steps along a line, in proportion to the learning rates; null
+            if not known.
+        settled: The first checkpoint from which on the distance to the last one is at most a tenth
+            of the final ‖ΔW‖; null if it is in the last quarter of the run.
+        settled_schedule: The same of steps along a line, in proportion to the learning rates; null
+            if not known.
     """
 
     key: ClassVar[tuple[str, ...]] = ("record",)
-    shown: ClassVar[tuple[Shown, ...]] = (Shown("state", "state", "what the weights show", main=True),)
+    shown: ClassVar[tuple[Shown, ...]] = (
+        Shown("state", "state", "what the weights show", main=True),
+    )
     record: Literal["trajectory"] = "trajectory"
     state: State | None
     step: int | None = None
@@ -291,7 +380,8 @@ class Choice(WholeRecord):
     Args:
         step: The best checkpoint.
         by: What judged it: the name of an evaluation set.
-        tied: Steps, in order, that this quantity does not distinguish from the best, which is one of them.
+        tied: Steps, in order, that this quantity does not distinguish from the best, which is one
+            of them.
         earliest: The earliest of these.
     """
 
@@ -299,7 +389,12 @@ class Choice(WholeRecord):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("step", "step", "the best checkpoint", main=True),
         Shown("by", "by", "what judged it", main=True),
-        Shown("earliest", "earliest", "the earliest checkpoint that is not distinguished from it", main=True),
+        Shown(
+            "earliest",
+            "earliest",
+            "the earliest checkpoint that is not distinguished from it",
+            main=True,
+        ),
     )
     record: Literal["choice"] = "choice"
     step: int
@@ -309,10 +404,12 @@ class Choice(WholeRecord):
 
 
 class Combination(WholeRecord):
-    """An average or an extrapolation Σ_t c_tΔW_t of the checkpoints, compared with the best single one.
+    """An average or an extrapolation Σ_t c_tΔW_t of the checkpoints, compared with the best single
+    one.
 
-    The best checkpoint and the best combination are chosen on the first half of the sequences of a set and compared on
-    the second half, since the lowest of several losses on a text is below its expectation there.
+    The best checkpoint and the best combination are chosen on the first half of the sequences of a
+    set and compared on the second half, since the lowest of several losses on a text is below its
+    expectation there.
 
     Args:
         name: The rule, such as ``last:3``.
@@ -320,7 +417,8 @@ class Combination(WholeRecord):
         weights: c_t.
         losses: Held-out loss by evaluation set, on all its sequences.
         by: The evaluation set that judged it.
-        single: Step of the checkpoint with the lowest loss on the first half; null for fewer than four sequences.
+        single: Step of the checkpoint with the lowest loss on the first half; null for fewer than
+            four sequences.
         chosen: Whether no other combination has a lower loss on the first half.
         gain: Loss of ``single`` minus that of the combination on the second half; null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
@@ -330,7 +428,14 @@ class Combination(WholeRecord):
 
     key: ClassVar[tuple[str, ...]] = ("name",)
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of the best checkpoint minus its own", form="+.4f", main=True, error="gain_error"),
+        Shown(
+            "gain",
+            "gain",
+            "loss of the best checkpoint minus its own",
+            form="+.4f",
+            main=True,
+            error="gain_error",
+        ),
     )
     record: Literal["combination"] = "combination"
     name: str

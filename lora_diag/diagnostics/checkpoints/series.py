@@ -1,9 +1,9 @@
 """The checkpoints of a training run, in the order of their steps, with what the trainer logged.
 
-Steps are read from names, as trainers write them, and from ``trainer_state.json`` of transformers: ``checkpoint-40``
-(transformers, TRL, axolotl, LLaMA-Factory), ``step_40`` and ``epoch_1`` (torchtune), ``epoch=1-step=40.ckpt``
-(Lightning), ``0000040_adapters.safetensors`` (MLX). The final model, in the run's own folder, counts as the last
-checkpoint if it differs from all others.
+Steps are read from names, as trainers write them, and from ``trainer_state.json`` of transformers:
+``checkpoint-40`` (transformers, TRL, axolotl, LLaMA-Factory), ``step_40`` and ``epoch_1``
+(torchtune), ``epoch=1-step=40.ckpt`` (Lightning), ``0000040_adapters.safetensors`` (MLX). The final
+model, in the run's own folder, counts as the last checkpoint if it differs from all others.
 """
 
 from __future__ import annotations
@@ -28,16 +28,23 @@ from lora_diag.errors import InputError, NothingComparedError
 MONITOR = "monitor.jsonl"
 
 # Steps in names of checkpoints, the most specific pattern first.
-_STEP = re.compile(r"(?:^|[-_.=])(?:checkpoint|ckpt|global_step|step|iter|iteration)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
+_STEP = re.compile(
+    r"(?:^|[-_.=])(?:checkpoint|ckpt|global_step|step|iter|iteration)[-_=]?(\d{1,12})(?![\d.]*\d)",
+    re.I,
+)
 _EPOCH = re.compile(r"(?:^|[-_.=])(?:epoch|adapter)[-_=]?(\d{1,12})(?![\d.]*\d)", re.I)
 _LEADING = re.compile(r"^(\d{1,12})_adapters\.safetensors$")
-# Names of what a trainer or a copy has not finished: ``tmp-checkpoint-40``, ``.checkpoint-40``, ``step_40.part``.
+# Names of what a trainer or a copy has not finished: ``tmp-checkpoint-40``, ``.checkpoint-40``,
+# ``step_40.part``.
 _UNFINISHED = re.compile(r"^(\.|tmp)|\.(part|tmp|incomplete)$")
 # Files of a trainer that are no weights.
-_STATES = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)\b|rng_state_\d|optim_states")
+_STATES = re.compile(
+    r"(training_args|optimizer|scheduler|scaler|rng_state|random_states)\b|rng_state_\d|optim_states"
+)
 _SUFFIXES = {".safetensors", ".pt", ".ckpt", ".bin"}
 
-# Steps between two checkpoints that are summed one by one; of more, as many evenly spaced ones stand for all.
+# Steps between two checkpoints that are summed one by one; of more, as many evenly spaced ones
+# stand for all.
 _MAX_POINTS = 1000
 
 
@@ -62,8 +69,8 @@ class Series:
 
     Args:
         steps: In ascending order of their steps.
-        final: The final model in the run's own folder, whose contents may be those of a checkpoint, with the last
-            planned step, 0 if it is not known; None without one.
+        final: The final model in the run's own folder, whose contents may be those of a checkpoint,
+            with the last planned step, 0 if it is not known; None without one.
         losses: Training losses.
         eval_losses: Evaluation losses.
         rates: Learning rates.
@@ -78,7 +85,9 @@ class Series:
     foreign: Set[int] = frozenset()
 
     def logged_between(self, after: int, step: int) -> dict[str, float | None]:
-        """Return the fields of a checkpoint's record that the trainer logged, given the step of the one before."""
+        """Return the fields of a checkpoint's record that the trainer logged, given the step of the
+        one before.
+        """
         losses = [loss for at, loss in self.losses.items() if after < at <= step]
         logged: dict[str, float | None] = {
             "train_loss": math.fsum(losses) / len(losses) if losses else None,
@@ -95,26 +104,46 @@ class Series:
 def step_of(path: Path) -> int | None:
     """Return the step that a checkpoint's name states; None if it states none.
 
-    >>> [step_of(Path(name)) for name in ("out/checkpoint-40", "epoch_1", "epoch=1-step=40.ckpt", "model.safetensors")]
+    >>> [
+    ...     step_of(Path(name))
+    ...     for name in (
+    ...         "out/checkpoint-40",
+    ...         "epoch_1",
+    ...         "epoch=1-step=40.ckpt",
+    ...         "model.safetensors",
+    ...     )
+    ... ]
     [40, 1, 40, None]
     >>> step_of(Path("0000100_adapters.safetensors"))
     100
     """
-    found = [match for pattern in (_STEP, _EPOCH, _LEADING) for match in pattern.findall(path.name)[-1:]]
+    found = [
+        match for pattern in (_STEP, _EPOCH, _LEADING) for match in pattern.findall(path.name)[-1:]
+    ]
     return int(found[0]) if found else None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the entries of a folder whose names state a step, and which are folders or files of weights."""
+    """Return the entries of a folder whose names state a step, and which are folders or files of
+    weights.
+    """
     if isinstance(folder, RemotePath) or not folder.is_dir():
         return []
-    named = [path for path in folder.iterdir() if step_of(path) is not None and not _UNFINISHED.search(path.name)]
+    named = [
+        path
+        for path in folder.iterdir()
+        if step_of(path) is not None and not _UNFINISHED.search(path.name)
+    ]
     return [path for path in named if path.is_dir() or path.suffix in _SUFFIXES]
 
 
 def holds_weights(folder: Path) -> bool:
-    """Return whether a file in the folder of a checkpoint may hold weights, and not only what else a trainer saves."""
-    return any(path.suffix in _SUFFIXES and not _STATES.match(path.name) for path in folder.rglob("*"))
+    """Return whether a file in the folder of a checkpoint may hold weights, and not only what else
+    a trainer saves.
+    """
+    return any(
+        path.suffix in _SUFFIXES and not _STATES.match(path.name) for path in folder.rglob("*")
+    )
 
 
 def find_series(paths: Sequence[Path | str]) -> Series:
@@ -125,8 +154,8 @@ def find_series(paths: Sequence[Path | str]) -> Series:
 
     Raises:
         NothingComparedError: The folder contains no checkpoint.
-        InputError: A path does not exist, its step is not known or contradicts its trainer state, two have one step, or
-            a trainer state cannot be read.
+        InputError: A path does not exist, its step is not known or contradicts its trainer state,
+            two have one step, or a trainer state cannot be read.
     """
     located, final = [as_path(path) for path in paths], None
     if missing := [path for path in located if not path.exists()]:
@@ -139,20 +168,27 @@ def find_series(paths: Sequence[Path | str]) -> Series:
     steps, foreign, log = _order(chosen)
     for first, second in pairwise(steps):
         if first.step == second.step:
-            raise InputError(f"{second.path}: is of step {second.step}, and so is {first.path}; give one of the two")
-    if len(located) == 1 and (any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))):
+            raise InputError(
+                f"{second.path}: is of step {second.step}, and so is {first.path}; give one of the "
+                "two"
+            )
+    if len(located) == 1 and (
+        any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))
+    ):
         log = read_log(located[0]) or log
         final = Step(max(log.step or 0, log.planned or 0), located[0], final=True)
     return make_series(steps, final, log, foreign)
 
 
 def _order(paths: Sequence[Path]) -> tuple[list[Step], Set[int], Log]:
-    """Return checkpoints in the order of their steps, those of another run than the one before, and the last log.
+    """Return checkpoints in the order of their steps, those of another run than the one before, and
+    the last log.
 
     Logs are read one after the other, and two are in memory at a time.
 
     Raises:
-        InputError: A step is not known or contradicts its trainer state, or a trainer state cannot be read.
+        InputError: A step is not known or contradicts its trainer state, or a trainer state cannot
+            be read.
     """
     steps, foreign = list[Step](), set[int]()
     last, last_step = Log(), 0
@@ -183,11 +219,17 @@ def _choose_step(path: Path, log: Log) -> int:
         raise InputError(f"{path}: {problem}; restore or rename it")
     if (step := named if recorded is None else recorded) is None:
         fix = "name it like checkpoint-100, or give the folder of the run"
-        raise InputError(f"{path}: its step is not known: neither its name nor a {STATE} states it; {fix}")
+        raise InputError(
+            f"{path}: its step is not known: neither its name nor a {STATE} states it; {fix}"
+        )
     return step
 
 
-def make_series(steps: Sequence[Step], final: Step | None, log: Log, foreign: Set[int] = frozenset()) -> Series:
+def make_series(
+    steps: Sequence[Step], final: Step | None, log: Log, foreign: Set[int] = frozenset()
+) -> Series:
     """Return the checkpoints of a run with what its trainer logged."""
     values = log.values
-    return Series(tuple(steps), final, values["loss"], values["eval_loss"], values["learning_rate"], foreign)
+    return Series(
+        tuple(steps), final, values["loss"], values["eval_loss"], values["learning_rate"], foreign
+    )

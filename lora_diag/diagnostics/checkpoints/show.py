@@ -1,4 +1,6 @@
-"""Terminal output of ``checkpoints``: the checkpoints, what the weights show of the run, and the live table."""
+"""Terminal output of ``checkpoints``: the checkpoints, what the weights show of the run, and the
+live table.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,12 @@ from typing import Any
 
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, Trajectory, group_by
+from lora_diag.diagnostics.checkpoints.record import (
+    Checkpoint,
+    CheckpointLayer,
+    Trajectory,
+    group_by,
+)
 from lora_diag.diagnostics.checkpoints.series import MONITOR, list_checkpoints
 from lora_diag.diagnostics.checkpoints.trainer import read_log
 from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge
@@ -20,11 +27,21 @@ from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, pooled_value
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import format_shown, fraction, list_names, number, quantity, strip, written
+from lora_diag.rendering.text import (
+    format_shown,
+    fraction,
+    list_names,
+    number,
+    quantity,
+    strip,
+    written,
+)
 
 
 def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> list[Grid]:
-    """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the last one."""
+    """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the
+    last one.
+    """
     rows = [(str(each.step), [each]) for each in results.whole_of(Checkpoint)]
     grids = [*([grid_of(Checkpoint.shown, rows, "step")] if rows else []), *held_out_grids(results)]
     if per == "layer" and rows:
@@ -42,13 +59,20 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     problems, movement = list(_describe_problems(run, checkpoints)), _describe_movement(run)
     if not problems and not movement:
         few = f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"
-        movement = ["no layer is dead, collapsed, spiked or not finite" if len(checkpoints) > 2 else few]
+        movement = [
+            "no layer is dead, collapsed, spiked or not finite" if len(checkpoints) > 2 else few
+        ]
     verdict = problems or movement[:1]
-    meaning = "weights do not show quality: no number here leads the held-out loss; compare it before choosing"
+    meaning = (
+        "weights do not show quality: no number here leads the held-out loss; compare it "
+        "before choosing"
+    )
     return summarize(
         results,
         *held_out_lines(results),
-        make_statement("verdict", "Verdict", *verdict, level="warning" if problems else "note", priority=0),
+        make_statement(
+            "verdict", "Verdict", *verdict, level="warning" if problems else "note", priority=0
+        ),
         make_statement("movement", "Movement", *movement[not problems :]),
         make_statement("path", "Path", *_describe_path(run)),
         make_statement("interpretation", "Interpretation", meaning),
@@ -58,7 +82,9 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
 def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
     """State what is wrong with the run, the most serious first."""
     layers = quantity(checkpoints[-1].layers, "layer")
-    named = {key: f"{len(names)} of {layers}: {list_names(names)}" for key, names in run.affected.items()}
+    named = {
+        key: f"{len(names)} of {layers}: {list_names(names)}" for key, names in run.affected.items()
+    }
     if bad := [index for index, each in enumerate(checkpoints) if each.non_finite]:
         keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad[0] else ""
         yield f"not finite from step {checkpoints[bad[0]].step} on, in {named['non_finite']}{keep}"
@@ -80,45 +106,93 @@ def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> It
         step = run.step if run.state == "spiked" else run.spike_step
         change = "changes far more than at its neighbours and other layers do"
         if step == run.spike_step:
-            change = f"the whole update changes {number(run.spike or 0.0)} times as much as at its neighbours"
+            change = (
+                f"the whole update changes {number(run.spike or 0.0)} times as much as at "
+                "its "
+                "neighbours"
+            )
         yield f"spiked at step {step}: {change}{layers}"
     if run.frozen:
-        yield f"frozen: unchanged from step {run.frozen_step} on, while others move, in {named['frozen']}"
+        yield (
+            f"frozen: unchanged from step {run.frozen_step} on, while others move, in "
+            f"{named['frozen']}"
+        )
     if run.repeated:
-        yield f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood still"
+        yield (
+            f"step {run.repeated[0]} equals the checkpoint before it: a copy, or training stood "
+            "still"
+        )
 
 
 def _describe_movement(run: Trajectory) -> list[str]:
-    """State whether the run settled or still moves, and what the learning rates alone give; empty if not known."""
+    """State whether the run settled or still moves, and what the learning rates alone give; empty
+    if not known.
+    """
     if run.growth is None:
         return []
     known = run.growth_schedule is not None
     alone = f" (by the learning rates alone from {run.settled_schedule})" if known else ""
     if run.state == "random walk":
-        lead = "a random walk: increments have no common direction, and the path is that of independent steps"
+        lead = (
+            "a random walk: increments have no common direction, and the path is that of "
+            "independent steps"
+        )
     elif run.settled is not None:
-        lead = f"settled from step {run.settled}{alone}: the rest of the run moves ΔW by less than 10%"
+        lead = (
+            f"settled from step {run.settled}{alone}: the rest of the run moves ΔW by less than 10%"
+        )
     else:
-        lead = f"still {'growing' if run.growth > GROWING else 'moving'}: the last quarter moves ΔW by more than 10%"
-    growth = f", by the learning rates alone {number(100 * (run.growth_schedule or 0.0))}%" if known else ""
-    unknown = "" if known else "learning rates are not known: shrinking steps may be those of the schedule"
-    return [lead, f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}", unknown]
+        lead = (
+            f"still {'growing' if run.growth > GROWING else 'moving'}: the last quarter moves "
+            "ΔW by more than 10%"
+        )
+    growth = (
+        f", by the learning rates alone {number(100 * (run.growth_schedule or 0.0))}%"
+        if known
+        else ""
+    )
+    unknown = (
+        ""
+        if known
+        else "learning rates are not known: shrinking steps may be those of the schedule"
+    )
+    return [
+        lead,
+        f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}",
+        unknown,
+    ]
 
 
 def _describe_path(run: Trajectory) -> list[str]:
-    """State how much of the path is one direction, and what a random walk has; empty if not known."""
+    """State how much of the path is one direction, and what a random walk has; empty if
+    not known.
+    """
     if run.first_share is None:
         return []
-    values = [run.first_share, run.first_share_random, run.linear, run.linear_random, run.cosine, run.cosine_momentum]
-    share, random, linear, linear_random, cosine, momentum = (format_shown(value, fraction) for value in values)
-    far = f"no increments are {APART} steps apart: a random walk is not told from a path with a direction"
+    values = [
+        run.first_share,
+        run.first_share_random,
+        run.linear,
+        run.linear_random,
+        run.cosine,
+        run.cosine_momentum,
+    ]
+    share, random, linear, linear_random, cosine, momentum = (
+        format_shown(value, fraction) for value in values
+    )
+    far = (
+        f"no increments are {APART} steps apart: a random walk is not told from a path with a "
+        "direction"
+    )
     if run.drift is not None:
         common = (
-            f"have the cosine {format_shown(run.cosine_far, fraction)} and give {number(100 * run.drift)}% of ‖ΔW‖²"
+            f"have the cosine {format_shown(run.cosine_far, fraction)} and give "
+            f"{number(100 * run.drift)}% of ‖ΔW‖²"
         )
         far = f"increments {APART} or more steps apart {common}, of a random walk 0"
     return [
-        f"one direction has {share} of the energy over time, of a random walk with equal increments {random}",
+        f"one direction has {share} of the energy over time, of a random walk with equal "
+        f"increments {random}",
         f"it grows linearly with R² {linear}, of the random walk {linear_random}",
         f"cosine of increments {cosine}, of a random walk with momentum 0.9 {momentum}",
         far,
@@ -132,8 +206,11 @@ LIVE = ("increment", "effective_rank", "spectral_share", "cosine")
 BARS = 7
 
 
-def draw_live(results: Results[CheckpointLayer] | None, waiting: str, width: int, color: bool) -> str:
-    """Return a table with the course of each module type, and the verdict, for a terminal that is refreshed.
+def draw_live(
+    results: Results[CheckpointLayer] | None, waiting: str, width: int, color: bool
+) -> str:
+    """Return a table with the course of each module type, and the verdict, for a terminal that is
+    refreshed.
 
     Args:
         results: The records so far; None without any.
@@ -147,10 +224,26 @@ def draw_live(results: Results[CheckpointLayer] | None, waiting: str, width: int
     shown = {field.path: field for field in Checkpoint.shown}
     columns = []
     for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
-        courses = ([pooled_value(shown[path], row.get(name, ())) for row in rows] for name in rows[-1])
-        columns.append(Column(shown[path].title, tuple(_draw_course(shown[path], each) for each in courses), drop=drop))
-    grid = Grid(describe_step(checkpoints[-1]), "module type", tuple(rows[-1]), tuple(columns), most=len(rows[-1]))
-    return grids_table([grid], [each for each in checkpoints_lines(results) if each.key == "verdict"], width, color)
+        courses = (
+            [pooled_value(shown[path], row.get(name, ())) for row in rows] for name in rows[-1]
+        )
+        columns.append(
+            Column(
+                shown[path].title,
+                tuple(_draw_course(shown[path], each) for each in courses),
+                drop=drop,
+            )
+        )
+    grid = Grid(
+        describe_step(checkpoints[-1]),
+        "module type",
+        tuple(rows[-1]),
+        tuple(columns),
+        most=len(rows[-1]),
+    )
+    return grids_table(
+        [grid], [each for each in checkpoints_lines(results) if each.key == "verdict"], width, color
+    )
 
 
 def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
@@ -163,24 +256,36 @@ def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
 
 def describe_step(checkpoint: Checkpoint) -> str:
     """Return the numbers of a checkpoint as one line."""
-    values = {shown: value for shown in Checkpoint.shown if isinstance(value := shown.value(checkpoint), float)}
-    texts = (f"{shown.title} {written(value, shown.form, shown.share)}" for shown, value in values.items())
-    problems = (f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name)))
+    values = {
+        shown: value
+        for shown in Checkpoint.shown
+        if isinstance(value := shown.value(checkpoint), float)
+    }
+    texts = (
+        f"{shown.title} {written(value, shown.form, shown.share)}"
+        for shown, value in values.items()
+    )
+    problems = (
+        f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name))
+    )
     return ", ".join((f"step {checkpoint.step}", *texts, *problems))
 
 
 # Seconds between two looks at the files.
 INTERVAL = 1.0
 
-# Shows a text that depends on the width of the terminal and on its colours, or prints lines where there is none.
+# Shows a text that depends on the width of the terminal and on its colours, or prints lines where
+# there is none.
 OnView = Callable[[Callable[[int, bool], str], Sequence[str]], None]
 
 
-def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_view: OnView) -> Results[CheckpointLayer]:
+def follow_run(
+    run: Path, measure: Callable[[], Results[CheckpointLayer]], on_view: OnView
+) -> Results[CheckpointLayer]:
     """Show the records of a run until it ends, or until Ctrl-C.
 
-    The records are those that ``LoraMonitor`` writes, if there are any; else those of the checkpoints, which are
-    measured whenever a file of one has changed.
+    The records are those that ``LoraMonitor`` writes, if there are any; else those of the
+    checkpoints, which are measured whenever a file of one has changed.
 
     Args:
         run: The folder of a run, or the results file of a monitor.
@@ -195,9 +300,16 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
         KeyboardInterrupt: Ctrl-C, before there were records.
     """
     if not run.exists():
-        raise InputError(f"{run}: no such file or folder; give the folder that the trainer writes to")
+        raise InputError(
+            f"{run}: no such file or folder; give the folder that the trainer writes to"
+        )
     monitor = run if run.is_file() else run / MONITOR
-    waiting, results, measured, printed = f"{run}: waiting for {monitor.name} or checkpoints", None, None, set[str]()
+    waiting, results, measured, printed = (
+        f"{run}: waiting for {monitor.name} or checkpoints",
+        None,
+        None,
+        set[str](),
+    )
     ended = False
     try:
         while not ended:
@@ -207,11 +319,17 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
                 try:
                     results = read_results(monitor) if is_monitored else measure()
                     ended = results.end is not None if is_monitored else _has_ended(paths)
-                except (InputError, NothingComparedError) as error:  # of a file that is being written, or only one
+                except (
+                    InputError,
+                    NothingComparedError,
+                ) as error:  # of a file that is being written, or only one
                     waiting = f"waiting for more: {error}"
             shown = results.whole_of(Checkpoint) if results is not None else []
             lines = [describe_step(each) for each in shown] or [waiting]
-            on_view(partial(draw_live, results, waiting), [line for line in lines if line not in printed])
+            on_view(
+                partial(draw_live, results, waiting),
+                [line for line in lines if line not in printed],
+            )
             printed |= set(lines)
             if not ended:
                 time.sleep(max(INTERVAL, 10 * (time.monotonic() - start)))
@@ -225,8 +343,14 @@ def follow_run(run: Path, measure: Callable[[], Results[CheckpointLayer]], on_vi
 def _list_states(paths: Sequence[Path]) -> list[tuple[Path, int, int]]:
     """Return size and time of the last change of every file at some paths."""
     with suppress(OSError):  # of a file that is removed at this moment
-        files = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-        return [(file, status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())]
+        files = [
+            file
+            for path in paths
+            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
+        ]
+        return [
+            (file, status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())
+        ]
     return []
 
 

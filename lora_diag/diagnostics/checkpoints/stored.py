@@ -1,4 +1,6 @@
-"""The updates of one layer at several steps from weights or any adapter, with torch, in row blocks of all steps."""
+"""The updates of one layer at several steps from weights or any adapter, with torch, in row blocks
+of all steps.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from torch import Tensor
 
 from lora_diag.deltas import BLOCK_ENTRIES, Delta, DenseDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.checkpoints import factors
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, PRODUCT_OVERFLOW, Change, bytes_of, load_addend, load_change
+from lora_diag.layers.change import (
+    COMPUTED_ENTRY_BYTES,
+    PRODUCT_OVERFLOW,
+    Change,
+    bytes_of,
+    load_addend,
+    load_change,
+)
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors
 from lora_diag.linalg.methods import Allowance
@@ -30,7 +39,9 @@ def measure_base(delta: Delta) -> float | None:
 
 
 def estimate_bytes(task: factors.LayerSeries, settings: factors.CheckpointsSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: one ΔW, blocks of all, and those computed in full."""
+    """Estimate the memory of measuring a layer in bytes: one ΔW, blocks of all, and those computed
+    in full.
+    """
     single = max(bytes_of(delta, _make_allowance(settings)) for delta in task.deltas)
     computed = sum(isinstance(delta, DenseDelta) for delta in task.deltas) * math.prod(task.shape)
     spaces = len(task.deltas) * settings.directions * task.shape[0]
@@ -41,7 +52,9 @@ def _make_allowance(settings: factors.CheckpointsSettings) -> Allowance | None:
     return None if settings.memory is None else Allowance(settings.memory)
 
 
-def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSettings, device: torch.device) -> Measured:
+def measure_stored(
+    task: factors.LayerSeries, settings: factors.CheckpointsSettings, device: torch.device
+) -> Measured:
     """Measure one layer at all checkpoints.
 
     Args:
@@ -50,7 +63,8 @@ def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSetti
         device: Device of the singular values.
 
     Returns:
-        Why each update is not finite, None if it is; the measurements of those that are, None without any; ‖W_base‖_F,
+        Why each update is not finite, None if it is; the measurements of those that are, None
+            without any; ‖W_base‖_F,
         None without BASE.
 
     Raises:
@@ -72,7 +86,9 @@ def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSetti
             k = factors.count_directions(found.s.numpy(), settings.directions)
             values.append(found)
             spaces.append(found.vectors[0][:, :k].cpu().double())
-    finite = [delta for delta, problem in zip(task.deltas, problems, strict=True) if problem is None]
+    finite = [
+        delta for delta, problem in zip(task.deltas, problems, strict=True) if problem is None
+    ]
     if not finite:
         return problems, None, base_fro
     increments, unchanged = _multiply_increments(finite, task.shape)
@@ -88,7 +104,8 @@ def measure_stored(task: factors.LayerSeries, settings: factors.CheckpointsSetti
 
 
 def _decompose(change: Change, shape: tuple[int, int], directions: int) -> Factors | None:
-    """Return all singular values of ΔW, with its ``directions`` largest left vectors; None if its norm overflows.
+    """Return all singular values of ΔW, with its ``directions`` largest left vectors; None if its
+    norm overflows.
 
     The values that come with the vectors are used where they are all: one Gram matrix gives both.
     """
@@ -100,10 +117,14 @@ def _decompose(change: Change, shape: tuple[int, int], directions: int) -> Facto
     return replace(whole, u=largest.u, vh=largest.vh) if math.isfinite(whole.fro) else None
 
 
-def _multiply_increments(deltas: Sequence[Delta], shape: tuple[int, int]) -> tuple[factors.Array, list[float | None]]:
-    """Return ⟨D_s, D_t⟩ of the increments, D_1 = ΔW_1, and the fraction of their entries that are zero.
+def _multiply_increments(
+    deltas: Sequence[Delta], shape: tuple[int, int]
+) -> tuple[factors.Array, list[float | None]]:
+    """Return ⟨D_s, D_t⟩ of the increments, D_1 = ΔW_1, and the fraction of their entries that are
+    zero.
 
-    A block holds the same rows of all updates, so that one pass suffices and no stored update is in memory whole.
+    A block holds the same rows of all updates, so that one pass suffices and no stored update is in
+    memory whole.
     """
     products = torch.zeros(len(deltas), len(deltas), dtype=torch.float64)
     unchanged = torch.zeros(len(deltas), dtype=torch.float64)

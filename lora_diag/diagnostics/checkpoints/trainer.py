@@ -1,7 +1,9 @@
-"""What a trainer of transformers logged: ``trainer_state.json``, read entry by entry, and compared between checkpoints.
+"""What a trainer of transformers logged: ``trainer_state.json``, read entry by entry, and compared
+between checkpoints.
 
-The file holds one object, whose list ``log_history`` has one entry for each logging step. No more than one value of it
-and ``PIECE`` characters are in memory at a time, besides the losses and learning rates themselves.
+The file holds one object, whose list ``log_history`` has one entry for each logging step. No more
+than one value of it and ``PIECE`` characters are in memory at a time, besides the losses and
+learning rates themselves.
 """
 
 from __future__ import annotations
@@ -20,11 +22,12 @@ from lora_diag.files import open_regular
 
 STATE = "trainer_state.json"
 
-# 500,000 entries with a loss, a rate and a norm each take 84 MB as transformers writes them, and 100,000 of 25 numbers,
-# as TRL's GRPO logs them, 90 MB.
+# 500,000 entries with a loss, a rate and a norm each take 84 MB as transformers writes them, and
+# 100,000 of 25 numbers, as TRL's GRPO logs them, 90 MB.
 MAX_STATE_BYTES = 100_000_000
 
-# Characters that are read at once, and those of the largest value in the file; an entry has less than 2,000.
+# Characters that are read at once, and those of the largest value in the file; an entry has less
+# than 2,000.
 PIECE = 1_000_000
 
 # Entries of the log. Two logs are in memory at a time.
@@ -53,7 +56,9 @@ class Log:
 
     step: int | None = None
     planned: int | None = None
-    values: dict[str, dict[int, float]] = field(default_factory=lambda: {name: {} for name in _LOGGED})
+    values: dict[str, dict[int, float]] = field(
+        default_factory=lambda: {name: {} for name in _LOGGED}
+    )
 
     def add(self, entry: Any) -> str | None:
         """Add an entry of the log; other forms are ignored.
@@ -75,7 +80,9 @@ class Log:
         return None
 
     def contradicts(self, other: Log) -> bool:
-        """Return whether both have a loss or learning rate of one step that differ: they are of two runs."""
+        """Return whether both have a loss or learning rate of one step that differ: they are of two
+        runs.
+        """
         return any(_differ(self.values[name], other.values[name]) for name in _OWN)
 
 
@@ -87,7 +94,11 @@ def _differ(first: Mapping[int, float], second: Mapping[int, float]) -> bool:
 
 def as_step(value: Any) -> int | None:
     """Return a step from a trainer state; None if it is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**12 else None
+    return (
+        value
+        if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 10**12
+        else None
+    )
 
 
 def collect_log(history: Sequence[Any]) -> Log:
@@ -102,22 +113,29 @@ def read_log(folder: Path) -> Log | None:
     """Return what the trainer state of a checkpoint has logged; None without one.
 
     Raises:
-        InputError: It is too large, cannot be read, or holds a number that is too large for a training.
+        InputError: It is too large, cannot be read, or holds a number that is too large for a
+            training.
     """
     file = folder / STATE
     if not folder.is_dir() or not file.is_file():
         return None
     try:
         if file.stat().st_size > MAX_STATE_BYTES:
-            raise InputError(f"{file}: is larger than {MAX_STATE_BYTES:,} bytes, too large for a trainer state")
+            raise InputError(
+                f"{file}: is larger than {MAX_STATE_BYTES:,} bytes, too large for a trainer state"
+            )
         with open_regular(file) as opened, io.TextIOWrapper(opened, encoding="utf-8-sig") as text:
             return _read_entries(file, _Values(text))
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not a readable trainer state: it is not UTF-8 text; write it again") from error
+        raise InputError(
+            f"{file}: is not a readable trainer state: it is not UTF-8 text; write it again"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{file}: is not a readable trainer state ({error}); write it again") from error
+        raise InputError(
+            f"{file}: is not a readable trainer state ({error}); write it again"
+        ) from error
 
 
 def _read_entries(file: Path, values: _Values) -> Log:
@@ -141,7 +159,10 @@ def _read_entries(file: Path, values: _Values) -> Log:
             if entries > MAX_ENTRIES:
                 raise ValueError(f"more than {MAX_ENTRIES:,} entries")
             if too_large := log.add(entry):
-                problem = f"{too_large} of step {entry['step']} is above {LARGEST:g}, which no training has"
+                problem = (
+                    f"{too_large} of step {entry['step']} is above {LARGEST:g}, which no "
+                    "training has"
+                )
                 raise InputError(f"{file}: {problem}; correct or remove the entry")
     log.step, log.planned = steps.get("global_step"), steps.get("max_steps")
     return log
@@ -159,7 +180,8 @@ class _Values:
         self._decode = json.JSONDecoder().raw_decode
 
     def names(self) -> Iterator[str]:
-        """Yield the names in the object, each of whose values must be read before the next; then require the end.
+        """Yield the names in the object, each of whose values must be read before the next; then
+        require the end.
 
         Raises:
             ValueError: It is no object, or its syntax is wrong.
@@ -211,7 +233,9 @@ class _Values:
                 value, end = self._decode(self._text, self._at)
             except JSONDecodeError as error:
                 problem = error.msg
-            if problem is None and (end < len(self._text) or self._ended):  # a number may go on in the next piece
+            if problem is None and (
+                end < len(self._text) or self._ended
+            ):  # a number may go on in the next piece
                 self._at = end
                 return value
             if len(self._text) - self._at > PIECE:

@@ -1,13 +1,15 @@
 """What the records of a run's layers show of it: its checkpoints, and the run as a whole.
 
-A run is compared with what shows without any training: a random walk, and the shrinking steps of a schedule. Its
-trajectory ΔW_1, …, ΔW_T that starts at ΔW_0 = 0 enters by its Gram matrix K_st = ⟨ΔW_s, ΔW_t⟩ alone.
+A run is compared with what shows without any training: a random walk, and the shrinking steps of a
+schedule. Its trajectory ΔW_1, …, ΔW_T that starts at ΔW_0 = 0 enters by its Gram matrix K_st =
+⟨ΔW_s, ΔW_t⟩ alone.
 
-The first direction over time is the first eigenvector of K, without centring: Σ_t ‖ΔW_t‖² is its energy. A random walk
-whose increments are independent, of mean zero and of the measured norms d_i, has E K_st = Σ_{i ≤ min(s,t)} d_i²; in
-high dimension K itself is near that. Even so its first direction has most of the energy, and its coefficient grows
-almost linearly with the step: with equal norms and T → ∞, 8/π² of the energy and R² = 0.96 (tests simulate both).
-Reference: Antognini and Sohl-Dickstein 2018, "PCA of high dimensional random walks with comparison to neural network
+The first direction over time is the first eigenvector of K, without centring: Σ_t ‖ΔW_t‖² is its
+energy. A random walk whose increments are independent, of mean zero and of the measured norms d_i,
+has E K_st = Σ_{i ≤ min(s,t)} d_i²; in high dimension K itself is near that. Even so its first
+direction has most of the energy, and its coefficient grows almost linearly with the step: with
+equal norms and T → ∞, 8/π² of the energy and R² = 0.96 (tests simulate both). Reference: Antognini
+and Sohl-Dickstein 2018, "PCA of high dimensional random walks with comparison to neural network
 training" (arXiv 1806.08805).
 """
 
@@ -23,7 +25,13 @@ import numpy as np
 
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import describe_losses
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, State, Trajectory, group_by
+from lora_diag.diagnostics.checkpoints.record import (
+    Checkpoint,
+    CheckpointLayer,
+    State,
+    Trajectory,
+    group_by,
+)
 from lora_diag.diagnostics.checkpoints.series import Series, Step
 from lora_diag.records import Probe
 from lora_diag.rendering.text import middle
@@ -35,41 +43,51 @@ NEAR = 0.1
 # Checkpoints on either side whose increments an increment is compared with.
 NEIGHBOURS = 2
 
-# Limits, chosen so that none of 13 healthy runs crosses any of them: 8 LoRA runs and 3 full fine-tunes of the sample
-# model of 10 to 20 checkpoints, with cosine and constant rates, and one of each of a model of 135M parameters. Of 76
-# simulated runs of many schedules (Adam, LoRA of 10 layers, 20 to 100 checkpoints) none does either.
-# A lost direction loses its energy; a direction that grows beside others takes none from them. In simulated runs whose
-# effective rank minus 1 more than halved, the energy outside of σ₁ fell to 0.46 at the lowest, and to 0.0012 at the
-# highest where all directions but one were removed.
+# Limits, chosen so that none of 13 healthy runs crosses any of them: 8 LoRA runs and 3 full
+# fine-tunes of the sample model of 10 to 20 checkpoints, with cosine and constant rates, and one of
+# each of a model of 135M parameters. Of 76 simulated runs of many schedules (Adam, LoRA of 10
+# layers, 20 to 100 checkpoints) none does either. A lost direction loses its energy; a direction
+# that grows beside others takes none from them. In simulated runs whose effective rank minus 1 more
+# than halved, the energy outside of σ₁ fell to 0.46 at the lowest, and to 0.0012 at the highest
+# where all directions but one were removed.
 SUDDEN, SUDDEN_ENERGY = 0.4, 0.25
 SLOW, SLOW_ENERGY = 0.5, 0.5
-# The largest increment over the median of its neighbours was 1.4, of a layer 1.7; no exchange shortened a path.
+# The largest increment over the median of its neighbours was 1.4, of a layer 1.7; no exchange
+# shortened a path.
 SPIKED, SPIKED_LAYER, SWAPPED = 3.0, 6.0, 0.9
-# Over the same ratio of the median layer, where that is above 1, that of a layer was 1.7 at the highest, too; with
-# steps 60 times as large in one layer, for 5 of the 20 steps between two checkpoints, it was 2.3 to 5.0.
+# Over the same ratio of the median layer, where that is above 1, that of a layer was 1.7 at the
+# highest, too; with steps 60 times as large in one layer, for 5 of the 20 steps between two
+# checkpoints, it was 2.3 to 5.0.
 SPIKED_ALONE, ENOUGH_LAYERS = 2.0, 4
-# The smallest mean cosine of the 13 was 0.35. Between two runs in turn cosines are near −1, between states with
-# independent noise −0.5.
+# The smallest mean cosine of the 13 was 0.35. Between two runs in turn cosines are near −1, between
+# states with independent noise −0.5.
 WALK_COSINE, WALK_SHARE, WALK_DRIFT, ALTERNATING = 0.1, 0.05, 0.1, -0.7
-# Of a walk with momentum 0.9 the cosine of far increments is 0.02 with checkpoints every 5 or 10 steps; of the sample
-# run it is 0.08, while its drift of 0.09 and the mean cosine of 0.53 are those that momentum alone could give.
+# Of a walk with momentum 0.9 the cosine of far increments is 0.02 with checkpoints every 5 or 10
+# steps; of the sample run it is 0.08, while its drift of 0.09 and the mean cosine of 0.53 are those
+# that momentum alone could give.
 WALK_FAR = 0.05
-# Simulated walks have the cosine of momentum to 0.02; healthy runs that have converged exceed it by 0.12 and more.
+# Simulated walks have the cosine of momentum to 0.02; healthy runs that have converged exceed it by
+# 0.12 and more.
 WALK_MOMENTUM = 0.05
 # Increments so many steps apart are not correlated by momentum up to 0.9: at most 0.12.
 MOMENTUM, APART = 0.9, 20
 # Cosine of the factors A of two checkpoints; of two random starts, about 1/√(r·in).
 UNRELATED = 0.1
-# A layer without any changed entry is frozen if another has changed more of its entries: rounding hides no such step.
+# A layer without any changed entry is frozen if another has changed more of its entries: rounding
+# hides no such step.
 CHANGED = 0.5
-# A constant pace along a line comes within a tenth of its end at 0.9 of the steps, a random walk at 0.99.
+# A constant pace along a line comes within a tenth of its end at 0.9 of the steps, a random walk at
+# 0.99.
 LATEST_SETTLED = 0.75
 # Constant steps add 10% of the norm in the last tenth, a random walk 5%, a cosine schedule 0.3%.
 GROWING = 0.02
 
 
 def pool_checkpoints(
-    steps: Sequence[Step], series: Series, layers: Sequence[CheckpointLayer], probes: Sequence[Probe] = ()
+    steps: Sequence[Step],
+    series: Series,
+    layers: Sequence[CheckpointLayer],
+    probes: Sequence[Probe] = (),
 ) -> list[Checkpoint]:
     """Return the record of every checkpoint.
 
@@ -86,12 +104,16 @@ def pool_checkpoints(
         fields = series.logged_between(before, step.step) | pool_layers(group, earlier)
         losses = describe_losses(probes, path)
         fields |= {"foreign": step.step in series.foreign}
-        checkpoints.append(Checkpoint(step=step.step, path=path, final=step.final, losses=losses, **fields))
+        checkpoints.append(
+            Checkpoint(step=step.step, path=path, final=step.final, losses=losses, **fields)
+        )
         before, earlier = step.step, group
     return checkpoints
 
 
-def pool_layers(group: Sequence[CheckpointLayer], earlier: Sequence[CheckpointLayer]) -> dict[str, Any]:
+def pool_layers(
+    group: Sequence[CheckpointLayer], earlier: Sequence[CheckpointLayer]
+) -> dict[str, Any]:
     """Return the fields of a checkpoint that pool its layers.
 
     Args:
@@ -99,18 +121,33 @@ def pool_layers(group: Sequence[CheckpointLayer], earlier: Sequence[CheckpointLa
         earlier: Those of the checkpoint before; empty for the first.
     """
     norms = [(record.fro, record.base_fro or 0.0) for record in group if record.fro is not None]
-    fro, base_fro = (math.hypot(*column) for column in zip(*norms, strict=True)) if norms else (None, 0.0)
+    fro, base_fro = (
+        (math.hypot(*column) for column in zip(*norms, strict=True)) if norms else (None, 0.0)
+    )
     moved = {record.layer: record for record in group if record.increment is not None}
     before = {record.layer: record.increment for record in earlier if record.increment is not None}
-    # Of layers that are finite at three checkpoints: both increments, and their product, 0 if one is zero.
-    pairs = [(now.increment or 0.0, before[name], now.cosine or 0.0) for name, now in moved.items() if name in before]
-    length = math.prod(math.hypot(*column) for column in list(zip(*pairs, strict=True))[:2]) if pairs else 0.0
+    # Of layers that are finite at three checkpoints: both increments, and their product, 0 if one
+    # is zero.
+    pairs = [
+        (now.increment or 0.0, before[name], now.cosine or 0.0)
+        for name, now in moved.items()
+        if name in before
+    ]
+    length = (
+        math.prod(math.hypot(*column) for column in list(zip(*pairs, strict=True))[:2])
+        if pairs
+        else 0.0
+    )
     medians = ("spectral_share", "effective_rank", "overlap_next", "overlap_last", "overlap_random")
     return {
         "fro": fro,
         "relative": fro / base_fro if fro is not None and base_fro else None,
-        "increment": math.hypot(*(record.increment or 0.0 for record in moved.values())) if moved else None,
-        "cosine": max(-1.0, min(1.0, math.fsum(map(math.prod, pairs)) / length)) if length else None,
+        "increment": math.hypot(*(record.increment or 0.0 for record in moved.values()))
+        if moved
+        else None,
+        "cosine": max(-1.0, min(1.0, math.fsum(map(math.prod, pairs)) / length))
+        if length
+        else None,
         **{name: middle([getattr(record, name) for record in group]) for name in medians},
         "layers": len(group),
         "dead": sum(record.dead for record in group),
@@ -127,23 +164,44 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
     by_layer = group_by(layers, "layer")
-    unfit = [layer for layer, group in by_layer.items() if any(record.non_finite is not None for record in group)]
+    unfit = [
+        layer
+        for layer, group in by_layer.items()
+        if any(record.non_finite is not None for record in group)
+    ]
     finite = {layer: group for layer, group in by_layer.items() if layer not in unfit}
     dead = [layer for layer, group in by_layer.items() if group[-1].dead]
     frozen = find_frozen({layer: group for layer, group in finite.items() if layer not in dead})
-    collapsed = find_collapses({layer: group for layer, group in finite.items() if layer not in dead})
-    # A spike is far above its neighbours both per step and per learning rate, where the rates are known.
+    collapsed = find_collapses(
+        {layer: group for layer, group in finite.items() if layer not in dead}
+    )
+    # A spike is far above its neighbours both per step and per learning rate, where the rates are
+    # known.
     intervals = np.asarray(np.diff(steps, prepend=0), np.float64)
     rates = np.array([checkpoint.rate_sum or 0.0 for checkpoint in checkpoints], np.float64)
     scales = (intervals, rates) if (rates > 0).all() else (intervals,)
     spikes = find_spikes(checkpoints, scales)
-    spiked = find_spiked_layers({layer: find_spikes(group, scales) for layer, group in finite.items()}, steps)
-    spike_step = next((step for step, ratio in zip(steps, spikes, strict=True) if ratio >= min(SPIKED, max(spikes))))
+    spiked = find_spiked_layers(
+        {layer: find_spikes(group, scales) for layer, group in finite.items()}, steps
+    )
+    spike_step = next(
+        (
+            step
+            for step, ratio in zip(steps, spikes, strict=True)
+            if ratio >= min(SPIKED, max(spikes))
+        )
+    )
     spiked_at = mode(spiked.values()) if spiked else None
     gram = sum_grams(list(finite.values())) if len(steps) > 2 else None
     path = _judge_path(gram, checkpoints) if gram is not None and gram[-1, -1] > 0 else {}
     other_run = find_other_run(by_layer, checkpoints)
-    affected = {"dead": dead, "collapsed": [*collapsed], "spiked": [*spiked], "frozen": [*frozen], "non_finite": unfit}
+    affected = {
+        "dead": dead,
+        "collapsed": [*collapsed],
+        "spiked": [*spiked],
+        "frozen": [*frozen],
+        "non_finite": unfit,
+    }
     bad = [checkpoint.step for checkpoint in checkpoints if checkpoint.non_finite]
     states: list[tuple[State, object, int | None]] = [
         ("non-finite", bad, min(bad, default=None)),
@@ -151,7 +209,11 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
         ("out of order", path.get("swapped"), (path.get("swapped") or (None,))[0]),
         ("dead", dead, None),
         ("collapsed", collapsed, mode(collapsed.values()) if collapsed else None),
-        ("spiked", spiked or max(spikes) > SPIKED, spike_step if max(spikes) > SPIKED else spiked_at),
+        (
+            "spiked",
+            spiked or max(spikes) > SPIKED,
+            spike_step if max(spikes) > SPIKED else spiked_at,
+        ),
         ("frozen", frozen, min(frozen.values(), default=None)),
         ("random walk", path and is_walk(path), None),
         ("settled", path.get("settled"), path.get("settled")),
@@ -176,9 +238,10 @@ def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) 
 def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, int]:
     """Return the layers that lost most of their rank, each with the checkpoint that shows it first.
 
-    Suddenly, from one checkpoint to the next; or over the run, if more than half of all layers do. Two earlier
-    checkpoints must show the rank: the first update of a run, and one with a spike, have more of it. Energy outside of
-    σ₁ must be lost, too: near the start, where Adam's step is lr·sign(g) of high rank, it grows as the rank falls.
+    Suddenly, from one checkpoint to the next; or over the run, if more than half of all layers do.
+    Two earlier checkpoints must show the rank: the first update of a run, and one with a spike,
+    have more of it. Energy outside of σ₁ must be lost, too: near the start, where Adam's step is
+    lr·sign(g) of high rank, it grows as the rank falls.
     """
     sudden, slow = dict[str, int](), dict[str, int]()
     for layer, group in groups.items():
@@ -197,35 +260,50 @@ def find_collapses(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str,
 
 
 def find_frozen(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, int]:
-    """Return the layers that moved and then stopped for the rest of the run, each with its last step that moved it.
+    """Return the layers that moved and then stopped for the rest of the run, each with its last
+    step that moved it.
 
     No stored entry of the layer changes, while another layer changes most of its entries.
     """
     frozen = dict[str, int]()
     least = list[float]()  # of all layers, by checkpoint
     for column in zip(*groups.values(), strict=True):
-        least.append(min(1.0 if record.unchanged is None else record.unchanged for record in column))
+        least.append(
+            min(1.0 if record.unchanged is None else record.unchanged for record in column)
+        )
     for layer, group in groups.items():
         # A sample of rows does not show that the others stood still, too.
-        moves = [t for t, record in enumerate(group) if record.unchanged != 1.0 or record.method == "rows"]
+        moves = [
+            t
+            for t, record in enumerate(group)
+            if record.unchanged != 1.0 or record.method == "rows"
+        ]
         last = moves[-1] if moves else 0
         if (group[last].increment or 0.0) > 0 and min(least[last + 1 :], default=1.0) < CHANGED:
             frozen[layer] = group[last].step
     return frozen
 
 
-def find_spikes(group: Sequence[CheckpointLayer | Checkpoint], scales: Sequence[Array]) -> list[float]:
-    """Return the ratio of each increment to its neighbours: the smallest over what increments are in proportion to."""
+def find_spikes(
+    group: Sequence[CheckpointLayer | Checkpoint], scales: Sequence[Array]
+) -> list[float]:
+    """Return the ratio of each increment to its neighbours: the smallest over what increments are
+    in proportion to.
+    """
     lengths = np.array([each.increment or 0.0 for each in group])
-    return [min(pair) for pair in zip(*(spike_ratios(lengths / scale) for scale in scales), strict=True)]
+    return [
+        min(pair) for pair in zip(*(spike_ratios(lengths / scale) for scale in scales), strict=True)
+    ]
 
 
-def find_spiked_layers(ratios: Mapping[str, Sequence[float]], steps: Sequence[int]) -> dict[str, int]:
+def find_spiked_layers(
+    ratios: Mapping[str, Sequence[float]], steps: Sequence[int]
+) -> dict[str, int]:
     """Return the layers with a spike, each with its checkpoint.
 
     Args:
-        ratios: By layer, the ratio of each increment to its neighbours. Of several layers, what all have in common,
-            such as a schedule, is divided out.
+        ratios: By layer, the ratio of each increment to its neighbours. Of several layers, what all
+            have in common, such as a schedule, is divided out.
         steps: The steps of the checkpoints.
     """
     spiked = dict[str, int]()
@@ -242,11 +320,14 @@ def find_spiked_layers(ratios: Mapping[str, Sequence[float]], steps: Sequence[in
     return spiked
 
 
-def find_other_run(groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints: Sequence[Checkpoint]) -> int | None:
-    """Return the first checkpoint that is not of the same run as the one before it; None without such.
+def find_other_run(
+    groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints: Sequence[Checkpoint]
+) -> int | None:
+    """Return the first checkpoint that is not of the same run as the one before it; None without
+    such.
 
-    Its log contradicts the other's; or its factors A are unrelated in most layers; or most increments take back the
-    one before, as between two runs in turn.
+    Its log contradicts the other's; or its factors A are unrelated in most layers; or most
+    increments take back the one before, as between two runs in turn.
     """
     for checkpoint, records in zip(checkpoints, zip(*groups.values(), strict=True), strict=True):
         kinship = middle([record.kinship for record in records])
@@ -258,7 +339,9 @@ def find_other_run(groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints:
 
 def is_walk(path: Mapping[str, Any]) -> bool:
     """Return whether a path is that of independent steps, with momentum or without."""
-    turn, momentum, drift, far = (path[name] for name in ("cosine", "cosine_momentum", "drift", "cosine_far"))
+    turn, momentum, drift, far = (
+        path[name] for name in ("cosine", "cosine_momentum", "drift", "cosine_far")
+    )
     if turn is None or drift is None or far is None:
         return False
     is_turning = -WALK_COSINE < turn < max(WALK_COSINE, momentum + WALK_MOMENTUM)
@@ -267,7 +350,9 @@ def is_walk(path: Mapping[str, Any]) -> bool:
 
 
 def sum_grams(groups: Sequence[Sequence[CheckpointLayer]]) -> Array | None:
-    """Return ⟨ΔW_s, ΔW_t⟩ over all layers, ``(T, T)``; None without layers, or where updates are not all compared."""
+    """Return ⟨ΔW_s, ΔW_t⟩ over all layers, ``(T, T)``; None without layers, or where updates are
+    not all compared.
+    """
     size = len(groups[0]) if groups else 0
     total = np.zeros((size, size))
     for group in groups:
@@ -304,7 +389,9 @@ def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any
         "settled": settled if settled <= LATEST_SETTLED * steps[-1] else None,
         "settled_schedule": steps[settled_from(1 - rates / rates[-1])] if by_rates else None,
         "growth": 1 - _at_nine_tenths(steps, np.sqrt(gram.diagonal())) / fro,
-        "growth_schedule": 1 - _at_nine_tenths(steps, rates) / float(rates[-1]) if by_rates else None,
+        "growth_schedule": 1 - _at_nine_tenths(steps, rates) / float(rates[-1])
+        if by_rates
+        else None,
     }
 
 
@@ -314,16 +401,19 @@ def _at_nine_tenths(steps: Sequence[int], values: Array) -> float:
 
 
 def increments_of(gram: Array) -> Array:
-    """Return ⟨D_s, D_t⟩ of the increments D_t = ΔW_t − ΔW_{t−1}, D_1 = ΔW_1, from the Gram matrix of ΔW_1, …, ΔW_T."""
+    """Return ⟨D_s, D_t⟩ of the increments D_t = ΔW_t − ΔW_{t−1}, D_1 = ΔW_1, from the Gram matrix
+    of ΔW_1, …, ΔW_T.
+    """
     return np.diff(np.diff(gram, axis=0, prepend=0.0), axis=1, prepend=0.0)
 
 
 def measure_drift(gram: Array, steps: Sequence[int]) -> tuple[float | None, float | None]:
-    """Return what increments at least ``APART`` steps apart have in common: a fraction of ‖ΔW_T‖², and a mean cosine.
+    """Return what increments at least ``APART`` steps apart have in common: a fraction of ‖ΔW_T‖²,
+    and a mean cosine.
 
-    ‖ΔW_T‖² = Σ_i‖D_i‖² + Σ_{i≠j}⟨D_i, D_j⟩; of a random walk all ⟨D_i, D_j⟩ have expectation 0. The fraction finds a
-    slow drift in many steps, the cosine that of a schedule whose first steps have most of the energy. Both are None
-    without such increments, the cosine also where they are zero.
+    ‖ΔW_T‖² = Σ_i‖D_i‖² + Σ_{i≠j}⟨D_i, D_j⟩; of a random walk all ⟨D_i, D_j⟩ have expectation 0. The
+    fraction finds a slow drift in many steps, the cosine that of a schedule whose first steps have
+    most of the energy. Both are None without such increments, the cosine also where they are zero.
     """
     products, starts = increments_of(gram), np.array([0, *steps[:-1]])
     lengths = np.sqrt(np.maximum(products.diagonal(), 0.0))
@@ -337,8 +427,8 @@ def measure_drift(gram: Array, steps: Sequence[int]) -> tuple[float | None, floa
 def correlate_momentum(interval: float, momentum: float = MOMENTUM) -> float:
     """Return the cosine of consecutive increments of n steps each, of a random walk with momentum.
 
-    Velocities of steps k apart have the correlation βᵏ. Their sum over n steps has the variance n(1 + β)/(1 − β) −
-    2β(1 − βⁿ)/(1 − β)², and the covariance β(1 − βⁿ)²/(1 − β)² with the next sum.
+    Velocities of steps k apart have the correlation βᵏ. Their sum over n steps has the variance n(1
+    + β)/(1 − β) − 2β(1 − βⁿ)/(1 − β)², and the covariance β(1 − βⁿ)²/(1 − β)² with the next sum.
 
     >>> [round(correlate_momentum(n), 2) for n in (1, 10, 20, 100)]
     [0.9, 0.52, 0.31, 0.05]
@@ -356,14 +446,17 @@ def random_walk(gram: Array) -> Array:
 
 
 def first_direction(gram: Array, steps: Sequence[int]) -> tuple[float, float]:
-    """Return the energy fraction of the first direction over time, and R² of its coefficient as a line in the step.
+    """Return the energy fraction of the first direction over time, and R² of its coefficient as a
+    line in the step.
 
     Args:
         gram: Gram matrix of three or more updates that are not all zero, ``(T, T)``.
         steps: Their steps.
 
     Example:
-        >>> share, linear = first_direction(np.minimum.outer(np.arange(1.0, 501), np.arange(1.0, 501)), range(1, 501))
+        >>> share, linear = first_direction(
+        ...     np.minimum.outer(np.arange(1.0, 501), np.arange(1.0, 501)), range(1, 501)
+        ... )
         >>> round(share, 2), round(linear, 2)
         (0.81, 0.96)
     """
@@ -379,12 +472,15 @@ def distances(gram: Array) -> Array:
 
 
 def settled_from(remaining: Array) -> int:
-    """Return the first checkpoint from which on the distance to the last one, over ‖ΔW_T‖, is at most ``NEAR``."""
+    """Return the first checkpoint from which on the distance to the last one, over ‖ΔW_T‖, is at
+    most ``NEAR``.
+    """
     return max((t + 1 for t, value in enumerate(remaining) if value > NEAR), default=0)
 
 
 def spike_ratios(lengths: Array) -> list[float]:
-    """Return each increment over the median of its neighbours; 0 for a run of fewer than four increments.
+    """Return each increment over the median of its neighbours; 0 for a run of fewer than four
+    increments.
 
     Args:
         lengths: ‖D_t‖, in proportion to the steps between checkpoints.
@@ -400,8 +496,8 @@ def spike_ratios(lengths: Array) -> list[float]:
 def best_swap(gram: Array) -> tuple[float, int, int]:
     """Return the exchange of two checkpoints that shortens the path most, and how much.
 
-    Of the edges that it changes, both the sum and the longest must become shorter: to put an outlier at the end of the
-    path would shorten only the sum.
+    Of the edges that it changes, both the sum and the longest must become shorter: to put an
+    outlier at the end of the path would shorten only the sum.
 
     Returns:
         The larger of the two ratios, new over old, and both positions; 1 without a shorter path.
@@ -413,5 +509,8 @@ def best_swap(gram: Array) -> tuple[float, int, int]:
         edges = sorted({first - 1, first, second - 1, second} - {len(gram)})  # from i to i + 1
         old, new = apart.diagonal(1)[edges], apart[order[:-1], order[1:]][edges]
         if old.min() > 0:
-            best = min(best, (float(max(new.sum() / old.sum(), new.max() / old.max())), first - 1, second - 1))
+            best = min(
+                best,
+                (float(max(new.sum() / old.sum(), new.max() / old.max())), first - 1, second - 1),
+            )
     return best

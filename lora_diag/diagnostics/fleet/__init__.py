@@ -4,10 +4,21 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import BASE, Callbacks, Device, Machines, MissingAlpha, Output, Resuming, Selection
+from lora_diag.running.options import (
+    BASE,
+    Callbacks,
+    Device,
+    Machines,
+    MissingAlpha,
+    Output,
+    Resuming,
+    Selection,
+)
 
 
-class FleetOptions(Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False):
+class FleetOptions(
+    Selection, MissingAlpha, Device, Machines, Output, Resuming, Callbacks, total=False
+):
     """Options of ``fleet``."""
 
     base: Annotated[str | Path | None, BASE]
@@ -20,7 +31,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Ranks, outliers and near-duplicates of many adapters.",
-            notes="Rows: adapters with a remark; with --per layer, all adapters. DoRA, PiSSA and IA³ need --base.",
+            notes="Rows: adapters with a remark; with --per layer, all adapters. DoRA, PiSSA and "
+            "IA³ need --base.",
             examples=("fleet 'adapters/**' -o fleet.jsonl",),
             name="fleet",
             arguments=(

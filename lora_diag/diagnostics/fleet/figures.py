@@ -1,4 +1,6 @@
-"""`fleet`: norm of the updates of many adapters against the fraction of their rank in use; outliers are named."""
+"""`fleet`: norm of the updates of many adapters against the fraction of their rank in use; outliers
+are named.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from lora_diag.metrics.statistics import OVER_RANKED_BELOW, OutlierKind, find_outlier_kinds, order_by_rarity
+from lora_diag.metrics.statistics import (
+    OVER_RANKED_BELOW,
+    OutlierKind,
+    find_outlier_kinds,
+    order_by_rarity,
+)
 from lora_diag.rendering.figures.pages import Page, Panel, key
 from lora_diag.rendering.figures.panels import set_fraction_ticks
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, short_names
@@ -48,7 +55,8 @@ class _Point:
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the scatter plot of all adapters with a used fraction of their rank, with a colour per run.
+    """Return the page of the scatter plot of all adapters with a used fraction of their rank, with
+    a colour per run.
 
     Raises:
         UndrawableError: No adapter has a rank.
@@ -64,17 +72,28 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     ]
     if any(point.fro == 0 for point in points):
         keys.append(key("ΔW = 0", color=category(0) if single else INK, marker="v", **marker))
-    dotted: dict[str, Any] = {"color": INK, "alpha": 0.6, "lw": 0.8 * style.line, "ls": (0, (1, 1.6))}
+    dotted: dict[str, Any] = {
+        "color": INK,
+        "alpha": 0.6,
+        "lw": 0.8 * style.line,
+        "ls": (0, (1, 1.6)),
+    }
     keys.append(key(f"over-ranked: at most {OVER_RANKED_BELOW:g}", **dotted))
     outliers = sum(bool(point.outlier_kinds) for point in points)
     rankless = sum(len(item.records) for item in series) - len(points)
     adapter_count = "1 adapter" if len(points) == 1 else f"{len(points)} adapters"
     return Page(
         "A fleet of adapters: norm of the update and used fraction of its rank",
-        [Panel("", partial(_draw_points, points=points), "rank at 99% of the energy / r", "‖ΔW‖_F")],
-        f"{adapter_count}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the energy over Σr",
         [
-            f"{outliers or 'None'} of them {'is an outlier' if outliers == 1 else 'are outliers'}; the rarest are "
+            Panel(
+                "", partial(_draw_points, points=points), "rank at 99% of the energy / r", "‖ΔW‖_F"
+            )
+        ],
+        f"{adapter_count}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks at 99% of the "
+        "energy over Σr",
+        [
+            f"{outliers or 'None'} of them {'is an outlier' if outliers == 1 else 'are outliers'}; "
+            "the rarest are "
             "named where space permits.",
             f"Not drawn: {rankless} without a rank." if rankless else "",
         ],
@@ -95,33 +114,67 @@ def _make_points(series: Sequence[Series[Any]]) -> list[_Point]:
 
 
 def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
-    """Draw a point for each adapter, the limit of over-ranked ones, and the names of the rarest outliers."""
+    """Draw a point for each adapter, the limit of over-ranked ones, and the names of the rarest
+    outliers.
+    """
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
-    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])][:_NAMES]
+    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])][
+        :_NAMES
+    ]
     ax.set(xlim=(-0.03, 1 / _PLOT if outliers else 1.03), ylim=(low, high))
     set_fraction_ticks(ax.xaxis)
     format_log_axis(ax.yaxis, low, high)
     ax.spines["bottom"].set_bounds(-0.03, 1.03)
-    limit: dict[str, Any] = {"color": INK, "alpha": 0.4, "lw": 0.7 * style.line, "ls": (0, (1, 1.6))}
+    limit: dict[str, Any] = {
+        "color": INK,
+        "alpha": 0.4,
+        "lw": 0.7 * style.line,
+        "ls": (0, (1, 1.6)),
+    }
     ax.plot([OVER_RANKED_BELOW] * 2, [low, high], label="_used", **limit)
     for dead, marker, label in ((False, "o", "_adapters"), (True, "v", "_dead")):
         for run in {point.run for point in points}:
-            subset = [(point.used, point.fro or low) for point in points if (point.run, point.fro == 0) == (run, dead)]
+            subset = [
+                (point.used, point.fro or low)
+                for point in points
+                if (point.run, point.fro == 0) == (run, dead)
+            ]
             if subset:  # a line without points would count in the layout, at the corner of the page
-                dots: dict[str, Any] = {"ls": "", "ms": 3.4 * style.line, "mew": 0, "alpha": 0.8, "clip_on": False}
-                ax.plot(*zip(*subset, strict=True), marker=marker, color=category(run), label=label, **dots)
-    # The names are in a column at the right, in the order of the norms, each with a line to its point.
+                dots: dict[str, Any] = {
+                    "ls": "",
+                    "ms": 3.4 * style.line,
+                    "mew": 0,
+                    "alpha": 0.8,
+                    "clip_on": False,
+                }
+                ax.plot(
+                    *zip(*subset, strict=True),
+                    marker=marker,
+                    color=category(run),
+                    label=label,
+                    **dots,
+                )
+    # The names are in a column at the right, in the order of the norms, each with a line to its
+    # point.
     named = sorted(outliers, key=lambda point: (point.fro, point.used))
     heights = (
-        np.geomspace(low * 1.2, high / 1.2, len(named)) if len(named) > 2 else [point.fro or low for point in named]
+        np.geomspace(low * 1.2, high / 1.2, len(named))
+        if len(named) > 2
+        else [point.fro or low for point in named]
     )
     chars = fit_chars(0.9 * (1 - _PLOT) * ax.get_window_extent().width / ax.figure.dpi, style.ticks)
     short = crop_names([point.name for point in named], chars)
     for point, y in zip(named, heights, strict=True):
         text = f"{short[point.name]}: {', '.join(point.outlier_kinds)}"
         text = text if len(text) <= chars else short[point.name]
-        thin: dict[str, Any] = {"color": QUIET, "lw": 0.5 * style.line, "alpha": 0.6, "zorder": 1, "clip_on": False}
+        thin: dict[str, Any] = {
+            "color": QUIET,
+            "lw": 0.5 * style.line,
+            "alpha": 0.6,
+            "zorder": 1,
+            "clip_on": False,
+        }
         ax.plot([point.used, 1.03, 1.06], [point.fro or low, y, y], label="_to a name", **thin)
         ax.text(1.07, y, text, size=style.ticks, va="center", parse_math=False, in_layout=False)

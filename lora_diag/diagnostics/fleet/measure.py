@@ -1,7 +1,7 @@
 """``fleet``: measure norm and rank of many adapters, and sketches of their updates for comparison.
 
-On the CPU, thin factors are measured with NumPy and SciPy, if their Gram matrices give the energies; other layers are
-decomposed with torch.
+On the CPU, thin factors are measured with NumPy and SciPy, if their Gram matrices give the
+energies; other layers are decomposed with torch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ class Measured:
         layer: The layer's part of the record.
         sigma_1: The largest singular value; 0 for a zero update.
         update: The sketch of ΔW; None for a zero update.
-        space: The sketch of the projector on the left singular vectors up to 99% of the energy; None likewise.
+        space: The sketch of the projector on the left singular vectors up to 99% of the energy;
+            None likewise.
     """
 
     layer: FleetLayer
@@ -84,16 +85,21 @@ def _make_measured(
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
-    """Return whether a layer's update has factors that can be read without torch, of a rank up to ``MAX_RANK``."""
-    return isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= thin.MAX_RANK
+    """Return whether a layer's update has factors that can be read without torch, of a rank up to
+    ``MAX_RANK``.
+    """
+    return (
+        isinstance(delta, FactoredDelta) and delta.thin is not None and delta.rank <= thin.MAX_RANK
+    )
 
 
 def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
-    """Measure layers of one rank from their stored factors; None for those that ``measure_dense`` has to measure.
+    """Measure layers of one rank from their stored factors; None for those that ``measure_dense``
+    has to measure.
 
-    These are layers whose Gram matrices do not give the energies, as of a zero update or an entry that is not finite,
-    or whose norm overflows. Factors of one kind are read and reduced in batches, which saves calls; the remaining steps
-    are computed for all layers together.
+    These are layers whose Gram matrices do not give the energies, as of a zero update or an entry
+    that is not finite, or whose norm overflows. Factors of one kind are read and reduced in
+    batches, which saves calls; the remaining steps are computed for all layers together.
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
@@ -108,18 +114,27 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     batches: list[list[int]] = []
     for indices in indices_by_kind.values():
         batch_size = max(1, ENTRIES // (max(deltas[indices[0]].shape) * deltas[indices[0]].rank))
-        batches += [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        batches += [
+            indices[start : start + batch_size] for start in range(0, len(indices), batch_size)
+        ]
     reduced = [_reduce([deltas[i] for i in batch]) for batch in batches]
     order = [i for batch in batches for i in batch]
     folded = [each for _, _, factors in reduced for each in factors]
-    left, right = _concatenate([grams for grams, _, _ in reduced]), _concatenate([grams for _, grams, _ in reduced])
+    left, right = (
+        _concatenate([grams for grams, _, _ in reduced]),
+        _concatenate([grams for _, grams, _ in reduced]),
+    )
     values = thin.thin_energies(left, right, np.array([layer.scale for layer in folded]))
     known = np.flatnonzero(values.energy_error <= thin.MAX_GRAM_ERROR).tolist()
     measured: list[Measured | None] = [None] * len(deltas)
     if known:
         assert values.mix is not None
-        chosen = thin.ThinValues(values.s[known], values.energy_error[known], values.fro[known], values.mix[known])
-        found = _measure_folded([deltas[order[k]] for k in known], [folded[k] for k in known], chosen)
+        chosen = thin.ThinValues(
+            values.s[known], values.energy_error[known], values.fro[known], values.mix[known]
+        )
+        found = _measure_folded(
+            [deltas[order[k]] for k in known], [folded[k] for k in known], chosen
+        )
         for k, layer in zip(known, found, strict=True):
             measured[order[k]] = layer
     return measured
@@ -144,7 +159,10 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[thin.Grams, thin.Grams, li
     """Return BᵀB and AAᵀ of layers of one kind, and their folded factors."""
     factors = [delta.thin for delta in deltas if delta.thin is not None]
     b = thin.to_row_major(factors[0].read_each_b(factors))
-    left, rows = thin.compute_grams(b), thin.fold(b, thin.BOTH).reshape(len(factors), 2, thin.LENGTH, -1)
+    left, rows = (
+        thin.compute_grams(b),
+        thin.fold(b, thin.BOTH).reshape(len(factors), 2, thin.LENGTH, -1),
+    )
     del b
     a = thin.to_row_major(factors[0].read_each_a(factors).transpose(0, 2, 1))
     columns = thin.fold(a, thin.COLUMNS)
@@ -154,13 +172,18 @@ def _reduce(deltas: Sequence[FactoredDelta]) -> tuple[thin.Grams, thin.Grams, li
 
 def _concatenate(grams: Sequence[thin.Grams]) -> thin.Grams:
     """Return the Gram matrices of several batches as one batch."""
-    return thin.Grams(np.concatenate([item.products for item in grams]), np.concatenate([item.terms for item in grams]))
+    return thin.Grams(
+        np.concatenate([item.products for item in grams]),
+        np.concatenate([item.terms for item in grams]),
+    )
 
 
 def _measure_folded(
     deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: thin.ThinValues
 ) -> list[Measured | None]:
-    """Return the measurements of layers of one rank, given their values; None where a norm is not finite."""
+    """Return the measurements of layers of one rank, given their values; None where a norm is not
+    finite.
+    """
     scale = np.array([each.scale for each in folded])
     assert values.mix is not None
     fro = np.where(np.isfinite(values.fro) & (values.fro > 0), values.fro, 1.0)
@@ -170,19 +193,28 @@ def _measure_folded(
     rows, row_size = _normalize([each.rows for each in folded])
     columns, column_size = _normalize([each.columns for each in folded])
     left_rows, right_rows = thin.transform(rows).swapaxes(0, 1)
-    update = (scale * row_size * column_size)[:, None] * thin.sketch_products(left_rows, thin.transform(columns), names)
+    update = (scale * row_size * column_size)[:, None] * thin.sketch_products(
+        left_rows, thin.transform(columns), names
+    )
     # Σ_k of (row transforms of u_k)·(column transforms of u_k), u_k = B·w_k, is one of B·WWᵀ and B.
     directions *= row_size[:, None, None]
     space = thin.sketch_products(
         thin.mix_columns(left_rows, directions @ directions.transpose(0, 2, 1)), right_rows, names
     )
     ranks = [int(rank) or values.s.shape[1] for rank in ranks_99]
-    measured = zip(deltas, values.fro.tolist(), values.s[:, 0].tolist(), ranks, update, space, strict=True)
-    return [_make_measured(delta.rank, *rest) if math.isfinite(rest[0]) else None for delta, *rest in measured]
+    measured = zip(
+        deltas, values.fro.tolist(), values.s[:, 0].tolist(), ranks, update, space, strict=True
+    )
+    return [
+        _make_measured(delta.rank, *rest) if math.isfinite(rest[0]) else None
+        for delta, *rest in measured
+    ]
 
 
 def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.float64]]:
-    """Return stacked arrays, each divided by a power of two so that products are in float32's range, and the powers."""
+    """Return stacked arrays, each divided by a power of two so that products are in float32's
+    range, and the powers.
+    """
     stack: NDArray[Any] = np.stack(arrays)
     flat = stack.reshape(len(stack), -1)
     largest = np.maximum(flat.max(axis=1), -flat.min(axis=1))
@@ -200,7 +232,8 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
         device: Device of the computation.
 
     Raises:
-        InputError: A file cannot be read, an entry or a norm is not finite, or the decomposition does not converge.
+        InputError: A file cannot be read, an entry or a norm is not finite, or the decomposition
+            does not converge.
     """
     change = load_change(delta, resolve_device(device))
     if change.non_finite is not None:
@@ -221,8 +254,9 @@ def measure_dense(path: str, delta: Delta, device: str) -> Measured:
     return _make_measured(rank, factors.fro, float(s[0]), rank_99, update, space)
 
 
-# Maximum number of layers that are computed together: 8 blocks of seven matrices, so that batches of square ones are
-# full. Of rank 16, their reduced factors take 10 MB; those of 112 layers, 21 MB, are new pages for each adapter.
+# Maximum number of layers that are computed together: 8 blocks of seven matrices, so that batches
+# of square ones are full. Of rank 16, their reduced factors take 10 MB; those of 112 layers, 21 MB,
+# are new pages for each adapter.
 TOGETHER = 56
 
 # Significant digits of a stored sketch; their rounding is far below its own error.
@@ -239,10 +273,15 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
         device: Device of the computation; on ``cpu``, thin factors are measured with NumPy.
 
     Raises:
-        InputError: A file cannot be read, an entry or a norm is not finite, or a decomposition does not converge.
+        InputError: A file cannot be read, an entry or a norm is not finite, or a decomposition does
+            not converge.
     """
     layers: dict[str, FleetLayer] = {}
-    update, space, sigma_1_norm = np.zeros(thin.LENGTH), np.zeros(thin.LENGTH), 0.0  # sigma_1_norm²: Σσ_1²
+    update, space, sigma_1_norm = (
+        np.zeros(thin.LENGTH),
+        np.zeros(thin.LENGTH),
+        0.0,
+    )  # sigma_1_norm²: Σσ_1²
     for delta, measured in _measure_layers(path, deltas, device):
         layers[delta.layer] = measured.layer
         sigma_1_norm = math.hypot(sigma_1_norm, measured.sigma_1)
@@ -272,12 +311,20 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
     )
 
 
-def _measure_layers(path: str, deltas: Iterable[Delta], device: str) -> Iterator[tuple[Delta, Measured]]:
-    """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of a rank together."""
-    for key, group in groupby(deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None):
+def _measure_layers(
+    path: str, deltas: Iterable[Delta], device: str
+) -> Iterator[tuple[Delta, Measured]]:
+    """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of
+    a rank together.
+    """
+    for key, group in groupby(
+        deltas, lambda delta: delta.rank if device == "cpu" and is_thin(delta) else None
+    ):
         while batch := list(islice(group, TOGETHER if key is not None else 1)):
             together = [delta for delta in batch if is_thin(delta)] if key is not None else []
-            for delta, measured in zip(batch, measure_thin(together) if together else [None], strict=True):
+            for delta, measured in zip(
+                batch, measure_thin(together) if together else [None], strict=True
+            ):
                 if measured is None:
                     measured = measure_dense(path, delta, device)
                 yield delta, measured
@@ -290,10 +337,12 @@ def _round(values: NDArray[np.float64]) -> tuple[float, ...]:
 
 COMMAND = "spectrum --adapters"
 
-# Memory in bytes of one adapter while it is measured: factors of a layer, their vectors, normals of the sketches.
+# Memory in bytes of one adapter while it is measured: factors of a layer, their vectors, normals of
+# the sketches.
 ADAPTER_BYTES = 64 * 2**20
 
-# Bytes of all adapters from which each worker is a process: less is measured in the time that processes take to start.
+# Bytes of all adapters from which each worker is a process: less is measured in the time that
+# processes take to start.
 PROCESS_BYTES = 2**29
 
 # Suffixes of the files that identify an adapter or a base; others, such as a log, may change.
@@ -306,8 +355,8 @@ class FleetPath:
 
     Args:
         path: An adapter, or the base of all.
-        digest: Hash of the names and sizes of its files with ``READ_SUFFIXES``; empty without any, and for a remote
-            path.
+        digest: Hash of the names and sizes of its files with ``READ_SUFFIXES``; empty without any,
+            and for a remote path.
         size: Bytes of these files; 0 likewise.
     """
 
@@ -317,27 +366,40 @@ class FleetPath:
 
     @classmethod
     def read(cls, path: Path) -> FleetPath:
-        """Return the path with the digest and size of its current files; empty and 0 for a remote path."""
+        """Return the path with the digest and size of its current files; empty and 0 for a remote
+        path.
+        """
         sizes: dict[str, int] = {}
         with suppress(OSError):
-            files = [] if isinstance(path, RemotePath) else sorted(path.iterdir()) if path.is_dir() else [path]
+            files = (
+                []
+                if isinstance(path, RemotePath)
+                else sorted(path.iterdir())
+                if path.is_dir()
+                else [path]
+            )
             sizes = {
-                file.name: file.stat().st_size for file in files if file.suffix in READ_SUFFIXES and file.is_file()
+                file.name: file.stat().st_size
+                for file in files
+                if file.suffix in READ_SUFFIXES and file.is_file()
             }
         lines = "\n".join(f"{name} {size}" for name, size in sizes.items())
         digest = hashlib.sha256(lines.encode("utf-8", "surrogateescape")).hexdigest()[:16]
         return cls(path, digest if lines else "", sum(sizes.values()))
 
     def check_unchanged(self) -> None:
-        """Check that the files are those at the start of the run: a cluster's worker has its own mounts.
+        """Check that the files are those at the start of the run: a cluster's worker has its own
+        mounts.
 
         Raises:
             InputError: The files differ or are missing.
         """
         if self.read(self.path).digest != self.digest:
             raise InputError(
-                f"{self.path}: the worker on {platform.node()} finds other files there, or none; put adapters and "
-                "base on storage shared by all nodes, under the same path, and do not change them during the run"
+                f"{self.path}: the worker on {platform.node()} finds other files there, or none; "
+                "put adapters and "
+                "base on storage shared by all nodes, under the same path, and do not change them "
+                "during the run"
             )
 
 
@@ -382,16 +444,18 @@ def fleet(
     adapters: Iterable[Path | str],
     **options: Unpack[FleetOptions],
 ) -> Results[Fleet]:
-    r"""Measure many adapters: used rank, zero updates, spikes, norms, and sketches that reveal near-duplicates.
+    r"""Measure many adapters: used rank, zero updates, spikes, norms, and sketches that reveal
+    near-duplicates.
 
-    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in memory. For local
-    adapters measured on the CPU without BASE, the default is one worker, and from 512 MiB of adapters on several
-    processes. An adapter that cannot be measured is skipped.
+    Each adapter is a task: ``workers`` of them run concurrently, with a few layers of each in
+    memory. For local adapters measured on the CPU without BASE, the default is one worker, and from
+    512 MiB of adapters on several processes. An adapter that cannot be measured is skipped.
 
     Args:
-        adapters: Folders, files, or patterns such as ``runs/**``; with ``base`` also fine-tuned checkpoints, given
-            directly.
-        base: Base checkpoint, for adapters that need it (DoRA, PiSSA, IA³) and for checkpoints; None without one.
+        adapters: Folders, files, or patterns such as ``runs/**``; with ``base`` also fine-tuned
+            checkpoints, given directly.
+        base: Base checkpoint, for adapters that need it (DoRA, PiSSA, IA³) and for checkpoints;
+            None without one.
         **options: ``FleetOptions``.
 
     Returns:
@@ -399,8 +463,8 @@ def fleet(
 
     Raises:
         UsageError: An option is invalid, or ``output`` may be neither replaced nor resumed.
-        InputError: The results file cannot be written, an address is invalid or cannot be reached, or a cluster's
-            worker has different files.
+        InputError: The results file cannot be written, an address is invalid or cannot be reached,
+            or a cluster's worker has different files.
         NothingComparedError: No adapter was found.
 
     Example:
@@ -411,18 +475,34 @@ def fleet(
     run = LayerRun(COMMAND, options, FleetOptions)
     run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
     base = run.options["base"]
-    selector(run.options["layers"], run.options["exclude"])  # an invalid pattern would make every adapter unreadable
+    selector(
+        run.options["layers"], run.options["exclude"]
+    )  # an invalid pattern would make every adapter unreadable
     members = [Member(legible(path), FleetPath.read(path)) for path in expand_patterns(adapters)]
     base_path = FleetPath.read(as_path(base)) if base is not None else None
-    if not run.torch and base_path is None and not any(isinstance(member.seen.path, RemotePath) for member in members):
+    if (
+        not run.torch
+        and base_path is None
+        and not any(isinstance(member.seen.path, RemotePath) for member in members)
+    ):
         run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
-        run.usual_workers = None if run.apart else 1  # two threads took twice the processor time of one, and as long
-    device = run.where.tasks if run.torch else "cpu"  # reading factors takes longer than a GPU would save
+        run.usual_workers = (
+            None if run.apart else 1
+        )  # two threads took twice the processor time of one, and as long
+    device = (
+        run.where.tasks if run.torch else "cpu"
+    )  # reading factors takes longer than a GPU would save
     return run.over(
         members,
         _measure_member if run.options["engine"] is None else _measure_on_worker,
         lambda _, settings: ADAPTER_BYTES,
-        FleetSettings(base_path, run.options["layers"], run.options["exclude"], device, stated_alpha=run.stated_alpha),
+        FleetSettings(
+            base_path,
+            run.options["layers"],
+            run.options["exclude"],
+            device,
+            stated_alpha=run.stated_alpha,
+        ),
         Pairing((), ()),
         tuple(_describe(member, run.options["verify"]) for member in members),
         {"base": legible(base) if base is not None else None},
@@ -431,7 +511,8 @@ def fleet(
 
 
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
-    """Check that a cluster's worker has the same files, then measure one adapter as ``_measure_member``.
+    """Check that a cluster's worker has the same files, then measure one adapter as
+    ``_measure_member``.
 
     Raises:
         InputError: The worker has other files.
@@ -472,8 +553,8 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
 def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     """Return the distinct paths given directly or matched by patterns, in natural order.
 
-    Paths given directly are not checked. Matches of a pattern that are not adapters are ignored, and so are paths
-    directly in a folder that is also found.
+    Paths given directly are not checked. Matches of a pattern that are not adapters are ignored,
+    and so are paths directly in a folder that is also found.
 
     Raises:
         InputError: An address is invalid or cannot be reached.
@@ -490,23 +571,37 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     paths = [path for path in dict.fromkeys(found) if path.parent not in folders]
     if not paths:
         given = ", ".join(map(str, patterns)) or "standard input"
-        raise NothingComparedError(f"{given}: no adapter found; give folders of adapters, or a quoted pattern")
+        raise NothingComparedError(
+            f"{given}: no adapter found; give folders of adapters, or a quoted pattern"
+        )
     return sorted(paths, key=lambda path: natural_order(str(path)))
 
 
 def _describe(member: Member, verify: bool) -> RunInput:
     """Return the description of an adapter in the run record, before it is measured.
 
-    Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it. One on object storage
-    is opened, since its server may not list folders and sizes cost as many requests; with ``verify``, every
-    adapter or checkpoint is. What cannot be opened has no hash of its contents.
+    Its fingerprint lets ``--resume`` detect a changed adapter by file sizes, without opening it.
+    One on object storage is opened, since its server may not list folders and sizes cost as many
+    requests; with ``verify``, every adapter or checkpoint is. What cannot be opened has no hash of
+    its contents.
     """
     digest, sha256 = member.seen.digest, ""
     is_remote = isinstance(member.seen.path, RemotePath)
     if is_remote or verify:
         with suppress(LoradiagError):
             path = member.seen.path
-            checkpoint = open_adapter(path, "rank").checkpoint if is_adapter(locate(path)) else open_checkpoint(path)
+            checkpoint = (
+                open_adapter(path, "rank").checkpoint
+                if is_adapter(locate(path))
+                else open_checkpoint(path)
+            )
             digest = fingerprint(checkpoint) if is_remote else digest
             sha256 = content_hash(files_of(checkpoint)) if verify else ""
-    return RunInput(role="adapter", path=member.layer, kind="adapter", tensors=0, fingerprint=digest, sha256=sha256)
+    return RunInput(
+        role="adapter",
+        path=member.layer,
+        kind="adapter",
+        tensors=0,
+        fingerprint=digest,
+        sha256=sha256,
+    )

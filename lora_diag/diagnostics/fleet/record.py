@@ -36,8 +36,8 @@ class Fleet(LayerRecord):
         total_rank: Σ of the ranks; null if a layer has no factors.
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
         used: ``total_rank_99`` over ``total_rank``; null if that is null or 0.
-        spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every layer; null for a zero
-            update.
+        spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every
+            layer; null for a zero update.
         layers: Each layer, by its name.
         update: A sketch of the update: inner products of sketches estimate those of updates.
         space: A sketch of the column spaces of its directions up to 99% of the energy, likewise.
@@ -48,7 +48,13 @@ class Fleet(LayerRecord):
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("modules", "layers", "number of adapted matrices", drop=5, terminal=True),
         Shown("rank", "rank", "largest rank of its factors", main=True, head="r"),
-        Shown("mean_rank_99", "r at 99%", "mean rank at 99% of a layer's energy", drop=2, terminal=True),
+        Shown(
+            "mean_rank_99",
+            "r at 99%",
+            "mean rank at 99% of a layer's energy",
+            drop=2,
+            terminal=True,
+        ),
         Shown(
             "used",
             "used",

@@ -27,12 +27,21 @@ _RELATION_TEXTS = {
 
 _DUPLICATE_COLUMNS = (
     Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
-    Shown("overlap", "col space", "of the column spaces, estimated", main=True, form=".2f", pool="max", drop=1),
+    Shown(
+        "overlap",
+        "col space",
+        "of the column spaces, estimated",
+        main=True,
+        form=".2f",
+        pool="max",
+        drop=1,
+    ),
 )
 
 
 def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
-    """Return the tables: the rarest outliers, with ``per`` = ``layer`` every adapter; and the nearest near-duplicates.
+    """Return the tables: the rarest outliers, with ``per`` = ``layer`` every adapter; and the
+    nearest near-duplicates.
 
     A table without rows is omitted.
     """
@@ -52,22 +61,32 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     if pairs := _find_pairs(records)[:_MAX_ROWS]:
         pair_rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
         column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
-        grids.append(grid_of(_DUPLICATE_COLUMNS, pair_rows, "pair", "near-duplicates", extra=[column]))
+        grids.append(
+            grid_of(_DUPLICATE_COLUMNS, pair_rows, "pair", "near-duplicates", extra=[column])
+        )
     return grids
 
 
 def _find_pairs(records: Sequence[Fleet]) -> list[statistics.NearDuplicate]:
     """Return the pairs of near-duplicate adapters, the most similar first."""
-    return statistics.find_near_duplicates([record.update for record in records], [record.space for record in records])
+    return statistics.find_near_duplicates(
+        [record.update for record in records], [record.space for record in records]
+    )
 
 
 def describe_outliers(records: Sequence[Fleet]) -> list[str]:
-    """Return, for each adapter, a description of every kind of outlier that it is; empty if it is none."""
+    """Return, for each adapter, a description of every kind of outlier that it is; empty if it is
+    none.
+    """
     ratios = statistics.find_norm_outliers([record.fro for record in records])
     descriptions = []
-    for record, ratio, kinds in zip(records, ratios, statistics.find_outlier_kinds(records), strict=True):
+    for record, ratio, kinds in zip(
+        records, ratios, statistics.find_outlier_kinds(records), strict=True
+    ):
         texts: dict[statistics.OutlierKind, str] = {
-            "dead": "dead" if record.dead == record.modules else f"{record.dead} of {record.modules} dead",
+            "dead": "dead"
+            if record.dead == record.modules
+            else f"{record.dead} of {record.modules} dead",
             "norm": f"norm {number(ratio or 0.0)}× the median",
         }
         descriptions.append(", ".join(texts.get(kind, kind) for kind in kinds))
@@ -75,7 +94,9 @@ def describe_outliers(records: Sequence[Fleet]) -> list[str]:
 
 
 def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step, an exact comparison of the nearest near-duplicates or of few adapters; else None."""
+    """Return the next step, an exact comparison of the nearest near-duplicates or of few adapters;
+    else None.
+    """
     paths, pairs = [record.adapter for record in results.layers], _find_pairs(results.layers)
     compared = [paths[pairs[0].first], paths[pairs[0].second]] if pairs else paths
     if not 1 < len(compared) <= _MAX_NAMED:
@@ -88,7 +109,9 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
     records, final = results.layers, final_statements(results, "adapters measured so far")
     if not records:
         return final
-    outliers = list_counts([kind for kinds in statistics.find_outlier_kinds(records) for kind in kinds], _OUTLIERS)
+    outliers = list_counts(
+        [kind for kinds in statistics.find_outlier_kinds(records) for kind in kinds], _OUTLIERS
+    )
     few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
     relations = {relation: f"with {text}" for relation, text in _RELATION_TEXTS.items()}
     duplicates = list_counts([pair.relation for pair in _find_pairs(records)], relations)
@@ -109,18 +132,23 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
 
 
 def _describe_rank(records: Sequence[Fleet]) -> str:
-    """State the ranks of nonzero adapters that have one, and the fraction that 99% of their energy needs."""
+    """State the ranks of nonzero adapters that have one, and the fraction that 99% of their energy
+    needs.
+    """
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"
-    used_fraction = sum(record.total_rank_99 for record in ranked) / sum(record.total_rank or 0 for record in ranked)
+    used_fraction = sum(record.total_rank_99 for record in ranked) / sum(
+        record.total_rank or 0 for record in ranked
+    )
     ranks = span((record.rank for record in ranked if record.rank is not None), " to ")
     return f"{ranks}; 99% of the energy needs {percent(used_fraction)} of it"
 
 
 _OUTLIERS: dict[statistics.OutlierKind, str] = {
     "dead": "with dead layers (ΔW = 0)",
-    "over-ranked": f"over-ranked (99% of the energy in at most {statistics.OVER_RANKED_BELOW:.0%} of the rank)",
+    "over-ranked": f"over-ranked (99% of the energy in at most {statistics.OVER_RANKED_BELOW:.0%} "
+    "of the rank)",
     "spiked": f"spiked (one direction per layer has {statistics.SPIKED_FROM:.0%})",
     "norm": "with an outlying norm",
 }

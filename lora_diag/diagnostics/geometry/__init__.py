@@ -1,4 +1,6 @@
-"""Declaration and options of ``geometry``: where an update lies in the base weights, next to chance and rounding."""
+"""Declaration and options of ``geometry``: where an update lies in the base weights, next to chance
+and rounding.
+"""
 
 from typing import Annotated
 
@@ -10,8 +12,14 @@ class GeometryOptions(LayerOptions, total=False):
     """Options of ``geometry``."""
 
     top: Annotated[int, Option(64, "Dimension of the leading singular spaces of W.", "K", least=1)]
-    eta: Annotated[float, Option(1e-3, "Relative change up to which an entry is unchanged.", "E", between=(0, 1))]
-    draws: Annotated[int | None, Option(None, "Draws of each baseline; default: 2, small layers 8.", "N", least=1)]
+    eta: Annotated[
+        float,
+        Option(1e-3, "Relative change up to which an entry is unchanged.", "E", between=(0, 1)),
+    ]
+    draws: Annotated[
+        int | None,
+        Option(None, "Draws of each baseline; default: 2, small layers 8.", "N", least=1),
+    ]
     lens: Annotated[bool, Option(False, "Tokens that the leading directions of ΔW write and read.")]
 
 
@@ -24,7 +32,10 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Where an update lies in the weights, next to baselines.",
-            examples=("geometry base/ full_ft/ -o geometry.jsonl", "geometry base/ lora_r8/ --layers mlp --lens"),
+            examples=(
+                "geometry base/ full_ft/ -o geometry.jsonl",
+                "geometry base/ lora_r8/ --layers mlp --lens",
+            ),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(GeometryOptions,),
             suggest="lora_diag.diagnostics.intruders.show:suggest_next",

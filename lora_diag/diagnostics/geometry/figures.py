@@ -1,4 +1,6 @@
-"""Figures of ``geometry``: masks with both baselines, angle spectra with theirs, and heads by depth."""
+"""Figures of ``geometry``: masks with both baselines, angle spectra with theirs, and heads by
+depth.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,29 @@ from lora_diag.records.base import value_at
 from lora_diag.records.names import depth_of
 from lora_diag.rendering.figures.fields import Types, count_matrices
 from lora_diag.rendering.figures.pages import MAX_PANELS, Page, Panel, key
-from lora_diag.rendering.figures.panels import draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
-from lora_diag.rendering.figures.style import CATEGORIES, DASHED, INK, QUIET, SHARES, PageStyle, log_label
+from lora_diag.rendering.figures.panels import (
+    draw_bars,
+    make_slots,
+    median_of,
+    set_fraction_ticks,
+    stack_panels,
+)
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    subject_of,
+)
+from lora_diag.rendering.figures.style import (
+    CATEGORIES,
+    DASHED,
+    INK,
+    QUIET,
+    SHARES,
+    PageStyle,
+    log_label,
+)
 
 # The sides of a record, with label and line; the measured one first.
 SIDES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -36,12 +58,16 @@ KINDS = ("query", "key", "value", "output")
 
 
 def _select_moved(series: Sequence[Series[Any]]) -> list[tuple[str, tuple[Geometry, ...]]]:
-    """Return the name of each run, as the beginning of a title, and its records of layers that changed.
+    """Return the name of each run, as the beginning of a title, and its records of layers that
+    changed.
 
     Raises:
         UndrawableError: No layer changed.
     """
-    found = [(owner_of(item, series), tuple(record for record in item.records if record.moved)) for item in series]
+    found = [
+        (owner_of(item, series), tuple(record for record in item.records if record.moved))
+        for item in series
+    ]
     if not any(records for _, records in found):
         raise UndrawableError("no layer changed")
     return [(owner, records) for owner, records in found if records]
@@ -54,7 +80,8 @@ def _side_keys(style: PageStyle, records: Sequence[Geometry]) -> list[Any]:
 
 
 def make_masks_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the fractions of changed entries in the masks, a bar per layer, with both baselines.
+    """Return the page of the fractions of changed entries in the masks, a bar per layer, with both
+    baselines.
 
     Raises:
         UndrawableError: No layer changed.
@@ -76,10 +103,13 @@ def make_masks_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     return Page(
         "Location of changed entries, by layer",
         stack_panels(panels, runs, style),
-        f"{subject_of(series)}{count_matrices(records)}; blocks run from left to right in each module type",
+        f"{subject_of(series)}{count_matrices(records)}; blocks run from left to right in each "
+        "module type",
         [
-            "Dotted: the fraction of the mask in all entries. chance: Gaussian updates of the same norm, not rounded. "
-            "rounding null: the entries of ΔW at random places, stored as TUNED; the bars show something of the update "
+            "Dotted: the fraction of the mask in all entries. chance: Gaussian updates of the same "
+            "norm, not rounded. "
+            "rounding null: the entries of ΔW at random places, stored as TUNED; the bars show "
+            "something of the update "
             "only where they differ from it."
         ],
         _side_keys(style, records),
@@ -106,7 +136,8 @@ def _value_of(record: Geometry, path: str) -> float | None:
 
 
 def make_angles_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of principal angles, a panel per module type: median spectrum over its layers, and baselines.
+    """Return the page of principal angles, a panel per module type: median spectrum over its
+    layers, and baselines.
 
     Raises:
         UndrawableError: No layer changed.
@@ -128,9 +159,11 @@ def make_angles_page(series: Sequence[Series[Any]], style: PageStyle, options: O
     return Page(
         "Rotation of the leading singular spaces of W",
         panels,
-        f"{subject_of(series)}{count_matrices(records)}; left spaces in full colour, right spaces pale",
+        f"{subject_of(series)}{count_matrices(records)}; left spaces in full colour, right spaces "
+        "pale",
         [
-            "A curve is the median over the layers of the type, the smallest angle first. chance: Gaussian updates "
+            "A curve is the median over the layers of the type, the smallest angle first. chance: "
+            "Gaussian updates "
             "of the same norm; rounding null: the entries of ΔW at random places, stored as TUNED.",
             f"Not drawn: {more} more panels (--layers)." if more > 0 else "",
         ],
@@ -149,7 +182,13 @@ def _draw_angles(ax: Axes, style: PageStyle, records: Sequence[Geometry]) -> Non
             if rows:
                 spectrum = np.median(np.array(rows), axis=0)
                 marker: dict[str, Any] = {"marker": "o"} if k == 1 else {}
-                look = {"lw": style.line, "alpha": alpha, "zorder": 3 if side == "moved" else 2, **line, **marker}
+                look = {
+                    "lw": style.line,
+                    "alpha": alpha,
+                    "zorder": 3 if side == "moved" else 2,
+                    **line,
+                    **marker,
+                }
                 ax.plot(range(1, k + 1), np.maximum(spectrum, 1e-6), **look)
     ax.set_yscale("log")
     ax.yaxis.set_major_formatter(log_label)
@@ -157,7 +196,8 @@ def _draw_angles(ax: Axes, style: PageStyle, records: Sequence[Geometry]) -> Non
 
 
 def make_heads_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of heat maps of ‖ΔW‖/‖W‖ of every head, one panel per projection, heads by depth.
+    """Return the page of heat maps of ‖ΔW‖/‖W‖ of every head, one panel per projection, heads by
+    depth.
 
     Raises:
         UndrawableError: No layer changed, or no projection was split into heads.
@@ -168,21 +208,32 @@ def make_heads_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         for kind, grid, depths in _collect_heads(run)
     ]
     if not cells:
-        raise UndrawableError("no projection of attention was split into heads: BASE has no config that fits")
+        raise UndrawableError(
+            "no projection of attention was split into heads: BASE has no config that fits"
+        )
     values = np.concatenate([grid.ravel() for _, _, grid, _ in cells])
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         raise UndrawableError("no head changed")
     norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min()))
     panels = [
-        Panel(title, partial(_draw_heads, grid=grid, depths=depths, norm=norm), "depth (block)", "head", name=kind)
+        Panel(
+            title,
+            partial(_draw_heads, grid=grid, depths=depths, norm=norm),
+            "depth (block)",
+            "head",
+            name=kind,
+        )
         for title, kind, grid, depths in cells
     ]
     return Page(
         "Relative change of attention heads, ‖ΔW‖ / ‖W‖",
         panels,
         f"{subject_of(series)}rows of queries, keys and values, columns of outputs",
-        ["Keys and values of grouped queries have one head per group. White: no such head, or unchanged."],
+        [
+            "Keys and values of grouped queries have one head per group. White: no such head, or "
+            "unchanged."
+        ],
         [],
         columns=2 if style.columns > 2 and len(panels) > 1 else 1,
         low=True,
@@ -191,10 +242,16 @@ def make_heads_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     )
 
 
-def _collect_heads(records: Sequence[Geometry]) -> Iterator[tuple[str, NDArray[np.float64], list[int]]]:
-    """Yield each kind of projection with the relative changes of its heads, ``(heads, depths)``, and the depths."""
+def _collect_heads(
+    records: Sequence[Geometry],
+) -> Iterator[tuple[str, NDArray[np.float64], list[int]]]:
+    """Yield each kind of projection with the relative changes of its heads, ``(heads, depths)``,
+    and the depths.
+    """
     for kind in KINDS:
-        heads = [(depth_of(r.layer) or 0, head) for r in records for head in r.heads if head.kind == kind]
+        heads = [
+            (depth_of(r.layer) or 0, head) for r in records for head in r.heads if head.kind == kind
+        ]
         if heads:
             depths = sorted({depth for depth, _ in heads})
             grid = np.full((1 + max(head.index for _, head in heads), len(depths)), np.nan)
@@ -203,10 +260,14 @@ def _collect_heads(records: Sequence[Geometry]) -> Iterator[tuple[str, NDArray[n
             yield kind, grid, depths
 
 
-def _draw_heads(ax: Axes, style: PageStyle, grid: NDArray[np.float64], depths: Sequence[int], norm: LogNorm) -> None:
+def _draw_heads(
+    ax: Axes, style: PageStyle, grid: NDArray[np.float64], depths: Sequence[int], norm: LogNorm
+) -> None:
     """Draw a heat map of heads by depth."""
     ax.imshow(grid, cmap=SHARES, norm=norm, aspect="auto", interpolation="nearest")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    ax.xaxis.set_major_formatter(lambda x, _: str(depths[int(x)]) if 0 <= x < len(depths) and x == int(x) else "")
+    ax.xaxis.set_major_formatter(
+        lambda x, _: str(depths[int(x)]) if 0 <= x < len(depths) and x == int(x) else ""
+    )
     ax.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
     ax.spines[:].set_visible(False)

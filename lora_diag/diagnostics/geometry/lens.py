@@ -1,13 +1,15 @@
-"""The tokens that the leading directions of ΔW write and read, through the model's own unembedding and embedding.
+"""The tokens that the leading directions of ΔW write and read, through the model's own unembedding
+and embedding.
 
-A left singular vector u of a matrix that writes to the residual stream adds W_U·u to the logits; a right one, v, of a
-matrix that reads from it responds to token t by E_t·v. Tokens are ranked by cosine after the mean over the vocabulary
-is subtracted, so that what all tokens share does not count: the softmax ignores it in logits. Norms between the layer
-and the vocabulary are left out.
+A left singular vector u of a matrix that writes to the residual stream adds W_U·u to the logits; a
+right one, v, of a matrix that reads from it responds to token t by E_t·v. Tokens are ranked by
+cosine after the mean over the vocabulary is subtracted, so that what all tokens share does not
+count: the softmax ignores it in logits. Norms between the layer and the vocabulary are left out.
 
-For a direction that is uniform on the sphere of dimension d, the square of its cosine with any fixed vector has the
-distribution Beta(1/2, (d − 1)/2), so that a token's p-value is exact. It is multiplied by the number of tokens and of
-directions looked at (Bonferroni 1936), which holds however similar tokens are.
+For a direction that is uniform on the sphere of dimension d, the square of its cosine with any
+fixed vector has the distribution Beta(1/2, (d − 1)/2), so that a token's p-value is exact. It is
+multiplied by the number of tokens and of directions looked at (Bonferroni 1936), which holds
+however similar tokens are.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from lora_diag.linalg.devices import move
 DIRECTIONS, TOKENS = 4, 8
 
 # Names of matrices that write to the residual stream, and that read from it.
-WRITES = re.compile(r"(^|[._])(o_proj|wo|out_proj|attn_output|down_proj|w2|fc2|ffn_down|dense_4h_to_h)$")
+WRITES = re.compile(
+    r"(^|[._])(o_proj|wo|out_proj|attn_output|down_proj|w2|fc2|ffn_down|dense_4h_to_h)$"
+)
 READS = re.compile(
     r"(^|[._])(q_proj|k_proj|v_proj|qkv_proj|wq|wk|wv|gate_proj|up_proj|gate_up_proj|w1|w3|fc1|attn_[qkv]|ffn_gate|ffn_up"
     r"|query_key_value|dense_h_to_4h)$"
@@ -40,25 +44,36 @@ READS = re.compile(
 
 
 def find_tables(base: Checkpoint) -> tuple[Side, Side]:
-    """Return the embedding ``(V, d)`` and the unembedding of a model; both the same if they are tied.
+    """Return the embedding ``(V, d)`` and the unembedding of a model; both the same if they are
+    tied.
 
     Raises:
         InputError: The checkpoint has none, or several that may be it.
     """
     tables = [name for name in base if is_table(name) and len(base[name].shape) == 2]
-    tokens = [name for name in tables if re.search(r"(embed_tokens|wte|tok_embeddings|word_embeddings|embed_in)", name)]
+    tokens = [
+        name
+        for name in tables
+        if re.search(r"(embed_tokens|wte|tok_embeddings|word_embeddings|embed_in)", name)
+    ]
     heads = [name for name in base if is_head(name) and len(base[name].shape) == 2]
     embedding = tokens if len(tokens) == 1 else tables
     if len(embedding) != 1 or not (heads or has_tied_head(base)):
-        problem = f"has {len(embedding)} token embeddings and {len(heads)} heads over the vocabulary"
-        raise InputError(f"{base.path}: {problem}; --lens needs one of each: give the whole model, or leave out --lens")
+        problem = (
+            f"has {len(embedding)} token embeddings and {len(heads)} heads over the vocabulary"
+        )
+        raise InputError(
+            f"{base.path}: {problem}; --lens needs one of each: give the whole model, or leave out "
+            "--lens"
+        )
     return Side(base, embedding[0]), Side(base, (heads or embedding)[0])
 
 
 def look_through(
     layer: str, vectors: tuple[Tensor, Tensor], base: Checkpoint, random: torch.Generator
 ) -> list[TokenDirection]:
-    """Return the tokens of the leading directions of ΔW that a layer writes or reads; empty for neither.
+    """Return the tokens of the leading directions of ΔW that a layer writes or reads; empty for
+    neither.
 
     Args:
         layer: The weight's name.
@@ -95,7 +110,9 @@ def rank_tokens(
     from scipy.special import betainc  # 0.1 s
 
     centered = table - table.mean(0)
-    centered /= torch.linalg.vector_norm(centered, dim=1, keepdim=True).clamp(min=torch.finfo(table.dtype).tiny)
+    centered /= torch.linalg.vector_norm(centered, dim=1, keepdim=True).clamp(
+        min=torch.finfo(table.dtype).tiny
+    )
     noise = torch.randn(directions.shape, generator=random).to(table)
     by_chance = (centered @ (noise / noise.norm(dim=0))).abs().amax(0).tolist()
     cosines = centered @ directions.to(table)
@@ -120,7 +137,8 @@ def rank_tokens(
 
 @lru_cache(maxsize=2)
 def read_words(path: Path) -> tuple[str, ...]:
-    """Return the vocabulary of a ``tokenizer.json`` as text, by number, without added tokens; empty without the file.
+    """Return the vocabulary of a ``tokenizer.json`` as text, by number, without added tokens; empty
+    without the file.
 
     Raises:
         InputError: The file cannot be read, or has no vocabulary.
@@ -131,10 +149,22 @@ def read_words(path: Path) -> tuple[str, ...]:
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocabulary, list):  # Unigram: pairs of piece and score
-        vocabulary = {str(pair[0]): number for number, pair in enumerate(vocabulary) if isinstance(pair, list) and pair}
-    if not isinstance(vocabulary, dict) or not all(isinstance(number, int) for number in vocabulary.values()):
-        raise InputError(f"{path}: has no vocabulary; write it again with the tokenizers library, or move it away")
-    words = [f"#{number}" for number in range(min(len(vocabulary), max(vocabulary.values(), default=-1) + 1))]
+        vocabulary = {
+            str(pair[0]): number
+            for number, pair in enumerate(vocabulary)
+            if isinstance(pair, list) and pair
+        }
+    if not isinstance(vocabulary, dict) or not all(
+        isinstance(number, int) for number in vocabulary.values()
+    ):
+        raise InputError(
+            f"{path}: has no vocabulary; write it again with the tokenizers library, or move it "
+            "away"
+        )
+    words = [
+        f"#{number}"
+        for number in range(min(len(vocabulary), max(vocabulary.values(), default=-1) + 1))
+    ]
     for piece, number in vocabulary.items():
         if 0 <= number < len(words):
             words[number] = decode_piece(piece)
@@ -142,14 +172,17 @@ def read_words(path: Path) -> tuple[str, ...]:
 
 
 def decode_piece(piece: str) -> str:
-    """Return a piece of a byte-level or SentencePiece vocabulary as text; a part of a character as it is.
+    """Return a piece of a byte-level or SentencePiece vocabulary as text; a part of a character as
+    it is.
 
     >>> decode_piece("Ġhello"), decode_piece("▁hello"), decode_piece("Ã©t"), decode_piece("Ã")
     (' hello', ' hello', 'ét', 'Ã')
     """
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
-    byte_of = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    byte_of = {chr(byte): byte for byte in shown} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }
     if all(letter in byte_of for letter in piece):
         try:
             return bytes(byte_of[letter] for letter in piece).decode()

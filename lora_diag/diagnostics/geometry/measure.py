@@ -1,4 +1,6 @@
-"""``geometry``: measure where an update lies in W, and where independent updates of the same size would lie."""
+"""``geometry``: measure where an update lies in W, and where independent updates of the same size
+would lie.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,33 @@ from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
 from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
-from lora_diag.diagnostics.geometry.nulls import add_stored, flip_signs, permute, random_update, undo_rounding
+from lora_diag.diagnostics.geometry.nulls import (
+    add_stored,
+    flip_signs,
+    permute,
+    random_update,
+    undo_rounding,
+)
 from lora_diag.diagnostics.geometry.parts import list_heads, measure_heads, split_magnitude
 from lora_diag.diagnostics.geometry.record import Baseline, Geometry, TokenDirection
-from lora_diag.diagnostics.intruders.measure import IntruderSettings, classify_directions, make_intruders
+from lora_diag.diagnostics.intruders.measure import (
+    IntruderSettings,
+    classify_directions,
+    make_intruders,
+)
 from lora_diag.diagnostics.intruders.record import Intruders
 from lora_diag.layers.change import Change, form_tuned, join_blocks, load_change, measure_on_device
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.exact import Factors, numerical_rank
-from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.methods import (
+    Allowance,
+    check_request,
+    decompose,
+    require_memory,
+    whole_bytes,
+)
 from lora_diag.linalg.rotation import Spaces, bound_space_error, principal_angles
 from lora_diag.linalg.rounding import LAYOUT
 from lora_diag.metrics.energy import energy_curve, rank_at
@@ -36,7 +54,9 @@ from lora_diag.running.inputs import open_base
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import show_options
 
-NEEDS_BASE = "an update is compared with the weight that it changes, and BASE does not hold this one"
+NEEDS_BASE = (
+    "an update is compared with the weight that it changes, and BASE does not hold this one"
+)
 
 # Formats of the rounding null; the smaller the layer, the more draws, up to ``MOST_DRAWS``.
 FORMATS = ("bfloat16", "float16", "float32", "float64")
@@ -61,7 +81,8 @@ class GeometrySettings(LayerSettings):
 
 
 def max_bytes(delta: Delta, settings: GeometrySettings) -> int:
-    """Return an upper bound of the memory of a layer in bytes: nine float64 copies, and one with its decomposition.
+    """Return an upper bound of the memory of a layer in bytes: nine float64 copies, and one with
+    its decomposition.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
@@ -81,7 +102,8 @@ def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | 
         settings: Settings of the measurement.
 
     Returns:
-        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have the weight.
+        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
+            the weight.
 
     Raises:
         InputError: A file could not be read, or a decomposition did not converge.
@@ -94,10 +116,14 @@ def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | 
 
 
 def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> Geometry | LeftOut:
-    """Return the record of a layer with a weight in BASE, measured on this device; see ``measure_layer``."""
+    """Return the record of a layer with a weight in BASE, measured on this device; see
+    ``measure_layer``.
+    """
     if settings.memory is not None and device.type == "cpu":
         description = "both weights, their singular vectors and a baseline take"
-        require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
+        require_memory(
+            max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it"
+        )
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
@@ -107,21 +133,38 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     fro = norm([update])
     if not math.isfinite(fro):
         return not_finite(delta, "W_base + ΔW is not finite")
-    common = {"layer": delta.layer, "shape": delta.shape, "eta": settings.eta, "base_fro": norm([weight])}
+    common = {
+        "layer": delta.layer,
+        "shape": delta.shape,
+        "eta": settings.eta,
+        "base_fro": norm([weight]),
+    }
     k = max(1, min(settings.k, min(delta.shape) // 2))
     if fro == 0.0:
         return Geometry(**common, k=k, fro=fro)
     factors = decompose(update) if change.factors is None else change.decompose()
     found = resolution(change.rounding, factors)
-    signal = found.signal_rank if found.signal_rank and found.signal_rank <= min(delta.shape) // 2 else None
+    signal = (
+        found.signal_rank
+        if found.signal_rank and found.signal_rank <= min(delta.shape) // 2
+        else None
+    )
     top = min(max(k, signal or 0, IntruderSettings().k), *delta.shape)
     frame = Frame.of(weight, k, top, settings.eta, settings.method)
     moved, spaces = measure_movement(frame, update, float(factors.s[0]))
-    random = torch.Generator().manual_seed((settings.seed + zlib.crc32(delta.layer.encode())) % 2**63)
+    random = torch.Generator().manual_seed(
+        (settings.seed + zlib.crc32(delta.layer.encode())) % 2**63
+    )
     stored = _find_format(delta, change)
     signs = None if isinstance(delta, FactoredDelta) else decompose(flip_signs(update, random))
-    left, right = (None if signal is None else angle for angle in _compare_spaces(frame.spaces, spaces, signal or 1))
-    sines = (bound_space_error(matrix, each, k) for matrix, each in ((weight, frame.spaces), (weight + update, spaces)))
+    left, right = (
+        None if signal is None else angle
+        for angle in _compare_spaces(frame.spaces, spaces, signal or 1)
+    )
+    sines = (
+        bound_space_error(matrix, each, k)
+        for matrix, each in ((weight, frame.spaces), (weight + update, spaces))
+    )
     return Geometry(
         **common,
         k=k,
@@ -137,9 +180,15 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
         rank_90_random=None if signs is None else _find_rank_90(signs),
         moved=moved,
         chance=_measure_chance(frame, fro, _count_draws(delta, settings), random),
-        rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random) if stored else None,
+        rounding=_measure_rounding(frame, update, stored, _count_draws(delta, settings), random)
+        if stored
+        else None,
         magnitude=split_magnitude(weight, update),
-        heads=tuple(measure_heads(list_heads(delta.layer, delta.shape, delta.base.checkpoint.config), weight, update)),
+        heads=tuple(
+            measure_heads(
+                list_heads(delta.layer, delta.shape, delta.base.checkpoint.config), weight, update
+            )
+        ),
         lens=tuple(_look(delta, change, update, random)) if settings.lens else (),
         intruders=_find_intruders(delta, frame, spaces, fro),
         method=frame.spaces.method,
@@ -150,16 +199,24 @@ def _find_intruders(delta: Delta, frame: Frame, spaces: Spaces, fro: float) -> I
     """Return the record that ``intruders`` makes of a layer by default."""
     settings = IntruderSettings()
     k = min(settings.k, *delta.shape)
-    directions = classify_directions((frame.spaces.s, frame.spaces.u), (spaces.s[:k], spaces.u[:, :k]), settings)
-    return make_intruders(delta, settings, directions, fro, norm([frame.weight]), frame.spaces.method)
+    directions = classify_directions(
+        (frame.spaces.s, frame.spaces.u), (spaces.s[:k], spaces.u[:, :k]), settings
+    )
+    return make_intruders(
+        delta, settings, directions, fro, norm([frame.weight]), frame.spaces.method
+    )
 
 
-def _look(delta: Delta, change: Change, update: Tensor, random: torch.Generator) -> list[TokenDirection]:
+def _look(
+    delta: Delta, change: Change, update: Tensor, random: torch.Generator
+) -> list[TokenDirection]:
     """Return the tokens of the leading directions of ΔW."""
     assert delta.base is not None
     count = min(DIRECTIONS, *delta.shape)
     factors = (
-        change.decompose(top=count, vectors=True) if change.factors else decompose(update, "auto", count, None, True)
+        change.decompose(top=count, vectors=True)
+        if change.factors
+        else decompose(update, "auto", count, None, True)
     )
     u, vh = factors.vectors
     kept = min(count, numerical_rank(factors))
@@ -167,13 +224,17 @@ def _look(delta: Delta, change: Change, update: Tensor, random: torch.Generator)
 
 
 def _count_draws(delta: Delta, settings: GeometrySettings) -> int:
-    """Return the number of draws of a baseline: as set, or more for a small layer, whose statistics vary more."""
+    """Return the number of draws of a baseline: as set, or more for a small layer, whose statistics
+    vary more.
+    """
     by_size = min(MOST_DRAWS, max(FEWEST_DRAWS, ENTRIES_PER_DRAW // math.prod(delta.shape)))
     return settings.draws or by_size
 
 
 def _find_format(delta: Delta, change: Change) -> str | None:
-    """Return the format of TUNED's values, bfloat16 also where a float32 file holds such values; None without one."""
+    """Return the format of TUNED's values, bfloat16 also where a float32 file holds such values;
+    None without one.
+    """
     if not isinstance(delta, StoredDelta) or delta.tuned.is_quantized or change.rounding is None:
         return None
     dtype = delta.tuned.dtype
@@ -184,11 +245,15 @@ def _find_format(delta: Delta, change: Change) -> str | None:
 
 def _find_rank_90(factors: Factors) -> int:
     """Return the smallest r with C(r) ≥ 0.9 of all singular values."""
-    return rank_at(energy_curve(factors.s.numpy(), factors.fro, complete=True), 0.9) or len(factors.s)
+    return rank_at(energy_curve(factors.s.numpy(), factors.fro, complete=True), 0.9) or len(
+        factors.s
+    )
 
 
 def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float]:
-    """Return the mean principal angles of the leading left and right spaces of dimension k, in degrees."""
+    """Return the mean principal angles of the leading left and right spaces of dimension k, in
+    degrees.
+    """
     pairs = ((before.u, after.u), (before.v, after.v))
     left, right = (float(principal_angles(a[:, :k], b[:, :k]).mean()) for a, b in pairs)
     return left, right
@@ -197,7 +262,9 @@ def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float
 def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generator) -> Baseline:
     """Return the statistics of Gaussian updates of the same norm."""
     rows, columns = frame.weight.shape
-    updates = (random_update((rows, columns), fro, random).to(frame.weight.device) for _ in range(draws))
+    updates = (
+        random_update((rows, columns), fro, random).to(frame.weight.device) for _ in range(draws)
+    )
     return pool_draws([measure_movement(frame, update)[0] for update in updates])
 
 
@@ -207,7 +274,10 @@ def _measure_rounding(
     """Return the statistics of the rounding null; None if rounding leaves nothing of any draw."""
     dtype = getattr(torch, stored)
     entries = undo_rounding(frame.weight, update, dtype, random)
-    placed = (add_stored(frame.weight, permute(entries, random), dtype) - frame.weight for _ in range(draws))
+    placed = (
+        add_stored(frame.weight, permute(entries, random), dtype) - frame.weight
+        for _ in range(draws)
+    )
     found = [measure_movement(frame, each)[0] for each in placed if bool(each.any())]
     return pool_draws(found) if found else None
 
@@ -218,25 +288,28 @@ def geometry(
     tuned: Path | str,
     **options: Unpack[GeometryOptions],
 ) -> Results[Geometry]:
-    r"""Measure where an update lies in the base weights, and where chance and rounding alone would put it.
+    r"""Measure where an update lies in the base weights, and where chance and rounding alone would
+    put it.
 
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
         top: k, the dimension of the leading singular spaces of W, at most half of min(out, in).
-        eta: η: an entry is unchanged if |ΔW| ≤ η·max(|W|, |W + ΔW|). Between bfloat16 files 0.001 is bit identity.
+        eta: η: an entry is unchanged if |ΔW| ≤ η·max(|W|, |W + ΔW|). Between bfloat16 files 0.001
+            is bit identity.
         draws: Number of draws of each baseline.
-        lens: Whether to find the tokens that the leading directions of ΔW write through the unembedding of BASE and
-            read through its embedding.
+        lens: Whether to find the tokens that the leading directions of ΔW write through the
+            unembedding of BASE and read through its embedding.
         **options: ``GeometryOptions``.
 
     Returns:
         One record per finite matrix that both sides have; other tensors are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
-            resumed.
-        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be
+            neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be
+            written.
         NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:

@@ -1,4 +1,6 @@
-"""Where one ΔW lies in W: the statistics of ``geometry``, the same for an update and for its baselines."""
+"""Where one ΔW lies in W: the statistics of ``geometry``, the same for an update and for its
+baselines.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from torch import Tensor
 from lora_diag.diagnostics.geometry.record import ALPHAS, DECILES, Baseline, Movement
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.methods import decompose
-from lora_diag.linalg.rotation import Spaces, leading_spaces, principal_angles, spectral_shift, split_update
+from lora_diag.linalg.rotation import (
+    Spaces,
+    leading_spaces,
+    principal_angles,
+    spectral_shift,
+    split_update,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +36,10 @@ class Frame:
         eta: η, the relative change up to which an entry counts as unchanged.
         method: As in ``decompose``.
         spaces: Singular values and all singular vectors of W.
-        decile: Decile of |W| of each entry, from 0 for the smallest; equal magnitudes in the order of entries.
-        principal: For each α of ``ALPHAS``, whether an entry is among the α largest magnitudes of the reconstruction of
-            W from its k leading singular directions.
+        decile: Decile of |W| of each entry, from 0 for the smallest; equal magnitudes in the order
+            of entries.
+        principal: For each α of ``ALPHAS``, whether an entry is among the α largest magnitudes of
+            the reconstruction of W from its k leading singular directions.
     """
 
     weight: Tensor
@@ -53,11 +62,15 @@ class Frame:
         u, v = spaces.u[:, :k], spaces.v[:, :k]
         large = ((u * spaces.s[:k].to(u.device)) @ v.T).abs_()
         order = large.reshape(-1).sort().values
-        principal = tuple(large >= order[entries - max(1, int(alpha * entries))] for alpha in ALPHAS)
+        principal = tuple(
+            large >= order[entries - max(1, int(alpha * entries))] for alpha in ALPHAS
+        )
         return cls(weight, k, top, eta, method, spaces, decile.view_as(weight), principal)
 
 
-def measure_movement(frame: Frame, update: Tensor, sigma: float | None = None) -> tuple[Movement, Spaces]:
+def measure_movement(
+    frame: Frame, update: Tensor, sigma: float | None = None
+) -> tuple[Movement, Spaces]:
     """Measure where ΔW lies in W.
 
     Args:

@@ -1,4 +1,6 @@
-"""The parts of a matrix: attention heads, as the model's config lays them out; and lengths and directions of rows."""
+"""The parts of a matrix: attention heads, as the model's config lays them out; and lengths and
+directions of rows.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,17 @@ from lora_diag.linalg.difference import norm
 from lora_diag.linalg.methods import decompose
 from lora_diag.metrics.energy import curve_at, energy_curve, rank_at
 
-# Names of projections, at the end of a weight's name, and what their heads are: those of queries and outputs count as
-# ``num_attention_heads``, those of keys and values as ``num_key_value_heads``. A fused weight has several in a row.
+# Names of projections, at the end of a weight's name, and what their heads are: those of queries
+# and outputs count as ``num_attention_heads``, those of keys and values as ``num_key_value_heads``.
+# A fused weight has several in a row.
 PROJECTIONS = (
     (r"(q_proj|wq|attn_q|q_lin|query)", ("query",)),
     (r"(k_proj|wk|attn_k|k_lin|key)", ("key",)),
     (r"(v_proj|wv|attn_v|v_lin|value)", ("value",)),
-    (r"(o_proj|wo|attn_output|out_lin|attn\.out_proj|attn\.c_proj|attention\.(output\.)?dense)", ("output",)),
+    (
+        r"(o_proj|wo|attn_output|out_lin|attn\.out_proj|attn\.c_proj|attention\.(output\.)?dense)",
+        ("output",),
+    ),
     (r"(qkv_proj|Wqkv|attn\.c_attn)", ("query", "key", "value")),
 )
 # Ranks of the energy curve of a head.
@@ -42,11 +48,13 @@ class Block(NamedTuple):
 
 
 def list_heads(layer: str, shape: tuple[int, int], config: Mapping[str, Any]) -> tuple[Block, ...]:
-    """Return the heads of a matrix; none if it is no projection of attention, or does not fit the config.
+    """Return the heads of a matrix; none if it is no projection of attention, or does not fit the
+    config.
 
     Args:
         layer: The weight's name.
-        shape: ``(m, n)``; heads are rows, or columns of an output projection; the reverse in GPT-2, stored transposed.
+        shape: ``(m, n)``; heads are rows, or columns of an output projection; the reverse in GPT-2,
+            stored transposed.
         config: ``config.json`` of the model.
 
     Example:
@@ -57,7 +65,9 @@ def list_heads(layer: str, shape: tuple[int, int], config: Mapping[str, Any]) ->
         ()
     """
     name = layer.removesuffix(".weight")
-    kinds = next((kinds for pattern, kinds in PROJECTIONS if re.search(rf"(^|[._]){pattern}$", name)), ())
+    kinds = next(
+        (kinds for pattern, kinds in PROJECTIONS if re.search(rf"(^|[._]){pattern}$", name)), ()
+    )
     text = config.get("text_config")
     values = {**config, **(text if isinstance(text, dict) else {})}
     heads = _read_size(values, "num_attention_heads", "n_head")
@@ -66,13 +76,16 @@ def list_heads(layer: str, shape: tuple[int, int], config: Mapping[str, Any]) ->
         return ()
     width = _read_size(values, "head_dim") or hidden // heads
     counts = [
-        (_read_size(values, "num_key_value_heads") or heads) if kind in {"key", "value"} else heads for kind in kinds
+        (_read_size(values, "num_key_value_heads") or heads) if kind in {"key", "value"} else heads
+        for kind in kinds
     ]
     is_transposed = values.get("model_type") == "gpt2"  # Conv1D, (in, out)
     axis = int((kinds == ("output",)) != is_transposed)
     if shape[axis] != sum(counts) * width:
         return ()
-    indices = [(kind, index) for kind, count in zip(kinds, counts, strict=True) for index in range(count)]
+    indices = [
+        (kind, index) for kind, count in zip(kinds, counts, strict=True) for index in range(count)
+    ]
     return tuple(Block(*each, axis, i * width, (i + 1) * width) for i, each in enumerate(indices))
 
 
@@ -83,7 +96,9 @@ def _read_size(values: Mapping[str, Any], *names: str) -> int | None:
 
 
 def measure_heads(blocks: tuple[Block, ...], weight: Tensor, update: Tensor) -> Iterator[Head]:
-    """Yield the record of each head: the size of its part of ΔW ≠ 0, and how many directions that has."""
+    """Yield the record of each head: the size of its part of ΔW ≠ 0, and how many directions that
+    has.
+    """
     total = norm([update]) ** 2
     for block in blocks:
         part = block.of(update)
@@ -104,12 +119,13 @@ def measure_heads(blocks: tuple[Block, ...], weight: Tensor, update: Tensor) -> 
 
 
 def split_magnitude(weight: Tensor, update: Tensor) -> float:
-    """Return the fraction of ‖ΔW‖² that changes the lengths of rows; the rest changes their directions.
+    """Return the fraction of ‖ΔW‖² that changes the lengths of rows; the rest changes their
+    directions.
 
     For rows w and w' = w + δ at an angle θ, ‖δ‖² = (‖w'‖ − ‖w‖)² + 2‖w‖‖w'‖(1 − cos θ).
 
-    Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, for the decomposition
-    into magnitude and direction.
+    Reference: Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353, for
+    the decomposition into magnitude and direction.
 
     Example:
         >>> updates = torch.eye(2) / 2, torch.ones(2, 2).tril(-1)

@@ -8,7 +8,18 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from lora_diag.diagnostics.intruders.record import Intruders
-from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, Unit
+from lora_diag.records.base import (
+    SHAPE,
+    Count,
+    Guard,
+    LayerRecord,
+    Norm,
+    Ratio,
+    Record,
+    Share,
+    Shown,
+    Unit,
+)
 
 Degrees = Annotated[float, Unit("degrees"), Field(ge=0, le=90.001)]
 
@@ -22,18 +33,22 @@ class Movement(Record):
 
     Args:
         unchanged: Fraction of entries with |ΔW| ≤ η·max(|W|, |W + ΔW|) ("update sparsity").
-        changed_by_decile: Fraction of changed entries in each decile of |W|, the smallest magnitudes first.
+        changed_by_decile: Fraction of changed entries in each decile of |W|, the smallest
+            magnitudes first.
         row_spread: Standard deviation over rows of the fraction of changed entries.
         column_spread: The same over columns.
-        low_30: Fraction of the changed entries that are among the 30% smallest of |W|; null if none changed.
+        low_30: Fraction of the changed entries that are among the 30% smallest of |W|; null if none
+            changed.
         low_10: The same for 10%.
-        principal_30: Fraction of the changed entries that are among the 30% largest of the reconstruction of W from its
-            k leading singular directions.
+        principal_30: Fraction of the changed entries that are among the 30% largest of the
+            reconstruction of W from its k leading singular directions.
         principal_10: The same for 10%.
-        left_angles: The k principal angles between the leading left singular spaces of W and W + ΔW, ascending.
+        left_angles: The k principal angles between the leading left singular spaces of W and W +
+            ΔW, ascending.
         right_angles: The same for the right spaces.
         shift: Normalised spectral shift ‖σ(W + ΔW) − σ(W)‖ / ‖σ(W)‖.
-        scaling: Fraction of ‖ΔW‖² that scales the k leading singular directions of W, Σ(u_iᵀΔW v_i)².
+        scaling: Fraction of ‖ΔW‖² that scales the k leading singular directions of W, Σ(u_iᵀΔW
+            v_i)².
         mixing: Fraction that mixes them, Σ_{i≠j}(u_iᵀΔW v_j)².
         outside: The rest; the three sum to 1.
         energy_left: ‖UᵀΔW‖² / ‖ΔW‖², U the k leading left singular vectors of W.
@@ -80,7 +95,8 @@ class Baseline(Movement):
 
 
 class Head(Record):
-    """One attention head's part of a projection: rows of a query, key or value, columns of an output.
+    """One attention head's part of a projection: rows of a query, key or value, columns of an
+    output.
 
     In GPT-2, whose matrices are stored transposed, the reverse.
 
@@ -112,14 +128,16 @@ class TokenDirection(Record):
     """The tokens of one leading direction of ΔW.
 
     Args:
-        side: ``writes``: the left direction, through the unembedding. ``reads``: the right one, through the embedding.
+        side: ``writes``: the left direction, through the unembedding. ``reads``: the right one,
+            through the embedding.
         number: Its number, from 1 for the largest singular value on.
         tokens: Numbers of the tokens with the largest cosines by size.
         words: These tokens as text, ``#`` and the number without a tokenizer.
-        cosines: Their cosines with the direction, the mean over the vocabulary subtracted; the sign of a direction is
-            arbitrary, so only signs that differ mean something.
+        cosines: Their cosines with the direction, the mean over the vocabulary subtracted; the sign
+            of a direction is arbitrary, so only signs that differ mean something.
         cosine_random: Median over as many random directions of the largest cosine.
-        p: p-value of the first token for a random direction, times the tokens and directions looked at in the layer.
+        p: p-value of the first token for a random direction, times the tokens and directions looked
+            at in the layer.
     """
 
     side: Literal["writes", "reads"]
@@ -132,27 +150,117 @@ class TokenDirection(Record):
 
 
 def _columns() -> tuple[Shown, ...]:
-    """Return the columns of the statistics, each with the value of the stricter baseline in brackets."""
+    """Return the columns of the statistics, each with the value of the stricter baseline in
+    brackets.
+    """
     rows: tuple[tuple[str, str, str, str, str, int, bool], ...] = (
-        ("unchanged", "unchanged", "fraction of entries with a relative change of at most η", "", "percent", 3, False),
-        ("low_30", "in low 30%", "changed entries among the 30% smallest of |W|", "low", "percent", 0, False),
-        ("principal_30", "in principal 30%", "among the 30% largest of rank-k W", "principal", "percent", 4, False),
-        ("angle", "angle", "mean principal angle of the leading spaces, in degrees", "angle°", ".2g", 0, False),
-        ("shift", "spectral shift", "normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖", "NSS", ".0e", 0, False),
-        ("scaling", "scaling", "fraction of ‖ΔW‖² that scales directions of W", "", "small", 5, True),
-        ("mixing", "mixing", "fraction of ‖ΔW‖² that mixes leading directions of W", "", "small", 5, True),
-        ("energy_left", "left energy", "fraction of ‖ΔW‖² in the leading left space of W", "left", "small", 5, False),
-        ("energy_right", "right energy", "fraction of ‖ΔW‖² in the leading right space", "right", "small", 5, False),
+        (
+            "unchanged",
+            "unchanged",
+            "fraction of entries with a relative change of at most η",
+            "",
+            "percent",
+            3,
+            False,
+        ),
+        (
+            "low_30",
+            "in low 30%",
+            "changed entries among the 30% smallest of |W|",
+            "low",
+            "percent",
+            0,
+            False,
+        ),
+        (
+            "principal_30",
+            "in principal 30%",
+            "among the 30% largest of rank-k W",
+            "principal",
+            "percent",
+            4,
+            False,
+        ),
+        (
+            "angle",
+            "angle",
+            "mean principal angle of the leading spaces, in degrees",
+            "angle°",
+            ".2g",
+            0,
+            False,
+        ),
+        (
+            "shift",
+            "spectral shift",
+            "normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖",
+            "NSS",
+            ".0e",
+            0,
+            False,
+        ),
+        (
+            "scaling",
+            "scaling",
+            "fraction of ‖ΔW‖² that scales directions of W",
+            "",
+            "small",
+            5,
+            True,
+        ),
+        (
+            "mixing",
+            "mixing",
+            "fraction of ‖ΔW‖² that mixes leading directions of W",
+            "",
+            "small",
+            5,
+            True,
+        ),
+        (
+            "energy_left",
+            "left energy",
+            "fraction of ‖ΔW‖² in the leading left space of W",
+            "left",
+            "small",
+            5,
+            False,
+        ),
+        (
+            "energy_right",
+            "right energy",
+            "fraction of ‖ΔW‖² in the leading right space",
+            "right",
+            "small",
+            5,
+            False,
+        ),
         ("stable_rank", "stable rank", "‖ΔW‖²/σ_1(ΔW)²", "", ".3g", 6, True),
-        ("spectral_ratio", "σ_1(ΔW)/σ_1(W)", "largest singular value relative to that of W", "σ ratio", ".2g", 6, True),
+        (
+            "spectral_ratio",
+            "σ_1(ΔW)/σ_1(W)",
+            "largest singular value relative to that of W",
+            "σ ratio",
+            ".2g",
+            6,
+            True,
+        ),
     )
     return tuple(
         Shown(
-            f"moved.{name}", title, about, head=head, form=form, drop=drop, detail=detail, main=True,
-            chance=f"null.{name}", share=form in {"percent", "small"},
+            f"moved.{name}",
+            title,
+            about,
+            head=head,
+            form=form,
+            drop=drop,
+            detail=detail,
+            main=True,
+            chance=f"null.{name}",
+            share=form in {"percent", "small"},
         )
         for name, title, about, head, form, drop, detail in rows
-    )  # fmt: skip
+    )
 
 
 class Geometry(LayerRecord):
@@ -165,29 +273,32 @@ class Geometry(LayerRecord):
         eta: η of ``Movement.unchanged``.
         fro: ‖ΔW‖_F.
         base_fro: ‖W‖_F.
-        stored: Format of the rounding null: that of the values of TUNED; null without one, as for adapters and for
-            quantized files.
-        angle_error: Bound on the error of every angle of ``moved``, from the residuals of the singular vectors and the
-            gaps behind the k-th singular values; 90 where there is no gap, so that the spaces are arbitrary.
-        signal_rank: Rank of ΔW above rounding, as in ``spectrum``; null if all kept values are above it, or ΔW = 0.
-        signal_left: Mean principal angle of the leading left spaces of that dimension; null without it, or if it is
-            more than half of min(out, in).
+        stored: Format of the rounding null: that of the values of TUNED; null without one, as for
+            adapters and for quantized files.
+        angle_error: Bound on the error of every angle of ``moved``, from the residuals of the
+            singular vectors and the gaps behind the k-th singular values; 90 where there is no gap,
+            so that the spaces are arbitrary.
+        signal_rank: Rank of ΔW above rounding, as in ``spectrum``; null if all kept values are
+            above it, or ΔW = 0.
+        signal_left: Mean principal angle of the leading left spaces of that dimension; null without
+            it, or if it is more than half of min(out, in).
         signal_right: The same of the right spaces.
-        rank: Numerical rank of ΔW: the number of singular values above 1e-7·σ_1, for an adapter 1e-10·σ_1.
+        rank: Numerical rank of ΔW: the number of singular values above 1e-7·σ_1, for an adapter
+            1e-10·σ_1.
         rank_90: Smallest r with C(r) ≥ 0.9.
-        rank_random: Numerical rank of a matrix with the magnitudes of ΔW at their places and random signs; null for an
-            adapter, whose factors define its rank.
+        rank_random: Numerical rank of a matrix with the magnitudes of ΔW at their places and random
+            signs; null for an adapter, whose factors define its rank.
         rank_90_random: The same for 90% of the energy.
         moved: The statistics of ΔW; null if ΔW = 0.
         chance: Those of a Gaussian update of the same norm, added without rounding; null if ΔW = 0.
-        rounding: Those of the rounding null: the entries of ΔW, as they were before rounding, at random places, stored
-            in ``stored``; null without it.
-        magnitude: Fraction of ‖ΔW‖² that changes the lengths of rows (DoRA's magnitude); the rest changes their
-            directions. Null if ΔW = 0.
-        heads: The heads of a projection of attention, as the config of BASE lays them out; empty for other matrices,
-            and where the config does not fit.
-        lens: The tokens of the leading directions; empty without ``--lens``, and for a matrix that neither writes to
-            nor reads from the residual stream.
+        rounding: Those of the rounding null: the entries of ΔW, as they were before rounding, at
+            random places, stored in ``stored``; null without it.
+        magnitude: Fraction of ‖ΔW‖² that changes the lengths of rows (DoRA's magnitude); the rest
+            changes their directions. Null if ΔW = 0.
+        heads: The heads of a projection of attention, as the config of BASE lays them out; empty
+            for other matrices, and where the config does not fit.
+        lens: The tokens of the leading directions; empty without ``--lens``, and for a matrix that
+            neither writes to nor reads from the residual stream.
         intruders: The record of ``loradiag intruders`` with its defaults; null if ΔW = 0.
         method: Method of the singular vectors.
     """
@@ -207,7 +318,11 @@ class Geometry(LayerRecord):
         ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
-        Guard("moved.shift", "higher", "the singular values of the weights moved more than before: check the loss"),
+        Guard(
+            "moved.shift",
+            "higher",
+            "the singular values of the weights moved more than before: check the loss",
+        ),
     )
     record: Literal["geometry"] = "geometry"
     layer: str
@@ -238,7 +353,11 @@ class Geometry(LayerRecord):
     def low_excess(self) -> float | None:
         """``moved.low_30`` minus that of the stricter baseline; None if one is not known."""
         values = [side.low_30 for side in (self.moved, self.null) if side]
-        return values[0] - values[1] if len(values) == 2 and values[0] is not None and values[1] is not None else None
+        return (
+            values[0] - values[1]
+            if len(values) == 2 and values[0] is not None and values[1] is not None
+            else None
+        )
 
     @property
     def null(self) -> Baseline | None:

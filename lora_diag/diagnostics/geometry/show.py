@@ -1,4 +1,6 @@
-"""Terminal output of ``geometry``: kind of movement, what rounding alone gives, and what exceeds both baselines."""
+"""Terminal output of ``geometry``: kind of movement, what rounding alone gives, and what exceeds
+both baselines.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,9 @@ from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import number, percent, quantity, safe, short, span
 
-# Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean principal angle in
-# degrees, normalised spectral shift, changed weights among the 30% smallest. The angles are bounds: more than 10, less
-# than 0.5.
+# Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean
+# principal angle in degrees, normalised spectral shift, changed weights among the 30% smallest. The
+# angles are bounds: more than 10, less than 0.5.
 SOURCE = "Qwen3-8B, arXiv 2606.07082"
 POINTS = {
     "SFT": (0.081, 10.0, 1e-3, 0.319),
@@ -45,7 +47,8 @@ COMPARED = {
     "spectral_ratio": "σ_1(ΔW)/σ_1(W)",
 }
 
-# A statistic exceeds a baseline if it does by this factor in the median layer, and at all in this fraction of layers.
+# A statistic exceeds a baseline if it does by this factor in the median layer, and at all in this
+# fraction of layers.
 CLEAR_FACTOR, CLEAR_SHARE = 1.05, 0.9
 MOST_NAMED = 3
 
@@ -58,11 +61,12 @@ class Whole:
     """The statistics of ``POINTS`` over several layers.
 
     Args:
-        unchanged: Fraction of unchanged entries; None unless TUNED holds bfloat16, as the published models.
+        unchanged: Fraction of unchanged entries; None unless TUNED holds bfloat16, as the published
+            models.
         angle: Mean over layers.
         shift: ‖σ(W + ΔW) − σ(W)‖ / ‖σ(W)‖ of all layers as one block-diagonal matrix.
-        low: Fraction of the changed entries among the 30% smallest of their layer; None as for ``unchanged``, or
-            without changed entries.
+        low: Fraction of the changed entries among the 30% smallest of their layer; None as for
+            ``unchanged``, or without changed entries.
     """
 
     unchanged: float | None
@@ -74,20 +78,28 @@ class Whole:
     def of(cls, records: Sequence[Geometry]) -> Whole:
         """Return the statistics of layers with an update."""
         moved = [record.moved for record in records if record.moved]
-        entries, weights = [math.prod(record.shape) for record in records], [record.base_fro for record in records]
+        entries, weights = (
+            [math.prod(record.shape) for record in records],
+            [record.base_fro for record in records],
+        )
         changed = [(1 - each.unchanged) * size for each, size in zip(moved, entries, strict=True)]
         is_rounded = all(record.stored == "bfloat16" for record in records)
-        low = math.fsum(count * (each.low_30 or 0.0) for count, each in zip(changed, moved, strict=True))
+        low = math.fsum(
+            count * (each.low_30 or 0.0) for count, each in zip(changed, moved, strict=True)
+        )
         return cls(
             unchanged=1 - math.fsum(changed) / sum(entries) if is_rounded else None,
             angle=fmean(each.angle for each in moved),
-            shift=math.hypot(*(each.shift * size for each, size in zip(moved, weights, strict=True)))
+            shift=math.hypot(
+                *(each.shift * size for each, size in zip(moved, weights, strict=True))
+            )
             / math.hypot(*weights),
             low=low / math.fsum(changed) if is_rounded and any(changed) else None,
         )
 
     def distances(self) -> dict[str, float]:
-        """Return the distance to each published point, the nearest first; 1 is the distance from SFT to RLVR.
+        """Return the distance to each published point, the nearest first; 1 is the distance from
+        SFT to RLVR.
 
         Root mean square over the known statistics; angles and shifts on a logarithmic scale.
         """
@@ -97,7 +109,11 @@ class Whole:
         found = {}
         for name, point in POINTS.items():
             parts = zip(own, _scale(point), sft, rlvr, strict=True)
-            steps = [(x - y) / (b - a) for x, y, a, b in parts if x is not None and y is not None and a and b]
+            steps = [
+                (x - y) / (b - a)
+                for x, y, a, b in parts
+                if x is not None and y is not None and a and b
+            ]
             found[name] = math.sqrt(fmean(step**2 for step in steps))
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -108,22 +124,34 @@ def _scale(point: tuple[float | None, float, float, float | None]) -> tuple[floa
 
 
 def select_compared(results: Iterable[Any]) -> list[Geometry]:
-    """Return the records of updated matrices within the blocks; of all matrices where there are none."""
+    """Return the records of updated matrices within the blocks; of all matrices where there are
+    none.
+    """
     moved = [record for record in results if isinstance(record, Geometry) and record.moved]
     return [record for record in moved if part_of(record.layer) == "matrices"] or moved
 
 
 def geometry_grids(results: Results[Geometry], per: str = "type") -> list[Grid]:
     """Return the table; each number with that of the stricter baseline in brackets."""
-    nulls = {"rounding null" if record.rounding else "chance" for record in results if isinstance(record, Geometry)}
-    return [grid_of(Geometry.shown, rows_of(results, per), per, f"in brackets: {' or '.join(sorted(nulls))}")]
+    nulls = {
+        "rounding null" if record.rounding else "chance"
+        for record in results
+        if isinstance(record, Geometry)
+    }
+    return [
+        grid_of(
+            Geometry.shown, rows_of(results, per), per, f"in brackets: {' or '.join(sorted(nulls))}"
+        )
+    ]
 
 
 def geometry_lines(results: Results[Geometry]) -> list[Statement]:
     """Return the statements of the summary."""
     records = select_compared(results)
     if not records:
-        return summarize(results, make_statement("movement", "Movement", "none: no weight changed", priority=0))
+        return summarize(
+            results, make_statement("movement", "Movement", "none: no weight changed", priority=0)
+        )
     is_dora = any("DoRA" in side.kind for side in results.run.inputs)
     whole, rank = Whole.of(records), 1 if records[0].lens else 0
     return summarize(
@@ -136,7 +164,9 @@ def geometry_lines(results: Results[Geometry]) -> list[Statement]:
         make_statement("rank", "Rank", _describe_rank(records)),
         make_statement("heads", "Heads", *_describe_heads(records)),
         make_statement("experts", "Experts", *_describe_experts(records)),
-        make_statement("rows", "Row lengths", _describe_rows(records), priority=1 if is_dora else 2),
+        make_statement(
+            "rows", "Row lengths", _describe_rows(records), priority=1 if is_dora else 2
+        ),
         make_statement("published", "Published", *_describe_published(whole), priority=2),
         make_statement("baselines", "Baselines", *_describe_baselines(records), priority=2),
         make_statement("angles", "Angles", _describe_angles(records), priority=2),
@@ -147,7 +177,10 @@ def _describe_movement(whole: Whole) -> str:
     """State the distances to the published points, the nearest first."""
     (name, nearest), *others = whole.distances().items()
     rest = ", ".join(f"{other} {distance:.2f}" for other, distance in others)
-    return f"nearest to {name} of Qwen3-8B: distance {nearest:.2f} ({rest}); no proof: size alone can place it there"
+    return (
+        f"nearest to {name} of Qwen3-8B: distance {nearest:.2f} ({rest}); no proof: size alone "
+        "can place it there"
+    )
 
 
 def _describe_published(whole: Whole) -> list[str]:
@@ -156,7 +189,11 @@ def _describe_published(whole: Whole) -> list[str]:
     if whole.unchanged is not None:
         found += [f"unchanged {percent(whole.unchanged)}", f"low overlap {_percent(whole.low)}"]
     points = (f"{name}: {_describe_point(point)}" for name, point in POINTS.items())
-    return [f"here: {', '.join(found)}", *points, f"of {SOURCE}; distance 1 is that of its SFT and RLVR"]
+    return [
+        f"here: {', '.join(found)}",
+        *points,
+        f"of {SOURCE}; distance 1 is that of its SFT and RLVR",
+    ]
 
 
 def _describe_point(point: tuple[float, float, float, float]) -> str:
@@ -168,13 +205,22 @@ def _describe_rounding(records: Sequence[Geometry]) -> str:
     """State the low overlap next to chance and the rounding null."""
     measured, chance = (_pool(records, side, "low_30") for side in ("moved", "chance"))
     if not all(record.rounding for record in records):
-        what = "an update that is not stored has no rounding" if not records[0].stored else "rounding removes all of it"
-        return (
-            f"{what}; {_percent(measured)} of changed entries in the 30% smallest weights, {_percent(chance)} by chance"
+        what = (
+            "an update that is not stored has no rounding"
+            if not records[0].stored
+            else "rounding removes all of it"
         )
-    null, formats = _pool(records, "rounding", "low_30"), "/".join(sorted({record.stored or "" for record in records}))
+        return (
+            f"{what}; {_percent(measured)} of changed entries in the 30% smallest weights, "
+            f"{_percent(chance)} by chance"
+        )
+    null, formats = (
+        _pool(records, "rounding", "low_30"),
+        "/".join(sorted({record.stored or "" for record in records})),
+    )
     return (
-        f"{_percent(measured)} of changes in the 30% smallest weights; independent changes stored in {formats} have "
+        f"{_percent(measured)} of changes in the 30% smallest weights; independent changes stored "
+        f"in {formats} have "
         f"{_percent(null)}, unrounded ones {_percent(chance)}"
     )
 
@@ -190,7 +236,9 @@ def _describe_excess(records: Sequence[Geometry]) -> list[str]:
         value, level = (median(each) for each in zip(*known, strict=True))
         above = sum(value > level for value, level in known)
         if value > CLEAR_FACTOR * level and above >= CLEAR_SHARE * len(known):
-            lines.append((value / level if level else math.inf, f"{title} {number(value)} ({number(level)})"))
+            lines.append(
+                (value / level if level else math.inf, f"{title} {number(value)} ({number(level)})")
+            )
     if not lines:
         return ["nothing: as an update that is independent of W"]
     texts = [text for _, text in sorted(lines, reverse=True)]
@@ -200,7 +248,9 @@ def _describe_excess(records: Sequence[Geometry]) -> list[str]:
 
 def _compare(record: Geometry, name: str) -> tuple[float, float] | None:
     """Return a statistic and the larger of its baselines; None where one is not known."""
-    values = [value_at(side, name) for side in (record.moved, record.chance, record.rounding) if side]
+    values = [
+        value_at(side, name) for side in (record.moved, record.chance, record.rounding) if side
+    ]
     return None if None in values else (values[0], max(values[1:]))
 
 
@@ -213,7 +263,8 @@ def _describe_rank(records: Sequence[Geometry]) -> str:
     ninety, random = median(r.rank_90 for r in known), median(r.rank_90_random or 0 for r in known)
     full = sum(record.rank == min(record.shape) for record in known)
     return (
-        f"90% of ‖ΔW‖² needs rank {ninety:.0f} of {of:.0f}, {random:.0f} with random signs on the same entries; "
+        f"90% of ‖ΔW‖² needs rank {ninety:.0f} of {of:.0f}, {random:.0f} with random signs on the "
+        "same entries; "
         f"numerically full in {full} of {quantity(len(known))}"
     )
 
@@ -236,7 +287,9 @@ def _describe_heads(records: Sequence[Geometry]) -> list[str]:
 
 
 def _describe_experts(records: Sequence[Geometry]) -> list[str]:
-    """State the experts that changed most and least relative to their size; nothing without experts."""
+    """State the experts that changed most and least relative to their size; nothing without
+    experts.
+    """
     experts = [
         (record.fro / record.base_fro, short(record.layer))
         for record in records
@@ -252,7 +305,8 @@ def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[st
     (least, least_name), *_, (most, most_name) = sorted(parts)
     middle = number(median(value for value, _ in parts))
     return [
-        f"‖ΔW‖/‖W‖ from {number(least)} ({least_name}) to {number(most)} ({most_name}), median {middle} of "
+        f"‖ΔW‖/‖W‖ from {number(least)} ({least_name}) to {number(most)} ({most_name}), median "
+        f"{middle} of "
         f"{quantity(len(parts), noun)}"
     ]
 
@@ -260,22 +314,34 @@ def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[st
 def _describe_lens(records: Sequence[Geometry]) -> list[str]:
     """State the directions whose tokens are beyond chance; nothing without ``--lens``."""
     looked = [record for record in records if record.lens]
-    seen = [(min(1.0, len(looked) * each.p), record, each) for record in looked for each in record.lens]
+    seen = [
+        (min(1.0, len(looked) * each.p), record, each) for record in looked for each in record.lens
+    ]
     if not seen:
         return []
-    found = sorted((item for item in seen if item[0] <= LEVEL), key=lambda item: (item[0], -abs(item[2].cosines[0])))
+    found = sorted(
+        (item for item in seen if item[0] <= LEVEL),
+        key=lambda item: (item[0], -abs(item[2].cosines[0])),
+    )
     lines = [
-        f"{each.number} of {short(record.layer)} {each.side} {_list_words(each)}: cosine {abs(each.cosines[0]):.2f}, "
+        f"{each.number} of {short(record.layer)} {each.side} {_list_words(each)}: cosine "
+        f"{abs(each.cosines[0]):.2f}, "
         f"{each.cosine_random:.2f} at random, p {'<1e-99' if p < 1e-99 else number(p)}"
         for p, record, each in found[:MOST_NAMED]
     ]
     level = f"p ≤ {LEVEL}, corrected for all tokens, directions and {quantity(len(looked))}"
     lead = f"{len(found)} of {quantity(len(seen), 'direction')} beyond chance"
-    return [f"{lead}; {lines[0]}" if lines else f"{lead} ({level})", *lines[1:], level if lines else ""]
+    return [
+        f"{lead}; {lines[0]}" if lines else f"{lead} ({level})",
+        *lines[1:],
+        level if lines else "",
+    ]
 
 
 def _list_words(direction: TokenDirection) -> str:
-    """Return the tokens of a direction that have the sign of the first, the others after ``against``."""
+    """Return the tokens of a direction that have the sign of the first, the others after
+    ``against``.
+    """
     signs = [cosine * direction.cosines[0] > 0 for cosine in direction.cosines]
     same, other = (
         ", ".join(
@@ -292,23 +358,36 @@ def _describe_rows(records: Sequence[Geometry]) -> str:
     """State the fraction of ‖ΔW‖² in the lengths of rows, with that of a random direction."""
     share = median(record.magnitude or 0.0 for record in records)
     chance = median(1 / record.shape[1] for record in records)
-    return f"{percent(share)} of ‖ΔW‖² changes lengths of rows (DoRA's magnitude), a random one {percent(chance)}"
+    return (
+        f"{percent(share)} of ‖ΔW‖² changes lengths of rows (DoRA's magnitude), a random one "
+        f"{percent(chance)}"
+    )
 
 
 def _describe_baselines(records: Sequence[Geometry]) -> list[str]:
     """State what the baselines are, with their draws and errors, and when η is bit identity."""
     draws = [record.null.draws for record in records if record.null]
-    errors = [error for r in records if r.null and (error := r.null.errors.get("low_30")) is not None]
+    errors = [
+        error for r in records if r.null and (error := r.null.errors.get("low_30")) is not None
+    ]
     lines = [
         "chance: Gaussian updates of the same norm, not rounded",
-        "rounding: the entries of ΔW as before rounding, at random places of the layer, stored as TUNED"
+        "rounding: the entries of ΔW as before rounding, at random places of the layer, stored as "
+        "TUNED"
         if records[0].stored
         else "",
         f"draws per layer: {span(draws, ' to ')}"
-        + (f"; standard error of the low overlap {number(median(errors))} in the median layer" if errors else ""),
+        + (
+            f"; standard error of the low overlap {number(median(errors))} in the median layer"
+            if errors
+            else ""
+        ),
     ]
     if all(record.stored == "bfloat16" and record.eta == 1e-3 for record in records):
-        lines.append("η = 0.001: distinct normal bfloat16 numbers differ by 2^-8 or more, so unchanged is bit identity")
+        lines.append(
+            "η = 0.001: distinct normal bfloat16 numbers differ by 2^-8 or more, so unchanged is "
+            "bit identity"
+        )
     return lines
 
 
@@ -324,7 +403,9 @@ def _describe_angles(records: Sequence[Geometry]) -> str:
 
 
 def _pool(records: Sequence[Geometry], side: str, name: str) -> float | None:
-    """Return the mean of a statistic of ``moved``, ``chance`` or ``rounding`` over the changed entries of layers."""
+    """Return the mean of a statistic of ``moved``, ``chance`` or ``rounding`` over the changed
+    entries of layers.
+    """
     pairs = [
         ((1 - movement.unchanged) * math.prod(record.shape), value)
         for record in records

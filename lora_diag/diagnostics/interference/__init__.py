@@ -1,4 +1,6 @@
-"""Declaration and options of ``interference``: angles, sums and merges of several updates of one base."""
+"""Declaration and options of ``interference``: angles, sums and merges of several updates of one
+base.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +15,18 @@ class InterferenceOptions(LayerOptions, total=False):
 
     weights: Annotated[Sequence[float] | None, WEIGHTS]
     ranks: Annotated[Sequence[int], RANKS]
-    density: Annotated[float, Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D")]
+    density: Annotated[
+        float,
+        Option(0.2, "Fraction of entries that TIES keeps; 0: no TIES or sign conflicts.", "D"),
+    ]
 
 
 class UnionOptions(TypedDict, total=False):
     """Option of the command for a further output, the spectra of the sums."""
 
     spectrum: Annotated[
-        Path | None, Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT)
+        Path | None,
+        Option(None, "Also write the spectra of the sums, for allocate.", "FILE", panel=OUTPUT),
     ]
 
 
@@ -32,15 +38,23 @@ FEATURE = Feature(
         Command(
             run=".measure:compare_updates",
             help="Overlap of several updates, and the loss of merging them.",
-            examples=("interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum union.jsonl",),
+            examples=(
+                "interference lora_sql/ lora_chat/ lora_code/ -o interference.jsonl --spectrum "
+                "union.jsonl",
+            ),
             arguments=(
                 Argument(
-                    "inputs", "BASE and two or more updates of it; adapters alone need no BASE.", "[BASE] TUNED", True
+                    "inputs",
+                    "BASE and two or more updates of it; adapters alone need no BASE.",
+                    "[BASE] TUNED",
+                    True,
                 ),
             ),
             options=(InterferenceOptions, UnionOptions),
             hints=(
-                Hint("allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"),
+                Hint(
+                    "allocate {spectrum} --energy 0.9", "the rank that the sum needs in each layer"
+                ),
                 Hint("--spectrum union.jsonl", "then allocate union.jsonl: a rank for each layer"),
             ),
         ),

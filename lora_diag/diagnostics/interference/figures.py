@@ -1,6 +1,7 @@
 """`union`: rank of the sum of several updates against the sum of their ranks, layer by layer.
 
-`angles`: principal angles between the spaces of two updates, with the distribution of random spaces.
+`angles`: principal angles between the spaces of two updates, with the distribution of random
+spaces.
 """
 
 from __future__ import annotations
@@ -20,8 +21,21 @@ from lora_diag.metrics.subspaces import random_angles
 from lora_diag.records import Agreement
 from lora_diag.rendering.figures.fields import count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
-from lora_diag.rendering.figures.panels import Slot, draw_bars, make_slots, median_of, set_fraction_ticks, stack_panels
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, choose_rank, split_series
+from lora_diag.rendering.figures.panels import (
+    Slot,
+    draw_bars,
+    make_slots,
+    median_of,
+    set_fraction_ticks,
+    stack_panels,
+)
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    choose_rank,
+    split_series,
+)
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, PageStyle, category
 from lora_diag.rendering.text import quantity
 
@@ -37,7 +51,9 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     Raises:
         UndrawableError: No layer is changed by two updates.
     """
-    shared = [(item, [record for record in item.records if len(record.updates) > 1]) for item in series]
+    shared = [
+        (item, [record for record in item.records if len(record.updates) > 1]) for item in series
+    ]
     shared = [(item, records) for item, records in shared if records]
     if not shared:
         raise UndrawableError("no layer is changed by two updates")
@@ -55,9 +71,12 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         stack_panels(panels, runs, style),
         f"{count_matrices(drawn)}; ranks at 90% of the energy Σσ²",
         [
-            "Blocks run from left to right in each module type. Weights alone do not show interference between tasks.",
+            "Blocks run from left to right in each module type. Weights alone do not show "
+            "interference between tasks.",
             f"A bar is the median of up to {joined} layers." if joined > 1 else "",
-            f"Not drawn: {quantity(omitted, 'layer')} changed by fewer than two updates." if omitted else "",
+            f"Not drawn: {quantity(omitted, 'layer')} changed by fewer than two updates."
+            if omitted
+            else "",
             "No green line: no rank of the sum keeps 90% of every update." if missing else "",
         ],
         columns=1,
@@ -69,11 +88,18 @@ _FILLED: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
 
 
 def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> None:
-    """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks: the median of each bar."""
+    """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks: the
+    median of each bar.
+    """
     line: dict[str, Any] = {"lw": 1.3 * style.line}
     for rank_of, label, color, look in (
         (lambda record: record.spectrum.rank_at[ENERGY], "rank of the sum", SUM, _FILLED),
-        (lambda record: record.rank_for_all.get(ENERGY), "rank that keeps 90% of every update", EVERY, line),
+        (
+            lambda record: record.rank_for_all.get(ENERGY),
+            "rank that keeps 90% of every update",
+            EVERY,
+            line,
+        ),
         (lambda record: record.parts_rank_at[ENERGY], "sum of the updates' ranks", SEPARATE, line),
     ):
         draw_bars(ax, slots, median_of(rank_of), label=label, color=color, **look)
@@ -86,7 +112,8 @@ SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "r
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of the angles of column and of row spaces, one panel each, of the pairs that overlap most.
+    """Return the page of the angles of column and of row spaces, one panel each, of the pairs that
+    overlap most.
 
     Raises:
         UndrawableError: The requested rank was not measured.
@@ -94,11 +121,22 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     pairs = split_series(series, options)
     ranks = {int(rank) for item in pairs for record in item.records for rank in record.columns}
     rank = choose_rank(ranks, options)
-    measured = [item for item in pairs if any(str(rank) in record.columns for record in item.records)]
-    shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[: len(CATEGORIES)]
+    measured = [
+        item for item in pairs if any(str(rank) in record.columns for record in item.records)
+    ]
+    shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[
+        : len(CATEGORIES)
+    ]
     height = 1.4 * style.panel
     panels = [
-        Panel(title, partial(_draw_angles, series=shown, side=side, rank=rank), "cosine", "fraction", height, name=side)
+        Panel(
+            title,
+            partial(_draw_angles, series=shown, side=side, rank=rank),
+            "cosine",
+            "fraction",
+            height,
+            name=side,
+        )
         for side, title in SIDES
     ]
     records = [record for item in shown for record in item.records]
@@ -111,13 +149,21 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         f"{count_matrices(compared)}; fraction of the principal angles with at most this cosine "
         "(1: common direction, 0: orthogonal)",
         [
-            "The further a curve is to the right of its dotted line, the more two updates have in common.",
-            f"Not drawn: {len(pairs) - len(shown)} pairs with less in common." if len(shown) < len(pairs) else "",
-            f"Not drawn: {quantity(without, 'layer')} without {rank} directions." if without else "",
+            "The further a curve is to the right of its dotted line, the more two updates have in "
+            "common.",
+            f"Not drawn: {len(pairs) - len(shown)} pairs with less in common."
+            if len(shown) < len(pairs)
+            else "",
+            f"Not drawn: {quantity(without, 'layer')} without {rank} directions."
+            if without
+            else "",
             f"Also measured: r = {others} (--show-rank)." if others else "",
         ],
         [
-            *(key(item.label, color=category(number), lw=2 * style.line) for number, item in enumerate(shown)),
+            *(
+                key(item.label, color=category(number), lw=2 * style.line)
+                for number, item in enumerate(shown)
+            ),
             key("random subspaces", color=INK, lw=style.line, ls=DOTTED),
         ],
         columns=2,
@@ -126,11 +172,19 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _compute_mean_overlap(records: Sequence[Interference], rank: int) -> float:
-    """Return the mean overlap of the column spaces at a rank, over the layers where it was measured."""
-    return float(np.mean([record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]))
+    """Return the mean overlap of the column spaces at a rank, over the layers where it was
+    measured.
+    """
+    return float(
+        np.mean(
+            [record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]
+        )
+    )
 
 
-def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], side: Side, rank: int) -> None:
+def _draw_angles(
+    ax: Axes, style: PageStyle, series: Sequence[Series[Interference]], side: Side, rank: int
+) -> None:
     """Draw the distribution of the cosines of each pair, and that of random spaces."""
     grid = np.linspace(0.0, 1.0, 201)
     for number, item in enumerate(series):
@@ -142,7 +196,14 @@ def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interferenc
         cosines = [cosine for space, _ in spaces for cosine in space.cosines]
         ax.ecdf(cosines, label=f"_{item.label}", color=category(number), lw=1.5 * style.line)
         random = compute_random_distribution(grid, spaces)
-        ax.plot(grid, random, label=f"_random {item.label}", color=category(number), lw=style.line, ls=DOTTED)
+        ax.plot(
+            grid,
+            random,
+            label=f"_random {item.label}",
+            color=category(number),
+            lw=style.line,
+            ls=DOTTED,
+        )
     ax.set(xlim=(0, 1.02), ylim=(0, 1.03))
     set_fraction_ticks(ax.xaxis, ax.yaxis)
 
@@ -150,14 +211,17 @@ def _draw_angles(ax: Axes, style: PageStyle, series: Sequence[Series[Interferenc
 def compute_random_distribution(
     grid: NDArray[np.float64], spaces: Sequence[tuple[Agreement, int]]
 ) -> NDArray[np.float64]:
-    """Return the cumulative distribution of the cosines of random spaces of the measured dimensions.
+    """Return the cumulative distribution of the cosines of random spaces of the measured
+    dimensions.
 
     Args:
         grid: Cosines in [0, 1] at which it is returned.
         spaces: The measured agreements, each with the dimension of the whole space.
     """
     counts = Counter(
-        (len(space.cosines), round(space.random * dimension), dimension) for space, dimension in spaces if space.cosines
+        (len(space.cosines), round(space.random * dimension), dimension)
+        for space, dimension in spaces
+        if space.cosines
     )
     total = sum(count * first for (first, _, _), count in counts.items())
     distribution = np.zeros_like(grid)

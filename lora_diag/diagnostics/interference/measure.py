@@ -1,4 +1,5 @@
-"""``interference``: measure angles between several updates of one model, the rank of their sum, and losses of merges.
+"""``interference``: measure angles between several updates of one model, the rank of their sum, and
+losses of merges.
 
 Merges are not written: only their distance from the sum is computed.
 """
@@ -48,7 +49,14 @@ from lora_diag.linalg.distance import (
     ties_blocks,
     ties_factor,
 )
-from lora_diag.linalg.methods import EXACT_UP_TO, Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.methods import (
+    EXACT_UP_TO,
+    Allowance,
+    check_request,
+    decompose,
+    require_memory,
+    whole_bytes,
+)
 from lora_diag.linalg.streamed import times_wide
 from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
@@ -56,7 +64,13 @@ from lora_diag.records import LeftOut, Resolution, Results, totals
 from lora_diag.running.inputs import open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.updates import LayerUpdates, Update, align_layers, list_unmeasured, split_base
+from lora_diag.running.updates import (
+    LayerUpdates,
+    Update,
+    align_layers,
+    list_unmeasured,
+    split_base,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +80,8 @@ class InterferenceSettings(LayerSettings):
     Args:
         ranks: Ranks r at which spaces are compared and merges recompressed.
         weights: w_k > 0 of each update in the sum.
-        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
-            every entry.
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign
+            conflicts, which need every entry.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -126,8 +140,11 @@ class Part:
         return effective_rank(self.factors.s.numpy())
 
 
-def read_part(update: Update, settings: InterferenceSettings, device: torch.device) -> Part | Change:
-    """Read and decompose one update; if an entry is not finite or the norm out of range, return its change.
+def read_part(
+    update: Update, settings: InterferenceSettings, device: torch.device
+) -> Part | Change:
+    """Read and decompose one update; if an entry is not finite or the norm out of range, return its
+    change.
 
     Raises:
         InputError: A file could not be read, or the decomposition did not converge.
@@ -138,7 +155,9 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
     top, method = max(settings.ranks), settings.method
     if method == "auto" and min(update.delta.shape) > EXACT_UP_TO:
         method = "gram"  # all values are needed, few vectors
-    factors = change.decompose(method, None if change.factors else top, True, settings.tol, settings.seed)
+    factors = change.decompose(
+        method, None if change.factors else top, True, settings.tol, settings.seed
+    )
     rest = factors.rest
     if rest is None and factors.method == "gram":  # its largest vectors were computed alone
         rest = change.decompose("gram").s[len(factors.s) :]
@@ -148,7 +167,14 @@ def read_part(update: Update, settings: InterferenceSettings, device: torch.devi
         return replace(change, non_finite=problem)
     matrix = change.factors if change.factors is not None else change.matrix
     assert matrix is not None
-    return Part(update, change, matrix, factors, exact.numerical_rank(factors), resolution(change.rounding, factors))
+    return Part(
+        update,
+        change,
+        matrix,
+        factors,
+        exact.numerical_rank(factors),
+        resolution(change.rounding, factors),
+    )
 
 
 def _project(space: Tensor, part: Part, rows: bool = False) -> Tensor:
@@ -160,7 +186,9 @@ def _project(space: Tensor, part: Part, rows: bool = False) -> Tensor:
 
 
 def _compute_energy_within(space: Tensor, part: Part, rows: bool = False) -> Tensor:
-    """Return ‖U_rᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U_r‖²/‖ΔW‖², for the first r of orthonormal columns, each r."""
+    """Return ‖U_rᵀΔW‖²/‖ΔW‖², or with ``rows`` ‖ΔW·U_r‖²/‖ΔW‖², for the first r of orthonormal
+    columns, each r.
+    """
     energies = _project(space, part, rows).div_(part.factors.fro).square_().sum(1)
     return energies.cumsum(0).clamp(max=1.0).cpu()
 
@@ -190,18 +218,25 @@ def _make_loss(fro: float, norm: float, distance: float, inner_product: float) -
 
 
 def measure_factor_merges(
-    summed: Matrix, fro: float, adapters: Sequence[AdapterFactors] | None, weights: Sequence[float], density: float
+    summed: Matrix,
+    fro: float,
+    adapters: Sequence[AdapterFactors] | None,
+    weights: Sequence[float],
+    density: float,
 ) -> dict[str, MergeLoss | None]:
-    """Return the losses of merges made from the factors by name; None for a merge that does not exist.
+    """Return the losses of merges made from the factors by name; None for a merge that does not
+    exist.
 
-    ``ties_dense``, which is not made from the factors, is None, too. ``linear`` is (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its
-    distance from S is the norm of its cross terms Σ_{k≠l} √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k
-    likewise. (``peft.tuners.lora.model``, ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
+    ``ties_dense``, which is not made from the factors, is None, too. ``linear`` is
+    (Σ√(w_ks_k)B_k)(Σ√(w_ks_k)A_k): its distance from S is the norm of its cross terms Σ_{k≠l}
+    √(w_ks_kw_ls_l)·B_kA_l. ``ties`` merges the B_k and the A_k likewise.
+    (``peft.tuners.lora.model``, ``_generalized_task_arithmetic_weighted_adapter`` of PEFT 0.21.)
 
     Args:
         summed: S.
         fro: ‖S‖_F > 0.
-        adapters: The factors of all updates; None if an update has none, or its scale is unknown or 0.
+        adapters: The factors of all updates; None if an update has none, or its scale is unknown or
+            0.
         weights: The w_k > 0.
         density: Fraction of the entries that ``ties`` keeps; 0 for no ``ties``.
     """
@@ -213,7 +248,9 @@ def measure_factor_merges(
     merges["cat"] = _measure_loss(summed, fro, stack_products(list(zip(b, a, strict=True)), scales))
     if len({factor.shape[1] for factor in b}) == 1 and min(scales) > 0:
         roots = list(map(math.sqrt, scales))
-        merges["linear"] = _measure_loss(summed, fro, (_add_weighted(b, roots), _add_weighted(a, roots)))
+        merges["linear"] = _measure_loss(
+            summed, fro, (_add_weighted(b, roots), _add_weighted(a, roots))
+        )
         if density:
             ties = ties_factor(b, roots, density), ties_factor(a, roots, density)
             merges["ties"] = _measure_loss(summed, fro, ties)
@@ -223,16 +260,21 @@ def measure_factor_merges(
 def _add_weighted(factors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Return Σ w_k F_k."""
     return sum(
-        (weight * factor for factor, weight in zip(factors, weights, strict=True)), start=torch.zeros_like(factors[0])
+        (weight * factor for factor, weight in zip(factors, weights, strict=True)),
+        start=torch.zeros_like(factors[0]),
     )
 
 
-# Relative residual ‖S − S_k‖_F/‖S‖_F of the directions in the subspace alignment ratio (Marczak et al. 2025).
+# Relative residual ‖S − S_k‖_F/‖S‖_F of the directions in the subspace alignment ratio (Marczak et
+# al. 2025).
 ALIGNMENT_ERROR = 0.05
 
 
 def measure_union(
-    task: LayerUpdates, parts: Sequence[Part], changed: Sequence[Part], settings: InterferenceSettings
+    task: LayerUpdates,
+    parts: Sequence[Part],
+    changed: Sequence[Part],
+    settings: InterferenceSettings,
 ) -> Union:
     """Return the record of all updates of a layer together.
 
@@ -253,7 +295,10 @@ def measure_union(
         factors = decompose(summed, settings.method, None, None, True, settings.tol, settings.seed)
     # A sum that cancels leaves only rounding of the parts.
     parts_norm = math.hypot(*(part.fro for part in parts))
-    if factors.fro <= (exact.ZERO_FACTORED if isinstance(summed, tuple) else exact.ZERO_DENSE) * parts_norm:
+    if (
+        factors.fro
+        <= (exact.ZERO_FACTORED if isinstance(summed, tuple) else exact.ZERO_DENSE) * parts_norm
+    ):
         factors = replace(factors, s=torch.zeros_like(factors.s), fro=0.0, energy_error=0.0)
     spectrum = record_of(
         task.layer,
@@ -264,7 +309,9 @@ def measure_union(
         settings.ranks,
         _bound_resolution(parts, factors),
     )
-    parts_rank_at = {str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS}
+    parts_rank_at = {
+        str(share): sum(rank_at(part.curve, share) or 0 for part in changed) for share in THRESHOLDS
+    }
     parts_effective_rank = sum(part.effective_rank for part in changed)
     has_sum = len(changed) > 1 and factors.fro > 0
     fields: dict[str, Any] = {}
@@ -274,7 +321,8 @@ def measure_union(
         # To the requested ranks, and to PEFT's default, the largest of the adapters'.
         ranks = {*settings.ranks, max(_count_columns(part) or 0 for part in changed)} - {0}
         fields["recompressed"] = {
-            str(rank): math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro for rank in sorted(ranks)
+            str(rank): math.hypot(*factors.s[rank:].flip(0).tolist()) / factors.fro
+            for rank in sorted(ranks)
         }
     return Union(
         layer=task.layer,
@@ -290,7 +338,9 @@ def measure_union(
             for share, ranks_sum in parts_rank_at.items()
         },
         parts_effective_rank=parts_effective_rank,
-        additive_effective=_divide(spectrum.effective_rank, parts_effective_rank) if has_sum else None,
+        additive_effective=_divide(spectrum.effective_rank, parts_effective_rank)
+        if has_sum
+        else None,
         energy_ratio=factors.fro**2 / parts_norm**2 if len(changed) > 1 else None,
         **fields,
     )
@@ -307,7 +357,9 @@ def _divide(value: float | None, divisor: float) -> float | None:
 
 
 def _bound_resolution(parts: Sequence[Part], factors: exact.Factors) -> Resolution:
-    """Return the resolution of the sum; roundings are added, because that of a common BASE is equal in all."""
+    """Return the resolution of the sum; roundings are added, because that of a common BASE is equal
+    in all.
+    """
     noise = sum(part.update.weight * part.resolution.noise_fro for part in parts)
     edge = sum(part.update.weight * part.resolution.edge for part in parts)
     if edge:  # not of adapters, whose factors are the update
@@ -330,18 +382,26 @@ def _measure_sum(
     for part in changed:
         inside = _project(u, part).div_(part.factors.fro)
         core = (inside @ vh.T).square_()
-        # Row r up to r, and column r up to r − 1, are what the block of r has more than that of r − 1.
+        # Row r up to r, and column r up to r − 1, are what the block of r has more than that of r −
+        # 1.
         kept_by_part.append((core.tril().sum(1) + core.triu(1).sum(0)).cumsum(0).cpu())
         within.append(inside.square_().sum(1).cumsum(0).clamp(max=1.0).cpu())
     # Beyond the rank of S its vectors are arbitrary, and an adapter for S has no columns.
-    weakest = torch.stack(kept_by_part).min(0).values.clamp(max=1.0).numpy()[: exact.numerical_rank(factors)]
+    weakest = (
+        torch.stack(kept_by_part)
+        .min(0)
+        .values.clamp(max=1.0)
+        .numpy()[: exact.numerical_rank(factors)]
+    )
     # The smallest k with ‖S − S_k‖_F ≤ 0.05‖S‖_F (Marczak et al. 2025, arXiv 2502.04959).
     curve = energy_curve(factors.s.numpy(), factors.fro, factors.complete)
     alignment_rank = rank_at(curve, 1 - ALIGNMENT_ERROR**2) or len(curve)
     alignments = [math.sqrt(energies[alignment_rank - 1]) for energies in within]
     return {
         "rank_for_all": {str(share): rank_at(weakest, share * (1 - 1e-9)) for share in THRESHOLDS},
-        "weakest_kept": {share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()},
+        "weakest_kept": {
+            share: float(weakest[r - 1]) if r else None for share, r in rank_at_share.items()
+        },
         **_measure_task_interference(changed, shape, max(settings.ranks)),
         "alignment": sum(alignments) / len(alignments),
         "alignments": tuple(alignments),
@@ -350,20 +410,28 @@ def _measure_sum(
     }
 
 
-def _measure_task_interference(changed: Sequence[Part], shape: tuple[int, int], limit: int) -> dict[str, float]:
+def _measure_task_interference(
+    changed: Sequence[Part], shape: tuple[int, int], limit: int
+) -> dict[str, float]:
     """Return the fields of STI, from at most ``limit`` directions of each update."""
     u = torch.cat([part.u[:, :limit] for part in changed], dim=1)
     v = torch.cat([part.v[:, :limit] for part in changed], dim=1)
     s = torch.cat([part.s[:limit] for part in changed]).numpy()
     owner = np.repeat(np.arange(len(changed)), [min(part.rank, limit) for part in changed])
     sti, relative = subspaces.task_interference((u.T @ u).cpu().numpy(), (v.T @ v).cpu().numpy(), s)
-    return {"sti": sti, "sti_relative": relative, "sti_random": subspaces.task_interference_at_random(s, owner, shape)}
+    return {
+        "sti": sti,
+        "sti_relative": relative,
+        "sti_random": subspaces.task_interference_at_random(s, owner, shape),
+    }
 
 
 def _measure_merges(
     parts: Sequence[Part], summed: Matrix, fro: float, weights: Sequence[float], density: float
 ) -> dict[str, object]:
-    """Return the fields of merges: their losses, and, unless ``density`` is 0, those of TIES and sign conflicts."""
+    """Return the fields of merges: their losses, and, unless ``density`` is 0, those of TIES and
+    sign conflicts.
+    """
     # A zero adapter is not an update, but its A enters PEFT's merges.
     merges = measure_factor_merges(summed, fro, _get_adapter_factors(parts), weights, density)
     if density == 0:
@@ -381,11 +449,17 @@ def _measure_merges(
 
 
 def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
-    """Return the stored factors in float64 and their scales; None if an update lacks factors or a nonzero scale."""
+    """Return the stored factors in float64 and their scales; None if an update lacks factors or a
+    nonzero scale.
+    """
     adapters = []
     for part in parts:
         delta = part.update.delta
-        if not isinstance(part.matrix, tuple) or not isinstance(delta, FactoredDelta) or not delta.scale:
+        if (
+            not isinstance(part.matrix, tuple)
+            or not isinstance(delta, FactoredDelta)
+            or not delta.scale
+        ):
             return None
         b, a = (factor.to(torch.float64) for factor in part.matrix)
         adapters.append((b / delta.scale, a, delta.scale))
@@ -395,24 +469,32 @@ def _get_adapter_factors(parts: Sequence[Part]) -> list[AdapterFactors] | None:
 # The relation of two updates is judged at the requested rank nearest to this.
 RELATION_RANK = 8
 
-# Bytes of an entry whose magnitude is sorted (two copies and its index), and of one that TIES compares in a block.
+# Bytes of an entry whose magnitude is sorted (two copies and its index), and of one that TIES
+# compares in a block.
 _SORTED, _COMPARED = 16, 96
 
 
 def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
-    """Return the largest memory of a layer in bytes: the stored part of every update, and the most expensive step.
+    """Return the largest memory of a layer in bytes: the stored part of every update, and the most
+    expensive step.
 
-    An update without factors keeps ΔW and the vectors of its largest values; all are counted, which leaves room for
-    UᵀΔW. The steps are decomposing one update, decomposing the sum in float64, products of the sum's vectors with each
-    update, and TIES, which sorts the entries of one update at a time.
+    An update without factors keeps ΔW and the vectors of its largest values; all are counted, which
+    leaves room for UᵀΔW. The steps are decomposing one update, decomposing the sum in float64,
+    products of the sum's vectors with each update, and TIES, which sorts the entries of one update
+    at a time.
     """
     entries, smaller_side = math.prod(task.shape), min(task.shape)
     vectors = 8 * smaller_side * sum(task.shape)
     dense = [update.delta for update in task.updates if not isinstance(update.delta, FactoredDelta)]
-    stored_bytes = sum(footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta))
+    stored_bytes = sum(
+        footprint(u.delta) for u in task.updates if isinstance(u.delta, FactoredDelta)
+    )
     stored_bytes += sum(entries * _entry_bytes(delta) + vectors for delta in dense)
     requested = Allowance(0, settings.method, None, vectors=True)
-    entry_sizes = (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta) for delta in dense)
+    entry_sizes = (
+        COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else _entry_bytes(delta)
+        for delta in dense
+    )
     steps = [whole_bytes(task.shape, requested, entry_size) for entry_size in entry_sizes]
     sum_bytes = 0
     if dense:
@@ -437,14 +519,27 @@ def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
     """
     if settings.memory is None:
         return
-    needed, without_ties = max_bytes(task, settings), max_bytes(task, replace(settings, density=0.0))
-    fix = "--density 0, which leaves out TIES and sign conflicts" if without_ties <= settings.memory else "--exclude it"
+    needed, without_ties = (
+        max_bytes(task, settings),
+        max_bytes(task, replace(settings, density=0.0)),
+    )
+    fix = (
+        "--density 0, which leaves out TIES and sign conflicts"
+        if without_ties <= settings.memory
+        else "--exclude it"
+    )
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
-    description = "the entries of its updates, for TIES," if factored else "its updates with all their singular vectors"
+    description = (
+        "the entries of its updates, for TIES,"
+        if factored
+        else "its updates with all their singular vectors"
+    )
     require_memory(needed, settings.memory, task.shape, f"{description} take", fix)
 
 
-def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[Interference | Union | LeftOut, ...]:
+def measure_layer(
+    task: LayerUpdates, settings: InterferenceSettings
+) -> tuple[Interference | Union | LeftOut, ...]:
     """Compare all updates of one layer.
 
     Args:
@@ -452,7 +547,8 @@ def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[I
         settings: Settings of the measurement.
 
     Returns:
-        One record for each pair of nonzero updates, and one for all together; if an update is not finite or its norm
+        One record for each pair of nonzero updates, and one for all together; if an update is not
+            finite or its norm
         is out of range, one ``left_out`` record instead.
 
     Raises:
@@ -460,7 +556,9 @@ def measure_layer(task: LayerUpdates, settings: InterferenceSettings) -> tuple[I
         MemoryLimitError: The layer does not fit into the memory limit.
         UsageError: The device is unknown or not available.
     """
-    records, fallback = compute_on_device(partial(_measure_on, task, settings), resolve_device(settings.device))
+    records, fallback = compute_on_device(
+        partial(_measure_on, task, settings), resolve_device(settings.device)
+    )
     return tuple(
         record.model_copy(update={"spectrum": append_note(record.spectrum, fallback)})
         if isinstance(record, Union)
@@ -483,17 +581,23 @@ def _measure_on(
             return (left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}),)
         parts.append(part)
     changed = [part for part in parts if part.fro > 0]
-    pairs = [_compare_pair(task, first, second, settings) for first, second in combinations(changed, 2)]
+    pairs = [
+        _compare_pair(task, first, second, settings) for first, second in combinations(changed, 2)
+    ]
     return (*pairs, measure_union(task, parts, changed, settings))
 
 
-def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings) -> Interference:
+def _compare_pair(
+    task: LayerUpdates, first: Part, second: Part, settings: InterferenceSettings
+) -> Interference:
     """Return the record of two nonzero updates of a layer."""
     cosine = frobenius_inner(first.matrix, second.matrix) / first.factors.fro / second.factors.fro
     cosine = max(-1.0, min(1.0, cosine))
     cosine_random = 1 / math.sqrt(math.prod(task.shape))
     # Up to the larger number of directions; larger ranks give the same.
-    ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [min(settings.ranks)]
+    ranks = [r for r in settings.ranks if r <= max(first.rank, second.rank)] or [
+        min(settings.ranks)
+    ]
     relation_rank = min(ranks, key=lambda rank: abs(rank - RELATION_RANK))
     pairs = ((first, second), (second, first))
     left = [_compute_energy_within(one.u, other) for one, other in pairs]
@@ -521,7 +625,9 @@ def _compare_pair(task: LayerUpdates, first: Part, second: Part, settings: Inter
 
 
 def _make_energy_overlap(within: Sequence[Tensor], rank: int, rows: int) -> EnergyOverlap:
-    """Return the overlap of the ``rank`` largest directions of each of two updates with the other update."""
+    """Return the overlap of the ``rank`` largest directions of each of two updates with the other
+    update.
+    """
     first, second = (min(rank, len(energies)) for energies in within)
     return EnergyOverlap(
         second_in_first=float(within[0][first - 1]),
@@ -532,9 +638,13 @@ def _make_energy_overlap(within: Sequence[Tensor], rank: int, rows: int) -> Ener
 
 
 def _is_near_chance(within: Tensor, rank: int, dimension: int, part: Part) -> bool:
-    """Return whether an update's energy in a space of ``rank`` directions is near that in a random one."""
+    """Return whether an update's energy in a space of ``rank`` directions is near that in a random
+    one.
+    """
     columns = min(rank, len(within))
-    return subspaces.is_near_chance(float(within[columns - 1]), columns, dimension, part.effective_rank)
+    return subspaces.is_near_chance(
+        float(within[columns - 1]), columns, dimension, part.effective_rank
+    )
 
 
 @show_options
@@ -551,19 +661,21 @@ def interference(
         base: Base checkpoint; not needed for adapters.
         weights: w_k > 0 of each update in the sum Σ w_kΔW_k; all 1 by default.
         ranks: Ranks at which spaces are compared, and to which merges are recompressed.
-        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign conflicts, which need
-            every entry of every layer.
+        density: Fraction of the entries of each update that TIES keeps; 0 to skip TIES and sign
+            conflicts, which need every entry of every layer.
         **options: ``InterferenceOptions``.
 
     Returns:
-        One ``interference`` record for each layer and pair of updates that change it, and one ``union`` record for each
+        One ``interference`` record for each layer and pair of updates that change it, and one
+            ``union`` record for each
         layer that any of them has; tensors that cannot be measured are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, there are fewer than two updates, one is given twice, one is a checkpoint and
-            no ``base`` is given, ``base`` is an adapter, or ``output`` may be neither replaced nor resumed.
-        InputError: An input cannot be read, does not fit ``base`` or needs one, two updates are not of one model, or
-            the results file cannot be written.
+        UsageError: An option is invalid, there are fewer than two updates, one is given twice, one
+            is a checkpoint and no ``base`` is given, ``base`` is an adapter, or ``output`` may be
+            neither replaced nor resumed.
+        InputError: An input cannot be read, does not fit ``base`` or needs one, two updates are not
+            of one model, or the results file cannot be written.
         NothingComparedError: An update has no selected weight, or no weight is in two of them.
 
     Example:
@@ -575,18 +687,24 @@ def interference(
     run = LayerRun("interference", options, InterferenceOptions)
     weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
     settings = run.settings(
-        InterferenceSettings, ranks=check_ranks(ranks), weights=_check_weights(weights, len(updates)), density=density
+        InterferenceSettings,
+        ranks=check_ranks(ranks),
+        weights=_check_weights(weights, len(updates)),
+        density=density,
     )
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
         raise UsageError(f"--density {density}: must lie between 0 and 1")
     if len(updates) < 2:
         raise UsageError(
-            "interference: fewer than two updates; give BASE and at least two updates, or at least two adapters"
+            "interference: fewer than two updates; give BASE and at least two updates, or at least "
+            "two adapters"
         )
     refuse_repeated(updates)
     opened = None if base is None else open_base(base)
-    comparisons = [run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates]
+    comparisons = [
+        run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates
+    ]
     tasks = align_layers(comparisons, settings.weights)
     return run.over(
         tasks,
@@ -600,13 +718,16 @@ def interference(
 
 
 def compare_updates(
-    inputs: Sequence[Path | str], spectrum: Path | None = None, **options: Unpack[InterferenceOptions]
+    inputs: Sequence[Path | str],
+    spectrum: Path | None = None,
+    **options: Unpack[InterferenceOptions],
 ) -> Results[Interference | Union]:
-    """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of their sums.
+    """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of
+    their sums.
 
     Raises:
-        UsageError: An adapter comes first, but not all inputs are adapters; ``spectrum`` may not be replaced; or as
-            ``interference``.
+        UsageError: An adapter comes first, but not all inputs are adapters; ``spectrum`` may not be
+            replaced; or as ``interference``.
         InputError: As ``interference``.
         NothingComparedError: As ``interference``.
     """
@@ -620,14 +741,17 @@ def compare_updates(
 
 
 def select_spectra(results: Results[Interference | Union]) -> Results[Spectrum]:
-    """Return the spectra of the sums as results of ``spectrum``, for ``allocate``, ``plot`` and ``gate``.
+    """Return the spectra of the sums as results of ``spectrum``, for ``allocate``, ``plot`` and
+    ``gate``.
 
     Args:
         results: Results of ``interference``.
     """
     spectra = tuple(record.spectrum for record in results if isinstance(record, Union))
     end = totals(spectra, results.left_out) if results.end is not None else None
-    return Results(results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end)
+    return Results(
+        results.run.model_copy(update={"command": "spectrum"}), spectra, results.left_out, end
+    )
 
 
 def _check_weights(requested: Sequence[float] | None, update_count: int) -> tuple[float, ...]:
@@ -639,7 +763,8 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
     weights = tuple(requested) if requested is not None else (1.0,) * update_count
     if len(weights) != update_count:
         raise UsageError(
-            f"--weights: {len(weights)} weights for {update_count} updates; give one for each, in their order"
+            f"--weights: {len(weights)} weights for {update_count} updates; give one for each, in "
+            "their order"
         )
     if not all(0 < weight < math.inf for weight in weights):
         raise UsageError("--weights: must be positive; subtraction of updates is not measured")

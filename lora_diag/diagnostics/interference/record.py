@@ -10,7 +10,17 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.records.base import Guard, LayerRecord, Norm, Ratio, Record, Share, Shown, count_texts, value_at
+from lora_diag.records.base import (
+    Guard,
+    LayerRecord,
+    Norm,
+    Ratio,
+    Record,
+    Share,
+    Shown,
+    count_texts,
+    value_at,
+)
 from lora_diag.records.vocabulary import Agreement, Resolution
 
 Relation = Literal["apart", "share", "reinforce", "cancel", "noise"]
@@ -20,7 +30,9 @@ _SHOWN_RANK = 8
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Any]], float | None]:
-    """Return a function for the upper median of the ranks at ``path``; null counts as larger than any rank."""
+    """Return a function for the upper median of the ranks at ``path``; null counts as larger than
+    any rank.
+    """
 
     def pool(records: Sequence[Any]) -> float | None:
         """Return the upper median of the ranks; None if it is null."""
@@ -50,7 +62,8 @@ class EnergyOverlap(Record):
 class Interference(LayerRecord):
     """Comparison of two updates of one layer.
 
-    Tables are by rank r, up to the larger number of directions of the two; if all ranks are above, by the smallest.
+    Tables are by rank r, up to the larger number of directions of the two; if all ranks are above,
+    by the smallest.
 
     Args:
         layer: The weight's name in BASE, or in the adapters without a BASE.
@@ -64,11 +77,12 @@ class Interference(LayerRecord):
         columns: Principal angles between the spaces of the r largest left singular vectors.
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
-        relation: ``apart``: the spaces overlap no more than random ones, and the cosine is small; the updates can be
-            added. ``share``: they overlap, and the cosine is small; compare losses of the merge. ``reinforce``: they
-            point the same way, so that the sum is longer than either; scale it down. ``cancel``: they oppose each
-            other, so that the sum loses part of both; do not merge this layer with equal weights. ``noise``: an update
-            is not resolved. See ``metrics.subspaces.classify_relation``.
+        relation: ``apart``: the spaces overlap no more than random ones, and the cosine is small;
+            the updates can be added. ``share``: they overlap, and the cosine is small; compare
+            losses of the merge. ``reinforce``: they point the same way, so that the sum is longer
+            than either; scale it down. ``cancel``: they oppose each other, so that the sum loses
+            part of both; do not merge this layer with equal weights. ``noise``: an update is not
+            resolved. See ``metrics.subspaces.classify_relation``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
@@ -142,10 +156,14 @@ class Interference(LayerRecord):
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown; headings include the rank at which spaces are compared."""
+        """Return how a run's records are shown; headings include the rank at which spaces are
+        compared.
+        """
         rank = _choose_shown_rank({key for record in records for key in record.columns})
         return tuple(
-            replace(field, title=f"{field.title} {rank}") if field.path.endswith("_space.overlap") else field
+            replace(field, title=f"{field.title} {rank}")
+            if field.path.endswith("_space.overlap")
+            else field
             for field in cls.shown
         )
 
@@ -174,7 +192,9 @@ def pooled_cosine(records: Sequence[Interference]) -> float:
     """Return the cosine of two updates over several layers, as if they were one matrix."""
     first = math.hypot(*(record.first_fro for record in records))
     second = math.hypot(*(record.second_fro for record in records))
-    inner_product = math.fsum(record.cosine * record.first_fro * record.second_fro for record in records)
+    inner_product = math.fsum(
+        record.cosine * record.first_fro * record.second_fro for record in records
+    )
     return inner_product / first / second
 
 
@@ -199,9 +219,10 @@ class MergeLoss(Record):
 class Union(LayerRecord):
     """All updates of one layer together: S = Σ w_k ΔW_k, and the loss of merging them.
 
-    Tables are by energy fraction (``0.9``), by merge (``linear``) or by rank (``16``). The norms and spectra of the
-    parts include the weights w_k. Fields that need two updates are null if fewer change the layer or, except
-    ``energy_ratio``, if S = 0; tables are then empty or have null values.
+    Tables are by energy fraction (``0.9``), by merge (``linear``) or by rank (``16``). The norms
+    and spectra of the parts include the weights w_k. Fields that need two updates are null if fewer
+    change the layer or, except ``energy_ratio``, if S = 0; tables are then empty or have null
+    values.
 
     Args:
         layer: The weight's name in BASE, or in the adapters without a BASE.
@@ -213,33 +234,38 @@ class Union(LayerRecord):
         parts_fro: ‖w_kΔW_k‖_F.
         spectrum: Spectrum of S; its ``rank_at`` is the rank of an adapter that holds the sum.
         parts_rank_at: Σ_k of the ranks at which the single updates reach an energy fraction.
-        additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K equal updates.
+        additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K
+            equal updates.
         parts_effective_rank: Σ_k of the effective ranks.
         additive_effective: Effective rank of S over ``parts_effective_rank``.
-        rank_for_all: Smallest r for which the best rank-r approximation of S keeps a fraction f of *every* update k:
-            ‖U_rᵀΔW_kV_r‖² ≥ f·‖ΔW_k‖²; null if none does, because the spaces of S do not contain every update (the
-            updates cancel, or the rank of S is too small).
-        weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r = ``rank_at`` of S.
-        energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if they cancel.
-        sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed, of the directions of each update up to
-            the largest requested rank.
-        sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1 for two equal ones.
+        rank_for_all: Smallest r for which the best rank-r approximation of S keeps a fraction f of
+            *every* update k: ‖U_rᵀΔW_kV_r‖² ≥ f·‖ΔW_k‖²; null if none does, because the spaces of S
+            do not contain every update (the updates cancel, or the rank of S is too small).
+        weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r =
+            ``rank_at`` of S.
+        energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if
+            they cancel.
+        sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed, of the directions
+            of each update up to the largest requested rank.
+        sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1
+            for two equal ones.
         sti_random: Estimate of ``sti_relative`` for random directions with normal entries.
         alignment: Mean of ``alignments``.
-        alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular vectors of S that leave
-            at most 5% of ‖S‖_F.
+        alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular
+            vectors of S that leave at most 5% of ‖S‖_F.
         alignment_rank: Number of these vectors.
         alignment_random: √(alignment_rank / out), for random directions.
-        sign_conflicts: Fraction of the entries changed by several updates in which they differ in sign; null without
-            such an entry and, as the three below, with a density of 0.
+        sign_conflicts: Fraction of the entries changed by several updates in which they differ in
+            sign; null without such an entry and, as the three below, with a density of 0.
         sign_conflicts_random: The same for random signs: ½ for two updates.
-        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null if no two updates
-            share such an entry.
+        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null
+            if no two updates share such an entry.
         trimmed_conflicts_random: The same for random signs.
-        merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``: results of PEFT's
-            add_weighted_adapter, which merges A and B separately. ``ties_dense``: TIES on ΔW itself. Null if a merge
-            does not exist (no factors, an unknown scale or one of 0; except for ``cat``, different ranks or a negative
-            scale), and for TIES with a density of 0.
+        merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``:
+            results of PEFT's add_weighted_adapter, which merges A and B separately. ``ties_dense``:
+            TIES on ΔW itself. Null if a merge does not exist (no factors, an unknown scale or one
+            of 0; except for ``cat``, different ranks or a negative scale), and for TIES with a
+            density of 0.
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 
@@ -269,7 +295,8 @@ class Union(LayerRecord):
         Shown(
             "rank_for_all.0.9",
             "every r@90%",
-            "smallest rank at which the truncated sum keeps 90% of every update; empty if none does",
+            "smallest rank at which the truncated sum keeps 90% of every update; empty if none "
+            "does",
             pool=_pool_ranks("rank_for_all.0.9"),
             head="all 90%",
             terminal=True,
@@ -301,7 +328,8 @@ class Union(LayerRecord):
         Shown(
             "trimmed_conflicts",
             "sign conflicts",
-            "fraction of the largest entries of several updates that differ in sign; in brackets: by chance",
+            "fraction of the largest entries of several updates that differ in sign; in brackets: "
+            "by chance",
             share=True,
             drop=4,
             head="signs",
@@ -320,7 +348,8 @@ class Union(LayerRecord):
         Shown(
             "sti_relative",
             "STI",
-            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in brackets: by chance",
+            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in "
+            "brackets: by chance",
             share=True,
             drop=6,
             terminal=True,
@@ -331,7 +360,8 @@ class Union(LayerRecord):
         Guard(
             "spectrum.rank_at.0.9",
             "higher",
-            "the sum of the updates needs more rank than before: a merge of the usual rank loses more of it",
+            "the sum of the updates needs more rank than before: a merge of the usual rank loses "
+            "more of it",
         ),
     )
     record: Literal["union"] = "union"

@@ -11,7 +11,13 @@ from itertools import combinations
 from lora_diag.diagnostics.interference.record import Interference, Relation, Union, pooled_cosine
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, short_paths, summarize
+from lora_diag.rendering.statements import (
+    Statement,
+    describe_resolution,
+    make_statement,
+    short_paths,
+    summarize,
+)
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
 from lora_diag.rendering.text import list_counts, number, percent, quantity, short
 
@@ -29,7 +35,9 @@ MERGES = {"linear": "linear", "ties": "ties", "ties_dense": "TIES of ΔW"}
 
 
 def interference_grids(results: Results[Interference | Union], per: str = "type") -> list[Grid]:
-    """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of merges."""
+    """Return the tables: one per pair or one of all pairs; the rank of the sum; the losses of
+    merges.
+    """
     grids = _make_pair_grids(group_pairs(results), per)
     if unions := select_shared(results):
         rows = rows_of(unions, per)
@@ -41,15 +49,23 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     return grids
 
 
-def group_pairs(results: Results[Interference | Union]) -> list[tuple[str, str, list[Interference]]]:
-    """Return the short names of each pair of updates and its records, in the order of the inputs."""
+def group_pairs(
+    results: Results[Interference | Union],
+) -> list[tuple[str, str, list[Interference]]]:
+    """Return the short names of each pair of updates and its records, in the order of
+    the inputs.
+    """
     paths = [run_input.path for run_input in results.run.inputs if run_input.role != "base"]
     names = dict(zip(paths, short_paths(paths), strict=True))
     groups: dict[tuple[str, str], list[Interference]] = {}
     for record in results:
         if isinstance(record, Interference):
             groups.setdefault((record.first, record.second), []).append(record)
-    return [(names[pair[0]], names[pair[1]], groups[pair]) for pair in combinations(paths, 2) if pair in groups]
+    return [
+        (names[pair[0]], names[pair[1]], groups[pair])
+        for pair in combinations(paths, 2)
+        if pair in groups
+    ]
 
 
 def select_shared(results: Results[Interference | Union]) -> list[Union]:
@@ -66,36 +82,58 @@ def _make_pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: 
     grids = []
     for first, second, records in pairs:
         layers = sorted(rows_of(records, per), key=lambda row: -abs(pooled_cosine(row[1])))
-        grids.append(grid_of(Interference.shown_of({}, records), layers, per, f"1 {first}, 2 {second}"))
+        grids.append(
+            grid_of(Interference.shown_of({}, records), layers, per, f"1 {first}, 2 {second}")
+        )
     return grids
 
 
 def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
-    """Yield a column for each merge but ``cat``, and for each rank of ``_list_truncation_ranks``."""
+    """Yield a column for each merge but ``cat``, and for each rank of
+    ``_list_truncation_ranks``.
+    """
     for key, title in MERGES.items():
-        yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=partial(merge_residual, merge=key), terminal=True)
+        yield Shown(
+            f"merges.{key}",
+            title,
+            "‖S − M‖/‖S‖",
+            pool=partial(merge_residual, merge=key),
+            terminal=True,
+        )
     for rank in _list_truncation_ranks(unions):
         pool = partial(recompressed_residual, rank=rank)
-        yield Shown(f"recompressed.{rank}", f"svd {rank}", "‖S − S_r‖/‖S‖", pool=pool, drop=2, main=True)
+        yield Shown(
+            f"recompressed.{rank}", f"svd {rank}", "‖S − S_r‖/‖S‖", pool=pool, drop=2, main=True
+        )
 
 
 def merge_residual(records: Sequence[Union], merge: str) -> float | None:
-    """Return ‖S − M‖/‖S‖ over the layers with S ≠ 0; None if one of them does not have the merge, or without any."""
+    """Return ‖S − M‖/‖S‖ over the layers with S ≠ 0; None if one of them does not have the merge,
+    or without any.
+    """
     sums = [record for record in records if record.fro > 0]
-    gaps = [loss.residual * record.fro for record in sums if (loss := record.merges.get(merge)) is not None]
+    gaps = [
+        loss.residual * record.fro
+        for record in sums
+        if (loss := record.merges.get(merge)) is not None
+    ]
     if not gaps or len(gaps) < len(sums):
         return None
     return math.hypot(*gaps) / math.hypot(*(record.fro for record in sums))
 
 
 def recompressed_residual(records: Sequence[Union], rank: int) -> float:
-    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r counts as lossless."""
+    """Return ‖S − S_r‖/‖S‖ over several layers; a layer without a measurement at r counts as
+    lossless.
+    """
     gaps = [(r.recompressed.get(str(rank)) or 0.0) * r.fro for r in records]
     return math.hypot(*gaps) / (math.hypot(*(r.fro for r in records)) or 1.0)
 
 
 def _list_truncation_ranks(records: Sequence[Union]) -> list[int]:
-    """Return the measured truncation ranks, up to and including the first without loss in every sum."""
+    """Return the measured truncation ranks, up to and including the first without loss in every
+    sum.
+    """
     ranks = sorted({int(rank) for record in records for rank in record.recompressed})
     lossless = [rank for rank in ranks if recompressed_residual(records, rank) < _EXACT]
     return [rank for rank in ranks if rank <= min(lossless, default=rank)]
@@ -105,9 +143,15 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     """Return the statements of the summary."""
     unions = select_shared(results)
     if not unions:
-        why = "not measured: every layer was left out" if results.unmeasured else "no layer is changed by two updates"
+        why = (
+            "not measured: every layer was left out"
+            if results.unmeasured
+            else "no layer is changed by two updates"
+        )
         return summarize(results, make_statement("interfere", "Interference", why))
-    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[:_MAX_NAMED]
+    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[
+        :_MAX_NAMED
+    ]
     lines = (_describe_interference(*pair) for pair in strongest)
     return summarize(
         results,
@@ -136,14 +180,21 @@ _RELATIONS: dict[Relation, str] = {
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
     """State what two updates have in common, and in which layer they cancel most, if they do."""
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
-    cosine, worst = number(round(pooled_cosine(records), 4)), min(records, key=lambda record: record.cosine)
+    cosine, worst = (
+        number(round(pooled_cosine(records), 4)),
+        min(records, key=lambda record: record.cosine),
+    )
     lowest = f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
-    sentence = f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
+    sentence = (
+        f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
+    )
     return sentence + (lowest if worst.relation == "cancel" else "")
 
 
 def compare_lengths(unions: Sequence[Union]) -> float:
-    """Return ‖Σ w_kΔW_k‖ over the largest ‖w_kΔW_k‖, over the layers that several updates change; 0 if those are 0."""
+    """Return ‖Σ w_kΔW_k‖ over the largest ‖w_kΔW_k‖, over the layers that several updates change; 0
+    if those are 0.
+    """
     norms: dict[str, list[float]] = {}
     for record in unions:
         for path, fro in zip(record.updates, record.parts_fro, strict=True):
@@ -153,14 +204,21 @@ def compare_lengths(unions: Sequence[Union]) -> float:
 
 
 def _describe_length(results: Results[Interference | Union], unions: Sequence[Union]) -> Statement:
-    """State the lengths of the sum and, with unit weights, of the mean; warn of a sum longer than √K updates."""
-    ratio, count = compare_lengths(unions), len({path for record in unions for path in record.updates})
+    """State the lengths of the sum and, with unit weights, of the mean; warn of a sum longer than
+    √K updates.
+    """
+    ratio, count = (
+        compare_lengths(unions),
+        len({path for record in unions for path in record.updates}),
+    )
     limit, is_unit = math.sqrt(count), set(results.run.settings.get("weights", ())) == {1.0}
     text = f"‖sum‖ is {number(ratio)} times that of the longest update"
     text += f", ‖mean‖ {number(ratio / count)}" if is_unit else ""
     is_long = is_unit and ratio > limit * (1 + 1e-6)  # orthogonal updates of one norm have √K
     text += (
-        f": more than √K = {number(limit)}, as the updates reinforce each other; merge their mean" if is_long else ""
+        f": more than √K = {number(limit)}, as the updates reinforce each other; merge their mean"
+        if is_long
+        else ""
     )
     return make_statement("length", "Length", text, level="warning" if is_long else "note")
 
@@ -169,17 +227,30 @@ def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
     """State the ranks that the sum and the updates need, and the one that keeps every update."""
     separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
     sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
-    lead = f"Σr = {sum_rank} holds 90% of the sum's energy; the updates need {separate_rank} separately"
+    lead = (
+        f"Σr = {sum_rank} holds 90% of the sum's energy; the updates need {separate_rank} "
+        "separately"
+    )
     ranks = [rank for record in unions if (rank := record.rank_for_all.get("0.9")) is not None]
     if without_rank := len(unions) - len(ranks):
-        return [lead, f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every update"]
-    return [lead, f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer"]
+        return [
+            lead,
+            f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every "
+            "update",
+        ]
+    return [
+        lead,
+        f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer",
+    ]
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
     """Yield the errors of all merges, then, if it exists, the rank of the exact one."""
     errors = {name: merge_residual(unions, merge) for merge, name in MERGES.items()}
-    errors |= {f"svd r={rank}": recompressed_residual(unions, rank) for rank in _list_truncation_ranks(unions)}
+    errors |= {
+        f"svd r={rank}": recompressed_residual(unions, rank)
+        for rank in _list_truncation_ranks(unions)
+    }
     losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]
     yield f"of ‖sum‖: {', '.join(losses)}" if losses else ""
     if merge_residual(unions, "cat") is not None:

@@ -1,4 +1,6 @@
-"""Declaration and options of ``intruders``: singular vectors of W_tuned without a counterpart in W_base."""
+"""Declaration and options of ``intruders``: singular vectors of W_tuned without a counterpart in
+W_base.
+"""
 
 from typing import Annotated
 
@@ -9,9 +11,15 @@ from lora_diag.running.options import LayerOptions, Option
 class IntruderOptions(LayerOptions, total=False):
     """Options of ``intruders``."""
 
-    top: Annotated[int, Option(10, "Largest singular directions to test.", "K", ("--directions",), least=1)]
-    epsilon: Annotated[float, Option(0.5, "Cosine similarity to BASE below which a direction is new.", "E")]
-    window: Annotated[float, Option(0.1, "Relative gap below which singular values count as equal.", "W")]
+    top: Annotated[
+        int, Option(10, "Largest singular directions to test.", "K", ("--directions",), least=1)
+    ]
+    epsilon: Annotated[
+        float, Option(0.5, "Cosine similarity to BASE below which a direction is new.", "E")
+    ]
+    window: Annotated[
+        float, Option(0.1, "Relative gap below which singular values count as equal.", "W")
+    ]
 
 
 FEATURE = Feature(

@@ -16,10 +16,22 @@ from lora_diag.deltas import Delta, DenseDelta, row_blocks
 from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
 from lora_diag.errors import UsageError
-from lora_diag.layers.change import COMPUTED_ENTRY_BYTES, form_tuned, join_blocks, load_change, measure_on_device
+from lora_diag.layers.change import (
+    COMPUTED_ENTRY_BYTES,
+    form_tuned,
+    join_blocks,
+    load_change,
+    measure_on_device,
+)
 from lora_diag.layers.task import LayerSettings, leave_out, not_finite
 from lora_diag.linalg.difference import norm
-from lora_diag.linalg.methods import Allowance, check_request, decompose, require_memory, whole_bytes
+from lora_diag.linalg.methods import (
+    Allowance,
+    check_request,
+    decompose,
+    require_memory,
+    whole_bytes,
+)
 from lora_diag.metrics.subspaces import below_at_random, classify_direction, similarity_at_random
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.layers import LayerRun
@@ -44,7 +56,8 @@ class IntruderSettings(LayerSettings):
 
 
 def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
-    """Return an upper bound of the memory of a layer in bytes: ΔW, both weights, and the vectors of both.
+    """Return an upper bound of the memory of a layer in bytes: ΔW, both weights, and the vectors of
+    both.
 
     Example:
         >>> from lora_diag.deltas import FactoredDelta
@@ -53,12 +66,18 @@ def max_bytes(delta: Delta, settings: IntruderSettings) -> int:
         1152
     """
     entry_bytes = 8 if "float64" in delta.dtypes else 4
-    update_bytes = math.prod(delta.shape) * (COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry_bytes)
+    update_bytes = math.prod(delta.shape) * (
+        COMPUTED_ENTRY_BYTES if isinstance(delta, DenseDelta) else entry_bytes
+    )
     base_bytes = whole_bytes(delta.shape, Allowance(0, vectors=True), entry_bytes)
     vector_bytes = 8 * min(delta.shape) * sum(delta.shape)
     top_values = Allowance(0, settings.method, min(settings.k, *delta.shape), vectors=True)
     tuned_bytes = whole_bytes(delta.shape, top_values, entry_bytes)
-    return update_bytes + math.prod(delta.shape) * entry_bytes + max(base_bytes, vector_bytes + tuned_bytes)
+    return (
+        update_bytes
+        + math.prod(delta.shape) * entry_bytes
+        + max(base_bytes, vector_bytes + tuned_bytes)
+    )
 
 
 def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders | LeftOut]:
@@ -69,7 +88,8 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
         settings: Settings of the measurement.
 
     Returns:
-        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have the weight.
+        One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
+            the weight.
 
     Raises:
         InputError: A file could not be read, or a decomposition did not converge.
@@ -82,10 +102,16 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
 
 
 def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> Intruders | LeftOut:
-    """Return the record of a layer with a weight in BASE, measured on this device; see ``measure_layer``."""
-    if settings.memory is not None and device.type == "cpu":  # the limit applies to the machine's memory
+    """Return the record of a layer with a weight in BASE, measured on this device; see
+    ``measure_layer``.
+    """
+    if (
+        settings.memory is not None and device.type == "cpu"
+    ):  # the limit applies to the machine's memory
         description = "both weights with all singular vectors of BASE take"
-        require_memory(max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it")
+        require_memory(
+            max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it"
+        )
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
@@ -99,8 +125,12 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     if fro:
         base = decompose(before, vectors=True)
         k = min(settings.k, *delta.shape)
-        top = decompose(after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed)
-        directions = classify_directions((base.s, base.vectors[0]), (top.s, top.vectors[0]), settings)
+        top = decompose(
+            after, settings.method, k, vectors=True, tol=settings.tol, seed=settings.seed
+        )
+        directions = classify_directions(
+            (base.s, base.vectors[0]), (top.s, top.vectors[0]), settings
+        )
         base_fro, method = base.fro, f"{base.method}, {top.method}"
     return make_intruders(delta, settings, directions, fro, base_fro, method)
 
@@ -114,7 +144,9 @@ def make_intruders(
     method: str,
 ) -> Intruders:
     """Return the record of a layer, given its classified directions; none if ΔW = 0."""
-    rotated, new = (sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder"))
+    rotated, new = (
+        sum(direction.kind == kind for direction in directions) for kind in ("rotated", "intruder")
+    )
     rows, vectors, k = delta.shape[0], min(delta.shape), min(settings.k, *delta.shape)
     return Intruders(
         layer=delta.layer,
@@ -175,24 +207,28 @@ def intruders(
     tuned: Path | str,
     **options: Unpack[IntruderOptions],
 ) -> Results[Intruders]:
-    r"""Count intruder dimensions: those of the largest left singular vectors of W_tuned that W_base does not have.
+    r"""Count intruder dimensions: those of the largest left singular vectors of W_tuned that W_base
+    does not have.
 
     Args:
         base: Base checkpoint.
         tuned: Fine-tuned checkpoint or adapter.
         top: k, the number of largest directions of each weight to compare.
-        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε has no counterpart in W_base;
-            it is an intruder unless it lies in the span of the directions in the window clearly more than by chance.
-        window: Half-width of the window of nearly equal singular values around σ_j, as a fraction of σ_j.
+        epsilon: ε in (0, 1): a direction with max_i |⟨u_i(W_base), u_j⟩| < ε has no counterpart in
+            W_base; it is an intruder unless it lies in the span of the directions in the window
+            clearly more than by chance.
+        window: Half-width of the window of nearly equal singular values around σ_j, as a fraction
+            of σ_j.
         **options: ``IntruderOptions``.
 
     Returns:
         One record per finite matrix that both sides have; other tensors are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
-            resumed.
-        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be
+            neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be
+            written.
         NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:

@@ -16,10 +16,12 @@ class Direction(Record):
         nearest: The i of the maximum, from 1 on.
         window: Number of singular values of W_base within the window, |σ_i − σ_j| ≤ window·σ_j.
         projection: Norm of the projection of u_j on the span of their singular vectors.
-        projection_random: √(window / out), the root mean square of that norm for a random direction.
-        kind: ``kept``: ``similarity`` ≥ ε: a direction of BASE. ``rotated``: no single direction of BASE, and u_j lies
-            in the window's span clearly more than a random one does. ``intruder``: neither: a large direction that BASE
-            does not have, which papers relate to forgetting; compare the loss on other text. See
+        projection_random: √(window / out), the root mean square of that norm for a random
+            direction.
+        kind: ``kept``: ``similarity`` ≥ ε: a direction of BASE. ``rotated``: no single direction of
+            BASE, and u_j lies in the window's span clearly more than a random one does.
+            ``intruder``: neither: a large direction that BASE does not have, which papers relate to
+            forgetting; compare the loss on other text. See
             ``metrics.subspaces.classify_direction``.
     """
 
@@ -44,8 +46,8 @@ class Intruders(LayerRecord):
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
         count: Number of directions with a similarity below ε, the definition in the literature.
-        rotated: Number of these in the span of directions of W_base with nearly the same singular value, which rotate
-            freely.
+        rotated: Number of these in the span of directions of W_base with nearly the same singular
+            value, which rotate freely.
         intruders: ``count`` − ``rotated``.
         share: ``intruders`` / k.
         similarity_lowest: The smallest similarity; null where ΔW = 0.
@@ -76,7 +78,8 @@ class Intruders(LayerRecord):
         Shown(
             "rotated",
             "rotated",
-            "directions without a match in the base that lie in the span of base directions with nearly equal σ",
+            "directions without a match in the base that lie in the span of base directions with "
+            "nearly equal σ",
             pool="sum",
             terminal=True,
             detail=True,
@@ -123,7 +126,10 @@ class Intruders(LayerRecord):
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
-            "share", "higher", "more of the largest directions are new than before: check for forgetting on older data"
+            "share",
+            "higher",
+            "more of the largest directions are new than before: check for forgetting on older "
+            "data",
         ),
     )
     record: Literal["intruders"] = "intruders"
@@ -147,10 +153,15 @@ class Intruders(LayerRecord):
     @property
     def first_intruder(self) -> int | None:
         """Index of the first intruder, from 1 on; None without intruders."""
-        return next((index for index, each in enumerate(self.directions, 1) if each.kind == "intruder"), None)
+        return next(
+            (index for index, each in enumerate(self.directions, 1) if each.kind == "intruder"),
+            None,
+        )
 
     @property
     def intruder_size(self) -> Share | None:
         """σ of the first intruder over σ_1; None without intruders."""
         index = self.first_intruder
-        return None if index is None else self.directions[index - 1].sigma / self.directions[0].sigma
+        return (
+            None if index is None else self.directions[index - 1].sigma / self.directions[0].sigma
+        )

@@ -1,4 +1,6 @@
-"""Figure of ``overlap``: fraction of the gradients in an update's subspaces over the steps, with random baseline."""
+"""Figure of ``overlap``: fraction of the gradients in an update's subspaces over the steps, with
+random baseline.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from lora_diag.rendering.figures.panels import label_ticks
 from lora_diag.rendering.figures.series import Options, Series, choose_rank, subject_of
 from lora_diag.rendering.figures.style import CATEGORIES, DOTTED, INK, QUIET, PageStyle, category
 
-# The measures drawn: name, field, field of the baseline, colour, and dashes for when colours distinguish runs.
+# The measures drawn: name, field, field of the baseline, colour, and dashes for when colours
+# distinguish runs.
 MEASURES = (
     ("κ", "kappa", "kappa_random", CATEGORIES[0], (0, ())),
     ("tangent", "tangent", "tangent_random", CATEGORIES[1], (0, (3, 1.2))),
@@ -30,9 +33,11 @@ MEASURES = (
 def curve_over_steps(
     records: Sequence[Overlap], field: str, baseline_field: str
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """Return the steps at which any layer has a measure, and there its median, range and median baseline.
+    """Return the steps at which any layer has a measure, and there its median, range and median
+    baseline.
 
-    The second is ``(4, steps)``: median, smallest and largest value over the layers, median of the random baseline.
+    The second is ``(4, steps)``: median, smallest and largest value over the layers, median of the
+    random baseline.
     """
     by_step: dict[int, list[tuple[float, float]]] = {}
     for record in records:
@@ -46,7 +51,8 @@ def curve_over_steps(
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return the page of κ = ‖UᵀGV‖_F / ‖G‖_F and tangent overlap ‖P_T G‖_F / ‖G‖_F, one panel per module type.
+    """Return the page of κ = ‖UᵀGV‖_F / ‖G‖_F and tangent overlap ‖P_T G‖_F / ‖G‖_F, one panel per
+    module type.
 
     Of more than ``MAX_PANELS`` types, the first are drawn.
 
@@ -55,13 +61,18 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     """
     ranks = {record.rank for item in series for record in item.records}
     rank = choose_rank(ranks, options)
-    shown = [replace(item, records=tuple(r for r in item.records if r.rank == rank)) for item in series]
+    shown = [
+        replace(item, records=tuple(r for r in item.records if r.rank == rank)) for item in series
+    ]
     records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
     draw = partial(_draw, page_records=records)
     panels = []
     for name in types.names[:MAX_PANELS]:
-        part = [replace(item, records=tuple(r for r in item.records if types.of(r.layer) == name)) for item in shown]
+        part = [
+            replace(item, records=tuple(r for r in item.records if types.of(r.layer) == name))
+            for item in shown
+        ]
         panels.append(Panel(name, partial(draw, series=part), "training step", "fraction of ‖G‖"))
     others = ", ".join(map(str, sorted(ranks - {rank})))
     more = len(types.names) - len(panels)
@@ -76,12 +87,17 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         ],
         _make_keys(shown, style),
         share=True,
-        whole=Panel("", partial(draw, series=shown), "training step", f"fraction of ‖G‖_F, r = {rank}"),
+        whole=Panel(
+            "", partial(draw, series=shown), "training step", f"fraction of ‖G‖_F, r = {rank}"
+        ),
     )
 
 
-def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Overlap]], page_records: Sequence[Overlap]) -> None:
-    """Draw the median of each measure over the layers with its baseline; of a single run also the range of the layers.
+def _draw(
+    ax: Axes, style: PageStyle, series: Sequence[Series[Overlap]], page_records: Sequence[Overlap]
+) -> None:
+    """Draw the median of each measure over the layers with its baseline; of a single run also the
+    range of the layers.
 
     Args:
         ax: Axes to draw on.
@@ -92,18 +108,37 @@ def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Overlap]], page_re
     single, width = len(series) == 1, style.line
     for number, item in enumerate(series):
         for name, field, baseline_field, measure_color, dashes in MEASURES:
-            steps, (middle, low, high, random) = curve_over_steps(item.records, field, baseline_field)
+            steps, (middle, low, high, random) = curve_over_steps(
+                item.records, field, baseline_field
+            )
             if not steps:
                 continue
             color = measure_color if single else category(number)
             if single:
                 ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
             line: dict[str, Any] = {"lw": 1.5 * width, "ls": "-" if single else dashes}
-            ax.plot(steps, middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line)
+            ax.plot(
+                steps, middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line
+            )
             one_step: dict[str, Any] = {"marker": "_", "ms": 6 * width} if len(steps) == 1 else {}
-            ax.plot(steps, random, label=f"_random {name}", color=color, lw=0.9 * width, ls=DOTTED, **one_step)
-    values = [value for record in page_records for value in (record.kappa, record.tangent) if value is not None]
-    ax.set_ylim(0, min(1.02, 1.08 * max([*values, *(record.tangent_random for record in page_records)])))
+            ax.plot(
+                steps,
+                random,
+                label=f"_random {name}",
+                color=color,
+                lw=0.9 * width,
+                ls=DOTTED,
+                **one_step,
+            )
+    values = [
+        value
+        for record in page_records
+        for value in (record.kappa, record.tangent)
+        if value is not None
+    ]
+    ax.set_ylim(
+        0, min(1.02, 1.08 * max([*values, *(record.tangent_random for record in page_records)]))
+    )
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     ordered = sorted({record.step for record in page_records})
     margin = 0.06 * (ordered[-1] - ordered[0]) or 1
@@ -112,7 +147,9 @@ def _draw(ax: Axes, style: PageStyle, series: Sequence[Series[Overlap]], page_re
 
 
 def _make_keys(series: Sequence[Series[Overlap]], style: PageStyle) -> list[Key]:
-    """Return the legend entries of the runs, the measures, the range of the layers and the baseline."""
+    """Return the legend entries of the runs, the measures, the range of the layers and the
+    baseline.
+    """
     width, single = style.line, len(series) == 1
     keys = run_keys(series, lw=2 * width)
     for name, _, _, color, dashes in MEASURES:

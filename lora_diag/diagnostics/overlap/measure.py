@@ -1,4 +1,6 @@
-"""``overlap``: measure the fraction of gradients in an update's subspaces; ``subspaces``: compute these alone."""
+"""``overlap``: measure the fraction of gradients in an update's subspaces; ``subspaces``: compute
+these alone.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from lora_diag.diagnostics.overlap import OverlapOptions
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, Snapshot, Step, histories, open_steps
-from lora_diag.layers.change import PRODUCT_OVERFLOW, Change, bytes_of, load_change, measure_on_device
+from lora_diag.layers.change import (
+    PRODUCT_OVERFLOW,
+    Change,
+    bytes_of,
+    load_change,
+    measure_on_device,
+)
 from lora_diag.layers.resolution import resolution
 from lora_diag.layers.task import LayerSettings, LayerTask, leave_out, not_finite
 from lora_diag.linalg.devices import resolve_device
@@ -36,10 +44,10 @@ from lora_diag.running.inputs import Comparison, describe_steps
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import Matching, Method, Workers, show_options
 
-# Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of them are computed.
-# Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted ranks: where it meets this bound, κ and
-# the others are within 1e-6 of those from ``gram``. At i^-4 they are 1.5e-5 off, but there σ_64 is below the float32
-# rounding of ΔW.
+# Bound on energy fractions that ``krylov`` has to reach before its vectors are used; else all of
+# them are computed. Measured at 1024² and 2048×1024, r up to 64, spectra i^-1 to i^-3 and planted
+# ranks: where it meets this bound, κ and the others are within 1e-6 of those from ``gram``. At i^-4
+# they are 1.5e-5 off, but there σ_64 is below the float32 rounding of ΔW.
 TOL = 1e-4
 
 
@@ -48,8 +56,8 @@ class OverlapSettings(LayerSettings):
     """Settings of the measurement of a layer.
 
     Args:
-        ranks: Ranks r of the subspaces. Ranks above that of ΔW or of its factors are skipped; the own rank of factors
-            is always measured.
+        ranks: Ranks r of the subspaces. Ranks above that of ΔW or of its factors are skipped; the
+            own rank of factors is always measured.
     """
 
     ranks: tuple[int, ...] = RANKS
@@ -73,7 +81,8 @@ class Subspaces:
         ranks: Ranks of the measured overlaps, ascending; at most R.
         method: Method of the computation.
         verdict: Whether the files resolve the update.
-        blocks: Number of row blocks in which ΔW was read, because memory did not hold it; None if it did.
+        blocks: Number of row blocks in which ΔW was read, because memory did not hold it; None if
+            it did.
     """
 
     layer: str
@@ -91,14 +100,22 @@ class Subspaces:
 
 
 def estimate_bytes(task: GradientTask, settings: OverlapSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in blocks."""
+    """Estimate the memory of measuring a layer in bytes: its decomposition; gradients are read in
+    blocks.
+    """
     return bytes_of(task.delta, _make_allowance(task.delta, settings))
 
 
 def _make_allowance(delta: Delta, settings: OverlapSettings) -> Allowance | None:
-    """Return the allowance for ΔW and the vectors of the largest requested rank; None without a memory limit."""
+    """Return the allowance for ΔW and the vectors of the largest requested rank; None without a
+    memory limit.
+    """
     largest_rank = max((rank for rank in settings.ranks if rank <= min(delta.shape)), default=1)
-    return None if settings.memory is None else Allowance(settings.memory, settings.method, largest_rank, vectors=True)
+    return (
+        None
+        if settings.memory is None
+        else Allowance(settings.memory, settings.method, largest_rank, vectors=True)
+    )
 
 
 def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overlap | LeftOut, ...]:
@@ -109,7 +126,8 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
         settings: Settings of the measurement.
 
     Returns:
-        One record for each step and rank. If there are no subspaces, the ``left_out`` record of ``layer_subspaces``
+        One record for each step and rank. If there are no subspaces, the ``left_out`` record of
+            ``layer_subspaces``
         instead; if a gradient or its norm is not finite, one instead of the records of its step.
 
     Raises:
@@ -122,13 +140,18 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
         spaces = layer_subspaces(task.delta, settings, device)
         if isinstance(spaces, LeftOut):
             return (spaces,)
-        records = (overlaps(spaces, snapshot.step, snapshot.blocks(task.shape)) for snapshot in task.snapshots)
+        records = (
+            overlaps(spaces, snapshot.step, snapshot.blocks(task.shape))
+            for snapshot in task.snapshots
+        )
         return tuple(chain(*records))
 
     return measure_on_device(measure, settings.device)
 
 
-def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.device) -> Subspaces | LeftOut:
+def layer_subspaces(
+    delta: Delta, settings: OverlapSettings, device: torch.device
+) -> Subspaces | LeftOut:
     """Compute the top singular subspaces of one ΔW.
 
     Args:
@@ -137,7 +160,8 @@ def layer_subspaces(delta: Delta, settings: OverlapSettings, device: torch.devic
         device: Device of the computation and of the result.
 
     Returns:
-        The subspaces; of an update with factors, those that the factors span. A ``left_out`` record if ΔW is not finite
+        The subspaces; of an update with factors, those that the factors span. A ``left_out`` record
+            if ΔW is not finite
         or zero, or without factors has fewer directions than every requested rank.
 
     Raises:
@@ -175,14 +199,18 @@ def _leave_out_narrow(delta: Delta, settings: OverlapSettings) -> LeftOut:
 
 
 def _choose_ranks(delta: Delta, change: Change, requested: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the requested ranks that ΔW can have; with factors, those below their own rank, and that."""
+    """Return the requested ranks that ΔW can have; with factors, those below their own rank, and
+    that.
+    """
     if not isinstance(delta, FactoredDelta) or change.factors is None:
         return tuple(rank for rank in requested if rank <= min(delta.shape))
     own_rank = min(change.factors[0].shape[1], *delta.shape)
     return tuple(sorted({*(rank for rank in requested if rank < own_rank), own_rank}))
 
 
-def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Overlap | LeftOut, ...]:
+def overlaps(
+    spaces: Subspaces, step: int, blocks: Iterable[Tensor]
+) -> tuple[Overlap | LeftOut, ...]:
     """Measure the overlap of one gradient with the subspaces of an update.
 
     Args:
@@ -191,7 +219,8 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
         blocks: The rows of G_t, ``(rows, in)`` each, from the first row to the last.
 
     Returns:
-        One record for each rank, with null fractions if G_t is zero; if G_t is not finite or its norm overflows, one
+        One record for each rank, with null fractions if G_t is zero; if G_t is not finite or its
+            norm overflows, one
         ``left_out`` record.
 
     Raises:
@@ -200,13 +229,22 @@ def overlaps(spaces: Subspaces, step: int, blocks: Iterable[Tensor]) -> tuple[Ov
     fractions = measure_shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(fractions, str):
         detail = f"step {step}: {fractions}"
-        return (LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),)
+        return (
+            LeftOut(layer=spaces.layer, shape=spaces.shape, reason="non_finite", detail=detail),
+        )
     records = []
     for rank, *by_field in zip(
-        spaces.ranks, fractions.both, fractions.tangent, fractions.left, fractions.right, strict=True
+        spaces.ranks,
+        fractions.both,
+        fractions.tangent,
+        fractions.left,
+        fractions.right,
+        strict=True,
     ):
         random = overlap_by_chance(spaces.shape, rank)._asdict()
-        shares: dict[str, Any] = dict(zip(random, by_field if fractions.fro else (None,) * 4, strict=True))
+        shares: dict[str, Any] = dict(
+            zip(random, by_field if fractions.fro else (None,) * 4, strict=True)
+        )
         shares |= {f"{name}_random": share for name, share in random.items()}
         records.append(
             Overlap(
@@ -250,31 +288,36 @@ def overlap(
     gradients: Sequence[Path | str],
     **options: Unpack[OverlapOptions],
 ) -> Results[Overlap]:
-    r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F and the reach of an adapter, for every layer, step and rank.
+    r"""Measure κ_t = ‖U_rᵀ G_t V_r‖_F / ‖G_t‖_F and the reach of an adapter, for every layer, step
+    and rank.
 
-    U_r and V_r are the top singular vectors of ΔW = W_tuned − W_base. Gradients are read in row blocks, one layer of
-    one step at a time per worker.
+    U_r and V_r are the top singular vectors of ΔW = W_tuned − W_base. Gradients are read in row
+    blocks, one layer of one step at a time per worker.
 
     Args:
         base: Base checkpoint.
-        tuned: Fine-tuned checkpoint, of a pilot run; or an adapter, whose own subspaces are then the reference.
-        gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards) per step, or such
-            files.
-        ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; the own rank of an adapter with
-            factors is always measured.
+        tuned: Fine-tuned checkpoint, of a pilot run; or an adapter, whose own subspaces are then
+            the reference.
+        gradients: Snapshots of ∂L/∂W: folders with one safetensors file (or one folder of shards)
+            per step, or such files.
+        ranks: Ranks r. Ranks larger than a layer or an adapter are skipped there; the own rank of
+            an adapter with factors is always measured.
         show_rank: A further rank to measure, which the command shows; None for no further rank.
         **options: ``OverlapOptions``.
 
     Returns:
-        One record for each layer, step and rank. Layers without a gradient or without subspaces, gradients without a
+        One record for each layer, step and rank. Layers without a gradient or without subspaces,
+            gradients without a
         layer and gradients that are not finite are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, no gradients are given, ``tuned`` contains gradients, an input is in the wrong
-            place, or ``output`` may be neither replaced nor resumed.
-        InputError: An input cannot be read or does not fit ``base``; a snapshot has no valid step, or its step or
-            shapes contradict those of another; or the results file cannot be written.
-        NothingComparedError: The sides have no weight in common, none is selected, or no compared layer has a gradient.
+        UsageError: An option is invalid, no gradients are given, ``tuned`` contains gradients, an
+            input is in the wrong place, or ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``; a snapshot has no valid step,
+            or its step or shapes contradict those of another; or the results file cannot be
+            written.
+        NothingComparedError: The sides have no weight in common, none is selected, or no compared
+            layer has a gradient.
 
     Example:
         >>> samples = "sample_checkpoints"
@@ -290,7 +333,9 @@ def overlap(
     settings = run.settings(OverlapSettings, ranks=check_ranks(ranks))
     check_request(settings.method, settings.ranks[-1], 0.5)
     if not gradients:
-        raise UsageError("overlap: no gradients are given; give a folder with one safetensors file per step")
+        raise UsageError(
+            "overlap: no gradients are given; give a folder with one safetensors file per step"
+        )
     compared = run.compare(base, tuned)
     _refuse_gradient(compared.update)
     steps = open_steps(gradients)
@@ -299,7 +344,10 @@ def overlap(
     if not tasks:
         raise NothingComparedError(_explain_no_overlap(compared, gradient_histories, unmatched))
     is_selected = selector(run.options["layers"], run.options["exclude"])
-    unpaired = [*without_gradient, *_list_unmatched(compared.pairing, gradient_histories, unmatched, is_selected)]
+    unpaired = [
+        *without_gradient,
+        *_list_unmatched(compared.pairing, gradient_histories, unmatched, is_selected),
+    ]
     return run.over(
         tasks,
         measure_layer,
@@ -347,7 +395,8 @@ def subspaces(
 
     Raises:
         UsageError: An option is invalid, or an input is in the wrong place.
-        InputError: An input cannot be read or does not fit ``base``, or a decomposition did not converge.
+        InputError: An input cannot be read or does not fit ``base``, or a decomposition did not
+            converge.
         NothingComparedError: The sides have no weight in common, or none is selected.
 
     Example:
@@ -377,14 +426,23 @@ def _refuse_gradient(tuned: Checkpoint | Adapter) -> None:
     Raises:
         UsageError: Its metadata mark it as gradients.
     """
-    if isinstance(tuned, Checkpoint) and any(file.metadata.get("kind") == "gradient" for file in tuned.files):
-        raise UsageError(f"{tuned.path}: contains gradients; give BASE, then TUNED or an adapter, then the gradients")
+    if isinstance(tuned, Checkpoint) and any(
+        file.metadata.get("kind") == "gradient" for file in tuned.files
+    ):
+        raise UsageError(
+            f"{tuned.path}: contains gradients; give BASE, then TUNED or an adapter, then the "
+            "gradients"
+        )
 
 
 def _join_gradients(
-    compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired], steps: Sequence[Step]
+    compared: Comparison,
+    gradient_histories: Sequence[History],
+    unmatched: Sequence[Unpaired],
+    steps: Sequence[Step],
 ) -> tuple[list[GradientTask], list[Unpaired]]:
-    """Return the updates joined with their gradients, and the layers without a fitting gradient at a step.
+    """Return the updates joined with their gradients, and the layers without a fitting gradient at
+    a step.
 
     Args:
         compared: BASE and TUNED.
@@ -409,8 +467,12 @@ def _join_gradients(
         else:
             tasks.append(GradientTask(delta, history.snapshots))
             snapshot_steps = {snapshot.step for snapshot in history.snapshots}
-            if missing_steps := [str(step.step) for step in steps if step.step not in snapshot_steps]:
-                steps_text = f"step{'s' if len(missing_steps) > 1 else ''} {', '.join(missing_steps[:8])}"
+            if missing_steps := [
+                str(step.step) for step in steps if step.step not in snapshot_steps
+            ]:
+                steps_text = (
+                    f"step{'s' if len(missing_steps) > 1 else ''} {', '.join(missing_steps[:8])}"
+                )
                 suffix = f" and {len(missing_steps) - 8} more" if len(missing_steps) > 8 else ""
                 detail = f"no gradient of it at {steps_text}{suffix}; the other steps are measured"
                 without_gradient.append(Unpaired(delta.layer, delta.shape, "no_gradient", detail))
@@ -426,7 +488,10 @@ def _list_unmatched(
     """Yield the selected gradients that belong to no compared or skipped tensor of TUNED."""
     layers_of_pairing = {each.layer for each in (*pairing.deltas, *pairing.unpaired)}
     detail = "has gradients, and TUNED does not change it"
-    without_update = [Unpaired(history.layer, history.shape, "no_reference", detail) for history in gradient_histories]
+    without_update = [
+        Unpaired(history.layer, history.shape, "no_reference", detail)
+        for history in gradient_histories
+    ]
     for tensor in (*without_update, *unmatched):
         if tensor.layer not in layers_of_pairing and is_selected(tensor.layer):
             yield tensor
@@ -435,11 +500,20 @@ def _list_unmatched(
 def _explain_no_overlap(
     compared: Comparison, gradient_histories: Sequence[History], unmatched: Sequence[Unpaired]
 ) -> str:
-    """Return why no layer has both an update and a gradient; with names of both sides if there are updates."""
+    """Return why no layer has both an update and a gradient; with names of both sides if there are
+    updates.
+    """
     if not compared.matrices:
-        return "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no subspaces"
-    names = [history.layer for history in gradient_histories] + [tensor.layer for tensor in unmatched]
-    gradient_names = f"gradients have names like {names[0]}" if names else "the gradients hold no tensor"
+        return (
+            "nothing was compared: no matrix of BASE is in TUNED or selected, so there are no "
+            "subspaces"
+        )
+    names = [history.layer for history in gradient_histories] + [
+        tensor.layer for tensor in unmatched
+    ]
+    gradient_names = (
+        f"gradients have names like {names[0]}" if names else "the gradients hold no tensor"
+    )
     return (
         f"no layer that changed has a gradient, so nothing was compared. Layers have names like "
         f"{compared.matrices[0].layer}; {gradient_names}"

@@ -10,8 +10,9 @@ from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Share
 class Overlap(LayerRecord):
     """Fraction of one layer's gradient G in the top-r singular subspaces (U, V) of an update.
 
-    All fractions are of ‖G‖_F and lie in [0, 1]; the measured ones are null for a zero gradient. 0 ≤ κ ≤ one-sided ≤
-    tangent ≤ 1. U and V refer to the stored matrix: if it is ``(in, out)`` (GPT-2's Conv1D), A and B below swap roles.
+    All fractions are of ‖G‖_F and lie in [0, 1]; the measured ones are null for a zero gradient. 0
+    ≤ κ ≤ one-sided ≤ tangent ≤ 1. U and V refer to the stored matrix: if it is ``(in, out)``
+    (GPT-2's Conv1D), A and B below swap roles.
 
     Args:
         layer: The weight's name in BASE.
@@ -20,17 +21,18 @@ class Overlap(LayerRecord):
         rank: r.
         kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
         kappa_random: r/√(mn), its root mean square for random subspaces.
-        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, the part that an adapter with these subspaces can reach to first
-            order.
+        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, the part that an adapter with these subspaces
+            can reach to first order.
         tangent_random: √(r/m + r/n − r²/(mn)).
         left: ‖UᵀG‖_F / ‖G‖_F, the part that factor A can reach while B spans U.
         left_random: √(r/m).
-        right: ‖GV‖_F / ‖G‖_F, the part that factor B can reach while A spans V: all that a new adapter (B = 0) reaches.
+        right: ‖GV‖_F / ‖G‖_F, the part that factor B can reach while A spans V: all that a new
+            adapter (B = 0) reaches.
         right_random: √(r/n).
         gradient_fro: ‖G‖_F.
         method: Method of U and V.
-        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
-            fits.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
+            limit; null if it fits.
         verdict: Whether the files resolve the update of U and V.
     """
 
@@ -48,7 +50,14 @@ class Overlap(LayerRecord):
             form="small",
             terminal=True,
         ),
-        Shown("kappa", "κ", "‖UᵀGV‖/‖G‖; direction, not quality", axis="κ = ‖UᵀGV‖_F / ‖G‖_F", share=True, main=True),
+        Shown(
+            "kappa",
+            "κ",
+            "‖UᵀGV‖/‖G‖; direction, not quality",
+            axis="κ = ‖UᵀGV‖_F / ‖G‖_F",
+            share=True,
+            main=True,
+        ),
         Shown(
             "tangent",
             "tangent",
@@ -61,7 +70,14 @@ class Overlap(LayerRecord):
             form="small",
             chance="tangent_random",
         ),
-        Shown("tangent_random", "tangent random", "value of a random subspace", share=True, main=True, terminal=False),
+        Shown(
+            "tangent_random",
+            "tangent random",
+            "value of a random subspace",
+            share=True,
+            main=True,
+            terminal=False,
+        ),
         Shown(
             "left",
             "left",
@@ -86,7 +102,9 @@ class Overlap(LayerRecord):
             detail=True,
             chance="right_random",
         ),
-        Shown("gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"),
+        Shown(
+            "gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"
+        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("tangent", "lower", "the adapter reaches less of the gradient than before"),

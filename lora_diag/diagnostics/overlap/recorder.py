@@ -24,7 +24,14 @@ from lora_diag.files import SNAPSHOT, check_output
 from lora_diag.linalg.distance import orthonormalize
 from lora_diag.linalg.exact import decompose_factored
 from lora_diag.models.callback import TrainingCallback
-from lora_diag.models.weights import Frozen, Weight, average_over_processes, is_main, is_unscaled, weights_of
+from lora_diag.models.weights import (
+    Frozen,
+    Weight,
+    average_over_processes,
+    is_main,
+    is_unscaled,
+    weights_of,
+)
 from lora_diag.records import LeftOut, ResultsWriter, Run, RunInput, totals
 from lora_diag.records.names import module_type_of
 from lora_diag.version import __version__
@@ -49,7 +56,9 @@ def read_live_subspaces(weight: Frozen, step: int, ranks: Sequence[int]) -> Subs
         return LeftOut(layer=weight.name, shape=shape, reason="no_reference", detail=detail)
     own_rank, (u, vh) = len(factors.s), factors.vectors
     measured_ranks = tuple(sorted({*(rank for rank in ranks if rank < own_rank), own_rank}))
-    return Subspaces(weight.name, orthonormalize(u), orthonormalize(vh.T), measured_ranks, "factored", "resolved")
+    return Subspaces(
+        weight.name, orthonormalize(u), orthonormalize(vh.T), measured_ranks, "factored", "resolved"
+    )
 
 
 _LOG = logging.getLogger(__name__)
@@ -59,32 +68,36 @@ DTYPES = ("float32", "bfloat16")
 
 
 class GradientRecorder(TrainingCallback):
-    r"""Record the gradient of every selected matrix that is trained or frozen under a LoRA, at every n-th update.
+    r"""Record the gradient of every selected matrix that is trained or frozen under a LoRA, at
+    every n-th update.
 
-    Pass it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in your own loop::
+    Pass it to a transformers Trainer (``Trainer(..., callbacks=[recorder])``), or use it in your
+    own loop::
 
         with GradientRecorder("gradients", every=100).attach(model) as recorder:
             for batch in batches:
-                loss(model, batch).backward()      # as often as gradients are accumulated
-                recorder.step(scaler)              # before clipping and before optimizer.step()
+                loss(model, batch).backward()  # as often as gradients are accumulated
+                recorder.step(scaler)  # before clipping and before optimizer.step()
                 ...
 
-    The gradient of step t is ∂L/∂W at the weights after t updates, summed over the backward passes of one update, with
-    the loss scale of mixed precision removed. For trained weights it is the gradient of the weight; for weights frozen
-    under a LoRA it is Σ δy xᵀ from the inputs and output gradients of the layer (``models.weights``).
+    The gradient of step t is ∂L/∂W at the weights after t updates, summed over the backward passes
+    of one update, with the loss scale of mixed precision removed. For trained weights it is the
+    gradient of the weight; for weights frozen under a LoRA it is Σ δy xᵀ from the inputs and output
+    gradients of the layer (``models.weights``).
 
     Args:
-        output: Without a reference: a folder for one safetensors file per step, as read by ``overlap`` and
-            ``spectrum --gradients``. With one: a new results file for the overlap records.
+        output: Without a reference: a folder for one safetensors file per step, as read by
+            ``overlap`` and ``spectrum --gradients``. With one: a new results file for the overlap
+            records.
         every: Record the steps 0, ``every``, 2·``every``, ….
-        reference: Subspaces to compare gradients with, from ``lora_diag.subspaces``; or ``live`` for the current
-            subspaces of the LoRA at each step; None to save the gradients.
+        reference: Subspaces to compare gradients with, from ``lora_diag.subspaces``; or ``live``
+            for the current subspaces of the LoRA at each step; None to save the gradients.
         layers: Regular expression; only weights whose name contains a match. None for all.
         exclude: Regular expression; no weights whose name contains a match. None to exclude none.
         dtype: Dtype of the saved gradients, ``float32`` or ``bfloat16``.
         ranks: With ``live``: ranks besides the LoRA's own.
-        log: With a reference: called with ``summary_of`` the records of every step that has some, on the main process;
-            ``log_to`` connects it to a Trainer's log.
+        log: With a reference: called with ``summary_of`` the records of every step that has some,
+            on the main process; ``log_to`` connects it to a Trainer's log.
 
     Attributes:
         records: The overlap records so far, on the main process; empty without a reference.
@@ -111,9 +124,18 @@ class GradientRecorder(TrainingCallback):
             raise UsageError(f"dtype={dtype!r}: use {' or '.join(DTYPES)}")
         if isinstance(reference, str) and reference != "live":
             raise UsageError(f"reference={reference!r}: give lora_diag.subspaces(...) or 'live'")
-        self.output, self.every, self.reference, self.dtype, self.log = Path(output), every, reference, dtype, log
+        self.output, self.every, self.reference, self.dtype, self.log = (
+            Path(output),
+            every,
+            reference,
+            dtype,
+            log,
+        )
         self.records: list[Overlap] = []
-        self._is_selected, self._settings = selector(layers, exclude), {"layers": layers, "exclude": exclude}
+        self._is_selected, self._settings = (
+            selector(layers, exclude),
+            {"layers": layers, "exclude": exclude},
+        )
         if any(rank < 1 for rank in ranks):
             raise UsageError(f"ranks={list(ranks)}: must be at least 1")
         self._ranks = tuple(ranks)
@@ -125,10 +147,12 @@ class GradientRecorder(TrainingCallback):
         self._step = 0
         self._clipped = False
 
-    # --- in a loop of one's own -----------------------------------------------------------------------------------
+    # --- in a loop of one's own
+    # -----------------------------------------------------------------------------------
 
     def attach(self, model: nn.Module, step: int = 0) -> Self:
-        """Find the weights of a model, hook those frozen under a LoRA, and open the results file of a reference.
+        """Find the weights of a model, hook those frozen under a LoRA, and open the results file of
+        a reference.
 
         Return the recorder.
 
@@ -137,8 +161,9 @@ class GradientRecorder(TrainingCallback):
             step: Number of updates so far.
 
         Raises:
-            UsageError: The recorder is attached already, the model has nothing to record or compare, its weights are
-                sharded over processes, the results file exists, or a snapshot in the folder may not be replaced.
+            UsageError: The recorder is attached already, the model has nothing to record or
+                compare, its weights are sharded over processes, the results file exists, or a
+                snapshot in the folder may not be replaced.
             InputError: The output cannot be written.
         """
         if self._hook_removers or self._weights:
@@ -147,19 +172,24 @@ class GradientRecorder(TrainingCallback):
         for name, why in unread.items():
             _LOG.warning("%s: its gradient is not recorded: %s", name, why)
         if not weights:
-            raise UsageError("nothing to record: no selected matrix is trained or frozen under a LoRA")
+            raise UsageError(
+                "nothing to record: no selected matrix is trained or frozen under a LoRA"
+            )
         if self.reference is not None:
             self._prepare(self.reference, weights)
         elif is_main():
             for earlier in self.output.glob("grad_step*.safetensors"):
                 check_output(earlier, SNAPSHOT)
         self._weights = weights
-        self._hook_removers = [weight.hook() for weight in self._weights if isinstance(weight, Frozen)]
+        self._hook_removers = [
+            weight.hook() for weight in self._weights if isinstance(weight, Frozen)
+        ]
         self._begin(step)
         return self
 
     def step(self, scaler: Any = None) -> None:
-        """Record if a snapshot is due; call after the last backward pass of an update, before clipping and the update.
+        """Record if a snapshot is due; call after the last backward pass of an update, before
+        clipping and the update.
 
         Args:
             scaler: The ``torch.amp.GradScaler`` of fp16 training, whose loss scale is removed.
@@ -175,7 +205,8 @@ class GradientRecorder(TrainingCallback):
         """Remove the hooks, and end the results file.
 
         Args:
-            finished: False to end the file without ``left_out`` records and last line, as that of an interrupted run.
+            finished: False to end the file without ``left_out`` records and last line, as that of
+                an interrupted run.
 
         Raises:
             InputError: The results file cannot be written.
@@ -189,51 +220,71 @@ class GradientRecorder(TrainingCallback):
                     writer.append(*self._left_out, totals(self.records, self._left_out))
             self._writer = None
 
-    # --- in a Trainer ---------------------------------------------------------------------------------------------
+    # --- in a Trainer
+    # ---------------------------------------------------------------------------------------------
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin an update; called once for all its backward passes."""
         self._begin(state.global_step)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
-        """Record if due, as ``step`` does; gradients of trained weights are clipped if the Trainer has a norm limit."""
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        """Record if due, as ``step`` does; gradients of trained weights are clipped if the Trainer
+        has a norm limit.
+        """
         self._clipped = args.max_grad_norm > 0
         self._record(getattr(optimizer, "scaler", None))
 
-    # --- shared by both ---------------------------------------------------------------------------------------------
+    # --- shared by both
+    # ---------------------------------------------------------------------------------------------
 
     def _begin(self, step: int) -> None:
-        """Begin the update after ``step`` updates; hooks of frozen weights collect its gradients if they are due."""
+        """Begin the update after ``step`` updates; hooks of frozen weights collect its gradients if
+        they are due.
+        """
         self._step = step
         for weight in self._weights:
             if isinstance(weight, Frozen):
                 weight.start(step % self.every == 0)
 
     def _prepare(self, reference: Reference | Literal["live"], weights: Sequence[Weight]) -> None:
-        """Match the weights to the layers of the reference; on the main process, open the results file.
+        """Match the weights to the layers of the reference; on the main process, open the results
+        file.
 
         Raises:
-            UsageError: No weight is a layer of the reference, or frozen under a LoRA; or the output exists.
+            UsageError: No weight is a layer of the reference, or frozen under a LoRA; or the output
+                exists.
             InputError: The output cannot be written.
         """
         if isinstance(reference, Reference):
             self._targets = {}
-            matched, _ = match_names({weight.name: weight.shape for weight in weights}, reference.base)
+            matched, _ = match_names(
+                {weight.name: weight.shape for weight in weights}, reference.base
+            )
             for weight in weights:
                 for location in matched.get(weight.name, ()):
                     if location.layer in reference.layers:
                         first = location.index * (weight.shape[1] if len(weight.shape) == 3 else 0)
                         start = first + (location.rows[0] if location.rows else 0)
-                        self._targets.setdefault(weight.name, []).append((reference.layers[location.layer], start))
+                        self._targets.setdefault(weight.name, []).append(
+                            (reference.layers[location.layer], start)
+                        )
             if not self._targets:
                 raise UsageError(
-                    "no selected weight of the model is a layer of the reference, which has layers like "
+                    "no selected weight of the model is a layer of the reference, which has layers "
+                    "like "
                     f"{next(iter(reference.layers), 'none')}"
                 )
             reached = {spaces.layer for targets in self._targets.values() for spaces, _ in targets}
             self._left_out = [*reference.left_out]
             self._left_out += [
-                LeftOut(layer=name, shape=layer.shape, reason="no_gradient", detail="not trained, or not selected")
+                LeftOut(
+                    layer=name,
+                    shape=layer.shape,
+                    reason="no_gradient",
+                    detail="not trained, or not selected",
+                )
                 for name, layer in reference.layers.items()
                 if name not in reached
             ]
@@ -242,7 +293,10 @@ class GradientRecorder(TrainingCallback):
         if not is_main():
             return
         if self.output.exists():
-            raise UsageError(f"{self.output}: exists; give another name for the overlap records, or delete it first")
+            raise UsageError(
+                f"{self.output}: exists; give another name for the overlap records, or delete it "
+                "first"
+            )
         if isinstance(reference, Reference):
             inputs, settings = reference.inputs, reference.settings
         else:
@@ -254,7 +308,8 @@ class GradientRecorder(TrainingCallback):
         self._writer = ResultsWriter(self.output, run)
 
     def _record(self, scaler: Any) -> None:
-        """Save or compare the gradients, on the main process, if a snapshot is due; other processes only average them.
+        """Save or compare the gradients, on the main process, if a snapshot is due; other processes
+        only average them.
 
         Raises:
             UsageError: No selected weight has a gradient.
@@ -262,11 +317,14 @@ class GradientRecorder(TrainingCallback):
         """
         if self._step % self.every:
             return
-        made = ((weight.name, self._make_gradient_reader(weight, scaler)) for weight in self._weights)
+        made = (
+            (weight.name, self._make_gradient_reader(weight, scaler)) for weight in self._weights
+        )
         readers = {name: reader for name, reader in made if reader is not None}
         if not readers:
             raise UsageError(
-                f"step {self._step}: no selected weight has a gradient; call step() after backward() and before "
+                f"step {self._step}: no selected weight has a gradient; call step() after "
+                "backward() and before "
                 "zero_grad(); DeepSpeed does not expose gradients, so they cannot be recorded"
             )
         if not is_main():
@@ -277,8 +335,12 @@ class GradientRecorder(TrainingCallback):
             self._measure(readers)
 
     def _make_gradient_reader(self, weight: Weight, scaler: Any) -> Callable[[], Tensor] | None:
-        """Return a function for the gradient, averaged over processes and without the loss scale; None without one."""
-        gradient = average_over_processes(weight) if isinstance(weight, Frozen) else weight.gradient()
+        """Return a function for the gradient, averaged over processes and without the loss scale;
+        None without one.
+        """
+        gradient = (
+            average_over_processes(weight) if isinstance(weight, Frozen) else weight.gradient()
+        )
         if gradient is None:
             return None
         scale = 1.0
@@ -303,7 +365,9 @@ class GradientRecorder(TrainingCallback):
             {name: TensorInfo(name, shapes[name], self.dtype) for name in readers},
             lambda name: readers[name]().to(getattr(torch, self.dtype)),
             {
-                "clipped": "trained weights: yes; weights under a LoRA: no" if self._clipped else "no",
+                "clipped": "trained weights: yes; weights under a LoRA: no"
+                if self._clipped
+                else "no",
                 "kind": "gradient",
                 "step": str(self._step),
             },
@@ -311,7 +375,9 @@ class GradientRecorder(TrainingCallback):
         )
 
     def _measure(self, readers: dict[str, Callable[[], Tensor]]) -> None:
-        """Compare every gradient with its subspaces; keep, write and log the records, and keep what is left out."""
+        """Compare every gradient with its subspaces; keep, write and log the records, and keep what
+        is left out.
+        """
         records: list[Overlap] = []
         for weight in self._weights:
             if weight.name not in readers:
@@ -337,10 +403,11 @@ class GradientRecorder(TrainingCallback):
 
 
 def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
-    """Return the medians over the layers of one step by name, such as ``overlap/r8/kappa/mlp.up_proj``.
+    """Return the medians over the layers of one step by name, such as
+    ``overlap/r8/kappa/mlp.up_proj``.
 
-    Those of κ, the tangent overlap and their baselines for each rank; those of κ also for each module type. Zero
-    gradients are not counted.
+    Those of κ, the tangent overlap and their baselines for each rank; those of κ also for each
+    module type. Zero gradients are not counted.
     """
     medians: dict[str, float] = {}
     for rank in sorted({record.rank for record in records}):
@@ -350,19 +417,29 @@ def summary_of(records: Sequence[Overlap]) -> dict[str, float]:
         for name in ("kappa", "kappa_random", "tangent", "tangent_random"):
             medians[f"overlap/r{rank}/{name}"] = median(getattr(record, name) for record in nonzero)
         for module_type in dict.fromkeys(module_type_of(record.layer) for record in nonzero):
-            kappas = [record.kappa or 0.0 for record in nonzero if module_type_of(record.layer) == module_type]
+            kappas = [
+                record.kappa or 0.0
+                for record in nonzero
+                if module_type_of(record.layer) == module_type
+            ]
             medians[f"overlap/r{rank}/kappa/{module_type}"] = median(kappas)
     return medians
 
 
 def _move_to_device(spaces: Subspaces, gradient: Tensor) -> Subspaces:
-    """Return the subspaces on the gradient's device; unchanged if that does not support float64 (MPS)."""
+    """Return the subspaces on the gradient's device; unchanged if that does not support float64
+    (MPS).
+    """
     if gradient.device == spaces.u.device or gradient.device.type == "mps":
         return spaces
     return replace(spaces, u=spaces.u.to(gradient.device), v=spaces.v.to(gradient.device))
 
 
 def _slice_blocks(gradient: Tensor, shape: tuple[int, int], start: int) -> list[Tensor]:
-    """Return row blocks of a layer's part of a gradient: its rows from ``start`` on, counted over stacked matrices."""
-    rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[start : start + shape[0]]
+    """Return row blocks of a layer's part of a gradient: its rows from ``start`` on, counted over
+    stacked matrices.
+    """
+    rows = gradient.reshape(math.prod(gradient.shape) // shape[1], shape[1])[
+        start : start + shape[0]
+    ]
     return [rows[first:last] for first, last in row_spans(shape)]

@@ -18,8 +18,25 @@ from lora_diag.metrics.subspaces import TREND_RATIO, is_near
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
 from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, summarize
-from lora_diag.rendering.tables import WIDE, Column, Grid, Rows, columns_of, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import list_layers, number, quantity, select_evenly, shade, small_fraction, span
+from lora_diag.rendering.tables import (
+    WIDE,
+    Column,
+    Grid,
+    Rows,
+    columns_of,
+    grid_of,
+    grids_table,
+    rows_of,
+)
+from lora_diag.rendering.text import (
+    list_layers,
+    number,
+    quantity,
+    select_evenly,
+    shade,
+    small_fraction,
+    span,
+)
 
 # Default rank to show; for an adapter, its own rank.
 USUAL_RANK = 16
@@ -46,12 +63,16 @@ class Track:
 
     @property
     def last(self) -> Overlap:
-        """The record of the last step with a gradient that is not zero; of the last step if all are zero."""
+        """The record of the last step with a gradient that is not zero; of the last step if all are
+        zero.
+        """
         return self.known[-1] if self.known else self.records[-1]
 
     @property
     def ends(self) -> tuple[float, float] | None:
-        """Mean κ of the first and of the last quarter of the nonzero gradients; None with fewer than two."""
+        """Mean κ of the first and of the last quarter of the nonzero gradients; None with fewer
+        than two.
+        """
         kappas = [record.kappa for record in self.known if record.kappa is not None]
         quarter = max(1, len(kappas) // 4)
         return (mean(kappas[:quarter]), mean(kappas[-quarter:])) if len(kappas) > 1 else None
@@ -67,18 +88,23 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
 
     Args:
         results: The results.
-        rank: The rank to show; default 16 if measured, else the middle one; for a reference adapter, its own. A
-            layer without this rank is shown at the next smaller one, or at its smallest.
+        rank: The rank to show; default 16 if measured, else the middle one; for a reference
+            adapter, its own. A layer without this rank is shown at the next smaller one, or at its
+            smallest.
     """
     if rank is None and not reference_is_adapter(results):
         measured = sorted({record.rank for record in results})
-        rank = USUAL_RANK if USUAL_RANK in measured or not measured else measured[len(measured) // 2]
+        rank = (
+            USUAL_RANK if USUAL_RANK in measured or not measured else measured[len(measured) // 2]
+        )
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
     layer_tracks = []
     for layer, by_rank in by_layer.items():
-        layer_rank = max((each for each in by_rank if rank is None or each <= rank), default=min(by_rank))
+        layer_rank = max(
+            (each for each in by_rank if rank is None or each <= rank), default=min(by_rank)
+        )
         records = sorted(by_rank[layer_rank], key=lambda record: record.step)
         layer_tracks.append(Track(layer, layer_rank, tuple(records)))
     return layer_tracks
@@ -110,7 +136,8 @@ def overlap_table(
         results: The results.
         width: Width of the terminal in columns.
         color: Whether to use ANSI colours, which shade κ.
-        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
+        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row
+            per layer.
         next_command: The suggested next command, printed last; None without one.
         show_rank: The rank to show; default as in ``tracks``.
 
@@ -124,16 +151,22 @@ def overlap_table(
 
 def _make_grid(rows: Rows, width: int, per: str) -> Grid:
     """Return the table of κ over the steps, one row per group of tracks."""
-    steps = sorted({record.step for _, group in rows for track in group for record in track.records})
+    steps = sorted(
+        {record.step for _, group in rows for track in group for record in track.records}
+    )
     column_steps = select_evenly(steps, _WIDE_MAX_STEPS if width >= WIDE else _MAX_STEPS)
     ranks = {track.rank for _, group in rows for track in group}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [_make_step_column(rows, step, "step " * (step == steps[0])) for step in column_steps]
+            columns += [
+                _make_step_column(rows, step, "step " * (step == steps[0])) for step in column_steps
+            ]
             if steps[1:]:
-                columns.append(Column("trend", tuple(_describe_trend(group) for _, group in rows), "left"))
+                columns.append(
+                    Column("trend", tuple(_describe_trend(group) for _, group in rows), "left")
+                )
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
@@ -141,7 +174,9 @@ def _make_grid(rows: Rows, width: int, per: str) -> Grid:
 
 
 def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
-    """Return a column of the median κ at a step, shaded by its place from random to 1, marked if most are near it."""
+    """Return a column of the median κ at a step, shaded by its place from random to 1, marked if
+    most are near it.
+    """
     cells: list[str | Text] = []
     for _, group in rows:
         nonzero = [record for track in group for record in track.known if record.step == step]
@@ -162,22 +197,37 @@ def _describe_trend(group: Sequence[Track]) -> str:
     if not known:
         return ""
     first, last = (median(kappas) for kappas in zip(*known, strict=True))
-    return "falls" if last < TREND_RATIO * first else "rises" if first < TREND_RATIO * last else "steady"
+    return (
+        "falls"
+        if last < TREND_RATIO * first
+        else "rises"
+        if first < TREND_RATIO * last
+        else "steady"
+    )
 
 
-# An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A convention: both
-# numbers are printed.
+# An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A
+# convention: both numbers are printed.
 MIN_REACH = 0.1
 
 
 def suggest_next(results: Results[Overlap], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: the adapter's loss; else a sweep of ranks if most layers end near random, or extraction."""
+    """Return the next step: the adapter's loss; else a sweep of ranks if most layers end near
+    random, or extraction.
+    """
     if reference_is_adapter(results):
-        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
+        return Hint(
+            "probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss"
+        )
     relevant = _select_relevant(tracks(results))
     if 2 * len(_select_near(relevant)) > len(relevant):
-        return Hint("probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs")
-    return Hint(f"extract {{base}} {{tuned}} --rank {USUAL_RANK} -o adapter/", "an adapter in these subspaces")
+        return Hint(
+            "probe sweep {base} --data train.txt --eval held_out.txt", "which rank training needs"
+        )
+    return Hint(
+        f"extract {{base}} {{tuned}} --rank {USUAL_RANK} -o adapter/",
+        "an adapter in these subspaces",
+    )
 
 
 def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> list[Statement]:
@@ -192,7 +242,8 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
     findings = []
     if relevant:
         interpretation = (
-            "overlap increases with rank for any subspace: compare with random, not with 1; on a language model κ of "
+            "overlap increases with rank for any subspace: compare with random, not with 1; on a "
+            "language model κ of "
             "an adapter as good as full fine-tuning ended near random in 11 of 21 matrices"
         )
         if reference_is_adapter(results):
@@ -203,23 +254,32 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
             make_statement(
                 "reach",
                 "Reach",
-                f"an adapter in these subspaces reaches {_compare_with_random(relevant, 'tangent')} to first order",
-                f"a new one, with B = 0 and A spanning V, {_compare_with_random(relevant, 'right')}",
+                "an adapter in these subspaces reaches "
+                f"{_compare_with_random(relevant, 'tangent')} to first order",
+                "a new one, with B = 0 and A spanning V, "
+                f"{_compare_with_random(relevant, 'right')}",
             ),
             describe_resolution(
                 [track.last.verdict for track in relevant],
                 "",
-                "there the subspaces are those of rounding noise, and a κ near random has no meaning",
+                "there the subspaces are those of rounding noise, and a κ near random has no "
+                "meaning",
             ),
             make_statement("interpretation", "Interpretation", interpretation, priority=2),
         ]
     elif shown:
-        findings = [make_statement("inside", "Containment", "not known: every gradient is zero", level="warning")]
+        findings = [
+            make_statement(
+                "inside", "Containment", "not known: every gradient is zero", level="warning"
+            )
+        ]
     return summarize(results, *findings, so_far="records so far")
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
-    """Return the layers that adapters usually target, or all if there are none; without those of zero gradients."""
+    """Return the layers that adapters usually target, or all if there are none; without those of
+    zero gradients.
+    """
     selected = [track for track in shown if part_of(track.layer) == "matrices"] or shown
     return [track for track in selected if track.known]
 
@@ -230,16 +290,23 @@ def _select_near(relevant: Sequence[Track]) -> list[Track]:
 
 
 def _describe_containment(relevant: Sequence[Track], layer_count: int) -> Statement:
-    """State whether the relevant ones of ``layer_count`` measured layers end above the baseline, and the medians."""
+    """State whether the relevant ones of ``layer_count`` measured layers end above the baseline,
+    and the medians.
+    """
     near = _select_near(relevant)
     verdict = "no" if len(near) > len(relevant) / 2 else "partly" if near else "yes"
     kappa = median(track.last.kappa or 0 for track in relevant)
     random = median(track.last.kappa_random for track in relevant)
-    layers = quantity(layer_count) if len(relevant) == layer_count else f"{len(relevant)} of {quantity(layer_count)}"
+    layers = (
+        quantity(layer_count)
+        if len(relevant) == layer_count
+        else f"{len(relevant)} of {quantity(layer_count)}"
+    )
     return make_statement(
         "inside",
         "Containment",
-        f"{verdict}: κ {number(kappa)} at the last step, the median of {layers}; random subspaces {number(random)}",
+        f"{verdict}: κ {number(kappa)} at the last step, the median of {layers}; random subspaces "
+        f"{number(random)}",
         level="warning" if near else "note",
         priority=0,
     )
@@ -247,7 +314,10 @@ def _describe_containment(relevant: Sequence[Track], layer_count: int) -> Statem
 
 def _compare_with_random(relevant: Sequence[Track], field: str) -> str:
     """Return the median of a measure at the last step as a phrase, with its baseline."""
-    value, random = (median(getattr(t.last, name) or 0.0 for t in relevant) for name in (field, f"{field}_random"))
+    value, random = (
+        median(getattr(t.last, name) or 0.0 for t in relevant)
+        for name in (field, f"{field}_random")
+    )
     return f"{number(value)} of ‖G‖ (random {number(random)})"
 
 
@@ -255,9 +325,15 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
     """Return what to do about the layers near their baseline, one sentence for each case."""
     near = _select_near(relevant)
     if not near:
-        return ["no change: in every layer these subspaces contain more of the gradient than random ones"]
+        return [
+            "no change: in every layer these subspaces contain more of the gradient than random "
+            "ones"
+        ]
     known = (record for record in results if record.kappa is not None)
-    largest = {record.layer: record for record in sorted(known, key=lambda record: (record.rank, record.step))}
+    largest = {
+        record.layer: record
+        for record in sorted(known, key=lambda record: (record.rank, record.step))
+    }
     keep: list[Track] = []
     raise_rank: list[Track] = []
     others: list[Track] = []
@@ -265,7 +341,8 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
         at_largest = largest[track.layer]
         if (track.last.tangent or 0) ** 2 - track.last.tangent_random**2 >= MIN_REACH:
             keep.append(track)
-        # At full rank the subspaces are the whole space, which contains every gradient: κ and its baseline are both 1.
+        # At full rank the subspaces are the whole space, which contains every gradient: κ and its
+        # baseline are both 1.
         elif at_largest.kappa_random < 1 and not is_near_random(at_largest):
             raise_rank.append(track)
         else:
@@ -273,14 +350,20 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
     sentences = []
     if keep:
         reach = _compare_with_random(keep, "tangent")
-        sentences.append(f"in {list_layers(keep)} keep the adapter: one side is aligned, and it reaches {reach}")
+        sentences.append(
+            f"in {list_layers(keep)} keep the adapter: one side is aligned, and it reaches {reach}"
+        )
     if raise_rank:
         rank = max(largest[track.layer].rank for track in raise_rank)
-        sentences.append(f"in {list_layers(raise_rank)} use a higher rank: κ exceeds the baseline at r={rank}")
+        sentences.append(
+            f"in {list_layers(raise_rank)} use a higher rank: κ exceeds the baseline at r={rank}"
+        )
     if others:
         sentences.append(
-            f"in {list_layers(others)}, if the held-out loss is too high, initialize the adapter from recent "
-            "gradients, or move its parameters to other layers: the gradients are outside at every rank measured below "
+            f"in {list_layers(others)}, if the held-out loss is too high, initialize the adapter "
+            "from recent "
+            "gradients, or move its parameters to other layers: the gradients are outside at every "
+            "rank measured below "
             "full rank"
         )
     return sentences

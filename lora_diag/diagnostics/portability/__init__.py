@@ -12,30 +12,61 @@ class PortabilityOptions(RunOptions, total=False):
 
     consumers: Annotated[
         Sequence[str],
-        Option((), "Programs, e.g. vllm or vllm==0.31; default: those for the format.", "NAME,...", panel=INPUTS),
+        Option(
+            (),
+            "Programs, e.g. vllm or vllm==0.31; default: those for the format.",
+            "NAME,...",
+            panel=INPUTS,
+        ),
     ]
     require: Annotated[
-        Sequence[str], Option((), "Exit with 1 unless these programs apply the intended ΔW; default: none.", "NAME,...")
+        Sequence[str],
+        Option(
+            (),
+            "Exit with 1 unless these programs apply the intended ΔW; default: none.",
+            "NAME,...",
+        ),
     ]
     intended: Annotated[
-        str | None, Option(None, "Program whose ΔW is intended; default: PEFT or the format's rule.", "NAME")
+        str | None,
+        Option(None, "Program whose ΔW is intended; default: PEFT or the format's rule.", "NAME"),
     ]
-    max_lora_rank: Annotated[int | None, Option(None, "Largest rank that servers accept; default: any.", "R")]
+    max_lora_rank: Annotated[
+        int | None, Option(None, "Largest rank that servers accept; default: any.", "R")
+    ]
 
 
 class FixOptions(TypedDict, total=False):
     """Options of the command for writing a portable adapter, and for the rules of all programs."""
 
-    fix: Annotated[bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)]
+    fix: Annotated[
+        bool, Option(False, "Write to -o an adapter that all programs scale alike.", panel=OUTPUT)
+    ]
     format: Annotated[
         str | None,
-        Option(None, "With --fix: format; default: that of ADAPTER.", "peft|kohya|diffusers|mlx|gguf", panel=OUTPUT),
+        Option(
+            None,
+            "With --fix: format; default: that of ADAPTER.",
+            "peft|kohya|diffusers|mlx|gguf",
+            panel=OUTPUT,
+        ),
     ]
     dora_to_lora: Annotated[
-        bool, Option(False, "With --fix: replace DoRA by the nearest LoRA of its rank; needs BASE.", panel=OUTPUT)
+        bool,
+        Option(
+            False,
+            "With --fix: replace DoRA by the nearest LoRA of its rank; needs BASE.",
+            panel=OUTPUT,
+        ),
     ]
-    leave_out: Annotated[bool, Option(False, "With --fix: leave out biases and weights stored in full.", panel=OUTPUT)]
-    rules: Annotated[bool, Option(False, "Print what each program does with each feature, and stop.", panel=OUTPUT)]
+    leave_out: Annotated[
+        bool,
+        Option(False, "With --fix: leave out biases and weights stored in full.", panel=OUTPUT),
+    ]
+    rules: Annotated[
+        bool,
+        Option(False, "Print what each program does with each feature, and stop.", panel=OUTPUT),
+    ]
 
 
 FEATURE = Feature(

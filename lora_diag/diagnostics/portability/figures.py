@@ -1,4 +1,6 @@
-"""``portability``: treatment of each weight by each program, by module type (rows) and block (columns)."""
+"""``portability``: treatment of each weight by each program, by module type (rows) and block
+(columns).
+"""
 
 from __future__ import annotations
 
@@ -31,12 +33,15 @@ COLORS = {
     "wrong": "#F4D9C6",
     "unknown": "#D9E2EC",
 }
-EPSILON: Colormap = ListedColormap(mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon")
+EPSILON: Colormap = ListedColormap(
+    mpl.colormaps["Oranges"].resampled(256)(range(80, 256)), "epsilon"
+)
 
 # Maximum number of characters of a row's name.
 _NAME = 24
 
-# The worst record by module type and block: of several matrices of a type in a block (experts), the worst is drawn.
+# The worst record by module type and block: of several matrices of a type in a block (experts), the
+# worst is drawn.
 Cells = Mapping[tuple[str, int | None], Portability]
 
 
@@ -58,7 +63,10 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     """Return the page of one panel for each program of each run."""
     records: list[Portability] = [record for item in series for record in item.records]
     types, norm = Types(record.layer for record in records), _make_norm(records)
-    depths = sorted({depth_of(record.layer) for record in records}, key=lambda depth: -1 if depth is None else depth)
+    depths = sorted(
+        {depth_of(record.layer) for record in records},
+        key=lambda depth: -1 if depth is None else depth,
+    )
     names = [*crop_names(types.names, _NAME).values()]
     height = (1.75 * max(len(names), 2) + 2.4) * style.text / 72
     panels, pooled = [], False
@@ -70,7 +78,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
                 cell = types.of(record.layer), depth_of(record.layer)
                 grid[cell] = max(grid.get(cell, record), record, key=_get_severity)
             pooled = pooled or len(grid) < len(of_program)
-            draw = partial(_draw_cells, grid=grid, norm=norm, types=types.names, names=names, depths=depths)
+            draw = partial(
+                _draw_cells, grid=grid, norm=norm, types=types.names, names=names, depths=depths
+            )
             title = f"{owner_of(item, series)}{title_of(consumer, [*programs])}"
             panels.append(Panel(title, draw, "block", height=height, indent=max(map(len, names))))
     statuses = {record.status for record in records}
@@ -89,7 +99,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         panels,
         f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
         [
-            "Blocks run from left to right" + (", after the layers outside them." if None in depths else "."),
+            "Blocks run from left to right"
+            + (", after the layers outside them." if None in depths else "."),
             "A cell shows the worst of a block's matrices of its type." if pooled else "",
         ],
         [Key(Patch(color=color), label) for present, color, label in colors if present],
@@ -109,7 +120,9 @@ def _draw_cells(
     names: Sequence[str],
     depths: Sequence[int | None],
 ) -> None:
-    """Draw the cells of a program, with module types as rows and blocks as columns; white where there is no layer."""
+    """Draw the cells of a program, with module types as rows and blocks as columns; white where
+    there is no layer.
+    """
     image = np.ones((len(types), len(depths), 3))
     for row, name in enumerate(types):
         for column, depth in enumerate(depths):

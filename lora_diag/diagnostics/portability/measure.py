@@ -1,8 +1,9 @@
-"""Measurement of ``portability``: the ΔW that each serving program applies to an adapter, and its error.
+"""Measurement of ``portability``: the ΔW that each serving program applies to an adapter, and its
+error.
 
-The treatment of each adapter feature by each consumer and version is computed from the rules, for tables; the records
-of a weight have the relative error of the applied ΔW. With ``--fix`` an adapter that every consumer scales alike is
-written and judged.
+The treatment of each adapter feature by each consumer and version is computed from the rules, for
+tables; the records of a weight have the relative error of the applied ΔW. With ``--fix`` an adapter
+that every consumer scales alike is written and judged.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ from lora_diag.diagnostics.portability.consumers import (
     find_refusal,
     join_reasons,
 )
-from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, Portability, Status
+from lora_diag.diagnostics.portability.record import (
+    AS_INTENDED,
+    NONLINEAR_PARTS,
+    Portability,
+    Status,
+)
 from lora_diag.diagnostics.portability.show import describe_treatment
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
@@ -61,8 +67,10 @@ class Judged:
     Args:
         item: The contents of the adapter's file for the weight.
         outcomes: The treatment of the weight by each consumer.
-        intended: The intended s; None without factors, 0 if the program whose ΔW is intended drops the weight.
-        delta: ΔW; None if it is not known, such as without weights, or where it needs a BASE and none is given.
+        intended: The intended s; None without factors, 0 if the program whose ΔW is intended drops
+            the weight.
+        delta: ΔW; None if it is not known, such as without weights, or where it needs a BASE and
+            none is given.
     """
 
     item: Item
@@ -85,11 +93,12 @@ class Judged:
 
 
 def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut, ...]:
-    """Return the record of every consumer; one ``left_out`` record if ΔW is not finite or its norm overflows.
+    """Return the record of every consumer; one ``left_out`` record if ΔW is not finite or its norm
+    overflows.
 
-    Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖ comes from QR of
-    the factors (``decompose_factored``). For DoRA and for initialisations that changed the base, s'BA is compared with
-    ΔW itself.
+    Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖
+    comes from QR of the factors (``decompose_factored``). For DoRA and for initialisations that
+    changed the base, s'BA is compared with ΔW itself.
 
     Raises:
         InputError: A file could not be read, or the decomposition did not converge.
@@ -97,17 +106,23 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
     fro: float | None = None
     update: Matrix | None = None
     if task.delta is not None:
-        change = load_change(drop_base(task.delta), resolve_device("cpu"), keep=task.item.part in NONLINEAR_PARTS)
+        change = load_change(
+            drop_base(task.delta), resolve_device("cpu"), keep=task.item.part in NONLINEAR_PARTS
+        )
         if change.non_finite is not None:
             return (not_finite(task.delta, change.non_finite),)
         fro = fro_of(change)
         if not math.isfinite(fro):
             return (not_finite(task.delta, PRODUCT_OVERFLOW),)
         update = change.matrix if change.factors is None else change.factors
-    return tuple(_judge(task, name, outcome, fro, update) for name, outcome in task.outcomes.items())
+    return tuple(
+        _judge(task, name, outcome, fro, update) for name, outcome in task.outcomes.items()
+    )
 
 
-def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update: Matrix | None) -> Portability:
+def _judge(
+    task: Judged, name: Name, outcome: Outcome, fro: float | None, update: Matrix | None
+) -> Portability:
     """Return the record of one consumer, given ‖ΔW‖_F and ΔW; None where they are not known."""
     item, scale, intended, is_zero = task.item, outcome.scale, task.intended, fro == 0.0
     status: Status = "exact"
@@ -120,14 +135,22 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
     elif outcome.does == "full":
         status, scale = "full", None
     elif item.part in NONLINEAR_PARTS and outcome.does == "applied":
-        omission = "the magnitudes of DoRA" if item.part == "dora" else "what the initialisation took from the base"
+        omission = (
+            "the magnitudes of DoRA"
+            if item.part == "dora"
+            else "what the initialisation took from the base"
+        )
         why = join_reasons(f"B·A alone is added, without {omission}", outcome.why)
         status, epsilon = "wrong", _measure_distance(task, scale, fro, update)
-    elif not (scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME)) and not (
-        is_zero and item.scale != 0
-    ):
+    elif not (
+        scale is None or intended is None or math.isclose(scale, intended, rel_tol=SAME)
+    ) and not (is_zero and item.scale != 0):
         status, epsilon = "wrong", abs(scale / intended - 1) if intended else None
-        why = outcome.why if intended else join_reasons("the intended program drops this weight", outcome.why)
+        why = (
+            outcome.why
+            if intended
+            else join_reasons("the intended program drops this weight", outcome.why)
+        )
     if outcome.unjudged and status in AS_INTENDED:
         status, epsilon, why = "unknown", None, outcome.unjudged
     return Portability(
@@ -145,10 +168,21 @@ def _judge(task: Judged, name: Name, outcome: Outcome, fro: float | None, update
     )
 
 
-def _measure_distance(task: Judged, scale: float | None, fro: float | None, update: Matrix | None) -> float | None:
-    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is 0, or ΔW, s' or the adapter's s is unknown."""
+def _measure_distance(
+    task: Judged, scale: float | None, fro: float | None, update: Matrix | None
+) -> float | None:
+    """Return ‖s'BA − ΔW‖_F / ‖ΔW‖_F for the applied s'; None if ΔW is 0, or ΔW, s' or the adapter's
+    s is unknown.
+    """
     item, delta = task.item, task.delta
-    if delta is None or not fro or update is None or item.load is None or scale is None or not item.scale:
+    if (
+        delta is None
+        or not fro
+        or update is None
+        or item.load is None
+        or scale is None
+        or not item.scale
+    ):
         return None
     loaded = item.load(Site(delta.shape))
     assert isinstance(loaded, tuple)
@@ -159,8 +193,12 @@ def _measure_distance(task: Judged, scale: float | None, fro: float | None, upda
 
 
 def estimate_bytes(task: Judged, settings: LayerSettings) -> int:
-    """Estimate the memory of judging a weight in bytes: its factors; of a changed base, or without factors, ΔW."""
-    if isinstance(task.delta, DenseDelta) or (task.item.part in NONLINEAR_PARTS and task.delta is not None):
+    """Estimate the memory of judging a weight in bytes: its factors; of a changed base, or without
+    factors, ΔW.
+    """
+    if isinstance(task.delta, DenseDelta) or (
+        task.item.part in NONLINEAR_PARTS and task.delta is not None
+    ):
         return 8 * 4 * math.prod(task.shape)
     return 8 * 3 * (task.item.rank or 64) * sum(task.shape)
 
@@ -183,32 +221,39 @@ def make_portable(
     alpha: float | None = None,
     alpha_is_rank: bool = False,
 ) -> Results[Portability]:
-    r"""Write an adapter that every program scales alike: one rank, zeros where it was lower, α = r, s folded into B.
+    r"""Write an adapter that every program scales alike: one rank, zeros where it was lower, α = r,
+    s folded into B.
 
     Args:
         adapter: The adapter.
         output: Folder to write; must not exist.
-        base: The checkpoint it was trained on: for updates that depend on it, such as DoRA, for names missing from the
-            adapter, and for other layouts.
-        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the adapter.
+        base: The checkpoint it was trained on: for updates that depend on it, such as DoRA, for
+            names missing from the adapter, and for other layouts.
+        form: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; by default that of the
+            adapter.
         dora_to_lora: Write the nearest LoRA of its rank for DoRA, with its error.
-        leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising an error.
-        consumers: Programs for which the written adapter is judged; by default only those of ``require``, or else those
-            that read files of its layout.
-        require: Programs that must apply the written adapter; they are also judged. By default none.
-        max_lora_rank: Largest rank that servers are configured to serve; by default as large as each takes.
+        leave_out: Omit tensors that it cannot store (biases, weights in full), instead of raising
+            an error.
+        consumers: Programs for which the written adapter is judged; by default only those of
+            ``require``, or else those that read files of its layout.
+        require: Programs that must apply the written adapter; they are also judged. By default
+            none.
+        max_lora_rank: Largest rank that servers are configured to serve; by default as large as
+            each takes.
         alpha: α if the adapter's files have none; by default, the scale is then 1 (PEFT: an error).
         alpha_is_rank: State that α = r if they have none.
 
     Returns:
-        The results of ``portability`` for the written adapter. Their settings name under ``fixed`` the rank, the dtype,
-        the errors ε of truncated factors (also pooled), the largest ε of folded ones, and the skipped weights.
+        The results of ``portability`` for the written adapter. Their settings name under ``fixed``
+            the rank, the dtype,
+        the errors ε of truncated factors (also pooled), the largest ε of folded ones, and the
+            skipped weights.
 
     Raises:
-        UsageError: ``adapter`` is not an adapter, ``base`` is one, an option is invalid, ``output`` exists, or there is
-            no rule for a program.
-        InputError: An input cannot be read or does not fit ``base``, a portable adapter cannot store a tensor, or the
-            folder cannot be written or reads back differently.
+        UsageError: ``adapter`` is not an adapter, ``base`` is one, an option is invalid, ``output``
+            exists, or there is no rule for a program.
+        InputError: An input cannot be read or does not fit ``base``, a portable adapter cannot
+            store a tensor, or the folder cannot be written or reads back differently.
         NothingComparedError: No ΔW can be measured against ``base``.
 
     Example:
@@ -217,13 +262,20 @@ def make_portable(
     """
     stated_alpha = get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank})
     opened, checkpoint = _open_inputs(adapter, base, stated_alpha, " --fix -o OUT")
-    choose_rules([*consumers, *require], form or opened.form)  # refuses an unknown program before anything is written
+    choose_rules(
+        [*consumers, *require], form or opened.form
+    )  # refuses an unknown program before anything is written
     folder = Path(output)
     written = write_portable(opened, folder, checkpoint, form, dora_to_lora, leave_out)
     worst = max(measure_rounding(opened, folder, checkpoint).values(), default=0.0)
     if worst > ROUNDING and written.dtype == "float32":
-        raise InputError(f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report this")
-    results = portability(folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank)
+        raise InputError(
+            f"{folder}: reads back with an error of {worst:.1e}; do not use the output, and report "
+            "this"
+        )
+    results = portability(
+        folder, base, consumers=consumers, require=require, max_lora_rank=max_lora_rank
+    )
     fixed = {
         "rank": written.rank,
         "dtype": written.dtype,
@@ -247,18 +299,22 @@ def judge_or_fix(
     rules: bool = False,
     **options: Unpack[PortabilityOptions],
 ) -> Results[Portability] | list[Grid]:
-    """Judge an adapter, write a portable one, or return the rules of all programs, as the options say.
+    """Judge an adapter, write a portable one, or return the rules of all programs, as the options
+    say.
 
     Raises:
-        UsageError: No adapter is given, options of ``fix`` are given without it, an option that ``fix`` needs is
-            missing, one that it excludes is given; or as the called function.
+        UsageError: No adapter is given, options of ``fix`` are given without it, an option that
+            ``fix`` needs is missing, one that it excludes is given; or as the called function.
         InputError: As ``portability`` or ``make_portable``.
         NothingComparedError: As ``portability`` or ``make_portable``.
     """
     if rules:
         return rules_grids()
     if adapter is None:
-        raise UsageError("portability: no adapter is given; give one, or use --rules for the rules of all programs")
+        raise UsageError(
+            "portability: no adapter is given; give one, or use --rules for the rules of all "
+            "programs"
+        )
     if not fix:
         needs_fix = {"--format": format, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out}
         if option := next((name for name, value in needs_fix.items() if value), None):
@@ -269,13 +325,20 @@ def judge_or_fix(
         raise UsageError("--fix: no output folder; give it with -o")
     if any(options.get(name) for name in ("resume", "overwrite", "layers", "exclude", "intended")):
         raise UsageError(
-            "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, --layers, --exclude "
+            "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, "
+            "--layers, --exclude "
             "and --intended"
         )
     kept = {"consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank"}
     judging: dict[str, Any] = {name: value for name, value in options.items() if name in kept}
     results = make_portable(
-        adapter, output, base, form=format, dora_to_lora=dora_to_lora, leave_out=leave_out, **judging
+        adapter,
+        output,
+        base,
+        form=format,
+        dora_to_lora=dora_to_lora,
+        leave_out=leave_out,
+        **judging,
     )
     if on_record is not None:
         for record in results.records():
@@ -284,12 +347,15 @@ def judge_or_fix(
 
 
 def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> dict[str, float]:
-    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is zero.
+    """Return ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the written adapter by weight, for plain factors; 0 if ΔW is
+    zero.
 
-    The updates are compared in factored form. Without BASE, weights that another layout renames are omitted.
+    The updates are compared in factored form. Without BASE, weights that another layout renames are
+    omitted.
 
     Raises:
-        InputError: A file could not be read, or a written weight is not one of the original adapter.
+        InputError: A file could not be read, or a written weight is not one of the original
+            adapter.
     """
     originals = {item.layer: item for item in read_contents(before, base).items}
     errors, opened = {}, open_adapter(after)
@@ -297,9 +363,11 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
         counterpart = originals.get(item.layer)
         if counterpart is None:
             if base is None and opened.form != before.form:
-                continue  # the two layouts name weights differently, and only BASE relates the names
+                # the two layouts name weights differently, and only BASE relates the names
+                continue
             raise InputError(
-                f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, and report this"
+                f"{after}: {item.layer} is not a weight of {before.path}; do not use the output, "
+                "and report this"
             )
         if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
@@ -320,32 +388,38 @@ def portability(
     base: Path | str | None = None,
     **options: Unpack[PortabilityOptions],
 ) -> Results[Portability]:
-    r"""Determine the ΔW that each program which loads an adapter applies, and its distance from the intended one.
+    r"""Determine the ΔW that each program which loads an adapter applies, and its distance from the
+    intended one.
 
-    Nothing is loaded by those programs: their rules, as read in their sources, are applied to the adapter's file.
-    ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F; where only the scale s' differs from s, ε = |s'/s − 1| and ΔW is never formed.
+    Nothing is loaded by those programs: their rules, as read in their sources, are applied to the
+    adapter's file. ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F; where only the scale s' differs from s, ε = |s'/s −
+    1| and ΔW is never formed.
 
     Args:
         adapter: The adapter.
-        base: The checkpoint it was trained on: for names of weights, and for updates that depend on it, such as DoRA.
-        consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by default only those of
-            ``require``, or else those that read files of this layout.
-        require: Programs that must apply the intended ΔW, in the same form; they are also judged. By default
-            none.
-        intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule, makes of the file.
-        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as each
-            takes.
+        base: The checkpoint it was trained on: for names of weights, and for updates that depend on
+            it, such as DoRA.
+        consumers: Programs, such as ``vllm``, or a version of one, such as ``vllm==0.31``; by
+            default only those of ``require``, or else those that read files of this layout.
+        require: Programs that must apply the intended ΔW, in the same form; they are also judged.
+            By default none.
+        intended: The program whose ΔW is intended; by default what PEFT, or the format's own rule,
+            makes of the file.
+        max_lora_rank: The maximum rank set in servers (``--max-lora-rank``); by default as large as
+            each takes.
         **options: ``PortabilityOptions``.
 
     Returns:
-        One record for each selected weight of the adapter and each program. Weights that are not finite, or that
+        One record for each selected weight of the adapter and each program. Weights that are not
+            finite, or that
         ``base`` does not have, are in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is no rule for a program
-            or its version, the ``intended`` program refuses the adapter, or ``output`` may be neither replaced nor
-            resumed.
-        InputError: An input cannot be read, the adapter does not fit ``base``, or the results file cannot be written.
+        UsageError: An option is invalid, ``adapter`` is not an adapter, ``base`` is one, there is
+            no rule for a program or its version, the ``intended`` program refuses the adapter, or
+            ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read, the adapter does not fit ``base``, or the results file
+            cannot be written.
         NothingComparedError: No weight is selected, or no ΔW can be measured against ``base``.
 
     Example:
@@ -362,26 +436,43 @@ def portability(
     chosen = choose_rules([*consumers, *require], contents.form)
     selected = selector(run.options["layers"], run.options["exclude"])
     pairing, notes = _pair(opened, checkpoint, run.options["allow_unmatched"])
-    tasks = [task for task in make_tasks(contents, chosen, intended, max_lora_rank, pairing) if selected(task.layer)]
+    tasks = [
+        task
+        for task in make_tasks(contents, chosen, intended, max_lora_rank, pairing)
+        if selected(task.layer)
+    ]
     if not tasks:
-        raise NothingComparedError(f"{adapter}: no weight of the adapter is selected; change --layers and --exclude")
+        raise NothingComparedError(
+            f"{adapter}: no weight of the adapter is selected; change --layers and --exclude"
+        )
     verify = run.options["verify"]
     adapter_input = describe_adapter(opened, checkpoint, pairing, notes, verify)
-    missing = [item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)]
+    missing = [
+        item for item in pairing.unpaired if item.reason == "not_in_base" and selected(item.layer)
+    ]
     return run.over(
         tasks,
         judge,
         estimate_bytes,
         LayerSettings(),
         Pairing((), tuple(missing)),
-        (*((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()), adapter_input),
+        (
+            *((describe("base", checkpoint, verify=verify),) if checkpoint is not None else ()),
+            adapter_input,
+        ),
         {
             "consumers": ["==".join(name) for name in chosen],
-            "require": ["==".join(name) for name in choose_rules(require, contents.form)] if require else [],
+            "require": ["==".join(name) for name in choose_rules(require, contents.form)]
+            if require
+            else [],
             "intended": intended,
             "max_lora_rank": max_lora_rank,
             "ranks_to_set": _find_required_options(chosen, contents, max_lora_rank),
-            "newer": ["==".join(name) for name, (consumer, _) in chosen.items() if consumer.is_newer(name[1])],
+            "newer": [
+                "==".join(name)
+                for name, (consumer, _) in chosen.items()
+                if consumer.is_newer(name[1])
+            ],
         },
         recorded=("layers", "exclude"),
     )
@@ -404,7 +495,9 @@ def choose_rules(names: Sequence[str], form: str) -> Chosen:
         name = name.replace(".", "").replace("-", "").lower()
         consumer = CONSUMERS.get(name)
         if consumer is None:
-            raise UsageError(f"--consumers {request}: unknown program; give one of {', '.join(CONSUMERS)}")
+            raise UsageError(
+                f"--consumers {request}: unknown program; give one of {', '.join(CONSUMERS)}"
+            )
         chosen[name, version or consumer.newest] = consumer, consumer.find_rule(version)
     return chosen
 
@@ -426,8 +519,8 @@ def make_tasks(
         pairing: The ΔW of the adapter; None without weights.
 
     Raises:
-        UsageError: The consumer that defines the intended ΔW is unknown, has no rule for its version, or refuses the
-            adapter.
+        UsageError: The consumer that defines the intended ΔW is unknown, has no rule for its
+            version, or refuses the adapter.
     """
     reference: Rule | None = None
     if intended is not None:
@@ -454,8 +547,12 @@ def make_tasks(
     return tasks
 
 
-def _find_required_options(chosen: Chosen, contents: Contents, max_lora_rank: int | None) -> Mapping[str, str]:
-    """Return the rank option that a server needs for this adapter, by consumer; empty if ``max_lora_rank`` is set."""
+def _find_required_options(
+    chosen: Chosen, contents: Contents, max_lora_rank: int | None
+) -> Mapping[str, str]:
+    """Return the rank option that a server needs for this adapter, by consumer; empty if
+    ``max_lora_rank`` is set.
+    """
     if max_lora_rank is not None:
         return {}
     consumers = (consumer for consumer, _ in chosen.values())
@@ -485,8 +582,12 @@ def _open_inputs(
     return opened, checkpoint
 
 
-def _pair(adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool) -> tuple[Pairing, tuple[str, ...]]:
-    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if not all can be had, as if one needs BASE."""
+def _pair(
+    adapter: Adapter, base: Checkpoint | None, allow_unmatched: bool
+) -> tuple[Pairing, tuple[str, ...]]:
+    """Return the ΔW of the adapter, and notes; without BASE, no ΔW if not all can be had, as if one
+    needs BASE.
+    """
     try:
         return adapter.pair(base, allow_unmatched=allow_unmatched)
     except (InputError, NothingComparedError):
@@ -503,10 +604,16 @@ _CONFIG = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 
 
 def _make_item(
-    module: str, rank: int = 8, scale: float = 2.0, alpha: float | None = None, part: Part = "factors"
+    module: str,
+    rank: int = 8,
+    scale: float = 2.0,
+    alpha: float | None = None,
+    part: Part = "factors",
 ) -> Item:
     """Return the item of a module with factors, without weights."""
-    return Item(f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16))
+    return Item(
+        f"{module}.weight", module, part, f"{module}.lora_B.weight", rank, scale, alpha, (16, 16)
+    )
 
 
 def _make_peft_contents(
@@ -517,8 +624,14 @@ def _make_peft_contents(
     tied: bool | None = None,
     **config: object,
 ) -> Contents:
-    """Return the contents of a PEFT file of two layers, the first of the given rank, and further items."""
-    items = _make_item(_Q, rank, scales[0], part=part), _make_item(_V, 8, scales[1], part=part), *extra
+    """Return the contents of a PEFT file of two layers, the first of the given rank, and further
+    items.
+    """
+    items = (
+        _make_item(_Q, rank, scales[0], part=part),
+        _make_item(_V, 8, scales[1], part=part),
+        *extra,
+    )
     return Contents("peft", items, {**_CONFIG, **config}, tied=tied)
 
 
@@ -532,10 +645,18 @@ def _make_kohya_contents(*pairs: tuple[int, float, float | None]) -> Contents:
 FEATURES: dict[str, Contents] = {
     "one rank, one alpha": _make_peft_contents(),
     "rsLoRA": _make_peft_contents(scales=(16 / 8**0.5, 16 / 8**0.5), use_rslora=True),
-    "rank_pattern": _make_peft_contents(rank=4, scales=(4.0, 2.0), rank_pattern={"layers.0.self_attn.q_proj": 4}),
-    "alpha_pattern": _make_peft_contents(scales=(4.0, 2.0), alpha_pattern={"layers.0.self_attn.q_proj": 32}),
+    "rank_pattern": _make_peft_contents(
+        rank=4, scales=(4.0, 2.0), rank_pattern={"layers.0.self_attn.q_proj": 4}
+    ),
+    "alpha_pattern": _make_peft_contents(
+        scales=(4.0, 2.0), alpha_pattern={"layers.0.self_attn.q_proj": 32}
+    ),
     "both, alpha = rank": _make_peft_contents(
-        rank=4, scales=(1.0, 1.0), lora_alpha=8, rank_pattern={"q_proj": 4}, alpha_pattern={"q_proj": 4}
+        rank=4,
+        scales=(1.0, 1.0),
+        lora_alpha=8,
+        rank_pattern={"q_proj": 4},
+        alpha_pattern={"q_proj": 4},
     ),
     "anchored pattern (^)": _make_peft_contents(scales=(4.0, 2.0), alpha_pattern={f"^{_Q}": 32}),
     "target_modules is a regex": _make_peft_contents(target_modules=".*(q|v)_proj"),
@@ -549,7 +670,9 @@ FEATURES: dict[str, Contents] = {
         _make_item("model.layers.0.mlp.experts.down_proj", part="experts")
     ),
     "DoRA": _make_peft_contents(part="dora", use_dora=True),
-    "lora_bias": _make_peft_contents(Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias"), lora_bias=True),
+    "lora_bias": _make_peft_contents(
+        Item(f"{_Q}.bias", _Q, "bias", f"{_Q}.lora_B.bias"), lora_bias=True
+    ),
     "modules_to_save": _make_peft_contents(
         Item("lm_head.weight", "lm_head", "value", "lm_head.weight"), modules_to_save=["lm_head"]
     ),
@@ -559,21 +682,32 @@ FEATURES: dict[str, Contents] = {
     "alpha in some modules": _make_kohya_contents((16, 0.25, 4.0), (16, 1.0, None)),
     "unequal alphas, U-Net attention": Contents(
         "kohya",
-        tuple(_make_item(f"{_UNET}_{leaf}", scale=a / 8, alpha=a) for leaf, a in (("to_q", 8.0), ("to_v", 4.0))),
+        tuple(
+            _make_item(f"{_UNET}_{leaf}", scale=a / 8, alpha=a)
+            for leaf, a in (("to_q", 8.0), ("to_v", 4.0))
+        ),
     ),
     "DoRA (dora_scale)": Contents("kohya", (_make_item(f"{_UNET}_to_q", part="dora", alpha=16.0),)),
 }
 
 
 def rules_grids() -> list[Grid]:
-    """Return two tables per file layout of ``FEATURES``, of the newest and of older rules, with one row per feature."""
+    """Return two tables per file layout of ``FEATURES``, of the newest and of older rules, with one
+    row per feature.
+    """
     grids = []
     for form in dict.fromkeys(contents.form for contents in FEATURES.values()):
         features = {name: contents for name, contents in FEATURES.items() if contents.form == form}
         rules = [
-            (consumer, rule) for consumer in CONSUMERS.values() if form in consumer.forms for rule in consumer.rules
+            (consumer, rule)
+            for consumer in CONSUMERS.values()
+            if form in consumer.forms
+            for rule in consumer.rules
         ]
-        for title, is_newest in ((f"Files of {form}", True), (f"Files of {form}, older versions", False)):
+        for title, is_newest in (
+            (f"Files of {form}", True),
+            (f"Files of {form}, older versions", False),
+        ):
             chosen = [pair for pair in rules if (pair[1] is pair[0].rules[0]) == is_newest]
             columns = tuple(_make_column(*pair, features.values()) for pair in chosen)
             grids.append(Grid(title, "feature", tuple(features), columns))
@@ -586,5 +720,8 @@ def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -
     for contents in features:
         tasks = make_tasks(contents, {(consumer.name, rule.read[-1]): (consumer, rule)})
         judged = (record for task in tasks for record in judge(task, LayerSettings()))
-        cells.append(describe_treatment(record for record in judged if isinstance(record, Portability)) or "-")
+        cells.append(
+            describe_treatment(record for record in judged if isinstance(record, Portability))
+            or "-"
+        )
     return Column(f"{consumer.title} {rule.versions}".removesuffix(" all"), tuple(cells), "left")

@@ -1,4 +1,6 @@
-"""Tables and statements of ``portability``: the rules of all programs, and the errors of an adapter."""
+"""Tables and statements of ``portability``: the rules of all programs, and the errors of an
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,12 @@ from rich.console import Group
 
 from lora_diag.adapters.contents import LOW_RANK_PARTS
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.diagnostics.portability.record import AS_INTENDED, NONLINEAR_PARTS, ORDER, Portability
+from lora_diag.diagnostics.portability.record import (
+    AS_INTENDED,
+    NONLINEAR_PARTS,
+    ORDER,
+    Portability,
+)
 from lora_diag.errors import DONE, GATE_FAILED
 from lora_diag.feature import Hint
 from lora_diag.records import Results
@@ -22,7 +29,9 @@ from lora_diag.rendering.text import list_layers, list_names, number, percent, s
 
 
 def rules_table(grids: Sequence[Grid], width: int = 80, color: bool = False) -> str:
-    """Return the tables of ``rules_grids`` as text: for each file layout, the newest and the older rules."""
+    """Return the tables of ``rules_grids`` as text: for each file layout, the newest and the older
+    rules.
+    """
     return to_text(Group(*(part for grid in grids for part in grid.render(width))), width, color)
 
 
@@ -31,7 +40,9 @@ Name = tuple[str, str]
 
 
 def portability_grids(results: Results[Portability], per: str = "type") -> list[Grid]:
-    """Return the table of treatments, a row per module type or layer, a column per consumer and version; or none."""
+    """Return the table of treatments, a row per module type or layer, a column per consumer and
+    version; or none.
+    """
     names = list(group_by_consumer(results))
     columns = [
         Shown("n", "n", "number of weights", pool=_count_weights, main=per == "type", drop=1),
@@ -39,7 +50,9 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     ]
     for name in names:
         treatment = partial(_describe_of, name=name)
-        columns.append(Shown("status", title_of(name, names), "worst treatment", pool=treatment, main=True))
+        columns.append(
+            Shown("status", title_of(name, names), "worst treatment", pool=treatment, main=True)
+        )
     return [grid_of(columns, rows_of(results, per), title_of_rows(per))] if names else []
 
 
@@ -65,33 +78,43 @@ def title_of(name: Name, names: Sequence[Name]) -> str:
 
 def _describe_of(records: Sequence[Portability], name: Name) -> str | None:
     """Return the worst treatment by one consumer and version; None without records of it."""
-    return describe_treatment(record for record in records if (record.consumer, record.version) == name)
+    return describe_treatment(
+        record for record in records if (record.consumer, record.version) == name
+    )
 
 
 def describe_treatment(records: Iterable[Portability]) -> str | None:
     """Return the worst treatment as text; None without records.
 
-    If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known, the largest ε, or
-    ``B·A alone`` if that is not known either.
+    If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known,
+    the largest ε, or ``B·A alone`` if that is not known either.
     """
     records = sorted(records, key=lambda record: ORDER.index(record.status))
     if not records or records[0].status != "wrong":
         return records[0].status if records else None
     wrong = [record for record in records if record.status == "wrong"]
-    factors = sorted(record.scale / record.intended for record in wrong if record.scale and record.intended)
+    factors = sorted(
+        record.scale / record.intended for record in wrong if record.scale and record.intended
+    )
     if factors and not any(record.part in NONLINEAR_PARTS for record in wrong):
-        return " to ".join(dict.fromkeys(f"×{number(factor)}" for factor in (factors[0], factors[-1])))
+        return " to ".join(
+            dict.fromkeys(f"×{number(factor)}" for factor in (factors[0], factors[-1]))
+        )
     largest = max((record.epsilon for record in wrong if record.epsilon is not None), default=None)
     return "B·A alone" if largest is None else f"ε {number(largest)}"
 
 
 def exit_code(results: Results[Portability]) -> int:
-    """Return the exit code of ``portability``: that of a failed gate if a required program fails."""
+    """Return the exit code of ``portability``: that of a failed gate if a required
+    program fails.
+    """
     return GATE_FAILED if find_failed(results) else DONE
 
 
 def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: BASE if it is needed, a remedy, a results file, or a gate; None for rules and ``--fix``."""
+    """Return the next step: BASE if it is needed, a remedy, a results file, or a gate; None for
+    rules and ``--fix``.
+    """
     if values["rules"] or values["fix"]:
         return None
     statuses = {record.status for record in results} - {*AS_INTENDED}
@@ -99,35 +122,49 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     if values["base"] is None and without_base:
         return Hint("portability {adapter} BASE", "with the base checkpoint")
     if statuses:
-        return _suggest_remedy({record.part for record in results}, "BASE" if values["base"] is None else "{base}")
+        return _suggest_remedy(
+            {record.part for record in results}, "BASE" if values["base"] is None else "{base}"
+        )
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
     return Hint("gate init {output} -o policy.toml", "limits for the next adapter")
 
 
 def _suggest_remedy(parts: set[str], base: str) -> Hint:
-    """Return the command that helps an adapter with these parts, which some program does not apply as intended."""
+    """Return the command that helps an adapter with these parts, which some program does not apply
+    as intended.
+    """
     if parts <= LOW_RANK_PARTS:
         return Hint("--fix -o portable/", "writes an adapter that all programs scale alike")
     if parts <= {*LOW_RANK_PARTS, "dora"}:
         return Hint("--fix --dora-to-lora -o portable/", "writes the nearest LoRA of the same rank")
     if parts == {"other"}:
-        return Hint(f"extract {base} {{adapter}} --energy 0.99 --portable -o lora/", "writes it as a LoRA")
-    return Hint(f"plan-merge {base} {{adapter}} --to bf16", "programs apply it after a merge: what a merge keeps")
+        return Hint(
+            f"extract {base} {{adapter}} --energy 0.99 --portable -o lora/", "writes it as a LoRA"
+        )
+    return Hint(
+        f"plan-merge {base} {{adapter}} --to bf16",
+        "programs apply it after a merge: what a merge keeps",
+    )
 
 
 def find_failed(results: Results[Portability]) -> list[Name]:
-    """Return the required consumers that do not, or not certainly, apply the intended ΔW in every judged weight."""
+    """Return the required consumers that do not, or not certainly, apply the intended ΔW in every
+    judged weight.
+    """
     required = set(results.run.settings.get("require") or ())
     return [
         name
         for name, records in group_by_consumer(results).items()
-        if "==".join(name) in required and any(record.status not in AS_INTENDED for record in records)
+        if "==".join(name) in required
+        and any(record.status not in AS_INTENDED for record in records)
     ]
 
 
 def portability_lines(results: Results[Portability]) -> list[Statement]:
-    """Return the statements: the written adapter, the answer for all consumers, each one, and failed requirements."""
+    """Return the statements: the written adapter, the answer for all consumers, each one, and
+    failed requirements.
+    """
     groups, fixed = group_by_consumer(results), results.run.settings.get("fixed") or {}
     titles = ", ".join(f"{title_of(name, [name])} {name[1]}" for name in find_failed(results))
     required = f"not as intended, or not known: {titles}" if titles else ""
@@ -141,19 +178,27 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
 
 
 def _describe_fix(fixed: Mapping[str, Any]) -> Statement:
-    """State the rank, α and dtype of the written adapter, its errors, and what it leaves out; without one, nothing."""
+    """State the rank, α and dtype of the written adapter, its errors, and what it leaves out;
+    without one, nothing.
+    """
     if not fixed:
         return make_statement("fixed", "Written")
-    rank, rounding, truncated, skipped = (fixed[name] for name in ("rank", "rounding", "truncated", "left_out"))
+    rank, rounding, truncated, skipped = (
+        fixed[name] for name in ("rank", "rounding", "truncated", "left_out")
+    )
     nearest = ""
     if truncated:
         kept = percent(max(0.0, 1 - fixed["epsilon"] ** 2))
-        nearest = f"nearest LoRA for {len(truncated)} full-rank updates: {kept} of the energy of their ΔW (ε = "
+        nearest = (
+            f"nearest LoRA for {len(truncated)} full-rank updates: {kept} of the energy of "
+            "their ΔW (ε = "
+        )
         nearest += f"{number(fixed['epsilon'])}); merge the adapter into BASE to serve all of it"
     return make_statement(
         "fixed",
         "Written",
-        f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = {number(rounding or 0)}",
+        f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = "
+        f"{number(rounding or 0)}",
         nearest,
         f"left out: {list_names([*skipped])}" if skipped else "",
         level="warning" if skipped or truncated else "note",
@@ -161,7 +206,9 @@ def _describe_fix(fixed: Mapping[str, Any]) -> Statement:
 
 
 def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -> Statement:
-    """State which consumers apply the intended ΔW, or a written one that is not whole; without records, nothing."""
+    """State which consumers apply the intended ΔW, or a written one that is not whole; without
+    records, nothing.
+    """
     titles: dict[str, list[str]] = {"changed": [], "unknown": [], "exact": []}
     for name, records in groups.items():
         statuses = {record.status for record in records} - {*AS_INTENDED}
@@ -171,30 +218,52 @@ def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -
     texts = {
         "changed": "no: another ΔW in {}",
         "unknown": "not known in {}",
-        "exact": f"{'as intended' if is_whole else 'as written, which is not the whole update,'} in {{}}",
+        "exact": f"{'as intended' if is_whole else 'as written, which is not the whole update,'} "
+        "in {}",
     }
-    clauses = [texts[kind].format(", ".join(of_kind)) for kind, of_kind in titles.items() if of_kind]
+    clauses = [
+        texts[kind].format(", ".join(of_kind)) for kind, of_kind in titles.items() if of_kind
+    ]
     level: Level = "ok" if is_whole and len(titles["exact"]) == len(groups) else "warning"
-    lead = f"{'yes: ' if level == 'ok' else ''}{'; '.join(clauses)}, by the source of each (none was run)"
+    lead = (
+        f"{'yes: ' if level == 'ok' else ''}{'; '.join(clauses)}, by the source of each (none "
+        "was run)"
+    )
     return make_statement("portable", "Portable", lead if groups else "", level=level, priority=0)
 
 
-def _describe_consumer(name: Name, records: list[Portability], results: Results[Portability]) -> Statement:
-    """State what a consumer does otherwise than intended, why, the option it needs, and whether its rule is older."""
-    faulty = {status: [record for record in records if record.status == status] for status in ORDER[:4]}
+def _describe_consumer(
+    name: Name, records: list[Portability], results: Results[Portability]
+) -> Statement:
+    """State what a consumer does otherwise than intended, why, the option it needs, and whether its
+    rule is older.
+    """
+    faulty = {
+        status: [record for record in records if record.status == status] for status in ORDER[:4]
+    }
     clauses = ["refuses the adapter"] if faulty["refused"] else []
     if dropped := faulty["dropped"]:
         clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
     if wrong := faulty["wrong"]:
         worst = max(wrong, key=lambda record: record.epsilon or 0.0)
-        largest = "" if worst.epsilon is None else f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
+        largest = (
+            ""
+            if worst.epsilon is None
+            else f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
+        )
         clauses.append(f"a different ΔW in {len(wrong)} of {len(records)} weights{largest}")
     if unknown := faulty["unknown"]:
         clauses.append(f"not known in {len(unknown)} of {len(records)} weights")
     reasons = list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
     needed, newer = (results.run.settings.get(key) or {} for key in ("ranks_to_set", "newer"))
-    option = f"start it with {needed[name[0]]}" if name[0] in needed and not faulty["refused"] else ""
-    age = f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ" if "==".join(name) in newer else ""
+    option = (
+        f"start it with {needed[name[0]]}" if name[0] in needed and not faulty["refused"] else ""
+    )
+    age = (
+        f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ"
+        if "==".join(name) in newer
+        else ""
+    )
     lead = ": ".join(filter(None, ("; ".join(clauses), "; ".join(reasons))))
     level: Level = "failure" if faulty["refused"] else "warning" if clauses else "note"
     label = f"{title_of(name, [name])} {name[1]}"

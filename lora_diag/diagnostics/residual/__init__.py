@@ -27,12 +27,19 @@ FEATURE = Feature(
                 BASE_ARGUMENT,
                 Argument("tuned", "The full fine-tune."),
                 Argument(
-                    "adapters", "Adapters, or checkpoints with one merged in.", "ADAPTER", many=True, optional=True
+                    "adapters",
+                    "Adapters, or checkpoints with one merged in.",
+                    "ADAPTER",
+                    many=True,
+                    optional=True,
                 ),
             ),
             options=(ResidualOptions,),
             hints=(
-                Hint("probe outputs {base} {tuned} {adapters} --eval held_out.txt", "whether the distance costs loss"),
+                Hint(
+                    "probe outputs {base} {tuned} {adapters} --eval held_out.txt",
+                    "whether the distance costs loss",
+                ),
             ),
         ),
     ),

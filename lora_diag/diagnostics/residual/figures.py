@@ -19,7 +19,12 @@ from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, Pa
 from lora_diag.rendering.text import number
 
 # Colors of the parts of ε², from the bottom of a bar.
-COLORS = {"rank": CATEGORIES[0], "direction": CATEGORIES[5], "scale": CATEGORIES[1], "not adapted": FLOOR}
+COLORS = {
+    "rank": CATEGORIES[0],
+    "direction": CATEGORIES[5],
+    "scale": CATEGORIES[1],
+    "not adapted": FLOOR,
+}
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -37,7 +42,13 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         raise UndrawableError("no records of matrices")
     runs = make_slots(matrices, options.per)
     panels = [
-        Panel(_describe_run(item), partial(_draw, slots=slots), ylabel="ε²", height=1.25 * style.panel, name=item.label)
+        Panel(
+            _describe_run(item),
+            partial(_draw, slots=slots),
+            ylabel="ε²",
+            height=1.25 * style.panel,
+            name=item.label,
+        )
         for item, slots in zip(adapters, runs, strict=True)
     ]
     joined = max((slot.joined for slots in runs for slot in slots), default=1)
@@ -45,11 +56,14 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(
         "Residual ε² of the adapter by layer, and its parts",
         stack_panels(panels, runs, style),
-        "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
+        "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; "
+        "ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
         "blocks run from left to right in each module type",
         [
-            "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over the better of the "
-            "adapter and BASE. direction: the remainder. ε is the distance to this fine-tune, not a measure of "
+            "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over "
+            "the better of the "
+            "adapter and BASE. direction: the remainder. ε is the distance to this fine-tune, not "
+            "a measure of "
             "quality.",
             f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖²." if joined > 1 else "",
             f"Not drawn: {vectors} one-dimensional tensors." if vectors else "",
@@ -72,7 +86,9 @@ def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
         for name, color in COLORS.items():
             part = np.array([bar.get(name, np.nan) for bar in sums])
             if (part > 0).any():
-                ax.stairs(base + part, slot.edges, baseline=base, fill=True, color=color, lw=0, label=name)
+                ax.stairs(
+                    base + part, slot.edges, baseline=base, fill=True, color=color, lw=0, label=name
+                )
             base = base + part
     ax.axhline(1, color=INK, lw=0.7 * style.line, ls=DASHED, zorder=3, label="ε² = 1: no adapter")
     ax.set_ylim(0, 1.06 * max(1.0, ax.get_ylim()[1] / 1.05))
@@ -80,10 +96,18 @@ def _draw(ax: Axes, style: PageStyle, slots: Sequence[Slot[Residual]]) -> None:
 
 
 def _describe_run(item: Series[Any]) -> str:
-    """Return the label of an adapter with its rank, the parts of ε², the cosine and the norm ratio, where defined."""
+    """Return the label of an adapter with its rank, the parts of ε², the cosine and the norm ratio,
+    where defined.
+    """
     records = _select_matrices(item.records)
     ranks = sorted({record.rank for record in records if record.rank})
-    rank = f" (r={ranks[0]})" if len(ranks) == 1 else f" (r={ranks[0]} to {ranks[-1]})" if ranks else ""
+    rank = (
+        f" (r={ranks[0]})"
+        if len(ranks) == 1
+        else f" (r={ranks[0]} to {ranks[-1]})"
+        if ranks
+        else ""
+    )
     total = pool_distances(item.records)
     if total.epsilon is None:
         return f"{item.label}{rank}: ΔW = 0"

@@ -1,4 +1,6 @@
-"""Measurement of ``residual``: the distance of adapters from a full fine-tune, by comparison of their ΔW."""
+"""Measurement of ``residual``: the distance of adapters from a full fine-tune, by comparison of
+their ΔW.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ from typing import Literal, Unpack
 import torch
 
 from lora_diag.adapters import Adapter
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, drop_base, footprint
+from lora_diag.deltas import (
+    Delta,
+    FactoredDelta,
+    Pairing,
+    StoredDelta,
+    Unpaired,
+    drop_base,
+    footprint,
+)
 from lora_diag.diagnostics.residual import ResidualOptions
 from lora_diag.diagnostics.residual.record import Distance, Expected, Residual
 from lora_diag.errors import UsageError
@@ -67,29 +77,39 @@ class Layer(LayerTask):
 
 
 def estimate_bytes(layer: Layer, settings: LayerSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: D, the largest X, the data metric, and cells.
+    """Estimate the memory of measuring a layer in bytes: D, the largest X, the data metric, and
+    cells.
 
     With a memory limit, the limit: it is what the measurement may take.
     """
     if settings.memory is not None:
-        return settings.memory  # D alone may need this, and the ranks of the others are unknown before they are read
+        return (
+            settings.memory
+        )  # D alone may need this, and the ranks of the others are unknown before they are read
     dense = max((footprint(update.delta) for update in layer.updates if update.delta), default=0)
-    cells = recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
+    cells = (
+        recovery_bytes(layer.shape) if layer.recover and isinstance(layer.delta, StoredDelta) else 0
+    )
     return footprint(layer.delta) + dense + _estimate_weighting_bytes(layer) + cells
 
 
 def _estimate_weighting_bytes(layer: Layer) -> int:
-    """Estimate the memory of the data metric in bytes: a root and its eigenvectors, D and X times the root."""
+    """Estimate the memory of the data metric in bytes: a root and its eigenvectors, D and X times
+    the root.
+    """
     order = layer.moments.size if layer.moments else 0
     return 8 * order * (3 * order + 2 * max(layer.shape))
 
 
 def _make_allowance(layer: Layer, top: int, settings: LayerSettings) -> Allowance | None:
-    """Return the allowance for D, half of the memory if a dense X is in memory with it; None without a limit."""
+    """Return the allowance for D, half of the memory if a dense X is in memory with it; None
+    without a limit.
+    """
     if settings.memory is None:
         return None
     two_dense = any(
-        update.delta is not None and not isinstance(update.delta, FactoredDelta) for update in layer.updates
+        update.delta is not None and not isinstance(update.delta, FactoredDelta)
+        for update in layer.updates
     )
     limit = (settings.memory - _estimate_weighting_bytes(layer)) // (2 if two_dense else 1)
     return Allowance(limit, settings.method, top, vectors=True)
@@ -103,27 +123,35 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
         settings: Settings of the measurement.
 
     Returns:
-        One record for each adapter and reference; if the fine-tune is not finite or its norm out of range, a
+        One record for each adapter and reference; if the fine-tune is not finite or its norm out of
+            range, a
         single ``left_out`` record, and if an adapter or reference is, one in place of its record.
 
     Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not converge.
+        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
+            converge.
         MemoryLimitError: An update does not fit.
         UsageError: The device is unknown or not available.
     """
     return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
 
-def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.device) -> tuple[Residual | LeftOut, ...]:
+def _measure_residual(
+    layer: Layer, settings: LayerSettings, device: torch.device
+) -> tuple[Residual | LeftOut, ...]:
     """Return the records of a layer as ``measure_layer`` does, measured on this device.
 
     Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not converge.
+        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
+            converge.
         MemoryLimitError: An update does not fit.
     """
-    # Thin factors are all read at once, because the largest rank determines how much of D is needed; others one by one.
+    # Thin factors are all read at once, because the largest rank determines how much of D is
+    # needed; others one by one.
     thin = {
-        each.name: load_change(each.delta, device) for each in layer.updates if isinstance(each.delta, FactoredDelta)
+        each.name: load_change(each.delta, device)
+        for each in layer.updates
+        if isinstance(each.delta, FactoredDelta)
     }
     top = min(max([SUBSPACE, *map(_count_columns, thin.values())]), *layer.shape)
     allowance = _make_allowance(layer, top, settings)
@@ -137,18 +165,24 @@ def _measure_residual(layer: Layer, settings: LayerSettings, device: torch.devic
     if layer.moments is not None:  # distances are those of D·L, with L·Lᵀ = C
         root, on_rows = read_root(layer.moments, device).matrix, layer.moments.on_rows
         weighted = times(full, root, on_rows)
-        data_metric = Metric(weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, root, on_rows)
+        data_metric = Metric(
+            weighted, _decompose(weighted, top, settings, vectors=False), layer.shape, root, on_rows
+        )
     before_rounding = _estimate_before_rounding(layer, full, settings, device)
     records: list[Residual | LeftOut] = []
     for update in layer.updates:
         change = thin.get(update.name)
         if change is None and update.delta is not None:
             change = load_change(update.delta, device, allowance=allowance)
-        record = _make_record(layer, update, change, weight_metric, data_metric, before_rounding, settings)
+        record = _make_record(
+            layer, update, change, weight_metric, data_metric, before_rounding, settings
+        )
         del change  # frees a dense X before the next is read
         if isinstance(record, str):
             left_out = not_finite(layer.delta, record)
-            records.append(left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"}))
+            records.append(
+                left_out.model_copy(update={"detail": f"{update.name}: {left_out.detail}"})
+            )
         else:
             records.append(record)
     return tuple(records)
@@ -163,7 +197,9 @@ def _make_record(
     before_rounding: BeforeRounding | None,
     settings: LayerSettings,
 ) -> Residual | str:
-    """Return the record of one adapter or reference; if its update is not finite or not comparable, why."""
+    """Return the record of one adapter or reference; if its update is not finite or not comparable,
+    why.
+    """
     if change is not None and change.non_finite is not None:
         return change.non_finite
     is_matrix, factors = layer.delta.is_matrix, weight_metric.factors
@@ -181,7 +217,9 @@ def _make_record(
     distance_fields = _add_energy_error(distances, factors)
     data = None
     if data_metric is not None:
-        data = Distance(**_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors))
+        data = Distance(
+            **_add_energy_error(data_metric.distances(change, rank)[0], data_metric.factors)
+        )
     record = Residual(
         cosine_to_base=weight_metric.change.cosine_to_base,
         layer=layer.layer,
@@ -197,13 +235,19 @@ def _make_record(
         column_space=column_space,
         row_space=row_space,
         data=data,
-        before_rounding=before_rounding.distance(change, layer.shape) if before_rounding is not None else None,
-        limited_by="noise" if unresolved and distances.epsilon is not None else Distance(**distance_fields).limit,
+        before_rounding=before_rounding.distance(change, layer.shape)
+        if before_rounding is not None
+        else None,
+        limited_by="noise"
+        if unresolved and distances.epsilon is not None
+        else Distance(**distance_fields).limit,
         resolution=file_resolution,
         **distance_fields,
     )
     # ε from a difference of unrelated weights has no cause in the adapter.
-    return record.model_copy(update={"limited_by": None}) if record.lineage == "unrelated" else record
+    return (
+        record.model_copy(update={"limited_by": None}) if record.lineage == "unrelated" else record
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,10 +263,14 @@ class BeforeRounding:
     fro: float
 
     def distance(self, change: Change | None, shape: tuple[int, int]) -> Expected:
-        """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² − ‖E[X]‖²."""
+        """Return the expected distance of an adapter: E‖X − B·A‖² = ‖E[X] − B·A‖² + E‖X‖² −
+        ‖E[X]‖².
+        """
         gap, norm, inner = self.fro, 0.0, 0.0
         if change is not None:
-            near, norm, inner = compare_blocks(zip(self.mean.blocks(shape), change.blocks(shape), strict=True))
+            near, norm, inner = compare_blocks(
+                zip(self.mean.blocks(shape), change.blocks(shape), strict=True)
+            )
             hidden = max(0.0, self.fro**2 - (self.mean.fro or 0.0) ** 2)
             gap = math.hypot(near, math.sqrt(hidden))
         return Expected(**asdict(compute_distances(self.fro, norm, gap, inner, None)), fro=self.fro)
@@ -231,21 +279,35 @@ class BeforeRounding:
 def _estimate_before_rounding(
     layer: Layer, full: Change, settings: LayerSettings, device: torch.device
 ) -> BeforeRounding | None:
-    """Return the update before rounding; None where it was not requested, is not hidden, or cannot be estimated.
+    """Return the update before rounding; None where it was not requested, is not hidden, or cannot
+    be estimated.
 
     Raises:
         InputError: A file could not be read.
         MemoryLimitError: Its cells do not fit.
     """
-    if not layer.recover or not isinstance(layer.delta, StoredDelta) or not layer.delta.is_matrix or not full.fro:
+    if (
+        not layer.recover
+        or not isinstance(layer.delta, StoredDelta)
+        or not layer.delta.is_matrix
+        or not full.fro
+    ):
         return None
-    recovered = recover_layer(layer.delta, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory)
-    return None if recovered.cells is None else BeforeRounding(recovered.change(settings.memory), recovered.norm())
+    recovered = recover_layer(
+        layer.delta, full.fro, DEFAULT_RANKS, settings.seed, device, settings.memory
+    )
+    return (
+        None
+        if recovered.cells is None
+        else BeforeRounding(recovered.change(settings.memory), recovered.norm())
+    )
 
 
 def _add_energy_error(distances: Distances, factors: Factors) -> dict[str, float | None]:
     """Return the fields of a ``Distance``; the error is None without a lower bound."""
-    return asdict(distances) | {"energy_error": None if distances.epsilon_min is None else factors.energy_error}
+    return asdict(distances) | {
+        "energy_error": None if distances.epsilon_min is None else factors.energy_error
+    }
 
 
 def _decompose(change: Change, top: int, settings: LayerSettings, vectors: bool = True) -> Factors:
@@ -283,7 +345,8 @@ def residual(
     adapters: Sequence[Path | str] = (),
     **options: Unpack[ResidualOptions],
 ) -> Results[Residual]:
-    r"""Measure the distance of adapters from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F / ‖ΔW_FT‖_F, by layer.
+    r"""Measure the distance of adapters from a full fine-tune: ε = ‖ΔW_FT − ΔW_adapter‖_F /
+    ‖ΔW_FT‖_F, by layer.
 
     Without a memory limit, ΔW_FT is computed once per layer, independent of the number of adapters.
 
@@ -291,24 +354,27 @@ def residual(
         base: Base checkpoint.
         tuned: Full fine-tune that gives D; may be an adapter.
         adapters: Adapters, or checkpoints with a merged adapter.
-        reference: Another full fine-tune, such as another seed, to show the distance between equally good solutions;
-            None for none.
-        activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one ``(in, in)`` matrix
-            under each weight's name, as ``probe_activations`` writes it. Distances are then also given in the norm
-            ‖·C^½‖_F. None for the Frobenius norm only.
-        recover: Estimate the update before rounding, as ``recover`` does, and give the expected distance to it, too.
+        reference: Another full fine-tune, such as another seed, to show the distance between
+            equally good solutions; None for none.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs: a safetensors file with one
+            ``(in, in)`` matrix under each weight's name, as ``probe_activations`` writes it.
+            Distances are then also given in the norm ‖·C^½‖_F. None for the Frobenius norm only.
+        recover: Estimate the update before rounding, as ``recover`` does, and give the expected
+            distance to it, too.
         **options: ``ResidualOptions``.
 
     Returns:
-        One record for each layer of ``tuned`` and each adapter or reference, including layers that it does not change,
+        One record for each layer of ``tuned`` and each adapter or reference, including layers that
+            it does not change,
         and norms and biases, which have no rank. What cannot be measured is in ``left_out``.
 
     Raises:
-        UsageError: An option is invalid, there is nothing to compare with ``tuned``, an input is given twice or in the
-            wrong place, or ``output`` may be neither replaced nor resumed.
-        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be written.
-        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix is, with
-            ``activations``.
+        UsageError: An option is invalid, there is nothing to compare with ``tuned``, an input is
+            given twice or in the wrong place, or ``output`` may be neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit ``base``, or the results file cannot be
+            written.
+        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix
+            is, with ``activations``.
 
     Example:
         >>> names = ("base", "full_ft", "lora_r16")
@@ -318,14 +384,17 @@ def residual(
         (16, True)
     """
     run = LayerRun("residual", options, ResidualOptions)
-    reference, activations, recover = (run.options[name] for name in ("reference", "activations", "recover"))
+    reference, activations, recover = (
+        run.options[name] for name in ("reference", "activations", "recover")
+    )
     check_request(run.options["method"], 1, run.options["tol"])
     others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
     if reference is not None:
         others.append((reference, "reference"))
     if not others:
         raise UsageError(
-            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full fine-tune with "
+            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full "
+            "fine-tune with "
             "--reference"
         )
     refuse_repeated([path for path, _ in others], tuned)
@@ -335,7 +404,10 @@ def residual(
     moments = None
     if activations is not None:
         moments = second_moments(activations, full.base, full.pairing, run.options["verify"])
-    by_layer = [{delta.layer: drop_base(delta) for delta in comparison.pairing.deltas} for comparison in comparisons]
+    by_layer = [
+        {delta.layer: drop_base(delta) for delta in comparison.pairing.deltas}
+        for comparison in comparisons
+    ]
     tasks = [
         Layer(
             delta,
@@ -365,11 +437,16 @@ def residual(
 
 
 def _note_tuned(full: Comparison, comparisons: Sequence[Comparison]) -> tuple[RunInput, ...]:
-    """Return the inputs BASE and TUNED; with a note if TUNED may be one of the adapters, given in its place."""
+    """Return the inputs BASE and TUNED; with a note if TUNED may be one of the adapters, given in
+    its place.
+    """
     if not all(isinstance(comparison.update, Adapter) for comparison in (full, *comparisons)):
         return full.inputs
     *before, tuned = full.inputs
-    note = "an adapter in the place of TUNED: distances are from this adapter, not from a full fine-tune"
+    note = (
+        "an adapter in the place of TUNED: distances are from this adapter, not from a full "
+        "fine-tune"
+    )
     return (*before, tuned.model_copy(update={"notes": (*tuned.notes, note)}))
 
 
@@ -381,7 +458,9 @@ def _find_rest(task: Layer, records: Sequence[Residual]) -> Layer | None:
 
 
 def _list_unmatched(full: Pairing, comparisons: Sequence[Comparison]) -> Iterator[Unpaired]:
-    """Yield the tensors of the adapters and the reference that are neither compared nor skipped tensors of TUNED."""
+    """Yield the tensors of the adapters and the reference that are neither compared nor skipped
+    tensors of TUNED.
+    """
     full_layers = {each.layer for each in (*full.deltas, *full.unpaired)}
     for comparison in comparisons:
         path = comparison.inputs[-1].path

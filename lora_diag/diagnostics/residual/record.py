@@ -8,7 +8,17 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
-from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Ratio, Record, Shown, count_texts, least_epsilon
+from lora_diag.records.base import (
+    Count,
+    Guard,
+    LayerRecord,
+    Norm,
+    Ratio,
+    Record,
+    Shown,
+    count_texts,
+    least_epsilon,
+)
 from lora_diag.records.vocabulary import Agreement, Resolution
 from lora_diag.rendering.text import number
 
@@ -18,13 +28,17 @@ if TYPE_CHECKING:
 Limit = Literal["rank", "scale", "direction", "not adapted", "exact", "noise"]
 
 
-# The model of docs/evidence.md; with its embedding, which agrees (cosine 0.89), the cosine is 0.40. An encoder: ε = 1.2
-# to 1.3 (docs/benchmarks.md).
-SEEDS = "another seed of a language model's full fine-tune was at ε = 1.1, in the matrices alone 1.3 with cosine 0.14"
+# The model of docs/evidence.md; with its embedding, which agrees (cosine 0.89), the cosine is 0.40.
+# An encoder: ε = 1.2 to 1.3 (docs/benchmarks.md).
+SEEDS = (
+    "another seed of a language model's full fine-tune was at ε = 1.1, in the matrices alone "
+    "1.3 with cosine 0.14"
+)
 
 # Note for every place that shows ε.
 EPSILON = (
-    f"ε is the distance to one full fine-tune, not a measure of quality: {SEEDS}, and adapters at ε of 2 to 6 kept at "
+    f"ε is the distance to one full fine-tune, not a measure of quality: {SEEDS}, and adapters at "
+    "ε of 2 to 6 kept at "
     "least 90% of its gain."
 )
 
@@ -32,14 +46,16 @@ EPSILON = (
 class Distance(Record):
     """Distance of an adapter's update X from the full update D, in one norm ‖·‖.
 
-    Undefined values are null: all if D is zero; the cosine and those of the best scale if X is zero.
+    Undefined values are null: all if D is zero; the cosine and those of the best scale if X is
+    zero.
 
     Args:
-        epsilon: ε = ‖D − X‖ / ‖D‖. Not a fraction: it exceeds 1 whenever the norm ratio exceeds twice the cosine.
-        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has (Eckart–Young), up to
-            ``energy_error``; null if the adapter has no rank.
-        excess: ε² − ε_min²: the cost of direction and scale, as a fraction of ‖D‖². Nonnegative up to the rounding of
-            the adapter's factors and ``energy_error``; null without ε_min.
+        epsilon: ε = ‖D − X‖ / ‖D‖. Not a fraction: it exceeds 1 whenever the norm ratio exceeds
+            twice the cosine.
+        epsilon_min: √(1 − C(r)), the smallest ε that any update of the adapter's rank r has
+            (Eckart–Young), up to ``energy_error``; null if the adapter has no rank.
+        excess: ε² − ε_min²: the cost of direction and scale, as a fraction of ‖D‖². Nonnegative up
+            to the rounding of the adapter's factors and ``energy_error``; null without ε_min.
         norm_ratio: ‖X‖ / ‖D‖.
         cosine: ⟨D, X⟩ / (‖D‖‖X‖).
         best_scale: c = ⟨D, X⟩ / ‖X‖², the factor that minimizes ‖D − cX‖.
@@ -58,8 +74,12 @@ class Distance(Record):
 
     @property
     def least_epsilon(self) -> float | None:
-        """√(max(0, ε_min² − energy_error)), a lower bound on ε at the adapter's rank; None without ε_min."""
-        return None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
+        """√(max(0, ε_min² − energy_error)), a lower bound on ε at the adapter's rank; None without
+        ε_min.
+        """
+        return (
+            None if self.epsilon_min is None else least_epsilon(self.epsilon_min, self.energy_error)
+        )
 
     @property
     def _above_floor(self) -> Distances:
@@ -78,7 +98,9 @@ class Distance(Record):
 
     @property
     def limit(self) -> Literal["exact", "rank", "direction", "scale", "not adapted"] | None:
-        """``exact``, ``not adapted``, or the largest part of ε² (``metrics.subspaces``); None if D is zero."""
+        """``exact``, ``not adapted``, or the largest part of ε² (``metrics.subspaces``); None if D
+        is zero.
+        """
         from lora_diag.metrics.subspaces import find_limit
 
         return find_limit(self._above_floor)
@@ -97,15 +119,22 @@ def _make_pool(name: str) -> Callable[[Sequence[Residual]], float | None]:
 
 
 def _pool_floor(records: Sequence[Residual]) -> float | None:
-    """Return the lower bound on ε at the adapter's rank, pooled over layers; None if no layer has one."""
-    return _make_pool("epsilon_min")(records) if any(record.epsilon_min is not None for record in records) else None
+    """Return the lower bound on ε at the adapter's rank, pooled over layers; None if no layer has
+    one.
+    """
+    return (
+        _make_pool("epsilon_min")(records)
+        if any(record.epsilon_min is not None for record in records)
+        else None
+    )
 
 
 def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
-    """Return the parts of ε² of several layers by name, as fractions of Σ‖D‖²; empty if every D is zero.
+    """Return the parts of ε² of several layers by name, as fractions of Σ‖D‖²; empty if every D is
+    zero.
 
-    Parts of layers add up, each at its own best scale. Layers that X does not change are ``not adapted``; where D is
-    zero, all of X is orthogonal to it: ``direction``.
+    Parts of layers add up, each at its own best scale. Layers that X does not change are
+    ``not adapted``; where D is zero, all of X is orthogonal to it: ``direction``.
     """
     total = math.fsum(record.fro**2 for record in records)
     sums = dict.fromkeys(("rank", "direction", "scale", "not adapted"), 0.0)
@@ -119,7 +148,9 @@ def sum_parts(records: Sequence[Residual]) -> dict[str, float]:
 
 
 def describe_parts(records: Sequence[Residual]) -> str:
-    """State ε² of several layers, not all zero, as the sum of its parts; with ≈ where parts below 0.5% are omitted."""
+    """State ε² of several layers, not all zero, as the sum of its parts; with ≈ where parts below
+    0.5% are omitted.
+    """
     shares = {name: part for name, part in sum_parts(records).items() if part}
     total = math.fsum(shares.values())
     shown = [f"{name} {number(part)}" for name, part in shares.items() if part >= 0.005 * total]
@@ -142,40 +173,49 @@ class Expected(Distance):
 
 
 def _pool_before_rounding(records: Sequence[Residual]) -> float | None:
-    """Return the expected ε before rounding of the layers with an estimate together; None without a nonzero one."""
+    """Return the expected ε before rounding of the layers with an estimate together; None without a
+    nonzero one.
+    """
     estimates = [record.before_rounding for record in records if record.before_rounding is not None]
     total = math.hypot(*(estimate.fro for estimate in estimates))
-    return math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in estimates)) / total if total else None
+    return (
+        math.hypot(*((estimate.epsilon or 0.0) * estimate.fro for estimate in estimates)) / total
+        if total
+        else None
+    )
 
 
 class Residual(Distance, Lineage, LayerRecord):
-    """One layer of a full fine-tune D = W_tuned − W_base compared with an adapter's update X, in the Frobenius norm.
+    """One layer of a full fine-tune D = W_tuned − W_base compared with an adapter's update X, in
+    the Frobenius norm.
 
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapter: Path of the input with X.
         role: ``adapter``; or ``reference``, another full fine-tune, for scale.
-        rank: Columns of the adapter's factors; 0 if it has no update of the layer; null for a 1-D tensor and if
-            X has no factors.
+        rank: Columns of the adapter's factors; 0 if it has no update of the layer; null for a 1-D
+            tensor and if X has no factors.
         fro: ‖D‖_F.
         base_fro: ‖W_base‖_F; null if it was not measured.
         adapter_fro: ‖X‖_F.
         method: Method of the singular values of D.
-        blocks: Number of row blocks in which D was read repeatedly because it exceeded the memory limit; null if it
-            fits.
-        column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 if X has no rank); null for 1-D
-            tensors and if D or X is zero.
+        blocks: Number of row blocks in which D was read repeatedly because it exceeded the memory
+            limit; null if it fits.
+        column_space: Agreement of the left singular vectors, of D's top ``rank`` (8 if X has no
+            rank); null for 1-D tensors and if D or X is zero.
         row_space: The same for right singular vectors.
-        data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the change in the layer's
-            output; null without activations for the layer.
-        before_rounding: The expected distance to the update before rounding, E over its posterior given the rounding
-            cells of the files; null where it was not requested, is not hidden, or could not be estimated.
-        limited_by: The largest part of ε². ``rank``: D has energy beyond the adapter's rank; a larger rank can reduce
-            it. ``direction``: the adapter's directions are not the best of its rank; rank does not help, compare losses
-            with ``probe outputs``. ``scale``: another α would bring the adapter closer. ``not adapted``: the adapter
-            does not change this layer; add it to the target modules. ``exact``: ε is at most 1e-3.
-            ``noise``: the files do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero, and
+        data: The distance in the data metric ‖D·C^½‖_F with C = E[xxᵀ], the mean square of the
+            change in the layer's output; null without activations for the layer.
+        before_rounding: The expected distance to the update before rounding, E over its posterior
+            given the rounding cells of the files; null where it was not requested, is not hidden,
+            or could not be estimated.
+        limited_by: The largest part of ε². ``rank``: D has energy beyond the adapter's rank; a
+            larger rank can reduce it. ``direction``: the adapter's directions are not the best of
+            its rank; rank does not help, compare losses with ``probe outputs``. ``scale``: another
+            α would bring the adapter closer. ``not adapted``: the adapter does not change this
+            layer; add it to the target modules. ``exact``: ε is at most 1e-3. ``noise``: the files
+            do not resolve D, so that ε has no cause; measure float32 files. Null if D is zero, and
             where TUNED is unrelated to BASE.
         resolution: Resolution of D under the rounding of the files; null for a 1-D tensor.
     """
@@ -209,8 +249,18 @@ class Residual(Distance, Lineage, LayerRecord):
             head="floor",
             detail=True,
         ),
-        Shown("epsilon_min", "ε_min", "√(1 − C(r)), as computed", axis="ε_min = √(1 − C(r)), least ε at this rank"),
-        Shown("excess", "excess", "ε² − ε_min²: cost of direction and scale", axis="excess ε² − ε_min²"),
+        Shown(
+            "epsilon_min",
+            "ε_min",
+            "√(1 − C(r)), as computed",
+            axis="ε_min = √(1 − C(r)), least ε at this rank",
+        ),
+        Shown(
+            "excess",
+            "excess",
+            "ε² − ε_min²: cost of direction and scale",
+            axis="excess ε² − ε_min²",
+        ),
         Shown(
             "cosine",
             "cosine",
@@ -230,7 +280,8 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "column_space.overlap",
             "column space",
-            "overlap of the adapter's output directions with the largest of the update; in brackets: by chance",
+            "overlap of the adapter's output directions with the largest of the update; in "
+            "brackets: by chance",
             axis="overlap of the column spaces",
             share=True,
             drop=4,
@@ -242,7 +293,8 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "row_space.overlap",
             "row space",
-            "overlap of the adapter's input directions with the largest of the update; in brackets: by chance",
+            "overlap of the adapter's input directions with the largest of the update; in "
+            "brackets: by chance",
             axis="overlap of the row spaces",
             share=True,
             drop=5,
@@ -271,7 +323,12 @@ class Residual(Distance, Lineage, LayerRecord):
             detail=True,
         ),
         Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pool("best_scale")),
-        Shown("epsilon_best_scale", "ε at best", "ε at the best scale", pool=_make_pool("epsilon_best_scale")),
+        Shown(
+            "epsilon_best_scale",
+            "ε at best",
+            "ε at the best scale",
+            pool=_make_pool("epsilon_best_scale"),
+        ),
         Shown(
             "data.epsilon",
             "ε in C^½",
@@ -281,7 +338,11 @@ class Residual(Distance, Lineage, LayerRecord):
             terminal=True,
         ),
         Shown(
-            "data.least_epsilon", "C^½ floor", "lower bound on that ε for an update of this rank", drop=3, terminal=True
+            "data.least_epsilon",
+            "C^½ floor",
+            "lower bound on that ε for an update of this rank",
+            drop=3,
+            terminal=True,
         ),
         Shown(
             "before_rounding.epsilon",
@@ -305,13 +366,15 @@ class Residual(Distance, Lineage, LayerRecord):
         Guard(
             "epsilon",
             "higher",
-            "the adapter is further from the full fine-tune than before: check its scaling and its rank",
+            "the adapter is further from the full fine-tune than before: check its scaling and its "
+            "rank",
             where=(("role", "adapter"),),
         ),
         Guard(
             "cosine",
             "lower",
-            "the adapter's direction differs more than before: compare its data and its learning rate",
+            "the adapter's direction differs more than before: compare its data and its learning "
+            "rate",
             where=(("role", "adapter"),),
         ),
     )

@@ -1,4 +1,6 @@
-"""Terminal output of ``residual``: one table per adapter or reference, sorted by the limiting factor; a summary."""
+"""Terminal output of ``residual``: one table per adapter or reference, sorted by the limiting
+factor; a summary.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def residual_grids(results: Results[Residual], per: str = "type") -> list[Grid]:
 
 
 def _group_by_adapter(results: Results[Residual]) -> list[tuple[str, list[Residual]]]:
-    """Return the short name and the records of each adapter and reference, in the order of the records."""
+    """Return the short name and the records of each adapter and reference, in the order of the
+    records.
+    """
     groups: dict[str, list[Residual]] = {}
     for record in results:
         groups.setdefault(record.adapter, []).append(record)
@@ -52,13 +56,17 @@ def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
         pool=lambda group: (_pool_gap(group) / total) ** 2,
     )
     *first, last = Residual.shown
-    return grid_of([*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED")
+    return grid_of(
+        [*first, share, last], rows, per, f"{name}, {records[0].role}, compared with TUNED"
+    )
 
 
 def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequence[Residual]]]:
-    """Return rows of the adapted matrices, sorted by their limiting factor, and rows for the other layers.
+    """Return rows of the adapted matrices, sorted by their limiting factor, and rows for the other
+    layers.
 
-    The other layers are those that are not adapted, and norms and biases: one row for each of the two.
+    The other layers are those that are not adapted, and norms and biases: one row for each of the
+    two.
     """
     other_groups: dict[str, list[Residual]] = {"not adapted": [], "1-D tensors": []}
     adapted = []
@@ -69,9 +77,14 @@ def _make_rows(records: Sequence[Residual], per: str) -> list[tuple[str, Sequenc
             other_groups["1-D tensors"].append(record)
         else:
             adapted.append(record)
-    rows = sorted(rows_of(adapted, per), key=lambda row: (_LIMITS.index(_find_main_limit(row[1])), -_pool_gap(row[1])))
+    rows = sorted(
+        rows_of(adapted, per),
+        key=lambda row: (_LIMITS.index(_find_main_limit(row[1])), -_pool_gap(row[1])),
+    )
     others = [
-        (name if per == "type" else f"{name}: {len(group)}", group) for name, group in other_groups.items() if group
+        (name if per == "type" else f"{name}: {len(group)}", group)
+        for name, group in other_groups.items()
+        if group
     ]
     return [*rows, *others]
 
@@ -82,7 +95,9 @@ def _pool_gap(records: Sequence[Residual]) -> float:
 
 
 def _find_main_limit(records: Sequence[Residual]) -> str | None:
-    """Return the limiting factor with the largest sum of ‖D − X‖² over its layers; None for layers without one."""
+    """Return the limiting factor with the largest sum of ‖D − X‖² over its layers; None for layers
+    without one.
+    """
     shares: Counter[str | None] = Counter()
     for record in records:
         shares[record.limited_by] += record.gap**2  # type: ignore[assignment]  # a Counter of floats
@@ -90,14 +105,23 @@ def _find_main_limit(records: Sequence[Residual]) -> str | None:
 
 
 def residual_lines(results: Results[Residual]) -> list[Statement]:
-    """Return the statements of the summary; adapters are in descending order of their cosine with TUNED."""
+    """Return the statements of the summary; adapters are in descending order of their cosine with
+    TUNED.
+    """
     findings = [describe_lineage(results)]
     if len(results.run.inputs) > 1 and (tuned := results.run.inputs[1]).role == "adapter":
-        note = f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order is BASE TUNED ADAPTER"
+        note = (
+            f"TUNED, {safe(tuned.path)}, is an adapter: ε is relative to its update; the order "
+            "is BASE TUNED ADAPTER"
+        )
         findings.append(make_statement("note", "Note", note, level="warning"))
-    groups = [(name, records, pool_distances(records)) for name, records in _group_by_adapter(results)]
+    groups = [
+        (name, records, pool_distances(records)) for name, records in _group_by_adapter(results)
+    ]
     # Not by ε, which depends on the norm that the learning rate gave an adapter.
-    groups.sort(key=lambda group: -1.0 if group[2].cosine is None else group[2].cosine, reverse=True)
+    groups.sort(
+        key=lambda group: -1.0 if group[2].cosine is None else group[2].cosine, reverse=True
+    )
     adapters = [(name, records) for name, records, _ in groups if records[0].role == "adapter"]
     limits = (f"{name}: {_describe_limit(records)}" for name, records in adapters)
     rank_limits = (f"{name}: {_describe_rank_limit(records)}" for name, records in adapters)
@@ -108,12 +132,26 @@ def residual_lines(results: Results[Residual]) -> list[Statement]:
         make_statement("low_rank", "Rank limit", *rank_limits, priority=2),
     ]
     if groups:
-        verdicts = [r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0]
+        verdicts = [
+            r.resolution.verdict for r in groups[0][1] if r.resolution is not None and r.fro > 0
+        ]
         yes = "yes: rounding plays no part in TUNED's update"
-        resolved = describe_resolution(verdicts, yes, "ε there includes rounding noise", owner=" of TUNED")
-        meaning = "ε is the distance to this one solution, not quality: the held-out loss shows which model is better"
-        hint = "" if len(adapters) < len(groups) else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
-        findings += [resolved, make_statement("interpretation", "Interpretation", meaning, hint, priority=2)]
+        resolved = describe_resolution(
+            verdicts, yes, "ε there includes rounding noise", owner=" of TUNED"
+        )
+        meaning = (
+            "ε is the distance to this one solution, not quality: the held-out loss shows "
+            "which model is better"
+        )
+        hint = (
+            ""
+            if len(adapters) < len(groups)
+            else f"{SEEDS}; --reference TUNED2 measures that of your own seeds"
+        )
+        findings += [
+            resolved,
+            make_statement("interpretation", "Interpretation", meaning, hint, priority=2),
+        ]
     return summarize(results, *findings)
 
 
@@ -126,14 +164,22 @@ def _describe_distance(name: str, records: Sequence[Residual], whole: Distances)
 
 
 def _describe_limit(records: Sequence[Residual]) -> str:
-    """State what limits an adapter, in how many tensors; the fraction of ‖ΔW‖² not adapted; and a better scale."""
+    """State what limits an adapter, in how many tensors; the fraction of ‖ΔW‖² not adapted; and a
+    better scale.
+    """
     acting = [record for record in records if record.adapter_fro > 0]
     counts = Counter(record.limited_by for record in acting if record.limited_by)
-    clauses = [f"{limit} in {tensors} of {quantity(len(acting), 'tensor')}" for limit, tensors in counts.most_common()]
+    clauses = [
+        f"{limit} in {tensors} of {quantity(len(acting), 'tensor')}"
+        for limit, tensors in counts.most_common()
+    ]
     if unchanged := _pool_fro(record for record in records if record.adapter_fro == 0):
         clauses.append(f"{percent((unchanged / _pool_fro(records)) ** 2)} of ‖ΔW‖² not adapted")
     if scaled := [record for record in acting if record.limited_by == "scale"]:
-        clauses.append(f"{format_shown(pool_distances(scaled).best_scale)} times its α is best where scale limits")
+        clauses.append(
+            f"{format_shown(pool_distances(scaled).best_scale)} times its α is best where scale "
+            "limits"
+        )
     return "; ".join(clauses) or "nothing"
 
 

@@ -5,7 +5,16 @@ from pathlib import Path
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Figure, Hint
-from lora_diag.running.options import ACTIVATIONS, INPUTS, KFAC, RANKS, RECOVER, TOP, LayerOptions, Option
+from lora_diag.running.options import (
+    ACTIVATIONS,
+    INPUTS,
+    KFAC,
+    RANKS,
+    RECOVER,
+    TOP,
+    LayerOptions,
+    Option,
+)
 
 
 class SpectrumOptions(LayerOptions, total=False):
@@ -15,7 +24,12 @@ class SpectrumOptions(LayerOptions, total=False):
     top: Annotated[int | None, TOP]
     gradients: Annotated[
         Sequence[str | Path],
-        Option((), "Folder or file of gradients to measure instead of an update; repeatable.", "PATH", panel=INPUTS),
+        Option(
+            (),
+            "Folder or file of gradients to measure instead of an update; repeatable.",
+            "PATH",
+            panel=INPUTS,
+        ),
     ]
     activations: Annotated[Path | str | None, ACTIVATIONS]
     kfac: Annotated[bool, KFAC]
@@ -29,7 +43,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Singular values of an update ΔW, layer by layer.",
-            notes="Of many adapters: loradiag fleet. With --gradients, BASE only provides the names of the weights.",
+            notes="Of many adapters: loradiag fleet. With --gradients, BASE only provides the "
+            "names of the weights.",
             examples=(
                 "spectrum base/ full_ft/ --ranks 8,16,64 -o results.jsonl",
                 "spectrum base/ full_ft/ --activations activations.safetensors",

@@ -1,7 +1,7 @@
 """Figures of ``spectrum``: energy fractions C(r) and singular values over the rank.
 
-Records become curves, of one layer or the median of a block's layers of one type, or bands over layers. A page has one
-panel per module type, with a common depth scale and one legend.
+Records become curves, of one layer or the median of a block's layers of one type, or bands over
+layers. A page has one panel per module type, with a common depth scale and one legend.
 """
 
 from __future__ import annotations
@@ -22,10 +22,23 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.energy import energy_curve
 from lora_diag.records.vocabulary import METRIC_NAMES
-from lora_diag.rendering.figures.fields import Types, by_depth, changes_of, count_matrices, deepest, metric_suffix
+from lora_diag.rendering.figures.fields import (
+    Types,
+    by_depth,
+    changes_of,
+    count_matrices,
+    deepest,
+    metric_suffix,
+)
 from lora_diag.rendering.figures.pages import MAX_PANELS, Key, Page, Panel, key
 from lora_diag.rendering.figures.panels import MARKED, set_fraction_ticks, set_rank_axis
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, subject_of
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    subject_of,
+)
 from lora_diag.rendering.figures.style import DEPTH, FLOOR, INK, PageStyle, category, log_label
 
 # Points per curve: more are not visible on a log axis, and keep an SVG of a large model small.
@@ -39,15 +52,19 @@ class Quantity:
     Args:
         values: Returns a layer's values at ranks 1, 2, …, ``(K,)``.
         beyond: Value beyond the last rank of a complete spectrum.
-        finish: Sets up the y axis: ``finish(ax, style, records of the panel, records of the page)``.
+        finish: Sets up the y axis: ``finish(ax, style,
+            records of the panel, records of the page)``.
     """
 
     values: Callable[[Spectrum], NDArray[np.float64]]
     beyond: float
     finish: Callable[[Axes, PageStyle, Sequence[Spectrum], Sequence[Spectrum]], None]
 
-    def at(self, records: Sequence[Spectrum], grid: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the ranks of a grid up to the largest of a layer, and each layer's values there, ``(layers, ranks)``.
+    def at(
+        self, records: Sequence[Spectrum], grid: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return the ranks of a grid up to the largest of a layer, and each layer's values there,
+        ``(layers, ranks)``.
 
         A layer has ``beyond`` past its last value, or NaN if its spectrum is incomplete.
         """
@@ -56,7 +73,9 @@ class Quantity:
         rows = []
         for record in records:
             inside = self.values(record)[np.minimum(ranks, len(record.s)) - 1]
-            rows.append(np.where(ranks <= len(record.s), inside, self.beyond if record.complete else np.nan))
+            rows.append(
+                np.where(ranks <= len(record.s), inside, self.beyond if record.complete else np.nan)
+            )
         return ranks, np.array(rows)
 
 
@@ -71,7 +90,9 @@ def ranks_drawn(largest: int) -> NDArray[np.int64]:
 
 
 def resolved_rank(record: Spectrum) -> int:
-    """Return the largest r that the files resolve: 0 if they do not resolve the update, all if no rank is known."""
+    """Return the largest r that the files resolve: 0 if they do not resolve the update, all if no
+    rank is known.
+    """
     signal = record.resolution.signal_rank
     if record.resolution.verdict == "unresolved":
         return 0
@@ -91,7 +112,8 @@ def draw_series(
     per: str,
     page_records: Sequence[Spectrum],
 ) -> None:
-    """Draw one panel: a line per block, coloured by depth; with several series or ``per="type"``, a band per series.
+    """Draw one panel: a line per block, coloured by depth; with several series or ``per="type"``, a
+    band per series.
 
     Args:
         ax: Axes to draw on.
@@ -102,7 +124,10 @@ def draw_series(
         page_records: Records of all panels, which share axes and colours.
     """
     records = [record for item in series for record in item.records]
-    largest, last_depth = largest_rank(page_records), deepest(record.layer for record in page_records)
+    largest, last_depth = (
+        largest_rank(page_records),
+        deepest(record.layer for record in page_records),
+    )
     grid = ranks_drawn(largest)
     if per == "type" or len(series) > 1:
         for number, item in enumerate(series):
@@ -125,11 +150,15 @@ def _draw_curve(
     grid: NDArray[np.int64],
     color: Any,
 ) -> None:
-    """Draw the pointwise median of the given layers of a block: the resolved part in colour, the rest in grey."""
+    """Draw the pointwise median of the given layers of a block: the resolved part in colour, the
+    rest in grey.
+    """
     ranks, stacked = quantity.at(group, grid)
     values = np.median(stacked, axis=0)
     ranks, values = ranks[np.isfinite(values)], values[np.isfinite(values)]
-    marker: dict[str, Any] = {"marker": "o", "markersize": 2 * style.line} if len(ranks) == 1 else {}
+    marker: dict[str, Any] = (
+        {"marker": "o", "markersize": 2 * style.line} if len(ranks) == 1 else {}
+    )
     signal = sorted(resolved_rank(record) for record in group)[len(group) // 2]
     resolved = int(np.searchsorted(ranks, signal, side="right"))
     if resolved < len(ranks):
@@ -143,7 +172,12 @@ def _draw_curve(
 
 
 def _draw_band(
-    ax: Axes, style: PageStyle, item: Series[Spectrum], quantity: Quantity, grid: NDArray[np.int64], color: str
+    ax: Axes,
+    style: PageStyle,
+    item: Series[Spectrum],
+    quantity: Quantity,
+    grid: NDArray[np.int64],
+    color: str,
 ) -> None:
     """Draw the pointwise median and range of the changed layers, at ranks that all of them have."""
     changed = [record for record in item.records if record.fro > 0]
@@ -152,12 +186,16 @@ def _draw_band(
     ranks, stacked = quantity.at(changed, grid)
     finite = np.isfinite(stacked).all(axis=0)
     ranks, stacked = ranks[finite], stacked[:, finite]
-    ax.fill_between(ranks, stacked.min(axis=0), stacked.max(axis=0), color=color, alpha=0.22, lw=0, zorder=1.5)
+    ax.fill_between(
+        ranks, stacked.min(axis=0), stacked.max(axis=0), color=color, alpha=0.22, lw=0, zorder=1.5
+    )
     line: dict[str, Any] = {"color": color, "lw": 1.4 * style.line, "zorder": 2}
     ax.plot(ranks, np.median(stacked, axis=0), label=item.label or "median layer", **line)
 
 
-def make_energy_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Options) -> Page:
+def make_energy_page(
+    series: Sequence[Series[Spectrum]], style: PageStyle, options: Options
+) -> Page:
     """Return the page of C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², one panel per module type.
 
     Raises:
@@ -180,7 +218,8 @@ def _make_multiples(
     formula: str = "",
     keys: Sequence[Key] = (),
 ) -> Page:
-    """Return a page with one panel per module type: lines by depth of one series, or bands of several.
+    """Return a page with one panel per module type: lines by depth of one series, or bands of
+    several.
 
     Raises:
         UndrawableError: Every update is zero.
@@ -189,16 +228,24 @@ def _make_multiples(
     groups = _group_by_type(series)
     if not groups:
         raise UndrawableError("ΔW = 0 in every matrix")
-    bands, last_depth = per == "type" or len(series) > 1, deepest(record.layer for record in records)
+    bands, last_depth = (
+        per == "type" or len(series) > 1,
+        deepest(record.layer for record in records),
+    )
     draw = partial(draw_series, quantity=quantity, per=per, page_records=records)
     change = (
-        "gradients" if any(record.source == "gradients" for record in records) else f"updates {changes_of(records)}"
+        "gradients"
+        if any(record.source == "gradients" for record in records)
+        else f"updates {changes_of(records)}"
     )
-    joined = max(len(group) for part in groups.values() for group in by_depth(part[0].records).values())
+    joined = max(
+        len(group) for part in groups.values() for group in by_depth(part[0].records).values()
+    )
     return Page(
         title,
         [Panel(name, partial(draw, series=part), *labels) for name, part in groups.items()],
-        f"{subject_of(series)}{change} of {count_matrices(records)}{metric_suffix(records)}{formula}",
+        f"{subject_of(series)}{change} of "
+        f"{count_matrices(records)}{metric_suffix(records)}{formula}",
         [
             f"A line is the median of a block's matrices of its type (up to {joined})."
             if joined > 1 and not bands
@@ -208,12 +255,16 @@ def _make_multiples(
         share=True,
         scale=ScalarMappable(Normalize(0, last_depth), DEPTH) if last_depth and not bands else None,
         scale_label="depth (block)",
-        whole=Panel("", partial(draw, series=series), labels[0], f"{labels[1]} of {changes_of(records)}"),
+        whole=Panel(
+            "", partial(draw, series=series), labels[0], f"{labels[1]} of {changes_of(records)}"
+        ),
     )
 
 
 def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series[Spectrum], ...]]:
-    """Return the series of each module type with an update; of too many, the types of least ‖ΔW‖ share the last."""
+    """Return the series of each module type with an update; of too many, the types of least ‖ΔW‖
+    share the last.
+    """
     records = [record for item in series for record in item.records if record.fro > 0]
     types = Types(record.layer for record in records)
     energies: dict[str, float] = defaultdict(float)
@@ -222,7 +273,12 @@ def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series
     titles = types.pool(sorted(energies, key=lambda name: -energies[name])[: MAX_PANELS - 1])
 
     def select(item: Series[Spectrum], title: str) -> Series[Spectrum]:
-        return replace(item, records=tuple(r for r in item.records if r.fro > 0 and titles[types.of(r.layer)] == title))
+        return replace(
+            item,
+            records=tuple(
+                r for r in item.records if r.fro > 0 and titles[types.of(r.layer)] == title
+            ),
+        )
 
     return {title: tuple(select(item, title) for item in series) for title in titles.values()}
 
@@ -230,19 +286,31 @@ def _group_by_type(series: Sequence[Series[Spectrum]]) -> dict[str, tuple[Series
 def _make_keys(
     series: Sequence[Series[Spectrum]], records: Sequence[Spectrum], bands: bool, style: PageStyle
 ) -> list[Key]:
-    """Return the legend entries: lines without depth, or bands; LoRA ranks; and values beyond the signal rank."""
+    """Return the legend entries: lines without depth, or bands; LoRA ranks; and values beyond the
+    signal rank.
+    """
     keys = []
     if bands:
         keys = [
-            Key(Patch(facecolor=category(number), alpha=0.7), f"{owner_of(item, series)}median layer, range")
+            Key(
+                Patch(facecolor=category(number), alpha=0.7),
+                f"{owner_of(item, series)}median layer, range",
+            )
             for number, item in enumerate(series)
         ]
     elif deepest(record.layer for record in records) == 0:
         keys.append(key("one line per layer", color=INK, lw=style.line))
     if inside := [str(rank) for rank in MARKED if rank <= largest_rank(records)]:
-        dotted: dict[str, Any] = {"color": INK, "alpha": 0.6, "lw": 0.8 * style.line, "ls": (0, (1, 1.6))}
+        dotted: dict[str, Any] = {
+            "color": INK,
+            "alpha": 0.6,
+            "lw": 0.8 * style.line,
+            "ls": (0, (1, 1.6)),
+        }
         keys.append(key(f"LoRA ranks {', '.join(inside)}", **dotted))
-    if not bands and any(record.fro > 0 and resolved_rank(record) < len(record.s) for record in records):
+    if not bands and any(
+        record.fro > 0 and resolved_rank(record) < len(record.s) for record in records
+    ):
         keys.append(key("beyond the signal rank: rounding", color=FLOOR, lw=1.5 * style.line))
     return keys
 
@@ -256,20 +324,30 @@ def make_page(series: Sequence[Series[Spectrum]], style: PageStyle, options: Opt
     records = tuple(record for item in series for record in item.records)
     if len(metrics := dict.fromkeys(record.metric for record in records)) > 1:
         names = " and ".join(METRIC_NAMES[metric] for metric in metrics)
-        raise UndrawableError(f"singular values in {names} have no common axis; draw them separately")
+        raise UndrawableError(
+            f"singular values in {names} have no common axis; draw them separately"
+        )
     title = f"Singular values σᵢ of {changes_of(records)}, in descending order"
-    keys = [key("noise edge of the files' rounding", **_make_edge_style(style))] if _list_edges(records) else []
+    keys = (
+        [key("noise edge of the files' rounding", **_make_edge_style(style))]
+        if _list_edges(records)
+        else []
+    )
     return _make_multiples(series, SIGMA, style, options.per, title, ("index i", "σᵢ"), keys=keys)
 
 
-def _finish_energy(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:
+def _finish_energy(
+    ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]
+) -> None:
     """Set the y axis of energy fractions."""
     ax.set_ylim(0, 1.03)
     set_fraction_ticks(ax.yaxis)
     ax.set_yticks([0.25, 0.75], minor=True)
 
 
-def _finish_sigma(ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]) -> None:
+def _finish_sigma(
+    ax: Axes, style: PageStyle, records: Sequence[Spectrum], all_records: Sequence[Spectrum]
+) -> None:
     """Set the y axis of singular values, and mark the median edge of the files' rounding noise."""
     ax.set_yscale("log", nonpositive="mask")
     ax.yaxis.set_major_formatter(log_label)
@@ -284,8 +362,12 @@ DECADES = 7
 
 
 def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
-    """Return the limits of the y axis: around all resolved values and near noise edges, ``DECADES`` at most."""
-    resolved = [value for record in records for value in record.s[: resolved_rank(record)] if value > 0]
+    """Return the limits of the y axis: around all resolved values and near noise edges, ``DECADES``
+    at most.
+    """
+    resolved = [
+        value for record in records for value in record.s[: resolved_rank(record)] if value > 0
+    ]
     values = resolved or [value for record in records for value in record.s if value > 0] or [1.0]
     low, high = min(values), max(values)
     near = [edge for edge in _list_edges(records) if edge > low / 3]
@@ -295,7 +377,11 @@ def _compute_limits(records: Sequence[Spectrum]) -> tuple[float, float]:
 
 def _list_edges(records: Sequence[Spectrum]) -> list[float]:
     """Return the noise edges of the nonzero updates that have one."""
-    return [record.resolution.edge for record in records if record.fro > 0 and record.resolution.edge > 0]
+    return [
+        record.resolution.edge
+        for record in records
+        if record.fro > 0 and record.resolution.edge > 0
+    ]
 
 
 def _make_edge_style(style: PageStyle) -> dict[str, Any]:
@@ -303,5 +389,9 @@ def _make_edge_style(style: PageStyle) -> dict[str, Any]:
     return {"color": INK, "lw": 0.8 * style.line, "ls": (0, (5, 2))}
 
 
-ENERGY = Quantity(lambda record: energy_curve(np.array(record.s), record.fro, record.complete), 1.0, _finish_energy)
+ENERGY = Quantity(
+    lambda record: energy_curve(np.array(record.s), record.fro, record.complete),
+    1.0,
+    _finish_energy,
+)
 SIGMA = Quantity(lambda record: np.array(record.s), 0.0, _finish_sigma)

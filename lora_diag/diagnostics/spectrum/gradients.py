@@ -1,4 +1,6 @@
-"""``spectrum --gradients``: the spectrum of a layer's gradients of all steps, before any update exists."""
+"""``spectrum --gradients``: the spectrum of a layer's gradients of all steps, before any update
+exists.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,14 @@ OTHER_GRAM_UP_TO = 4096
 
 
 class _NotFiniteError(Exception):
-    """An entry of a gradient is not finite, or a norm or the spacing overflows; the message says which."""
+    """An entry of a gradient is not finite, or a norm or the spacing overflows; the message says
+    which.
+    """
 
 
 def max_bytes(history: History) -> int:
-    """Return an upper bound of the memory of a layer in bytes: one gradient, and the largest Gram matrix computed.
+    """Return an upper bound of the memory of a layer in bytes: one gradient, and the largest Gram
+    matrix computed.
 
     Example:
         >>> round(max_bytes(History("w", (4096, 4096), ())) / 2**20)
@@ -51,17 +56,19 @@ def max_bytes(history: History) -> int:
 def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spectrum | LeftOut]:
     """Measure the spectrum of the gradients of one layer.
 
-    ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients concatenated horizontally, [G_1 G_2 …], and vertically,
-    [G_1; G_2; …]. C(r) of the first is the fraction of Σ‖G_t‖² in the best r-dimensional column space common to all
-    steps, C(r) of the second that in the best row space.
+    ΣG_tG_tᵀ and ΣG_tᵀG_t are the Gram matrices of the gradients concatenated horizontally, [G_1 G_2
+    …], and vertically, [G_1; G_2; …]. C(r) of the first is the fraction of Σ‖G_t‖² in the best
+    r-dimensional column space common to all steps, C(r) of the second that in the best row space.
 
     Args:
         history: The layer's gradients.
         settings: Settings of the measurement; ``method``, ``tol`` and ``seed`` are not used.
 
     Returns:
-        The spectrum of the smaller side, with the energy fractions and ranks of the other if that is small enough or
-        there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or spacing overflows.
+        The spectrum of the smaller side, with the energy fractions and ranks of the other if that
+            is small enough or
+        there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or
+            spacing overflows.
 
     Raises:
         InputError: A file could not be read.
@@ -73,15 +80,23 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
             partial(_compute, history, settings), resolve_device(settings.device)
         )
     except _NotFiniteError as error:
-        return (LeftOut(layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error)),)
+        return (
+            LeftOut(
+                layer=history.layer, shape=history.shape, reason="non_finite", detail=str(error)
+            ),
+        )
     noise = noise_of(mix_profiles([(1 / 12, spacing.profile)], _stacked_shape(history)), 1)
     edge = max(noise.edge, rounding_threshold(smaller))
     rounding_fro = math.sqrt(spacing.squares) / 2
-    file_resolution = make_resolution(smaller.s.numpy(), smaller.fro, smaller.complete, rounding_fro, noise.fro, edge)
+    file_resolution = make_resolution(
+        smaller.s.numpy(), smaller.fro, smaller.complete, rounding_fro, noise.fro, edge
+    )
 
     def make_record(factors: Factors) -> Spectrum:
         dtypes = (None, "/".join(history.dtypes))
-        return record_of(history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution)
+        return record_of(
+            history.layer, history.shape, dtypes, None, factors, settings.ranks, file_resolution
+        )
 
     method = f"{smaller.method} of {len(history.snapshots)} gradients{fallback}"
     other = make_record(larger) if larger is not None else None
@@ -98,18 +113,23 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 def _compute(
     history: History, settings: SpectrumSettings, device: torch.device
 ) -> tuple[Factors, Factors | None, Spacing]:
-    """Return the spectra of the smaller side and, if it is small enough, of the larger, and the spacing of the files.
+    """Return the spectra of the smaller side and, if it is small enough, of the larger, and the
+    spacing of the files.
 
-    The gradients are read once for each side: two concurrent Gram matrices would take twice the memory. A single
-    gradient has the same spectrum on both sides, and is read once.
+    The gradients are read once for each side: two concurrent Gram matrices would take twice the
+    memory. A single gradient has the same spectrum on both sides, and is read once.
 
     Raises:
         MemoryLimitError: A gradient and its Gram matrix do not fit.
         _NotFiniteError: An entry is not finite, or a norm or the spacing overflows.
     """
-    if settings.memory is not None and device.type == "cpu":  # the limit applies to memory of the host
+    if (
+        settings.memory is not None and device.type == "cpu"
+    ):  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
-        require_memory(max_bytes(history), settings.memory, history.shape, description, "--exclude it")
+        require_memory(
+            max_bytes(history), settings.memory, history.shape, description, "--exclude it"
+        )
     spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
     smaller = decompose_stack(_read_gradients(history, device, left, spacing), settings.top)
@@ -126,7 +146,8 @@ def _compute(
 def _read_gradients(
     history: History, device: torch.device, transposed: bool, spacing: Spacing | None
 ) -> Iterator[Tensor]:
-    """Yield G_t, or its transpose, step by step; add the spacing of the stored values to ``spacing``, if given.
+    """Yield G_t, or its transpose, step by step; add the spacing of the stored values to
+    ``spacing``, if given.
 
     Raises:
         _NotFiniteError: An entry is not finite, or the norm of a block of rows overflows.
@@ -139,7 +160,10 @@ def _read_gradients(
         for stored in snapshot.blocks(history.shape):
             block = move(stored, device)
             if not math.isfinite(norm([block])):
-                problem = first_non_finite("the gradient holds", block, row) or "the norm of the gradient overflows"
+                problem = (
+                    first_non_finite("the gradient holds", block, row)
+                    or "the norm of the gradient overflows"
+                )
                 raise _NotFiniteError(f"step {snapshot.step}: {problem}")
             if gradient is None:
                 gradient = torch.empty(history.shape, dtype=block.dtype, device=device)
@@ -153,31 +177,42 @@ def _read_gradients(
 
 
 def _stacked_shape(history: History) -> tuple[int, int]:
-    """Return the shape of the gradients concatenated vertically, or horizontally if they are wider than tall."""
+    """Return the shape of the gradients concatenated vertically, or horizontally if they are wider
+    than tall.
+    """
     (rows, columns), steps = history.shape, len(history.snapshots)
     return (rows, columns * steps) if rows < columns else (rows * steps, columns)
 
 
 def gradient_spectrum(
-    run: LayerRun, base: Path | str | None, gradients: Sequence[Path | str], settings: SpectrumSettings
+    run: LayerRun,
+    base: Path | str | None,
+    gradients: Sequence[Path | str],
+    settings: SpectrumSettings,
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
     Raises:
-        UsageError: The requested method does not apply, a selection is invalid, ``base`` is an adapter or among the
-            gradients, or the output may be neither replaced nor resumed.
-        InputError: An input cannot be read; a snapshot has no valid step, or its step or shapes contradict those of
-            another; or the results file cannot be written.
+        UsageError: The requested method does not apply, a selection is invalid, ``base`` is an
+            adapter or among the gradients, or the output may be neither replaced nor resumed.
+        InputError: An input cannot be read; a snapshot has no valid step, or its step or shapes
+            contradict those of another; or the results file cannot be written.
         NothingComparedError: No gradient of a matrix exists or is selected.
     """
     if settings.method not in {"auto", "gram"}:
-        raise UsageError(f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or gram")
+        raise UsageError(
+            f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or "
+            "gram"
+        )
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_base(base) if base is not None else None
     folders = {file.path.parent for step in steps for file in step.checkpoint.files}
     if checkpoint is not None and any(file.path.parent in folders for file in checkpoint.files):
-        raise UsageError(f"{base}: is among the gradients; repeat --gradients for each file, or give their folder")
+        raise UsageError(
+            f"{base}: is among the gradients; repeat --gradients for each file, or give their "
+            "folder"
+        )
     matrices, unmatched = histories(steps, checkpoint)
     tasks = [history for history in matrices if selected(history.layer)]
     if not tasks:
@@ -185,7 +220,9 @@ def gradient_spectrum(
     unpaired = [tensor for tensor in unmatched if selected(tensor.layer)]
     shapes: dict[str, tuple[int, ...]] = {history.layer: history.shape for history in matrices}
     shapes |= {tensor.layer: tensor.shape for tensor in unmatched}
-    unpaired += [Unpaired.by_selection(name, shape) for name, shape in shapes.items() if not selected(name)]
+    unpaired += [
+        Unpaired.by_selection(name, shape) for name, shape in shapes.items() if not selected(name)
+    ]
     verify = run.options["verify"]
     described = [describe("base", checkpoint, verify=verify)] if checkpoint is not None else []
     return run.over(

@@ -34,45 +34,63 @@ if TYPE_CHECKING:
 
 
 def estimate_bytes(layer: Layer, settings: SpectrumSettings) -> int:
-    """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate before rounding."""
+    """Estimate the memory of measuring a layer in bytes: ΔW, the data metric, and the estimate
+    before rounding.
+    """
     extra_bytes = weighting_bytes(layer.weighting, layer.shape)
     if settings.recover and isinstance(layer.delta, StoredDelta):
         extra_bytes += recovery_bytes(layer.shape)
     return bytes_of(layer.delta, settings.allowance) + extra_bytes
 
 
-def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None) -> Spectrum | LeftOut:
+def spectrum(
+    delta: Delta, settings: SpectrumSettings, weighting: Weighting | None = None
+) -> Spectrum | LeftOut:
     """Measure the spectrum of one ΔW.
 
     Args:
         delta: The layer.
         settings: Settings of the measurement.
-        weighting: Second moments of the layer's input and, for K-FAC, of the gradient by its output; None for the plain
-            metric.
+        weighting: Second moments of the layer's input and, for K-FAC, of the gradient by its
+            output; None for the plain metric.
 
     Returns:
         The spectrum, or, if ΔW is not finite, a ``left_out`` record with the reason.
 
     Raises:
-        InputError: A file could not be read, a second moment is invalid, or the decomposition did not converge.
+        InputError: A file could not be read, a second moment is invalid, or the decomposition did
+            not converge.
         MemoryLimitError: The layer does not fit.
-        UsageError: The method or the device is unknown, the device is not available, or ``top`` or ``tol`` is invalid.
+        UsageError: The method or the device is unknown, the device is not available, or ``top`` or
+            ``tol`` is invalid.
     """
     compute = partial(_compute, delta, settings, weighting)
-    (change, factors, weighted), fallback = compute_on_device(compute, resolve_device(settings.device))
+    (change, factors, weighted), fallback = compute_on_device(
+        compute, resolve_device(settings.device)
+    )
     if factors is None:
         return not_finite(delta, change.non_finite or "")
     factors = replace(factors, method=factors.method + fallback)
     file_resolution = resolution(change.rounding, factors, weighted.gains if weighted else None)
     record = record_of(
-        delta.layer, delta.shape, delta.dtypes, change.base_fro, factors, settings.ranks, file_resolution
+        delta.layer,
+        delta.shape,
+        delta.dtypes,
+        change.base_fro,
+        factors,
+        settings.ranks,
+        file_resolution,
     )
     record = record.model_copy(update={"cosine_to_base": change.cosine_to_base})
-    is_hidden = file_resolution.verdict != "resolved" and record.fro > 0 and record.lineage != "unrelated"
+    is_hidden = (
+        file_resolution.verdict != "resolved" and record.fro > 0 and record.lineage != "unrelated"
+    )
     if settings.recover and isinstance(delta, StoredDelta) and is_hidden:
         hidden, note = _estimate_hidden(delta, record.fro, settings)
         record = append_note(record.model_copy(update={"hidden": hidden}), "" if fallback else note)
-    record = record.model_copy(update={"blocks": change.row_blocks, "base_sigma": change.base_sigma})
+    record = record.model_copy(
+        update={"blocks": change.row_blocks, "base_sigma": change.base_sigma}
+    )
     if record.lineage == "unrelated":
         record = record.without_ranks()
     if weighted is None or weighting is None:
@@ -81,8 +99,11 @@ def spectrum(delta: Delta, settings: SpectrumSettings, weighting: Weighting | No
     return record.model_copy(update={"metric": metric, "weights_fro": weighted.plain_fro})
 
 
-def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings) -> tuple[Hidden, str]:
-    """Return the estimate of the update before rounding by its cells, and the note of ``compute_on_device``.
+def _estimate_hidden(
+    delta: StoredDelta, fro: float, settings: SpectrumSettings
+) -> tuple[Hidden, str]:
+    """Return the estimate of the update before rounding by its cells, and the note of
+    ``compute_on_device``.
 
     If the cells do not fit into memory, the estimate is refused.
     """
@@ -90,7 +111,9 @@ def _estimate_hidden(delta: StoredDelta, fro: float, settings: SpectrumSettings)
         check_cell_memory(delta.shape, settings.memory)
     except MemoryLimitError as error:
         return Hidden(status="refused", reason=str(error), unchanged=0.0), ""
-    compute = partial(recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory)
+    compute = partial(
+        recover_layer, delta, fro, settings.ranks, settings.seed, memory=settings.memory
+    )
     recovered, note = compute_on_device(compute, resolve_device(settings.device))
     return recovered.hidden, note
 
@@ -104,7 +127,9 @@ def _compute(
     """
     allowance = settings.allowance
     if allowance is not None and weighting is not None:
-        allowance = replace(allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape))
+        allowance = replace(
+            allowance, limit=allowance.limit - weighting_bytes(weighting, delta.shape)
+        )
     largest = LargestValue(delta.shape)
     change, weighted = load_change(delta, device, allowance=allowance, on_base=largest.add), None
     if change.non_finite is not None:

@@ -8,18 +8,42 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
-from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Record, Share, Shown, value_at
-from lora_diag.records.vocabulary import METRIC_NAMES, NORMS, Hidden, Metric, Resolution, Tail, metric_of, noise_mark
+from lora_diag.records.base import (
+    SHAPE,
+    Count,
+    Guard,
+    LayerRecord,
+    Norm,
+    Record,
+    Share,
+    Shown,
+    value_at,
+)
+from lora_diag.records.vocabulary import (
+    METRIC_NAMES,
+    NORMS,
+    Hidden,
+    Metric,
+    Resolution,
+    Tail,
+    metric_of,
+    noise_mark,
+)
 from lora_diag.rendering.text import median_rank, shade
 
 
 def usual_ranks(ranks: Sequence[int]) -> list[int]:
-    """Return the ranks whose C(r) is shown first: any of 8, 16 and 64; without these, the first, middle and last."""
-    return [rank for rank in ranks if rank in {8, 16, 64}] or sorted({ranks[0], ranks[len(ranks) // 2], ranks[-1]})
+    """Return the ranks whose C(r) is shown first: any of 8, 16 and 64; without these, the first,
+    middle and last.
+    """
+    return [rank for rank in ranks if rank in {8, 16, 64}] or sorted(
+        {ranks[0], ranks[len(ranks) // 2], ranks[-1]}
+    )
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str | None]:
-    """Return a function that returns the upper median of layers' ranks as text; null counts as larger than any.
+    """Return a function that returns the upper median of layers' ranks as text; null counts as
+    larger than any.
 
     Unrelated layers do not count; None without others.
     """
@@ -28,7 +52,9 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str | None]:
         related = [record for record in records if record.lineage != "unrelated"]
         if not related:
             return None
-        return median_rank([value_at(record, path) for record in related], max(len(record.s) for record in related))
+        return median_rank(
+            [value_at(record, path) for record in related], max(len(record.s) for record in related)
+        )
 
     return pool
 
@@ -38,9 +64,10 @@ class Stack(Record):
 
     Args:
         steps: The steps t.
-        side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` if of ΣG_tG_tᵀ
-            (out × out): the smaller of the two.
-        other_energy: Energy fractions of the other side; null if not computed. With one step both sides are equal.
+        side: ``right`` if ``s`` are the roots of the eigenvalues of ΣG_tᵀG_t (in × in), ``left`` if
+            of ΣG_tG_tᵀ (out × out): the smaller of the two.
+        other_energy: Energy fractions of the other side; null if not computed. With one step both
+            sides are equal.
         other_rank_at: Ranks at the thresholds of the other side; null likewise.
     """
 
@@ -51,43 +78,52 @@ class Stack(Record):
 
 
 class Spectrum(Lineage, LayerRecord):
-    """The singular values of one ΔW and derived quantities; of ΔW·C^½ or G^½·ΔW·C^½ in another ``metric``.
+    """The singular values of one ΔW and derived quantities; of ΔW·C^½ or G^½·ΔW·C^½ in another
+    ``metric``.
 
-    Where TUNED is unrelated to BASE (``lineage``), ΔW is no update: ``energy``, ``rank_at``, ``tail``, ``stable_rank``
-    and ``effective_rank`` are null.
+    Where TUNED is unrelated to BASE (``lineage``), ΔW is no update: ``energy``, ``rank_at``,
+    ``tail``, ``stable_rank`` and ``effective_rank`` are null.
 
     Args:
         layer: The weight's name in BASE; one matrix of a stack is ``name[3]``.
         shape: ``(out, in)``.
-        dtypes: Dtypes in which base and tuned are read; of an adapter: that of the base (null without one) and the
-            stored one of its factors; of gradients: null and theirs; of a sum of updates: null and that of the sum.
+        dtypes: Dtypes in which base and tuned are read; of an adapter: that of the base (null
+            without one) and the stored one of its factors; of gradients: null and theirs; of a sum
+            of updates: null and that of the sum.
         fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients and sums of updates.
+        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients and sums
+            of updates.
         s: Singular values of ΔW, descending, to 9 significant digits.
-        complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an adapter's r).
+        complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an
+            adapter's r).
         method: Method of the computation, such as ``gram`` or ``exact``.
-        energy_error: Bound on the absolute error of every energy fraction in this record, including the digits of
-            ``s``, for ΔW as subtracted: in float32, unless a file is float64, which adds at most 2.4e-7.
-        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and, unless ``complete``, for r
-            beyond the kept values.
-        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the kept values, 0 for a zero update.
+        energy_error: Bound on the absolute error of every energy fraction in this record, including
+            the digits of ``s``, for ΔW as subtracted: in float32, unless a file is float64, which
+            adds at most 2.4e-7.
+        energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F² by r; null for a zero update and, unless ``complete``,
+            for r beyond the kept values.
+        rank_at: Smallest r with C(r) ≥ the threshold; null if it is beyond the kept values, 0 for a
+            zero update.
         tail: Errors of the best rank-r approximation, by r; null if too few values are kept.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an incomplete spectrum.
+        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an
+            incomplete spectrum.
         resolution: Resolution under the rounding of the files.
-        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory limit; null if it
-            fits.
+        blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
+            limit; null if it fits.
         source: ``update``; or ``gradients`` if ΔW is the stacked gradients of all steps.
         stack: The stacked gradients; null for an update.
-        metric: Definition of energy. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C = E[xxᵀ] of the
-            layer's input, the mean square of what the update changes in the layer's output. ``kfac``: ‖G^½·ΔW·C^½‖_F²
-            with G = E[ggᵀ] of the loss's gradient by that output. All fields are in this metric: s, fro, base_fro
-            (‖W_base·C^½‖_F), tail and the norms of ``resolution``.
-        hidden: The update before rounding, estimated from rounding cells; null where it was not requested, where
-            the files resolve ΔW, for a zero update, and for an adapter.
+        metric: Definition of energy. ``weights``: ‖ΔW‖_F². ``data``: E‖ΔW x‖² = ‖ΔW·C^½‖_F² with C
+            = E[xxᵀ] of the layer's input, the mean square of what the update changes in the layer's
+            output. ``kfac``: ‖G^½·ΔW·C^½‖_F² with G = E[ggᵀ] of the loss's gradient by that output.
+            All fields are in this metric: s, fro, base_fro (‖W_base·C^½‖_F), tail and the norms of
+            ``resolution``.
+        hidden: The update before rounding, estimated from rounding cells; null where it was not
+            requested, where the files resolve ΔW, for a zero update, and for an adapter.
         weights_fro: ‖ΔW‖_F if ``metric`` is not ``weights``; else null.
-        base_sigma: Certified lower bound of σ_1(W_base), which is not decomposed: the largest of ‖W_base‖_F/√min(m, n)
-            and of power steps over one pass. Null without a base, if it is zero, and in another metric.
+        base_sigma: Certified lower bound of σ_1(W_base), which is not decomposed: the largest of
+            ‖W_base‖_F/√min(m, n) and of power steps over one pass. Null without a base, if it is
+            zero, and in another metric.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -125,7 +161,9 @@ class Spectrum(Lineage, LayerRecord):
             main=True,
             pool=_pool_ranks("resolution.signal_rank"),
             drop=3,
-            mark=lambda records: noise_mark(record.resolution.verdict for record in records if record.fro > 0),
+            mark=lambda records: noise_mark(
+                record.resolution.verdict for record in records if record.fro > 0
+            ),
         ),
         Shown(
             "relative_estimate",
@@ -137,13 +175,15 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "hidden.rank_at_estimate.0.9",
             "r@90% before",
-            "smallest rank whose estimated directions carry 90% of the energy before rounding; empty if they do not",
+            "smallest rank whose estimated directions carry 90% of the energy before rounding; "
+            "empty if they do not",
             axis="estimated rank at 90% of the energy before rounding",
         ),
         Shown(
             "hidden.directions",
             "directions",
-            "directions before rounding that the rounding cells resolve: a second estimate of the signal rank",
+            "directions before rounding that the rounding cells resolve: a second estimate of the "
+            "signal rank",
             drop=5,
             head="dirs.",
             terminal=True,
@@ -195,7 +235,13 @@ class Spectrum(Lineage, LayerRecord):
             axis="fraction of unchanged entries",
             share=True,
         ),
-        Shown("resolution.verdict", "files", "whether the files resolve this update", main=True, terminal=False),
+        Shown(
+            "resolution.verdict",
+            "files",
+            "whether the files resolve this update",
+            main=True,
+            terminal=False,
+        ),
         Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
         Shown(
             "resolution.edge",
@@ -206,13 +252,22 @@ class Spectrum(Lineage, LayerRecord):
         COSINE_TO_BASE,
     )
     guards: ClassVar[tuple[Guard, ...]] = (
-        Guard("relative", "higher", "the weight change is larger than before: check scaling and learning rate"),
+        Guard(
+            "relative",
+            "higher",
+            "the weight change is larger than before: check scaling and learning rate",
+        ),
         Guard(
             "rank_at.0.9",
             "higher",
-            "the update needs more rank than before: an adapter of the usual rank misses more of it",
+            "the update needs more rank than before: an adapter of the usual rank misses more "
+            "of it",
         ),
-        Guard("spike", "higher", "one direction has more of the update than before: check for divergence"),
+        Guard(
+            "spike",
+            "higher",
+            "one direction has more of the update than before: check for divergence",
+        ),
     )
     record: Literal["spectrum"] = "spectrum"
     layer: str
@@ -242,21 +297,31 @@ class Spectrum(Lineage, LayerRecord):
     def check_settings(cls, settings: Mapping[str, Any]) -> str | None:
         """Return why the settings of a run of ``spectrum`` are invalid; None if they are valid."""
         ranks = settings.get("ranks")
-        if not isinstance(ranks, list) or not ranks or not all(type(r) is int and r > 0 for r in ranks):
+        if (
+            not isinstance(ranks, list)
+            or not ranks
+            or not all(type(r) is int and r > 0 for r in ranks)
+        ):
             return "settings.ranks must be a list of ranks"
         return None
 
     def check(self, settings: Mapping[str, Any]) -> str | None:
-        """Return the path of the first missing value at a rank or threshold; None if there is none."""
+        """Return the path of the first missing value at a rank or threshold; None if
+        there is none.
+        """
         requested = [str(rank) for rank in settings.get("ranks", [])]
         missing = [f"energy.{r}" for r in requested if r not in self.energy]
         missing += [f"tail.{r}" for r in requested if r not in self.tail]
-        missing += [f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at]
+        missing += [
+            f"rank_at.{share}" for share in ("0.9", "0.95", "0.99") if share not in self.rank_at
+        ]
         return missing[0] if missing else None
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
-        """Return how a run's records are shown, with C(r) at the run's ranks and the norms of its metric."""
+        """Return how a run's records are shown, with C(r) at the run's ranks and the norms of its
+        metric.
+        """
         metric = metric_of(records)
         update, weights = NORMS[metric]
         of = "" if metric == "weights" else f", in {METRIC_NAMES[metric]}: {update}"
@@ -266,7 +331,8 @@ class Spectrum(Lineage, LayerRecord):
             Shown(
                 f"energy.{rank}",
                 f"C({rank})",
-                f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of a rank-{rank} "
+                f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
+                f"a rank-{rank} "
                 f"update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,
@@ -290,7 +356,9 @@ class Spectrum(Lineage, LayerRecord):
             for field in cls.shown
             if field.path != "relative" or not any(record.stack for record in records)
         ]
-        index = next(position for position, field in enumerate(columns) if field.path == "rank_at.0.9")
+        index = next(
+            position for position, field in enumerate(columns) if field.path == "rank_at.0.9"
+        )
         return (*columns[:index], *energies, *columns[index:])
 
     @property
@@ -300,23 +368,33 @@ class Spectrum(Lineage, LayerRecord):
 
     @property
     def relative_estimate(self) -> float | None:
-        """‖X‖ / ‖W_base‖ of the update before rounding; None where that was not estimated, or the base is zero."""
+        """‖X‖ / ‖W_base‖ of the update before rounding; None where that was not estimated, or the
+        base is zero.
+        """
         if self.hidden is None or self.hidden.fro_estimate is None or not self.base_fro:
             return None
         return self.hidden.fro_estimate / self.base_fro
 
     def without_ranks(self) -> Spectrum:
         """Return the spectrum of an unrelated weight: without energy fractions and ranks."""
-        tables = {name: dict.fromkeys(getattr(self, name)) for name in ("energy", "rank_at", "tail")}
+        tables = {
+            name: dict.fromkeys(getattr(self, name)) for name in ("energy", "rank_at", "tail")
+        }
         return self.model_copy(update={**tables, "stable_rank": None, "effective_rank": None})
 
     def before_rounding(self) -> Spectrum:
-        """Return the spectrum of the estimated update before rounding; without an estimate, this spectrum.
+        """Return the spectrum of the estimated update before rounding; without an estimate, this
+        spectrum.
 
         Its values are those of the directions that the cells resolve, so it is not complete.
         """
         hidden = self.hidden
-        if hidden is None or hidden.status != "recovered" or not hidden.values_estimate or not hidden.fro_estimate:
+        if (
+            hidden is None
+            or hidden.status != "recovered"
+            or not hidden.values_estimate
+            or not hidden.fro_estimate
+        ):
             return self
         values = hidden.values_estimate
         resolution = self.resolution.model_copy(update={"signal_rank": len(values)})
@@ -330,12 +408,19 @@ class Spectrum(Lineage, LayerRecord):
 
     @property
     def sigma_to_base(self) -> float | None:
-        """Certified upper bound of σ_1(ΔW) / σ_1(W_base), with ``base_sigma``; None without it or a value of ΔW."""
+        """Certified upper bound of σ_1(ΔW) / σ_1(W_base), with ``base_sigma``; None without it or a
+        value of ΔW.
+        """
         if not self.base_sigma or not self.s:
             return None
-        return min(self.fro, math.sqrt(self.s[0] ** 2 + self.energy_error * self.fro**2)) / self.base_sigma
+        return (
+            min(self.fro, math.sqrt(self.s[0] ** 2 + self.energy_error * self.fro**2))
+            / self.base_sigma
+        )
 
     @property
     def spike_to_base(self) -> float | None:
-        """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base or if it is zero."""
+        """σ_1(ΔW) / ‖W_base‖_F, a lower bound of σ_1(ΔW) / σ_1(W_base); None without a base or if
+        it is zero.
+        """
         return self.s[0] / self.base_fro if self.base_fro and self.s else None

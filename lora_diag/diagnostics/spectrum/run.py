@@ -10,10 +10,21 @@ from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Pairing, Unpaired, footprint
 from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.diagnostics.spectrum.values import Layer, SpectrumSettings, is_quick, is_thin, thin_spectrum
+from lora_diag.diagnostics.spectrum.values import (
+    Layer,
+    SpectrumSettings,
+    is_quick,
+    is_thin,
+    thin_spectrum,
+)
 from lora_diag.errors import UsageError
 from lora_diag.records import LeftOut, Results
-from lora_diag.running.inputs import NEEDS_ACTIVATIONS, SecondMoments, refuse_without_rounding, second_moments
+from lora_diag.running.inputs import (
+    NEEDS_ACTIVATIONS,
+    SecondMoments,
+    refuse_without_rounding,
+    second_moments,
+)
 from lora_diag.running.layers import LayerRun, check_ranks
 from lora_diag.running.options import show_options
 
@@ -26,21 +37,24 @@ def spectrum(
 ) -> Results[Spectrum]:
     r"""Measure the spectrum of ΔW = W_tuned − W_base for every matrix that both checkpoints have.
 
-    Layers are measured concurrently, as far as cores and memory permit; by default one by one if they are small factors
-    of a local adapter.
+    Layers are measured concurrently, as far as cores and memory permit; by default one by one if
+    they are small factors of a local adapter.
 
     Args:
-        base: Base checkpoint: a file, a folder, or a shard index; or an adapter to be measured alone. None only with
+        base: Base checkpoint: a file, a folder, or a shard index; or an adapter to be measured
+            alone. None only with ``gradients``.
+        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter, and with
             ``gradients``.
-        tuned: Fine-tuned checkpoint, or an adapter; None if ``base`` is an adapter, and with ``gradients``.
-        gradients: Snapshots as in ``overlap``. The spectrum is then that of the stacked gradients of all steps, a
-            first-order estimate before any update exists. ``base`` only gives the names.
-        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations`` records them. Singular
-            values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers without C are skipped. None for the norm of
-            the weights.
-        kfac: Also weigh the output side: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the same file.
-        recover: Estimate size, energy curve and ranks of the update before rounding, as ``recover`` does, in layers
-            whose files do not resolve it; in the field ``hidden``.
+        gradients: Snapshots as in ``overlap``. The spectrum is then that of the stacked gradients
+            of all steps, a first-order estimate before any update exists. ``base`` only gives the
+            names.
+        activations: Second moments C = E[xxᵀ] of the layers' inputs, as ``probe_activations``
+            records them. Singular values are then those of ΔW·C^½, energies E‖ΔW x‖², and layers
+            without C are skipped. None for the norm of the weights.
+        kfac: Also weigh the output side: G^½·ΔW·C^½ with G = E[ggᵀ] of the output gradients in the
+            same file.
+        recover: Estimate size, energy curve and ranks of the update before rounding, as ``recover``
+            does, in layers whose files do not resolve it; in the field ``hidden``.
         ranks: Ranks r of C(r) and the truncation errors.
         top: Number of largest singular values to keep; None for all.
         **options: ``SpectrumOptions``.
@@ -49,11 +63,12 @@ def spectrum(
         All records of the run. Tensors that are not measured are in ``left_out``, with the reason.
 
     Raises:
-        UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` may be neither replaced
-            nor resumed.
-        InputError: An input cannot be read or does not fit another, or the results file cannot be written.
-        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix is, with
-            ``activations`` or ``gradients``.
+        UsageError: An option is invalid, inputs and options cannot be combined, or ``output`` may
+            be neither replaced nor resumed.
+        InputError: An input cannot be read or does not fit another, or the results file cannot be
+            written.
+        NothingComparedError: The sides have no weight in common, or none is selected; or no matrix
+            is, with ``activations`` or ``gradients``.
 
     Example:
         >>> base, tuned = "sample_checkpoints/base", "sample_checkpoints/full_ft"
@@ -65,7 +80,9 @@ def spectrum(
     gradients, activations, kfac, recover, top = (
         run.options[name] for name in ("gradients", "activations", "kfac", "recover", "top")
     )
-    settings = run.settings(SpectrumSettings, ranks=check_ranks(run.options["ranks"]), top=top, recover=recover)
+    settings = run.settings(
+        SpectrumSettings, ranks=check_ranks(run.options["ranks"]), top=top, recover=recover
+    )
     defaults = SpectrumSettings()
     if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
         from lora_diag.linalg.methods import check_request  # deferred: imports torch
@@ -110,12 +127,21 @@ def spectrum(
     )
 
 
-# What each input or option needs, or excludes (with a minus sign); the first that does not hold is the error.
+# What each input or option needs, or excludes (with a minus sign); the first that does not hold is
+# the error.
 _INPUTS = (
     ("kfac", "activations", NEEDS_ACTIVATIONS),
-    ("recover", "-activations", "--recover: estimates an update in the weights' metric; remove --activations"),
+    (
+        "recover",
+        "-activations",
+        "--recover: estimates an update in the weights' metric; remove --activations",
+    ),
     *(
-        ("gradients", f"-{name}", f"--{name.replace('_', '-')}: applies to an update, not to --gradients; remove one")
+        (
+            "gradients",
+            f"-{name}",
+            f"--{name.replace('_', '-')}: applies to an update, not to --gradients; remove one",
+        )
         for name in ("recover", "activations", "alpha", "alpha_is_rank", "allow_unmatched")
     ),
     (
@@ -123,8 +149,16 @@ _INPUTS = (
         "-tuned",
         "--gradients: cannot be combined with TUNED; give BASE alone, and of files their folder",
     ),
-    ("-gradients", "base", "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone"),
-    ("activations", "tuned", "--activations: needs BASE to identify the layers; give it before the adapter"),
+    (
+        "-gradients",
+        "base",
+        "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone",
+    ),
+    (
+        "activations",
+        "tuned",
+        "--activations: needs BASE to identify the layers; give it before the adapter",
+    ),
 )
 
 
@@ -147,8 +181,11 @@ def _check_inputs(values: Mapping[str, object]) -> None:
             raise UsageError(message)
 
 
-def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: bool) -> tuple[Pairing, list[Layer]]:
-    """Return the pairing with matrices without second moments unpaired, and the others with their weighting.
+def _split_by_moments(
+    pairing: Pairing, moments: SecondMoments | None, kfac: bool
+) -> tuple[Pairing, list[Layer]]:
+    """Return the pairing with matrices without second moments unpaired, and the others with their
+    weighting.
 
     Without ``moments``, the pairing is unchanged, and all matrices are returned without weighting.
     """
@@ -158,7 +195,9 @@ def _split_by_moments(pairing: Pairing, moments: SecondMoments | None, kfac: boo
     layers = [Layer(delta, moments.weighting(delta.layer, kfac)) for delta in matrices]
     needed = "second moment of its input" + (" and of its output's gradient" if kfac else "")
     missing = {
-        layer.layer: Unpaired(layer.layer, layer.shape, "no_activations", f"the file has no {needed}")
+        layer.layer: Unpaired(
+            layer.layer, layer.shape, "no_activations", f"the file has no {needed}"
+        )
         for layer in layers
         if layer.weighting is None
     }
@@ -171,7 +210,9 @@ def _measure_layer(layer: Layer, settings: SpectrumSettings) -> tuple[Spectrum |
     """Return the record of a layer; torch is imported only if NumPy alone cannot measure it."""
     if is_thin(layer, settings) and (record := thin_spectrum(layer, settings)) is not None:
         return (record,)
-    from lora_diag.diagnostics.spectrum.measure import spectrum as measure  # deferred: imports torch
+    from lora_diag.diagnostics.spectrum.measure import (
+        spectrum as measure,
+    )  # deferred: imports torch
 
     return (measure(layer.delta, settings, layer.weighting),)
 

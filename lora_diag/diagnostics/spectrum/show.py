@@ -1,7 +1,7 @@
 """Terminal output of ``spectrum``: a table by module type or layer, and a summary.
 
-The summary states the rank needed, the resolution by the files, the update before rounding, and the size of the change;
-of gradients, how far their spectrum predicts that of an update.
+The summary states the rank needed, the resolution by the files, the update before rounding, and the
+size of the change; of gradients, how far their spectrum predicts that of an update.
 """
 
 from __future__ import annotations
@@ -30,16 +30,28 @@ from lora_diag.rendering.statements import (
     summarize,
 )
 from lora_diag.rendering.tables import WIDE, Column, grid_of, grids_table, rows_of
-from lora_diag.rendering.text import median_rank, number, percent, quantity, short, span, spark, strip
+from lora_diag.rendering.text import (
+    median_rank,
+    number,
+    percent,
+    quantity,
+    short,
+    span,
+    spark,
+    strip,
+)
 
-# Fraction of entries left unchanged by rounding from which recover is suggested: at a third the recovered checkpoint
-# has the loss of the stored one, at 54 to 56% it keeps 22 points more of the gain on one model and 0.7 fewer on
-# another, at 66% 26 more, at 89% three times as much (docs/reference/recover.md).
+# Fraction of entries left unchanged by rounding from which recover is suggested: at a third the
+# recovered checkpoint has the loss of the stored one, at 54 to 56% it keeps 22 points more of the
+# gain on one model and 0.7 fewer on another, at 66% 26 more, at 89% three times as much
+# (docs/reference/recover.md).
 HIDDEN_FRACTION = 0.5
 
 
 def _needs_recovery(record: Spectrum) -> bool:
-    """Return whether rounding undid the change of at least half of a layer's entries, and ``recover`` was not run."""
+    """Return whether rounding undid the change of at least half of a layer's entries, and
+    ``recover`` was not run.
+    """
     resolution = record.resolution
     hidden_fraction = (resolution.unchanged or 0.0) - (resolution.untouched or 0.0)
     is_rounded = resolution.verdict != "resolved" and hidden_fraction >= HIDDEN_FRACTION
@@ -47,7 +59,9 @@ def _needs_recovery(record: Spectrum) -> bool:
 
 
 def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step after no update, NaN or Inf, an adapter, a hidden update, or another metric; else None."""
+    """Return the next step after no update, NaN or Inf, an adapter, a hidden update, or another
+    metric; else None.
+    """
     changed = _select_changed(results)
     if not changed or (values["tuned"] is not None and is_unrelated(results)):
         return Hint("inspect {tuned}", "what this checkpoint holds")
@@ -57,20 +71,37 @@ def suggest_next(results: Results[Spectrum], values: Mapping[str, Any]) -> Hint 
         return Hint(f"spectrum {base}EARLIER_CHECKPOINT{selection}", "this one holds NaN or Inf")
     if any(side.role == "adapter" for side in results.run.inputs):
         if values["tuned"] is None:
-            return Hint(f"portability {{base}}{selection}", "the update that each serving program applies")
-        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss")
+            return Hint(
+                f"portability {{base}}{selection}", "the update that each serving program applies"
+            )
+        return Hint(
+            "probe outputs {base} {tuned} --eval held_out.txt", "what the adapter does to the loss"
+        )
     if 2 * sum(map(_needs_recovery, changed)) > len(changed):
-        return Hint(f"recover {{base}} {{tuned}}{selection}", "estimates the update before rounding")
+        return Hint(
+            f"recover {{base}} {{tuned}}{selection}", "estimates the update before rounding"
+        )
     if values["output"] or values["tuned"] is None:
         return None
     if 2 * sum(record.resolution.verdict == "unresolved" for record in changed) > len(changed):
-        return Hint("probe outputs {base} {tuned} --eval held_out.txt", "what is left of the update in the loss")
-    # Not the rank at 90% of the energy: for the loss it was 50 times too large on a language model (docs/evidence.md).
-    return Hint(f"probe truncation {{base}} {{tuned}}{selection} --eval held_out.txt", "which rank the loss needs")
+        return Hint(
+            "probe outputs {base} {tuned} --eval held_out.txt",
+            "what is left of the update in the loss",
+        )
+    # Not the rank at 90% of the energy: for the loss it was 50 times too large on a language model
+    # (docs/evidence.md).
+    return Hint(
+        f"probe truncation {{base}} {{tuned}}{selection} --eval held_out.txt",
+        "which rank the loss needs",
+    )
 
 
 def spectrum_table(
-    results: Results[Spectrum], width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+    results: Results[Spectrum],
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
 ) -> str:
     """Return the table and the summary of a spectrum run.
 
@@ -78,7 +109,8 @@ def spectrum_table(
         results: The results.
         width: Width of the terminal in columns.
         color: Whether to use ANSI colours, which shade C(r).
-        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row per layer.
+        per: ``type`` for one row per module type (medians over its layers), ``layer`` for one row
+            per layer.
         next_command: The suggested next command, printed last; None without one.
 
     Returns:
@@ -94,29 +126,36 @@ def spectrum_table(
 
 
 def _draw_spark(records: Sequence[Spectrum]) -> str:
-    """Return a drawing of the spectrum of the layer with the median stable rank, over all its values, as text."""
+    """Return a drawing of the spectrum of the layer with the median stable rank, over all its
+    values, as text.
+    """
     record = sorted(records, key=lambda record: record.stable_rank or 0)[len(records) // 2]
     return spark(record.s, len(record.s) if record.complete else min(record.shape), 7)
 
 
-def _make_depth_column(rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int, width: int) -> Column:
+def _make_depth_column(
+    rows: Sequence[tuple[str, Sequence[Spectrum]]], rank: int, width: int
+) -> Column:
     """Return the column that draws C(r) from the first to the last layer of each row."""
     title, bins = (f"C({rank}) by depth", 24) if width >= WIDE else ("by depth", 8)
     cells = tuple(strip([record.energy[str(rank)] for record in group], bins) for _, group in rows)
     return Column(title, cells, "left", drop=5)
 
 
-# Minimum median C(r) of a low-rank update, and of a partly low-rank one; r is 16 if measured. Conventions: the
-# statement has the number.
+# Minimum median C(r) of a low-rank update, and of a partly low-rank one; r is 16 if measured.
+# Conventions: the statement has the number.
 LOW_RANK, PARTLY = 0.9, 0.5
 
-# β of all layers together shows the start if it is within 0.5 of 0 and this many errors from 1, as that of one layer.
-# Simulated (docs/explanation/mathematics.md): right in all 137 of 172 models of 5 or 7 layers that it decided.
+# β of all layers together shows the start if it is within 0.5 of 0 and this many errors from 1, as
+# that of one layer. Simulated (docs/explanation/mathematics.md): right in all 137 of 172 models of
+# 5 or 7 layers that it decided.
 ERRORS = 5
 
 METRICS = {
-    "data": "energies are of the outputs on the activations' text, Σσ² = E‖ΔW x‖², not of the weights",
-    "kfac": "energies estimate the effect on the loss by K-FAC, Σσ² = ‖G^½·ΔW·C^½‖², not that on the weights",
+    "data": "energies are of the outputs on the activations' text, Σσ² = E‖ΔW x‖², not of the "
+    "weights",
+    "kfac": "energies estimate the effect on the loss by K-FAC, Σσ² = ‖G^½·ΔW·C^½‖², not that on "
+    "the weights",
 }
 
 
@@ -138,13 +177,18 @@ def summary_lines(results: Results[Spectrum]) -> list[Statement]:
     elif changed:
         findings += _describe_ranks_needed(related, results.run.settings["ranks"])
     if stacked:
-        text = "compare layers by these ranks; the update itself usually needs a higher rank than its gradients"
+        text = (
+            "compare layers by these ranks; the update itself usually needs a higher rank than "
+            "its gradients"
+        )
         findings.append(make_statement("interpretation", "Interpretation", text))
     else:
         moved = _describe_change(results, changed)
         findings.append(make_statement("moved", "Change", *moved, priority=1 if changed else 0))
         findings.append(describe_lineage(results, priority=1))
-    findings.append(make_statement("where", "Location", "" if metric else _describe_coverage(results)))
+    findings.append(
+        make_statement("where", "Location", "" if metric else _describe_coverage(results))
+    )
     return summarize(results, *findings)
 
 
@@ -155,28 +199,46 @@ def _select_changed(results: Results[Spectrum]) -> list[Spectrum]:
 
 
 def _describe_change(results: Results[Spectrum], changed: Sequence[Spectrum]) -> list[str]:
-    """State ‖ΔW‖/‖W‖, or ‖ΔW‖ without a base, over the matrices of the part that changed, and the layer with most."""
+    """State ‖ΔW‖/‖W‖, or ‖ΔW‖ without a base, over the matrices of the part that changed, and the
+    layer with most.
+    """
     if not changed:
-        return ["nothing: ΔW is zero in every matrix" if results.layers else "no matrix could be measured"]
+        return [
+            "nothing: ΔW is zero in every matrix"
+            if results.layers
+            else "no matrix could be measured"
+        ]
     part = part_of(changed[0].layer)
     records = [record for record in results if part_of(record.layer) == part]
     scope = quantity(len(records))
     if len(records) < len(results):
         scope += " outside embeddings and head" if part == "matrices" else " of embeddings and head"
     update, weights = NORMS[records[0].metric]
-    total, base = (math.hypot(*norms) for norms in zip(*((r.fro, r.base_fro or 0.0) for r in records), strict=True))
+    total, base = (
+        math.hypot(*norms)
+        for norms in zip(*((r.fro, r.base_fro or 0.0) for r in records), strict=True)
+    )
     if not base:
         return [f"{update} = {number(total)} over {scope}"]
     largest = max(records, key=lambda record: record.relative or 0.0)
-    most = f"most {number(largest.relative or 0.0)} in {short(largest.layer)}" if len(records) > 1 else ""
+    most = (
+        f"most {number(largest.relative or 0.0)} in {short(largest.layer)}"
+        if len(records) > 1
+        else ""
+    )
     return [f"{update}/{weights} = {number(total / base)} over {scope}", most]
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
-    """Return the statements on the rank, which is known if the files resolve half of the layers, and on rounding."""
+    """Return the statements on the rank, which is known if the files resolve half of the layers,
+    and on rounding.
+    """
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
     if readable and 2 * len(readable) >= len(changed):
-        low_rank, rank_at_90 = _describe_low_rank(readable, len(changed), ranks), _describe_rank_at_90(readable)
+        low_rank, rank_at_90 = (
+            _describe_low_rank(readable, len(changed), ranks),
+            _describe_rank_at_90(readable),
+        )
     else:
         low_rank = f"not known: these files resolve {len(readable)} of {quantity(len(changed))}"
         rank_at_90 = ""
@@ -189,7 +251,9 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
     ]
 
 
-def _describe_low_rank(readable: Sequence[Spectrum], changed_count: int, ranks: Sequence[int]) -> str:
+def _describe_low_rank(
+    readable: Sequence[Spectrum], changed_count: int, ranks: Sequence[int]
+) -> str:
     """State what a common rank keeps at the median and in the worst layer, with a verdict.
 
     Args:
@@ -213,48 +277,70 @@ def _describe_low_rank(readable: Sequence[Spectrum], changed_count: int, ranks: 
 
 
 def _list_shares(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
-    """Return the energy fraction that a rank keeps of each layer that is larger than it; empty if one is not known.
+    """Return the energy fraction that a rank keeps of each layer that is larger than it; empty if
+    one is not known.
 
     A rank of at least the layer's size keeps any update whole.
     """
-    shares = {record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank}
+    shares = {
+        record.layer: record.energy[str(rank)] for record in records if min(record.shape) > rank
+    }
     known = {layer: share for layer, share in shares.items() if share is not None}
     return known if len(known) == len(shares) else {}
 
 
 def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
-    """State the median of the rank at 90% of the energy and, if all are known, its range and the possible rank."""
-    ranks, kept = [record.rank_at["0.9"] for record in records], max(len(record.s) for record in records)
+    """State the median of the rank at 90% of the energy and, if all are known, its range and the
+    possible rank.
+    """
+    ranks, kept = (
+        [record.rank_at["0.9"] for record in records],
+        max(len(record.s) for record in records),
+    )
     known = [rank for rank in ranks if rank is not None]
     text = f"{median_rank(ranks, kept)} at the median"
     if beyond := len(ranks) - len(known):
-        return f"{text}; more than the {kept} values kept in {beyond} of {len(ranks)} layers: measure without --top"
+        return (
+            f"{text}; more than the {kept} values kept in {beyond} of {len(ranks)} layers: "
+            "measure without --top"
+        )
     is_factored = all(record.method == "factored" and record.complete for record in records)
-    possible = span((len(record.s) if is_factored else min(record.shape) for record in records), " to ")
+    possible = span(
+        (len(record.s) if is_factored else min(record.shape) for record in records), " to "
+    )
     noun = "the adapter has" if is_factored else "full rank is"
     return f"{text}, {min(known)} to {max(known)}; {noun} {possible}"
 
 
 def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
-    """State whether the files resolve the update, and how much of it rounding is expected to make up."""
+    """State whether the files resolve the update, and how much of it rounding is expected to make
+    up.
+    """
     verdicts = [record.resolution.verdict for record in changed]
     shares = [(record.resolution.noise_fro / record.fro) ** 2 for record in changed]
     norm = f"{NORMS[changed[0].metric][0]}²"
     source, remedy = "rounding", "save the fine-tune in float32"
     if 2 * sum((record.resolution.mantissa or (0, 1))[1] == 0 for record in changed) > len(changed):
-        source, remedy = "rounding to a quantized format", "measure the fine-tune before it was quantized"
+        source, remedy = (
+            "rounding to a quantized format",
+            "measure the fine-tune before it was quantized",
+        )
     statement = describe_resolution(
         verdicts,
-        f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with most",
+        f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with "
+        "most",
         f"{source} is expected to make up {percent(min(1.0, median(shares)))} of the median {norm}",
-        f"ranks beyond the signal rank count noise; {remedy}, or measure the adapter instead of its merge",
+        f"ranks beyond the signal rank count noise; {remedy}, or measure the adapter instead of "
+        "its merge",
         marks=NOISE_MARKS,
     )
     if statement.level == "note":
         return statement
     if verdicts.count("unresolved") > len(changed) / 2:
         return replace(statement, lead=f"no: {statement.lead}", level="failure")
-    return replace(statement, lead=f"{'partly' if 'resolved' in verdicts else 'limited'}: {statement.lead}")
+    return replace(
+        statement, lead=f"{'partly' if 'resolved' in verdicts else 'limited'}: {statement.lead}"
+    )
 
 
 def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
@@ -266,10 +352,15 @@ def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
     ranks = f"{len(recovered)} of {quantity(len(tried))} that the files do not resolve have a rank"
     if recovered:
         estimates = [(hidden.rank_at_estimate or {}).get("0.9") for _, hidden in recovered]
-        intervals = [(hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered]
+        intervals = [
+            (hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered
+        ]
         lowest, highest = (_format_median(each) for each in zip(*intervals, strict=True))
         stored = _format_median([record.rank_at["0.9"] for record, _ in recovered])
-        ranks += f": median at 90% {_format_median(estimates)} (interval {lowest} to {highest}); in the files {stored}"
+        ranks += (
+            f": median at 90% {_format_median(estimates)} (interval {lowest} to {highest}); "
+            f"in the files {stored}"
+        )
     return [*describe_estimate([(hidden, record.fro) for record, hidden in tried]), ranks]
 
 
@@ -280,13 +371,19 @@ def _format_median(ranks: Sequence[int | None]) -> str:
 
 
 def _describe_start(changed: Sequence[Spectrum]) -> Statement:
-    """Warn of layers that contradict each other on the start of training, or state what only all together show."""
-    starts = [record.resolution.start for record in changed if record.resolution.base_rounding is not None]
+    """Warn of layers that contradict each other on the start of training, or state what only all
+    together show.
+    """
+    starts = [
+        record.resolution.start for record in changed if record.resolution.base_rounding is not None
+    ]
     exact, rounded = starts.count("exact"), starts.count("rounded")
     if exact and rounded:
         text = (
-            f"the matrices disagree: {exact} of {quantity(len(changed))} show that training started at BASE, {rounded} "
-            f"that BASE is a rounded copy of the start; do not rely on ranks of the {exact}. Measure against the BASE "
+            f"the matrices disagree: {exact} of {quantity(len(changed))} show that training "
+            f"started at BASE, {rounded} "
+            f"that BASE is a rounded copy of the start; do not rely on ranks of the {exact}. "
+            "Measure against the BASE "
             "that training started from"
         )
         return make_statement("start", "Start", text, level="warning")
@@ -295,19 +392,27 @@ def _describe_start(changed: Sequence[Spectrum]) -> Statement:
         return make_statement("start", "Start")
     unknown = [record for record in changed if record.resolution.start == "unknown"]
     cleared = sum(
-        record.resolution.verdict != "resolved" and _judge_without_base_rounding(record) == "resolved"
+        record.resolution.verdict != "resolved"
+        and _judge_without_base_rounding(record) == "resolved"
         for record in unknown
     )
     text = (
-        f"training started at BASE as stored, as all layers together show (β = {pooled[0]:.2f} ± {pooled[1]:.2f}; of a "
+        f"training started at BASE as stored, as all layers together show (β = {pooled[0]:.2f} ± "
+        f"{pooled[1]:.2f}; of a "
         f"rounded copy 1): marked ~ or ! but resolved are {cleared} of {quantity(len(changed))}"
     )
     return make_statement("start", "Start", text if cleared else "", priority=2)
 
 
 def _pool_base_rounding(changed: Sequence[Spectrum]) -> tuple[float, float] | None:
-    """Return β of all layers together and its standard error; None for fewer than two layers that have one."""
-    known = [pair for record in changed if (pair := record.resolution.base_rounding) is not None and pair[1] > 0]
+    """Return β of all layers together and its standard error; None for fewer than two layers that
+    have one.
+    """
+    known = [
+        pair
+        for record in changed
+        if (pair := record.resolution.base_rounding) is not None and pair[1] > 0
+    ]
     if len(known) < 2:
         return None
     weight = math.fsum(error**-2 for _, error in known)
@@ -325,14 +430,29 @@ def _judge_without_base_rounding(record: Spectrum) -> str:
 
 
 def _describe_coverage(results: Results[Spectrum]) -> str:
-    """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases; empty if Δ = 0."""
-    labels = {"matrices": "matrices", "vocabulary": "embeddings and head", "vectors": "norms and biases"}
+    """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases;
+    empty if Δ = 0.
+    """
+    labels = {
+        "matrices": "matrices",
+        "vocabulary": "embeddings and head",
+        "vectors": "norms and biases",
+    }
     parts: list[tuple[str, float]] = [(part_of(record.layer), record.fro) for record in results]
-    parts += [("vectors", skipped.fro or 0.0) for skipped in results.left_out if skipped.reason == "vector"]
-    norms = {label: math.hypot(*(fro for each, fro in parts if each == part)) for part, label in labels.items()}
+    parts += [
+        ("vectors", skipped.fro or 0.0)
+        for skipped in results.left_out
+        if skipped.reason == "vector"
+    ]
+    norms = {
+        label: math.hypot(*(fro for each, fro in parts if each == part))
+        for part, label in labels.items()
+    }
     total = math.hypot(*norms.values())
     if total == 0:
         return ""
-    shares = ", ".join(f"{percent((norm / total) ** 2)} {label}" for label, norm in norms.items() if norm)
+    shares = ", ".join(
+        f"{percent((norm / total) ** 2)} {label}" for label, norm in norms.items() if norm
+    )
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "‖Δ‖²"
     return f"{whole}{qualify_fractions(results.left_out)}: {shares}"

@@ -1,7 +1,7 @@
 """Input and record of a layer's spectrum, and the spectrum of an adapter's layer without torch.
 
-The input is the update, its weighting and the settings; the record follows from the singular values. Layers whose two
-stored factors are thin are measured here, with NumPy alone.
+The input is the update, its weighting and the settings; the record follows from the singular
+values. Layers whose two stored factors are thin are measured here, with NumPy alone.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class SpectrumSettings(LayerSettings):
 
     @property
     def allowance(self) -> Allowance | None:
-        """The method, the number of values and the memory limit of a layer; None without a limit."""
+        """The method, the number of values and the memory limit of a layer; None
+        without a limit.
+        """
         from lora_diag.linalg.methods import Allowance  # deferred: imports torch
 
         return None if self.memory is None else Allowance(self.memory, self.method, self.top)
@@ -73,7 +75,9 @@ class Layer(LayerTask):
 
 @dataclass(frozen=True, slots=True)
 class KeptValues:
-    """The largest singular values of the product of two thin factors; fields as in ``linalg.exact.Factors``."""
+    """The largest singular values of the product of two thin factors; fields as in
+    ``linalg.exact.Factors``.
+    """
 
     s: NDArray[np.float64]
     complete: bool
@@ -131,7 +135,9 @@ def record_of(
     )
 
 
-def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float) -> Tail | None:
+def _compute_tail(
+    s: NDArray[np.float64], fro: float, rank: int, complete: bool, energy_error: float
+) -> Tail | None:
     """Return the errors of the best approximation of a rank; None if too few values are known."""
     errors = truncation_error(s, fro, rank, complete)
     if errors is None:
@@ -142,17 +148,18 @@ def _compute_tail(s: NDArray[np.float64], fro: float, rank: int, complete: bool,
     return Tail(fro=errors[0], spectral=spectral, spectral_error=error)
 
 
-# Mean entries of a layer's factors from which layers are measured concurrently. Below, threads wait for each other
-# between calls of NumPy: on all layers of a 7B model, two threads took 0.60 s at rank 32 where one took 0.52; at rank
-# 64, with 0.7 million entries, 0.77 s where one took 0.99.
+# Mean entries of a layer's factors from which layers are measured concurrently. Below, threads wait
+# for each other between calls of NumPy: on all layers of a 7B model, two threads took 0.60 s at
+# rank 32 where one took 0.52; at rank 64, with 0.7 million entries, 0.77 s where one took 0.99.
 CONCURRENT = 2**19
 
 
 def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
-    """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the options.
+    """Return whether ``thin_spectrum`` can measure a layer; this depends only on the input and the
+    options.
 
-    Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``; nothing of BASE is
-    measured; the metric is that of the weights; and no GPU is requested.
+    Its factors are stored as they are, in safetensors and of a rank of at most ``MAX_RANK``;
+    nothing of BASE is measured; the metric is that of the weights; and no GPU is requested.
     """
     delta = layer.delta
     return (
@@ -166,8 +173,14 @@ def is_thin(layer: Layer, settings: SpectrumSettings) -> bool:
 
 
 def is_quick(layers: Sequence[Layer]) -> bool:
-    """Return whether one thread measures thin layers as fast as several would, because their factors are small."""
-    entries = [layer.delta.rank * sum(layer.delta.shape) for layer in layers if isinstance(layer.delta, FactoredDelta)]
+    """Return whether one thread measures thin layers as fast as several would, because their
+    factors are small.
+    """
+    entries = [
+        layer.delta.rank * sum(layer.delta.shape)
+        for layer in layers
+        if isinstance(layer.delta, FactoredDelta)
+    ]
     return sum(entries) < CONCURRENT * len(entries)
 
 
@@ -175,7 +188,8 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     """Measure the spectrum of a layer that ``is_thin``.
 
     Returns:
-        The spectrum; None if a number is not finite, or overflows: ``measure.spectrum`` then states where.
+        The spectrum; None if a number is not finite, or overflows: ``measure.spectrum`` then states
+            where.
 
     Raises:
         InputError: A file could not be read.
@@ -193,4 +207,6 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     s = computed.s[0, : settings.top]
     values = KeptValues(s, len(s) == computed.s.shape[1], float(computed.energy_error[0]), fro)
     file_resolution = make_resolution(s, fro, values.complete)
-    return record_of(delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution)
+    return record_of(
+        delta.layer, delta.shape, delta.dtypes, None, values, settings.ranks, file_resolution
+    )

@@ -10,7 +10,8 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Compare a merged checkpoint with BASE plus the adapter.",
-            notes="Exit codes: 0 if every entry of MERGED is W + ΔW up to rounding, 1 if not, 5 inconclusive.",
+            notes="Exit codes: 0 if every entry of MERGED is W + ΔW up to rounding, 1 if not, 5 "
+            "inconclusive.",
             examples=("verify-merge base/ lora_r16/ merged/",),
             arguments=(
                 BASE_ARGUMENT,

@@ -1,6 +1,8 @@
-"""Measurement of ``verify-merge``: check a merged checkpoint against BASE and the adapter, layer by layer.
+"""Measurement of ``verify-merge``: check a merged checkpoint against BASE and the adapter, layer by
+layer.
 
-Decides from W, ΔW and M of each layer whether its merge is correct; ``faults`` diagnoses incorrect ones.
+Decides from W, ΔW and M of each layer whether its merge is correct; ``faults`` diagnoses incorrect
+ones.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from torch import Tensor
 from lora_diag.adapters import Adapter
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.rewriting import read_recipe
-from lora_diag.deltas import Delta, FactoredDelta, Pairing, StoredDelta, Unpaired, natural_order, selector
+from lora_diag.deltas import (
+    Delta,
+    FactoredDelta,
+    Pairing,
+    StoredDelta,
+    Unpaired,
+    natural_order,
+    selector,
+)
 from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
 from lora_diag.errors import InputError, NothingComparedError, UsageError
@@ -36,17 +46,19 @@ from lora_diag.running.options import RunOptions, show_options
 # Number of changed entries inspected to infer the dtype of MERGED's values.
 SAMPLE = 2**16
 
-# If ΔW should change more than this fraction of the entries and none changed, coarse arithmetic is not the cause: its
-# errors have both signs and would change some.
+# If ΔW should change more than this fraction of the entries and none changed, coarse arithmetic is
+# not the cause: its errors have both signs and would change some.
 DROPPED = 0.1
 
-# A correct layer must distinguish a scale of 1 from one with this error; otherwise it is inconclusive.
+# A correct layer must distinguish a scale of 1 from one with this error; otherwise it is
+# inconclusive.
 RESOLVED = 0.05
 
 # If the errors of c allow more than this, test entry by entry whether ΔW was computed precisely.
 RESOLVED_ENTRIES = 0.005
 
-# If rounding removed or added more than this fraction of ΔW, the standard error of c is not that of the scale.
+# If rounding removed or added more than this fraction of ΔW, the standard error of c is not that of
+# the scale.
 LOST_FRACTION = 0.1
 
 OK = faults.Fault("ok", "")
@@ -60,7 +72,8 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
         memory: Memory limit in bytes; None without limit.
 
     Returns:
-        The record; if BASE or the adapter is not finite or the norm of ΔW overflows, a ``left_out`` record.
+        The record; if BASE or the adapter is not finite or the norm of ΔW overflows, a ``left_out``
+            record.
 
     Raises:
         InputError: A file could not be read.
@@ -69,7 +82,13 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     if task.missing:
         return _make_record(task, faults.Fault("missing", task.missing))
     if memory is not None and task.held:
-        require_memory(task.needed, memory, task.shape, "its update, which is held whole, takes", "--exclude it")
+        require_memory(
+            task.needed,
+            memory,
+            task.shape,
+            "its update, which is held whole, takes",
+            "--exclude it",
+        )
     keeps = task.adapted and (memory is None or task.footprint <= memory)
     task = replace(task, kept=[], max_kept=task.shape[0] if keeps else 1)
     addend, problem = faults.sum_addends(task.deltas, task.shape)
@@ -81,7 +100,9 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     if check.base_non_finite is not None:
         return _make_left_out(task, check.base_non_finite)
     if check.non_finite is not None:
-        return _make_record(task, faults.Fault("other", _describe_problem(task, check.non_finite)), rounding)
+        return _make_record(
+            task, faults.Fault("other", _describe_problem(task, check.non_finite)), rounding
+        )
     if not math.isfinite(check.expected + abs(check.inner)):
         return _make_left_out(task, "the squares of its entries overflow float64")
     return _make_record(task, _judge(trial, is_guess), rounding, check)
@@ -102,10 +123,11 @@ def _judge(trial: faults.Trial, is_guess: bool) -> faults.Fault:
 
 
 def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fault | None:
-    """Return the verdict of single entries where the error of the scale is large; None where they decide nothing.
+    """Return the verdict of single entries where the error of the scale is large; None where they
+    decide nothing.
 
-    The entries are tested for a ΔW that was computed in float32. The verdict is ``wrong scale``, or ``ok`` where M is
-    W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
+    The entries are tested for a ΔW that was computed in float32. The verdict is ``wrong scale``, or
+    ``ok`` where M is W + ΔW to the last bit and neither 1 − RESOLVED nor 1 + RESOLVED fits.
     """
     unresolved = not correct.check.resolves(RESOLVED)
     coherent = faults.is_coherent(trial.check) and not correct.check.resolves(RESOLVED_ENTRIES)
@@ -116,31 +138,45 @@ def _decide_by_entries(trial: faults.Trial, correct: faults.Trial) -> faults.Fau
         return faults.find_precise_scale(trial)
     if not (unresolved and exact.check.moved):
         return None
-    scaled = (exact.retry(exact.addend.times(factor)).check for factor in (1 - RESOLVED, 1 + RESOLVED))
-    return OK if all(faults.count_distinct_lines(check) >= faults.MIN_LINES for check in scaled) else None
+    scaled = (
+        exact.retry(exact.addend.times(factor)).check for factor in (1 - RESOLVED, 1 + RESOLVED)
+    )
+    return (
+        OK
+        if all(faults.count_distinct_lines(check) >= faults.MIN_LINES for check in scaled)
+        else None
+    )
 
 
 def _find_correct_merge(trial: faults.Trial) -> faults.Trial | None:
-    """Return the correct merge that explains every entry and the scale of a layer; None without one.
+    """Return the correct merge that explains every entry and the scale of a layer; None without
+    one.
 
-    Roundings that all entries share are no noise: a W that was rounded first, a sum that was rounded twice, a scaling s
-    that was rounded itself. Each is tried as such.
+    Roundings that all entries share are no noise: a W that was rounded first, a sum that was
+    rounded twice, a scaling s that was rounded itself. Each is tried as such.
     """
     if trial.explains:
         return trial
     if not trial.task.deltas or trial.check.moved == 0:
         return None
     dtype, bases = trial.rounding.dtype, trial.rounding.bases
-    finer = [other for other in LAYOUT if LAYOUT[dtype][2] < LAYOUT[other][2] < LAYOUT[torch.float32][2]]
+    finer = [
+        other for other in LAYOUT if LAYOUT[dtype][2] < LAYOUT[other][2] < LAYOUT[torch.float32][2]
+    ]
     addends: list[Addend] = [trial.addend]
     addends += [trial.addend.times(factor) for factor in trial.task.list_rounded_scales(dtype)]
     _, *orders = product(addends, (None, *bases), (None, *finer))  # the first is the trial itself
-    others = (trial.retry(addend, False, first=first, between=between) for addend, first, between in orders)
+    others = (
+        trial.retry(addend, False, first=first, between=between)
+        for addend, first, between in orders
+    )
     return next((other for other in others if other.explains), None)
 
 
 def _explain_ambiguity(correct: faults.Trial) -> str:
-    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or the scale is not tested."""
+    """Return why this file cannot determine the scale to ``RESOLVED``; empty if it can, or the
+    scale is not tested.
+    """
     check = correct.check
     if not correct.has_testable_scale:
         return ""
@@ -148,12 +184,18 @@ def _explain_ambiguity(correct: faults.Trial) -> str:
         return ""
     for factor in (1 + RESOLVED, 1 - RESOLVED):
         if correct.retry(correct.addend.times(factor), whole=False).explains:
-            return f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse for the scale"
+            return (
+                f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too "
+                "coarse "
+                "for the scale"
+            )
     return ""
 
 
 def _distinguish_from_zero(trial: faults.Trial) -> faults.Fault:
-    """Return the verdict if the tolerance permits both ΔW and zero, assuming ΔW was computed in float32."""
+    """Return the verdict if the tolerance permits both ΔW and zero, assuming ΔW was computed in
+    float32.
+    """
     sharp = trial.retry(roundoff=2.0**-24).check
     if sharp.count == 0 and sharp.moved > 0:
         return OK
@@ -164,7 +206,9 @@ def _distinguish_from_zero(trial: faults.Trial) -> faults.Fault:
 
 
 def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
-    """Return the possible rounding of a correct merge, and whether its dtype is a guess (see ``_find_dtype``)."""
+    """Return the possible rounding of a correct merge, and whether its dtype is a guess (see
+    ``_find_dtype``).
+    """
     dtype, is_guess = _find_dtype(task)
     mantissa = LAYOUT[dtype][2]
     update_dtypes = [getattr(torch, delta.dtypes[1], dtype) for delta in task.deltas]
@@ -179,20 +223,27 @@ def _infer_rounding(task: faults.MergedLayer) -> tuple[Rounding, bool]:
         scale=max((abs(delta.scale) for delta in factored if delta.scale), default=1.0),
         diagonal=any(delta.diagonal for delta in factored),
         # a quantized base is dequantized in a dtype of the merger's choice
-        bases=tuple(other for other in SHORTER[base] if mantissa <= LAYOUT[other][2] or task.base.is_quantized),
+        bases=tuple(
+            other
+            for other in SHORTER[base]
+            if mantissa <= LAYOUT[other][2] or task.base.is_quantized
+        ),
         dequantized=task.base.is_quantized,
     ), is_guess
 
 
 def _is_power_of_two(scale: float | None) -> bool:
-    """Return whether a scale is known and a power of two or its negative, so that scaling by it is exact."""
+    """Return whether a scale is known and a power of two or its negative, so that scaling by it is
+    exact.
+    """
     return bool(scale) and math.frexp(scale or 0.0)[0] in {0.5, -0.5}
 
 
 def _find_dtype(task: faults.MergedLayer) -> tuple[torch.dtype, bool]:
     """Return the dtype of MERGED's values, judged by changed entries, and whether it is a guess.
 
-    It is one if no entry changed and the unchanged ones fit into a shorter dtype than the stored one.
+    It is one if no entry changed and the unchanged ones fit into a shorter dtype than the stored
+    one.
     """
     stored = getattr(torch, task.merged.dtype)
     if task.merged.is_quantized or stored == torch.bfloat16:
@@ -204,24 +255,36 @@ def _find_dtype(task: faults.MergedLayer) -> tuple[torch.dtype, bool]:
             return shortest_dtype(changed[:: max(1, len(changed) // SAMPLE)]), False
         unchanged = m.reshape(-1)[:SAMPLE] if unchanged is None else unchanged
         if not task.adapted:
-            return stored, False  # M = W so far, independent of the dtype; a block that differs is inspected separately
+            return (
+                stored,
+                False,
+                # M = W so far, independent of the dtype; a block that differs is inspected
+                # separately
+            )
     shortest = shortest_dtype(unchanged) if unchanged is not None else stored
     return shortest, shortest != stored
 
 
 def _make_left_out(task: faults.MergedLayer, problem: str) -> LeftOut:
-    """Return the ``left_out`` record of a layer with entries that are not finite, or whose squares overflow."""
+    """Return the ``left_out`` record of a layer with entries that are not finite, or whose squares
+    overflow.
+    """
     detail = _describe_problem(task, problem)
     return LeftOut(layer=task.layer, shape=task.stored_shape, reason="non_finite", detail=detail)
 
 
 def _describe_problem(task: faults.MergedLayer, problem: str) -> str:
-    """Return a description of an entry with its index in the stored tensor: a vector is read as one row."""
+    """Return a description of an entry with its index in the stored tensor: a vector is read as one
+    row.
+    """
     return problem if task.is_matrix else problem.replace("[0, ", "[")
 
 
 def _make_record(
-    task: faults.MergedLayer, verdict: faults.Fault, rounding: Rounding | None = None, check: Check | None = None
+    task: faults.MergedLayer,
+    verdict: faults.Fault,
+    rounding: Rounding | None = None,
+    check: Check | None = None,
 ) -> Merge:
     """Return the record of a layer; its numbers are null without a check."""
     scale = check.inner / check.expected if check is not None and check.expected > 0 else None
@@ -235,10 +298,16 @@ def _make_record(
         differing_share=check.count / max(1, check.entries) if check else None,
         max_ulp=check.worst if check else None,
         scale=scale,
-        scale_expected=check.ideal / check.expected if check is not None and scale is not None else None,
-        scale_error=check.scale_error if check is not None and math.isfinite(check.scale_error) else None,
+        scale_expected=check.ideal / check.expected
+        if check is not None and scale is not None
+        else None,
+        scale_error=check.scale_error
+        if check is not None and math.isfinite(check.scale_error)
+        else None,
         retained=scale if verdict.status in CORRECT else None,
-        residual=math.sqrt(check.residual / check.expected) if check is not None and scale is not None else None,
+        residual=math.sqrt(check.residual / check.expected)
+        if check is not None and scale is not None
+        else None,
         unchanged=check.unchanged / max(1, check.entries) if check else None,
         expected_fro=math.sqrt(check.expected) if check else None,
         observed_fro=math.sqrt(check.observed) if check else None,
@@ -248,11 +317,13 @@ def _make_record(
     )
 
 
-# The index of an expert, stacked (``w[3]``) or separate (``experts.3.``); and every number in a name.
+# The index of an expert, stacked (``w[3]``) or separate (``experts.3.``); and every number in a
+# name.
 _EXPERT = re.compile(r"\[\d+\]$|(?<=experts\.)\d+(?=\.)")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
-# Reasons for tensors of BASE that MERGED does not have, or has in another shape or as other than plain numbers.
+# Reasons for tensors of BASE that MERGED does not have, or has in another shape or as other than
+# plain numbers.
 _MISSING_REASONS = {"only_in_base", "shape_differs", "not_float"}
 
 
@@ -268,8 +339,9 @@ def verify_merge(
 ) -> Results[Merge]:
     r"""Check a merged checkpoint against BASE and the adapter, entry by entry.
 
-    A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can give:
-    |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried for the usual faults.
+    A layer is correct if every entry of M is a rounding of W + ΔW that a merge in M's dtype can
+    give: |M − (W + ΔW)| ≤ ulp(M)/2 + δ, with δ the rounding inside ΔW. A layer that is not is tried
+    for the usual faults.
     The comparison runs on CPUs only; the tasks of a cluster need no GPUs.
 
     Args:
@@ -279,15 +351,18 @@ def verify_merge(
         **options: ``RunOptions``.
 
     Returns:
-        One record for every selected weight of ``base`` that is in ``merged``, adapted or not, for every adapted one
-        that is not, and for vocabulary rows that both the adapter and ``merged`` add; what cannot be measured is in
-        ``left_out``. ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint outcome.
+        One record for every selected weight of ``base`` that is in ``merged``, adapted or not, for
+            every adapted one
+        that is not, and for vocabulary rows that both the adapter and ``merged`` add; what cannot
+            be measured is in
+        ``left_out``. ``lora_diag.diagnostics.verify_merge.record.outcome`` gives their joint
+            outcome.
 
     Raises:
-        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be neither replaced nor
-            resumed.
-        InputError: An input cannot be read, the adapter does not fit ``base``, an adapted weight is stored as other
-            than plain numbers, or the results file cannot be written.
+        UsageError: An option is invalid, an input is in the wrong place, or ``output`` may be
+            neither replaced nor resumed.
+        InputError: An input cannot be read, the adapter does not fit ``base``, an adapted weight is
+            stored as other than plain numbers, or the results file cannot be written.
         NothingComparedError: The three have no weight in common, or no adapted one is selected.
 
     Example:
@@ -315,31 +390,41 @@ def verify_merge(
         lambda task, settings: task.footprint,
         LayerSettings(),
         Pairing((), unpaired),
-        (*updates.inputs, written.inputs[-1].model_copy(update={"notes": (*written.inputs[-1].notes, *notes)})),
+        (
+            *updates.inputs,
+            written.inputs[-1].model_copy(update={"notes": (*written.inputs[-1].notes, *notes)}),
+        ),
         {},
         recorded=("layers", "exclude", "allow_unmatched"),
     )
 
 
 def _compare_recipes(updates: Comparison, written: Comparison) -> tuple[str, ...]:
-    """Return a note if ``loradiag merge`` made MERGED and the adapter from different inputs or settings.
+    """Return a note if ``loradiag merge`` made MERGED and the adapter from different inputs or
+    settings.
 
     Raises:
-        UsageError: It made MERGED from several updates, of which the adapter is one, or from a multiple of it.
+        UsageError: It made MERGED from several updates, of which the adapter is one, or from a
+            multiple of it.
     """
     assert isinstance(updates.update, Adapter)
     assert isinstance(written.update, Checkpoint)
     recipe, other = read_recipe(written.update), read_recipe(updates.update.checkpoint)
     if not recipe:
         return ()
-    digests = [update.get("fingerprint") for update in recipe["updates"] if isinstance(update, dict)]
+    digests = [
+        update.get("fingerprint") for update in recipe["updates"] if isinstance(update, dict)
+    ]
     is_single, scale = len(recipe["updates"]) == 1, recipe.get("scale")
     made = f"the merge of {len(recipe['updates'])} updates with --method {recipe.get('method')}"
     made = legible(f"BASE plus {scale} times one update" if is_single else made)
     if not other and updates.inputs[-1].fingerprint in digests:
         if is_single and scale == 1:
             return ()
-        fix = "write the same merge as an adapter (loradiag merge without --checkpoint), and give it as ADAPTER"
+        fix = (
+            "write the same merge as an adapter (loradiag merge without --checkpoint), and give "
+            "it as ADAPTER"
+        )
         raise UsageError(f"{written.update.path}: is {made}, not BASE plus this adapter; {fix}")
     if recipe != other:
         return (f"is {made}; ADAPTER is not the merge of the same updates and settings",)
@@ -352,26 +437,35 @@ def _measure_layer(task: faults.MergedLayer, settings: LayerSettings) -> Sequenc
 
 
 def _align_layers(
-    adapter_pairing: Pairing, merged_pairing: Pairing, merged: Path | str, selected: Callable[[str], bool]
+    adapter_pairing: Pairing,
+    merged_pairing: Pairing,
+    merged: Path | str,
+    selected: Callable[[str], bool],
 ) -> tuple[list[faults.MergedLayer], tuple[Unpaired, ...]]:
     """Align the adapter's updates with the layers of MERGED, by the layers of BASE.
 
-    Tied weights are stored once: where MERGED has no separate head, the head's update is one of the embedding.
+    Tied weights are stored once: where MERGED has no separate head, the head's update is one of the
+    embedding.
 
     Returns:
-        One task for each selected layer, in natural order of their names; and the selected tensors that cannot be
+        One task for each selected layer, in natural order of their names; and the selected tensors
+            that cannot be
         checked, with the layers of MERGED that are not selected.
 
     Raises:
         InputError: BASE or MERGED stores an adapted weight as other than plain numbers.
         NothingComparedError: No adapted weight is selected.
     """
-    stored = {delta.layer: delta for delta in merged_pairing.deltas if isinstance(delta, StoredDelta)}
+    stored = {
+        delta.layer: delta for delta in merged_pairing.deltas if isinstance(delta, StoredDelta)
+    }
     layers_at = {(delta.base.name, delta.base.offset): delta.layer for delta in stored.values()}
     updates: dict[str, tuple[Delta, ...]] = {}
     siblings: dict[str, list[FactoredDelta]] = {}
     tasks: list[faults.MergedLayer] = []
-    missing = {item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS}
+    missing = {
+        item.layer: item for item in merged_pairing.unpaired if item.reason in _MISSING_REASONS
+    }
     for delta in adapter_pairing.deltas:
         if isinstance(delta, FactoredDelta):
             siblings.setdefault(_drop_number(delta.layer), []).append(delta)
@@ -388,35 +482,57 @@ def _align_layers(
         kind = others.get(_drop_number(layer), ()) if deltas else ()
         tasks.append(
             faults.MergedLayer(
-                layer, pair.shape, pair.base, pair.tuned, deltas, pair.is_matrix, bool(deltas), others=kind
+                layer,
+                pair.shape,
+                pair.base,
+                pair.tuned,
+                deltas,
+                pair.is_matrix,
+                bool(deltas),
+                others=kind,
             )
         )
     added, unpaired = _make_added_tasks(adapter_pairing, merged_pairing)
     tasks += added
-    chosen = sorted((task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer))
+    chosen = sorted(
+        (task for task in tasks if selected(task.layer)), key=lambda task: natural_order(task.layer)
+    )
     if not any(task.adapted for task in chosen):
-        raise NothingComparedError("nothing was compared: --layers and --exclude select no adapted weight; change them")
+        raise NothingComparedError(
+            "nothing was compared: --layers and --exclude select no adapted weight; change them"
+        )
     unavailable = {task.layer for task in tasks if task.missing}
     rest = [item for item in unpaired if item.layer not in unavailable and selected(item.layer)]
-    rest += [Unpaired.by_selection(task.layer, task.shape) for task in tasks if not selected(task.layer)]
+    rest += [
+        Unpaired.by_selection(task.layer, task.shape) for task in tasks if not selected(task.layer)
+    ]
     return chosen, tuple(rest)
 
 
-def _make_missing_task(delta: Delta, missing: Mapping[str, Unpaired], merged: Path | str) -> faults.MergedLayer:
-    """Return the task of a layer that the adapter changes and that is missing in MERGED, with the reason.
+def _make_missing_task(
+    delta: Delta, missing: Mapping[str, Unpaired], merged: Path | str
+) -> faults.MergedLayer:
+    """Return the task of a layer that the adapter changes and that is missing in MERGED, with the
+    reason.
 
     Raises:
         InputError: BASE or MERGED stores it as other than plain numbers.
     """
-    item = missing.get(delta.layer) or (missing.get(delta.base.name) if delta.base is not None else None)
+    item = missing.get(delta.layer) or (
+        missing.get(delta.base.name) if delta.base is not None else None
+    )
     if delta.base is None or (item is not None and item.reason == "not_float"):
         detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
-            f"{merged}: {delta.layer}: {detail}; merge into a dtype that is not quantized, or skip it with --exclude"
+            f"{merged}: {delta.layer}: {detail}; merge into a dtype that is not quantized, or skip "
+            "it with --exclude"
         )
     detail = "the adapter changes it, but MERGED has no such weight"
     if item is not None and item.reason == "shape_differs":
-        detail = f"the adapter changes it, but MERGED has it in another shape: {item.detail.replace('TUNED', 'MERGED')}"
+        detail = (
+            "the adapter changes it, but MERGED has it in another shape: "
+            f"{item.detail.replace('TUNED', 'MERGED')}"
+        )
     return faults.MergedLayer(
         delta.layer, delta.shape, delta.base, delta.base, (delta,), delta.is_matrix, missing=detail
     )
@@ -425,7 +541,10 @@ def _make_missing_task(delta: Delta, missing: Mapping[str, Unpaired], merged: Pa
 def _drop_number(layer: str) -> str:
     """Return a name without the number of its expert, or else of its block.
 
-    >>> _drop_number("model.layers.3.mlp.experts.down_proj[5]"), _drop_number("model.layers.3.mlp.up_proj.weight")
+    >>> (
+    ...     _drop_number("model.layers.3.mlp.experts.down_proj[5]"),
+    ...     _drop_number("model.layers.3.mlp.up_proj.weight"),
+    ... )
     ('model.layers.3.mlp.experts.down_proj*', 'model.layers.*.mlp.up_proj.weight')
     """
     return _EXPERT.sub("*", layer) if _EXPERT.search(layer) else _NUMBER.sub("*", layer)
@@ -434,7 +553,9 @@ def _drop_number(layer: str) -> str:
 def _make_added_tasks(
     adapter_pairing: Pairing, merged_pairing: Pairing
 ) -> tuple[list[faults.MergedLayer], list[Unpaired]]:
-    """Return tasks for vocabulary rows that both MERGED and the adapter add, and the remaining unpaired tensors."""
+    """Return tasks for vocabulary rows that both MERGED and the adapter add, and the remaining
+    unpaired tensors.
+    """
     rows_of = {
         (item.layer, item.shape): item.rows
         for item in adapter_pairing.unpaired
@@ -442,14 +563,22 @@ def _make_added_tasks(
     }
     tasks, unpaired = [], []
     for item in merged_pairing.unpaired:
-        adapter_rows = rows_of.get((item.layer, item.shape)) if item.reason == "added_rows" else None
+        adapter_rows = (
+            rows_of.get((item.layer, item.shape)) if item.reason == "added_rows" else None
+        )
         if item.rows is not None and adapter_rows is not None:
             rows, columns = item.shape
-            tasks.append(faults.MergedLayer(f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows))
+            tasks.append(
+                faults.MergedLayer(
+                    f"{item.layer} (added rows)", (rows, columns), adapter_rows, item.rows
+                )
+            )
             del rows_of[item.layer, item.shape]
         else:
             unpaired.append(replace(item, detail=item.detail.replace("TUNED", "MERGED")))
     unpaired += [
-        item for item in adapter_pairing.unpaired if item.reason != "added_rows" or (item.layer, item.shape) in rows_of
+        item
+        for item in adapter_pairing.unpaired
+        if item.reason != "added_rows" or (item.layer, item.shape) in rows_of
     ]
     return tasks, unpaired

@@ -33,18 +33,26 @@ Outcome = Literal["correct", "failed", "inconclusive"]
 
 # From worst to best: failures come first.
 ORDER: tuple[MergeStatus, ...] = (
-    "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base", "changed", "other",
-    "inconclusive", "coarse", "ok",
+    "missing", "dropped", "partial", "wrong scale", "transposed", "wrong order", "other base",
+    "changed", "other", "inconclusive", "coarse", "ok",
 )  # fmt: skip
 
 
 def _style_status(status: MergeStatus) -> str:
     """Return the style of a status in a table."""
-    return "" if status == "ok" else "bold yellow" if status in {"coarse", "inconclusive"} else "bold red"
+    return (
+        ""
+        if status == "ok"
+        else "bold yellow"
+        if status in {"coarse", "inconclusive"}
+        else "bold red"
+    )
 
 
 def _pool_differing(records: Sequence[Merge]) -> float | None:
-    """Return the fraction of entries that no rounding explains, over the checked layers; None without entries."""
+    """Return the fraction of entries that no rounding explains, over the checked layers; None
+    without entries.
+    """
     checked = [record for record in records if record.differing is not None]
     entries = sum(math.prod(record.shape) for record in checked)
     return sum(record.differing or 0 for record in checked) / entries if entries else None
@@ -60,37 +68,42 @@ class Merge(Lineage, LayerRecord):
             adapter adds to a vocabulary are ``name (added rows)``.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED must be W.
-        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was computed less precisely
-            than MERGED's dtype allows, as in bfloat16; merge in float32 to keep all of it. ``inconclusive``: a rounding
-            of W + ΔW and of W alone, or of W + c·ΔW with c 5% off, so that this file cannot distinguish them; merge
-            into a finer format. ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and
-            saved after it.
-            ``partial``: some rows or columns have ΔW, the others have W; check sharding and fused weights. ``wrong
-            scale``: W + c·ΔW, c further from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
-            ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with
-            its halves swapped; check how names map to stacked weights. ``other base``: ΔW is there, on top of other
-            weights than BASE's, or MERGED is unrelated to BASE (``lineage``); give the BASE of the merge. ``changed``:
-            the adapter never touched it, MERGED differs; check what else was trained or converted. ``missing``: MERGED
-            has no such weight; save it again. ``other``: none of these; merge again from the original files.
-        dtype: The dtype that represents MERGED's values, which can be shorter than the stored one; null if missing.
+        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was
+            computed less precisely than MERGED's dtype allows, as in bfloat16; merge in float32 to
+            keep all of it. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW
+            with c 5% off, so that this file cannot distinguish them; merge into a finer format.
+            ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and
+            saved after it. ``partial``: some rows or columns have ΔW, the others have W; check
+            sharding and fused weights. ``wrong scale``: W + c·ΔW, c further from 1 than rounding
+            allows; check α, rsLoRA and whether it was added twice. ``transposed``: W + ΔWᵀ; check
+            fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with its halves
+            swapped; check how names map to stacked weights. ``other base``: ΔW is there, on top of
+            other weights than BASE's, or MERGED is unrelated to BASE (``lineage``); give the BASE
+            of the merge. ``changed``: the adapter never touched it, MERGED differs; check what else
+            was trained or converted. ``missing``: MERGED has no such weight; save it again.
+            ``other``: none of these; merge again from the original files.
+        dtype: The dtype that represents MERGED's values, which can be shorter than the stored one;
+            null if missing.
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: The same as a fraction of the entries.
-        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and the terms of
-            ΔW (|B||A|), or of the steps of a quantized M where these are larger.
-        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null if ΔW = 0.
-        scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what ``scale`` is in a
-            right merge. Null where ΔW = 0 and in files of versions before it was recorded.
-        scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a right merge: those
-            that M shows, and those of the adapter's factors. Null where ΔW = 0, where BASE and MERGED are both
-            quantized, and in older files.
+        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and
+            the terms of ΔW (|B||A|), or of the steps of a quantized M where these are larger.
+        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null
+            if ΔW = 0.
+        scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what
+            ``scale`` is in a right merge. Null where ΔW = 0 and in files of versions before it was
+            recorded.
+        scale_error: Standard error of ``scale`` about ``scale_expected`` from the roundings in a
+            right merge: those that M shows, and those of the adapter's factors. Null where ΔW = 0,
+            where BASE and MERGED are both quantized, and in older files.
         retained: ``scale`` if the layer is correct, else null: the fraction of ΔW left by rounding.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
         unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
-        cause: Likely cause as text; empty if the status is ``ok``. Sought on a sample of rows, and tested on the whole
-            layer.
+        cause: Likely cause as text; empty if the status is ``ok``. Sought on a sample of rows, and
+            tested on the whole layer.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
@@ -141,7 +154,13 @@ class Merge(Lineage, LayerRecord):
             form="percent",
             terminal=True,
         ),
-        Shown("scale", "scale c", "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²", main=True, form="factor"),
+        Shown(
+            "scale",
+            "scale c",
+            "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²",
+            main=True,
+            form="factor",
+        ),
         Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
         COSINE_TO_BASE,
     )
@@ -167,9 +186,15 @@ class Merge(Lineage, LayerRecord):
 
     @property
     def lineage(self) -> Verdict | None:
-        """As of ``judge_cosine``; None where a large ΔW, and not another BASE, explains a small cosine."""
+        """As of ``judge_cosine``; None where a large ΔW, and not another BASE, explains a small
+        cosine.
+        """
         verdict = super().lineage
-        return None if verdict == "unrelated" and self.status not in {"other base", "changed", "other"} else verdict
+        return (
+            None
+            if verdict == "unrelated" and self.status not in {"other base", "changed", "other"}
+            else verdict
+        )
 
     @property
     def failed(self) -> bool:
@@ -185,8 +210,8 @@ def exit_code(records: Iterable[Merge]) -> int:
 def outcome(records: Iterable[Merge]) -> Outcome:
     """Return the outcome of the merge over its layers.
 
-    The merge fails if one layer does. It is inconclusive if a layer is, or if no adapted layer changed: even if
-    rounding explains that, it cannot be distinguished from a dropped adapter.
+    The merge fails if one layer does. It is inconclusive if a layer is, or if no adapted layer
+    changed: even if rounding explains that, it cannot be distinguished from a dropped adapter.
     """
     layers = list(records)
     if any(record.failed for record in layers):

@@ -1,4 +1,6 @@
-"""Terminal output of ``verify-merge``: the worst layers first, and a summary with likely causes and fixes."""
+"""Terminal output of ``verify-merge``: the worst layers first, and a summary with likely causes and
+fixes.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,32 @@ from lora_diag.diagnostics.verify_merge.record import ORDER, Merge, MergeStatus,
 from lora_diag.feature import Hint
 from lora_diag.records import Results
 from lora_diag.records.names import module_type_of, type_order
-from lora_diag.rendering.statements import Level, Statement, describe_lineage, left_out, make_statement, summarize
+from lora_diag.rendering.statements import (
+    Level,
+    Statement,
+    describe_lineage,
+    left_out,
+    make_statement,
+    summarize,
+)
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import list_layers, number, percent, quantity, safe, short
 
 # Remedy for each fault.
 REMEDIES: dict[MergeStatus, str] = {
     "missing": "save the whole merged model again, under BASE's names",
-    "dropped": "merge again, and check that the merge finds these modules in the adapter (names, target_modules)",
+    "dropped": "merge again, and check that the merge finds these modules in the adapter (names, "
+    "target_modules)",
     "partial": "merge again from complete weights: a shard, a rank or a block of rows is missing",
     "wrong scale": "merge again with the scaling that adapter_config.json gives, once",
-    "transposed": "merge again with the model's own class, which handles weights stored as (in, out)",
-    "wrong order": "merge again with versions of peft and transformers that use the same order of experts and halves",
+    "transposed": "merge again with the model's own class, which handles weights stored as (in, "
+    "out)",
+    "wrong order": "merge again with versions of peft and transformers that use the same order of "
+    "experts and halves",
     "other base": "give the BASE of the merge, or merge again into this one",
     "changed": "merge again from BASE, or find what else changed these weights",
-    "other": "check that this is the merged adapter; else merge again from BASE (peft's merge_and_unload())",
+    "other": "check that this is the merged adapter; else merge again from BASE (peft's "
+    "merge_and_unload())",
 }
 
 # A correct merge that kept less than this fraction of ΔW in a layer gets a warning.
@@ -44,7 +57,9 @@ def merge_grids(results: Results[Merge], per: str = "type") -> list[Grid]:
 
 
 def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge]]]:
-    """Return the layers by name and status, the worst status first; intact layers without an update share a name."""
+    """Return the layers by name and status, the worst status first; intact layers without an update
+    share a name.
+    """
     groups: dict[tuple[str, MergeStatus], list[Merge]] = {}
     for record in results:
         name = short(module_type_of(record.layer) if per == "type" else record.layer)
@@ -55,7 +70,11 @@ def _group_rows(results: Results[Merge], per: str) -> list[tuple[str, list[Merge
     rows = [(name, records) for (name, _), records in groups.items()]
     return sorted(
         rows,
-        key=lambda row: (ORDER.index(row[1][0].status), not row[1][0].adapted, type_order(row[1][0].layer)),
+        key=lambda row: (
+            ORDER.index(row[1][0].status),
+            not row[1][0].adapted,
+            type_order(row[1][0].layer),
+        ),
     )
 
 
@@ -66,7 +85,10 @@ def suggest_next(results: Results[Merge], values: Mapping[str, Any]) -> Hint | N
     """Return the hint to show the results per layer; None after a correct merge."""
     if outcome(results) == "correct":
         return None
-    return Hint("--per layer" if values["output"] is None else "inspect {output} --per layer", "layer by layer")
+    return Hint(
+        "--per layer" if values["output"] is None else "inspect {output} --per layer",
+        "layer by layer",
+    )
 
 
 def merge_lines(results: Results[Merge]) -> list[Statement]:
@@ -76,7 +98,9 @@ def merge_lines(results: Results[Merge]) -> list[Statement]:
         level = _LEVELS.get(outcome(results), "ok")
         findings = [
             describe_lineage(results, "MERGED"),
-            make_statement("correct", "Correctness", _describe_correctness(results), level=level, priority=0),
+            make_statement(
+                "correct", "Correctness", _describe_correctness(results), level=level, priority=0
+            ),
             *_describe_faults(results),
             make_statement("rounding", "Rounding", _describe_rounding(results)),
             make_statement("lost", "Lost update", *_describe_weakened(results), level="warning"),
@@ -95,13 +119,20 @@ def _describe_correctness(results: Results[Merge]) -> str:
     adapted = [record for record in results if record.adapted]
     status, layers = outcome(results), quantity(len(adapted), "adapted layer")
     if status == "failed":
-        failed, changed = sum(record.failed for record in adapted), sum(r.failed for r in results if not r.adapted)
+        failed, changed = (
+            sum(record.failed for record in adapted),
+            sum(r.failed for r in results if not r.adapted),
+        )
         clauses = [f"{failed} of {layers} are not W + ΔW"] if failed else []
         clauses += [f"{quantity(changed, 'layer')} without an update changed"] if changed else []
         return f"no: {' and '.join(clauses)}"
     if status == "inconclusive":
         return f"inconclusive: {_explain_inconclusive(adapted)}"
-    others = f"; the {len(results) - len(adapted)} others are BASE" if len(adapted) < len(results) else ""
+    others = (
+        f"; the {len(results) - len(adapted)} others are BASE"
+        if len(adapted) < len(results)
+        else ""
+    )
     return f"yes: all {layers} are W + ΔW, every entry within what rounding allows{others}"
 
 
@@ -112,13 +143,16 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
         return "the adapter's update is zero everywhere (was it trained?), so the merge is BASE"
     if all(record.unchanged == 1 for record in expected):
         return (
-            "MERGED is BASE in every adapted layer. The update is so small that rounding gives the same result as a "
+            "MERGED is BASE in every adapted layer. The update is so small that rounding gives the "
+            "same result as a "
             "merge that did not happen; merge into float32, or serve the adapter unmerged"
         )
     unclear = [record for record in adapted if record.status == "inconclusive"]
     return (
-        f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too coarse to distinguish "
-        f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge into a finer dtype"
+        f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too "
+        "coarse to distinguish "
+        f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge "
+        "into a finer dtype"
     )
 
 
@@ -131,9 +165,14 @@ def _describe_faults(results: Results[Merge]) -> list[Statement]:
             by_status.setdefault(record.status, {}).setdefault(cause, []).append(record)
     lines = []
     for status, causes in by_status.items():
-        listed = [f"{list_layers(layers)}: {safe(cause)}" for cause, layers in list(causes.items())[:SHOWN]]
+        listed = [
+            f"{list_layers(layers)}: {safe(cause)}"
+            for cause, layers in list(causes.items())[:SHOWN]
+        ]
         if remaining := sum(len(layers) for layers in list(causes.values())[SHOWN:]):
-            listed.append(f"and {quantity(remaining, 'layer')} more; --per layer and the records name each")
+            listed.append(
+                f"and {quantity(remaining, 'layer')} more; --per layer and the records name each"
+            )
         key, text = status.replace(" ", "_"), [f"{listed[0]} → {REMEDIES[status]}", *listed[1:]]
         lines.append(make_statement(key, status.capitalize(), *text, level="failure"))
     return lines
@@ -146,14 +185,23 @@ def _describe_rounding(results: Results[Merge]) -> str:
         return "unknown: no adapted layer is correct"
     least, worst = correct[0]
     middle = _format_kept(median(kept for kept, _ in correct))
-    text = f"at least {_format_kept(least)} of ΔW was kept ({middle} at the median), least in {short(worst.layer)}"
+    text = (
+        f"at least {_format_kept(least)} of ΔW was kept ({middle} at the median), least in "
+        f"{short(worst.layer)}"
+    )
     errors = [record.scale_error for _, record in correct if record.scale_error is not None]
     return f"{text}; standard error at most {number(100 * max(errors))}%" if errors else text
 
 
 def _list_correct(results: Results[Merge]) -> list[tuple[float, Merge]]:
-    """Return the correct adapted layers with the fraction of ΔW that each kept, in ascending order of it."""
-    correct = [(record.retained, record) for record in results if record.adapted and record.retained is not None]
+    """Return the correct adapted layers with the fraction of ΔW that each kept, in ascending order
+    of it.
+    """
+    correct = [
+        (record.retained, record)
+        for record in results
+        if record.adapted and record.retained is not None
+    ]
     return sorted(correct, key=lambda pair: pair[0])
 
 
@@ -163,12 +211,19 @@ def _format_kept(share: float) -> str:
 
 
 def _describe_weakened(results: Results[Merge]) -> tuple[str, ...]:
-    """State the layers in which rounding removed much of the update or added much noise; empty without any."""
-    weak = [record for kept, record in _list_correct(results) if kept < WEAK_RETENTION or (record.residual or 0.0) > 1]
+    """State the layers in which rounding removed much of the update or added much noise; empty
+    without any.
+    """
+    weak = [
+        record
+        for kept, record in _list_correct(results)
+        if kept < WEAK_RETENTION or (record.residual or 0.0) > 1
+    ]
     if not weak:
         return ()
     return (
-        f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than ‖ΔW‖, in "
+        f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than "
+        "‖ΔW‖, in "
         f"{quantity(len(weak), 'layer')}: {list_layers(weak)}",
         "the dtype is too coarse for this adapter: serve it unmerged, or merge into float32",
     )

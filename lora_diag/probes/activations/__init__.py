@@ -4,13 +4,23 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import BASE_ARGUMENT, Command, Feature
-from lora_diag.running.options import DATA, LABELS, OUTPUT, REQUIRED, SEED, Option, RecordModelOptions
+from lora_diag.running.options import (
+    DATA,
+    LABELS,
+    OUTPUT,
+    REQUIRED,
+    SEED,
+    Option,
+    RecordModelOptions,
+)
 
 
 class ActivationsOptions(RecordModelOptions, total=False):
     """Options of ``probe activations``."""
 
-    output_gradients: Annotated[bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.")]
+    output_gradients: Annotated[
+        bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.")
+    ]
     labels: Annotated[str, LABELS]
     seed: Annotated[int, SEED]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
@@ -20,7 +30,9 @@ class ActivationsInputs(TypedDict, total=False):
     """Input and output of the command."""
 
     data: Annotated[Path, DATA]
-    output: Annotated[Path, Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-o"), OUTPUT)]
+    output: Annotated[
+        Path, Option(REQUIRED, "Safetensors file to write.", "FILE", ("--output", "-o"), OUTPUT)
+    ]
 
 
 FEATURE = Feature(

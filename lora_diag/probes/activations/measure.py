@@ -13,7 +13,13 @@ from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import natural_order, selector
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
-from lora_diag.models.activations import Listener, iterate_equal_batches, linear_layers, record, shape_of
+from lora_diag.models.activations import (
+    Listener,
+    iterate_equal_batches,
+    linear_layers,
+    record,
+    shape_of,
+)
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Draw
 from lora_diag.models.opening import Model, Weights
@@ -31,18 +37,23 @@ from lora_diag.version import __version__
 def probe_activations(
     base: Path | str, data: Path | str, output: Path | str, **options: Unpack[ActivationsOptions]
 ) -> Activations:
-    r"""Record C = E[xxᵀ] of every selected linear layer: the mean over its inputs x while the model reads a text.
+    r"""Record C = E[xxᵀ] of every selected linear layer: the mean over its inputs x while the model
+    reads a text.
 
-    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output due to the update.
+    With C, E‖ΔW x‖² = tr(ΔW C ΔWᵀ) = ‖ΔW C^½‖_F² is the mean square change of the layer's output
+    due to the update.
 
     Args:
-        base: Model whose layer inputs are recorded: a folder that transformers can open, or a Hub id.
+        base: Model whose layer inputs are recorded: a folder that transformers can open, or a Hub
+            id.
         data: A text or JSONL file, or a data set.
-        output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in ``base``.
-        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss with respect to each output
-            of a layer, for the K-FAC metric: ``(out, out)`` under ``output_gradients.`` and the weight's name. Needs a
-            backward pass.
-        labels: Labels of that loss: ``data`` for those of the text, ``model`` for labels sampled from the model.
+        output: A new safetensors file: one float32 matrix ``(in, in)`` under each weight's name in
+            ``base``.
+        output_gradients: Also record G = E[ggᵀ] of the gradient of a sequence's summed loss with
+            respect to each output of a layer, for the K-FAC metric: ``(out, out)`` under
+            ``output_gradients.`` and the weight's name. Needs a backward pass.
+        labels: Labels of that loss: ``data`` for those of the text, ``model`` for labels sampled
+            from the model.
         seed: Seed of the sampled labels.
         overwrite: Replace an existing ``output``.
         **options: ``ActivationsOptions``.
@@ -51,17 +62,24 @@ def probe_activations(
         The output file, the text, the recorded layers, and the skipped ones with the reason.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, ``output`` exists without ``overwrite``, or the extra
-            ``train``, or ``datasets`` for a data set, is not installed.
-        InputError: An input cannot be read, transformers cannot open BASE, the output cannot be written, the loss whose
-            gradients are recorded is not finite, or layers share an input in some batches only.
+        UsageError: An option is invalid, BASE is an adapter, ``output`` exists without
+            ``overwrite``, or the extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read, transformers cannot open BASE, the output cannot be
+            written, the loss whose gradients are recorded is not finite, or layers share an input
+            in some batches only.
         NothingComparedError: No linear layer is selected.
 
     Example:
-        >>> recorded = probe_activations("sample_checkpoints/base",  # doctest: +SKIP
-        ...     "sample_checkpoints/eval/in_domain.txt", "activations.safetensors")
-        >>> spectrum("sample_checkpoints/base", "sample_checkpoints/full_ft",
-        ...     activations="activations.safetensors")  # doctest: +SKIP
+        >>> recorded = probe_activations(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/eval/in_domain.txt",
+        ...     "activations.safetensors",
+        ... )
+        >>> spectrum(
+        ...     "sample_checkpoints/base",
+        ...     "sample_checkpoints/full_ft",
+        ...     activations="activations.safetensors",
+        ... )  # doctest: +SKIP
     """
     run = ProbeRun("probe activations", options, ActivationsOptions)
     given = run.options
@@ -76,7 +94,9 @@ def probe_activations(
     texts = run.read(data)
     base_names, left_out = _choose_layers(model, stored, selected)
     run.watch.total = sum(1 for _ in iterate_equal_batches(texts, run.batch))
-    layers = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
+    layers = {
+        name: layer for name, layer in linear_layers(model.module).items() if name in base_names
+    }
     shapes = map(shape_of, layers.values())
     gib = 8 * sum(inputs**2 + gradients * outputs**2 for outputs, inputs in shapes) / 2**30
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
@@ -84,15 +104,26 @@ def probe_activations(
     run.estimate(texts, f"{quantity(len(layers), 'layer')} on 1 set", cost_note)
     draw = Draw(labels, given.seed) if gradients else None
     listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
-    moments = {base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers}
-    left_out |= {base_names[layer]: "not used on this text" for layer in layers if base_names[layer] not in moments}
+    moments = {
+        base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers
+    }
+    left_out |= {
+        base_names[layer]: "not used on this text"
+        for layer in layers
+        if base_names[layer] not in moments
+    }
     moments |= {GRADIENTS + base_names[layer]: moment for layer, moment in listener.outputs.items()}
     tokens = sum(len(sequence.ids) for sequence in texts.sequences)
     metadata = _make_metadata(stored, model, texts, tokens)
     if gradients:
         metadata["gradients"] = f"of labels of the {labels}"
-    infos = {name: TensorInfo(name, tuple(moment.total.shape), "float32") for name, moment in moments.items()}
-    write_safetensors(output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite)
+    infos = {
+        name: TensorInfo(name, tuple(moment.total.shape), "float32")
+        for name, moment in moments.items()
+    }
+    write_safetensors(
+        output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite
+    )
     return Activations(
         path=legible(output),
         model=legible(base),
@@ -103,7 +134,8 @@ def probe_activations(
         gradients=labels if gradients else None,
         layers=tuple(_list_layer_inputs(listener, base_names)),
         left_out={
-            legible(name): why for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
+            legible(name): why
+            for name, why in sorted(left_out.items(), key=lambda item: natural_order(item[0]))
         },
     )
 
@@ -111,7 +143,8 @@ def probe_activations(
 def _choose_layers(
     model: Model, stored: Checkpoint, selected: Callable[[str], bool]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Return the names in BASE of the selected linear layers, by their names in the model; and why others are skipped.
+    """Return the names in BASE of the selected linear layers, by their names in the model; and why
+    others are skipped.
 
     The reasons are by names in BASE, or in the model for a layer that is not stored.
 
@@ -119,16 +152,25 @@ def _choose_layers(
         NothingComparedError: No linear layer is selected.
     """
     linear, stored_names = linear_layers(model.module), Weights(model.module).base_names(stored)
-    base_names = {name: stored_names[name] for name in linear if name in stored_names and selected(stored_names[name])}
+    base_names = {
+        name: stored_names[name]
+        for name in linear
+        if name in stored_names and selected(stored_names[name])
+    }
     left_out = {
-        name: "not stored under a name of its own in BASE (tied)" for name in linear if name not in stored_names
+        name: "not stored under a name of its own in BASE (tied)"
+        for name in linear
+        if name not in stored_names
     }
     for name, stored_name in stored_names.items():
         if name not in base_names and len(stored[stored_name].shape) > 1:
-            left_out[stored_name] = "not selected" if name in linear else "not a linear layer of its own"
+            left_out[stored_name] = (
+                "not selected" if name in linear else "not a linear layer of its own"
+            )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to record; change --layers or --exclude"
+            f"{stored.path}: no linear layer is selected, so there is nothing to record; change "
+            "--layers or --exclude"
         )
     return base_names, left_out
 

@@ -13,11 +13,23 @@ from lora_diag.rendering.text import count, list_names, safe, short
 
 
 def activations_table(
-    recorded: Activations, width: int = 80, color: bool = False, per: str = "type", next_command: str | None = None
+    recorded: Activations,
+    width: int = 80,
+    color: bool = False,
+    per: str = "type",
+    next_command: str | None = None,
 ) -> str:
-    """Return the table of recorded layers, one row per module ``type`` (medians) or ``layer``, and the statements."""
+    """Return the table of recorded layers, one row per module ``type`` (medians) or ``layer``, and
+    the statements.
+    """
     rows = rows_of(recorded.layers, per)
-    return grids_table([grid_of(LayerInput.shown, rows, per)], activations_lines(recorded), width, color, next_command)
+    return grids_table(
+        [grid_of(LayerInput.shown, rows, per)],
+        activations_lines(recorded),
+        width,
+        color,
+        next_command,
+    )
 
 
 def suggest_next(recorded: Activations, values: Mapping[str, Any]) -> str:
@@ -30,7 +42,8 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     """Return the statements: text, recorded layers, layers with too few inputs, skipped layers."""
     distinct = sum(layer_input.shares is None for layer_input in recorded.layers)
     contents = (
-        f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over {count(recorded.tokens)} tokens; "
+        f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over "
+        f"{count(recorded.tokens)} tokens; "
         f"{distinct} of them have inputs of their own, the others share inputs"
         f"{'; also G = E[ggᵀ] of output gradients' if recorded.gradients else ''}"
     )
@@ -39,9 +52,13 @@ def activations_lines(recorded: Activations) -> list[Statement]:
         by_reason.setdefault(why, []).append(layer)
     skipped = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
     statements = [
-        make_statement("text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))),
+        make_statement(
+            "text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))
+        ),
         make_statement("recorded", "Recorded", contents),
-        make_statement("few_inputs", "Warning", _describe_too_few_inputs(recorded.layers), level="warning"),
+        make_statement(
+            "few_inputs", "Warning", _describe_too_few_inputs(recorded.layers), level="warning"
+        ),
         make_statement("left_out", "Left out", "; ".join(skipped)),
     ]
     return [statement for statement in statements if statement.lead]
@@ -53,6 +70,8 @@ def _describe_too_few_inputs(recorded: Sequence[LayerInput]) -> str:
         return ""
     worst = min(layers, key=lambda layer_input: layer_input.rows / layer_input.size)
     return (
-        f"{len(layers)} layers have fewer inputs than input dimensions, for example {short(worst.layer)} with "
-        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have weight 0; use more text"
+        f"{len(layers)} layers have fewer inputs than input dimensions, for example "
+        f"{short(worst.layer)} with "
+        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have "
+        "weight 0; use more text"
     )

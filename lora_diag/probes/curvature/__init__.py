@@ -4,21 +4,49 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import GRANULARITY, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
+from lora_diag.feature import (
+    BASE_ARGUMENT,
+    SAVE_PROBE,
+    TUNED_ARGUMENT,
+    Command,
+    Feature,
+    Figure,
+    Hint,
+    Section,
+)
+from lora_diag.running.options import (
+    GRANULARITY,
+    RANKS,
+    SEED,
+    HeldOut,
+    LayerProbeOptions,
+    MissingAlpha,
+    Option,
+)
 
 
 class CurvatureOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe curvature``."""
 
     ranks: Annotated[Sequence[int], RANKS.by((0, 1, 2, 4, 8, 16, 32, 64))]
-    along: Annotated[Sequence[float], Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,...")]
-    top: Annotated[int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",), least=1)]
-    probes: Annotated[int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",), least=1)]
+    along: Annotated[
+        Sequence[float],
+        Option((0.1, 1.0), "Fractions of the way to the truncated update.", "T,T,..."),
+    ]
+    top: Annotated[
+        int, Option(5, "Largest eigenvalues to compute.", "K", ("--eigenvalues",), least=1)
+    ]
+    probes: Annotated[
+        int, Option(10, "Random vectors of the trace estimate.", "N", ("--trace-vectors",), least=1)
+    ]
     ggn: Annotated[bool, Option(False, "Use the Gauss-Newton matrix, not the Hessian.")]
     per: Annotated[
         str,
-        GRANULARITY.by("all", metavar="all|layer", help="Eigenvalues of all layers together, or also of each alone."),
+        GRANULARITY.by(
+            "all",
+            metavar="all|layer",
+            help="Eigenvalues of all layers together, or also of each alone.",
+        ),
     ]
     seed: Annotated[int, SEED]
 
@@ -39,7 +67,9 @@ FEATURE = Feature(
                     "probe truncation {base} {tuned} --eval {evaluate}",
                     "the gap at every rank, on more text",
                 ),
-                Hint("probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs"),
+                Hint(
+                    "probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs"
+                ),
                 SAVE_PROBE,
             ),
         ),

@@ -1,12 +1,14 @@
-"""``probe curvature``: measure the curvature of the loss, and compare its prediction for truncations with their loss.
+"""``probe curvature``: measure the curvature of the loss, and compare its prediction for
+truncations with their loss.
 
-A Hessian-vector product of a model's mean loss on a set is one backward pass through a gradient (Pearlmutter 1994),
-which works for every model that torch can differentiate twice. Forward mode, as in curvlinops 3.0, does not support
-SiLU, used by every Llama; the tests compare these products with curvlinops where it runs, and with dense Hessians.
+A Hessian-vector product of a model's mean loss on a set is one backward pass through a gradient
+(Pearlmutter 1994), which works for every model that torch can differentiate twice. Forward mode, as
+in curvlinops 3.0, does not support SiLU, used by every Llama; the tests compare these products with
+curvlinops where it runs, and with dense Hessians.
 
-With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩ for some point ξ
-between the two (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature between them exceeds λ; λ is measured at
-one end.
+With E = ΔW_r − ΔW over all truncated layers, L(W_tuned + E) − L(W_tuned) = ⟨∇L, E⟩ + ½⟨E, H(ξ)E⟩
+for some point ξ between the two (Taylor). So it is at most ⟨∇L, E⟩ + (λ/2)‖E‖² if no curvature
+between them exceeds λ; λ is measured at one end.
 """
 
 from __future__ import annotations
@@ -45,14 +47,17 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES, Options, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
-# Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which ranks are.
+# Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which
+# ranks are.
 SHARE = 0.9
 SHARES = (0.9, 0.95, 0.99)
 
-# Time of a Hessian-vector product in forward passes: 9.5 of a Llama with 135 M parameters. Nine matrix products by each
-# weight: one forward, two for the gradient, six for its derivative; a gradient alone took 4.
+# Time of a Hessian-vector product in forward passes: 9.5 of a Llama with 135 M parameters. Nine
+# matrix products by each weight: one forward, two for the gradient, six for its derivative; a
+# gradient alone took 4.
 PRODUCT = 9.5
-# Reductions of a run with default options; at BASE the eigenpairs are what the gradient is projected on.
+# Reductions of a run with default options; at BASE the eigenpairs are what the gradient is
+# projected on.
 REDUCTIONS = (*SEQUENCES[:-1], ("top", 1), SEQUENCES[-1], ("probes", 5), ("ranks", (1, 4, 16, 64)))
 REDUCTIONS_AT_BASE = (*SEQUENCES, ("probes", 5), ("top", 2))
 
@@ -61,9 +66,11 @@ ROUNDING = 1e-6
 
 
 class LossFunction:
-    """The loss as a function of selected layers: its gradient, and products with its Hessian or Gauss–Newton matrix.
+    """The loss as a function of selected layers: its gradient, and products with its Hessian or
+    Gauss–Newton matrix.
 
-    The loss is the mean negative log-likelihood over the predictions of the set. All other weights are constant.
+    The loss is the mean negative log-likelihood over the predictions of the set. All other weights
+    are constant.
 
     Args:
         model: The model in evaluation mode, float32.
@@ -86,15 +93,23 @@ class LossFunction:
         matrix: Matrix = "hessian",
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.texts, self.size, self.matrix, self._after = model, texts, size, matrix, after
+        self.model, self.texts, self.size, self.matrix, self._after = (
+            model,
+            texts,
+            size,
+            matrix,
+            after,
+        )
         self.layers = dict(layers)
         weights, places = Weights(model.module), dict[nn.Parameter, int]()
-        # Each layer's parameter, as a position in ``_parameters``, and of an expert the index in its stack.
+        # Each layer's parameter, as a position in ``_parameters``, and of an expert the index in
+        # its stack.
         self._locations: dict[str, tuple[int, int | None]] = {}
         for layer in layers:
             if (location := weights.locate(layer)) is None:
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has no such weight; exclude it with "
+                    f"{layer}: the model that transformers builds from BASE has no such weight; "
+                    "exclude it with "
                     "--exclude"
                 )
             self._locations[layer] = places.setdefault(location[0], len(places)), location[1]
@@ -117,7 +132,10 @@ class LossFunction:
     def split(self, vector: Tensor) -> dict[str, Tensor]:
         """Return a vector ``(n,)`` as one matrix ``(out, in)`` for each layer."""
         pieces = torch.split(vector, [math.prod(shape) for shape in self.layers.values()])
-        return {layer: piece.view(shape) for (layer, shape), piece in zip(self.layers.items(), pieces, strict=True)}
+        return {
+            layer: piece.view(shape)
+            for (layer, shape), piece in zip(self.layers.items(), pieces, strict=True)
+        }
 
     def weights(self) -> Tensor:
         """Return a copy of the layers' weights, ``(n,)``."""
@@ -128,12 +146,19 @@ class LossFunction:
         self._fill([parameter.data for parameter in self._parameters], weights)
 
     def _parts(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return each layer's part of tensors of the parameters' shapes: all of one, or one expert of a stack."""
+        """Return each layer's part of tensors of the parameters' shapes: all of one, or one expert
+        of a stack.
+        """
         places = self._locations.items()
-        return {layer: tensors[i] if index is None else tensors[i][index] for layer, (i, index) in places}
+        return {
+            layer: tensors[i] if index is None else tensors[i][index]
+            for layer, (i, index) in places
+        }
 
     def _fill(self, tensors: Sequence[Tensor], vector: Tensor) -> Sequence[Tensor]:
-        """Write a vector ``(n,)`` into the layers' parts of tensors of the parameters' shapes, and return these."""
+        """Write a vector ``(n,)`` into the layers' parts of tensors of the parameters' shapes, and
+        return these.
+        """
         parts = self._parts(tensors)
         for layer, part in self.split(vector).items():
             parts[layer].copy_(part.view(parts[layer].shape))
@@ -141,12 +166,20 @@ class LossFunction:
 
     def gradient(self) -> Tensor:
         """Return ∇L, ``(n,)``."""
-        return self._sum(lambda loss, logits: torch.autograd.grad(loss, self._parameters, materialize_grads=True))
+        return self._sum(
+            lambda loss, logits: torch.autograd.grad(loss, self._parameters, materialize_grads=True)
+        )
 
     def product(self, vector: Tensor) -> Tensor:
-        """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the logits; ``(n,)``."""
-        vectors = self._fill([torch.zeros_like(parameter) for parameter in self._parameters], vector)
-        return self._sum(lambda loss, logits: _multiply(self.matrix, loss, logits, self._parameters, vectors))
+        """Return H·x or, for the GGN, JᵀBJ·x with B the Hessian of the loss with respect to the
+        logits; ``(n,)``.
+        """
+        vectors = self._fill(
+            [torch.zeros_like(parameter) for parameter in self._parameters], vector
+        )
+        return self._sum(
+            lambda loss, logits: _multiply(self.matrix, loss, logits, self._parameters, vectors)
+        )
 
     def ends(self, count: int, seed: int, vectors: bool) -> tuple[Eigenpairs, Eigenpairs]:
         """Return the ``count`` largest eigenpairs, or all if there are fewer, and the smallest one.
@@ -163,7 +196,9 @@ class LossFunction:
         return largest, smallest
 
     def _sum(self, step: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Tensor:
-        """Return the sum of a step's results over batches, divided by the number of predictions, ``(n,)``."""
+        """Return the sum of a step's results over batches, divided by the number of predictions,
+        ``(n,)``.
+        """
         sums = [torch.zeros_like(parameter) for parameter in self._parameters]
         predictions = 0
         with _enable_gradients(self._parameters):
@@ -180,7 +215,9 @@ class LossFunction:
 
 @contextmanager
 def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Enable gradients of these parameters within the block, with attention that can be differentiated twice."""
+    """Enable gradients of these parameters within the block, with attention that can be
+    differentiated twice.
+    """
     for parameter in parameters:
         parameter.requires_grad_(True)
     try:
@@ -193,18 +230,27 @@ def _enable_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def _multiply(
-    matrix: Matrix, loss: Tensor, logits: Tensor, parameters: Sequence[Tensor], vectors: Sequence[Tensor]
+    matrix: Matrix,
+    loss: Tensor,
+    logits: Tensor,
+    parameters: Sequence[Tensor],
+    vectors: Sequence[Tensor],
 ) -> Sequence[Tensor]:
     """Return the product of a batch's Hessian or GGN with x, the ``vectors``.
 
-    The Hessian of the summed loss L gives ∇⟨∇L, x⟩ (Pearlmutter 1994). The GGN gives JᵀBJ·x, B = diag(p) − ppᵀ at each
-    prediction (Schraudolph 2002); J·x is the derivative of Jᵀw, which is linear in w, in w.
+    The Hessian of the summed loss L gives ∇⟨∇L, x⟩ (Pearlmutter 1994). The GGN gives JᵀBJ·x, B =
+    diag(p) − ppᵀ at each prediction (Schraudolph 2002); J·x is the derivative of Jᵀw, which is
+    linear in w, in w.
     """
     w = None if matrix == "hessian" else torch.zeros_like(logits, requires_grad=True)
     output = loss if w is None else logits
     gradient = torch.autograd.grad(output, parameters, w, create_graph=True, materialize_grads=True)
-    inner = torch.stack([(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]).sum()
-    if not inner.requires_grad:  # the loss is linear in these parameters, or does not depend on them
+    inner = torch.stack(
+        [(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]
+    ).sum()
+    if (
+        not inner.requires_grad
+    ):  # the loss is linear in these parameters, or does not depend on them
         return [torch.zeros_like(parameter) for parameter in parameters]
     if w is None:
         return torch.autograd.grad(inner, parameters, materialize_grads=True)
@@ -229,11 +275,14 @@ class Trace:
     vectors: int
 
 
-def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tuple[Trace, dict[str, Trace]]:
-    """Estimate the trace of the joint Hessian or GGN H, and of every layer's block, from the same products.
+def estimate_traces(
+    loss_function: LossFunction, probes: int, seed: int
+) -> tuple[Trace, dict[str, Trace]]:
+    """Estimate the trace of the joint Hessian or GGN H, and of every layer's block, from the same
+    products.
 
-    With random signs x, E[xᵀHx] = tr(H) (Hutchinson 1990); and E[x_ℓᵀ(Hx)_ℓ] = tr(H_ℓℓ), because the other blocks'
-    terms have mean zero, though they add to the variance.
+    With random signs x, E[xᵀHx] = tr(H) (Hutchinson 1990); and E[x_ℓᵀ(Hx)_ℓ] = tr(H_ℓℓ), because
+    the other blocks' terms have mean zero, though they add to the variance.
 
     Args:
         loss_function: The loss.
@@ -254,7 +303,9 @@ def estimate_traces(loss_function: LossFunction, probes: int, seed: int) -> tupl
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
     joint_samples = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
-    return _estimate_trace(joint_samples), {layer: _estimate_trace(samples) for layer, samples in by_layer.items()}
+    return _estimate_trace(joint_samples), {
+        layer: _estimate_trace(samples) for layer, samples in by_layer.items()
+    }
 
 
 def _estimate_trace(samples: Sequence[float]) -> Trace:
@@ -266,7 +317,8 @@ def _estimate_trace(samples: Sequence[float]) -> Trace:
 def _make_surrogates(
     loss_function: LossFunction, gradient: Tensor, largest: Eigenpairs, joint: bool
 ) -> dict[str, Surrogate]:
-    """Return, for each layer, the fraction of the gradient in the span of the eigenpairs, and what holds most of it.
+    """Return, for each layer, the fraction of the gradient in the span of the eigenpairs, and what
+    holds most of it.
 
     Args:
         loss_function: The loss.
@@ -287,18 +339,23 @@ def _make_surrogates(
             share=min(1.0, float(energy_held[-1]) / squared) if squared else None,
             random=min(1.0, count / loss_function.params),
             pairs_at=_count_to(energy_held, SHARE) if has_energy else None,
-            rank_at={f"{share:g}": _count_to(energy, share) if has_energy else None for share in SHARES},
+            rank_at={
+                f"{share:g}": _count_to(energy, share) if has_energy else None for share in SHARES
+            },
             rank=int((s > ROUNDING * s[0]).sum()) if has_energy else 0,
         )
     return surrogates
 
 
 def _count_to(sums: Tensor, share: float) -> int:
-    """Return the number of terms of ascending partial sums that reach a fraction of the whole sum."""
+    """Return the number of terms of ascending partial sums that reach a fraction of the
+    whole sum.
+    """
     return int((sums < share * sums[-1]).sum()) + 1
 
 
-# Rounding to float32 in a mean loss of order 1: two evaluations of one model in different batches differ by 1e-7.
+# Rounding to float32 in a mean loss of order 1: two evaluations of one model in different batches
+# differ by 1e-7.
 BOUND_ROUNDING = 1e-6
 
 
@@ -390,57 +447,68 @@ def measure_bounds(
 def probe_curvature(
     base: Path | str, tuned: Path | str | None = None, **options: Unpack[CurvatureOptions]
 ) -> Results[Any]:
-    r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and compare the loss bound with the measured gap.
+    r"""Measure eigenvalues, trace and gradient of the loss at TUNED, and compare the loss bound
+    with the measured gap.
 
-    For every rank, with E = ΔW_r − ΔW over all truncated layers: ⟨∇L, E⟩, ½⟨E, HE⟩, (λ/2)‖E‖² = (λ/2)Σ_{i>r}σ_i², and
-    L(W_0 + ΔW_r) − L(W_tuned) measured on the same sequences. Without TUNED all quantities are at BASE, and the
-    gradient is projected on the top eigenpairs instead.
+    For every rank, with E = ΔW_r − ΔW over all truncated layers: ⟨∇L, E⟩, ½⟨E, HE⟩, (λ/2)‖E‖² =
+    (λ/2)Σ_{i>r}σ_i², and L(W_0 + ΔW_r) − L(W_tuned) measured on the same sequences. Without TUNED
+    all quantities are at BASE, and the gradient is projected on the top eigenpairs instead.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter; None for the curvature at BASE.
-        evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is differentiated.
+        evaluate: One text or JSONL file; the mean negative log-likelihood of all its predictions is
+            differentiated.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
         along: Fractions t of the distance from TUNED to the truncated update; 1 is added.
         top: Number of largest eigenvalues.
         probes: Number of random vectors of the trace estimate.
-        ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without the part from the
-            model's own curvature, positive semidefinite.
-        per: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every layer's own block.
+        ggn: Measure the generalised Gauss–Newton matrix instead of the Hessian: the Hessian without
+            the part from the model's own curvature, positive semidefinite.
+        per: ``all`` for eigenvalues of all layers jointly; ``layer`` also for those of every
+            layer's own block.
         seed: Seed of the Lanczos start and of the random vectors of the trace.
         **options: ``CurvatureOptions``.
 
     Returns:
-        The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound`` of every rank
+        The records are in ``whole``: ``Curvature`` jointly and of every layer, then ``LossBound``
+            of every rank
         that truncates a layer and every fraction, if there is a TUNED.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, ``dtype`` is not ``float32`` (Lanczos does not converge in
-            others), the output can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data
-            set, is not installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, its model has no
-            weight of a layer, ΔW, a loss or a product is not finite, or Lanczos did not converge.
+        UsageError: An option is invalid, BASE is an adapter, ``dtype`` is not ``float32`` (Lanczos
+            does not converge in others), the output can be neither replaced nor resumed, or the
+            extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE,
+            its model has no weight of a layer, ΔW, a loss or a product is not finite, or Lanczos
+            did not converge.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
         Pearlmutter 1994, "Fast exact multiplication by the Hessian"; Yao et al. 2020, PyHessian.
 
     Example:
-        >>> found = probe_curvature("sample_checkpoints/base",  # doctest: +SKIP
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"], layers="q_proj",
-        ...     max_sequences=2)
+        >>> found = probe_curvature(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     layers="q_proj",
+        ...     max_sequences=2,
+        ... )
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
     given = run.options
     check_ranks(given.ranks, 0)
     if not all(0 < t <= 1 for t in given.along):
-        raise UsageError(f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]")
+        raise UsageError(
+            f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]"
+        )
     fractions = sorted({*map(float, given.along), 1.0})
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if (dtype := given.dtype) != "float32":
         raise UsageError(
-            f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large for Lanczos; use "
+            f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large "
+            "for Lanczos; use "
             "float32"
         )
     run.check_files(base, *([tuned] if tuned is not None else []))
@@ -456,12 +524,20 @@ def probe_curvature(
         chosen, inputs = _select_matrices(stored, model, run.selection), (run.describe(stored),)
         shapes = {name: stored[name].shape for name in stored if name not in chosen}
         skipped = [
-            LeftOut(layer=name, shape=shape, reason="vector" if len(shape) < 2 else "not_selected", detail="")
+            LeftOut(
+                layer=name,
+                shape=shape,
+                reason="vector" if len(shape) < 2 else "not_selected",
+                detail="",
+            )
             for name, shape in shapes.items()
         ]
 
     def count_tokens() -> float:
-        bounds, blocks = len(given.ranks) * (1 + len(fractions)), len(chosen) * (given.per == "layer")
+        bounds, blocks = (
+            len(given.ranks) * (1 + len(fractions)),
+            len(chosen) * (given.per == "layer"),
+        )
         products = _count_products(given, blocks + 1, bounds if compared else 0, compared is None)
         return PRODUCT * products * run.count_tokens(sets)
 
@@ -476,7 +552,9 @@ def probe_curvature(
         "matrix": matrix,
         **run.settings("per", "layers", "exclude", "seed"),
     }
-    loss_function = LossFunction(model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products"))
+    loss_function = LossFunction(
+        model, texts, run.batch, chosen, matrix, partial(run.watch.batch, "products")
+    )
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         _measure(loss_function, swapped, given, settings["ranks"], fractions, run_records)
@@ -488,7 +566,8 @@ def probe_curvature(
 def _select_matrices(
     stored: Checkpoint, model: Model, selection: Mapping[str, str | None]
 ) -> dict[str, tuple[int, int]]:
-    """Return the shapes of the selected matrices of BASE outside embeddings and head that the model uses.
+    """Return the shapes of the selected matrices of BASE outside embeddings and head that the model
+    uses.
 
     Raises:
         NothingComparedError: No matrix is selected.
@@ -504,7 +583,8 @@ def _select_matrices(
     }
     if not matrices:
         raise NothingComparedError(
-            f"{stored.path}: no matrix outside embeddings and head is selected; change --layers or --exclude"
+            f"{stored.path}: no matrix outside embeddings and head is selected; change --layers or "
+            "--exclude"
         )
     return matrices
 
@@ -517,7 +597,9 @@ def _measure(
     fractions: list[float],
     run_records: RunRecords[Any],
 ) -> None:
-    """Report the estimated cost, then measure the records that the file lacks: joint curvature, layers, ranks."""
+    """Report the estimated cost, then measure the records that the file lacks: joint curvature,
+    layers, ranks.
+    """
     watch = run_records.watch
     done = {record.layer for record in run_records.records if isinstance(record, Curvature)}
     done_ranks = {record.rank for record in run_records.records if isinstance(record, LossBound)}
@@ -533,17 +615,28 @@ def _measure(
     loss_function.product(loss_function.weights())
     seconds, kept = time.perf_counter() - start, basis_size(loss_function.params, given.top)
     gib = 4 * loss_function.params * (kept if given.top > 1 or swapped is None else 3) / 2**30
-    of = f"some {products} Hessian-vector products of {seconds:.2g} s each; Lanczos takes {gib:.1f} GiB"
+    of = (
+        f"some {products} Hessian-vector products of {seconds:.2g} s each; Lanczos takes "
+        f"{gib:.1f} GiB"
+    )
     watch.note(f"about {duration(products * seconds)}: {of}")
     gradient = loss_function.gradient()
-    losses = measure(loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss"))
+    losses = measure(
+        loss_function.model, loss_function.texts, loss_function.size, partial(watch.batch, "loss")
+    )
     if missing or None not in done:
         at: Where = "base" if swapped is None else "tuned"
-        for records in _iterate_curvatures(loss_function, at, given, gradient, losses, None in done, missing):
+        for records in _iterate_curvatures(
+            loss_function, at, given, gradient, losses, None in done, missing
+        ):
             run_records.put(*records)
     if swapped is None:
         return
-    joint = next(record for record in run_records.records if isinstance(record, Curvature) and record.layer is None)
+    joint = next(
+        record
+        for record in run_records.records
+        if isinstance(record, Curvature) and record.layer is None
+    )
     smallest = joint.smallest if joint.strongly_convex else None
     tuned = TunedPoint(loss_function.weights(), gradient, losses, joint.eigenvalues[0], smallest)
     for rank in ranks:
@@ -560,10 +653,11 @@ def _iterate_curvatures(
     has_joint: bool,
     layers: Sequence[str],
 ) -> Iterator[list[Curvature]]:
-    """Yield the missing records, those from the same eigenpairs in one list; a missing joint record is in the first.
+    """Yield the missing records, those from the same eigenpairs in one list; a missing joint record
+    is in the first.
 
-    Layers have the gradient, the trace and, at BASE, the surrogate: with ``per`` all from the joint eigenpairs, with
-    ``layer`` from their own, whose eigenvalues they then have, too.
+    Layers have the gradient, the trace and, at BASE, the surrogate: with ``per`` all from the joint
+    eigenpairs, with ``layer`` from their own, whose eigenvalues they then have, too.
 
     Args:
         loss_function: The loss.
@@ -580,7 +674,9 @@ def _iterate_curvatures(
     parts = loss_function.split(gradient)
     joint_trace, traces = estimate_traces(loss_function, given.probes, given.seed)
 
-    def record(layer: str | None, trace: Trace, ends: Sequence[Eigenpairs] = (), **more: Any) -> Curvature:
+    def record(
+        layer: str | None, trace: Trace, ends: Sequence[Eigenpairs] = (), **more: Any
+    ) -> Curvature:
         own_gradient = gradient if layer is None else parts[layer]
         if ends:
             more |= {"eigenvalues": tuple(ends[0].values.tolist()), "residual": ends[0].residual}
@@ -602,8 +698,14 @@ def _iterate_curvatures(
             **more,
         )
 
-    def surrogates(block: LossFunction, own_gradient: Tensor, largest: Eigenpairs) -> dict[str, Surrogate]:
-        return _make_surrogates(block, own_gradient, largest, block is loss_function) if at == "base" else {}
+    def surrogates(
+        block: LossFunction, own_gradient: Tensor, largest: Eigenpairs
+    ) -> dict[str, Surrogate]:
+        return (
+            _make_surrogates(block, own_gradient, largest, block is loss_function)
+            if at == "base"
+            else {}
+        )
 
     if not has_joint or given.per == "all":
         ends = loss_function.ends(given.top, given.seed, at == "base")
@@ -621,7 +723,9 @@ def _iterate_curvatures(
 
 
 def _count_products(given: Options, operators: int, bounds: int, vectors: bool) -> int:
-    """Return the estimated number of products, of which ``operators`` is the number of matrices with eigenvalues."""
+    """Return the estimated number of products, of which ``operators`` is the number of matrices
+    with eigenvalues.
+    """
     # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
     lanczos = 25 + (25 + 5 * given.top) * (given.top > 1 or vectors)
     return int(operators * lanczos + given.probes + bounds)

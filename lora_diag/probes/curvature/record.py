@@ -1,4 +1,6 @@
-"""Records of ``probe curvature``: curvature of the loss at a point, and its prediction for a truncated update."""
+"""Records of ``probe curvature``: curvature of the loss at a point, and its prediction for a
+truncated update.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +15,16 @@ Matrix = Literal["hessian", "ggn"]
 
 
 class Surrogate(Record):
-    """The gradient at BASE projected on the top eigenpairs: the article's third surrogate of an update's spectrum.
+    """The gradient at BASE projected on the top eigenpairs: the article's third surrogate of an
+    update's spectrum.
 
-    With g = ∇L(W_0) of a layer and v_1, …, v_K the eigenvectors, P = Σ_j ⟨v_j, g⟩ v_j, read as a matrix (out, in).
+    With g = ∇L(W_0) of a layer and v_1, …, v_K the eigenvectors, P = Σ_j ⟨v_j, g⟩ v_j, read as a
+    matrix (out, in).
 
     Args:
         eigenpairs: K.
-        joint: Whether the eigenvectors are those of all layers jointly, restricted to this layer; else of its own
-            block.
+        joint: Whether the eigenvectors are those of all layers jointly, restricted to this layer;
+            else of its own block.
         share: ‖P‖²/‖g‖² of the gradient: of all layers if ``joint``, else of this layer;
             null if g is 0.
         random: Expected fraction in a random K-dimensional space, K over the number of parameters.
@@ -44,7 +48,9 @@ def _pool_norm(records: Sequence[Curvature]) -> float:
 
 
 def _pool_trace_error(records: Sequence[Curvature]) -> float | None:
-    """Return the standard error of the sum of traces with independent errors; None if one has none."""
+    """Return the standard error of the sum of traces with independent errors; None if
+    one has none.
+    """
     errors = [record.trace_error for record in records if record.trace_error is not None]
     return math.hypot(*errors) if len(errors) == len(records) else None
 
@@ -52,7 +58,8 @@ def _pool_trace_error(records: Sequence[Curvature]) -> float | None:
 class Curvature(WholeRecord):
     """Curvature of the loss at one point: of one layer, or of all layers jointly.
 
-    The loss is the mean negative log-likelihood over the predictions of the evaluation set, without dropout.
+    The loss is the mean negative log-likelihood over the predictions of the evaluation set, without
+    dropout.
 
     Args:
         set: The evaluation set, by its file's name.
@@ -65,9 +72,11 @@ class Curvature(WholeRecord):
         loss: Loss at the point, in nats.
         gradient: ‖∇L‖.
         eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
-        residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ; null if not computed.
+        residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ; null if not
+            computed.
         smallest: The smallest eigenvalue μ; null if not computed.
-        smallest_residual: ‖Hv − μv‖, likewise; null if not computed, and in files of earlier versions.
+        smallest_residual: ‖Hv − μv‖, likewise; null if not computed, and in files of earlier
+            versions.
         trace: Hutchinson's estimate of tr(H).
         trace_error: Standard error of ``trace``; null with one random vector.
         trace_vectors: Number of random vectors; null in files of earlier versions.
@@ -83,7 +92,14 @@ class Curvature(WholeRecord):
         Shown("largest", "λ max", "largest eigenvalue", pool="max", terminal=True),
         Shown("smallest", "λ min", "smallest eigenvalue", pool="min", terminal=True),
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", pool="sum", terminal=True),
-        Shown("trace_error", "±", "standard error of the trace", pool=_pool_trace_error, drop=1, terminal=True),
+        Shown(
+            "trace_error",
+            "±",
+            "standard error of the trace",
+            pool=_pool_trace_error,
+            drop=1,
+            terminal=True,
+        ),
     )
     record: Literal["curvature"] = "curvature"
     set: str
@@ -107,12 +123,16 @@ class Curvature(WholeRecord):
 
     @property
     def trace_half(self) -> float | None:
-        """Half-width of the interval of ``trace`` (``errors_needed``); None for one random vector."""
+        """Half-width of the interval of ``trace`` (``errors_needed``); None for one
+        random vector.
+        """
         from lora_diag.metrics.statistics import errors_needed  # imports NumPy
 
         if self.trace_error is None:
             return None
-        return self.trace_error * (errors_needed(self.trace_vectors - 1) if self.trace_vectors else 2.0)
+        return self.trace_error * (
+            errors_needed(self.trace_vectors - 1) if self.trace_vectors else 2.0
+        )
 
     @property
     def largest(self) -> float | None:
@@ -127,9 +147,11 @@ class Curvature(WholeRecord):
 
 
 class LossBound(WholeRecord):
-    """Loss of a truncation by the second-order model at TUNED, and as measured on the same sequences.
+    """Loss of a truncation by the second-order model at TUNED, and as measured on the same
+    sequences.
 
-    E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; all other weights are those of TUNED.
+    E = t(ΔW_r − ΔW) over all truncated layers jointly, and L(W) the loss; all other weights are
+    those of TUNED.
 
     Args:
         set: The evaluation set.
@@ -145,15 +167,21 @@ class LossBound(WholeRecord):
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
         gap: L(W_tuned + E) − L(W_tuned), measured.
-        gap_error: Standard error of ``gap`` over other text of the distribution; on this set the gap is exact. Null for
-            one sequence.
+        gap_error: Standard error of ``gap`` over other text of the distribution; on this set the
+            gap is exact. Null for one sequence.
         sequences: Number of sequences; null in files of earlier versions.
         holds: Whether ``gap`` ≤ ``linear`` + ``upper``, up to rounding.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gap", "gap", "loss of the truncated model minus that of TUNED, measured", main=True, terminal=False),
+        Shown(
+            "gap",
+            "gap",
+            "loss of the truncated model minus that of TUNED, measured",
+            main=True,
+            terminal=False,
+        ),
         Shown("upper", "upper", "(λ/2)‖E‖²", main=True, terminal=False),
         Shown("tail_energy", "tail Σσ²", "energy beyond the rank", drop=3, terminal=True),
         Shown("linear", "⟨∇L,E⟩", "first order", drop=2, form="signed", terminal=True),
@@ -184,7 +212,9 @@ class LossBound(WholeRecord):
 
     @property
     def gap_half(self) -> float | None:
-        """Half-width of the interval of ``gap`` for other text (``paired_half``); None for one sequence."""
+        """Half-width of the interval of ``gap`` for other text (``paired_half``); None for one
+        sequence.
+        """
         from lora_diag.metrics.statistics import paired_half  # imports NumPy
 
         return paired_half(self.gap_error, self.sequences)

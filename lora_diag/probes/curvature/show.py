@@ -16,21 +16,27 @@ from lora_diag.rendering.text import format_shown, median_rank, middle, number, 
 
 # Interpretation of the results, by the point or, at TUNED, by the matrix.
 _READINGS = {
-    "base": "the projected gradient is a surrogate for the update, from one point and few eigenpairs; probe sweep "
+    "base": "the projected gradient is a surrogate for the update, from one point and few "
+    "eigenpairs; probe sweep "
     "measures the rank that training needs",
-    "ggn": "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a bound, even near "
+    "ggn": "Gauss-Newton omits the curvature of the model's outputs: with its λ, (λ/2)Σσ² is not a "
+    "bound, even near "
     "TUNED",
-    "hessian": "λ is the largest eigenvalue at this point, but a bound needs it for the whole path, so the bound is an "
+    "hessian": "λ is the largest eigenvalue at this point, but a bound needs it for the whole "
+    "path, so the bound is an "
     "estimate",
 }
 # Relative error below which the second-order model is accurate.
 ACCURATE_ERROR = 0.1
-# Ratio of the bound to the measured gap above which it is too loose for a choice: 680 to 29,000 on three models.
+# Ratio of the bound to the measured gap above which it is too loose for a choice: 680 to 29,000 on
+# three models.
 LOOSE_RATIO = 100.0
 
 
 def curvature_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: at TUNED the bound and the model, at BASE the surrogate; the curvature."""
+    """Return the statements: at TUNED the bound and the model, at BASE the surrogate; the
+    curvature.
+    """
     joint, layers, bounds = _split_records(results)
     if joint is None:
         return probe_summary(results, reading="")
@@ -38,17 +44,22 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
         results,
         *([_describe_bound(bounds, joint)] if bounds else []),
         make_statement(
-            "surrogate", "Surrogate", *(_describe_surrogate(layers) if joint.at == "base" and layers else ())
+            "surrogate",
+            "Surrogate",
+            *(_describe_surrogate(layers) if joint.at == "base" and layers else ()),
         ),
         make_statement("model", "Model", _describe_model(bounds)),
         make_statement("curvature", "Curvature", _describe_curvature(joint)),
-        reading=f"{_READINGS['base' if joint.at == 'base' else joint.matrix]}; all numbers are for this set; the "
+        reading=f"{_READINGS['base' if joint.at == 'base' else joint.matrix]}; all numbers are for "
+        "this set; the "
         "curvature on few tokens can differ from that on many",
     )
 
 
 def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds by rank, if any."""
+    """Return the table of curvatures, one row per module ``type`` or ``layer``, and that of bounds
+    by rank, if any.
+    """
     joint, layers, bounds = _split_records(results)
     return [
         *([_make_curvatures_grid(joint, layers, per)] if joint is not None else []),
@@ -56,8 +67,12 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     ]
 
 
-def _split_records(results: Results[Any]) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
-    """Return the record of all layers, the records of single layers, and the records of truncations."""
+def _split_records(
+    results: Results[Any],
+) -> tuple[Curvature | None, list[Curvature], list[LossBound]]:
+    """Return the record of all layers, the records of single layers, and the records of
+    truncations.
+    """
     records = results.whole_of(Curvature)
     joint = next((record for record in records if record.layer is None), None)
     layers = [record for record in records if record.layer is not None]
@@ -65,7 +80,9 @@ def _split_records(results: Results[Any]) -> tuple[Curvature | None, list[Curvat
 
 
 def _pool_ranks(path: str) -> Callable[[Sequence[Any]], str | None]:
-    """Return a function that gives the median of the known ranks at a path, as text; None if none is known."""
+    """Return a function that gives the median of the known ranks at a path, as text; None if none
+    is known.
+    """
 
     def pool(records: Sequence[Any]) -> str | None:
         known = [rank for record in records if (rank := value_at(record, path)) is not None]
@@ -76,9 +93,27 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Any]], str | None]:
 
 # Columns of the gradient in the span of the top eigenpairs, at BASE.
 _SURROGATE = (
-    Shown("surrogate.share", "held", "fraction of the gradient in the top eigenpairs", main=True, form="percent"),
-    Shown("surrogate", "pairs", "eigenpairs that hold it", main=True, pool=_pool_ranks("surrogate.pairs_at")),
-    Shown("surrogate", "rank 90%", "rank of it at 90%", main=True, pool=_pool_ranks("surrogate.rank_at.0.9")),
+    Shown(
+        "surrogate.share",
+        "held",
+        "fraction of the gradient in the top eigenpairs",
+        main=True,
+        form="percent",
+    ),
+    Shown(
+        "surrogate",
+        "pairs",
+        "eigenpairs that hold it",
+        main=True,
+        pool=_pool_ranks("surrogate.pairs_at"),
+    ),
+    Shown(
+        "surrogate",
+        "rank 90%",
+        "rank of it at 90%",
+        main=True,
+        pool=_pool_ranks("surrogate.rank_at.0.9"),
+    ),
 )
 
 
@@ -86,19 +121,22 @@ def _make_curvatures_grid(joint: Curvature, layers: Sequence[Any], per: str) -> 
     rows: Rows = [("all layers", [joint]), *rows_of(layers, per)]
     columns = []
     about = (
-        "λ max is the largest curvature of the loss in any direction; the trace is the sum over all directions, "
+        "λ max is the largest curvature of the loss in any direction; the trace is the sum over "
+        "all directions, "
         "with its standard error. A step of a given length costs most where λ is large."
     )
     if joint.at == "base":
         first = next((record for record in layers if record.surrogate is not None), None)
-        # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all layers.
+        # Joint eigenpairs have one fraction of the whole gradient, which belongs in the row of all
+        # layers.
         whole: Rows = [("all layers", [first]), *((name, []) for name, _ in rows[1:])]
         is_joint = first is not None and first.surrogate.joint
         *held, rank = _SURROGATE
         columns = [*columns_of(held, whole if is_joint else rows), *columns_of([rank], rows)]
         columns = [column for column in columns if set(column.cells) != {"-"}]
         about += (
-            " Held is the fraction of the gradient in the span of the top eigenpairs, rank 90% the rank of that part."
+            " Held is the fraction of the gradient in the span of the top eigenpairs, rank "
+            "90% the rank of that part."
         )
     matrix = "Hessian" if joint.matrix == "hessian" else "generalised Gauss-Newton"
     caption = f"Curvature of the loss at {joint.at.upper()} ({matrix})"
@@ -110,7 +148,10 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
     columns = columns_of(LossBound.shown, rows)
     along = min(record.along for record in bounds)
     if along < 1:
-        nearer = [(name, [r for r in bounds if r.rank == end.rank and r.along == along]) for name, (end,) in rows]
+        nearer = [
+            (name, [r for r in bounds if r.rank == end.rank and r.along == along])
+            for name, (end,) in rows
+        ]
         ratio_field = next(field for field in LossBound.shown if field.path == "predicted_ratio")
         columns[-2:-2] = columns_of([replace(ratio_field, head=f"at {along:g}")], nearer)
     return Grid(
@@ -118,7 +159,8 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
         "rank",
         tuple(name for name, _ in rows),
         tuple(columns),
-        "Columns with ÷ are the second-order model and the bound (λ/2)Σσ² divided by the measured gap. A model "
+        "Columns with ÷ are the second-order model and the bound (λ/2)Σσ² divided by the measured "
+        "gap. A model "
         "near 1 can replace a measurement; a bound many times the gap cannot choose a rank.",
     )
 
@@ -131,32 +173,50 @@ def _describe_curvature(joint: Curvature) -> str:
 
 
 def _describe_model(bounds: Sequence[LossBound]) -> str:
-    """State the range of the second-order model over the measured gap, and the ranks at which it is accurate."""
-    ratios = {r.rank: r.predicted_ratio for r in bounds if r.along == 1 and r.predicted_ratio is not None}
+    """State the range of the second-order model over the measured gap, and the ranks at which it is
+    accurate.
+    """
+    ratios = {
+        r.rank: r.predicted_ratio for r in bounds if r.along == 1 and r.predicted_ratio is not None
+    }
     if not ratios:
         return "no gap is large enough to compare" if bounds else ""
     accurate = [f"r={rank}" for rank, ratio in ratios.items() if abs(ratio - 1) <= ACCURATE_ERROR]
     return (
-        f"the second-order model is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times the measured gap, "
-        f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at {', '.join(accurate) or 'any rank'}"
+        f"the second-order model is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times "
+        "the measured gap, "
+        f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at "
+        f"{', '.join(accurate) or 'any rank'}"
     )
 
 
 def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     """State how far the bound is above the measured gaps, and where it does not hold."""
-    bound, exceeded = "⟨∇L, E⟩ + (λ/2)Σσ²", [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds]
+    bound, exceeded = (
+        "⟨∇L, E⟩ + (λ/2)Σσ²",
+        [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds],
+    )
     if exceeded:
-        bound += f" is exceeded at {', '.join(exceeded)}: the curvature between the points exceeds λ"
+        bound += (
+            f" is exceeded at {', '.join(exceeded)}: the curvature between the points exceeds λ"
+        )
     else:
         bound += f" is at or above the gap at all {len(bounds)} points measured"
         if any(record.curvature > joint.eigenvalues[0] for record in bounds):
             bound += ", although the curvature along E exceeds λ at some"
-    ratios = [record.upper / record.gap for record in bounds if record.along == 1 and record.gap > 1e-6]
+    ratios = [
+        record.upper / record.gap for record in bounds if record.along == 1 and record.gap > 1e-6
+    ]
     answer = ""
     if ratios:
         loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
-        answer = f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured gap{loose}"
-    return make_statement("bound", "Bound", *((bound, answer) if exceeded else (answer, bound)), answer=answer)
+        answer = (
+            f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured "
+            f"gap{loose}"
+        )
+    return make_statement(
+        "bound", "Bound", *((bound, answer) if exceeded else (answer, bound)), answer=answer
+    )
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:
@@ -168,13 +228,17 @@ def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:
     share, random = (middle([getattr(s, name) for _, s in pairs]) for name in ("share", "random"))
     kind, scope = ("joint", "") if first.joint else ("each layer's", " (median)")
     lines = [
-        f"the span of {kind} top {first.eigenpairs} eigenpairs has {format_shown(share, percent)} of the gradient"
+        f"the span of {kind} top {first.eigenpairs} eigenpairs has {format_shown(share, percent)} "
+        "of the gradient"
         f"{scope}; a random subspace of the same dimension would have {percent(random or 0.0)}"
     ]
-    ranks = sorted((s.rank_at["0.9"], short(r.layer or "")) for r, s in pairs if s.rank_at["0.9"] is not None)
+    ranks = sorted(
+        (s.rank_at["0.9"], short(r.layer or "")) for r, s in pairs if s.rank_at["0.9"] is not None
+    )
     if ranks:
         (low, _), (high, name) = ranks[0], ranks[-1]
         lines.append(
-            f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, the highest in {name}"
+            f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, the "
+            f"highest in {name}"
         )
     return lines

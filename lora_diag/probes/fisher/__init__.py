@@ -1,18 +1,40 @@
-"""``probe fisher``, registration and options: Fisher information of the part that a truncation discards."""
+"""``probe fisher``, registration and options: Fisher information of the part that a truncation
+discards.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
-from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import DATA, LABELS, RANKS, SEED, HeldOut, LayerProbeOptions, MissingAlpha, Option
+from lora_diag.feature import (
+    BASE_ARGUMENT,
+    SAVE_PROBE,
+    TUNED_ARGUMENT,
+    Command,
+    Feature,
+    Figure,
+    Hint,
+    Section,
+)
+from lora_diag.running.options import (
+    DATA,
+    LABELS,
+    RANKS,
+    SEED,
+    HeldOut,
+    LayerProbeOptions,
+    MissingAlpha,
+    Option,
+)
 
 
 class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
     """Options of ``probe fisher``."""
 
     data: Required[Annotated[Path | str, DATA]]
-    measure: Annotated[bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")]
+    measure: Annotated[
+        bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")
+    ]
     ranks: Annotated[Sequence[int], RANKS]
     labels: Annotated[str, LABELS]
     seed: Annotated[int, SEED]
@@ -25,11 +47,17 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss change from truncation, by Fisher information.",
-            examples=("probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o fisher.jsonl",),
+            examples=(
+                "probe fisher base/ full_ft/ --data text.txt --eval held_out.txt --ranks 8,16 -o "
+                "fisher.jsonl",
+            ),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(FisherOptions,),
             hints=(
-                Hint("allocate SPECTRUM.jsonl --params 10M --layer-weights {output}", "ranks by the loss"),
+                Hint(
+                    "allocate SPECTRUM.jsonl --params 10M --layer-weights {output}",
+                    "ranks by the loss",
+                ),
                 SAVE_PROBE,
             ),
         ),

@@ -1,14 +1,17 @@
-"""``probe fisher``: measure the exact Fisher of the part that a truncation discards, and its effect on the loss.
+"""``probe fisher``: measure the exact Fisher of the part that a truncation discards, and its effect
+on the loss.
 
-It is Σ_s ⟨∇ℓ_s, T_r⟩² of each layer, with the discarded part T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i v_iᵀ.
+It is Σ_s ⟨∇ℓ_s, T_r⟩² of each layer, with the discarded part T_r = ΔW − ΔW_r = Σ_{i>r} σ_i u_i
+v_iᵀ.
 
-No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence s, with x the input
-and g the gradient with respect to the output, so that
+No gradient of a weight is formed. In a linear layer ∇ℓ_s = Σ_t g_t x_tᵀ over the tokens of sequence
+s, with x the input and g the gradient with respect to the output, so that
 
     ⟨∇ℓ_s, T_r⟩ = Σ_{i>r} a_{s,i},    a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t),
 
-and one pass over the text gives the sum for every rank at once. The same projections give the second moments of x and g
-in the bases of the singular vectors, and with them the energy of the tail in the metric of the data and in K-FAC's:
+and one pass over the text gives the sum for every rank at once. The same projections give the
+second moments of x and g in the bases of the singular vectors, and with them the energy of the tail
+in the metric of the data and in K-FAC's:
 
     ‖T_r·C^½‖² = Σ_{i>r} σ_i² v_iᵀCv_i,    ‖G^½·T_r·C^½‖² = Σ_{i,j>r} σ_iσ_j (u_iᵀGu_j)(v_iᵀCv_j).
 """
@@ -43,11 +46,14 @@ from lora_diag.running.options import show_options
 from lora_diag.running.probing import SEQUENCES, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
-# Memory limit of the logits of the unchanged model, which are kept because every change is compared with them.
+# Memory limit of the logits of the unchanged model, which are kept because every change is compared
+# with them.
 LOGIT_BYTES = 2 * 2**30
 
 
-def measure_unchanged(model: Model, texts: Texts, size: int, after: Callable[[], None]) -> tuple[Losses, list[Tensor]]:
+def measure_unchanged(
+    model: Model, texts: Texts, size: int, after: Callable[[], None]
+) -> tuple[Losses, list[Tensor]]:
     """Return the losses of the unchanged model on a text, and its logits of every sequence.
 
     Raises:
@@ -58,16 +64,23 @@ def measure_unchanged(model: Model, texts: Texts, size: int, after: Callable[[],
     def check_memory() -> None:
         if sum(logits.numel() * 4 for logits in all_logits) > LOGIT_BYTES:
             raise InputError(
-                f"{texts.path}: the logits of its first {len(all_logits)} of {len(texts.sequences)} sequences need "
+                f"{texts.path}: the logits of its first {len(all_logits)} of "
+                f"{len(texts.sequences)} sequences need "
                 f"more than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
             )
         after()
 
-    return measure(model, texts, size, check_memory, lambda logits: all_logits.append(logits.float())), all_logits
+    return measure(
+        model, texts, size, check_memory, lambda logits: all_logits.append(logits.float())
+    ), all_logits
 
 
 def measure_effect(
-    model: Model, texts: Texts, unchanged: tuple[Losses, list[Tensor]], size: int, after: Callable[[], None]
+    model: Model,
+    texts: Texts,
+    unchanged: tuple[Losses, list[Tensor]],
+    size: int,
+    after: Callable[[], None],
 ) -> Effect:
     """Run the changed model on a text, and return the effect of the change.
 
@@ -83,7 +96,9 @@ def measure_effect(
     """
     before, all_logits = unchanged
     remaining, kl = iter(all_logits), list[float]()
-    losses = measure(model, texts, size, after, lambda logits: kl.append(divergence(next(remaining), logits)))
+    losses = measure(
+        model, texts, size, after, lambda logits: kl.append(divergence(next(remaining), logits))
+    )
     gap, error = losses.minus(before)
     return Effect(loss=losses.mean, gap=gap, gap_error=error, kl=sum(kl) / losses.tokens)
 
@@ -125,10 +140,16 @@ class Tail:
     def __post_init__(self) -> None:
         """Set the sums to zero."""
         k, zeros = len(self.s), self.outer.new_zeros
-        self.squares, self.total, self.xx, self.gg = zeros(k + 1), zeros(k + 1), zeros(k, k), zeros(k, k)
+        self.squares, self.total, self.xx, self.gg = (
+            zeros(k + 1),
+            zeros(k + 1),
+            zeros(k, k),
+            zeros(k, k),
+        )
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
-        """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None with a ``problem``.
+        """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None
+        with a ``problem``.
 
         Args:
             x: ``(sequences, tokens, in)``, or ``(sequences, in)`` with one input per sequence.
@@ -146,12 +167,16 @@ class Tail:
         return inner
 
     def take_gradient(self, g: Tensor, inner: Tensor) -> None:
-        """Add the output gradients of a batch, given the result of ``take_input``; padding has none."""
+        """Add the output gradients of a batch, given the result of ``take_input``; padding has
+        none.
+        """
         outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
         rows = outer.reshape(-1, outer.shape[-1])
         self.gg.addmm_(rows.T, rows)
         terms = (outer * inner).sum(1) * self.s
-        self._terms = terms if self._terms is None else self._terms + terms  # a layer may be used several times
+        self._terms = (
+            terms if self._terms is None else self._terms + terms
+        )  # a layer may be used several times
 
     def end_batch(self) -> None:
         """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares to the sums."""
@@ -166,7 +191,9 @@ class Tail:
         """‖T_r‖², ‖T_r·C^½‖² and ‖G^½·T_r·C^½‖² for r = 0, …, k."""
         c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
         weighted = self.s[:, None] * self.s * c * g
-        corners = nn.functional.pad(weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal(), (0, 1))
+        corners = nn.functional.pad(
+            weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal(), (0, 1)
+        )
         return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), corners
 
 
@@ -176,17 +203,29 @@ def _tail_sums(values: Tensor) -> Tensor:
 
 
 def tail_of(module: nn.Module, factors: Factors) -> Tail:
-    """Return the tail of a layer, with the singular vectors of its update on the sides of its input and output."""
+    """Return the tail of a layer, with the singular vectors of its update on the sides of its input
+    and output.
+    """
     device, (u, vh) = next(module.parameters()).device, factors.vectors
     left, right = u.to(device, torch.float64), vh.T.to(device, torch.float64)
-    outer, inner = (left, right) if isinstance(module, nn.Linear) else (right, left)  # Conv1D stores (in, out)
-    return Tail(module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro)
+    outer, inner = (
+        (left, right) if isinstance(module, nn.Linear) else (right, left)
+    )  # Conv1D stores (in, out)
+    return Tail(
+        module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro
+    )
 
 
-def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) -> Iterator[list[str]]:
-    """Yield the layers of each pass over the text, as many as fit into ``limit`` bytes, at least one.
+def groups_of(
+    layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES
+) -> Iterator[list[str]]:
+    """Yield the layers of each pass over the text, as many as fit into ``limit`` bytes, at least
+    one.
 
-    >>> [len(group) for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, limit=2 * 8 * 8 * 32)]
+    >>> [
+    ...     len(group)
+    ...     for group in groups_of({"a": (8, 8), "b": (8, 8), "c": (8, 8)}, limit=2 * 8 * 8 * 32)
+    ... ]
     [2, 1]
     """
     group, used_bytes = list[str](), 0
@@ -203,7 +242,12 @@ def groups_of(layers: Mapping[str, tuple[int, int]], limit: int = PASS_BYTES) ->
 
 
 def accumulate(
-    model: Model, texts: Texts, tails: Mapping[str, Tail], size: int, draw: Draw, after: Callable[[], None]
+    model: Model,
+    texts: Texts,
+    tails: Mapping[str, Tail],
+    size: int,
+    draw: Draw,
+    after: Callable[[], None],
 ) -> int:
     """Run a text forward and backward, and add its inputs and gradients to the sums of each tail.
 
@@ -226,7 +270,9 @@ def accumulate(
     mask = torch.ones(1, 1, dtype=torch.bool)
 
     def listen(tail: Tail) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             if tail.problem or not output.requires_grad:
                 return
             if (inner := tail.take_input(input_of(args, kwargs), mask)) is not None:
@@ -235,12 +281,16 @@ def accumulate(
         return hook
 
     predictions = 0
-    ordered = replace(texts, sequences=tuple(sorted(texts.sequences, key=lambda sequence: len(sequence.ids))))
+    ordered = replace(
+        texts, sequences=tuple(sorted(texts.sequences, key=lambda sequence: len(sequence.ids)))
+    )
     with ExitStack() as hooks:
         for tail in tails.values():
             hooks.callback(tail.module.register_forward_hook(listen(tail), with_kwargs=True).remove)
         for batch in ordered.batches(size):
-            mask = pad_sequences([[True] * len(sequence.ids) for sequence in batch], False).to(model.device)
+            mask = pad_sequences([[True] * len(sequence.ids) for sequence in batch], False).to(
+                model.device
+            )
             predictions += sum(backward(model, batch, draw))
             for tail in tails.values():
                 tail.end_batch()
@@ -256,18 +306,22 @@ _BACKWARD = 3
 
 
 @show_options
-def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOptions]) -> Results[Any]:
-    r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with gradients of the loss at TUNED.
+def probe_fisher(
+    base: Path | str, tuned: Path | str, **options: Unpack[FisherOptions]
+) -> Results[Any]:
+    r"""Measure F_ℓ(r) = Σ_s⟨∇ℓ_s, ΔW − ΔW_r⟩²/N of every layer and rank, with gradients of the loss
+    at TUNED.
 
-    ∇ℓ_s is the gradient of the summed loss of sequence s with respect to the layer's weight, N the number of
-    predictions; F(r)/2 estimates the mean KL by which truncating this layer alone to rank r changes the predictions.
+    ∇ℓ_s is the gradient of the summed loss of sequence s with respect to the layer's weight, N the
+    number of predictions; F(r)/2 estimates the mean KL by which truncating this layer alone to rank
+    r changes the predictions.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
         data: Text, JSONL or data set whose loss is differentiated.
-        evaluate: One held-out file on which every layer is truncated alone, for comparison with the estimates; implies
-            ``measure``.
+        evaluate: One held-out file on which every layer is truncated alone, for comparison with the
+            estimates; implies ``measure``.
         measure: Truncate every layer alone and measure, on ``evaluate``, or on ``data`` without it.
         ranks: Ranks r of measurements and of the other estimates; F is given for all ranks.
         labels: ``data`` for the text's own labels; ``model`` for labels sampled from TUNED.
@@ -278,19 +332,25 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         The records are in ``whole``: one ``Fisher`` per measured layer.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
-            extra ``train``, or ``datasets`` for a data set, is not installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, ΔW of a layer, a loss
-            or a gradient is not finite, or the logits of the measurements take too much memory.
-        NothingComparedError: The checkpoints have no weight in common, or no linear layer is selected.
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor
+            resumed, or the extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, ΔW
+            of a layer, a loss or a gradient is not finite, or the logits of the measurements take
+            too much memory.
+        NothingComparedError: The checkpoints have no weight in common, or no linear layer is
+            selected.
 
     Reference:
-        Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for natural gradient
-        descent", equations 2 and 3 (the two kinds of labels).
+        Kunstner, Balles and Hennig 2019, "Limitations of the empirical Fisher approximation for
+        natural gradient descent", equations 2 and 3 (the two kinds of labels).
 
     Example:
-        >>> found = probe_fisher("sample_checkpoints/base", "sample_checkpoints/full_ft",
-        ...     data="sample_checkpoints/eval/in_domain.txt", layers="q_proj")  # doctest: +SKIP
+        >>> found = probe_fisher(
+        ...     "sample_checkpoints/base",
+        ...     "sample_checkpoints/full_ft",
+        ...     data="sample_checkpoints/eval/in_domain.txt",
+        ...     layers="q_proj",
+        ... )  # doctest: +SKIP
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
@@ -307,7 +367,8 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
     modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
     if not modules:
         raise NothingComparedError(
-            f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers or --exclude"
+            f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers "
+            "or --exclude"
         )
     sets = [run.read(path) for path in (run.options.data, *evaluate)]
     has_effects = bool(evaluate) or run.options.measure
@@ -327,7 +388,9 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         done = {record.layer for record in run_records.records}
         todo = {layer: chosen[layer] for layer in modules if layer not in done}
         probe.report_cost(todo)
-        detail = "not a linear layer of its own, so its inputs and output gradients are not to be had"
+        detail = (
+            "not a linear layer of its own, so its inputs and output gradients are not to be had"
+        )
         problems = [
             LeftOut(layer=layer, shape=shape, reason="no_gradient", detail=detail)
             for layer, shape in chosen.items()
@@ -341,7 +404,10 @@ def probe_fisher(base: Path | str, tuned: Path | str, **options: Unpack[FisherOp
         return [*left_out(compared.pairing, swapped.absent), *problems]
 
     settings = {"ranks": list(ranks), "labels": labels, "seed": seed, **run.selection}
-    described = [describe_texts(texts, "data"), *([describe_texts(effect_texts)] if effect_texts is not None else [])]
+    described = [
+        describe_texts(texts, "data"),
+        *([describe_texts(effect_texts)] if effect_texts is not None else []),
+    ]
     return run.over([*compared.inputs, *described], settings, measure_missing)
 
 
@@ -368,15 +434,22 @@ class _Probe:
     draw: Draw
 
     def report_cost(self, todo: Mapping[str, tuple[int, int]]) -> None:
-        """Report the estimated cost: passes forward and back, and forward passes for TUNED and each truncation."""
+        """Report the estimated cost: passes forward and back, and forward passes for TUNED and each
+        truncation.
+        """
         passes, measuring_batches = sum(1 for _ in groups_of(todo)), 0
         batches = passes * self.run.batches([self.texts])
-        work = f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
+        work = (
+            f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
+        )
         if self.effect_texts is not None:
             truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
             measuring_batches = (truncations + 1) * self.run.batches([self.effect_texts])
             work += f" and {truncations} truncations measured"
-        self.run.watch.total, total = batches + measuring_batches, _BACKWARD * batches + measuring_batches
+        self.run.watch.total, total = (
+            batches + measuring_batches,
+            _BACKWARD * batches + measuring_batches,
+        )
         self.run.estimate(self.texts, work, "; a backward pass counts as three", total)
 
     def measure(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
@@ -388,13 +461,17 @@ class _Probe:
             after = partial(run.watch.batch, "TUNED")
             unchanged = measure_unchanged(run.model, self.effect_texts, run.batch, after)
         for group in groups_of(todo):
-            tails = {layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group}
+            tails = {
+                layer: tail_of(self.modules[layer], self.swapped.factors(layer)) for layer in group
+            }
             draw = Draw(self.draw.labels, self.draw.seed)  # every pass uses the same labels
             after = partial(run.watch.batch, "gradients")
             predictions = accumulate(run.model, self.texts, tails, run.batch, draw, after)
             for layer, tail in tails.items():
                 if tail.problem:
-                    yield LeftOut(layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem)
+                    yield LeftOut(
+                        layer=layer, shape=todo[layer], reason="no_gradient", detail=tail.problem
+                    )
                 else:
                     yield self._record(layer, todo[layer], tail, predictions, unchanged)
 
@@ -406,7 +483,8 @@ class _Probe:
         predictions: int,
         unchanged: tuple[Losses, list[Tensor]] | None,
     ) -> Fisher:
-        """Return the record of a layer, with measured effects if the outputs of the unchanged model are given.
+        """Return the record of a layer, with measured effects if the outputs of the unchanged model
+        are given.
 
         Raises:
             InputError: The gradients are not finite.
@@ -422,11 +500,16 @@ class _Probe:
             for rank in (rank for rank in self.ranks if rank < min(shape)):
                 self.swapped.arrange({layer: rank}, FULL)
                 after = partial(self.run.watch.batch, f"{layer} r={rank}")
-                effects[str(rank)] = measure_effect(self.run.model, self.effect_texts, unchanged, self.run.batch, after)
+                effects[str(rank)] = measure_effect(
+                    self.run.model, self.effect_texts, unchanged, self.run.batch, after
+                )
             self.swapped.arrange({}, FULL)
 
         def by_rank(values: Any, factor: float = 1.0) -> dict[str, float]:
-            return {str(rank): float(values[min(rank, len(curve) - 1)]) * factor + 0.0 for rank in self.ranks}
+            return {
+                str(rank): float(values[min(rank, len(curve) - 1)]) * factor + 0.0
+                for rank in self.ranks
+            }
 
         return Fisher(
             layer=layer,

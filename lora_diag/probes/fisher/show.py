@@ -1,4 +1,5 @@
-"""Terminal output of ``probe fisher``: costly tails, and rank correlations of predictors with the measured cost.
+"""Terminal output of ``probe fisher``: costly tails, and rank correlations of predictors with the
+measured cost.
 
 Uses records only.
 """
@@ -50,8 +51,8 @@ class Correlations:
     Attributes:
         n: Number of layers.
         grouped: Number of layers in a module type with more than one.
-        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types; None if not
-            defined, the latter also if ``grouped`` is below ``MIN_COUNT``.
+        kl: Spearman's ρ with the measured KL by predictor, over all layers and within module types;
+            None if not defined, the latter also if ``grouped`` is below ``MIN_COUNT``.
         ratio: Median of F(r)/2 over the measured KL; None if no KL is positive.
         ratios: The smallest and the largest of these ratios; None if no KL is positive.
     """
@@ -62,14 +63,22 @@ class Correlations:
         effects = [effect for record in records if (effect := effect_at(record, rank)) is not None]
         self.rank, self.n, self.grouped = rank, len(records), len(repeated)
 
-        def correlate(values: Sequence[float], target: Sequence[float]) -> tuple[float | None, float | None]:
-            return spearman(values, target), spearman(values, target, kinds) if self.grouped >= MIN_COUNT else None
+        def correlate(
+            values: Sequence[float], target: Sequence[float]
+        ) -> tuple[float | None, float | None]:
+            return spearman(values, target), spearman(
+                values, target, kinds
+            ) if self.grouped >= MIN_COUNT else None
 
         kl = [effect.kl for effect in effects]
-        scores = {name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS}
+        scores = {
+            name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS
+        }
         self.kl = {name: correlate(values, kl) for name, values in scores.items()}
         ratios = [
-            record.at(rank) / 2 / effect.kl for record, effect in zip(records, effects, strict=True) if effect.kl > 0
+            record.at(rank) / 2 / effect.kl
+            for record, effect in zip(records, effects, strict=True)
+            if effect.kl > 0
         ]
         self.ratio = median(ratios) if ratios else None
         self.ratios = (min(ratios), max(ratios)) if ratios else None
@@ -77,12 +86,17 @@ class Correlations:
 
 def correlate_predictors(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
     """Return the rank correlations of the predictors at every rank with enough measured layers."""
-    measured = {rank: [record for record in records if effect_at(record, rank) is not None] for rank in ranks}
-    return [Correlations(rank, layers) for rank, layers in measured.items() if len(layers) >= MIN_COUNT]
+    measured = {
+        rank: [record for record in records if effect_at(record, rank) is not None]
+        for rank in ranks
+    }
+    return [
+        Correlations(rank, layers) for rank, layers in measured.items() if len(layers) >= MIN_COUNT
+    ]
 
 
-# Ratio of ½F to the KL above which it is too high; with the text's labels 2.0 on the sample model and 1.7 on one of
-# 135 M, with drawn ones 1.0 on the former.
+# Ratio of ½F to the KL above which it is too high; with the text's labels 2.0 on the sample model
+# and 1.7 on one of 135 M, with drawn ones 1.0 on the former.
 HIGH_RATIO = 1.5
 
 # The rank of the table's fractions, if it is among the ranks of the run; else the first.
@@ -96,14 +110,18 @@ def fisher_lines(results: Results[Any]) -> list[Statement]:
     if records:
         by_rank = correlate_predictors(records, results.run.settings["ranks"])
         findings = [
-            make_statement("at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True),
+            make_statement(
+                "at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True
+            ),
             *_describe_predictors(by_rank, records),
         ]
     return probe_summary(results, *findings, reading=_READING)
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table of tails, one row per module ``type`` or ``layer``, and of rank correlations, if measured."""
+    """Return the table of tails, one row per module ``type`` or ``layer``, and of rank
+    correlations, if measured.
+    """
     records = results.whole_of(Fisher)
     by_rank = correlate_predictors(records, results.run.settings["ranks"])
     return [
@@ -118,13 +136,24 @@ def _choose_rank(results: Results[Any]) -> int:
 
 
 def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
-    """Return the fraction of each module type or layer in all tails, its ½F, and the measured effect."""
+    """Return the fraction of each module type or layer in all tails, its ½F, and the measured
+    effect.
+    """
     fractions = [
         _make_share_column(records, title, PREDICTORS[index][1], rank, drop)
-        for title, index, drop in (("σ² tail", 0, 4), ("C tail", 1, 2), ("K-FAC", 2, 3), (f"F({rank})", 4, 0))
+        for title, index, drop in (
+            ("σ² tail", 0, 4),
+            ("C tail", 1, 2),
+            ("K-FAC", 2, 3),
+            (f"F({rank})", 4, 0),
+        )
     ]
     expected = Shown(
-        "fro", "½F", "mean KL per prediction", main=True, pool=lambda row: sum(r.at(rank) for r in row) / 2
+        "fro",
+        "½F",
+        "mean KL per prediction",
+        main=True,
+        pool=lambda row: sum(r.at(rank) for r in row) / 2,
     )
     effects = (
         Shown(f"effect.{rank}.kl", "KL", "measured", terminal=True, pool="sum"),
@@ -132,30 +161,47 @@ def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     )
     is_measured = any(effect_at(record, rank) for record in records)
     about = (
-        f"Columns in % are fractions of all layers' tails beyond r={rank}. Where that of F({rank}) is far above "
-        "that of σ², the energy underestimates the cost of truncation. ½F is the mean KL per prediction, in nats, "
-        f"expected from truncating each layer alone{'; KL and loss gap are measured' if is_measured else ''}."
+        f"Columns in % are fractions of all layers' tails beyond r={rank}. Where that of F({rank}) "
+        "is far above "
+        "that of σ², the energy underestimates the cost of truncation. ½F is the mean KL per "
+        "prediction, in nats, "
+        "expected from truncating each layer "
+        f"alone{'; KL and loss gap are measured' if is_measured else ''}."
     )
     return grid_of([*fractions, expected, *effects], rows_of(records, per), per, about=about)
 
 
-def _make_share_column(records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int) -> Shown:
-    """Return the column of the fraction that a row's layers have of the predicted cost of all layers."""
+def _make_share_column(
+    records: Sequence[Fisher], title: str, predictor: Predictor, rank: int, drop: int
+) -> Shown:
+    """Return the column of the fraction that a row's layers have of the predicted cost of all
+    layers.
+    """
     total = sum(predictor(record, rank) for record in records)
 
     def share(row: Sequence[Fisher]) -> float | None:
         return sum(predictor(record, rank) for record in row) / total if total else None
 
-    return Shown("fro", title, "fraction of all layers' tails", main=True, form="percent", pool=share, drop=drop)
+    return Shown(
+        "fro",
+        title,
+        "fraction of all layers' tails",
+        main=True,
+        form="percent",
+        pool=share,
+        drop=drop,
+    )
 
 
 def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
     columns = tuple(
-        Column(f"r={at_rank.rank}", tuple(_format_pair(at_rank.kl[name]) for name in names)) for at_rank in by_rank
+        Column(f"r={at_rank.rank}", tuple(_format_pair(at_rank.kl[name]) for name in names))
+        for at_rank in by_rank
     )
     about = (
-        "1 is the order of the measured cost and 0 is chance. A value that is high over all layers and low within "
+        "1 is the order of the measured cost and 0 is chance. A value that is high over all layers "
+        "and low within "
         "module types distinguishes types, not layers."
     )
     n = span((at_rank.n for at_rank in by_rank), " to ")
@@ -176,15 +222,26 @@ def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
     n_half = next(n for n, running in enumerate(sums, 1) if running >= total / 2)
     share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
     return (
-        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² beyond r; most in "
+        f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² "
+        "beyond r; most in "
         f"{short(top[0].layer)}, {percent(top[0].at(rank) / total)}"
     )
 
 
-def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fisher]) -> list[Statement]:
-    """Return the rank correlations of the predictors with the measured KL, and the calibration of ½F."""
+def _describe_predictors(
+    by_rank: Sequence[Correlations], records: Sequence[Fisher]
+) -> list[Statement]:
+    """Return the rank correlations of the predictors with the measured KL, and the calibration of
+    ½F.
+    """
     if not by_rank:
-        return [make_statement("predicts", "Prediction", "not measured; use --measure, or --eval with held-out text")]
+        return [
+            make_statement(
+                "predicts",
+                "Prediction",
+                "not measured; use --measure, or --eval with held-out text",
+            )
+        ]
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])
     lines = []
     for index, scope, n in ((0, "over all", chosen.n), (1, "within module types", chosen.grouped)):
@@ -198,9 +255,16 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
     calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
         low, high = map(number, chosen.ratios)
-        calibration = f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from {low} to {high}"
+        calibration = (
+            f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
+            f"{low} to {high}"
+        )
         first = records[0]
-        if first.labels == "data" and first.predictions > first.sequences and chosen.ratio > HIGH_RATIO:
+        if (
+            first.labels == "data"
+            and first.predictions > first.sequences
+            and chosen.ratio > HIGH_RATIO
+        ):
             # The gradients of a sequence's predictions are correlated with the text's own labels.
             calibration += "; 1 is exact, and --labels model is nearer to it"
     return [
@@ -210,6 +274,7 @@ def _describe_predictors(by_rank: Sequence[Correlations], records: Sequence[Fish
 
 
 _READING = (
-    "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the sum; layers of one "
+    "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the "
+    "sum; layers of one "
     "model are not independent, so intervals of ρ are too narrow"
 )

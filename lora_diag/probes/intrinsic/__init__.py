@@ -1,18 +1,33 @@
-"""``probe intrinsic`` (registration, options): number of trained parameters that reach a fraction of the full gain."""
+"""``probe intrinsic`` (registration, options): number of trained parameters that reach a fraction
+of the full gain.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import DATA, FULL_RATES, RANKS, RATES, SEEDS, STEPS, Option, Shifted, TrainOptions
+from lora_diag.running.options import (
+    DATA,
+    FULL_RATES,
+    RANKS,
+    RATES,
+    SEEDS,
+    STEPS,
+    Option,
+    Shifted,
+    TrainOptions,
+)
 
 
 class IntrinsicOptions(Shifted, TrainOptions, total=False):
     """Options of ``probe intrinsic``."""
 
     data: Required[Annotated[Path | str, DATA]]
-    dims: Annotated[Sequence[int], Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...", least=1)]
+    dims: Annotated[
+        Sequence[int],
+        Option((10, 30, 100, 300, 1000, 3000, 10000), "Dimensions d.", "D,D,...", least=1),
+    ]
     method: Annotated[
         str,
         Option(
@@ -22,12 +37,15 @@ class IntrinsicOptions(Shifted, TrainOptions, total=False):
             ("--projection",),
         ),
     ]
-    share: Annotated[float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X", between=(0, 1))]
+    share: Annotated[
+        float, Option(0.9, "Fraction of full fine-tuning's gain to reach.", "X", between=(0, 1))
+    ]
     ranks: Annotated[Sequence[int], RANKS.by((1, 2, 4, 8))]
     paces: Annotated[Sequence[float], RATES.by((1e-3, 3e-3, 1e-2))]
     full_rates: Annotated[Sequence[float], FULL_RATES.by((1e-4, 3e-4, 1e-3))]
     lora_rates: Annotated[
-        Sequence[float], RATES.by((1e-3, 3e-3, 1e-2), help="Peak learning rates of LoRA.", flags=("--lora-lr",))
+        Sequence[float],
+        RATES.by((1e-3, 3e-3, 1e-2), help="Peak learning rates of LoRA.", flags=("--lora-lr",)),
     ]
     steps: Annotated[int, STEPS]
     seeds: Annotated[int, SEEDS]
@@ -40,15 +58,20 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Intrinsic dimension: loss in random subspaces.",
-            notes="--lr is a grid of rates of full fine-tuning; the rate of z is scaled to move the weights as far per "
+            notes="--lr is a grid of rates of full fine-tuning; the rate of z is scaled to move "
+            "the weights as far per "
             "step.",
             examples=(
-                "probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 -o dims.jsonl",
+                "probe intrinsic base/ --data train.txt --eval held_out.txt --dims 100,1000,10000 "
+                "-o dims.jsonl",
             ),
             arguments=(BASE_ARGUMENT,),
             options=(IntrinsicOptions,),
             shows=("json", "quiet", "verbose"),
-            hints=(Hint("plan {base}", "what each rank costs in parameters and memory"), SAVE_PROBE),
+            hints=(
+                Hint("plan {base}", "what each rank costs in parameters and memory"),
+                SAVE_PROBE,
+            ),
         ),
     ),
     records=(".record:Intrinsic",),

@@ -23,16 +23,23 @@ SHARE = 0.9
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
-    """Return a panel for each set with a gain of full fine-tuning and a subspace or LoRA; runs differ by colour.
+    """Return a panel for each set with a gain of full fine-tuning and a subspace or LoRA; runs
+    differ by colour.
 
     Raises:
         UndrawableError: There is no such set.
     """
     labels = panels.sets_of(record for item in series for record in item.records)
     runs_by_set = {name: [_select_lines(item.records, name) for item in series] for name in labels}
-    sets = [name for name, runs in runs_by_set.items() if any(line.subject != "full" for run in runs for line in run)]
+    sets = [
+        name
+        for name, runs in runs_by_set.items()
+        if any(line.subject != "full" for run in runs for line in run)
+    ]
     if not sets:
-        raise UndrawableError("no set has a gain of full fine-tuning and a finished subspace or LoRA")
+        raise UndrawableError(
+            "no set has a gain of full fine-tuning and a finished subspace or LoRA"
+        )
     single, width, run = len(series) == 1, style.line, series[0].run
     share = float(run.settings.get("share", SHARE)) if run else SHARE
     drawn = [
@@ -47,12 +54,17 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     ]
     subspace, lora = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     line: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
-    steps = f"{run.settings['steps']} steps, " if single and run is not None and "steps" in run.settings else ""
+    steps = (
+        f"{run.settings['steps']} steps, "
+        if single and run is not None and "steps" in run.settings
+        else ""
+    )
     omitted = ", ".join(labels[name] for name in labels if name not in sets)
     return Page(
         f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
         drawn,
-        f"{subject_of(series)}{steps}(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)",
+        f"{subject_of(series)}{steps}(loss of BASE − loss) / (loss of BASE − loss of full "
+        "fine-tuning)",
         [
             "The dimension is for this task and number of steps; more steps can give another.",
             f"Not drawn (full fine-tuning has no gain): {omitted}." if omitted else "",
@@ -67,9 +79,15 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
-    """Return the runs of every size at its best rate on a set; none where full fine-tuning has no gain."""
+    """Return the runs of every size at its best rate on a set; none where full fine-tuning has no
+    gain.
+    """
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
-    return [line for line in select_lines(records, name, records[0].set, seed) if line.shares] if records else []
+    return (
+        [line for line in select_lines(records, name, records[0].set, seed) if line.shares]
+        if records
+        else []
+    )
 
 
 def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: float) -> None:
@@ -77,7 +95,10 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
     size = style.ticks
     drawn_values = [0.0, 1.0]
     for number, rows in enumerate(runs):
-        for subject, subject_color, mark, dashes in (("subspace", SUBSPACE, "o", "-"), ("lora", LORA, "D", DOTTED)):
+        for subject, subject_color, mark, dashes in (
+            ("subspace", SUBSPACE, "o", "-"),
+            ("lora", LORA, "D", DOTTED),
+        ):
             of_subject = [line for line in rows if line.subject == subject]
             if not of_subject:
                 continue
@@ -86,7 +107,12 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
             drawn_values += [value for _, value in dots]
             panels.draw_seeds(ax, dots, style, color, "_seeds", mark)
             means = zip(*[(line.params, line.share) for line in of_subject], strict=True)
-            line_style: dict[str, Any] = {"color": color, "ls": dashes, "lw": 1.5 * style.line, "ms": 4 * style.line}
+            line_style: dict[str, Any] = {
+                "color": color,
+                "ls": dashes,
+                "lw": 1.5 * style.line,
+                "ms": 4 * style.line,
+            }
             ax.plot(*means, marker=mark, label=f"_{subject}", **line_style)
             for line in of_subject if subject == "lora" and len(runs) == 1 else []:
                 ax.annotate(

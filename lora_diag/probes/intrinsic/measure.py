@@ -1,8 +1,9 @@
-"""``probe intrinsic``: measure the loss of training in random subspaces, θ = θ_0 + P·z, in full, and by LoRA.
+"""``probe intrinsic``: measure the loss of training in random subspaces, θ = θ_0 + P·z, in full,
+and by LoRA.
 
-P is a Fastfood projection that is never materialized. This is the definition of the intrinsic dimension by Li et al.
-2018; Aghajanyan et al. 2020 add one scale per layer (SAID). Training in a subspace leaves BASE's weights unchanged: the
-model is called with other weights.
+P is a Fastfood projection that is never materialized. This is the definition of the intrinsic
+dimension by Li et al. 2018; Aghajanyan et al. 2020 add one scale per layer (SAID). Training in a
+subspace leaves BASE's weights unchanged: the model is called with other weights.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
 Method = Literal["plain", "said"]
 
-# Size of the factors of a Hadamard matrix: 2²² entries in blocks of 1024 took 38 ms of one core by additions of pairs,
-# and 7, 9 and 12 ms by matrix products with factors of 16, 32 and 64.
+# Size of the factors of a Hadamard matrix: 2²² entries in blocks of 1024 took 38 ms of one core by
+# additions of pairs, and 7, 9 and 12 ms by matrix products with factors of 16, 32 and 64.
 FACTOR = 16
 
 # Times of a step of full fine-tuning and of LoRA, in forward passes of its batch.
@@ -46,8 +47,20 @@ FULL_STEP, LORA_STEP = 3.1, 2.3
 # Time of P·z and its gradient, in tokens of a forward pass: 6 s of a core for 135 M parameters.
 PROJECTION = 1500
 # Reductions of a run with default options.
-REDUCTIONS = (("seeds", 1), ("widen", 0), *SEQUENCES[:-2], ("ranks", (1, 8)), ("dims", (100, 1000, 10000)))
-REDUCTIONS += (("steps", 50), ("paces", (3e-3,)), ("full_rates", (3e-4,)), ("lora_rates", (3e-3,)), ("steps", 20))
+REDUCTIONS = (
+    ("seeds", 1),
+    ("widen", 0),
+    *SEQUENCES[:-2],
+    ("ranks", (1, 8)),
+    ("dims", (100, 1000, 10000)),
+)
+REDUCTIONS += (
+    ("steps", 50),
+    ("paces", (3e-3,)),
+    ("full_rates", (3e-4,)),
+    ("lora_rates", (3e-3,)),
+    ("steps", 20),
+)
 REDUCTIONS += (SEQUENCES[-2], ("ranks", (1,)), ("steps", 10), SEQUENCES[-1])
 
 # Change of a layer's scale in one step at the peak rate, independent of the learning rate of z.
@@ -55,9 +68,11 @@ SCALE_STEP = 0.01
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """Return H·x for the rows of x, where H is the Hadamard matrix with entries ±1 in Sylvester's order.
+    """Return H·x for the rows of x, where H is the Hadamard matrix with entries ±1 in Sylvester's
+    order.
 
-    H of size b is a Kronecker product of small factors, each applied along its own axis, in O(b·log b) operations.
+    H of size b is a Kronecker product of small factors, each applied along its own axis, in O(b·log
+    b) operations.
 
     Args:
         x: ``(q, b)``, b a power of two.
@@ -71,13 +86,19 @@ def hadamard(x: Tensor) -> Tensor:
     while done < size:
         width = min(FACTOR, size // done)
         small = _make_hadamard(width).to(x)
-        x = x.reshape(-1, width) @ small if done == 1 else torch.matmul(small, x.reshape(-1, width, done))
+        x = (
+            x.reshape(-1, width) @ small
+            if done == 1
+            else torch.matmul(small, x.reshape(-1, width, done))
+        )
         done *= width
     return x.reshape(rows, size)
 
 
 def _make_hadamard(size: int) -> Tensor:
-    """Return the Hadamard matrix ``(size, size)`` of a power of two: H_1 = [1], H_2k = [[H_k, H_k], [H_k, −H_k]]."""
+    """Return the Hadamard matrix ``(size, size)`` of a power of two: H_1 = [1], H_2k = [[H_k, H_k],
+    [H_k, −H_k]].
+    """
     h = torch.ones(1, 1)
     while len(h) < size:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -85,11 +106,12 @@ def _make_hadamard(size: int) -> Tensor:
 
 
 class Fastfood:
-    r"""The rows of P that belong to one tensor: blocks M = H·G·Π·H·B of b × b, b the smallest power of two ≥ d.
+    r"""The rows of P that belong to one tensor: blocks M = H·G·Π·H·B of b × b, b the smallest power
+    of two ≥ d.
 
-    B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed; memory is about
-    five bytes per entry of the tensor. An entry of M has mean 0 and variance b, so that with the factor 1/√(b·D) the
-    columns of P, over all D rows, have a mean square norm of 1.
+    B are random signs, Π is a permutation, G are standard normal numbers, all fixed by the seed;
+    memory is about five bytes per entry of the tensor. An entry of M has mean 0 and variance b, so
+    that with the factor 1/√(b·D) the columns of P, over all D rows, have a mean square norm of 1.
 
     Args:
         size: Entries of the tensor, n.
@@ -102,7 +124,9 @@ class Fastfood:
         Le, Sarlós and Smola 2013, "Fastfood"; Aghajanyan et al. 2020, section 3.
     """
 
-    def __init__(self, size: int, dim: int, total: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self, size: int, dim: int, total: int, generator: torch.Generator, device: torch.device
+    ) -> None:
         block = 1 << (dim - 1).bit_length()
         blocks = -(-size // block)
         signs = torch.randint(0, 2, (blocks, block), generator=generator, dtype=torch.int8) * 2 - 1
@@ -119,7 +143,8 @@ class Fastfood:
 
 
 class Subspace(nn.Module):
-    """A model with weights θ_0 + P·z, or θ_0 + λ_ℓ·P·z with one scale λ_ℓ per layer; only z and λ are trained.
+    """A model with weights θ_0 + P·z, or θ_0 + λ_ℓ·P·z with one scale λ_ℓ per layer; only z and λ
+    are trained.
 
     Args:
         inner: The model; its own parameters are constant.
@@ -139,9 +164,12 @@ class Subspace(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         z_dim = dim - len(layers)
         self._projections = {
-            name: Fastfood(parameter.numel(), z_dim, total, generator, device) for name, parameter in parameters.items()
+            name: Fastfood(parameter.numel(), z_dim, total, generator, device)
+            for name, parameter in parameters.items()
         }
-        self._scale_of = {name: layers.index(_make_scale_key(name)) for name in parameters} if layers else {}
+        self._scale_of = (
+            {name: layers.index(_make_scale_key(name)) for name in parameters} if layers else {}
+        )
         self.z = nn.Parameter(torch.zeros(z_dim, device=device))
         self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
@@ -168,32 +196,44 @@ class Subspace(nn.Module):
 
 
 def check_dim(dim: int, total: int, layers: int) -> None:
-    """Check that a dimension is at most the number ``total`` of parameters and above the number ``layers`` of scales.
+    """Check that a dimension is at most the number ``total`` of parameters and above the number
+    ``layers`` of scales.
 
     Raises:
         UsageError: The dimension is too large or too small.
     """
     if dim > total:
-        raise UsageError(f"--dims {dim}: the model has only {total} parameters; use smaller dimensions")
+        raise UsageError(
+            f"--dims {dim}: the model has only {total} parameters; use smaller dimensions"
+        )
     if dim <= layers:
-        raise UsageError(f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be larger")
+        raise UsageError(
+            f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be "
+            "larger"
+        )
 
 
 def count_scales(module: nn.Module) -> int:
-    """Return the number of scales of SAID: one per block, and one for every parameter tensor outside the blocks."""
+    """Return the number of scales of SAID: one per block, and one for every parameter tensor
+    outside the blocks.
+    """
     return len({_make_scale_key(name) for name, _ in module.named_parameters()})
 
 
 def _make_scale_key(name: str) -> tuple[object, ...]:
-    """Return the key that a weight has in common with those of its scale: its block, or its name outside the blocks."""
+    """Return the key that a weight has in common with those of its scale: its block, or its name
+    outside the blocks.
+    """
     depth = depth_of(name)
     return (*tower_of(name), depth) if depth is not None else (name,)
 
 
 def rate_of(pace: float, dim: int, total: int) -> float:
-    """Return the rate at which a step of Adam on z moves θ as far as a step of rate ``pace`` on θ: pace·√(D/d).
+    """Return the rate at which a step of Adam on z moves θ as far as a step of rate ``pace`` on θ:
+    pace·√(D/d).
 
-    A step of Adam changes each parameter by about its rate, and P preserves norms: ‖Δθ‖ is rate·√d against pace·√D.
+    A step of Adam changes each parameter by about its rate, and P preserves norms: ‖Δθ‖ is rate·√d
+    against pace·√D.
 
     >>> rate_of(1e-4, 100, 1_000_000)
     0.01
@@ -206,7 +246,8 @@ class IntrinsicRun:
     """One training run.
 
     Args:
-        subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s factors.
+        subject: The trained parameters: all weights (``full``), z in a ``subspace``, or ``lora``'s
+            factors.
         size: d or r; None for all weights.
         rate: Learning rate; for a subspace the equivalent rate of full fine-tuning.
         seed: Seed of P, of the initial factors, and of dropout if BASE has it.
@@ -239,23 +280,32 @@ class IntrinsicRun:
     @property
     def fields(self) -> dict[str, Any]:
         """Fields that identify the records of the run."""
-        return {"subject": self.subject, "dim": self.dim, "rank": self.rank, "lr": self.lr, "seed": self.seed}
+        return {
+            "subject": self.subject,
+            "dim": self.dim,
+            "rank": self.rank,
+            "lr": self.lr,
+            "seed": self.seed,
+        }
 
     @property
     def label(self) -> str:
         """Label of the run: size, learning rate and seed."""
-        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[self.subject]
+        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[
+            self.subject
+        ]
         return f"{size} lr={self.lr:.3g} seed {self.seed}"
 
 
 @show_options
 def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Results[Any]:
-    r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the losses.
+    r"""Train BASE in random subspaces of d dimensions, in full, and by LoRA, and compare the
+    losses.
 
-    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never materialized); ``said``
-    adds one trained scale per layer. All runs have the same batches in the same order and the same number of steps.
-    Each size tries all its learning rates with the first seed; the best on the first evaluation set is run with the
-    other seeds.
+    θ = θ_0 + P·z with z ∈ R^d trained and P a fixed random D × d projection (Fastfood, never
+    materialized); ``said`` adds one trained scale per layer. All runs have the same batches in the
+    same order and the same number of steps. Each size tries all its learning rates with the first
+    seed; the best on the first evaluation set is run with the other seeds.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
@@ -266,29 +316,38 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         method: ``did`` (Li et al. 2018) or ``said`` (Aghajanyan et al. 2020).
         share: Fraction of full fine-tuning's gain over BASE to reach.
         ranks: Ranks of LoRAs for comparison; may be empty.
-        paces: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the rate pace·√(D/d), at
-            which a step of Adam moves the weights as far.
+        paces: Learning rates of the subspaces as equivalent rates of full fine-tuning: z has the
+            rate pace·√(D/d), at which a step of Adam moves the weights as far.
         full_rates: Learning rates of full fine-tuning.
         lora_rates: Learning rates of LoRA.
         steps: Number of updates of a run.
-        seeds: Number of runs of each size at its best rate; they differ in P or in the initial factors.
+        seeds: Number of runs of each size at its best rate; they differ in P or in the initial
+            factors.
         **options: ``IntrinsicOptions``.
 
     Returns:
         The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of full fine-tuning to
-            rounding), BASE is an adapter, the training text is also an evaluation set, the output can be neither
-            replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not installed.
-        InputError: An input cannot be read or the output written, or the model cannot be opened or adapted.
+        UsageError: An option is invalid, ``dtype`` is not ``float32`` (others lose the steps of
+            full fine-tuning to rounding), BASE is an adapter, the training text is also an
+            evaluation set, the output can be neither replaced nor resumed, or the extra ``train``,
+            or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, or the model cannot be opened or
+            adapted.
 
     Reference:
-        Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta 2020, arXiv:2012.13255.
+        Li, Farkhoor, Liu and Yosinski 2018, arXiv:1804.08838; Aghajanyan, Zettlemoyer and Gupta
+        2020, arXiv:2012.13255.
 
     Example:
-        >>> found = probe_intrinsic("sample_checkpoints/base",  # doctest: +SKIP
-        ...     data="train.txt", evaluate=["held_out.txt"], dims=[10, 100], steps=50)
+        >>> found = probe_intrinsic(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     data="train.txt",
+        ...     evaluate=["held_out.txt"],
+        ...     dims=[10, 100],
+        ...     steps=50,
+        ... )
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     grids = ("paces", "full_rates", "lora_rates")
@@ -298,7 +357,8 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     check_ranks(run.options.ranks or [1])
     if dtype != "float32":
         raise UsageError(
-            f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the measurement; use "
+            f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the "
+            "measurement; use "
             "float32"
         )
     run.check_files(base)
@@ -310,8 +370,12 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 
     def count_tokens() -> float:
         tokens = run.count_train_tokens(1, run.options.full_rates, FULL_STEP)
-        tokens += run.count_train_tokens(len(run.options.dims), run.options.paces, FULL_STEP, PROJECTION)
-        return tokens + run.count_train_tokens(len(run.options.ranks), run.options.lora_rates, LORA_STEP)
+        tokens += run.count_train_tokens(
+            len(run.options.dims), run.options.paces, FULL_STEP, PROJECTION
+        )
+        return tokens + run.count_train_tokens(
+            len(run.options.ranks), run.options.lora_rates, LORA_STEP
+        )
 
     run.fit_runs(count_tokens, REDUCTIONS)
     lora_ranks = sorted(set(run.options.ranks))
@@ -341,7 +405,8 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
             "in subspaces": make_arm("subspace", settings["dims"], "paces"),
             **({"of LoRA": make_arm("lora", lora_ranks, "lora_rates")} if lora_ranks else {}),
         }
-        # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use and their gradients.
+        # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use
+        # and their gradients.
         methods = {name: [arm] for name, arm in arms.items()}
         plan.report_cost(methods, bases=not plan.has(subject="base"), extra_bytes=16 * total)
         plan.measure_base(model, partial(_record, cell=None, params=0, train_loss=None))
@@ -353,7 +418,11 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 
 
 def _train_cell(
-    model: Model, cell: IntrinsicRun, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    model: Model,
+    cell: IntrinsicRun,
+    training: Training,
+    sets: Sequence[Texts],
+    after: Callable[[], None],
 ) -> list[Intrinsic]:
     """Train one run, and return one record per set; BASE is unchanged afterwards."""
     as_cell = Cell(cell.rank, cell.lr, cell.seed, "full" if cell.rank is None else "lora")
@@ -374,7 +443,10 @@ def _train_cell(
     if cell.rank is not None:
         with add_lora(model, cell.rank, training.kind) as adapted:
             params = count_trained(adapted)
-    return [_record(texts, losses, cell, params, train_loss) for texts, losses in zip(sets, by_set, strict=True)]
+    return [
+        _record(texts, losses, cell, params, train_loss)
+        for texts, losses in zip(sets, by_set, strict=True)
+    ]
 
 
 def _record(

@@ -20,7 +20,8 @@ class Intrinsic(WholeRecord):
         rank: r of a LoRA; null otherwise.
         params: Number of trained parameters; 0 for BASE.
         lr: Peak learning rate of Adam; null for BASE.
-        pace: For ``full`` and ``subspace``: the equivalent rate of full fine-tuning, lr·√(d/D); null otherwise.
+        pace: For ``full`` and ``subspace``: the equivalent rate of full fine-tuning, lr·√(d/D);
+            null otherwise.
         seed: Seed of the projection, of LoRA's factors, and of dropout if BASE has it.
         loss: Loss in nats; null if the run diverged.
         train_loss: Mean loss over the last tenth of the steps; null if not finite, and for BASE.

@@ -1,4 +1,5 @@
-"""Terminal output of ``probe intrinsic``: gain of each size, and the smallest that reaches a fraction of the full gain.
+"""Terminal output of ``probe intrinsic``: gain of each size, and the smallest that reaches a
+fraction of the full gain.
 
 Uses records only. Every size is taken at its own best learning rate.
 """
@@ -40,18 +41,32 @@ class Line:
         lr: Peak learning rate of Adam.
         pace: Equivalent learning rate of full fine-tuning; None for LoRA.
         losses: Losses of the seeds at that rate, without those that are not finite.
-        edge: Whether the rate is the lowest or the highest of several tried, so that a better one may be beyond.
-        shares: (L_base − L) / (L_base − L_full) of every seed; empty without a gain of full fine-tuning.
+        edge: Whether the rate is the lowest or the highest of several tried, so that a better one
+            may be beyond.
+        shares: (L_base − L) / (L_base − L_full) of every seed; empty without a gain of full
+            fine-tuning.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("params", "params", "number of trained parameters", main=True, form="count"),
         Shown("lr", "lr", "peak learning rate of Adam", main=True, form=".2g"),
-        Shown("pace", "pace", "equivalent learning rate of full fine-tuning", main=True, form=".2g", drop=2),
+        Shown(
+            "pace",
+            "pace",
+            "equivalent learning rate of full fine-tuning",
+            main=True,
+            form=".2g",
+            drop=2,
+        ),
         Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
         Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
         Shown(
-            "shares", "gain", "fraction of full fine-tuning's gain, mean", main=True, form=".0%", pool=_average_share
+            "shares",
+            "gain",
+            "fraction of full fine-tuning's gain, mean",
+            main=True,
+            form=".0%",
+            pool=_average_share,
         ),
         Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
     )
@@ -86,7 +101,8 @@ class Reached:
 
     Args:
         line: The runs of this size; None if no size reaches it.
-        below: The next smaller size, which does not reach it; the largest size if none does; None without such a size.
+        below: The next smaller size, which does not reach it; the largest size if none does; None
+            without such a size.
         certain: Whether every seed reaches it.
         missed: Larger sizes that do not reach it; ``line`` is then not a threshold.
     """
@@ -102,7 +118,9 @@ def size_of(record: Intrinsic) -> int | None:
     return record.dim if record.subject == "subspace" else record.rank
 
 
-def select_lines(records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int) -> list[Line]:
+def select_lines(
+    records: Sequence[Intrinsic], name: str, deciding_set: str, seed: int
+) -> list[Line]:
     """Return the runs of every size at its best rate on one set: full, subspaces, LoRAs, ascending.
 
     Args:
@@ -116,19 +134,38 @@ def select_lines(records: Sequence[Intrinsic], name: str, deciding_set: str, see
         first = (r for r in records if (r.subject, r.set, r.seed) == (subject, deciding_set, seed))
         rates = find_best_rates((size_of(r), r.loss, r.lr) for r in first)
         for size, lr in sorted(rates.items(), key=lambda item: item[0] or 0):
-            of_size = [r for r in records if (r.subject, r.set, size_of(r)) == (subject, name, size)]
+            of_size = [
+                r for r in records if (r.subject, r.set, size_of(r)) == (subject, name, size)
+            ]
             runs = sorted((r for r in of_size if r.lr == lr), key=lambda r: r.seed)
             tried = {r.lr for r in of_size if r.lr is not None}
             if losses := tuple(r.loss for r in runs if r.loss is not None):
-                found.append(Line(subject, size, runs[0].params, lr, runs[0].pace, losses, edge(tried, lr) != 0))
-    base, full = _find_base(records, name), next((line for line in found if line.subject == "full"), None)
+                found.append(
+                    Line(
+                        subject,
+                        size,
+                        runs[0].params,
+                        lr,
+                        runs[0].pace,
+                        losses,
+                        edge(tried, lr) != 0,
+                    )
+                )
+    base, full = (
+        _find_base(records, name),
+        next((line for line in found if line.subject == "full"), None),
+    )
     if base is None or base.loss is None or full is None or full.loss >= base.loss:
         return found
-    return [replace(x, shares=tuple((base.loss - loss) / (base.loss - full.loss) for loss in x.losses)) for x in found]
+    return [
+        replace(x, shares=tuple((base.loss - loss) / (base.loss - full.loss) for loss in x.losses))
+        for x in found
+    ]
 
 
 def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Reached:
-    """Return the smallest subspace or LoRA with a mean fraction of full fine-tuning's gain ≥ ``share``, if any.
+    """Return the smallest subspace or LoRA with a mean fraction of full fine-tuning's gain ≥
+    ``share``, if any.
 
     Args:
         all_rows: Lines of one set, those of a subject ascending.
@@ -154,23 +191,32 @@ def find_reached(all_rows: Sequence[Line], subject: Subject, share: float) -> Re
 
 
 def intrinsic_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: for each set, the smallest sufficient subspace and LoRA; learning rates."""
+    """Return the statements: for each set, the smallest sufficient subspace and LoRA; learning
+    rates.
+    """
     records, settings = results.whole_of(Intrinsic), results.run.settings
     rows_by_set = _compute_lines(results)
     first = next(iter(rows_by_set.values()), [])
     return probe_summary(
         results,
-        *(_describe_set(name, _find_base(records, name), rows, settings) for name, rows in rows_by_set.items()),
+        *(
+            _describe_set(name, _find_base(records, name), rows, settings)
+            for name, rows in rows_by_set.items()
+        ),
         make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
     )
 
 
 def _compute_lines(results: Results[Any]) -> dict[str, list[Line]]:
-    """Return, for each set, the runs of every size at the learning rate that is best on the first set."""
+    """Return, for each set, the runs of every size at the learning rate that is best on the first
+    set.
+    """
     records = results.whole_of(Intrinsic)
     sets = set_names(records)
-    return {name: select_lines(records, name, sets[0], results.run.settings["seed"]) for name in sets}
+    return {
+        name: select_lines(records, name, sets[0], results.run.settings["seed"]) for name in sets
+    }
 
 
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -187,27 +233,40 @@ def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
 
 
 _READING = (
-    "the dimension is for this task, number of steps and fraction; more steps can give another; rates were chosen "
-    "on the first set, so losses there are slightly too low; LoRA trains no embeddings, norms, biases or head, "
+    "the dimension is for this task, number of steps and fraction; more steps can give another; "
+    "rates were chosen "
+    "on the first set, so losses there are slightly too low; LoRA trains no embeddings, norms, "
+    "biases or head, "
     "full fine-tuning and subspaces train all"
 )
 
 
 def _name_line(line: Line) -> str:
-    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[line.subject]
+    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[
+        line.subject
+    ]
 
 
-def _make_grid(caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float) -> Grid:
+def _make_grid(
+    caption: str, base: Intrinsic | None, all_rows: Sequence[Line], share: float
+) -> Grid:
     about = (
-        "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. The intrinsic "
-        f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the smallest such r. "
+        "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. "
+        "The intrinsic "
+        f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the "
+        "smallest such r. "
         "If min to max includes that fraction, the result depends on the seed."
     )
-    rows: Rows = [("BASE", [{"loss": base and base.loss}]), *((_name_line(line), [line]) for line in all_rows)]
+    rows: Rows = [
+        ("BASE", [{"loss": base and base.loss}]),
+        *((_name_line(line), [line]) for line in all_rows),
+    ]
     return grid_of(Line.shown, rows, "trained", caption, about)
 
 
-def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]) -> Statement:
+def _describe_set(
+    name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]
+) -> Statement:
     full = next((line for line in all_rows if line.subject == "full"), None)
     if base is None or base.loss is None:
         return on_set(name, "not measured yet")
@@ -215,11 +274,19 @@ def _describe_set(name: str, base: Intrinsic | None, all_rows: Sequence[Line], s
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
     gain, share = base.loss - full.loss, settings["share"]
     if gain <= 0:
-        return on_set(name, f"no gain to reach: full fine-tuning is worse than BASE by {number(-gain)} nats")
+        return on_set(
+            name, f"no gain to reach: full fine-tuning is worse than BASE by {number(-gain)} nats"
+        )
     answers = [_describe_answer(find_reached(all_rows, "subspace", share), "d", settings["dims"])]
     if settings["ranks"]:
-        answers.append(_describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings["ranks"]))
-    return on_set(name, *answers, f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that")
+        answers.append(
+            _describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings["ranks"])
+        )
+    return on_set(
+        name,
+        *answers,
+        f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that",
+    )
 
 
 def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
@@ -227,7 +294,10 @@ def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
     if line is None:
         if below is None:
             return f"{symbol}: no run is finished with a finite loss"
-        return f"{symbol}: not reached up to {symbol.split()[-1]}={max(sizes)}, whose gain is {_format_shares(below)}"
+        return (
+            f"{symbol}: not reached up to {symbol.split()[-1]}={max(sizes)}, whose gain is "
+            f"{_format_shares(below)}"
+        )
     text = f"{symbol}={line.size} is the smallest with the target gain, {_format_shares(line)}"
     if symbol != "d":
         text += f" and {count(line.params)} parameters"
@@ -236,12 +306,19 @@ def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
     if not answer.certain:
         text += "; not with every seed, so the next larger size is safer"
     if answer.missed:
-        text += f"; not reached at {', '.join(map(str, answer.missed))}, so seeds or rates matter here, not only size"
+        text += (
+            f"; not reached at {', '.join(map(str, answer.missed))}, so seeds or rates matter "
+            "here, not only size"
+        )
     return text
 
 
 def _format_shares(line: Line) -> str:
-    spread = f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)" if len(line.shares) > 1 else ""
+    spread = (
+        f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)"
+        if len(line.shares) > 1
+        else ""
+    )
     return f"{line.share:.0%}{spread}"
 
 

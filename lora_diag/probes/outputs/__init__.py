@@ -1,4 +1,6 @@
-"""``probe outputs`` (registration, options): held-out loss and outputs of adapters compared with the full fine-tune."""
+"""``probe outputs`` (registration, options): held-out loss and outputs of adapters compared with
+the full fine-tune.
+"""
 
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -19,7 +21,10 @@ class FullFineTune(TypedDict, total=False):
     tuned: Annotated[
         str | None,
         Option(
-            None, "Full fine-tune; default: the first of the models, if it is not an adapter.", "TUNED", panel=INPUTS
+            None,
+            "Full fine-tune; default: the first of the models, if it is not an adapter.",
+            "TUNED",
+            panel=INPUTS,
         ),
     ]
 
@@ -32,12 +37,16 @@ FEATURE = Feature(
         Command(
             help="Losses and outputs of adapters and a full fine-tune.",
             run=".measure:compare_models",
-            examples=("probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o outputs.jsonl",),
+            examples=(
+                "probe outputs base/ full_ft/ lora_r8/ lora_r64/ --eval held_out.txt -o "
+                "outputs.jsonl",
+            ),
             arguments=(
                 BASE_ARGUMENT,
                 Argument(
                     "models",
-                    "Full fine-tune, adapters, or both, in this order; adapters alone are compared as equals, in the "
+                    "Full fine-tune, adapters, or both, in this order; adapters alone are compared "
+                    "as equals, in the "
                     "order of their steps.",
                     "[TUNED] [ADAPTER]",
                     many=True,

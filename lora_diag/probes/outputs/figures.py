@@ -1,4 +1,6 @@
-"""`outputs`: held-out loss of each adapter minus the full fine-tune's; `depth`: distance of hidden states by depth."""
+"""`outputs`: held-out loss of each adapter minus the full fine-tune's; `depth`: distance of hidden
+states by depth.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,14 @@ from matplotlib.ticker import MaxNLocator
 from lora_diag.records import Probe
 from lora_diag.rendering.figures.pages import Page, Panel, Row, make_rows_page
 from lora_diag.rendering.figures.panels import axis_limits, draw_levels, sets_of
-from lora_diag.rendering.figures.series import Options, Series, UndrawableError, owner_of, short_names, subject_of
+from lora_diag.rendering.figures.series import (
+    Options,
+    Series,
+    UndrawableError,
+    owner_of,
+    short_names,
+    subject_of,
+)
 from lora_diag.rendering.figures.style import CATEGORIES, INK, QUIET, PageStyle, category
 from lora_diag.rendering.losses import gap_half
 
@@ -41,10 +50,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         sets_of(records),
         style,
         title="Held-out loss of each model minus that of the full fine-tune",
-        about=f"{subject_of(series)}mean negative log-likelihood, nats; left of the line: better than TUNED",
+        about=f"{subject_of(series)}mean negative log-likelihood, nats; left of the line: better "
+        "than TUNED",
         xlabel="loss minus TUNED's (nats)",
         notes=[
-            "Error bars: two paired standard errors, more for few sequences (t). A bar that crosses zero: no "
+            "Error bars: two paired standard errors, more for few sequences (t). A bar that "
+            "crosses zero: no "
             "significant difference from TUNED."
         ],
         ordered=True,
@@ -72,33 +83,54 @@ def make_depth_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     colors = {model: category(number) for number, model in enumerate([*found][: len(CATEGORIES)])}
     xlabel, ylabel = "block (0: embeddings)", "distance of hidden states"
     panels = [
-        Panel(labels[name], partial(_draw_depth, lines=lines, colors=colors), xlabel, ylabel, name=name)
+        Panel(
+            labels[name],
+            partial(_draw_depth, lines=lines, colors=colors),
+            xlabel,
+            ylabel,
+            name=name,
+        )
         for name, lines in by_set.items()
     ]
     return Page(
         "Distance of the hidden states from those of the full fine-tune",
         panels,
-        f"{subject_of(series)}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED 0",
+        f"{subject_of(series)}‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ over all tokens; BASE is 1, TUNED "
+        "0",
         [
             "Distance measures similarity, not quality; compare models by their loss.",
-            f"Not drawn: {len(found) - len(colors)} more models." if len(found) > len(colors) else "",
+            f"Not drawn: {len(found) - len(colors)} more models."
+            if len(found) > len(colors)
+            else "",
         ],
     )
 
 
 def _select_compared(records: Iterable[Probe]) -> list[Probe]:
     """Return the records of adapters and references that are compared with TUNED."""
-    return [record for record in records if record.subject in {"adapter", "reference"} and record.gap is not None]
+    return [
+        record
+        for record in records
+        if record.subject in {"adapter", "reference"} and record.gap is not None
+    ]
 
 
-def _make_rows(of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None) -> list[Row]:
-    """Return the rows of one run on a set, without a distant BASE; in a common colour if given, else by subject."""
+def _make_rows(
+    of_set: Sequence[Probe], labels: Mapping[tuple[str, str], str], color: str | None
+) -> list[Row]:
+    """Return the rows of one run on a set, without a distant BASE; in a common colour if given,
+    else by subject.
+    """
     # A distant BASE would compress the axis of all others; its gap is in the table.
-    limit = 4 * max((abs(record.gap or 0.0) for record in _select_compared(of_set)), default=math.inf)
+    limit = 4 * max(
+        (abs(record.gap or 0.0) for record in _select_compared(of_set)), default=math.inf
+    )
     return [
         Row(labels[r.subject, r.name], r.gap, gap_half(r), color or _COLORS.get(r.subject, INK))
         for r in of_set
-        if r.subject != "tuned" and r.gap is not None and (r.subject != "base" or abs(r.gap) <= limit)
+        if r.subject != "tuned"
+        and r.gap is not None
+        and (r.subject != "base" or abs(r.gap) <= limit)
     ]
 
 
@@ -115,12 +147,19 @@ def _label_models(records: Iterable[Probe]) -> dict[tuple[str, str], str]:
 
 
 def _draw_depth(
-    ax: Axes, style: PageStyle, lines: Mapping[str, Sequence[float | None]], colors: Mapping[str, str]
+    ax: Axes,
+    style: PageStyle,
+    lines: Mapping[str, Sequence[float | None]],
+    colors: Mapping[str, str],
 ) -> None:
-    """Draw the distance of each coloured model at each depth; depths without a distance are skipped."""
+    """Draw the distance of each coloured model at each depth; depths without a distance are
+    skipped.
+    """
     values = [1.0]
     for model, color in colors.items():
-        points = [(block, value) for block, value in enumerate(lines.get(model, ())) if value is not None]
+        points = [
+            (block, value) for block, value in enumerate(lines.get(model, ())) if value is not None
+        ]
         if points:
             line: dict[str, Any] = {"lw": 1.5 * style.line, "marker": "o", "ms": 2.6 * style.line}
             ax.plot(*zip(*points, strict=True), label=model, color=color, **line)

@@ -1,8 +1,10 @@
-"""``probe outputs``: measure the losses of models, and the distance of their outputs from those of a full fine-tune.
+"""``probe outputs``: measure the losses of models, and the distance of their outputs from those of
+a full fine-tune.
 
-Distances are of logits, probabilities, top choices and hidden states. An adapter is applied as ΔW on the weights of
-BASE, so adapters of any kind can be compared. Sets are processed in chunks, so that only the outputs of three models
-for a few sequences are in memory: logits of predictions, and hidden states of every token.
+Distances are of logits, probabilities, top choices and hidden states. An adapter is applied as ΔW
+on the weights of BASE, so adapters of any kind can be compared. Sets are processed in chunks, so
+that only the outputs of three models for a few sequences are in memory: logits of predictions, and
+hidden states of every token.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ OUTPUT_BYTES = 2**30
 
 
 class Switch(Protocol):
-    """What gives a model the weights of BASE and an update, or those of BASE: ``Swapped``, or a trained adapter."""
+    """What gives a model the weights of BASE and an update, or those of BASE: ``Swapped``, or a
+    trained adapter.
+    """
 
     def arrange(self, ranks: Mapping[str, int], others: int = 0) -> None:
         """Set all layers to W_0 + ΔW for ``others=FULL``, to W_0 for 0."""
@@ -66,8 +70,8 @@ class _Answer:
     Args:
         logits: Logits of predictions, ``(n, classes)`` float32.
         labels: Targets, ``(n,)``.
-        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings, then the output of each
-            block.
+        hidden: Hidden states of every token, one ``(tokens, size)`` for each depth: embeddings,
+            then the output of each block.
     """
 
     logits: Tensor
@@ -102,7 +106,9 @@ class _Sums:
         return Losses.of(self.nll, self.counts)
 
     def add(self, answer: _Answer, base: _Answer, tuned: _Answer | None) -> None:
-        """Add the outputs for one sequence; ``tuned`` are those of TUNED, None if there is none to compare with."""
+        """Add the outputs for one sequence; ``tuned`` are those of TUNED, None if there is none to
+        compare with.
+        """
         self.forgetting.add(answer.logits, base.logits, answer.labels)
         self.nll.append(float(nll(answer.logits, answer.labels)))
         self.counts.append(len(answer.labels))
@@ -122,7 +128,11 @@ def _sum_squared_differences(first: Tensor, second: Tensor) -> float:
 
 @torch.no_grad()
 def measure_outputs(
-    model: Model, contenders: Sequence[Contender], texts: Texts, size: int, after_batch: Callable[[str], None]
+    model: Model,
+    contenders: Sequence[Contender],
+    texts: Texts,
+    size: int,
+    after_batch: Callable[[str], None],
 ) -> Iterator[Probe]:
     """Yield one record for each contender on one set.
 
@@ -139,9 +149,14 @@ def measure_outputs(
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
     for chunk in iterate_chunks(model, texts, size):
-        ends = [_compute_answers(model, contender, chunk, size, after_batch) for contender in contenders[:2]]
+        ends = [
+            _compute_answers(model, contender, chunk, size, after_batch)
+            for contender in contenders[:2]
+        ]
         for i, contender in enumerate(contenders):
-            answers = ends[i] if i < 2 else _compute_answers(model, contender, chunk, size, after_batch)
+            answers = (
+                ends[i] if i < 2 else _compute_answers(model, contender, chunk, size, after_batch)
+            )
             for answer, base, second in zip(answers, *ends, strict=True):
                 sums[i].add(answer, base, second if has_tuned else None)
     for contender, own_sums in zip(contenders, sums, strict=True):
@@ -149,7 +164,9 @@ def measure_outputs(
 
 
 def iterate_chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
-    """Yield parts of a set, of at least one batch, whose outputs from two models fit into ``OUTPUT_BYTES``."""
+    """Yield parts of a set, of at least one batch, whose outputs from two models fit into
+    ``OUTPUT_BYTES``.
+    """
     config = model.module.config
     classes = len(model.labels) if model.kind == "classifier" else getattr(config, "vocab_size", 1)
     states = (getattr(config, "num_hidden_layers", 0) + 1) * getattr(config, "hidden_size", 0)
@@ -162,7 +179,9 @@ def iterate_chunks(model: Model, texts: Texts, size: int) -> Iterator[Texts]:
 def _compute_answers(
     model: Model, contender: Contender, chunk: Texts, size: int, after_batch: Callable[[str], None]
 ) -> list[_Answer]:
-    """Return a contender's outputs for every sequence; the model has BASE's weights before and afterwards."""
+    """Return a contender's outputs for every sequence; the model has BASE's weights before and
+    afterwards.
+    """
     if contender.swapped is not None:
         contender.swapped.arrange({}, FULL)
     answers = []
@@ -170,7 +189,10 @@ def _compute_answers(
         model_output = forward(model, chosen, hidden=True)
         for i, sequence in enumerate(chosen):
             logits, labels = select_predictions(model, sequence, model_output.logits[i])
-            hidden = tuple(states[i, : len(sequence.ids)].float() for states in model_output.hidden_states or ())
+            hidden = tuple(
+                states[i, : len(sequence.ids)].float()
+                for states in model_output.hidden_states or ()
+            )
             answers.append(_Answer(logits.float(), labels, hidden))
         after_batch(contender.name or contender.subject)
     if contender.swapped is not None:
@@ -178,7 +200,9 @@ def _compute_answers(
     return answers
 
 
-def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts) -> Probe:
+def _record(
+    contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | None, texts: Texts
+) -> Probe:
     """Return the record of a contender on a set, compared with TUNED if there is one."""
     record = Probe(
         probe="outputs",
@@ -201,7 +225,10 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
         "distance": math.sqrt(own_sums.squares / base.squares) if base.squares else None,
         "kl": own_sums.kl / predictions,
         "agreement": own_sums.same / predictions,
-        "hidden": tuple(math.sqrt(x / b) if b else None for x, b in zip(own_sums.hidden, base.hidden, strict=True))
+        "hidden": tuple(
+            math.sqrt(x / b) if b else None
+            for x, b in zip(own_sums.hidden, base.hidden, strict=True)
+        )
         or None,
     }
     return record.model_copy(update=comparison)
@@ -209,19 +236,24 @@ def _record(contender: Contender, own_sums: _Sums, base: _Sums, tuned: _Sums | N
 
 @show_options
 def probe_outputs(
-    base: Path | str, tuned: Path | str | None, adapters: Sequence[Path | str] = (), **options: Unpack[OutputsOptions]
+    base: Path | str,
+    tuned: Path | str | None,
+    adapters: Sequence[Path | str] = (),
+    **options: Unpack[OutputsOptions],
 ) -> Results[Any]:
-    r"""Measure the held-out loss of every model, and the distance of its outputs from those of a full fine-tune.
+    r"""Measure the held-out loss of every model, and the distance of its outputs from those of a
+    full fine-tune.
 
-    With z the logits of a model at all predicted positions, the distance of A is ‖z_tuned − z_A‖ / ‖z_tuned − z_base‖;
-    likewise with the hidden states h of every token, at each depth.
+    With z the logits of a model at all predicted positions, the distance of A is ‖z_tuned − z_A‖ /
+    ‖z_tuned − z_base‖; likewise with the hidden states h of every token, at each depth.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
-        tuned: Full fine-tune; may be an adapter. None to compare adapters with each other and with BASE: then there are
-            losses only.
+        tuned: Full fine-tune; may be an adapter. None to compare adapters with each other and with
+            BASE: then there are losses only.
         adapters: Adapters of any supported kind, or checkpoints with a merged adapter.
-        reference: Another full fine-tune, such as another seed, to show the distance between equally good models.
+        reference: Another full fine-tune, such as another seed, to show the distance between
+            equally good models.
         evaluate: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
         shifted: Files of another distribution.
         **options: ``OutputsOptions``.
@@ -230,18 +262,24 @@ def probe_outputs(
         The records are in ``whole``: one per set and model, including BASE and TUNED.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, there is nothing to compare, an input is given twice, the
-            output can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not
-            installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, or an update or a loss
-            is not finite.
+        UsageError: An option is invalid, BASE is an adapter, there is nothing to compare, an input
+            is given twice, the output can be neither replaced nor resumed, or the extra ``train``,
+            or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or
+            an update or a loss is not finite.
         NothingComparedError: A checkpoint has no weight in common with BASE.
 
     Example:
-        >>> adapters = ["sample_checkpoints/lora_r4", "sample_checkpoints/lora_r16"]  # doctest: +SKIP
-        >>> found = probe_outputs("sample_checkpoints/base",  # doctest: +SKIP
-        ...     "sample_checkpoints/full_ft", adapters,
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])
+        >>> adapters = [
+        ...     "sample_checkpoints/lora_r4",
+        ...     "sample_checkpoints/lora_r16",
+        ... ]  # doctest: +SKIP
+        >>> found = probe_outputs(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/full_ft",
+        ...     adapters,
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ... )
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
@@ -249,7 +287,9 @@ def probe_outputs(
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
     if not models and tuned is None:
-        raise UsageError("probe outputs: nothing to compare with BASE; give TUNED or at least one ADAPTER")
+        raise UsageError(
+            "probe outputs: nothing to compare with BASE; give TUNED or at least one ADAPTER"
+        )
     refuse_repeated([path for path, _ in models], tuned)
     if tuned is not None:
         models.insert(0, (tuned, "tuned"))
@@ -265,7 +305,9 @@ def probe_outputs(
     inputs = [compared[0].inputs[0]]
     for (_, role), comparison in zip(models, compared, strict=True):
         model_input = comparison.inputs[-1]
-        inputs.append(model_input if role == "tuned" else model_input.model_copy(update={"role": role}))
+        inputs.append(
+            model_input if role == "tuned" else model_input.model_copy(update={"role": role})
+        )
         name = "" if role == "tuned" else model_input.path
         contenders.append(Contender(role, name, Swapped(model, comparison.pairing.deltas, 0)))
 
@@ -273,7 +315,9 @@ def probe_outputs(
         todo = [
             text_set
             for text_set in texts
-            if not all(run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders)
+            if not all(
+                run_records.has([text_set.name], subject=c.subject, name=c.name) for c in contenders
+            )
         ]
         run.watch.total = len(contenders) * run.batches(todo)
         run.estimate(
@@ -295,12 +339,16 @@ def probe_outputs(
 
 
 def compare_models(
-    base: Path | str, models: Sequence[str], tuned: str | None = None, **options: Unpack[OutputsOptions]
+    base: Path | str,
+    models: Sequence[str],
+    tuned: str | None = None,
+    **options: Unpack[OutputsOptions],
 ) -> Results[Any]:
-    """Measure models of which the full fine-tune is ``tuned``, or the first if it is no adapter and no step of a run.
+    """Measure models of which the full fine-tune is ``tuned``, or the first if it is no adapter and
+    no step of a run.
 
-    The others are sorted by step within each run: a shell sorts 100 before 20. A step is the number at the end of a
-    path; paths that differ only in it are of one run.
+    The others are sorted by step within each run: a shell sorts 100 before 20. A step is the number
+    at the end of a path; paths that differ only in it are of one run.
 
     Args:
         base: As in ``probe_outputs``.

@@ -1,8 +1,9 @@
-"""Terminal output of ``probe outputs``: losses and distances of models, and the choice among adapters.
+"""Terminal output of ``probe outputs``: losses and distances of models, and the choice among
+adapters.
 
-Adapters are compared with the best one, with the full fine-tune and with BASE by held-out losses, paired by sequence.
-Differences from the latter two are significant above two paired standard errors, more with few sequences
-(``paired_half``); from the best adapter see ``Rival``.
+Adapters are compared with the best one, with the full fine-tune and with BASE by held-out losses,
+paired by sequence. Differences from the latter two are significant above two paired standard
+errors, more with few sequences (``paired_half``); from the best adapter see ``Rival``.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from lora_diag.rendering.losses import (
 )
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
-from lora_diag.rendering.text import format_shown, list_names, plus_minus, safe, select_evenly, short, with_limits
+from lora_diag.rendering.text import (
+    format_shown,
+    list_names,
+    plus_minus,
+    safe,
+    select_evenly,
+    short,
+    with_limits,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +46,10 @@ class Rival:
     Args:
         name: Path of the adapter.
         behind: Loss of the adapter minus that of the best.
-        half: Half-width of the interval of ``behind``, paired by sequence: Student's t, 95% for all rivals together
-            (Bonferroni); None for one sequence.
-        sequences: Estimated number of sequences that would separate the two; None if it is significantly worse, if more
-            than 1000 would be needed, or for one sequence.
+        half: Half-width of the interval of ``behind``, paired by sequence: Student's t, 95% for all
+            rivals together (Bonferroni); None for one sequence.
+        sequences: Estimated number of sequences that would separate the two; None if it is
+            significantly worse, if more than 1000 would be needed, or for one sequence.
     """
 
     name: str
@@ -83,10 +92,14 @@ def choose_adapters(records: Sequence[Probe]) -> list[Choice]:
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
         counts = next((record.predictions for record in of_set if record.subject == "base"), ())
-        adapters = sorted((r for r in of_set if r.subject == "adapter" and r.nll), key=lambda record: record.nats)
+        adapters = sorted(
+            (r for r in of_set if r.subject == "adapter" and r.nll), key=lambda record: record.nats
+        )
         if len(adapters) > 1 and counts:
             best, *others = adapters
-            rivals = [_compare_rival(other, best, counts, 1 - 0.05 / 2 / len(others)) for other in others]
+            rivals = [
+                _compare_rival(other, best, counts, 1 - 0.05 / 2 / len(others)) for other in others
+            ]
             by_set.append(Choice(name, best.name, tuple(rivals)))
     return by_set
 
@@ -97,7 +110,9 @@ def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: floa
     if error is None:
         return Rival(other.name, gap, None, None)
     half = stats.Estimate(gap, error, stats.degrees_of_freedom(len(counts))).half(level)
-    needed = None if gap > half else stats.runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    needed = (
+        None if gap > half else stats.runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
+    )
     return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
 
 
@@ -112,8 +127,9 @@ class Contest:
     Args:
         name: The adapter's path.
         records: The adapter's records on ``deciding_sets``, one per set.
-        outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set; else ``worse`` if it
-            is significantly worse on any set; else, or if a gap has no interval, ``not known``.
+        outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set;
+            else ``worse`` if it is significantly worse on any set; else, or if a gap has no
+            interval, ``not known``.
     """
 
     name: str
@@ -127,15 +143,24 @@ class Contest:
 
 
 def find_gain(base: Probe | None) -> float | None:
-    """Return the gain of TUNED over BASE from the record of BASE on a set; None if it is not significant."""
+    """Return the gain of TUNED over BASE from the record of BASE on a set; None if it is not
+    significant.
+    """
     if base is None or base.gap is None or (half := gap_half(base)) is None or base.gap <= half:
         return None
     return base.gap
 
 
 def is_tuned_worse(base: Probe | None) -> bool:
-    """Return whether TUNED is significantly worse than BASE, from the record of BASE on a set; False without one."""
-    return base is not None and base.gap is not None and (half := gap_half(base)) is not None and base.gap < -half
+    """Return whether TUNED is significantly worse than BASE, from the record of BASE on a set;
+    False without one.
+    """
+    return (
+        base is not None
+        and base.gap is not None
+        and (half := gap_half(base)) is not None
+        and base.gap < -half
+    )
 
 
 def deciding_sets(records: Sequence[Probe]) -> list[str]:
@@ -152,27 +177,39 @@ def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
 
 
 def contests_of(records: Sequence[Probe]) -> list[Contest]:
-    """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without such a set or TUNED."""
+    """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without such a
+    set or TUNED.
+    """
     if not any(record.subject == "tuned" for record in records):
         return []
     sets, bases = deciding_sets(records), _find_bases(records)
     names = dict.fromkeys(record.name for record in records if record.subject == "adapter")
     gains = {name: find_gain(bases.get(name)) for name in sets}
     own_records = {
-        name: tuple(r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets) for name in names
+        name: tuple(
+            r for r in records if (r.subject, r.name) == ("adapter", name) and r.set in sets
+        )
+        for name in names
     }
-    return [Contest(name, group, _judge(group, gains)) for name, group in own_records.items() if group]
+    return [
+        Contest(name, group, _judge(group, gains)) for name, group in own_records.items() if group
+    ]
 
 
 def _judge(
     own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
 ) -> Literal["as good", "worse", "not known"]:
-    """Return the outcome for an adapter from its records and the significant gains of TUNED, as in ``Contest``."""
+    """Return the outcome for an adapter from its records and the significant gains of TUNED, as in
+    ``Contest``.
+    """
     gaps = [(record.gap, gap_half(record), gain_by_set[record.set]) for record in own_records]
     known = [(gap, half, gain) for gap, half, gain in gaps if gap is not None and half is not None]
     if len(known) < len(gaps):
         return "not known"
-    if all(gain is not None and gap + half <= (1 - SUFFICIENT_SHARE) * gain for gap, half, gain in known):
+    if all(
+        gain is not None and gap + half <= (1 - SUFFICIENT_SHARE) * gain
+        for gap, half, gain in known
+    ):
         return "as good"
     return "worse" if any(gap > half for gap, half, _ in known) else "not known"
 
@@ -182,11 +219,16 @@ DEPTHS = 7
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: how programs serve the best adapter, or training if all are worse than TUNED; else None."""
+    """Return the next step: how programs serve the best adapter, or training if all are worse than
+    TUNED; else None.
+    """
     records = results.whole_of(Probe)
     contests = contests_of(records)
     if contests and all(contest.outcome == "worse" for contest in contests):
-        return Hint("tune {base} --data TRAIN_TEXT --eval {evaluate} --params 10M -o run/", "trains a better one")
+        return Hint(
+            "tune {base} --data TRAIN_TEXT --eval {evaluate} --params 10M -o run/",
+            "trains a better one",
+        )
     best = _find_best(records)
     if best is None:
         return None
@@ -195,19 +237,27 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
 
 
 def _find_best(records: Sequence[Probe]) -> Probe | None:
-    """Return the record of the adapter with the lowest loss on the first deciding set; None without one."""
+    """Return the record of the adapter with the lowest loss on the first deciding set; None without
+    one.
+    """
     sets = deciding_sets(records)
-    adapters = [r for r in records if r.subject == "adapter" and r.set in sets[:1] and r.loss is not None]
+    adapters = [
+        r for r in records if r.subject == "adapter" and r.set in sets[:1] and r.loss is not None
+    ]
     return min(adapters, key=lambda record: record.nats, default=None)
 
 
 def outputs_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: whether the best adapter is as good as TUNED; for each set, the choice among adapters."""
+    """Return the statements: whether the best adapter is as good as TUNED; for each set, the choice
+    among adapters.
+    """
     records = results.whole_of(Probe)
     labels, verdict = _label_models(records), _describe_best(contests_of(records))
     has_tuned, on_sets = any(record.subject == "tuned" for record in records), []
     for name in set_names(records):
-        lines = _describe_set([record for record in records if record.set == name], labels, has_tuned)
+        lines = _describe_set(
+            [record for record in records if record.set == name], labels, has_tuned
+        )
         answer = verdict or lines[0] if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
     return probe_summary(
@@ -220,7 +270,9 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
 
 
 def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return one or two tables per set, one row per model: loss and outputs; hidden states by depth, if measured."""
+    """Return one or two tables per set, one row per model: loss and outputs; hidden states by
+    depth, if measured.
+    """
     records = results.whole_of(Probe)
     labels = _label_models(records)
     grids = []
@@ -228,17 +280,23 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         of_set = [record for record in records if record.set == name]
         rows = [(_name_model(record, labels), [record]) for record in of_set]
         grids.append(grid_of(Probe.shown, rows, "model", caption_of(name, of_set)))
-        if others := [record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}]:
+        if others := [
+            record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}
+        ]:
             caption = f"On {short(name)}: distance of the hidden states after block"
             grids.append(_make_depths_grid(caption, others, labels))
     return grids
 
 
 _READING = (
-    "compare models by their loss; distances (of logits, of hidden states) and KL measure similarity, not quality: on "
-    "a language model, 12 adapters of which none was significantly worse than the best had distances of 0.36 to 0.62"
+    "compare models by their loss; distances (of logits, of hidden states) and KL measure "
+    "similarity, not quality: on "
+    "a language model, 12 adapters of which none was significantly worse than the best had "
+    "distances of 0.36 to 0.62"
 )
-_EQUALS = "models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
+_EQUALS = (
+    "models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"
+)
 
 
 def _label_models(records: Sequence[Probe]) -> dict[str, str]:
@@ -250,26 +308,41 @@ def _label_models(records: Sequence[Probe]) -> dict[str, str]:
 def _name_model(record: Probe, labels: dict[str, str]) -> str:
     if not record.name:
         return record.subject.upper()
-    return f"{labels[record.name]} (reference)" if record.subject == "reference" else labels[record.name]
+    return (
+        f"{labels[record.name]} (reference)"
+        if record.subject == "reference"
+        else labels[record.name]
+    )
 
 
 def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, str]) -> Grid:
-    """Return the table of ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at up to ``DEPTHS`` depths, evenly spaced."""
+    """Return the table of ‖h_TUNED − h‖ / ‖h_TUNED − h_BASE‖ at up to ``DEPTHS`` depths, evenly
+    spaced.
+    """
     by_depth = [*enumerate(zip(*(record.hidden or () for record in of_set), strict=False))]
     columns = [
-        Column(str(depth or "0 (input)"), tuple(format_shown(value, "{:.2f}".format) for value in values))
+        Column(
+            str(depth or "0 (input)"),
+            tuple(format_shown(value, "{:.2f}".format) for value in values),
+        )
         for depth, values in select_evenly(by_depth, DEPTHS)
     ]
-    return Grid(caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns))
+    return Grid(
+        caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns)
+    )
 
 
 def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bool) -> list[str]:
-    """State which adapter to use, and the losses of BASE and TUNED; without a gain of TUNED, compare with BASE."""
+    """State which adapter to use, and the losses of BASE and TUNED; without a gain of TUNED,
+    compare with BASE.
+    """
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     adapters = [record for record in of_set if record.subject == "adapter"]
     if len(ends) < (2 if has_tuned else 1) or not (has_tuned or adapters):
         return ["not measured yet"]
-    lines = [line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)]
+    lines = [
+        line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)
+    ]
     base = ends["base"]
     if not has_tuned:
         best = min(adapters, key=lambda record: record.nats)
@@ -278,7 +351,10 @@ def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bo
         lines = [_compare_with_base(ends["tuned"], base, labels)]
     elif is_tuned_worse(base):
         difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
-        worse = f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are compared with BASE"
+        worse = (
+            f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are "
+            "compared with BASE"
+        )
         lines = [worse, *(_compare_with_base(record, base, labels) for record in adapters), *lines]
     return [*lines, describe_losses(base, ends["tuned"])]
 
@@ -300,8 +376,14 @@ def _describe_best(contests: Sequence[Contest]) -> str:
     """State whether the best adapter is as good as the full fine-tune; empty without contests."""
     if not contests:
         return ""
-    answers = {"as good": f"yes, at least {SUFFICIENT_SHARE:.0%} of the gain", "worse": "no", "not known": "not known"}
-    best = min(contests, key=lambda contest: ([*answers].index(contest.outcome), contest.worst.gap or 0.0))
+    answers = {
+        "as good": f"yes, at least {SUFFICIENT_SHARE:.0%} of the gain",
+        "worse": "no",
+        "not known": "not known",
+    }
+    best = min(
+        contests, key=lambda contest: ([*answers].index(contest.outcome), contest.worst.gap or 0.0)
+    )
     record = best.worst
     kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
@@ -314,19 +396,31 @@ def _describe_forgotten(records: Sequence[Probe], labels: dict[str, str]) -> Sta
     """State what the best adapter and TUNED forgot."""
     best = _find_best(records)
     models = [("adapter", best.name)] if best is not None else []
-    groups = [[r for r in records if (r.subject, r.name) == model] for model in [*models, ("tuned", "")]]
-    return describe_forgetting(*((_name_model(group[0], labels), group) for group in groups if group))
+    groups = [
+        [r for r in records if (r.subject, r.name) == model] for model in [*models, ("tuned", "")]
+    ]
+    return describe_forgetting(
+        *((_name_model(group[0], labels), group) for group in groups if group)
+    )
 
 
 def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
-    """State which adapter to use: the best one, or one of those that are not distinguishable from it; and the gaps."""
+    """State which adapter to use: the best one, or one of those that are not distinguishable from
+    it; and the gaps.
+    """
     best, count = labels[choice.best], len(choice.rivals) + 1
     if not choice.equals:
         nearest = choice.rivals[0]
-        return [f"use {best}, the best of {count}; {labels[nearest.name]} is worse by {_format_gap(nearest)}"]
+        return [
+            f"use {best}, the best of {count}; {labels[nearest.name]} is worse by "
+            f"{_format_gap(nearest)}"
+        ]
     equal = list_names([labels[rival.name] for rival in choice.equals])
     line = f"use {best}, or a cheaper one that is not significantly worse: {equal}"
-    return [line, *(f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals)]
+    return [
+        line,
+        *(f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals),
+    ]
 
 
 def _format_gap(rival: Rival) -> str:
@@ -335,5 +429,7 @@ def _format_gap(rival: Rival) -> str:
     span = with_limits(rival.behind, rival.half)
     if rival.worse:
         return span
-    needed = f"more than {stats.MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    needed = (
+        f"more than {stats.MAX_RUNS}" if rival.sequences is None else f"about {rival.sequences}"
+    )
     return f"{span}, {needed} sequences would decide"

@@ -1,11 +1,23 @@
-"""``probe sensitivity``, registration and options: loss gain of adapting one layer or module type alone."""
+"""``probe sensitivity``, registration and options: loss gain of adapting one layer or module type
+alone.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Required
 
 from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, Command, Feature, Figure, Section
-from lora_diag.running.options import DATA, GRANULARITY, RANK, RATES, SEEDS, STEPS, LayerTrainOptions, Option, Shifted
+from lora_diag.running.options import (
+    DATA,
+    GRANULARITY,
+    RANK,
+    RATES,
+    SEEDS,
+    STEPS,
+    LayerTrainOptions,
+    Option,
+    Shifted,
+)
 
 
 class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
@@ -13,8 +25,12 @@ class SensitivityOptions(Shifted, LayerTrainOptions, total=False):
 
     data: Required[Annotated[Path | str, DATA]]
     rank: Annotated[int, RANK.by(8, least=1)]
-    delta: Annotated[int | None, Option(None, "Also train at rank R + D; default: only at R.", "D", least=1)]
-    per: Annotated[str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")]
+    delta: Annotated[
+        int | None, Option(None, "Also train at rank R + D; default: only at R.", "D", least=1)
+    ]
+    per: Annotated[
+        str, GRANULARITY.by("layer", metavar="layer|block|type", help="Unit that is adapted alone.")
+    ]
     rates: Annotated[Sequence[float], RATES.by((3e-3, 1e-2))]
     steps: Annotated[int, STEPS.by(50)]
     seeds: Annotated[int, SEEDS.by(1)]
@@ -27,7 +43,9 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss gain of a LoRA on each layer alone.",
-            examples=("probe sensitivity base/ --data train.txt --eval held_out.txt -o sensitivity.jsonl",),
+            examples=(
+                "probe sensitivity base/ --data train.txt --eval held_out.txt -o sensitivity.jsonl",
+            ),
             arguments=(BASE_ARGUMENT,),
             options=(SensitivityOptions,),
             shows=("json", "quiet", "verbose"),

@@ -26,10 +26,12 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         sets_of(record for item in series for record in item.records),
         style,
         title=f"Gain of each part adapted alone, r\xa0=\xa0{', '.join(map(str, ranks))}",
-        about=f"{subject_of(series)}loss of BASE minus loss on held-out text, nats; right of the line: better",
+        about=f"{subject_of(series)}loss of BASE minus loss on held-out text, nats; right of the "
+        "line: better",
         xlabel="loss of BASE minus loss (nats)",
         notes=[
-            "Error bars: two paired standard errors, more for few sequences (t). Gains of parts adapted alone do not "
+            "Error bars: two paired standard errors, more for few sequences (t). Gains of parts "
+            "adapted alone do not "
             "add up to that of all."
         ],
     )

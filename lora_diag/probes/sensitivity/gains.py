@@ -11,7 +11,13 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import ClassVar
 
-from lora_diag.metrics.statistics import p_value, paired_difference, paired_half, spearman, spearman_interval
+from lora_diag.metrics.statistics import (
+    p_value,
+    paired_difference,
+    paired_half,
+    spearman,
+    spearman_interval,
+)
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records.base import Shown
 from lora_diag.records.names import module_type_of
@@ -19,8 +25,16 @@ from lora_diag.running.amounts import edge, find_best_rates
 
 
 def _describe_gain(group: Sequence[Gain]) -> str | None:
-    """Return the first gain of a group with its standard error, as text; None for an empty group."""
-    return next((f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}") for gain in group), None)
+    """Return the first gain of a group with its standard error, as text; None for an
+    empty group.
+    """
+    return next(
+        (
+            f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}")
+            for gain in group
+        ),
+        None,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +54,26 @@ class Gain:
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("gain", "gain", "loss of BASE minus loss after training", main=True, pool=_describe_gain),
-        Shown("seeds", "seeds", "smallest and largest gain", form=".4f", pool="ends", drop=1, terminal=True),
-        Shown("lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g", drop=3),
+        Shown(
+            "gain", "gain", "loss of BASE minus loss after training", main=True, pool=_describe_gain
+        ),
+        Shown(
+            "seeds",
+            "seeds",
+            "smallest and largest gain",
+            form=".4f",
+            pool="ends",
+            drop=1,
+            terminal=True,
+        ),
+        Shown(
+            "lr",
+            "lr",
+            "learning rate with the lowest loss at the first seed",
+            main=True,
+            form="g",
+            drop=3,
+        ),
         Shown("params", "params", "of its factors", main=True, form="count", drop=6),
     )
     unit: str
@@ -68,7 +99,9 @@ class Gain:
     @staticmethod
     def undivided(gains: Sequence[Gain]) -> list[Gain]:
         """Return the gains of units that are not a part of another unit."""
-        return [gain for gain in gains if not any({*gain.layers} < {*other.layers} for other in gains)]
+        return [
+            gain for gain in gains if not any({*gain.layers} < {*other.layers} for other in gains)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +111,11 @@ class Correlation:
     Args:
         score: Name of the score.
         rho: Spearman's ρ over all units; None if it is not defined.
-        ends: 95% interval of ``rho``; None for fewer than five units, or if ``rho`` is None, −1 or 1.
+        ends: 95% interval of ``rho``; None for fewer than five units, or if ``rho`` is None, −1 or
+            1.
         p: p-value of ``rho`` by a permutation test; None if ``rho`` is.
-        within: ρ within module types; None if it is not defined, no type has three layers, or a unit has several.
+        within: ρ within module types; None if it is not defined, no type has three layers, or a
+            unit has several.
         within_p: p-value of ``within``; None if that is.
         n: Number of units.
     """
@@ -94,10 +129,14 @@ class Correlation:
     n: int
 
 
-def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank: int, seed: int) -> list[Gain]:
-    """Return the gain of each unit on one set, in the order of the run; empty without BASE's record on it.
+def gains_of(
+    records: Sequence[Sensitivity], name: str, deciding_set: str, rank: int, seed: int
+) -> list[Gain]:
+    """Return the gain of each unit on one set, in the order of the run; empty without BASE's record
+    on it.
 
-    Units without a finite loss of the first seed on the deciding set, or without a gain on this one, are skipped.
+    Units without a finite loss of the first seed on the deciding set, or without a gain on this
+    one, are skipped.
 
     Args:
         records: Records of one run.
@@ -108,18 +147,24 @@ def gains_of(records: Sequence[Sensitivity], name: str, deciding_set: str, rank:
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
     at_rank = [r for r in records if r.unit and r.rank == rank]
-    rates = find_best_rates((r.unit, r.loss, r.lr) for r in at_rank if (r.set, r.seed) == (deciding_set, seed))
+    rates = find_best_rates(
+        (r.unit, r.loss, r.lr) for r in at_rank if (r.set, r.seed) == (deciding_set, seed)
+    )
     gains = []
     for unit in dict.fromkeys(r.unit for r in at_rank if r.unit in rates):
         lr = rates[unit]
-        runs = [r for r in at_rank if (r.unit, r.lr, r.set) == (unit, lr, name) and r.gain is not None]
+        runs = [
+            r for r in at_rank if (r.unit, r.lr, r.set) == (unit, lr, name) and r.gain is not None
+        ]
         if base is None or not runs:
             continue
         nll = tuple(fmean(values) for values in zip(*(r.nll for r in runs), strict=True))
         gain, error = paired_difference(base.nll, nll, base.predictions)
         tried = {r.lr for r in at_rank if r.unit == unit and r.lr is not None}
         seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
-        gains.append(Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr)))
+        gains.append(
+            Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr))
+        )
     return gains
 
 
@@ -128,7 +173,8 @@ def marginals_of(
 ) -> list[Gain]:
     """Return g(r → r + δ) = L(r) − L(r + δ) of units with both, each rank at its best rate.
 
-    ``gain`` and ``error`` are those of g, ``error`` paired over sequences; the other fields are those of ``lower``.
+    ``gain`` and ``error`` are those of g, ``error`` paired over sequences; the other fields are
+    those of ``lower``.
 
     Args:
         records: Records of one run.
@@ -151,17 +197,22 @@ SCORES = ("top", "fresh", "adam", "fro²", "size")
 
 
 def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
-    """Return the scores of a unit, summed over its layers; only ``size`` if a layer has no first-order record."""
+    """Return the scores of a unit, summed over its layers; only ``size`` if a layer has no
+    first-order record.
+    """
     first_orders = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
     if len(first_orders) == len(gain.layers):
-        sums = zip(*((r.top, r.fresh, r.adam, r.gradient_fro**2) for r in first_orders), strict=True)
+        sums = zip(
+            *((r.top, r.fresh, r.adam, r.gradient_fro**2) for r in first_orders), strict=True
+        )
         scores |= dict(zip(SCORES, map(math.fsum, sums), strict=False))
     return scores
 
 
 def correlate_scores(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> list[Correlation]:
-    """Return the rank correlation of each score that all units have with the gains; none for fewer than three units.
+    """Return the rank correlation of each score that all units have with the gains; none for fewer
+    than three units.
 
     Args:
         gains: Gains of all units.

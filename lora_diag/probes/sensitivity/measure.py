@@ -1,4 +1,5 @@
-"""``probe sensitivity``: measure the loss gain of adapting each layer alone, and the gradient of every layer at BASE.
+"""``probe sensitivity``: measure the loss gain of adapting each layer alone, and the gradient of
+every layer at BASE.
 
 Handles the model and its layers; losses are interpreted elsewhere.
 """
@@ -25,7 +26,13 @@ from lora_diag.models.activations import linear_layers, shape_of
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, nll, predict
 from lora_diag.models.opening import Model, Weights
-from lora_diag.models.training import ALPHA_OVER_RANK, Cell, Training, layers_without_head, losses_after
+from lora_diag.models.training import (
+    ALPHA_OVER_RANK,
+    Cell,
+    Training,
+    layers_without_head,
+    losses_after,
+)
 from lora_diag.probes.sensitivity import SensitivityOptions
 from lora_diag.probes.sensitivity.gains import Gain, gains_of
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
@@ -37,12 +44,20 @@ from lora_diag.running.probing import SEQUENCES
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import Arm, TrainRun, Trial
 
-# Time of a step of LoRA on one unit, in forward passes of its batch; the mean over depths, to which gradients go back.
+# Time of a step of LoRA on one unit, in forward passes of its batch; the mean over depths, to which
+# gradients go back.
 STEP_ALONE = 1.7
 # Fraction of the blocks whose parts are measured, if their gains are significant.
 PARTED = 0.25
 # Reductions of a run with default options.
-REDUCTIONS = (*SEQUENCES[:-2], ("per", "block"), ("widen", 0), ("rates", (1e-2,)), ("steps", 25), ("steps", 10))
+REDUCTIONS = (
+    *SEQUENCES[:-2],
+    ("per", "block"),
+    ("widen", 0),
+    ("rates", (1e-2,)),
+    ("steps", 25),
+    ("steps", 10),
+)
 REDUCTIONS += (SEQUENCES[-2], ("steps", 5), SEQUENCES[-1], ("steps", 3))
 
 
@@ -63,14 +78,16 @@ class Unit:
     size: int
 
 
-def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str) -> list[Unit]:
+def units_of(
+    layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str
+) -> list[Unit]:
     """Return linear layers grouped into units, in the order of their first layers.
 
     Args:
         layers: Layers by the names of their weights in the model.
         base_names: Names of the same weights in BASE, by those in the model.
-        per: ``layer``; ``block`` for the layers of one depth, ``part`` for its attention, MLP and so on; ``type`` for
-            those of one module type.
+        per: ``layer``; ``block`` for the layers of one depth, ``part`` for its attention, MLP and
+            so on; ``type`` for those of one module type.
     """
     groups: dict[str, list[str]] = {}
     for weight in layers:
@@ -86,7 +103,9 @@ def units_of(layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per
     ]
 
 
-def _make_trial(model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int) -> Trial:
+def _make_trial(
+    model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int
+) -> Trial:
     """Return the run of one unit, whose records have no loss if training diverged.
 
     Args:
@@ -100,7 +119,9 @@ def _make_trial(model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int
     cell = Cell(rank, lr, seed)
     fields = {"unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
 
-    def train_alone(training: Training, sets: Sequence[Texts], after: Callable[[], None]) -> list[Sensitivity]:
+    def train_alone(
+        training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    ) -> list[Sensitivity]:
         alone = replace(training, kind=replace(training.kind, targets=unit.targets))
         by_set, train_loss = losses_after(model, cell, alone, sets, after)
         records = []
@@ -122,13 +143,22 @@ def _record_base(texts: Texts, losses: Losses) -> Sensitivity:
     Raises:
         InputError: The loss is not finite.
     """
-    return Sensitivity(**losses.fields_of_run(texts, None) | losses.by_sequence(is_base=True) | {"loss": losses.mean})
+    return Sensitivity(
+        **losses.fields_of_run(texts, None)
+        | losses.by_sequence(is_base=True)
+        | {"loss": losses.mean}
+    )
 
 
 def compute_gradients(
-    model: Model, layers: Mapping[str, nn.Module], texts: Texts, size: int, after: Callable[[], None]
+    model: Model,
+    layers: Mapping[str, nn.Module],
+    texts: Texts,
+    size: int,
+    after: Callable[[], None],
 ) -> dict[str, Tensor]:
-    """Return the gradient of the mean loss on a set for every weight, ``(out, in)``, summed in float32 or better.
+    """Return the gradient of the mean loss on a set for every weight, ``(out, in)``, summed in
+    float32 or better.
 
     Args:
         model: BASE; unchanged afterwards.
@@ -140,7 +170,9 @@ def compute_gradients(
     Raises:
         InputError: A gradient is not finite.
     """
-    weights = {name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)}
+    weights = {
+        name: layer.weight for name, layer in layers.items() if isinstance(layer.weight, Tensor)
+    }
     dtype = torch.promote_types(next(iter(weights.values())).dtype, torch.float32)
     sums = {name: torch.zeros_like(weight, dtype=dtype) for name, weight in weights.items()}
     predictions = 0
@@ -164,7 +196,9 @@ def compute_gradients(
     for name, layer in layers.items():
         gradient = sums[name] / predictions
         if not torch.isfinite(gradient).all():
-            raise InputError(f"{name}: the gradient is not finite; check the weights, or use --dtype float32")
+            raise InputError(
+                f"{name}: the gradient is not finite; check the weights, or use --dtype float32"
+            )
         by_layer[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
     return by_layer
 
@@ -172,19 +206,25 @@ def compute_gradients(
 def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -> FirstOrder:
     r"""Return first-order predictions for a LoRA of a given rank from the gradient of one layer.
 
-    The mean over A of ‖P_T G‖², with P_T the projection on the updates that a fresh adapter can reach; Σ_{i≤r}σ_i², the
-    maximum of that for any matrix of this rank; and the mean over A of the decrease of the loss per unit of learning
-    rate in Adam's first step, ‖s·G Aᵀ‖_1, with the entries of A uniform on [−1/√in, 1/√in], so of variance 1/(3·in),
-    and sums of ``in`` terms approximated as normal.
+    The mean over A of ‖P_T G‖², with P_T the projection on the updates that a fresh adapter can
+    reach; Σ_{i≤r}σ_i², the maximum of that for any matrix of this rank; and the mean over A of the
+    decrease of the loss per unit of learning rate in Adam's first step, ‖s·G Aᵀ‖_1, with the
+    entries of A uniform on [−1/√in, 1/√in], so of variance 1/(3·in), and sums of ``in`` terms
+    approximated as normal.
 
     Args:
         layer: Name of the layer in BASE.
         gradient: G, ``(out, in)``.
-        rank: r. ``top`` has at most min(out, in) terms, ``fresh`` is at most ‖G‖²; ``adam`` grows with any r.
+        rank: r. ``top`` has at most min(out, in) terms, ``fresh`` is at most ‖G‖²; ``adam`` grows
+            with any r.
         texts: Text of the gradient.
     """
     (out, inputs), fro = gradient.shape, norm([gradient])
-    top = decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s if fro else torch.zeros(1)
+    top = (
+        decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s
+        if fro
+        else torch.zeros(1)
+    )
     row_norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).sum()
     return FirstOrder(
         layer=layer,
@@ -201,11 +241,12 @@ def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -
 
 @show_options
 def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -> Results[Any]:
-    r"""Train a LoRA on each layer or unit alone, on the same batches in the same order, and measure L(BASE) − L.
+    r"""Train a LoRA on each layer or unit alone, on the same batches in the same order, and measure
+    L(BASE) − L.
 
-    First the gradient of every adapted layer at BASE is computed in one pass, for cheap first-order scores. Then
-    each unit is adapted alone at every rate with the first seed, and at the rate of its lowest loss on the first
-    evaluation set with the other seeds.
+    First the gradient of every adapted layer at BASE is computed in one pass, for cheap first-order
+    scores. Then each unit is adapted alone at every rate with the first seed, and at the rate of
+    its lowest loss on the first evaluation set with the other seeds.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
@@ -221,20 +262,26 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         **options: ``SensitivityOptions``.
 
     Returns:
-        The records are in ``whole``: a ``FirstOrder`` for every adapted layer, then ``Sensitivity``: BASE's losses,
+        The records are in ``whole``: a ``FirstOrder`` for every adapted layer, then
+            ``Sensitivity``: BASE's losses,
         and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the training text is also an evaluation set, the output
-            can be neither replaced nor resumed, or the extra ``train``, or ``datasets`` for a data set, is not
-            installed.
-        InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or its loss or
-            a gradient is not finite.
+        UsageError: An option is invalid, BASE is an adapter, the training text is also an
+            evaluation set, the output can be neither replaced nor resumed, or the extra ``train``,
+            or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, the model cannot be opened or
+            adapted, or its loss or a gradient is not finite.
         NothingComparedError: No linear layer is selected.
 
     Example:
-        >>> found = probe_sensitivity("sample_checkpoints/base",  # doctest: +SKIP
-        ...     data="train.txt", evaluate=["held_out.txt"], per="type", steps=50)
+        >>> found = probe_sensitivity(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     data="train.txt",
+        ...     evaluate=["held_out.txt"],
+        ...     per="type",
+        ...     steps=50,
+        ... )
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions)
@@ -245,11 +292,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     model = run.open(base)
     run.read_all()
     base_names, left_out = _choose_layers(model, stored, selected)
-    linear = {name: layer for name, layer in linear_layers(model.module).items() if name in base_names}
+    linear = {
+        name: layer for name, layer in linear_layers(model.module).items() if name in base_names
+    }
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options.per)) * (1 + 2 * PARTED * ("per" in run.reduced))
+        units = len(units_of(linear, base_names, run.options.per)) * (
+            1 + 2 * PARTED * ("per" in run.reduced)
+        )
         return run.count_train_tokens(units * len(ranks), run.options.rates, STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
@@ -271,16 +322,24 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 
         def make_arms(units: Sequence[Unit]) -> list[Arm]:
             trials = [partial(_make_trial, model, unit, bases) for unit in units]
-            return [Arm((one,), tuple(settings["rates"]), make_trial) for make_trial in trials for one in ranks]
+            return [
+                Arm((one,), tuple(settings["rates"]), make_trial)
+                for make_trial in trials
+                for one in ranks
+            ]
 
         def divide(blocks: Sequence[Unit | Gain]) -> list[Arm]:
-            return make_arms([part for part in parts for block in blocks if {*part.layers} < {*block.layers}])
+            return make_arms(
+                [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
+            )
 
         arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
         has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
         passes = 0 if has_scores else texts.count_batches(run.batch)
-        entries = sum(math.prod(shape_of(layer)) for layer in layers_without_head(model.module).values())
+        entries = sum(
+            math.prod(shape_of(layer)) for layer in layers_without_head(model.module).values()
+        )
         bases[first_batch.name] = measure(model, first_batch, run.batch)
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
@@ -291,15 +350,23 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
             after = partial(run.watch.batch, "gradient")
             by_layer = compute_gradients(model, linear, texts, run.batch, after)
             run_records.put(
-                *(predict_first_order(base_names[name], gradient, rank, texts) for name, gradient in by_layer.items())
+                *(
+                    predict_first_order(base_names[name], gradient, rank, texts)
+                    for name, gradient in by_layer.items()
+                )
             )
         # BASE is measured again after an interruption, because errors need its losses by sequence.
         for held_out in run.sets:
-            bases[held_out.name] = measure(model, held_out, run.batch, partial(run.watch.batch, "BASE"))
+            bases[held_out.name] = measure(
+                model, held_out, run.batch, partial(run.watch.batch, "BASE")
+            )
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
-        runs, own = (record for record in run_records.records if isinstance(record, Sensitivity)), run.sets[0].name
+        runs, own = (
+            (record for record in run_records.records if isinstance(record, Sensitivity)),
+            run.sets[0].name,
+        )
         gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options.seed))
         clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
         for arm in divide(clear[:parted]):
@@ -312,7 +379,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
 def _choose_layers(
     model: Model, stored: Checkpoint, selected: Callable[[str], bool]
 ) -> tuple[dict[str, str], list[LeftOut]]:
-    """Return the names in BASE of the linear layers to adapt, by their names in the model; and the skipped layers.
+    """Return the names in BASE of the linear layers to adapt, by their names in the model; and the
+    skipped layers.
 
     Raises:
         NothingComparedError: No linear layer is selected.
@@ -329,9 +397,12 @@ def _choose_layers(
         detail = "the head is not adapted" if name not in without_head else "was not selected"
         if name not in stored_names:
             detail = "not stored under a name of its own in BASE (tied)"
-        left_out.append(LeftOut(layer=base_name, shape=shape_of(layer), reason="not_selected", detail=detail))
+        left_out.append(
+            LeftOut(layer=base_name, shape=shape_of(layer), reason="not_selected", detail=detail)
+        )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change --layers or --exclude"
+            f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change "
+            "--layers or --exclude"
         )
     return base_names, left_out

@@ -6,7 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lora_diag.probes.sensitivity.gains import Correlation, Gain, correlate_scores, gains_of, marginals_of, scores_of
+from lora_diag.probes.sensitivity.gains import (
+    Correlation,
+    Gain,
+    correlate_scores,
+    gains_of,
+    marginals_of,
+    scores_of,
+)
 from lora_diag.probes.sensitivity.record import FirstOrder, Sensitivity
 from lora_diag.records import Results
 from lora_diag.records.base import Shown
@@ -53,7 +60,9 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     return probe_summary(
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
-        make_statement("cheaper", "Proxies", *_describe_proxies(first, _index_first_order(results))),
+        make_statement(
+            "cheaper", "Proxies", *_describe_proxies(first, _index_first_order(results))
+        ),
         make_statement("more_rank", "More rank", _describe_marginals(marginals, settings)),
         make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
@@ -66,7 +75,9 @@ def _index_first_order(results: Results[Any]) -> dict[str, FirstOrder]:
 
 
 def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], list[Gain]]:
-    """Return the gains by set, the deciding set first; and on that set those of the higher rank, if trained."""
+    """Return the gains by set, the deciding set first; and on that set those of the higher rank, if
+    trained.
+    """
     records, settings = results.whole_of(Sensitivity), results.run.settings
     sets, rank, seed = set_names(records), settings["rank"], settings["seed"]
     gains = {name: gains_of(records, name, sets[0], rank, seed) for name in sets}
@@ -77,15 +88,23 @@ def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], list[G
 
 
 _READING = (
-    "gains of layers adapted alone do not add up to that of all; results of few steps need not hold for many; "
-    "rates were chosen on the first set, so gains there are slightly too high; layers of one model are not "
+    "gains of layers adapted alone do not add up to that of all; results of few steps need not "
+    "hold for many; "
+    "rates were chosen on the first set, so gains there are slightly too high; layers of one model "
+    "are not "
     "independent, so intervals of ρ are too narrow and p-values too small"
 )
 
 
 def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table, one row per unit, the highest gain first; none before one has a finite loss."""
-    (gains, marginals), scores, settings = _compute_gains(results), _index_first_order(results), results.run.settings
+    """Return the table, one row per unit, the highest gain first; none before one has a finite
+    loss.
+    """
+    (gains, marginals), scores, settings = (
+        _compute_gains(results),
+        _index_first_order(results),
+        results.run.settings,
+    )
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
@@ -99,9 +118,13 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     shown_gain, shown_seeds, *others = Gain.shown
     columns = columns_of((shown_gain, shown_seeds), align(rows))
     if delta:
-        columns += columns_of([replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals))
+        columns += columns_of(
+            [replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals)
+        )
     for name in [*gains][1:]:
-        columns += columns_of([replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name]))
+        columns += columns_of(
+            [replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name])
+        )
     columns += columns_of(others, align(rows))
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{title_of(settings['per'])} alone"
@@ -112,11 +135,15 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def _make_table_note(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
-    suffix = f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
+    suffix = (
+        f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
+    )
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below two standard "
-        f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are predictions from one "
+        f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below "
+        "two standard "
+        f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are "
+        "predictions from one "
         "gradient at BASE."
     )
 
@@ -128,13 +155,16 @@ def _describe_set(
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
     unit, gains = title_of(settings["per"]), Gain.undivided(gains)
-    better, worse = (sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1))
+    better, worse = (
+        sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1)
+    )
     best, *others = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
     named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in (best, *others))
     return on_set(
         name,
         f"{'highest gain alone' if best.gain > 0 else f'no {unit} gains alone; best'}: {named}",
-        f"{better} of {quantity(len(gains), unit)} lower the loss of BASE, {base.loss:.4f}, significantly"
+        f"{better} of {quantity(len(gains), unit)} lower the loss of BASE, {base.loss:.4f}, "
+        "significantly"
         f"{f', {worse} raise it' if worse else ''}",
         shifted=base.shifted,
     )
@@ -146,13 +176,16 @@ def _describe_marginals(marginals: Sequence[Gain], settings: dict[str, Any]) -> 
     up, down = (sum(one.is_clear and sign * one.gain > 0 for one in marginals) for sign in (1, -1))
     rank, best = settings["rank"], max(marginals, key=lambda marginal: marginal.gain)
     return (
-        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain significantly, {down} lose as "
+        f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain "
+        f"significantly, {down} lose as "
         f"much; highest: {short(best.unit)} {best.gain:+.4f}"
     )
 
 
 def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]) -> Iterator[str]:
-    """Yield the rank correlation of first-order scores with the measured gains, and that of the layer size."""
+    """Yield the rank correlation of first-order scores with the measured gains, and that of the
+    layer size.
+    """
     proxies = correlate_scores(gains, first_orders)
     if not proxies:
         yield "not known; at least three units must be measured" if gains else ""
@@ -160,14 +193,26 @@ def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]
     ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
     clear = sum(gain.is_clear for gain in gains)
     if 2 * clear < len(gains):  # noise has no order to predict
-        yield f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a longer --eval"
+        yield (
+            f"not known: {clear} of {len(gains)} gains are significant; use more --steps or a "
+            "longer --eval"
+        )
     else:
-        best = next(correlation for correlation in ordered if correlation.score != "size" or len(ordered) == 1)
+        best = next(
+            correlation
+            for correlation in ordered
+            if correlation.score != "size" or len(ordered) == 1
+        )
         yield _judge_proxy(best, proxies[-1])
-    within_p_values = [correlation.within_p for correlation in proxies if correlation.within_p is not None]
+    within_p_values = [
+        correlation.within_p for correlation in proxies if correlation.within_p is not None
+    ]
     if within_p_values and min(within_p_values) > _SIGNIFICANT_P:
         yield "within module types, no score is significantly better than chance"
-    yield f"Spearman's ρ with the gains, 95% interval, p by permutation{'; within a type' * bool(within_p_values)}"
+    yield (
+        "Spearman's ρ with the gains, 95% interval, p by "
+        f"permutation{'; within a type' * bool(within_p_values)}"
+    )
     for proxy in ordered:
         text = _format_rho(proxy.rho, proxy.p, proxy.ends)
         text += "" if proxy.within_p is None else f"; {_format_rho(proxy.within, proxy.within_p)}"
@@ -175,20 +220,26 @@ def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]
 
 
 def _judge_proxy(best: Correlation, size: Correlation) -> str:
-    """State whether the best score of the gradient ranks the units better than chance and the number of parameters."""
+    """State whether the best score of the gradient ranks the units better than chance and the
+    number of parameters.
+    """
     if best.p is None or best.rho is None or best.p > _SIGNIFICANT_P or best.rho <= 0:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
     if size.rho is not None and size.rho >= best.rho:
         return (
-            f"no: the number of parameters ranks the {best.n} as well as the best gradient score, {_SCORES[best.score]}"
+            f"no: the number of parameters ranks the {best.n} as well as the best gradient "
+            f"score, {_SCORES[best.score]}"
         )
     return (
-        f"{'yes' if best.rho >= STRONG_CORRELATION else 'in part'}: {_SCORES[best.score]} ranks the {best.n} with "
+        f"{'yes' if best.rho >= STRONG_CORRELATION else 'in part'}: {_SCORES[best.score]} ranks "
+        f"the {best.n} with "
         f"ρ = {best.rho:.2f}, the number of parameters with {_format_rho(size.rho)}"
     )
 
 
-def _format_rho(rho: float | None, p: float | None = None, ends: tuple[float, float] | None = None) -> str:
+def _format_rho(
+    rho: float | None, p: float | None = None, ends: tuple[float, float] | None = None
+) -> str:
     """Return a rank correlation with its interval and its p-value, as far as they are known."""
     interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else ""
     probability = "" if p is None else " p <0.001" if p < 0.001 else f" p {p:.2g}"
@@ -197,5 +248,8 @@ def _format_rho(rho: float | None, p: float | None = None, ends: tuple[float, fl
 
 def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> list[str]:
     at_edge = [gain for gain in gains if gain.edge]
-    edges = f"{len(at_edge)} of {len(gains)} at the edge of the rates tried: they may gain more with a wider --lr"
+    edges = (
+        f"{len(at_edge)} of {len(gains)} at the edge of the rates tried: they may gain more "
+        "with a wider --lr"
+    )
     return [edges if at_edge else "", *describe_diverged(records)]

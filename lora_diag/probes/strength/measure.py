@@ -1,7 +1,8 @@
-"""``probe strength``: measure the loss of W_0 + t·ΔW for each strength t, of the whole update or of one part at a time.
+"""``probe strength``: measure the loss of W_0 + t·ΔW for each strength t, of the whole update or of
+one part at a time.
 
-Nothing is trained. The losses of sequences are in the records, so that the best strength and its errors are computed
-from these alone, also after an interruption.
+Nothing is trained. The losses of sequences are in the records, so that the best strength and its
+errors are computed from these alone, also after an interruption.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ GRID = (0.25, 0.5, 0.75, 1.25, 1.5)
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One configuration of the weights: the whole update at t, or parts of it at t and the others at 1.
+    """One configuration of the weights: the whole update at t, or parts of it at t and the others
+    at 1.
 
     Args:
         scale: t.
@@ -65,8 +67,12 @@ def list_cells(scales: Sequence[float] | None, groups: Mapping[str, Sequence[str
     return [cell for cell in dict.fromkeys(cells) if cell not in (BASE, TUNED)]
 
 
-def make_record(cell: Cell, text_set: Texts, losses: Losses, base: Losses, tuned: Losses) -> Strength:
-    """Return the record of a configuration on a set, from its losses and those of BASE and TUNED."""
+def make_record(
+    cell: Cell, text_set: Texts, losses: Losses, base: Losses, tuned: Losses
+) -> Strength:
+    """Return the record of a configuration on a set, from its losses and those of BASE
+    and TUNED.
+    """
     (gap, gap_error), (change, change_error) = losses.minus(tuned), losses.minus(base)
     drop, zeros = base.mean - tuned.mean, [0.0] * len(losses.sums)
     return Strength(
@@ -86,45 +92,59 @@ def make_record(cell: Cell, text_set: Texts, losses: Losses, base: Losses, tuned
 
 def read_curve(records: RunRecords[Any], name: str) -> Curve:
     """Return the losses of the whole update on a set."""
-    found = sorted(records.find(record="strength", set=name, part=None), key=lambda record: record.scale)
+    found = sorted(
+        records.find(record="strength", set=name, part=None), key=lambda record: record.scale
+    )
     (counts,) = (record.predictions for record in found if record.predictions)
-    return Curve(tuple(record.scale for record in found), np.array([record.nll for record in found]), counts)
+    return Curve(
+        tuple(record.scale for record in found), np.array([record.nll for record in found]), counts
+    )
 
 
 @show_options
-def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[StrengthOptions]) -> Results[Any]:
-    r"""Measure the loss of W_0 + t·ΔW for each strength t, and find the best and the smallest sufficient one.
+def probe_strength(
+    base: Path | str, tuned: Path | str, **options: Unpack[StrengthOptions]
+) -> Results[Any]:
+    r"""Measure the loss of W_0 + t·ΔW for each strength t, and find the best and the smallest
+    sufficient one.
 
-    Weights are swapped in place; nothing is trained. The best t between measured ones, of a parabola, is checked by a
-    measurement there, and so is the smallest t that keeps 90% of the gain.
+    Weights are swapped in place; nothing is trained. The best t between measured ones, of a
+    parabola, is checked by a measurement there, and so is the smallest t that keeps 90% of the
+    gain.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution, to measure what each strength costs there.
-        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of each part.
-        by: ``all`` for one t of the whole update; or each ``block`` or module ``type`` at t, the others at 1.
+        scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of
+            each part.
+        by: ``all`` for one t of the whole update; or each ``block`` or module ``type`` at t, the
+            others at 1.
         **options: ``StrengthOptions``.
 
     Returns:
-        The records are in ``whole``: a loss for each strength and set; for ``by="all"`` also a choice for each
+        The records are in ``whole``: a loss for each strength and set; for ``by="all"`` also a
+            choice for each
         set that is not shifted.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
-            extra ``train``, or ``datasets`` for a data set, is not installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, or ΔW of a layer or a
-            loss is not finite.
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor
+            resumed, or the extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or
+            ΔW of a layer or a loss is not finite.
         NothingComparedError: The checkpoints have no weight in common.
 
     Reference:
-        Ilharco et al. 2023, "Editing models with task arithmetic"; Wortsman et al. 2022, "Robust fine-tuning of
-        zero-shot models" (WiSE-FT).
+        Ilharco et al. 2023, "Editing models with task arithmetic"; Wortsman et al. 2022, "Robust
+        fine-tuning of zero-shot models" (WiSE-FT).
 
     Example:
-        >>> found = probe_strength("sample_checkpoints/base",  # doctest: +SKIP
-        ...     "sample_checkpoints/lora_r16", evaluate=["sample_checkpoints/eval/in_domain.txt"])
+        >>> found = probe_strength(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/lora_r16",
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ... )
         >>> [(record.scale, record.loss) for record in found.whole_of(Strength)]  # doctest: +SKIP
     """
     run = ProbeRun("probe strength", options, StrengthOptions)
@@ -146,12 +166,16 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         return [measure(model, each, run.batch, lambda: run.watch.batch(label)) for each in texts]
 
     def measure_cell(cell: Cell) -> list[Losses]:
-        swapped.scale(dict.fromkeys(cell.layers, cell.scale), cell.scale if cell.part is None else 1.0)
+        swapped.scale(
+            dict.fromkeys(cell.layers, cell.scale), cell.scale if cell.part is None else 1.0
+        )
         return measure_sets(f"{cell.part or ''} t={cell.scale:g}".strip())
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         def is_missing(cell: Cell) -> bool:
-            return not run_records.has([each.name for each in texts], scale=cell.scale, part=cell.part)
+            return not run_records.has(
+                [each.name for each in texts], scale=cell.scale, part=cell.part
+            )
 
         def put(cell: Cell, losses: list[Losses]) -> None:
             run_records.put(*map(partial(make_record, cell), texts, losses, *ends))
@@ -160,16 +184,22 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
         checks = 2 * len(tasks) if by == "all" and len(grid) >= LEAST else 0
         run.watch.total = (2 + len(todo) + checks) * run.batches(texts)
         work = f"{2 + len(todo) + checks} losses on {quantity(len(texts), 'set')}"
-        run.estimate(texts[0], work, f", up to {checks} of the losses to check the fit" if checks else "")
+        run.estimate(
+            texts[0], work, f", up to {checks} of the losses to check the fit" if checks else ""
+        )
         # A resumed run measures BASE and TUNED again: all differences are from them.
         ends = measure_cell(BASE), measure_cell(TUNED)
         put(BASE, ends[0])
         put(TUNED, ends[1])
         for cell in todo:
             put(cell, measure_cell(cell))
-        for choice in [choose(read_curve(run_records, name), grid) for name in tasks] if checks else ():
+        for choice in (
+            [choose(read_curve(run_records, name), grid) for name in tasks] if checks else ()
+        ):
             scales = (choice.get("optimum"), choice.get("sufficient"))
-            for cell in filter(is_missing, (Cell(round(scale, 2)) for scale in scales if scale is not None)):
+            for cell in filter(
+                is_missing, (Cell(round(scale, 2)) for scale in scales if scale is not None)
+            ):
                 put(cell, measure_cell(cell))
         for name in tasks if by == "all" else ():
             run_records.put(StrengthChoice(set=name, **choose(read_curve(run_records, name), grid)))
@@ -179,5 +209,7 @@ def probe_strength(base: Path | str, tuned: Path | str, **options: Unpack[Streng
     settings = run.settings("by")
     settings["scales"] = grid if by == "all" else sorted({cell.scale for cell in cells})
     # Whether an adapter can hold the whole update.
-    settings["factored"] = all(isinstance(delta, FactoredDelta) for delta in compared.pairing.deltas)
+    settings["factored"] = all(
+        isinstance(delta, FactoredDelta) for delta in compared.pairing.deltas
+    )
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

@@ -20,7 +20,8 @@ class Strength(WholeRecord):
         loss: Mean negative log-likelihood in nats.
         loss_error: Its standard error, from blocks of sequences; null for one sequence.
         gap: Loss minus that of TUNED, t = 1, on the same tokens.
-        gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null for one sequence.
+        gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null
+            for one sequence.
         change: Loss minus that of BASE, t = 0, on the same tokens.
         change_error: Standard error of ``change``, likewise.
         kept: (loss_base − loss) / (loss_base − loss_tuned); not clamped; null if these are equal.
@@ -31,9 +32,30 @@ class Strength(WholeRecord):
     key: ClassVar[tuple[str, ...]] = ("set", "scale", "part")
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown("loss", "loss", "in nats", main=True, form=".4f"),
-        Shown("to_tuned", "to t = 1", "loss minus that of TUNED", form="+.4f", terminal=True, error="gap_error"),
-        Shown("to_base", "to BASE", "loss minus that of BASE", form="+.4f", terminal=True, error="change_error"),
-        Shown("kept", "kept", "fraction of TUNED's change of the loss", drop=1, form=".2f", terminal=True),
+        Shown(
+            "to_tuned",
+            "to t = 1",
+            "loss minus that of TUNED",
+            form="+.4f",
+            terminal=True,
+            error="gap_error",
+        ),
+        Shown(
+            "to_base",
+            "to BASE",
+            "loss minus that of BASE",
+            form="+.4f",
+            terminal=True,
+            error="change_error",
+        ),
+        Shown(
+            "kept",
+            "kept",
+            "fraction of TUNED's change of the loss",
+            drop=1,
+            form=".2f",
+            terminal=True,
+        ),
     )
     record: Literal["strength"] = "strength"
     set: str
@@ -66,8 +88,8 @@ class Strength(WholeRecord):
 class StrengthChoice(WholeRecord):
     """The strength to use by the losses on one evaluation set, which is not shifted.
 
-    All intervals are of 95%, from paired differences of blocks of sequences. Several strengths are compared, so each
-    comparison has the level of 95% for all of them together (Bonferroni).
+    All intervals are of 95%, from paired differences of blocks of sequences. Several strengths are
+    compared, so each comparison has the level of 95% for all of them together (Bonferroni).
 
     Args:
         set: The evaluation set.
@@ -75,18 +97,20 @@ class StrengthChoice(WholeRecord):
         best: The measured t with the lowest loss.
         best_gap: Loss at ``best`` minus that at t = 1.
         best_gap_error: Its standard error; null for one sequence.
-        low: Next t below ``best`` at which the loss is significantly higher, by a cubic spline through the losses; the
-            smallest t without one; null for fewer than five strengths.
+        low: Next t below ``best`` at which the loss is significantly higher, by a cubic spline
+            through the losses; the smallest t without one; null for fewer than five strengths.
         high: Next t above, likewise.
         gain: Loss of BASE minus that at ``recommended``.
         gain_error: Its standard error; null for one sequence.
-        sufficient: Smallest t that keeps 90% of ``gain``, likewise; null if the gain is not significant or fewer
-            than five strengths were measured.
-        sufficient_low: Smallest t at which keeping 90% is not excluded; null without ``sufficient``.
+        sufficient: Smallest t that keeps 90% of ``gain``, likewise; null if the gain is not
+            significant or fewer than five strengths were measured.
+        sufficient_low: Smallest t at which keeping 90% is not excluded; null without
+            ``sufficient``.
         sufficient_high: Smallest t that significantly keeps 90%; null without one.
-        fit: ``quadratic`` if the parabola through the best of the run's t and its neighbours holds at its minimum;
-            ``poor`` if it does not; ``flat`` if its curvature is not significant; ``edge`` if that t is the smallest or
-            the largest; ``few`` for fewer than five strengths.
+        fit: ``quadratic`` if the parabola through the best of the run's t and its neighbours holds
+            at its minimum; ``poor`` if it does not; ``flat`` if its curvature is not significant;
+            ``edge`` if that t is the smallest or the largest; ``few`` for fewer than five
+            strengths.
         optimum: t at the minimum of the parabola; null unless ``quadratic``.
         optimum_low: Lower end of its interval (Fieller).
         optimum_high: Upper end of its interval.

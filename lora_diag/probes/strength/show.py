@@ -1,4 +1,6 @@
-"""Table and summary of ``probe strength``: the strength to use, its cost on other texts, and the parts that hurt."""
+"""Table and summary of ``probe strength``: the strength to use, its cost on other texts, and the
+parts that hurt.
+"""
 
 from __future__ import annotations
 
@@ -23,29 +25,41 @@ from lora_diag.rendering.text import plus_minus, short
 
 _ENDS = {0.0: " (BASE)", 1.0: " (TUNED)"}
 _READING = (
-    "significance is of paired differences, at 95% for all strengths or parts together; errors allow for dependence of "
+    "significance is of paired differences, at 95% for all strengths or parts together; errors "
+    "allow for dependence of "
     "nearby sequences only; not significantly worse does not mean equal"
 )
 
 
 def strength_grids(results: Results[Any], per: str = "type") -> list[Grid]:
-    """Return the table, if any: for every strength, or part of the update, its losses on every set."""
+    """Return the table, if any: for every strength, or part of the update, its losses
+    on every set.
+    """
     records = results.whole_of(Strength)
     rows: dict[str, list[Strength]] = {}
     for record in sorted(records, key=lambda record: (record.part is not None, record.scale)):
         name = f"{record.scale:g}{_ENDS.get(record.scale, '')}"
-        rows.setdefault(name if record.part is None else f"{short(record.part)} at {record.scale:g}", []).append(record)
+        rows.setdefault(
+            name if record.part is None else f"{short(record.part)} at {record.scale:g}", []
+        ).append(record)
     columns: list[Column] = []
     for name in set_names(records):
-        groups = [(row, [record for record in group if record.set == name]) for row, group in rows.items()]
+        groups = [
+            (row, [record for record in group if record.set == name]) for row, group in rows.items()
+        ]
         hidden = {"to_tuned", "kept"} if groups[0][1][0].shifted else {"to_base"}
-        shown = (replace(field, head=short(name)) if field.path == "loss" else field for field in Strength.shown)
+        shown = (
+            replace(field, head=short(name)) if field.path == "loss" else field
+            for field in Strength.shown
+        )
         columns += columns_of((field for field in shown if field.path not in hidden), groups)
     return [Grid("", "t", tuple(rows), tuple(columns))] if rows else []
 
 
 def strength_lines(results: Results[Any]) -> list[Statement]:
-    """Return the statements: the strength to use, or the parts that hurt; and what it costs on other texts."""
+    """Return the statements: the strength to use, or the parts that hurt; and what it costs on
+    other texts.
+    """
     records, choices = results.whole_of(Strength), results.whole_of(StrengthChoice)
     has_parts = any(record.part is not None for record in records)
     answers = [_answer_parts(records)] if has_parts else list(map(_answer, choices))
@@ -59,7 +73,9 @@ def strength_lines(results: Results[Any]) -> list[Statement]:
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step: write what is better than TUNED; None if t = 1 is fine, or ``merge`` cannot write it."""
+    """Return the next step: write what is better than TUNED; None if t = 1 is fine, or ``merge``
+    cannot write it.
+    """
     recommended = {choice.recommended for choice in results.whole_of(StrengthChoice)}
     words, suffix = [], ""
     if len(recommended) == 1 and not recommended & {0.0, 1.0}:
@@ -82,10 +98,11 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
 
 
 def _match_part(results: Results[Any]) -> str:
-    """Return a pattern of the layers of the part without which the loss is lowest; empty if none is better, or matches.
+    """Return a pattern of the layers of the part without which the loss is lowest; empty if none is
+    better, or matches.
 
-    A block's layers are those whose names begin with its name, a type's those whose names end with it, unless it is the
-    end of another type.
+    A block's layers are those whose names begin with its name, a type's those whose names end with
+    it, unless it is the end of another type.
     """
     records = results.whole_of(Strength)
     parts = {record.part for record in records if record.part is not None}
@@ -111,7 +128,9 @@ def _answer(choice: StrengthChoice) -> str:
 
 
 def _describe_choice(choice: StrengthChoice) -> list[str]:
-    """State the best strength on a set, those not significantly worse, and the smallest sufficient one."""
+    """State the best strength on a set, those not significantly worse, and the smallest sufficient
+    one.
+    """
     lead = f"lowest loss at t = {choice.best:g}"
     if choice.low is not None:
         lead += f"; not significantly worse: {choice.low:.2f} to {choice.high:.2f}"
@@ -140,7 +159,9 @@ _FITS = {
 
 def _describe_cost(of_set: Sequence[Strength], choices: Sequence[StrengthChoice]) -> list[str]:
     """State what the strength to use, and the smallest sufficient one, cost on a shifted set."""
-    targets = [t for choice in choices for t in (choice.sufficient, choice.recommended) if t is not None]
+    targets = [
+        t for choice in choices for t in (choice.sufficient, choice.recommended) if t is not None
+    ]
     ordered = sorted(of_set, key=lambda record: record.scale)
     costs = [r for r in ordered if r.scale and any(abs(r.scale - t) < 0.011 for t in targets)]
     named = ", ".join(f"{r.change:+.4f}{_error(r.change_error)} at t = {r.scale:g}" for r in costs)
@@ -153,15 +174,22 @@ def _error(error: float | None) -> str:
 
 
 def _answer_parts(records: Sequence[Strength]) -> str:
-    """State whether any part of the update is better at another strength, on the sets that are not shifted."""
+    """State whether any part of the update is better at another strength, on the sets that are not
+    shifted.
+    """
     better = _find_better_parts(records)
     if not better:
         return "t = 1 is fine: no part is significantly better at another t"
-    return f"{_name(better[0])}: significantly better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
+    return (
+        f"{_name(better[0])}: significantly "
+        f"better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
+    )
 
 
 def _find_better_parts(records: Sequence[Strength]) -> list[Strength]:
-    """Return the parts whose loss is significantly lower than TUNED's, of each set that is not shifted."""
+    """Return the parts whose loss is significantly lower than TUNED's, of each set that is not
+    shifted.
+    """
     better = []
     for name in set_names(record for record in records if not record.shifted):
         better += _find_changed([record for record in records if record.set == name], -1)
@@ -169,8 +197,13 @@ def _find_better_parts(records: Sequence[Strength]) -> list[Strength]:
 
 
 def _find_changed(of_set: Sequence[Strength], sign: int) -> list[Strength]:
-    """Return the parts whose loss is significantly higher (1) or lower (−1) than TUNED's, the largest change first."""
-    parts = sorted((record for record in of_set if record.part is not None), key=lambda record: -sign * record.gap)
+    """Return the parts whose loss is significantly higher (1) or lower (−1) than TUNED's, the
+    largest change first.
+    """
+    parts = sorted(
+        (record for record in of_set if record.part is not None),
+        key=lambda record: -sign * record.gap,
+    )
     level = 1 - 0.05 / 2 / max(1, len(parts))
     changed = []
     for record in parts:
@@ -184,7 +217,10 @@ def _find_changed(of_set: Sequence[Strength], sign: int) -> list[Strength]:
 
 def _name(record: Strength) -> str:
     """Return a part, its strength and the change of the loss."""
-    return f"{short(record.part or '')} at {record.scale:g} {record.gap:+.4f}{_error(record.gap_error)}"
+    return (
+        f"{short(record.part or '')} at {record.scale:g} "
+        f"{record.gap:+.4f}{_error(record.gap_error)}"
+    )
 
 
 def _describe_parts(of_set: Sequence[Strength]) -> list[str]:
@@ -195,7 +231,11 @@ def _describe_parts(of_set: Sequence[Strength]) -> list[str]:
         lines.append(f"loss {word} for {named or 'none'}")
     off = {record.part: record.gap for record in of_set if record.scale == 0}
     whole = off.pop(None, 0.0)
-    return [*lines, f"BASE minus TUNED {whole:+.4f}; parts at 0, each alone, sum to {math.fsum(off.values()):+.4f}"]
+    return [
+        *lines,
+        f"BASE minus TUNED {whole:+.4f}; parts at 0, each alone, sum to "
+        f"{math.fsum(off.values()):+.4f}",
+    ]
 
 
 _SIGNS = {"rises significantly": 1, "falls significantly": -1}

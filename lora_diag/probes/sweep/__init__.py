@@ -15,10 +15,13 @@ class SweepOptions(options.Shifted, options.TrainOptions, options.TrainingRuns, 
     ranks: Annotated[Sequence[int], options.RANKS]
     rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
     full: Annotated[bool, options.Option(False, "Also fine-tune all parameters, as a baseline.")]
-    # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA Without Regret); in two
-    # tasks of docs/evidence.md 6 and 2 times at r = 64, 20 at r = 8, 63 and 20 at r = 1.
+    # LoRA's best rate is about ten times that of full fine-tuning (Schulman et al. 2025, LoRA
+    # Without Regret); in two tasks of docs/evidence.md 6 and 2 times at r = 64, 20 at r = 8, 63 and
+    # 20 at r = 1.
     full_rates: Annotated[Sequence[float], options.FULL_RATES.by((1e-5, 3e-5, 1e-4, 3e-4))]
-    bitfit: Annotated[bool, options.Option(False, "Also train biases and norms alone, as a baseline.")]
+    bitfit: Annotated[
+        bool, options.Option(False, "Also train biases and norms alone, as a baseline.")
+    ]
     dora: Annotated[bool, options.DORA]
     rslora: Annotated[bool, options.RSLORA]
     quantized: Annotated[str | None, options.QUANTIZED]
@@ -36,7 +39,9 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss of LoRA at each rank, learning rates tuned.",
-            examples=("probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl",),
+            examples=(
+                "probe sweep base/ --data train.txt --eval held_out.txt --steps 200 -o sweep.jsonl",
+            ),
             arguments=(BASE_ARGUMENT,),
             options=(SweepOptions,),
             shows=("json", "quiet", "verbose"),

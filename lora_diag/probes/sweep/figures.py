@@ -39,13 +39,23 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         draw = partial(_draw, curves=curves, single=single)
         drawn.append(Panel(title, draw, xlabel, "loss (nats)", name=name))
     color = category(0) if single else QUIET
-    ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 7 * width, "mfc": "none", "mew": 1.3 * width}
+    ring: dict[str, Any] = {
+        "ls": "",
+        "marker": "o",
+        "ms": 7 * width,
+        "mfc": "none",
+        "mew": 1.3 * width,
+    }
     keys = [
         *run_keys(series, lw=1.6 * width),
         *([key("mean over seeds", color=color, lw=1.6 * width)] if single else []),
         key("one seed", color=color, ls="", marker="o", ms=2.6 * width, alpha=0.6),
         key("smallest rank shown to be enough", color=color, **ring),
-        *([Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best")] if single else []),
+        *(
+            [Key(Patch(facecolor=FLOOR, alpha=0.5), "within tolerance of the best")]
+            if single
+            else []
+        ),
     ]
     steps = f"{settings[0]['steps']} steps, " if single and "steps" in settings[0] else ""
     diverged = sum(record.loss is None for record in records)
@@ -54,7 +64,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         drawn,
         f"{subject_of(series)}{steps}mean negative log-likelihood of held-out predictions",
         [
-            f"The learning rate of each rank is the best of the grid on the first set, {next(iter(sets.values()))}.",
+            "The learning rate of each rank is the best of the grid on the first set, "
+            f"{next(iter(sets.values()))}.",
             f"Not drawn: {diverged} losses of runs that diverged." if diverged else "",
             "With fewer steps than you will train, small ranks may look better than they are.",
         ],
@@ -63,7 +74,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
 
 
 def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool) -> None:
-    """Draw means, seeds, sufficient rank and lines of each sweep, by its number; of a ``single`` one the tolerance."""
+    """Draw means, seeds, sufficient rank and lines of each sweep, by its number; of a ``single``
+    one the tolerance.
+    """
     width = style.line
     losses = [loss for curve in curves.values() for row in curve.rows for loss in row.losses]
     if not losses:
@@ -80,7 +93,13 @@ def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool)
         panels.draw_seeds(ax, seeds, style, color, "_seeds")
         ax.plot([*by_rank], means, color=color, lw=1.6 * width, zorder=2.5, label="_mean")
         if curve.verdict.rank is not None:
-            ring: dict[str, Any] = {"ls": "", "marker": "o", "ms": 8 * width, "mfc": "none", "mew": 1.5 * width}
+            ring: dict[str, Any] = {
+                "ls": "",
+                "marker": "o",
+                "ms": 8 * width,
+                "mfc": "none",
+                "mew": 1.5 * width,
+            }
             mean = by_rank[curve.verdict.rank].mean
             ax.plot([curve.verdict.rank], [mean], mec=color, zorder=3, label="_enough", **ring)
     bases = [curve.base.nats for curve in curves.values() if curve.base is not None]
@@ -90,7 +109,9 @@ def _draw(ax: Axes, style: PageStyle, curves: Mapping[int, Swept], single: bool)
             levels[LINES[subject], line.mean] = QUIET if single else category(number)
     others = [loss for word, loss in levels if word != "BASE" and loss <= max([*losses, *bases])]
     ax.set_ylim(panels.axis_limits([*losses, *others], max(bases, default=None)))
-    panels.draw_levels(ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style)
+    panels.draw_levels(
+        ax, [(f"{word} {loss:.3f}", loss, color) for (word, loss), color in levels.items()], style
+    )
     rates = {row.rank: f"{row.lr:g}" for row in curves[0].rows} if single else {}
     ranks = [row.rank or 0 for curve in curves.values() for row in curve.rows]
     panels.set_measured_rank_axis(

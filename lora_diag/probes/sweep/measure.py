@@ -1,8 +1,9 @@
-"""``probe sweep``: measure the loss of LoRA trained at each rank, also on weights rounded to those of a quantized base.
+"""``probe sweep``: measure the loss of LoRA trained at each rank, also on weights rounded to those
+of a quantized base.
 
-Rounded values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one rounding of float32).
-Modules are ordinary: memory is not reduced, products are in the model's own dtype, and activations, which LLM.int8()
-also rounds, are not rounded.
+Rounded values equal those of bitsandbytes (0.50.2 on a CPU: NF4 bit for bit, int8 up to one
+rounding of float32). Modules are ordinary: memory is not reduced, products are in the model's own
+dtype, and activations, which LLM.int8() also rounds, are not rounded.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ GRIDS = ("nf4", "int8")
 
 
 def to_nf4(weight: Tensor) -> Tensor:
-    """Return the nearest NF4 values: 16 levels times the largest magnitude of each 64 consecutive entries.
+    """Return the nearest NF4 values: 16 levels times the largest magnitude of each 64 consecutive
+    entries.
 
     Args:
         weight: ``(out, in)``; blocks are in row-major order and may span rows.
@@ -67,7 +69,9 @@ def to_nf4(weight: Tensor) -> Tensor:
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
     table = torch.tensor(NF4, device=weight.device)
-    places = torch.bucketize(blocks / largest.clamp(min=torch.finfo(torch.float32).tiny), (table[1:] + table[:-1]) / 2)
+    places = torch.bucketize(
+        blocks / largest.clamp(min=torch.finfo(torch.float32).tiny), (table[1:] + table[:-1]) / 2
+    )
     return (table[places] * largest).view(-1)[: len(flat)].view_as(weight).to(weight.dtype)
 
 
@@ -95,10 +99,13 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
         layers: Linear layers, or transformers' Conv1D, whose weights are stored ``(in, out)``.
         grid: ``nf4`` or ``int8``; None to round nothing.
 
-    Reference: Dettmers et al. 2023, QLoRA, equation 4; Dettmers et al. 2022, LLM.int8(), section 3.1.
+    Reference: Dettmers et al. 2023, QLoRA, equation 4; Dettmers et al. 2022, LLM.int8(), section
+    3.1.
     """
     weights = [(layer.weight, isinstance(layer, nn.Linear)) for layer in layers] if grid else []
-    originals = [weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)]
+    originals = [
+        weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)
+    ]
     to_grid = to_nf4 if grid == "nf4" else to_int8
     try:
         with torch.no_grad():
@@ -113,7 +120,8 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
                 weight.copy_(original)
 
 
-# Settings that ``resume`` extends, with the functions that join the values in the file and the new ones.
+# Settings that ``resume`` extends, with the functions that join the values in the file and the new
+# ones.
 EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
     **dict.fromkeys(("ranks", "rates", "full_rates"), lambda then, now: sorted({*then, *now})),
     "seeds": max,
@@ -123,13 +131,15 @@ EXTENDABLE_SETTINGS: dict[str, Callable[[Any, Any], Any]] = {
 
 @show_options
 def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[Any]:
-    r"""Train a LoRA at every rank, with the same batches in the same order and number of steps, and compare losses.
+    r"""Train a LoRA at every rank, with the same batches in the same order and number of steps, and
+    compare losses.
 
-    At every rank all learning rates are tried with the first seed; the rate with the lowest loss on the first
-    evaluation set is also run with the other seeds.
+    At every rank all learning rates are tried with the first seed; the rate with the lowest loss on
+    the first evaluation set is also run with the other seeds.
 
-    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more ``seeds``, a
-    larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other settings must be equal.
+    ``resume`` continues a sweep, interrupted or finished: runs in ``output`` are not repeated; more
+    ``seeds``, a larger ``widen``, ``full``, and other ``ranks`` and ``rates`` are added; all other
+    settings must be equal.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
@@ -143,11 +153,13 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         bitfit: Also train biases and norms only.
         dora: Train DoRA: factors and a magnitude per output.
         rslora: Scale factors by alpha/√r, alpha = 16 at every rank.
-        quantized: ``nf4`` or ``int8``: LoRA is trained on linear layers rounded to this grid. They are rounded but not
-            packed: the values of a quantized base without its memory savings.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time, equal losses.
+        quantized: ``nf4`` or ``int8``: LoRA is trained on linear layers rounded to this grid. They
+            are rounded but not packed: the values of a quantized base without its memory savings.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, more time,
+            equal losses.
         steps: Number of updates of a run.
-        seeds: Number of runs of each rank at its best rate; they differ in the initial factors, not in the data.
+        seeds: Number of runs of each rank at its best rate; they differ in the initial factors, not
+            in the data.
         tolerance: Fraction of the gain that a smaller rank may lose and still be sufficient.
         targets: Modules to adapt, by PEFT's names; default all linear layers except the head.
         **options: ``SweepOptions``.
@@ -156,27 +168,37 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         The records are in ``whole``: BASE's losses, and those of every run, on each set.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the training text is also an evaluation set, the output
-            can be neither replaced nor resumed, or the extra ``train``, or a package for the engine or the data set, is
-            not installed.
-        InputError: An input cannot be read or the output written, the model cannot be opened or adapted, or the cluster
-            cannot be reached.
+        UsageError: An option is invalid, BASE is an adapter, the training text is also an
+            evaluation set, the output can be neither replaced nor resumed, or the extra ``train``,
+            or a package for the engine or the data set, is not installed.
+        InputError: An input cannot be read or the output written, the model cannot be opened or
+            adapted, or the cluster cannot be reached.
 
     Example:
-        >>> found = probe_sweep("sample_checkpoints/base", data="train.txt",  # doctest: +SKIP
-        ...     evaluate=["held_out.txt"], ranks=[2, 8], steps=50)
-        >>> [(record.rank, record.lr, record.seed, record.loss) for record in found.whole]  # doctest: +SKIP
+        >>> found = probe_sweep(
+        ...     "sample_checkpoints/base",
+        ...     data="train.txt",  # doctest: +SKIP
+        ...     evaluate=["held_out.txt"],
+        ...     ranks=[2, 8],
+        ...     steps=50,
+        ... )
+        >>> [
+        ...     (record.rank, record.lr, record.seed, record.loss) for record in found.whole
+        ... ]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions)
     given, ranks = run.options, check_ranks(run.options.ranks)
     if (given.full or given.bitfit) and given.dtype != "float32":
         raise UsageError(
-            f"--dtype {given.dtype}: rounds away most steps of {'--full' if given.full else '--bitfit'}, while "
+            f"--dtype {given.dtype}: rounds away most steps of "
+            f"{'--full' if given.full else '--bitfit'}, while "
             "LoRA's factors stay float32; use --dtype float32"
         )
     run.check_files(base)
     with run.joined():
-        return _run_sweep(run, base, Lora(tuple(given.targets) or None, given.dora, given.rslora), ranks)
+        return _run_sweep(
+            run, base, Lora(tuple(given.targets) or None, given.dora, given.rslora), ranks
+        )
 
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
@@ -198,29 +220,46 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
     workers = run.workers(base, stored)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        joined_settings = run_records.run.settings  # with the values of the sweep before it was resumed
+        joined_settings = (
+            run_records.run.settings
+        )  # with the values of the sweep before it was resumed
         plan = run.plan_runs(run_records)
 
-        def make_arm(subject: Subject, ranks: Sequence[int | None], rates: str, grid: str | None = None) -> Arm:
+        def make_arm(
+            subject: Subject, ranks: Sequence[int | None], rates: str, grid: str | None = None
+        ) -> Arm:
             def make_trial(rank: int | None, lr: float, seed: int) -> Trial:
                 cell = Cell(rank, lr, seed, subject)
                 return Trial(cell.fields, cell.label, partial(run_cell, model, cell), cell)
 
             tried = {r.lr for r in run_records.records if r.subject == subject and r.lr is not None}
             train = partial(train_rounded, grid)
-            return Arm(tuple(ranks), tuple(joined_settings[rates]), make_trial, tuple(sorted(tried)), workers, train)
+            return Arm(
+                tuple(ranks),
+                tuple(joined_settings[rates]),
+                make_trial,
+                tuple(sorted(tried)),
+                workers,
+                train,
+            )
 
         def measure_base(grid: str = "") -> None:
             plan.measure_base(model, partial(record_of, name=grid), grid)
 
         reference_lines = {
-            **({"of full fine-tuning": make_arm("full", [None], "full_rates")} if options.full else {}),
+            **(
+                {"of full fine-tuning": make_arm("full", [None], "full_rates")}
+                if options.full
+                else {}
+            ),
             **({"of BitFit": make_arm("bitfit", [None], "rates")} if options.bitfit else {}),
         }
         lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
-        weights = sum(weight.numel() * weight.element_size() for weight in model.module.parameters())
+        weights = sum(
+            weight.numel() * weight.element_size() for weight in model.module.parameters()
+        )
         methods = {name: [arm] for name, arm in {"of LoRA": lora, **reference_lines}.items()}
         plan.report_cost(methods, bases, 4 * weights if options.full else 0)
         measure_base()
@@ -236,8 +275,15 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
 
 def train_rounded(
-    grid: str | None, model: Model, cell: Cell, training: Training, sets: Sequence[Texts], after: Callable[[], None]
+    grid: str | None,
+    model: Model,
+    cell: Cell,
+    training: Training,
+    sets: Sequence[Texts],
+    after: Callable[[], None],
 ) -> list[Probe]:
-    """Train one cell on BASE, rounded to ``grid`` unless that is None; return its records as ``run_cell`` does."""
+    """Train one cell on BASE, rounded to ``grid`` unless that is None; return its records as
+    ``run_cell`` does.
+    """
     with round_weights(layers_without_head(model.module).values(), grid):
         return run_cell(model, cell, training, sets, after)

@@ -1,4 +1,6 @@
-"""Terminal output of ``probe sweep``: loss at every rank and learning rate, and the sufficient rank."""
+"""Terminal output of ``probe sweep``: loss at every rank and learning rate, and the sufficient
+rank.
+"""
 
 from __future__ import annotations
 
@@ -34,25 +36,35 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
             make_statement(f"to_{one}", f"To {judging.LINES[one]}", *_compare_with(one, judged))
             for one in judging.LINES
         ),
-        make_statement("fit", "Fit", *(line for swept in judged for line in _describe_fit(swept, len(judged) > 1))),
+        make_statement(
+            "fit",
+            "Fit",
+            *(line for swept in judged for line in _describe_fit(swept, len(judged) > 1)),
+        ),
         make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
-        reading=_READING + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
+        reading=_READING
+        + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
     )
 
 
 _READING = (
-    "the rate of each rank was chosen on the first set, so losses there are slightly too low; all runs have the "
-    "same batch order, so seeds differ less than independent runs; with fewer steps than you will train, small "
+    "the rate of each rank was chosen on the first set, so losses there are slightly too low; all "
+    "runs have the "
+    "same batch order, so seeds differ less than independent runs; with fewer steps than you will "
+    "train, small "
     "ranks may look better than they are"
 )
 _ROUNDED = (
-    "; BASE's linear layers are rounded to {} and not packed, so values are those of a quantized base, memory and "
+    "; BASE's linear layers are rounded to {} and not packed, so values are those of a quantized "
+    "base, memory and "
     "speed are not; reference lines are trained on the unrounded BASE"
 )
 
 
 def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator[str]:
-    """Yield the comparison of the best rank with a reference line, on every set with a measured BASE."""
+    """Yield the comparison of the best rank with a reference line, on every set with a measured
+    BASE.
+    """
     for swept in judged:
         found = swept.compare(subject)
         if found is None:
@@ -64,7 +76,11 @@ def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator
             "better": "LoRA is better",
             "worse": "LoRA is worse",
             "not known": "not known: "
-            + ("no number of seeds would decide" if found.seeds is None else judging.describe_needed(found.seeds)),
+            + (
+                "no number of seeds would decide"
+                if found.seeds is None
+                else judging.describe_needed(found.seeds)
+            ),
         }[found.outcome]
         means = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
         one_run = f"; {line} is one run" if found.fixed else ""
@@ -72,7 +88,9 @@ def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator
 
 
 def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
-    """Yield the slope of the losses over log₂ r with its interval, or that it explains nothing; from three ranks."""
+    """Yield the slope of the losses over log₂ r with its interval, or that it explains nothing;
+    from three ranks.
+    """
     rows = [row for row in swept.rows if row.rank]
     line = fit_line([math.log2(row.rank or 1) for row in rows], [row.runs for row in rows])
     if line is None:
@@ -82,7 +100,10 @@ def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
     if abs(line.slope.value) <= half:
         answer = f"explains nothing: {slope} is not significant"
     elif line.lack is not None and line.lack < 1 - LEVEL:
-        answer = f"no straight line in log₂ r: residuals of {number(line.spread)} exceed the spread of seeds ({slope})"
+        answer = (
+            f"no straight line in log₂ r: residuals of {number(line.spread)} exceed the "
+            f"spread of seeds ({slope})"
+        )
     else:
         answer = slope
     where = f"on {short(swept.set)}: " if name_set else ""
@@ -90,14 +111,28 @@ def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
 
 
 def _make_grid(swept: judging.Swept) -> Grid:
-    """Return the losses on one set: over seeds at the rank's own rate, and of the first seed at every rate."""
+    """Return the losses on one set: over seeds at the rank's own rate, and of the first seed at
+    every rate.
+    """
     of_set = [record for record in swept.records if record.set == swept.set]
     tried = sorted({record.lr for record in of_set if record.lr is not None})
     first = min((record.seed for record in of_set if record.lr is not None), default=0)
-    by_setting = {(r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first}
-    bases = [(f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in of_set if record.subject == "base"]
-    runs: list[tuple[Subject, judging.AtRank]] = [*(("lora", row) for row in swept.rows), *swept.lines.items()]
-    rows: Rows = [*bases, *((judging.LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs)]
+    by_setting = {
+        (r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first
+    }
+    bases = [
+        (f"BASE {record.name}".rstrip(), [{"mean": record.loss}])
+        for record in of_set
+        if record.subject == "base"
+    ]
+    runs: list[tuple[Subject, judging.AtRank]] = [
+        *(("lora", row) for row in swept.rows),
+        *swept.lines.items(),
+    ]
+    rows: Rows = [
+        *bases,
+        *((judging.LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs),
+    ]
     columns = []
     for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
         losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
@@ -113,7 +148,9 @@ def _format_loss(record: Probe | None) -> str:
 
 
 def state_verdict(swept: judging.Swept) -> list[str]:
-    """State the rank to train at, its confidence, and the findings on smaller ranks; or why there is no verdict."""
+    """State the rank to train at, its confidence, and the findings on smaller ranks; or why there
+    is no verdict.
+    """
     verdict, share = swept.verdict, swept.tolerance
     if verdict.best is None:
         return ["no verdict: no run is finished with a finite loss"]
@@ -122,36 +159,54 @@ def state_verdict(swept: judging.Swept) -> list[str]:
         return [f"no gain: every rank is worse than BASE, r={verdict.best} by the least, {by}"]
     chosen = verdict.chosen
     if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
-        why = "one rank" if chosen is None else "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
+        why = (
+            "one rank"
+            if chosen is None
+            else "one seed has no spread"
+            if verdict.seeds < 2
+            else "seeds do not differ"
+        )
         suffix = "" if chosen is None else "; use more --repeats with --resume"
         return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
     found = chosen.confidence if verdict.rank is not None else verdict.confidence
     confidence = "" if found is None else f", {judging.format_confidence(found)} confidence"
     smallest = "" if verdict.rank is not None else " and no smaller rank does"
-    target = f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried{smallest}{confidence}"
+    target = (
+        f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried{smallest}{confidence}"
+    )
     lead = f"r={chosen.rank} at learning rate {chosen.lr:g} ({verdict.outcome}): {target}"
     return [lead, *judging.list_reasons(verdict, share)]
 
 
 def _describe_rates(swept: judging.Swept) -> list[str]:
-    """State the learning rates at an edge of those tried, whether there was only one, and the runs that diverged."""
+    """State the learning rates at an edge of those tried, whether there was only one, and the runs
+    that diverged.
+    """
     records, lines = swept.records, []
     rows = {f"r={row.rank}": row for row in swept.rows}
     rows |= {judging.LINES[name]: row for name, row in swept.lines.items()}
     if at_edge := [name for name, row in rows.items() if row.edge]:
         options = ["--full-lr"] * ("full" in at_edge) + ["--lr"] * (at_edge != ["full"])
-        lines.append(f"at the edge of the rates tried for {', '.join(at_edge)}; extend {' and '.join(options)}")
+        lines.append(
+            f"at the edge of the rates tried for {', '.join(at_edge)}; extend "
+            f"{' and '.join(options)}"
+        )
     if len({record.lr for record in records if record.subject == "lora"}) == 1:
         lines.append("one rate for all ranks: the effects of rank and rate cannot be separated")
     with_loss = {(r.subject, r.rank, r.lr, r.seed) for r in records if r.loss is not None}
     for subject, rank, lr, seed in sorted(judging.find_diverged(records) & with_loss, key=str):
         named = judging.LINES.get(subject, f"r={rank}")
-        lines.append(f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and spread")
+        lines.append(
+            f"{named} at {lr:g} diverged with seed {seed} (far above BASE): left out of mean and "
+            "spread"
+        )
     return [*lines, *describe_diverged(records)]
 
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint:
-    """Return the next step: more seeds if they would decide, else the cost of the rank, or of all without one."""
+    """Return the next step: more seeds if they would decide, else the cost of the rank, or of all
+    without one.
+    """
     swept = judging.swept_of(results)
     verdict = None if swept is None else swept.verdict
     if verdict is not None and verdict.needed_seeds is not None:

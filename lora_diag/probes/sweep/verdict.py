@@ -1,13 +1,15 @@
 """The sufficient rank of a sweep, and its confidence, from the losses over ranks.
 
-Every rank has the learning rate with its lowest loss of the first seed, since a common rate would compare rates instead
-of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other rank, where δ is the tolerance:
+Every rank has the learning rate with its lowest loss of the first seed, since a common rate would
+compare rates instead of ranks. A rank is *sufficient* if it keeps 1 − δ of the gain of every other
+rank, where δ is the tolerance:
 
     θ_rk = μ_r − (1 − δ)·μ_k − δ·L_base ≤ 0    for every rank k
 
-with μ the mean loss over seeds. This is a claim of equivalence, so it must be demonstrated: the upper confidence limit
-of every θ_rk is at or below 0. If neither this nor the contrary is demonstrated, the rank is ``not known``, with an
-estimate of the number of seeds needed. Noisier seeds widen the limits and never make a smaller rank sufficient.
+with μ the mean loss over seeds. This is a claim of equivalence, so it must be demonstrated: the
+upper confidence limit of every θ_rk is at or below 0. If neither this nor the contrary is
+demonstrated, the rank is ``not known``, with an estimate of the number of seeds needed. Noisier
+seeds widen the limits and never make a smaller rank sufficient.
 
 ``swept_rate`` gives the best learning rate to the commands that suggest the next training.
 """
@@ -36,12 +38,14 @@ Answer = Literal["yes", "no", "not known"]
 
 # Reference lines, with their names.
 LINES: dict[Subject, str] = {"full": "full", "bitfit": "BitFit"}
-# A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends below it, has
-# diverged.
+# A run that ends above this multiple of BASE's loss, while another seed at its rank and rate ends
+# below it, has diverged.
 DIVERGED_RATIO = 1.1
-# A reference line with a standard deviation below this fraction of that of the ranks is independent of the seed.
+# A reference line with a standard deviation below this fraction of that of the ranks is independent
+# of the seed.
 FIXED_RATIO = 0.1
-# Fraction of the gain that a smaller rank may lose if the run does not record it: the command's default.
+# Fraction of the gain that a smaller rank may lose if the run does not record it: the command's
+# default.
 TOLERANCE = 0.02
 
 
@@ -53,11 +57,14 @@ class AtRank:
         rank: r; None for full fine-tuning and BitFit.
         lr: The learning rate with the lowest loss of the first seed.
         runs: Loss of each seed at that rate, without runs that diverged.
-        edge: Whether the rate is the lowest or the highest of several tried, so that a better one may be beyond.
+        edge: Whether the rate is the lowest or the highest of several tried, so that a better one
+            may be beyond.
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g"),
+        Shown(
+            "lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g"
+        ),
         Shown("seeds", "seeds", "runs at that rate that did not diverge", main=True),
         Shown("mean", "loss", "mean over seeds, in nats", main=True, form=".4f"),
         Shown("losses", "min to max", "over seeds", main=True, form=".4f", pool="ends"),
@@ -90,16 +97,19 @@ class RankStanding:
     Args:
         rank: r.
         lr: Best learning rate of the rank.
-        behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds if there are any.
+        behind: Mean loss of the rank minus the lowest of any rank, in nats, on common seeds if
+            there are any.
         share: ``behind`` as a fraction of the gain of the best rank.
-        half: Half-width of the interval of ``behind``, each of whose limits holds with 95% confidence; 0 for the best
-            rank, None without a spread over seeds.
-        enough: ``yes`` if ``confidence`` reaches 95%, ``no`` if ``against`` does; else ``not known``.
-        confidence: Confidence that the rank is sufficient, the smallest over all θ; None without a spread.
-        against: Confidence that the rank is not sufficient, with Bonferroni correction over the compared ranks; None
-            without a spread.
-        seeds: Estimated number of seeds to decide, for these means and spread; None if decided, without a spread, or
-            above 1000.
+        half: Half-width of the interval of ``behind``, each of whose limits holds with 95%
+            confidence; 0 for the best rank, None without a spread over seeds.
+        enough: ``yes`` if ``confidence`` reaches 95%, ``no`` if ``against`` does; else
+            ``not known``.
+        confidence: Confidence that the rank is sufficient, the smallest over all θ; None without a
+            spread.
+        against: Confidence that the rank is not sufficient, with Bonferroni correction over the
+            compared ranks; None without a spread.
+        seeds: Estimated number of seeds to decide, for these means and spread; None if decided,
+            without a spread, or above 1000.
     """
 
     rank: int
@@ -118,20 +128,22 @@ class SweepVerdict:
     """The verdict of a sweep on one set.
 
     Args:
-        outcome: ``fast saturation`` if a rank in the lower half is shown to be sufficient; ``gradual decline`` if a
-            higher one is, and all of the lower half are shown not to be; ``not resolved`` if seeds are too few or too
-            noisy to show either; ``no gain`` if no mean loss is below BASE's; ``no verdict`` with fewer than two ranks,
-            or without a spread over seeds.
+        outcome: ``fast saturation`` if a rank in the lower half is shown to be sufficient;
+            ``gradual decline`` if a higher one is, and all of the lower half are shown not to be;
+            ``not resolved`` if seeds are too few or too noisy to show either; ``no gain`` if no
+            mean loss is below BASE's; ``no verdict`` with fewer than two ranks, or without a spread
+            over seeds.
         best: The rank with the lowest mean loss; None without a loss.
         tolerance: Tolerance in nats: the fraction δ of ``gain``, at least 0.
         gain: Loss of BASE minus the lowest mean loss.
         seeds: The fewest runs of a rank.
         rank: The smallest rank shown to be sufficient; None without one.
-        answer: The smallest rank whose mean loss is within tolerance of every other's, shown or not, else ``best``;
-            None without a gain or with fewer than two ranks.
-        confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller rank is not; None
-            without a spread. By Bonferroni's inequality.
-        standings: Standing of every rank, ascending; empty without a gain or with fewer than two ranks.
+        answer: The smallest rank whose mean loss is within tolerance of every other's, shown or
+            not, else ``best``; None without a gain or with fewer than two ranks.
+        confidence: Lower bound on the confidence that ``answer`` is sufficient and every smaller
+            rank is not; None without a spread. By Bonferroni's inequality.
+        standings: Standing of every rank, ascending; empty without a gain or with fewer than two
+            ranks.
     """
 
     outcome: Outcome
@@ -146,24 +158,32 @@ class SweepVerdict:
 
     @property
     def chosen(self) -> RankStanding | None:
-        """Standing of the rank to train at: the smallest shown to be sufficient, else ``answer``; None without both."""
+        """Standing of the rank to train at: the smallest shown to be sufficient, else ``answer``;
+        None without both.
+        """
         rank = self.rank if self.rank is not None else self.answer
         return next((standing for standing in self.standings if standing.rank == rank), None)
 
     @property
     def needed_seeds(self) -> int | None:
-        """Estimated number of seeds that decide one open rank; None without an open rank whose number is known.
+        """Estimated number of seeds that decide one open rank; None without an open rank whose
+        number is known.
 
         Open are the ranks below ``rank``, or all without it, that the seeds do not decide.
         """
         open_ranks = [
-            s for s in self.standings if s.enough == "not known" and (self.rank is None or s.rank < self.rank)
+            s
+            for s in self.standings
+            if s.enough == "not known" and (self.rank is None or s.rank < self.rank)
         ]
-        return min((standing.seeds for standing in open_ranks if standing.seeds is not None), default=None)
+        return min(
+            (standing.seeds for standing in open_ranks if standing.seeds is not None), default=None
+        )
 
 
 def format_confidence(confidence: float) -> str:
-    """Return a confidence in whole percent, rounded down, so that one below the required level is never shown as it.
+    """Return a confidence in whole percent, rounded down, so that one below the required level is
+    never shown as it.
 
     >>> format_confidence(0.9472), format_confidence(0.998)
     ('94%', '>99%')
@@ -172,7 +192,8 @@ def format_confidence(confidence: float) -> str:
 
 
 def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
-    """Return a line for every rank up to the chosen one that is not shown to be sufficient; none without a spread.
+    """Return a line for every rank up to the chosen one that is not shown to be sufficient; none
+    without a spread.
 
     Args:
         verdict: Verdict on a set.
@@ -180,22 +201,32 @@ def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
     """
     chosen, lines = verdict.chosen, []
     for standing in verdict.standings:
-        if chosen is None or standing.rank > chosen.rank or standing.confidence is None or standing.enough == "yes":
+        if (
+            chosen is None
+            or standing.rank > chosen.rank
+            or standing.confidence is None
+            or standing.enough == "yes"
+        ):
             continue
         rank, behind, half = standing.rank, standing.behind, standing.half or 0
         confidence = format_confidence(standing.confidence)
         finding = (
-            f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} ({behind:+.4f} nats "
-            f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, {verdict.tolerance:.4f})"
+            f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} "
+            f"({behind:+.4f} nats "
+            f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, "
+            f"{verdict.tolerance:.4f})"
             if rank != verdict.best
             else f"r={rank} has the lowest mean loss, {confidence} confidence that it is enough"
         )
-        lines.append(f"{finding}: {'not enough' if standing.enough == 'no' else describe_needed(standing.seeds)}")
+        is_enough = "not enough" if standing.enough == "no" else describe_needed(standing.seeds)
+        lines.append(f"{finding}: {is_enough}")
     return lines
 
 
 def describe_needed(seeds: int | None) -> str:
-    """State that a comparison is undecided, and the number of seeds needed; None for more than ``MAX_RUNS``."""
+    """State that a comparison is undecided, and the number of seeds needed; None for more than
+    ``MAX_RUNS``.
+    """
     count = f"more than {stats.MAX_RUNS} seeds" if seeds is None else f"about {seeds} seeds"
     return f"undecided with these seeds, needs {count}"
 
@@ -208,12 +239,15 @@ class ReferenceComparison:
         best: The rank with the lowest mean loss.
         other: The reference line.
         gap: Mean loss of the best rank minus that of the line.
-        half: Half-width of the interval of ``gap``, corrected for the choice of the best among K ranks (Bonferroni);
-            None without a spread over seeds.
-        outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or ``worse`` if the interval
-            is on one side of 0; else ``not known``; ``no verdict`` without a spread.
-        fixed: Whether the line is independent of the seed: one run, with the assumed error of one LoRA run.
-        seeds: Estimated number of seeds to decide; None if decided, without a spread, or above 1000.
+        half: Half-width of the interval of ``gap``, corrected for the choice of the best among K
+            ranks (Bonferroni); None without a spread over seeds.
+        outcome: ``as good`` if each is shown to keep 1 − δ of the other's gain; ``better`` or
+            ``worse`` if the interval is on one side of 0; else ``not known``; ``no verdict``
+            without a spread.
+        fixed: Whether the line is independent of the seed: one run, with the assumed error of one
+            LoRA run.
+        seeds: Estimated number of seeds to decide; None if decided, without a spread, or above
+            1000.
     """
 
     best: AtRank
@@ -230,9 +264,10 @@ def compare_with_reference(
 ) -> ReferenceComparison | None:
     """Return the comparison of the best rank with a reference line; None if no rank has a loss.
 
-    The variance of a LoRA run is that within ranks, pooled over them. A line that depends on the seed (dropout) has its
-    own variance, with Welch–Satterthwaite degrees of freedom. Otherwise all its seeds are one run, whose variance is
-    *assumed* to be that of one LoRA run, since another order of the data would give another loss.
+    The variance of a LoRA run is that within ranks, pooled over them. A line that depends on the
+    seed (dropout) has its own variance, with Welch–Satterthwaite degrees of freedom. Otherwise all
+    its seeds are one run, whose variance is *assumed* to be that of one LoRA run, since another
+    order of the data would give another loss.
 
     Args:
         rows: One per rank.
@@ -244,7 +279,9 @@ def compare_with_reference(
 
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01, 2: 1.005})]
-        >>> found = compare_with_reference(rows, AtRank(None, 1e-4, {0: 0.80, 1: 0.80}), base=2.0, share=0.02)
+        >>> found = compare_with_reference(
+        ...     rows, AtRank(None, 1e-4, {0: 0.80, 1: 0.80}), base=2.0, share=0.02
+        ... )
         >>> found.outcome, found.fixed, round(found.gap, 3), round(found.half, 3)
         ('worse', True, 0.205, 0.017)
     """
@@ -259,13 +296,20 @@ def compare_with_reference(
     fixed = line_variance < FIXED_RATIO**2 * variance
     level = 1 - (1 - stats.LEVEL) / len(rows)
     n, m = len(best.runs), 1 if fixed else len(other.runs)
-    ours, theirs = (variance / n, freedom), ((variance, freedom) if fixed else (line_variance / m, line_freedom))
+    ours, theirs = (
+        (variance / n, freedom),
+        ((variance, freedom) if fixed else (line_variance / m, line_freedom)),
+    )
 
     def estimate(value: float, a: float, b: float) -> stats.Estimate:
-        """Return the estimate of a·μ_best − b·μ_line + constant from its value, with either sign."""
+        """Return the estimate of a·μ_best − b·μ_line + constant from its value, with
+        either sign.
+        """
         if fixed:  # one variance for both
             return stats.Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
-        return stats.Estimate(value, *stats.welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1])))
+        return stats.Estimate(
+            value, *stats.welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1]))
+        )
 
     half, kept_fraction = estimate(gap, 1, 1).half(level), 1 - share
     theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
@@ -277,25 +321,34 @@ def compare_with_reference(
         return result("better" if gap < 0 else "worse")
     distance = max(abs(gap), -max(theta_best.value, theta_line.value))
     spread_of_run = math.sqrt(variance) if fixed else math.sqrt(variance + line_variance)
-    needed = stats.runs_needed(distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level)
+    needed = stats.runs_needed(
+        distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level
+    )
     return result("not known", seeds=needed)
 
 
 def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, float | None, int]]:
-    """Return the runs that diverged, by subject, rank, rate and seed, which are excluded on all sets.
+    """Return the runs that diverged, by subject, rank, rate and seed, which are excluded on all
+    sets.
 
-    A run has diverged if its loss on any set is not finite, or if on the first set it ends more than 10% above BASE
-    while another seed at the same rank and rate ends below BASE. Such a run shows the stability of the rate, not the
-    spread over seeds.
+    A run has diverged if its loss on any set is not finite, or if on the first set it ends more
+    than 10% above BASE while another seed at the same rank and rate ends below BASE. Such a run
+    shows the stability of the rate, not the spread over seeds.
     """
     on_first = [record for record in records if record.set == records[0].set]
-    base = next((r.loss for r in on_first if r.subject == "base" and not r.name and r.loss is not None), math.inf)
+    base = next(
+        (r.loss for r in on_first if r.subject == "base" and not r.name and r.loss is not None),
+        math.inf,
+    )
     stable = {(r.subject, r.rank, r.lr) for r in on_first if r.loss is not None and r.loss < base}
     return {
         (r.subject, r.rank, r.lr, r.seed)
         for r in on_first
         if r.lr is not None
-        and (r.loss is None or ((r.subject, r.rank, r.lr) in stable and r.loss > DIVERGED_RATIO * base))
+        and (
+            r.loss is None
+            or ((r.subject, r.rank, r.lr) in stable and r.loss > DIVERGED_RATIO * base)
+        )
     } | {(r.subject, r.rank, r.lr, r.seed) for r in records if r.lr is not None and r.loss is None}
 
 
@@ -311,12 +364,17 @@ def best_rates(
         subject: ``lora``; or ``full`` or ``bitfit``, whose rank is None.
     """
     key = (subject, deciding_set, seed)
-    rates = find_best_rates((r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key)
+    rates = find_best_rates(
+        (r.rank, r.loss, r.lr) for r in records if (r.subject, r.set, r.seed) == key
+    )
     return dict(sorted(rates.items(), key=lambda item: item[0] or 0))
 
 
 def by_rank(
-    records: Sequence[Probe], name: str, rates: Mapping[int | None, float], subject: Subject = "lora"
+    records: Sequence[Probe],
+    name: str,
+    rates: Mapping[int | None, float],
+    subject: Subject = "lora",
 ) -> list[AtRank]:
     """Return the runs of each rank, or of a reference line, at its rate, on one set.
 
@@ -332,10 +390,17 @@ def by_rank(
     of_subject = [record for record in records if record.subject == subject]
     rows = []
     for rank, lr in rates.items():
-        tried = {record.lr for record in of_subject if record.rank == rank and record.lr is not None}
-        runs = sorted((r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)), key=lambda r: r.seed)
+        tried = {
+            record.lr for record in of_subject if record.rank == rank and record.lr is not None
+        }
+        runs = sorted(
+            (r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)),
+            key=lambda r: r.seed,
+        )
         loss_by_seed = {
-            r.seed: r.loss for r in runs if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
+            r.seed: r.loss
+            for r in runs
+            if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
         }
         if loss_by_seed:
             rows.append(AtRank(rank, lr, loss_by_seed, edge(tried, lr) != 0))
@@ -353,7 +418,12 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
     Example:
         >>> rows = [AtRank(4, 1e-3, {0: 1.00, 1: 1.01}), AtRank(8, 1e-3, {0: 0.80, 1: 0.812})]
         >>> found = judge(rows, base=2.0, share=0.02)
-        >>> found.outcome, found.rank, round(found.tolerance, 3), [one.enough for one in found.standings]
+        >>> (
+        ...     found.outcome,
+        ...     found.rank,
+        ...     round(found.tolerance, 3),
+        ...     [one.enough for one in found.standings],
+        ... )
         ('gradual decline', 8, 0.024, ['no', 'yes'])
     """
     ranked = [(row.rank, row) for row in rows if row.rank is not None]
@@ -361,7 +431,9 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         return SweepVerdict("no verdict")
     best = min((row for _, row in ranked), key=lambda row: row.mean)
     gain, seeds = base - best.mean, min(len(row.runs) for _, row in ranked)
-    result = partial(SweepVerdict, best=best.rank, tolerance=max(0.0, share * gain), gain=gain, seeds=seeds)
+    result = partial(
+        SweepVerdict, best=best.rank, tolerance=max(0.0, share * gain), gain=gain, seeds=seeds
+    )
     if len(ranked) < 2:
         return result("no verdict")
     if gain <= 0:
@@ -370,16 +442,22 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         *stats.blocked_variance([row.runs for _, row in ranked]),
         *stats.variance_within([row.losses for _, row in ranked]),
     )
-    standings = tuple(_rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked)
+    standings = tuple(
+        _rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked
+    )
     close_ranks = (
-        rank for rank, row in ranked if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0
+        rank
+        for rank, row in ranked
+        if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0
     )
     # With missing seeds, the best rank may not be the best on the seeds that two ranks share.
     chosen = next(close_ranks, best.rank)
     answer = next(standing for standing in standings if standing.rank == chosen)
     confidence = answer.confidence
     if confidence is not None:
-        doubts = (1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank)
+        doubts = (
+            1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank
+        )
         confidence = max(0.0, confidence - math.fsum(doubts))
     sufficient = next((standing for standing in standings if standing.enough == "yes"), None)
     return result(
@@ -393,7 +471,9 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
 
 @dataclass(frozen=True, slots=True)
 class _Noise:
-    """Variance of one run: ``paired`` by seed, and ``plain``, within ranks; each with its degrees of freedom."""
+    """Variance of one run: ``paired`` by seed, and ``plain``, within ranks; each with its degrees
+    of freedom.
+    """
 
     paired: float
     freedom: int
@@ -408,9 +488,9 @@ class _Noise:
     def paired_variance(self, first: AtRank, second: AtRank) -> float:
         """Return the paired variance for two ranks: the pooled one, or their own if larger.
 
-        Spreads differ between ranks. With the pooled variance alone, two noisy ranks among quiet ones were judged equal
-        in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5 ranks); with the maximum it is 7 to 10%, and
-        4% for equal spreads.
+        Spreads differ between ranks. With the pooled variance alone, two noisy ranks among quiet
+        ones were judged equal in 14% of simulated sweeps instead of 5% (spreads 5 times apart, 5
+        ranks); with the maximum it is 7 to 10%, and 4% for equal spreads.
         """
         return max(self.paired, stats.blocked_variance([first.runs, second.runs])[0])
 
@@ -425,7 +505,9 @@ class _Noise:
 
 
 def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
-    """Return the mean losses at two ranks and their numbers of runs, on common seeds if there are any."""
+    """Return the mean losses at two ranks and their numbers of runs, on common seeds if there are
+    any.
+    """
     shared: Collection[int] = first.runs.keys() & second.runs.keys()
     ours = [loss for seed, loss in first.runs.items() if not shared or seed in shared]
     theirs = [loss for seed, loss in second.runs.items() if not shared or seed in shared]
@@ -439,27 +521,46 @@ def _compute_theta(row: AtRank, other: AtRank, base: float, share: float) -> flo
 
 
 def _rank_standing(
-    rank: int, row: AtRank, ranked: Sequence[tuple[int, AtRank]], base: float, gain: float, share: float, noise: _Noise
+    rank: int,
+    row: AtRank,
+    ranked: Sequence[tuple[int, AtRank]],
+    base: float,
+    gain: float,
+    share: float,
+    noise: _Noise,
 ) -> RankStanding:
     """Return the standing of one rank among all ``ranked`` ones."""
     best = min((other for _, other in ranked), key=lambda other: other.mean)
     ours, theirs, n, m = _pair(row, best)
     behind = ours - theirs
     if not noise.known:
-        return RankStanding(rank, row.lr, behind, behind / gain, None, "not known", None, None, None)
+        return RankStanding(
+            rank, row.lr, behind, behind / gain, None, "not known", None, None, None
+        )
     thetas = []
     for _, other in ranked:
         theta, variance = _compute_theta(row, other, base, share), noise.paired_variance(row, other)
         _, _, a, b = _pair(row, other)
         if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
-            estimate = stats.Estimate(theta, share * math.sqrt(noise.plain / a), noise.plain_freedom)
+            estimate = stats.Estimate(
+                theta, share * math.sqrt(noise.plain / a), noise.plain_freedom
+            )
             thetas.append((estimate, share * math.sqrt(noise.plain)))
         else:
-            thetas.append((noise.theta(theta, variance, share, a, b), noise.theta(theta, variance, share, 1, 1).error))
+            thetas.append(
+                (
+                    noise.theta(theta, variance, share, a, b),
+                    noise.theta(theta, variance, share, 1, 1).error,
+                )
+            )
     confidences = [estimate.confidence_below(0.0) for estimate, _ in thetas]
     confidence, against = min(confidences), max(0.0, 1 - (len(thetas) - 1) * min(confidences))
-    answer: Answer = "yes" if confidence >= stats.LEVEL else "no" if against >= stats.LEVEL else "not known"
-    difference = stats.Estimate(behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom)
+    answer: Answer = (
+        "yes" if confidence >= stats.LEVEL else "no" if against >= stats.LEVEL else "not known"
+    )
+    difference = stats.Estimate(
+        behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom
+    )
     needed = None
     if answer == "not known":
         worst, error_of_one = thetas[confidences.index(confidence)]
@@ -467,14 +568,20 @@ def _rank_standing(
         needed = stats.runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
         needed = needed if needed is None else max(needed, min(n, m) + 1)
     half = 0.0 if row is best else difference.half()
-    return RankStanding(rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed)
+    return RankStanding(
+        rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed
+    )
 
 
-def _choose_outcome(standings: Sequence[RankStanding], sufficient: RankStanding | None, noise: _Noise) -> Outcome:
+def _choose_outcome(
+    standings: Sequence[RankStanding], sufficient: RankStanding | None, noise: _Noise
+) -> Outcome:
     """Return the outcome, as in ``SweepVerdict``, of a sweep with a gain at several ranks."""
     if not noise.known:
         return "no verdict"
-    lower = [standing for position, standing in enumerate(standings) if 2 * position < len(standings)]
+    lower = [
+        standing for position, standing in enumerate(standings) if 2 * position < len(standings)
+    ]
     if sufficient is not None and sufficient in lower:
         return "fast saturation"
     if sufficient is not None and all(standing.enough == "no" for standing in lower):
@@ -507,14 +614,22 @@ class Swept:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks tried, ascending."""
-        tried = {record.rank for record in self.records if record.subject == "lora" and record.rank is not None}
+        tried = {
+            record.rank
+            for record in self.records
+            if record.subject == "lora" and record.rank is not None
+        }
         return tuple(sorted(tried))
 
     def compare(self, subject: Subject) -> ReferenceComparison | None:
-        """Return the comparison of the best rank with a reference line; None without a loss of either or of BASE."""
+        """Return the comparison of the best rank with a reference line; None without a loss of
+        either or of BASE.
+        """
         if self.base is None or subject not in self.lines:
             return None
-        return compare_with_reference(self.rows, self.lines[subject], self.base.nats, self.tolerance)
+        return compare_with_reference(
+            self.rows, self.lines[subject], self.base.nats, self.tolerance
+        )
 
 
 def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Swept]:
@@ -524,15 +639,29 @@ def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Sw
         records: Records of the sweep.
         settings: Settings of its run.
     """
-    seed, share, sets = settings.get("seed", 0), settings.get("tolerance", TOLERANCE), set_names(records)
+    seed, share, sets = (
+        settings.get("seed", 0),
+        settings.get("tolerance", TOLERANCE),
+        set_names(records),
+    )
     subjects: tuple[Subject, ...] = ("lora", *LINES)
     rates = {subject: best_rates(records, sets[0], seed, subject) for subject in subjects if sets}
     found = []
     for name in sets:
-        bases = (r for r in records if (r.subject, r.name, r.set) == ("base", "", name) and r.loss is not None)
+        bases = (
+            r
+            for r in records
+            if (r.subject, r.name, r.set) == ("base", "", name) and r.loss is not None
+        )
         base, rows = next(bases, None), by_rank(records, name, rates["lora"])
-        lines = {subject: row for subject in LINES for row in by_rank(records, name, rates[subject], subject)}
-        verdict = judge(rows if base is not None else (), base.nats if base is not None else 0.0, share)
+        lines = {
+            subject: row
+            for subject in LINES
+            for row in by_rank(records, name, rates[subject], subject)
+        }
+        verdict = judge(
+            rows if base is not None else (), base.nats if base is not None else 0.0, share
+        )
         found.append(Swept(name, records, rows, lines, base, verdict, share))
     return found
 
@@ -543,10 +672,14 @@ def swept_of(results: Results[Any]) -> Swept | None:
     Args:
         results: Results of ``probe sweep``.
     """
-    records = [record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"]
+    records = [
+        record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"
+    ]
     sets = main_sets(records)
     swept_sets = list_swept(records, results.run.settings)
-    return next((swept for swept in swept_sets if swept.set in sets and swept.base is not None), None)
+    return next(
+        (swept for swept in swept_sets if swept.set in sets and swept.base is not None), None
+    )
 
 
 def swept_rate(path: Path | str) -> str:
@@ -556,16 +689,21 @@ def swept_rate(path: Path | str) -> str:
         path: Results of ``probe sweep``.
 
     Raises:
-        UsageError: No rank is chosen: none has a gain, fewer than two have a loss, BASE has none, or the results are
-            of another command.
+        UsageError: No rank is chosen: none has a gain, fewer than two have a loss, BASE has none,
+            or the results are of another command.
         InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)
     swept = swept_of(results)
     chosen = None if swept is None else swept.verdict.chosen
     if chosen is None:
-        raise UsageError(f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank gains")
+        raise UsageError(
+            f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank "
+            "gains"
+        )
     settings = results.run.settings
     kind, steps = settings.get("kind", "LoRA, alpha = 2r"), settings.get("steps")
     steps_text = f", {steps} steps" if steps else ""
-    return f"{chosen.lr:g}, the best at r={chosen.rank} in {name} (fresh factors, {kind}{steps_text})"
+    return (
+        f"{chosen.lr:g}, the best at r={chosen.rank} in {name} (fresh factors, {kind}{steps_text})"
+    )

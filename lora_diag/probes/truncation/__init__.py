@@ -1,10 +1,29 @@
-"""``probe truncation``, registration and options: held-out loss of the update truncated to each rank."""
+"""``probe truncation``, registration and options: held-out loss of the update truncated to each
+rank.
+"""
 
 from collections.abc import Sequence
 from typing import Annotated
 
-from lora_diag.feature import BASE_ARGUMENT, SAVE_PROBE, TUNED_ARGUMENT, Command, Feature, Figure, Hint, Section
-from lora_diag.running.options import GRANULARITY, MATCH_NORM, RANKS, LayerProbeOptions, MissingAlpha, Option, Shifted
+from lora_diag.feature import (
+    BASE_ARGUMENT,
+    SAVE_PROBE,
+    TUNED_ARGUMENT,
+    Command,
+    Feature,
+    Figure,
+    Hint,
+    Section,
+)
+from lora_diag.running.options import (
+    GRANULARITY,
+    MATCH_NORM,
+    RANKS,
+    LayerProbeOptions,
+    MissingAlpha,
+    Option,
+    Shifted,
+)
 
 
 class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
@@ -15,7 +34,12 @@ class TruncationOptions(Shifted, LayerProbeOptions, MissingAlpha, total=False):
     per: Annotated[str, GRANULARITY]
     rest: Annotated[
         str,
-        Option("tuned", "Norms, biases, embeddings and head: as in TUNED, or BASE.", "tuned|base", ("--untruncated",)),
+        Option(
+            "tuned",
+            "Norms, biases, embeddings and head: as in TUNED, or BASE.",
+            "tuned|base",
+            ("--untruncated",),
+        ),
     ]
 
 
@@ -26,12 +50,20 @@ FEATURE = Feature(
     commands=(
         Command(
             help="Loss of the model at each rank of the update.",
-            examples=("probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o truncation.jsonl",),
+            examples=(
+                "probe truncation base/ full_ft/ --eval held_out.txt --ranks 0,4,16,64 -o "
+                "truncation.jsonl",
+            ),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
             options=(TruncationOptions,),
             shows=("json", "quiet", "verbose"),
             suggest=".show:suggest_next",
-            hints=(Hint("probe sweep {base} --data TRAIN_TEXT --eval {evaluate}", "trains at each rank"), SAVE_PROBE),
+            hints=(
+                Hint(
+                    "probe sweep {base} --data TRAIN_TEXT --eval {evaluate}", "trains at each rank"
+                ),
+                SAVE_PROBE,
+            ),
         ),
     ),
     records=("lora_diag.records.probe:Probe",),
@@ -52,7 +84,8 @@ FEATURE = Feature(
             needs="truncation",
             page=".figures:make_alone_page",
             options=("rank",),
-            made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o truncation.jsonl",
+            made_by="loradiag probe truncation BASE TUNED --eval FILE --granularity type -o "
+            "truncation.jsonl",
         ),
     ),
 )

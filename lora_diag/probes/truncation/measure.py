@@ -1,7 +1,8 @@
-"""``probe truncation``: measure the loss of W_0 + ΔW_r for each rank r, the cost of truncating an update.
+"""``probe truncation``: measure the loss of W_0 + ΔW_r for each rank r, the cost of truncating an
+update.
 
-Nothing is trained. A sufficient rank is sufficient to compress this update; the result of training at that rank is
-measured by ``probe sweep``.
+Nothing is trained. A sufficient rank is sufficient to compress this update; the result of training
+at that rank is measured by ``probe sweep``.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ class Cell:
     @property
     def fields(self) -> dict[str, Any]:
         """Fields that identify the records of the configuration."""
-        return {name: getattr(self, name) for name in ("subject", "rank", "layer", "module_type", "match_norm")}
+        return {
+            name: getattr(self, name)
+            for name in ("subject", "rank", "layer", "module_type", "match_norm")
+        }
 
     @property
     def label(self) -> str:
@@ -75,10 +79,15 @@ def cells_of(
     cells: list[Cell] = []
     groups: dict[str, list[str]] = {}
     for layer in chosen:
-        groups.setdefault({"all": "", "layer": layer, "type": module_type_of(layer)}[per], []).append(layer)
+        groups.setdefault(
+            {"all": "", "layer": layer, "type": module_type_of(layer)}[per], []
+        ).append(layer)
     for name, layers in groups.items():
         largest = max(min(chosen[layer]) for layer in layers)
-        alone = {"layer": name if per == "layer" else None, "module_type": name if per == "type" else None}
+        alone = {
+            "layer": name if per == "layer" else None,
+            "module_type": name if per == "type" else None,
+        }
         lengths = (False, True) if match_norm else (False,)
         cells += [
             Cell("truncated", rank, tuple(layers), match_norm=matched, **alone)
@@ -117,11 +126,20 @@ def measure_truncations(
 
     def measure_cell(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
         swapped.arrange(ranks, others, cell.match_norm)
-        return {text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label)) for text_set in texts}
+        return {
+            text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label))
+            for text_set in texts
+        }
 
-    def records_of(cell: Cell, by_set: Mapping[str, Losses], energy: float | None = None) -> Iterator[Probe]:
+    def records_of(
+        cell: Cell, by_set: Mapping[str, Losses], energy: float | None = None
+    ) -> Iterator[Probe]:
         for text_set in texts:
-            losses, base, tuned = by_set[text_set.name], bases[text_set.name], fine_tuned[text_set.name]
+            losses, base, tuned = (
+                by_set[text_set.name],
+                bases[text_set.name],
+                fine_tuned[text_set.name],
+            )
             gap, error = losses.minus(tuned)
             change = base.mean - tuned.mean
             yield Probe(
@@ -129,7 +147,11 @@ def measure_truncations(
                 **losses.on(text_set),
                 **cell.fields,
                 sequences=len(losses.sums),
-                **(losses.by_sequence(is_base=cell is BASE) if any(one.match_norm for one in cells) else {}),
+                **(
+                    losses.by_sequence(is_base=cell is BASE)
+                    if any(one.match_norm for one in cells)
+                    else {}
+                ),
                 loss=losses.mean,
                 gap=gap,
                 gap_error=error,
@@ -148,10 +170,14 @@ def measure_truncations(
 
 
 @show_options
-def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[TruncationOptions]) -> Results[Any]:
-    r"""Measure the loss of W_0 + ΔW_r for each rank r, ΔW_r the best rank-r approximation of ΔW (Eckart–Young).
+def probe_truncation(
+    base: Path | str, tuned: Path | str, **options: Unpack[TruncationOptions]
+) -> Results[Any]:
+    r"""Measure the loss of W_0 + ΔW_r for each rank r, ΔW_r the best rank-r approximation of ΔW
+    (Eckart–Young).
 
-    Weights are swapped in place; nothing is trained. Norms, biases, embeddings and head are not truncated.
+    Weights are swapped in place; nothing is trained. Norms, biases, embeddings and head are not
+    truncated.
 
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
@@ -159,30 +185,34 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         evaluate: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution.
         ranks: Ranks r; 0 restores the truncated layers of ``base``.
-        match_norm: Also measure (‖ΔW‖/‖ΔW_r‖)·ΔW_r in every layer: its distance from ΔW_r is the loss of length, the
-            rest of the gap to TUNED the loss of direction.
-        per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the others as in
-            TUNED.
-        rest: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the matrices only.
+        match_norm: Also measure (‖ΔW‖/‖ΔW_r‖)·ΔW_r in every layer: its distance from ΔW_r is the
+            loss of length, the rest of the gap to TUNED the loss of direction.
+        per: ``all`` layers truncated together; or each ``layer`` or module ``type`` alone, the
+            others as in TUNED.
+        rest: Source of the other tensors: ``tuned``, or ``base``, as with an adapter on the
+            matrices only.
         **options: ``TruncationOptions``.
 
     Returns:
         The records are in ``whole``: the losses of BASE, TUNED and every truncation, on each set.
 
     Raises:
-        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor resumed, or the
-            extra ``train``, or ``datasets`` for a data set, is not installed.
-        InputError: An input cannot be read or the output written, transformers cannot open BASE, or ΔW of a layer or a
-            loss is not finite.
+        UsageError: An option is invalid, BASE is an adapter, the output can be neither replaced nor
+            resumed, or the extra ``train``, or ``datasets`` for a data set, is not installed.
+        InputError: An input cannot be read or the output written, transformers cannot open BASE, or
+            ΔW of a layer or a loss is not finite.
         NothingComparedError: The checkpoints have no weight in common, or no matrix is selected.
 
     Reference:
         Eckart and Young 1936, "The approximation of one matrix by another of lower rank".
 
     Example:
-        >>> found = probe_truncation("sample_checkpoints/base",  # doctest: +SKIP
-        ...     "sample_checkpoints/full_ft", ranks=[4, 16],
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"])
+        >>> found = probe_truncation(
+        ...     "sample_checkpoints/base",  # doctest: +SKIP
+        ...     "sample_checkpoints/full_ft",
+        ...     ranks=[4, 16],
+        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ... )
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
@@ -204,7 +234,9 @@ def probe_truncation(base: Path | str, tuned: Path | str, **options: Unpack[Trun
         run.watch.total = (len(todo) + 2) * run.batches(texts)
         svds = f", and the SVD of {quantity(len(chosen))}"
         run.estimate(texts[0], f"{len(todo) + 2} losses on {quantity(len(texts), 'set')}", svds)
-        for record in measure_truncations(model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch):
+        for record in measure_truncations(
+            model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch
+        ):
             run_records.put(record)
         return left_out(compared.pairing, swapped.absent)
 

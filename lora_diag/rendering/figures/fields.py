@@ -1,4 +1,6 @@
-"""Numeric fields of records by dotted name with their axis titles, and groups of layers by module type and depth."""
+"""Numeric fields of records by dotted name with their axis titles, and groups of layers by module
+type and depth.
+"""
 
 from __future__ import annotations
 
@@ -18,39 +20,57 @@ _OF_ENERGY = ("energy.", "rank_at.", "tail.", "effective_rank")
 
 
 def changes_of(records: Iterable[LayerRecord]) -> str:
-    """Return the symbol of what records measure: ``ΔW``, in another metric as ``ΔW·C^½``; of several, all joined."""
+    """Return the symbol of what records measure: ``ΔW``, in another metric as ``ΔW·C^½``; of
+    several, all joined.
+    """
     return " and ".join(NORMS[metric][0].strip("‖") for metric in metrics_of(records)) or "ΔW"
 
 
 def metric_suffix(records: Iterable[LayerRecord]) -> str:
-    """Return a suffix that names the metric if all spectra among records have one, but not the weights'; else empty."""
+    """Return a suffix that names the metric if all spectra among records have one, but not the
+    weights'; else empty.
+    """
     metrics = metrics_of(records)
-    return f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
+    return (
+        f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
+    )
 
 
 def count_matrices(records: Iterable[LayerRecord]) -> str:
-    """Return the number of distinct layers, such as ``12 matrices`` or ``12 matrices and 9 vectors``."""
+    """Return the number of distinct layers, such as ``12 matrices`` or
+    ``12 matrices and 9 vectors``.
+    """
     vectors = {record.layer: len(getattr(record, "shape", (0, 0))) == 1 for record in records}
     matrices, other = len(vectors) - sum(vectors.values()), sum(vectors.values())
     return (
-        " and ".join(quantity(*item) for item in ((matrices, "matrix"), (other, "vector")) if item[0]) or "0 matrices"
+        " and ".join(
+            quantity(*item) for item in ((matrices, "matrix"), (other, "vector")) if item[0]
+        )
+        or "0 matrices"
     )
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     """Return the axis title of a field, in the metric of the records."""
     records = tuple(records)
-    title, norms_text = title_of(field, type(records[0]) if records else LayerRecord), changes_of(records)
+    title, norms_text = (
+        title_of(field, type(records[0]) if records else LayerRecord),
+        changes_of(records),
+    )
     if norms_text == "ΔW":
         return title
     if "ΔW" in title or "W_base" in title:
         norms = norms_text.split(" and ")
-        return " and ".join(title.replace("ΔW", norm).replace("W_base", norm.replace("ΔW", "W_base")) for norm in norms)
+        return " and ".join(
+            title.replace("ΔW", norm).replace("W_base", norm.replace("ΔW", "W_base"))
+            for norm in norms
+        )
     return f"{title} of {norms_text}" if field.startswith(_OF_ENERGY) else title
 
 
 def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
-    """Return the axis title of a field: that of an energy, rank or tail, else the kind's declared title, else its name.
+    """Return the axis title of a field: that of an energy, rank or tail, else the kind's declared
+    title, else its name.
 
     >>> title_of("energy.8"), title_of("rank_at.0.9"), title_of("tail.8.fro"), title_of("other")
     ('energy fraction C(8)', 'rank at 90% of the energy', 'tail of rank 8: √Σᵢ﹥ᵣσᵢ²', 'other')
@@ -64,7 +84,9 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
         return f"rank of the sum over ranks of the updates, at {_format_percent(path)}"
     if head == "tail" and path.endswith(".fro"):
         return f"tail of rank {path.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
-    return next((column.axis or column.title for column in kind.shown if column.path == field), field)
+    return next(
+        (column.axis or column.title for column in kind.shown if column.path == field), field
+    )
 
 
 def _format_percent(share: str) -> str:
@@ -95,7 +117,9 @@ def numbers_of(records: Iterable[Record]) -> list[str]:
         content = {key: getattr(record, key) for key in type(record).model_fields}
         names.update(dict.fromkeys(_iterate_numbers(content, "")))
         if isinstance(record, LayerRecord):
-            properties = [key for key, member in vars(type(record)).items() if isinstance(member, property)]
+            properties = [
+                key for key, member in vars(type(record)).items() if isinstance(member, property)
+            ]
             names.update((key, None) for key in properties if value_of(record, key) is not None)
     return list(names)
 
@@ -112,7 +136,8 @@ def _iterate_numbers(content: Any, prefix: str) -> Iterable[str]:
 
 
 def format_cell(value: float) -> str:
-    """Return a number for a heat map: whole ones without decimals, others with two, fewer from 10 on, or an exponent.
+    """Return a number for a heat map: whole ones without decimals, others with two, fewer from 10
+    on, or an exponent.
 
     >>> format_cell(0.4123), format_cell(12.0), format_cell(1234.5), format_cell(2.6e-5)
     ('0.41', '12', '1234', '3e-05')
@@ -121,14 +146,21 @@ def format_cell(value: float) -> str:
         return f"{value:.0f}"
     if abs(value) >= 1e6 or abs(value) < 1e-2:
         return f"{value:.0e}"
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    return (
+        f"{value:.0f}"
+        if abs(value) >= 100
+        else f"{value:.1f}"
+        if abs(value) >= 10
+        else f"{value:.2f}"
+    )
 
 
 R = TypeVar("R", bound=LayerRecord)
 
 
 class Types:
-    """Module types of layers by tower, in the usual order; a type of several towers is prefixed with its tower.
+    """Module types of layers by tower, in the usual order; a type of several towers is prefixed
+    with its tower.
 
     Args:
         layers: Names of the weights.
@@ -137,7 +169,9 @@ class Types:
         names: The types, each once.
 
     Example:
-        >>> types = Types(["encoder.block.0.q.weight", "decoder.block.0.q.weight", "lm_head.weight"])
+        >>> types = Types(
+        ...     ["encoder.block.0.q.weight", "decoder.block.0.q.weight", "lm_head.weight"]
+        ... )
         >>> types.names
         ('encoder: q', 'decoder: q', 'lm_head')
         >>> types.of("decoder.block.0.q.weight")
@@ -158,7 +192,11 @@ class Types:
             {tower for of_type in towers_by_type.values() if len(of_type) > 1 for tower in of_type}
         )
         ordered = sorted(
-            layers, key=lambda layer: (tower_order.get(tower_of(layer), len(tower_order)), type_order(layer))
+            layers,
+            key=lambda layer: (
+                tower_order.get(tower_of(layer), len(tower_order)),
+                type_order(layer),
+            ),
         )
         self._type_names: dict[str, str] = {}
         for layer in ordered:
@@ -171,7 +209,8 @@ class Types:
         return self._type_names[layer]
 
     def pool(self, own: Iterable[str]) -> dict[str, str]:
-        """Return the name of each type where not all can be shown: types that are not in ``own`` share one.
+        """Return the name of each type where not all can be shown: types that are not in ``own``
+        share one.
 
         A single type besides them keeps its name.
         """
@@ -182,9 +221,13 @@ class Types:
 
 
 def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Return the first part of each tower's name that differs; the whole names if such parts are equal or missing."""
+    """Return the first part of each tower's name that differs; the whole names if such parts are
+    equal or missing.
+    """
     shared = 0
-    while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(len(t) > shared for t in towers):
+    while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(
+        len(t) > shared for t in towers
+    ):
         shared += 1
     labels = {tower: ".".join(tower[shared : shared + 1]) for tower in towers}
     if len(set(labels.values())) < len(labels) or "" in labels.values():
@@ -193,11 +236,16 @@ def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, 
 
 
 def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
-    """Return the records by block, in ascending order; those outside the blocks, by None, come last."""
+    """Return the records by block, in ascending order; those outside the blocks, by None, come
+    last.
+    """
     by_block: dict[int | None, list[R]] = {}
     for record in records:
         by_block.setdefault(depth_of(record.layer), []).append(record)
-    return {depth: tuple(by_block[depth]) for depth in sorted(by_block, key=lambda d: (d is None, d or 0))}
+    return {
+        depth: tuple(by_block[depth])
+        for depth in sorted(by_block, key=lambda d: (d is None, d or 0))
+    }
 
 
 def deepest(layers: Iterable[str]) -> int:

@@ -1,7 +1,9 @@
-"""Pages of figures: panels with title, legend and caption, laid out in one place; and single panels on a user's axes.
+"""Pages of figures: panels with title, legend and caption, laid out in one place; and single panels
+on a user's axes.
 
-A feature makes a ``Page`` of its records: what its panels draw, and the text around them. ``make_figure`` draws it.
-Matplotlib's constrained layout places everything; the title is that of the legend.
+A feature makes a ``Page`` of its records: what its panels draw, and the text around them.
+``make_figure`` draws it. Matplotlib's constrained layout places everything; the title is that of
+the legend.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class Panel:
         draw: Draws it.
         xlabel: Label of its x axis; of small multiples, drawn at the bottom.
         ylabel: Label of its y axis; of small multiples, drawn at the left.
-        height: Its height in inches, with its labels; 0 for ``PageStyle.panel``, or 1.9 times that without ``share``.
+        height: Its height in inches, with its labels; 0 for ``PageStyle.panel``, or 1.9 times that
+            without ``share``.
         indent: Length of the labels left of its axes, in characters.
         name: What selects it for a user's own axes, such as an evaluation set.
     """
@@ -116,7 +119,10 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
     """Return the number of panels side by side; on the page of a column, only small multiples are.
 
     >>> from lora_diag.rendering.figures.style import COLUMN, SLIDE
-    >>> [choose_columns(count, SLIDE, share=True) for count in (1, 7, 9)], choose_columns(9, COLUMN, share=True)
+    >>> (
+    ...     [choose_columns(count, SLIDE, share=True) for count in (1, 7, 9)],
+    ...     choose_columns(9, COLUMN, share=True),
+    ... )
     ([1, 4, 5], 3)
     >>> [choose_columns(count, SLIDE) for count in (2, 4, 5)], choose_columns(4, COLUMN)
     ([2, 2, 3], 1)
@@ -125,22 +131,35 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
         return 1 if style.columns < 3 else min(count, 2 if count in {2, 4} else 3)
     if count <= style.columns:
         return max(count, 1)
-    return min((style.columns, style.columns + 1), key=lambda columns: -count % columns)  # with few empty places
+    return min(
+        (style.columns, style.columns + 1), key=lambda columns: -count % columns
+    )  # with few empty places
 
 
 def make_figure(page: Page, style: PageStyle) -> Figure:
-    """Return the figure of a page; taller than its style if panels need it, lower only if the page may be (``low``)."""
+    """Return the figure of a page; taller than its style if panels need it, lower only if the page
+    may be (``low``).
+    """
     count, panels = len(page.panels), list(page.panels)
     columns = page.columns or choose_columns(count, style, page.share)
     width, default = style.width / columns, (1.0 if page.share else 1.9) * style.panel
     heights = [
-        max(panel.height or default for panel in panels[start : start + columns]) for start in range(0, count, columns)
+        max(panel.height or default for panel in panels[start : start + columns])
+        for start in range(0, count, columns)
     ]
-    figure = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white")
-    axes = figure.subplots(
-        len(heights), columns, sharex=page.share, sharey=page.share, squeeze=False, height_ratios=heights
+    figure = Figure(
+        (style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white"
     )
-    # Left of the axes, which have one place on all panels of a column; of small multiples, on the page.
+    axes = figure.subplots(
+        len(heights),
+        columns,
+        sharex=page.share,
+        sharey=page.share,
+        squeeze=False,
+        height_ratios=heights,
+    )
+    # Left of the axes, which have one place on all panels of a column; of small multiples, on the
+    # page.
     labels = max(panel.indent for panel in panels)
     left = 0.6 * max(labels - 6, 0) * style.ticks / 72
     scale_width = 0.12 * width if page.scale is not None else 0.0
@@ -149,7 +168,10 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
     for number, (panel, ax) in enumerate(zip(panels, axes.flat, strict=False)):
         panel.draw(ax, style)
         room = width - (labels + 1) * 0.6 * style.text / 72
-        ax.set_title(titles[panel.title] if page.share else wrap_text(panel.title, room, style.text), parse_math=False)
+        ax.set_title(
+            titles[panel.title] if page.share else wrap_text(panel.title, room, style.text),
+            parse_math=False,
+        )
         if not page.share or number + columns >= count:
             ax.set_xlabel(wrap_text(panel.xlabel or ax.get_xlabel(), room, style.text))
         if not page.share or number % columns == 0:
@@ -160,7 +182,9 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
         ax.remove()
     keys = collect_keys(figure.axes) if page.keys is None else page.keys
     if page.scale is not None:
-        add_scale(figure, figure.axes, page.scale, page.scale_label, sum(heights) / (0.02 * style.width))
+        add_scale(
+            figure, figure.axes, page.scale, page.scale_label, sum(heights) / (0.02 * style.width)
+        )
     height = sum(heights) + _add_text(figure, page, keys, style)
     figure.set_figheight(max(0.0 if page.low else style.height, height))
     return figure
@@ -168,12 +192,18 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
 
 def collect_keys(axes: Iterable[Axes]) -> list[Key]:
     """Return a legend entry for each label of what is drawn, in the order of drawing."""
-    drawn = [(label, handle) for ax in axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)]
+    drawn = [
+        (label, handle)
+        for ax in axes
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    ]
     first = dict(reversed(drawn))
     return [Key(first[label], label) for label in dict.fromkeys(label for label, _ in drawn)]
 
 
-def add_scale(figure: Any, axes: Sequence[Axes], scale: ScalarMappable, label: str, aspect: float = 20.0) -> None:
+def add_scale(
+    figure: Any, axes: Sequence[Axes], scale: ScalarMappable, label: str, aspect: float = 20.0
+) -> None:
     """Add a colour scale at the side of panels."""
     bar = figure.colorbar(scale, ax=list(axes), fraction=0.04, aspect=aspect, pad=0.015)
     bar.set_label(label, parse_math=False)
@@ -186,11 +216,15 @@ def add_scale(figure: Any, axes: Sequence[Axes], scale: ScalarMappable, label: s
 
 
 def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle) -> float:
-    """Add title and legend above the panels and the caption below, and return about their height in inches."""
+    """Add title and legend above the panels and the caption below, and return about their height in
+    inches.
+    """
     title = "" if style.plain else wrap_text(page.title, style.width, 1.12 * style.title)
     sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
     caption = "" if style.plain else wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
-    labels = [wrap_text(key.label, style.width - 4 * style.ticks / 72, 1.08 * style.ticks) for key in keys]
+    labels = [
+        wrap_text(key.label, style.width - 4 * style.ticks / 72, 1.08 * style.ticks) for key in keys
+    ]
     columns = _count_legend_columns(labels, fit_chars(style.width, 0.95 * style.ticks))
     if title or keys:
         legend = figure.legend(
@@ -207,14 +241,23 @@ def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle)
         for text in (legend.get_title(), *legend.get_texts()):
             text.set_parse_math(False)
     if caption:
-        figure.supxlabel(caption, x=0.01, ha="left", size=style.ticks, color=QUIET, parse_math=False)
-    lines = math.ceil(len(keys) / columns) * max([label.count("\n") + 1 for label in labels], default=0)
-    sizes = 1.3 * style.title * (title.count("\n") + 2), 1.5 * style.ticks * (lines + caption.count("\n") + 1.5)
+        figure.supxlabel(
+            caption, x=0.01, ha="left", size=style.ticks, color=QUIET, parse_math=False
+        )
+    lines = math.ceil(len(keys) / columns) * max(
+        [label.count("\n") + 1 for label in labels], default=0
+    )
+    sizes = (
+        1.3 * style.title * (title.count("\n") + 2),
+        1.5 * style.ticks * (lines + caption.count("\n") + 1.5),
+    )
     return sum(sizes) / 72
 
 
 def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
-    """Return the largest number of columns in which a legend fits into a number of characters; at least 1."""
+    """Return the largest number of columns in which a legend fits into a number of characters; at
+    least 1.
+    """
     for columns in range(len(labels), 1, -1):
         # Matplotlib fills columns from top to bottom, the first ones with one more entry.
         parts = np.array_split([max(map(len, label.split("\n"))) + 6 for label in labels], columns)
@@ -226,9 +269,9 @@ def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
 def freeze_layout(figure: Figure) -> Figure:
     """Compute the layout and fix it; return the same figure.
 
-    The solver's result differs in the last bits between runs (it orders by address), which would change the bytes of an
-    SVG, whose clip paths are named by a hash of their bounds. Positions are therefore rounded to a millionth of the
-    page.
+    The solver's result differs in the last bits between runs (it orders by address), which would
+    change the bytes of an SVG, whose clip paths are named by a hash of their bounds. Positions are
+    therefore rounded to a millionth of the page.
     """
     if (engine := figure.get_layout_engine()) is not None:
         engine.execute(figure)
@@ -247,42 +290,55 @@ def draw_panel(
     name: str | None = None,
     options: Options | None = None,
 ) -> Axes:
-    """Draw one panel of a page on a user's own axes, whose fonts are kept, or on those of a new figure.
+    """Draw one panel of a page on a user's own axes, whose fonts are kept, or on those of a new
+    figure.
 
     Args:
         make_page: Makes the page of some series.
         results: Results of a run, or its records.
         kind: Kind of the records drawn; empty for all.
         ax: Axes to draw on; None for those of a new figure.
-        name: Name of the panel; default the first. Not used by a page with a panel for this purpose (``whole``).
+        name: Name of the panel; default the first. Not used by a page with a panel for this purpose
+            (``whole``).
         options: Options of the figure.
 
     Returns:
         The Axes drawn on.
 
     Raises:
-        UsageError: No record is of the kind, the records cannot be drawn, or there is no panel of this name.
+        UsageError: No record is of the kind, the records cannot be drawn, or there is no panel of
+            this name.
     """
     style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
     with apply_style(PANEL if ax is None else None):
         if ax is None:
-            ax = Figure((style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white").subplots()
+            ax = Figure(
+                (style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white"
+            ).subplots()
         series = single_series(results, kind)
         if not series.records:
             raise UsageError(f"no {kind or 'such'} records to draw; give results that have some")
         page = make_page((series,), style, options or Options())
-        panel = page.whole or next((panel for panel in page.panels if name in {None, panel.name}), None)
+        panel = page.whole or next(
+            (panel for panel in page.panels if name in {None, panel.name}), None
+        )
         if panel is None:
-            raise UsageError(f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}")
+            raise UsageError(
+                f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}"
+            )
         panel.draw(ax, style)
-        ax.set_title(wrap_text(panel.title, 0.8 * style.width, style.text), loc="left", parse_math=False)
+        ax.set_title(
+            wrap_text(panel.title, 0.8 * style.width, style.text), loc="left", parse_math=False
+        )
         ax.tick_params(labelbottom=True)
         ax.set(xlabel=panel.xlabel or ax.get_xlabel(), ylabel=panel.ylabel or ax.get_ylabel())
         if page.scale is not None:
             add_scale(ax.figure, [ax], page.scale, page.scale_label or page.title)
         if keys := collect_keys([ax]) if page.keys is None else page.keys:
             labels = [key.label for key in keys]
-            for text in ax.legend([key.handle for key in keys], labels, fontsize="small").get_texts():
+            for text in ax.legend(
+                [key.handle for key in keys], labels, fontsize="small"
+            ).get_texts():
                 text.set_parse_math(False)
     return ax
 
@@ -337,7 +393,9 @@ def make_rows_panel(
     for row in rows:
         best[row.name] = max(row.value, best.get(row.name, row.value))
     highest = sorted(best, key=lambda name: -best[name])[:ROWS]
-    names = [name for name in dict.fromkeys([*(row.name for row in order), *highest]) if name in highest]
+    names = [
+        name for name in dict.fromkeys([*(row.name for row in order), *highest]) if name in highest
+    ]
     shown = [row for name in names for row in rows if row.name == name]
     short = crop_names(names, fit_chars(NAMES * style.width / columns, style.ticks))
 
@@ -346,10 +404,18 @@ def make_rows_panel(
         colors = list(dict.fromkeys(row.color for row in shown))
         for row in shown:
             shared = len(names) < len(shown)
-            offset = _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
-            bar: dict[str, Any] = {"color": row.color, "ms": 4 * style.line, "elinewidth": 1.4 * style.line}
+            offset = (
+                _SPREAD * ((colors.index(row.color) + 0.5) / len(colors) - 0.5) if shared else 0.0
+            )
+            bar: dict[str, Any] = {
+                "color": row.color,
+                "ms": 4 * style.line,
+                "elinewidth": 1.4 * style.line,
+            }
             place = row.value, names.index(row.name) + offset
-            ax.errorbar(*place, xerr=row.error or 0.0, ls="", marker="o", label=f"_{row.name}", **bar)
+            ax.errorbar(
+                *place, xerr=row.error or 0.0, ls="", marker="o", label=f"_{row.name}", **bar
+            )
         ax.set_ylim(len(names) - 0.4, -0.6)
         ax.set_yticks(range(len(names)), [short[name] for name in names], parse_math=False)
         ax.tick_params(axis="y", length=0)
@@ -367,7 +433,9 @@ def run_keys(series: Sequence[Series[Any]], **line_style: Any) -> list[Key]:
     """Return the legend of the colours of several runs; empty for a single run."""
     if len(series) == 1:
         return []
-    return [key(item.label, color=category(number), **line_style) for number, item in enumerate(series)]
+    return [
+        key(item.label, color=category(number), **line_style) for number, item in enumerate(series)
+    ]
 
 
 def make_rows_page(
@@ -396,7 +464,11 @@ def make_rows_page(
         ordered: Whether all panels have the order of the first.
     """
     rows_by_set = {
-        name: [row for number, item in enumerate(series) for row in rows_of(item, name, category(number))]
+        name: [
+            row
+            for number, item in enumerate(series)
+            for row in rows_of(item, name, category(number))
+        ]
         for name in sets
     }
     rows_by_set = {name: rows for name, rows in rows_by_set.items() if rows}
@@ -404,7 +476,9 @@ def make_rows_page(
     first = next(iter(rows_by_set.values()), [])
     order = sorted(first, key=lambda row: -row.value) if ordered else ()
     panels = [
-        make_rows_panel(sets[name], rows, style, xlabel=xlabel, columns=columns, order=order, name=name)
+        make_rows_panel(
+            sets[name], rows, style, xlabel=xlabel, columns=columns, order=order, name=name
+        )
         for name, rows in rows_by_set.items()
     ]
     most = max((len({row.name for row in rows}) for rows in rows_by_set.values()), default=0)

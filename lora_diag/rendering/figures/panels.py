@@ -1,4 +1,6 @@
-"""Elements of panels: axes, named levels, and module types in slots, with blocks from left to right."""
+"""Elements of panels: axes, named levels, and module types in slots, with blocks from left to
+right.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from numpy.typing import NDArray
 from lora_diag.records import LayerRecord
 from lora_diag.rendering.figures.fields import Types, by_depth
 from lora_diag.rendering.figures.pages import MAX_PANELS, Panel
-from lora_diag.rendering.figures.style import DASHED, INK, PageStyle, crop_names, fit_chars, log_label, name_of
+from lora_diag.rendering.figures.style import (
+    DASHED,
+    INK,
+    PageStyle,
+    crop_names,
+    fit_chars,
+    log_label,
+    name_of,
+)
 
 R = TypeVar("R", bound=LayerRecord)
 
@@ -52,7 +62,8 @@ class Slot(Generic[R]):
 
 
 def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...]]:
-    """Return, for each run, a slot for each module type that it has; beyond ``MAX_PANELS`` types, the rest share one.
+    """Return, for each run, a slot for each module type that it has; beyond ``MAX_PANELS`` types,
+    the rest share one.
 
     Args:
         runs: The records of each run, one per layer.
@@ -75,15 +86,25 @@ def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...
     return slots
 
 
-def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle) -> list[Panel]:
-    """Return panels with a common x axis, the slots of all runs, whose names are below the last panel."""
+def stack_panels(
+    panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], style: PageStyle
+) -> list[Panel]:
+    """Return panels with a common x axis, the slots of all runs, whose names are below the last
+    panel.
+    """
     slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
     short = crop_names([slot.name for slot in slots], LONGEST)
     places = [round(float(slot.edges.mean())) for slot in slots]
     room = 0.85 * style.width / (max(places) - min(places) + 1)
     longest = max(map(len, short.values()))
     # Names are turned if they do not fit side by side.
-    angle = 0 if longest < fit_chars(room, style.ticks) else 45 if room > 1.75 * style.ticks / 72 else 90
+    angle = (
+        0
+        if longest < fit_chars(room, style.ticks)
+        else 45
+        if room > 1.75 * style.ticks / 72
+        else 90
+    )
 
     def draw(ax: Axes, style: PageStyle, panel: Panel) -> None:
         panel.draw(ax, style)
@@ -94,11 +115,17 @@ def stack_panels(panels: Sequence[Panel], runs: Iterable[Sequence[Slot[Any]]], s
         ax.tick_params(axis="x", length=0, labelbottom=panel is panels[-1])
 
     below = (longest * 0.6 * {0: 0, 45: 0.71, 90: 1}[angle] + 1.4) * style.ticks / 72 / len(panels)
-    return [replace(panel, draw=partial(draw, panel=panel), height=panel.height + below) for panel in panels]
+    return [
+        replace(panel, draw=partial(draw, panel=panel), height=panel.height + below)
+        for panel in panels
+    ]
 
 
 def draw_bars(
-    ax: Axes, slots: Sequence[Slot[R]], height_of: Callable[[Sequence[R]], float | None], **line_style: Any
+    ax: Axes,
+    slots: Sequence[Slot[R]],
+    height_of: Callable[[Sequence[R]], float | None],
+    **line_style: Any,
 ) -> None:
     """Draw a value of each bar, by default as a line; nothing for a slot without values."""
     for slot in slots:
@@ -126,7 +153,9 @@ def sets_of(records: Iterable[Any]) -> dict[str, str]:
     return labels
 
 
-def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
+def label_ticks(
+    ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str
+) -> None:
     """Label the x axis where labels do not overlap.
 
     Args:
@@ -150,7 +179,9 @@ def label_ticks(ax: Axes, ticks: Iterable[int], style: PageStyle, label: Callabl
 
 
 def set_rank_axis(ax: Axes, largest: int, style: PageStyle) -> None:
-    """Set up a logarithmic x axis for ranks: dotted lines at ``MARKED``, labels there and at the ends if they fit."""
+    """Set up a logarithmic x axis for ranks: dotted lines at ``MARKED``, labels there and at the
+    ends if they fit.
+    """
     ax.set_xscale("log")
     ax.set_xlim(0.92, max(largest * 1.08, 2))
     marked = [rank for rank in MARKED if rank <= largest]
@@ -159,8 +190,12 @@ def set_rank_axis(ax: Axes, largest: int, style: PageStyle) -> None:
     label_ticks(ax, (1, *marked, largest), style)
 
 
-def set_measured_rank_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str) -> None:
-    """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they fit."""
+def set_measured_rank_axis(
+    ax: Axes, ranks: Iterable[int], style: PageStyle, label: Callable[[int], str] = str
+) -> None:
+    """Set up the x axis for ranks, logarithmic from 1, with labels at measured ranks as far as they
+    fit.
+    """
     measured = sorted(set(ranks)) or [1]
     ax.set_xscale("symlog", base=2, linthresh=1, linscale=1)
     first, last = measured[0], measured[-1]
@@ -169,7 +204,9 @@ def set_measured_rank_axis(ax: Axes, ranks: Iterable[int], style: PageStyle, lab
 
 
 def set_params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None:
-    """Set up the x axis for numbers of trained parameters, logarithmic, up to ``above`` times the largest."""
+    """Set up the x axis for numbers of trained parameters, logarithmic, up to ``above`` times the
+    largest.
+    """
     ax.set_xscale("log")
     ax.set_xlim(min(params) / 1.8, max(params) * above)
     ax.xaxis.set_major_locator(LogLocator(numticks=8))
@@ -178,7 +215,12 @@ def set_params_axis(ax: Axes, params: Sequence[int], above: float = 1.8) -> None
 
 
 def draw_seeds(
-    ax: Axes, points: Iterable[tuple[float, float]], style: PageStyle, color: str, label: str, marker: str = "o"
+    ax: Axes,
+    points: Iterable[tuple[float, float]],
+    style: PageStyle,
+    color: str,
+    label: str,
+    marker: str = "o",
 ) -> None:
     """Draw one small dot per training run."""
     small: dict[str, Any] = {"ls": "", "ms": 2.6 * style.line, "mew": 0, "alpha": 0.55}
@@ -186,7 +228,8 @@ def draw_seeds(
 
 
 def draw_levels(ax: Axes, levels: Iterable[tuple[str, float, str]], style: PageStyle) -> None:
-    """Draw horizontal lines, each with its name right of the panel; one beyond the axis is named at its end.
+    """Draw horizontal lines, each with its name right of the panel; one beyond the axis is named at
+    its end.
 
     Args:
         ax: Axes with limits set.
@@ -199,7 +242,9 @@ def draw_levels(ax: Axes, levels: Iterable[tuple[str, float, str]], style: PageS
     for text, value, color in sorted(levels, key=lambda level: level[1]):
         place = min(max(value, low), high)
         if place == value:
-            ax.axhline(value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}")
+            ax.axhline(
+                value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}"
+            )
         # Levels close to each other share a label.
         near = next((other for other in places if place - other < 0.1 * (high - low)), place)
         places.setdefault(near, []).append((text + ("" if place == value else ends[place]), color))
@@ -231,13 +276,18 @@ def set_fraction_ticks(*axes: Axis) -> None:
 
 
 def axis_limits(values: Iterable[float], base: float | None = None) -> tuple[float, float]:
-    """Return the limits of a loss axis: the range of values, extended by a tenth of it on both sides.
+    """Return the limits of a loss axis: the range of values, extended by a tenth of it on both
+    sides.
 
-    With the loss of BASE, losses of diverged runs are outside: they are farther above BASE than the best loss is below
-    it, and above the best loss more than six times as far as the median. BASE is outside if it is more than ``FAR``
-    times as far from the losses as they are from each other.
+    With the loss of BASE, losses of diverged runs are outside: they are farther above BASE than the
+    best loss is below it, and above the best loss more than six times as far as the median. BASE is
+    outside if it is more than ``FAR`` times as far from the losses as they are from each other.
 
-    >>> axis_limits([1.0, 2.0]), axis_limits([1.0, 2.0, 90.0], base=2.0), axis_limits([1.0, 2.0], base=90.0)
+    >>> (
+    ...     axis_limits([1.0, 2.0]),
+    ...     axis_limits([1.0, 2.0, 90.0], base=2.0),
+    ...     axis_limits([1.0, 2.0], base=90.0),
+    ... )
     ((0.9, 2.1), (0.9, 2.1), (0.9, 2.1))
     """
     values = list(values)

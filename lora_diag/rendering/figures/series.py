@@ -1,4 +1,6 @@
-"""The compared series of a figure, their short, distinct labels for legends and titles, and the figure's options."""
+"""The compared series of a figure, their short, distinct labels for legends and titles, and the
+figure's options.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,8 @@ from lora_diag.records.names import short_names as plain_names
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.figures.style import name_of
 
-# Groups of roles of the inputs that label a run: the first group that is present. Texts, activations and gradients are
-# only means of measurement.
+# Groups of roles of the inputs that label a run: the first group that is present. Texts,
+# activations and gradients are only means of measurement.
 _MEASURED = (("tuned", "adapter", "reference"), ("weights",), ("base",))
 # Larger numbers of updates are counted instead of named.
 _NAMED = 3
@@ -30,7 +32,8 @@ def short_names(paths: Iterable[str]) -> dict[str, str]:
 
 
 def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: bool = True) -> str:
-    """Return the label of a run's inputs, such as ``base → full_ft`` or ``sql + chat``; without inputs, its command.
+    """Return the label of a run's inputs, such as ``base → full_ft`` or ``sql + chat``; without
+    inputs, its command.
 
     Args:
         run: The run.
@@ -38,15 +41,21 @@ def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: boo
         with_base: Whether to name a BASE besides other measured inputs.
     """
     short = short or (lambda path: short_names([path])[path])
-    roles = next((roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ())
+    roles = next(
+        (roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ()
+    )
     paths = [side.path for side in run.inputs if side.role in roles]
     measured = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
-    base = [short(side.path) for side in run.inputs if side.role == "base" and side.role not in roles]
+    base = [
+        short(side.path) for side in run.inputs if side.role == "base" and side.role not in roles
+    ]
     names = [*base[:1], measured] if with_base or not measured else [measured]
     return " → ".join(filter(None, names)) or name_of(run.command)
 
 
-def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()) -> list[str]:
+def names_of(
+    runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Sequence[str] = ()
+) -> list[str]:
     """Return labels of runs, distinct among those of one command and metric.
 
     The first of these that distinguishes them: measured inputs; with BASE; longer paths; differing
@@ -63,7 +72,9 @@ def names_of(runs: Sequence[Run], metrics: Sequence[Hashable] = (), files: Seque
         groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
     for group in groups.values():
         if len(group) > 1:
-            distinct = _disambiguate([runs[i] for i in group], [files[i] for i in group] if files else [])
+            distinct = _disambiguate(
+                [runs[i] for i in group], [files[i] for i in group] if files else []
+            )
             for position, name in zip(group, distinct, strict=True):
                 names[position] = name
     return names
@@ -82,7 +93,9 @@ def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     for name, count in Counter(names).items():
         if count > 1:
             same = [position for position, other in enumerate(names) if other == name]
-            suffixes = _distinguish([runs[i] for i in same], [files[i] for i in same] if files else [])
+            suffixes = _distinguish(
+                [runs[i] for i in same], [files[i] for i in same] if files else []
+            )
             for position, suffix in zip(same, suffixes, strict=True):
                 labels[position] = f"{name}, {suffix}" if count < len(runs) else suffix
     return labels
@@ -92,8 +105,13 @@ def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """Return labels that distinguish runs of the same inputs."""
     known = dict.fromkeys(key for run in runs for key in run.settings)
     keys = [key for key in known if len({str(run.settings.get(key)) for run in runs}) > 1]
-    given = [[(key, run.settings[key]) for key in keys if run.settings.get(key) is not None] for run in runs]
-    settings = [", ".join(_format_setting(*item) for item in items) or "default settings" for items in given]
+    given = [
+        [(key, run.settings[key]) for key in keys if run.settings.get(key) is not None]
+        for run in runs
+    ]
+    settings = [
+        ", ".join(_format_setting(*item) for item in items) or "default settings" for items in given
+    ]
     if len(set(settings)) == len(runs) and max(map(len, settings)) <= _SETTINGS:
         return [name_of(text) for text in settings]
     stems = short_names(PurePath(file).with_suffix("").as_posix() for file in files)
@@ -105,7 +123,11 @@ def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
 def _format_setting(key: str, value: Any) -> str:
     """Return a setting as text; an option of the command line as given.
 
-    >>> _format_setting("budget", "--params 40k"), _format_setting("top", 8), _format_setting("ranks", [4, 8])
+    >>> (
+    ...     _format_setting("budget", "--params 40k"),
+    ...     _format_setting("top", 8),
+    ...     _format_setting("ranks", [4, 8]),
+    ... )
     ('--params 40k', 'top 8', 'ranks 4, 8')
     """
     if isinstance(value, list | tuple):
@@ -121,8 +143,8 @@ class UndrawableError(UsageError):
 
     Args:
         reason: The reason.
-        missing: What other records of the figure's command would add: ``records`` of the figure's kind, or ``values``
-            that these do not have; empty if they would not help.
+        missing: What other records of the figure's command would add: ``records`` of the figure's
+            kind, or ``values`` that these do not have; empty if they would not help.
     """
 
     def __init__(self, reason: str, missing: Literal["", "records", "values"] = "values") -> None:
@@ -132,7 +154,8 @@ class UndrawableError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Series(Generic[R]):
-    """The records of one kind of one side of a comparison: of a results file, or of a part such as an adapter.
+    """The records of one kind of one side of a comparison: of a results file, or of a part such as
+    an adapter.
 
     Args:
         label: Its label in legends; may be empty.
@@ -152,7 +175,8 @@ class Options:
     """Options of figures; each figure uses the relevant ones.
 
     Args:
-        per: ``layer`` or ``type``: one line, bar or row per layer, or the layers of a module type pooled.
+        per: ``layer`` or ``type``: one line, bar or row per layer, or the layers of a module type
+            pooled.
         field: Dotted field of a heat map; None for the default.
         rank: Rank where several were measured; None for 8, else the smallest.
     """
@@ -165,7 +189,8 @@ class Options:
 def series_of(
     results: Sequence[Results[Any]], labels: Sequence[str] = (), files: Sequence[str] = ()
 ) -> tuple[Series[Any], ...]:
-    """Return one series per results file and kind of record; one without records for a file that has none.
+    """Return one series per results file and kind of record; one without records for a file that
+    has none.
 
     Args:
         results: The results to compare.
@@ -183,7 +208,10 @@ def series_of(
         by_kind: dict[str, list[Any]] = {}
         for record in drawable_records(item):
             by_kind.setdefault(kind_of(record), []).append(record)
-        series += [Series(name, tuple(records), item.whole, item.run) for records in by_kind.values() or [()]]
+        series += [
+            Series(name, tuple(records), item.whole, item.run)
+            for records in by_kind.values() or [()]
+        ]
     return tuple(series)
 
 
@@ -210,10 +238,12 @@ def kind_of(record: LayerRecord | WholeRecord) -> str:
 
 
 def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Series[Any], ...]:
-    """Split series whose kind of records has several per layer, labelled as the kind declares (``part_label``).
+    """Split series whose kind of records has several per layer, labelled as the kind declares
+    (``part_label``).
 
-    Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the middle and the last.
-    A label starts with that of the run if the runs differ in their inputs or labels would be the same.
+    Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the
+    middle and the last. A label starts with that of the run if the runs differ in their inputs or
+    labels would be the same.
 
     Raises:
         UndrawableError: The requested rank was not measured.
@@ -242,12 +272,16 @@ def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Serie
             steps = sorted(groups)
             groups = {step: groups[step] for step in (steps[0], steps[len(steps) // 2], steps[-1])}
         for values, group in groups.items():
-            label = pattern.format(**{field: short.get(v, v) for field, v in zip(fields, values, strict=True)})
+            label = pattern.format(
+                **{field: short.get(v, v) for field, v in zip(fields, values, strict=True)}
+            )
             parts.append((item, replace(item, label=label, records=tuple(group))))
     several = len({run_name(item.run) if item.run else "" for item in series}) > 1
     counts = Counter(part.label for _, part in parts)
     return tuple(
-        replace(part, label=f"{item.label}: {part.label}") if several or counts[part.label] > 1 else part
+        replace(part, label=f"{item.label}: {part.label}")
+        if several or counts[part.label] > 1
+        else part
         for item, part in parts
     )
 
@@ -265,7 +299,9 @@ def choose_rank(measured: Collection[int], options: Options) -> int:
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
-    """Return the start of a caption: the label of the run, or the inputs that all runs share; else empty."""
+    """Return the start of a caption: the label of the run, or the inputs that all runs share; else
+    empty.
+    """
     if len(series) == 1:
         return f"{series[0].label}; " if series[0].label else ""
     measured = {run_name(item.run) if item.run is not None else "" for item in series}

@@ -1,6 +1,7 @@
 """Sizes, fonts and colours of figures, for a column of a paper, a slide, and a single panel.
 
-Matplotlib's global settings are changed only within ``with`` blocks, and no figure is registered with ``pyplot``.
+Matplotlib's global settings are changed only within ``with`` blocks, and no figure is registered
+with ``pyplot``.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ SLIDE = PageStyle("slide", 10, 5.6, text=12.5, line=1.3, dpi=150, columns=4, pan
 # A single panel in a notebook.
 PANEL = PageStyle("panel", 5, 3.6, text=9, line=1, dpi=150, columns=1, panel=2)
 
-# Okabe and Ito 2008, "Color universal design", without black, the text colour, and yellow, which is faint on white.
+# Okabe and Ito 2008, "Color universal design", without black, the text colour, and yellow, which is
+# faint on white.
 CATEGORIES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 INK, QUIET, FLOOR, UNKNOWN = "#222222", "#666666", "#BDBDBD", "#E4E4E4"
 
@@ -84,9 +86,20 @@ DASHED, DOTTED = (0, (4, 2)), (0, (1, 1.5))
 _FAMILY = ["DejaVu Sans", "Verdana", "Arial", "sans-serif"]
 
 # Settings that neither a name in a file nor a notebook may change.
-_PLAIN: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "axes.unicode_minus": True}
+_PLAIN: dict[Any, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.unicode_minus": True,
+}
 # Settings of the process, not of a figure.
-_PROCESS_SETTINGS = {"backend", "backend_fallback", "interactive", "toolbar", "timezone", "webagg.port"}
+_PROCESS_SETTINGS = {
+    "backend",
+    "backend_fallback",
+    "interactive",
+    "toolbar",
+    "timezone",
+    "webagg.port",
+}
 
 
 def page_style_of(name: str) -> PageStyle:
@@ -103,7 +116,9 @@ def page_style_of(name: str) -> PageStyle:
 
 @contextmanager
 def apply_style(style: PageStyle | None) -> Iterator[None]:
-    """Set fonts, sizes and widths inside the block; None keeps the sizes of a notebook's own axes."""
+    """Set fonts, sizes and widths inside the block; None keeps the sizes of a
+    notebook's own axes.
+    """
     with mpl.rc_context(_PLAIN if style is None else _make_settings(style)):
         yield
 
@@ -121,7 +136,9 @@ def _make_settings(style: PageStyle) -> dict[Any, Any]:
     }
     return {
         # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
-        **{key: value for key, value in mpl.rcParamsDefault.items() if key not in _PROCESS_SETTINGS},
+        **{
+            key: value for key, value in mpl.rcParamsDefault.items() if key not in _PROCESS_SETTINGS
+        },
         **_PLAIN,
         "font.family": ["sans-serif"],
         "font.sans-serif": _FAMILY,
@@ -173,7 +190,8 @@ def encode_figure(figure: Figure, kind: str, width: str = "slide") -> bytes:
 
 
 def name_of(layer: str) -> str:
-    r"""Return a name from a file as drawn: without ``.weight``; characters that the font lacks or hides are escaped.
+    r"""Return a name from a file as drawn: without ``.weight``; characters that the font lacks or
+    hides are escaped.
 
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
@@ -207,7 +225,9 @@ def log_label(value: float, _: object = None) -> str:
 
 
 def format_log_axis(axis: Axis, low: float, high: float) -> None:
-    """Label the powers of ten of a logarithmic axis between two values; 2 and 5 too if they are within two decades."""
+    """Label the powers of ten of a logarithmic axis between two values; 2 and 5 too if they are
+    within two decades.
+    """
     near = high / low < 100
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if near else (1,), numticks=6))
     axis.set_major_formatter(format_value if near else log_label)
@@ -238,25 +258,35 @@ def fit_chars(inches: float, size: float) -> int:
 
 
 def wrap_text(text: str, inches: float, size: float) -> str:
-    """Return text wrapped between words to a width, at a font size in points; words that are too long are broken."""
+    """Return text wrapped between words to a width, at a font size in points; words that are too
+    long are broken.
+    """
     return textwrap.fill(text, fit_chars(inches, size), break_on_hyphens=False)
 
 
 def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
     """Return names shortened to a number of characters, by name, and unambiguous where possible.
 
-    If any is too long, all lose their common first parts. A name that is still too long keeps its last parts, which are
-    more specific, or if that makes any name ambiguous, its last or its first characters.
+    If any is too long, all lose their common first parts. A name that is still too long keeps its
+    last parts, which are more specific, or if that makes any name ambiguous, its last or its first
+    characters.
 
-    >>> crop_names(["self_attn.q_proj", "mlp.up"], 10), crop_names(["h.0.attn.q", "h.0.mlp.up"], 8)
-    ({'self_attn.q_proj': '…q_proj', 'mlp.up': 'mlp.up'}, {'h.0.attn.q': '…attn.q', 'h.0.mlp.up': '…mlp.up'})
+    >>> crop_names(["self_attn.q_proj", "mlp.up"], 10)
+    {'self_attn.q_proj': '…q_proj', 'mlp.up': 'mlp.up'}
+    >>> crop_names(["h.0.attn.q", "h.0.mlp.up"], 8)
+    {'h.0.attn.q': '…attn.q', 'h.0.mlp.up': '…mlp.up'}
     """
     names = list(dict.fromkeys(names))
     parts = [name.split(".") for name in names]
-    common = next((place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0)
+    common = next(
+        (place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0
+    )
     if common and max(map(len, names)) > chars:
         inner = crop_names([".".join(part[common:]) for part in parts], chars - 1)
-        return {name: f"…{short.removeprefix('…')}" for name, short in zip(names, inner.values(), strict=True)}
+        return {
+            name: f"…{short.removeprefix('…')}"
+            for name, short in zip(names, inner.values(), strict=True)
+        }
     ways: tuple[Callable[[str], str], ...] = (
         lambda name: f"…{crop(name, chars).partition('.')[2] or crop(name, chars)[1:]}",
         lambda name: crop(name, chars),
@@ -269,5 +299,7 @@ def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
 def _is_unambiguous(short: Mapping[str, str]) -> bool:
     """Return whether no two short names are equal, and no shortened one ends another full name."""
     ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
-    unambiguous = not any(other.endswith(end) for name, end in ends for other in short if other != name)
+    unambiguous = not any(
+        other.endswith(end) for name, end in ends for other in short if other != name
+    )
     return unambiguous and len(set(short.values())) == len(short)

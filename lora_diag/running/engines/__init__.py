@@ -1,7 +1,7 @@
 """Engines: the mapping of a diagnostic over layers.
 
-An engine measures layers concurrently, on this machine or on a cluster. It takes descriptors and yields records in the
-order of the descriptors, not of completion; arrays never pass through it.
+An engine measures layers concurrently, on this machine or on a cluster. It takes descriptors and
+yields records in the order of the descriptors, not of completion; arrays never pass through it.
 """
 
 from lora_diag.running.engines.local import Layout, layout_for, run_local

@@ -15,12 +15,12 @@ from lora_diag.errors import UsageError
 Task = TypeVar("Task")
 Record = TypeVar("Record")
 
-# Memory of all concurrent layers, besides three float32 copies of the largest: with the program itself (0.35 GiB,
-# nearly all of it torch) the total stays under 1 GiB and four copies.
+# Memory of all concurrent layers, besides three float32 copies of the largest: with the program
+# itself (0.35 GiB, nearly all of it torch) the total stays under 1 GiB and four copies.
 FLOOR_BYTES = 640 * 2**20
 
-# Memory of the program itself, nearly all of it torch: 256 MiB after import, 270 after LAPACK ran, and up to 40 more of
-# freed blocks in the threads of layers (docs/guides/memory.md).
+# Memory of the program itself, nearly all of it torch: 256 MiB after import, 270 after LAPACK ran,
+# and up to 40 more of freed blocks in the threads of layers (docs/guides/memory.md).
 PROGRAM_BYTES = 352 * 2**20
 
 # Smallest useful budget besides the program: two blocks and a matrix of 1024².
@@ -31,10 +31,11 @@ MIN_BYTES = 128 * 2**20
 class Layout:
     """Allocation of a machine to layers.
 
-    The number of cores of a matrix is proportional to its fraction of the memory budget: many small matrices run
-    concurrently on one core each, the most efficient use of an eigenvalue solver (docs/benchmarks.md), and a large one
-    alone on all cores. With ``workers``, each layer has an equal part of the cores, at least one. The number depends
-    only on the matrix and the layout, so a matrix gives the same bytes whatever runs concurrently.
+    The number of cores of a matrix is proportional to its fraction of the memory budget: many small
+    matrices run concurrently on one core each, the most efficient use of an eigenvalue solver
+    (docs/benchmarks.md), and a large one alone on all cores. With ``workers``, each layer has an
+    equal part of the cores, at least one. The number depends only on the matrix and the layout, so
+    a matrix gives the same bytes whatever runs concurrently.
 
     Args:
         cores: Number of cores.
@@ -56,7 +57,11 @@ class Layout:
     def limit(self) -> int | None:
         """Memory limit of one layer in bytes; None without limit.
 
-        >>> Layout(8, 800, limited=True).limit, Layout(8, 800, workers=2, limited=True).limit, Layout(8, 800).limit
+        >>> (
+        ...     Layout(8, 800, limited=True).limit,
+        ...     Layout(8, 800, workers=2, limited=True).limit,
+        ...     Layout(8, 800).limit,
+        ... )
         (800, 400, None)
         """
         return self.budget // (self.workers or 1) if self.limited else None
@@ -73,20 +78,25 @@ class Layout:
 
 
 def layout_for(
-    largest: int, workers: int | None = None, device: str = "cpu", memory: int | None = None, torch: bool = True
+    largest: int,
+    workers: int | None = None,
+    device: str = "cpu",
+    memory: int | None = None,
+    torch: bool = True,
 ) -> Layout:
     """Return the allocation of this machine.
 
     Args:
         largest: Entries of the largest matrix.
         workers: Concurrent layers; None to choose.
-        device: Device of the computation. By default, ``cuda`` has two concurrent layers: one is read while the other
-            is computed.
+        device: Device of the computation. By default, ``cuda`` has two concurrent layers: one is
+            read while the other is computed.
         memory: Memory limit of the whole program in bytes; None for the need of the largest matrix.
         torch: Whether layers are computed with torch; without, it is not imported.
 
     Raises:
-        UsageError: The memory limit is too small for the program itself and ``MIN_BYTES`` per worker.
+        UsageError: The memory limit is too small for the program itself and ``MIN_BYTES`` per
+            worker.
     """
     cores = _count_torch_threads() if torch else _count_own_cores()
     workers = workers or (2 if device == "cuda" else None)
@@ -101,7 +111,9 @@ def layout_for(
 
 
 def _count_own_cores() -> int:
-    """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else the cores of the process."""
+    """Return the number of cores that this program may use: ``OMP_NUM_THREADS``, else the cores of
+    the process.
+    """
     stated = os.environ.get("OMP_NUM_THREADS", "")
     if stated.isdecimal() and int(stated) > 0:
         return int(stated)
@@ -116,7 +128,10 @@ def _count_torch_threads() -> int:
 
 
 def run_local(
-    measure: Callable[[Task], Record], tasks: Iterable[Task], layout: Layout, footprint: Callable[[Task], int]
+    measure: Callable[[Task], Record],
+    tasks: Iterable[Task],
+    layout: Layout,
+    footprint: Callable[[Task], int],
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.
 
@@ -137,19 +152,24 @@ def run_local(
         with Processes(measure, count) as processes:
             yield from run_local(processes, tasks, replace(layout, apart=False), footprint)
         return
-    if max_threads == 1 and not layout.torch:  # no call takes so long that Ctrl-C must not wait for it
+    if (
+        max_threads == 1 and not layout.torch
+    ):  # no call takes so long that Ctrl-C must not wait for it
         yield from map(measure, tasks)
         return
     pending: deque[Future[Record]] = deque()
     running: dict[Future[Record], int] = {}
     threads_before = _count_torch_threads() if layout.torch else 0
-    pool = ThreadPoolExecutor(max_threads, thread_name_prefix="layer")  # a name that cli/app.py recognizes
+    pool = ThreadPoolExecutor(
+        max_threads, thread_name_prefix="layer"
+    )  # a name that cli/app.py recognizes
     patient = True
     try:
         for task in tasks:
             threads = layout.threads(footprint(task))
             while running and (
-                len(running) >= max_threads or sum(running.values()) + threads > max(layout.cores, max_threads)
+                len(running) >= max_threads
+                or sum(running.values()) + threads > max(layout.cores, max_threads)
             ):
                 for done in wait(running, return_when=FIRST_COMPLETED).done:
                     del running[done]
@@ -169,7 +189,9 @@ def run_local(
 
 
 def _run_on_threads(threads: int, measure: Callable[[Task], Record], task: Task) -> Record:
-    """Return the record of a task, measured with this number of threads of torch; 0 leaves their number."""
+    """Return the record of a task, measured with this number of threads of torch; 0 leaves their
+    number.
+    """
     _set_torch_threads(threads)
     return measure(task)
 

@@ -1,7 +1,9 @@
-"""The engine on a Ray cluster: connecting to it, and batches of layers as Ray tasks, retried if a worker or node dies.
+"""The engine on a Ray cluster: connecting to it, and batches of layers as Ray tasks, retried if a
+worker or node dies.
 
-A cluster is found by its address, or started on this machine for the run. Tasks are sent as indices into a list that
-each worker gets once, and records are returned; no array passes through the object store.
+A cluster is found by its address, or started on this machine for the run. Tasks are sent as indices
+into a list that each worker gets once, and records are returned; no array passes through the object
+store.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
-from lora_diag.errors import InputError, LoradiagError, UsageError, damaged, install_command, require
+from lora_diag.errors import (
+    InputError,
+    LoradiagError,
+    UsageError,
+    damaged,
+    install_command,
+    require,
+)
 from lora_diag.running.engines.local import Layout
 from lora_diag.running.engines.schedule import REACH, Batch, Capacity, Sized, batches, in_order
 from lora_diag.running.engines.worker import Job, measure_batch
@@ -31,16 +40,17 @@ from lora_diag.version import __version__
 
 # Retries of a batch on other workers before its layers are retried one by one and then abandoned.
 RETRIES = 3
-# Bytes of the object store of a local Ray. Records are small: this is Ray's minimum, and a container's /dev/shm is
-# often not larger.
+# Bytes of the object store of a local Ray. Records are small: this is Ray's minimum, and a
+# container's /dev/shm is often not larger.
 STORE_BYTES = 80 * 2**20
 # Seconds to wait for an answer at an address.
 ANSWER_SECONDS = 30.0
-# The start of HTTP/2, the protocol of Ray's head, with empty settings; the answer is a frame of settings.
+# The start of HTTP/2, the protocol of Ray's head, with empty settings; the answer is a frame of
+# settings.
 GREETING, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
 
-# Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into memory and retries
-# it forever.
+# Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into
+# memory and retries it forever.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -53,8 +63,8 @@ class Ray:
     """A Ray cluster to measure on, instead of this machine only.
 
     Args:
-        address: Address of a running cluster, such as ``10.0.0.1:6379`` or ``auto``; None for ``RAY_ADDRESS``, else a
-            local Ray that ends with the run.
+        address: Address of a running cluster, such as ``10.0.0.1:6379`` or ``auto``; None for
+            ``RAY_ADDRESS``, else a local Ray that ends with the run.
         gpus_per_task: GPUs per layer, or a fraction of one; 0 to compute on CPUs.
     """
 
@@ -69,17 +79,23 @@ class Ray:
         """
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
-            raise UsageError(f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole number")
+            raise UsageError(
+                f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole "
+                "number"
+            )
         origin, address = self.find_address()
         if address and "://" in address:
             raise UsageError(
-                f"{origin}: unsupported form of address; run loradiag on a node of the cluster with HOST:PORT, such "
+                f"{origin}: unsupported form of address; run loradiag on a node of the cluster "
+                "with HOST:PORT, such "
                 "as 10.0.0.1:6379, or auto; from outside, submit it with ray job submit"
             )
         import_ray()
 
     def find_address(self) -> tuple[str, str | None]:
-        """Return the origin of the address, for messages, and the address; None or ``local`` for a local Ray."""
+        """Return the origin of the address, for messages, and the address; None or ``local`` for a
+        local Ray.
+        """
         if self.address is not None:
             return f"--ray-address {self.address}", self.address
         address = os.environ.get("RAY_ADDRESS") or None
@@ -101,7 +117,8 @@ def import_ray() -> Any:
 
 @contextmanager
 def connect(engine: Ray, cores: int) -> Iterator[Any]:
-    """Stay connected to the cluster or to a local one that is started; keep an existing connection of the caller.
+    """Stay connected to the cluster or to a local one that is started; keep an existing connection
+    of the caller.
 
     While a connection lasts, the workers keep what they opened.
 
@@ -127,15 +144,23 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ):
             # Otherwise Ray leaves a file in the home folder.
             os.environ["RAY_AUTH_TOKEN"] = own_token = secrets.token_hex(32)
-        options = {"num_cpus": cores, "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        options = {
+            "num_cpus": cores,
+            "object_store_memory": STORE_BYTES,
+            "include_dashboard": False,
+        }
     else:
         _check_answers(origin, str(address))
-    from ray._private import worker  # the only switch for what Ray prints to standard output when a worker dies
+    from ray._private import (
+        worker,
+    )  # the only switch for what Ray prints to standard output when a worker dies
 
     worker._worker_logs_enabled = False
     try:
         with _suppress_stderr(), _allow_interrupts():
-            ray.init(address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL)
+            ray.init(
+                address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL
+            )
     except Exception as error:  # Ray raises many types
         problem = origin if address else "--engine ray: a local Ray could not be started"
         raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
@@ -150,7 +175,9 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
 
 @contextmanager
 def _suppress_stderr() -> Iterator[None]:
-    """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are raised anyway."""
+    """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are
+    raised anyway.
+    """
     try:
         saved_stderr = os.dup(2)
     except OSError:  # standard error has no file descriptor
@@ -167,9 +194,14 @@ def _suppress_stderr() -> Iterator[None]:
 
 @contextmanager
 def _allow_interrupts() -> Iterator[None]:
-    """Make Ctrl-C end the block; otherwise an interrupt is lost while Ray's start calls Python from C."""
+    """Make Ctrl-C end the block; otherwise an interrupt is lost while Ray's start calls Python from
+    C.
+    """
     handler = signal.getsignal(signal.SIGINT)
-    if handler is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+    if (
+        handler is not signal.default_int_handler
+        or threading.current_thread() is not threading.main_thread()
+    ):
         yield
         return
     signals: list[int] = []
@@ -193,7 +225,8 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
     while cause is not None:
         if isinstance(cause, ray.exceptions.AuthenticationError) or "AuthToken" in str(cause):
             return (
-                "it requires a token: export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from the head node to "
+                "it requires a token: export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from "
+                "the head node to "
                 "this machine"
             )
         cause = cause.__cause__ or cause.__context__
@@ -213,7 +246,10 @@ def _check_answers(origin: str, address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto")
+        raise UsageError(
+            f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or "
+            "auto"
+        )
     deadline = time.monotonic() + ANSWER_SECONDS
     try:
         with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
@@ -223,13 +259,19 @@ def _check_answers(origin: str, address: str) -> None:
                 server.settimeout(max(0.01, deadline - time.monotonic()))
                 frame += (received := server.recv(4 - len(frame)))
                 if not received or (len(frame) == 4 and frame[3] != SETTINGS):
-                    raise damaged(origin, "the server there is not a Ray cluster", "give HOST:PORT of its head node")
+                    raise damaged(
+                        origin,
+                        "the server there is not a Ray cluster",
+                        "give HOST:PORT of its head node",
+                    )
     except TimeoutError as error:
         problem = f"no Ray cluster answered within {ANSWER_SECONDS:g} s"
         raise damaged(origin, problem, "give HOST:PORT of its head node") from error
     except OSError as error:
         problem = f"no Ray cluster answers: {error.strerror or error}"
-        raise damaged(origin, problem, f"start its head with ray start --head --port {port}") from error
+        raise damaged(
+            origin, problem, f"start its head with ray start --head --port {port}"
+        ) from error
 
 
 Task = TypeVar("Task", bound=Sized)
@@ -237,8 +279,8 @@ Record = TypeVar("Record")
 
 # Seconds between two queries of the cluster; seconds without a suitable node before the run stops.
 QUERY_SECONDS, MAX_WAIT_SECONDS = 2.0, 60.0
-# Seconds without an answer of the head or of this machine's node. Ray ends the process, with exit code 1 and its own
-# log, 14 s after it lost the node and 60 s after it lost the head.
+# Seconds without an answer of the head or of this machine's node. Ray ends the process, with exit
+# code 1 and its own log, 14 s after it lost the node and 60 s after it lost the head.
 LOST_SECONDS = 6.0
 
 # Start of Ray's message when a worker cannot import the function; Ray has no exception type for it.
@@ -266,8 +308,9 @@ def run_ray(
         advice: What to do about a task whose workers all died.
 
     Raises:
-        LoradiagError: The error of the first failing task; or Ray is not installed, the cluster cannot be reached or is
-            lost, has no suitable node or no access to the inputs, or repeatedly loses a layer.
+        LoradiagError: The error of the first failing task; or Ray is not installed, the cluster
+            cannot be reached or is lost, has no suitable node or no access to the inputs, or
+            repeatedly loses a layer.
     """
     task_list = list(tasks)
     if not task_list:
@@ -275,7 +318,9 @@ def run_ray(
     with connect(engine, layout.cores) as ray:
         cluster = _Cluster(ray, engine.gpus_per_task, _find_servers(ray))
         plan = batches(task_list, footprint, cluster.threads(layout), cluster.slots)
-        run = _Run(ray, cluster, ray.put(_pack_job(ray, measure, task_list)), task_list, poll, advice)
+        run = _Run(
+            ray, cluster, ray.put(_pack_job(ray, measure, task_list)), task_list, poll, advice
+        )
         try:
             yield from in_order(
                 plan,
@@ -290,7 +335,8 @@ def run_ray(
 
 
 def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
-    """Return how many tasks of one size the cluster can run concurrently at present, and the cores of each.
+    """Return how many tasks of one size the cluster can run concurrently at present, and the cores
+    of each.
 
     Args:
         engine: The cluster.
@@ -319,20 +365,29 @@ class _Cluster:
         InputError: No node can run a task within the waiting time.
     """
 
-    def __init__(self, ray: Any, gpus: float, servers: Mapping[str, tuple[str, int]] | None = None) -> None:
+    def __init__(
+        self, ray: Any, gpus: float, servers: Mapping[str, tuple[str, int]] | None = None
+    ) -> None:
         self._ray, self.gpus = ray, gpus
         self._queried_at = self._last_seen = time.monotonic()
         self._servers, self._silent_since = servers or {}, dict[str, float]()
         self._nodes = self._find_fitting_nodes(1)
         while not self._nodes:
             self._wait_for_a_node(1)
-        # A matrix may request a whole node. Requests are independent of nodes that join or leave, and so are the bytes.
+        # A matrix may request a whole node. Requests are independent of nodes that join or leave,
+        # and so are the bytes.
         self.largest = int(max(node["CPU"] for node in self._nodes))
 
     def _find_fitting_nodes(self, cores: int) -> list[dict[str, float]]:
-        """Return the resources of living nodes that have this number of cores, and the GPUs of a task."""
+        """Return the resources of living nodes that have this number of cores, and the GPUs of a
+        task.
+        """
         nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        return [node for node in nodes if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus]
+        return [
+            node
+            for node in nodes
+            if node.get("CPU", 0) >= cores and node.get("GPU", 0) >= self.gpus
+        ]
 
     def _wait_for_a_node(self, cores: int) -> None:
         """Wait until the next query, and make it.
@@ -341,9 +396,12 @@ class _Cluster:
             InputError: The cluster had no suitable node for the whole waiting time.
         """
         if time.monotonic() - self._last_seen > MAX_WAIT_SECONDS:
-            resources = f"{cores} CPU{'s' if cores > 1 else ''}" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+            resources = f"{cores} CPU{'s' if cores > 1 else ''}" + (
+                f" and {self.gpus:g} GPUs" if self.gpus else ""
+            )
             raise InputError(
-                f"--engine ray: no node had {resources}, which a task needs, for {MAX_WAIT_SECONDS:g} s; add such a "
+                f"--engine ray: no node had {resources}, which a task needs, for "
+                f"{MAX_WAIT_SECONDS:g} s; add such a "
                 "node; a run with -o continues with --resume"
             )
         time.sleep(QUERY_SECONDS)
@@ -361,24 +419,30 @@ class _Cluster:
         return max(1, int(sum(node["CPU"] // cores for node in self._nodes)))
 
     def threads(self, layout: Layout) -> Callable[[int], int]:
-        """Return a function from the memory of a layer to its cores; with GPUs, their fraction of a node's cores."""
+        """Return a function from the memory of a layer to its cores; with GPUs, their fraction of a
+        node's cores.
+        """
         if self.gpus:
             share = int(min(node["CPU"] * self.gpus / node["GPU"] for node in self._nodes))
             return lambda footprint: max(1, share)
         return replace(layout, cores=self.largest).threads
 
     def capacity(self, workers: int | None) -> Capacity:
-        """Return the capacity of the suitable nodes at the last query, of at most ``workers`` batches if given."""
+        """Return the capacity of the suitable nodes at the last query, of at most ``workers``
+        batches if given.
+        """
         return Capacity(
-            int(sum(node["CPU"] for node in self._nodes)), workers or (2 * self.slots if self.gpus else None)
+            int(sum(node["CPU"] for node in self._nodes)),
+            workers or (2 * self.slots if self.gpus else None),
         )
 
     def poll(self, cores: int) -> None:
-        """Look up the living nodes, at most every ``QUERY_SECONDS``; called after every wait for tasks.
+        """Look up the living nodes, at most every ``QUERY_SECONDS``; called after every wait for
+        tasks.
 
         Raises:
-            InputError: No node could run the waiting tasks for the whole waiting time, or the head or this machine's
-                node is lost.
+            InputError: No node could run the waiting tasks for the whole waiting time, or the head
+                or this machine's node is lost.
         """
         if time.monotonic() - self._queried_at < QUERY_SECONDS:
             return
@@ -404,7 +468,10 @@ class _Cluster:
             except OSError as error:
                 since = self._silent_since.setdefault(name, time.monotonic())
                 if time.monotonic() - since > LOST_SECONDS:
-                    problem = f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start the cluster again"
+                    problem = (
+                        f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start "
+                        "the cluster again"
+                    )
                     raise InputError(f"{problem}; a run with -o continues with --resume") from error
             else:
                 self._silent_since.pop(name, None)
@@ -412,13 +479,18 @@ class _Cluster:
 
 
 def _find_servers(ray: Any) -> dict[str, tuple[str, int]]:
-    """Return the addresses of the head and of the node of this machine, by their names in messages."""
+    """Return the addresses of the head and of the node of this machine, by their names
+    in messages.
+    """
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
     own_node = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
     return {
         "the head of the cluster": (host.strip("[]"), int(port)),
-        "this machine's node of the cluster": (own_node["NodeManagerAddress"], own_node["NodeManagerPort"]),
+        "this machine's node of the cluster": (
+            own_node["NodeManagerAddress"],
+            own_node["NodeManagerPort"],
+        ),
     }
 
 
@@ -426,9 +498,21 @@ class _Run:
     """The Ray tasks of one run."""
 
     def __init__(
-        self, ray: Any, cluster: _Cluster, job: Any, tasks: Sequence[Sized], poll: Callable[[], None], advice: str
+        self,
+        ray: Any,
+        cluster: _Cluster,
+        job: Any,
+        tasks: Sequence[Sized],
+        poll: Callable[[], None],
+        advice: str,
     ) -> None:
-        self._ray, self._cluster, self._tasks, self._poll, self._advice = ray, cluster, tasks, poll, advice
+        self._ray, self._cluster, self._tasks, self._poll, self._advice = (
+            ray,
+            cluster,
+            tasks,
+            poll,
+            advice,
+        )
         self._name, self._fetch_job = job.hex(), partial(ray.get, job)
         self._remote = ray.remote(measure_batch)
         self._under_way: dict[Any, Batch] = {}
@@ -446,10 +530,12 @@ class _Run:
         return ticket
 
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
-        """Wait a while; yield tickets of finished batches with their outcomes, None if their workers died; poll.
+        """Wait a while; yield tickets of finished batches with their outcomes, None if their
+        workers died; poll.
 
         Raises:
-            InputError: A worker cannot import loradiag, no node can run the waiting tasks, or the cluster is lost.
+            InputError: A worker cannot import loradiag, no node can run the waiting tasks, or the
+                cluster is lost.
         """
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=QUERY_SECONDS)
         if done:  # others may have finished, too: a wait costs as much as there are tickets
@@ -473,7 +559,8 @@ class _Run:
             lines = str(error.cause).strip().splitlines()
             if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
-                    f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same version on every "
+                    f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same "
+                    "version on every "
                     f"node: {install_command('ray')}"
                 ) from error
             raise error.cause from error  # a bug: show its traceback
@@ -497,13 +584,17 @@ class _Run:
 
 
 def _pack_job(ray: Any, measure: Callable[[Any], Any], tasks: Sequence[Any]) -> Job:
-    """Pack what every worker needs into one object; with all tasks, so that shared checkpoints are stored once."""
+    """Pack what every worker needs into one object; with all tasks, so that shared checkpoints are
+    stored once.
+    """
     files: dict[str, int] = {}
 
     class Pickler(ray.cloudpickle.CloudPickler):  # type: ignore[misc]
         def persistent_id(self, item: Any) -> None:
             """Collect the files that are referenced; pickling is unchanged."""
-            if isinstance(item, FORMATS) and isinstance(item.path, Path):  # an address is the same on every node
+            if isinstance(item, FORMATS) and isinstance(
+                item.path, Path
+            ):  # an address is the same on every node
                 with suppress(OSError):  # deleted since it was opened; reading it will report that
                     files[str(item.path)] = item.path.stat().st_size
 

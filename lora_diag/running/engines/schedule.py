@@ -1,7 +1,8 @@
-"""Scheduling on machines without shared memory: the next batch to send, and the order of the records.
+"""Scheduling on machines without shared memory: the next batch to send, and the order of the
+records.
 
-Handles costs, batches and dependencies. Sending and fetching are arguments, so that scheduling can be tested without a
-cluster.
+Handles costs, batches and dependencies. Sending and fetching are arguments, so that scheduling can
+be tested without a cluster.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from typing import Protocol, TypeVar
 
 from lora_diag.errors import LoradiagError
 
-# Multiplications per batch, see ``cost``. One core does 7 to 9·10⁹ per second (spectra of bf16 pairs of 384² and
-# 1024²), and a Ray task costs the sending program 0.4 ms: a batch of 2^32 takes half a second.
+# Multiplications per batch, see ``cost``. One core does 7 to 9·10⁹ per second (spectra of bf16
+# pairs of 384² and 1024²), and a Ray task costs the sending program 0.4 ms: a batch of 2^32 takes
+# half a second.
 BATCH = 2**32
 # Fixed cost of a layer: spectra of 64² take 0.5 ms each.
 LAYER_COST = 2**22
-# Batches that may start before earlier ones are written, per concurrent batch. More keep cores busy during a large
-# matrix; fewer lose less work if the writing program is killed. See ``Waiting`` for large ones.
+# Batches that may start before earlier ones are written, per concurrent batch. More keep cores busy
+# during a large matrix; fewer lose less work if the writing program is killed. See ``Waiting`` for
+# large ones.
 REACH = 4
 
 
@@ -64,17 +67,23 @@ class Batch:
 
     def singly(self) -> list[Batch]:
         """Return the tasks as batches of one."""
-        return [Batch(index, index + 1, self.threads, self.cost // len(self)) for index in range(self.start, self.stop)]
+        return [
+            Batch(index, index + 1, self.threads, self.cost // len(self))
+            for index in range(self.start, self.stop)
+        ]
 
 
 def cost(shape: tuple[int, ...], footprint: int) -> int:
-    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition, plus ``LAYER_COST``.
+    """Estimate the multiplications of a layer: m·n·min(m, n), as in a decomposition, plus
+    ``LAYER_COST``.
 
-    For thin factors, which are assumed to have 64 columns, 64·``footprint`` in place of m·n·min(m, n).
+    For thin factors, which are assumed to have 64 columns, 64·``footprint`` in place of m·n·min(m,
+    n).
 
     Args:
         shape: ``(m, n)``.
-        footprint: Memory of the running task in bytes. A value below the number of entries means thin factors.
+        footprint: Memory of the running task in bytes. A value below the number of entries means
+            thin factors.
 
     >>> cost((4096, 4096), 20 * 4096**2) == 4096**3 + LAYER_COST
     True
@@ -88,14 +97,15 @@ def cost(shape: tuple[int, ...], footprint: int) -> int:
 def batches(
     tasks: Sequence[S], footprint: Callable[[S], int], threads: Callable[[int], int], slots: int
 ) -> list[Batch]:
-    """Return the tasks divided into batches, in order: large tasks alone, small neighbours together.
+    """Return the tasks divided into batches, in order: large tasks alone, small neighbours
+    together.
 
     Args:
         tasks: One per layer.
         footprint: Returns the memory of a running task in bytes.
         threads: Returns the number of cores for this memory.
-        slots: Concurrent batches. About four times as many or more are made, if there are enough tasks, so that all
-            slots end at about the same time.
+        slots: Concurrent batches. About four times as many or more are made, if there are enough
+            tasks, so that all slots end at about the same time.
     """
     sizes = [footprint(task) for task in tasks]
     costs = [cost(task.shape, size) for task, size in zip(tasks, sizes, strict=True)]
@@ -112,20 +122,26 @@ def batches(
 
 
 class Waiting:
-    """Batches not yet started: largest first, within a limited distance of the first unwritten batch.
+    """Batches not yet started: largest first, within a limited distance of the first unwritten
+    batch.
 
-    The distance bounds the number of records in memory, and the work lost in a crash. A batch of c times the mean cost
-    may start c times further away, or the others would wait for it: there are few of them.
+    The distance bounds the number of records in memory, and the work lost in a crash. A batch of c
+    times the mean cost may start c times further away, or the others would wait for it: there are
+    few of them.
 
     Args:
         plan: All batches, in the order of the file.
-        reach: Number of batches, from the first unwritten one on, among which those of at most the mean cost may start.
+        reach: Number of batches, from the first unwritten one on, among which those of at most the
+            mean cost may start.
     """
 
     def __init__(self, plan: Sequence[Batch], reach: int) -> None:
         self._plan = plan
         mean = sum(batch.cost for batch in plan) / max(1, len(plan)) or 1.0
-        openings = [(index - math.ceil(reach * max(1.0, batch.cost / mean)), index) for index, batch in enumerate(plan)]
+        openings = [
+            (index - math.ceil(reach * max(1.0, batch.cost / mean)), index)
+            for index, batch in enumerate(plan)
+        ]
         self._closed = deque(sorted(openings))
         self._heap: list[tuple[int, int]] = []
 
@@ -146,12 +162,13 @@ class Waiting:
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Capacity for submitted batches: for twice the cores, so that an idle core finds its next batch waiting.
+    """Capacity for submitted batches: for twice the cores, so that an idle core finds its next
+    batch waiting.
 
     Args:
         cores: Cores of all machines.
-        max_batches: Maximum number of submitted batches, if set by the user or by another resource than cores; else
-            None.
+        max_batches: Maximum number of submitted batches, if set by the user or by another resource
+            than cores; else None.
     """
 
     cores: int
@@ -180,7 +197,9 @@ def in_order(
     reach: int,
     capacity: Callable[[], Capacity],
     send: Callable[[Batch], Ticket],
-    fetch: Callable[[Sequence[Ticket]], Iterator[tuple[Ticket, Sequence[Outcome | LoradiagError] | None]]],
+    fetch: Callable[
+        [Sequence[Ticket]], Iterator[tuple[Ticket, Sequence[Outcome | LoradiagError] | None]]
+    ],
     lost_error: Callable[[Batch], LoradiagError],
 ) -> Iterator[Outcome]:
     """Send batches and yield the outcome of every task, in the order of the tasks.
@@ -190,12 +209,14 @@ def in_order(
         reach: See ``Waiting``.
         capacity: Returns the current capacity.
         send: Submits a batch.
-        fetch: Waits a limited time and yields finished batches with their outcomes. None instead of outcomes means that
-            every worker that ran the batch died. Outcomes may end early, with an error.
+        fetch: Waits a limited time and yields finished batches with their outcomes. None instead of
+            outcomes means that every worker that ran the batch died. Outcomes may end early, with
+            an error.
         lost_error: Returns the error for a single task whose workers all died.
 
     Raises:
-        LoradiagError: The first one in the order of the tasks; the outcomes before it are yielded first.
+        LoradiagError: The first one in the order of the tasks; the outcomes before it are yielded
+            first.
     """
     waiting = Waiting(plan, reach)
     under_way: dict[Ticket, Batch] = {}
@@ -206,7 +227,11 @@ def in_order(
     while written < len(plan):
         while True:
             has_room = partial(capacity().has_room, batches=len(under_way), threads=threads)
-            batch = (retry.pop() if has_room(retry[-1]) else None) if retry else waiting.pop(written, has_room)
+            batch = (
+                (retry.pop() if has_room(retry[-1]) else None)
+                if retry
+                else waiting.pop(written, has_room)
+            )
             if batch is None:
                 break
             if batch.start < end:
@@ -216,9 +241,13 @@ def in_order(
             batch = under_way.pop(ticket)
             threads -= batch.threads
             if outcomes is None and len(batch) > 1:
-                retry += reversed(batch.singly())  # one task kills its worker; run the others separately
+                retry += reversed(
+                    batch.singly()
+                )  # one task kills its worker; run the others separately
                 continue
-            for index, outcome in enumerate([lost_error(batch)] if outcomes is None else outcomes, batch.start):
+            for index, outcome in enumerate(
+                [lost_error(batch)] if outcomes is None else outcomes, batch.start
+            ):
                 arrived[index] = outcome
                 if isinstance(outcome, LoradiagError):
                     end = min(end, index)

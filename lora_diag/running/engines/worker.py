@@ -1,8 +1,8 @@
 """The worker of a cluster: takes indices of tasks and returns records.
 
-A worker gets the list of all tasks once; a batch refers to tasks by index. Tasks are descriptors (paths, names,
-offsets), so a worker reads its inputs from its own mounts, after checking that the files are those that the submitting
-program opened.
+A worker gets the list of all tasks once; a batch refers to tasks by index. Tasks are descriptors
+(paths, names, offsets), so a worker reads its inputs from its own mounts, after checking that the
+files are those that the submitting program opened.
 """
 
 from __future__ import annotations
@@ -42,8 +42,11 @@ Work = tuple[Callable[[Any], Any], Sequence[Any]]
 _current_job: tuple[str, Work] | None = None
 
 
-def measure_batch(name: str, job: Callable[[], Job], start: int, stop: int, threads: int) -> list[Any | LoradiagError]:
-    """Return the outcomes of the tasks ``start:stop``, up to the error of the first that fails, which comes last.
+def measure_batch(
+    name: str, job: Callable[[], Job], start: int, stop: int, threads: int
+) -> list[Any | LoradiagError]:
+    """Return the outcomes of the tasks ``start:stop``, up to the error of the first that fails,
+    which comes last.
 
     Only an error is returned if the job cannot be opened.
 
@@ -75,7 +78,8 @@ def _load_job(name: str, job: Callable[[], Job]) -> Work:
 
 
 def open_job(job: Job) -> Work:
-    """Check the version and the files of a job, in the folder of the run if it exists here; return the unpickled work.
+    """Check the version and the files of a job, in the folder of the run if it exists here; return
+    the unpickled work.
 
     Raises:
         InputError: The worker has another version of loradiag or other files.
@@ -91,10 +95,13 @@ def open_job(job: Job) -> Work:
             actual = Path(file).stat().st_size
         except OSError as error:
             problem = f"not visible to {worker}: {error.strerror}"
-            raise damaged(file, problem, "put inputs on storage that all nodes share, under the same path") from error
+            raise damaged(
+                file, problem, "put inputs on storage that all nodes share, under the same path"
+            ) from error
         if actual != size:
             raise InputError(
-                f"{file}: has {actual:,} bytes on {worker} instead of {size:,}; put inputs on storage that all nodes "
+                f"{file}: has {actual:,} bytes on {worker} instead of {size:,}; put inputs on "
+                "storage that all nodes "
                 "share, or copy the same file to every node"
             )
     from ray import cloudpickle

@@ -7,9 +7,21 @@ from tests.building import layer_spectrum
 
 
 def record(
-    layer, shape, s, *, fro=None, complete=None, signal=None, verdict="resolved", error=0.0, base_fro=1.0, **more
+    layer,
+    shape,
+    s,
+    *,
+    fro=None,
+    complete=None,
+    signal=None,
+    verdict="resolved",
+    error=0.0,
+    base_fro=1.0,
+    **more,
 ):
-    """A record as ``spectrum`` writes it; ``fro`` beyond the values given makes them the first of more."""
+    """A record as ``spectrum`` writes it; ``fro`` beyond the values given makes them the first of
+    more.
+    """
     s = np.sort(np.asarray(s, dtype=np.float64))[::-1]
     seen = {"signal_rank": signal, "verdict": verdict}
     fields = {"fro": fro, "complete": complete, "energy_error": error, "base_fro": base_fro, **more}
@@ -19,7 +31,10 @@ def record(
 def results(*records, left_out=(), tensors=None):
     """The results of a finished run."""
     count = tensors or len(records)
-    sides = [RunInput(role=role, path=role, kind="safetensors file", tensors=count) for role in ("base", "tuned")]
+    sides = [
+        RunInput(role=role, path=role, kind="safetensors file", tensors=count)
+        for role in ("base", "tuned")
+    ]
     run = Run(command="spectrum", version="0", inputs=sides, settings={"ranks": [8]})
     return Results(run, tuple(records), tuple(left_out), totals(records, left_out))
 

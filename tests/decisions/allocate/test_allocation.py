@@ -1,4 +1,6 @@
-"""Allocations: budgets, caps, groups, baselines and the certificate, each against its definition."""
+"""Allocations: budgets, caps, groups, baselines and the certificate, each against its
+definition.
+"""
 
 import math
 
@@ -33,7 +35,9 @@ def params(amount):
 
 
 def lowest(spectra, least, listed):
-    """What must be spent at least: the smallest ranks of all layers, or the cheapest rank of any."""
+    """What must be spent at least: the smallest ranks of all layers, or the cheapest
+    rank of any.
+    """
     first = next((rank for rank in listed or () if rank >= least), least)
     every = sum((first if least else 0) * cost(r) for r in spectra)
     return every or min(cost(r) for r in spectra) * (listed[0] if listed else 1)
@@ -59,7 +63,13 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
     ranks = ranks_of(result)
     spent = sum(ranks[r.layer] * cost(r) for r in spectra)
     certificate = result.certificate
-    assert spent == certificate.spent == certificate.params == sum(layer.params for layer in result.layers) <= amount
+    assert (
+        spent
+        == certificate.spent
+        == certificate.params
+        == sum(layer.params for layer in result.layers)
+        <= amount
+    )
     assert certificate.kept == pytest.approx(share(spectra, ranks), abs=1e-9)
     assert 0 <= certificate.gap <= 1
     assert certificate.kept <= certificate.bound + 1e-12
@@ -67,7 +77,9 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
         assert most is None or layer.rank <= most
         assert least <= layer.rank <= layer.cap
         assert listed is None or layer.rank in {0, *listed}
-        assert layer.kept == pytest.approx(share([r for r in spectra if r.layer == layer.layer], ranks), abs=1e-9)
+        assert layer.kept == pytest.approx(
+            share([r for r in spectra if r.layer == layer.layer], ranks), abs=1e-9
+        )
     for baseline in certificate.baselines:
         assert baseline.spent <= amount
         assert baseline.kept <= baseline.equal + 1e-12 <= certificate.bound + 1e-9
@@ -76,7 +88,9 @@ def test_no_budget_is_ever_exceeded_and_certificate_holds(seed, amount, least, m
 def test_ranks_for_energy_equal_spectra():
     spectra = llama(3, 5)
     result = allocate(spectra, Budget("energy", 0.9, "--energy 0.9"))
-    assert ranks_of(result) == {r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra}
+    assert ranks_of(result) == {
+        r.layer: min(r.rank_at["0.9"], math.prod(r.shape) // sum(r.shape)) for r in spectra
+    }
     assert result.certificate.budget is None
     assert result.certificate.spent == result.certificate.params
     assert result.certificate.bound >= result.certificate.kept
@@ -109,18 +123,28 @@ def test_budget_of_bytes_counts_every_copy_of_parameter():
 
 
 def best_shares(spectra, allowed, most):
-    """The largest share that any ranks keep at each cost 0, …, most: dynamic programming from the definition."""
+    """The largest share that any ranks keep at each cost 0, …, most: dynamic programming from the
+    definition.
+    """
     best = np.zeros(most + 1)
     for r in spectra:
-        choices = [(rank * cost(r), float((np.array(r.s[:rank]) ** 2).sum())) for rank in [0, *allowed(r)]]
-        best = np.array([max(best[b - c] + gain for c, gain in choices if c <= b) for b in range(most + 1)])
+        choices = [
+            (rank * cost(r), float((np.array(r.s[:rank]) ** 2).sum())) for rank in [0, *allowed(r)]
+        ]
+        best = np.array(
+            [max(best[b - c] + gain for c, gain in choices if c <= b) for b in range(most + 1)]
+        )
     return best / sum(r.fro**2 for r in spectra)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.integers(2, 6), st.integers(2, 6), st.lists(st.floats(0.01, 10), min_size=1, max_size=2)),
+        st.tuples(
+            st.integers(2, 6),
+            st.integers(2, 6),
+            st.lists(st.floats(0.01, 10), min_size=1, max_size=2),
+        ),
         min_size=1,
         max_size=4,
     ),
@@ -136,12 +160,17 @@ def test_more_at_most_bounds_larger_budgets(layers, amount, listed, counted):
     unit, each = counted
     amount = int(amount * each) + (3 if unit == "bytes" else 0)
     try:
-        result = allocate(spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed))
+        result = allocate(
+            spectra, Budget(unit, amount, "--budget", each), Constraints(ranks_from=listed)
+        )
     except UsageError:
         return
     caps = {layer.layer: layer.cap for layer in result.layers}
     more = range(int(60 * each))
-    allowed = {layer: [rank for rank in listed or range(1, 7) if rank <= cap] for layer, cap in caps.items()}
+    allowed = {
+        layer: [rank for rank in listed or range(1, 7) if rank <= cap]
+        for layer, cap in caps.items()
+    }
     best = best_shares(spectra, lambda r: allowed[r.layer], int((amount + len(more)) / each))
     for n in more:
         reachable = best[int((amount + n) // each)]
@@ -161,7 +190,9 @@ def test_uniform_rank_is_largest_that_fits():
 
 
 def test_prior_is_proportional_to_sensitivity():
-    spectra = [record(f"l.{i}.weight", (16, 16), np.ones(16), base_fro=1 / (i + 1)) for i in range(2)]
+    spectra = [
+        record(f"l.{i}.weight", (16, 16), np.ones(16), base_fro=1 / (i + 1)) for i in range(2)
+    ]
     prior = allocate(spectra, params(32 * 9)).certificate.baselines[1]  # ranks 3 and 6
     assert (prior.spent, prior.kept) == (32 * 9, pytest.approx(9 / 32))
 
@@ -175,7 +206,12 @@ def test_layers_get_no_rank_from_noise():
     ]
     result = allocate(spectra, params(10**6), Constraints(min_rank=1))
     assert ranks_of(result) == {"a.weight": 2, "b.weight": 0, "c.weight": 0, "d.weight": 4}
-    assert [layer.capped_by for layer in result.layers] == ["signal_rank", "signal_rank", "update_rank", "break_even"]
+    assert [layer.capped_by for layer in result.layers] == [
+        "signal_rank",
+        "signal_rank",
+        "update_rank",
+        "break_even",
+    ]
     assert result.layers[2].kept is None
     with raises_naming(UsageError, "rounding noise"):
         allocate(spectra[1:3], params(10**6))
@@ -191,7 +227,10 @@ def test_truncated_spectrum_caps_ranks_with_error():
         record("b.weight", (8, 8), np.ones(8), fro=math.sqrt(8)),
     ]
     result = allocate(spectra, params(10**6))
-    assert [(layer.rank, layer.capped_by) for layer in result.layers] == [(2, "values_kept"), (4, "break_even")]
+    assert [(layer.rank, layer.capped_by) for layer in result.layers] == [
+        (2, "values_kept"),
+        (4, "break_even"),
+    ]
     assert result.layers[0].kept == pytest.approx(13 / 25)
     assert result.certificate.energy_error == pytest.approx(1e-3 * 25 / 33)
 
@@ -213,7 +252,11 @@ def test_epsilon_min_of_certificate_is_lower_bound(seed, kept, error):
 def test_list_of_ranks_may_round_cap_up_to_its_next_entry():
     spectra = [record("a.weight", (32, 32), [9, 8, 7, 6, 5, *[0.01] * 27], signal=5)]
     result = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16)))
-    assert (result.layers[0].rank, result.layers[0].cap, result.layers[0].capped_by) == (8, 8, "ranks_from")
+    assert (result.layers[0].rank, result.layers[0].cap, result.layers[0].capped_by) == (
+        8,
+        8,
+        "ranks_from",
+    )
     result = allocate(spectra, params(10**6), Constraints(ranks_from=(4, 8, 16), max_rank=7))
     assert result.layers[0].rank == 4
 
@@ -250,7 +293,10 @@ def test_embeddings_head_and_routers_are_excluded_unless_named():
 
 
 def test_weights_shift_rank_and_relative_counts_layers_alike():
-    small, large = record("a.weight", (8, 8), np.ones(8)), record("b.weight", (8, 8), np.ones(8) * 10)
+    small, large = (
+        record("a.weight", (8, 8), np.ones(8)),
+        record("b.weight", (8, 8), np.ones(8) * 10),
+    )
     plain = allocate([small, large], params(64))
     assert ranks_of(plain) == {"a.weight": 0, "b.weight": 4}
     weighted = allocate([small, large], params(64), weights={"a.weight": 1000.0, "b.weight": 1.0})
@@ -296,10 +342,16 @@ def test_heads_in_full_are_charged_first():
     still = record("bert.pooler.dense.weight", (16, 16), np.zeros(16))
     size = 7 * 16 + 7 + 2 * 16
     result = allocate([layer, head, still], params(size + 70), left_out=[bias, new])
-    assert {item.layer for item in result.left_out if item.reason == "saved"} == {head.layer, bias.layer, new.layer}
+    assert {item.layer for item in result.left_out if item.reason == "saved"} == {
+        head.layer,
+        bias.layer,
+        new.layer,
+    }
     assert ranks_of(result)[layer.layer] == 2
     assert (
-        (result.certificate.saved, result.certificate.params) == (size, size + 64) == (size, result.certificate.spent)
+        (result.certificate.saved, result.certificate.params)
+        == (size, size + 64)
+        == (size, result.certificate.spent)
     )
     with raises_naming(UsageError, "151 parameters", "1 parameters"):
         allocate([layer, head], params(150), left_out=[bias, new])
@@ -312,11 +364,19 @@ def test_heads_in_full_are_charged_first():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.sampled_from([None, (1, 2, 4, 8, 16, 32)]), st.integers(0, 9))
+@given(
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.sampled_from([None, (1, 2, 4, 8, 16, 32)]),
+    st.integers(0, 9),
+)
 def test_no_rank_has_more_parameters_than_its_matrix(m, n, listed, least):
     if least > 0 and listed:
         least = 1
-    layers = [record("a.weight", (m, n), np.ones(min(m, n))), record("b.weight", (32, 32), np.ones(32))]
+    layers = [
+        record("a.weight", (m, n), np.ones(min(m, n))),
+        record("b.weight", (32, 32), np.ones(32)),
+    ]
     result = allocate(layers, params(10**6), Constraints(min_rank=least, ranks_from=listed))
     for layer in result.layers:
         assert layer.params <= math.prod(layer.shape)

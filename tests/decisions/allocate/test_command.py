@@ -16,7 +16,9 @@ pytestmark = pytest.mark.slow
 def measured(tmp_path_factory):
     """A results file of the sample checkpoints."""
     path = tmp_path_factory.mktemp("spectrum") / "s.jsonl"
-    lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", output=path)
+    lora_diag.spectrum(
+        ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", output=path
+    )
     return path
 
 
@@ -24,7 +26,11 @@ def test_config_records_and_json_agree(run, measured, tmp_path):
     ran = run("allocate", measured, "--energy", "0.5", "-o", "adapter_config.json", "--json")
     assert ran.code == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    ranks = {record["layer"]: record["rank"] for record in ran.records if record["record"] == "allocation"}
+    ranks = {
+        record["layer"]: record["rank"]
+        for record in ran.records
+        if record["record"] == "allocation"
+    }
     assert config["r"] in ranks.values()
     assert ran.records[-2]["record"] == "left_out"
     assert [record["record"] for record in ran.records].count("certificate") == 1
@@ -42,7 +48,13 @@ def test_config_check_builds_model(run, measured, tmp_path):
     checked = run(*words, "-o", "adapter_config.json", "--check", ROOT / "sample_checkpoints/base")
     assert (checked.code, checked.out) == (0, "")
     assert (tmp_path / "adapter_config.json").exists()
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 1,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "adapter_config.json").unlink()
     other = run(*words, "-o", "adapter_config.json", "--check", "config.json")

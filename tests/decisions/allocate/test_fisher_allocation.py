@@ -32,7 +32,10 @@ def spectra(*, layers=LAYERS, **more):
 def curves(seed):
     """Any non-negative numbers that end at 0: some rise, some are flat."""
     rng = np.random.default_rng(seed)
-    return {name: (*(rng.random(VALUES) * rng.choice([1.0, 10.0])).round(2).tolist(), 0.0) for name in LAYERS}
+    return {
+        name: (*(rng.random(VALUES) * rng.choice([1.0, 10.0])).round(2).tolist(), 0.0)
+        for name in LAYERS
+    }
 
 
 def check(chosen, losses, budget, allowed):
@@ -42,7 +45,10 @@ def check(chosen, losses, budget, allowed):
     best = -float("inf")
     for ranks in itertools.product(allowed, repeat=3):
         if sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) <= budget:
-            best = max(best, total - sum(losses[name][rank] for name, rank in zip(LAYERS, ranks, strict=True)))
+            best = max(
+                best,
+                total - sum(losses[name][rank] for name, rank in zip(LAYERS, ranks, strict=True)),
+            )
     ranks = {layer.layer: layer.rank for layer in chosen.layers}
     kept = total - sum(losses[name][rank] for name, rank in ranks.items())
     certificate = chosen.certificate
@@ -55,12 +61,21 @@ def check(chosen, losses, budget, allowed):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 10**6), budget=st.integers(27, 360), most=st.integers(1, 4), least=st.integers(0, 2))
+@given(
+    seed=st.integers(0, 10**6),
+    budget=st.integers(27, 360),
+    most=st.integers(1, 4),
+    least=st.integers(0, 2),
+)
 def test_bound_holds_for_every_choice_and_best_corner_is_chosen(seed, budget, most, least):
     least = min(least, most)
     losses, result = curves(seed), spectra()
-    with contextlib.suppress(UsageError):  # the first rank that lowers anything may be beyond the budget
-        chosen = allocate(result, Budget("params", budget, "--params"), Constraints(least, most), losses=losses)
+    with contextlib.suppress(
+        UsageError
+    ):  # the first rank that lowers anything may be beyond the budget
+        chosen = allocate(
+            result, Budget("params", budget, "--params"), Constraints(least, most), losses=losses
+        )
         check(chosen, losses, budget, range(least, most + 1))
 
 
@@ -106,18 +121,30 @@ def test_layer_weights_accept_probe_fisher_file(tmp_path):
 def test_files_without_these_layers_are_refused(tmp_path):
     result, losses = spectra(), curves(3)
     records = [fisher(each.layer, each.shape, losses[each.layer], each.fro) for each in result]
-    other = stored(tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)])
+    other = stored(
+        tmp_path / "other.jsonl", [fisher("x.weight", (5, 4), (1.0, 1.0, 1.0, 1.0, 0.0), 1.0)]
+    )
     with raises_naming(UsageError, "measurement", "spectra"):
         lora_diag.allocate(results(*result), params=180, weights=other)
-    off = stored(tmp_path / "off.jsonl", [record.model_copy(update={"fro": record.fro * 1.1}) for record in records])
+    off = stored(
+        tmp_path / "off.jsonl",
+        [record.model_copy(update={"fro": record.fro * 1.1}) for record in records],
+    )
     with raises_naming(InputError, "measure", "update"):
         lora_diag.allocate(results(*result), params=180, weights=off)
     cut = stored(tmp_path / "cut.jsonl", records, end=False)
     with pytest.raises(InputError, match="did not finish"):
         lora_diag.allocate(results(*result), params=180, weights=cut)
-    assert lora_diag.allocate(results(*result), params=180, weights=cut, allow_unfinished=True).layers
+    assert lora_diag.allocate(
+        results(*result), params=180, weights=cut, allow_unfinished=True
+    ).layers
     with pytest.raises(UsageError, match="relative"):
-        lora_diag.allocate(results(*result), params=180, weights=stored(tmp_path / "f.jsonl", records), relative=True)
+        lora_diag.allocate(
+            results(*result),
+            params=180,
+            weights=stored(tmp_path / "f.jsonl", records),
+            relative=True,
+        )
     with pytest.raises(InputError, match="probe truncation"):
         lora_diag.allocate(
             results(*result),

@@ -1,4 +1,6 @@
-"""``allocate --portable``: one rank for all, the best of those tried, in a config that every program scales alike."""
+"""``allocate --portable``: one rank for all, the best of those tried, in a config that every
+program scales alike.
+"""
 
 import json
 
@@ -38,13 +40,26 @@ def test_portable_allocation_is_the_best_of_one_rank(more):
 
 
 def test_portable_config_is_exact_in_every_program(tmp_path):
-    options = {"params": 1500, "min_rank": 1, "exclude": "self_attn"}  # SGLang wants q and v of a layer both
+    options = {
+        "params": 1500,
+        "min_rank": 1,
+        "exclude": "self_attn",
+    }  # SGLang wants q and v of a layer both
     result = lora_diag.allocate(SPECTRA, portable=True, **options)
     write_allocation(result, tmp_path / "adapter_config.json", scaling=3.0)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["rank_pattern"], config["alpha_pattern"]) == ({}, {})
     items = tuple(
-        Item(each.layer, each.layer.removesuffix(".weight"), "factors", "lora_B", each.rank, 3.0, None, each.shape)
+        Item(
+            each.layer,
+            each.layer.removesuffix(".weight"),
+            "factors",
+            "lora_B",
+            each.rank,
+            3.0,
+            None,
+            each.shape,
+        )
         for each in result
         if each.rank
     )

@@ -1,4 +1,6 @@
-"""The PEFT config of an allocation: names resolved, and the model that PEFT builds from it on the meta device."""
+"""The PEFT config of an allocation: names resolved, and the model that PEFT builds from it on the
+meta device.
+"""
 
 import json
 import math
@@ -27,13 +29,20 @@ WITH_PEFT = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:Futur
 def allocation(spectra, amount, tensors=None, left_out=(), **constraints):
     """An allocation of made-up spectra, as ``lora_diag.allocate`` returns it."""
     measured = results(*spectra, left_out=left_out, tensors=tensors)
-    result = allocate(spectra, Budget("params", amount, f"--params {amount}"), Constraints(**constraints))
+    result = allocate(
+        spectra, Budget("params", amount, f"--params {amount}"), Constraints(**constraints)
+    )
     rest = (*result.left_out, *left_out)
-    return Results(measured.run, result.layers, rest, totals(result.layers, rest), (result.certificate,))
+    return Results(
+        measured.run, result.layers, rest, totals(result.layers, rest), (result.certificate,)
+    )
 
 
 def resolved(config, module):
-    """The rank and scaling that PEFT gives a module; None if it does not adapt it. From PEFT's documentation."""
+    """The rank and scaling that PEFT gives a module; None if it does not adapt it.
+
+    From PEFT's documentation.
+    """
     names = [*config["target_modules"], *config.get("target_parameters", [])]
     if not any(module == name or module.endswith("." + name) for name in names):
         return None
@@ -57,13 +66,19 @@ def test_every_layer_has_requested_rank_and_scaling(tensors):
     assert any(r.rank == 0 for r in result)
     config = make_peft_config(result, Scaling(1.5))
     for r in result:
-        assert resolved(config, module_of(r.layer)) == ((r.rank, pytest.approx(1.5)) if r.rank else None)
+        assert resolved(config, module_of(r.layer)) == (
+            (r.rank, pytest.approx(1.5)) if r.rank else None
+        )
     assert config["r"] in {r.rank for r in result}
     assert 0 not in config["rank_pattern"].values()
 
 
 def test_names_are_minimal_and_unique():
-    spectra = [record(f"model.layers.{i}.mlp.{name}.weight", (8, 8), np.ones(8)) for i in range(2) for name in "ab"]
+    spectra = [
+        record(f"model.layers.{i}.mlp.{name}.weight", (8, 8), np.ones(8))
+        for i in range(2)
+        for name in "ab"
+    ]
     assert make_peft_config(allocation(spectra, 10**6))["target_modules"] == ["a", "b"]
     assert make_peft_config(allocation(spectra, 10**6))["rank_pattern"] == {}
     # another tensor of BASE is called so, or BASE has tensors that the results do not name
@@ -73,10 +88,16 @@ def test_names_are_minimal_and_unique():
 
 
 def test_ambiguous_module_name_is_written_in_full():
-    """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT refuses."""
+    """``merger.mlp.0`` ends in ``0``, and so does ``blocks.0``, which is no layer and which PEFT
+    refuses.
+    """
     names = ["visual.blocks.0.attn.qkv", "visual.blocks.0.mlp.fc1", "visual.merger.mlp.0"]
     spectra = [record(f"{name}.weight", (8, 8), np.ones(8)) for name in names]
-    assert make_peft_config(allocation(spectra, 10**6))["target_modules"] == ["visual.merger.mlp.0", "fc1", "qkv"]
+    assert make_peft_config(allocation(spectra, 10**6))["target_modules"] == [
+        "visual.merger.mlp.0",
+        "fc1",
+        "qkv",
+    ]
 
 
 def test_stacks_as_module_weights_are_module_targets():
@@ -85,14 +106,23 @@ def test_stacks_as_module_weights_are_module_targets():
     spectra = [record(f"model.layers.0.{name}", (8, 8), np.ones(8)) for name in names]
     result = allocation(spectra, 10**6, 2)
     config = make_peft_config(result)
-    assert (config["target_modules"], config["target_parameters"]) == (["q_proj"], ["input_linear.weight"])
+    assert (config["target_modules"], config["target_parameters"]) == (
+        ["q_proj"],
+        ["input_linear.weight"],
+    )
     ranks = {"model.layers.0.mlp.input_linear": (4, 2.0), "model.layers.0.attn.q_proj": (4, 2.0)}
     compare_with_peft(result, ranks, Scaling(2.0))
 
 
 def test_equal_ranks_share_one_pattern_key():
     spectra = [
-        record(f"model.layers.{i}.{name}.weight", (8, 8), np.ones(rank), fro=math.sqrt(rank), complete=False)
+        record(
+            f"model.layers.{i}.{name}.weight",
+            (8, 8),
+            np.ones(rank),
+            fro=math.sqrt(rank),
+            complete=False,
+        )
         for i in range(3)
         for name, rank in (("q", 2), ("k", 2), ("v", 4))
     ]
@@ -110,10 +140,15 @@ def test_rslora_keeps_one_alpha():
 
 
 def test_single_experts_are_refused_and_stacks_become_parameters():
-    one_by_one = [record(f"model.layers.0.mlp.experts.{i}.w1.weight", (8, 8), np.ones(8)) for i in range(2)]
+    one_by_one = [
+        record(f"model.layers.0.mlp.experts.{i}.w1.weight", (8, 8), np.ones(8)) for i in range(2)
+    ]
     with pytest.raises(InputError, match="stores one by one"):
         make_peft_config(allocation(one_by_one, 10**6))
-    stack = [record(f"model.layers.{i // 2}.mlp.experts.up[{i % 2}]", (8, 8), np.ones(8)) for i in range(4)]
+    stack = [
+        record(f"model.layers.{i // 2}.mlp.experts.up[{i % 2}]", (8, 8), np.ones(8))
+        for i in range(4)
+    ]
     config = make_peft_config(allocation(stack, 10**6, tensors=2))
     assert (config["target_modules"], config["target_parameters"]) == ([], ["up"])
 
@@ -143,7 +178,9 @@ def test_config_with_other_effect_is_refused(change, message):
 
 
 def built(config, model_config, tmp_path):
-    """Build the model without weights, put the adapter in, and return rank and scaling by module or parameter."""
+    """Build the model without weights, put the adapter in, and return rank and scaling by module or
+    parameter.
+    """
     torch = pytest.importorskip("torch")
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
@@ -169,13 +206,24 @@ def test_peft_builds_gpt2_as_allocated(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("peft")
     config = transformers.GPT2Config(
-        n_layer=12, n_embd=8, n_head=2, vocab_size=16, n_positions=8, architectures=["GPT2LMHeadModel"]
+        n_layer=12,
+        n_embd=8,
+        n_head=2,
+        vocab_size=16,
+        n_positions=8,
+        architectures=["GPT2LMHeadModel"],
     )
     rng = np.random.default_rng(0)
     spectra = [
-        record(f"h.{i}.{name}.weight", shape, rng.exponential(size=8))  # as GPT-2 lies on the hub, without wrapper
+        record(
+            f"h.{i}.{name}.weight", shape, rng.exponential(size=8)
+        )  # as GPT-2 lies on the hub, without wrapper
         for i in range(12)
-        for name, shape in {"attn.c_attn": (8, 24), "attn.c_proj": (8, 8), "mlp.c_fc": (8, 32)}.items()
+        for name, shape in {
+            "attn.c_attn": (8, 24),
+            "attn.c_proj": (8, 8),
+            "mlp.c_fc": (8, 32),
+        }.items()
     ]
     result = allocation(spectra, 3000, tensors=60)
     assert any(r.rank == 0 for r in result)
@@ -237,9 +285,20 @@ SMALL = {
     "DistilBertForSequenceClassification": (
         "SEQ_CLS",
         {"classifier", "pre_classifier"},
-        {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "vocab_size": 50, "max_position_embeddings": 40},
+        {
+            "dim": 32,
+            "n_layers": 2,
+            "n_heads": 4,
+            "hidden_dim": 64,
+            "vocab_size": 50,
+            "max_position_embeddings": 40,
+        },
     ),
-    "LlamaForSequenceClassification": ("SEQ_CLS", {"score"}, ENCODER | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "LlamaForSequenceClassification": (
+        "SEQ_CLS",
+        {"score"},
+        ENCODER | {"num_key_value_heads": 2, "pad_token_id": 0},
+    ),
     "LlamaForCausalLM": ("CAUSAL_LM", set(), ENCODER | {"num_key_value_heads": 2}),
 }
 
@@ -249,7 +308,9 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_peft_trains_as_many_parameters_as_budget_counts(tmp_path, name):
     """The head is new: TUNED has another number of labels than BASE."""
-    transformers, peft, torch = (pytest.importorskip(module) for module in ("transformers", "peft", "torch"))
+    transformers, peft, torch = (
+        pytest.importorskip(module) for module in ("transformers", "peft", "torch")
+    )
     task, heads, sizes = SMALL[name]
     kind = getattr(transformers, name)
     base, tuned = (kind(kind.config_class(**sizes, num_labels=labels)) for labels in (2, 3))

@@ -45,7 +45,9 @@ def test_budgets_as_text_and_numbers():
 
 
 def test_written_parameter_count_equals_adapter():
-    spectra = lora_diag.spectrum(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20)
+    spectra = lora_diag.spectrum(
+        ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/full_ft", top=20
+    )
     result = lora_diag.allocate(spectra, match=ROOT / "sample_checkpoints/lora_r4")
     assert result.whole[0].budget == 4 * sum(sum(layer.shape) for layer in result)
     assert result.whole[0].spent <= result.whole[0].budget
@@ -59,7 +61,9 @@ def test_adapter_without_factors_cannot_be_matched():
         lora_diag.allocate(SPECTRA, match=DATA / "cases/ia3/adapter")
 
 
-@pytest.mark.parametrize("budgets", [{}, {"params": 100, "energy": 0.9}, {"total_rank": 0}, {"energy": 2.0}])
+@pytest.mark.parametrize(
+    "budgets", [{}, {"params": 100, "energy": 0.9}, {"total_rank": 0}, {"energy": 2.0}]
+)
 def test_exactly_one_valid_budget_is_required(budgets):
     with pytest.raises(UsageError, match=r"exactly one of|total_rank=0|energy=2"):
         lora_diag.allocate(SPECTRA, **budgets)
@@ -80,9 +84,14 @@ def test_unfinished_run_needs_option(tmp_path):
 
 def test_weights_by_name_and_from_file(tmp_path):
     layers = [r.layer for r in SPECTRA]
-    (tmp_path / "w.json").write_text(json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1}))
+    (tmp_path / "w.json").write_text(
+        json.dumps({layers[0].removesuffix(".weight"): 1e6, "default": 1})
+    )
     by_file = lora_diag.allocate(SPECTRA, params=2000, weights=tmp_path / "w.json")
-    assert by_file.layers == lora_diag.allocate(SPECTRA, params=2000, weights={layers[0]: 1e6, "default": 1.0}).layers
+    assert (
+        by_file.layers
+        == lora_diag.allocate(SPECTRA, params=2000, weights={layers[0]: 1e6, "default": 1.0}).layers
+    )
     assert [layer.weight for layer in by_file] == [1e6, *[1.0] * (len(layers) - 1)]
     assert by_file.layers[0].rank == by_file.layers[0].cap
     for wrong, message in (
@@ -100,7 +109,11 @@ def test_weights_by_name_and_from_file(tmp_path):
 
 def test_overwrite_keeps_other_files(tmp_path):
     result = lora_diag.allocate(SPECTRA, params=2000)
-    for name, content in (("config.json", '{"model_type": "llama"}'), ("notes.jsonl", "{}\n"), ("x.json", "[")):
+    for name, content in (
+        ("config.json", '{"model_type": "llama"}'),
+        ("notes.jsonl", "{}\n"),
+        ("x.json", "["),
+    ):
         (tmp_path / name).write_text(content)
         with pytest.raises(UsageError, match="--overwrite"):
             write_allocation(result, tmp_path / name)

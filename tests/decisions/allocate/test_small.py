@@ -16,13 +16,22 @@ from tests.oracles import effective_rank
 
 @pytest.mark.parametrize(
     ("words", "value"),
-    [("10M", 10**7), ("8388608", 8388608), ("1.5B", 15 * 10**8), ("0.1k", 100), ("1_000", 1000), (" 2 m ", 2 * 10**6)],
+    [
+        ("10M", 10**7),
+        ("8388608", 8388608),
+        ("1.5B", 15 * 10**8),
+        ("0.1k", 100),
+        ("1_000", 1000),
+        (" 2 m ", 2 * 10**6),
+    ],
 )
 def test_parse_counts(words, value):
     assert read_count(words, "--params") == value
 
 
-@pytest.mark.parametrize(("words", "value"), [("2GB", 2 * 10**9), ("1GiB", 2**30), ("1.5mb", 1_500_000), ("7B", 7)])
+@pytest.mark.parametrize(
+    ("words", "value"), [("2GB", 2 * 10**9), ("1GiB", 2**30), ("1.5mb", 1_500_000), ("7B", 7)]
+)
 def test_parse_sizes(words, value):
     assert read_bytes(words, "--memory") == value
 
@@ -30,7 +39,10 @@ def test_parse_sizes(words, value):
 @pytest.mark.parametrize(
     ("read", "value"),
     [
-        *((read_count, v) for v in ("", "M", "-1M", "1e6", "10MB", "10X", "0", "nan", "inf", "1,000", "1_0", "٣M")),
+        *(
+            (read_count, v)
+            for v in ("", "M", "-1M", "1e6", "10MB", "10X", "0", "nan", "inf", "1,000", "1_0", "٣M")
+        ),
         *((read_bytes, v) for v in ("2", "2G", "GB", "-2GB", "0GB", "2 G B")),
         *((read_share, v) for v in (0.0, -0.1, 1.1, 90.0, math.nan, math.inf)),
     ],
@@ -65,13 +77,20 @@ def test_policies_of_full_and_truncated_spectrum():
     # ω(1)·median = 2.858 · 0.75 = 2.14
     assert full["Gavish–Donoho"] == 2
     cut = apply_rank_rules(record("a.weight", (8, 8), s[:3], fro=10.0)).ranks
-    assert (cut["knee"], cut["effective"], cut["Gavish–Donoho"], cut["signal"]) == (None, None, None, None)
+    assert (cut["knee"], cut["effective"], cut["Gavish–Donoho"], cut["signal"]) == (
+        None,
+        None,
+        None,
+        None,
+    )
     still = apply_rank_rules(record("a.weight", (8, 8), np.zeros(8), signal=0)).ranks
     assert (still["energy 90%"], still["knee"], still["Gavish–Donoho"]) == (0, None, None)
 
 
 def test_unusual_target_is_refused():
-    """A table of positions and grouped convolutions cannot take LoRA; a linear layer of the same model can."""
+    """A table of positions and grouped convolutions cannot take LoRA; a linear layer of the same
+    model can.
+    """
     refused = ("visual.register_tokens", "visual.attn.relative_position_bias_table")
     refused += ("model.layers.0.temporal_block.conv_1d.weight", "model.layers.0.conv.conv.weight")
     assert all(why_no_target(name, None, None) for name in refused)

@@ -1,4 +1,6 @@
-"""The spending of a budget against enumeration: kept ≤ optimum ≤ bound, and the gap is at most one step."""
+"""The spending of a budget against enumeration: kept ≤ optimum ≤ bound, and the gap is at most one
+step.
+"""
 
 import itertools
 
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from lora_diag.decisions.allocate.measure import make_steps, spend
 
 UNITS = st.lists(
-    st.tuples(st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1)),
+    st.tuples(
+        st.lists(st.floats(0.01, 10), min_size=1, max_size=4), st.integers(1, 12), st.integers(0, 1)
+    ),
     min_size=1,
     max_size=4,
 )
@@ -18,7 +22,9 @@ UNITS = st.lists(
 
 def problem(units, step=1):
     """Return steps, and everything that enumeration needs: curves, costs, stops."""
-    curves = [np.concatenate([[0.0], np.cumsum(sorted(gains, reverse=True))]) for gains, _, _ in units]
+    curves = [
+        np.concatenate([[0.0], np.cumsum(sorted(gains, reverse=True))]) for gains, _, _ in units
+    ]
     costs = [cost for _, cost, _ in units]
     stops = [
         np.arange(min(start, len(curve) - 1), len(curve), step)
@@ -73,7 +79,8 @@ def test_price_bounds_gain_of_one_unit():
 
 
 def test_budget_holds_after_step_without_gain():
-    # A numerically low-rank adapter: squares of its last values are lost in the sum, and the curve ends at exactly 1.
+    # A numerically low-rank adapter: squares of its last values are lost in the sum, and the curve
+    # ends at exactly 1.
     curve = np.array([0.0, 0.9, 1 - 1e-10, 1 - 1e-10, 1 - 1e-10, 1.0])
     steps = make_steps([curve], [10], [np.array([0, 2, 4, 5])])
     result = spend(steps, 35)

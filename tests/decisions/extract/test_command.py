@@ -29,7 +29,9 @@ def test_adapter_table_and_card(run, pair_of_models, tmp_path):
     assert not (tmp_path / "adapter.part").exists()
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.1.mlp.up_proj"
-    b, a = (factors[f"base_model.model.{name}.lora_{part}.weight"].double().numpy() for part in "BA")
+    b, a = (
+        factors[f"base_model.model.{name}.lora_{part}.weight"].double().numpy() for part in "BA"
+    )
     change = change_of(before, after, f"{name}.weight")
     assert np.linalg.norm(b @ a - best_approximation(change, 3)) < 1e-6 * np.linalg.norm(change)
     whole = [change_of(before, after, key) for key in before if before[key].ndim == 2]
@@ -41,15 +43,29 @@ def test_adapter_table_and_card(run, pair_of_models, tmp_path):
 
 
 def test_extract_then_spectrum_then_residual(run, pair_of_models, tmp_path):
-    """The adapter's singular values are the r largest of the update, and its distance is the smallest possible."""
+    """The adapter's singular values are the r largest of the update, and its distance is the
+    smallest possible.
+    """
     base, tuned, *_ = pair_of_models
     assert run("extract", base, tuned, "--rank", "4", "-o", "adapter", "-q").code == 0
-    full = {r["layer"]: r for r in run("spectrum", base, tuned, "--json").records if r["record"] == "spectrum"}
-    kept = {r["layer"]: r for r in run("spectrum", base, "adapter", "--json").records if r["record"] == "spectrum"}
+    full = {
+        r["layer"]: r
+        for r in run("spectrum", base, tuned, "--json").records
+        if r["record"] == "spectrum"
+    }
+    kept = {
+        r["layer"]: r
+        for r in run("spectrum", base, "adapter", "--json").records
+        if r["record"] == "spectrum"
+    }
     assert kept.keys() == full.keys()
     for layer, record in kept.items():
         assert record["s"] == pytest.approx(full[layer]["s"][:4], rel=1e-5)
-    residual = [r for r in run("residual", base, tuned, "adapter", "--json").records if r["record"] == "residual"]
+    residual = [
+        r
+        for r in run("residual", base, tuned, "adapter", "--json").records
+        if r["record"] == "residual"
+    ]
     matrices = [record for record in residual if record["layer"] in full]
     assert len(matrices) == len(full)
     for record in matrices:
@@ -62,7 +78,9 @@ def test_same_command_gives_same_bytes(run, pair_of_models, tmp_path):
         words = ("--energy", "0.8", "-o", name, "--workers", workers, "-q")
         assert run("extract", base, tuned, *words).code == 0
     for file in ("adapter_model.safetensors", "adapter_config.json", "extraction.jsonl"):
-        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), file
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes(), (
+            file
+        )
 
 
 def test_output_that_would_be_lost_is_kept(run, pair_of_models, tmp_path):
@@ -82,10 +100,21 @@ def test_output_that_would_be_lost_is_kept(run, pair_of_models, tmp_path):
     assert (trained / "adapter_model.safetensors").read_text() == "a week on eight GPUs"
     assert run(*words, "-o", "adapter").code == 0
     assert "--overwrite" in run(*words, "-o", "adapter").err
-    assert "is an input" in run("extract", base, "adapter", "--rank", "1", "-o", "adapter", "--overwrite").err
-    assert run("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
+    assert (
+        "is an input"
+        in run("extract", base, "adapter", "--rank", "1", "-o", "adapter", "--overwrite").err
+    )
+    assert (
+        run("extract", base, tuned, "--rank", "5", "-q", "-o", "adapter", "--overwrite").code == 0
+    )
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base", "notes", "trained", "tuned"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "adapter",
+        "base",
+        "notes",
+        "trained",
+        "tuned",
+    ]
 
 
 def test_non_finite_layer_is_named_and_not_written(run, pair_of_models, tmp_path):
@@ -123,7 +152,9 @@ def test_rounded_away_update_is_reported_without_signal_option(run, tmp_path):
     before = {f"layer.{i}.weight": (torch.randn(48, 64) * 0.02).bfloat16() for i in range(2)}
     change = torch.randn(48, 2) @ torch.randn(2, 64) * 4e-6
     save_model(tmp_path / "base", before)
-    save_model(tmp_path / "tuned", {name: (w.float() + change).bfloat16() for name, w in before.items()})
+    save_model(
+        tmp_path / "tuned", {name: (w.float() + change).bfloat16() for name, w in before.items()}
+    )
     ran = run("extract", "base", "tuned", "--rank", "2", "-o", "adapter")
     assert ran.code == 0, ran.err
     assert_names(ran.out, "rounding noise")
@@ -138,7 +169,9 @@ def test_resume_detects_missing_factors(pair_of_models, run, tmp_path):
     assert run("extract", base, tuned, "--rank", "3", "-q", "-o", "adapter").code == 0
     part = tmp_path / "adapter.part"
     (part / "factors").mkdir(parents=True)
-    (part / "extraction.jsonl").write_bytes((tmp_path / "adapter" / "extraction.jsonl").read_bytes())
+    (part / "extraction.jsonl").write_bytes(
+        (tmp_path / "adapter" / "extraction.jsonl").read_bytes()
+    )
     again = ("extract", base, tuned, "-q", "-o", "adapter", "--resume", "--overwrite")
     assert run(*again, "--rank", "4").code == 2
     ran = run(*again, "--rank", "3")
@@ -149,7 +182,9 @@ def test_resume_detects_missing_factors(pair_of_models, run, tmp_path):
 
 @pytest.mark.parametrize("name", ["notes.md", "factors/notes.md"])
 def test_resume_refuses_folder_with_foreign_file(pair_of_models, run, tmp_path, name):
-    """An extraction without factors deletes its folder, and a finished one the factors of its layers."""
+    """An extraction without factors deletes its folder, and a finished one the factors of its
+    layers.
+    """
     base, tuned, *_ = pair_of_models
     notes = tmp_path / "adapter.part" / name
     (tmp_path / "adapter.part" / "factors").mkdir(parents=True)
@@ -184,7 +219,9 @@ def test_ranks_of_another_model_are_refused(run, pair_of_models, tmp_path):
     assert_names(ran.err, "target_modules")
     config |= {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"layers.1.mlp.up_proj": 2}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    ran = run("extract", base, tuned, "--allocation", "adapter_config.json", "-o", "adapter", "--json")
+    ran = run(
+        "extract", base, tuned, "--allocation", "adapter_config.json", "-o", "adapter", "--json"
+    )
     ranks = {r["layer"]: r["rank"] for r in ran.records if r["record"] == "extraction"}
     assert ranks == {
         "model.layers.0.self_attn.q_proj.weight": 4, "model.layers.1.self_attn.q_proj.weight": 4,
@@ -192,11 +229,26 @@ def test_ranks_of_another_model_are_refused(run, pair_of_models, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", ["full-ft", "moe-full-ft", "vocab-resized", "bitfit-like", "sharded-base"])
+@pytest.mark.parametrize(
+    "case", ["full-ft", "moe-full-ft", "vocab-resized", "bitfit-like", "sharded-base"]
+)
 def test_extract_recovers_shared_cases(run, case, tmp_path):
     folder = DATA / "cases" / case
-    tuned = next(folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir())
-    ran = run("extract", folder / "base", tuned, "--rank", "100", "--unfactored", "save", "-o", "adapter", "--json")
+    tuned = next(
+        folder / name for name in ("merged", "tuned", "adapter") if (folder / name).is_dir()
+    )
+    ran = run(
+        "extract",
+        folder / "base",
+        tuned,
+        "--rank",
+        "100",
+        "--unfactored",
+        "save",
+        "-o",
+        "adapter",
+        "--json",
+    )
     if case == "bitfit-like":
         assert (ran.code, mentions(ran.err, "update", "zero")) == (4, True)
         return
@@ -227,4 +279,6 @@ def test_too_small_budget_keeps_spectra(run, pair_of_models, tmp_path):
     assert run(*again, "--params", "400").code == 2
     assert run(*again, "--params", "400", "--exclude", "q_proj", "--resume").code == 2
     assert run("extract", base, tuned, "--params", "400", "-o", "adapter", "--resume").code == 0
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == ["adapter"]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith("adapter")] == [
+        "adapter"
+    ]

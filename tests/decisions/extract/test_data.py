@@ -1,4 +1,6 @@
-"""Factors that are best in E‖(ΔW − BA)x‖²: no other of their rank is better, on the inputs themselves."""
+"""Factors that are best in E‖(ΔW − BA)x‖²: no other of their rank is better, on the inputs
+themselves.
+"""
 
 from dataclasses import replace
 
@@ -31,7 +33,9 @@ def weighting(folder, x, on_rows):
     """Store E[xxᵀ] of inputs in the columns of x in float64, so that the file is exact."""
     c = torch.tensor(x @ x.T / x.shape[1])
     save_file({"q_proj.weight": c}, folder / "c.safetensors")
-    return Weighting(Moments(Side(open_checkpoint(folder / "c.safetensors"), "q_proj.weight"), len(c), on_rows))
+    return Weighting(
+        Moments(Side(open_checkpoint(folder / "c.safetensors"), "q_proj.weight"), len(c), on_rows)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,18 +43,30 @@ def weighting(folder, x, on_rows):
     rows=st.integers(1, 10), columns=st.integers(1, 10), rank=st.integers(1, 6), seen=st.integers(1, 20),
     on_rows=st.booleans(), transposed=st.booleans(), kfac=st.booleans(), seed=st.integers(0, 999),
 )  # fmt: skip
-def test_output_error_is_minimal(tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, kfac, seed):
-    """In E‖(ΔW − BA)x‖² on the inputs themselves, or with K-FAC between the roots of both second moments."""
+def test_output_error_is_minimal(
+    tmp_path_factory, rows, columns, rank, seen, on_rows, transposed, kfac, seed
+):
+    """In E‖(ΔW − BA)x‖² on the inputs themselves, or with K-FAC between the roots of both second
+    moments.
+    """
     folder, rng = tmp_path_factory.mktemp("x"), np.random.default_rng(seed)
     layer, real = layer_of(rng.standard_normal((rows, columns)), folder, Rank(rank), transposed)
     n, other = (rows, columns) if on_rows else (columns, rows)
-    x = rng.standard_normal((n, seen)) * np.linspace(0.1, 3, n)[:, None]  # with few inputs, C is singular
+    x = (
+        rng.standard_normal((n, seen)) * np.linspace(0.1, 3, n)[:, None]
+    )  # with few inputs, C is singular
     weights, k, near = weighting(folder, x, on_rows), np.eye(other), 1e-5
     if kfac:
         g = rng.standard_normal((other, seen))
         save_file({"g": torch.tensor(g @ g.T / seen)}, folder / "g.safetensors")
-        gradients = Moments(Side(open_checkpoint(folder / "g.safetensors"), "g"), other, not on_rows)
-        weights, k, near = Weighting(weights.inputs, gradients), oracles.square_root(g @ g.T / seen), 1e-3
+        gradients = Moments(
+            Side(open_checkpoint(folder / "g.safetensors"), "g"), other, not on_rows
+        )
+        weights, k, near = (
+            Weighting(weights.inputs, gradients),
+            oracles.square_root(g @ g.T / seen),
+            1e-3,
+        )
 
     def loss(d):
         outputs = (d.T if on_rows else d) @ x
@@ -68,7 +84,9 @@ def test_output_error_is_minimal(tmp_path_factory, rows, columns, rank, seen, on
     assert result == pytest.approx(floor, rel=near, abs=0.1 * near * whole)
     assert record.data.epsilon_min**2 == pytest.approx(floor / whole, rel=near, abs=0.1 * near)
     assert record.data.kept == pytest.approx(1 - floor / whole, abs=0.1 * near)
-    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-5, abs=1e-6)
+    assert record.epsilon == pytest.approx(
+        np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-5, abs=1e-6
+    )
     assert record.epsilon >= record.epsilon_min - 1e-6
     others = [oracles.best_approximation(real, rank)]
     for _ in range(3):
@@ -82,13 +100,21 @@ def test_bound_includes_rounding_of_moments(tmp_path):
     layer, _ = layer_of(np.random.default_rng(0).standard_normal((8, 6)), tmp_path, Rank(2))
     save_file({"q_proj.weight": torch.eye(6).bfloat16()}, tmp_path / "c.safetensors")
     moments = Moments(Side(open_checkpoint(tmp_path / "c.safetensors"), "q_proj.weight"), 6, False)
-    record = extract(replace(layer, weighting=Weighting(moments)), ExtractionSettings(), RunRecords())
-    assert 2**-8 < record.data.energy_error < 0.1  # bf16's roundoff times ‖C‖_F, above and below the line
+    record = extract(
+        replace(layer, weighting=Weighting(moments)), ExtractionSettings(), RunRecords()
+    )
+    assert (
+        2**-8 < record.data.energy_error < 0.1
+    )  # bf16's roundoff times ‖C‖_F, above and below the line
 
 
 def test_signal_compares_update_and_rounding_in_metric(tmp_path):
-    """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as without C."""
-    layer = replace(rounded_layer(tmp_path), weighting=weighting(tmp_path, np.eye(96) * 1e-3, on_rows=False))
+    """With C = α²·1 both sizes shrink by α, so that as many singular values stand above the edge as
+    without C.
+    """
+    layer = replace(
+        rounded_layer(tmp_path), weighting=weighting(tmp_path, np.eye(96) * 1e-3, on_rows=False)
+    )
     assert extract(layer, ExtractionSettings(), RunRecords()).rank == 3
 
 
@@ -116,7 +142,15 @@ def test_extract_writes_adapter_that_it_reports(tmp_path, loradiag):
     file = tmp_path / "a.safetensors"
     text = some_text(tmp_path, windows=4)
     lora_diag.probe_activations(SAMPLES / "full_ft", text, file, length=32, layers=r"layers\.0\.")
-    words = ("extract", SAMPLES / "base", SAMPLES / "full_ft", "--rank", 4, "--layers", r"layers\.[01]\.mlp")
+    words = (
+        "extract",
+        SAMPLES / "base",
+        SAMPLES / "full_ft",
+        "--rank",
+        4,
+        "--layers",
+        r"layers\.[01]\.mlp",
+    )
     ran = loradiag(*words, "--activations", file, "-o", tmp_path / "new")
     assert ran.code == 0, ran.err
     assert f"--activations {file}" in (tmp_path / "new" / "README.md").read_text()
@@ -125,8 +159,13 @@ def test_extract_writes_adapter_that_it_reports(tmp_path, loradiag):
     assert {".1." in record.layer for record in records if not record.data} == {True}
     before, after = tensors(SAMPLES / "base"), tensors(SAMPLES / "full_ft")
     for record in records:
-        d, written = after[record.layer] - before[record.layer], product(tmp_path / "new", record.layer)
-        assert record.epsilon == pytest.approx(np.linalg.norm(d - written) / np.linalg.norm(d), rel=1e-5)
+        d, written = (
+            after[record.layer] - before[record.layer],
+            product(tmp_path / "new", record.layer),
+        )
+        assert record.epsilon == pytest.approx(
+            np.linalg.norm(d - written) / np.linalg.norm(d), rel=1e-5
+        )
         if record.data:
             c = load_file(file)[record.layer].double().numpy()
             gap = np.sqrt(np.trace((d - written) @ c @ (d - written).T) / np.trace(d @ c @ d.T))
@@ -142,7 +181,9 @@ def test_kfac_needs_recorded_gradients(tmp_path, loradiag):
             lora_diag.extract(base, tuned, tmp_path / "out", rank=2, kfac=True, **more)
     both = tmp_path / "b.safetensors"
     lora_diag.probe_activations(tuned, text, both, output_gradients=True)
-    ran = loradiag("extract", base, tuned, "--rank", 2, "--activations", both, "--kfac", "-o", tmp_path / "new")
+    ran = loradiag(
+        "extract", base, tuned, "--rank", 2, "--activations", both, "--kfac", "-o", tmp_path / "new"
+    )
     assert ran.code == 0, ran.err
     assert "by K-FAC" in ran.out
     assert "--kfac" in (tmp_path / "new" / "README.md").read_text()

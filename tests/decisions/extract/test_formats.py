@@ -1,4 +1,6 @@
-"""``extract --format``: the factors of the PEFT adapter, read back from each layout, and by its own library."""
+"""``extract --format``: the factors of the PEFT adapter, read back from each layout, and by its own
+library.
+"""
 
 import json
 
@@ -45,7 +47,9 @@ def test_extract_format_holds_the_same_factors(tmp_path, form, shapes, config, d
     base, tuned = pair(tmp_path, shapes, config)
     for name in ("peft", form):
         results = extract(base, tuned, tmp_path / name, energy=0.999999, format=name, dtype=dtype)
-        assert {record.layer: record.rank for record in results} == {layer: i for i, layer in enumerate(shapes, 1)}
+        assert {record.layer: record.rank for record in results} == {
+            layer: i for i, layer in enumerate(shapes, 1)
+        }
     plain, other = (changes(tmp_path / name, base)[0] for name in ("peft", form))
     assert plain.keys() == other.keys() == shapes.keys()
     for layer, change in plain.items():
@@ -78,7 +82,9 @@ def test_extract_gguf_is_read_by_the_library(tmp_path):
         ("gguf", {"model_type": "bloom"}, InputError, "not known"),
     ],
 )
-def test_extract_format_is_refused_before_anything_is_written(tmp_path, form, config, error, message):
+def test_extract_format_is_refused_before_anything_is_written(
+    tmp_path, form, config, error, message
+):
     base, tuned = pair(tmp_path, LAYERS, config)
     with pytest.raises(error, match=message):
         extract(base, tuned, tmp_path / "out", rank=2, format=form)
@@ -94,5 +100,10 @@ def test_extract_format_resumes_and_is_replaced(tmp_path):
     with pytest.raises(UsageError, match="did not finish"):
         extract(base, tuned, tmp_path / "out", rank=2, format="gguf")
     extract(base, tuned, tmp_path / "out", rank=1, format="mlx", overwrite=True)
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_parameters"]["rank"] == 1
+    assert (
+        json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_parameters"][
+            "rank"
+        ]
+        == 1
+    )
     assert not (tmp_path / "out" / "adapter.gguf").exists()

@@ -24,7 +24,9 @@ def layer_of(change, tmp_path, rank, transposed=False):
     base = (rng.standard_normal(change.shape) * 0.02).astype(np.float32)
     for name, weight in (("base", base), ("tuned", (base + change).astype(np.float32))):
         save_file({"q_proj.weight": torch.tensor(weight)}, tmp_path / f"{name}.safetensors")
-    deltas = pair(*(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))).deltas
+    deltas = pair(
+        *(open_checkpoint(tmp_path / f"{name}.safetensors") for name in ("base", "tuned"))
+    ).deltas
     real = (base + change).astype(np.float32).astype(np.float64) - base.astype(np.float64)
     return Layer(deltas[0], "q_proj", "linear", transposed, rank), real
 
@@ -42,7 +44,9 @@ class RunRecords:
     rows=st.integers(1, 14), columns=st.integers(1, 14), rank=st.integers(1, 20), transposed=st.booleans(),
     split=st.sampled_from(["both", "b"]), seed=st.integers(0, 1000),
 )  # fmt: skip
-def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank, transposed, split, seed):
+def test_best_update_of_rank_and_its_error(
+    tmp_path_factory, rows, columns, rank, transposed, split, seed
+):
     change = np.random.default_rng(seed).standard_normal((rows, columns)) * 0.1
     layer, real = layer_of(change, tmp_path_factory.mktemp("x"), Rank(rank), transposed)
     kept = RunRecords()
@@ -54,8 +58,12 @@ def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank
     assert np.linalg.norm(product - best_approximation(real, r)) <= 1e-5 * np.linalg.norm(real)
     assert record.rank == r
     assert record.params == r * (rows + columns)
-    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6, abs=3e-7)
-    assert record.epsilon_min == pytest.approx(np.sqrt((s[r:] ** 2).sum() / (s**2).sum()), rel=1e-6, abs=3e-7)
+    assert record.epsilon == pytest.approx(
+        np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6, abs=3e-7
+    )
+    assert record.epsilon_min == pytest.approx(
+        np.sqrt((s[r:] ** 2).sum() / (s**2).sum()), rel=1e-6, abs=3e-7
+    )
     assert record.kept == pytest.approx((s[:r] ** 2).sum() / (s**2).sum(), abs=3e-7)
     if split == "both":
         assert np.allclose(np.linalg.norm(b, axis=0), np.linalg.norm(a, axis=1), rtol=1e-4)
@@ -65,7 +73,9 @@ def test_best_update_of_rank_and_its_error(tmp_path_factory, rows, columns, rank
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_lengthened_factors_have_norm_of_update(tmp_path, transposed):
-    layer, real = layer_of(np.random.default_rng(3).standard_normal((11, 9)) * 0.1, tmp_path, Rank(2), transposed)
+    layer, real = layer_of(
+        np.random.default_rng(3).standard_normal((11, 9)) * 0.1, tmp_path, Rank(2), transposed
+    )
     kept = RunRecords()
     record = extract(layer, ExtractionSettings(match_norm=True), kept)
     product = (kept.b.double() @ kept.a.double()).numpy()
@@ -74,7 +84,9 @@ def test_lengthened_factors_have_norm_of_update(tmp_path, transposed):
     factor = np.linalg.norm(real) / np.linalg.norm(nearest)
     assert np.allclose(product, factor * nearest, atol=1e-6 * np.linalg.norm(real))
     assert record.lengthened == pytest.approx(factor, rel=1e-6)
-    assert record.epsilon == pytest.approx(np.sqrt(2 - 2 / factor), rel=1e-5)  # above the Eckart–Young minimum
+    assert record.epsilon == pytest.approx(
+        np.sqrt(2 - 2 / factor), rel=1e-5
+    )  # above the Eckart–Young minimum
     assert record.epsilon_min == pytest.approx(np.sqrt(1 - 1 / factor**2), rel=1e-5)
 
 
@@ -93,7 +105,9 @@ def test_match_norm_is_in_metadata_and_card(tmp_path):
 
 def test_error_of_matrix_in_several_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(deltas, "BLOCK_ENTRIES", 27)
-    layer, real = layer_of(np.random.default_rng(1).standard_normal((11, 9)) * 0.1, tmp_path, Rank(3))
+    layer, real = layer_of(
+        np.random.default_rng(1).standard_normal((11, 9)) * 0.1, tmp_path, Rank(3)
+    )
     s = np.linalg.svd(real, compute_uv=False)
     record = extract(layer, ExtractionSettings(), RunRecords())
     assert record.epsilon == pytest.approx(np.sqrt((s[3:] ** 2).sum() / (s**2).sum()), rel=1e-6)
@@ -112,13 +126,19 @@ def test_energy_takes_smallest_rank_that_keeps_share(tmp_path_factory, share, se
 
 
 def rounded_layer(folder):
-    """Return a layer in bfloat16 with an update of rank 3 above its rounding, which alone is to be kept."""
+    """Return a layer in bfloat16 with an update of rank 3 above its rounding, which alone is to be
+    kept.
+    """
     rng = torch.Generator().manual_seed(0)
     base = (torch.randn(128, 96, generator=rng) * 0.02).bfloat16()
-    planted = torch.tensor(with_spectrum(np.array([0.5, 0.4, 0.3]), 128, 96, seed=0), dtype=torch.float32)
+    planted = torch.tensor(
+        with_spectrum(np.array([0.5, 0.4, 0.3]), 128, 96, seed=0), dtype=torch.float32
+    )
     for name, weight in (("base", base), ("tuned", (base.float() + planted).bfloat16())):
         save_file({"q_proj.weight": weight}, folder / f"{name}.safetensors")
-    delta = pair(*(open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned"))).deltas[0]
+    delta = pair(
+        *(open_checkpoint(folder / f"{name}.safetensors") for name in ("base", "tuned"))
+    ).deltas[0]
     return Layer(delta, "q_proj", "linear", False, Rank(signal=True))
 
 
@@ -128,13 +148,19 @@ def test_signal_keeps_values_above_rounding(tmp_path):
 
 
 def test_error_refers_to_stored_factors(tmp_path):
-    """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a damaged file is seen."""
-    layer, real = layer_of(with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2))
+    """ε comes from what the store returns, in its dtype: bfloat16 factors are farther away, a
+    damaged file is seen.
+    """
+    layer, real = layer_of(
+        with_spectrum(np.array([1.0, 0.5, 0.25]), 20, 16, seed=0), tmp_path, Rank(2)
+    )
     coarse = RunRecords()
     record = extract(layer, ExtractionSettings(dtype="bfloat16"), coarse)
     product = (coarse.b.double() @ coarse.a.double()).numpy()
     assert coarse.b.dtype == torch.bfloat16
-    assert record.epsilon == pytest.approx(np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6)
+    assert record.epsilon == pytest.approx(
+        np.linalg.norm(real - product) / np.linalg.norm(real), rel=1e-6
+    )
     assert record.epsilon > record.epsilon_min * (1 + 1e-6)
     zeros = extract(layer, ExtractionSettings(), lambda b, a: (torch.zeros_like(b), a))
     assert zeros.epsilon == pytest.approx(1.0)
@@ -146,16 +172,24 @@ def test_factors_are_compressed_without_forming_their_product(tmp_path):
     b = torch.linalg.qr(torch.randn(200_000, 3, generator=rng, dtype=torch.float64))[0]
     a = torch.linalg.qr(torch.randn(100_000, 3, generator=rng, dtype=torch.float64))[0].T
     s = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
-    delta = FactoredDelta("q_proj.weight", (200_000, 100_000), lambda: (b * s, a), (None, "float64"))
-    record = extract(Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), RunRecords())
+    delta = FactoredDelta(
+        "q_proj.weight", (200_000, 100_000), lambda: (b * s, a), (None, "float64")
+    )
+    record = extract(
+        Layer(delta, "q_proj", "linear", False, Rank(2)), ExtractionSettings(), RunRecords()
+    )
     assert record.epsilon == pytest.approx(0.5 / np.sqrt(5.25), rel=1e-5)
     assert record.method == "factored"
-    wide = extract(Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), RunRecords())
+    wide = extract(
+        Layer(delta, "q_proj", "linear", False, Rank(64)), ExtractionSettings(), RunRecords()
+    )
     assert wide.rank == 3
     assert wide.epsilon < 1e-6
 
 
-@pytest.mark.parametrize(("value", "rank"), [(0, Rank(4)), (0, Rank(energy=0.9)), (0, Rank(signal=True)), (1, Rank(0))])
+@pytest.mark.parametrize(
+    ("value", "rank"), [(0, Rank(4)), (0, Rank(energy=0.9)), (0, Rank(signal=True)), (1, Rank(0))]
+)
 def test_layer_of_rank_0_records_lost_norm(tmp_path, value, rank):
     layer, real = layer_of(np.full((6, 5), float(value)), tmp_path, rank)
     left_out = extract(layer, ExtractionSettings(), RunRecords())

@@ -25,7 +25,9 @@ SHAPES = {Q: (12, 16), UP: (20, 16)}
 
 def make_base(folder, seed=0):
     rng = np.random.default_rng(seed)
-    tensors = {f"{name}.weight": rng.standard_normal(shape) * 0.05 for name, shape in SHAPES.items()}
+    tensors = {
+        f"{name}.weight": rng.standard_normal(shape) * 0.05 for name, shape in SHAPES.items()
+    }
     tensors[f"{NORM}.weight"] = rng.standard_normal(16)
     save(folder, tensors)
     return {name: np.float32(values).astype(float) for name, values in tensors.items()}
@@ -33,8 +35,13 @@ def make_base(folder, seed=0):
 
 def save(folder, tensors, dtype=torch.float32):
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
-    save_file({name: torch.tensor(values).to(dtype) for name, values in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    save_file(
+        {name: torch.tensor(values).to(dtype) for name, values in tensors.items()},
+        folder / "model.safetensors",
+    )
 
 
 def make_adapter(folder, seed, rank=2, alpha=4.0, layers=(Q, UP), factors=None, **config):
@@ -42,7 +49,10 @@ def make_adapter(folder, seed, rank=2, alpha=4.0, layers=(Q, UP), factors=None, 
     rng, tensors, deltas = np.random.default_rng(seed), {}, {}
     for name in layers:
         out, columns = SHAPES[name]
-        b, a = factors or (rng.standard_normal((out, rank)), rng.standard_normal((rank, columns)) * 0.1)
+        b, a = factors or (
+            rng.standard_normal((out, rank)),
+            rng.standard_normal((rank, columns)) * 0.1,
+        )
         b, a = np.float32(b), np.float32(a)
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.tensor(b)
         tensors[f"base_model.model.{name}.lora_A.weight"] = torch.tensor(a)
@@ -50,7 +60,13 @@ def make_adapter(folder, seed, rank=2, alpha=4.0, layers=(Q, UP), factors=None, 
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     names = [name.rpartition(".")[2] for name in layers]
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names, **config}
+    settings = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": names,
+        **config,
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     return deltas
 
@@ -60,7 +76,10 @@ def three(tmp_path):
     """BASE and three adapters; the last has one layer only."""
     base = make_base(tmp_path / "base")
     layers = {"a": (Q, UP), "b": (Q, UP), "c": (Q,)}
-    deltas = [make_adapter(tmp_path / name, n, rank=n + 1, layers=layers[name]) for n, name in enumerate(layers, 1)]
+    deltas = [
+        make_adapter(tmp_path / name, n, rank=n + 1, layers=layers[name])
+        for n, name in enumerate(layers, 1)
+    ]
     return base, deltas
 
 
@@ -70,10 +89,19 @@ def read_deltas(adapter, rows=SHAPES):
     config = json.loads((adapter / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"]
     b, a = (
-        {key.split(f".lora_{side}")[0]: value for key, value in tensors.items() if f"lora_{side}" in key}
+        {
+            key.split(f".lora_{side}")[0]: value
+            for key, value in tensors.items()
+            if f"lora_{side}" in key
+        }
         for side in "BA"
     )
-    return {f"{key.removeprefix('base_model.model.')}.weight": (b[key].double() @ a[key].double()).numpy() for key in b}
+    return {
+        f"{key.removeprefix('base_model.model.')}.weight": (
+            b[key].double() @ a[key].double()
+        ).numpy()
+        for key in b
+    }
 
 
 def near(found, expected, tolerance=1e-5):
@@ -112,7 +140,9 @@ def test_adapter_is_weighted_sum(run, three, tmp_path, words, weights):
         square = (own**2).sum()
         assert record["rank"] == {f"{Q}.weight": 9, f"{UP}.weight": 5}[layer]
         assert record["fro"] == pytest.approx(np.sqrt(square), rel=1e-6)
-        assert record["norm_ratio"] == pytest.approx(np.linalg.norm(merged) / np.sqrt(square), rel=1e-5)
+        assert record["norm_ratio"] == pytest.approx(
+            np.linalg.norm(merged) / np.sqrt(square), rel=1e-5
+        )
         assert record["kept"] == pytest.approx((merged * own).sum() / square, rel=1e-5)
         mean = (total(deltas, [1 / 3] * 3, layer) * own).sum() / square
         assert record["kept_mean"] == pytest.approx(mean, rel=1e-5)
@@ -143,7 +173,9 @@ def test_rank_writes_truncated_merge(run, three, tmp_path, method):
             assert record["epsilon"] == pytest.approx(error, rel=1e-4)
             assert record["epsilon_min"] == pytest.approx(error, rel=1e-4)
             inside = u[:, :2].T @ delta[layer] @ vh[:2].T
-            assert record["directions"] == pytest.approx((inside**2).sum() / (delta[layer] ** 2).sum(), rel=1e-3)
+            assert record["directions"] == pytest.approx(
+                (inside**2).sum() / (delta[layer] ** 2).sum(), rel=1e-3
+            )
             assert record["kept"] == pytest.approx(
                 (cut[layer] * delta[layer]).sum() / (delta[layer] ** 2).sum(), rel=1e-5
             )
@@ -158,22 +190,31 @@ def test_checkpoint_is_base_plus_merge(run, tmp_path, dtype):
     base = make_base(tmp_path / "base")
     delta = make_adapter(tmp_path / "a", 1)
     rng = np.random.default_rng(5)
-    tuned = {name: np.float32(value + rng.standard_normal(value.shape) * 0.01) for name, value in base.items()}
+    tuned = {
+        name: np.float32(value + rng.standard_normal(value.shape) * 0.01)
+        for name, value in base.items()
+    }
     save(tmp_path / "tuned", tuned)
     ran = run("merge", "base", "a", "tuned", "-o", "out", "--checkpoint", "--output-dtype", dtype)
     assert ran.code == 0, ran.err
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert written.keys() == base.keys()
     for name, value in base.items():
-        expected = torch.tensor(value + (delta.get(name, 0) + tuned[name].astype(float) - value) / 2)
+        expected = torch.tensor(
+            value + (delta.get(name, 0) + tuned[name].astype(float) - value) / 2
+        )
         assert written[name].dtype == getattr(torch, dtype)
         # W_tuned − W is computed in float32, whose last digit may differ
-        assert torch.allclose(written[name], expected.to(getattr(torch, dtype)), rtol=1.2e-7, atol=1e-8)
+        assert torch.allclose(
+            written[name], expected.to(getattr(torch, dtype)), rtol=1.2e-7, atol=1e-8
+        )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llama"
 
 
 def test_verify_merge_accepts_written_checkpoint(run, three, tmp_path):
-    """Against the adapter of the same merge; another merge fails, and one of several updates is refused."""
+    """Against the adapter of the same merge; another merge fails, and one of several updates is
+    refused.
+    """
     for method in ("mean", "sum"):
         assert run("merge", "base", "a", "b", "-o", method, "--method", method).code == 0
     assert run("merge", "base", "a", "b", "-o", "merged", "--checkpoint").code == 0
@@ -192,7 +233,9 @@ def test_verify_merge_accepts_written_checkpoint(run, three, tmp_path):
         assert run("verify-merge", "base", "mean", "merged").code == 0
 
 
-@pytest.mark.parametrize("words", [["--scale", "0.75"], ["--method", "sum", "--weights", "-3", "--scale", "-0.25"]])
+@pytest.mark.parametrize(
+    "words", [["--scale", "0.75"], ["--method", "sum", "--weights", "-3", "--scale", "-0.25"]]
+)
 def test_single_update_is_written_at_its_strength(run, three, tmp_path, words):
     """With the exact rank of its factors; no word or column compares it with others."""
     _, deltas = three
@@ -225,10 +268,16 @@ def test_fine_tune_is_written_in_dtype_of_base(run, tmp_path):
     base = make_base(tmp_path / "rough")
     rng = np.random.default_rng(5)
     save(tmp_path / "base", base, torch.bfloat16)
-    save(tmp_path / "tuned", {n: w + rng.standard_normal(w.shape) * 0.01 for n, w in base.items()}, torch.bfloat16)
+    save(
+        tmp_path / "tuned",
+        {n: w + rng.standard_normal(w.shape) * 0.01 for n, w in base.items()},
+        torch.bfloat16,
+    )
     ran = run("merge", "base", "tuned", "--scale", "0.3", "--checkpoint", "-o", "out")
     assert ran.code == 0, ran.err
-    before, after, written = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "out"))
+    before, after, written = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "out")
+    )
     assert list(written) == list(before)
     for name, weight in before.items():
         exact = weight.double() + 0.3 * (after[name].double() - weight.double())
@@ -259,7 +308,8 @@ def test_single_update_equals_merge_and_unload_of_peft(run, tmp_path, config):
         assert written.keys() == made.before.keys()
         for name, before in made.before.items():
             exact = before.double() + scale * (made.after[name].double() - before.double())
-            # W + ΔW and the factors were rounded to float32: a few units in the last digit of the largest entry.
+            # W + ΔW and the factors were rounded to float32: a few units in the last digit of the
+            # largest entry.
             limit = 4 * torch.finfo(torch.float32).eps * float(exact.abs().max())
             assert float((written[name].double() - exact).abs().max()) <= limit
             assert float((loaded[name].double() - exact).abs().max()) <= limit
@@ -272,8 +322,12 @@ def test_single_update_equals_merge_and_unload_of_peft(run, tmp_path, config):
 
 
 def test_card_has_the_command_that_wrote_the_merge(run, three, tmp_path):
-    assert run("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
-    (line,) = re.findall(r"^    loradiag (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE)
+    assert (
+        run("merge", "base", "a", "b", "-o", "out", "--method", "sum", "--weights", "1,3").code == 0
+    )
+    (line,) = re.findall(
+        r"^    loradiag (.*)$", (tmp_path / "out" / "README.md").read_text(), re.MULTILINE
+    )
     before = read_deltas(tmp_path / "out")
     ran = run(*shlex.split(line), "--overwrite")
     assert ran.code == 0, ran.err
@@ -302,13 +356,41 @@ def test_opposite_updates_cancel(run, tmp_path):
 
 
 def test_density_below_one_entry_is_named(run, three, tmp_path):
-    """Trimmed updates did not cancel; here only the layer of 12 × 16 entries loses all of them, or both do."""
-    ran = run("merge", "base", "a", "b", "-o", "out", "--method", "ties", "--rank", "2", "--density", "1e-6")
+    """Trimmed updates did not cancel; here only the layer of 12 × 16 entries loses all of them, or
+    both do.
+    """
+    ran = run(
+        "merge",
+        "base",
+        "a",
+        "b",
+        "-o",
+        "out",
+        "--method",
+        "ties",
+        "--rank",
+        "2",
+        "--density",
+        "1e-6",
+    )
     assert ran.code == 4
     assert_names(ran.err, "--density", "1e-06")
     assert "cancel" not in ran.err
     assert not (tmp_path / "out").exists()
-    ran = run("merge", "base", "a", "b", "-o", "out", "--method", "ties", "--rank", "2", "--density", "0.004")
+    ran = run(
+        "merge",
+        "base",
+        "a",
+        "b",
+        "-o",
+        "out",
+        "--method",
+        "ties",
+        "--rank",
+        "2",
+        "--density",
+        "0.004",
+    )
     assert ran.code == 0
     assert_names(ran.out, "no entry is kept", "q_proj")
 
@@ -393,7 +475,8 @@ def hostile(tmp_path_factory):
     shutil.move(folder / "other", folder / "moved")
     (folder / "other").mkdir()
     tensors = {
-        k.replace("q_proj", "elsewhere"): v for k, v in load_file(folder / "moved/adapter_model.safetensors").items()
+        k.replace("q_proj", "elsewhere"): v
+        for k, v in load_file(folder / "moved/adapter_model.safetensors").items()
     }
     save_file(tensors, folder / "other" / "adapter_model.safetensors")
     shutil.copy(folder / "moved" / "adapter_config.json", folder / "other")
@@ -443,32 +526,50 @@ def test_docs_show_what_is_printed(loradiag, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("combination", "method", "extra"),
-    [("cat", "sum", {}), ("svd", "sum", {"rank": 3}), ("ties_svd", "ties", {"rank": 3, "density": 0.3})],
+    [
+        ("cat", "sum", {}),
+        ("svd", "sum", {"rank": 3}),
+        ("ties_svd", "ties", {"rank": 3, "density": 0.3}),
+    ],
 )
 def test_merge_equals_that_of_peft(tmp_path, combination, method, extra):
-    """``add_weighted_adapter`` of adapters whose ranks and scales differ, except for ``ties_svd``."""
+    """``add_weighted_adapter`` of adapters whose ranks and scales differ, except for
+    ``ties_svd``.
+    """
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, vocab_size=40
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=40,
     )
     model = LlamaForCausalLM(config)
     model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]), "first")
+    model = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]), "first"
+    )
     model.add_adapter("second", LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up_proj"]))
     for name, weight in model.named_parameters():
         if "lora_" in name:
             torch.nn.init.normal_(weight)
     svd = {"svd_rank": 3} if "rank" in extra else {}
     svd |= {"density": extra["density"]} if "density" in extra else {}
-    model.add_weighted_adapter(["first", "second"], [0.7, 1.5], "merged", combination_type=combination, **svd)
+    model.add_weighted_adapter(
+        ["first", "second"], [0.7, 1.5], "merged", combination_type=combination, **svd
+    )
     model.save_pretrained(tmp_path / "saved")
     updates = [tmp_path / "saved" / name for name in ("first", "second")]
-    lora_diag.merge(tmp_path / "base", updates, tmp_path / "out", method=method, weights=(0.7, 1.5), **extra)
+    lora_diag.merge(
+        tmp_path / "base", updates, tmp_path / "out", method=method, weights=(0.7, 1.5), **extra
+    )
     model.load_adapter(tmp_path / "out", "ours")
     for module in model.modules():
         if hasattr(module, "get_delta_weight"):
-            theirs, ours = (module.get_delta_weight(name).detach().numpy() for name in ("merged", "ours"))
+            theirs, ours = (
+                module.get_delta_weight(name).detach().numpy() for name in ("merged", "ours")
+            )
             assert near(ours, theirs)

@@ -35,10 +35,15 @@ def merged(case, output, **options):
 
 
 def losses_of(case, make):
-    """Losses of the windows of both texts, with weights made from those of BASE and both updates."""
+    """Losses of the windows of both texts, with weights made from those of BASE and
+    both updates.
+    """
     base, updates, *texts = case
     weights, one, two = map(tensors, (base, *updates))
-    made = {name: make(weights[name], one[name] - weights[name], two[name] - weights[name]) for name in weights}
+    made = {
+        name: make(weights[name], one[name] - weights[name], two[name] - weights[name])
+        for name in weights
+    }
     return {text.stem: window_losses(base, made, text, 32) for text in texts}
 
 
@@ -54,7 +59,14 @@ def test_texts_of_one_file_name_are_told_apart(case, tmp_path):
     found = lora_diag.merge(base, updates, tmp_path / "out", full=True, evaluate=named, batch=4)
     assert {record.set for record in found.whole_of(MergedLoss)} == {"one", "two"}
     with pytest.raises(UsageError, match="eval"):
-        lora_diag.merge(base, updates, tmp_path / "b", full=True, evaluate=[f"one={file}" for file in files], batch=4)
+        lora_diag.merge(
+            base,
+            updates,
+            tmp_path / "b",
+            full=True,
+            evaluate=[f"one={file}" for file in files],
+            batch=4,
+        )
 
 
 @pytest.mark.slow
@@ -104,14 +116,25 @@ def test_choice_by_the_mean_of_one_method(case, tmp_path, monkeypatch):
     one, two = (losses_of(case, lambda w, a, b, s=s: w + s * (a + b)) for s in (0.25, 1.0))
     base, alone = losses_of(case, lambda w, a, b: w), losses_of(case, lambda w, a, b: w + a)
     costs = [
-        np.mean([(own["first"] - alone["first"])[:6].mean(), (own["second"] - base["second"])[:4].mean()])
+        np.mean(
+            [
+                (own["first"] - alone["first"])[:6].mean(),
+                (own["second"] - base["second"])[:4].mean(),
+            ]
+        )
         for own in (one, two)
     ]
     records = found.whole_of(MergedLoss)
-    assert sorted({r.cost for r in records if r.scale is not None}) == pytest.approx(sorted(costs), abs=2e-5)
+    assert sorted({r.cost for r in records if r.scale is not None}) == pytest.approx(
+        sorted(costs), abs=2e-5
+    )
     assert found.run.settings["scale"] == (0.25, 1.0)[int(np.argmin(costs))]
-    monkeypatch.setattr(MergeJudge, "judge", lambda *arguments: pytest.fail("a finished merge is not judged again"))
-    again = merged(case, tmp_path / "out", method="sum", scales=(0.25, 1.0), choose="mean", resume=True)
+    monkeypatch.setattr(
+        MergeJudge, "judge", lambda *arguments: pytest.fail("a finished merge is not judged again")
+    )
+    again = merged(
+        case, tmp_path / "out", method="sum", scales=(0.25, 1.0), choose="mean", resume=True
+    )
     assert again.whole_of(MergedLoss) == records
 
 
@@ -140,10 +163,17 @@ def test_rounded_checkpoint_is_judged_as_written(case, tmp_path):
     for update in updates:
         lora_diag.extract(base, update, output=tmp_path / update.name, rank=2, layers="c_fc")
     adapters, out = [tmp_path / update.name for update in updates], tmp_path / "out"
-    options = {"evaluate": [f"two={first}"], "output_dtype": "bfloat16", "batch": 4, "scales": [0.3]}
+    options = {
+        "evaluate": [f"two={first}"],
+        "output_dtype": "bfloat16",
+        "batch": 4,
+        "scales": [0.3],
+    }
     found = lora_diag.merge(base, adapters, out, full=True, **options)
     (best_record,) = (record for record in found.whole_of(MergedLoss) if record.chosen)
-    assert best_record.loss == pytest.approx(window_losses(base, tensors(out), first, 32).mean(), abs=2e-6)
+    assert best_record.loss == pytest.approx(
+        window_losses(base, tensors(out), first, 32).mean(), abs=2e-6
+    )
 
 
 @pytest.mark.slow
@@ -169,7 +199,14 @@ def test_names_and_paths_may_contain_an_equals_sign(tmp_path, monkeypatch):
     for name in ("text.txt", "rank=4.txt", "lr=1=x.txt"):
         (tmp_path / name).touch()
     names = ["lr", "lr=1", "rank"]
-    texts = ["lr=text.txt", "lr=1=text.txt", "lr=rank=4.txt", "rank=4.txt", "lr=1=x.txt", "rank=none.txt"]
+    texts = [
+        "lr=text.txt",
+        "lr=1=text.txt",
+        "lr=rank=4.txt",
+        "rank=4.txt",
+        "lr=1=x.txt",
+        "rank=none.txt",
+    ]
     assert judge.read_tasks(texts, names) == [
         (0, "text.txt"),
         (1, "text.txt"),
@@ -181,7 +218,12 @@ def test_names_and_paths_may_contain_an_equals_sign(tmp_path, monkeypatch):
 
 
 def test_density_applies_to_the_methods_that_trim():
-    options = {**fill_options(MergeOptions, {}), "method": "all", "density": 0.3, "evaluate": ["text.txt"]}
+    options = {
+        **fill_options(MergeOptions, {}),
+        "method": "all",
+        "density": 0.3,
+        "evaluate": ["text.txt"],
+    }
     found = {candidate.method: candidate.density for candidate in list_candidates(options, 2)}
     assert found == {method: None if method.density is None else 0.3 for method in METHODS.values()}
 
@@ -192,10 +234,14 @@ def test_single_merge_of_adapters_is_judged_by_all_sequences(case, tmp_path):
     for update in updates:
         lora_diag.extract(base, update, output=tmp_path / update.name, rank=3)
     adapters = [tmp_path / update.name for update in updates]
-    found = lora_diag.merge(base, adapters, tmp_path / "out", evaluate=[f"two={first}"], batch=4, rank=2)
+    found = lora_diag.merge(
+        base, adapters, tmp_path / "out", evaluate=[f"two={first}"], batch=4, rank=2
+    )
     by_method = {record.method: record for record in found.whole_of(MergedLoss)}
     assert {record.skipped for record in by_method.values()} == {0}
-    probed = lora_diag.probe_outputs(base, None, [adapters[1], tmp_path / "out"], evaluate=[first], batch=4).whole
+    probed = lora_diag.probe_outputs(
+        base, None, [adapters[1], tmp_path / "out"], evaluate=[first], batch=4
+    ).whole
     assert [by_method[name].loss for name in ("base", "alone", "mean")] == pytest.approx(
         [record.loss for record in probed], abs=1e-6
     )

@@ -1,4 +1,6 @@
-"""What one layer of a merge writes: its truncation compared with float64 NumPy, and that no order changes it."""
+"""What one layer of a merge writes: its truncation compared with float64 NumPy, and that no order
+changes it.
+"""
 
 from functools import partial
 
@@ -49,7 +51,9 @@ def distance(found, expected):
 
 
 def cut_iso_c(updates, weights, rank):
-    """The leading ``rank`` directions of the sum, each with the mean of its nonzero singular values."""
+    """The leading ``rank`` directions of the sum, each with the mean of its nonzero singular
+    values.
+    """
     total = sum(weight * update for weight, update in zip(weights, updates, strict=True))
     u, s, vh = np.linalg.svd(total, full_matrices=False)
     return s[s > 1e-10 * s[0]].mean() * u[:, :rank] @ vh[:rank]
@@ -66,7 +70,9 @@ def cut_iso_c(updates, weights, rank):
     ],
 )
 def test_iso_c_keeps_leading_directions_of_sum(rank_of_each, options, rank, tmp_path):
-    """All its singular values are equal, so that an SVD of it leaves the choice to rounding; None: no factors."""
+    """All its singular values are equal, so that an SVD of it leaves the choice to rounding; None:
+    no factors.
+    """
     pairs = draw(0, 3, rank_of_each or 18)
     products = [b @ a for b, a in pairs]
     weights = [1.0, 0.5, 2.0]
@@ -80,13 +86,18 @@ def test_iso_c_keeps_leading_directions_of_sum(rank_of_each, options, rank, tmp_
 
 
 def test_tsv_cuts_equal_values_by_the_sum(tmp_path):
-    """An isotropic update keeps the directions that the sum has most of, whatever the order and the bases."""
+    """An isotropic update keeps the directions that the sum has most of, whatever the order and the
+    bases.
+    """
     rng = np.random.default_rng(1)
     left, right = (np.linalg.qr(rng.standard_normal((12, 12)))[0] for _ in range(2))
     isotropic = make_update("a", (left, right.T))
     values, span = np.arange(7.0, 1.0, -1), slice(4, 10)
     inside = make_update("b", (left[:, span] * values, right[:, span].T))
-    found = [merge_updates(order, tmp_path / "a", "tsv")[0] for order in ((isotropic, inside), (inside, isotropic))]
+    found = [
+        merge_updates(order, tmp_path / "a", "tsv")[0]
+        for order in ((isotropic, inside), (inside, isotropic))
+    ]
     assert distance(found[1], found[0]) < 1e-9
     expected = (left[:, span] * (1 + values) / 2) @ right[:, span].T
     assert distance(found[0], expected) < 1e-6
@@ -96,7 +107,9 @@ def test_tsv_counts_updates_that_lack_the_layer(tmp_path):
     """K of ⌊min(m, n)/K⌋ is the number of updates of the merge, as in the authors' code."""
     b, a = draw(0, 1, rank=18)[0]
     absent = make_update("b", (np.zeros((24, 1)), np.zeros((1, 18))))
-    found, records = merge_updates([make_update("a", (b, a)), absent], tmp_path / "a", "tsv", count=3)
+    found, records = merge_updates(
+        [make_update("a", (b, a)), absent], tmp_path / "a", "tsv", count=3
+    )
     assert records[0].rank == 18 // 3
     u, s, vh = np.linalg.svd(b @ a, full_matrices=False)
     assert distance(found, (u[:, :6] * s[:6]) @ vh[:6]) < 1e-9
@@ -118,7 +131,11 @@ def test_order_of_updates_changes_no_merge(seed, method, dense, limit, order, tm
     updates = [make_update(f"u{index}", each, 0.5 + index) for index, each in enumerate(values)]
     folder = tmp_path_factory.mktemp("merge")
     found, records = merge_updates(updates, folder, method, density=density, **limit)
-    again, reordered = merge_updates([updates[index] for index in order], folder, method, density=density, **limit)
+    again, reordered = merge_updates(
+        [updates[index] for index in order], folder, method, density=density, **limit
+    )
     assert distance(again, found) < 1e-9
     kept = {record.update: record.kept for record in records}
-    assert kept == pytest.approx({record.update: record.kept for record in reordered}, rel=1e-9, abs=1e-12)
+    assert kept == pytest.approx(
+        {record.update: record.kept for record in reordered}, rel=1e-9, abs=1e-12
+    )

@@ -1,4 +1,6 @@
-"""Every method compared with its paper's formula in float64 NumPy, and the laws that methods claim to keep."""
+"""Every method compared with its paper's formula in float64 NumPy, and the laws that methods claim
+to keep.
+"""
 
 import math
 from dataclasses import replace
@@ -32,7 +34,9 @@ def trim(matrix, density):
 
 
 def ties(updates, weights, density):
-    """Yadav et al. 2023: trim, elect the sign of the larger total, average the entries that agree."""
+    """Yadav et al. 2023: trim, elect the sign of the larger total, average the entries
+    that agree.
+    """
     return elect([trim(update, density) for update in updates], weights)
 
 
@@ -47,7 +51,9 @@ def elect(trimmed, weights):
 
 
 def tsv(updates, weights, density):
-    """Gargiulo et al. 2025, ``compute_and_sum_svd_mem_reduction``; for updates of rank ≥ min(m, n)/K."""
+    """Gargiulo et al. 2025, ``compute_and_sum_svd_mem_reduction``; for updates of rank ≥ min(m,
+    n)/K.
+    """
     size = min(updates[0].shape)
     keep = size // len(updates)
     u, s, v = [], [], []
@@ -57,14 +63,17 @@ def tsv(updates, weights, density):
         s.append(weight * values[:keep])
         v.append(right[:keep])
     (p, _, q), (a, _, b) = (
-        np.linalg.svd(stacked, full_matrices=False) for stacked in (np.concatenate(u, 1), np.concatenate(v))
+        np.linalg.svd(stacked, full_matrices=False)
+        for stacked in (np.concatenate(u, 1), np.concatenate(v))
     )
     return p @ q @ np.diag(np.concatenate(s)) @ a @ b
 
 
 def iso_c(updates, weights, density):
     """Marczak et al. 2025, ``iso_c``."""
-    u, s, vh = np.linalg.svd(sum(w * x for w, x in zip(weights, updates, strict=True)), full_matrices=False)
+    u, s, vh = np.linalg.svd(
+        sum(w * x for w, x in zip(weights, updates, strict=True)), full_matrices=False
+    )
     nonzero = s > 1e-9 * s[0]
     return s[nonzero].mean() * u[:, nonzero] @ vh[nonzero]
 
@@ -78,8 +87,12 @@ def knots_ties(updates, weights, density):
 
 
 ORACLES = {
-    "mean": lambda updates, weights, density: sum(w * x for w, x in zip(weights, updates, strict=True)),
-    "sum": lambda updates, weights, density: sum(w * x for w, x in zip(weights, updates, strict=True)),
+    "mean": lambda updates, weights, density: sum(
+        w * x for w, x in zip(weights, updates, strict=True)
+    ),
+    "sum": lambda updates, weights, density: sum(
+        w * x for w, x in zip(weights, updates, strict=True)
+    ),
     "ties": ties,
     "tsv": tsv,
     "iso_c": iso_c,
@@ -175,9 +188,13 @@ def test_orthogonal_updates_are_kept_whole(name):
     assert close(merge(name, parts), first + second)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not name.startswith("dare")])
+@pytest.mark.parametrize(
+    "name", [name for name, method in METHODS.items() if not name.startswith("dare")]
+)
 def test_merge_of_equal_updates(name):
-    """All but the sum return the update, Iso-C K times its isotropic form; copies add no direction."""
+    """All but the sum return the update, Iso-C K times its isotropic form; copies add
+    no direction.
+    """
     pair = draw_factors(0, 1, 14, 18, 3)[0]
     weights = [0.5, 0.5] if METHODS[name].averages else [1.0, 1.0]
     found = merge(name, to_torch([pair, pair]), weights)
@@ -187,11 +204,16 @@ def test_merge_of_equal_updates(name):
     assert np.linalg.matrix_rank(found, tol=1e-6) == 3
     if not METHODS[name].needs_factors:
         whole = [torch.tensor(product)] * 2
-        assert np.allclose(merge(name, whole, weights), expected, atol=1e-7 * np.linalg.norm(expected))
+        assert np.allclose(
+            merge(name, whole, weights), expected, atol=1e-7 * np.linalg.norm(expected)
+        )
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), name=st.sampled_from([n for n, m in METHODS.items() if not n.startswith("dare")]))
+@given(
+    seed=st.integers(0, 10_000),
+    name=st.sampled_from([n for n, m in METHODS.items() if not n.startswith("dare")]),
+)
 def test_merge_does_not_depend_on_order_or_units(seed, name):
     """A permutation of the inputs changes nothing, and c·ΔW_k for all k gives c·M."""
     parts = to_torch(draw_factors(seed, 3, 12, 10, 2))
@@ -205,7 +227,8 @@ def test_factors_are_merged_without_their_product(name):
     """A 300,000 × 200,000 update could not be formed: 240 GB in float32."""
     generator = torch.Generator().manual_seed(0)
     parts = [
-        (torch.randn(300_000, 1, generator=generator), torch.randn(1, 200_000, generator=generator)) for _ in range(2)
+        (torch.randn(300_000, 1, generator=generator), torch.randn(1, 200_000, generator=generator))
+        for _ in range(2)
     ]
     request = Request([1.0, 1.0], 1.0, "0", ["a", "b"], 2)
     b, _ = choose_merger(METHODS[name], True)(parts, request)
@@ -225,11 +248,18 @@ def test_random_update_has_singular_values_of_another():
 def test_memory_limit_leaves_large_layer_out(tmp_path):
     """TIES forms ΔW: a layer above the limit is named, and nothing is written for it."""
     delta = FactoredDelta(
-        "w", (3000, 2000), lambda: tuple(map(torch.tensor, draw_factors(0, 1, 3000, 2000, 1)[0])), (None, "float64")
+        "w",
+        (3000, 2000),
+        lambda: tuple(map(torch.tensor, draw_factors(0, 1, 3000, 2000, 1)[0])),
+        (None, "float64"),
     )
     task = MergeTask("w", delta.shape, (Update("a", 1.0, delta), Update("b", 1.0, delta)))
     ties_settings = MergeSettings(method="ties", count=2, rank=2, memory=2**26)
-    assert estimate_bytes(task, ties_settings) > 2**26 > estimate_bytes(task, replace(ties_settings, method="mean"))
+    assert (
+        estimate_bytes(task, ties_settings)
+        > 2**26
+        > estimate_bytes(task, replace(ties_settings, method="mean"))
+    )
     with pytest.raises(MemoryLimitError, match="3000x2000"):
         merge_layer(task, {"w": tmp_path / "w"}, ties_settings)
     assert not (tmp_path / "w").exists()

@@ -18,21 +18,35 @@ LATENT = {
 CASES = [
     *[(kind, {}) for kind in BUILDERS if kind not in {"gpt2", "gpt_neox", "deepseek_v3"}],
     ("deepseek_v3", LATENT),
-    ("deepseek_v3", {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True}),
+    (
+        "deepseek_v3",
+        {**LATENT, "q_lora_rank": None, "attention_bias": True, "tie_word_embeddings": True},
+    ),
     ("deepseek_v3", {**LATENT, "attention_bias": True}),
-    ("llama", {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    (
+        "llama",
+        {"head_dim": 6, "tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     ("mixtral", {"num_local_experts": 3}),
     ("qwen2_moe", {**MOE, "shared_expert_intermediate_size": 12, "mlp_only_layers": [0]}),
     ("qwen3_moe", {**MOE, "decoder_sparse_step": 2, "head_dim": 4}),
     ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 12, "vocab_size": 20}),
-    ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 40, "tie_word_embeddings": False}),
+    (
+        "gpt2",
+        {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_inner": 40, "tie_word_embeddings": False},
+    ),
     ("gpt_neox", {}),
 ]
 
 
-@pytest.mark.parametrize(("kind", "more"), CASES, ids=lambda value: value if isinstance(value, str) else len(value))
+@pytest.mark.parametrize(
+    ("kind", "more"), CASES, ids=lambda value: value if isinstance(value, str) else len(value)
+)
 def test_names_and_shapes_equal_transformers(kind, more):
-    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers", minversion="5")
+    torch, transformers = (
+        pytest.importorskip("torch"),
+        pytest.importorskip("transformers", minversion="5"),
+    )
     sizes = more if kind == "gpt2" else {**SMALL, **more}
     config = transformers.AutoConfig.for_model(kind, **sizes)
     with torch.device("meta"):
@@ -58,7 +72,10 @@ def test_names_and_shapes_equal_transformers(kind, more):
         ({"model_type": ["llama"]}, "is not supported"),
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**9}, "at most 1,000 blocks"),
         ({"model_type": "llama", **SMALL, "num_hidden_layers": 10**4}, "at most 1,000 blocks"),
-        ({"model_type": "llama", "hidden_size": 10**4000}, "hidden_size must be .* not a whole number of 13,288 bits"),
+        (
+            {"model_type": "llama", "hidden_size": 10**4000},
+            "hidden_size must be .* not a whole number of 13,288 bits",
+        ),
         ({"model_type": "x" * 100_000}, "is not supported"),
     ],
 )

@@ -26,6 +26,8 @@ def test_record_of_cost_adds_up(run):
     result = Plan.model_validate_json(run("plan", BASE, "--cost", "--json").out)
     assert result.rates is not None
     assert min(result.rates.entry, result.rates.product, *result.rates.eigen.values()) > 0
-    total = sum(row.matrices * estimate_core_seconds(result.rates, row.shape, None) for row in result.types)
+    total = sum(
+        row.matrices * estimate_core_seconds(result.rates, row.shape, None) for row in result.types
+    )
     assert [each.core_seconds for each in result.costs] == [pytest.approx(total)]
     assert result.costs[0].bytes == 2 * result.base_bytes

@@ -1,4 +1,6 @@
-"""Plans: every number of the article's 7B tables and its worked example, headers against config, and bad input."""
+"""Plans: every number of the article's 7B tables and its worked example, headers against config,
+and bad input.
+"""
 
 import json
 
@@ -28,10 +30,27 @@ def test_plan_matches_article_table_of_matrices(tmp_path):
     attention, up, down = result["self_attn.q_proj"], result["mlp.up_proj"], result["mlp.down_proj"]
     assert attention.params // attention.matrices == 16_777_216
     assert up.params // up.matrices == down.params // down.matrices == 45_088_768
-    assert [r * attention.per_rank // 32 for r in (1, 4, 8, 16, 64)] == [8192, 32_768, 65_536, 131_072, 524_288]
-    assert [r * up.per_rank // 32 for r in (1, 4, 8, 16, 64)] == [15_104, 60_416, 120_832, 241_664, 966_656]
-    shares = [[f"{r * row.per_rank / row.params:.3%}" for r in (4, 8, 16, 64)] for row in (attention, up)]
-    assert shares == [["0.195%", "0.391%", "0.781%", "3.125%"], ["0.134%", "0.268%", "0.536%", "2.144%"]]
+    assert [r * attention.per_rank // 32 for r in (1, 4, 8, 16, 64)] == [
+        8192,
+        32_768,
+        65_536,
+        131_072,
+        524_288,
+    ]
+    assert [r * up.per_rank // 32 for r in (1, 4, 8, 16, 64)] == [
+        15_104,
+        60_416,
+        120_832,
+        241_664,
+        966_656,
+    ]
+    shares = [
+        [f"{r * row.per_rank / row.params:.3%}" for r in (4, 8, 16, 64)] for row in (attention, up)
+    ]
+    assert shares == [
+        ["0.195%", "0.391%", "0.781%", "3.125%"],
+        ["0.134%", "0.268%", "0.536%", "2.144%"],
+    ]
 
 
 def test_plan_matches_article_query_value_totals(tmp_path):
@@ -44,7 +63,10 @@ def test_plan_matches_article_query_value_totals(tmp_path):
 
 
 def test_plan_matches_article_example(tmp_path):
-    """r ≤ 19 under 10 M; r=16 leaves about 1.6 M. Rank 32 in the article's 8 blocks would take 2.1 M: 6 fit."""
+    """r ≤ 19 under 10 M; r=16 leaves about 1.6 M.
+
+    Rank 32 in the article's 8 blocks would take 2.1 M: 6 fit.
+    """
     fit = plan(tmp_path, layers="q_proj|v_proj", params="10M").fit
     assert (fit.rank, fit.spent, fit.left) == (19, 9_961_472, 38_528)
     assert (fit.listed, fit.listed_left) == (16, 1_611_392)
@@ -86,7 +108,9 @@ def test_plan_of_mixture_counts_only_active_experts(tmp_path):
     assert not types(result)["mlp.gate"].targeted
     experts = 2 * (3 * 4096 * 11008)
     extra = 4 * (2 * ((22016 + 4096) + 15_104) + 4 * 8192)
-    assert result.ranks[0].flops == pytest.approx(extra / (experts + 4 * 4096**2 + 8 * 4096 + 32000 * 4096))
+    assert result.ranks[0].flops == pytest.approx(
+        extra / (experts + 4 * 4096**2 + 8 * 4096 + 32000 * 4096)
+    )
     assert "2 of 8" in result.notes[0]
 
 
@@ -109,7 +133,9 @@ def test_checkpoint_without_config(tmp_path):
 def test_memory_budget_includes_optimizer_state(tmp_path):
     fit = plan(tmp_path, layers="q_proj|v_proj", memory_budget="160MB").fit
     assert (fit.budget, fit.rank) == (10_000_000, 19)
-    assert plan(tmp_path, layers="q_proj|v_proj", memory_budget="80MB", optimizer="sgd").fit.rank == 19
+    assert (
+        plan(tmp_path, layers="q_proj|v_proj", memory_budget="80MB", optimizer="sgd").fit.rank == 19
+    )
     assert plan(tmp_path, layers="q_proj|v_proj", params=524_287).fit.rank == 0
 
 
@@ -150,19 +176,26 @@ def test_plan_refuses_adapters_and_unreadable_configs(tmp_path):
 
 
 def test_capacity_rules_choose_rank_for_tokens(tmp_path):
-    """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold 1 bit a token."""
+    """By hand: r(4·8192 + 3·15104)·32 parameters have to be as many as tokens, or 2 bits each hold
+    1 bit a token.
+    """
     per_rank = 32 * (4 * 8192 + 3 * 15_104)
     result = plan(tmp_path, tokens="100M").capacity
     assert result.tokens == 100_000_000
     options = [(rule.params, rule.rank) for rule in result.rules]
-    assert options == [(100_000_000, -(-100_000_000 // per_rank)), (50_000_000, -(-50_000_000 // per_rank))]
+    assert options == [
+        (100_000_000, -(-100_000_000 // per_rank)),
+        (50_000_000, -(-50_000_000 // per_rank)),
+    ]
     assert [rule.rank for rule in plan(tmp_path, tokens=10**12).capacity.rules] == [None, None]
     assert plan(tmp_path).capacity is None
 
 
 @pytest.mark.slow
 def test_data_size_counts_predicted_tokens(tmp_path):
-    """Bytes are tokens here: a window of 8 predicts 7; of a completion every byte, and the prompt none."""
+    """Bytes are tokens here: a window of 8 predicts 7; of a completion every byte, and the prompt
+    none.
+    """
     pytest.importorskip("transformers")
     config = {
         "model_type": "llama", "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 256,

@@ -1,4 +1,6 @@
-"""``plan-merge`` against value tables and float64 NumPy, written from the definitions of the formats."""
+"""``plan-merge`` against value tables and float64 NumPy, written from the definitions of the
+formats.
+"""
 
 import json
 import math
@@ -38,7 +40,9 @@ TARGETS = [
 
 
 def table(exponent_bits, mantissa, largest):
-    """Return the non-negative values of a float format in the order of their codes; infinity follows the largest."""
+    """Return the non-negative values of a float format in the order of their codes; infinity
+    follows the largest.
+    """
     bias, values = 2 ** (exponent_bits - 1) - 1, []
     for code in range(2 ** (exponent_bits + mantissa)):
         e, m = code >> mantissa, (code % 2**mantissa) / 2**mantissa
@@ -51,7 +55,9 @@ E4M3, E2M1 = table(4, 3, 448), table(2, 1, 6)
 
 
 def nearest(x, values, overflow=None):
-    """Round to the nearest value, ties to the even code; beyond the largest saturate, or overflow from there on."""
+    """Round to the nearest value, ties to the even code; beyond the largest saturate, or overflow
+    from there on.
+    """
     size = np.abs(x)
     above = np.clip(np.searchsorted(values, size), 1, len(values) - 1)
     low, high = size - values[above - 1], values[above] - size
@@ -94,14 +100,19 @@ def oracle(x, target):
                 code = np.clip(np.round(part.astype(float) / float(s)), -7, 7)
             else:
                 code, numbers = oracle_gguf(np.pad(part, (0, size - len(part))), target.name)
-                codes[i, at : at + size], values[i, at : at + size] = code[: len(part)], numbers[: len(part)]
+                codes[i, at : at + size], values[i, at : at + size] = (
+                    code[: len(part)],
+                    numbers[: len(part)],
+                )
                 continue
             codes[i, at : at + size], values[i, at : at + size] = code, code * float(s)
     return codes, values
 
 
 def oracle_gguf(part, name):
-    """Return codes and values of a block of llama.cpp: b bits, a scale in fp16, and in the types _1 a minimum."""
+    """Return codes and values of a block of llama.cpp: b bits, a scale in fp16, and in the types _1
+    a minimum.
+    """
     f32, half, bits = np.float32, lambda number: float(np.float16(number)), int(name[1])
     if name == "q8_0":
         s = np.abs(part).max() / f32(127)
@@ -114,14 +125,33 @@ def oracle_gguf(part, name):
         code = np.array([min(int(x), 2**bits - 1) - 2 ** (bits - 1) for x in r])
         return code, code * half(s)
     s = (part.max() - part.min()) / f32(2**bits - 1)
-    code = np.array([int(x) for x in (part - part.min()) * (f32(1) / s if s else f32(0)) + f32(0.5)])
+    code = np.array(
+        [int(x) for x in (part - part.min()) * (f32(1) / s if s else f32(0)) + f32(0.5)]
+    )
     return code, code * half(s) + half(part.min())
 
 
 def difficult():
-    """Return a matrix with ties, zeros, a group of zeros, tiny and large numbers, and shorter last groups."""
+    """Return a matrix with ties, zeros, a group of zeros, tiny and large numbers, and shorter last
+    groups.
+    """
     x = np.random.default_rng(1).standard_normal((4, 72)) * 3
-    x[0, :14] = [6, 0.25, 0.75, 1.25, -1.75, 2.5, -3.5, 5, 0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-11, 7.9]
+    x[0, :14] = [
+        6,
+        0.25,
+        0.75,
+        1.25,
+        -1.75,
+        2.5,
+        -3.5,
+        5,
+        0,
+        -0.0,
+        1 + 2**-8,
+        1 + 3 * 2**-8,
+        1 + 2**-11,
+        7.9,
+    ]
     x[1, :32], x[2] = 0, x[2] * 1e-6
     x[3, :10] = [7, 0.5, 1.5, -2.5, 3.5, 240, 224.0, 232, 2**-7, 3 * 2**-11]
     x[3, 64:] = np.ldexp(1.0, -30)
@@ -130,7 +160,9 @@ def difficult():
 
 def peaks(x, target):
     rows = np.abs(x).max(1, keepdims=True)
-    return torch.tensor(np.full_like(rows, rows.max()) if target.per_tensor or target.name == "nvfp4" else rows)
+    return torch.tensor(
+        np.full_like(rows, rows.max()) if target.per_tensor or target.name == "nvfp4" else rows
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
@@ -141,7 +173,9 @@ def test_quantize_rounds_as_the_format_is_defined(target):
     np.testing.assert_array_equal(codes.numpy(), expected[0])
     np.testing.assert_array_equal(values.numpy(), expected[1])
     repeated = quantize(values.float(), target, peaks(values.float().numpy(), target))[1].numpy()
-    np.testing.assert_allclose(repeated, expected[1], rtol=1e-6)  # what a format holds already is not rounded
+    np.testing.assert_allclose(
+        repeated, expected[1], rtol=1e-6
+    )  # what a format holds already is not rounded
 
 
 @pytest.mark.parametrize("name", [name for name in GROUPS if name.startswith("q")])
@@ -153,7 +187,9 @@ def test_quantize_agrees_with_the_gguf_package(name):
     kind = getattr(quants.GGMLQuantizationType, name.upper())
     with np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings(action="ignore"):
         expected = quants.dequantize(quants.quantize(x, kind), kind)
-    np.testing.assert_array_equal(quantize(torch.tensor(x), Target(name, 32))[1].float().numpy(), expected)
+    np.testing.assert_array_equal(
+        quantize(torch.tensor(x), Target(name, 32))[1].float().numpy(), expected
+    )
 
 
 def test_fp16_overflows_and_zeros_stay_zero():
@@ -181,7 +217,9 @@ def test_record_follows_from_the_definitions(target, tmp_path, monkeypatch):
     """In row blocks of seven rows; A has two equal rows, so that its row space is a plane."""
     monkeypatch.setattr(measuring, "BLOCK_ENTRIES", 7 * 72)
     rng = np.random.default_rng(2)
-    w, b, a = (rng.standard_normal(shape).astype(np.float32) for shape in ((16, 72), (16, 3), (3, 72)))
+    w, b, a = (
+        rng.standard_normal(shape).astype(np.float32) for shape in ((16, 72), (16, 3), (3, 72))
+    )
     a[2] = a[1]
     w[3, :40] = 0
     base, adapter = write(tmp_path, *map(torch.tensor, (w, b * 0.1, a)))
@@ -208,22 +246,34 @@ def test_record_follows_from_the_definitions(target, tmp_path, monkeypatch):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_update_on_the_grid_arrives_in_full(target, tmp_path):
     top, unit = {"fp8": (448, 1), "nvfp4": (2688, 448)}.get(target.name, (6, 1))
-    top = {"int4": 7, "q8_0": 127, "q5_0": 16, "q4_0": 8, "q5_1": 16, "q4_1": 8}.get(target.name, top)
+    top = {"int4": 7, "q8_0": 127, "q5_0": 16, "q4_0": 8, "q5_1": 16, "q4_1": 8}.get(
+        target.name, top
+    )
     w, a = torch.zeros(8, 64), torch.tensor([[0.0, 0, 2, 3, 0, -1, -2, 1] * 8]) * unit
     w[:, ::16], w[:, 1::16], a[:, ::16] = top, 1 - top if target.name.endswith("_1") else 0, 0
     base, adapter = write(tmp_path, w, torch.tensor([[1.0], [0]] * 4), a)
     (record,) = lora_diag.plan_merge(base, adapter, **options(target))
-    assert (record.arrived, record.error, record.base_error, record.conclusion) == (1.0, 0.0, 0.0, "merge")
+    assert (record.arrived, record.error, record.base_error, record.conclusion) == (
+        1.0,
+        0.0,
+        0.0,
+        "merge",
+    )
     assert record.moved == float((a != 0).float().mean()) / 2
 
 
 def mxfp4(folder):
-    """Write one expert of 4 outputs and 64 inputs in MXFP4, as gpt-oss; return its decoded weight ``(in, out)``."""
+    """Write one expert of 4 outputs and 64 inputs in MXFP4, as gpt-oss; return its decoded weight
+    ``(in, out)``.
+    """
     rng = np.random.default_rng(3)
     codes, scales = rng.integers(0, 16, (1, 4, 2, 32)), rng.integers(118, 124, (1, 4, 2))
     packed = (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
     name = "model.layers.0.mlp.experts.down_proj"
-    tensors = {f"{name}_blocks": torch.tensor(packed), f"{name}_scales": torch.tensor(scales.astype(np.uint8))}
+    tensors = {
+        f"{name}_blocks": torch.tensor(packed),
+        f"{name}_scales": torch.tensor(scales.astype(np.uint8)),
+    }
     save_model(folder, tensors)
     config = {"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -232,12 +282,17 @@ def mxfp4(folder):
 
 
 def test_quantized_base_loses_small_update(tmp_path):
-    """Stored ``(in, out)``: groups run along the rows. Updates below half a step are lost where W is on the grid."""
+    """Stored ``(in, out)``: groups run along the rows.
+
+    Updates below half a step are lost where W is on the grid.
+    """
     name, w = mxfp4(tmp_path / "base")
     a, b = np.ones((1, 4)), np.ones((64, 1)) * 1e-4
     base = open_checkpoint(tmp_path / "base")
     factors = torch.tensor(b), torch.tensor(a)
-    delta = FactoredDelta(f"{name}[0]", (64, 4), lambda: factors, ("float32", "float32"), Side(base, name))
+    delta = FactoredDelta(
+        f"{name}[0]", (64, 4), lambda: factors, ("float32", "float32"), Side(base, name)
+    )
     (record,) = measuring.measure(MergeTask(delta, in_out=True), PlanSettings(Target("mxfp4", 32)))
     fro = np.linalg.norm(b @ a)
     assert record.base_error == record.base_error_inside == record.moved == record.arrived == 0.0
@@ -248,7 +303,9 @@ def test_quantized_base_loses_small_update(tmp_path):
     (record,) = measuring.measure(MergeTask(delta, in_out=True), PlanSettings(target))
     off = oracle(w.T, target)[1].T - w
     assert record.base_error == pytest.approx(np.linalg.norm(off) / fro)
-    inside = np.linalg.norm(b.T @ off) / np.linalg.norm(b)  # the input space is spanned by the columns of B
+    inside = np.linalg.norm(b.T @ off) / np.linalg.norm(
+        b
+    )  # the input space is spanned by the columns of B
     assert record.base_error_inside == pytest.approx(inside / fro)
 
 
@@ -266,7 +323,10 @@ def test_rows_that_are_inputs_are_grouped_as_inputs(lines, tmp_path, monkeypatch
         (one,) = measuring.measure(MergeTask(plain), PlanSettings(target))
         (other,) = measuring.measure(MergeTask(turned, in_out=True), PlanSettings(target))
         for field in ("fro", "arrived", "error", "moved", "base_error", "base_error_inside"):
-            assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-9), (target, field)
+            assert getattr(other, field) == pytest.approx(getattr(one, field), rel=1e-9), (
+                target,
+                field,
+            )
 
 
 GOOD, BAD = FormatEffect(arrived=1.0, error=0.1), FormatEffect(arrived=0.5, error=0.9)
@@ -298,7 +358,12 @@ def test_conclude_follows_the_rules(to, target, sixteen, base_error, expected):
         (1.0, 9.06, 9.0, False),  # 1.3% and 1.08
         (1.0, 0.49, 0.0, True),
         (1.0, 0.51, 0.0, False),
-        (1.0, 0.6, 0.45, False),  # the conclusion is that BASE in this format and the adapter lose nothing
+        (
+            1.0,
+            0.6,
+            0.45,
+            False,
+        ),  # the conclusion is that BASE in this format and the adapter lose nothing
         (1.0, 0.6, 0.55, True),
         (0.89, 9.0, 9.0, False),
         (None, None, 9.0, False),
@@ -306,24 +371,37 @@ def test_conclude_follows_the_rules(to, target, sixteen, base_error, expected):
     ],
 )
 def test_merge_is_compared_with_the_rounded_base(arrived, error, base_error, expected):
-    assert is_no_worse_than_unmerged(FormatEffect(arrived=arrived, error=error), base_error) is expected
+    assert (
+        is_no_worse_than_unmerged(FormatEffect(arrived=arrived, error=error), base_error)
+        is expected
+    )
 
 
 def test_conclusion_of_several_layers_weighs_them_by_energy():
     def layer(fro, found):
-        fields = {"arrived": found.arrived, "error": found.error, "bf16": found, "fp16": found, "base_error": 9.0}
+        fields = {
+            "arrived": found.arrived,
+            "error": found.error,
+            "bf16": found,
+            "fp16": found,
+            "base_error": 9.0,
+        }
         return build(PlannedMerge, to="int4", fro=fro, **fields)
 
     assert conclude_together([layer(1.0, GOOD), layer(0.1, BAD), layer(0.0, NONE)]) == "merge"
     assert conclude_together([layer(0.1, GOOD), layer(1.0, BAD)]) == "serve unmerged"
-    assert conclude_together([layer(1.0, GOOD), layer(1e-3, NONE)]) == "serve unmerged"  # one overflows
+    assert (
+        conclude_together([layer(1.0, GOOD), layer(1e-3, NONE)]) == "serve unmerged"
+    )  # one overflows
     assert conclude_together([layer(0.0, NONE)]) is None
 
 
 @pytest.mark.slow
 def test_command_measures_the_samples(loradiag, tmp_path):
     for to in ("bf16", "mxfp4"):
-        ran = loradiag("plan-merge", BASE, R4, "--to", to, "--layers", "[03].*[qu]p?_proj", "-o", f"{to}.jsonl")
+        ran = loradiag(
+            "plan-merge", BASE, R4, "--to", to, "--layers", "[03].*[qu]p?_proj", "-o", f"{to}.jsonl"
+        )
         assert ran.code == 0, ran.err
     result = {to: lora_diag.read_results(tmp_path / f"{to}.jsonl") for to in ("bf16", "mxfp4")}
     assert len(result["bf16"]) == len(result["mxfp4"]) == 4
@@ -332,7 +410,9 @@ def test_command_measures_the_samples(loradiag, tmp_path):
         assert fine.bf16 == coarse.bf16 == FormatEffect(arrived=fine.arrived, error=fine.error)
     compared = lora_diag.spectrum(BASE, R4, layers=r"0\..*q_proj")
     assert result["bf16"][Q].fro == pytest.approx(compared[Q].fro)
-    (tmp_path / "p.toml").write_text('[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n')
+    (tmp_path / "p.toml").write_text(
+        '[[rule]]\nname = "kept"\nrequire = "plan_merge.error <= 0.1"\n'
+    )
     assert loradiag("gate", "p.toml", "mxfp4.jsonl").code == 1
 
 
@@ -361,7 +441,9 @@ def test_overflow_and_non_finite_entries_are_reported(tmp_path):
     base, adapter = write(tmp_path, w, b, a)
     (record,) = lora_diag.plan_merge(base, adapter, to="fp16")
     assert (record.overflow, record.arrived, record.error) == (8, None, None)
-    assert record.base_error == pytest.approx(8 * math.sqrt(12) / (1000 * math.sqrt(8)))  # 65000 rounds to 64992
+    assert record.base_error == pytest.approx(
+        8 * math.sqrt(12) / (1000 * math.sqrt(8))
+    )  # 65000 rounds to 64992
     assert record.conclusion == "merge into 16 bit"
     w[1, 2] = math.nan
     save_model(base, {Q: w})
@@ -376,12 +458,18 @@ def test_full_tensors_of_an_adapter_are_rounded_too(tmp_path):
     w = torch.randn(4, 6, generator=torch.Generator().manual_seed(5))
     base, adapter = write(tmp_path, w, torch.ones(4, 1), torch.ones(1, 6))
     config = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["lm_head"]}))
+    (adapter / "adapter_config.json").write_text(
+        json.dumps(config | {"modules_to_save": ["lm_head"]})
+    )
     save_model(base, {Q: w, "lm_head.weight": w.clone()})
     name = f"base_model.model.{Q.removesuffix('.weight')}"
     tensors = {f"{name}.lora_B.weight": torch.ones(4, 1), f"{name}.lora_A.weight": torch.ones(1, 6)}
-    save_file(tensors | {"base_model.model.lm_head.weight": w * 2}, adapter / "adapter_model.safetensors")
+    save_file(
+        tensors | {"base_model.model.lm_head.weight": w * 2}, adapter / "adapter_model.safetensors"
+    )
     record = lora_diag.plan_merge(base, adapter, to="bf16")["lm_head.weight"]
     stored = oracle((2 * w).numpy(), Target("bf16"))[1] - w.double().numpy()
-    assert record.error == pytest.approx(np.linalg.norm(stored - w.double().numpy()) / float(w.double().norm()))
+    assert record.error == pytest.approx(
+        np.linalg.norm(stored - w.double().numpy()) / float(w.double().norm())
+    )
     assert record.base_error_inside is None

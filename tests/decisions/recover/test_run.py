@@ -20,21 +20,36 @@ from tests.oracles import spectrum
 
 pytestmark = pytest.mark.slow
 
-Q, UP, HEAD = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "lm_head.weight"
+Q, UP, HEAD = (
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.mlp.up_proj.weight",
+    "lm_head.weight",
+)
 NORM, LOST = "model.norm.weight", "model.layers.0.self_attn.k_proj.weight"
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Return folders: BASE and TUNED in bfloat16, of which q is of rank 3, up is noise and the head did not move."""
+    """Return folders: BASE and TUNED in bfloat16, of which q is of rank 3, up is noise and the head
+    did not move.
+    """
     folder = tmp_path_factory.mktemp("models")
     q, up = planted(96, 80, 3, 2e-5, 1), planted(64, 80, 0, 1e-5, 2)
     head = torch.randn(40, 80, generator=torch.Generator().manual_seed(3)).mul(0.02).bfloat16()
     base = {Q: q[0].bfloat16(), UP: up[0].bfloat16(), HEAD: head, NORM: torch.ones(80).bfloat16()}
-    tuned = {Q: q[2].bfloat16(), UP: up[2].bfloat16(), HEAD: head, NORM: torch.full((80,), 1.5).bfloat16()}
+    tuned = {
+        Q: q[2].bfloat16(),
+        UP: up[2].bfloat16(),
+        HEAD: head,
+        NORM: torch.full((80,), 1.5).bfloat16(),
+    }
     save_model(folder / "base", base)
     save_model(folder / "tuned", tuned)
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "torch_dtype": "bfloat16",
+    }
     for name in ("base", "tuned"):
         (folder / name / "config.json").write_text(json.dumps(config))
     return folder / "base", folder / "tuned", base, tuned, q[1]
@@ -43,7 +58,11 @@ def models(tmp_path_factory):
 def test_records_compare_the_estimate_with_the_files(models, tmp_path):
     base, tuned, before, after, x = models
     result = lora_diag.recover(base, tuned, tmp_path / "r.jsonl")
-    assert {record.layer: record.status for record in result} == {Q: "recovered", UP: "size_only", HEAD: "refused"}
+    assert {record.layer: record.status for record in result} == {
+        Q: "recovered",
+        UP: "size_only",
+        HEAD: "refused",
+    }
     record = result[Q]
     expected = spectrum(before[Q].double().numpy(), after[Q].double().numpy())
     assert record.fro == pytest.approx(expected["fro"])
@@ -58,14 +77,19 @@ def test_records_compare_the_estimate_with_the_files(models, tmp_path):
 
 def recover_layer(folder, before, after):
     """Return the record of a model of one matrix."""
-    sides = [save_model(folder / str(i), {"model.embed_tokens.weight": w}) for i, w in enumerate((before, after))]
+    sides = [
+        save_model(folder / str(i), {"model.embed_tokens.weight": w})
+        for i, w in enumerate((before, after))
+    ]
     (record,) = lora_diag.recover(*sides)
     return record
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_resolved_sparse_update_is_not_hidden(tmp_path, dtype):
-    """Rows that were never trained, as of an embedding, are not entries that rounding kept the same."""
+    """Rows that were never trained, as of an embedding, are not entries that rounding kept the
+    same.
+    """
     rng = torch.Generator().manual_seed(5)
     w = torch.randn(200, 64, generator=rng).mul(0.02).to(dtype)
     x = torch.zeros(200, 64)
@@ -76,13 +100,17 @@ def test_resolved_sparse_update_is_not_hidden(tmp_path, dtype):
 
 
 def test_recover_measures_small_float32_update(tmp_path):
-    """An update near the spacing of float32, with entries of which cells are far narrower than it."""
+    """An update near the spacing of float32, with entries of which cells are far
+    narrower than it.
+    """
     rng = torch.Generator().manual_seed(6)
     w, x = torch.randn(64, 48, generator=rng), torch.randn(64, 48, generator=rng) * 3e-8
     x[0], w[0] = 2e-7, w[0] * 1e-8
     record = recover_layer(tmp_path, w, (w.double() + x.double()).float())
     assert record.status in {"recovered", "size_only", "refused"}
-    assert record.fro_estimate is None or record.fro_estimate == pytest.approx(float(x.norm()), rel=0.3)
+    assert record.fro_estimate is None or record.fro_estimate == pytest.approx(
+        float(x.norm()), rel=0.3
+    )
 
 
 def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
@@ -91,13 +119,22 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
     mean = load_file(tmp_path / "full" / "model.safetensors")[Q].double() - before[Q].double()
     result = lora_diag.recover(base, tuned, tmp_path / "adapter", rank=3)
     files = {path.name for path in (tmp_path / "adapter").iterdir()}
-    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors", "recovery.jsonl"}
+    assert files == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "recovery.jsonl",
+    }
     factors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     written, best = product(tmp_path / "adapter", Q), low_rank_of(mean, 3)
     assert np.linalg.norm(written - best) < 1e-4 * np.linalg.norm(best)
     plain = np.linalg.norm(low_rank_of(after[Q].double() - before[Q].double(), 3) - x.numpy())
     assert np.linalg.norm(written - x.numpy()) < 0.5 * plain
-    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", HEAD: "nothing"}
+    assert {record.layer: record.written for record in result} == {
+        Q: "posterior",
+        UP: "posterior",
+        HEAD: "nothing",
+    }
     assert len(factors) == 4  # the head did not move
     assert "estimate" in (tmp_path / "adapter" / "README.md").read_text()
     residual = lora_diag.residual(base, tuned, [tmp_path / "adapter"], layers="q_proj")
@@ -107,7 +144,10 @@ def test_recovered_adapter_is_svd_of_posterior_mean(models, tmp_path):
 def test_recover_energy_chooses_ranks(models, tmp_path):
     base, tuned, before, after, _ = models
     result = lora_diag.recover(base, tuned, tmp_path / "a", energy=0.5, nearest=True)
-    assert result[Q].energy_estimate[str(result[Q].rank)] >= 0.5 or result[Q].rank == result[Q].directions
+    assert (
+        result[Q].energy_estimate[str(result[Q].rank)] >= 0.5
+        or result[Q].rank == result[Q].directions
+    )
     assert (result[UP].written, result[HEAD].written) == ("posterior", "nothing")
     true = planted(64, 80, 0, 1e-5, 2)[1].double().numpy()
     plain = low_rank_of(after[UP].double() - before[UP].double(), result[UP].rank)
@@ -116,15 +156,25 @@ def test_recover_energy_chooses_ranks(models, tmp_path):
 
 @pytest.fixture(scope="module")
 def lost(models, tmp_path_factory):
-    """Return folders of a model of which one matrix in three lost its steps to rounding, and of one that lost two."""
+    """Return folders of a model of which one matrix in three lost its steps to rounding, and of one
+    that lost two.
+    """
     folder, (*_, before, after, _) = tmp_path_factory.mktemp("lost"), models
     start = torch.randn(96, 80, generator=torch.Generator().manual_seed(7)).mul(0.02).bfloat16()
     drift, now = torch.randn(96, 80, generator=torch.Generator().manual_seed(8)), start.clone()
     for step in range(40):
-        now -= 1e-5 * torch.tanh(drift + torch.randn(96, 80, generator=torch.Generator().manual_seed(step))).bfloat16()
+        now -= (
+            1e-5
+            * torch.tanh(
+                drift + torch.randn(96, 80, generator=torch.Generator().manual_seed(step))
+            ).bfloat16()
+        )
     for name, weights, trained in (("base", before, start), ("tuned", after, now)):
         save_model(folder / name / "one", {Q: weights[Q], UP: weights[UP], LOST: trained})
-        save_model(folder / name / "two", {Q: weights[Q], LOST: trained, LOST.replace("k_", "v_"): trained.clone()})
+        save_model(
+            folder / name / "two",
+            {Q: weights[Q], LOST: trained, LOST.replace("k_", "v_"): trained.clone()},
+        )
     return folder, (now.double() - start.double())
 
 
@@ -137,10 +187,16 @@ def test_refused_layer_is_written_from_stored_difference(lost, tmp_path):
         assert (record.status, record.written) == ("refused", "file")
         assert record.rank == ways.get("rank", record.rank) > 0
         best = low_rank_of(d, record.rank)
-        assert np.linalg.norm(product(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(best)
+        assert np.linalg.norm(product(tmp_path / str(ways), LOST) - best) < 1e-4 * np.linalg.norm(
+            best
+        )
         assert sum(r.params for r in result) <= 2000
     result = lora_diag.recover(base, tuned, tmp_path / "out", rank=3, leave_out_refused=True)
-    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", LOST: "nothing"}
+    assert {record.layer: record.written for record in result} == {
+        Q: "posterior",
+        UP: "posterior",
+        LOST: "nothing",
+    }
 
 
 def test_model_that_lost_its_steps_is_answered_no(run, lost, tmp_path):
@@ -160,7 +216,11 @@ def test_recover_budget_keeps_leading_directions(models, tmp_path):
     base, tuned, *_ = models
     lora_diag.recover(base, tuned, tmp_path / "r3", rank=3)
     result = lora_diag.recover(base, tuned, tmp_path / "p", params=400)
-    assert {record.layer: (record.rank, record.params) for record in result} == {Q: (2, 352), UP: (0, 0), HEAD: (0, 0)}
+    assert {record.layer: (record.rank, record.params) for record in result} == {
+        Q: (2, 352),
+        UP: (0, 0),
+        HEAD: (0, 0),
+    }
     whole, part = (product(tmp_path / name, Q) for name in ("r3", "p"))
     assert np.linalg.norm(low_rank_of(torch.tensor(whole), 2) - part) < 1e-3 * np.linalg.norm(whole)
     with raises_naming(lora_diag.UsageError, "resume", "budget"):
@@ -168,13 +228,19 @@ def test_recover_budget_keeps_leading_directions(models, tmp_path):
     more = lora_diag.recover(base, tuned, tmp_path / "few", params=176, resume=True)
     assert more[Q].rank == 1
     estimated = more[Q].values_estimate
-    assert sum(x**2 for x in estimated) / more[Q].fro_estimate ** 2 == pytest.approx(more[Q].energy_estimate["4"])
+    assert sum(x**2 for x in estimated) / more[Q].fro_estimate ** 2 == pytest.approx(
+        more[Q].energy_estimate["4"]
+    )
 
 
 def test_recovered_checkpoint_rounds_to_stored_values(models, tmp_path):
     base, tuned, before, after, x = models
     result = lora_diag.recover(base, tuned, tmp_path / "full", full=True, nearest=True)
-    assert {record.layer: record.written for record in result} == {Q: "posterior", UP: "posterior", HEAD: "file"}
+    assert {record.layer: record.written for record in result} == {
+        Q: "posterior",
+        UP: "posterior",
+        HEAD: "file",
+    }
     tensors = load_file(tmp_path / "full" / "model.safetensors")
     assert set(tensors) == set(after)
     for name, tensor in tensors.items():
@@ -193,16 +259,29 @@ def test_kept_length_scales_the_estimate_to_its_norm(models, tmp_path):
     for name, ways in (("full", {"full": True}), ("r3", {"rank": 3})):
         lora_diag.recover(base, tuned, tmp_path / name, nearest=True, **ways)
         result = lora_diag.recover(base, tuned, tmp_path / f"{name}long", **ways)
-    plain, long = (load_file(tmp_path / name / "model.safetensors") for name in ("full", "fulllong"))
+    plain, long = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("full", "fulllong")
+    )
     for layer in (Q, UP):
         steps = [(tensors[layer].double() - before[layer].double()) for tensors in (plain, long)]
         assert float(steps[1].norm()) == pytest.approx(result[layer].fro_estimate, rel=1e-3)
         assert float(steps[0].norm()) < 0.9999 * float(steps[1].norm())
-        assert torch.nn.functional.cosine_similarity(*(step.flatten() for step in steps), dim=0) > 0.999
-    plain, long = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "r3long"))
-    ratio = [float(long[key].norm() / plain[key].norm()) for key in plain if Q.removesuffix(".weight") in key]
+        assert (
+            torch.nn.functional.cosine_similarity(*(step.flatten() for step in steps), dim=0)
+            > 0.999
+        )
+    plain, long = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("r3", "r3long")
+    )
+    ratio = [
+        float(long[key].norm() / plain[key].norm())
+        for key in plain
+        if Q.removesuffix(".weight") in key
+    ]
     assert len(ratio) == 2
-    stretch = result[Q].fro_estimate / float((load_file(tmp_path / "full" / "model.safetensors")[Q] - before[Q]).norm())
+    stretch = result[Q].fro_estimate / float(
+        (load_file(tmp_path / "full" / "model.safetensors")[Q] - before[Q]).norm()
+    )
     assert ratio[0] * ratio[1] == pytest.approx(stretch, rel=1e-2)
     assert_names((tmp_path / "fulllong" / "README.md").read_text(), "scaled", "‖X‖")
 
@@ -230,7 +309,9 @@ def test_recover_resumes_interrupted_run(models, tmp_path):
 
 @pytest.mark.parametrize("ways", [{}, {"full": True}, {"rank": 3}], ids=str)
 def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypatch, ways):
-    """The clock is stopped for the options, the sample and one layer. q hides more per entry than the others."""
+    """The clock is stopped for the options, the sample and one layer. q hides more per entry than
+    the others.
+    """
     base, tuned, *_ = models
     whole = lora_diag.recover(base, tuned, tmp_path / "whole", **ways)
     clock = iter([0.0, 1.0])
@@ -243,11 +324,18 @@ def test_recover_time_limit_leaves_layers_for_resume(models, tmp_path, monkeypat
     assert_names(late[HEAD], "0.0%", "hidden")  # it did not move
     assert recovery_lines(some)[0].key == "left_out"
     resumed = lora_diag.recover(base, tuned, tmp_path / "some", resume=True, **ways)
-    assert {record.layer: record for record in resumed} == {record.layer: record for record in whole}
+    assert {record.layer: record for record in resumed} == {
+        record.layer: record for record in whole
+    }
     assert resumed.left_out == whole.left_out
-    assert lora_diag.recover(base, tuned, tmp_path / "some", resume=True, **ways).layers == resumed.layers
+    assert (
+        lora_diag.recover(base, tuned, tmp_path / "some", resume=True, **ways).layers
+        == resumed.layers
+    )
     if ways:
-        names = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "some")]
+        names = [
+            sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("whole", "some")
+        ]
         assert names[0] == names[1]
         (model,) = [name for name in names[0] if name.endswith(".safetensors")]
         assert (tmp_path / "some" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
@@ -272,7 +360,9 @@ def test_recover_stack_of_experts_by_matrix(tmp_path):
     before, after = (torch.stack([part[k] for part in parts]).bfloat16() for k in (0, 2))
     save_model(tmp_path / "base", {name: before})
     save_model(tmp_path / "tuned", {name: after})
-    result = lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True)
+    result = lora_diag.recover(
+        tmp_path / "base", tmp_path / "tuned", tmp_path / "full", full=True, nearest=True
+    )
     assert [record.layer for record in result] == [f"{name}[0]", f"{name}[1]"]
     tensor = load_file(tmp_path / "full" / "model.safetensors")[name]
     assert torch.equal(tensor.bfloat16(), after)
@@ -333,7 +423,9 @@ def test_extract_factors_the_update_before_rounding(models, tmp_path):
     card = (tmp_path / "e" / "README.md").read_text()
     assert "is an estimate" in card
     assert card.count("--recover") == 1
-    shares = lora_diag.extract(base, tuned, tmp_path / "s", signal=True, recover=True, layers="q_proj")
+    shares = lora_diag.extract(
+        base, tuned, tmp_path / "s", signal=True, recover=True, layers="q_proj"
+    )
     assert shares[Q].rank == shares[Q].hidden.directions
     budget = lora_diag.extract(base, tuned, tmp_path / "p", params=400, recover=True)
     assert [(r.layer, r.rank) for r in budget] == [(Q, 2)]
@@ -344,7 +436,9 @@ def test_residual_expects_distance_to_update_before_rounding(models, tmp_path):
     base, tuned, *_, x = models
     true = {Q: x.double(), UP: planted(64, 80, 0, 1e-5, 2)[1].double()}
     lora_diag.recover(base, tuned, tmp_path / "a", rank=3)
-    result = lora_diag.residual(base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True)
+    result = lora_diag.residual(
+        base, tuned, [tmp_path / "a"], layers="q_proj|up_proj", recover=True
+    )
     for record in result:
         gap = product(tmp_path / "a", record.layer) - true[record.layer].numpy()
         epsilon = np.linalg.norm(gap) / float(true[record.layer].norm())

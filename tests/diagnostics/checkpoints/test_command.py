@@ -12,7 +12,15 @@ from lora_diag.diagnostics.checkpoints.series import find_series
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from tests.adapters.making import lora
 from tests.conftest import edit_results
-from tests.diagnostics.checkpoints.making import LAYERS, STEPS, cosine_rate, healthy, save_full, save_run, write_state
+from tests.diagnostics.checkpoints.making import (
+    LAYERS,
+    STEPS,
+    cosine_rate,
+    healthy,
+    save_full,
+    save_run,
+    write_state,
+)
 from tests.messages import assert_names, raises_naming
 
 
@@ -25,7 +33,9 @@ def steps_of(results):
     return [record.step for record in results.whole_of(Checkpoint)]
 
 
-@pytest.mark.parametrize("name", ["checkpoint-{}", "step_{}", "epoch_{}", "global_step{}", "run.v2-step={}", "iter-{}"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint-{}", "step_{}", "epoch_{}", "global_step{}", "run.v2-step={}", "iter-{}"]
+)
 def test_steps_are_read_from_names(tmp_path, name):
     for step, update in zip((9, 10, 100), healthy(), strict=False):
         lora(tmp_path / "out" / name.format(step), update)
@@ -44,7 +54,9 @@ def test_trainer_log_is_kept_with_its_step(out):
             np.interp(s, range(5, 101, 5), [cosine_rate(x, 100) for x in range(5, 101, 5)])
             for s in range(before + 1, record.step + 1)
         ]
-        assert record.train_loss == pytest.approx(np.mean([4 - s / 100 for s in (before + 5, before + 10)]))
+        assert record.train_loss == pytest.approx(
+            np.mean([4 - s / 100 for s in (before + 5, before + 10)])
+        )
         assert record.eval_loss == pytest.approx(3 - record.step / 100)
         assert record.rate == pytest.approx(cosine_rate(record.step, 100))
         assert record.rate_sum == pytest.approx(sum(rates))
@@ -77,7 +89,9 @@ def test_base_is_second_word_or_option(tmp_path, run):
         [*(f"run/checkpoint-{t}" for t in (3, 1, 2)), "--base", "base"],
     ]
     outputs = [run("checkpoints", *each, "--json").out.splitlines() for each in words]
-    assert outputs[0][1:-1] == outputs[1][1:-1] == outputs[2][1:-1]  # all but the run record, with its time
+    assert (
+        outputs[0][1:-1] == outputs[1][1:-1] == outputs[2][1:-1]
+    )  # all but the run record, with its time
     assert len(outputs[0]) == 12
     found = run("checkpoints", "run")
     assert found.code == 2
@@ -87,11 +101,20 @@ def test_base_is_second_word_or_option(tmp_path, run):
 BAD = {
     "no folder": (lambda out: shutil.rmtree(out), InputError),
     "empty": (lambda out: [shutil.rmtree(path) for path in out.iterdir()], NothingComparedError),
-    "one": (lambda out: [shutil.rmtree(out / f"checkpoint-{step}") for step in STEPS[1:]], InputError),
+    "one": (
+        lambda out: [shutil.rmtree(out / f"checkpoint-{step}") for step in STEPS[1:]],
+        InputError,
+    ),
     "same step": (lambda out: shutil.copytree(out / "checkpoint-10", out / "step_10"), InputError),
     "renamed": (lambda out: (out / "checkpoint-10").rename(out / "checkpoint-15"), InputError),
-    "state": (lambda out: (out / "checkpoint-20" / "trainer_state.json").write_text("[" * 10**5), InputError),
-    "truncated": (lambda out: (out / "checkpoint-20" / "adapter_model.safetensors").write_bytes(b"123"), InputError),
+    "state": (
+        lambda out: (out / "checkpoint-20" / "trainer_state.json").write_text("[" * 10**5),
+        InputError,
+    ),
+    "truncated": (
+        lambda out: (out / "checkpoint-20" / "adapter_model.safetensors").write_bytes(b"123"),
+        InputError,
+    ),
 }
 
 
@@ -105,18 +128,28 @@ def test_bad_run_is_one_message(out, case):
 
 def test_other_shape_and_other_layers_are_named(tmp_path):
     updates = healthy()[:3]
-    updates[1] = {name: (b[:-1], a) if name == LAYERS[0] else (b, a) for name, (b, a) in updates[1].items()}
+    updates[1] = {
+        name: (b[:-1], a) if name == LAYERS[0] else (b, a) for name, (b, a) in updates[1].items()
+    }
     with raises_naming(InputError, "checkpoint-2", LAYERS[0]):
         lora_diag.trajectory(save_run(tmp_path / "shape", updates, (1, 2, 3)))
     updates[1] = {name: pair for name, pair in updates[1].items() if name != LAYERS[0]}
     results = lora_diag.trajectory(save_run(tmp_path / "missing", updates, (1, 2, 3)))
-    assert [(item.layer, item.reason) for item in results.left_out] == [(LAYERS[0], "only_in_adapter")]
+    assert [(item.layer, item.reason) for item in results.left_out] == [
+        (LAYERS[0], "only_in_adapter")
+    ]
     assert_names(results.left_out[0].detail, "1 of 3", "checkpoint-2")
     assert {record.layer for record in results} == set(LAYERS[1:])
 
 
 def test_strange_log_is_ignored(out):
-    log = [None, {"step": "x", "loss": 1}, {"step": 95, "loss": "nan"}, {"step": 96, "loss": float("nan")}, {"loss": 2}]
+    log = [
+        None,
+        {"step": "x", "loss": 1},
+        {"step": 95, "loss": "nan"},
+        {"step": 96, "loss": float("nan")},
+        {"loss": 2},
+    ]
     write_state(out / "checkpoint-100", 100, 100, log_history=log, max_steps=-1)
     series = find_series([out])
     assert (series.losses, series.rates) == ({}, {})
@@ -145,12 +178,18 @@ def test_results_are_shown_drawn_reported_and_judged(out, tmp_path, run):
     assert max(map(len, shown.out.splitlines())) <= 80
     assert run("inspect", "run.jsonl", "--per", "layer").code == 0
     for width in ("slide", "column"):
-        drawn = run("plot", "run.jsonl", "--figure", "checkpoints", "--width", width, "-o", f"{width}.png")
+        drawn = run(
+            "plot", "run.jsonl", "--figure", "checkpoints", "--width", width, "-o", f"{width}.png"
+        )
         assert drawn.code == 0, drawn.err
     page = run("report", "run.jsonl", "-o", "report.html")
     assert page.code == 0, page.err
     assert "A training run" in (tmp_path / "report.html").read_text()
-    for require, code in (("trajectory.dead == 0", 0), ("spike <= 1.0001", 1), ("growth <= 0.05", 0)):
+    for require, code in (
+        ("trajectory.dead == 0", 0),
+        ("spike <= 1.0001", 1),
+        ("growth <= 0.05", 0),
+    ):
         (tmp_path / "policy.toml").write_text(f'[[rule]]\nname = "a"\nrequire = "{require}"\n')
         judged = run("gate", "policy.toml", "run.jsonl")
         assert judged.code == code, judged.out
@@ -168,7 +207,9 @@ def test_figure_draws_norms_and_overlaps_of_records(out):
     largest = max(r.increment for r in results if r.layer == record.layer)
     assert cells[0, 4] == pytest.approx(record.increment / largest)
     pair = overlaps.collections[0].get_array().reshape(len(STEPS), len(STEPS))
-    assert pair[4, 2] == pytest.approx(np.median([r.overlaps[2] for r in results if r.step == STEPS[4]]))
+    assert pair[4, 2] == pytest.approx(
+        np.median([r.overlaps[2] for r in results if r.step == STEPS[4]])
+    )
 
 
 def edited(path, change):
@@ -185,14 +226,23 @@ def edited(path, change):
 @pytest.mark.parametrize(
     ("change", "facts"),
     [
-        (lambda layers: layers[0].update(layer="another"), ["layer", "another", "1", str(len(STEPS)), "steps"]),
-        (lambda layers: layers[2].update(overlaps=[0.5] * 9), [f"step {STEPS[2]}", "overlaps", "9"]),
+        (
+            lambda layers: layers[0].update(layer="another"),
+            ["layer", "another", "1", str(len(STEPS)), "steps"],
+        ),
+        (
+            lambda layers: layers[2].update(overlaps=[0.5] * 9),
+            [f"step {STEPS[2]}", "overlaps", "9"],
+        ),
     ],
 )
 def test_altered_layers_are_one_message(out, tmp_path, run, change, facts):
     assert run("checkpoints", out, "-q", "-o", "run.jsonl").code == 0
     edited(tmp_path / "run.jsonl", change)
-    for words in (["report", "run.jsonl", "-o", "report.html"], ["plot", "run.jsonl", "-o", "x.png"]):
+    for words in (
+        ["report", "run.jsonl", "-o", "report.html"],
+        ["plot", "run.jsonl", "-o", "x.png"],
+    ):
         ran = run(*words)
         assert (ran.code, ran.err.count("\n")) == (3, 1), ran.err
         assert_names(ran.err, "run.jsonl", *facts)
@@ -202,11 +252,21 @@ def test_altered_layers_are_one_message(out, tmp_path, run, change, facts):
 def test_layer_that_is_not_finite_at_one_step_is_drawn(tmp_path):
     updates = healthy()
     name = next(iter(updates[3]))
-    updates[3] = updates[3] | {name: (np.full_like(updates[3][name][0], np.nan), *updates[3][name][1:])}
+    updates[3] = updates[3] | {
+        name: (np.full_like(updates[3][name][0], np.nan), *updates[3][name][1:])
+    }
     results = lora_diag.trajectory(save_run(tmp_path / "out", updates))
     assert sum(record.non_finite is not None for record in results) == 1
-    overlaps = results.plot("checkpoints").axes[3].collections[0].get_array().reshape(len(STEPS), len(STEPS))
-    known = [record.overlaps[2] for record in results if record.step == STEPS[3] and record.overlaps]
+    overlaps = (
+        results.plot("checkpoints")
+        .axes[3]
+        .collections[0]
+        .get_array()
+        .reshape(len(STEPS), len(STEPS))
+    )
+    known = [
+        record.overlaps[2] for record in results if record.step == STEPS[3] and record.overlaps
+    ]
     assert overlaps[3, 2] == pytest.approx(np.median(known))
 
 

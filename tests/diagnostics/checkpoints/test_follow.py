@@ -1,4 +1,6 @@
-"""``checkpoints --follow`` in a terminal and in a pipe, of a monitor's records and of checkpoints as they arrive."""
+"""``checkpoints --follow`` in a terminal and in a pipe, of a monitor's records and of checkpoints
+as they arrive.
+"""
 
 import os
 import pty
@@ -30,16 +32,25 @@ STEPS = (10, 20, 30)
 def records_of(step) -> list:
     layers = [
         CheckpointLayer(
-            layer=f"model.layers.0.{name}.weight", step=step, shape=(8, 8), fro=0.1 * step, effective_rank=3.0
+            layer=f"model.layers.0.{name}.weight",
+            step=step,
+            shape=(8, 8),
+            fro=0.1 * step,
+            effective_rank=3.0,
         )
         for name in ("q_proj", "up_proj")
     ]
-    return [*layers, Checkpoint(step=step, path="out", fro=0.2 * step, train_loss=3.0 - step / 100, layers=2)]
+    return [
+        *layers,
+        Checkpoint(step=step, path="out", fro=0.2 * step, train_loss=3.0 - step / 100, layers=2),
+    ]
 
 
 def open_monitor(path) -> ResultsWriter:
     source = RunInput(role="training", path=str(path.parent), kind="in training", tensors=2)
-    return ResultsWriter(path, Run(command="checkpoints", version="1", inputs=(source,), settings={}))
+    return ResultsWriter(
+        path, Run(command="checkpoints", version="1", inputs=(source,), settings={})
+    )
 
 
 def end(writer, step):
@@ -49,11 +60,15 @@ def end(writer, step):
 def start(path, stdout) -> subprocess.Popen:
     env = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "NO_COLOR": "1"}
     words = [sys.executable, "-m", "lora_diag", "checkpoints", str(path), "--follow"]
-    return subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env)
+    return subprocess.Popen(
+        words, stdout=stdout, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env
+    )
 
 
 def read_until(descriptor, text, seconds=PATIENCE) -> str:
-    """Return what a descriptor gives until it holds a text; or until its end, if the text is empty."""
+    """Return what a descriptor gives until it holds a text; or until its end, if the
+    text is empty.
+    """
     read, limit = "", time.monotonic() + seconds
     while (not text or text not in read) and time.monotonic() < limit:
         if select.select([descriptor], [], [], 0.2)[0]:
@@ -130,7 +145,9 @@ def collect(run, monkeypatch, on_look, measure=lambda: pytest.fail("measured")) 
 
 def test_follow_reads_only_files_that_changed(tmp_path, monkeypatch):
     reads = []
-    monkeypatch.setattr(show, "read_results", lambda path: reads.append(path) or lora_diag.read_results(path))
+    monkeypatch.setattr(
+        show, "read_results", lambda path: reads.append(path) or lora_diag.read_results(path)
+    )
     with open_monitor(tmp_path / "m.jsonl") as writer:
         writer.append(*records_of(10))
 
@@ -147,7 +164,9 @@ def test_follow_reads_only_files_that_changed(tmp_path, monkeypatch):
 
 
 def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
-    """It waits where there are none, where one is half written, and where there is only one; it ends at the last."""
+    """It waits where there are none, where one is half written, and where there is only one; it
+    ends at the last.
+    """
     adapter, run = Path("sample_checkpoints/lora_r4"), tmp_path / "out"
     run.mkdir()
 
@@ -167,7 +186,9 @@ def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
         if number == 4:
             save(20, "adapter_model.safetensors")
             save(20, "adapter_config.json")
-            (run / "checkpoint-20" / "trainer_state.json").write_text('{"global_step": 20, "max_steps": 20}')
+            (run / "checkpoint-20" / "trainer_state.json").write_text(
+                '{"global_step": 20, "max_steps": 20}'
+            )
 
     results, lines, _ = collect(run, monkeypatch, on_look, lambda: lora_diag.trajectory(run))
     assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20]
@@ -175,7 +196,9 @@ def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
     assert [line.partition(",")[0] for line in lines[-2:]] == ["step 10", "step 20"]
 
 
-@pytest.mark.parametrize("name", ["README.md", "trainer_state.json", "training_args.bin", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "trainer_state.json", "training_args.bin", "optimizer.pt"]
+)
 def test_follow_waits_for_weights_of_checkpoint(tmp_path, monkeypatch, name):
     """PEFT writes README.md before the weights; another folder may never get any."""
     adapter, run = Path("sample_checkpoints/lora_r4"), tmp_path / "out"
@@ -188,7 +211,9 @@ def test_follow_waits_for_weights_of_checkpoint(tmp_path, monkeypatch, name):
             (run / "checkpoint-30" / name).write_text("{}")
         if number == 3:
             shutil.copytree(adapter, run / "checkpoint-30", dirs_exist_ok=True)
-            (run / "checkpoint-30" / "trainer_state.json").write_text('{"global_step": 30, "max_steps": 30}')
+            (run / "checkpoint-30" / "trainer_state.json").write_text(
+                '{"global_step": 30, "max_steps": 30}'
+            )
 
     results, _, looks = collect(run, monkeypatch, on_look, partial(measure_run, [run]))
     assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20, 30]
@@ -210,7 +235,9 @@ def test_follow_refuses_what_it_cannot_follow(tmp_path, monkeypatch):
     with raises_naming(InputError, tmp_path / "nowhere"):
         follow_run(tmp_path / "nowhere", lambda: None, lambda draw, lines: None)
     with raises_naming(UsageError, "BASE"):  # which no later file will give
-        collect(tmp_path, monkeypatch, lambda number: (tmp_path / "step_1.safetensors").touch(), refuse)
+        collect(
+            tmp_path, monkeypatch, lambda number: (tmp_path / "step_1.safetensors").touch(), refuse
+        )
     for option in ({"output": tmp_path / "r.jsonl"}, {"on_record": lambda record: None}):
         with raises_naming(UsageError, "--follow", "-o", "--json"):
             measure_run([tmp_path], follow=True, **option)

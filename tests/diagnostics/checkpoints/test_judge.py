@@ -1,4 +1,6 @@
-"""Held-out losses of checkpoints and their combinations, compared with transformers, PEFT and NumPy themselves."""
+"""Held-out losses of checkpoints and their combinations, compared with transformers, PEFT and NumPy
+themselves.
+"""
 
 import json
 import shutil
@@ -33,7 +35,9 @@ def lora_of(base, folder, text):
     """A LoRA adapter trained on a text for a few steps."""
     torch.manual_seed(1)
     names = ["c_attn", "c_proj"]
-    model = get_peft_model(opened(base), LoraConfig(r=2, lora_alpha=4, target_modules=names, fan_in_fan_out=True))
+    model = get_peft_model(
+        opened(base), LoraConfig(r=2, lora_alpha=4, target_modules=names, fan_in_fan_out=True)
+    )
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     for _ in range(12):
         optimizer.zero_grad()
@@ -47,7 +51,9 @@ def scaled(adapter, folder, scale):
     """The adapter with its update multiplied by a number."""
     shutil.copytree(adapter, folder)
     factors = load_file(adapter / "adapter_model.safetensors")
-    changed = {name: value * scale if "lora_B" in name else value for name, value in factors.items()}
+    changed = {
+        name: value * scale if "lora_B" in name else value for name, value in factors.items()
+    }
     save_file(changed, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
@@ -81,9 +87,18 @@ def full_run(base, adapters, folder):
     for step in SCALES:
         target = folder / f"checkpoint-{step}"
         shutil.copytree(base, target)
-        updates = {key.removeprefix("transformer."): value for key, value in updates_of(adapters / target.name).items()}
-        changed = {k: v + next((u for n, u in updates.items() if k.endswith(n)), 0.0) for k, v in weights.items()}
-        save_file({k: torch.from_numpy(v).float() for k, v in changed.items()}, target / "model.safetensors")
+        updates = {
+            key.removeprefix("transformer."): value
+            for key, value in updates_of(adapters / target.name).items()
+        }
+        changed = {
+            k: v + next((u for n, u in updates.items() if k.endswith(n)), 0.0)
+            for k, v in weights.items()
+        }
+        save_file(
+            {k: torch.from_numpy(v).float() for k, v in changed.items()},
+            target / "model.safetensors",
+        )
     return folder
 
 
@@ -95,7 +110,9 @@ def merged_losses(base, update, text):
     """Losses of windows with an update added to BASE."""
     weights = tensors(base)
     for key in weights:
-        weights[key] = weights[key] + next((u for n, u in update.items() if n.endswith(key) or key.endswith(n)), 0.0)
+        weights[key] = weights[key] + next(
+            (u for n, u in update.items() if n.endswith(key) or key.endswith(n)), 0.0
+        )
     return window_losses(base, weights, text, 32)
 
 
@@ -104,7 +121,9 @@ def merged_losses(base, update, text):
 def test_losses_equal_those_of_transformers(run, tmp_path, full):
     base, out, text = run
     found = judged(base, full_run(base, out, tmp_path / "full") if full else out, text, **RULES)
-    losses = {step: merged_losses(base, updates_of(out / f"checkpoint-{step}"), text) for step in SCALES}
+    losses = {
+        step: merged_losses(base, updates_of(out / f"checkpoint-{step}"), text) for step in SCALES
+    }
     best = min(losses, key=lambda step: losses[step].mean())
     checkpoints = [record for record in found.whole if record.record == "checkpoint"]
     assert [record.step for record in checkpoints] == list(SCALES)
@@ -118,7 +137,11 @@ def test_losses_equal_those_of_transformers(run, tmp_path, full):
     (choice,) = (record for record in found.whole if record.record == "choice")
     assert choice.step == best == 30  # the planted one, neither the first nor the last
     limit = student_t.ppf(1 - 0.05 / 3, 3.0)  # nine sequences in blocks of three
-    tied = [step for step in SCALES if (d := losses[step] - losses[best]).mean() <= limit * oracles.error_of_mean(d)]
+    tied = [
+        step
+        for step in SCALES
+        if (d := losses[step] - losses[best]).mean() <= limit * oracles.error_of_mean(d)
+    ]
     assert (list(choice.tied), choice.earliest) == (tied, tied[0])
 
     each = [updates_of(out / f"checkpoint-{step}") for step in SCALES]
@@ -130,16 +153,22 @@ def test_losses_equal_those_of_transformers(run, tmp_path, full):
     }
     slope, start = np.polyfit(list(SCALES), list(SCALES.values()), 1)
     scales = np.array(list(SCALES.values()))
-    target = start + slope * (40 + 0.25 * 10)  # all updates are multiples of one, which is extrapolated exactly
+    target = start + slope * (
+        40 + 0.25 * 10
+    )  # all updates are multiples of one, which is extrapolated exactly
     expected["rank1:0.25"] = (target * scales / (scales @ scales)).tolist()
     combinations = [record for record in found.whole if record.record == "combination"]
     assert [record.name for record in combinations] == list(expected)
     for record in combinations:
         weights = expected[record.name]
-        update = {key: sum(w * u[key] for w, u in zip(weights, each, strict=True)) for key in each[0]}
+        update = {
+            key: sum(w * u[key] for w, u in zip(weights, each, strict=True)) for key in each[0]
+        }
         own = merged_losses(base, update, text)
         assert record.losses["held_out"].loss == pytest.approx(own.mean(), abs=2e-5)
-        assert record.losses["held_out"].excess == pytest.approx((own - losses[best]).mean(), abs=2e-5)
+        assert record.losses["held_out"].excess == pytest.approx(
+            (own - losses[best]).mean(), abs=2e-5
+        )
         assert record.weights == pytest.approx(weights, abs=1e-6)
 
 
@@ -169,7 +198,11 @@ def test_interrupted_evaluation_is_resumed(run, tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     base, out, text = run
     results = tmp_path / "run.jsonl"
-    options = {"shifted": [some_text(tmp_path, "other", 3, source="shifted")], **RULES, "output": results}
+    options = {
+        "shifted": [some_text(tmp_path, "other", 3, source="shifted")],
+        **RULES,
+        "output": results,
+    }
     judged(base, out, text, **options)
     whole = results.read_bytes()
     lines = whole.splitlines(keepends=True)
@@ -186,7 +219,9 @@ def probes_of(losses, combined=()):
     yield Probe(subject="base", loss=9.0, nll=(9.0,) * 10, predictions=(1,) * 10, **common)
     for subject, group in (("checkpoint", losses), ("combination", combined)):
         for name, values in dict(group).items():
-            yield Probe(subject=subject, name=name, loss=float(np.mean(values)), nll=tuple(values), **common)
+            yield Probe(
+                subject=subject, name=name, loss=float(np.mean(values)), nll=tuple(values), **common
+            )
 
 
 def test_combination_is_chosen_and_reported_on_different_halves():
@@ -198,7 +233,9 @@ def test_combination_is_chosen_and_reported_on_different_halves():
     records = list(compare_combinations(probes, {"1": 1, "2": 2}, drafts))
     single = min(losses, key=lambda name: losses[name][:5].mean())
     chosen = min(combined, key=lambda name: combined[name][:5].mean())
-    assert [(r.name, r.single, r.chosen) for r in records] == [(n, int(single), n == chosen) for n in combined]
+    assert [(r.name, r.single, r.chosen) for r in records] == [
+        (n, int(single), n == chosen) for n in combined
+    ]
     for record in records:
         gains = losses[single][5:] - combined[record.name][5:]
         assert record.gain == pytest.approx(gains.mean())
@@ -229,19 +266,30 @@ def test_best_checkpoint_is_rarely_left_out():
 @given(st.integers(0, 10**6), st.integers(2, 6), st.floats(0.1, 4))
 def test_rank1_extrapolates_projections_on_first_direction(seed, count, factor):
     rng = np.random.default_rng(seed)
-    path, steps = rng.normal(size=(count, 30)).cumsum(0), np.sort(rng.choice(np.arange(1, 100), count, replace=False))
+    path, steps = (
+        rng.normal(size=(count, 30)).cumsum(0),
+        np.sort(rng.choice(np.arange(1, 100), count, replace=False)),
+    )
     _, _, vh = np.linalg.svd(path, full_matrices=False)
     target = steps[-1] + factor * (steps[-1] - steps[-2])
     expected = np.polyval(np.polyfit(steps, path @ vh[0], 1), target) * vh[0]
     weights = Rule("rank1", factor).weigh(steps.tolist(), path @ path.T)
-    np.testing.assert_allclose(weights @ path, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        weights @ path, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        *(("average", text) for text in ("median", "uniform:2", "last", "last:9", "last:1.5", "ema:1", "ema:x", "")),
-        *(("extrapolate", text) for text in ("uniform", "linear:-1", "linear:0", "rank1:inf", "rank1:1:2")),
+        *(
+            ("average", text)
+            for text in ("median", "uniform:2", "last", "last:9", "last:1.5", "ema:1", "ema:x", "")
+        ),
+        *(
+            ("extrapolate", text)
+            for text in ("uniform", "linear:-1", "linear:0", "rank1:inf", "rank1:1:2")
+        ),
     ],
 )
 def test_invalid_rule_is_refused(option, text):
@@ -269,7 +317,9 @@ def test_written_average_is_what_was_judged(run, tmp_path, full, rank):
     (record,) = (record for record in found.whole if record.record == "combination")
     folder = tmp_path / "written" / "last-2"
     assert record.path == str(folder)
-    average = {key: value * 2.0 for key, value in updates_of(out / "checkpoint-30").items()}  # of scales 1 and 3
+    average = {
+        key: value * 2.0 for key, value in updates_of(out / "checkpoint-30").items()
+    }  # of scales 1 and 3
     written = window_losses(base, tensors(folder), text, 32) if full and rank is None else None
     if written is None:
         assert json.loads((folder / "adapter_config.json").read_text())["r"] == (

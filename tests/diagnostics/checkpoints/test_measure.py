@@ -1,4 +1,6 @@
-"""Every number of a run's layers and checkpoints against float64 NumPy, of adapters and of full checkpoints."""
+"""Every number of a run's layers and checkpoints against float64 NumPy, of adapters and of full
+checkpoints.
+"""
 
 import math
 import subprocess
@@ -25,14 +27,23 @@ TIMES = (5, 20, 21)
 
 def factors(rng, rank, count=3, m=14, n=9):
     """Factors of a few layers at a few steps, near each other; A moves, too."""
-    first = {name: (rng.standard_normal((m, rank)), rng.standard_normal((rank, n))) for name in LAYERS[:2]}
+    first = {
+        name: (rng.standard_normal((m, rank)), rng.standard_normal((rank, n)))
+        for name in LAYERS[:2]
+    }
     steps = [first]
     for _ in range(count - 1):
         move = 10.0 ** rng.uniform(-4, 0)
         steps.append(
-            {name: tuple(x + move * rng.standard_normal(x.shape) for x in pair) for name, pair in first.items()}
+            {
+                name: tuple(x + move * rng.standard_normal(x.shape) for x in pair)
+                for name, pair in first.items()
+            }
         )
-    return [{name: tuple(x.astype(np.float32) for x in pair) for name, pair in step.items()} for step in steps]
+    return [
+        {name: tuple(x.astype(np.float32) for x in pair) for name, pair in step.items()}
+        for step in steps
+    ]
 
 
 def cosine(x, y):
@@ -49,7 +60,9 @@ def overlap(x, y):
 
 
 def check(record: CheckpointLayer, t: int, updates: list[np.ndarray], base) -> None:
-    """Compare a record of the t-th update with what the definitions give; float32 files limit small increments."""
+    """Compare a record of the t-th update with what the definitions give; float32 files limit small
+    increments.
+    """
     x, s = updates[t], np.linalg.svd(updates[t], compute_uv=False)
     before = updates[t - 1] if t else np.zeros_like(x)
     change = x - before
@@ -65,7 +78,9 @@ def check(record: CheckpointLayer, t: int, updates: list[np.ndarray], base) -> N
     if t:
         earlier = before - (updates[t - 2] if t > 1 else 0 * x)
         assert record.cosine == pytest.approx(cosine(change, earlier), abs=1e-5)
-    assert record.gram == pytest.approx([(x * other).sum() for other in updates[: t + 1]], rel=1e-5, abs=1e-6 * size)
+    assert record.gram == pytest.approx(
+        [(x * other).sum() for other in updates[: t + 1]], rel=1e-5, abs=1e-6 * size
+    )
     assert record.overlaps == pytest.approx([overlap(x, other) for other in updates[:t]], abs=1e-4)
     if t + 1 < len(updates):
         assert record.overlap_next == pytest.approx(overlap(x, updates[t + 1]), abs=1e-4)
@@ -93,8 +108,12 @@ def check_checkpoints(found: list[Checkpoint], updates: list[list[np.ndarray]], 
 def test_adapters_against_numpy(tmp_path, rank):
     steps = factors(np.random.default_rng(rank), rank)
     found = lora_diag.trajectory(save_run(tmp_path / "run", steps, TIMES, 0.5), directions=K)
-    updates = [[0.5 * b.astype(float) @ a.astype(float) for b, a in step.values()] for step in steps]
-    assert [(record.layer, record.step) for record in found] == [(name, t) for name in LAYERS[:2] for t in TIMES]
+    updates = [
+        [0.5 * b.astype(float) @ a.astype(float) for b, a in step.values()] for step in steps
+    ]
+    assert [(record.layer, record.step) for record in found] == [
+        (name, t) for name in LAYERS[:2] for t in TIMES
+    ]
     for i, record in enumerate(found):
         layer, t = divmod(i, len(TIMES))
         check(record, t, [each[layer] for each in updates], None)
@@ -120,11 +139,18 @@ def test_full_checkpoints_against_numpy(tmp_path):
     rng = np.random.default_rng(3)
     base = {name: rng.standard_normal((14, 9)).astype(np.float32) for name in LAYERS[:2]}
     deltas = [{name: rng.standard_normal((14, 9)) * t for name in base} for t in TIMES]
-    deltas[1] = {name: np.where(np.arange(9) < 4, deltas[0][name], delta) for name, delta in deltas[1].items()}
+    deltas[1] = {
+        name: np.where(np.arange(9) < 4, deltas[0][name], delta)
+        for name, delta in deltas[1].items()
+    }
     run = save_full(tmp_path, base, deltas, TIMES)
     found = lora_diag.trajectory(run, base=tmp_path / "base", directions=K)
     stored = [
-        [(w + d[name]).astype(np.float32).astype(float) - w.astype(float) for name, w in base.items()] for d in deltas
+        [
+            (w + d[name]).astype(np.float32).astype(float) - w.astype(float)
+            for name, w in base.items()
+        ]
+        for d in deltas
     ]
     for i, record in enumerate(found):
         layer, t = divmod(i, len(TIMES))
@@ -134,15 +160,24 @@ def test_full_checkpoints_against_numpy(tmp_path):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 4), min_size=2, max_size=5), st.floats(1e-9, 1.0))
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 4), min_size=2, max_size=5),
+    st.floats(1e-9, 1.0),
+)
 def test_increments_keep_their_digits_at_any_size(seed, ranks, size):
-    """⟨D_s, D_t⟩ of factors of any ranks, where increments are a billion times smaller than the updates."""
+    """⟨D_s, D_t⟩ of factors of any ranks, where increments are a billion times smaller than the
+    updates.
+    """
     rng = np.random.default_rng(seed)
     m, n, rank = 7, 6, max(ranks)
     b, a = rng.standard_normal((m, rank)), rng.standard_normal((rank, n))
     steps, changes = [], []
     for t, width in enumerate(ranks):
-        db, da = size * rng.standard_normal((m, rank)) * (t > 0), size * rng.standard_normal((rank, n)) * (t > 0)
+        db, da = (
+            size * rng.standard_normal((m, rank)) * (t > 0),
+            size * rng.standard_normal((rank, n)) * (t > 0),
+        )
         db[:, width:] = 0
         after = b + db, a + da
         # The exact increment of what is stored: the differences as float64 rounds them.
@@ -153,8 +188,12 @@ def test_increments_keep_their_digits_at_any_size(seed, ranks, size):
     found = measure_factors(steps, 2)
     products = np.array([[4 * (x * y).sum() for y in changes] for x in changes])
     lengths = np.sqrt(products.diagonal())
-    np.testing.assert_allclose(found.increments, products, atol=1e-9 * np.outer(lengths, lengths).max(axis=0).min())
-    np.testing.assert_allclose(np.square(found.fro), found.increments.cumsum(0).cumsum(1).diagonal(), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.increments, products, atol=1e-9 * np.outer(lengths, lengths).max(axis=0).min()
+    )
+    np.testing.assert_allclose(
+        np.square(found.fro), found.increments.cumsum(0).cumsum(1).diagonal(), rtol=1e-9
+    )
     for space in found.spaces:
         np.testing.assert_allclose(space.T @ space, np.eye(space.shape[1]), atol=1e-6)
 
@@ -162,7 +201,12 @@ def test_increments_keep_their_digits_at_any_size(seed, ranks, size):
 def test_ranks_may_differ_between_steps(tmp_path):
     rng = np.random.default_rng(0)
     steps = [
-        {LAYERS[0]: (rng.standard_normal((8, r)).astype(np.float32), rng.standard_normal((r, 7)).astype(np.float32))}
+        {
+            LAYERS[0]: (
+                rng.standard_normal((8, r)).astype(np.float32),
+                rng.standard_normal((r, 7)).astype(np.float32),
+            )
+        }
         for r in (4, 2, 3)
     ]
     found = lora_diag.trajectory(save_run(tmp_path / "run", steps, TIMES), directions=K)
@@ -176,7 +220,9 @@ def test_equal_checkpoints_have_increment_zero(tmp_path):
     steps = factors(np.random.default_rng(0), 2)
     found = lora_diag.trajectory(save_run(tmp_path / "run", [steps[0], steps[0], steps[2]], TIMES))
     again = [record for record in found if record.step == TIMES[1]]
-    assert [(record.increment, record.cosine, record.unchanged) for record in again] == [(0, None, 1)] * 2
+    assert [(record.increment, record.cosine, record.unchanged) for record in again] == [
+        (0, None, 1)
+    ] * 2
     assert found.whole[-1].repeated == (TIMES[1],)
     still = lora_diag.trajectory(save_run(tmp_path / "still", [steps[0]] * 3, TIMES)).whole[-1]
     assert (still.repeated, still.cosine) == (TIMES[1:], None)
@@ -199,7 +245,10 @@ def test_update_that_is_not_finite_leaves_others_measured(tmp_path):
 @pytest.mark.slow
 def test_factors_alone_need_no_torch(tmp_path):
     run = save_run(tmp_path / "run", factors(np.random.default_rng(0), 2), TIMES)
-    code = f"import lora_diag, sys; lora_diag.trajectory({str(run)!r}); assert 'torch' not in sys.modules"
+    code = (
+        f"import lora_diag, sys; lora_diag.trajectory({str(run)!r}); assert 'torch' not in "
+        "sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -223,7 +272,11 @@ def test_numbers_equal_those_of_spectrum():
 def test_stored_update_gives_all_values_and_largest_vectors(shape, factored):
     b, a = torch.randn(shape[0], 5).double(), torch.randn(5, shape[1]).double()
     x = (b @ a).numpy()
-    change = Change(None, None, factors=(b, a)) if factored else Change(float(np.linalg.norm(x)), None, matrix=b @ a)
+    change = (
+        Change(None, None, factors=(b, a))
+        if factored
+        else Change(float(np.linalg.norm(x)), None, matrix=b @ a)
+    )
     found = _decompose(change, shape, K)
     u, sigma, _ = np.linalg.svd(x, full_matrices=False)
     np.testing.assert_allclose(found.s[:5], sigma[:5], rtol=1e-10)

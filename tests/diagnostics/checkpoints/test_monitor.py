@@ -1,4 +1,6 @@
-"""``LoraMonitor`` against the checkpoints of the same steps and dense NumPy, in a real Trainer and in loops."""
+"""``LoraMonitor`` against the checkpoints of the same steps and dense NumPy, in a real Trainer and
+in loops.
+"""
 
 import importlib
 import json
@@ -32,7 +34,9 @@ pytestmark = [
 
 def fresh_lora(model, **settings):
     torch.manual_seed(1)
-    return get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **settings))
+    return get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"], **settings)
+    )
 
 
 def dense_updates(run, steps, scale) -> dict[str, list[np.ndarray]]:
@@ -56,7 +60,12 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
     """Also with rsLoRA's scaling, which is no power of two, and more than one layer of a shape."""
     monitor = LoraMonitor(every=2)
     trainer = trainer_of(
-        fresh_lora(llama(), use_rslora=True), tmp_path, [monitor], max_steps=7, save_strategy="steps", save_steps=2
+        fresh_lora(llama(), use_rslora=True),
+        tmp_path,
+        [monitor],
+        max_steps=7,
+        save_strategy="steps",
+        save_steps=2,
     )
     monitor.log_to(trainer)
     trainer.train()
@@ -79,17 +88,25 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
             assert record.spectral_share == pytest.approx(p[0], rel=1e-7)
             assert record.effective_rank == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-6)
             assert record.increment == pytest.approx(np.linalg.norm(changes[t]), rel=1e-8)
-            expected = None if t == 0 else pytest.approx(cosine(changes[t], changes[t - 1]), abs=1e-8)
+            expected = (
+                None if t == 0 else pytest.approx(cosine(changes[t], changes[t - 1]), abs=1e-8)
+            )
             assert record.cosine == expected
     for step in steps:
         for spectrum in lora_diag.spectrum(run / f"checkpoint-{step}"):
             record = records[spectrum.layer, step]
-            assert (record.fro, record.stable_rank) == pytest.approx((spectrum.fro, spectrum.stable_rank), rel=1e-6)
-    for measured, saved in zip(checkpoints, lora_diag.trajectory(run).whole_of(Checkpoint), strict=True):
+            assert (record.fro, record.stable_rank) == pytest.approx(
+                (spectrum.fro, spectrum.stable_rank), rel=1e-6
+            )
+    for measured, saved in zip(
+        checkpoints, lora_diag.trajectory(run).whole_of(Checkpoint), strict=True
+    ):
         fields = ("fro", "increment", "cosine", "spectral_share", "effective_rank", "train_loss")
         for name in fields:
             value = getattr(saved, name)
-            assert getattr(measured, name) == (None if value is None else pytest.approx(value, rel=1e-6)), name
+            assert getattr(measured, name) == (
+                None if value is None else pytest.approx(value, rel=1e-6)
+            ), name
     logged = [entry for entry in trainer.state.log_history if "update/fro" in entry]
     assert [entry["step"] for entry in logged] == list(steps)
     assert logged[1]["update/cosine"] == checkpoints[1].cosine
@@ -103,18 +120,25 @@ def test_monitor_of_full_fine_tune_equals_its_checkpoints(tmp_path):
     monitor = LoraMonitor(tmp_path / "m.jsonl", every=2)
     trainer_of(model, tmp_path, [monitor], max_steps=6, save_strategy="steps", save_steps=2).train()
     saved = lora_diag.trajectory(tmp_path / "trainer", base=tmp_path / "base")
-    found = {(record.layer, record.step): record for record in lora_diag.read_results(tmp_path / "m.jsonl")}
+    found = {
+        (record.layer, record.step): record
+        for record in lora_diag.read_results(tmp_path / "m.jsonl")
+    }
     assert set(found) == {(record.layer, record.step) for record in saved}
     for record in saved:
         own = found[record.layer, record.step]
         for name in ("fro", "base_fro", "relative", "increment", "cosine"):
             value = getattr(record, name)
-            assert getattr(own, name) == (None if value is None else pytest.approx(value, rel=1e-5)), name
+            assert getattr(own, name) == (
+                None if value is None else pytest.approx(value, rel=1e-5)
+            ), name
         assert (own.fro_error, own.increment_error, own.spectral_share) == (None, None, None)
 
 
 def test_sampled_norms_are_within_their_errors(tmp_path):
-    """Of 300 rows of very different energies; z-scores of 200 matrices have mean 0 and deviation 1."""
+    """Of 300 rows of very different energies; z-scores of 200 matrices have mean 0 and
+    deviation 1.
+    """
     torch.manual_seed(0)
     model = nn.ModuleDict({f"m{i}": nn.Linear(5, 300, bias=False) for i in range(200)})
     before = {name: layer.weight.detach().clone() for name, layer in model.items()}
@@ -136,12 +160,17 @@ def test_sampled_norms_are_within_their_errors(tmp_path):
 
 
 def planted(tmp_path, change, steps=8, **options):
-    """Drift all factors of a LoRA, change them before each step, and return the model and what ``step`` returned."""
+    """Drift all factors of a LoRA, change them before each step, and return the model and what
+    ``step`` returned.
+    """
     model = with_lora(llama())
     factors = {name: weight for name, weight in model.named_parameters() if "lora_" in name}
     drift = {name: torch.randn_like(weight) for name, weight in factors.items()}
     stopped = []
-    with LoraMonitor(tmp_path / "m.jsonl", every=1, **options).attach(model) as monitor, torch.no_grad():
+    with (
+        LoraMonitor(tmp_path / "m.jsonl", every=1, **options).attach(model) as monitor,
+        torch.no_grad(),
+    ):
         for t in range(1, steps + 1):
             for name, weight in factors.items():
                 weight += 0.01 * drift[name]
@@ -200,11 +229,15 @@ def freeze():
 def test_monitor_warns_once_and_stops_on_planted_problem(tmp_path, caplog, rule, change, first):
     stopped = planted(tmp_path, change, stop_on=rule)
     assert stopped.index(True) + 1 == first
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = [
+        record.getMessage() for record in caplog.records if record.levelno == logging.WARNING
+    ]
     about = [text for text in warnings if rule.replace("_", "-") in text]
     assert len(about) == 1
     assert_names(about[0], f"step {first}", LAYER)
-    records = {r.step: r for r in lora_diag.read_results(tmp_path / "m.jsonl") if r.layer.startswith(LAYER)}
+    records = {
+        r.step: r for r in lora_diag.read_results(tmp_path / "m.jsonl") if r.layer.startswith(LAYER)
+    }
     if rule == "non_finite":
         assert_names(records[4].non_finite, "lora_B", "[2, 1]")
         assert records[4].fro is None
@@ -219,7 +252,9 @@ def test_monitor_measures_again_after_non_finite_step(tmp_path):
             factors[B0].nan_to_num_()
 
     planted(tmp_path, repair)
-    records = {r.step: r for r in lora_diag.read_results(tmp_path / "m.jsonl") if r.layer.startswith(LAYER)}
+    records = {
+        r.step: r for r in lora_diag.read_results(tmp_path / "m.jsonl") if r.layer.startswith(LAYER)
+    }
     assert [records[t].increment is None for t in (3, 4, 5, 6)] == [False, True, True, False]
     assert [records[t].cosine is None for t in (3, 5, 6, 7)] == [False, True, True, False]
 
@@ -239,12 +274,16 @@ def test_trainer_stops_on_dead_layers(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 2
     results = lora_diag.read_results(tmp_path / "trainer" / "monitor.jsonl")
-    assert [record.layer for record in results if record.dead] == ["model.layers.1.self_attn.q_proj.weight"]
+    assert [record.layer for record in results if record.dead] == [
+        "model.layers.1.self_attn.q_proj.weight"
+    ]
     assert results.end is not None
 
 
 def test_resumed_training_continues_the_file(tmp_path):
-    """The records of an interrupted run after the step to which it returns are dropped, but kept in another file."""
+    """The records of an interrupted run after the step to which it returns are dropped, but kept in
+    another file.
+    """
 
     def run(model, first, last, finished, path):
         with torch.no_grad():
@@ -252,9 +291,13 @@ def test_resumed_training_continues_the_file(tmp_path):
             for t in range(first + 1, last + 1):
                 for name, weight in model.named_parameters():
                     if "lora_" in name:
-                        weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(t))
+                        weight += 0.02 * torch.randn(
+                            weight.shape, generator=torch.Generator().manual_seed(t)
+                        )
                 if t == 4:
-                    torch.save({k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "state")
+                    torch.save(
+                        {k: v.clone() for k, v in model.state_dict().items()}, tmp_path / "state"
+                    )
                 monitor.step()
             monitor.close(finished)
 
@@ -263,7 +306,9 @@ def test_resumed_training_continues_the_file(tmp_path):
     run(model, 0, 7, False, tmp_path / "m.jsonl")
     model.load_state_dict(torch.load(tmp_path / "state"))
     run(model, 4, 8, True, tmp_path / "m.jsonl")
-    whole, resumed = (lora_diag.read_results(tmp_path / name) for name in ("whole.jsonl", "m.jsonl"))
+    whole, resumed = (
+        lora_diag.read_results(tmp_path / name) for name in ("whole.jsonl", "m.jsonl")
+    )
     dropped = lora_diag.read_results(tmp_path / "m.1.jsonl")
     assert [each.step for each in dropped.whole_of(Checkpoint)] == [2, 4, 6]
     assert resumed.end is not None
@@ -317,10 +362,14 @@ def test_training_goes_on_if_records_cannot_be_written(tmp_path, caplog, monkeyp
         raise InputError("m.jsonl: cannot be written: No space left on device")
 
     monkeypatch.setattr(ResultsWriter, "append", lambda self, *records: fail())
-    trainer = trainer_of(fresh_lora(llama()), tmp_path, [LoraMonitor(tmp_path / "m.jsonl", every=1)], max_steps=3)
+    trainer = trainer_of(
+        fresh_lora(llama()), tmp_path, [LoraMonitor(tmp_path / "m.jsonl", every=1)], max_steps=3
+    )
     trainer.train()
     assert trainer.state.global_step == 3
-    assert_names("\n".join(record.getMessage() for record in caplog.records), "step 1", "No space left")
+    assert_names(
+        "\n".join(record.getMessage() for record in caplog.records), "step 1", "No space left"
+    )
 
 
 def test_log_bypasses_metrics_of_trainers_subclass(tmp_path):
@@ -339,7 +388,9 @@ def test_log_bypasses_metrics_of_trainers_subclass(tmp_path):
     assert not any("update/fro" in logs for logs in calls)
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}])
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"target_modules": ["q_proj", "embed_tokens"]}]
+)
 def test_monitor_measures_or_names_other_layers(tmp_path, caplog, settings):
     torch.manual_seed(1)
     config = {"target_modules": ["q_proj"], **settings}
@@ -365,7 +416,11 @@ def test_monitor_measures_or_names_other_layers(tmp_path, caplog, settings):
 def test_axolotl_plugin_adds_monitor_with_settings(monkeypatch):
     base = types.ModuleType("axolotl.integrations.base")
     base.BasePlugin = type("BasePlugin", (), {"register": lambda self, cfg: None})
-    for name, module in {"axolotl": types, "axolotl.integrations": types, base.__name__: base}.items():
+    for name, module in {
+        "axolotl": types,
+        "axolotl.integrations": types,
+        base.__name__: base,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "lora_diag.diagnostics.checkpoints.axolotl", raising=False)
     plugin = importlib.import_module("lora_diag.diagnostics.checkpoints.axolotl").AxolotlPlugin()

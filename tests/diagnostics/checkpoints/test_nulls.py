@@ -1,4 +1,6 @@
-"""The random walk by simulation, the order of checkpoints, spikes; and which state a planted run has."""
+"""The random walk by simulation, the order of checkpoints, spikes; and which state a planted run
+has.
+"""
 
 import numpy as np
 import pytest
@@ -16,7 +18,9 @@ from tests.messages import assert_names
 def walk(rng, lengths, dimension=6000):
     """The Gram matrix of one random walk."""
     steps = rng.standard_normal((len(lengths), dimension))
-    path = np.cumsum(steps / np.linalg.norm(steps, axis=1, keepdims=True) * np.array(lengths)[:, None], axis=0)
+    path = np.cumsum(
+        steps / np.linalg.norm(steps, axis=1, keepdims=True) * np.array(lengths)[:, None], axis=0
+    )
     return path @ path.T
 
 
@@ -31,14 +35,18 @@ def test_expected_walk_is_near_simulated_walks(seed, lengths):
     gram = walk(np.random.default_rng(seed), lengths)
     expected, steps = verdict.random_walk(gram), range(1, len(lengths) + 1)
     np.testing.assert_allclose(expected, gram, atol=0.12 * gram.max())
-    for found, null in zip(*(verdict.first_direction(each, steps) for each in (gram, expected)), strict=True):
+    for found, null in zip(
+        *(verdict.first_direction(each, steps) for each in (gram, expected)), strict=True
+    ):
         assert found == pytest.approx(null, abs=0.08)
 
 
 def test_long_walk_has_limits_of_brownian_motion():
     """Its covariance min(s, t) has the eigenfunction sin(πt/2), whose share is 4/π² of 1/2."""
     t = (np.arange(600) + 1) / 600
-    share, linear = verdict.first_direction(verdict.random_walk(np.minimum.outer(t, t)), range(1, 601))
+    share, linear = verdict.first_direction(
+        verdict.random_walk(np.minimum.outer(t, t)), range(1, 601)
+    )
     assert share == pytest.approx(8 / np.pi**2, abs=3e-3)
     assert linear == pytest.approx(np.corrcoef(t, np.sin(np.pi * t / 2))[0, 1] ** 2, abs=3e-3)
 
@@ -76,12 +84,18 @@ def zero(update, name):
 
 
 def one_direction(update, name=None):
-    return {layer: (b * ([1, 0, 0, 0] if name in {None, layer} else 1), a) for layer, (b, a) in update.items()}
+    return {
+        layer: (b * ([1, 0, 0, 0] if name in {None, layer} else 1), a)
+        for layer, (b, a) in update.items()
+    }
 
 
 def add(update, size, seed=0):
     rng = np.random.default_rng(seed)
-    return {layer: (b + size * rng.standard_normal(b.shape) * np.abs(b).mean(), a) for layer, (b, a) in update.items()}
+    return {
+        layer: (b + size * rng.standard_normal(b.shape) * np.abs(b).mean(), a)
+        for layer, (b, a) in update.items()
+    }
 
 
 def late(runs, change, first=6):
@@ -101,7 +115,10 @@ def swapped(runs):
 def random_walk(runs):
     rng, total, made = np.random.default_rng(3), {}, []
     for update in runs:
-        total = {name: total.get(name, 0) + rng.standard_normal(b.shape) for name, (b, a) in update.items()}
+        total = {
+            name: total.get(name, 0) + rng.standard_normal(b.shape)
+            for name, (b, a) in update.items()
+        }
         made.append({name: (total[name], a) for name, (b, a) in update.items()})
     return made
 
@@ -110,8 +127,16 @@ PLANTED = {
     "healthy": (lambda runs: runs, "settled", None),
     "never trained": (lambda runs: late(runs, lambda u: zero(u, LAYERS[1]), 0), "dead", None),
     "died": (lambda runs: late(runs, lambda u: zero(u, LAYERS[1])), "dead", None),
-    "all dead": (lambda runs: [{n: (0 * b, a) for n, (b, a) in u.items()} for u in runs], "dead", None),
-    "one collapses": (lambda runs: late(runs, lambda u: one_direction(u, LAYERS[1])), "collapsed", 70),
+    "all dead": (
+        lambda runs: [{n: (0 * b, a) for n, (b, a) in u.items()} for u in runs],
+        "dead",
+        None,
+    ),
+    "one collapses": (
+        lambda runs: late(runs, lambda u: one_direction(u, LAYERS[1])),
+        "collapsed",
+        70,
+    ),
     "all collapse": (lambda runs: late(runs, one_direction), "collapsed", 70),
     "spike and return": (lambda runs: one(runs, lambda u: add(u, 5)), "spiked", 60),
     "jump": (lambda runs: late(runs, lambda u: add(u, 5), 5), "spiked", 60),
@@ -143,28 +168,45 @@ def test_state_of_planted_run(tmp_path, case):
 @pytest.mark.parametrize("seed", range(3))
 def test_healthy_run_raises_no_alarm(tmp_path, seed):
     found = lora_diag.trajectory(save_run(tmp_path / "run", healthy(seed))).whole[-1]
-    assert (found.state, found.dead, found.collapsed, found.spiked, found.swapped) == ("settled", 0, 0, 0, None)
+    assert (found.state, found.dead, found.collapsed, found.spiked, found.swapped) == (
+        "settled",
+        0,
+        0,
+        0,
+        None,
+    )
     assert found.settled == found.settled_schedule  # it moves along a line, by its learning rates
     assert found.growth == pytest.approx(found.growth_schedule, abs=0.01)
 
 
 def test_constant_steps_still_grow(tmp_path):
     last = healthy()[-1]
-    updates = [{n: ((b * t / STEPS[-1]).astype(np.float32), a) for n, (b, a) in last.items()} for t in STEPS]
+    updates = [
+        {n: ((b * t / STEPS[-1]).astype(np.float32), a) for n, (b, a) in last.items()}
+        for t in STEPS
+    ]
     results = lora_diag.trajectory(save_run(tmp_path / "run", updates, state=False))
     found = results.whole[-1]
     assert (found.state, found.settled, found.settled_schedule) == ("growing", None, None)
     assert found.growth == pytest.approx(0.1, abs=1e-6)
     from lora_diag.diagnostics.checkpoints.show import checkpoints_lines
 
-    assert_names("\n".join(statement.text for statement in checkpoints_lines(results)), "learning rates are not known")
+    assert_names(
+        "\n".join(statement.text for statement in checkpoints_lines(results)),
+        "learning rates are not known",
+    )
 
 
 def test_noise_at_the_end_of_a_schedule_is_no_spike(tmp_path):
-    """Where learning rates go to zero, rounding or noise of a fixed size has a large ratio to them."""
+    """Where learning rates go to zero, rounding or noise of a fixed size has a large
+    ratio to them.
+    """
     rng = np.random.default_rng(0)
     updates = [
-        {name: ((b + 0.03 * rng.standard_normal(b.shape)).astype(np.float32), a) for name, (b, a) in update.items()}
+        {
+            name: ((b + 0.03 * rng.standard_normal(b.shape)).astype(np.float32), a)
+            for name, (b, a) in update.items()
+        }
         for update in healthy()
     ]
     assert lora_diag.trajectory(save_run(tmp_path / "run", updates)).whole[-1].state == "settled"
@@ -181,7 +223,9 @@ def test_noise_at_the_end_of_a_schedule_is_no_spike(tmp_path):
 )
 def test_collapse_is_sudden_or_common_and_stays(ranks, shares, found):
     layers = [
-        CheckpointLayer(layer="w", step=t, shape=(9, 9), fro=1.0, effective_rank=rank, spectral_share=share)
+        CheckpointLayer(
+            layer="w", step=t, shape=(9, 9), fro=1.0, effective_rank=rank, spectral_share=share
+        )
         for t, (rank, share) in enumerate(zip(ranks, shares, strict=True))
     ]
     assert find_collapses({"w": layers}) == found

@@ -1,4 +1,5 @@
-"""Runs of Adam on a LoRA, simulated with NumPy: healthy ones raise no alarm, planted faults are found.
+"""Runs of Adam on a LoRA, simulated with NumPy: healthy ones raise no alarm, planted faults are
+found.
 
 Each layer has the loss ‖(sBA − M)X‖², with inputs X of unequal variance and noise in the outputs.
 """
@@ -31,15 +32,23 @@ SCHEDULES = {
 
 
 class Simulation:
-    """Adam (β₁ = 0.9, β₂ = 0.999) on the factors of all layers; ``change`` may alter it before a step."""
+    """Adam (β₁ = 0.9, β₂ = 0.999) on the factors of all layers; ``change`` may alter it before a
+    step.
+    """
 
     def __init__(self, seed, rank=8, target_rank=6, decay=1.0, noise=0.3, signal=1.0):
         self.rng = rng = np.random.default_rng(seed)
         weights = np.arange(1.0, target_rank + 1) ** -decay
-        left, right = rng.normal(size=(LAYERS, OUT, target_rank)), rng.normal(size=(LAYERS, target_rank, IN))
+        left, right = (
+            rng.normal(size=(LAYERS, OUT, target_rank)),
+            rng.normal(size=(LAYERS, target_rank, IN)),
+        )
         self.target = signal * 0.1 * (left * weights) @ right / np.sqrt(target_rank)
         self.spread, self.noise = np.exp(0.7 * rng.normal(size=(LAYERS, IN, 1))), noise
-        self.factors = [np.zeros((LAYERS, OUT, rank)), rng.uniform(-1, 1, (LAYERS, rank, IN)) / np.sqrt(IN)]
+        self.factors = [
+            np.zeros((LAYERS, OUT, rank)),
+            rng.uniform(-1, 1, (LAYERS, rank, IN)) / np.sqrt(IN),
+        ]
         self.first = [np.zeros_like(factor) for factor in self.factors]
         self.second = [np.zeros_like(factor) for factor in self.factors]
         self.pace = np.ones((LAYERS, 1, 1))
@@ -47,7 +56,9 @@ class Simulation:
     def step(self, t, rate):
         b, a = self.factors
         x = self.rng.normal(size=(LAYERS, IN, BATCH)) * self.spread
-        error = (SCALE * b @ a - self.target) @ x + 0.3 * self.noise * self.rng.normal(size=(LAYERS, OUT, BATCH))
+        error = (SCALE * b @ a - self.target) @ x + 0.3 * self.noise * self.rng.normal(
+            size=(LAYERS, OUT, BATCH)
+        )
         gradient = SCALE * error @ x.mT / BATCH
         for i, each in enumerate((gradient @ a.mT, b.mT @ gradient)):
             self.first[i] = 0.9 * self.first[i] + 0.1 * each
@@ -64,7 +75,9 @@ class Simulation:
             rate = peak * SCHEDULES[schedule](t / steps)
             self.step(t, rate)
             if t % 5 == 0:
-                loss = float(np.square(SCALE * self.factors[0] @ self.factors[1] - self.target).sum())
+                loss = float(
+                    np.square(SCALE * self.factors[0] @ self.factors[1] - self.target).sum()
+                )
                 log.append({"step": t, "learning_rate": rate, "loss": loss})
             if t % every == 0 or t in at:
                 saved[t] = [factor.astype(np.float32) for factor in self.factors]
@@ -77,12 +90,18 @@ def judge(folder, saved, log):
         step = folder / f"checkpoint-{t}"
         lora(step, {name_of(i): (b[i], a[i]) for i in range(LAYERS)}, SCALE)
         history = [entry for entry in log if entry["step"] <= t]
-        (step / "trainer_state.json").write_text(json.dumps({"global_step": t, "log_history": history}))
+        (step / "trainer_state.json").write_text(
+            json.dumps({"global_step": t, "log_history": history})
+        )
     return lora_diag.trajectory(folder).whole[-1]
 
 
 def alarms(found):
-    return {name: layers for name, layers in found.affected.items() if layers}, found.swapped, found.other_run
+    return (
+        {name: layers for name, layers in found.affected.items() if layers},
+        found.swapped,
+        found.other_run,
+    )
 
 
 @pytest.mark.slow
@@ -155,7 +174,11 @@ def test_five_large_steps_of_one_layer_are_named(tmp_path, schedule):
     assert (found.state, found.step) == ("spiked", 220)
     assert found.affected["spiked"] == (name_of(4),)
     results = lora_diag.trajectory(tmp_path)
-    assert_names("\n".join(line.text for line in checkpoints_lines(results)), "spiked at step 220", "layers.4")
+    assert_names(
+        "\n".join(line.text for line in checkpoints_lines(results)),
+        "spiked at step 220",
+        "layers.4",
+    )
 
 
 @pytest.mark.slow
@@ -173,7 +196,10 @@ def test_checkpoints_of_two_runs_are_called_so(tmp_path, is_other, evidence):
     if evidence == "weights":
         log = []
     found = judge(tmp_path / "out", saved, log)
-    assert (found.state, found.step) == ("two runs", min(t for t in saved if is_other(t) != is_other(20)))
+    assert (found.state, found.step) == (
+        "two runs",
+        min(t for t in saved if is_other(t) != is_other(20)),
+    )
     if evidence == "weights":
         return
     for t in filter(is_other, saved):
@@ -183,7 +209,9 @@ def test_checkpoints_of_two_runs_are_called_so(tmp_path, is_other, evidence):
 
 
 def save_walk(folder, seed, momentum=0.0, drift=0.0, interval=20, count=20):
-    """Write checkpoints of a walk of B, with momentum and a constant part, and a fixed orthonormal A."""
+    """Write checkpoints of a walk of B, with momentum and a constant part, and a fixed orthonormal
+    A.
+    """
     rng, saved = np.random.default_rng(seed), {}
     a = np.linalg.qr(rng.normal(size=(LAYERS, IN, 8)))[0].mT
     constant = drift * rng.normal(size=(LAYERS, OUT, 8))
@@ -196,7 +224,9 @@ def save_walk(folder, seed, momentum=0.0, drift=0.0, interval=20, count=20):
     return judge(folder, saved, [])
 
 
-@pytest.mark.parametrize(("momentum", "interval"), [(0.0, 20), (0.9, 20), (0.9, 10), (0.9, 100), (0.5, 5)])
+@pytest.mark.parametrize(
+    ("momentum", "interval"), [(0.0, 20), (0.9, 20), (0.9, 10), (0.9, 100), (0.5, 5)]
+)
 def test_walk_with_momentum_is_a_random_walk(tmp_path, momentum, interval):
     found = save_walk(tmp_path, 0, momentum, interval=interval)
     assert found.state == "random walk"
@@ -206,7 +236,9 @@ def test_walk_with_momentum_is_a_random_walk(tmp_path, momentum, interval):
 
 
 def test_walk_with_drift_is_no_random_walk(tmp_path):
-    """Its constant part has c²n² of c²n² + n per entry: 26% of the energy, and a cosine of about 0.02."""
+    """Its constant part has c²n² of c²n² + n per entry: 26% of the energy, and a cosine of about
+    0.02.
+    """
     steps = 20 * 20
     drift = np.sqrt(0.26 / 0.74 / steps)
     found = save_walk(tmp_path, 0, drift=drift)

@@ -1,4 +1,6 @@
-"""The trainer state: read piece by piece as ``json`` reads it whole, in stated memory; numbers that no training has."""
+"""The trainer state: read piece by piece as ``json`` reads it whole, in stated memory; numbers that
+no training has.
+"""
 
 import json
 import shutil
@@ -17,7 +19,8 @@ from lora_diag.errors import InputError
 from tests.diagnostics.checkpoints.making import healthy, save_run, write_state
 from tests.messages import raises_naming
 
-# MAX_ENTRIES in each of three checkpoints, with all three numbers: 340 MB as measured, of which 79 MB are the program.
+# MAX_ENTRIES in each of three checkpoints, with all three numbers: 340 MB as measured, of which 79
+# MB are the program.
 MOST_ENTRIES_MB = 400
 
 
@@ -27,21 +30,34 @@ def write_text(folder, text: str):
 
 
 numbers = st.integers(0, 50) | st.floats(0, 9)
-values = st.recursive(numbers | st.text(max_size=5) | st.none() | st.booleans(), st.lists, max_leaves=5)
-entries = st.dictionaries(st.sampled_from(["step", "loss", "learning_rate", "eval_loss", "other"]), values)
-states = st.fixed_dictionaries({"global_step": st.integers(1, 99), "log_history": st.lists(entries | values)})
+values = st.recursive(
+    numbers | st.text(max_size=5) | st.none() | st.booleans(), st.lists, max_leaves=5
+)
+entries = st.dictionaries(
+    st.sampled_from(["step", "loss", "learning_rate", "eval_loss", "other"]), values
+)
+states = st.fixed_dictionaries(
+    {"global_step": st.integers(1, 99), "log_history": st.lists(entries | values)}
+)
 
 
 @pytest.mark.slow
 @settings(max_examples=150, deadline=None)
-@given(states, st.dictionaries(st.text(max_size=4), values), st.sampled_from([None, 2]), st.integers(500, 900))
+@given(
+    states,
+    st.dictionaries(st.text(max_size=4), values),
+    st.sampled_from([None, 2]),
+    st.integers(500, 900),
+)
 def test_state_is_read_as_json_reads_it(tmp_path_factory, state, other, indent, piece):
     state = {**other, **state, "max_steps": 99, "last": [1, {"a": [2]}]}
     folder = write_text(tmp_path_factory.mktemp("state"), json.dumps(state, indent=indent))
     expected = {"loss": {}, "eval_loss": {}, "learning_rate": {}}
     for entry in state["log_history"]:
         step = entry.get("step") if isinstance(entry, dict) else None
-        for name in expected if isinstance(step, int) and not isinstance(step, bool) and step > 0 else ():
+        for name in (
+            expected if isinstance(step, int) and not isinstance(step, bool) and step > 0 else ()
+        ):
             if isinstance(entry.get(name), int | float):
                 expected[name][step] = entry[name]
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +68,10 @@ def test_state_is_read_as_json_reads_it(tmp_path_factory, state, other, indent, 
 
 @pytest.mark.parametrize("end", range(1, 90, 4))
 def test_truncated_state_is_one_message(tmp_path, end):
-    text = '{"global_step": 30, "log_history": [{"step": 10, "loss": 1.5}, {"step": 20}], "max_steps": 40}'
+    text = (
+        '{"global_step": 30, "log_history": [{"step": 10, "loss": 1.5}, {"step": 20}], '
+        '"max_steps": 40}'
+    )
     with raises_naming(InputError, tmp_path / trainer.STATE):
         read_log(write_text(tmp_path, text[:end]))
 
@@ -80,7 +99,12 @@ def test_damaged_state_is_one_message(tmp_path, text):
 
 @pytest.mark.parametrize(
     ("field", "number"),
-    [("loss", "1" + "0" * 400), ("learning_rate", "1" + "0" * 400), ("loss", "1e308"), ("learning_rate", "1.7e308")],
+    [
+        ("loss", "1" + "0" * 400),
+        ("learning_rate", "1" + "0" * 400),
+        ("loss", "1e308"),
+        ("learning_rate", "1.7e308"),
+    ],
 )
 def test_number_that_no_training_has_is_named(tmp_path, field, number):
     log = ",".join(f'{{"step": {step}, "{field}": {number}}}' for step in (10, 11, 12))
@@ -91,7 +115,10 @@ def test_number_that_no_training_has_is_named(tmp_path, field, number):
 
 
 def test_losses_that_are_not_finite_are_left_out(tmp_path):
-    text = '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": Infinity}, {"step": 3, "loss": 2}]}'
+    text = (
+        '{"log_history": [{"step": 1, "loss": NaN}, {"step": 2, "loss": Infinity}, {"step": 3, '
+        '"loss": 2}]}'
+    )
     assert read_log(write_text(tmp_path, text)).values["loss"] == {3: 2.0}
 
 
@@ -123,13 +150,18 @@ def test_large_state_takes_stated_memory(tmp_path, kind):
         entry = '{{"step":{},"loss":1.5,"eval_loss":2.5,"learning_rate":1e-4}}'
         history, steps = ",".join(map(entry.format, range(1, trainer.MAX_ENTRIES))), [10, 20, 30]
     for step in steps:
-        write_text(run / f"checkpoint-{step}", f'{{"global_step": {step}, "log_history": [{history}]}}')
+        write_text(
+            run / f"checkpoint-{step}", f'{{"global_step": {step}, "log_history": [{history}]}}'
+        )
     program = (
         "import resource, subprocess, sys;"
-        "done = subprocess.run([sys.executable, '-m', 'lora_diag', 'checkpoints', sys.argv[1]], capture_output=True);"
+        "done = subprocess.run([sys.executable, '-m', 'lora_diag', 'checkpoints', sys.argv[1]], "
+        "capture_output=True);"
         "print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(run)], capture_output=True, text=True, check=True
+    )
     code, megabytes = map(int, done.stdout.split())
     shutil.rmtree(run)
     assert code == (3 if kind == "empty entries" else 0)

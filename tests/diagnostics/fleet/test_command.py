@@ -22,7 +22,9 @@ def test_list_on_standard_input(server, tmp_path):
         check=True,
     )
     records = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [record["adapter"] for record in records if record["record"] == "fleet"] == listed.split()
+    assert [
+        record["adapter"] for record in records if record["record"] == "fleet"
+    ] == listed.split()
 
 
 def test_fleet_errors_give_one_message(loradiag, tmp_path):

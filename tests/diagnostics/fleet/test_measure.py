@@ -20,7 +20,9 @@ from tests.conftest import ROOT
 from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
-LAYERS = [f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name in ("q_proj", "v_proj")]
+LAYERS = [
+    f"model.layers.{i}.self_attn.{name}.weight" for i in range(3) for name in ("q_proj", "v_proj")
+]
 
 
 @pytest.mark.slow
@@ -28,7 +30,9 @@ def test_every_adapter_against_numpy():
     result = lora_diag.fleet([SAMPLES / "lora_*"])
     assert [record.rank for record in result] == [4, 16]
     for record in result:
-        deltas = {delta.layer: dense(delta) for delta in compare(record.adapter, None).pairing.deltas}
+        deltas = {
+            delta.layer: dense(delta) for delta in compare(record.adapter, None).pairing.deltas
+        }
         assert set(record.layers) == set(deltas)
         for name, x in deltas.items():
             s = np.linalg.svd(x, compute_uv=False)
@@ -39,7 +43,10 @@ def test_every_adapter_against_numpy():
         total = math.sqrt(sum(np.linalg.norm(x) ** 2 for x in deltas.values()))
         assert record.fro == pytest.approx(total, rel=1e-6)
         assert record.total_rank == record.rank * len(deltas)
-        assert record.used == sum(layer.rank_99 for layer in record.layers.values()) / record.total_rank
+        assert (
+            record.used
+            == sum(layer.rank_99 for layer in record.layers.values()) / record.total_rank
+        )
         assert (record.dead, record.modules) == (0, 28)
 
 
@@ -50,7 +57,9 @@ def factors(rng, m=48, n=40, r=4):
 def relations(fleet):
     """Return the relations of near-duplicates by the names of their folders."""
     names = [record.adapter.rpartition("/")[2] for record in fleet]
-    found = find_near_duplicates([record.update for record in fleet], [record.space for record in fleet])
+    found = find_near_duplicates(
+        [record.update for record in fleet], [record.space for record in fleet]
+    )
     return {(names[pair.first], names[pair.second]): pair.relation for pair in found}
 
 
@@ -60,7 +69,10 @@ def test_planted_outliers_are_found(tmp_path):
     for i, updates in enumerate(plain):
         lora(tmp_path / f"plain{i}", updates)
     dead = {layer: (0 * b, a) for layer, (b, a) in plain[0].items()}
-    half = {layer: pair if i % 2 else (0 * pair[0], pair[1]) for i, (layer, pair) in enumerate(plain[1].items())}
+    half = {
+        layer: pair if i % 2 else (0 * pair[0], pair[1])
+        for i, (layer, pair) in enumerate(plain[1].items())
+    }
     spiked = {layer: (b * [100, 1, 1, 1], a) for layer, (b, a) in plain[2].items()}
     large = {layer: (50 * b, a) for layer, (b, a) in plain[3].items()}
     for name, updates in (("dead", dead), ("half", half), ("spiked", spiked), ("large", large)):
@@ -83,7 +95,10 @@ def test_planted_outliers_are_found(tmp_path):
 def test_same_column_space_other_update_is_found(tmp_path):
     rng = np.random.default_rng(2)
     first = {layer: factors(rng) for layer in LAYERS}
-    second = {layer: (b @ rng.standard_normal((4, 4)), rng.standard_normal((4, 40))) for layer, (b, _) in first.items()}
+    second = {
+        layer: (b @ rng.standard_normal((4, 4)), rng.standard_normal((4, 40)))
+        for layer, (b, _) in first.items()
+    }
     near = {layer: (b, a + 0.15 * rng.standard_normal(a.shape)) for layer, (b, a) in first.items()}
     for name, updates in (("a", first), ("b", second), ("c", near)):
         lora(tmp_path / name, updates)
@@ -92,7 +107,10 @@ def test_same_column_space_other_update_is_found(tmp_path):
 
 
 def test_layer_without_torch_equals_torch(tmp_path):
-    """Also where a factor repeats a column: sketches of one fleet are compared. A zero update is left to torch."""
+    """Also where a factor repeats a column: sketches of one fleet are compared.
+
+    A zero update is left to torch.
+    """
     rng = np.random.default_rng(5)
     b, a = factors(rng)
     repeated = b @ np.diag([1, 1, 0, 0]) + b[:, [1, 1, 1, 0]]
@@ -115,7 +133,9 @@ def test_layer_without_torch_equals_torch(tmp_path):
 
 @pytest.mark.parametrize("size", [1.0, 1e18, 1e-19])
 def test_factors_in_float32_have_sketches_of_float64(tmp_path, size):
-    """Products of such factors are beyond the range of float32, in which sketches are transformed."""
+    """Products of such factors are beyond the range of float32, in which sketches are
+    transformed.
+    """
     b, a = (np.float32(size) * x.astype(np.float32) for x in factors(np.random.default_rng(6)))
     lora(tmp_path / "lora", {"x.weight": (b, a)})
     (delta,) = compare(tmp_path / "lora", None).pairing.deltas
@@ -130,7 +150,10 @@ def test_patterns_name_each_adapter_once(tmp_path):
     for name in ("x/a2", "x/a10", "y"):
         lora(tmp_path / name, {LAYERS[0]: factors(rng)})
     (tmp_path / "notes").mkdir()
-    result = [str(path.relative_to(tmp_path)) for path in expand_patterns([f"{tmp_path}/**", tmp_path / "y"])]
+    result = [
+        str(path.relative_to(tmp_path))
+        for path in expand_patterns([f"{tmp_path}/**", tmp_path / "y"])
+    ]
     assert result == ["x/a2", "x/a10", "y"]
     with pytest.raises(NothingComparedError, match="no adapter"):
         expand_patterns([f"{tmp_path}/notes/*"])
@@ -143,7 +166,9 @@ def test_processes_write_the_bytes_of_threads(tmp_path, monkeypatch):
     files = []
     for least in (2**40, 0):
         monkeypatch.setattr(run, "PROCESS_BYTES", least)
-        lora_diag.fleet(["sample_checkpoints/lora_*", "missing"], workers=2, output=tmp_path / f"{least}.jsonl")
+        lora_diag.fleet(
+            ["sample_checkpoints/lora_*", "missing"], workers=2, output=tmp_path / f"{least}.jsonl"
+        )
         files.append((tmp_path / f"{least}.jsonl").read_bytes())
     assert files[0] == files[1]
 
@@ -152,7 +177,9 @@ def test_fleet_update_beyond_root_of_range_is_measured(tmp_path):
     """The square of its norm is not a number."""
     b, a = factors(np.random.default_rng(8))
     (result,) = lora_diag.fleet([lora(tmp_path / "lora", dict.fromkeys(LAYERS, (1e160 * b, a)))])
-    assert result.fro == pytest.approx(1e160 * math.sqrt(len(LAYERS)) * np.linalg.norm(b @ a), rel=1e-9)
+    assert result.fro == pytest.approx(
+        1e160 * math.sqrt(len(LAYERS)) * np.linalg.norm(b @ a), rel=1e-9
+    )
     assert result.spike == pytest.approx(result.layers[LAYERS[0]].spike, rel=1e-9)
 
 
@@ -162,7 +189,9 @@ def test_unreadable_adapter_does_not_stop_others(tmp_path):
     bad = lora(tmp_path / "bad", {LAYERS[0]: factors(rng)})
     (bad / "adapter_model.safetensors").write_bytes(b"short")
     nan = lora(tmp_path / "nan", {LAYERS[0]: (np.full((48, 4), np.nan), factors(rng)[1])})
-    zero_times_nan = lora(tmp_path / "zero", {LAYERS[0]: (np.zeros((48, 4)), np.full((4, 32), np.nan))})
+    zero_times_nan = lora(
+        tmp_path / "zero", {LAYERS[0]: (np.zeros((48, 4)), np.full((4, 32), np.nan))}
+    )
     b, a = factors(rng)
     b[3, 1] = np.inf
     infinite = lora(tmp_path / "infinite", {LAYERS[0]: (b, a)})
@@ -179,7 +208,9 @@ def test_invalid_pattern_is_a_usage_error():
 
 
 def test_checkpoint_of_a_fleet_has_a_hash():
-    result = lora_diag.fleet([SAMPLES / "full_ft"], base=SAMPLES / "base", layers="layers.0.*q_proj", verify=True)
+    result = lora_diag.fleet(
+        [SAMPLES / "full_ft"], base=SAMPLES / "base", layers="layers.0.*q_proj", verify=True
+    )
     assert [bool(side.sha256) for side in result.run.inputs] == [True]
 
 

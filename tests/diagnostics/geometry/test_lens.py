@@ -18,7 +18,9 @@ DOWN, UP = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("down", "up"))
 
 
 def make(folder, seed=0, planted=0.0, head=True, config=None):
-    """Save a model and an update of it; the down projection writes token 17, the up projection reads token 5."""
+    """Save a model and an update of it; the down projection writes token 17, the up projection
+    reads token 5.
+    """
     rng = np.random.default_rng(seed)
     tables = {"model.embed_tokens.weight": rng.standard_normal((WORDS, WIDTH)) + 3}
     if head:
@@ -37,38 +39,55 @@ def make(folder, seed=0, planted=0.0, head=True, config=None):
 
 
 def write_tokenizer(folder, vocabulary):
-    (folder / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE", "vocab": vocabulary}}))
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"model": {"type": "BPE", "vocab": vocabulary}})
+    )
 
 
 @pytest.mark.parametrize("head", [True, False], ids=["head", "tied"])
 def test_planted_token_is_found(tmp_path, head, loradiag):
     sides = make(tmp_path, planted=0.05, head=head)
     write_tokenizer(sides[0], {f"Ġw{n}": n for n in range(WORDS)})
-    found = {r.layer: r.lens for r in lora_diag.geometry(*sides, layers="mlp", top=4, draws=1, lens=True)}
+    found = {
+        r.layer: r.lens for r in lora_diag.geometry(*sides, layers="mlp", top=4, draws=1, lens=True)
+    }
     for layer, side, token in ((DOWN, "writes", 17), (UP, "reads", 5)):
         first, *others = found[layer]
-        assert (first.side, first.number, first.tokens[0], first.words[0]) == (side, 1, token, f" w{token}")
+        assert (first.side, first.number, first.tokens[0], first.words[0]) == (
+            side,
+            1,
+            token,
+            f" w{token}",
+        )
         assert first.p < 1e-9
         assert abs(first.cosines[0]) > 0.9 > 0.7 > first.cosine_random
         assert min(other.p for other in others) > 1e-3
-    shown = loradiag("geometry", *sides, "--layers", "mlp", "--lens", "--draws", 1, env={"COLUMNS": "200"})
+    shown = loradiag(
+        "geometry", *sides, "--layers", "mlp", "--lens", "--draws", 1, env={"COLUMNS": "200"}
+    )
     assert_names(shown.out, "1 of model.layers.0.mlp.down_proj writes ' w17'")
 
 
 def test_random_updates_rarely_have_tokens_beyond_chance():
-    """Bonferroni over tokens and directions, for tokens that are far from independent of each other."""
+    """Bonferroni over tokens and directions, for tokens that are far from independent of each
+    other.
+    """
     source = torch.Generator().manual_seed(2)
     table = torch.randn(WORDS, 8, generator=source) @ torch.randn(8, WIDTH, generator=source) + 1
     table += 0.3 * torch.randn(WORDS, WIDTH, generator=source)
     false = 0
     for _ in range(200):
-        u = torch.linalg.svd(torch.randn(WIDTH, 12, generator=source, dtype=torch.float64))[0][:, :4]
+        u = torch.linalg.svd(torch.randn(WIDTH, 12, generator=source, dtype=torch.float64))[0][
+            :, :4
+        ]
         false += min(each.p for each in rank_tokens("writes", table, u, (), source)) <= LEVEL
     assert false <= 0.05 * 200
 
 
 def test_p_value_is_that_of_a_random_direction():
-    """The fraction of random directions with a larger cosine to one token, times the tokens looked at."""
+    """The fraction of random directions with a larger cosine to one token, times the tokens looked
+    at.
+    """
     rng = np.random.default_rng(3)
     table = torch.tensor(rng.standard_normal((3, 6))).float()
     u = torch.tensor(np.linalg.qr(rng.standard_normal((6, 1)))[0])
@@ -103,6 +122,8 @@ def test_damaged_tokenizer_is_named(tmp_path, content):
 def test_unigram_vocabulary_and_numbers_out_of_range(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"model": {"vocab": [["▁x", -1.0], ["y", -2.0]]}}))
     assert read_words(tmp_path / "a.json") == (" x", "y")
-    (tmp_path / "b.json").write_text(json.dumps({"model": {"vocab": {"a": 0, "b": 10**12, "c": -4}}}))
+    (tmp_path / "b.json").write_text(
+        json.dumps({"model": {"vocab": {"a": 0, "b": 10**12, "c": -4}}})
+    )
     assert read_words(tmp_path / "b.json") == ("a", "#1", "#2")
     assert read_words(tmp_path / "none.json") == ()

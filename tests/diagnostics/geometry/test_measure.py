@@ -1,4 +1,6 @@
-"""Where updates lie in W, against float64 NumPy and planted movements; the baselines against what they must explain."""
+"""Where updates lie in W, against float64 NumPy and planted movements; the baselines against what
+they must explain.
+"""
 
 import json
 import math
@@ -26,7 +28,10 @@ def angles(u, v):
 def oracle(w, t, k, eta=1e-3):
     """Every statistic from its definition, in float64."""
     d = t - w
-    (u, s, vh), (u1, s1, vh1) = np.linalg.svd(w, full_matrices=False), np.linalg.svd(t, full_matrices=False)
+    (u, s, vh), (u1, s1, vh1) = (
+        np.linalg.svd(w, full_matrices=False),
+        np.linalg.svd(t, full_matrices=False),
+    )
     changed = np.abs(d) > eta * np.maximum(np.abs(w), np.abs(t))
     order = np.argsort(np.abs(w).ravel(), kind="stable")
     core = u[:, :k].T @ d @ vh[:k].T
@@ -58,13 +63,21 @@ def oracle(w, t, k, eta=1e-3):
 
 
 def measured(tmp_path, w, t, **options):
-    paths = [save_model(tmp_path / name, {NAME: torch.as_tensor(value)}) for name, value in (("b", w), ("t", t))]
+    paths = [
+        save_model(tmp_path / name, {NAME: torch.as_tensor(value)})
+        for name, value in (("b", w), ("t", t))
+    ]
     return lora_diag.geometry(*paths, **options).layers[0]
 
 
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 10**6), m=st.integers(4, 24), n=st.integers(4, 24), size=st.floats(1e-3, 1.0))
+@given(
+    seed=st.integers(0, 10**6),
+    m=st.integers(4, 24),
+    n=st.integers(4, 24),
+    size=st.floats(1e-3, 1.0),
+)
 def test_every_statistic_against_numpy(tmp_path_factory, seed, m, n, size):
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((m, n))
@@ -80,7 +93,9 @@ def test_every_statistic_against_numpy(tmp_path_factory, seed, m, n, size):
         assert getattr(record.moved, name) == pytest.approx(value, rel=1e-7, abs=1e-9), name
     assert record.moved.left_angles == pytest.approx(left, abs=2e-6)
     assert record.moved.right_angles == pytest.approx(right, abs=2e-6)
-    assert record.moved.scaling + record.moved.mixing + record.moved.outside == pytest.approx(1, abs=1e-14)
+    assert record.moved.scaling + record.moved.mixing + record.moved.outside == pytest.approx(
+        1, abs=1e-14
+    )
     assert record.rank == np.linalg.matrix_rank(t - w, tol=1e-7 * np.linalg.norm(t - w, 2))
 
 
@@ -114,7 +129,9 @@ def test_scaling_of_directions_neither_mixes_nor_turns(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [2e-3, 1e-2])
 def test_rounding_null_explains_an_independent_update(tmp_path, size, dtype):
-    """Rounding alone puts the changes in small weights; the null has as many there, a plain permutation has not."""
+    """Rounding alone puts the changes in small weights; the null has as many there, a plain
+    permutation has not.
+    """
     source = torch.Generator().manual_seed(3)
     w = torch.randn(300, 400, generator=source).to(dtype)
     t = (w.float() + size * torch.randn(300, 400, generator=source)).bfloat16()
@@ -127,7 +144,9 @@ def test_rounding_null_explains_an_independent_update(tmp_path, size, dtype):
     assert null.principal_30 == pytest.approx(moved.principal_30, abs=0.01)
     assert null.shift == pytest.approx(moved.shift, rel=0.15)
     if dtype == torch.bfloat16:
-        assert moved.unchanged == pytest.approx(float((w == t).double().mean()), abs=1e-15)  # η = 1e-3 is bit identity
+        assert moved.unchanged == pytest.approx(
+            float((w == t).double().mean()), abs=1e-15
+        )  # η = 1e-3 is bit identity
         if size == 2e-3:
             again = permute(t.double() - w.double(), source)
             plain = add_stored(w.double(), again, torch.bfloat16) != w.double()
@@ -154,7 +173,9 @@ def test_rank_beside_that_of_the_same_support(tmp_path):
     w, support = rng.standard_normal((60, 80)), rng.random((60, 80)) < 0.1
     sparse = measured(tmp_path / "s", w, w + 0.1 * support * rng.standard_normal((60, 80)))
     assert abs(sparse.rank_90 - sparse.rank_90_random) <= 2
-    low = measured(tmp_path / "l", w, w + 0.1 * np.outer(rng.standard_normal(60), rng.standard_normal(80)))
+    low = measured(
+        tmp_path / "l", w, w + 0.1 * np.outer(rng.standard_normal(60), rng.standard_normal(80))
+    )
     assert (low.rank, low.rank_90) == (1, 1)
     assert low.rank_90_random > 10
 
@@ -163,8 +184,15 @@ def test_chance_of_a_random_update_is_the_update_itself(tmp_path):
     rng = np.random.default_rng(8)
     w = rng.standard_normal((120, 90))
     record = measured(tmp_path, w, w + 0.05 * rng.standard_normal((120, 90)), top=10, draws=4)
-    for name, tolerance in (("angle", 0.1), ("shift", 0.2), ("stable_rank", 0.1), ("energy_left", 0.2)):
-        assert getattr(record.moved, name) == pytest.approx(getattr(record.chance, name), rel=tolerance), name
+    for name, tolerance in (
+        ("angle", 0.1),
+        ("shift", 0.2),
+        ("stable_rank", 0.1),
+        ("energy_left", 0.2),
+    ):
+        assert getattr(record.moved, name) == pytest.approx(
+            getattr(record.chance, name), rel=tolerance
+        ), name
     assert record.chance.mixing == pytest.approx(90 / (120 * 90), rel=0.5)
     assert record.chance.draws == record.rounding.draws == 4
     assert 0 < record.chance.errors["shift"] < 0.1 * record.chance.shift
@@ -175,7 +203,12 @@ def test_adapter_is_measured_unrounded(tmp_path):
     (record,) = lora_diag.geometry(SAMPLES / "base", SAMPLES / "lora_r4", layers=pattern, top=4)
     (spectrum,) = lora_diag.spectrum(SAMPLES / "base", SAMPLES / "lora_r4", layers=pattern)
     assert record.fro == pytest.approx(spectrum.fro, rel=1e-6)
-    assert (record.rank, record.rank_random, record.stored, record.rounding) == (4, None, None, None)
+    assert (record.rank, record.rank_random, record.stored, record.rounding) == (
+        4,
+        None,
+        None,
+        None,
+    )
     assert record.moved.stable_rank == pytest.approx((record.fro / spectrum.s[0]) ** 2, rel=1e-6)
     assert record.chance.unchanged > 0
 
@@ -183,38 +216,68 @@ def test_adapter_is_measured_unrounded(tmp_path):
 def test_unchanged_layer_has_no_movement(tmp_path):
     w = np.random.default_rng(9).standard_normal((12, 9))
     record = measured(tmp_path, w, w)
-    assert (record.fro, record.moved, record.chance, record.rounding, record.null) == (0, None, None, None, None)
+    assert (record.fro, record.moved, record.chance, record.rounding, record.null) == (
+        0,
+        None,
+        None,
+        None,
+        None,
+    )
 
 
 def test_non_finite_weight_is_left_out(tmp_path):
     w = np.random.default_rng(6).standard_normal((12, 9))
     t = w.copy()
     t[3, 4] = np.nan
-    paths = [save_model(tmp_path / name, {NAME: torch.tensor(value)}) for name, value in (("b", w), ("t", t))]
+    paths = [
+        save_model(tmp_path / name, {NAME: torch.tensor(value)})
+        for name, value in (("b", w), ("t", t))
+    ]
     result = lora_diag.geometry(*paths)
     assert [item.reason for item in result.left_out] == ["non_finite"]
 
 
 @pytest.mark.slow
 def test_command_gives_same_records_on_any_number_of_workers(loradiag, tmp_path):
-    words = ("geometry", SAMPLES / "base", SAMPLES / "full_ft", "--layers", r"0\.self_attn\.[qv]_proj")
+    words = (
+        "geometry",
+        SAMPLES / "base",
+        SAMPLES / "full_ft",
+        "--layers",
+        r"0\.self_attn\.[qv]_proj",
+    )
     files = [tmp_path / name for name in ("a.jsonl", "b.jsonl")]
     for file, workers in zip(files, "12", strict=True):
         assert loradiag(*words, "-o", file, "--workers", workers).code == 0
     rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-    assert [row for row in rows[0] if row["record"] == "geometry"] == [r for r in rows[1] if r["record"] == "geometry"]
+    assert [row for row in rows[0] if row["record"] == "geometry"] == [
+        r for r in rows[1] if r["record"] == "geometry"
+    ]
     assert loradiag("geometry", *words[1:3], "--top", "0").code == 2
 
 
 @pytest.mark.parametrize("tuned", ["full_ft", "lora_r4"])
 def test_intruders_are_those_of_the_command(tuned):
-    sides, only = (SAMPLES / "base", SAMPLES / tuned), {"layers": r"layers\.0\.(mlp\.up|self_attn\.k)"}
+    sides, only = (
+        (SAMPLES / "base", SAMPLES / tuned),
+        {"layers": r"layers\.0\.(mlp\.up|self_attn\.k)"},
+    )
     for record, alone in zip(
-        lora_diag.geometry(*sides, draws=1, **only), lora_diag.intruders(*sides, **only), strict=True
+        lora_diag.geometry(*sides, draws=1, **only),
+        lora_diag.intruders(*sides, **only),
+        strict=True,
     ):
         part = record.intruders
-        assert (part.layer, part.count, part.intruders) == (alone.layer, alone.count, alone.intruders)
+        assert (part.layer, part.count, part.intruders) == (
+            alone.layer,
+            alone.count,
+            alone.intruders,
+        )
         for first, second in zip(part.directions, alone.directions, strict=True):
-            assert (first.kind, first.nearest, first.window) == (second.kind, second.nearest, second.window)
+            assert (first.kind, first.nearest, first.window) == (
+                second.kind,
+                second.nearest,
+                second.window,
+            )
             assert first.similarity == pytest.approx(second.similarity, abs=1e-6)
             assert first.projection == pytest.approx(second.projection, abs=1e-6)

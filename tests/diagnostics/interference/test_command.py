@@ -8,7 +8,9 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-BASE, TUNED, R4, R16 = (ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16"))
+BASE, TUNED, R4, R16 = (
+    ROOT / "sample_checkpoints" / name for name in ("base", "full_ft", "lora_r4", "lora_r16")
+)
 ONE = "--layers", r"layers\.0\.(mlp\.up|self_attn\.q)"
 
 

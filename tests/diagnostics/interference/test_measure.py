@@ -1,4 +1,6 @@
-"""Interference against float64 NumPy written from the definitions, planted subspaces, chance, and PEFT's own merges."""
+"""Interference against float64 NumPy written from the definitions, planted subspaces, chance, and
+PEFT's own merges.
+"""
 
 import math
 from collections import OrderedDict
@@ -92,7 +94,9 @@ def check_union(record, parts, weights, density):
     fro = np.linalg.norm(total)
     assert record.fro == pytest.approx(fro, rel=1e-7)
     assert record.parts_fro == pytest.approx([np.linalg.norm(x) for x in scaled], rel=1e-7)
-    assert record.energy_ratio == pytest.approx(fro**2 / sum(np.linalg.norm(x) ** 2 for x in scaled), rel=1e-6)
+    assert record.energy_ratio == pytest.approx(
+        fro**2 / sum(np.linalg.norm(x) ** 2 for x in scaled), rel=1e-6
+    )
     for share in (0.9, 0.95, 0.99):
         apart = sum(oracles.rank_at(svd(x)[1], share) for x in parts)
         rank = oracles.rank_at(s, share)
@@ -100,7 +104,10 @@ def check_union(record, parts, weights, density):
         assert record.parts_rank_at[str(share)] == apart
         assert record.additive[str(share)] == pytest.approx(rank / apart)
         kept = [
-            min(np.linalg.norm(u[:, :r].T @ x @ vh[:r].T) ** 2 / np.linalg.norm(x) ** 2 for x in parts)
+            min(
+                np.linalg.norm(u[:, :r].T @ x @ vh[:r].T) ** 2 / np.linalg.norm(x) ** 2
+                for x in parts
+            )
             for r in range(1, len(s) + 1)
         ]
         enough = [r for r, value in enumerate(kept, 1) if value >= share * (1 - 1e-9)]
@@ -109,7 +116,11 @@ def check_union(record, parts, weights, density):
     erank = sum(oracles.effective_rank(svd(x)[1]) for x in parts)
     assert record.parts_effective_rank == pytest.approx(erank, rel=1e-6)
     assert record.additive_effective == pytest.approx(oracles.effective_rank(s) / erank, rel=1e-5)
-    k = next(k for k in range(1, len(s) + 1) if np.linalg.norm(total - u[:, :k] @ u[:, :k].T @ total) <= 0.05 * fro)
+    k = next(
+        k
+        for k in range(1, len(s) + 1)
+        if np.linalg.norm(total - u[:, :k] @ u[:, :k].T @ total) <= 0.05 * fro
+    )
     assert record.alignment_rank == k
     sar = [np.linalg.norm(u[:, :k] @ u[:, :k].T @ x) / np.linalg.norm(x) for x in parts]
     assert record.alignments == pytest.approx(sar, abs=1e-6)
@@ -119,7 +130,9 @@ def check_union(record, parts, weights, density):
         assert left == pytest.approx(np.linalg.norm(total - best) / fro, abs=1e-6)
     merged, trimmed = ties(parts, weights, density)
     check_loss(record.merges["ties_dense"], total, merged)
-    assert record.sign_conflicts == pytest.approx(conflicts(list(zip(*[x.ravel() for x in parts], strict=True))))
+    assert record.sign_conflicts == pytest.approx(
+        conflicts(list(zip(*[x.ravel() for x in parts], strict=True)))
+    )
     assert record.trimmed_conflicts == pytest.approx(conflicts(list(zip(*trimmed, strict=True))))
 
 
@@ -132,7 +145,9 @@ def check_loss(found, total, merged, tolerance=1e-6):
         return
     scale = (total * merged).sum() / (merged**2).sum()
     assert found.best_scale == pytest.approx(scale, abs=tolerance)
-    assert found.residual_best_scale == pytest.approx(np.linalg.norm(total - scale * merged) / fro, abs=tolerance)
+    assert found.residual_best_scale == pytest.approx(
+        np.linalg.norm(total - scale * merged) / fro, abs=tolerance
+    )
 
 
 # ---- against the definitions
@@ -142,30 +157,44 @@ def check_loss(found, total, merged, tolerance=1e-6):
 def test_samples_against_numpy():
     """Mixed: two adapters and a full fine-tune, of one layer of each shape."""
     paths = [SAMPLES / name for name in ("lora_r4", "lora_r16", "full_ft")]
-    result = lora_diag.interference(paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)")
+    result = lora_diag.interference(
+        paths, base=SAMPLES / "base", layers=r"layers\.1\.(mlp.down|self_attn.k)"
+    )
     base, tuned = open_checkpoint(SAMPLES / "base"), open_checkpoint(SAMPLES / "full_ft")
     opened = [lora_diag.running.inputs.compare(path, None) for path in paths[:2]]
     known = [{d.layer: dense(d) for d in side.pairing.deltas} for side in opened]
     pairs, unions = records(result)
     assert (len(pairs), len(unions)) == (6, 2)
     for union in unions:
-        full = (tuned.read(union.layer).double() - base.read(union.layer).double()).numpy().reshape(union.shape)
+        full = (
+            (tuned.read(union.layer).double() - base.read(union.layer).double())
+            .numpy()
+            .reshape(union.shape)
+        )
         parts = [known[0][union.layer], known[1][union.layer], full]
         assert union.ranks == (4, 16, None)
         check_union(union, parts, (1, 1, 1), 0.2)
         by_name = dict(zip(map(str, paths), parts, strict=True))
         for pair in (record for record in pairs if record.layer == union.layer):
             x, y = by_name[pair.first], by_name[pair.second]
-            assert pair.cosine == pytest.approx((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6)
+            assert pair.cosine == pytest.approx(
+                (x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y), abs=1e-6
+            )
             assert pair.cosine_random == pytest.approx(1 / math.sqrt(x.size))
             for rank in pair.columns:
                 r = int(rank)
                 for side in ("columns", "rows"):
-                    assert getattr(pair, side)[rank].overlap == pytest.approx(overlap(x, y, r, side), abs=1e-5)
+                    assert getattr(pair, side)[rank].overlap == pytest.approx(
+                        overlap(x, y, r, side), abs=1e-5
+                    )
                 u, w = (svd(z)[0][:, : min(r, np.linalg.matrix_rank(z))] for z in (x, y))
                 energy = pair.energy[rank]
-                assert energy.second_in_first == pytest.approx(np.linalg.norm(u.T @ y) ** 2 / np.linalg.norm(y) ** 2)
-                assert energy.first_in_second == pytest.approx(np.linalg.norm(w.T @ x) ** 2 / np.linalg.norm(x) ** 2)
+                assert energy.second_in_first == pytest.approx(
+                    np.linalg.norm(u.T @ y) ** 2 / np.linalg.norm(y) ** 2
+                )
+                assert energy.first_in_second == pytest.approx(
+                    np.linalg.norm(w.T @ x) ** 2 / np.linalg.norm(x) ** 2
+                )
                 assert energy.random_first == u.shape[1] / len(u)
                 assert energy.random_second == w.shape[1] / len(w)
 
@@ -193,7 +222,9 @@ def test_random_adapters_against_numpy(tmp_path_factory, seed, m, n, ranks, dens
     assert union.merges["cat"].residual < 1e-12
     if len(set(ranks)) == 1:
         roots = [math.sqrt(w * s) for w, s in zip(given_weights, scales, strict=True)]
-        b, a = (sum(c * pair[side] for c, pair in zip(roots, pairs, strict=True)) for side in (0, 1))
+        b, a = (
+            sum(c * pair[side] for c, pair in zip(roots, pairs, strict=True)) for side in (0, 1)
+        )
         check_loss(union.merges["linear"], sum(scaled), b @ a)
     else:
         assert union.merges["linear"] is None
@@ -205,18 +236,31 @@ def test_full_updates_of_more_values_than_ranks(tmp_path, shape):
     """Only the vectors of the largest requested rank are computed, and all values."""
     rng = np.random.default_rng(3)
     base = rng.standard_normal(shape)
-    parts = [oracles.with_spectrum(np.arange(1, 133) ** -p, *shape, seed=seed) for p, seed in ((0.3, 1), (1.0, 2))]
+    parts = [
+        oracles.with_spectrum(np.arange(1, 133) ** -p, *shape, seed=seed)
+        for p, seed in ((0.3, 1), (1.0, 2))
+    ]
     for name, weight in (("base", base), ("x", base + parts[0]), ("y", base + parts[1])):
         save_model(tmp_path / name, {LAYER: torch.from_numpy(weight)})
     paths = [tmp_path / "x", tmp_path / "y"]
-    (pair,), (union,) = records(lora_diag.interference(paths, base=tmp_path / "base", ranks=[2, 5], weights=[1, 0.5]))
+    (pair,), (union,) = records(
+        lora_diag.interference(paths, base=tmp_path / "base", ranks=[2, 5], weights=[1, 0.5])
+    )
     check_union(union, parts, [1, 0.5], 0.2)
     for rank in (2, 5):
         for side in ("columns", "rows"):
-            assert getattr(pair, side)[str(rank)].overlap == pytest.approx(overlap(*parts, rank, side), abs=1e-6)
+            assert getattr(pair, side)[str(rank)].overlap == pytest.approx(
+                overlap(*parts, rank, side), abs=1e-6
+            )
         u, w = (svd(x)[0][:, :rank] for x in parts)
-        energy = [np.linalg.norm(v.T @ x) ** 2 / np.linalg.norm(x) ** 2 for v, x in ((u, parts[1]), (w, parts[0]))]
-        assert [pair.energy[str(rank)].second_in_first, pair.energy[str(rank)].first_in_second] == pytest.approx(energy)
+        energy = [
+            np.linalg.norm(v.T @ x) ** 2 / np.linalg.norm(x) ** 2
+            for v, x in ((u, parts[1]), (w, parts[0]))
+        ]
+        assert [
+            pair.energy[str(rank)].second_in_first,
+            pair.energy[str(rank)].first_in_second,
+        ] == pytest.approx(energy)
 
 
 # ---- planted
@@ -291,12 +335,17 @@ def test_opposite_updates_cancel_and_no_rank_keeps_both(tmp_path):
 
 
 def test_sum_not_spanning_every_update_has_no_common_rank(tmp_path):
-    """Stored side by side in one row space each: the sum is u(a + b)ᵀ, and beyond it its vectors are rounding."""
+    """Stored side by side in one row space each: the sum is u(a + b)ᵀ, and beyond it its vectors
+    are rounding.
+    """
     rng = np.random.default_rng(5)
     u, a, b = orthonormal(rng, 24, 1), *np.split(orthonormal(rng, 20, 2), 2, axis=1)
     zero = {LAYER: np.zeros((24, 20))}
     folders = [
-        save_model(tmp_path / name, {key: torch.tensor(value, dtype=torch.float32) for key, value in held.items()})
+        save_model(
+            tmp_path / name,
+            {key: torch.tensor(value, dtype=torch.float32) for key, value in held.items()},
+        )
         for name, held in (("base", zero), ("one", {LAYER: u @ a.T}), ("two", {LAYER: u @ b.T}))
     ]
     for result in (
@@ -309,12 +358,16 @@ def test_sum_not_spanning_every_update_has_no_common_rank(tmp_path):
 
 
 def test_random_updates_meet_their_baselines(tmp_path):
-    """Means over 60 pairs of random directions, within four standard errors of what is said of chance."""
+    """Means over 60 pairs of random directions, within four standard errors of what is said of
+    chance.
+    """
     rng = np.random.default_rng(7)
     m, n, r, runs = 64, 48, 4, 60
     layers = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(runs)]
     paths = [
-        lora(tmp_path / name, {x: (orthonormal(rng, m, r), orthonormal(rng, n, r).T) for x in layers})
+        lora(
+            tmp_path / name, {x: (orthonormal(rng, m, r), orthonormal(rng, n, r).T) for x in layers}
+        )
         for name in ("a", "b")
     ]
     pairs, unions = records(lora_diag.interference(paths, ranks=[r]))
@@ -329,14 +382,19 @@ def test_random_updates_meet_their_baselines(tmp_path):
     meets([pair.cosine**2 for pair in pairs], pairs[0].cosine_random ** 2)
     meets([union.sign_conflicts for union in unions], 0.5)
     assert unions[0].sign_conflicts_random == 0.5
-    assert np.mean([union.sti_relative for union in unions]) == pytest.approx(unions[0].sti_random, rel=0.1)
+    assert np.mean([union.sti_relative for union in unions]) == pytest.approx(
+        unions[0].sti_random, rel=0.1
+    )
     assert sum(pair.relation == "apart" for pair in pairs) >= 0.9 * runs
 
 
 @pytest.mark.parametrize("scale", [1e150, 1e-160])
 def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
     rng = np.random.default_rng(0)
-    pairs = [(rng.standard_normal((12, 2)) * scale, rng.standard_normal((2, 9)) * scale) for _ in range(2)]
+    pairs = [
+        (rng.standard_normal((12, 2)) * scale, rng.standard_normal((2, 9)) * scale)
+        for _ in range(2)
+    ]
     result = lora_diag.interference(adapters(tmp_path, pairs))
     assert not result.layers
     (item,) = result.left_out
@@ -349,7 +407,9 @@ def test_updates_of_norms_beyond_comparison_are_left_out(tmp_path, scale):
 def test_tie_of_signs_is_positive_as_in_peft():
     merge_utils = pytest.importorskip("peft.utils.merge_utils")
     x, y = torch.tensor([[1.0, -2.0, 3.0]]), torch.tensor([[-1.0, 2.0, -1.0]])
-    truth = merge_utils.ties([x, y], torch.ones(2), density=0.99999)  # 2 of 3 entries: -2, 3 and 2, one of ±1
+    truth = merge_utils.ties(
+        [x, y], torch.ones(2), density=0.99999
+    )  # 2 of 3 entries: -2, 3 and 2, one of ±1
     full = merge_entries(torch.stack([x, y]).double(), torch.ones(2))
     assert full.tolist() == [[1.0, 2.0, 3.0]]
     assert truth[0, 1:].tolist() == [2.0, 3.0]
@@ -365,7 +425,9 @@ def test_predicted_residual_equals_peft_merge(tmp_path, kind):
     names, used = ("one", "two", "three"), [1.0, 0.5, 2.0]
     model = None
     for i, name in enumerate(names):
-        config = peft.LoraConfig(r=4, lora_alpha=4 * (i + 1), target_modules=["up_proj"], init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=4, lora_alpha=4 * (i + 1), target_modules=["up_proj"], init_lora_weights=False
+        )
         if model is None:
             model = peft.get_peft_model(tiny, config, adapter_name=name)
         else:
@@ -373,7 +435,9 @@ def test_predicted_residual_equals_peft_merge(tmp_path, kind):
     model.save_pretrained(tmp_path)
     options = {"density": 0.3} if "ties" in kind else {}
     rank = 20 if kind == "ties_svd" else 4  # the full rank, so that nothing but TIES is lost
-    model.add_weighted_adapter(list(names), used, "merged", combination_type=kind, svd_rank=rank, **options)
+    model.add_weighted_adapter(
+        list(names), used, "merged", combination_type=kind, svd_rank=rank, **options
+    )
     layer = model.base_model.model.up_proj
 
     def of(name):
@@ -381,10 +445,14 @@ def test_predicted_residual_equals_peft_merge(tmp_path, kind):
 
     total = sum(w * of(name) for w, name in zip(used, names, strict=True))
     truth = np.linalg.norm(total - of("merged")) / np.linalg.norm(total)
-    result = lora_diag.interference([tmp_path / name for name in names], weights=used, density=0.3, ranks=[2, 8])
+    result = lora_diag.interference(
+        [tmp_path / name for name in names], weights=used, density=0.3, ranks=[2, 8]
+    )
     _, (union,) = records(result)
     if kind == "svd":
-        assert union.recompressed["4"] == pytest.approx(truth, abs=1e-5)  # PEFT's own rank, though it was not asked
+        assert union.recompressed["4"] == pytest.approx(
+            truth, abs=1e-5
+        )  # PEFT's own rank, though it was not asked
     else:
         merge = union.merges["ties_dense" if kind == "ties_svd" else kind]
         assert merge.residual == pytest.approx(truth, abs=1e-5)
@@ -401,12 +469,20 @@ def test_layer_of_one_update_has_no_pair_but_spectrum(tmp_path):
     def factors():
         return rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
 
-    paths = [lora(tmp_path / "a", {LAYER: factors()}), lora(tmp_path / "b", {LAYER: factors(), other: factors()})]
+    paths = [
+        lora(tmp_path / "a", {LAYER: factors()}),
+        lora(tmp_path / "b", {LAYER: factors(), other: factors()}),
+    ]
     result = lora_diag.interference(paths)
     pairs, unions = records(result)
     assert [pair.layer for pair in pairs] == [LAYER]
     alone = unions[1]
-    assert (alone.layer, alone.updates, alone.additive["0.9"], alone.merges) == (other, (str(paths[1]),), None, {})
+    assert (alone.layer, alone.updates, alone.additive["0.9"], alone.merges) == (
+        other,
+        (str(paths[1]),),
+        None,
+        {},
+    )
     spectra = select_spectra(result)
     assert [record.layer for record in spectra] == [LAYER, other]
     assert spectra.run.command == "spectrum"
@@ -416,7 +492,9 @@ def test_dead_adapter_counts_in_merge_without_pair(tmp_path):
     rng = np.random.default_rng(10)
     b, a, c = rng.standard_normal((10, 2)), rng.standard_normal((2, 8)), rng.standard_normal((2, 8))
     e, d = rng.standard_normal((10, 2)), rng.standard_normal((2, 8))
-    pairs, (union,) = records(lora_diag.interference(adapters(tmp_path, [(b, a), (0 * b, c), (e, d)])))
+    pairs, (union,) = records(
+        lora_diag.interference(adapters(tmp_path, [(b, a), (0 * b, c), (e, d)]))
+    )
     assert len(pairs) == 1
     assert len(union.updates) == 2
     check_loss(union.merges["linear"], b @ a + e @ d, (b + e) @ (a + c + d))
@@ -446,7 +524,10 @@ def test_non_finite_update_is_left_out_by_name(tmp_path):
     bad = {name: value.clone() for name, value in before.items()}
     bad[LAYER][2, 3] = math.nan
     good = {name: value + weights(2)[name] for name, value in before.items()}
-    paths = [save_model(tmp_path / name, x) for name, x in (("base", before), ("bad", bad), ("good", good))]
+    paths = [
+        save_model(tmp_path / name, x)
+        for name, x in (("base", before), ("bad", bad), ("good", good))
+    ]
     result = lora_diag.interference(paths[1:], base=paths[0])
     (item,) = [item for item in result.left_out if item.reason == "non_finite"]
     assert item.layer == LAYER
@@ -456,7 +537,9 @@ def test_non_finite_update_is_left_out_by_name(tmp_path):
 
 def test_without_entries_there_are_no_signs(tmp_path):
     rng = np.random.default_rng(12)
-    paths = adapters(tmp_path, [(rng.standard_normal((10, 2)), rng.standard_normal((2, 8))) for _ in range(2)])
+    paths = adapters(
+        tmp_path, [(rng.standard_normal((10, 2)), rng.standard_normal((2, 8))) for _ in range(2)]
+    )
     _, (union,) = records(lora_diag.interference(paths, density=0))
     assert union.sign_conflicts is union.merges["ties_dense"] is union.merges["ties"] is None
     assert union.merges["linear"] is not None

@@ -38,7 +38,9 @@ def oracle(before, after, k, epsilon, window):
 def check(record, before, after, k=10, epsilon=0.5, window=0.1):
     truth = oracle(before, after, k, epsilon, window)
     assert record.k == len(truth) == len(record.directions)
-    for direction, (sigma, similarity, near, projection, by_chance, kind) in zip(record.directions, truth, strict=True):
+    for direction, (sigma, similarity, near, projection, by_chance, kind) in zip(
+        record.directions, truth, strict=True
+    ):
         assert direction.sigma == pytest.approx(sigma, rel=1e-5)
         assert direction.similarity == pytest.approx(similarity, abs=1e-4)
         assert direction.window == near
@@ -54,7 +56,10 @@ def check(record, before, after, k=10, epsilon=0.5, window=0.1):
 
 
 def measured(tmp_path, before, after, **options):
-    paths = [save_model(tmp_path / name, {NAME: torch.tensor(value)}) for name, value in (("b", before), ("t", after))]
+    paths = [
+        save_model(tmp_path / name, {NAME: torch.tensor(value)})
+        for name, value in (("b", before), ("t", after))
+    ]
     return lora_diag.intruders(*paths, **options).layers[0]
 
 
@@ -62,13 +67,17 @@ def test_parameter_count_equals_peft(tmp_path):
     peft = pytest.importorskip("peft")
     intruders = pytest.importorskip("peft.tuners.lora.intruders")
     torch.manual_seed(1)
-    config = peft.LoraConfig(r=3, lora_alpha=12, target_modules=["up_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=3, lora_alpha=12, target_modules=["up_proj"], init_lora_weights=False
+    )
     tiny = torch.nn.Sequential(OrderedDict(up_proj=torch.nn.Linear(40, 48, bias=False)))
     before = tiny.up_proj.weight.detach().clone()
     model = peft.get_peft_model(tiny, config)
     model.save_pretrained(tmp_path / "adapter")
     message = []
-    intruders.reduce_intruder_dimension(model, top_k=10, threshold_epsilon=0.5, logging_sink=message.append)
+    intruders.reduce_intruder_dimension(
+        model, top_k=10, threshold_epsilon=0.5, logging_sink=message.append
+    )
     (line,) = [text for text in message if "ntruders" in text]
     base = save_model(tmp_path / "base", {"up_proj.weight": before})
     (record,) = lora_diag.intruders(base, tmp_path / "adapter")
@@ -91,7 +100,13 @@ def test_any_matrix_against_numpy(tmp_path_factory, seed, m, n, size, k, epsilon
     before, after = rng.standard_normal((m, n)), rng.standard_normal((m, n))
     after = before + size * after
     record = measured(
-        tmp_path_factory.mktemp("x"), before, after, top=k, epsilon=epsilon, window=window, method="exact"
+        tmp_path_factory.mktemp("x"),
+        before,
+        after,
+        top=k,
+        epsilon=epsilon,
+        window=window,
+        method="exact",
     )
     check(record, before, after, k, epsilon, window)
 
@@ -117,9 +132,12 @@ def test_directions_of_equal_value_may_rotate(tmp_path):
     s = np.concatenate([np.full(6, 5.0), np.linspace(1.0, 0.1, 34)])
     before = oracles.with_spectrum(s, 80, 40, 3)
     u, s0, vh = np.linalg.svd(before, full_matrices=False)
-    # a rotation of the six, all of whose entries are about 1/√6, and values just far enough apart to fix the vectors
+    # a rotation of the six, all of whose entries are about 1/√6, and values just far enough apart
+    # to fix the vectors
     turn = np.linalg.qr(rng.standard_normal((6, 6)))[0]
-    after = (u[:, :6] @ turn * np.linspace(5.1, 5.0, 6)) @ (turn.T @ vh[:6]) + (u[:, 6:] * s0[6:]) @ vh[6:]
+    after = (u[:, :6] @ turn * np.linspace(5.1, 5.0, 6)) @ (turn.T @ vh[:6]) + (
+        u[:, 6:] * s0[6:]
+    ) @ vh[6:]
     record = measured(tmp_path, before, after, top=6, epsilon=0.95)
     assert record.count >= 4  # no single match
     assert record.intruders == 0
@@ -139,7 +157,10 @@ def test_non_finite_weight_is_left_out(tmp_path):
     before = np.random.default_rng(6).standard_normal((12, 9))
     after = before.copy()
     after[3, 4] = np.nan
-    paths = [save_model(tmp_path / name, {NAME: torch.tensor(value)}) for name, value in (("b", before), ("t", after))]
+    paths = [
+        save_model(tmp_path / name, {NAME: torch.tensor(value)})
+        for name, value in (("b", before), ("t", after))
+    ]
     result = lora_diag.intruders(*paths)
     assert not result.layers
     assert [item.reason for item in result.left_out] == ["non_finite"]

@@ -1,4 +1,6 @@
-"""Recorded gradients against autograd: in a real Trainer with real PEFT, and in loops of one's own."""
+"""Recorded gradients against autograd: in a real Trainer with real PEFT, and in loops
+of one's own.
+"""
 
 import contextlib
 import copy
@@ -37,24 +39,41 @@ from tests.served import Server
 VOCABULARY = 24
 
 # PEFT asks transformers in words that the newest transformers has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*deprecated and will be removed in v6:FutureWarning"
+)
 
 
 def llama(**settings) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=32, **sizes, **settings)
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        **sizes,
+        **settings,
+    )
     return LlamaForCausalLM(config)
 
 
 def gpt2() -> GPT2LMHeadModel:
     still = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=1, n_head=2, **still))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=8, n_layer=1, n_head=2, **still)
+    )
 
 
 def with_lora(model, targets=("q_proj", "down_proj"), **settings):
     torch.manual_seed(1)
-    peft = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **settings))
+    peft = get_peft_model(
+        model, LoraConfig(r=3, lora_alpha=6, target_modules=list(targets), **settings)
+    )
     with torch.no_grad():
         for name, parameter in peft.named_parameters():
             if "lora_" in name and "magnitude" not in name:
@@ -101,7 +120,10 @@ class ProgressReporter(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seen[state.global_step] = {
-            name: (parameter.detach().clone(), None if parameter.grad is None else parameter.grad.clone())
+            name: (
+                parameter.detach().clone(),
+                None if parameter.grad is None else parameter.grad.clone(),
+            )
             for name, parameter in model.named_parameters()
         }
 
@@ -115,7 +137,9 @@ def test_recorder_records_optimizer_gradients(tmp_path):
     ]
     for step in (0, 2):
         grads = saved(tmp_path / "g", step)
-        expected = {name: grad for name, (value, grad) in watch.seen[step].items() if value.ndim == 2}
+        expected = {
+            name: grad for name, (value, grad) in watch.seen[step].items() if value.ndim == 2
+        }
         assert set(grads) == set(expected)
         for name, grad in expected.items():
             assert torch.equal(grads[name], grad)
@@ -165,7 +189,14 @@ def accumulated(model):
         lambda: with_lora(llama(), use_rslora=True, bias="lora_only"),
         lambda: with_lora(gpt2(), ["c_attn"], fan_in_fan_out=True),
     ],
-    ids=["linear", "modules_to_save", "embedding", "embedding with padding", "rslora and bias", "conv1d"],
+    ids=[
+        "linear",
+        "modules_to_save",
+        "embedding",
+        "embedding with padding",
+        "rslora and bias",
+        "conv1d",
+    ],
 )
 def test_gradients_under_lora_equal_unfrozen_weights(tmp_path, make):
     model = make()
@@ -232,7 +263,9 @@ def test_bf16_autocast_gradient_has_bf16_accuracy(tmp_path):
 def test_gradients_equal_training_loop(tmp_path):
     model = llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with GradientRecorder(tmp_path / "g", every=2, layers="layers", exclude="mlp").attach(model, step=4) as recorder:
+    with GradientRecorder(tmp_path / "g", every=2, layers="layers", exclude="mlp").attach(
+        model, step=4
+    ) as recorder:
         for seed in range(3):
             optimizer.zero_grad()
             model(**batch(seed)).loss.backward()
@@ -246,7 +279,9 @@ def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
     base, tuned = llama(), llama()
     with torch.no_grad():
         for parameter in tuned.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
+            parameter.add_(
+                0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+            )
     base.save_pretrained(tmp_path / "base")
     tuned.save_pretrained(tmp_path / "tuned")
     reference = lora_diag.subspaces(tmp_path / "base", tmp_path / "tuned", ranks=[2, 4])
@@ -254,7 +289,9 @@ def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
     trainer = trainer_of(base, tmp_path, [recorder, GradientRecorder(tmp_path / "g", every=2)])
     recorder.log_to(trainer)
     trainer.train()
-    offline = lora_diag.overlap(tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2, 4])
+    offline = lora_diag.overlap(
+        tmp_path / "base", tmp_path / "tuned", [tmp_path / "g"], ranks=[2, 4]
+    )
     live = read_results(tmp_path / "o.jsonl")
     assert live.end is not None
     expected = {(r.layer, r.step, r.rank): r for r in offline}
@@ -272,17 +309,23 @@ def test_live_overlaps_equal_saved_ones_and_reach_log(tmp_path):
 
 def test_live_subspaces_follow_current_lora(tmp_path, loradiag):
     torch.manual_seed(1)
-    model = get_peft_model(llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    model = get_peft_model(
+        llama(), LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"])
+    )
     watch = ProgressReporter()
     recorders = [GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live", ranks=[1, 8])]
     train(model, tmp_path, [*recorders, GradientRecorder(tmp_path / "g", every=1), watch])
     result = read_results(tmp_path / "o.jsonl")
-    assert {(item.reason, item.detail[:6]) for item in result.left_out} == {("no_reference", "step 0")}
+    assert {(item.reason, item.detail[:6]) for item in result.left_out} == {
+        ("no_reference", "step 0")
+    }
     assert {record.step for record in result} == {1, 2}
     assert {record.rank for record in result} == {1, 3}
     for record in result:
         path = f"base_model.model.{record.layer.removesuffix('.weight')}"
-        b, a = (as_numpy(watch.seen[record.step][f"{path}.lora_{x}.default.weight"][0]) for x in "BA")
+        b, a = (
+            as_numpy(watch.seen[record.step][f"{path}.lora_{x}.default.weight"][0]) for x in "BA"
+        )
         gradient = as_numpy(saved(tmp_path / "g", record.step)[record.layer])
         for name, value in dense_overlaps(2 * b @ a, gradient, record.rank).items():
             assert getattr(record, name) == pytest.approx(value, abs=1e-6), name
@@ -298,7 +341,9 @@ def test_non_finite_gradient_is_left_out_with_step(tmp_path):
     nn.init.normal_(tuned.lm_head.weight)
     tuned.save_pretrained(tmp_path / "tuned")
     reference = lora_diag.subspaces(tmp_path / "base", tmp_path / "tuned", ranks=[2])
-    with GradientRecorder(tmp_path / "o.jsonl", every=1, reference=reference).attach(model) as recorder:
+    with GradientRecorder(tmp_path / "o.jsonl", every=1, reference=reference).attach(
+        model
+    ) as recorder:
         accumulated(model)
         model.lm_head.weight.grad[1, 1] = math.inf
         recorder.step()
@@ -313,7 +358,9 @@ def test_exception_leaves_records_without_end_and_no_hooks(tmp_path):
     model = with_lora(llama())
 
     def broken():
-        with GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live").attach(model) as recorder:
+        with GradientRecorder(tmp_path / "o.jsonl", every=1, reference="live").attach(
+            model
+        ) as recorder:
             accumulated(model)
             recorder.step()
             raise ZeroDivisionError
@@ -344,12 +391,17 @@ def test_unrecordable_parameter_is_reported(tmp_path, caplog):
     with pytest.raises(UsageError, match=r"ranks=\[0\]"):
         GradientRecorder(tmp_path / "o.jsonl", reference="live", ranks=[0])
     (tmp_path / "there.jsonl").write_text("")
-    recorder, model = GradientRecorder(tmp_path / "there.jsonl", reference="live"), with_lora(llama())
+    recorder, model = (
+        GradientRecorder(tmp_path / "there.jsonl", reference="live"),
+        with_lora(llama()),
+    )
     with pytest.raises(UsageError, match="exists"):
         recorder.attach(model)
     (tmp_path / "there.jsonl").unlink()
     recorder.attach(model).close()
-    reference = lora_diag.subspaces(ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/lora_r4", ranks=[2])
+    reference = lora_diag.subspaces(
+        ROOT / "sample_checkpoints/base", ROOT / "sample_checkpoints/lora_r4", ranks=[2]
+    )
     with raises_naming(UsageError, "selected weight"):
         GradientRecorder(tmp_path / "o.jsonl", reference=reference).attach(llama())
 
@@ -364,7 +416,9 @@ def test_sharded_weights_are_refused(tmp_path):
 def train_one_of_two(job: dict) -> None:
     warnings.simplefilter("ignore")
     rank, folder = int(job["words"][0]), Path(job["cwd"])
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     model = nn.parallel.DistributedDataParallel(with_lora(llama(), modules_to_save=["lm_head"]))
     with GradientRecorder(folder / "g", every=1).attach(model) as recorder:
         model(**batch(rank + 1)).loss.backward()
@@ -374,8 +428,13 @@ def train_one_of_two(job: dict) -> None:
 
 
 def test_two_processes_record_gradient_of_whole_batch_once(tmp_path, server):
-    """DistributedDataParallel on gloo: a LoRA, an lm_head that is trained, each process with half of the batch."""
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo"}  # what the name of the machine resolves to may not answer
+    """DistributedDataParallel on gloo: a LoRA, an lm_head that is trained, each process with half
+    of the batch.
+    """
+    environment = {
+        **os.environ,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }  # what the name of the machine resolves to may not answer
     prepare = "tests.diagnostics.overlap.test_recorder:train_one_of_two"
 
     def run(rank: int):
@@ -386,7 +445,9 @@ def test_two_processes_record_gradient_of_whole_batch_once(tmp_path, server):
     with ThreadPoolExecutor(2) as both:
         for code, _, err in both.map(run, (0, 1)):
             assert code == 0, err
-    expected = record(with_lora(llama(), modules_to_save=["lm_head"]), accumulated, tmp_path / "one")
+    expected = record(
+        with_lora(llama(), modules_to_save=["lm_head"]), accumulated, tmp_path / "one"
+    )
     result = saved(tmp_path / "g", 0)
     assert set(result) == set(expected)
     for name, grad in expected.items():

@@ -1,4 +1,6 @@
-"""``overlap`` against NumPy float64 on real checkpoints, adapters and gradients; what is left out, and why."""
+"""``overlap`` against NumPy float64 on real checkpoints, adapters and gradients; what is left out,
+and why.
+"""
 
 import numpy as np
 import pytest
@@ -18,12 +20,21 @@ SAMPLES = ROOT / "sample_checkpoints"
 
 
 def load(folder):
-    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+    return {
+        name: value
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, value in load_file(file).items()
+    }
 
 
 def check(found, update, gradients, ranks_of):
     """Every record against the dense projections; every record there is."""
-    expected = {(layer, step, rank) for layer in update for step in gradients for rank in ranks_of(update[layer])}
+    expected = {
+        (layer, step, rank)
+        for layer in update
+        for step in gradients
+        for rank in ranks_of(update[layer])
+    }
     assert {(r.layer, r.step, r.rank) for r in found} == expected
     for record in found:
         gradient = as_numpy(gradients[record.step][record.layer])
@@ -44,7 +55,9 @@ def test_full_fine_tune_spectrum_equals_numpy(where):
         case = DATA / "cases" / "gradients"
         base, tuned, grads = case / "base", DATA / "cases" / "full-ft" / "merged", case / "grads"
     before, after = load(base), load(tuned)
-    gradients = {int(file.stem[-6:]): load_file(file) for file in sorted(grads.glob("*.safetensors"))}
+    gradients = {
+        int(file.stem[-6:]): load_file(file) for file in sorted(grads.glob("*.safetensors"))
+    }
     update = {k: as_numpy(after[k]) - as_numpy(before[k]) for k in before if before[k].ndim == 2}
     result = lora_diag.overlap(base, tuned, [grads], ranks=[3, 8])
     check(result, update, gradients, lambda delta: [3, 8])
@@ -58,7 +71,9 @@ def test_adapter_is_own_reference_at_its_rank():
     for key in adapter:
         if key.endswith("lora_A.weight"):
             name = key.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
-            update[name] = 2 * as_numpy(adapter[key.replace("lora_A", "lora_B")]) @ as_numpy(adapter[key])
+            update[name] = (
+                2 * as_numpy(adapter[key.replace("lora_A", "lora_B")]) @ as_numpy(adapter[key])
+            )
     gradients = {0: load_file(SAMPLES / "gradients" / "grad_step000000.safetensors")}
     path = [SAMPLES / "gradients" / "grad_step000000.safetensors"]
     result = lora_diag.overlap(SAMPLES / "base", SAMPLES / "lora_r4", path, ranks=[2, 16])
@@ -74,7 +89,9 @@ def model(tmp_path):
     """A small base, a fine-tune of it, and two gradients of every weight."""
     before, change = weights(1), weights(2)
     base = save_model(tmp_path / "base", before)
-    tuned = save_model(tmp_path / "tuned", {name: value + change[name] for name, value in before.items()})
+    tuned = save_model(
+        tmp_path / "tuned", {name: value + change[name] for name, value in before.items()}
+    )
     for step in (0, 10):
         save_step(tmp_path / "g" / f"{step}.safetensors", weights(step + 3), step)
     return base, tuned, tmp_path / "g"
@@ -91,7 +108,11 @@ def test_layers_without_gradient_are_named(model):
     without(grads / "10.safetensors", missing, "lm_head.weight")
     without(grads / "0.safetensors", "lm_head.weight", other=torch.ones(2, 2))
     result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
-    text = {item.layer: (item.reason, item.detail) for item in result.left_out if item.reason != "vector"}
+    text = {
+        item.layer: (item.reason, item.detail)
+        for item in result.left_out
+        if item.reason != "vector"
+    }
     assert text["lm_head.weight"][0] == text[missing][0] == "no_gradient"
     assert_names(text["lm_head.weight"][1], "2 steps")
     assert_names(text[missing][1], "step 10")
@@ -159,7 +180,9 @@ def test_ranks_beyond_layer_are_left_out_there(model):
 def test_gradient_equal_to_update_has_overlap_growing_to_one(model, tmp_path):
     base, tuned, _ = model
     before, after = load_file(base / "model.safetensors"), load_file(tuned / "model.safetensors")
-    save_step(tmp_path / "own" / "1.safetensors", {name: before[name] - after[name] for name in before})
+    save_step(
+        tmp_path / "own" / "1.safetensors", {name: before[name] - after[name] for name in before}
+    )
     result = lora_diag.overlap(base, tuned, [tmp_path / "own"], ranks=[1, 6, 12], layers="up_proj")
     by_rank = {record.rank: record for record in result if "layers.0" in record.layer}
     assert by_rank[12].kappa == pytest.approx(1, abs=1e-6)
@@ -174,7 +197,10 @@ def test_grown_vocabulary_is_measured_on_base_rows(model):
     head = torch.cat([after["lm_head.weight"], torch.ones(4, 12)])
     save_model(tuned, after | {"lm_head.weight": head})
     same = lora_diag.overlap(base, tuned, [grads], ranks=[2], layers="lm_head")
-    without(grads / "0.safetensors", **{"lm_head.weight": torch.cat([weights(3)["lm_head.weight"], torch.ones(4, 12)])})
+    without(
+        grads / "0.safetensors",
+        **{"lm_head.weight": torch.cat([weights(3)["lm_head.weight"], torch.ones(4, 12)])},
+    )
     without(grads / "10.safetensors", "lm_head.weight")
     grown = lora_diag.overlap(base, tuned, [grads], ranks=[2], layers="lm_head")
     assert grown.layers[0].kappa == same.layers[0].kappa
@@ -184,7 +210,10 @@ def test_grown_vocabulary_is_measured_on_base_rows(model):
 def test_gradients_of_another_shape_are_left_out(model):
     base, tuned, grads = model
     for step in (0, 10):
-        without(grads / f"{step}.safetensors", **{"model.layers.0.mlp.up_proj.weight": torch.ones(12, 12)})
+        without(
+            grads / f"{step}.safetensors",
+            **{"model.layers.0.mlp.up_proj.weight": torch.ones(12, 12)},
+        )
     result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
     (item,) = [item for item in result.left_out if item.reason == "no_gradient"]
     assert item.layer == "model.layers.0.mlp.up_proj.weight"
@@ -204,8 +233,13 @@ def test_nothing_in_common_is_an_error(model, tmp_path):
 
 def test_reference_below_rounding_floor_is_noted(tmp_path, model):
     base, _, grads = model
-    before = {name: value.to(torch.bfloat16) for name, value in load_file(base / "model.safetensors").items()}
-    after = {name: value + (weights(5)[name] * 3e-3).to(torch.bfloat16) for name, value in before.items()}
+    before = {
+        name: value.to(torch.bfloat16)
+        for name, value in load_file(base / "model.safetensors").items()
+    }
+    after = {
+        name: value + (weights(5)[name] * 3e-3).to(torch.bfloat16) for name, value in before.items()
+    }
     base, tuned = save_model(tmp_path / "b16", before), save_model(tmp_path / "t16", after)
     result = lora_diag.overlap(base, tuned, [grads], ranks=[2])
     assert "unresolved" in {record.verdict for record in result} <= {"unresolved", "floor-limited"}

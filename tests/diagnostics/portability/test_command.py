@@ -7,7 +7,12 @@ import pytest
 
 from lora_diag.adapters import open_adapter
 from lora_diag.adapters.contents import read_contents
-from lora_diag.diagnostics.portability.measure import choose_rules, estimate_bytes, make_tasks, portability
+from lora_diag.diagnostics.portability.measure import (
+    choose_rules,
+    estimate_bytes,
+    make_tasks,
+    portability,
+)
 from lora_diag.layers.task import LayerSettings
 from tests.adapters.making import adapter, base, normal, write
 from tests.messages import assert_names
@@ -27,7 +32,9 @@ def factors(ranks=(2, 2, 2, 2), rows=12):
 @pytest.fixture
 def patterned(tmp_path):
     """An adapter whose v_proj have an alpha of their own."""
-    return adapter(tmp_path, factors(), alpha_pattern={"v_proj": 6}, target_modules=["q_proj", "v_proj"])
+    return adapter(
+        tmp_path, factors(), alpha_pattern={"v_proj": 6}, target_modules=["q_proj", "v_proj"]
+    )
 
 
 def test_required_program_with_wrong_update_fails(patterned, run):
@@ -38,7 +45,9 @@ def test_required_program_with_wrong_update_fails(patterned, run):
     found = [record for record in ran.records if record["record"] == "portability"]
     result = {r["layer"]: (r["status"], r["scale"], r["intended"], r["epsilon"]) for r in found}
     assert result == {
-        f"{module}.weight": ("exact", 1.5, 1.5, 0.0) if "q_proj" in module else ("wrong", 1.5, 3.0, 0.5)
+        f"{module}.weight": ("exact", 1.5, 1.5, 0.0)
+        if "q_proj" in module
+        else ("wrong", 1.5, 3.0, 0.5)
         for module in MODULES
     }
 
@@ -59,7 +68,10 @@ def test_epsilon_equals_float64_matrices(tmp_path):
 
 def test_memory_of_update_formed_as_a_whole_is_counted(tmp_path):
     """By hand: of LoHa, 64·64 numbers of 8 bytes, and a factor of the product."""
-    tensors = {f"lora_unet_q.hada_{part}": normal(*((64, 2) if part[-1] == "a" else (2, 64))) for part in PARTS_OF_LOHA}
+    tensors = {
+        f"lora_unet_q.hada_{part}": normal(*((64, 2) if part[-1] == "a" else (2, 64)))
+        for part in PARTS_OF_LOHA
+    }
     path = write(tmp_path / "a.safetensors", tensors | {"lora_unet_q.alpha": np.array(2.0)})
     opened = open_adapter(path)
     contents = read_contents(opened)
@@ -73,7 +85,11 @@ def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):
     w, down, up = normal(6, 5), normal(2, 5, seed=1), normal(6, 2, seed=2)
     lengths = np.abs(normal(6, 1, seed=3)) + 1
     name = "lora_unet_block_to_q"
-    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.dora_scale": lengths}
+    tensors = {
+        f"{name}.lora_down.weight": down,
+        f"{name}.lora_up.weight": up,
+        f"{name}.dora_scale": lengths,
+    }
     tensors[f"{name}.alpha"] = np.array(1.0)
     write(tmp_path / "lora.safetensors", tensors)
     base(tmp_path, {"block.to_q.weight": w})
@@ -82,14 +98,19 @@ def test_dora_without_its_magnitudes_is_measured_with_the_base(tmp_path):
     v = w + plain
     whole = lengths * v / np.linalg.norm(v, axis=1, keepdims=True) - w
     assert record.status == "wrong"
-    assert record.epsilon == pytest.approx(np.linalg.norm(plain - whole) / np.linalg.norm(whole), rel=1e-5)
+    assert record.epsilon == pytest.approx(
+        np.linalg.norm(plain - whole) / np.linalg.norm(whole), rel=1e-5
+    )
     (alone,) = portability(tmp_path / "lora.safetensors", consumers=["kohya"])
     assert (alone.status, alone.epsilon, alone.fro) == ("wrong", None, None)
 
 
 def test_intended_scales_of_another_program(patterned):
     results = portability(patterned, consumers=["peft", "vllm==0.31"], intended="llamacpp")
-    assert {(r.consumer, r.status) for r in results if "v_proj" in r.layer} == {("peft", "wrong"), ("vllm", "exact")}
+    assert {(r.consumer, r.status) for r in results if "v_proj" in r.layer} == {
+        ("peft", "wrong"),
+        ("vllm", "exact"),
+    }
     assert {r.epsilon for r in results if r.consumer == "peft" and "v_proj" in r.layer} == {1.0}
 
 
@@ -100,7 +121,13 @@ def test_suggested_remedy_runs(tmp_path, run, form):
         adapter(tmp_path, factors() | lengths, use_dora=True, target_modules=["q_proj", "v_proj"])
     else:
         scales = {f"{module}.ia3_l": np.full((12, 1), 1.1) for module in MODULES}
-        adapter(tmp_path, scales, peft_type="IA3", target_modules=["q_proj", "v_proj"], feedforward_modules=[])
+        adapter(
+            tmp_path,
+            scales,
+            peft_type="IA3",
+            target_modules=["q_proj", "v_proj"],
+            feedforward_modules=[],
+        )
     base(tmp_path, {f"{module}.weight": normal(12, 12, seed=n) for n, module in enumerate(MODULES)})
     text = " ".join(run("portability", "adapter", "base").out.split())
     command = re.search(r"Next loradiag (.*?) \(", text)[1]
@@ -109,9 +136,16 @@ def test_suggested_remedy_runs(tmp_path, run, form):
 
 def test_weight_that_intended_program_drops(tmp_path):
     """SGLang skips an embedding that target_modules does not name; PEFT applies it."""
-    table = {"model.embed_tokens.lora_embedding_A": normal(2, 9), "model.embed_tokens.lora_embedding_B": normal(12, 2)}
+    table = {
+        "model.embed_tokens.lora_embedding_A": normal(2, 9),
+        "model.embed_tokens.lora_embedding_B": normal(12, 2),
+    }
     folder = adapter(tmp_path, factors() | table, target_modules=["q_proj", "v_proj"])
-    by_name = {r.consumer: r for r in portability(folder, consumers=["peft", "sglang"]) if "embed" in r.layer}
+    by_name = {
+        r.consumer: r
+        for r in portability(folder, consumers=["peft", "sglang"])
+        if "embed" in r.layer
+    }
     assert (by_name["sglang"].status, by_name["sglang"].epsilon) == ("dropped", 1.0)
     results = portability(folder, consumers=["peft", "sglang"], intended="sglang")
     by_name = {r.consumer: r for r in results if "embed" in r.layer}
@@ -171,7 +205,10 @@ def test_non_finite_entry_is_named(tmp_path, run):
 
 def test_names_equal_base(tmp_path):
     """kohya's underscores become the names of BASE, which alone tells them apart."""
-    tensors = {"lora_unet_a_b_to_q.lora_down.weight": normal(2, 5), "lora_unet_a_b_to_q.lora_up.weight": normal(6, 2)}
+    tensors = {
+        "lora_unet_a_b_to_q.lora_down.weight": normal(2, 5),
+        "lora_unet_a_b_to_q.lora_up.weight": normal(6, 2),
+    }
     write(tmp_path / "lora.safetensors", tensors)
     base(tmp_path, {"a.b.to_q.weight": normal(6, 5)})
     results = portability(tmp_path / "lora.safetensors", tmp_path / "base")
@@ -182,7 +219,9 @@ def test_names_equal_base(tmp_path):
 @pytest.mark.parametrize(("limit", "code"), [(0.01, 1), (0.6, 0)])
 def test_results_are_judged_by_a_gate_and_reported(patterned, tmp_path, run, limit, code):
     assert run("portability", "adapter", "-o", "p.jsonl").code == 0
-    (tmp_path / "gate.toml").write_text(f'[[rule]]\nname = "x"\nrequire = "portability.epsilon <= {limit}"\n')
+    (tmp_path / "gate.toml").write_text(
+        f'[[rule]]\nname = "x"\nrequire = "portability.epsilon <= {limit}"\n'
+    )
     assert run("gate", "gate.toml", "p.jsonl").code == code
     assert run("report", "p.jsonl", "-o", "report.html").code == 0
 
@@ -204,13 +243,20 @@ def test_stacked_experts_are_not_known_in_vllm(tmp_path, run, consumer, turned):
         f"{owner}.lora_B.weight": normal(sizes[1], experts * rank, seed=1),
     }
     query = "model.layers.0.self_attn.q_proj"
-    plain = {f"{query}.lora_A.weight": normal(rank, 8), f"{query}.lora_B.weight": normal(6, rank, seed=2)}
-    adapter(tmp_path, pair | plain, target_parameters=["experts.down_proj"], target_modules=["q_proj"])
+    plain = {
+        f"{query}.lora_A.weight": normal(rank, 8),
+        f"{query}.lora_B.weight": normal(6, rank, seed=2),
+    }
+    adapter(
+        tmp_path, pair | plain, target_parameters=["experts.down_proj"], target_modules=["q_proj"]
+    )
     ran = run("portability", "adapter", "--consumers", consumer, "--require", consumer, "--json")
     assert ran.code == 1
     found = [record for record in ran.records if record["record"] == "portability"]
     experts_found = [record for record in found if record["part"] == "experts"]
-    assert {(record["status"], record["epsilon"]) for record in experts_found} == {("unknown", None)}
+    assert {(record["status"], record["epsilon"]) for record in experts_found} == {
+        ("unknown", None)
+    }
     assert all("model class" in record["why"] for record in experts_found)
     assert {record["status"] for record in found if record["part"] == "factors"} == {"exact"}
     assert_names(run("portability", "adapter", "--consumers", consumer).out, "not known", "vLLM")

@@ -11,7 +11,9 @@ TYPES = ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
 
 
 def test_portability_cell_has_colour_of_its_status_and_epsilon():
-    """By hand: PEFT exact, vLLM wrong by 0.5 and 1 in q, dropping k, full in up; llama.cpp refuses."""
+    """By hand: PEFT exact, vLLM wrong by 0.5 and 1 in q, dropping k, full in up;
+    llama.cpp refuses.
+    """
     panels = plots.figure("portability", making.results(making.served(2, TYPES))).axes[:3]
     peft, vllm, llamacpp = (np.asarray(ax.images[0].get_array()) for ax in panels)
     exact, dropped, refused = (to_rgb(COLORS[name]) for name in ("exact", "dropped", "refused"))
@@ -28,7 +30,9 @@ def test_portability_cell_has_colour_of_its_status_and_epsilon():
 
 def test_portability_cell_of_experts_is_the_worst():
     records = making.served(
-        1, ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj"), programs=(("vllm", "1"), ("vllm", "2"))
+        1,
+        ("mlp.experts.0.up_proj", "mlp.experts.1.up_proj"),
+        programs=(("vllm", "1"), ("vllm", "2")),
     )
     panels = plots.figure("portability", making.results(records)).axes[:2]
     (one, two) = (np.asarray(ax.images[0].get_array()).reshape(-1, 3) for ax in panels)

@@ -20,7 +20,9 @@ RANKS = (2, 3, 5, 1)
 def patterned(tmp_path, **config):
     pattern = dict(zip(MODULES, RANKS, strict=True))
     tensors = factors(RANKS, rows=10)
-    return adapter(tmp_path, tensors, rank_pattern=pattern, target_modules=["q_proj", "v_proj"], **config)
+    return adapter(
+        tmp_path, tensors, rank_pattern=pattern, target_modules=["q_proj", "v_proj"], **config
+    )
 
 
 def assert_same_update(path, other, base=None, tolerance=1e-6):
@@ -31,7 +33,9 @@ def assert_same_update(path, other, base=None, tolerance=1e-6):
         close(after[layer], change, tolerance)
 
 
-@pytest.mark.parametrize("config", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 7}, "lora_alpha": 5}])
+@pytest.mark.parametrize(
+    "config", [{}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 7}, "lora_alpha": 5}]
+)
 def test_fixed_adapter_has_same_update_in_all_programs(tmp_path, config):
     folder = patterned(tmp_path, **config)
     results = make_portable(
@@ -61,7 +65,13 @@ def test_peft_applies_what_was_written(tmp_path):
         "embed.lora_embedding_A": normal(3, 7),
         "embed.lora_embedding_B": normal(6, 3),
     }
-    folder = adapter(tmp_path, tensors, rank_pattern={"embed": 3}, target_modules=["q_proj", "embed"], use_rslora=True)
+    folder = adapter(
+        tmp_path,
+        tensors,
+        rank_pattern={"embed": 3},
+        target_modules=["q_proj", "embed"],
+        use_rslora=True,
+    )
     make_portable(folder, tmp_path / "out")
     merged = []
     for path in (folder, tmp_path / "out"):
@@ -83,7 +93,9 @@ def test_half_precision_is_kept_where_folding_is_exact(tmp_path):
     for alpha, dtype in ((None, "float32"), (4, "bfloat16")):
         save_file(halves, path)
         config = json.loads((folder / "adapter_config.json").read_text())
-        pattern = {module: 2 * rank for module, rank in zip(MODULES, RANKS, strict=True)} if alpha else {}
+        pattern = (
+            {module: 2 * rank for module, rank in zip(MODULES, RANKS, strict=True)} if alpha else {}
+        )
         (folder / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": pattern}))
         results = make_portable(folder, tmp_path / dtype)
         assert results.run.settings["fixed"]["dtype"] == dtype
@@ -103,7 +115,12 @@ def truncated(x, rank=2):
 @pytest.mark.parametrize(("variant", "turned"), [("dora", False), ("dora", True), ("pissa", True)])
 def test_adapter_beyond_factors_becomes_the_nearest_lora(tmp_path, variant, turned):
     """Also of a square weight that is stored in × out."""
-    w, a, b, m = normal(6, 6), normal(2, 6, seed=1), normal(6, 2, seed=2), np.abs(normal(6, seed=3)) + 1
+    w, a, b, m = (
+        normal(6, 6),
+        normal(2, 6, seed=1),
+        normal(6, 2, seed=2),
+        np.abs(normal(6, seed=3)) + 1,
+    )
     tensors, config = {"q.lora_A.weight": a, "q.lora_B.weight": b}, {"init_lora_weights": "pissa"}
     whole = best = 1.5 * b @ a - truncated(w)
     if variant == "dora":
@@ -112,7 +129,9 @@ def test_adapter_beyond_factors_becomes_the_nearest_lora(tmp_path, variant, turn
         best = truncated(whole)
     folder = adapter(tmp_path, tensors, target_modules=["q"], fan_in_fan_out=turned, **config)
     base(tmp_path, {"q.weight": w.T if turned else w})
-    for options, message in (((tmp_path / "base",), "dora-to-lora"), ((), "give BASE")) if variant == "dora" else ():
+    for options, message in (
+        (((tmp_path / "base",), "dora-to-lora"), ((), "give BASE")) if variant == "dora" else ()
+    ):
         with pytest.raises(InputError, match=message):
             make_portable(folder, tmp_path / "out", *options, dora_to_lora=not options)
     results = make_portable(folder, tmp_path / "out", tmp_path / "base", dora_to_lora=True)
@@ -124,7 +143,9 @@ def test_adapter_beyond_factors_becomes_the_nearest_lora(tmp_path, variant, turn
 
 
 def test_update_with_changed_copy_states_its_error(tmp_path):
-    """A saved copy of the weight that differs from BASE adds a difference of full rank to PiSSA's update."""
+    """A saved copy of the weight that differs from BASE adds a difference of full rank to PiSSA's
+    update.
+    """
     w, copy, a, b = normal(6, 6), normal(6, 6, seed=9), normal(2, 6, seed=1), normal(6, 2, seed=2)
     tensors = {"q.lora_A.weight": a, "q.lora_B.weight": b, "q.base_layer.weight": copy}
     folder = adapter(tmp_path, tensors, target_modules=["q"], init_lora_weights="pissa")
@@ -134,7 +155,10 @@ def test_update_with_changed_copy_states_its_error(tmp_path):
     after, _ = changes(tmp_path / "out", None)
     epsilon = np.linalg.norm(after["q.weight"] - whole) / np.linalg.norm(whole)
     assert epsilon > 0.1
-    assert (fixed["truncated"], fixed["epsilon"]) == ({"q.weight": pytest.approx(epsilon)}, pytest.approx(epsilon))
+    assert (fixed["truncated"], fixed["epsilon"]) == (
+        {"q.weight": pytest.approx(epsilon)},
+        pytest.approx(epsilon),
+    )
 
 
 def test_unmatched_weights_are_named_and_left_out_if_allowed(tmp_path, loradiag):
@@ -150,7 +174,9 @@ def test_unmatched_weights_are_named_and_left_out_if_allowed(tmp_path, loradiag)
     assert "q.bias: a bias" in ran.err
     assert_names(ran.err, "head.weight")
     assert not (tmp_path / "out").exists()
-    ran = loradiag("portability", "adapter", "--fix", "--leave-out", "-o", "out", "--require", "vllm")
+    ran = loradiag(
+        "portability", "adapter", "--fix", "--leave-out", "-o", "out", "--require", "vllm"
+    )
     assert ran.code == 0
     assert "left out" in ran.out
 
@@ -175,7 +201,9 @@ def image_adapter(tmp_path):
 @pytest.mark.parametrize("form", ["kohya", "diffusers", "peft"])
 def test_image_adapters_are_written_in_each_layout(tmp_path, form):
     folder, file = image_base(tmp_path), image_adapter(tmp_path)
-    results = make_portable(file, tmp_path / "out", folder, form=form, consumers=["peft"] if form == "peft" else ())
+    results = make_portable(
+        file, tmp_path / "out", folder, form=form, consumers=["peft"] if form == "peft" else ()
+    )
     assert {record.status for record in results} == {"exact"}
     assert_same_update(tmp_path / "out", file, folder)
     repeated = make_portable(tmp_path / "out", tmp_path / "again", folder, form="kohya")
@@ -183,7 +211,9 @@ def test_image_adapters_are_written_in_each_layout(tmp_path, form):
     assert_same_update(tmp_path / "again", file, folder)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed"
+)
 def test_diffusers_loads_adapter_of_scale_1(tmp_path):
     from diffusers.utils.peft_utils import get_peft_kwargs
 
@@ -193,11 +223,18 @@ def test_diffusers_loads_adapter_of_scale_1(tmp_path):
     state = {name.removeprefix("unet."): value for name, value in tensors.items()}
     ranks = {name: value.shape[1] for name, value in state.items() if "lora_B" in name}
     result = get_peft_kwargs(ranks, None, state)
-    assert (result["r"], result["lora_alpha"], result["rank_pattern"], result["alpha_pattern"]) == (3, 3, {}, {})
+    assert (result["r"], result["lora_alpha"], result["rank_pattern"], result["alpha_pattern"]) == (
+        3,
+        3,
+        {},
+        {},
+    )
     assert set(result["target_modules"]) == {"down_blocks.0.attn.to_q", "mid_block.conv"}
 
 
-@pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("diffusers") is None, reason="diffusers is not installed"
+)
 def test_diffusers_converts_kohya_output(tmp_path):
     """Its converter of kohya files finds both factors and α = r under the module of the U-Net."""
     torch = pytest.importorskip("torch")
@@ -205,11 +242,19 @@ def test_diffusers_converts_kohya_output(tmp_path):
     from safetensors.torch import load_file as load
 
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    folder = base(tmp_path, {f"{module}.weight": normal(6, 5)}, {"_class_name": "UNet2DConditionModel"})
+    folder = base(
+        tmp_path, {f"{module}.weight": normal(6, 5)}, {"_class_name": "UNet2DConditionModel"}
+    )
     a, b = normal(2, 5), normal(6, 2)
-    adapter(tmp_path, {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b}, target_modules=["to_q"])
+    adapter(
+        tmp_path,
+        {f"{module}.lora_A.weight": a, f"{module}.lora_B.weight": b},
+        target_modules=["to_q"],
+    )
     make_portable(tmp_path / "adapter", tmp_path / "out", folder, form="kohya")
-    state, alphas = _convert_non_diffusers_lora_to_diffusers(load(tmp_path / "out" / "lora.safetensors"))
+    state, alphas = _convert_non_diffusers_lora_to_diffusers(
+        load(tmp_path / "out" / "lora.safetensors")
+    )
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
     assert set(state) == {f"{key}.down.weight", f"{key}.up.weight"}
     close((state[f"{key}.up.weight"] @ state[f"{key}.down.weight"]).double().numpy(), 1.5 * b @ a)
@@ -230,22 +275,39 @@ def test_mlx_layout_round_trip(tmp_path):
 LLAMA = {"model_type": "llama", "num_attention_heads": 2}
 TABLE, HEAD = "model.embed_tokens", "lm_head"
 TABLES = {
-    TABLE: {f"{TABLE}.lora_embedding_A": normal(2, 9, seed=1), f"{TABLE}.lora_embedding_B": normal(6, 2, seed=2)},
-    HEAD: {f"{HEAD}.lora_A.weight": normal(2, 6, seed=3), f"{HEAD}.lora_B.weight": normal(9, 2, seed=4)},
+    TABLE: {
+        f"{TABLE}.lora_embedding_A": normal(2, 9, seed=1),
+        f"{TABLE}.lora_embedding_B": normal(6, 2, seed=2),
+    },
+    HEAD: {
+        f"{HEAD}.lora_A.weight": normal(2, 6, seed=3),
+        f"{HEAD}.lora_B.weight": normal(9, 2, seed=4),
+    },
 }
-PLAIN = {"model.norm_proj.lora_A.weight": normal(2, 6, seed=5), "model.norm_proj.lora_B.weight": normal(6, 2, seed=6)}
+PLAIN = {
+    "model.norm_proj.lora_A.weight": normal(2, 6, seed=5),
+    "model.norm_proj.lora_B.weight": normal(6, 2, seed=6),
+}
 
 
 def vocabulary_adapter(tmp_path, module, tied):
-    """Write a model of an embedding, a layer and perhaps a head of its own, and a LoRA of the layer and one table."""
+    """Write a model of an embedding, a layer and perhaps a head of its own, and a LoRA of the layer
+    and one table.
+    """
     stored = {f"{TABLE}.weight": normal(9, 6), "model.norm_proj.weight": normal(6, 6)}
     config = LLAMA | {"tie_word_embeddings": tied}
-    folder = base(tmp_path, stored | ({} if tied else {f"{HEAD}.weight": normal(9, 6, seed=8)}), config)
-    return folder, adapter(tmp_path, PLAIN | TABLES[module], target_modules=["norm_proj", module.split(".")[-1]])
+    folder = base(
+        tmp_path, stored | ({} if tied else {f"{HEAD}.weight": normal(9, 6, seed=8)}), config
+    )
+    return folder, adapter(
+        tmp_path, PLAIN | TABLES[module], target_modules=["norm_proj", module.split(".")[-1]]
+    )
 
 
 def test_mlx_embedding_has_the_shapes_of_its_layer(tmp_path):
-    """Of ``LoRAEmbedding``: ``lora_a`` (vocab, r) and ``lora_b`` (r, dim), ΔW = scale·a·b; ``LoRALinear`` is turned."""
+    """Of ``LoRAEmbedding``: ``lora_a`` (vocab, r) and ``lora_b`` (r, dim), ΔW = scale·a·b;
+    ``LoRALinear`` is turned.
+    """
     folder, path = vocabulary_adapter(tmp_path, TABLE, tied=False)
     make_portable(path, tmp_path / "mlx", folder, form="mlx")
     tensors = load_file(tmp_path / "mlx/adapters.safetensors")
@@ -259,18 +321,30 @@ def test_mlx_embedding_has_the_shapes_of_its_layer(tmp_path):
     alone, _ = changes(tmp_path / "mlx", None)
     close(alone[f"{TABLE}.weight"], expected, 1e-6)
     make_portable(tmp_path / "mlx", tmp_path / "peft", folder, form="peft")
-    names = {name.removeprefix("base_model.model.") for name in load_file(tmp_path / "peft/adapter_model.safetensors")}
-    assert names == {*PLAIN, *table}  # names that PEFT loads: it skips ``embed_tokens.lora_A.weight`` silently
+    names = {
+        name.removeprefix("base_model.model.")
+        for name in load_file(tmp_path / "peft/adapter_model.safetensors")
+    }
+    assert names == {
+        *PLAIN,
+        *table,
+    }  # names that PEFT loads: it skips ``embed_tokens.lora_A.weight`` silently
 
 
 @pytest.mark.parametrize("form", ["gguf", "mlx"])
 @pytest.mark.parametrize("module", [TABLE, HEAD])
 def test_update_of_tied_table_is_not_written(tmp_path, module, form):
-    """As run: llama.cpp aborts or refuses it; mlx-lm refuses the head, and applies the embedding's to the head."""
+    """As run: llama.cpp aborts or refuses it; mlx-lm refuses the head, and applies the embedding's
+    to the head.
+    """
     folder, path = vocabulary_adapter(tmp_path, module, tied=True)
     with raises_naming(InputError, f"{module}.weight", "tied"):
         make_portable(path, tmp_path / "out", folder, form=form)
-    results = make_portable(path, tmp_path / "out", folder, form=form, leave_out=True) if form == "mlx" else None
+    results = (
+        make_portable(path, tmp_path / "out", folder, form=form, leave_out=True)
+        if form == "mlx"
+        else None
+    )
     assert results is None or {record.layer for record in results} == {"model.norm_proj.weight"}
 
 
@@ -291,7 +365,8 @@ def test_tied_rules_are_judged_with_base(tmp_path, loradiag, module):
     (folder / "config.json").write_text(json.dumps(config))
     write(
         folder / "model.safetensors",
-        {n: normal(9, 6) for n in (f"{TABLE}.weight", f"{HEAD}.weight")} | {"model.norm_proj.weight": normal(6, 6)},
+        {n: normal(9, 6) for n in (f"{TABLE}.weight", f"{HEAD}.weight")}
+        | {"model.norm_proj.weight": normal(6, 6)},
     )
     assert statuses(path, folder) == {"exact"}
     assert loradiag("portability", path, folder, "--require", "llamacpp").code == 0
@@ -308,7 +383,8 @@ def test_mlx_embedding_needs_base_to_become_peft(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [("--format", "peft"), ("--leave-out",), ("--fix",), ("--fix", "-o", "out", "--layers", "q")]
+    "words",
+    [("--format", "peft"), ("--leave-out",), ("--fix",), ("--fix", "-o", "out", "--layers", "q")],
 )
 def test_write_options_require_each_other(tmp_path, loradiag, words):
     patterned(tmp_path)
@@ -317,7 +393,9 @@ def test_write_options_require_each_other(tmp_path, loradiag, words):
 
 
 def test_extract_writes_unequal_ranks_portably(tmp_path, loradiag):
-    """One rank in the file, the ranks that were asked for in the records, and the same update as without the option."""
+    """One rank in the file, the ranks that were asked for in the records, and the same update as
+    without the option.
+    """
     before = {f"{module}.weight": normal(10, 12, seed=n) for n, module in enumerate(MODULES)}
     after = {
         name: weight + normal(10, rank, seed=5) @ normal(rank, 12, seed=6)
@@ -329,9 +407,18 @@ def test_extract_writes_unequal_ranks_portably(tmp_path, loradiag):
         ran = loradiag("extract", "base", "tuned", "--energy", "0.999999", "-o", output, *options)
         assert ran.code == 0, ran.err
     config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
-    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (
+        5,
+        5,
+        {},
+        {},
+    )
     assert {record.status for record in portability(tmp_path / "one")} == {"exact"}
-    assert {record.status for record in portability(tmp_path / "plain", consumers=["llamacpp"])} >= {"wrong"}
+    assert {
+        record.status for record in portability(tmp_path / "plain", consumers=["llamacpp"])
+    } >= {"wrong"}
     assert_same_update(tmp_path / "one", tmp_path / "plain", tolerance=1e-9)
-    ran = loradiag("extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--unfactored", "save")
+    ran = loradiag(
+        "extract", "base", "tuned", "--rank", "2", "-o", "no", "--portable", "--unfactored", "save"
+    )
     assert ran.code == 2

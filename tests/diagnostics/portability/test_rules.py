@@ -1,4 +1,6 @@
-"""The rules of consumers against shared truths, against the consumers' own code, and against formulas written anew."""
+"""The rules of consumers against shared truths, against the consumers' own code, and against
+formulas written anew.
+"""
 
 import importlib.util
 import json
@@ -35,8 +37,12 @@ HAS_DIFFUSERS = importlib.util.find_spec("diffusers") is not None
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.name)
 def test_rules_agree_with_the_truth_of_each_case(case):
     truth = json.loads((case / "truth.json").read_text())
-    known = [name for name in truth["_consumers"] if truth["_consumers"][name]["verdict"] != "unknown"]
-    results = portability(case / "adapter", case / "base", consumers=[NAMES[name] for name in known])
+    known = [
+        name for name in truth["_consumers"] if truth["_consumers"][name]["verdict"] != "unknown"
+    ]
+    results = portability(
+        case / "adapter", case / "base", consumers=[NAMES[name] for name in known]
+    )
     result = {(record.layer, record.consumer, record.version): record for record in results}
     for layer in (name for name in truth if not name.startswith("_")):
         for name in known:
@@ -66,7 +72,9 @@ def item_of(module, rank, scale, alpha=None, kind="factors"):
 
 @st.composite
 def adapters(draw):
-    """A PEFT config with patterns, and the rank and α of each module by PEFT's rule, written anew."""
+    """A PEFT config with patterns, and the rank and α of each module by PEFT's rule,
+    written anew.
+    """
     modules = [f"model.layers.{n}.self_attn.{leaf}" for n in (1, 11) for leaf in LEAVES]
     keys = st.sampled_from([*LEAVES, *modules, "layers.1.self_attn.q_proj", "1.self_attn.k_proj"])
     numbers = st.integers(1, 64)
@@ -88,7 +96,9 @@ def adapters(draw):
         return default
 
     ranks = {module: value(config["rank_pattern"], module, config["r"]) for module in modules}
-    alphas = {module: value(config["alpha_pattern"], module, config["lora_alpha"]) for module in modules}
+    alphas = {
+        module: value(config["alpha_pattern"], module, config["lora_alpha"]) for module in modules
+    }
     power = 0.5 if config["use_rslora"] else 1.0
     scales = {module: alphas[module] / ranks[module] ** power for module in modules}
     items = tuple(item_of(module, ranks[module], scales[module]) for module in modules)
@@ -110,7 +120,9 @@ def test_llamacpp_divides_one_alpha_by_each_rank(drawn):
     expected = {module: contents.config["lora_alpha"] / rank for module, rank in ranks.items()}
     assert applied("llamacpp", contents) == pytest.approx(expected)
     without = replace(contents, config={**contents.config, "lora_alpha": 0})
-    assert set(applied("llamacpp", without).values()) == {1.0}  # α = 0 means no scale there, and no update in PEFT
+    assert set(applied("llamacpp", without).values()) == {
+        1.0
+    }  # α = 0 means no scale there, and no update in PEFT
 
 
 @given(adapters())
@@ -136,16 +148,25 @@ def test_vllm_reads_patterns_since_0_32(drawn):
 
 @given(adapters())
 def test_old_peft_needs_a_dot_before_a_key(drawn):
-    """0.14, as read: a key is found where some name and a dot stand before it; a whole name only by itself."""
+    """0.14, as read: a key is found where some name and a dot stand before it; a whole name only by
+    itself.
+    """
     contents, ranks, _ = drawn
     config = contents.config
 
     def old(table, module, default):
-        hits = [number for key, number in table.items() if re.fullmatch(rf".+\.{re.escape(key)}", module)]
+        hits = [
+            number
+            for key, number in table.items()
+            if re.fullmatch(rf".+\.{re.escape(key)}", module)
+        ]
         return hits[0] if hits else table.get(module, default)
 
     settings = {
-        module: (old(config["rank_pattern"], module, config["r"]), old(config["alpha_pattern"], module, None))
+        module: (
+            old(config["rank_pattern"], module, config["r"]),
+            old(config["alpha_pattern"], module, None),
+        )
         for module in ranks
     }
     result = applied("peft==0.14", contents)
@@ -155,13 +176,17 @@ def test_old_peft_needs_a_dot_before_a_key(drawn):
         power = 0.5 if config["use_rslora"] else 1.0
         for module, rank in ranks.items():
             alpha = settings[module][1]
-            assert result[module] == pytest.approx((config["lora_alpha"] if alpha is None else alpha) / rank**power)
+            assert result[module] == pytest.approx(
+                (config["lora_alpha"] if alpha is None else alpha) / rank**power
+            )
 
 
 @pytest.mark.parametrize(("version", "does"), [("0.14.0", "dropped"), ("0.15.0", "full")])
 def test_peft_0_14_does_not_read_token_rows(version, does):
     item = Item("embed_tokens.weight", "embed_tokens", "rows")
-    assert CONSUMERS["peft"].find_rule(version).applies(Contents("peft", (item,)), item).does == does
+    assert (
+        CONSUMERS["peft"].find_rule(version).applies(Contents("peft", (item,)), item).does == does
+    )
 
 
 def test_peft_before_0_14_refuses_configs_with_later_fields():
@@ -176,7 +201,9 @@ def test_peft_before_0_14_refuses_configs_with_later_fields():
 def test_vllm_refuses_saved_modules_however_they_are_written(saved):
     contents = FEATURES["one rank, one alpha"]
     assert isinstance(applied("vllm==0.33.0", contents), dict)
-    reason = applied("vllm==0.33.0", replace(contents, config={**contents.config, "modules_to_save": saved}))
+    reason = applied(
+        "vllm==0.33.0", replace(contents, config={**contents.config, "modules_to_save": saved})
+    )
     assert str(saved).strip("[]'") in reason
 
 
@@ -185,8 +212,13 @@ def test_peft_itself_gives_the_intended_scales():
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
 
     def make_model():
-        blocks = [OrderedDict((name, torch.nn.Linear(8, 8)) for name in ("q_proj", "v_proj")) for _ in range(2)]
-        return torch.nn.Sequential(OrderedDict(layers=torch.nn.Sequential(*map(torch.nn.Sequential, blocks))))
+        blocks = [
+            OrderedDict((name, torch.nn.Linear(8, 8)) for name in ("q_proj", "v_proj"))
+            for _ in range(2)
+        ]
+        return torch.nn.Sequential(
+            OrderedDict(layers=torch.nn.Sequential(*map(torch.nn.Sequential, blocks)))
+        )
 
     for rslora in (False, True):
         config = {
@@ -196,7 +228,9 @@ def test_peft_itself_gives_the_intended_scales():
             "rank_pattern": {"layers.1.q_proj": 2},
             "alpha_pattern": {"v_proj": 5, "^layers.0.q_proj": 7},
         }
-        model = peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **config))
+        model = peft.get_peft_model(
+            make_model(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], **config)
+        )
         contents = contents_of_peft(model, config)
         scales = {
             name.removeprefix("base_model.model."): module.scaling["default"]
@@ -234,10 +268,15 @@ def test_diffusers_scales_equal_its_own_function(modules):
 
     keys = [f"transformer.block{n}.to_q" for n in range(len(modules))]
     ranks = {f"{key}.lora_B.weight": rank for key, (rank, _) in zip(keys, modules, strict=True)}
-    alphas = {f"{key}.alpha": alpha for key, (_, alpha) in zip(keys, modules, strict=True) if alpha is not None}
+    alphas = {
+        f"{key}.alpha": alpha
+        for key, (_, alpha) in zip(keys, modules, strict=True)
+        if alpha is not None
+    }
     result = get_peft_kwargs(ranks, alphas or None, dict.fromkeys(ranks))
     items = tuple(
-        item_of(key, rank, (alpha or rank) / rank, alpha) for key, (rank, alpha) in zip(keys, modules, strict=True)
+        item_of(key, rank, (alpha or rank) / rank, alpha)
+        for key, (rank, alpha) in zip(keys, modules, strict=True)
     )
     ours = applied(f"diffusers=={diffusers.__version__}", Contents("diffusers", items))
     for key, (rank, _) in zip(keys, modules, strict=True):
@@ -256,7 +295,11 @@ KOHYA_LAYERS = (
 
 
 @pytest.mark.skipif(not HAS_DIFFUSERS, reason="diffusers is not installed")
-@given(st.lists(st.sampled_from([2.0, 4.0, 6.0]), min_size=len(KOHYA_LAYERS), max_size=len(KOHYA_LAYERS)))
+@given(
+    st.lists(
+        st.sampled_from([2.0, 4.0, 6.0]), min_size=len(KOHYA_LAYERS), max_size=len(KOHYA_LAYERS)
+    )
+)
 def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
     """Its conversion of kohya's names, and PEFT's rule for the α that it makes of them."""
     import torch
@@ -270,22 +313,36 @@ def test_diffusers_alphas_of_unet_equal_its_own_functions(alphas):
         tensors[f"{name}.lora_down.weight"] = tensors[f"{name}.lora_up.weight"] = torch.zeros(4, 4)
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
     converted, found = _convert_non_diffusers_lora_to_diffusers(tensors)
-    state = convert_unet_state_dict_to_peft({key.removeprefix("unet."): tensor for key, tensor in converted.items()})
-    modules = [key.removesuffix(".lora_B.weight") for key in state if key.endswith(".lora_B.weight")]
+    state = convert_unet_state_dict_to_peft(
+        {key.removeprefix("unet."): tensor for key, tensor in converted.items()}
+    )
+    modules = [
+        key.removesuffix(".lora_B.weight") for key in state if key.endswith(".lora_B.weight")
+    ]
     ranks = {f"^{module}.lora_B.weight": 4 for module in modules}
-    result = get_peft_kwargs(ranks, {key.removeprefix("unet."): alpha for key, alpha in found.items()}, state)
+    result = get_peft_kwargs(
+        ranks, {key.removeprefix("unet."): alpha for key, alpha in found.items()}, state
+    )
     ours = applied("diffusers", Contents("kohya", tuple(items)))
     assert len(modules) == len(items)
     for item, module in zip(items, modules, strict=True):
         assert module.replace(".", "_") == item.module.removeprefix("lora_unet_")
-        assert ours[item.module] == pytest.approx(result["alpha_pattern"].get(module, result["lora_alpha"]) / 4)
+        assert ours[item.module] == pytest.approx(
+            result["alpha_pattern"].get(module, result["lora_alpha"]) / 4
+        )
 
 
 ENCODERS = [
-    [f"lora_te{n}_text_model_encoder_layers_0_{leaf}" for leaf in ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1")]
+    [
+        f"lora_te{n}_text_model_encoder_layers_0_{leaf}"
+        for leaf in ("self_attn_q_proj", "self_attn_out_proj", "mlp_fc1")
+    ]
     for n in (1, 2)
 ]
-TRANSFORMERS = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transformer_blocks_0_attn_to_q")
+TRANSFORMERS = (
+    "lora_unet_double_blocks_0_img_attn_proj",
+    "lora_unet_transformer_blocks_0_attn_to_q",
+)
 
 
 @pytest.mark.parametrize(
@@ -294,12 +351,20 @@ TRANSFORMERS = ("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_transforme
         ("diffusers", TRANSFORMERS, 4, (2.0, 8.0), [0.5, 2.0]),
         ("diffusers", ENCODERS[0], 4, (8.0, 8.0, 2.0), [2.0, 2.0, 2.0]),
         ("diffusers", ENCODERS[1], 4, (8.0, 8.0, 2.0), [2.0, 2.0, 0.5]),
-        ("kohya", ("lora_unet_0", "lora_unet_1", "lora_unet_2"), 8, (None, 0.0, 2.0), [1.0, 1.0, 0.25]),
+        (
+            "kohya",
+            ("lora_unet_0", "lora_unet_1", "lora_unet_2"),
+            8,
+            (None, 0.0, 2.0),
+            [1.0, 1.0, 0.25],
+        ),
     ],
 )
 def test_alphas_of_kohya_files_are_read(consumer, names, rank, alphas, scales):
     """Also where α is missing: it is the rank."""
-    items = tuple(item_of(name, rank, 1.0, alpha) for name, alpha in zip(names, alphas, strict=True))
+    items = tuple(
+        item_of(name, rank, 1.0, alpha) for name, alpha in zip(names, alphas, strict=True)
+    )
     assert list(applied(consumer, Contents("kohya", items)).values()) == scales
 
 
@@ -317,7 +382,13 @@ ENCODER = "text_encoder.text_model.encoder.layers.0"
         ("diffusers", f"{ENCODER}.mlp.fc1", "lora_linear_layer.up", None, ""),
         ("diffusers", f"{ENCODER}.self_attn.to_q_lora", "up", None, "recognized"),
         ("diffusers", f"{ENCODER}.self_attn.to_out_lora", "up", None, ""),
-        ("kohya", "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_up", 8.0, "recognized"),
+        (
+            "kohya",
+            "lora_te_text_model_encoder_layers_0_self_attn_q_proj",
+            "lora_up",
+            8.0,
+            "recognized",
+        ),
         ("kohya", "lora_te1_text_model_encoder_layers_0_self_attn_out_proj", "lora_up", 8.0, ""),
         ("kohya", "lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_up", 8.0, ""),
     ],
@@ -333,9 +404,21 @@ def test_diffusers_refuses_what_its_loader_does_not_name(form, module, up, alpha
     ("form", "names", "does"),
     [
         ("kohya", ("self_attn_q_proj.lora_up", "mlp_fc1.lora_up"), ["dropped", "applied"]),
-        ("kohya", ("self_attn_q_proj.lora_up", "self_attn_out_proj.lora_up"), ["applied", "applied"]),
-        ("diffusers", ("self_attn.to_v_lora.up", "mlp.fc1.lora_linear_layer.up"), ["dropped", "applied"]),
-        ("diffusers", ("self_attn.to_v_lora.up", "self_attn.to_out_lora.up"), ["applied", "applied"]),
+        (
+            "kohya",
+            ("self_attn_q_proj.lora_up", "self_attn_out_proj.lora_up"),
+            ["applied", "applied"],
+        ),
+        (
+            "diffusers",
+            ("self_attn.to_v_lora.up", "mlp.fc1.lora_linear_layer.up"),
+            ["dropped", "applied"],
+        ),
+        (
+            "diffusers",
+            ("self_attn.to_v_lora.up", "self_attn.to_out_lora.up"),
+            ["applied", "applied"],
+        ),
         ("diffusers", ("self_attn.q_proj.lora_B", "mlp.fc1.lora_B"), ["applied", "applied"]),
     ],
 )
@@ -343,7 +426,9 @@ def test_diffusers_drops_old_projections_without_an_output(form, names, does):
     """Run with diffusers 0.42.1 and transformers 5: ``_load_lora_into_text_encoder``."""
     start = f"{ENCODER}." if form == "diffusers" else "lora_te_text_model_encoder_layers_0_"
     keys = [f"{start}{name}.weight" for name in names]
-    contents = Contents(form, tuple(Item(key, key.rsplit(".", 3)[0], "factors", key, 4, 1.0, None) for key in keys))
+    contents = Contents(
+        form, tuple(Item(key, key.rsplit(".", 3)[0], "factors", key, 4, 1.0, None) for key in keys)
+    )
     rule = CONSUMERS["diffusers"].rules[0]
     assert rule.refuses(contents) == ""
     assert [rule.applies(contents, item).does for item in contents.items] == does
@@ -356,7 +441,8 @@ def test_diffusers_deletes_the_magnitudes_of_kohya(form, does):
 
 
 @pytest.mark.parametrize(
-    ("version", "mixed"), [("0.42", {16: 1.0, 4: 1.0}), ("0.40", {16: 1.0, 4: 1.0}), ("0.36", {16: 1.0, 4: 4.0})]
+    ("version", "mixed"),
+    [("0.42", {16: 1.0, 4: 1.0}), ("0.40", {16: 1.0, 4: 1.0}), ("0.36", {16: 1.0, 4: 4.0})],
 )
 def test_diffusers_before_0_40_uses_first_rank_as_alpha(version, mixed):
     contents = FEATURES["no alpha, unequal ranks"]
@@ -370,7 +456,9 @@ def test_mlx_refuses_config_without_sizes_of_its_layers():
     assert applied("mlx", Contents("mlx", (item,), whole)) == {"layers.0.q": 2.0}
     short = {"num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2.0}}
     assert "dropout" in applied("mlx", Contents("mlx", (item,), short))
-    assert "num_layers" in applied("mlx", Contents("mlx", (item,), {"lora_parameters": whole["lora_parameters"]}))
+    assert "num_layers" in applied(
+        "mlx", Contents("mlx", (item,), {"lora_parameters": whole["lora_parameters"]})
+    )
 
 
 @pytest.mark.parametrize(
@@ -378,17 +466,33 @@ def test_mlx_refuses_config_without_sizes_of_its_layers():
     [
         ("model.layers.1.self_attn.q_proj", {"num_layers": 3}, ""),
         ("model.layers.1.self_attn.q_proj", {"num_layers": -1}, ""),
-        ("model.layers.1.self_attn.q_proj", {"num_layers": 2}, "model.layers.1.self_attn.q_proj num_layers"),
+        (
+            "model.layers.1.self_attn.q_proj",
+            {"num_layers": 2},
+            "model.layers.1.self_attn.q_proj num_layers",
+        ),
         ("model.layers.1.self_attn.q_proj", {"keys": ["self_attn.q_proj"]}, ""),
-        ("model.layers.1.mlp.up_proj", {"keys": ["self_attn.q_proj"]}, "model.layers.1.mlp.up_proj keys"),
-        ("model.layers.1.mlp.up_proj", {"keys": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]}, ""),
+        (
+            "model.layers.1.mlp.up_proj",
+            {"keys": ["self_attn.q_proj"]},
+            "model.layers.1.mlp.up_proj keys",
+        ),
+        (
+            "model.layers.1.mlp.up_proj",
+            {"keys": ["self_attn.q_proj", "model.layers.1.mlp.up_proj"]},
+            "",
+        ),
         ("model.embed_tokens", {"keys": ["self_attn.q_proj", "model.embed_tokens"]}, ""),
         ("model.embed_tokens", {}, "model.embed_tokens keys"),
     ],
 )
 def test_mlx_refuses_factors_without_a_layer(module, config, problem):
-    """``linear_to_lora_layers`` makes layers in the last blocks, of the modules that ``keys`` names."""
-    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0} | {key: config[key] for key in config if key == "keys"}
+    """``linear_to_lora_layers`` makes layers in the last blocks, of the modules that ``keys``
+    names.
+    """
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0} | {
+        key: config[key] for key in config if key == "keys"
+    }
     names = (module, "model.layers.3.self_attn.q_proj")
     items = tuple(item_of(name, 4, 2.0) for name in names)
     whole = {"num_layers": config.get("num_layers", 4), "lora_parameters": settings}
@@ -401,7 +505,10 @@ def test_mlx_refuses_factors_without_a_layer(module, config, problem):
 
 @pytest.mark.parametrize("leaf", ["q_proj", "v_proj", "k_proj"])
 def test_sglang_refuses_a_layer_with_one_of_joined_factors(leaf):
-    modules = [f"model.layers.{n}.self_attn.{name}" for n, name in ((0, "q_proj"), (0, "v_proj"), (1, leaf))]
+    modules = [
+        f"model.layers.{n}.self_attn.{name}"
+        for n, name in ((0, "q_proj"), (0, "v_proj"), (1, leaf))
+    ]
     items = tuple(item_of(module, 8, 1.0) for module in modules)
     config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": list(LEAVES)}
     assert "model.layers.1.self_attn" in applied("sglang", Contents("peft", items, config))
@@ -423,7 +530,10 @@ def test_version_without_rule_is_refused(version):
         CONSUMERS["vllm"].find_rule(version)
 
 
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=3), st.lists(st.integers(0, 40), min_size=1, max_size=3))
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=3),
+    st.lists(st.integers(0, 40), min_size=1, max_size=3),
+)
 def test_versions_are_ordered_number_by_number(one, other):
     padded = [(*parts, 0, 0)[:3] for parts in (one, other)]
     assert is_before(".".join(map(str, one)), ".".join(map(str, other))) == (padded[0] < padded[1])

@@ -20,7 +20,15 @@ from tests.messages import assert_names, raises_naming
 
 SAMPLES = ROOT / "sample_checkpoints"
 lora = partial(making.lora, dtype=torch.float32)
-FIELDS = ("epsilon", "epsilon_min", "excess", "norm_ratio", "cosine", "best_scale", "epsilon_best_scale")
+FIELDS = (
+    "epsilon",
+    "epsilon_min",
+    "excess",
+    "norm_ratio",
+    "cosine",
+    "best_scale",
+    "epsilon_best_scale",
+)
 
 
 def check(found, d, x, rank, tolerance=1e-6):
@@ -43,7 +51,10 @@ def test_samples_against_numpy():
     known = {str(path): making.changes(path, base)[0] for path in adapters}
     assert len(results) == 2 * len(stored[0])
     for record in results:
-        before, after = (side.read(record.layer).double().numpy().reshape(side[record.layer].shape) for side in stored)
+        before, after = (
+            side.read(record.layer).double().numpy().reshape(side[record.layer].shape)
+            for side in stored
+        )
         d = after - before
         x = known[record.adapter].get(record.layer)
         assert record.fro == pytest.approx(np.linalg.norm(d), rel=1e-7)
@@ -55,7 +66,9 @@ def test_samples_against_numpy():
             assert record.rank == rank
             check(record, d, x, rank)
             for space, overlap in zip(
-                (record.column_space, record.row_space), oracles.subspace_overlap(d, x, rank), strict=True
+                (record.column_space, record.row_space),
+                oracles.subspace_overlap(d, x, rank),
+                strict=True,
             ):
                 assert space.overlap == pytest.approx(overlap, abs=1e-6)
                 assert np.mean(np.square(space.cosines)) == pytest.approx(overlap, abs=1e-5)
@@ -103,7 +116,9 @@ def test_truncated_svd_is_at_floor(model, tmp_path, rank):
 
 @pytest.fixture(scope="module")
 def power_law(tmp_path_factory):
-    """A full fine-tune that ``krylov`` resolves roughly, its ΔW, and its truncation to rank 8 as an adapter."""
+    """A full fine-tune that ``krylov`` resolves roughly, its ΔW, and its truncation to rank 8 as an
+    adapter.
+    """
     folder = tmp_path_factory.mktemp("power_law")
     d = oracles.with_spectrum(1 / np.arange(1, 257) ** 0.8, 256, 256, seed=3)
     layer = "model.layers.0.self_attn.q_proj.weight"
@@ -138,7 +153,10 @@ def test_copy_and_half_sized_copy_of_update(model, tmp_path):
     results = lora_diag.residual(base, tuned, [whole, half, same], layers=layer)
     first, second, third = results.layers
     assert first.epsilon < 1e-6
-    assert (second.epsilon, second.best_scale) == (pytest.approx(0.5, abs=1e-6), pytest.approx(2, abs=1e-6))
+    assert (second.epsilon, second.best_scale) == (
+        pytest.approx(0.5, abs=1e-6),
+        pytest.approx(2, abs=1e-6),
+    )
     assert second.epsilon_best_scale < 1e-3
     assert second.limited_by == "scale"
     assert third.epsilon == 0
@@ -158,7 +176,11 @@ def test_small_epsilon_is_not_lost_to_cancellation(tmp_path):
 
 
 def moments(path, matrices, **metadata):
-    save_file({name: torch.tensor(value) for name, value in matrices.items()}, path, metadata or {"tokens": "640"})
+    save_file(
+        {name: torch.tensor(value) for name, value in matrices.items()},
+        path,
+        metadata or {"tokens": "640"},
+    )
     return path
 
 
@@ -171,7 +193,10 @@ def test_residual_in_data_metric_equals_numpy(tmp_path, in_out):
     b, a = b.astype(np.float32).astype(float), a.astype(np.float32).astype(float)
     name = "h.0.mlp.c_fc.weight"
     stored = d.T if in_out else d
-    zero = {name: torch.zeros(stored.shape, dtype=torch.float64), "h.0.mlp.c_fc.bias": torch.zeros(20).double()}
+    zero = {
+        name: torch.zeros(stored.shape, dtype=torch.float64),
+        "h.0.mlp.c_fc.bias": torch.zeros(20).double(),
+    }
     base = save_model(tmp_path / "base", zero)
     tuned = save_model(tmp_path / "tuned", zero | {name: torch.tensor(stored)})
     adapter = lora(tmp_path / "a", {name: (b, a)}, fan_in_fan_out=in_out, target_modules=["c_fc"])
@@ -179,8 +204,13 @@ def test_residual_in_data_metric_equals_numpy(tmp_path, in_out):
     results = lora_diag.residual(base, tuned, [adapter], activations=file)
     root = oracles.square_root(c)
     check(results[name].data, d @ root, b @ a @ root, 3, 1e-6)
-    outputs, missed = inputs @ d.T, inputs @ (d - b @ a).T  # the metric is the mean square of the change in the output
-    assert results[name].data.epsilon == pytest.approx(np.sqrt((missed**2).sum() / (outputs**2).sum()), rel=1e-6)
+    outputs, missed = (
+        inputs @ d.T,
+        inputs @ (d - b @ a).T,
+    )  # the metric is the mean square of the change in the output
+    assert results[name].data.epsilon == pytest.approx(
+        np.sqrt((missed**2).sum() / (outputs**2).sum()), rel=1e-6
+    )
     assert "recorded over 640 tokens" in results.run.inputs[-1].notes
     assert results["h.0.mlp.c_fc.bias"].data is None
 
@@ -220,7 +250,9 @@ def test_adapter_update_of_unchanged_layer_counts_fully(model, tmp_path):
     adapter = lora(tmp_path / "a", {layer: (b, np.ones((2, 12), dtype=np.float32))})
     whole = pool_distances(lora_diag.residual(base, after, [adapter]).layers)
     d, x = np.ones(16 * 12), 2 * np.ones(16 * 12)  # in different layers
-    assert whole.epsilon == pytest.approx(np.sqrt((d**2).sum() + (x**2).sum()) / np.linalg.norm(d), rel=1e-9)
+    assert whole.epsilon == pytest.approx(
+        np.sqrt((d**2).sum() + (x**2).sum()) / np.linalg.norm(d), rel=1e-9
+    )
     assert whole.cosine == 0
 
 
@@ -236,7 +268,9 @@ def test_unresolved_fine_tune_is_reported_as_noise(tmp_path):
     assert record.limited_by == "noise"
 
 
-@pytest.mark.parametrize(("size", "words"), [(1e-40, "1.4e-79"), (1e38, "1.4e+77"), (1e100, "1.4e+201")])
+@pytest.mark.parametrize(
+    ("size", "words"), [(1e-40, "1.4e-79"), (1e38, "1.4e+77"), (1e100, "1.4e+201")]
+)
 def test_norm_with_overflowing_square_is_left_out(model, tmp_path, size, words):
     base, tuned, layer, _ = model
     path = lora(tmp_path / "a", {layer: (np.ones((16, 1)), np.ones((1, 12)))})
@@ -252,17 +286,24 @@ def test_norm_with_overflowing_square_is_left_out(model, tmp_path, size, words):
 
 def test_deficient_adapter_has_directions_of_its_rank(model, tmp_path):
     base, tuned, layer, d = model
-    path = lora(tmp_path / "a", {layer: (np.tile(d[:, :2], 2), np.random.default_rng(0).standard_normal((4, 12)))})
+    path = lora(
+        tmp_path / "a",
+        {layer: (np.tile(d[:, :2], 2), np.random.default_rng(0).standard_normal((4, 12)))},
+    )
     record = lora_diag.residual(base, tuned, [path])[layer]
     for space, size in ((record.column_space, 16), (record.row_space, 12)):
         assert len(space.cosines) == 2
-        assert space.random == pytest.approx(4 / size)  # four of the fine-tune's, of which two are to be near these
+        assert space.random == pytest.approx(
+            4 / size
+        )  # four of the fine-tune's, of which two are to be near these
 
 
 def test_weights_only_in_adapter_are_listed(model, tmp_path):
     base, tuned, layer, d = model
     tensors = load_file(tuned / "model.safetensors")
-    without = save_model(tmp_path / "without", {name: value for name, value in tensors.items() if name != layer})
+    without = save_model(
+        tmp_path / "without", {name: value for name, value in tensors.items() if name != layer}
+    )
     adapter = lora(tmp_path / "a", {layer: (d[:, :2], np.ones((2, 12)))})
     results = lora_diag.residual(base, without, [adapter])
     assert {item.layer: item.reason for item in results.left_out} == {layer: "only_in_base"}
@@ -306,22 +347,33 @@ def test_resume_keeps_non_finite_adapter(model, tmp_path, cut):
 )
 def test_residual_identities(seed, m, n, rank, scale):
     rng = np.random.default_rng(seed)
-    d, x = rng.standard_normal((m, n)), scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n))
+    d, x = (
+        rng.standard_normal((m, n)),
+        scale * rng.standard_normal((m, rank)) @ rng.standard_normal((rank, n)),
+    )
     s = np.linalg.svd(d, compute_uv=False)
     floor = float(np.sqrt((s[rank:] ** 2).sum() / (s**2).sum()))
     result = compute_distances(
-        float(np.linalg.norm(d)), float(np.linalg.norm(x)), float(np.linalg.norm(d - x)), float((d * x).sum()), floor
+        float(np.linalg.norm(d)),
+        float(np.linalg.norm(x)),
+        float(np.linalg.norm(d - x)),
+        float((d * x).sum()),
+        floor,
     )
     assert result.epsilon >= floor - 1e-12  # Eckart–Young
     assert result.epsilon**2 == pytest.approx(floor**2 + result.excess)
     if result.cosine is not None:
-        assert result.epsilon**2 == pytest.approx(1 - 2 * result.norm_ratio * result.cosine + result.norm_ratio**2)
+        assert result.epsilon**2 == pytest.approx(
+            1 - 2 * result.norm_ratio * result.cosine + result.norm_ratio**2
+        )
         assert result.epsilon_best_scale <= min(1.0, result.epsilon) + 1e-9
         assert result.epsilon_best_scale**2 == pytest.approx(1 - result.cosine**2, abs=1e-9)
     assert find_limit(result) is not None
 
 
-@pytest.mark.parametrize("case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"])
+@pytest.mark.parametrize(
+    "case", ["llama-lora", "gpt2-conv1d", "llama-dora", "moe-target-parameters", "loha", "vera"]
+)
 def test_shared_merges_equal_their_adapters(case):
     folder = DATA / "cases" / case
     results = lora_diag.residual(folder / "base", folder / "merged", [folder / "adapter"])
@@ -346,4 +398,6 @@ def test_directions_beyond_rank_are_not_in_subspaces(tmp_path):
     assert record.column_space.overlap == pytest.approx(1)
     gradient = tmp_path / "g.safetensors"
     save_file({"w.weight": torch.randn(200, 150)}, gradient, {"step": "0"})
-    assert {result.rank for result in lora_diag.overlap(base, tuned, [gradient], ranks=(4, 5, 8, 64))} == {4, 5}
+    assert {
+        result.rank for result in lora_diag.overlap(base, tuned, [gradient], ranks=(4, 5, 8, 64))
+    } == {4, 5}

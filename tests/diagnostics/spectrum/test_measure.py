@@ -20,7 +20,10 @@ from tests.probes.making import SAMPLES, tensors
 
 def pair(tmp_path, base: np.ndarray, tuned: np.ndarray):
     """Write BASE and TUNED, of one matrix."""
-    return [save_model(tmp_path / name, {"w": torch.from_numpy(w)}) for name, w in (("a", base), ("b", tuned))]
+    return [
+        save_model(tmp_path / name, {"w": torch.from_numpy(w)})
+        for name, w in (("a", base), ("b", tuned))
+    ]
 
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -43,15 +46,23 @@ def check(record, base: np.ndarray, tuned: np.ndarray) -> None:
         assert rank is not None or expected > len(record.s)
     for rank, tail in record.tail.items():
         if tail is not None:
-            assert tail.fro == pytest.approx(np.sqrt((s[int(rank) :] ** 2).sum()), abs=1e-6 * truth["fro"])
+            assert tail.fro == pytest.approx(
+                np.sqrt((s[int(rank) :] ** 2).sum()), abs=1e-6 * truth["fro"]
+            )
             if tail.spectral is not None:
-                assert tail.spectral == pytest.approx(s[int(rank)] if int(rank) < len(s) else 0, abs=1e-6 * s[0])
+                assert tail.spectral == pytest.approx(
+                    s[int(rank)] if int(rank) < len(s) else 0, abs=1e-6 * s[0]
+                )
     assert record.stable_rank == pytest.approx(truth["fro"] ** 2 / s[0] ** 2, rel=1e-5)
     if record.complete:
         assert record.effective_rank == pytest.approx(oracles.effective_rank(s), rel=1e-5)
     assert record.resolution.unchanged == np.mean(base == tuned)
     largest = np.linalg.norm(base, 2)
-    assert truth["base_fro"] / min(base.shape) ** 0.5 * (1 - 1e-6) <= record.base_sigma <= largest * (1 + 1e-9)
+    assert (
+        truth["base_fro"] / min(base.shape) ** 0.5 * (1 - 1e-6)
+        <= record.base_sigma
+        <= largest * (1 + 1e-9)
+    )
     assert record.sigma_to_base >= s[0] / largest * (1 - 1e-6)
 
 
@@ -60,7 +71,11 @@ PAIRS = [(before, after, {}) for before in DTYPES for after in DTYPES]
 PAIRS += [
     (before, after, options)
     for options in ({"method": "gram"}, {"method": "exact"}, {"top": 5})
-    for before, after in ((torch.float64, torch.bfloat16), (torch.float16, torch.float32), (torch.bfloat16,) * 2)
+    for before, after in (
+        (torch.float64, torch.bfloat16),
+        (torch.float16, torch.float32),
+        (torch.bfloat16,) * 2,
+    )
 ]
 
 
@@ -68,9 +83,15 @@ PAIRS += [
 def test_records_of_every_dtype_and_method(tmp_path, before, after, options):
     base = {name: value for name, value in weights(1, before).items() if "layers.0" in name}
     moves = weights(2)
-    tuned = {name: (value.double() + 0.2 * moves[name].double()).to(after) for name, value in base.items()}
+    tuned = {
+        name: (value.double() + 0.2 * moves[name].double()).to(after)
+        for name, value in base.items()
+    }
     results = lora_diag.spectrum(
-        save_model(tmp_path / "base", base), save_sharded(tmp_path / "tuned", tuned), ranks=(1, 4, 9, 50), **options
+        save_model(tmp_path / "base", base),
+        save_sharded(tmp_path / "tuned", tuned),
+        ranks=(1, 4, 9, 50),
+        **options,
     )
     matrices = [name for name, value in base.items() if value.ndim == 2]
     assert {record.layer for record in results} == set(matrices)
@@ -95,7 +116,10 @@ def test_tail_errors_bound_distance_to_numpy(tmp_path, method):
             error = abs(tail.spectral - (s[int(rank)] if int(rank) < 256 else 0.0))
             assert error <= tail.spectral_error + 1e-12
             seen = max(seen, error)
-            assert abs(tail.fro**2 - (s[int(rank) :] ** 2).sum()) <= record.energy_error * record.fro**2 + 1e-12
+            assert (
+                abs(tail.fro**2 - (s[int(rank) :] ** 2).sum())
+                <= record.energy_error * record.fro**2 + 1e-12
+            )
     if method == "krylov":
         assert record.method.startswith("krylov")
         assert seen > 1e-4
@@ -130,7 +154,10 @@ def test_ranks_beyond_kept_values_are_null_beyond_matrix_one(tmp_path, pair_of_m
 
 def test_weights_with_coarse_spacing_are_left_out(tmp_path):
     sides = [{"w.weight": torch.randn(4, 4).double() * 1e200} for _ in range(2)]
-    paths = [save_model(tmp_path / name, side) for name, side in zip(("base", "tuned"), sides, strict=True)]
+    paths = [
+        save_model(tmp_path / name, side)
+        for name, side in zip(("base", "tuned"), sides, strict=True)
+    ]
     (item,) = lora_diag.spectrum(*paths).left_out
     assert (item.layer, item.reason) == ("w.weight", "non_finite")
     assert_names(item.detail, "spacing", "float64")
@@ -166,7 +193,9 @@ def test_bound_holds_for_digits_of_record(tmp_path, method):
 
 @pytest.mark.parametrize("n", [3, 8, 40])
 def test_subtraction_in_float32_changes_energy_within_bound(tmp_path, n):
-    """Entries that are not within a factor of 2 of each other: beyond ``energy_error``, within what the page says."""
+    """Entries that are not within a factor of 2 of each other: beyond ``energy_error``, within what
+    the page says.
+    """
     rng = np.random.default_rng(n)
     base, update = (rng.standard_normal((n, n)).astype(np.float32) for _ in range(2))
     tuned = base + update
@@ -174,7 +203,9 @@ def test_subtraction_in_float32_changes_energy_within_bound(tmp_path, n):
     s = oracles.spectrum(base.astype(np.float64), tuned.astype(np.float64))["s"]
     errors = [abs(record.energy[str(r)] - oracles.energy_at(s, r)) for r in range(1, n)]
     assert 1e-12 < max(errors) <= record.energy_error + 4 * 2.0**-24
-    assert record.fro == pytest.approx(np.linalg.norm(tuned.astype(np.float64) - base), rel=2.0**-24)
+    assert record.fro == pytest.approx(
+        np.linalg.norm(tuned.astype(np.float64) - base), rel=2.0**-24
+    )
 
 
 def test_dequantized_4_bit_pair_in_float32_is_unresolved(loradiag, tmp_path):
@@ -184,7 +215,8 @@ def test_dequantized_4_bit_pair_in_float32_is_unresolved(loradiag, tmp_path):
     t = w + 1e-4 * rng.standard_normal(w.shape)
     for name, side in (("base", w), ("tuned", t)):
         save_model(
-            tmp_path / name, {"model.layers.0.mlp.up_proj.weight": torch.tensor(dequantized(side, "Q4_1")).float()}
+            tmp_path / name,
+            {"model.layers.0.mlp.up_proj.weight": torch.tensor(dequantized(side, "Q4_1")).float()},
         )
     assert loradiag("spectrum", "base", "tuned", "-o", "run.jsonl").code == 0
     (record,) = lora_diag.read_results(tmp_path / "run.jsonl")
@@ -197,12 +229,16 @@ def test_resolution_of_bf16_pair(tmp_path):
     base = torch.from_numpy(rng.standard_normal((96, 80)) * 0.02).bfloat16()
     small = rng.standard_normal((96, 2)) @ rng.standard_normal((2, 80)) * 2e-4
     tuned = (base.double() + torch.from_numpy(small)).bfloat16()
-    (record,) = lora_diag.spectrum(save_model(tmp_path / "a", {"w": base}), save_model(tmp_path / "b", {"w": tuned}))
+    (record,) = lora_diag.spectrum(
+        save_model(tmp_path / "a", {"w": base}), save_model(tmp_path / "b", {"w": tuned})
+    )
     result = record.resolution
     assert (result.verdict, result.mantissa, result.signal_rank) == ("floor-limited", (7, 7), 2)
     assert np.linalg.norm(as_numpy(tuned) - as_numpy(base) - small) <= result.rounding_fro
     even = result.noise_fro / np.sqrt(96 * 80) * (np.sqrt(96) + np.sqrt(80))
-    assert even < result.edge < 1.25 * even  # Gaussian weights: rows and columns of nearly the same variance
+    assert (
+        even < result.edge < 1.25 * even
+    )  # Gaussian weights: rows and columns of nearly the same variance
     assert result.start == "rounded"
 
 
@@ -210,12 +246,16 @@ def test_non_finite_added_rows_and_adapter_base_are_named(tmp_path):
     before, after = weights(1), weights(1)
     after["lm_head.weight"] = torch.cat([before["lm_head.weight"], torch.zeros(2, 12)])
     after["lm_head.weight"][21, 3] = torch.nan
-    results = lora_diag.spectrum(save_model(tmp_path / "a", before), save_model(tmp_path / "b", after))
+    results = lora_diag.spectrum(
+        save_model(tmp_path / "a", before), save_model(tmp_path / "b", after)
+    )
     (bad,) = [item for item in results.left_out if item.reason == "non_finite"]
     assert bad.layer == "lm_head.weight"
     assert "nan at [1, 3]" in bad.detail
     before["lm_head.weight"][5, 3] = torch.inf
-    adapter = making.lora(tmp_path / "adapter", {"lm_head.weight": (np.ones((20, 1)), np.ones((1, 12)))})
+    adapter = making.lora(
+        tmp_path / "adapter", {"lm_head.weight": (np.ones((20, 1)), np.ones((1, 12)))}
+    )
     (bad,) = [
         item
         for item in lora_diag.spectrum(save_model(tmp_path / "inf", before), adapter).left_out
@@ -228,7 +268,10 @@ def test_factors_whose_product_overflows_are_left_out():
     huge = torch.full((3, 1), 1e300, dtype=torch.float64)
     delta = FactoredDelta("w", (3, 3), lambda: (huge, huge.T), (None, "float64"))
     result = diagnostic.spectrum(delta, diagnostic.SpectrumSettings())
-    assert (result.reason, result.detail) == ("non_finite", "the product of its factors overflows float64")
+    assert (result.reason, result.detail) == (
+        "non_finite",
+        "the product of its factors overflows float64",
+    )
 
 
 def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):
@@ -254,7 +297,9 @@ def test_gpu_out_of_memory_moves_layer_to_cpu(pair_of_models, monkeypatch):
 def cases():
     """Real pairs made with PEFT and transformers, with truth computed elsewhere."""
     for folder in sorted((DATA / "cases").glob("*")):
-        tuned = next((folder / name for name in ("merged", "tuned") if (folder / name).is_dir()), None)
+        tuned = next(
+            (folder / name for name in ("merged", "tuned") if (folder / name).is_dir()), None
+        )
         if (
             tuned is not None
             and (folder / "truth.json").exists()
@@ -275,7 +320,10 @@ def test_shared_merges_have_true_status(folder, tuned):
         stack = isinstance(expected["s"][0], list)
         for index, s in enumerate(expected["s"] if stack else [expected["s"]]):
             record = results[f"{name}[{index}]" if stack else name]
-            assert np.abs(np.array(record.s[: len(s)]) - s[: len(record.s)]).max() <= 1e-6 * max(s[0], 1e-12) + 1e-12
+            assert (
+                np.abs(np.array(record.s[: len(s)]) - s[: len(record.s)]).max()
+                <= 1e-6 * max(s[0], 1e-12) + 1e-12
+            )
             if not stack:
                 assert record.fro == pytest.approx(expected["fro"], rel=1e-6)
             seen += 1

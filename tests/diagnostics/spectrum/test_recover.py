@@ -1,4 +1,6 @@
-"""``spectrum --recover``: the update before rounding beside that of the files, and when it is named."""
+"""``spectrum --recover``: the update before rounding beside that of the files, and when it is
+named.
+"""
 
 import pytest
 import torch
@@ -11,12 +13,17 @@ from tests.conftest import save_model
 from tests.linalg.test_hidden import planted
 from tests.messages import assert_names
 
-Q, K, UP = (f"model.layers.0.{name}.weight" for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"))
+Q, K, UP = (
+    f"model.layers.0.{name}.weight"
+    for name in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
+)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Return BASE and TUNED in bfloat16: q of rank 3 below the rounding, up is resolved, k is sparse."""
+    """Return BASE and TUNED in bfloat16: q of rank 3 below the rounding, up is resolved, k is
+    sparse.
+    """
     folder = tmp_path_factory.mktemp("pair")
     w, x, t = planted(96, 80, 3, 2e-5, 1)
     v, _, big = planted(64, 80, 2, 2e-2, 2)
@@ -28,7 +35,10 @@ def pair(tmp_path_factory):
 
 
 def line(results, key):
-    return next((" ".join((one.lead, *one.details)) for one in summary_lines(results) if one.key == key), None)
+    return next(
+        (" ".join((one.lead, *one.details)) for one in summary_lines(results) if one.key == key),
+        None,
+    )
 
 
 def test_unresolved_layers_are_estimated(pair, tmp_path):
@@ -54,7 +64,9 @@ def test_allocate_uses_update_before_rounding(pair):
     chosen = lora_diag.allocate(result, energy=0.99)
     values = result[Q].hidden.values_estimate
     assert chosen[Q].rank == len(values) <= 3
-    assert chosen[Q].kept == pytest.approx(sum(x**2 for x in values) / result[Q].hidden.fro_estimate ** 2)
+    assert chosen[Q].kept == pytest.approx(
+        sum(x**2 for x in values) / result[Q].hidden.fro_estimate ** 2
+    )
     assert_names(chosen.run.inputs[0].notes[0], "1 of 1 layers", "before rounding")
 
 

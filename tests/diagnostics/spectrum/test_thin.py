@@ -65,7 +65,16 @@ def test_thin_record_equals_torch_record(tmp_path, make):
         assert thin.s == pytest.approx(dense.s, rel=1e-8)
         for rank, share in thin.energy.items():
             assert abs(share - dense.energy[rank]) <= thin.energy_error + dense.energy_error
-        for name in ("layer", "shape", "dtypes", "base_fro", "complete", "method", "rank_at", "blocks"):
+        for name in (
+            "layer",
+            "shape",
+            "dtypes",
+            "base_fro",
+            "complete",
+            "method",
+            "rank_at",
+            "blocks",
+        ):
             assert one[name] == other[name]
         for name in ("fro", "stable_rank", "effective_rank"):
             assert one[name] == pytest.approx(other[name], rel=1e-8)
@@ -73,7 +82,9 @@ def test_thin_record_equals_torch_record(tmp_path, make):
         assert 0 < thin.energy_error <= dense.energy_error + 1e-12
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"])
+@pytest.mark.parametrize(
+    "dtype", ["float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2"]
+)
 def test_stored_numbers_are_measured_exactly(tmp_path, dtype):
     path = adapter(tmp_path, LORA)
     file = path / "adapter_model.safetensors"
@@ -81,7 +92,9 @@ def test_stored_numbers_are_measured_exactly(tmp_path, dtype):
     save_file(tensors, file)
     for record in lora_diag.spectrum(path):
         a, b = (
-            tensors[f"base_model.model.{record.layer.removesuffix('.weight')}.lora_{side}.weight"].double().numpy()
+            tensors[f"base_model.model.{record.layer.removesuffix('.weight')}.lora_{side}.weight"]
+            .double()
+            .numpy()
             for side in "AB"
         )
         due = np.linalg.svd(1.5 * b @ a, compute_uv=False)[:2]
@@ -90,7 +103,9 @@ def test_stored_numbers_are_measured_exactly(tmp_path, dtype):
 
 
 def test_bytes_are_independent_of_concurrent_layers(tmp_path, monkeypatch):
-    """A layer's record depends on the layer: not on workers, on other layers, or on torch being imported."""
+    """A layer's record depends on the layer: not on workers, on other layers, or on torch being
+    imported.
+    """
     path = adapter(tmp_path, LORA)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
     for number, workers in enumerate((None, 1, 3)):
@@ -98,7 +113,9 @@ def test_bytes_are_independent_of_concurrent_layers(tmp_path, monkeypatch):
     files = [(tmp_path / f"{number}.jsonl").read_bytes() for number in range(3)]
     assert files[0] == files[1] == files[2]
     alone = lora_diag.spectrum(path, layers="b")
-    assert list(alone) == [record for record in lora_diag.spectrum(path) if record.layer == "b.weight"]
+    assert list(alone) == [
+        record for record in lora_diag.spectrum(path) if record.layer == "b.weight"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -109,7 +126,9 @@ def test_non_finite_layer_is_left_out(tmp_path, value, words):
     tensors = {name: values.copy() for name, values in LORA.items()}
     tensors["a.lora_B.weight"][3, 1] = float(value)
     results = lora_diag.spectrum(adapter(tmp_path, tensors))
-    assert [(item.layer, item.reason, item.detail) for item in results.left_out] == [("a.weight", "non_finite", words)]
+    assert [(item.layer, item.reason, item.detail) for item in results.left_out] == [
+        ("a.weight", "non_finite", words)
+    ]
     assert [record.layer for record in results] == ["b.weight"]
 
 

@@ -11,7 +11,11 @@ from tests.messages import assert_names
 
 pytestmark = pytest.mark.slow
 
-NAMES = [f"model.layers.{block}.self_attn.{module}.weight" for block in (0, 1) for module in ("q_proj", "v_proj")]
+NAMES = [
+    f"model.layers.{block}.self_attn.{module}.weight"
+    for block in (0, 1)
+    for module in ("q_proj", "v_proj")
+]
 
 
 @pytest.fixture
@@ -30,7 +34,9 @@ def test_wrong_merge_fails_and_faults_come_first(merged, run):
     ran = run("verify-merge", "base", "adapter", "spoilt")
     assert (ran.code, ran.err) == (1, "")
     rows = [line for line in ran.out.splitlines() if "proj" in line or "norm" in line][:3]
-    assert [status in row for row, status in zip(rows, ("missing", "dropped", "changed"), strict=True)] == [True] * 3
+    assert [
+        status in row for row, status in zip(rows, ("missing", "dropped", "changed"), strict=True)
+    ] == [True] * 3
 
 
 def test_records_equal_file(merged, loradiag, tmp_path):
@@ -49,10 +55,15 @@ SIZE, RANK, S = 96, 4, 1.5
 
 
 def scaled(folder, dtype, relative, c, size=SIZE) -> None:
-    """Write a base, an adapter of one layer of ``relative`` size, and a merge with c times its update."""
+    """Write a base, an adapter of one layer of ``relative`` size, and a merge with c times its
+    update.
+    """
     w, b, a = factors((size, size), RANK, relative, S, dtype, 5)
     layer = "model.layers.0.self_attn.q_proj"
-    parts = {f"{layer}.lora_A.weight": a.double().numpy(), f"{layer}.lora_B.weight": b.double().numpy()}
+    parts = {
+        f"{layer}.lora_A.weight": a.double().numpy(),
+        f"{layer}.lora_B.weight": b.double().numpy(),
+    }
     adapter(folder, parts, r=RANK, lora_alpha=RANK * S)
     for name, values in (("base", w), ("merged", ORDERS["in float32"](w, b, a, S * c))):
         (folder / name).mkdir()
@@ -66,7 +77,9 @@ def test_gate_fails_every_wrong_scale(tmp_path, run, dtype, c, code):
     assert run("verify-merge", "base", "adapter", "merged", "-q", "-o", "merge.jsonl").code == code
     ran = run("gate", "--policy", "merge", "merge.jsonl", "--json")
     assert ran.code == code
-    (merged,) = [record for record in ran.records if record.get("rule") == "merged" and record["layer"]]
+    (merged,) = [
+        record for record in ran.records if record.get("rule") == "merged" and record["layer"]
+    ]
     assert merged["status"] == ("failed" if code else "passed")
 
 

@@ -1,4 +1,6 @@
-"""Merges by the installed PEFT: none that is right fails, and every fault planted in one is found and named."""
+"""Merges by the installed PEFT: none that is right fails, and every fault planted in one is found
+and named.
+"""
 
 import json
 import re
@@ -27,7 +29,11 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-CASES = sorted(path.parent.name for path in (DATA / "cases").glob("*/adapter") if (path.parent / "merged").exists())
+CASES = sorted(
+    path.parent.name
+    for path in (DATA / "cases").glob("*/adapter")
+    if (path.parent / "merged").exists()
+)
 Q, Q1 = (f"model.layers.{block}.self_attn.q_proj.weight" for block in (0, 1))
 UP = "model.layers.0.mlp.up_proj.weight"
 GATE_UP, DOWN = "model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"
@@ -50,7 +56,8 @@ def statuses(results) -> dict[str, str]:
     return {record.layer: record.status for record in results if record.status != "ok"}
 
 
-# --- correct merges -------------------------------------------------------------------------------------------------
+# --- correct merges
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(not CASES, reason="the shared cases are not here")
@@ -60,7 +67,9 @@ def test_shared_correct_merges_pass(case):
     results = verify_merge(folder / "base", folder / "adapter", folder / "merged")
     assert outcome(results) == "correct"
     # PiSSA's part of W was taken out by a float32 SVD; everything else is right to the last bit.
-    assert {record.status for record in results} <= ({"ok", "coarse"} if case == "llama-pissa" else {"ok"})
+    assert {record.status for record in results} <= (
+        {"ok", "coarse"} if case == "llama-pissa" else {"ok"}
+    )
     assert all(record.residual < 1e-5 for record in results if record.status == "coarse")
 
 
@@ -84,24 +93,42 @@ class Kind:
 
     @property
     def settings(self) -> dict:
-        return {key: getattr(peft, value) if key == "kind" else value for key, value in self.config.items()}
+        return {
+            key: getattr(peft, value) if key == "kind" else value
+            for key, value in self.config.items()
+        }
 
 
 KINDS = {
     "conv1d": Kind(gpt2, {"target_modules": ["c_attn", "c_proj", "c_fc"]}),
     "dora": Kind(llama, {"use_dora": True}),
     "rslora": Kind(llama, {"use_rslora": True}),
-    "tied embedding": Kind(lambda dtype: llama(dtype, tied=True), {"target_modules": ["embed_tokens", "q_proj"]}),
-    "tied, both ends": Kind(lambda dtype: llama(dtype, tied=True), {"target_modules": ["embed_tokens", "lm_head"]}),
+    "tied embedding": Kind(
+        lambda dtype: llama(dtype, tied=True), {"target_modules": ["embed_tokens", "q_proj"]}
+    ),
+    "tied, both ends": Kind(
+        lambda dtype: llama(dtype, tied=True), {"target_modules": ["embed_tokens", "lm_head"]}
+    ),
     "saved modules": Kind(llama, {"modules_to_save": ["lm_head", "norm"]}),
     "experts": Kind(
         mixtral,
-        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+        {
+            "target_modules": ["q_proj"],
+            "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+        },
     ),
-    "loha": Kind(llama, {"kind": "LoHaConfig", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}, 0.05),
-    "lokr": Kind(llama, {"kind": "LoKrConfig", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}, 0.05),
-    "oft": Kind(llama, {"kind": "OFTConfig", "oft_block_size": 4, "target_modules": ["q_proj"]}, 0.05),
-    "ia3": Kind(llama, {"kind": "IA3Config", "target_modules": ["q_proj"], "feedforward_modules": []}, 0.005),
+    "loha": Kind(
+        llama, {"kind": "LoHaConfig", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}, 0.05
+    ),
+    "lokr": Kind(
+        llama, {"kind": "LoKrConfig", "r": 4, "alpha": 8, "target_modules": ["q_proj"]}, 0.05
+    ),
+    "oft": Kind(
+        llama, {"kind": "OFTConfig", "oft_block_size": 4, "target_modules": ["q_proj"]}, 0.05
+    ),
+    "ia3": Kind(
+        llama, {"kind": "IA3Config", "target_modules": ["q_proj"], "feedforward_modules": []}, 0.005
+    ),
     "vera": Kind(llama, {"kind": "VeraConfig", "r": 4, "target_modules": ["q_proj"]}, 0.05),
 }
 
@@ -122,7 +149,10 @@ CASTS = {
     "merged in fp16, saved in bf16": (lambda w, d: (w + d).half().bfloat16(), "ok"),
     "saved in float64": (lambda w, d: (w + d).float().double(), "ok"),
     "product in bf16": (lambda w, d: (w + d.bfloat16().double()).float(), "coarse"),
-    "base in bf16, sum in float32": (lambda w, d: (w.bfloat16().double() + d).float(), "other base"),
+    "base in bf16, sum in float32": (
+        lambda w, d: (w.bfloat16().double() + d).float(),
+        "other base",
+    ),
 }
 
 
@@ -134,7 +164,9 @@ def test_dtypes_that_change_between_sides(tmp_path, name):
     def change(before, after):
         for key, w in before.items():
             adapted = f"base_model.model.{key.removesuffix('.weight')}.lora_A.weight" in factors
-            after[key] = cast(w.double(), merged.delta(key) if adapted else torch.zeros_like(w).double())
+            after[key] = cast(
+                w.double(), merged.delta(key) if adapted else torch.zeros_like(w).double()
+            )
 
     factors = load_file(merged.adapter / "adapter_model.safetensors")
     results = verified(merged, merged.spoil(change))
@@ -146,17 +178,23 @@ def test_dtypes_that_change_between_sides(tmp_path, name):
 def test_untied_head_of_merge_is_separate(tmp_path):
     merged = peft_merge(tmp_path, llama(tied=True), target_modules=["embed_tokens"])
     table = "model.embed_tokens.weight"
-    untied = merged.spoil(lambda before, after: after.update({"lm_head.weight": before[table].clone()}))
+    untied = merged.spoil(
+        lambda before, after: after.update({"lm_head.weight": before[table].clone()})
+    )
     assert outcome(verified(merged, untied)) == "correct"
 
 
 def test_merge_with_grown_vocabulary_is_checked(tmp_path):
-    """The base has 40 rows; the adapter was trained on 44 and holds them all, and the merge has them."""
+    """The base has 40 rows; the adapter was trained on 44 and holds them all, and the merge has
+    them.
+    """
     base, model = llama(), llama()
     model.resize_token_embeddings(44)
     merged = peft_merge(tmp_path, model, modules_to_save=["lm_head", "embed_tokens"])
     before = {name: value.detach() for name, value in base.state_dict().items()}
-    before |= {name: value for name, value in merged.before.items() if value.shape == before[name].shape}
+    before |= {
+        name: value for name, value in merged.before.items() if value.shape == before[name].shape
+    }
     small = write(tmp_path / "small", before)
     added = "lm_head.weight (added rows)"
     results = verify_merge(small, merged.adapter, merged.merged)
@@ -166,7 +204,8 @@ def test_merge_with_grown_vocabulary_is_checked(tmp_path):
     assert statuses(verify_merge(small, merged.adapter, wrong)) == {added: "other"}
 
 
-# --- faults ---------------------------------------------------------------------------------------------------------
+# --- faults
+# ---------------------------------------------------------------------------------------------------------
 
 
 def repeated(merged: Merged, after, name: str, delta: torch.Tensor) -> None:
@@ -190,7 +229,12 @@ SCALES = {
     1.3: "not a known fault",
 }
 FAULTS = {
-    f"times {factor}": (Q, lambda m, b, a, factor=factor: repeated(m, a, Q, m.delta(Q) * factor), "wrong scale", cause)
+    f"times {factor}": (
+        Q,
+        lambda m, b, a, factor=factor: repeated(m, a, Q, m.delta(Q) * factor),
+        "wrong scale",
+        cause,
+    )
     for factor, cause in SCALES.items()
 }
 FAULTS |= {
@@ -202,14 +246,34 @@ FAULTS |= {
         "times 2: it was added twice",
     ),
     "transposed": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q).T), "transposed", "ΔWᵀ"),
-    "of another layer": (Q, lambda m, b, a: repeated(m, a, Q, m.delta(Q1)), "wrong order", f"the ΔW of {Q1} was"),
-    "rows missing": (UP, only(slice(10, 20), slice(None)), "partial", "rows 10-19 of 48 have no update"),
-    "columns missing": (UP, only(slice(None), slice(16, None)), "partial", "columns 16-31 of 32 have no update"),
+    "of another layer": (
+        Q,
+        lambda m, b, a: repeated(m, a, Q, m.delta(Q1)),
+        "wrong order",
+        f"the ΔW of {Q1} was",
+    ),
+    "rows missing": (
+        UP,
+        only(slice(10, 20), slice(None)),
+        "partial",
+        "rows 10-19 of 48 have no update",
+    ),
+    "columns missing": (
+        UP,
+        only(slice(None), slice(16, None)),
+        "partial",
+        "columns 16-31 of 32 have no update",
+    ),
     "layer missing": (Q, lambda m, b, a: a.pop(Q), "missing", "no such weight"),
     "other shape": (Q, lambda m, b, a: a.update({Q: a[Q][:16]}), "missing", "another shape"),
     "nan": (Q, lambda m, b, a: a[Q].view(-1)[3].fill_(float("nan")), "other", r"nan at \[0, 3\]"),
     "noise": (Q, lambda m, b, a: a.update({Q: b[Q].flip(0) * 3}), "other base", "unrelated"),
-    "one entry": (UP, lambda m, b, a: a[UP].view(-1)[40].add_(0.5), "other", "wrong entries: 1, in rows 1 of 48"),
+    "one entry": (
+        UP,
+        lambda m, b, a: a[UP].view(-1)[40].add_(0.5),
+        "other",
+        "wrong entries: 1, in rows 1 of 48",
+    ),
     "untouched": (
         "model.norm.weight",
         lambda m, b, a: a["model.norm.weight"].view(-1)[7].mul_(1.02),
@@ -238,7 +302,9 @@ def merges(tmp_path_factory):
 def test_planted_fault_is_found_and_named(merges, name, dtype, size):
     layer, change, status, words = FAULTS[name]
     merged = merges(dtype, size)
-    results = verified(merged, merged.spoil(lambda before, after: change(merged, before, after), name))
+    results = verified(
+        merged, merged.spoil(lambda before, after: change(merged, before, after), name)
+    )
     assert outcome(results) == "failed"
     assert statuses(results) == {layer: status}
     assert re.search(words, results[layer].cause), results[layer].cause
@@ -268,7 +334,10 @@ def test_verify_merge_distinguishes_other_base(merges):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_faults_of_experts(tmp_path, dtype):
-    config = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+    config = {
+        "target_modules": ["q_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    }
     merged = peft_merge(tmp_path, mixtral(dtype), 0.02, **config)
 
     def with_delta(name, change):
@@ -292,15 +361,21 @@ def test_faults_of_experts(tmp_path, dtype):
 def test_faults_of_unfactored_updates(tmp_path, dtype):
     merged = peft_merge(tmp_path, llama(dtype), 0.02, use_dora=True, modules_to_save=["lm_head"])
     head = "lm_head.weight"
-    dropped = merged.spoil(lambda before, after: after.update({Q: before[Q], head: before[head]}), "dropped")
+    dropped = merged.spoil(
+        lambda before, after: after.update({Q: before[Q], head: before[head]}), "dropped"
+    )
     assert statuses(verified(merged, dropped)) == {Q: "dropped", head: "dropped"}
-    twice = merged.spoil(lambda b, a: a.update({Q: (2 * a[Q].double() - b[Q].double()).to(dtype)}), "twice")
+    twice = merged.spoil(
+        lambda b, a: a.update({Q: (2 * a[Q].double() - b[Q].double()).to(dtype)}), "twice"
+    )
     assert statuses(verified(merged, twice)) == {Q: "wrong scale"}
 
 
 def exact(merged: Merged, model) -> dict[str, torch.Tensor]:
     """The float64 merge that PEFT makes of the saved adapter and the model as it is stored."""
-    tuned = peft.PeftModel.from_pretrained(model.double(), merged.adapter, autocast_adapter_dtype=False).double()
+    tuned = peft.PeftModel.from_pretrained(
+        model.double(), merged.adapter, autocast_adapter_dtype=False
+    ).double()
     return tuned.merge_and_unload().state_dict()
 
 
@@ -316,17 +391,23 @@ def test_wrong_scale_of_every_family_is_named(tmp_path, name, dtype):
         def change(before, after, factor=factor):
             after[Q] = (before[Q].double() + factor * (whole[Q] - before[Q].double())).to(dtype)
 
-        spoilt[factor] = verified(merged, merged.spoil(change, f"times {factor}"), layers=re.escape(Q))[Q]
+        spoilt[factor] = verified(
+            merged, merged.spoil(change, f"times {factor}"), layers=re.escape(Q)
+        )[Q]
     assert right[Q].status == "ok"
     for factor, record in spoilt.items():
         assert record.status == "wrong scale", (factor, record.cause)
-        assert float(record.cause.removeprefix("ΔW was added times ").split()[0]) == pytest.approx(factor, abs=4e-3)
+        assert float(record.cause.removeprefix("ΔW was added times ").split()[0]) == pytest.approx(
+            factor, abs=4e-3
+        )
 
 
 def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "PROGRAM_BYTES", 0)
     monkeypatch.setattr(local, "MIN_BYTES", 0)
-    merged = peft_merge(tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"])
+    merged = peft_merge(
+        tmp_path, llama(torch.bfloat16), 0.02, use_dora=True, modules_to_save=["lm_head"]
+    )
     plain = verified(merged)
     m, n = plain[Q].shape
     assert m == n
@@ -337,11 +418,14 @@ def test_update_beyond_memory_is_left_out(tmp_path, monkeypatch):
     assert_names(left[Q].detail, "held whole")
     assert [record for record in plain if record.layer not in left] == list(result)
     assert "lm_head.weight" in {record.layer for record in result}
-    assert Q in {record.layer for record in verified(merged, memory=(72 + 16 + 16) * m * n, workers=1)}
+    assert Q in {
+        record.layer for record in verified(merged, memory=(72 + 16 + 16) * m * n, workers=1)
+    }
     assert list(verified(merged, memory="1MB", workers=1)) == list(plain)
 
 
-# --- what a file cannot tell ----------------------------------------------------------------------------------------
+# --- what a file cannot tell
+# ----------------------------------------------------------------------------------------
 
 
 def test_update_rounded_away_is_neither_right_nor_wrong(tmp_path):
@@ -349,10 +433,15 @@ def test_update_rounded_away_is_neither_right_nor_wrong(tmp_path):
     merged = peft_merge(tmp_path, llama(torch.bfloat16), 1e-9)
     assert all(torch.equal(merged.before[name], merged.after[name]) for name in merged.before)
     sides = {"wide_base": merged.before, "wide": merged.after}
-    base, wide = (write(tmp_path / name, {k: v.float() for k, v in side.items()}) for name, side in sides.items())
+    base, wide = (
+        write(tmp_path / name, {k: v.float() for k, v in side.items()})
+        for name, side in sides.items()
+    )
     for results in (verified(merged), verify_merge(base, merged.adapter, wide)):
         assert outcome(results) == "inconclusive"
-        assert {(record.status, record.scale) for record in results if record.adapted} == {("inconclusive", 0.0)}
+        assert {(record.status, record.scale) for record in results if record.adapted} == {
+            ("inconclusive", 0.0)
+        }
 
 
 def test_untrained_adapter_is_inconclusive(tmp_path):
@@ -361,7 +450,8 @@ def test_untrained_adapter_is_inconclusive(tmp_path):
     assert statuses(results) == {}
 
 
-# --- quantized ------------------------------------------------------------------------------------------------------
+# --- quantized
+# ------------------------------------------------------------------------------------------------------
 
 
 def float8(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -397,7 +487,9 @@ def test_merge_into_quantized_base(tmp_path, dtype, dequantized):
         after[name] = (w + merged.delta(name)).to(dtype)
     assert outcome(verify_merge(base, merged.adapter, write(tmp_path / "m", after))) == "correct"
     after[Q] = (after[Q].double() + merged.delta(Q)).to(dtype)
-    assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m2", after))) == {Q: "wrong scale"}
+    assert statuses(verify_merge(base, merged.adapter, write(tmp_path / "m2", after))) == {
+        Q: "wrong scale"
+    }
 
 
 def test_quantized_base_with_rounded_scale(tmp_path):
@@ -416,14 +508,17 @@ def test_quantized_merge_of_float_base(tmp_path):
     right = quantized(tmp_path / "right", merged.after, {Q, UP})
     assert outcome(verified(merged, right)) == "correct"
     after = dict(merged.after) | {Q: merged.before[Q]}
-    assert statuses(verified(merged, quantized(tmp_path / "dropped", after, {Q, UP}))) == {Q: "dropped"}
+    assert statuses(verified(merged, quantized(tmp_path / "dropped", after, {Q, UP}))) == {
+        Q: "dropped"
+    }
     tiny = peft_merge(tmp_path / "tiny", llama(), 1e-8)
     lost = verified(tiny, quantized(tmp_path / "lost", tiny.after, {Q, UP}))
     assert statuses(lost) == {Q: "inconclusive", UP: "inconclusive"}
     assert outcome(lost) == "inconclusive"
 
 
-# --- numbers, selection, errors -------------------------------------------------------------------------------------
+# --- numbers, selection, errors
+# -------------------------------------------------------------------------------------
 
 
 def test_numbers_of_record(merges):
@@ -438,7 +533,12 @@ def test_numbers_of_record(merges):
     assert record.base_fro == pytest.approx(np.linalg.norm(w))
     assert (record.differing, record.differing_share, record.dtype) == (0, 0.0, "bfloat16")
     untouched = verified(merged)["model.norm.weight"]
-    assert (untouched.adapted, untouched.scale, untouched.unchanged, untouched.shape) == (False, None, 1.0, (32,))
+    assert (untouched.adapted, untouched.scale, untouched.unchanged, untouched.shape) == (
+        False,
+        None,
+        1.0,
+        (32,),
+    )
 
 
 def test_layers_and_exclude(merges):
@@ -458,7 +558,9 @@ def test_invalid_options_are_refused(merges, tmp_path):
         verify_merge(merged.base, merged.merged, merged.adapter)
     with raises_naming(UsageError, "merged checkpoint"):
         verify_merge(merged.base, merged.adapter, merged.adapter)
-    integers = write(tmp_path / "int", dict(merged.after) | {Q: torch.zeros(32, 32, dtype=torch.int32)})
+    integers = write(
+        tmp_path / "int", dict(merged.after) | {Q: torch.zeros(32, 32, dtype=torch.int32)}
+    )
     with pytest.raises(InputError, match=r"q_proj.*int32"):
         verified(merged, integers)
 
@@ -476,7 +578,9 @@ def test_non_finite_base_is_left_out(merges, tmp_path):
 def test_overflowing_squares_are_left_out(tmp_path):
     huge = {"w.weight": torch.full((4, 4), 1e200, dtype=torch.float64)}
     base, merged = (save_model(tmp_path / side, huge) for side in ("base", "merged"))
-    adapter = making.lora(tmp_path / "adapter", {"w": (np.full((4, 1), 1e100), np.full((1, 4), 1e100))})
+    adapter = making.lora(
+        tmp_path / "adapter", {"w": (np.full((4, 1), 1e100), np.full((1, 4), 1e100))}
+    )
     (item,) = verify_merge(base, adapter, merged).left_out
     assert (item.layer, item.reason) == ("w.weight", "non_finite")
     assert "overflow float64" in item.detail
@@ -488,7 +592,10 @@ def test_layer_of_other_shape_is_not_a_candidate(tmp_path):
     weights = {f"{module}.weight": making.normal(*shape) for module, shape in shapes.items()}
     tensors = {}
     for module, (m, n) in shapes.items():
-        tensors |= {f"{module}.lora_A.weight": making.normal(2, n), f"{module}.lora_B.weight": making.normal(m, 2)}
+        tensors |= {
+            f"{module}.lora_A.weight": making.normal(2, n),
+            f"{module}.lora_B.weight": making.normal(m, 2),
+        }
     wrong = {key: value + making.normal(*value.shape, seed=9) for key, value in weights.items()}
     base, adapter = making.base(tmp_path, weights), making.adapter(tmp_path, tensors)
     result = verify_merge(base, adapter, making.base(tmp_path / "merged", wrong))
@@ -503,7 +610,11 @@ def test_faulty_layer_is_read_once_where_it_fits_in_memory(tmp_path, monkeypatch
     base = making.base(tmp_path, {"w.weight": weight})
     merged = making.base(tmp_path / "merged", {"w.weight": weight + making.normal(*shape, seed=1)})
     adapter = making.adapter(
-        tmp_path, {"w.lora_A.weight": making.normal(2, shape[1]), "w.lora_B.weight": making.normal(shape[0], 2)}
+        tmp_path,
+        {
+            "w.lora_A.weight": making.normal(2, shape[1]),
+            "w.lora_B.weight": making.normal(shape[0], 2),
+        },
     )
     pairing, _ = open_adapter(adapter).pair(open_checkpoint(base))
     sides = [Side(open_checkpoint(path), "w.weight") for path in (base, merged)]

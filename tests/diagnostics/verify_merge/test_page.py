@@ -1,4 +1,6 @@
-"""docs/reference/verify-merge.md shows what the program prints: on merges made here, which are too large to be kept."""
+"""docs/reference/verify-merge.md shows what the program prints: on merges made here, which are too
+large to be kept.
+"""
 
 import re
 
@@ -32,7 +34,9 @@ def folder(tmp_path_factory):
         spoilt[name] = (w.double() + (2 if "k_proj" in name else 1) * delta).bfloat16()
     dropped = "model.layers.0.self_attn.q_proj.weight"
     spoilt[dropped] = base[dropped].bfloat16()
-    spoilt["model.layers.2.mlp.up_proj.weight"][100:200] = base["model.layers.2.mlp.up_proj.weight"][100:200].bfloat16()
+    spoilt["model.layers.2.mlp.up_proj.weight"][100:200] = base[
+        "model.layers.2.mlp.up_proj.weight"
+    ][100:200].bfloat16()
     spoilt["model.norm.weight"] *= 1.01
     for name, tensors in (("merged", merged), ("spoilt", spoilt)):
         (folder / name).mkdir()
@@ -45,5 +49,8 @@ def test_page_shows_output(name, code, folder, loradiag):
     ran = loradiag(*COMMAND.split(), name, cwd=folder, env={"COLUMNS": "80"}, brief=True)
     assert ran.code == code
     wanted = f"```console\n$ loradiag {COMMAND} {name}\n" + ran.out.strip("\n") + "\n```\n"
-    shown = {result["name"]: result["shown"] for result in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))}
+    shown = {
+        result["name"]: result["shown"]
+        for result in BLOCK.finditer(PAGE.read_text(encoding="utf-8"))
+    }
     assert shown[name] == wanted, f"put this in the page:\n{wanted}"

@@ -1,4 +1,6 @@
-"""A wrong scale is found, named and not taken for anything else; right merges in any order of arithmetic pass."""
+"""A wrong scale is found, named and not taken for anything else; right merges in any order of
+arithmetic pass.
+"""
 
 import math
 import re
@@ -15,7 +17,9 @@ RSLORA = 16 / math.sqrt(8)
 
 
 def add_terms(w, b, a, s):
-    """Add the terms of the product to W one by one in float32, as a matrix product without FMA does."""
+    """Add the terms of the product to W one by one in float32, as a matrix product without FMA
+    does.
+    """
     total = w.float()
     for k in range(b.shape[1]):
         total = total + (s * b[:, k : k + 1]) * a[k : k + 1]
@@ -39,11 +43,17 @@ def oracle(w, m, b, a, s, u, casts):
     energy = (d**2).sum()
     variance = (((m64 - once) * d) ** 2).sum()
     if casts:
-        for i, k in np.ndindex(*b64.shape):  # B_ik rounded twice moves row i by B_ik·s·A_k, of relative variance 0.18u²
+        for i, k in np.ndindex(
+            *b64.shape
+        ):  # B_ik rounded twice moves row i by B_ik·s·A_k, of relative variance 0.18u²
             variance += 2 * 0.18 * u**2 * (b64[i, k] * s * (a64[k] @ d[i])) ** 2
         for k, j in np.ndindex(*a64.shape):
             variance += 2 * 0.18 * u**2 * (a64[k, j] * s * (b64[:, k] @ d[:, j])) ** 2
-    return ((m64 - w64) * d).sum() / energy, ((once - w64) * d).sum() / energy, math.sqrt(variance) / energy
+    return (
+        ((m64 - w64) * d).sum() / energy,
+        ((once - w64) * d).sum() / energy,
+        math.sqrt(variance) / energy,
+    )
 
 
 @pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float32, 2.0**-24)])
@@ -98,7 +108,9 @@ def test_scaling_rounded_to_16_bits_is_correct():
     assert abs(rounded / RSLORA - 1) > 1e-4
     assert verified(w, ORDERS["in float32"](w, b, a, rounded), b, a, RSLORA).status == "ok"
     wide = w.float()
-    assert verified(wide, ORDERS["in float32"](wide, b, a, rounded), b, a, RSLORA).status == "coarse"
+    assert (
+        verified(wide, ORDERS["in float32"](wide, b, a, rounded), b, a, RSLORA).status == "coarse"
+    )
 
 
 def test_hidden_scale_is_inconclusive():
@@ -121,7 +133,10 @@ def test_precise_merge_resolves_scale_within_error(relative, c):
     w, b, a = factors((128, 128), 8, relative, RSLORA, torch.bfloat16, 4)
     record = verified(w, ORDERS["in float32"](w, b, a, RSLORA * c), b, a, RSLORA)
     assert record.status == "wrong scale", record.cause
-    named, error = map(float, record.cause.removeprefix("ΔW was added times ").split(":")[0].split(",")[0].split(" ± "))
+    named, error = map(
+        float,
+        record.cause.removeprefix("ΔW was added times ").split(":")[0].split(",")[0].split(" ± "),
+    )
     assert abs(named - c) < 6 * error < 0.01
 
 
@@ -142,19 +157,28 @@ def test_rounded_diagonal_is_not_a_wrong_scale(dtype):
         w, b, a = factors((256, 256), 4, 0.2, 2.0, dtype, seed)
         e = torch.rand(4, 1, generator=torch.Generator().manual_seed(seed)) + 0.5
         m = w + (b.to(dtype) @ (a.to(dtype) * e.to(dtype))) * 2.0
-        record, as_lora = (verified(w, m, b, a * e.double(), 2.0, diagonal) for diagonal in (True, False))
+        record, as_lora = (
+            verified(w, m, b, a * e.double(), 2.0, diagonal) for diagonal in (True, False)
+        )
         assert record.status == "ok", record.cause
         exact = (b.double() @ (a.double() * e.double()) * 2.0).numpy()
-        parts = [(b.double()[:, k : k + 1] @ (a.double() * e.double())[k : k + 1] * 2.0).numpy() for k in range(4)]
+        parts = [
+            (b.double()[:, k : k + 1] @ (a.double() * e.double())[k : k + 1] * 2.0).numpy()
+            for k in range(4)
+        ]
         u = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-11
-        least = sum(0.18 * u**2 * (part * exact).sum() ** 2 for part in parts) / (exact**2).sum() ** 2
+        least = (
+            sum(0.18 * u**2 * (part * exact).sum() ** 2 for part in parts) / (exact**2).sum() ** 2
+        )
         assert record.scale_error**2 - as_lora.scale_error**2 >= 0.99 * least
         result.append(as_lora.status)
     assert "wrong scale" in result  # so that the diagonal is what makes the difference
 
 
 def test_entry_off_by_more_than_casts_of_factors_is_found():
-    """Two casts of either factor are 4u·|B||A|, two roundings of ΔW 2u|ΔW|, and half an ulp u|ΔW|: 7u·|B||A|."""
+    """Two casts of either factor are 4u·|B||A|, two roundings of ΔW 2u|ΔW|, and half an ulp u|ΔW|:
+    7u·|B||A|.
+    """
     w, b, a = factors((64, 64), 4, 0.3, 2.0, torch.bfloat16, 6)
     w[3, 5] = 0
     m = ORDERS["in float32"](w, b, a, 2.0)
@@ -178,7 +202,9 @@ def test_order_of_sum_is_no_coarse_arithmetic(rank, order):
 
 
 def spread(w, b, a, s, dtype, pattern, c):
-    """Merge in float32 with ΔW times 1 + c in one half of the rows or columns, and times 1 − c in the other."""
+    """Merge in float32 with ΔW times 1 + c in one half of the rows or columns, and times 1 − c in
+    the other.
+    """
     rows, columns = torch.ones(w.shape[0], 1), torch.ones(w.shape[1])
     lines = columns if "columns" in pattern else rows
     half = slice(None, None, 2) if "every other" in pattern else slice(0, len(lines) // 2)
@@ -212,12 +238,16 @@ def test_uneven_block_is_named():
 
 @pytest.mark.parametrize(("dtype", "u"), [(torch.bfloat16, 2.0**-8), (torch.float16, 2.0**-11)])
 def test_line_sums_equal_oracle(dtype, u):
-    """Errors of factors: those of its own row of B move a row; those of A move all rows, and are bounded row by row."""
+    """Errors of factors: those of its own row of B move a row; those of A move all rows, and are
+    bounded row by row.
+    """
     w, b, a = factors((24, 20), 2, 0.1, 1.5, dtype, 0)
     m = ORDERS["in the dtype"](w, b, a, 1.5)
     left, right = b.double() * 1.5, a.double()
     tiny = torch.finfo(dtype).smallest_normal * 2 * u
-    check = check_merge([(w, m, None)], (24, 20), Product(left, right), Rounding(dtype, u, cast=True, scale=1.5))
+    check = check_merge(
+        [(w, m, None)], (24, 20), Product(left, right), Rounding(dtype, u, cast=True, scale=1.5)
+    )
     w64, m64, b64, a64 = (t.double().numpy() for t in (w, m, left, right))
     d = b64 @ a64
     off = (m64 - torch.from_numpy(w64 + d).to(dtype).double().numpy()) * d
@@ -229,23 +259,41 @@ def test_line_sums_equal_oracle(dtype, u):
         delta = d if side == 0 else d.T
         for i, row in enumerate(delta):
             own = sum(2 * 0.18 * u**2 * (factor[i, k] * across[k] @ row) ** 2 for k in range(2))
-            own += sum(2 * tiny**2 / 12 * (across[k] @ row) ** 2 for k in range(2)) * (2.25 if side == 0 else 1)
-            shared = sum(2 * 0.18 * u**2 * ((factor[i, k] * across[k] * row) ** 2).sum() for k in range(2))
-            shared += 2 * tiny**2 / 12 * (factor[i] ** 2).sum() * (row**2).sum() * (1 if side == 0 else 2.25)
+            own += sum(2 * tiny**2 / 12 * (across[k] @ row) ** 2 for k in range(2)) * (
+                2.25 if side == 0 else 1
+            )
+            shared = sum(
+                2 * 0.18 * u**2 * ((factor[i, k] * across[k] * row) ** 2).sum() for k in range(2)
+            )
+            shared += (
+                2
+                * tiny**2
+                / 12
+                * (factor[i] ** 2).sum()
+                * (row**2).sum()
+                * (1 if side == 0 else 2.25)
+            )
             entries = (off[i] if side == 0 else off[:, i]) ** 2
             assert float(lines.variance[i]) == pytest.approx(entries.sum() + own, rel=1e-6)
             assert float(lines.deviation[i]) == pytest.approx(math.sqrt(shared), rel=1e-6)
 
 
 def test_line_errors_cover_merges():
-    """In right merges with rounded factors, a row is off by what its standard error says, and rarely by more."""
+    """In right merges with rounded factors, a row is off by what its standard error says, and
+    rarely by more.
+    """
     off = []
     for seed in range(30):
         w, b, a = factors((64, 96), 4, 0.3, 1.5, torch.bfloat16, seed)
         m = ORDERS["in the dtype"](w, b, a, 1.5)
         how = Rounding(torch.bfloat16, 2.0**-8, cast=True, scale=1.5)
         check = check_merge([(w, m, None)], (64, 96), Product(b.double() * 1.5, a.double()), how)
-        off += [lines.difference / (lines.variance + lines.deviation.square()).sqrt() for lines in check.lines]
+        off += [
+            lines.difference / (lines.variance + lines.deviation.square()).sqrt()
+            for lines in check.lines
+        ]
     z = torch.cat(off).numpy()
-    assert 0.4 < np.sqrt((z**2).mean()) <= 1.05  # both roundings of a factor are counted, and an order may make one
+    assert (
+        0.4 < np.sqrt((z**2).mean()) <= 1.05
+    )  # both roundings of a factor are counted, and an order may make one
     assert np.abs(z).max() < 5

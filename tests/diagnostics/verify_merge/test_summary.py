@@ -9,9 +9,28 @@ from lora_diag.records import Results
 from lora_diag.rendering.statements import find
 from tests.building import build, results
 
-RIGHT = {"layer": "q", "shape": (12, 12), "adapted": True, "status": "ok", "scale": 0.99, "retained": 0.99}
-RIGHT |= {"differing": 0, "differing_share": 0.0, "unchanged": 0.05, "expected_fro": 1.0, "cause": ""}
-RIGHT |= {"dtype": "bfloat16", "max_ulp": 0.5, "residual": 0.1, "observed_fro": 1.0, "base_fro": 10.0}
+RIGHT = {
+    "layer": "q",
+    "shape": (12, 12),
+    "adapted": True,
+    "status": "ok",
+    "scale": 0.99,
+    "retained": 0.99,
+}
+RIGHT |= {
+    "differing": 0,
+    "differing_share": 0.0,
+    "unchanged": 0.05,
+    "expected_fro": 1.0,
+    "cause": "",
+}
+RIGHT |= {
+    "dtype": "bfloat16",
+    "max_ulp": 0.5,
+    "residual": 0.1,
+    "observed_fro": 1.0,
+    "base_fro": 10.0,
+}
 
 
 def record(**changes) -> Merge:
@@ -19,7 +38,9 @@ def record(**changes) -> Merge:
 
 
 def wrong(status: str, **changes) -> Merge:
-    return record(**({"status": status, "retained": None, "differing": 144, "differing_share": 1.0} | changes))
+    return record(
+        **({"status": status, "retained": None, "differing": 144, "differing_share": 1.0} | changes)
+    )
 
 
 def results_of(*records: Merge) -> Results:
@@ -60,9 +81,15 @@ def test_failing_statuses_come_first_with_remedy():
 def test_layers_with_one_wrong_scale_are_stated_together():
     """Fits of one scale differ by their errors; another scale is a cause of its own."""
     fits = (("a", 1.4999999987, 2e-9), ("b", 1.5000000021, 3e-9), ("c", 1.5001, 3e-9))
-    causes = {name: f"ΔW was added times {Fit(factor, error, 1e-8, None)}, which" for name, factor, error in fits}
+    causes = {
+        name: f"ΔW was added times {Fit(factor, error, 1e-8, None)}, which"
+        for name, factor, error in fits
+    }
     assert causes["a"] == "ΔW was added times 1.50 ± 2e-09, which"
     found = find(
-        merge_lines(results_of(*(wrong("wrong scale", layer=n, cause=c) for n, c in causes.items()))), "wrong_scale"
+        merge_lines(
+            results_of(*(wrong("wrong scale", layer=n, cause=c) for n, c in causes.items()))
+        ),
+        "wrong_scale",
     )
     assert [line.partition(":")[0] for line in found.lines] == ["a, b", "c"]

@@ -11,21 +11,38 @@ from safetensors.torch import load_file
 import lora_diag
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from tests.messages import raises_naming
-from tests.probes.making import SAMPLES, bert, gpt2, ids_of, labelled, moved, opened, some_text, tensors
+from tests.probes.making import (
+    SAMPLES,
+    bert,
+    gpt2,
+    ids_of,
+    labelled,
+    moved,
+    opened,
+    some_text,
+    tensors,
+)
 
 
 def caught(folder, sequences):
-    """Return the inputs of every linear layer, one row a token, by running the model on one sequence at a time."""
+    """Return the inputs of every linear layer, one row a token, by running the model on one
+    sequence at a time.
+    """
     model, seen = opened(folder), {}
     for name, module in model.named_modules():
         if type(module).__name__ in {"Linear", "Conv1D"}:
             module.register_forward_hook(
-                lambda module, args, out, name=name: seen.setdefault(name + ".weight", []).append(args[0])
+                lambda module, args, out, name=name: seen.setdefault(name + ".weight", []).append(
+                    args[0]
+                )
             )
     with torch.no_grad():
         for ids in sequences:
             model(input_ids=torch.tensor([list(ids)]))
-    return {name: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double().numpy() for name, xs in seen.items()}
+    return {
+        name: torch.cat([x.reshape(-1, x.shape[-1]) for x in xs]).double().numpy()
+        for name, xs in seen.items()
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -34,7 +51,9 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
     tuned = SAMPLES / "full_ft" if kind == "llama" else moved(base, tmp_path / "tuned")
     other = moved(base, tmp_path / "other", 0.01, seed=9)
     text = some_text(tmp_path, windows=4)
-    recorded = lora_diag.probe_activations(base, text, tmp_path / "a.safetensors", length=32, batch=3)
+    recorded = lora_diag.probe_activations(
+        base, text, tmp_path / "a.safetensors", length=32, batch=3
+    )
     stored = load_file(tmp_path / "a.safetensors")
     inputs = caught(base, ids_of(text).tolist())
     inputs.pop("lm_head.weight") if kind == "gpt2" else None
@@ -46,12 +65,17 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
         assert item.rows == len(x) == recorded.tokens == 4 * 32
         assert item.square == pytest.approx((x**2).sum(1).mean(), rel=1e-5)
         assert item.directions == pytest.approx(np.trace(c) ** 2 / (c**2).sum(), rel=1e-4)
-    result = lora_diag.residual(base, tuned, reference=other, activations=tmp_path / "a.safetensors")
+    result = lora_diag.residual(
+        base, tuned, reference=other, activations=tmp_path / "a.safetensors"
+    )
     before, after, near = tensors(base), tensors(tuned), tensors(other)
     compared = [record for record in result if record.data is not None]
     assert len(compared) == len(stored)
     for record in compared:
-        full, part = after[record.layer] - before[record.layer], near[record.layer] - before[record.layer]
+        full, part = (
+            after[record.layer] - before[record.layer],
+            near[record.layer] - before[record.layer],
+        )
         if kind == "gpt2":
             full, part = full.T, part.T  # Conv1D stores (in, out)
         x = inputs[record.layer].T
@@ -61,7 +85,11 @@ def test_second_moments_and_residual_equal_direct_measurement(tmp_path, kind):
 
 def test_layers_with_one_input_share_moments(tmp_path):
     recorded = lora_diag.probe_activations(
-        SAMPLES / "base", some_text(tmp_path), tmp_path / "a.safetensors", length=32, layers=r"layers\.0\."
+        SAMPLES / "base",
+        some_text(tmp_path),
+        tmp_path / "a.safetensors",
+        length=32,
+        layers=r"layers\.0\.",
     )
     assert {item.layer.split(".")[-2]: item.shares for item in recorded.layers if item.shares} == {
         "k_proj": "model.layers.0.self_attn.q_proj.weight",
@@ -73,10 +101,17 @@ def test_layers_with_one_input_share_moments(tmp_path):
 
 def test_moments_file_states_its_data(tmp_path):
     text = some_text(tmp_path)
-    lora_diag.probe_activations(gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2)
+    lora_diag.probe_activations(
+        gpt2(tmp_path / "base"), text, tmp_path / "a.safetensors", max_sequences=2
+    )
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         message = file.metadata()
-    assert (message["tokens"], message["sequences"], message["length"], message["set"]) == ("64", "2", "32", "held_out")
+    assert (message["tokens"], message["sequences"], message["length"], message["set"]) == (
+        "64",
+        "2",
+        "32",
+        "held_out",
+    )
     assert message["data"] == hashlib.sha256(text.read_bytes()).hexdigest()[:16]
 
 

@@ -1,4 +1,6 @@
-"""Curvature against dense Hessians in float64 of transformers' own loss, against curvlinops, and in a convex case."""
+"""Curvature against dense Hessians in float64 of transformers' own loss, against curvlinops, and in
+a convex case.
+"""
 
 import json
 import math
@@ -17,7 +19,18 @@ from lora_diag.models.opening import open_model
 from lora_diag.models.swapping import FULL
 from lora_diag.probes.curvature import measure as loss_bound
 from lora_diag.probes.curvature.measure import LossFunction, estimate_traces
-from tests.probes.making import SAMPLES, bert, best, gpt2, ids_of, labelled, moved, opened, some_text, tensors
+from tests.probes.making import (
+    SAMPLES,
+    bert,
+    best,
+    gpt2,
+    ids_of,
+    labelled,
+    moved,
+    opened,
+    some_text,
+    tensors,
+)
 
 LAYERS = {"query": "bert.encoder.layer.0.attention.self.query.weight", "head": "classifier.weight"}
 
@@ -32,7 +45,9 @@ def case(tmp_path_factory):
 
 
 class Dense:
-    """Loss, gradient and Hessian in one weight of a classifier, by transformers' loss and autograd in float64."""
+    """Loss, gradient and Hessian in one weight of a classifier, by transformers' loss and autograd
+    in float64.
+    """
 
     def __init__(self, folder, text, layer):
         self.layer = layer
@@ -44,7 +59,9 @@ class Dense:
             "input_ids": torch.tensor(
                 [[*item["text"].encode(), *[0] * (longest - len(item["text"]))] for item in items]
             ),
-            "attention_mask": torch.tensor([[1] * len(i["text"]) + [0] * (longest - len(i["text"])) for i in items]),
+            "attention_mask": torch.tensor(
+                [[1] * len(i["text"]) + [0] * (longest - len(i["text"])) for i in items]
+            ),
             "labels": torch.tensor([item["label"] for item in items]),
         }
         self.weight = dict(self.model.named_parameters())[layer].detach()
@@ -94,7 +111,9 @@ def test_products_equal_curvlinops(case, matrix):
     model, loss_function = curved_at(case[0], case[2], layers, matrix)
     texts = read_texts(case[2], model)
     # one by one, so that nothing is padded
-    batches = [({"ids": torch.tensor([one.ids])}, torch.tensor(one.labels)) for one in texts.sequences]
+    batches = [
+        ({"ids": torch.tensor([one.ids])}, torch.tensor(one.labels)) for one in texts.sequences
+    ]
 
     class Predicts(torch.nn.Module):
         def __init__(self):
@@ -105,7 +124,9 @@ def test_products_equal_curvlinops(case, matrix):
             return self.inner(input_ids=x["ids"], attention_mask=torch.ones_like(x["ids"])).logits
 
     predicts = Predicts()
-    parameters = [parameter for name, parameter in model.module.named_parameters() if name in layers]
+    parameters = [
+        parameter for name, parameter in model.module.named_parameters() if name in layers
+    ]
     kind = HessianLinearOperator if matrix == "hessian" else GGNLinearOperator
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         operator = kind(
@@ -122,7 +143,9 @@ def test_products_equal_curvlinops(case, matrix):
         truth = operator @ [parts[name].contiguous() for name in names]
     result = loss_function.split(loss_function.product(x))
     for name, part in zip(names, truth, strict=True):
-        torch.testing.assert_close(result[name], part, atol=1e-5 * float(part.abs().max()), rtol=1e-3)
+        torch.testing.assert_close(
+            result[name], part, atol=1e-5 * float(part.abs().max()), rtol=1e-3
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -132,7 +155,9 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
     text = some_text(tmp_path, windows=3)
     model = open_model(base, torch.device("cpu"), length=32)
     shapes = {
-        n: tuple(p.shape) for n, p in model.module.named_parameters() if p.ndim == 2 and ("mlp" in n or "attn" in n)
+        n: tuple(p.shape)
+        for n, p in model.module.named_parameters()
+        if p.ndim == 2 and ("mlp" in n or "attn" in n)
     }
     loss_function = LossFunction(model, read_texts(text, model), 2, shapes)
     x = torch.randn(loss_function.params, generator=torch.Generator().manual_seed(0))
@@ -156,7 +181,10 @@ def test_products_of_language_models_are_gradient_differences(tmp_path, kind):
 
 def test_one_matrix_of_stack_has_its_block_of_hessian(tmp_path):
     """As experts are stored: ``name[3]`` is a part of a parameter, here a row of one."""
-    model, text = open_model(gpt2(tmp_path / "base"), torch.device("cpu")), some_text(tmp_path, windows=2)
+    model, text = (
+        open_model(gpt2(tmp_path / "base"), torch.device("cpu")),
+        some_text(tmp_path, windows=2),
+    )
     texts, name = read_texts(text, model), "transformer.h.0.attn.c_attn.weight"
     whole = LossFunction(model, texts, 2, {name: (16, 48)})
     parts = LossFunction(model, texts, 2, {f"{name}[3]": (1, 48), f"{name}[5]": (1, 48)})
@@ -187,7 +215,10 @@ def test_trace_is_unbiased_jointly_and_layer_by_layer(case):
     three, _ = estimate_traces(loss_function, 3, seed=5)
     assert three.mean == pytest.approx(np.mean(samples), rel=1e-4)
     assert three.error == pytest.approx(np.std(samples, ddof=1) / math.sqrt(3), rel=1e-4)
-    signs = (torch.randint(0, 2, (loss_function.params,), generator=torch.Generator().manual_seed(1)) * 2 - 1).float()
+    signs = (
+        torch.randint(0, 2, (loss_function.params,), generator=torch.Generator().manual_seed(1)) * 2
+        - 1
+    ).float()
     one, _ = estimate_traces(loss_function, 1, seed=1)
     assert one.error is None
     assert one.mean == pytest.approx(float(signs @ loss_function.product(signs)), rel=1e-4)
@@ -229,7 +260,9 @@ def test_model_bound_and_gap_equal_independent_computation(case, measured, at_tu
     before, after = tensors(case[0])[name], tensors(case[1])[name]
     delta, g, h = after - before, at_tuned.gradient(), at_tuned.hessian()
     top = np.linalg.eigvalsh(h)[-1]
-    assert [(record.rank, record.along) for record in records] == [(r, t) for r in (0, 2, 9) for t in (0.05, 0.1, 1.0)]
+    assert [(record.rank, record.along) for record in records] == [
+        (r, t) for r in (0, 2, 9) for t in (0.05, 0.1, 1.0)
+    ]
     for record in records:
         e = record.along * (best(delta, record.rank) - delta)
         flat = e.reshape(-1)
@@ -237,13 +270,19 @@ def test_model_bound_and_gap_equal_independent_computation(case, measured, at_tu
         if record.along == 1:
             s = np.linalg.svd(delta, compute_uv=False)
             assert record.tail_energy == pytest.approx((s[record.rank :] ** 2).sum(), rel=1e-4)
-        assert record.linear == pytest.approx(g @ flat, abs=1e-4 * np.linalg.norm(g) * np.linalg.norm(flat))
-        assert record.quadratic == pytest.approx(0.5 * flat @ h @ flat, abs=1e-4 * top * (flat**2).sum())
+        assert record.linear == pytest.approx(
+            g @ flat, abs=1e-4 * np.linalg.norm(g) * np.linalg.norm(flat)
+        )
+        assert record.quadratic == pytest.approx(
+            0.5 * flat @ h @ flat, abs=1e-4 * top * (flat**2).sum()
+        )
         assert record.upper == pytest.approx(top / 2 * (flat**2).sum(), rel=2e-3)
         gap = at_tuned.value(after + e) - at_tuned.value()
         assert record.gap == pytest.approx(gap, abs=2e-6)
         there = at_tuned.hessian(after + e)
-        assert record.curvature == pytest.approx(flat @ there @ flat / (flat**2).sum(), abs=1e-3 * np.abs(there).max())
+        assert record.curvature == pytest.approx(
+            flat @ there @ flat / (flat**2).sum(), abs=1e-3 * np.abs(there).max()
+        )
         assert record.holds == (gap <= g @ flat + top / 2 * (flat**2).sum())
 
 
@@ -260,11 +299,15 @@ def test_curvature_is_at_most_largest_eigenvalue(measured):
     joint = measured.whole[0]
     for record in of_rank(measured):
         rayleigh = 2 * record.quadratic / record.tail_energy
-        assert joint.smallest - 1e-3 * joint.eigenvalues[0] <= rayleigh <= joint.eigenvalues[0] * 1.001
+        assert (
+            joint.smallest - 1e-3 * joint.eigenvalues[0] <= rayleigh <= joint.eigenvalues[0] * 1.001
+        )
 
 
 class Bowl:
-    """L(w) = ½wᵀHw, in the place of a model, of its loss as a function of weights, and of what swaps these."""
+    """L(w) = ½wᵀHw, in the place of a model, of its loss as a function of weights, and of what
+    swaps these.
+    """
 
     layers: ClassVar = {"a": (1, 2)}
     texts, size, model = Texts("x", "x", (), "0", ""), 1, None
@@ -287,7 +330,10 @@ class Bowl:
 @pytest.mark.parametrize("way", [0, 1])
 def test_bounds_are_tight_on_quadratic(monkeypatch, way):
     h = torch.diag(torch.tensor([2.0, 0.5], dtype=torch.float64))
-    start, change = torch.tensor([1.0, -3.0], dtype=torch.float64), torch.eye(2, dtype=torch.float64)[way] * 0.7
+    start, change = (
+        torch.tensor([1.0, -3.0], dtype=torch.float64),
+        torch.eye(2, dtype=torch.float64)[way] * 0.7,
+    )
     bowl = Bowl(h, start, start + change)
     monkeypatch.setattr(loss_bound, "measure", bowl.losses)
     point = loss_bound.TunedPoint(start, h @ start, bowl.losses(), 2.0, 0.5)
@@ -312,14 +358,18 @@ def test_lower_bound_needs_strong_convexity(measured):
 
 
 def test_loss_bound_holds_if_convex(case, tmp_path):
-    """The last layer of a classifier alone: softmax regression, trained until its gradient is nothing."""
+    """The last layer of a classifier alone: softmax regression, trained until its gradient is
+    nothing.
+    """
     base, name = case[0], LAYERS["head"]
     # every text with several labels, or the optimum would lie at infinity
     texts = [*(word for word in ("aaa", "bcbcb", "dd") for _ in range(4)), "dd"]
     text = labelled(tmp_path / "mixed.jsonl", texts, labels=(0, 0, 1, 2, 0, 0, 1, 2, 0, 0, 1, 2, 1))
     dense = Dense(base, text, name)
     weight = dense.weight.clone().requires_grad_(True)
-    optimizer = torch.optim.LBFGS([weight], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [weight], max_iter=200, tolerance_grad=1e-9, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -345,7 +395,9 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
     joint = result.whole[0]
     stored = tensors(tmp_path / "tuned")[name]
     delta = stored - tensors(base)[name]
-    assert abs(joint.smallest) <= 1e-5 * joint.eigenvalues[0]  # convex, and flat where all logits move alike
+    assert (
+        abs(joint.smallest) <= 1e-5 * joint.eigenvalues[0]
+    )  # convex, and flat where all logits move alike
     assert not joint.strongly_convex
     checked = 0
     for record in of_rank(result):
@@ -360,7 +412,9 @@ def test_loss_bound_holds_if_convex(case, tmp_path):
             assert record.holds
             checked += 1
     assert checked
-    assert all(abs(r.linear) <= 0.02 * r.gap for r in of_rank(result) if r.along == 1 and r.gap > 1e-4)
+    assert all(
+        abs(r.linear) <= 0.02 * r.gap for r in of_rank(result) if r.along == 1 and r.gap > 1e-4
+    )
 
 
 def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
@@ -387,10 +441,20 @@ def test_gradient_at_base_is_projected_on_top_eigenpairs(case, at_base):
 
 def test_every_layer_has_eigenvalues_of_its_own_block(case):
     base, tuned, text = case
-    options = {"layers": "query|key", "ranks": (4,), "top": 1, "probes": 2, "tokenizer": "bytes", "per": "layer"}
+    options = {
+        "layers": "query|key",
+        "ranks": (4,),
+        "top": 1,
+        "probes": 2,
+        "tokenizer": "bytes",
+        "per": "layer",
+    }
     result = lora_diag.probe_curvature(base, tuned, evaluate=[text], **options)
     joint, *layers = (record for record in result.whole if record.record == "curvature")
-    assert {record.layer for record in layers} == {LAYERS["query"], LAYERS["query"].replace("query", "key")}
+    assert {record.layer for record in layers} == {
+        LAYERS["query"],
+        LAYERS["query"].replace("query", "key"),
+    }
     for record in layers:
         truth = np.linalg.eigvalsh(Dense(tuned, text, record.layer).hessian())
         assert record.eigenvalues[0] == pytest.approx(truth[-1], rel=2e-3)
@@ -399,4 +463,6 @@ def test_every_layer_has_eigenvalues_of_its_own_block(case):
         # no block bends more than the whole (Cauchy's interlacing theorem)
         assert record.eigenvalues[0] <= joint.eigenvalues[0] * 1.001
     assert joint.params == 512
-    assert joint.gradient == pytest.approx(math.hypot(*(record.gradient for record in layers)), rel=1e-5)
+    assert joint.gradient == pytest.approx(
+        math.hypot(*(record.gradient for record in layers)), rel=1e-5
+    )

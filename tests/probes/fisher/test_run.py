@@ -1,4 +1,6 @@
-"""The Fisher of discarded tails against per-sequence gradients of autograd, in float64 and one sequence at a time."""
+"""The Fisher of discarded tails against per-sequence gradients of autograd, in float64 and one
+sequence at a time.
+"""
 
 import numpy as np
 import pytest
@@ -7,13 +9,25 @@ import torch
 import lora_diag
 from lora_diag.probes.fisher.measure import Tail
 from tests.messages import assert_names
-from tests.probes.making import bert, best, gpt2, ids_of, labelled, moved, opened, some_text, tensors
+from tests.probes.making import (
+    bert,
+    best,
+    gpt2,
+    ids_of,
+    labelled,
+    moved,
+    opened,
+    some_text,
+    tensors,
+)
 
 RANKS = (1, 3, 8)
 
 
 def truth(base, tuned, sequences):
-    """Per-sequence gradients, inputs and output gradients of every linear layer, of the model in float64."""
+    """Per-sequence gradients, inputs and output gradients of every linear layer, of the model in
+    float64.
+    """
     model = opened(tuned, dtype=torch.float64)
     held, grads, inputs, outputs = {}, {}, {}, {}
     for name, module in model.named_modules():
@@ -37,7 +51,10 @@ def truth(base, tuned, sequences):
             inputs.setdefault(name, []).append(x.detach().reshape(-1, x.shape[-1]))
             outputs.setdefault(name, []).append(y.grad.reshape(-1, y.shape[-1]))
     second = tuple(
-        {name: (lambda rows: rows.T @ rows / len(rows))(torch.cat(each).numpy()) for name, each in kept.items()}
+        {
+            name: (lambda rows: rows.T @ rows / len(rows))(torch.cat(each).numpy())
+            for name, each in kept.items()
+        }
         for kept in (inputs, outputs)
     )
     tokens = {name: sum(len(x) for x in each) for name, each in inputs.items()}
@@ -51,16 +68,24 @@ def check_records(results, base, tuned, sequences, transposed):
     for record in results.whole:
         grads, c, g, tokens = (each[record.layer] for each in (all_grads, all_c, all_g, all_tokens))
         delta = after[record.layer] - before[record.layer]
-        assert (record.predictions, record.tokens, record.sequences) == (predictions, tokens, len(grads))
+        assert (record.predictions, record.tokens, record.sequences) == (
+            predictions,
+            tokens,
+            len(grads),
+        )
         assert record.fro == pytest.approx(np.linalg.norm(delta), rel=1e-6)
         scale = record.fisher[0] or 1.0
         for rank in range(len(record.fisher)):
             tail = delta - best(delta, rank)
             inner = np.array([(grad * tail).sum() for grad in grads])
-            assert record.at(rank) == pytest.approx((inner**2).sum() / predictions, rel=2e-3, abs=1e-6 * scale)
+            assert record.at(rank) == pytest.approx(
+                (inner**2).sum() / predictions, rel=2e-3, abs=1e-6 * scale
+            )
             if rank in RANKS:
                 key, tail = str(rank), tail.T if transposed else tail
-                assert record.linear[key] == pytest.approx(-inner.sum() / predictions, rel=2e-3, abs=1e-4 * scale**0.5)
+                assert record.linear[key] == pytest.approx(
+                    -inner.sum() / predictions, rel=2e-3, abs=1e-4 * scale**0.5
+                )
                 assert record.weight[key] == pytest.approx((tail**2).sum(), rel=1e-4)
                 assert record.data[key] == pytest.approx(np.trace(tail @ c @ tail.T), rel=1e-3)
                 kfac = np.trace(g @ tail @ c @ tail.T) * tokens / predictions
@@ -78,8 +103,12 @@ def models(tmp_path_factory):
 def test_ranks_of_causal_model_equal_computation_from_gradients(models):
     base, tuned, text = models
     results = lora_diag.probe_fisher(base, tuned, data=text, ranks=RANKS, batch=2)
-    check_records(results, base, tuned, [(ids, None) for ids in ids_of(text).tolist()], transposed=True)
-    assert [(record.labels, record.effect, record.on) for record in results.whole] == [("data", None, None)] * 8
+    check_records(
+        results, base, tuned, [(ids, None) for ids in ids_of(text).tolist()], transposed=True
+    )
+    assert [(record.labels, record.effect, record.on) for record in results.whole] == [
+        ("data", None, None)
+    ] * 8
 
 
 def test_sequence_padding_is_ignored(tmp_path):
@@ -88,7 +117,13 @@ def test_sequence_padding_is_ignored(tmp_path):
     texts = ["short", "a much longer line", "also5", "mid one", "x"]
     file = labelled(tmp_path / "x.jsonl", texts)
     results = lora_diag.probe_fisher(base, tuned, data=file, ranks=RANKS, batch=5)
-    check_records(results, base, tuned, [(list(t.encode()), i % 3) for i, t in enumerate(texts)], transposed=False)
+    check_records(
+        results,
+        base,
+        tuned,
+        [(list(t.encode()), i % 3) for i, t in enumerate(texts)],
+        transposed=False,
+    )
     layers = {record.layer for record in results.whole}
     assert layers >= {"bert.pooler.dense.weight", "bert.encoder.layer.0.output.dense.weight"}
 
@@ -97,14 +132,22 @@ def test_effects_equal_truncated_model(models, tmp_path):
     base, tuned, text = models
     held_out = some_text(tmp_path, "other", windows=3, source="shifted")
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
-    options = {"data": text, "evaluate": [held_out], "ranks": (1, 3, 16), "layers": layers, "batch": 2}
+    options = {
+        "data": text,
+        "evaluate": [held_out],
+        "ranks": (1, 3, 16),
+        "layers": layers,
+        "batch": 2,
+    }
     results = lora_diag.probe_fisher(base, tuned, **options)
     before, after = tensors(base), tensors(tuned)
     ids = ids_of(held_out)
 
     def logits(weights):
         model = opened(tuned)
-        model.load_state_dict({k: torch.tensor(v).float() for k, v in weights.items()}, strict=False)
+        model.load_state_dict(
+            {k: torch.tensor(v).float() for k, v in weights.items()}, strict=False
+        )
         with torch.no_grad():
             return model(input_ids=ids).logits[:, :-1].double().log_softmax(-1)
 
@@ -119,20 +162,37 @@ def test_effects_equal_truncated_model(models, tmp_path):
             changed = logits({**after, record.layer: before[record.layer] + best(delta, int(rank))})
             gaps = (whole.gather(-1, targets) - changed.gather(-1, targets)).sum((1, 2)).numpy()
             assert result.gap == pytest.approx(gaps.sum() / 93, abs=1e-5)
-            assert result.gap_error == pytest.approx(np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5)
-            assert result.kl == pytest.approx(float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7)
-            assert result.loss == pytest.approx(-float(changed.gather(-1, targets).sum()) / 93, abs=1e-5)
+            assert result.gap_error == pytest.approx(
+                np.std(gaps, ddof=1) * np.sqrt(3) / 93, abs=1e-5
+            )
+            assert result.kl == pytest.approx(
+                float((whole.exp() * (whole - changed)).sum()) / 93, rel=1e-2, abs=1e-7
+            )
+            assert result.loss == pytest.approx(
+                -float(changed.gather(-1, targets).sum()) / 93, abs=1e-5
+            )
     alone = lora_diag.probe_fisher(base, tuned, **{**options, "evaluate": []})
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 
 def test_half_fisher_is_kl_of_small_change(tmp_path):
-    """With labels drawn from the model, many times over: the second-order law that gives F its meaning."""
+    """With labels drawn from the model, many times over: the second-order law that gives F its
+    meaning.
+    """
     base = bert(tmp_path / "base")
     tuned = moved(base, tmp_path / "tuned", 0.01)
-    file = labelled(tmp_path / "x.jsonl", [f"line {i % 7} of many" for i in range(700)], labels=(0,))
+    file = labelled(
+        tmp_path / "x.jsonl", [f"line {i % 7} of many" for i in range(700)], labels=(0,)
+    )
     result = lora_diag.probe_fisher(
-        base, tuned, data=file, labels="model", measure=True, ranks=(1,), batch=350, layers="output.dense"
+        base,
+        tuned,
+        data=file,
+        labels="model",
+        measure=True,
+        ranks=(1,),
+        batch=350,
+        layers="output.dense",
     )
     for record in result.whole:
         assert record.at(1) / 2 == pytest.approx(record.effect["1"].kl, rel=0.25)
@@ -152,7 +212,9 @@ def test_layers_of_second_pass_get_same_labels(models, monkeypatch):
 
 def test_reused_layer_gradients_sum_before_square():
     eye = torch.eye(2, dtype=torch.float64)
-    tail = Tail(torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5)
+    tail = Tail(
+        torch.nn.Linear(2, 2), torch.tensor([2.0, 1.0], dtype=torch.float64), eye, eye, 5**0.5
+    )
     x, g = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, -1.0]]])
     for _ in range(2):
         inner = tail.take_input(x, torch.ones(1, 1, dtype=torch.bool))

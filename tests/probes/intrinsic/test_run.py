@@ -1,4 +1,6 @@
-"""Random subspaces against a dense projection, training against a plain loop, and what interrupting leaves."""
+"""Random subspaces against a dense projection, training against a plain loop, and what interrupting
+leaves.
+"""
 
 import math
 
@@ -21,17 +23,24 @@ CPU = torch.device("cpu")
 
 
 def drawn(size, dim, total, seed):
-    """P's rows of one tensor, column by column, and the same written out from the definition with SciPy."""
+    """P's rows of one tensor, column by column, and the same written out from the definition with
+    SciPy.
+    """
     one = Fastfood(size, dim, total, torch.Generator().manual_seed(seed), CPU)
     result = torch.stack([one.times(unit) for unit in torch.eye(dim)], 1)
     block = 2 ** math.ceil(math.log2(dim)) if dim > 1 else 1
     generator, blocks = torch.Generator().manual_seed(seed), math.ceil(size / block)
-    signs = torch.randint(0, 2, (blocks, block), generator=generator, dtype=torch.int8).numpy() * 2.0 - 1
+    signs = (
+        torch.randint(0, 2, (blocks, block), generator=generator, dtype=torch.int8).numpy() * 2.0
+        - 1
+    )
     order = torch.randperm(block, generator=generator).numpy()
     normal = torch.randn(blocks, block, generator=generator).double().numpy()
     h = dense_hadamard(block).astype(float)
     swap = np.eye(block)[order]
-    whole = np.concatenate([h @ np.diag(normal[i]) @ swap @ h @ np.diag(signs[i]) for i in range(blocks)])
+    whole = np.concatenate(
+        [h @ np.diag(normal[i]) @ swap @ h @ np.diag(signs[i]) for i in range(blocks)]
+    )
     return one, result, whole[:size, :dim] / math.sqrt(block * total)
 
 
@@ -39,7 +48,9 @@ def drawn(size, dim, total, seed):
 @settings(deadline=None, max_examples=20)
 def test_fast_transform_is_hadamard_matrix(exponent, rows):
     x = torch.randn(rows, 2**exponent, dtype=torch.float64)
-    np.testing.assert_allclose(hadamard(x).numpy(), x.numpy() @ dense_hadamard(2**exponent), atol=1e-12)
+    np.testing.assert_allclose(
+        hadamard(x).numpy(), x.numpy() @ dense_hadamard(2**exponent), atol=1e-12
+    )
 
 
 @given(st.integers(1, 90), st.integers(1, 40), st.integers(0, 50))
@@ -50,7 +61,9 @@ def test_projection_and_its_adjoint_match_definition(size, dim, seed):
     z, w = torch.randn(dim, requires_grad=True), torch.randn(size)
     (pulled,) = torch.autograd.grad(one.times(z) @ w, z)
     np.testing.assert_allclose(pulled.numpy(), truth.T @ w.double().numpy(), atol=1e-4)
-    np.testing.assert_allclose(one.times(z).detach().numpy(), truth @ z.detach().double().numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        one.times(z).detach().numpy(), truth @ z.detach().double().numpy(), atol=1e-4
+    )
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,9 @@ def base(tmp_path_factory):
 def texts(tmp_path_factory):
     """Training and held-out texts."""
     folder = tmp_path_factory.mktemp("texts")
-    return some_text(folder, "train", windows=12), some_text(folder, "held", windows=2, source="shifted")
+    return some_text(folder, "train", windows=12), some_text(
+        folder, "held", windows=2, source="shifted"
+    )
 
 
 @pytest.mark.parametrize("method", ["plain", "said"])
@@ -94,9 +109,13 @@ def test_subspace_is_base_at_first_and_same_for_same_seed(base, method):
         order = ["wte", "wpe", "h.0", "h.1", "ln_f.weight", "ln_f.bias"]
         for name, weight in inner.named_parameters():
             layer = next(i for i, word in enumerate(order) if f"transformer.{word}" in name)
-            p = Fastfood(weight.numel(), 14, sum(map(torch.Tensor.numel, inner.parameters())), generator, CPU)
+            p = Fastfood(
+                weight.numel(), 14, sum(map(torch.Tensor.numel, inner.parameters())), generator, CPU
+            )
             change = (1 + 0.01 / 0.1 * layer) * p.times(one.z.detach())
-            torch.testing.assert_close(moved[name].reshape(-1), (weight.reshape(-1) + change), atol=1e-6, rtol=1e-5)
+            torch.testing.assert_close(
+                moved[name].reshape(-1), (weight.reshape(-1) + change), atol=1e-6, rtol=1e-5
+            )
     assert all(torch.equal(value, before[name]) for name, value in inner.state_dict().items())
 
 
@@ -124,13 +143,21 @@ def trained(base, train, held, steps, batch, lr, dim=None, seed=0):
     return loss_after(model, [z], loss, train, held, lr, steps, batch, 0)
 
 
-OPTIONS = {"dims": (5, 40), "paces": (3e-3, 1e-2), "full_rates": (3e-3,), "ranks": (1,), "lora_rates": (1e-2,)}
+OPTIONS = {
+    "dims": (5, 40),
+    "paces": (3e-3, 1e-2),
+    "full_rates": (3e-3,),
+    "ranks": (1,),
+    "lora_rates": (1e-2,),
+}
 OPTIONS["widen"] = 0
 
 
 def test_runs_equal_plain_loop(base, texts):
     train, held = texts
-    records = lora_diag.probe_intrinsic(base, data=train, evaluate=[held], steps=5, batch=3, **OPTIONS).whole
+    records = lora_diag.probe_intrinsic(
+        base, data=train, evaluate=[held], steps=5, batch=3, **OPTIONS
+    ).whole
     model = opened(base)
     total = sum(each.numel() for each in model.parameters())
     runs = {(r.dim, r.lr, r.seed): r for r in records if r.subject == "subspace"}
@@ -139,7 +166,9 @@ def test_runs_equal_plain_loop(base, texts):
         assert lr == pytest.approx(record.pace * math.sqrt(total / dim))
         assert record.params == dim
         if dim == 40 or seed == 1:
-            assert record.loss == pytest.approx(trained(base, train, held, 5, 3, lr, dim, seed), abs=1e-4)
+            assert record.loss == pytest.approx(
+                trained(base, train, held, 5, 3, lr, dim, seed), abs=1e-4
+            )
     for dim in OPTIONS["dims"]:
         best = min((r for r in runs.values() if r.dim == dim and r.seed == 0), key=lambda r: r.loss)
         assert (dim, best.lr, 1) in runs
@@ -153,14 +182,18 @@ def test_runs_equal_plain_loop(base, texts):
 
 
 def planted(records):
-    """Records of a made-up problem: dimensions, and the share that each seed reaches; full gains 1 nat from 3."""
+    """Records of a made-up problem: dimensions, and the share that each seed reaches; full gains 1
+    nat from 3.
+    """
     common = {"set": "held", "data": "0", "tokens": 1}
     yield Intrinsic(subject="base", params=0, loss=3.0, **common)
     yield Intrinsic(subject="full", params=9, lr=1e-3, pace=1e-3, loss=2.0, **common)
     for subject, size, lr, shares in records:
         name = {"dim": size} if subject == "subspace" else {"rank": size}
         for seed, share in enumerate(shares):
-            yield Intrinsic(subject=subject, params=size, lr=lr, seed=seed, loss=3 - share, **name, **common)
+            yield Intrinsic(
+                subject=subject, params=size, lr=lr, seed=seed, loss=3 - share, **name, **common
+            )
 
 
 def test_smallest_size_uses_own_best_rate():
@@ -176,7 +209,12 @@ def test_smallest_size_uses_own_best_rate():
     result = select_lines([*planted(runs)], "held", "held", 0)
     assert {line.lr for line in result if line.subject == "subspace"} == {0.1}
     answer = find_reached(result, "subspace", 0.9)
-    assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (100, 10, False, (300,))
+    assert (answer.line.size, answer.below.size, answer.certain, answer.missed) == (
+        100,
+        10,
+        False,
+        (300,),
+    )
     assert answer.line.share == pytest.approx(0.91)
     assert answer.line.edge
     assert not answer.below.edge
@@ -186,14 +224,18 @@ def test_smallest_size_uses_own_best_rate():
 
 
 def test_dimension_is_null_without_gain_of_full_fine_tuning():
-    records = [r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])]
+    records = [
+        r if r.subject != "full" else r.model_copy(update={"loss": 3.5}) for r in planted([])
+    ]
     records += [r for r in planted([("subspace", 10, 0.1, (0.5, 0.4))]) if r.subject == "subspace"]
     result = select_lines(records, "held", "held", 0)
     assert find_reached(result, "subspace", 0.9).line is None
 
 
 def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
-    """A classifier that has to tell three letters apart: few directions are not enough, some hundreds are."""
+    """A classifier that has to tell three letters apart: few directions are not enough, some
+    hundreds are.
+    """
     base = bert(tmp_path / "base")
     result = lora_diag.probe_intrinsic(
         base,
@@ -207,7 +249,11 @@ def test_more_dimensions_gain_more_where_optimum_is_in_reach(tmp_path):
         seeds=2,
         tokenizer="bytes",
     )
-    shares = [line.share for line in select_lines(result.whole, "held", "held", 0) if line.subject == "subspace"]
+    shares = [
+        line.share
+        for line in select_lines(result.whole, "held", "held", 0)
+        if line.subject == "subspace"
+    ]
     assert shares[0] < shares[1] < shares[2]
     assert shares[0] < 0.3
     assert shares[2] > 0.7

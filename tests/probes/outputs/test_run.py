@@ -17,45 +17,79 @@ from lora_diag.errors import UsageError
 from lora_diag.models.losses import Forgetting, Losses
 from tests import oracles
 from tests.messages import assert_names
-from tests.probes.making import SAMPLES, bert, gpt2, ids_of, labelled, moved, opened, some_text, tensors
+from tests.probes.making import (
+    SAMPLES,
+    bert,
+    gpt2,
+    ids_of,
+    labelled,
+    moved,
+    opened,
+    some_text,
+    tensors,
+)
 
 # PEFT asks transformers for what it calls otherwise by now.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
 
 def outputs_of(model, windows):
-    """The logits (tokens, classes) of every predicted position, and the hidden states (depths, tokens, size)."""
+    """The logits (tokens, classes) of every predicted position, and the hidden states (depths,
+    tokens, size).
+    """
     with torch.no_grad():
         outputs = [model(input_ids=one[None], output_hidden_states=True) for one in windows]
     states = torch.cat([torch.stack(output.hidden_states)[:, 0] for output in outputs], 1)
-    return torch.cat([output.logits[0, :-1] for output in outputs]).double().numpy(), states.double().numpy()
+    return torch.cat(
+        [output.logits[0, :-1] for output in outputs]
+    ).double().numpy(), states.double().numpy()
 
 
 @pytest.fixture
 def small(tmp_path):
     """BASE, TUNED, another update, a text."""
     base = gpt2(tmp_path / "base")
-    return base, moved(base, tmp_path / "tuned"), moved(base, tmp_path / "other", seed=3), some_text(tmp_path)
+    return (
+        base,
+        moved(base, tmp_path / "tuned"),
+        moved(base, tmp_path / "other", seed=3),
+        some_text(tmp_path),
+    )
 
 
 @pytest.fixture
 def case(tmp_path):
     """BASE, TUNED, an adapter, a reference, a text."""
     base, tuned = SAMPLES / "base", SAMPLES / "full_ft"
-    return base, tuned, SAMPLES / "lora_r16", moved(tuned, tmp_path / "other", 0.002), some_text(tmp_path, length=64)
+    return (
+        base,
+        tuned,
+        SAMPLES / "lora_r16",
+        moved(tuned, tmp_path / "other", 0.002),
+        some_text(tmp_path, length=64),
+    )
 
 
 @pytest.mark.parametrize("memory", [2**30, 1])
 def test_probe_equals_independent_computation(case, monkeypatch, memory):
     base, tuned, adapter, reference, text = case
     monkeypatch.setattr(measuring, "OUTPUT_BYTES", memory)  # all at once, or batch by batch
-    result = lora_diag.probe_outputs(base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2)
+    result = lora_diag.probe_outputs(
+        base, tuned, [adapter], reference=reference, evaluate=[text], length=64, batch=2
+    )
     windows = ids_of(text, 64)
-    models = {"base": (base,), "tuned": (tuned,), "adapter": (base, adapter), "reference": (reference,)}
+    models = {
+        "base": (base,),
+        "tuned": (tuned,),
+        "adapter": (base, adapter),
+        "reference": (reference,),
+    }
     z = {name: outputs_of(opened(*paths), windows)[0] for name, paths in models.items()}
     wanted = windows[:, 1:].reshape(-1).numpy()
     p = log_softmax(z["tuned"], 1)
-    losses = {name: -log_softmax(each, 1)[np.arange(len(wanted)), wanted] for name, each in z.items()}
+    losses = {
+        name: -log_softmax(each, 1)[np.arange(len(wanted)), wanted] for name, each in z.items()
+    }
     assert [record.subject for record in result.whole] == list(z)
     for record in result.whole:
         own, tuned_z, base_z = z[record.subject], z["tuned"], z["base"]
@@ -68,33 +102,45 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
         each = (losses[record.subject] - losses["tuned"]).reshape(len(windows), -1).mean(1)
         assert record.gap == pytest.approx(each.mean(), abs=1e-5)
         assert record.gap_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
-        assert record.change == pytest.approx((losses[record.subject] - losses["base"]).mean(), abs=1e-5)
+        assert record.change == pytest.approx(
+            (losses[record.subject] - losses["base"]).mean(), abs=1e-5
+        )
         each = (losses[record.subject] - losses["base"]).reshape(len(windows), -1).mean(1)
         assert record.change_error == pytest.approx(oracles.error_of_mean(each), abs=1e-5)
         base_p = log_softmax(base_z, 1)
         divergences = (np.exp(base_p) * (base_p - q)).sum(1)
         assert record.kl_base == pytest.approx(divergences.mean(), rel=1e-3, abs=1e-7)
         each = divergences.reshape(len(windows), -1).mean(1)
-        assert record.kl_base_error == pytest.approx(oracles.error_of_mean(each), rel=1e-3, abs=1e-7)
-        assert record.confident == pytest.approx((losses[record.subject] < np.log(2)).mean(), abs=1e-9)
+        assert record.kl_base_error == pytest.approx(
+            oracles.error_of_mean(each), rel=1e-3, abs=1e-7
+        )
+        assert record.confident == pytest.approx(
+            (losses[record.subject] < np.log(2)).mean(), abs=1e-9
+        )
         mean = {name: each.mean() for name, each in losses.items()}
         share = (mean["base"] - mean[record.subject]) / (mean["base"] - mean["tuned"])
         assert record.kept == pytest.approx(share, abs=1e-4)
         sums = losses[record.subject].reshape(len(windows), -1).sum(1)
         np.testing.assert_allclose(record.nll, sums, atol=1e-3)
         assert record.predictions == ((63,) * len(windows) if record.subject == "base" else ())
-        assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(record.subject, "")
+        assert record.name == {"adapter": str(adapter), "reference": str(reference)}.get(
+            record.subject, ""
+        )
 
 
 def hidden_distances(models, windows):
-    """Return how far the states of the third model are from those of TUNED, by what BASE is, at each depth."""
+    """Return how far the states of the third model are from those of TUNED, by what BASE is, at
+    each depth.
+    """
     base, tuned, own = (outputs_of(model, windows)[1] for model in models)
     return np.linalg.norm(tuned - own, axis=(1, 2)) / np.linalg.norm(tuned - base, axis=(1, 2))
 
 
 def test_hidden_states_are_compared_depth_by_depth(case):
     base, tuned, adapter, _, text = case
-    result = lora_diag.probe_outputs(base, tuned, [adapter], evaluate=[text], length=64, batch=2).whole
+    result = lora_diag.probe_outputs(
+        base, tuned, [adapter], evaluate=[text], length=64, batch=2
+    ).whole
     models = opened(base), opened(tuned), opened(base, adapter)
     expected = hidden_distances(models, ids_of(text, 64))
     assert len(result[2].hidden) == 5  # embeddings and four blocks
@@ -104,8 +150,13 @@ def test_hidden_states_are_compared_depth_by_depth(case):
 
 def test_unchanged_depth_has_no_distance(small):
     base, tuned, other, text = small
-    weights = tensors(base) | {k: v for k, v in tensors(tuned).items() if "h.1." in k}  # only the second block moved
-    save_file({name: torch.from_numpy(value).float() for name, value in weights.items()}, tuned / "model.safetensors")
+    weights = tensors(base) | {
+        k: v for k, v in tensors(tuned).items() if "h.1." in k
+    }  # only the second block moved
+    save_file(
+        {name: torch.from_numpy(value).float() for name, value in weights.items()},
+        tuned / "model.safetensors",
+    )
     result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
     assert result[2].hidden[:2] == (None, None)
     assert result[2].hidden[2] > 0
@@ -113,13 +164,17 @@ def test_unchanged_depth_has_no_distance(small):
 
 def test_hidden_states_exclude_padding(tmp_path):
     base = bert(tmp_path / "base")
-    tuned, other = (moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3)))
+    tuned, other = (
+        moved(base, tmp_path / name, 0.05, seed) for name, seed in (("tuned", 1), ("other", 3))
+    )
     texts = ["abc" * (i + 1) for i in range(6)]
     file = labelled(tmp_path / "x.jsonl", texts)
 
     ids = [torch.tensor(list(text.encode())) for text in texts]
     expected = hidden_distances([opened(folder) for folder in (base, tuned, other)], ids)
-    result = lora_diag.probe_outputs(base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4).whole
+    result = lora_diag.probe_outputs(
+        base, tuned, [other], evaluate=[file], tokenizer="bytes", batch=4
+    ).whole
     np.testing.assert_allclose(result[2].hidden, expected, rtol=1e-4)
 
 
@@ -145,11 +200,16 @@ def test_lost_at_most_is_upper_end_of_one_sided_interval():
 
 def test_results_are_independent_of_adapter_order(tmp_path):
     base = gpt2(tmp_path / "base")
-    tuned, one, two = (moved(base, tmp_path / name, 0.1, seed) for seed, name in enumerate(("tuned", "one", "two")))
+    tuned, one, two = (
+        moved(base, tmp_path / name, 0.1, seed) for seed, name in enumerate(("tuned", "one", "two"))
+    )
     text = some_text(tmp_path)
 
     def losses(*order):
-        return {r.name: (r.loss, r.kl) for r in lora_diag.probe_outputs(base, tuned, order, evaluate=[text]).whole}
+        return {
+            r.name: (r.loss, r.kl)
+            for r in lora_diag.probe_outputs(base, tuned, order, evaluate=[text]).whole
+        }
 
     assert losses(one, two) == losses(two, one)
 
@@ -159,7 +219,9 @@ def test_full_fine_tune_alone_is_compared_with_base(small):
     alone = lora_diag.probe_outputs(base, tuned, evaluate=[text]).whole
     both = lora_diag.probe_outputs(base, tuned, [other], evaluate=[text]).whole
     assert [(record.subject, record.loss, record.change) for record in alone] == [
-        (record.subject, record.loss, record.change) for record in both if record.subject != "adapter"
+        (record.subject, record.loss, record.change)
+        for record in both
+        if record.subject != "adapter"
     ]
 
 
@@ -182,20 +244,45 @@ def test_run_begun_with_other_sequences_is_not_resumed(small, tmp_path):
 
 
 def test_adapters_of_a_run_are_compared_as_equals(tmp_path, loradiag):
-    """In the order of their steps, not of the shell; and their losses are those of a comparison with TUNED."""
+    """In the order of their steps, not of the shell; and their losses are those of a comparison
+    with TUNED.
+    """
     names = {"checkpoint-100": "lora_r16", "checkpoint-20": "lora_r4"}
     for name, sample in names.items():
         shutil.copytree(SAMPLES / sample, tmp_path / name)
     text = some_text(tmp_path, length=64)
-    words = ("probe", "outputs", SAMPLES / "base", *names, "--eval", text, "--length", "64", "-o", "equals.jsonl")
+    words = (
+        "probe",
+        "outputs",
+        SAMPLES / "base",
+        *names,
+        "--eval",
+        text,
+        "--length",
+        "64",
+        "-o",
+        "equals.jsonl",
+    )
     ran = loradiag(*words)
     assert ran.code == 0, ran.err
     equals = read_results(tmp_path / "equals.jsonl").whole
-    assert [record.name for record in equals] == ["", "checkpoint-20", "checkpoint-100"]  # the first is BASE
+    assert [record.name for record in equals] == [
+        "",
+        "checkpoint-20",
+        "checkpoint-100",
+    ]  # the first is BASE
     full = lora_diag.probe_outputs(
-        SAMPLES / "base", SAMPLES / "full_ft", [tmp_path / name for name in names], evaluate=[text], length=64
+        SAMPLES / "base",
+        SAMPLES / "full_ft",
+        [tmp_path / name for name in names],
+        evaluate=[text],
+        length=64,
     ).whole
-    losses = {record.name.rpartition("/")[2]: record.loss for record in full if record.subject == "adapter"}
+    losses = {
+        record.name.rpartition("/")[2]: record.loss
+        for record in full
+        if record.subject == "adapter"
+    }
     for record in equals[1:]:
         assert record.loss == pytest.approx(losses[record.name], abs=1e-6)
         assert (record.gap, record.kept, record.distance, record.kl, record.hidden) == (None,) * 5
@@ -218,7 +305,9 @@ def test_adapters_of_a_run_are_compared_as_equals(tmp_path, loradiag):
         ("full-3/", ["full-20", "full-3"], "full-3/", ["full-20"]),
     ],
 )
-def test_first_model_is_tuned_unless_it_is_an_equal(tmp_path, monkeypatch, given, models, tuned, others):
+def test_first_model_is_tuned_unless_it_is_an_equal(
+    tmp_path, monkeypatch, given, models, tuned, others
+):
     monkeypatch.chdir(tmp_path)
     for name in ("full", "full-3", "full-20", "lora-9", "lora-10"):
         (tmp_path / name).mkdir()
@@ -236,7 +325,9 @@ def test_estimate_of_time_includes_comparison_of_logits(small, monkeypatch):
         raise BegunError
 
     compared, divergence = [], measuring.divergence
-    monkeypatch.setattr(measuring, "divergence", lambda p, q: compared.append(p.shape) or divergence(p, q))
+    monkeypatch.setattr(
+        measuring, "divergence", lambda p, q: compared.append(p.shape) or divergence(p, q)
+    )
     monkeypatch.setattr(measuring, "measure_outputs", begin)
     with pytest.raises(BegunError):
         lora_diag.probe_outputs(*small[:2], evaluate=[small[3]], length=16, batch=2)

@@ -1,4 +1,6 @@
-"""Layers adapted alone, against a training loop written without the package; gradients against autograd in float64."""
+"""Layers adapted alone, against a training loop written without the package; gradients against
+autograd in float64.
+"""
 
 import math
 import re
@@ -50,8 +52,22 @@ def measured(case, tmp_path_factory):
 
 def options_of(case):
     """The options of ``measured``."""
-    options = {"data": case[1], "evaluate": [case[2]], "shifted": [case[3]], "rank": 2, "delta": 1, "rates": RATES}
-    more = {"widen": 0, "steps": STEPS, "batch": 2, "seeds": 2, "seed": SEED, "layers": r"h\.1\.(attn|mlp)\.c_proj"}
+    options = {
+        "data": case[1],
+        "evaluate": [case[2]],
+        "shifted": [case[3]],
+        "rank": 2,
+        "delta": 1,
+        "rates": RATES,
+    }
+    more = {
+        "widen": 0,
+        "steps": STEPS,
+        "batch": 2,
+        "seeds": 2,
+        "seed": SEED,
+        "layers": r"h\.1\.(attn|mlp)\.c_proj",
+    }
     return options | more
 
 
@@ -62,7 +78,9 @@ def runs_of(found):
 def losses_of(model, text):
     """Summed negative log-likelihood of each window."""
     with torch.no_grad():
-        return np.array([31 * model(one[None], labels=one[None]).loss.item() for one in ids_of(text)])
+        return np.array(
+            [31 * model(one[None], labels=one[None]).loss.item() for one in ids_of(text)]
+        )
 
 
 def test_layer_runs_equal_plain_loop(case, measured):
@@ -73,9 +91,22 @@ def test_layer_runs_equal_plain_loop(case, measured):
     for record in runs:
         target = f".*{record.unit.removesuffix('.weight')}"
         text = held if record.set == "held_out" else shifted
-        truth = trained(base, train, text, record.rank, record.lr, record.seed, STEPS, 2, SEED, target_modules=target)
+        truth = trained(
+            base,
+            train,
+            text,
+            record.rank,
+            record.lr,
+            record.seed,
+            STEPS,
+            2,
+            SEED,
+            target_modules=target,
+        )
         assert record.loss == pytest.approx(truth, abs=1e-4)
-        assert record.gain == pytest.approx(before[record.set].sum() / (31 * len(before[record.set])) - truth, abs=1e-4)
+        assert record.gain == pytest.approx(
+            before[record.set].sum() / (31 * len(before[record.set])) - truth, abs=1e-4
+        )
         difference = before[record.set] - np.array(record.nll)
         error = oracles.error_of_mean(difference) / 31
         assert record.gain_error == pytest.approx(error, rel=1e-3, abs=1e-6)
@@ -95,13 +126,25 @@ def in_float64(base, train):
     """The gradient of the mean loss over all windows, ``(out, in)``."""
     model, windows = opened(base).double(), ids_of(train)
     model(windows, labels=windows).loss.backward()
-    return {name: p.grad.T.numpy() for name, p in model.named_parameters() if ".c_" in name and p.ndim == 2}
+    return {
+        name: p.grad.T.numpy()
+        for name, p in model.named_parameters()
+        if ".c_" in name and p.ndim == 2
+    }
 
 
 def test_first_order_scores_equal_float64_gradient(case, tmp_path):
     base, train, held, _ = case
     result = lora_diag.probe_sensitivity(
-        base, data=train, evaluate=[held], rank=3, rates=(1e-2,), steps=4, batch=2, per="block", seed=SEED
+        base,
+        data=train,
+        evaluate=[held],
+        rank=3,
+        rates=(1e-2,),
+        steps=4,
+        batch=2,
+        per="block",
+        seed=SEED,
     )
     scores = {record.layer: record for record in result.whole if isinstance(record, FirstOrder)}
     truth = in_float64(base, train)
@@ -118,10 +161,14 @@ def test_first_order_scores_equal_float64_gradient(case, tmp_path):
         # fresh factors as PEFT draws them: kaiming_uniform_(A, a=√5), B = 0
         reached, fallen = [], []
         for _ in range(400):
-            a = (2 * torch.rand(3, inputs, generator=rng, dtype=torch.float64).numpy() - 1) / math.sqrt(inputs)
+            a = (
+                2 * torch.rand(3, inputs, generator=rng, dtype=torch.float64).numpy() - 1
+            ) / math.sqrt(inputs)
             rows = np.linalg.qr(a.T)[0]
             reached.append(np.linalg.norm(gradient @ rows) ** 2)
-            fallen.append(np.abs(2 * gradient @ a.T).sum())  # scaling 2; Adam's first step is the sign of this
+            fallen.append(
+                np.abs(2 * gradient @ a.T).sum()
+            )  # scaling 2; Adam's first step is the sign of this
         assert record.fresh == pytest.approx(np.mean(reached), rel=0.08)
         assert record.adam == pytest.approx(np.mean(fallen), rel=0.08)
 
@@ -129,9 +176,13 @@ def test_first_order_scores_equal_float64_gradient(case, tmp_path):
 def test_gradients_leave_base_frozen_and_are_finite_or_error(case):
     model = open_model(case[0], torch.device("cpu"))
     texts = read_texts(case[1], model, 2)
-    layers = {name: layer for name, layer in linear_layers(model.module).items() if "c_attn" in name}
+    layers = {
+        name: layer for name, layer in linear_layers(model.module).items() if "c_attn" in name
+    }
     sensitivity.compute_gradients(model, layers, texts, 2, lambda: None)
-    assert all(not weight.requires_grad and weight.grad is None for weight in model.module.parameters())
+    assert all(
+        not weight.requires_grad and weight.grad is None for weight in model.module.parameters()
+    )
     next(iter(layers.values())).weight.fill_(float("inf"))
     with pytest.raises(InputError, match="the gradient is not finite"):
         sensitivity.compute_gradients(model, layers, texts, 2, lambda: None)
@@ -163,12 +214,16 @@ def test_classifier_head_is_not_adapted(tmp_path):
         exclude="attention",
     )
     assert all(record.gain > 0 for record in runs_of(result) if record.unit)
-    assert {item.layer: item.detail for item in result.left_out}["classifier.weight"] == "the head is not adapted"
+    assert {item.layer: item.detail for item in result.left_out}[
+        "classifier.weight"
+    ] == "the head is not adapted"
     assert "bert.pooler.dense.weight" in {record.unit for record in runs_of(result)}
 
 
 def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
-    """Blocks, with the options that the run states, and then the parts of the best one; by a plain loop."""
+    """Blocks, with the options that the run states, and then the parts of the best one; by a plain
+    loop.
+    """
     monkeypatch.setattr(probing, "CPU_WORK", 1)
     base = gpt2(tmp_path / "base")
     train, held = some_text(tmp_path, "train", windows=9), some_text(tmp_path, windows=20)
@@ -178,7 +233,10 @@ def test_reduced_run_divides_block_with_largest_gain(tmp_path, monkeypatch):
     explicit = runs_of(lora_diag.probe_sensitivity(base, **options, **smaller))
     runs = {record.unit: record for record in runs_of(found)}
     assert [*runs.values()][: len(explicit)] == explicit
-    blocks, best = [f"transformer.h.{depth}" for depth in range(2)], max(explicit[1:], key=lambda run: run.gain)
+    blocks, best = (
+        [f"transformer.h.{depth}" for depth in range(2)],
+        max(explicit[1:], key=lambda run: run.gain),
+    )
     parts = [f"{best.unit}.attn", f"{best.unit}.mlp"]
     assert [*runs] == ["", *blocks, *parts]
     assert sorted(layer for part in parts for layer in runs[part].layers) == sorted(best.layers)

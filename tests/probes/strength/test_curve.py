@@ -1,4 +1,6 @@
-"""The best and the sufficient strength against planted parabolas, whose losses, minima and errors are known exactly."""
+"""The best and the sufficient strength against planted parabolas, whose losses, minima and errors
+are known exactly.
+"""
 
 import numpy as np
 import pytest
@@ -23,7 +25,9 @@ def planted(seed, optimum, spread=0.05, grid=GRID):
 
 
 def quantile(comparisons=1):
-    """t quantile of a 95% interval (Bonferroni) for overlapping blocks of 5 of 25 sequences: 1.5·(25/5 − 1)."""
+    """t quantile of a 95% interval (Bonferroni) for overlapping blocks of 5 of 25 sequences:
+    1.5·(25/5 − 1).
+    """
     return scipy.stats.t.ppf(1 - 0.05 / 2 / comparisons, 6)
 
 
@@ -68,7 +72,9 @@ def test_choice_follows_its_definitions(seed, optimum):
         (fields["high"], 1.5),
     ):  # the first that is significantly worse, or the last
         step = (end - best) and (last - best) / 400
-        (gap, half), (before, half_before) = (compare(losses(t) - losses(best), 6) for t in (end, end - step))
+        (gap, half), (before, half_before) = (
+            compare(losses(t) - losses(best), 6) for t in (end, end - step)
+        )
         assert gap > half - 1e-9 or end == last
         assert before <= half_before + 1e-9
     base, target = losses(0.0), losses(fields["recommended"])
@@ -87,8 +93,14 @@ def test_choice_follows_its_definitions(seed, optimum):
 def test_planted_gain_without_optimum_is_not_fitted():
     rising = planted(0, 2.5)[0]
     assert (fit_parabola(rising, GRID), choose(rising, GRID)["best"]) == ({"fit": "edge"}, 1.5)
-    more = (*GRID[:4], 0.78, *GRID[4:])  # the optimum of the parabola through (0.5, 0.3), (0.75, 0.05), (1, 0.2)
-    pointed = Curve(more, TOKENS * np.abs(np.array(more)[:, None] - np.full(COUNT, 0.8)), (TOKENS,) * COUNT)
+    more = (
+        *GRID[:4],
+        0.78,
+        *GRID[4:],
+    )  # the optimum of the parabola through (0.5, 0.3), (0.75, 0.05), (1, 0.2)
+    pointed = Curve(
+        more, TOKENS * np.abs(np.array(more)[:, None] - np.full(COUNT, 0.8)), (TOKENS,) * COUNT
+    )
     assert fit_parabola(pointed, GRID) == {
         "fit": "poor",
         "checked": 0.78,
@@ -96,7 +108,10 @@ def test_planted_gain_without_optimum_is_not_fitted():
     }
     bends = np.random.default_rng(1).permutation(np.linspace(-3, 3.1, COUNT))
     unclear = Curve(GRID, TOKENS * (np.array(GRID)[:, None] - 0.75) ** 2 * bends, (TOKENS,) * COUNT)
-    assert (fit_parabola(unclear, GRID), choose(unclear, GRID)["recommended"]) == ({"fit": "flat"}, 1)
+    assert (fit_parabola(unclear, GRID), choose(unclear, GRID)["recommended"]) == (
+        {"fit": "flat"},
+        1,
+    )
     short = planted(2, 0.5, grid=(0.0, 0.5, 1.0))[0]
     assert choose(short, short.scales).keys() & {"low", "sufficient", "optimum"} == set()
 

@@ -1,4 +1,6 @@
-"""Losses at each strength against the model's own loss, a model of known optimum, and adapters loaded by PEFT."""
+"""Losses at each strength against the model's own loss, a model of known optimum, and adapters
+loaded by PEFT.
+"""
 
 import json
 import math
@@ -20,7 +22,18 @@ from lora_diag.probes.strength.show import suggest_next
 from tests import oracles
 from tests.messages import assert_names, raises_naming
 from tests.plots.making import probed
-from tests.probes.making import SAMPLES, bert, gpt2, labelled, loss_of, moved, opened, some_text, tensors, window_losses
+from tests.probes.making import (
+    SAMPLES,
+    bert,
+    gpt2,
+    labelled,
+    loss_of,
+    moved,
+    opened,
+    some_text,
+    tensors,
+    window_losses,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +49,15 @@ def case(tmp_path_factory):
 def lora(base, folder, seed=0, **options):
     """Return the folder of an adapter that PEFT wrote, of two ranks and α, with random factors."""
     torch.manual_seed(seed)
-    options = {"r": 4, "lora_alpha": 6, "rank_pattern": {"c_proj": 2}, "alpha_pattern": {"c_fc": 3}} | options
-    config = peft.LoraConfig(target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, **options)
+    options = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"c_proj": 2},
+        "alpha_pattern": {"c_fc": 3},
+    } | options
+    config = peft.LoraConfig(
+        target_modules=["c_attn", "c_fc", "c_proj"], fan_in_fan_out=True, **options
+    )
     model = peft.get_peft_model(opened(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -64,7 +84,9 @@ def test_losses_equal_independent_computation(case):
     found = lora_diag.probe_strength(base, tuned, evaluate=[text], scales=(0.3, 1.4, -0.5))
     before, after = tensors(base), tensors(tuned)
     losses = {
-        t: window_losses(base, {name: w + t * (after[name] - w) for name, w in before.items()}, text, 32)
+        t: window_losses(
+            base, {name: w + t * (after[name] - w) for name, w in before.items()}, text, 32
+        )
         for t in (-0.5, 0.0, 0.3, 1.0, 1.4)
     }
     records = found.whole_of(Strength)
@@ -84,7 +106,9 @@ def test_losses_equal_independent_computation(case):
 def test_ends_equal_those_of_probe_outputs(case, adapter):
     base, tuned, text = case
     for update in (tuned, adapter):
-        ours = lora_diag.probe_strength(base, update, evaluate=[text], scales=(0.5,)).whole_of(Strength)
+        ours = lora_diag.probe_strength(base, update, evaluate=[text], scales=(0.5,)).whole_of(
+            Strength
+        )
         theirs = lora_diag.probe_outputs(base, None, [update], evaluate=[text]).whole
         for t, record in zip((0.0, 1.0), theirs, strict=True):
             (own,) = [each for each in ours if each.scale == t]
@@ -93,10 +117,14 @@ def test_ends_equal_those_of_probe_outputs(case, adapter):
 
 
 def test_optimum_of_linear_classifier_has_its_closed_form(tmp_path):
-    """Logits (t·s, 0, 0) of three classes: the loss is least where e^{ts}/(e^{ts} + 2) is the fraction of class 0."""
+    """Logits (t·s, 0, 0) of three classes: the loss is least where e^{ts}/(e^{ts} + 2) is the
+    fraction of class 0.
+    """
     base, slope, share = bert(tmp_path / "base"), 2.0, 0.6
     weights = load_file(base / "model.safetensors")
-    weights |= {name: torch.zeros_like(weights[name]) for name in ("classifier.weight", "classifier.bias")}
+    weights |= {
+        name: torch.zeros_like(weights[name]) for name in ("classifier.weight", "classifier.bias")
+    }
     save_file(weights, base / "model.safetensors", {"format": "pt"})
     shutil.copytree(base, tmp_path / "tuned")
     save_file(
@@ -129,8 +157,15 @@ def test_parts_are_restored_alone(case, by):
         assert {record.part for record in alone} == set(map(part_of, before))
     assert len({(record.part, record.scale) for record in alone}) == len(alone) > 4
     for record in alone:
-        chosen = [n for n in before if part_of(n) == record.part or n.endswith((record.part, f"{record.part}.weight"))]
-        weights = {n: (w + record.scale * (after[n] - w)) if n in chosen else after[n] for n, w in before.items()}
+        chosen = [
+            n
+            for n in before
+            if part_of(n) == record.part or n.endswith((record.part, f"{record.part}.weight"))
+        ]
+        weights = {
+            n: (w + record.scale * (after[n] - w)) if n in chosen else after[n]
+            for n, w in before.items()
+        }
         assert record.loss == pytest.approx(window_losses(base, weights, text, 32).mean(), abs=1e-5)
     assert not found.whole_of(StrengthChoice)
 
@@ -142,7 +177,9 @@ def test_effects_of_parts_add_up_where_loss_is_linear(case, tmp_path):
         records = lora_diag.probe_strength(base, small, evaluate=[text], by=by).whole_of(Strength)
         whole = next(record.gap for record in records if record.part is None and record.scale == 0)
         assert abs(whole) > 1e-5
-        assert sum(record.gap for record in records if record.part is not None) == pytest.approx(whole, rel=0.02)
+        assert sum(record.gap for record in records if record.part is not None) == pytest.approx(
+            whole, rel=0.02
+        )
 
 
 def test_adapter_of_doubled_alpha_is_best_near_half(tmp_path):
@@ -161,13 +198,23 @@ def test_adapter_of_doubled_alpha_is_best_near_half(tmp_path):
     assert half.loss == pytest.approx(plain.whole_of(Strength)[1].loss, abs=1e-6)
 
 
-SMALL = ("--scales", "-0.1,-0.02,0.02,0.1")  # one of these is better than both ends: random updates are long
+SMALL = (
+    "--scales",
+    "-0.1,-0.02,0.02,0.1",
+)  # one of these is better than both ends: random updates are long
 
 
 def harmful(folder, **options):
-    """Return the folder of an adapter of the sample model with random factors, which raise its loss."""
+    """Return the folder of an adapter of the sample model with random factors, which raise its
+    loss.
+    """
     torch.manual_seed(0)
-    options = {"r": 4, "lora_alpha": 6, "rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 3}} | options
+    options = {
+        "r": 4,
+        "lora_alpha": 6,
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"q_proj": 3},
+    } | options
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], **options)
     model = peft.get_peft_model(opened(SAMPLES / "base"), config)
     with torch.no_grad():
@@ -185,7 +232,9 @@ def sample_text(tmp_path_factory):
 
 
 def measure_harmful(loradiag, text, tuned, *words):
-    """Run the probe, and the command that it printed as the next step; return its words and the probe's results."""
+    """Run the probe, and the command that it printed as the next step; return its words and the
+    probe's results.
+    """
     options = ("--eval", text, "--length", "32", "-o", "s.jsonl")
     ran = loradiag("probe", "strength", SAMPLES / "base", tuned, *options, *words)
     assert ran.code == 0, ran.err
@@ -200,7 +249,9 @@ def measure_harmful(loradiag, text, tuned, *words):
 def find_recommended(results):
     """Return the record at the recommended strength."""
     (choice,) = results.whole_of(StrengthChoice)
-    (promised,) = [record for record in results.whole_of(Strength) if record.scale == choice.recommended]
+    (promised,) = [
+        record for record in results.whole_of(Strength) if record.scale == choice.recommended
+    ]
     assert promised.scale not in {0, 1}
     return promised
 
@@ -216,11 +267,15 @@ SUGGESTED = {
 
 
 @pytest.mark.parametrize("name", SUGGESTED)
-def test_suggested_command_writes_what_was_measured(loradiag, sample_text, tmp_path, monkeypatch, name):
+def test_suggested_command_writes_what_was_measured(
+    loradiag, sample_text, tmp_path, monkeypatch, name
+):
     """The loss of what it writes, loaded by PEFT or transformers, is that of the probe."""
     monkeypatch.chdir(tmp_path)
     made, options = SUGGESTED[name]
-    words, results = measure_harmful(loradiag, sample_text, harmful(tmp_path / "adapter", **made).name, *options)
+    words, results = measure_harmful(
+        loradiag, sample_text, harmful(tmp_path / "adapter", **made).name, *options
+    )
     if "--by" in options:
         parts = [record for record in results.whole_of(Strength) if record.part is not None]
         promised = min(parts, key=lambda record: record.loss)
@@ -235,11 +290,15 @@ def test_suggested_command_writes_what_was_measured(loradiag, sample_text, tmp_p
     assert promised.gap < -0.01
 
 
-def test_suggested_command_writes_fine_tune_as_checkpoint(loradiag, sample_text, tmp_path, monkeypatch):
+def test_suggested_command_writes_fine_tune_as_checkpoint(
+    loradiag, sample_text, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     far = opened(SAMPLES / "base")
     before, after = far.state_dict(), opened(SAMPLES / "full_ft").state_dict()
-    far.load_state_dict({name: weight + 3 * (after[name] - weight) for name, weight in before.items()})
+    far.load_state_dict(
+        {name: weight + 3 * (after[name] - weight) for name, weight in before.items()}
+    )
     far.save_pretrained(tmp_path / "far")
     words, results = measure_harmful(loradiag, sample_text, "far", *SMALL)
     assert "--checkpoint" in words
@@ -248,7 +307,9 @@ def test_suggested_command_writes_fine_tune_as_checkpoint(loradiag, sample_text,
 
 
 def test_suggested_command_states_missing_alpha(loradiag, sample_text, tmp_path, monkeypatch):
-    """α that the files of an adapter lack is given to ``merge``, too; braces in a name are no placeholder."""
+    """α that the files of an adapter lack is given to ``merge``, too; braces in a name are no
+    placeholder.
+    """
     monkeypatch.chdir(tmp_path)
     config = harmful(tmp_path / "{tuned}", alpha_pattern={}) / "adapter_config.json"
     values = json.loads(config.read_text())
@@ -262,16 +323,31 @@ def test_suggested_command_states_missing_alpha(loradiag, sample_text, tmp_path,
 
 def part_results(parts, by):
     """Return results in which the first of some parts is better at 0."""
-    values = {"set": "a", "scale": 0.0, "tokens": 9, "data": "0", "loss": 1.0, "loss_error": 0.1, "change": 0.0}
+    values = {
+        "set": "a",
+        "scale": 0.0,
+        "tokens": 9,
+        "data": "0",
+        "loss": 1.0,
+        "loss_error": 0.1,
+        "change": 0.0,
+    }
     values |= {"change_error": 0.1, "kept": None, "gap_error": 0.01, "nll": (1.0,) * 9}
-    records = [Strength(**values, part=part, gap=0.0 if n else -1.0) for n, part in enumerate(parts)]
+    records = [
+        Strength(**values, part=part, gap=0.0 if n else -1.0) for n, part in enumerate(parts)
+    ]
     return probed(records, command="probe strength", by=by, factored=True)
 
 
 @pytest.mark.parametrize(
     ("by", "parts", "matched", "others"),
     [
-        ("block", ["model.layers.1", "model.layers.11"], ["model.layers.1.q.weight"], ["model.layers.11.q.weight"]),
+        (
+            "block",
+            ["model.layers.1", "model.layers.11"],
+            ["model.layers.1.q.weight"],
+            ["model.layers.11.q.weight"],
+        ),
         (
             "type",
             ["q_proj", "k_proj"],
@@ -285,7 +361,9 @@ def part_results(parts, by):
     ],
 )
 def test_part_is_excluded_by_a_pattern_of_its_layers_alone(by, parts, matched, others):
-    hint = suggest_next(part_results(parts, by), {"tuned": "runs/a", "alpha": None, "alpha_is_rank": False})
+    hint = suggest_next(
+        part_results(parts, by), {"tuned": "runs/a", "alpha": None, "alpha_is_rank": False}
+    )
     if not matched:
         assert hint is None
         return
@@ -302,11 +380,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("options", "facts"), [(change, facts) for change, *facts in REFUSED], ids=str)
+@pytest.mark.parametrize(
+    ("options", "facts"), [(change, facts) for change, *facts in REFUSED], ids=str
+)
 def test_invalid_options_are_refused_before_any_work(case, adapter, tmp_path, options, facts):
     base, _, text = case
     with raises_naming(UsageError, *facts):
-        lora_diag.probe_strength(base, adapter, evaluate=[text], output=tmp_path / "r.jsonl", **options)
+        lora_diag.probe_strength(
+            base, adapter, evaluate=[text], output=tmp_path / "r.jsonl", **options
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -31,7 +31,13 @@ def case(tmp_path):
 
 def test_sweep_runs_equal_plain_training_loop(case):
     base, train, held, shifted = case
-    options = {"data": train, "evaluate": [held], "shifted": [shifted], "ranks": (1, 3), "rates": (1e-3, 3e-2)}
+    options = {
+        "data": train,
+        "evaluate": [held],
+        "shifted": [shifted],
+        "ranks": (1, 3),
+        "rates": (1e-3, 3e-2),
+    }
     result = lora_diag.probe_sweep(base, widen=1, steps=6, batch=2, seed=5, **options)
     by_cell = {(r.rank, r.lr, r.seed, r.set): r.loss for r in result.whole}
     runs = {key[:3] for key in by_cell if key[0] is not None}
@@ -54,7 +60,13 @@ def test_sweep_runs_equal_plain_training_loop(case):
 
 def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "steps": 3, "widen": 1, "output": tmp_path / "s.jsonl"}
+    options = {
+        "data": train,
+        "evaluate": [held],
+        "steps": 3,
+        "widen": 1,
+        "output": tmp_path / "s.jsonl",
+    }
     first = lora_diag.probe_sweep(base, ranks=(1,), rates=(1e-2, 3e-2), seeds=1, **options)
     labels, more = [], {"ranks": (2,), "rates": (3e-3,), "seeds": 2, "resume": True}
 
@@ -65,7 +77,9 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
     with pytest.raises(KeyboardInterrupt):  # what was there stays until the longer run is whole
         lora_diag.probe_sweep(base, on_progress=stop, **more, **options)
     assert read_results(tmp_path / "s.jsonl").whole == first.whole
-    grown = lora_diag.probe_sweep(base, on_progress=lambda event: labels.append(event.label), **more, **options)
+    grown = lora_diag.probe_sweep(
+        base, on_progress=lambda event: labels.append(event.label), **more, **options
+    )
     wanted = {"ranks": [1, 2], "rates": [3e-3, 1e-2, 3e-2], "seeds": 2}
     assert {key: grown.run.settings[key] for key in wanted} == wanted
     assert grown.whole[: len(first.whole)] == first.whole
@@ -82,7 +96,12 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
         assert key[record.rank, record.lr, record.seed] == record.loss
     labels.clear()  # less than there is asks for nothing
     repeated = lora_diag.probe_sweep(
-        base, ranks=(1,), rates=(1e-2,), resume=True, on_progress=lambda event: labels.append(event.label), **options
+        base,
+        ranks=(1,),
+        rates=(1e-2,),
+        resume=True,
+        on_progress=lambda event: labels.append(event.label),
+        **options,
     )
     assert (labels, repeated) == ([], grown)
     with pytest.raises(UsageError, match=r"other settings \(.*steps"):
@@ -91,13 +110,22 @@ def test_finished_sweep_accepts_seeds_ranks_and_rates(case, tmp_path):
 
 def test_finished_sweep_accepts_full_and_further_rates(case, tmp_path):
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "seeds": 1}
+    options = {
+        "data": train,
+        "evaluate": [held],
+        "ranks": (1,),
+        "rates": (1e-2,),
+        "steps": 2,
+        "seeds": 1,
+    }
     first = lora_diag.probe_sweep(base, widen=0, output=tmp_path / "s.jsonl", **options)
     more = {"widen": 1, "full": True, "full_rates": (1e-3,)}
     grown = lora_diag.probe_sweep(base, resume=True, output=tmp_path / "s.jsonl", **options, **more)
     at_once = lora_diag.probe_sweep(base, **options, **more)
     assert grown.whole[: len(first.whole)] == first.whole
-    assert {(r.subject, r.lr): r.loss for r in grown.whole} == {(r.subject, r.lr): r.loss for r in at_once.whole}
+    assert {(r.subject, r.lr): r.loss for r in grown.whole} == {
+        (r.subject, r.lr): r.loss for r in at_once.whole
+    }
     assert grown.run.settings == at_once.run.settings
     assert any(r.subject == "full" for r in grown.whole)
 
@@ -137,7 +165,9 @@ def state_of(model):
 def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
     base, train, held, _ = case
     models, real = [], lora_diag.running.probing.open_model
-    monkeypatch.setattr(lora_diag.running.probing, "open_model", lambda *a: models.append(real(*a)) or models[0])
+    monkeypatch.setattr(
+        lora_diag.running.probing, "open_model", lambda *a: models.append(real(*a)) or models[0]
+    )
     result = lora_diag.probe_sweep(
         base,
         data=train,
@@ -154,7 +184,10 @@ def test_reference_lines_equal_plain_loop_and_restore_base(case, monkeypatch):
         seed=3,
     )
     lines = [record for record in result.whole if record.subject in {"full", "bitfit"}]
-    assert sorted((r.subject, r.lr, r.seed) for r in lines)[:2] == [("bitfit", 1e-2, 3), ("bitfit", 1e-2, 4)]
+    assert sorted((r.subject, r.lr, r.seed) for r in lines)[:2] == [
+        ("bitfit", 1e-2, 3),
+        ("bitfit", 1e-2, 4),
+    ]
     assert len(lines) == 2 + 3
     for record in lines:
         truth = trained(base, train, held, record.subject, record.lr, record.seed, 5, 2, 3)
@@ -202,7 +235,9 @@ def test_rounded_weights_are_nearest_grid_values(grid, oracle):
     with round_weights(layers, grid):
         for layer, weight in zip(layers, before, strict=True):
             torch.testing.assert_close(layer.weight.detach(), oracle(weight), rtol=1e-6, atol=0)
-    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    assert all(
+        torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True)
+    )
 
 
 def test_row_of_zeros_rounds_to_zeros():
@@ -222,7 +257,15 @@ def test_row_of_zeros_rounds_to_zeros():
 def test_lora_variants_equal_peft(case, options, of_peft):
     base, train, held, _ = case
     result = lora_diag.probe_sweep(
-        base, data=train, evaluate=[held], ranks=(2,), rates=(1e-2,), steps=4, batch=2, seeds=1, **options
+        base,
+        data=train,
+        evaluate=[held],
+        ranks=(2,),
+        rates=(1e-2,),
+        steps=4,
+        batch=2,
+        seeds=1,
+        **options,
     )
 
     def change(model):
@@ -245,38 +288,76 @@ def test_lora_variants_equal_peft(case, options, of_peft):
 def test_gradient_checkpointing_runs_blocks_twice_per_step(case, tmp_path, monkeypatch):
     """In the same model, with dropout: losses are the same, and a later run is not checkpointed."""
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (2,), "rates": (1e-2,), "full": True, "full_rates": (1e-3,)}
-    options |= {"steps": 3, "batch": 2, "seeds": 1, "widen": 0, "output": tmp_path / "s.jsonl", "overwrite": True}
+    options = {
+        "data": train,
+        "evaluate": [held],
+        "ranks": (2,),
+        "rates": (1e-2,),
+        "full": True,
+        "full_rates": (1e-3,),
+    }
+    options |= {
+        "steps": 3,
+        "batch": 2,
+        "seeds": 1,
+        "widen": 0,
+        "output": tmp_path / "s.jsonl",
+        "overwrite": True,
+    }
     block, calls = transformers.models.gpt2.modeling_gpt2.GPT2MLP, []
     forward = block.forward
-    monkeypatch.setattr(block, "forward", lambda self, *given: (calls.append(self.training), forward(self, *given))[1])
+    monkeypatch.setattr(
+        block,
+        "forward",
+        lambda self, *given: (calls.append(self.training), forward(self, *given))[1],
+    )
     result, counts = {}, {}
     with keep_open():
         for on in (True, False):
             result[on] = lora_diag.probe_sweep(base, gradient_checkpointing=on, **options)
             counts[on] = sum(calls)
             calls.clear()
-    assert counts == {True: 2 * counts[False], False: 2 * (2 + 3) * 2}  # blocks x (timed + trained) x (LoRA, full)
-    assert [r.loss for r in result[True].whole] == pytest.approx([r.loss for r in result[False].whole], abs=1e-6)
+    assert counts == {
+        True: 2 * counts[False],
+        False: 2 * (2 + 3) * 2,
+    }  # blocks x (timed + trained) x (LoRA, full)
+    assert [r.loss for r in result[True].whole] == pytest.approx(
+        [r.loss for r in result[False].whole], abs=1e-6
+    )
     assert len({r.loss for r in result[True].whole}) == 3
-    assert [result[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [True, None]
+    assert [result[on].run.settings.get("gradient_checkpointing") for on in (True, False)] == [
+        True,
+        None,
+    ]
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "supports_gradient_checkpointing", False)
     with raises_naming(UsageError, "GPT2LMHeadModel"):
-        lora_diag.probe_sweep(base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"})
+        lora_diag.probe_sweep(
+            base, gradient_checkpointing=True, **options | {"output": tmp_path / "other.jsonl"}
+        )
     assert not (tmp_path / "other.jsonl").exists()
 
 
 def test_missing_vectors_are_no_fault_of_an_option():
     """``tune`` trains biases and norms, too, and has no --bitfit."""
     model = SimpleNamespace(module=torch.nn.Linear(2, 2, bias=False))
-    with raises_naming(InputError, "no biases or norms") as caught, train_in_place(model, only_vectors=True):
+    with (
+        raises_naming(InputError, "no biases or norms") as caught,
+        train_in_place(model, only_vectors=True),
+    ):
         pass
     assert "--" not in str(caught.value)
 
 
 def test_resume_requires_same_trained_parameters(case, tmp_path):
     base, train, held, _ = case
-    options = {"data": train, "evaluate": [held], "ranks": (1,), "rates": (1e-2,), "steps": 2, "full": True}
+    options = {
+        "data": train,
+        "evaluate": [held],
+        "ranks": (1,),
+        "rates": (1e-2,),
+        "steps": 2,
+        "full": True,
+    }
     options |= {"full_rates": (1e-3,), "output": tmp_path / "s.jsonl"}
 
     def stop(event):
@@ -285,11 +366,19 @@ def test_resume_requires_same_trained_parameters(case, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         lora_diag.probe_sweep(base, on_progress=stop, **options)
-    for change in ({"dora": True}, {"rslora": True}, {"quantized": "nf4"}, {"bitfit": True}, {"full": False}):
+    for change in (
+        {"dora": True},
+        {"rslora": True},
+        {"quantized": "nf4"},
+        {"bitfit": True},
+        {"full": False},
+    ):
         with raises_naming(UsageError, "started", "settings"):
             lora_diag.probe_sweep(base, resume=True, **(options | change))
     labels = []
-    lora_diag.probe_sweep(base, resume=True, on_progress=lambda event: labels.append(event.label), **options)
+    lora_diag.probe_sweep(
+        base, resume=True, on_progress=lambda event: labels.append(event.label), **options
+    )
     assert {label.split()[0] for label in labels} == {"full"}
     whole = lora_diag.probe_sweep(base, **(options | {"output": None}))
     assert read_results(tmp_path / "s.jsonl").whole == whole.whole

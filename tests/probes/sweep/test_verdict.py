@@ -9,7 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lora_diag.probes.sweep.verdict import AtRank, best_rates, by_rank, compare_with_reference, find_diverged, judge
+from lora_diag.probes.sweep.verdict import (
+    AtRank,
+    best_rates,
+    by_rank,
+    compare_with_reference,
+    find_diverged,
+    judge,
+)
 from lora_diag.records import Probe
 
 
@@ -32,7 +39,12 @@ def rows(*losses):
         ([(1.5, 1.501), (1.03, 1.02), (1.0, 1.015)], "not resolved", 16, 8),
         ([(2.5, 2.5), (2.6, 2.6)], "no gain", None, None),
         ([(1.5,), (1.0,)], "no verdict", None, 8),
-        ([(1.5, 1.5), (1.0, 1.0)], "no verdict", None, 8),  # runs that no seed changes have no spread, not none at all
+        (
+            [(1.5, 1.5), (1.0, 1.0)],
+            "no verdict",
+            None,
+            8,
+        ),  # runs that no seed changes have no spread, not none at all
         ([(1.5, 1.5)], "no verdict", None, None),
         ([], "no verdict", None, None),
     ],
@@ -43,7 +55,9 @@ def test_sweep_verdicts(losses, word, rank, answer):
 
 
 def test_standing_is_paired_t_test_against_margin():
-    """Two ranks: θ of the pair by its definition, seed by seed, with SciPy's t test of one sample."""
+    """Two ranks: θ of the pair by its definition, seed by seed, with SciPy's t test of
+    one sample.
+    """
     four, eight, base, share = np.array([1.02, 1.05, 1.00]), np.array([1.00, 1.01, 0.99]), 2.0, 0.1
     result = judge(rows(four, eight), base, share).standings[0]
     theta = four.mean() - (1 - share) * eight.mean() - share * base
@@ -53,14 +67,18 @@ def test_standing_is_paired_t_test_against_margin():
     assert result.confidence == pytest.approx(stats.t(2).cdf(-theta / error))
     assert result.behind == pytest.approx((four - eight).mean())
     span = stats.ttest_rel(four, eight).confidence_interval(0.9)
-    assert (result.behind - result.half, result.behind + result.half) == pytest.approx((span.low, span.high))
+    assert (result.behind - result.half, result.behind + result.half) == pytest.approx(
+        (span.low, span.high)
+    )
     assert result.share == pytest.approx(result.behind / 1.0)
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 10**6), st.floats(1.0, 30.0))
 def test_more_seed_noise_never_makes_rank_sufficient(seed, times):
-    """The same means, with every seed further from them: what was not shown is not shown now, and no margin grows."""
+    """The same means, with every seed further from them: what was not shown is not shown now, and
+    no margin grows.
+    """
     rng = np.random.default_rng(seed)
     means, noise = 1 + 0.05 * rng.random((4, 1)), 0.005 * rng.normal(size=(4, 3))
     noise -= noise.mean(1, keepdims=True)
@@ -74,7 +92,10 @@ def test_more_seed_noise_never_makes_rank_sufficient(seed, times):
 
 @pytest.mark.parametrize(("seeds", "common"), [(2, 0.0), (3, 0.01), (6, 0.03)])
 def test_rank_at_margin_false_positive_rate(seeds, common):
-    """r=8 keeps exactly 98% of what r=16 gains: to call it enough is false equivalence. Seeds shift all ranks alike."""
+    """r=8 keeps exactly 98% of what r=16 gains: to call it enough is false equivalence.
+
+    Seeds shift all ranks alike.
+    """
     rng, wrong, known = np.random.default_rng(seeds), 0, 0
     means = np.array([[1.3], [1.02], [1.0]])
     for _ in range(600):
@@ -87,7 +108,9 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
 
 
 def test_noisy_pair_uses_own_variance():
-    """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with pooled freedom."""
+    """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with
+    pooled freedom.
+    """
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
     result = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)
     own = np.var(np.subtract(*noisy), ddof=1)
@@ -100,12 +123,24 @@ def test_equal_rank_is_enough_with_recommended_seeds():
     few = judge(rows((1.0, 1.04), (1.03, 1.01), (1.02, 1.01)), 2.0, 0.02)
     assert few.rank is None
     assert 2 < max(one.seeds for one in few.standings if one.seeds is not None) < 200
-    result = [judge(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4 for _ in range(200)]
+    result = [
+        judge(rows(*(1 + 0.02 * rng.normal(size=(3, 40)))), 2.0, 0.02).rank == 4 for _ in range(200)
+    ]
     assert np.mean(result) > 0.95
 
 
 def record(rank, lr, seed, loss, name="own"):
-    return Probe(probe="sweep", set=name, subject="lora", rank=rank, lr=lr, seed=seed, tokens=1, data="", loss=loss)
+    return Probe(
+        probe="sweep",
+        set=name,
+        subject="lora",
+        rank=rank,
+        lr=lr,
+        seed=seed,
+        tokens=1,
+        data="",
+        loss=loss,
+    )
 
 
 def test_rank_has_rate_of_lowest_loss_on_deciding_set():
@@ -127,17 +162,28 @@ def test_rank_has_rate_of_lowest_loss_on_deciding_set():
 
 
 def test_edge_of_rank_uses_own_rates():
-    """Beyond the grid only some ranks are tried: a rate that others went past is still their last."""
-    records = [record(4, 1e-3, 0, 1.5), record(4, 1e-2, 0, 1.0), record(8, 1e-3, 0, 1.5), record(8, 1e-2, 0, 1.2)]
+    """Beyond the grid only some ranks are tried: a rate that others went past is still
+    their last.
+    """
+    records = [
+        record(4, 1e-3, 0, 1.5),
+        record(4, 1e-2, 0, 1.0),
+        record(8, 1e-3, 0, 1.5),
+        record(8, 1e-2, 0, 1.2),
+    ]
     records += [record(8, 0.033, 0, 1.0), record(8, 0.11, 0, 1.1)]
-    assert [(row.lr, row.edge) for row in by_rank(records, "own", best_rates(records, "own", 0))] == [
+    assert [
+        (row.lr, row.edge) for row in by_rank(records, "own", best_rates(records, "own", 0))
+    ] == [
         (1e-2, True),
         (0.033, False),
     ]
 
 
 def test_best_rank_is_compared_with_line_by_welch():
-    """As SciPy's t test of unequal variances where there is one rank and the line depends on the seed."""
+    """As SciPy's t test of unequal variances where there is one rank and the line depends on the
+    seed.
+    """
     line = AtRank(None, 1e-4, dict(enumerate((0.91, 0.99, 0.94))))
     best = (0.90, 0.95, 0.85, 0.93)
     result = compare_with_reference([row(4, best)], line, base=2.0, share=0.02)
@@ -149,8 +195,11 @@ def test_best_rank_is_compared_with_line_by_welch():
     assert result.seeds > 4
     wide = compare_with_reference([row(4, best)], line, base=2.0, share=0.3)
     assert wide.outcome == "as good"
-    # Where the best was chosen among several ranks, limits are Bonferroni's: 97.5% each for two, 99% in all for ten.
-    two = compare_with_reference([row(4, best), row(8, [loss + 1 for loss in best])], line, base=2.0, share=0.02)
+    # Where the best was chosen among several ranks, limits are Bonferroni's: 97.5% each for two,
+    # 99% in all for ten.
+    two = compare_with_reference(
+        [row(4, best), row(8, [loss + 1 for loss in best])], line, base=2.0, share=0.02
+    )
     spread = np.var(best, ddof=1)
     error = math.sqrt(spread / 4 + np.var(line.losses, ddof=1) / 3)
     freedom = error**4 / ((spread / 4) ** 2 / 6 + (np.var(line.losses, ddof=1) / 3) ** 2 / 2)
@@ -167,12 +216,20 @@ def test_seed_independent_reference_counts_as_one_run():
         assert result.half == pytest.approx(stats.t(2).ppf(0.95) * math.sqrt(spread * (1 / 3 + 1)))
         assert result.outcome == "worse"
     near = compare_with_reference([row(4, best)], row(None, (1.0, 1.0)), base=2.0, share=0.02)
-    assert (near.outcome, near.seeds) == ("not known", None)  # one run stays one run, however many seeds LoRA has
+    assert (near.outcome, near.seeds) == (
+        "not known",
+        None,
+    )  # one run stays one run, however many seeds LoRA has
 
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [((0.5, 0.51), "worse"), ((1.5, 1.52), "better"), ((1.0, 1.01), "as good"), ((1.004, 1.2), "not known")],
+    [
+        ((0.5, 0.51), "worse"),
+        ((1.5, 1.52), "better"),
+        ((1.0, 1.01), "as good"),
+        ((1.004, 1.2), "not known"),
+    ],
 )
 def test_lora_is_compared_with_reference_line(line, word):
     result = compare_with_reference(
@@ -183,18 +240,26 @@ def test_lora_is_compared_with_reference_line(line, word):
 
 def test_line_without_spread_or_rank_has_no_statement():
     assert compare_with_reference([], row(None, (1.0, 1.1)), 2.0, 0.02) is None
-    assert compare_with_reference(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).outcome == "no verdict"
+    assert (
+        compare_with_reference(rows((1.0,), (1.1,)), row(None, (1.0, 1.1)), 2.0, 0.02).outcome
+        == "no verdict"
+    )
 
 
 @pytest.mark.parametrize("apart", [0.02, -0.02])
 def test_reference_at_margin_false_positive_rate(apart):
-    """The best of three ranks is chosen by its losses, which flatters it: limits are wider for that."""
+    """The best of three ranks is chosen by its losses, which flatters it: limits are wider for
+    that.
+    """
     rng, wrong = np.random.default_rng(7), 0
     for _ in range(600):
         losses = 1 + apart + 0.008 * rng.normal(size=(3, 3))
         line = 1 + 0.008 * rng.normal(size=3)
         share = apart if apart > 0 else -apart / (1 - apart)  # of what the better of the two gains
-        wrong += compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).outcome == "as good"
+        wrong += (
+            compare_with_reference(rows(*losses), row(None, line), base=2.0, share=share).outcome
+            == "as good"
+        )
     assert wrong / 600 < 0.05 + 3 * math.sqrt(0.05 * 0.95 / 600)
 
 
@@ -203,7 +268,11 @@ def base(loss, name="own"):
 
 
 def test_diverged_run_is_excluded_from_statistics():
-    good = [record(rank, 1e-2, seed, 1.0 + 0.01 * seed + 1 / rank) for rank in (4, 8) for seed in (0, 1, 2)]
+    good = [
+        record(rank, 1e-2, seed, 1.0 + 0.01 * seed + 1 / rank)
+        for rank in (4, 8)
+        for seed in (0, 1, 2)
+    ]
     clean = judge(by_rank([base(2.0), *good], "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
     for loss in (None, 5.0):
         records = [base(2.0), *good, record(8, 1e-2, 3, loss)]
@@ -212,8 +281,15 @@ def test_diverged_run_is_excluded_from_statistics():
         assert len(eight.runs) == 3
         result = judge(by_rank(records, "own", {4: 1e-2, 8: 1e-2}), 2.0, 0.02)
         assert replace(result, standings=()) == replace(clean, standings=())
-    # It is one on every set, and a rate at which all runs end above BASE is no gain and no divergence.
-    twice = [base(2.0), *good, record(8, 1e-2, 3, 5.0), base(9.0, "two"), record(8, 1e-2, 3, 8.0, "two")]
+    # It is one on every set, and a rate at which all runs end above BASE is no gain and no
+    # divergence.
+    twice = [
+        base(2.0),
+        *good,
+        record(8, 1e-2, 3, 5.0),
+        base(9.0, "two"),
+        record(8, 1e-2, 3, 8.0, "two"),
+    ]
     twice += [record(8, 1e-2, 0, 7.0, "two")]
     assert by_rank(twice, "two", {8: 1e-2})[0].runs == {0: 7.0}
     assert find_diverged([base(2.0), record(8, 1e-2, 0, 5.0), record(8, 1e-2, 1, 4.0)]) == set()
@@ -221,5 +297,7 @@ def test_diverged_run_is_excluded_from_statistics():
 
 
 def test_ranks_are_paired_on_common_seeds():
-    result = judge([AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02)
+    result = judge(
+        [AtRank(4, 1e-3, {0: 1.0, 1: 1.1, 2: 3.0}), AtRank(8, 1e-3, {0: 1.0, 1: 1.11})], 9.0, 0.02
+    )
     assert result.standings[0].behind == pytest.approx(-0.005)

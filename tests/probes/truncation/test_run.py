@@ -13,7 +13,18 @@ from lora_diag.models.opening import Weights
 from lora_diag.probes.truncation.show import truncation_lines
 from tests import oracles
 from tests.messages import mentions, raises_naming
-from tests.probes.making import SAMPLES, bert, best, gpt2, labelled, moved, opened, some_text, tensors, window_losses
+from tests.probes.making import (
+    SAMPLES,
+    bert,
+    best,
+    gpt2,
+    labelled,
+    moved,
+    opened,
+    some_text,
+    tensors,
+    window_losses,
+)
 
 TABLES = ("embed", "lm_head", "wte", "wpe")
 
@@ -59,7 +70,10 @@ def test_losses_equal_independent_computation(pair, tmp_path, rest):
         base, tuned, evaluate=[text], ranks=(0, 3, 11), rest=rest, length=length, batch=2
     )
     before, after = tensors(base), tensors(tuned)
-    ends = {"base": window_losses(base, before, text, length), "tuned": window_losses(base, after, text, length)}
+    ends = {
+        "base": window_losses(base, before, text, length),
+        "tuned": window_losses(base, after, text, length),
+    }
     assert [record.rank for record in result.whole] == [None, None, 0, 3, 11]
     for record in result.whole:
         truth = ends.get(record.subject)
@@ -90,32 +104,46 @@ def test_lengthened_update_is_measured_with_truncated_one(case):
     for name, value in weights_at(before, after, 2, "tuned").items():
         factor = 1.0
         if is_truncated(name, value):
-            factor = np.linalg.norm(after[name] - before[name]) / np.linalg.norm(value - before[name])
+            factor = np.linalg.norm(after[name] - before[name]) / np.linalg.norm(
+                value - before[name]
+            )
         weights[name] = before[name] + factor * (value - before[name])
     by_length = {record.match_norm: record for record in found.whole if record.rank == 2}
-    assert by_length[True].loss == pytest.approx(window_losses(base, weights, text, 32).mean(), abs=1e-4)
+    assert by_length[True].loss == pytest.approx(
+        window_losses(base, weights, text, 32).mean(), abs=1e-4
+    )
     plain = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(0, 2)).whole
-    assert [(r.rank, r.loss) for r in found.whole if not r.match_norm] == [(r.rank, r.loss) for r in plain]
+    assert [(r.rank, r.loss) for r in found.whole if not r.match_norm] == [
+        (r.rank, r.loss) for r in plain
+    ]
     change = by_length[True].loss - by_length[False].loss
-    assert f"r=2 {change:+.4f}" in next(one for one in truncation_lines(found) if one.key == "on").text
+    assert (
+        f"r=2 {change:+.4f}" in next(one for one in truncation_lines(found) if one.key == "on").text
+    )
 
 
 @pytest.mark.parametrize("per", ["layer", "type"])
 def test_sensitivity_by_layer_or_type(case, per):
     base, tuned, text = case
-    result = lora_diag.probe_truncation(base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn")
+    result = lora_diag.probe_truncation(
+        base, tuned, evaluate=[text], ranks=(2,), per=per, layers="attn"
+    )
     before, after = tensors(base), tensors(tuned)
     alone = [record for record in result.whole if record.subject == "truncated"]
     assert len(alone) == (4 if per == "layer" else 2)
     for record in alone:
-        mine = {name for name in before if name == record.layer or (record.module_type or "\0") in name}
+        mine = {
+            name for name in before if name == record.layer or (record.module_type or "\0") in name
+        }
         truth = window_losses(base, weights_at(before, after, 2, "tuned", mine), text, 32)
         assert record.loss == pytest.approx(truth.mean(), abs=1e-4)
 
 
 def test_adapter_truncated_at_own_rank_is_complete(tmp_path):
     text = some_text(tmp_path, windows=2, length=64)
-    result = lora_diag.probe_truncation(SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64)
+    result = lora_diag.probe_truncation(
+        SAMPLES / "base", SAMPLES / "lora_r4", evaluate=[text], ranks=(1, 4), length=64
+    )
     by_rank = {record.rank: record for record in result.whole}
     assert by_rank[4].gap == pytest.approx(0, abs=1e-5)
     assert by_rank[4].energy == pytest.approx(1)
@@ -132,7 +160,8 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
         model = opened(folder)
         losses = [
             model(
-                input_ids=torch.tensor([list(text.encode()[:32])]), labels=torch.tensor([{"spam": 1}.get(label, label)])
+                input_ids=torch.tensor([list(text.encode()[:32])]),
+                labels=torch.tensor([{"spam": 1}.get(label, label)]),
             ).loss.item()
             for text, label in lines
         ]
@@ -144,14 +173,21 @@ def test_classifier_is_measured_on_labels_by_name_or_index(tmp_path):
 def test_only_completion_is_predicted(case, tmp_path):
     base, tuned, _ = case
     file = tmp_path / "asked.jsonl"
-    file.write_text(json.dumps({"prompt": "one two ", "completion": "three"}) + "\n\n" + json.dumps({"text": "ab"}))
+    file.write_text(
+        json.dumps({"prompt": "one two ", "completion": "three"})
+        + "\n\n"
+        + json.dumps({"text": "ab"})
+    )
     result = lora_diag.probe_truncation(base, tuned, evaluate=[file], ranks=(1,))
     model = opened(base)
     ids = torch.tensor([list(b"one two three")])
     labels = ids.clone()
     labels[0, :8] = -100
     two = torch.tensor([list(b"ab")])
-    sums = model(input_ids=ids, labels=labels).loss.item() * 5 + model(input_ids=two, labels=two).loss.item()
+    sums = (
+        model(input_ids=ids, labels=labels).loss.item() * 5
+        + model(input_ids=two, labels=two).loss.item()
+    )
     assert result.whole[0].tokens == 6
     assert result.whole[0].loss == pytest.approx(sums / 6, abs=1e-5)
 
@@ -196,9 +232,15 @@ def test_model_without_head_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["T5ForConditionalGeneration"]}, "is a T5ForConditionalGeneration; probe runs causal"),
+        (
+            {"architectures": ["T5ForConditionalGeneration"]},
+            "is a T5ForConditionalGeneration; probe runs causal",
+        ),
         ({"model_type": "nobody"}, "transformers cannot open"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "is quantized"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+            "is quantized",
+        ),
     ],
     ids=str,
 )

@@ -32,12 +32,16 @@ def kills_its_worker(folder, times, layer, task, settings):
 def cannot_read(layer, task, settings):
     """Find a file broken in one layer."""
     if task.layer == layer:
-        raise InputError(f"model.safetensors: the file ends inside {layer}; copy or download it again")
+        raise InputError(
+            f"model.safetensors: the file ends inside {layer}; copy or download it again"
+        )
     return real(task, settings)
 
 
 def waits_on_the_second_node(marker, head, task, settings):
-    """On another node than the head, say so and never end: the node has to die; on the head, begin only then."""
+    """On another node than the head, say so and never end: the node has to die; on the head, begin
+    only then.
+    """
     import ray
 
     if ray.get_runtime_context().get_node_id() != head:
@@ -78,5 +82,7 @@ if __name__ == "__main__":  # the command line with such a fault
     folder, deadly, endless, *sys.argv[1:] = sys.argv[1:]
     from tests.running.engines import faulty  # as the workers import it
 
-    spectrum._measure_layer = partial(faulty.kills_its_worker_then_waits, Path(folder), deadly, endless)
+    spectrum._measure_layer = partial(
+        faulty.kills_its_worker_then_waits, Path(folder), deadly, endless
+    )
     main()

@@ -22,7 +22,9 @@ def test_records_come_in_order_of_tasks():
     assert result == [task * 10 for task in range(20)]
 
 
-@pytest.mark.parametrize(("workers", "size", "at_once"), [(None, 1, 4), (None, 100, 1), (None, 40, 2), (3, 100, 3)])
+@pytest.mark.parametrize(
+    ("workers", "size", "at_once"), [(None, 1, 4), (None, 100, 1), (None, 40, 2), (3, 100, 3)]
+)
 def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_once):
     running = most = 0
     lock, together = threading.Lock(), threading.Barrier(at_once)
@@ -45,7 +47,9 @@ def test_large_tasks_run_alone_and_small_ones_side_by_side(workers, size, at_onc
 def test_threads_of_task_depend_on_its_size_alone():
     """And those of the caller are restored."""
     layout, before = Layout(2, 100), torch.get_num_threads()
-    result = list(run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task))
+    result = list(
+        run_local(lambda task: torch.get_num_threads(), [1, 90, 1, 90], layout, lambda task: task)
+    )
     assert result == [1, 2, 1, 2]
     assert torch.get_num_threads() == before
 

@@ -9,7 +9,9 @@ from lora_diag.running.engines.processes import Processes
 
 
 def test_killed_processes_end_every_call():
-    """Also the call that waits for a free process, which ``run_local`` makes if they end one after another."""
+    """Also the call that waits for a free process, which ``run_local`` makes if they end one after
+    another.
+    """
     with Processes(eval, 2) as measure:
         with ThreadPoolExecutor(3) as pool:
             calls = [pool.submit(measure, "__import__('time').sleep(60)") for _ in range(3)]
@@ -20,7 +22,9 @@ def test_killed_processes_end_every_call():
 
 
 def test_process_answers_raises_and_may_end(capfd):
-    """``eval`` is the diagnostic: printed text is no result, errors are raised, the end of a process is reported."""
+    """``eval`` is the diagnostic: printed text is no result, errors are raised, the end of a
+    process is reported.
+    """
     with Processes(eval, 1) as measure, ThreadPoolExecutor(3) as pool:
         assert list(pool.map(measure, [f"print({i}) or {i}" for i in range(20)])) == list(range(20))
         with pytest.raises(UsageError, match="as it is"):

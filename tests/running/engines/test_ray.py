@@ -1,4 +1,6 @@
-"""The engine on a cluster: a real one of two nodes, whose workers and nodes die while they measure."""
+"""The engine on a cluster: a real one of two nodes, whose workers and nodes die while
+they measure.
+"""
 
 import os
 import signal
@@ -109,7 +111,11 @@ SAMPLES = ROOT / "sample_checkpoints"
 COMMANDS = {
     "spectrum": (SAMPLES / "base", SAMPLES / "full_ft"),
     "spectrum without torch": (SAMPLES / "lora_r16",),
-    "residual": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "lora_r4", SAMPLES / "lora_r16"]),
+    "residual": (
+        SAMPLES / "base",
+        SAMPLES / "full_ft",
+        [SAMPLES / "lora_r4", SAMPLES / "lora_r16"],
+    ),
     "overlap": (SAMPLES / "base", SAMPLES / "full_ft", [SAMPLES / "gradients"]),
     "interference": ([SAMPLES / "lora_r4", SAMPLES / "lora_r16"],),
     "intruders": (SAMPLES / "base", SAMPLES / "lora_r4"),
@@ -133,19 +139,31 @@ def test_extract_writes_same_adapter(cluster, pair, tmp_path):
         lora_diag.extract(*pair, tmp_path / name / "adapter", params=400, engine=on)
     local, there = (tmp_path / name / "adapter" for name in ("local", "cluster"))
     assert (local / "extraction.jsonl").read_bytes() == (there / "extraction.jsonl").read_bytes()
-    assert (local / "adapter_model.safetensors").read_bytes() == (there / "adapter_model.safetensors").read_bytes()
+    assert (local / "adapter_model.safetensors").read_bytes() == (
+        there / "adapter_model.safetensors"
+    ).read_bytes()
 
 
 def test_recover_writes_same_checkpoint_and_adapter(cluster, tmp_path):
     base, _, tuned = (part.bfloat16() for part in planted(96, 80, 3, 2e-5, 1))
     for name, weight in (("base", base), ("tuned", tuned)):
-        save_model(tmp_path / name, {LAST: weight, LAST.replace("q_proj", "k_proj"): weight.flip(0)})
+        save_model(
+            tmp_path / name, {LAST: weight, LAST.replace("q_proj", "k_proj"): weight.flip(0)}
+        )
     for name, on in (("local", None), ("cluster", Ray())):
         (tmp_path / name).mkdir()
         for kind, ways in (("full", {"full": True}), ("budget", {"params": 400})):
-            lora_diag.recover(tmp_path / "base", tmp_path / "tuned", tmp_path / name / kind, engine=on, **ways)
-    for file in ("full/model.safetensors", "full/recovery.jsonl", "budget/adapter_model.safetensors"):
-        assert (tmp_path / "local" / file).read_bytes() == (tmp_path / "cluster" / file).read_bytes()
+            lora_diag.recover(
+                tmp_path / "base", tmp_path / "tuned", tmp_path / name / kind, engine=on, **ways
+            )
+    for file in (
+        "full/model.safetensors",
+        "full/recovery.jsonl",
+        "budget/adapter_model.safetensors",
+    ):
+        assert (tmp_path / "local" / file).read_bytes() == (
+            tmp_path / "cluster" / file
+        ).read_bytes()
 
 
 def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatch):
@@ -153,7 +171,9 @@ def test_killed_node_does_not_change_results(cluster, pair, tmp_path, monkeypatc
 
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     head, marker = ray.get_runtime_context().get_node_id(), tmp_path / "on the second node"
-    monkeypatch.setattr(api, "_measure_layer", partial(faulty.waits_on_the_second_node, marker, head))
+    monkeypatch.setattr(
+        api, "_measure_layer", partial(faulty.waits_on_the_second_node, marker, head)
+    )
 
     def cut_the_power():
         until(marker)
@@ -183,7 +203,9 @@ def test_layer_that_kills_workers_is_named(cluster, pair, tmp_path, monkeypatch)
 
 @pytest.fixture
 def tiny(tmp_path):
-    """BASE and texts of training runs, which have one thread here as on the nodes, whose GPU is one in name alone."""
+    """BASE and texts of training runs, which have one thread here as on the nodes, whose GPU is one
+    in name alone.
+    """
     texts = {
         "data": some_text(tmp_path, "train", windows=7),
         "evaluate": [some_text(tmp_path, windows=2, source="shifted")],
@@ -198,25 +220,41 @@ def test_sweep_whose_worker_dies_resumes_to_same_bytes(cluster, tiny, tmp_path, 
     whole, there, progress = (tmp_path / "local").read_bytes(), tmp_path / "cluster", []
     label = "r=2 lr=0.01 seed 0"
     monkeypatch.setattr(engine, "RETRIES", 0)
-    monkeypatch.setattr(training_runs, "train_on_worker", partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label))
-    with pytest.raises(InputError, match=f"^{label}: a worker died while it measured it.*lower batch"):
+    monkeypatch.setattr(
+        training_runs,
+        "train_on_worker",
+        partial(faulty.kills_its_worker_in_a_run, tmp_path, 1, label),
+    )
+    with pytest.raises(
+        InputError, match=f"^{label}: a worker died while it measured it.*lower batch"
+    ):
         lora_diag.probe_sweep(base, output=there, engine=Ray(), **options)
     left = there.read_bytes()
     assert whole.startswith(left)
-    assert left.count(b'"record":"probe"') == 2 + 1  # BASE, rounded and not, and the first run of r=1
-    lora_diag.probe_sweep(base, output=there, resume=True, engine=Ray(), on_progress=progress.append, **options)
+    assert (
+        left.count(b'"record":"probe"') == 2 + 1
+    )  # BASE, rounded and not, and the first run of r=1
+    lora_diag.probe_sweep(
+        base, output=there, resume=True, engine=Ray(), on_progress=progress.append, **options
+    )
     assert there.read_bytes() == whole
     assert progress[-1].done == progress[-1].total
 
 
 def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, monkeypatch, undrawn):
-    """Time is up while the pilot is trained, which is ended; with more time here, all is as of one machine."""
+    """Time is up while the pilot is trained, which is ended; with more time here, all is as of one
+    machine.
+    """
     base, options = tiny
     options |= {"params": 1100, "ranks": (2,), "rates": (1e-2,), "widen": 0, "no_full": True}
     local = lora_diag.tune(base, tmp_path / "local", time="1h", **options)
     marker, original = tmp_path / "began", Tuner.left.fget
-    monkeypatch.setattr(Tuner, "left", property(lambda self: -1.0 if marker.exists() else original(self)))
-    monkeypatch.setattr(training_runs, "train_on_worker", partial(faulty.never_ends, marker, "pilot"))
+    monkeypatch.setattr(
+        Tuner, "left", property(lambda self: -1.0 if marker.exists() else original(self))
+    )
+    monkeypatch.setattr(
+        training_runs, "train_on_worker", partial(faulty.never_ends, marker, "pilot")
+    )
     run = tmp_path / "cluster"
     result = lora_diag.tune(base, run, time="1h", engine=Ray(), **options)
     outcomes = {one.name: one.outcome for one in result.whole_of(TuneDecision)}
@@ -228,10 +266,13 @@ def test_tune_time_limit_on_cluster_and_local_resume(cluster, tiny, tmp_path, mo
     repeated = lora_diag.tune(base, run, resume=True, time="2h", **options)
     assert repeated.whole_of(TuneTrial) == local.whole_of(TuneTrial)
     untimed = [
-        [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)] for each in (repeated, local)
+        [one.model_copy(update={"seconds": None}) for one in each.whole_of(TuneDecision)]
+        for each in (repeated, local)
     ]
     assert untimed[0] == untimed[1]
-    adapters = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("local", "cluster")]
+    adapters = [
+        tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("local", "cluster")
+    ]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
@@ -251,7 +292,16 @@ def test_local_training_uses_requested_device_and_threads(cluster, tiny):
 def test_worker_refuses_texts_that_differ(tiny):
     base, options = tiny
     text = read_texts(options["data"], open_model(base, torch.device("cpu")))
-    site = Site(str(base), "cpu", "float32", None, "auto", (drop_sequences(text),), None, open_checkpoint(base))
+    site = Site(
+        str(base),
+        "cpu",
+        "float32",
+        None,
+        "auto",
+        (drop_sequences(text),),
+        None,
+        open_checkpoint(base),
+    )
     assert open_site(site)[1] == text
     with raises_naming(InputError, "train.txt", "other contents"):
         open_site(replace(site, texts=(replace(drop_sequences(text), hash="0123456789abcdef"),)))
@@ -287,7 +337,9 @@ def test_inputs_on_this_machine_only_are_named(cluster, pair, tmp_path):
     folder = os.open(pair[1], os.O_RDONLY)  # of this process alone
     try:
         with raises_naming(InputError, "/model.safetensors", "not visible", "storage"):
-            lora_diag.spectrum(pair[0], f"/proc/self/fd/{folder}", output=tmp_path / "r", engine=Ray())
+            lora_diag.spectrum(
+                pair[0], f"/proc/self/fd/{folder}", output=tmp_path / "r", engine=Ray()
+            )
     finally:
         os.close(folder)
     assert not (tmp_path / "r").exists()
@@ -300,7 +352,9 @@ def test_cluster_without_gpu_is_an_error(cluster, pair, tmp_path, monkeypatch):
         lora_diag.spectrum(*pair, output=tmp_path / "r", engine=Ray(gpus_per_task=2))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of the second node is one in name alone")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the GPU of the second node is one in name alone"
+)
 def test_gpu_invisible_to_torch_is_an_error(cluster, pair):
     with raises_naming(UsageError, "0 CUDA", "devices"):
         lora_diag.spectrum(*pair, engine=Ray(gpus_per_task=0.5))
@@ -309,17 +363,31 @@ def test_gpu_invisible_to_torch_is_an_error(cluster, pair):
 def test_workers_read_addresses_themselves(cluster, pair, tmp_path):
     web = Web(tmp_path)
     try:
-        local, there = both(tmp_path, "spectrum", f"{web.url}/base", f"{web.url}/tuned", layers="lm_head")
+        local, there = both(
+            tmp_path, "spectrum", f"{web.url}/base", f"{web.url}/tuned", layers="lm_head"
+        )
     finally:
         web.close()
     assert local == there
 
 
 def test_ctrl_c_stops_cluster_and_leaves_resumable_file(cluster, pair, tmp_path):
-    """By the command line, and with a worker killed before, of which Ray itself would tell on standard output."""
+    """By the command line, and with a worker killed before, of which Ray itself would tell on
+    standard output.
+    """
     lora_diag.spectrum(*pair, output=tmp_path / "local")
     first, *_ = layers = [record.layer for record in lora_diag.read_results(tmp_path / "local")]
-    words = ["spectrum", *pair, "-o", "r.jsonl", "--json", "--engine", "ray", "--ray-address", cluster.address]
+    words = [
+        "spectrum",
+        *pair,
+        "-o",
+        "r.jsonl",
+        "--json",
+        "--engine",
+        "ray",
+        "--ray-address",
+        cluster.address,
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "tests.running.engines.faulty", tmp_path, first, layers[-1], *words],
         cwd=tmp_path,
@@ -328,16 +396,27 @@ def test_ctrl_c_stops_cluster_and_leaves_resumable_file(cluster, pair, tmp_path)
         stderr=subprocess.PIPE,
     )
     until(tmp_path / "waiting")
-    until(lambda: (tmp_path / "r.jsonl").exists() and (tmp_path / "r.jsonl").read_bytes().count(b"\n") > 1)
+    until(
+        lambda: (
+            (tmp_path / "r.jsonl").exists() and (tmp_path / "r.jsonl").read_bytes().count(b"\n") > 1
+        )
+    )
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert err.decode() == "interrupted; a run with -o continues with --resume\n"
-    assert (tmp_path / "r.jsonl").read_bytes().startswith(out)  # the interrupt may come between file and output
+    assert (
+        (tmp_path / "r.jsonl").read_bytes().startswith(out)
+    )  # the interrupt may come between file and output
     assert out
     assert (tmp_path / "killed0").exists()
     worker = int((tmp_path / "waiting").read_text())
-    until(lambda: not Path(f"/proc/{worker}/cmdline").exists() or not Path(f"/proc/{worker}/cmdline").read_bytes())
+    until(
+        lambda: (
+            not Path(f"/proc/{worker}/cmdline").exists()
+            or not Path(f"/proc/{worker}/cmdline").read_bytes()
+        )
+    )
     lora_diag.spectrum(*pair, output=tmp_path / "r.jsonl", resume=True)
     assert (tmp_path / "r.jsonl").read_bytes() == (tmp_path / "local").read_bytes()
 
@@ -447,7 +526,9 @@ def test_server_that_is_no_ray_cluster_is_reported(monkeypatch, answer, problem)
         thread.join()
 
 
-@pytest.mark.parametrize("address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"])
+@pytest.mark.parametrize(
+    "address", ["there", ":6379", "10.0.0.1:", "10.0.0.1:70000", "10.0.0.1:http"]
+)
 def test_invalid_address_is_reported(address):
     with raises_naming(UsageError, "HOST:PORT"):
         engine._check_answers(f"--ray-address {address}", address)
@@ -455,9 +536,15 @@ def test_invalid_address_is_reported(address):
 
 def test_devices_of_cluster_follow_from_its_gpus(monkeypatch):
     monkeypatch.setattr(engine, "import_ray", lambda: None)
-    assert plan_device(Ray(), "auto") == plan_device(Ray(), "cpu") == DevicePlan("cpu", "cpu", "cpu")
+    assert (
+        plan_device(Ray(), "auto") == plan_device(Ray(), "cpu") == DevicePlan("cpu", "cpu", "cpu")
+    )
     assert plan_device(Ray(gpus_per_task=1), "auto").tasks == "cuda"
-    for on, device in ((Ray(), "cuda"), (Ray(gpus_per_task=1), "cpu"), (Ray(gpus_per_task=1), "cuda:1")):
+    for on, device in (
+        (Ray(), "cuda"),
+        (Ray(gpus_per_task=1), "cpu"),
+        (Ray(gpus_per_task=1), "cuda:1"),
+    ):
         with raises_naming(UsageError, f"--device {device}", "cluster"):
             plan_device(on, device)
 
@@ -503,7 +590,9 @@ def test_lost_head_is_reported(monkeypatch):
 
 
 def test_gpu_task_gets_share_of_cores():
-    cluster = engine._Cluster(FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5)
+    cluster = engine._Cluster(
+        FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5
+    )
     assert cluster.slots == 20
     assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
     assert cluster.capacity(None).max_batches == 40

@@ -8,7 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag.errors import InputError
-from lora_diag.running.engines.schedule import BATCH, LAYER_COST, Batch, Capacity, Waiting, batches, cost, in_order
+from lora_diag.running.engines.schedule import (
+    BATCH,
+    LAYER_COST,
+    Batch,
+    Capacity,
+    Waiting,
+    batches,
+    cost,
+    in_order,
+)
 
 Layer = namedtuple("Layer", "layer shape")
 
@@ -26,7 +35,9 @@ def layers(shapes):
 @given(SHAPES, st.integers(1, 64))
 def test_batches_contain_every_task_once_in_order(shapes, slots):
     plan = batches(layers(shapes), dense, lambda size: 1 + (size > 10**8), slots)
-    assert [at for batch in plan for at in range(batch.start, batch.stop)] == list(range(len(shapes)))
+    assert [at for batch in plan for at in range(batch.start, batch.stop)] == list(
+        range(len(shapes))
+    )
     for batch in plan:
         own = [shapes[at] for at in range(batch.start, batch.stop)]
         assert batch.cost == sum(m * n * min(m, n) + LAYER_COST for m, n in own)
@@ -41,7 +52,9 @@ def test_small_layers_go_in_few_batches_that_fill_all_slots():
 
 
 def test_next_batch_is_largest_within_reach():
-    plan = [Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 7, 5, 5, 5])]  # 5 on average
+    plan = [
+        Batch(at, at + 1, 1, size) for at, size in enumerate([5, 1, 9, 3, 7, 5, 5, 5])
+    ]  # 5 on average
     waiting = Waiting(plan, 3)
     taken = [waiting.pop(written, lambda batch: True) for written in (0, 0, 0, 0, 1, 2, 2)]
     assert [batch.start if batch else None for batch in taken] == [2, 4, 0, 1, 3, None, None]
@@ -49,7 +62,9 @@ def test_next_batch_is_largest_within_reach():
 
 
 class Machines:
-    """Finish what they were sent in any order; some batches kill them, some tasks cannot be measured."""
+    """Finish what they were sent in any order; some batches kill them, some tasks cannot be
+    measured.
+    """
 
     def __init__(self, seed, deadly=(), broken=()):
         self.random, self.deadly, self.broken = random.Random(seed), set(deadly), set(broken)
@@ -79,7 +94,12 @@ class Machines:
 
     def run(self, plan, capacity, reach=8):
         return in_order(
-            plan, reach, lambda: capacity, self.send, self.fetch, lambda batch: InputError(f"lost {batch.start}")
+            plan,
+            reach,
+            lambda: capacity,
+            self.send,
+            self.fetch,
+            lambda batch: InputError(f"lost {batch.start}"),
         )
 
 

@@ -1,6 +1,8 @@
-"""A Ray cluster of two nodes on this machine, in a separate process: it prints the address, then follows commands.
+"""A Ray cluster of two nodes on this machine, in a separate process: it prints the address, then
+follows commands.
 
-``add`` starts the second node again, ``kill`` kills it as a power cut would, the end of the input ends all.
+``add`` starts the second node again, ``kill`` kills it as a power cut would, the end of the input
+ends all.
 """
 
 import os
@@ -40,9 +42,13 @@ def main() -> None:
 
 
 def started() -> Cluster:
-    """A cluster whose head is there; a raylet gives up where its agent takes more than 15 s to start, so try again."""
+    """A cluster whose head is there; a raylet gives up where its agent takes more than 15 s to
+    start, so try again.
+    """
     for _ in range(TIMES):
-        cluster = Cluster(initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "wait": False})
+        cluster = Cluster(
+            initialize_head=True, head_node_args={**NODE, "include_dashboard": False, "wait": False}
+        )
         if stands(cluster, cluster.head_node):
             return cluster
         cluster.shutdown()

@@ -20,9 +20,9 @@ from typing import Any
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import Checks, Policy
-from lora_diag.gating.record import Status, Verdict
 from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
+from lora_diag.records.verdict import Status, Verdict
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.statements import is_unrelated
 from lora_diag.running.fingerprint import (

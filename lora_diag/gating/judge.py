@@ -15,7 +15,6 @@ from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
-from lora_diag.gating.record import Status, Verdict
 from lora_diag.gating.sources import (
     Baseline,
     Sources,
@@ -24,6 +23,7 @@ from lora_diag.gating.sources import (
     list_subjects,
     value_of,
 )
+from lora_diag.records.verdict import Status, Verdict
 
 
 @dataclass(frozen=True, slots=True)

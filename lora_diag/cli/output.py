@@ -264,8 +264,7 @@ def report_unmeasured(items: Sequence[LeftOut]) -> None:
     if len(items) > MAX_NAMED:
         print_message(
             f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list "
-            "all (--json, or "
-            "-o FILE)"
+            "all (--json, or -o FILE)"
         )
 
 

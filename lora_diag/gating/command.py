@@ -86,8 +86,7 @@ def run_gate(
     if shown.table:
         if has_passed:
             hint = (
-                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a "
-                "model "
+                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model "
                 "card)"
             )
         elif files:

@@ -106,8 +106,7 @@ def _refuse_nothing(policy: Policy, sources: Sources) -> None:
     if not policy.demands and not faulty and not has_updates(sources):
         raise NothingComparedError(
             f"{sources[0].path}: no record gives the norm and the resolution of an update, and "
-            f"{policy.path} has no "
-            "rule for anything else"
+            f"{policy.path} has no rule for anything else"
         )
 
 

@@ -670,8 +670,7 @@ def find_policy(name: str) -> Policy:
     if Path(name).name == name and not name.endswith(".toml"):
         raise UsageError(
             f"{name}: is no built-in policy ({', '.join(READY)}); give the path of a policy file, "
-            f"such as ./{name}, in "
-            "the order: loradiag gate POLICY RESULTS..."
+            f"such as ./{name}, in the order: loradiag gate POLICY RESULTS..."
         )
     return read_policy(name)
 

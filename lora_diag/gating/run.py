@@ -102,8 +102,7 @@ def gate(
     if baseline and not rules.regressions:
         raise UsageError(
             f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; "
-            "add one, or remove "
-            "--baseline"
+            "add one, or remove --baseline"
         )
     if not baseline and rules.regressions:
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]

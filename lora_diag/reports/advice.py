@@ -478,8 +478,7 @@ def _find_scale(evidence: Evidence) -> Facts | None:
             root = math.sqrt(median(record.rank or 1 for record in off))
             if abs(abs(math.log(factor_by_path[path])) - math.log(root)) < 0.05 < math.log(root):
                 hint = (
-                    "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one "
-                    "was "
+                    "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was "
                     "meant."
                 )
     if not factor_by_path:
@@ -558,8 +557,7 @@ RULES = (
         _find_equal_adapter,
         "No change: {adapter} does as well as the full fine-tune on held-out text",
         "It is {gap} nats from the full fine-tune on {set} and keeps {kept} of its gain. {others} "
-        "Distances in weights "
-        "do not contradict this.",
+        "Distances in weights do not contradict this.",
         "gate --policy adapter-basic --base {base} --adapter {adapter}",
     ),
     Rule(

@@ -272,9 +272,8 @@ def _describe_unfinished(source: Source) -> str:
     run, count = source.results.run, len(source.results) or len(source.results.whole)
     return (
         f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements "
-        f"on its {count} "
-        "records do not apply to the rest, and no step is derived from it. Repeat the command with "
-        "--resume."
+        f"on its {count} records do not apply to the rest, and no step is derived from it. Repeat "
+        "the command with --resume."
     )
 
 

@@ -276,8 +276,7 @@ class HubStore(HttpStore):
             return
         if url.scheme != "https" or not await _is_public(url.host or ""):
             problem = (
-                f"the Hub redirects to {hide_secrets(str(url))}, which is no public "
-                "https:// "
+                f"the Hub redirects to {hide_secrets(str(url))}, which is no public https:// "
                 "address"
             )
             raise damaged(address, problem, "check HF_ENDPOINT")

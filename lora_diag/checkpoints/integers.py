@@ -426,9 +426,8 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
             or (name == codes and source[name].dtype != "int32")
         ):
             problem = (
-                f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or "
-                "the "
-                "codes are not int32"
+                f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or the codes "
+                "are not int32"
             )
             raise damaged_tensor(source, codes, problem, UNSUPPORTED)
     groups, out = source[scales].shape
@@ -577,8 +576,7 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
         or isinstance(bits, bool)
     ):
         problem = (
-            f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size "
-            f"{group!r} "
+            f"is quantized by MLX with mode {mode!r}, bits {bits!r} and group_size {group!r} "
             "(config.json)"
         )
         raise damaged_tensor(source, weight, problem, "mode affine with 2 to 6 or 8 bits is read")

@@ -490,10 +490,9 @@ def recover_layer(
     if fit.is_rejected(start):
         reason = (
             f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over "
-            "binades of |W|, "
-            f"{fit.misplaced:.2g} of the entries are misplaced, and the size varies by "
-            f"{fit.unevenness:.0%} with |W|; "
-            "possible causes: training without float32 master weights, or of some entries only"
+            f"binades of |W|, {fit.misplaced:.2g} of the entries are misplaced, and the size "
+            f"varies by {fit.unevenness:.0%} with |W|; possible causes: training without float32 "
+            "master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     recovered = (

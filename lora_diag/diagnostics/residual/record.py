@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import (
@@ -221,16 +221,8 @@ class Residual(Distance, Lineage, LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
     part_label: ClassVar[str] = "{adapter}"
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "rank",
-            "rank",
-            "columns of the adapter's factors; 0 where it does not change the layer",
-            axis="rank r",
-            pool="range",
-            head="r",
-            terminal=True,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "rank",
         Shown(
             "epsilon",
             "ε",
@@ -353,13 +345,6 @@ class Residual(Distance, Lineage, LayerRecord):
             terminal=True,
         ),
         COSINE_TO_BASE,
-        Shown(
-            "limited_by",
-            "limited by",
-            "largest of rank, direction and scale",
-            main=True,
-            pool=lambda records: count_texts(record.limited_by or "-" for record in records),
-        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -382,7 +367,7 @@ class Residual(Distance, Lineage, LayerRecord):
     shape: tuple[int, ...]
     adapter: str
     role: Literal["adapter", "reference"]
-    rank: int | None
+    rank: Annotated[int | None, Shown(axis="rank r", pool="range", head="r", terminal=True)]
     fro: Norm
     base_fro: Norm | None
     adapter_fro: Norm
@@ -390,7 +375,13 @@ class Residual(Distance, Lineage, LayerRecord):
     column_space: Agreement | None
     row_space: Agreement | None
     data: Distance | None
-    limited_by: Limit | None
+    limited_by: Annotated[
+        Limit | None,
+        Shown(
+            main=True,
+            pool=lambda records: count_texts(record.limited_by or "-" for record in records),
+        ),
+    ]
     resolution: Resolution | None
     blocks: Count | None = None
     before_rounding: Expected | None = None

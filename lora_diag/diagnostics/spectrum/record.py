@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import (
@@ -90,9 +90,9 @@ class Spectrum(Lineage, LayerRecord):
         dtypes: Dtypes in which base and tuned are read; of an adapter: that of the base (null
             without one) and the stored one of its factors; of gradients: null and theirs; of a sum
             of updates: null and that of the sum.
-        fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients and sums
-            of updates.
+        fro: Frobenius norm of the update, ‖ΔW‖_F. Norms are accumulated in float64.
+        base_fro: Frobenius norm of the base weight, ‖W_base‖_F; null if the base was not given, and
+            for gradients and sums of updates.
         s: Singular values of ΔW, descending, to 9 significant digits.
         complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an
             adapter's r).
@@ -126,7 +126,7 @@ class Spectrum(Lineage, LayerRecord):
             zero, and in another metric.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
         Shown(
             "relative",
@@ -135,7 +135,7 @@ class Spectrum(Lineage, LayerRecord):
             axis="‖ΔW‖_F / ‖W_base‖_F",
             main=True,
         ),
-        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F"),
+        "fro",
         Shown(
             "sigma_to_base",
             "σ₁/σ₁(W) ≤",
@@ -208,26 +208,8 @@ class Spectrum(Lineage, LayerRecord):
             terminal=True,
             detail=True,
         ),
-        Shown(
-            "stable_rank",
-            "stable rank",
-            "‖ΔW‖_F²/σ_1²",
-            axis="stable rank ‖ΔW‖_F² / σ₁²",
-            drop=9,
-            head="stable",
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "effective_rank",
-            "effective rank",
-            "exp of the entropy of σ_i²/Σσ²",
-            axis="effective rank exp H(σᵢ²/Σσ²)",
-            drop=10,
-            head="eff.",
-            terminal=True,
-            detail=True,
-        ),
+        "stable_rank",
+        "effective_rank",
         Shown(
             "resolution.unchanged",
             "unchanged",
@@ -242,7 +224,7 @@ class Spectrum(Lineage, LayerRecord):
             main=True,
             terminal=False,
         ),
-        Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
+        "base_fro",
         Shown(
             "resolution.edge",
             "noise edge",
@@ -273,8 +255,8 @@ class Spectrum(Lineage, LayerRecord):
     layer: str
     shape: tuple[int, int]
     dtypes: tuple[str | None, str]
-    fro: Norm
-    base_fro: Norm | None
+    fro: Annotated[Norm, Shown(title="‖ΔW‖", axis="‖ΔW‖_F")]
+    base_fro: Annotated[Norm | None, Shown(title="‖W‖", axis="‖W_base‖_F")]
     s: tuple[Norm, ...]
     complete: bool
     method: str
@@ -282,8 +264,16 @@ class Spectrum(Lineage, LayerRecord):
     energy: dict[str, Share | None]
     rank_at: dict[str, int | None]
     tail: dict[str, Tail | None]
-    stable_rank: float | None
-    effective_rank: float | None
+    stable_rank: Annotated[
+        float | None,
+        Shown(axis="stable rank ‖ΔW‖_F² / σ₁²", drop=9, head="stable", terminal=True, detail=True),
+    ]
+    effective_rank: Annotated[
+        float | None,
+        Shown(
+            axis="effective rank exp H(σᵢ²/Σσ²)", drop=10, head="eff.", terminal=True, detail=True
+        ),
+    ]
     resolution: Resolution
     blocks: Count | None = None
     source: Literal["update", "gradients"] = "update"

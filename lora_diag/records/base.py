@@ -305,8 +305,7 @@ class Record(BaseModel):
         Raises:
             TypeError: Another class has this name.
         """
-        if "shown" not in vars(cls):
-            cls.shown = tuple(_list_columns(cls))
+        cls.shown = tuple(_list_columns(cls))
         kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
         if isinstance(kind, str):
             registered = KINDS.setdefault(kind, cls)

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -206,9 +206,9 @@ class StoredTensor(Record):
         left_out: Reason why ``spectrum`` would skip it; null if it would not.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         Shown("shape", "shape", "of each", main=True, pool=_common_shape),
-        Shown("dtype", "dtype", "as it is stored", main=True),
+        "dtype",
         Shown(
             "shape",
             "entries",
@@ -221,7 +221,7 @@ class StoredTensor(Record):
     )
     layer: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Annotated[str, Shown(main=True)]
     left_out: str | None = None
 
     @property
@@ -245,18 +245,18 @@ class AdaptedWeight(Record):
             not.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("shape", "shape", "of ΔW", main=True, pool=_common_shape),
-        Shown("rank", "rank", "r of its factors", main=True),
-        Shown("scaling", "scaling", "s", main=True, form=".4g"),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "shape",
+        "rank",
+        "scaling",
         Shown("about", "form", "how it is stored, and what it needs", main=True),
     )
     layer: str
-    shape: tuple[int | None, ...]
+    shape: Annotated[tuple[int | None, ...], Shown(main=True, pool=_common_shape)]
     form: Literal["factored", "dense", "value"]
     dtype: str
-    rank: int | None = None
-    scaling: float | None = None
+    rank: Annotated[int | None, Shown(main=True)] = None
+    scaling: Annotated[float | None, Shown(main=True, form=".4g")] = None
     needs_base: str = ""
 
     @property

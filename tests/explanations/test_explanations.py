@@ -55,9 +55,9 @@ def test_every_field_column_and_check_is_explained():
     ]
     assert undocumented == []
     assert [name for name in Checks.names() if len(document_fields(Checks)[name]) < 20] == []
-    titles = {
-        shown.title for _, model in terms._find_models() for shown in getattr(model, "shown", ())
-    }
+    columns = [shown for _, model in terms._find_models() for shown in getattr(model, "shown", ())]
+    assert all(column.about for column in columns)
+    titles = {column.title for column in columns}
     assert len(titles) > 50
     assert [title for title in titles if not terms.find_terms(title)] == []
 

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import Count, LayerRecord, Norm, Share, Shown, Value, pooled_value
@@ -92,7 +92,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
         params: rank·(out + in).
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         Shown(
             "status_words",
             "verdict",
@@ -168,7 +168,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
             "fraction of an entry's variance that its cell removes",
             share=True,
         ),
-        Shown("rank", "rank", "rank of the factors in the adapter"),
+        "rank",
         COSINE_TO_BASE,
     )
     record: Literal["recovery"] = "recovery"
@@ -182,7 +182,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
     energy_error: float
     method: str
     written: Literal["posterior", "file", "nothing"] = "nothing"
-    rank: int = 0
+    rank: Annotated[int, Shown()] = 0
     params: Count = 0
 
     @classmethod

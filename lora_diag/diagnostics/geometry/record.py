@@ -303,19 +303,9 @@ class Geometry(LayerRecord):
         method: Method of the singular vectors.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
         *_columns(),
-        Shown(
-            "magnitude",
-            "row lengths",
-            "fraction of ‖ΔW‖² that changes the lengths of rows",
-            share=True,
-            form="small",
-            drop=7,
-            terminal=True,
-            detail=True,
-        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -343,7 +333,9 @@ class Geometry(LayerRecord):
     moved: Movement | None = None
     chance: Baseline | None = None
     rounding: Baseline | None = None
-    magnitude: Share | None = None
+    magnitude: Annotated[
+        Share | None, Shown(title="row lengths", form="small", drop=7, terminal=True, detail=True)
+    ] = None
     heads: tuple[Head, ...] = ()
     lens: tuple[TokenDirection, ...] = ()
     intruders: Intruders | None = None

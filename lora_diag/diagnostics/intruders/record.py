@@ -46,8 +46,8 @@ class Intruders(LayerRecord):
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
         count: Number of directions with a similarity below ε, the definition in the literature.
-        rotated: Number of those of ``count`` in the span of directions of W_base with nearly the
-            same singular value, which rotate freely.
+        rotated: Number of directions without a counterpart in BASE that are in the span of
+            directions of W_base with nearly the same singular value, which rotate freely.
         intruders: Number of directions that BASE does not have, ``count`` − ``rotated``.
         share: ``intruders`` / k.
         similarity_lowest: The smallest similarity of a direction to BASE; null where ΔW = 0.

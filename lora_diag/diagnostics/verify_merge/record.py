@@ -77,12 +77,12 @@ class Merge(Lineage, LayerRecord):
             others have W; check sharding and fused weights. ``wrong scale``: W + c·ΔW, c further
             from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
             ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert
-            or layer, or with its halves swapped; check how names map to stacked weights. ``other
-            base``: ΔW is there, on top of other weights than BASE's, or MERGED is unrelated to BASE
-            (``lineage``); give the BASE of the merge. ``changed``: the adapter never touched it,
-            MERGED differs; check what else was trained or converted. ``missing``: MERGED has no
-            such weight; save it again. ``other``: none of these; merge again from the original
-            files.
+            or layer, or with its halves swapped; check how names map to stacked weights.
+            ``other base``: ΔW is there, on top of other weights than BASE's, or MERGED is unrelated
+            to BASE (``lineage``); give the BASE of the merge. ``changed``: the adapter never
+            touched it, MERGED differs; check what else was trained or converted. ``missing``:
+            MERGED has no such weight; save it again. ``other``: none of these; merge again from the
+            original files.
         dtype: The dtype that represents MERGED's values, which can be shorter than the stored one;
             null if missing.
         differing: Entries that no rounding of W + ΔW explains.

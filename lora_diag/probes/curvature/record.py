@@ -180,11 +180,11 @@ class LossBound(WholeRecord):
         "tail_energy",
         "linear",
         "quadratic",
-        Shown("predicted", "model", "first and second order", form="signed", terminal=True),
-        Shown("gap", "measured", "loss minus that of TUNED", form="signed", terminal=True),
-        Shown("predicted_ratio", "model÷", "model over measured gap", form="times", terminal=True),
+        Shown("predicted", "model", "first and second order", form="+.4f", terminal=True),
+        Shown("gap", "measured", "loss minus that of TUNED", form="+.4f", terminal=True),
+        Shown("predicted_ratio", "model÷", "model over measured gap", form=".2f", terminal=True),
         Shown("upper", "(λ/2)Σσ²", "bound", terminal=True),
-        Shown("upper_ratio", "bound÷", "bound over measured gap", form="times", terminal=True),
+        Shown("upper_ratio", "bound÷", "bound over measured gap", terminal=True),
     )
     record: Literal["loss_bound"] = "loss_bound"
     set: str
@@ -193,8 +193,8 @@ class LossBound(WholeRecord):
     rank: int
     along: float
     tail_energy: Annotated[float, Shown(title="tail Σσ²", drop=3, terminal=True)]
-    linear: Annotated[Nats, Shown(title="⟨∇L,E⟩", drop=2, form="signed", terminal=True)]
-    quadratic: Annotated[Nats, Shown(title="½⟨E,HE⟩", drop=1, form="signed", terminal=True)]
+    linear: Annotated[Nats, Shown(title="⟨∇L,E⟩", drop=2, form="+.4f", terminal=True)]
+    quadratic: Annotated[Nats, Shown(title="½⟨E,HE⟩", drop=1, form="+.4f", terminal=True)]
     upper: Nats
     lower: Nats | None
     curvature: float

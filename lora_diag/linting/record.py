@@ -12,7 +12,7 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
-class Finding(WholeRecord):
+class LintFinding(WholeRecord):
     """A problem that a rule finds in a configuration.
 
     Args:

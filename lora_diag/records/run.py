@@ -192,11 +192,11 @@ def _common_shape(rows: Sequence[Any]) -> str:
     return "×".join("?" if size is None else str(size) for size in rows[0].shape) or "scalar"
 
 
-def _count_entries(record: StoredTensor) -> int:
+def _count_entries(record: ListedTensor) -> int:
     return math.prod(record.shape)
 
 
-class StoredTensor(Record):
+class ListedTensor(Record):
     """One tensor of a checkpoint, as its header describes it.
 
     Args:
@@ -282,6 +282,6 @@ class Inventory(Record):
     path: str
     kind: str
     notes: tuple[str, ...]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[ListedTensor, ...]
     adapts: tuple[AdaptedWeight, ...] = ()
     scaling: str = ""

@@ -128,7 +128,7 @@ class Allocation(LayerRecord):
     fisher: float | None = None
 
 
-class Baseline(Record):
+class AllocationBaseline(Record):
     """The result of another rule for the same budget, under the same constraints.
 
     Args:
@@ -205,7 +205,7 @@ class Certificate(WholeRecord):
     epsilon_min: Ratio = 1.0
     price: float | None = None
     slack: float | None = None
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[AllocationBaseline, ...] = ()
 
     def more_at_most(self, amount: float) -> float:
         """Return a bound on the energy fraction that ``amount`` more units of the budget add to
@@ -218,7 +218,7 @@ class Certificate(WholeRecord):
         return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
 
     @property
-    def uniform(self) -> Baseline | None:
+    def uniform(self) -> AllocationBaseline | None:
         """The baseline of one rank for all layers; None if it was omitted."""
         return next((rule for rule in self.baselines if rule.name.startswith("uniform")), None)
 

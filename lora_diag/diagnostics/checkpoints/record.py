@@ -162,7 +162,7 @@ class HeldOutLoss(Record):
     excess_error: Nats | None = None
 
 
-class Checkpoint(WholeRecord):
+class RunCheckpoint(WholeRecord):
     """One checkpoint of a run: its measurements pooled over layers, and what the trainer logged.
 
     Args:
@@ -325,7 +325,7 @@ class Trajectory(WholeRecord):
     settled_schedule: int | None = None
 
 
-class Choice(WholeRecord):
+class CheckpointChoice(WholeRecord):
     """The checkpoint to keep, judged by one quantity.
 
     Args:

@@ -14,8 +14,8 @@ from typing import Any
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
 from lora_diag.diagnostics.checkpoints.record import (
-    Checkpoint,
     CheckpointLayer,
+    RunCheckpoint,
     Trajectory,
     group_by,
 )
@@ -42,8 +42,11 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
     """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the
     last one.
     """
-    rows = [(str(each.step), [each]) for each in results.whole_of(Checkpoint)]
-    grids = [*([grid_of(Checkpoint.shown, rows, "step")] if rows else []), *held_out_grids(results)]
+    rows = [(str(each.step), [each]) for each in results.whole_of(RunCheckpoint)]
+    grids = [
+        *([grid_of(RunCheckpoint.shown, rows, "step")] if rows else []),
+        *held_out_grids(results),
+    ]
     if per == "layer" and rows:
         last = [record for record in results if str(record.step) == rows[-1][0]]
         grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {rows[-1][0]}"))
@@ -52,7 +55,7 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
 
 def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     """Return the statements of the summary: the verdict first, then how the run moved."""
-    checkpoints = results.whole_of(Checkpoint)
+    checkpoints = results.whole_of(RunCheckpoint)
     if not checkpoints:
         return summarize(results)
     run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
@@ -79,7 +82,7 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     )
 
 
-def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+def _describe_problems(run: Trajectory, checkpoints: Sequence[RunCheckpoint]) -> Iterator[str]:
     """State what is wrong with the run, the most serious first."""
     layers = quantity(checkpoints[-1].layers, "layer")
     named = {
@@ -217,10 +220,10 @@ def draw_live(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
     """
-    if results is None or not (checkpoints := results.whole_of(Checkpoint)):
+    if results is None or not (checkpoints := results.whole_of(RunCheckpoint)):
         return waiting
     rows = [dict(rows_of(group, "type")) for group in group_by(results, "step").values()]
-    shown = {field.path: field for field in Checkpoint.shown}
+    shown = {field.path: field for field in RunCheckpoint.shown}
     columns = []
     for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
         courses = (
@@ -253,11 +256,11 @@ def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
     return f"{bars:<{BARS}} {last:>6}"
 
 
-def describe_step(checkpoint: Checkpoint) -> str:
+def describe_step(checkpoint: RunCheckpoint) -> str:
     """Return the numbers of a checkpoint as one line."""
     values = {
         shown: value
-        for shown in Checkpoint.shown
+        for shown in RunCheckpoint.shown
         if isinstance(value := shown.value(checkpoint), float)
     }
     texts = (
@@ -323,7 +326,7 @@ def follow_run(
                     NothingComparedError,
                 ) as error:  # of a file that is being written, or only one
                     waiting = f"waiting for more: {error}"
-            shown = results.whole_of(Checkpoint) if results is not None else []
+            shown = results.whole_of(RunCheckpoint) if results is not None else []
             lines = [describe_step(each) for each in shown] or [waiting]
             on_view(
                 partial(draw_live, results, waiting),

@@ -82,7 +82,7 @@ class Movement(Record):
         return fmean((*self.left_angles, *self.right_angles))
 
 
-class Baseline(Movement):
+class GeometryBaseline(Movement):
     """The mean of the statistics over draws of an update that is independent of W.
 
     Args:
@@ -331,8 +331,8 @@ class Geometry(LayerRecord):
     rank_random: Count | None = None
     rank_90_random: Count | None = None
     moved: Movement | None = None
-    chance: Baseline | None = None
-    rounding: Baseline | None = None
+    chance: GeometryBaseline | None = None
+    rounding: GeometryBaseline | None = None
     magnitude: Annotated[
         Share | None, Shown(title="row lengths", form="small", drop=7, terminal=True, detail=True)
     ] = None
@@ -352,6 +352,6 @@ class Geometry(LayerRecord):
         )
 
     @property
-    def null(self) -> Baseline | None:
+    def null(self) -> GeometryBaseline | None:
         """The stricter baseline: the rounding null, or chance without one."""
         return self.rounding or self.chance

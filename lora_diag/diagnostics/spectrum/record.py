@@ -59,7 +59,7 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str | None]:
     return pool
 
 
-class Stack(Record):
+class GradientStack(Record):
     """The gradients of one or more steps whose stack has this spectrum.
 
     Args:
@@ -277,7 +277,7 @@ class Spectrum(Lineage, LayerRecord):
     resolution: Resolution
     blocks: Count | None = None
     source: Literal["update", "gradients"] = "update"
-    stack: Stack | None = None
+    stack: GradientStack | None = None
     metric: Metric = "weights"
     weights_fro: Norm | None = None
     hidden: Hidden | None = None

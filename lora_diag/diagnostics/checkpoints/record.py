@@ -365,7 +365,6 @@ class Combination(WholeRecord):
             null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
         sequences: Number of sequences of the second half.
-        path: Folder that it was written to, and evaluated from; null if it was not.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name",)
@@ -380,7 +379,6 @@ class Combination(WholeRecord):
     gain: Annotated[Nats | None, Shown(form="+.4f", main=True, error="gain_error")] = None
     gain_error: Nats | None = None
     sequences: Count = 0
-    path: str | None = None
 
 
 class AxolotlArguments(BaseModel):

@@ -20,7 +20,6 @@ from pydantic import BaseModel
 from lora_diag import catalog
 from lora_diag.records import run
 from lora_diag.records.base import Record, document_fields
-from lora_diag.rendering.text import capitalize
 
 # Records of every command.
 SHARED: tuple[type[Record], ...] = (run.Run, run.LeftOut, run.End)
@@ -86,7 +85,7 @@ def describe_value(word: str, text: str) -> str:
     'Either a or b.'
     """
     entry = re.search(rf"``{re.escape(word)}``: (.*?)(?=\s``[^`]+``: |$)", text)
-    return capitalize((entry[1] if entry else text).replace("``", ""))
+    return _capitalize((entry[1] if entry else text).replace("``", ""))
 
 
 @cache
@@ -173,7 +172,7 @@ def _find_columns() -> Iterator[Term]:
             yield Term(
                 shown.title,
                 f"column of {command}",
-                f"{capitalize(shown.about.rstrip('.'))}.",
+                f"{shown.about.rstrip('.')}.",
                 (shown.head, shown.path),
             )
 
@@ -182,6 +181,11 @@ def _find_fields() -> Iterator[Term]:
     for command, model in _find_models():
         for name, text in document_fields(model).items():
             yield Term(name, f"field of {command}", text.replace("``", ""))
+
+
+def _capitalize(text: str) -> str:
+    # Not Greek letters: ε and Ε are different signs.
+    return text if text[1:2].isupper() or not text[:1].isascii() else text[:1].upper() + text[1:]
 
 
 def find_terms(words: str) -> list[Term]:

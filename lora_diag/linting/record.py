@@ -50,8 +50,8 @@ class StepShare(WholeRecord):
             directions.
         error: Standard error of ``moved``, from differences of successive sampled ranges; 0 if all
             entries were read.
-        entries: Number of entries.
-        sampled: Number of sampled entries.
+        entries: Number of entries of the weights.
+        sampled: Number of entries that were read.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name", "dtype", "lr")

@@ -35,7 +35,8 @@ class Shown:
         path: The value's dotted name, such as ``resolution.signal_rank``: a property of the record,
             or a part of a field.
         title: Heading of a column; of a field, its name if empty.
-        about: One-sentence description; of a field, the ``summary`` of its documentation.
+        about: Description without a full stop, with a capital unless it begins with a symbol; of a
+            field, the ``summary`` of its documentation.
         axis: Title of an axis; ``title`` if empty.
         share: Whether it is a fraction in [0, 1].
         main: Whether it is shown by default.
@@ -124,7 +125,7 @@ class Guard:
 SHAPE = Shown(
     "shape",
     "shape",
-    "rows × columns, out × in",
+    "Rows × columns, out × in",
     pool=lambda records: (
         "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various"
     ),

@@ -49,12 +49,12 @@ class Probe(WholeRecord):
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
         loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
-        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if
-            unknown.
+        gap: Loss minus that of TUNED, on the same tokens. Of ``truncation`` and ``outputs``; null
+            if unknown.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
-        kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the
-            loss; not clamped; null if TUNED's loss equals that of BASE and, for ``outputs``, if it
-            is not below.
+        kept: Fraction of TUNED's change of the loss, (loss_base − loss) / (loss_base − loss_tuned).
+            Not clamped; null if TUNED's loss equals that of BASE and, for ``outputs``, if it is not
+            below.
         energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null
             otherwise.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
@@ -63,9 +63,9 @@ class Probe(WholeRecord):
             agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
-        change: Loss minus that of BASE (``outputs``, ``checkpoints``), on the same tokens; above 0
-            on a text of another kind it is what the fine-tune forgot. Null in other probes and in
-            files of earlier versions, as the next five fields; the last three are of ``outputs``
+        change: Loss minus that of BASE, on the same tokens. Above 0 on a text of another kind it is
+            what the fine-tune forgot. Of ``outputs`` and ``checkpoints``; null in other probes and
+            in files of earlier versions, as the next five fields; the last three are of ``outputs``
             only.
         change_error: Standard error of ``change``, from paired differences of blocks of sequences;
             null for one.
@@ -104,7 +104,7 @@ class Probe(WholeRecord):
         Shown(
             "to_tuned",
             "to TUNED",
-            "loss minus that of TUNED, with its standard error; empty for TUNED",
+            "Loss minus that of TUNED, with its standard error; empty for TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
@@ -118,7 +118,7 @@ class Probe(WholeRecord):
         Shown(
             "to_base",
             "to BASE",
-            "loss minus that of BASE, with its standard error; empty for BASE",
+            "Loss minus that of BASE, with its standard error; empty for BASE",
             form="+.4f",
             terminal=True,
             drop=3,

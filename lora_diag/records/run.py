@@ -207,17 +207,17 @@ class ListedTensor(Record):
     """
 
     table: ClassVar[tuple[Shown | str, ...]] = (
-        Shown("shape", "shape", "of each", main=True, pool=_common_shape),
+        Shown("shape", "shape", "Of each", main=True, pool=_common_shape),
         "dtype",
         Shown(
             "shape",
             "entries",
-            "of all",
+            "Of all",
             main=True,
             form="count",
             pool=lambda rows: sum(map(_count_entries, rows)),
         ),
-        Shown("spectrum", "spectrum", "whether it would be measured", main=True),
+        Shown("spectrum", "spectrum", "Whether it would be measured", main=True),
     )
     layer: str
     shape: tuple[int, ...]
@@ -249,7 +249,7 @@ class AdaptedWeight(Record):
         "shape",
         "rank",
         "scaling",
-        Shown("about", "form", "how it is stored, and what it needs", main=True),
+        Shown("about", "form", "How it is stored, and what it needs", main=True),
     )
     layer: str
     shape: Annotated[tuple[int | None, ...], Shown(main=True, pool=_common_shape)]

@@ -49,8 +49,8 @@ class Verdict(WholeRecord):
         group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or
             ``step 40, rank 8``; for the check ``inputs``, the input.
         measured: The measured value; null without one.
-        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else
-            what is required.
+        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``. Of a
+            built-in check, what is required.
         status: Whether the rule holds. ``passed``: the value meets the condition. ``failed``: it
             does not; the gate fails. ``warned``: likewise, with the severity warning; the gate
             passes. ``waived``: it does not, or no verdict is possible, and a waiver of the policy

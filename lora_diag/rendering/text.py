@@ -150,16 +150,6 @@ def list_layers(records: Iterable[HasLayer], limit: int = 3) -> str:
     return list_names([record.layer for record in records], limit)
 
 
-def capitalize(text: str) -> str:
-    """Return text with a capital at its beginning, unless it begins with a symbol.
-
-    >>> capitalize("of the updates"), capitalize("σ of ΔW")
-    ('Of the updates', 'σ of ΔW')
-    """
-    # Not Greek letters: ε and Ε are different signs.
-    return text if text[1:2].isupper() or not text[:1].isascii() else text[:1].upper() + text[1:]
-
-
 def quantity(number_of: int, noun: str = "matrix", plural: str = "") -> str:
     """Return a number with its noun, in the plural unless it is 1.
 

@@ -20,7 +20,7 @@ from lora_diag.records import LayerRecord
 from lora_diag.records.base import Shown, Value, pooled_value
 from lora_diag.records.verdict import WORST_FIRST, Status
 from lora_diag.records.vocabulary import metric_of
-from lora_diag.rendering.text import capitalize, span
+from lora_diag.rendering.text import span
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.subject import labels
 
@@ -80,7 +80,7 @@ def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
         Field(
             f"{prefix}.{column.path}",
             column.title,
-            capitalize(column.about),
+            column.about,
             group,
             tuple(column.value(records[layer]) if layer in records else None for layer in layers),
             partial(_pool_together, column, records, layers),

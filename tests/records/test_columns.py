@@ -4,6 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 import pytest
 
+from lora_diag.catalog import record_kinds
 from lora_diag.records.base import LayerRecord, Share, Shown
 
 
@@ -45,3 +46,9 @@ def test_table_names_fields_with_a_column_only():
         class Wrong(LayerRecord):
             table: ClassVar[tuple[Shown | str, ...]] = ("layer",)
             layer: str = ""
+
+
+def test_descriptions_begin_with_a_capital_or_a_symbol():
+    shown = [column for kind in record_kinds().values() for column in kind.shown]
+    words = [column.about.split()[0] for column in shown]
+    assert not [word for word in words if word.isalpha() and word.islower() and len(word) > 1]

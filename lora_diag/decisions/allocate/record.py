@@ -164,12 +164,12 @@ class Certificate(WholeRecord):
         budget: The requested budget; null if ranks follow from an energy fraction.
         spent: Cost of the allocation, at most the budget; for an energy fraction, parameters
             without heads.
-        params: Number of parameters of the allocation, including heads, whatever the unit of the
-            budget.
+        params: Number of parameters of the allocation, including heads. It does not depend on the
+            unit of the budget.
         saved: Number of parameters of the heads that are trained in full. A budget of parameters or
             bytes pays for them first; a budget of ranks does not.
-        kept: Fraction of the (weighted) energy that it keeps.
-        bound: Upper bound on the fraction for the budget and the constraints.
+        kept: Fraction of the (weighted) energy that the allocation keeps.
+        bound: Upper bound on this fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
         optimal: Whether this is known to be the optimum.
         energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.

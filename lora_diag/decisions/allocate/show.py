@@ -65,9 +65,9 @@ def policies_table(
         next_command: The suggested next command, printed last; None without one.
     """
     shown = [
-        Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
+        Shown("full_rank", "of", "Min(out, in)", main=True, pool="range", drop=2),
         *(
-            Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_make_median(rule))
+            Shown(f"ranks.{rule}", rule, "Rank", main=True, form=".0f", pool=_make_median(rule))
             for rule in records[0].ranks
         ),
     ]

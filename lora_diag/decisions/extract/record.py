@@ -79,8 +79,8 @@ class Extraction(Lineage, LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)`` as stored in BASE.
         module: PEFT's name of the adapted module; for ``parameter``, the parameter's own path.
-        kind: Kind of the layer in PEFT: ``linear``, ``conv1d`` (transposed, as in GPT-2),
-            ``embedding``, ``convolution``, or ``parameter``, a matrix of a stack of experts.
+        kind: Kind of the layer in PEFT. One of ``linear``, ``conv1d`` (transposed, as in GPT-2),
+            ``embedding``, ``convolution``, and ``parameter``, a matrix of a stack of experts.
         rank: Rank of the factors, r.
         params: r·(out + in).
         kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank
@@ -118,7 +118,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "retained",
             "kept",
-            "fraction of the energy ‖ΔW‖² that the factors keep",
+            "Fraction of the energy ‖ΔW‖² that the factors keep",
             axis="energy fraction kept",
             share=True,
             main=True,
@@ -129,7 +129,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "least_epsilon",
             "ε floor",
-            "lower bound on the ε of any update of this rank",
+            "Lower bound on the ε of any update of this rank",
             pool=lambda records: pooled(records, "least_epsilon"),
             head="floor",
             terminal=True,
@@ -145,7 +145,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "data.least_epsilon",
             "floor data",
-            "lower bound on this ε for an update of this rank",
+            "Lower bound on this ε for an update of this rank",
             pool=lambda records: pooled_data(records, "least_epsilon"),
             drop=2,
             terminal=True,
@@ -153,7 +153,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "signal_rank",
             "signal",
-            "singular values above the rounding noise of the files",
+            "Singular values above the rounding noise of the files",
             pool=_median_signal_rank,
             drop=6,
             terminal=True,
@@ -163,7 +163,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "solver",
             "solver",
-            "method of the singular vectors",
+            "Method of the singular vectors",
             pool="each",
             drop=7,
             terminal=True,

@@ -41,22 +41,22 @@ class Merged(LayerRecord):
         fro: ‖ΔW_k‖_F.
         merged_fro: ‖M‖_F of the exact merge, before truncation and rounding.
         norm_ratio: Norm of the merge over that of the update, ``merged_fro`` / ``fro``.
-        kept: ⟨M, ΔW_k⟩ / ‖ΔW_k‖² of the written M: the factor with which the update is in it. 1 for
-            a whole update, 1/K for the mean of orthogonal ones, below 0 for a reversed one.
-        kept_mean: ``kept`` for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
-        kept_random: ``kept`` for this merge of random updates with the same singular values: λw_k
+        kept: Factor with which the update is in the written M, ⟨M, ΔW_k⟩ / ‖ΔW_k‖². It is 1 for a
+            whole update, 1/K for the mean of orthogonal ones, below 0 for a reversed one.
+        kept_mean: Value of ``kept`` for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
+        kept_random: Value of ``kept`` for random updates with the same singular values. It is λw_k
             for an untruncated weighted sum, whose expectation it is; else an estimate, from one
             random draw. Null for updates without factors, except for the sum, and for 1-D tensors.
-        others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a
-            fraction of it; below 0 where they remove some of it. Null for w_k = 0.
+        others: Fraction of the update that the others add to it, ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ /
+            (w_k‖ΔW_k‖²), below 0 where they remove some of it; null for w_k = 0.
         others_random: Root mean square of ``others`` for randomly rotated updates, whose mean is 0.
-        directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy
-            fraction of the update in the spaces of M. Null for a checkpoint whose M has no factors.
+        directions: Energy fraction of the update in the spaces of the written M, ‖UᵀΔW_kV‖² /
+            ‖ΔW_k‖² with U and V its singular vectors; null for a checkpoint whose M has no factors.
         directions_random: The same for random updates, as ``kept_random``; null for an untruncated
             weighted sum.
-        sign_conflict: Fraction of entries in which ΔW_k and the weighted sum of the others have
-            opposite signs, of those in which both are nonzero; ½ by chance. From up to 64 random
-            rows. Null for 1-D tensors, and without such an entry.
+        sign_conflict: Fraction of entries with opposite signs in the update and the weighted sum of
+            the others, ½ by chance. It is of the entries in which both are nonzero, in up to 64
+            random rows; null for 1-D tensors, and without such an entry.
         sign_conflict_error: Standard error of ``sign_conflict`` over the rows; 0 if all rows are
             measured.
         rank: Rank of the written factors; 0 for a merge of zero. Null for a checkpoint.
@@ -175,11 +175,11 @@ class MergedLoss(WholeRecord):
         update: Path of the update whose task it is; null for a text of none.
         method: Method of the merge, ``base`` for BASE, or ``alone`` for the update alone.
         scale: λ; null for ``base`` and ``alone``.
-        loss: Held-out loss, the mean per prediction over the sequences after ``skipped``.
+        loss: Held-out loss per prediction, in nats. It is over the sequences after ``skipped``.
         loss_error: Its standard error.
-        change: ``loss`` minus that of BASE.
+        change: Loss minus that of BASE.
         change_error: Standard error of ``change``.
-        gap: ``loss`` minus that of the update alone; null for a text of no update.
+        gap: Loss minus that of the update alone; null for a text of no update.
         gap_error: Standard error of ``gap``.
         kept: Fraction of the update's gain over BASE; null if it has none, or there is no update.
         skipped: Number of first sequences that chose the merge, and are in no number but ``cost``;

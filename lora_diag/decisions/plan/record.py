@@ -46,15 +46,15 @@ class PlanRank(Record):
         "of_model",
         "rho",
         "flops",
-        Shown("bytes.adamw", "AdamW", "weights, gradients and state", main=True, form="bytes"),
+        Shown("bytes.adamw", "AdamW", "Weights, gradients and state", main=True, form="bytes"),
         Shown(
-            "bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"
+            "bytes.adamw8bit", "8-bit Adam", "Weights, gradients and state", main=True, form="bytes"
         ),
-        Shown("bytes.sgd", "SGD", "weights and gradients", main=True, form="bytes"),
+        Shown("bytes.sgd", "SGD", "Weights and gradients", main=True, form="bytes"),
         Shown(
             "bytes.sgd_momentum",
             "SGD+momentum",
-            "weights, gradients and state",
+            "Weights, gradients and state",
             main=True,
             form="bytes",
             drop=1,
@@ -134,7 +134,7 @@ class PlanCost(Record):
         Shown(
             "speed",
             "one reads",
-            "bytes that one machine reads in a second",
+            "Bytes that one machine reads in a second",
             terminal=True,
             form="speed",
         ),

@@ -90,20 +90,21 @@ class PlannedMerge(LayerRecord):
         to: The format.
         fro: ‖ΔW‖_F.
         base_fro: ‖W‖_F.
-        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²: 1 if nothing is lost. Null where ΔW = 0 or an
-            entry overflows.
+        arrived: Fraction of ΔW that is kept, c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null where ΔW = 0 or
+            an entry overflows.
         error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
         moved: Fraction of the entries whose code in Q(W + ΔW) differs from that in Q(W). A code is
             the number itself in bf16 and fp16, and the number without its scale in the other
             formats.
         overflow: Number of entries of W + ΔW that are not finite in the format.
-        base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where
-            ΔW = 0 or W overflows.
-        base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A:
-            the part of it that acts on the inputs that the adapter reads. Null also then, and for
+        base_error: Error of the format without any adapter, ‖Q(W) − W‖_F / ‖ΔW‖_F; null where ΔW =
+            0 or W overflows.
+        base_error_inside: Part of this error on the inputs that the adapter reads, ‖(Q(W) − W)V‖_F
+            / ‖ΔW‖_F. V is an orthonormal basis of the row space of A. Null also then, and for
             updates that are not a product B·A.
-        base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the
-            existing error of BASE. Null where BASE is not quantized or ΔW = 0.
+        base_noise: Rounding noise of BASE's own quantized format, √(Σ step²/12) / ‖ΔW‖_F over its
+            steps. It is about the existing error of BASE; null where BASE is not quantized or
+            ΔW = 0.
         bf16: Fraction of ΔW that survives in bf16, and the error.
         fp16: Fraction of ΔW that survives in fp16, and the error.
         conclusion: What to do with this layer. ``merge``: the format keeps the update: c within 10%

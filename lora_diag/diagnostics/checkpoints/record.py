@@ -41,15 +41,15 @@ class CheckpointLayer(LayerRecord):
         sigma_1: σ_1(ΔW_t).
         spectral_share: Fraction of the energy in σ_1, σ_1² / ‖ΔW_t‖_F²; null for a zero update.
         stable_rank: ‖ΔW_t‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of σ_i²/Σσ²; null for a zero update, or if not all σ_i
-            were computed.
+        effective_rank: Exponential of the entropy of σ_i²/Σσ²; null for a zero update, or if not
+            all σ_i were computed.
         energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW_t‖_F² by r; null for a zero update, or beyond the computed
             values.
         directions: k, the dimension of the space of the largest left singular vectors of ΔW_t that
             overlaps compare; less than requested if the rank is.
         overlap_next: Overlap of this space with that of the next checkpoint, ‖U_tᵀU_{t+1}‖_F²/k: 1
             for equal spaces; null for the last checkpoint.
-        overlap_last: Overlap with that of the last checkpoint; null for the last.
+        overlap_last: Overlap of this space with that of the last checkpoint; null for the last.
         overlap_random: k/out, the expected overlap of random spaces.
         increment: ‖ΔW_t − ΔW_{t−1}‖_F; of the first checkpoint, ‖ΔW_t‖_F.
         cosine: Cosine of this increment and the one before; null for the first checkpoint and zero
@@ -178,12 +178,14 @@ class RunCheckpoint(WholeRecord):
         rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged
             rates linear; null likewise.
         fro: Frobenius norm of the update over the layers that are finite, √Σ‖ΔW_t‖_F².
-        relative: ``fro`` over √Σ‖W_base‖_F² of the same layers; null without BASE.
+        relative: Norm of the update over that of the base weights, of the same layers; null without
+            BASE.
         increment: Norm of the change since the checkpoint before, √Σ of the layers' squared
             increments; null if no layer has one.
         cosine: Cosine of this increment and the one before, of all layers together; null likewise.
-        spectral_share: Median of the layers that are not zero; null without any.
-        effective_rank: Median of the layers that are not zero.
+        spectral_share: Fraction of the energy in σ_1, median of the layers that are not zero; null
+            without any.
+        effective_rank: Effective rank of the update, median likewise.
         overlap_next: Overlap of the largest directions with the next checkpoint, median of the
             layers.
         overlap_last: Overlap of the largest directions with the last checkpoint, median of the
@@ -249,7 +251,7 @@ class Trajectory(WholeRecord):
     """The run as a whole, as far as weights show it.
 
     Args:
-        state: What the weights show: the first of these that holds. ``non-finite``: a layer has NaN
+        state: What the weights show. The first of these that holds: ``non-finite``: a layer has NaN
             or Inf. ``two runs``: the checkpoints are not of one run. ``out of order``: with two
             checkpoints exchanged the path is much shorter. ``dead``: a layer ends with ΔW = 0, or
             all do. ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far above
@@ -330,10 +332,10 @@ class CheckpointChoice(WholeRecord):
 
     Args:
         step: The best checkpoint.
-        by: What judged it: the name of an evaluation set.
+        by: Name of the evaluation set that judged it.
         tied: Steps, in order, that this quantity does not distinguish from the best, which is one
             of them.
-        earliest: The earliest checkpoint that it does not distinguish from the best, of ``tied``.
+        earliest: The earliest checkpoint that is not distinguished from the best.
     """
 
     key: ClassVar[tuple[str, ...]] = ("by",)
@@ -361,8 +363,8 @@ class Combination(WholeRecord):
         single: Step of the checkpoint with the lowest loss on the first half; null for fewer than
             four sequences.
         chosen: Whether no other combination has a lower loss on the first half.
-        gain: Loss of the checkpoint ``single`` minus that of the combination on the second half;
-            null likewise.
+        gain: Loss of the best checkpoint, ``single``, minus that of the combination, on the second
+            half; null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
         sequences: Number of sequences of the second half.
     """

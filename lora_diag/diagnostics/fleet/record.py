@@ -37,8 +37,8 @@ class Fleet(LayerRecord):
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
         used: Fraction of its rank that it uses, ``total_rank_99`` / ``total_rank``; null if that is
             null or 0.
-        spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every
-            layer; null for a zero update.
+        spike: Fraction of the energy in the largest direction of every layer, Σσ_1² / Σ‖ΔW‖_F²;
+            null for a zero update.
         layers: Each layer, by its name.
         update: A sketch of the update: inner products of sketches estimate those of updates.
         space: A sketch of the column spaces of its directions up to 99% of the energy, likewise.
@@ -52,7 +52,7 @@ class Fleet(LayerRecord):
         Shown(
             "mean_rank_99",
             "r at 99%",
-            "mean rank at 99% of a layer's energy",
+            "Mean rank at 99% of a layer's energy",
             drop=2,
             terminal=True,
         ),

@@ -92,7 +92,7 @@ class Interference(LayerRecord):
         Shown(
             "column_space.overlap",
             "col space",
-            "overlap of the column spaces",
+            "Overlap of the column spaces",
             share=True,
             terminal=True,
             chance="column_space.random",
@@ -100,7 +100,7 @@ class Interference(LayerRecord):
         Shown(
             "row_space.overlap",
             "row space",
-            "overlap of the row spaces",
+            "Overlap of the row spaces",
             share=True,
             drop=2,
             terminal=True,
@@ -109,7 +109,7 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.first_in_second",
             "1 in 2",
-            "fraction of the first update's energy in the column space of the second",
+            "Fraction of the first update's energy in the column space of the second",
             share=True,
             drop=3,
             form="percent",
@@ -119,7 +119,7 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.second_in_first",
             "2 in 1",
-            "fraction of the second update's energy in the column space of the first",
+            "Fraction of the second update's energy in the column space of the first",
             share=True,
             drop=4,
             form="percent",
@@ -229,20 +229,21 @@ class Union(LayerRecord):
         additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K
             equal updates.
         parts_effective_rank: Σ_k of the effective ranks.
-        additive_effective: Effective rank of S over those of the updates, ``parts_effective_rank``.
+        additive_effective: Effective rank of the sum over the sum of the updates' effective ranks.
         rank_for_all: Smallest r for which the best rank-r approximation of S keeps a fraction f of
             *every* update k: ‖U_rᵀΔW_kV_r‖² ≥ f·‖ΔW_k‖²; null if none does, because the spaces of S
             do not contain every update (the updates cancel, or the rank of S is too small).
         weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r =
             ``rank_at`` of S.
-        energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if
-            they cancel.
+        energy_ratio: Energy of the sum over the sum of the updates' energies, ‖S‖² / Σ‖w_kΔW_k‖²: 1
+            for orthogonal updates, K for K equal ones, below 1 if they cancel.
         sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed, of the directions
             of each update up to the largest requested rank.
-        sti_relative: Singular task interference, ``sti`` over the sum of the singular values in it:
-            0 for orthogonal updates, 1 for two equal ones.
+        sti_relative: Singular task interference: 0 for orthogonal updates, 1 for two equal ones. It
+            is ``sti`` over the sum of the singular values in it.
         sti_random: Estimate of ``sti_relative`` for random directions with normal entries.
-        alignment: Mean subspace alignment ratio, of ``alignments``.
+        alignment: Mean subspace alignment ratio of the updates with the sum. The mean of
+            ``alignments``.
         alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular
             vectors of S that leave at most 5% of ‖S‖_F.
         alignment_rank: Number of these vectors.
@@ -250,8 +251,8 @@ class Union(LayerRecord):
         sign_conflicts: Fraction of the entries changed by several updates in which they differ in
             sign; null without such an entry and, as the three below, with a density of 0.
         sign_conflicts_random: The same for random signs: ½ for two updates.
-        trimmed_conflicts: ``sign_conflicts`` among the largest entries of each, as many as TIES
-            keeps; null if no two updates share such an entry.
+        trimmed_conflicts: Fraction of the largest entries of several updates that differ in sign.
+            As many are compared as TIES keeps; null if no two updates share such an entry.
         trimmed_conflicts_random: ``trimmed_conflicts`` for random signs.
         merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``:
             results of PEFT's add_weighted_adapter, which merges A and B separately. ``ties_dense``:
@@ -265,14 +266,14 @@ class Union(LayerRecord):
         Shown(
             "parts_rank_at.0.9",
             "separate",
-            "sum of the ranks at which each update has 90% of its energy",
+            "Sum of the ranks at which each update has 90% of its energy",
             pool=_pool_ranks("parts_rank_at.0.9"),
             terminal=True,
         ),
         Shown(
             "spectrum.rank_at.0.9",
             "sum r@90%",
-            "rank at which the sum of the updates has 90% of its energy",
+            "Rank at which the sum of the updates has 90% of its energy",
             main=True,
             pool=_pool_ranks("spectrum.rank_at.0.9"),
             head="sum 90%",
@@ -280,14 +281,14 @@ class Union(LayerRecord):
         Shown(
             "additive.0.9",
             "additive",
-            "rank of the sum over the sum of the updates' ranks: 1 if every direction is needed",
+            "Rank of the sum over the sum of the updates' ranks: 1 if every direction is needed",
             axis="rank of the sum over ranks of the updates, at 90%",
             main=True,
         ),
         Shown(
             "rank_for_all.0.9",
             "every r@90%",
-            "smallest rank at which the truncated sum keeps 90% of every update; empty if none "
+            "Smallest rank at which the truncated sum keeps 90% of every update; empty if none "
             "does",
             pool=_pool_ranks("rank_for_all.0.9"),
             head="all 90%",
@@ -296,7 +297,7 @@ class Union(LayerRecord):
         Shown(
             "rank_for_all.0.99",
             "every r@99%",
-            "the same for 99% of every update",
+            "The same for 99% of every update",
             pool=_pool_ranks("rank_for_all.0.99"),
             drop=2,
             head="all 99%",

@@ -40,13 +40,13 @@ class Intruders(LayerRecord):
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
-        k: Number of compared directions; at most min(out, in).
+        k: Number of compared directions, the largest. At most min(out, in).
         epsilon: ε, the similarity below which a direction is an intruder or rotated.
         window: Half-width of the window around σ_j, as a fraction of σ_j.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
         count: Number of directions with a similarity below ε, the definition in the literature.
-        rotated: Number of directions without a counterpart in BASE that are in the span of
+        rotated: Number of directions that are a rotation of several of BASE. Each is in the span of
             directions of W_base with nearly the same singular value, which rotate freely.
         intruders: Number of directions that BASE does not have, ``count`` − ``rotated``.
         share: ``intruders`` / k.
@@ -66,7 +66,7 @@ class Intruders(LayerRecord):
         Shown(
             "first_intruder",
             "first intruder",
-            "position of the first intruder, by descending singular value",
+            "Position of the first intruder, by descending singular value",
             pool="min",
             drop=4,
             head="first at",
@@ -75,7 +75,7 @@ class Intruders(LayerRecord):
         Shown(
             "intruder_size",
             "intruder σ/σ_1",
-            "singular value of the first intruder over the largest of its weight",
+            "Singular value of the first intruder over the largest of its weight",
             share=True,
             pool="max",
             drop=5,

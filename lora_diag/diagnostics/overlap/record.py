@@ -19,15 +19,15 @@ class Overlap(LayerRecord):
         shape: ``(out, in)``, m × n.
         step: Training step of the gradient.
         rank: Directions of each subspace, r.
-        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F: direction, not quality.
+        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F, a measure of direction, not of quality.
         kappa_random: Root mean square of κ for random subspaces, r/√(mn).
-        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, the part that an adapter with these subspaces
-            can reach to first order.
-        tangent_random: ``tangent`` of random subspaces, √(r/m + r/n − r²/(mn)).
-        left: ‖UᵀG‖_F / ‖G‖_F, the part that factor A can reach while B spans U.
+        tangent: Part of G that an adapter with these subspaces can reach to first order, ‖UUᵀG +
+            GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F.
+        tangent_random: Value of ``tangent`` of random subspaces, √(r/m + r/n − r²/(mn)).
+        left: Part of G that factor A can reach while B spans U, ‖UᵀG‖_F / ‖G‖_F.
         left_random: ``left`` of random subspaces, √(r/m).
-        right: ‖GV‖_F / ‖G‖_F, the part that factor B can reach while A spans V: all that a new
-            adapter (B = 0) reaches.
+        right: Part of G that factor B can reach while A spans V, ‖GV‖_F / ‖G‖_F. It is all that a
+            new adapter (B = 0) reaches.
         right_random: ``right`` of random subspaces, √(r/n).
         gradient_fro: Frobenius norm of the gradient, ‖G‖_F.
         method: Method of U and V.

@@ -39,9 +39,9 @@ class Portability(LayerRecord):
             or refused.
         intended: The intended s; null without factors; 0 if the program whose ΔW is intended drops
             the weight.
-        epsilon: ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW' against the intended ΔW: |s'/s − 1| where
-            only the scale differs, 1 if dropped; null if refused or unknown, if ΔW = 0, if the
-            program whose ΔW is intended drops the weight, and where a BASE is needed and missing.
+        epsilon: Relative error of the applied ΔW', ‖ΔW' − ΔW‖_F / ‖ΔW‖_F. |s'/s − 1| where only the
+            scale differs, 1 if dropped; null if refused or unknown, if ΔW = 0, if the program whose
+            ΔW is intended drops the weight, and where a BASE is needed and missing.
         fro: ‖ΔW‖_F of the update as PEFT, or the format's own rule, makes it of the file; null if
             it is not known, such as where that needs a BASE and none is given.
         why: The reason, in one sentence; empty if it is ``exact`` or ``full``.

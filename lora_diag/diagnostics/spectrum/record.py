@@ -106,7 +106,7 @@ class Spectrum(Lineage, LayerRecord):
             zero update.
         tail: Errors of the best rank-r approximation, by r; null if too few values are kept.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an
+        effective_rank: Exponential of the entropy of σ_i²/Σσ²; null for a zero update or an
             incomplete spectrum.
         resolution: Resolution under the rounding of the files.
         blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
@@ -139,7 +139,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "sigma_to_base",
             "σ₁/σ₁(W) ≤",
-            "certified upper bound of σ_1(ΔW) over σ_1 of the base weight",
+            "Certified upper bound of σ_1(ΔW) over σ_1 of the base weight",
             axis="upper bound of σ₁(ΔW) / σ₁(W_base)",
             drop=6,
             terminal=True,
@@ -148,7 +148,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.9",
             "r@90%",
-            "smallest rank that keeps 90% of the energy; empty beyond the values kept",
+            "Smallest rank that keeps 90% of the energy; empty beyond the values kept",
             axis="rank at 90% of the energy",
             main=True,
             pool=_pool_ranks("rank_at.0.9"),
@@ -156,7 +156,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "resolution.signal_rank",
             "signal",
-            "singular values above the rounding noise of the files",
+            "Singular values above the rounding noise of the files",
             axis="signal rank: σᵢ above the rounding noise",
             main=True,
             pool=_pool_ranks("resolution.signal_rank"),
@@ -168,21 +168,21 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "relative_estimate",
             "‖X‖/‖W‖",
-            "norm of the update before rounding, estimated, over that of the base",
+            "Norm of the update before rounding, estimated, over that of the base",
             drop=2,
             terminal=True,
         ),
         Shown(
             "hidden.rank_at_estimate.0.9",
             "r@90% before",
-            "smallest rank whose estimated directions carry 90% of the energy before rounding; "
+            "Smallest rank whose estimated directions carry 90% of the energy before rounding; "
             "empty if they do not",
             axis="estimated rank at 90% of the energy before rounding",
         ),
         Shown(
             "hidden.directions",
             "directions",
-            "directions before rounding that the rounding cells resolve: a second estimate of the "
+            "Directions before rounding that the rounding cells resolve: a second estimate of the "
             "signal rank",
             drop=5,
             head="dirs.",
@@ -191,7 +191,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.95",
             "r@95%",
-            "smallest rank that keeps 95% of the energy",
+            "Smallest rank that keeps 95% of the energy",
             axis="rank at 95% of the energy",
             pool=_pool_ranks("rank_at.0.95"),
             drop=8,
@@ -201,7 +201,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.99",
             "r@99%",
-            "smallest rank that keeps 99% of the energy; the first to count rounding noise",
+            "Smallest rank that keeps 99% of the energy; the first to count rounding noise",
             axis="rank at 99% of the energy",
             pool=_pool_ranks("rank_at.0.99"),
             drop=7,
@@ -213,14 +213,14 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "resolution.unchanged",
             "unchanged",
-            "fraction of the entries that are bit-identical in both files",
+            "Fraction of the entries that are bit-identical in both files",
             axis="fraction of unchanged entries",
             share=True,
         ),
         Shown(
             "resolution.verdict",
             "files",
-            "whether the files resolve this update",
+            "Whether the files resolve this update",
             main=True,
             terminal=False,
         ),
@@ -228,7 +228,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "resolution.edge",
             "noise edge",
-            "largest singular value expected of the rounding noise",
+            "Largest singular value expected of the rounding noise",
             axis="edge of the rounding noise (singular value)",
         ),
         COSINE_TO_BASE,
@@ -321,7 +321,7 @@ class Spectrum(Lineage, LayerRecord):
             Shown(
                 f"energy.{rank}",
                 f"C({rank})",
-                f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
+                f"Fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
                 f"a rank-{rank} update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,

@@ -87,10 +87,11 @@ class Merge(Lineage, LayerRecord):
             null if missing.
         differing: Entries that no rounding of W + ΔW explains.
         differing_share: Fraction of the entries that no rounding of W + ΔW explains.
-        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing there: at the largest of |M|,
-            |W| and the terms of ΔW (|B||A|), or the steps of a quantized M where these are larger.
-        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null
-            if ΔW = 0.
+        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing there. The spacing is that at
+            the largest of |M|, |W| and the terms of ΔW (|B||A|), or the step of a quantized M where
+            that is larger.
+        scale: Fraction of ΔW in MERGED, c = ⟨M − W, ΔW⟩ / ‖ΔW‖². It is 1 for a merge without loss;
+            null if ΔW = 0.
         scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what
             ``scale`` is in a right merge. Null where ΔW = 0 and in files of versions before it was
             recorded.
@@ -99,7 +100,7 @@ class Merge(Lineage, LayerRecord):
             where BASE and MERGED are both quantized, and in older files.
         retained: ``scale`` if the layer is correct, else null: the fraction of ΔW left by rounding.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
-        unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
+        unchanged: Fraction of the entries with M = W, or W rounded to ``dtype``.
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.

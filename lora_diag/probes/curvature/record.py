@@ -89,7 +89,7 @@ class Curvature(WholeRecord):
         "params",
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True, terminal=False),
         "gradient",
-        Shown("largest", "λ max", "largest eigenvalue", pool="max", terminal=True),
+        Shown("largest", "λ max", "Largest eigenvalue", pool="max", terminal=True),
         "smallest",
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", pool="sum", terminal=True),
     )
@@ -156,11 +156,12 @@ class LossBound(WholeRecord):
         tail_energy: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
         linear: First-order term, ⟨∇L, E⟩.
         quadratic: Second-order term, ½⟨E, HE⟩.
-        upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
+        upper: Upper bound on the second-order term, (λ/2)‖E‖². λ is the joint largest eigenvalue
+            at TUNED.
         lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is above 1e-4·|λ|; else null.
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
-        gap: L(W_tuned + E) − L(W_tuned), measured.
+        gap: Measured loss of the truncated model minus that of TUNED, L(W_tuned + E) − L(W_tuned).
         gap_error: Standard error of ``gap`` over other text of the distribution; on this set the
             gap is exact. Null for one sequence.
         sequences: Number of sequences; null in files of earlier versions.
@@ -172,19 +173,27 @@ class LossBound(WholeRecord):
         Shown(
             "gap",
             "gap",
-            "loss of the truncated model minus that of TUNED, measured",
+            "Measured loss of the truncated model minus that of TUNED",
             main=True,
             terminal=False,
         ),
-        Shown("upper", "upper", "(λ/2)‖E‖²", main=True, terminal=False),
+        Shown(
+            "upper",
+            "upper",
+            "Upper bound on the second-order term, (λ/2)‖E‖²",
+            main=True,
+            terminal=False,
+        ),
         "tail_energy",
         "linear",
         "quadratic",
-        Shown("predicted", "model", "first and second order", form="+.4f", terminal=True),
-        Shown("gap", "measured", "loss minus that of TUNED", form="+.4f", terminal=True),
-        Shown("predicted_ratio", "model÷", "model over measured gap", form=".2f", terminal=True),
-        Shown("upper", "(λ/2)Σσ²", "bound", terminal=True),
-        Shown("upper_ratio", "bound÷", "bound over measured gap", terminal=True),
+        Shown("predicted", "model", "First and second order", form="+.4f", terminal=True),
+        Shown("gap", "measured", "Measured loss minus that of TUNED", form="+.4f", terminal=True),
+        Shown("predicted_ratio", "model÷", "Model over measured gap", form=".2f", terminal=True),
+        Shown(
+            "upper", "(λ/2)Σσ²", "Upper bound on the second-order term, (λ/2)‖E‖²", terminal=True
+        ),
+        Shown("upper_ratio", "bound÷", "Bound over measured gap", terminal=True),
     )
     record: Literal["loss_bound"] = "loss_bound"
     set: str

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -339,9 +339,8 @@ class Cells(CellMatrix):
         return replace(self, counts=None, codes=None, widths=())._select(function)
 
     def _select(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        return Cells(
-            *(None if part is None else function(part) for part in self.parts), widths=self.widths
-        )  # type: ignore[arg-type, misc]
+        parts: Any = (None if part is None else function(part) for part in self.parts)
+        return Cells(*parts, widths=self.widths)
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:
@@ -427,7 +426,8 @@ def moments(
     """
     if cells.widths:
         return _interpolate(cells, mean, deviation, likelihood)
-    return _integrate_cells(cells, mean, deviation, *(FAST if fast else NODES[cells.lo.dtype]))
+    nodes, reach = FAST if fast else NODES[cells.lo.dtype]
+    return _integrate_cells(cells, mean, deviation, nodes, reach)
 
 
 def _integrate_cells(

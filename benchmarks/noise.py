@@ -112,8 +112,7 @@ def edge(seeds: int = 200) -> None:
     one-sided at 95%.
     """
     head = (
-        "weights | shape | rounded | seeds | above the edge | at most (95%) | median top/edge "
-        "| "
+        "weights | shape | rounded | seeds | above the edge | at most (95%) | median top/edge | "
         "above σ̄(√m+√n)"
     )
     print_table(head, _edge_rows(seeds))

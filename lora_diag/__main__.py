@@ -95,9 +95,8 @@ def _report_unexpected(error: BaseException) -> int:
     )
     if isinstance(error, MemoryError) or any(words in text for words in OUT_OF_MEMORY):
         message = (
-            "out of memory: less is available than loradiag needs; free memory, or raise "
-            "its "
-            "limit (ulimit -v)"
+            "out of memory: less is available than loradiag needs; free memory, or raise its limit "
+            "(ulimit -v)"
         )
     full_traceback = traceback.format_exc() if os.environ.get("LORADIAG_TRACEBACK") else ""
     try:

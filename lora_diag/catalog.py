@@ -261,8 +261,7 @@ def table(
         return text
     raise InputError(
         f"results of loradiag {results.run.command}: this version has no table for them; update "
-        "loradiag, or install "
-        "the package that adds the command"
+        "loradiag, or install the package that adds the command"
     )
 
 

@@ -565,8 +565,7 @@ def _explain_nothing_paired(
     reasons = sorted({tensor.reason for tensor in unpaired if tensor.layer in common})
     if reasons == ["not_selected"]:
         return (
-            f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; "
-            "correct "
+            f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct "
             "the expression"
         )
     fix = (

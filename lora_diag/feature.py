@@ -213,6 +213,11 @@ class Feature:
             report; further keys of a question add lines to its answer.
         figures: The figures, in the order in which they are listed.
         named_by: Roles of the inputs that name a run in figures; empty for all that it measured.
+        advice: ``module:name`` of ``advice(results) -> dict | None``: the ``action`` that its
+            records support in a report, and ``why``.
+        files: Pairs of a kind of file that users write for it, and ``module:name`` of the model
+            that reads it.
+        checks: ``module:name`` of a model whose ``names()`` are fields, each a built-in check.
     """
 
     package: str
@@ -228,6 +233,9 @@ class Feature:
     questions: tuple[tuple[str, str], ...] = ()
     figures: tuple[Figure, ...] = ()
     named_by: tuple[str, ...] = ()
+    advice: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+    checks: str = ""
 
     def load(self, path: str) -> Any:
         """Import and return the object at a declared path."""

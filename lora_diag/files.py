@@ -203,8 +203,7 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
         if not overwrite and not kind.is_at(path):
             raise UsageError(
                 f"{path}: exists and is not {kind.name} written by loradiag; choose another name, "
-                "or replace it with "
-                "--overwrite"
+                "or replace it with --overwrite"
             )
     except FileNotFoundError:
         return

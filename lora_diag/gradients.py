@@ -210,8 +210,7 @@ def histories(
             if earlier and earlier[-1].step == step.step:
                 raise InputError(
                     f"{step.checkpoint.path}: {earlier[-1].side.name} and {side.name} are both "
-                    f"gradients of {layer}; "
-                    "remove one of them"
+                    f"gradients of {layer}; remove one of them"
                 )
             if shapes.setdefault(layer, shape) != shape:
                 raise InputError(

@@ -101,9 +101,8 @@ def real(base: Path, tuned: Path, adapter: Path, rounds: int = 1) -> None:
             )
         )
     head = (
-        "tool | q, k, down of block 14 | all blocks | largest relative error | verdict | wall "
-        "s "
-        "| processor s"
+        "tool | q, k, down of block 14 | all blocks | largest relative error | verdict | wall s | "
+        "processor s"
     )
     print_table(f"{head} | peak MiB | wall ÷ loradiag | processor ÷ loradiag", rows)
 

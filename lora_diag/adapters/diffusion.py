@@ -249,7 +249,8 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         else:
             part = "down" if part in DOWN else "up"
         module = match["module"]
-        # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``, of CLIP ``q_proj``.
+        # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP,
+        # ``q_proj``.
         if match["old"]:
             is_clip = module.startswith("text_encoder")
             pattern, new = (r"\.to_(\w+)$", r".\1_proj") if is_clip else (r"\.to_out$", ".to_out.0")

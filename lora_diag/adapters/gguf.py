@@ -98,8 +98,7 @@ def _make_notes(fields: Mapping[str, Value], names: Names | None, norms: list[st
         architectures = ", ".join(ARCHITECTURES)
         notes.append(
             f"the names of architecture {fields.get('general.architecture')!r} are not known, so "
-            "the weights keep "
-            f"their GGUF names; known are {architectures}"
+            f"the weights keep their GGUF names; known are {architectures}"
         )
     if norms:
         notes.append(

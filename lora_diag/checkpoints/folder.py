@@ -47,8 +47,7 @@ DCP = (
 )
 DEEPSPEED = (
     "is one file of a DeepSpeed checkpoint; give the folder with those of all ranks, or convert "
-    "it: "
-    "python {tool} {root} out --safe_serialization"
+    "it: python {tool} {root} out --safe_serialization"
 )
 FSDP = "holds FSDP shards; convert them first: accelerate merge-weights {shards} out"
 ORBAX = (
@@ -57,13 +56,11 @@ ORBAX = (
 )
 MEGATRON = (
     "is a Megatron checkpoint, which is not supported; export it in Hugging Face's format first, "
-    "for example with "
-    "megatron-bridge"
+    "for example with megatron-bridge"
 )
 TENSORRT = (
-    "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint "
-    "from "
-    "which it was built"
+    "is a TensorRT engine, whose weights are laid out for one GPU; give the checkpoint from which "
+    "it was built"
 )
 HQQ = (
     "is quantized by HQQ, which is not supported; give the unquantized checkpoint, or analyse "

@@ -270,8 +270,7 @@ class GgufModel(TensorFile):
         if names is None:
             self.notes += (
                 f"the names of architecture {architecture!r} are not known, so tensors keep their "
-                "GGUF names and row "
-                f"orders; known are {', '.join(ARCHITECTURES)}",
+                f"GGUF names and row orders; known are {', '.join(ARCHITECTURES)}",
             )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:

@@ -426,9 +426,8 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
             or (name == codes and source[name].dtype != "int32")
         ):
             problem = (
-                f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or "
-                "the "
-                "codes are not int32"
+                f"is of no known form of GPTQ or AWQ: {name} is missing or no matrix, or the codes "
+                "are not int32"
             )
             raise damaged_tensor(source, codes, problem, UNSUPPORTED)
     groups, out = source[scales].shape

@@ -132,8 +132,7 @@ def _find_files(folder: Path) -> list[Path]:
     )
     if (stated := settings.get("world_size", world)) != world:
         problem = (
-            f"{CONFIG} says that {stated!r} ranks saved the model, but it holds the files "
-            "of "
+            f"{CONFIG} says that {stated!r} ranks saved the model, but it holds the files of "
             f"{world}"
         )
         raise damaged(folder, problem, f"{COPY_ALL}, or keep those of one model")
@@ -203,8 +202,7 @@ def _read_sharded_dim(path: Path, name: str, placement: Any, dimensions: int) ->
     dim = attribute(placement, "dim", 0)
     if kind != "Shard" or type(dim) is not int or not 0 <= dim < dimensions:
         fix = (
-            "merge the files first: python -m verl.model_merger merge --backend fsdp "
-            "--local_dir "
+            "merge the files first: python -m verl.model_merger merge --backend fsdp --local_dir "
             "DIR --target_dir out"
         )
         raise damaged(

@@ -192,6 +192,22 @@ def print_annotated(text: str, commands: Sequence[str]) -> None:
         _write_result(command[:2] + escape_commands(safe(text)))
 
 
+def append_step_summary(text: str) -> None:
+    """Append to the step summary of GitHub Actions, if there is one.
+
+    Raises:
+        InputError: It cannot be written.
+    """
+    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
+        try:
+            with Path(summary_file).open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            raise InputError(
+                f"{summary_file}: the step summary cannot be written: {error.strerror}"
+            ) from error
+
+
 def _find_encoding() -> str:
     """Return the encoding of standard output."""
     return getattr(sys.stdout, "encoding", None) or "utf-8"
@@ -248,8 +264,7 @@ def report_unmeasured(items: Sequence[LeftOut]) -> None:
     if len(items) > MAX_NAMED:
         print_message(
             f"Error: {len(items) - MAX_NAMED} more layers could not be measured; the records list "
-            "all (--json, or "
-            "-o FILE)"
+            "all (--json, or -o FILE)"
         )
 
 

@@ -80,8 +80,7 @@ def run_checks(addresses: Sequence[str] = ()) -> list[Statement]:
             "versions",
             "Versions",
             f"loradiag {__version__}, Python {platform.python_version()}, {platform.system()} "
-            f"{platform.release()}, "
-            f"{platform.machine()}",
+            f"{platform.release()}, {platform.machine()}",
             priority=0,
         ),
         *_check_packages(),
@@ -167,8 +166,7 @@ def _check_command() -> Statement:
     if command.resolve().parent != interpreter.resolve().parent and not in_prefix:
         problem = (
             f"loradiag on PATH is {_shorten_home(executable)}, in another environment than this "
-            "one "
-            f"({_shorten_home(sys.prefix)})"
+            f"one ({_shorten_home(sys.prefix)})"
         )
         return make_statement("command", "Command", problem, level="warning")
     return make_statement("command", "Command", _shorten_home(executable), level="ok")

@@ -1,4 +1,4 @@
-"""JSON Schema of results files and policies, from the classes that read them."""
+"""JSON Schema of results files and of what users write, from the classes that read them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from pydantic import BaseModel, Field, TypeAdapter
 from lora_diag import catalog
 from lora_diag.errors import DONE, UsageError
 from lora_diag.explanations.terms import SHARED, document_fields, find_models
-from lora_diag.gating.policy import Policy, PolicyTable
 
 if TYPE_CHECKING:
     from lora_diag.cli.options import Shown
@@ -31,12 +30,15 @@ def results_schema() -> dict[str, Any]:
     return _document(schema, "A line of a loradiag results file", kinds)
 
 
-def policy_schema() -> dict[str, Any]:
-    """Return the JSON Schema of a policy of ``gate`` as TOML gives it, with dates as text.
-
-    Unknown keys are invalid.
-    """
-    return _document(Policy.model_json_schema(), "A policy of loradiag gate", [Policy])
+def file_schemas() -> dict[str, dict[str, Any]]:
+    """Return the JSON Schema of each kind of file, as JSON, TOML or YAML gives it."""
+    schemas = {"results": results_schema()}
+    for feature in catalog.features():
+        for kind, path in feature.files:
+            model = feature.load(path)
+            title = f"A {kind} of loradiag {feature.name}"
+            schemas[kind] = _document(model.model_json_schema(), title, [model])
+    return schemas
 
 
 def _document(
@@ -52,8 +54,6 @@ def _document(
             if one.get("title") == model.__name__ and {*one["properties"]} == names
         )
         definition["description"] = (getdoc(model) or "").partition("\n\n")[0].replace("\n", " ")
-        if issubclass(model, PolicyTable):
-            definition["additionalProperties"] = False
         documented = document_fields(model)
         for attribute, field in model.model_fields.items():
             name = field.alias or attribute
@@ -64,16 +64,14 @@ def _document(
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": title}
 
 
-_SCHEMAS = {"results": results_schema, "policy": policy_schema}
-
-
 def run_schema(shown: Shown, file_kind: str) -> int:
     """Print a JSON Schema.
 
     Raises:
         UsageError: There is no such kind of file.
     """
-    if file_kind not in _SCHEMAS:
-        raise UsageError(f"schema: {file_kind} has no schema; choose {' or '.join(_SCHEMAS)}")
-    shown.print_line(dumps(_SCHEMAS[file_kind](), indent=2, ensure_ascii=False))
+    schemas = file_schemas()
+    if file_kind not in schemas:
+        raise UsageError(f"schema: {file_kind} has no schema; choose {' or '.join(schemas)}")
+    shown.print_line(dumps(schemas[file_kind], indent=2, ensure_ascii=False))
     return DONE

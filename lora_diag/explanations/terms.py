@@ -19,7 +19,6 @@ from typing import Literal, get_args, get_origin
 from pydantic import BaseModel
 
 from lora_diag import catalog
-from lora_diag.gating.policy import Checks
 from lora_diag.records import run
 from lora_diag.records.base import Record
 
@@ -180,11 +179,13 @@ def _find_values() -> Iterator[Term]:
 
 
 def _find_checks() -> Iterator[Term]:
-    documented = document_fields(Checks)
-    yield from (
-        Term(name, "built-in check of gate", documented[name].replace("``", ""))
-        for name in Checks.names()
-    )
+    for feature in catalog.features():
+        if feature.checks:
+            checks = feature.load(feature.checks)
+            documented = document_fields(checks)
+            for name in checks.names():
+                text = documented[name].replace("``", "")
+                yield Term(name, f"built-in check of {feature.name}", text)
 
 
 def _find_columns() -> Iterator[Term]:

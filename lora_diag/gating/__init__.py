@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 from lora_diag.feature import RESULTS_ARGUMENT, Argument, Command, Feature
-from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option
+from lora_diag.running.options import BASE, INPUTS, OUTPUT, Option, VerdictOutputs
 
 
 class GateOptions(TypedDict, total=False):
@@ -34,20 +34,6 @@ class GateOptions(TypedDict, total=False):
     max_age: Annotated[
         str | None, Option(None, "Oldest results to accept, e.g. 12h, 7d, 2w; default: any.", "AGE")
     ]
-
-
-class VerdictOutputs(TypedDict, total=False):
-    """Outputs of a command that judges."""
-
-    output: Annotated[
-        Path | None,
-        Option(None, "Verdicts or findings (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
-    ]
-    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
-    github: Annotated[
-        bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)
-    ]
-    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
 class PluginOptions(TypedDict, total=False):
@@ -125,7 +111,9 @@ FEATURE = Feature(
             call=True,
         ),
     ),
-    records=(".record:Verdict",),
+    records=("lora_diag.records.verdict:Verdict",),
     functions=(".run:gate",),
     table=".show:verdict_table",
+    files=(("policy", ".policy:Policy"),),
+    checks=".policy:Checks",
 )

@@ -20,9 +20,9 @@ from typing import Any
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import Checks, Policy
-from lora_diag.gating.record import Status, Verdict
 from lora_diag.gating.sources import InputState, ResultsSource, Sources
 from lora_diag.records import RunInput
+from lora_diag.records.verdict import Status, Verdict
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
 from lora_diag.rendering.statements import is_unrelated
 from lora_diag.running.fingerprint import (
@@ -202,10 +202,8 @@ def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator
             if not pinned and not any(is_same_name(own_base, name) for name in names):
                 text = (
                     f"the config of {adapter.path} names the base {own_base}, and it was measured "
-                    "on "
-                    f"{' or '.join(names)}: measure it on its own base, or pin this one by its "
-                    "fingerprint under "
-                    "[inputs]"
+                    f"on {' or '.join(names)}: measure it on its own base, or pin this one by its "
+                    "fingerprint under [inputs]"
                 )
                 yield Alarm(text, None, names[0], f"base {own_base}")
 
@@ -356,8 +354,7 @@ def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> I
             used = sum(value > UNUSED * record.s[0] for value in record.s)
             if used < len(record.s):
                 text = (
-                    f"{used} of {len(record.s)} directions are used; the rest of the rank "
-                    "costs "
+                    f"{used} of {len(record.s)} directions are used; the rest of the rank costs "
                     "and does nothing"
                 )
                 yield Alarm(text, record.layer, float(used))
@@ -391,9 +388,8 @@ def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> It
     hidden = [record for record in changed if record.resolution.verdict == "unresolved"]
     if hidden and len(hidden) == len(changed):
         text = (
-            "the files' rounding hides every update, so none can be judged: save the "
-            "checkpoint "
-            "in float32"
+            "the files' rounding hides every update, so none can be judged: save the checkpoint in "
+            "float32"
         )
         yield Alarm(text, None, "unresolved", unknown=True)
     for record in hidden:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.cli.output import print_message, rerun_command
-from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, InputError, UsageError
+from lora_diag.cli.output import append_step_summary, print_message, rerun_command
+from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, check_outputs, write_whole
 from lora_diag.gating import GateOptions
 from lora_diag.rendering.html import read_card
@@ -61,8 +60,9 @@ def run_gate(
     if card is not None:
         read_card(card)
     from lora_diag.gating import show
-    from lora_diag.gating.record import outcome
     from lora_diag.gating.run import gate as judge
+    from lora_diag.records.verdict import outcome
+    from lora_diag.rendering import verdicts
 
     if policy is None and not files:
         raise UsageError("gate: give a policy file and results, or --policy NAME and results")
@@ -71,7 +71,7 @@ def run_gate(
     if output is not None:
         results.write(output, overwrite)
     if junit is not None:
-        write_whole(junit, show.junit(results), JUNIT, overwrite)
+        write_whole(junit, verdicts.junit(results), JUNIT, overwrite)
     if card is not None:
         write_whole(card, show.model_card(results, read_card(card)), CARD, overwrite=True)
     if shown.json:
@@ -86,8 +86,7 @@ def run_gate(
     if shown.table:
         if has_passed:
             hint = (
-                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a "
-                "model "
+                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model "
                 "card)"
             )
         elif files:
@@ -101,8 +100,8 @@ def run_gate(
             results, *shown.terminal, next_command=None if has_passed and card else hint
         )
     if github:
-        shown.print_annotated(text, show.workflow_commands(results))
-        append_step_summary(show.step_summary(results))
+        shown.print_annotated(text, verdicts.workflow_commands(results))
+        append_step_summary(verdicts.step_summary(results))
     elif shown.table:
         shown.print(text)
     return EXIT_CODES[outcome(results.whole)]
@@ -130,8 +129,8 @@ def run_init(
     write_whole(output, text, POLICY, overwrite)
     if not shown.quiet:
         from lora_diag.gating.run import gate as judge
-        from lora_diag.gating.show import headline
         from lora_diag.rendering.text import quantity
+        from lora_diag.rendering.verdicts import headline
 
         fields, limits = quantity(text.count("\n[[baseline]]"), "field"), text.count("\n[[rule]]")
         limited = f" and limits {quantity(limits, 'value')}" if limits else ""
@@ -170,19 +169,3 @@ def _measure_inputs(
     from lora_diag.gating.run import measure  # deferred: imports torch
 
     return measure(base, tuned, adapters)
-
-
-def append_step_summary(text: str) -> None:
-    """Append to the step summary of GitHub Actions, if there is one.
-
-    Raises:
-        InputError: It cannot be written.
-    """
-    if summary_file := os.environ.get("GITHUB_STEP_SUMMARY"):
-        try:
-            with Path(summary_file).open("a", encoding="utf-8") as file:
-                file.write(text)
-        except OSError as error:
-            raise InputError(
-                f"{summary_file}: the step summary cannot be written: {error.strerror}"
-            ) from error

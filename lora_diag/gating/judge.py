@@ -15,7 +15,6 @@ from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
 from lora_diag.gating.conditions import LAYER_KINDS, RecordField, Value, find
 from lora_diag.gating.policy import Demand, Policy, Regression, Rule, Waiver
-from lora_diag.gating.record import Status, Verdict
 from lora_diag.gating.sources import (
     Baseline,
     Sources,
@@ -24,6 +23,7 @@ from lora_diag.gating.sources import (
     list_subjects,
     value_of,
 )
+from lora_diag.records.verdict import Status, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,7 @@ def _refuse_nothing(policy: Policy, sources: Sources) -> None:
     if not policy.demands and not faulty and not has_updates(sources):
         raise NothingComparedError(
             f"{sources[0].path}: no record gives the norm and the resolution of an update, and "
-            f"{policy.path} has no "
-            "rule for anything else"
+            f"{policy.path} has no rule for anything else"
         )
 
 

@@ -31,9 +31,9 @@ from pydantic import (
 
 from lora_diag.errors import UsageError
 from lora_diag.gating.conditions import LAYER_KINDS, Condition, RecordField, Value, find, parse
-from lora_diag.gating.record import Verdict
 from lora_diag.records.names import depth_of, module_type_of
 from lora_diag.records.run import Reason
+from lora_diag.records.verdict import Verdict
 
 # Policies included in the package.
 READY = ("adapter-basic", "full-ft-drift", "merge")
@@ -72,7 +72,9 @@ class PlacedError(ValueError):
         self.place = place
 
 
-class PolicyTable(BaseModel, frozen=True, strict=True):
+class PolicyTable(
+    BaseModel, frozen=True, strict=True, json_schema_extra={"additionalProperties": False}
+):
     """A table of a policy. Excluded fields are not read from the file."""
 
     @model_validator(mode="before")
@@ -668,8 +670,7 @@ def find_policy(name: str) -> Policy:
     if Path(name).name == name and not name.endswith(".toml"):
         raise UsageError(
             f"{name}: is no built-in policy ({', '.join(READY)}); give the path of a policy file, "
-            f"such as ./{name}, in "
-            "the order: loradiag gate POLICY RESULTS..."
+            f"such as ./{name}, in the order: loradiag gate POLICY RESULTS..."
         )
     return read_policy(name)
 

@@ -26,7 +26,6 @@ from lora_diag.gating.policy import (
     read_policy,
     read_text,
 )
-from lora_diag.gating.record import Verdict, outcome
 from lora_diag.gating.sources import (
     Baseline,
     InputState,
@@ -40,6 +39,7 @@ from lora_diag.gating.sources import (
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.base import Guard
 from lora_diag.records.run import timestamp
+from lora_diag.records.verdict import Verdict, outcome
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.running.options import fill_options, show_options
 from lora_diag.version import __version__
@@ -68,7 +68,7 @@ def gate(
         **options: ``GateOptions``.
 
     Returns:
-        The verdicts, in ``whole``; ``lora_diag.gating.record.outcome`` returns the outcome.
+        The verdicts, in ``whole``; ``lora_diag.records.verdict.outcome`` returns the outcome.
 
     Raises:
         UsageError: The policy is invalid, or does not fit the results or the options; an option is
@@ -102,8 +102,7 @@ def gate(
     if baseline and not rules.regressions:
         raise UsageError(
             f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; "
-            "add one, or remove "
-            "--baseline"
+            "add one, or remove --baseline"
         )
     if not baseline and rules.regressions:
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]

@@ -1,143 +1,39 @@
-"""Verdicts → the terminal, JUnit XML, annotations and step summary of GitHub Actions, and a block
-of a model card.
-
-Within a rule all show the failures first; JUnit XML and the model card keep the rules in the order
-of the policy. GitHub shows ten annotations of a kind per step, so nine rules get one and the tenth
-counts the others; it drops a step summary above 1 MiB, so this one is truncated.
-"""
+"""Verdicts of ``gate`` → the terminal, and a block of a model card, in the order of the policy."""
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain, pairwise
-from typing import Any, TypeVar
-from xml.etree.ElementTree import Element, SubElement, indent, tostring
+from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Group
-from rich.text import Text
 
-from lora_diag.gating.record import STATUSES, WORST_FIRST, Status, Verdict, outcome
 from lora_diag.records import Results, RunInput
-from lora_diag.records.names import module_type_of
+from lora_diag.records.verdict import STATUSES, Verdict, outcome
 from lora_diag.rendering.html import escape_markdown, with_section
 from lora_diag.rendering.statements import Level, Statement, make_statement, summary_of
-from lora_diag.rendering.tables import Column, Grid
-from lora_diag.rendering.text import crop, number, quantity, safe, short, to_text
+from lora_diag.rendering.text import quantity, safe, to_text
+from lora_diag.rendering.verdicts import (
+    by_rule,
+    by_status,
+    describe_reasons,
+    describe_verdicts,
+    headline,
+    markdown_row,
+    verdict_grid,
+    verdicts_of,
+    weights_of,
+)
 
 # Maximum number of rows of verdicts, and of rows of one rule if several have rows; --output has
 # all.
 ROWS, ROWS_OF_A_RULE = 20, 6
 
-# Maximum numbers of annotations of a kind, of layers in one line, and of layers in the details of a
-# JUnit case.
-ANNOTATIONS, WORST, NAMED = 9, 3, 50
-SUMMARY_BYTES = 900 * 1024
-
-Key = TypeVar("Key")
-
-
-def group_by(
-    verdicts: Iterable[Verdict], key: Callable[[Verdict], Key]
-) -> dict[Key, list[Verdict]]:
-    """Return verdicts by a key, in the order of first occurrence."""
-    groups: dict[Key, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(key(verdict), []).append(verdict)
-    return groups
-
-
-def by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
-    """Return the verdicts of each rule, the worst first, in the order of the policy."""
-    groups = group_by(results.whole_of(Verdict), lambda verdict: verdict.rule)
-    return {rule: sorted(of_rule, key=_rank_severity) for rule, of_rule in groups.items()}
-
-
-def verdicts_of(results: Results[Any]) -> list[Verdict]:
-    """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    return sorted(
-        chain(*by_rule(results).values()), key=lambda verdict: _rank_severity(verdict)[:2]
-    )
-
-
-def _rank_severity(verdict: Verdict) -> tuple[int, bool, float]:
-    """Return a sort key of verdicts: worst status first, then largest value for an upper limit,
-    else smallest.
-    """
-    value = verdict.measured if isinstance(verdict.measured, float) else 0.0
-    return (
-        WORST_FIRST.index(verdict.status),
-        not verdict.blocks,
-        -value if "<" in verdict.allowed else value,
-    )
-
-
-def by_status(results: Results[Any]) -> dict[tuple[Status, str], list[Verdict]]:
-    """Return the verdicts of each status and rule, the worst first."""
-    return group_by(verdicts_of(results), lambda verdict: (verdict.status, verdict.rule))
-
-
-def format_measured(verdict: Verdict) -> str:
-    """Return the measured value as text, never rounded across the limit; a dash without one."""
-    if verdict.measured is None:
-        return "-"
-    if isinstance(verdict.measured, str):
-        return safe(verdict.measured)
-    value, limit, brief = verdict.measured, verdict.limit, number(verdict.measured)
-    signs = [
-        limit is not None and (shown > limit) - (shown < limit) for shown in (float(brief), value)
-    ]
-    return brief if signs[0] == signs[1] else f"{value:.9g}"
-
-
-def subject_name(verdict: Verdict, name: Callable[[str], str] = short) -> str:
-    """Return the layer, by ``name``, and group that a verdict is on; ``all layers`` for the whole
-    run without one.
-    """
-    if verdict.layer is None:
-        return safe(verdict.group) or "all layers"
-    return safe(name(verdict.layer) + (f" ({verdict.group})" if verdict.group else ""))
-
-
-def headline(results: Results[Any]) -> str:
-    """Return the outcome and its basis in one sentence, with the metric if it is not that of the
-    weights.
-    """
-    result = outcome(results.whole)
-    status = "warned" if result == "passed" else result
-    basis = [
-        v
-        for v in results.whole_of(Verdict)
-        if v.status == status and (v.blocks or status == "warned")
-    ]
-    layers = {verdict.layer for verdict in basis if verdict.layer is not None}
-    on_layers = f" on {quantity(len(layers), 'layer')}" if layers else ""
-    count = quantity(len({verdict.rule for verdict in basis}), "rule") + on_layers
-    heads = {
-        "failed": "FAILED",
-        "inconclusive": "INCONCLUSIVE (not a pass)",
-        "passed": "PASSED, with warnings",
-    }
-    nothing = "PASSED" if result == "passed" else "INCONCLUSIVE: nothing was judged"
-    text = f"{heads[result]}: {count}" if basis else nothing
-    metric = results.run.settings.get("metric")
-    return text + (f" (spectra in {safe(str(metric))})" if metric else "")
-
-
-def describe_reasons(verdicts: Sequence[Verdict]) -> str:
-    """Return the first message of one rule's verdicts, else what it allows, and the number of other
-    messages.
-    """
-    messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
-    suffix = f" (and {quantity(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
-    return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
-
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome, with the worst verdict that blocks it if there is one, in one line."""
     worst = [
-        f"{safe(verdict.rule)}: {_describe([verdict])}"
+        f"{safe(verdict.rule)}: {describe_verdicts([verdict])}"
         for verdict in verdicts_of(results)
         if verdict.blocks
     ]
@@ -172,40 +68,6 @@ def verdict_table(
     return to_text(
         Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color
     )
-
-
-def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
-    """Return the table of some verdicts for a page of a width; the condition of a rule is shown
-    once.
-    """
-    judged = [(verdict.rule, verdict.allowed) for verdict in shown]
-    conditions = [
-        "" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair
-    ]
-    statuses = tuple(
-        Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown
-    )
-    groups = tuple(crop(safe(verdict.group), width // 4) for verdict in shown)
-    is_whole = all(verdict.layer is None for verdict in shown) and any(groups)
-    columns = [
-        Column("status", statuses, "left"),
-        Column(
-            "rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"
-        ),
-        Column("record", () if is_whole else groups, "left", drop=1),
-        Column("measured", tuple(map(format_measured, shown))),
-        Column(
-            "allowed",
-            tuple(Text(textwrap.fill(safe(text), max(8, width // 4))) for text in conditions),
-            "left",
-        ),
-    ]
-    names = [
-        short(one.layer) if one.layer else (is_whole and group) or "all layers"
-        for one, group in zip(shown, groups, strict=True)
-    ]
-    kept = tuple(column for column in columns if any(map(str, column.cells)))
-    return Grid("", "record" if is_whole else "layer", tuple(names), kept)
 
 
 def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
@@ -249,164 +111,6 @@ def _describe_input(item: RunInput) -> str:
     return safe(f"{item.role} {item.path} ({', '.join([item.kind, *fingerprint, *item.notes])})")
 
 
-def _describe(verdicts: Sequence[Verdict]) -> str:
-    """Return the worst of a rule's verdicts, the number of others, the condition and the fix, in
-    one line.
-    """
-    suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
-    description = describe_reasons(verdicts) if verdicts[0].message else ""
-    values = "; ".join(map(_name_value, verdicts[:WORST]))
-    return f"{values}{suffix}. Allowed: {safe(verdicts[0].allowed)}. {description}".rstrip()
-
-
-def _name_value(verdict: Verdict) -> str:
-    """Return the subject, the status and the measured value of a verdict."""
-    return f"{subject_name(verdict)}: {verdict.status}, measured {format_measured(verdict)}"
-
-
-def _weights_of(results: Results[Any]) -> list[RunInput]:
-    """Return the checkpoints and adapters of a gate's results that have a fingerprint."""
-    return [run_input for run_input in results.run.inputs if run_input.fingerprint]
-
-
-def junit(results: Results[Any]) -> str:
-    """Return a JUnit report of a run of ``gate``: one case for each rule, module type and group of
-    records.
-    """
-    metric = results.run.settings.get("metric")
-    root = Element(
-        "testsuites",
-        name=safe(f"loradiag {results.run.command}{f', spectra in {metric}' if metric else ''}"),
-    )
-    if weights := _weights_of(results):
-        properties = SubElement(root, "properties")
-        for item in weights:
-            SubElement(
-                properties,
-                "property",
-                name=safe(f"{item.role} {item.path}"),
-                value=item.fingerprint,
-            )
-    for rule, of_rule in by_rule(results).items():
-        suite = SubElement(root, "testsuite", name=safe(rule))
-        for name, verdicts in group_by(
-            of_rule, lambda verdict: subject_name(verdict, module_type_of)
-        ).items():
-            case = SubElement(
-                suite, "testcase", classname=safe(f"loradiag.{rule}"), name=name, time="0"
-            )
-            _set_result(case, verdicts)
-        _set_counts(suite)
-    _set_counts(root)
-    indent(root)
-    return '<?xml version="1.0" encoding="UTF-8"?>\n' + tostring(root, encoding="unicode") + "\n"
-
-
-def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
-    """Set the result of a case: its worst verdict; a case in which a layer passed is
-    not skipped.
-    """
-    tag = verdicts[0].display.element
-    if tag == "skipped" and verdicts[-1].status == "passed":
-        tag = ""
-    if listed := [
-        v for v in verdicts if (v.display.element == tag if tag else v.status != "passed")
-    ]:
-        result = SubElement(case, tag or "system-out")
-        if tag:
-            result.attrib.update(type=listed[0].status, message=_describe(listed))
-        lines = [
-            f"{_name_value(v)}, allowed {safe(v.allowed)}. {safe(v.message)}".strip()
-            for v in listed[:NAMED]
-        ]
-        result.text = "\n".join(
-            [*lines, *([f"and {len(listed) - NAMED} more"] if len(listed) > NAMED else [])]
-        )
-
-
-def _set_counts(element: Element) -> None:
-    for name, tag in (
-        ("tests", "testcase"),
-        ("failures", "failure"),
-        ("errors", "error"),
-        ("skipped", "skipped"),
-    ):
-        element.set(name, str(sum(1 for _ in element.iter(tag))))
-
-
-def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return annotations: at each level, one for each of the first rules, on its line, and one for
-    all others.
-    """
-    policy = next(
-        (
-            run_input.path
-            for run_input in results.run.inputs
-            if run_input.role in {"policy", "config"}
-        ),
-        None,
-    )
-    lines = []
-    for level in ("error", "warning"):
-        shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation == level]
-        rules = group_by(shown, lambda verdict: verdict.rule)
-        for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
-            line = verdicts[0].line
-            where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
-            title = _escape_property(f"loradiag {results.run.command}: {rule}")
-            lines.append(f"::{level} {where}title={title}::{_escape_data(_describe(verdicts))}")
-        if len(rules) > ANNOTATIONS:
-            name = f"loradiag {results.run.command}"
-            lines.append(
-                f"::{level} title={name}::{len(rules) - ANNOTATIONS} more rules, see the step "
-                "summary"
-            )
-    return lines
-
-
-def _escape_data(text: str) -> str:
-    r"""Escape the text of a workflow command (actions/toolkit, core/src/command.ts).
-
-    >>> _escape_data("50%\n::error::x")
-    '50%25%0A::error::x'
-    """
-    return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
-
-
-def _escape_property(text: str) -> str:
-    """Escape a property of a workflow command.
-
-    >>> _escape_property("a:b,c")
-    'a%3Ab%2Cc'
-    """
-    return _escape_data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
-    """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
-    head = f"## loradiag {results.run.command}: {escape_markdown(headline(results))}\n\n"
-    lines = [
-        f"- **{escape_markdown(rule)}** {status}: {escape_markdown(describe_reasons(verdicts))}\n"
-        for (status, rule), verdicts in by_status(results).items()
-        if status in WORST_FIRST[:4]
-    ]
-    lines.append(
-        "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
-    )
-    lines += [
-        _row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed)
-        for v in verdicts_of(results)
-    ]
-    end = "\n{} more are in the verdict records (`-o FILE`).\n"
-    room_left = room - len((head + end).encode()) - 20
-    fitting = sum(size <= room_left for size in accumulate(len(line.encode()) for line in lines))
-    return (
-        head
-        + "".join(lines[:fitting])
-        + (end.format(len(lines) - fitting) if fitting < len(lines) else "")
-    )
-
-
 def model_card(results: Results[Any], card: str = "") -> str:
     """Return a model card with the result of a gate.
 
@@ -424,15 +128,11 @@ def model_card(results: Results[Any], card: str = "") -> str:
         f"(policy {escape_markdown(policy.path)}: {escape_markdown(policy.kind)}).",
     ]
     lines += [
-        f"Measured: {escape_markdown(_describe_input(item))}." for item in _weights_of(results)
+        f"Measured: {escape_markdown(_describe_input(item))}." for item in weights_of(results)
     ]
     text = "\n".join([*lines, "", "| rule | allowed | outcome |", "| --- | --- | --- |\n"])
     for rule, verdicts in by_rule(results).items():
         counts = Counter(verdict.status for verdict in verdicts)
         summary = ", ".join(f"{number} {status}" for status, number in counts.items())
-        text += _row(rule, verdicts[0].condition, summary)
+        text += markdown_row(rule, verdicts[0].condition, summary)
     return with_section(card, "gate", text)
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(map(escape_markdown, cells))} |\n"

@@ -118,8 +118,7 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
                 )
                 raise InputError(
                     f"{path}: has {has} {name}, but its last line states {states}, so it was "
-                    "truncated or edited; "
-                    "measure again"
+                    "truncated or edited; measure again"
                 )
     return ResultsSource(path, results, sealed=sealed)
 

@@ -148,8 +148,7 @@ def _make_headline(inventory: Inventory) -> str:
     )
     notes = "".join(f"\nNote: {safe(note)}" for note in inventory.notes)
     headline = (
-        f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} "
-        "tensors, "
+        f"{safe(inventory.path)}: {safe(inventory.kind)}, {len(inventory.tensors)} tensors, "
         f"{dtypes}"
     )
     return headline + (f"\nScaling: {safe(inventory.scaling)}" if inventory.scaling else "") + notes

@@ -130,6 +130,5 @@ def make_unrelated_error(base: Path | str, tuned: Path | str, layers: Sequence[s
     """
     return InputError(
         f"{tuned}: {len(layers)} weights, such as {layers[0]}, are unrelated to those of {base}, "
-        "so nothing was "
-        "written; give the BASE that TUNED was trained from"
+        "so nothing was written; give the BASE that TUNED was trained from"
     )

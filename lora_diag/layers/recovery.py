@@ -462,10 +462,10 @@ def recover_layer(
         common["kurtosis"] = model.law.shape.kurtosis
     if fit.is_rejected(start):
         reason = (
-            "the changed entries do not fit an update of one size: "
-            f"χ²/df = {fit.chi:.3g} over binades of |W|, {fit.misplaced:.2g} of the entries are "
-            f"misplaced, and the size varies by {fit.unevenness:.0%} with |W|; "
-            "possible causes: training without float32 master weights, or of some entries only"
+            f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over "
+            f"binades of |W|, {fit.misplaced:.2g} of the entries are misplaced, and the size "
+            f"varies by {fit.unevenness:.0%} with |W|; possible causes: training without float32 "
+            "master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
     recovered = model.recovered

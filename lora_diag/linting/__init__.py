@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from typing import Annotated
 
 from lora_diag.feature import Argument, Command, Feature, Hint
-from lora_diag.gating import VerdictOutputs
 from lora_diag.running.amounts import MAX_RATE
-from lora_diag.running.options import ADAPTER_DTYPE, INPUTS, RANK, STEPS, Option
+from lora_diag.running.options import ADAPTER_DTYPE, INPUTS, RANK, STEPS, Option, VerdictOutputs
 
 
 class LintOptions(VerdictOutputs, total=False):

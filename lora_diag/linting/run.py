@@ -12,13 +12,12 @@ from typing import Any, Unpack
 from lora_diag.adapters import is_adapter, open_adapter
 from lora_diag.adapters.source import ADAPTER_WEIGHTS, CONFIG, Config, open_source
 from lora_diag.checkpoints import as_path, locate
+from lora_diag.cli.output import append_step_summary
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
 from lora_diag.errors import InputError, NothingComparedError, UsageError, shorten
 from lora_diag.explanations.terms import remedy_of
 from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
-from lora_diag.gating.command import append_step_summary
-from lora_diag.gating.show import junit, step_summary
 from lora_diag.linting import LintOptions
 from lora_diag.linting.configs import (
     SUFFIXES,
@@ -32,6 +31,7 @@ from lora_diag.linting.rules import MISSING, RULES, Facts
 from lora_diag.linting.show import as_verdicts
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
+from lora_diag.rendering.verdicts import junit, step_summary
 from lora_diag.running.amounts import read_bytes, read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import describe, pair_update

@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_diag.errors import DONE, GATE_FAILED
-from lora_diag.gating.record import Verdict, outcome
-from lora_diag.gating.show import workflow_commands
 from lora_diag.linting.record import SEVERITIES, Finding, StepShare
 from lora_diag.records import Results
+from lora_diag.records.verdict import Verdict, outcome
 from lora_diag.rendering.statements import Level, Statement, is_verbose, make_statement
 from lora_diag.rendering.tables import grid_of, grids_table
 from lora_diag.rendering.text import quantity, safe
+from lora_diag.rendering.verdicts import workflow_commands
 
 _CLEAN = "no finding"
 _FAILED, _WARNED = (

@@ -350,9 +350,8 @@ def _infer_kind(base: Path | str, config: Any) -> tuple[Kind, str]:
             return found
     raise InputError(
         f"{base}: is a {name or 'model without architectures in its config.json'}; probe runs "
-        "causal language models "
-        "(…ForCausalLM), masked ones (…ForMaskedLM) and sequence classifiers "
-        "(…ForSequenceClassification)"
+        "causal language models (…ForCausalLM), masked ones (…ForMaskedLM) and sequence "
+        "classifiers (…ForSequenceClassification)"
     )
 
 
@@ -387,8 +386,7 @@ def _open_tokenizer(
     source = path or (base if requested == "auto" else requested)
     fix = (
         "; give another folder with --tokenizer DIR, or UTF-8 bytes as token ids with --tokenizer "
-        "bytes (not for "
-        "masked models)"
+        "bytes (not for masked models)"
     )
     try:
         with (

@@ -640,8 +640,7 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
         if problem:
             raise UsageError(
                 f"{path}: {problem}, and old and new records must not be mixed; delete the file "
-                "and measure again, or "
-                "write to another file"
+                "and measure again, or write to another file"
             )
     stored, requested = earlier.run.settings, run.settings
     settings = [

@@ -96,9 +96,8 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
 # of ‖ΔW‖ 0.73. Full fine-tuning lost less than LoRA of about the same KL: −0.05 and +0.15 nats at
 # 0.50; of the format +0.09 at 4.8, LoRA +0.39 at 4.4.
 _PREDICTOR = (
-    "predicts forgetting within one kind of training better than norms of ΔW do "
-    "(Shenfeld "
-    "et al. 2025)"
+    "predicts forgetting within one kind of training better than norms of ΔW do (Shenfeld et al. "
+    "2025)"
 )
 
 

@@ -366,8 +366,7 @@ def describe_lineage(records: Iterable[Any], tuned: str = "TUNED", priority: int
         chance = number(median(record.chance_cosine for record in unrelated))
         lead = (
             f"unrelated: {tuned} does not descend from BASE in {len(unrelated)} of {total} (cosine "
-            "of W and W + ΔW "
-            f"{cosine}, by chance {chance})"
+            f"of W and W + ΔW {cosine}, by chance {chance})"
         )
         if is_unrelated(layers.values()):
             fix = f"give the BASE that {tuned} comes from"

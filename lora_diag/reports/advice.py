@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
+from lora_diag.catalog import feature_of
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
@@ -23,11 +24,9 @@ from lora_diag.probes.sweep.show import state_verdict
 from lora_diag.records.names import short_names
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
-from lora_diag.rendering.text import list_names, percent, plus_minus, safe, span
+from lora_diag.rendering.text import list_names, percent, safe, span
 from lora_diag.reports.evidence import Evidence, Source, energy_at
 from lora_diag.running.options import list_options, list_typed_options
-from lora_diag.tuning.record import Tune
-from lora_diag.tuning.show import describe_choice, name_doubt
 
 # A rank that keeps less than half of a layer's energy is too small there; one that keeps 90% in all
 # is sufficient.
@@ -231,21 +230,12 @@ def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
     """Return the configuration that a search chose within its budget; None without one
     that gains.
     """
-    choices = (
-        (source, one)
-        for source in evidence.sources
-        for one in source.results.whole_of(Tune)
-        if one.gain > 0
-    )
-    for source, choice in choices:
-        error = "" if choice.gain_error is None else plus_minus(choice.gain_error)
-        doubt = "" if choice.significant else f" Not shown to {name_doubt(choice)}."
-        return {
-            "action": f"Train with this configuration: {describe_choice(choice)}",
-            "why": f"On {choice.set}, it gains {choice.gain:.4f}{error} nats with {choice.steps} "
-            f"steps.{doubt}",
-            "eval": source.paths("eval")[0],
-        }
+    for source in evidence.sources:
+        feature = feature_of(source.results.run.command)
+        if feature is not None and feature.advice:
+            facts: Facts | None = feature.load(feature.advice)(source.results)
+            if facts is not None:
+                return {**facts, "eval": source.paths("eval")[0]}
     return None
 
 
@@ -488,8 +478,7 @@ def _find_scale(evidence: Evidence) -> Facts | None:
             root = math.sqrt(median(record.rank or 1 for record in off))
             if abs(abs(math.log(factor_by_path[path])) - math.log(root)) < 0.05 < math.log(root):
                 hint = (
-                    "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one "
-                    "was "
+                    "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was "
                     "meant."
                 )
     if not factor_by_path:
@@ -568,8 +557,7 @@ RULES = (
         _find_equal_adapter,
         "No change: {adapter} does as well as the full fine-tune on held-out text",
         "It is {gap} nats from the full fine-tune on {set} and keeps {kept} of its gain. {others} "
-        "Distances in weights "
-        "do not contradict this.",
+        "Distances in weights do not contradict this.",
         "gate --policy adapter-basic --base {base} --adapter {adapter}",
     ),
     Rule(

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.gating.record import Verdict
 from lora_diag.metrics.energy import curve_at
 from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of, deciding_sets
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import part_of
+from lora_diag.records.verdict import Verdict
 
 # Default rank without a measured adapter: the default of PEFT.
 DEFAULT_RANK = 8

@@ -16,9 +16,9 @@ from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.overlap.show import tracks
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.gating.record import WORST_FIRST, Status
 from lora_diag.records import LayerRecord
 from lora_diag.records.base import Shown, Value, pooled_value
+from lora_diag.records.verdict import WORST_FIRST, Status
 from lora_diag.records.vocabulary import metric_of
 from lora_diag.rendering.text import span
 from lora_diag.reports.evidence import Evidence, Source

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from lora_diag.gating.show import verdict_grid
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.html import escape_markdown
 from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import crop, plain, safe, safe_lines, short
+from lora_diag.rendering.verdicts import verdict_grid
 from lora_diag.reports.evidence import Evidence
 from lora_diag.reports.fields import fields_of, layers_of
 from lora_diag.reports.subject import (

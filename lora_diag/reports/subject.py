@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from lora_diag.catalog import features
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.feature import Feature
-from lora_diag.gating.record import WORST_FIRST, Verdict, outcome
 from lora_diag.records.names import short_names
+from lora_diag.records.verdict import WORST_FIRST, Verdict, outcome
 from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, short_paths
 from lora_diag.rendering.tables import Grid
@@ -272,9 +272,8 @@ def _describe_unfinished(source: Source) -> str:
     run, count = source.results.run, len(source.results) or len(source.results.whole)
     return (
         f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements "
-        f"on its {count} "
-        "records do not apply to the rest, and no step is derived from it. Repeat the command with "
-        "--resume."
+        f"on its {count} records do not apply to the rest, and no step is derived from it. Repeat "
+        "the command with --resume."
     )
 
 

@@ -547,8 +547,7 @@ def second_moments(
     if not of:
         raise InputError(
             f"{path}: contains no second moment for a compared weight, such as {min(compared)}; "
-            "record the "
-            "activations of this BASE"
+            "record the activations of this BASE"
         )
     if kfac and not gradients:
         raise UsageError(

@@ -339,6 +339,20 @@ class Output(TypedDict, total=False):
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
+class VerdictOutputs(TypedDict, total=False):
+    """Outputs of a command that judges."""
+
+    output: Annotated[
+        Path | None,
+        Option(None, "Verdicts or findings (JSONL) to write.", "FILE", ("--output", "-o"), OUTPUT),
+    ]
+    junit: Annotated[Path | None, Option(None, "JUnit report to write.", "FILE", panel=OUTPUT)]
+    github: Annotated[
+        bool, Option(False, "Print annotations and step summary of GitHub Actions.", panel=OUTPUT)
+    ]
+    overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
+
+
 class Resuming(TypedDict, total=False):
     """Resuming of interrupted runs."""
 

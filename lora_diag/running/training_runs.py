@@ -199,8 +199,7 @@ def _read_same_texts(described: Texts, model: Model, max_sequences: int | None) 
     if texts.hash != described.hash:
         raise InputError(
             f"{described.path}: has other contents on the worker on {platform.node()}; put inputs "
-            "on storage that all "
-            "nodes share, or copy the same file to every node"
+            "on storage that all nodes share, or copy the same file to every node"
         )
     return texts
 
@@ -568,8 +567,7 @@ class TrainRun(ProbeRun):
             if kind == "cuda" and resolve_device("auto").type != "cuda":
                 raise UsageError(
                     "--engine ray: its tasks have GPUs and this machine has none, on which BASE is "
-                    "measured; start "
-                    "loradiag on a node with a GPU, or add --device cpu"
+                    "measured; start loradiag on a node with a GPU, or add --device cpu"
                 )
             if kind == "cuda" and concurrent is not None:
                 raise UsageError(

@@ -89,9 +89,8 @@ def align_layers(
             if other.delta.shape != first.delta.shape:
                 raise InputError(
                     f"{layer}: {list(first.delta.shape)} in {first.name} but "
-                    f"{list(other.delta.shape)} in "
-                    f"{other.name}, so these are not updates of one model; skip the weight with "
-                    "--exclude"
+                    f"{list(other.delta.shape)} in {other.name}, so these are not updates of one "
+                    "model; skip the weight with --exclude"
                 )
     names = sorted(by_layer, key=natural_order)
     return [

@@ -96,6 +96,7 @@ FEATURE = Feature(
     records=(".record:TunePlan", ".record:TuneTrial", ".record:TuneDecision", ".record:Tune"),
     functions=(".run:tune",),
     table=".show:tune_table",
+    advice=".show:advise_training",
     statements=".show:tune_lines",
     grids=".show:tune_grids",
     section=Section("Choice of an adapter", order=5),

@@ -246,8 +246,7 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     if limit is not None and seconds > limit:
         raise UsageError(
             f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are "
-            "allowed; give more "
-            "time, fewer --steps or a smaller --eval set"
+            "allowed; give more time, fewer --steps or a smaller --eval set"
         )
     # Of several omissions of steps the last one includes the others.
     of_steps = [omission for omission in saved if omission in STEP_OMISSIONS]
@@ -570,8 +569,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
             f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; "
-            "give at least that, or "
-            "remove --time"
+            "give at least that, or remove --time"
         )
     whole = {
         **_make_settings(run, plan.largest),

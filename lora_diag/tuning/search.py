@@ -650,8 +650,7 @@ class Tuner:
         )
         if not gap.value < -tolerance:
             why = (
-                f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of "
-                f"{incumbent.name} "
+                f"{reason}not ahead by the tolerance of {tolerance:.4f} nats of {incumbent.name} "
                 "at the first seed"
             )
             self._decide_on(stage, challenger, "rejected", why, gap)

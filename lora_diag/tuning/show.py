@@ -144,12 +144,12 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     omitted = [one for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS]
     for_time = {one.name: one.seconds for one in omitted if one.seconds is not None}
     others = (f"{safe(one.name)}: {safe(one.why)}" for one in omitted if one.seconds is None)
-    doubt = "" if choice.significant else f"; NOT shown to {name_doubt(choice)}"
+    doubt = "" if choice.significant else f"; NOT shown to {_name_doubt(choice)}"
     statements = [
         make_statement(
             "choice",
             "Choice",
-            f"{describe_choice(choice)}{doubt}",
+            f"{_describe_choice(choice)}{doubt}",
             _describe_doubt(choice, decisions),
             level="ok" if choice.significant else "warning",
             priority=0,
@@ -164,7 +164,7 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
     return [*(one for one in statements if one.lead), *final]
 
 
-def describe_choice(choice: Tune) -> str:
+def _describe_choice(choice: Tune) -> str:
     """Return the configuration in one line: kind, ranks, learning rate, scale, regularization,
     share of the budget.
     """
@@ -182,7 +182,19 @@ def describe_choice(choice: Tune) -> str:
     return f"{dora}{where}, learning rate {choice.lr:g}, alpha = {alpha}{extra}; {share} of budget"
 
 
-def name_doubt(choice: Tune) -> str:
+def advise_training(results: Results[Any]) -> dict[str, str] | None:
+    """Return the advice to train with the choice, and its evidence; None without one that gains."""
+    choice = next((one for one in results.whole_of(Tune) if one.gain > 0), None)
+    if choice is None:
+        return None
+    gain = f"{choice.gain:.4f}{_format_error(choice.gain_error)}"
+    why = f"On {choice.set}, it gains {gain} nats with {choice.steps} steps."
+    if not choice.significant:
+        why += f" Not shown to {_name_doubt(choice)}."
+    return {"action": f"Train with this configuration: {_describe_choice(choice)}", "why": why}
+
+
+def _name_doubt(choice: Tune) -> str:
     """Return what a choice that is not significant is not shown to do."""
     return "be enough" if choice.has_significant_gain else "lower the loss of BASE"
 

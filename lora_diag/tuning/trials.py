@@ -523,8 +523,7 @@ class Trials:
             if not run.is_written:
                 raise InputError(
                     f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on "
-                    "storage that all "
-                    "nodes share"
+                    "storage that all nodes share"
                 )
             self.kept.put(*records)
 

@@ -64,9 +64,8 @@ def cell(page, row: int, col: int) -> tuple[float, float]:
     """Return where a cell of the heat map is on the screen."""
     x, y = page.js(
         "(() => { const g = document.getElementById('heat'); g.scrollIntoView({block: 'center'}); "
-        "const b = g.getBoundingClientRect(), f = g._fullLayout; "
-        f"return [b.x + f.xaxis._offset + f.xaxis.d2p({col}), b.y + f.yaxis._offset + "
-        f"f.yaxis.d2p({row})]; }})()"
+        "const b = g.getBoundingClientRect(), f = g._fullLayout; return [b.x + f.xaxis._offset + "
+        f"f.xaxis.d2p({col}), b.y + f.yaxis._offset + f.yaxis.d2p({row})]; }})()"
     )
     return x, y
 

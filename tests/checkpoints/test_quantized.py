@@ -423,9 +423,8 @@ def test_opening_checkpoints_imports_no_torch(tmp_path):
     folder = save_model(tmp_path, {f"module.{name}": value for name, value in tensors.items()})
     dcp = save_dcp(tmp_path / "dcp", {"a": torch.ones(4, 4)}, {"a": [[3, 1], [4]]})
     code = (
-        "import sys; from lora_diag.checkpoints import open_checkpoint; "
-        f"assert [len(open_checkpoint(path)) for path in ({str(folder)!r}, {str(dcp)!r})] == [3, "
-        "1]; "
+        "import sys; from lora_diag.checkpoints import open_checkpoint; assert "
+        f"[len(open_checkpoint(path)) for path in ({str(folder)!r}, {str(dcp)!r})] == [3, 1]; "
         "assert not {'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -136,7 +136,7 @@ def test_schema_refuses_what_the_program_refuses(results_validator, change):
 
 @pytest.mark.parametrize("name", READY)
 def test_policy_schema_accepts_included_policies(name):
-    validator = jsonschema.Draft202012Validator(schemas.policy_schema())
+    validator = jsonschema.Draft202012Validator(schemas.file_schemas()["policy"])
     policy = tomllib.loads(
         (ROOT / f"lora_diag/gating/policies/{name}.toml").read_text(encoding="utf-8")
     )
@@ -147,7 +147,7 @@ def test_policy_schema_accepts_included_policies(name):
 
 
 def test_schema_is_printed_as_json(loradiag):
-    assert json.loads(loradiag("schema", "policy").out) == schemas.policy_schema()
+    assert json.loads(loradiag("schema", "policy").out) == schemas.file_schemas()["policy"]
     refused = loradiag("schema", "tables")
     assert (refused.code, "results or policy" in refused.err) == (2, True)
 

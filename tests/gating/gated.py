@@ -1,7 +1,7 @@
 """Verdicts with hostile names, of every status, for the reports of a gate."""
 
-from lora_diag.gating.record import Verdict
 from lora_diag.records import Results
+from lora_diag.records.verdict import Verdict
 from tests import building
 
 HOSTILE = "model.\x1b[2J::error::x%0A,:\n|<b>`*&\"'\u202e\ud800 ]]>.weight"

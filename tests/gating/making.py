@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.gating.policy import Policy, read_policy
-from lora_diag.gating.record import Verdict, outcome
 from lora_diag.gating.run import gate
 from lora_diag.records import LeftOut
+from lora_diag.records.verdict import Verdict, outcome
 from tests.building import build, layer_spectrum, results
 
 RANKS = (4, 8, 16)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lora_diag.gating.show import junit, step_summary, workflow_commands
+from lora_diag.rendering.verdicts import junit, step_summary, workflow_commands
 from tests.gating.gated import HOSTILE, ONE_OF_EACH, results, verdict
 
 BEGIN, END = "<!-- loradiag gate: begin -->", "<!-- loradiag gate: end -->"

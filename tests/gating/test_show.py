@@ -4,7 +4,8 @@ is.
 
 import pytest
 
-from lora_diag.gating.show import format_measured, verdict_table
+from lora_diag.gating.show import verdict_table
+from lora_diag.rendering.verdicts import format_measured
 from tests.gating.gated import HOSTILE, results, verdict
 
 

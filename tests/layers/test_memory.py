@@ -140,8 +140,7 @@ def test_ties_remedy_is_stated_where_it_helps():
     )
     settings = InterferenceSettings(weights=(1.0, 1.0), memory=10**9)
     text = (
-        "the entries of its updates, for TIES, take 5.3 GB; give 4.4 GB more .* or --density "
-        "0, "
+        "the entries of its updates, for TIES, take 5.3 GB; give 4.4 GB more .* or --density 0, "
         "which leaves out TIES"
     )
     with pytest.raises(MemoryLimitError, match=text):

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from lora_diag.catalog import read_results
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
-from lora_diag.gating.record import Verdict
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import short_names
+from lora_diag.records.verdict import Verdict
 from lora_diag.reports.evidence import Evidence, Source
 from lora_diag.reports.run import to_csv, to_parquet
 from tests.building import build

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from lora_diag.gating.record import Verdict
+from lora_diag.records.verdict import Verdict
 from lora_diag.rendering.html import escape_markdown
 from lora_diag.reports.markdown import MAX_BYTES, code, markdown_report
 from tests.building import build

@@ -76,8 +76,7 @@ def test_option_group_with_postponed_annotations(tmp_path, monkeypatch):
 
 def test_groups_are_read_without_heavy_imports():
     code = (
-        "import sys, lora_diag.running.options; print({'torch', 'numpy', 'pydantic', 'typer'} "
-        "& "
+        "import sys, lora_diag.running.options; print({'torch', 'numpy', 'pydantic', 'typer'} & "
         "set(sys.modules))"
     )
     assert (

@@ -92,8 +92,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         about,
         [
             f"Energy is Σσ² as measured{f', in {metric}' if metric else ''}; blocks run from left "
-            "to right in each "
-            "module type.",
+            "to right in each module type.",
             f"A bar is the median rank of up to {joined} layers." if joined > 1 else "",
             "Fractions are of the weighted energy."
             if any(record.weight != 1 for record in records)

@@ -848,8 +848,7 @@ def allocate(
         raise UsageError(
             f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
             f"{budget.describe(reserved)}, {budget.describe(reserved - budget.whole)} more than "
-            "the budget; "
-            f"raise it, or exclude a head with --exclude {heads[0]}"
+            f"the budget; raise it, or exclude a head with --exclude {heads[0]}"
         )
     chosen, left = _choose_ranks(units, steps, all_steps, budget, fixed, reserved)
     if losses is not None:  # only the corners were considered
@@ -960,9 +959,8 @@ def _choose_ranks(
     if left < 0:
         raise UsageError(
             f"{budget.option}: the smallest ranks allowed by --min-rank take "
-            f"{budget.describe(fixed)}, "
-            f"{budget.describe(-left)} more than {budget_text}; raise it, lower --min-rank "
-            "or select fewer layers with --layers"
+            f"{budget.describe(fixed)}, {budget.describe(-left)} more than {budget_text}; raise "
+            "it, lower --min-rank or select fewer layers with --layers"
         )
     if not fixed and not len(steps.gain):
         raise UsageError(

@@ -233,8 +233,7 @@ def compare_with_peft(
         if name is None:
             raise InputError(
                 f"--check: the model has no module {path} that PEFT could adapt; check that it is "
-                "the model of the "
-                "allocation"
+                "the model of the allocation"
             )
         rank_found, scaling_found = remaining.pop(name)
         factor = scaling.alpha(rank, default_rank) / (math.sqrt(rank) if scaling.rslora else rank)
@@ -279,10 +278,9 @@ def _group_ranks(results: Results[Allocation]) -> tuple[dict[str, int], dict[str
     if experts := [record.layer for record in ranked if _EXPERT.search(record.layer)]:
         raise InputError(
             f"{len(experts)} matrices are experts that BASE stores one by one, such as "
-            f"{experts[0]}, to which PEFT "
-            "cannot give ranks, because transformers 5 fuses them on loading; exclude them with "
-            "--exclude experts, "
-            "measure a model that transformers 5 saved fused, or write the allocation as .jsonl"
+            f"{experts[0]}, to which PEFT cannot give ranks, because transformers 5 fuses them on "
+            "loading; exclude them with --exclude experts, measure a model that transformers 5 "
+            "saved fused, or write the allocation as .jsonl"
         )
     modules = {
         module_of(record.layer): record.rank

@@ -71,8 +71,7 @@ def _require_finished(results: Results[Any], name: str) -> None:
     if results.end is None:
         raise InputError(
             f"{name}: the run did not finish, and missing layers would get no rank; finish it with "
-            "loradiag "
-            f"{results.run.command} ... --resume, or accept it with --allow-unfinished"
+            f"loradiag {results.run.command} ... --resume, or accept it with --allow-unfinished"
         )
 
 
@@ -94,8 +93,7 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
     if results.run.command != "probe fisher":
         raise InputError(
             f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those "
-            "of probe fisher, or "
-            "a JSON object of layer and factor"
+            "of probe fisher, or a JSON object of layer and factor"
         )
     if not allow_unfinished:
         _require_finished(results, f"--layer-weights {path}")
@@ -104,8 +102,7 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
     if not in_both:
         raise UsageError(
             f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both "
-            "on one BASE and "
-            "TUNED"
+            "on one BASE and TUNED"
         )
     for record in in_both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
@@ -259,8 +256,7 @@ def allocate(
     ):
         raise UsageError(
             f"--portable: {stack.group} is a stack of experts, which has no place in a portable "
-            "adapter; leave it out "
-            "with --exclude"
+            "adapter; leave it out with --exclude"
         )
     has_memory, metric = arguments["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
@@ -502,8 +498,7 @@ def _read_spectra(
     if is_unrelated(spectra.layers):
         raise InputError(
             f"{path or 'these results'}: TUNED is unrelated to BASE, so that there is no update to "
-            "divide a budget "
-            "over; measure with the BASE that TUNED was trained from"
+            "divide a budget over; measure with the BASE that TUNED was trained from"
         )
     notes = [] if spectra.end is not None else [UNFINISHED]
     layers = tuple(record.before_rounding() for record in spectra.layers)

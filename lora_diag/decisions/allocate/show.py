@@ -115,8 +115,7 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
             "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest "
             "above its chord",
             "effective: exp of the entropy of the energy; signal: values above the rounding noise "
-            "of the files, an "
-            "upper limit",
+            "of the files, an upper limit",
             "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of "
             "full updates",
         ),

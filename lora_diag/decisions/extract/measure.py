@@ -127,9 +127,8 @@ def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     if unknown := sorted(layer for layer, rank in ranks.items() if rank and layer not in targets):
         raise InputError(
             f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but "
-            "layers have names "
-            f"like {next(iter(targets), '(none)')}; use ranks of the same pair, with the same "
-            "--layers and --exclude"
+            f"layers have names like {next(iter(targets), '(none)')}; use ranks of the same pair, "
+            "with the same --layers and --exclude"
         )
     return ranks
 

@@ -82,14 +82,11 @@ def extraction_card(
     in_full, missing = _describe_full_tensors(results), _describe_missing(results)
     body = [
         f"The {method} of ΔW = W_tuned − W_base, {quantity(len(results), 'weight')} of "
-        f"{code_span(base_name)}, rank "
-        f"{span(record.rank for record in results)}, {count(sum(r.params for r in results))} "
-        "parameters, scaling 1. "
-        f"It keeps {percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, "
-        "at a distance of "
-        f"ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured on the "
-        "factors in the file); "
-        "the lower bound for adapters of these ranks is "
+        f"{code_span(base_name)}, rank {span(record.rank for record in results)}, "
+        f"{count(sum(r.params for r in results))} parameters, scaling 1. It keeps "
+        f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a "
+        f"distance of ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured "
+        "on the factors in the file); the lower bound for adapters of these ranks is "
         f"{number(pooled(results.layers, 'least_epsilon'))}.",
         f"It is {length}." if (length := _describe_length(results)) else "",
         f"**Part of it is an estimate**: {estimate}."
@@ -143,10 +140,8 @@ def extraction_lines(
 def _describe_written(results: Results[Extraction], output: Path | str | None) -> list[str]:
     return [
         f"{'' if output is None else f'{safe(str(output))}: '}{quantity(len(results), 'weight')}, "
-        "rank "
-        f"{span(record.rank for record in results)}, {count(sum(r.params for r in results))} "
-        "parameters in "
-        f"{results.layers[0].dtype}",
+        f"rank {span(record.rank for record in results)}, {count(sum(r.params for r in results))} "
+        f"parameters in {results.layers[0].dtype}",
         *_describe_full_tensors(results),
     ]
 
@@ -174,9 +169,8 @@ def _describe_errors(results: Results[Extraction]) -> list[str]:
         number(pooled(results.layers, field)) for field in ("epsilon", "least_epsilon")
     )
     kept = (
-        f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights is "
-        "kept "
-        f"(ε = {epsilon}"
+        f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights is kept (ε "
+        f"= {epsilon}"
     )
     if any(record.data for record in results):
         return [f"{kept})", *_describe_errors_on_data(results)]
@@ -206,11 +200,9 @@ def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
         objective, norm = "the loss on that text, by K-FAC", "‖G^½(ΔW − BA)C^½‖ / ‖G^½·ΔW·C^½‖"
     lines = [
         f"Optimal for {objective}: {norm} = {format_shown(pooled_data(weighted, 'epsilon'))} in "
-        f"the {len(weighted)} "
-        f"weights with activations; the lower bound for these ranks is "
+        f"the {len(weighted)} weights with activations; the lower bound for these ranks is "
         f"{format_shown(pooled_data(weighted, 'least_epsilon'))}. The cost is a larger ε; "
-        "truncation has "
-        f"{number(pooled(results.layers, 'epsilon_min'))}."
+        f"truncation has {number(pooled(results.layers, 'epsilon_min'))}."
     ]
     return lines + (
         [f"Without activations, and optimal for the weights: {list_layers(plain)}."]

@@ -67,10 +67,8 @@ class TensorPlan:
         ):
             notes.append(
                 f"model type {self.model.type!r} has not been tested with PEFT: names on disk are "
-                "assumed to equal "
-                "those in memory, and PEFT ignores unknown names; watch for missing adapter keys "
-                "when it loads the "
-                "adapter"
+                "assumed to equal those in memory, and PEFT ignores unknown names; watch for "
+                "missing adapter keys when it loads the adapter"
             )
         table = stored_name(self.base, "lm_head.weight")
         target = self.targets.get(table or "")
@@ -244,7 +242,6 @@ def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:
         if earlier != layer:
             raise InputError(
                 f"{tuned}: {earlier} and {layer} change one weight of BASE, as layer_replication "
-                "does, and no adapter "
-                "of BASE holds both; use this adapter unchanged, or exclude one of them with "
-                "--exclude"
+                "does, and no adapter of BASE holds both; use this adapter unchanged, or exclude "
+                "one of them with --exclude"
             )

@@ -206,8 +206,7 @@ def weights_of(config: Mapping[str, Any], where: str) -> list[tuple[str, Shape]]
         supported = ", ".join(BUILDERS)
         raise InputError(
             f"{where}: model_type {quote(model_type)} is not supported ({supported}); give the "
-            "checkpoint itself, "
-            "of which only headers are read"
+            "checkpoint itself, of which only headers are read"
         )
     return list(build(reader))
 

@@ -151,8 +151,7 @@ def _make_statements(plan: Plan) -> Iterator[Statement]:
             "time",
             "Time",
             f"an estimate for {quantity(plan.rates.cores, 'core')} at the current speed and load "
-            "of this machine; n "
-            "machines read n times the rate in the last column",
+            "of this machine; n machines read n times the rate in the last column",
             "--top assumes decaying spectra; a flat spectrum costs as much as all values"
             if plan.costs[1:]
             else "",

@@ -121,9 +121,8 @@ def _describe_base(records: Sequence[PlannedMerge]) -> str:
         return ""
     result = "no worse (rule of thumb)" if is_no_worse_than_unmerged(effect, error) else "worse"
     text = (
-        f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the "
-        "merge "
-        f"is {result}"
+        f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the merge is "
+        f"{result}"
     )
     quantized = error > MAX_ERROR and any(record.base_noise is not None for record in records)
     return (

@@ -711,8 +711,7 @@ def _make_nothing_to_write_error(
     if late := sum(item.reason == "time" for item in results.left_out):
         return InconclusiveError(
             f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no "
-            "other has an update "
-            "that can be recovered; nothing was written; continue with --resume"
+            "other has an update that can be recovered; nothing was written; continue with --resume"
         )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""

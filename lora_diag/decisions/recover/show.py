@@ -49,8 +49,7 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
         hidden = [(record, record.fro) for record in records if record.status != "not_hidden"]
         assumption = (
             "training kept float32 master weights, started at BASE, and was rounded once when "
-            "TUNED was stored; "
-            "intervals hold at about 95% if so"
+            "TUNED was stored; intervals hold at about 95% if so"
         )
         findings = [
             describe_lineage(records),
@@ -140,9 +139,8 @@ def _describe_hidden(records: Sequence[Recovery]) -> Statement:
     elif is_lost(records):
         lead = (
             f"no: {len(select_misfits(records))} of {quantity(len(records))} do not look like one "
-            "rounding; training "
-            "in bf16 probably lost its steps: keep float32 master weights, or use stochastic "
-            "rounding"
+            "rounding; training in bf16 probably lost its steps: keep float32 master weights, or "
+            "use stochastic rounding"
         )
     elif "recovered" in statuses:
         lead, level = (
@@ -259,12 +257,10 @@ def recovery_card(
     ]
     body = [
         f"**This is an estimate.** {source} was stored with few mantissa bits, and rounding undid "
-        "most of a small "
-        f"update of {code_span(base_name)}. From the rounding cell of each stored weight loradiag "
-        "estimates the update "
-        "before rounding. It assumes that training kept float32 master weights, started at the "
-        "base model, and was "
-        "rounded once. Evaluate it before you use it.",
+        f"most of a small update of {code_span(base_name)}. From the rounding cell of each stored "
+        "weight loradiag estimates the update before rounding. It assumes that training kept "
+        "float32 master weights, started at the base model, and was rounded once. Evaluate it "
+        "before you use it.",
         "\n".join(f"- {item}" for item in items),
     ]
     return model_card(

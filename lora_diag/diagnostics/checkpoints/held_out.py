@@ -216,8 +216,7 @@ def _describe_evidence(
         )
     if choices:
         yield (
-            f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, "
-            "corrected "
+            f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected "
             "for their number"
         )
 

@@ -107,8 +107,7 @@ def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> It
         change = "changes far more than at its neighbours and other layers do"
         if step == run.spike_step:
             change = (
-                f"the whole update changes {number(run.spike or 0.0)} times as much as at "
-                "its "
+                f"the whole update changes {number(run.spike or 0.0)} times as much as at its "
                 "neighbours"
             )
         yield f"spiked at step {step}: {change}{layers}"

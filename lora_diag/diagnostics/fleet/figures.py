@@ -93,8 +93,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         "energy over Σr",
         [
             f"{outliers or 'None'} of them {'is an outlier' if outliers == 1 else 'are outliers'}; "
-            "the rarest are "
-            "named where space permits.",
+            "the rarest are named where space permits.",
             f"Not drawn: {rankless} without a rank." if rankless else "",
         ],
         keys,

@@ -397,9 +397,8 @@ class FleetPath:
         if self.read(self.path).digest != self.digest:
             raise InputError(
                 f"{self.path}: the worker on {platform.node()} finds other files there, or none; "
-                "put adapters and "
-                "base on storage shared by all nodes, under the same path, and do not change them "
-                "during the run"
+                "put adapters and base on storage shared by all nodes, under the same path, and do "
+                "not change them during the run"
             )
 
 

@@ -107,10 +107,8 @@ def make_masks_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
         "module type",
         [
             "Dotted: the fraction of the mask in all entries. chance: Gaussian updates of the same "
-            "norm, not rounded. "
-            "rounding null: the entries of ΔW at random places, stored as TUNED; the bars show "
-            "something of the update "
-            "only where they differ from it."
+            "norm, not rounded. rounding null: the entries of ΔW at random places, stored as "
+            "TUNED; the bars show something of the update only where they differ from it."
         ],
         _side_keys(style, records),
         columns=1,

@@ -220,8 +220,7 @@ def _describe_rounding(records: Sequence[Geometry]) -> str:
     )
     return (
         f"{_percent(measured)} of changes in the 30% smallest weights; independent changes stored "
-        f"in {formats} have "
-        f"{_percent(null)}, unrounded ones {_percent(chance)}"
+        f"in {formats} have {_percent(null)}, unrounded ones {_percent(chance)}"
     )
 
 
@@ -264,8 +263,7 @@ def _describe_rank(records: Sequence[Geometry]) -> str:
     full = sum(record.rank == min(record.shape) for record in known)
     return (
         f"90% of ‖ΔW‖² needs rank {ninety:.0f} of {of:.0f}, {random:.0f} with random signs on the "
-        "same entries; "
-        f"numerically full in {full} of {quantity(len(known))}"
+        f"same entries; numerically full in {full} of {quantity(len(known))}"
     )
 
 
@@ -306,8 +304,7 @@ def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[st
     middle = number(median(value for value, _ in parts))
     return [
         f"‖ΔW‖/‖W‖ from {number(least)} ({least_name}) to {number(most)} ({most_name}), median "
-        f"{middle} of "
-        f"{quantity(len(parts), noun)}"
+        f"{middle} of {quantity(len(parts), noun)}"
     ]
 
 

@@ -56,9 +56,8 @@ def intruders_lines(results: Results[Intruders]) -> list[Statement]:
             make_statement("chance", "Random baseline", chance, priority=2),
         ]
     meaning = (
-        "other studies found intruders together with forgetting (arXiv 2410.21228); only "
-        "the "
-        "loss shows it here"
+        "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss "
+        "shows it here"
     )
     return summarize(
         results, *findings, make_statement("interpretation", "Interpretation", meaning)

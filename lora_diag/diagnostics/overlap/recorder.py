@@ -273,8 +273,7 @@ class GradientRecorder(TrainingCallback):
             if not self._targets:
                 raise UsageError(
                     "no selected weight of the model is a layer of the reference, which has layers "
-                    "like "
-                    f"{next(iter(reference.layers), 'none')}"
+                    f"like {next(iter(reference.layers), 'none')}"
                 )
             reached = {spaces.layer for targets in self._targets.values() for spaces, _ in targets}
             self._left_out = [*reference.left_out]

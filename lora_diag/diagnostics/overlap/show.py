@@ -361,9 +361,7 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
     if others:
         sentences.append(
             f"in {list_layers(others)}, if the held-out loss is too high, initialize the adapter "
-            "from recent "
-            "gradients, or move its parameters to other layers: the gradients are outside at every "
-            "rank measured below "
-            "full rank"
+            "from recent gradients, or move its parameters to other layers: the gradients are "
+            "outside at every rank measured below full rank"
         )
     return sentences

@@ -326,8 +326,7 @@ def judge_or_fix(
     if any(options.get(name) for name in ("resume", "overwrite", "layers", "exclude", "intended")):
         raise UsageError(
             "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, "
-            "--layers, --exclude "
-            "and --intended"
+            "--layers, --exclude and --intended"
         )
     kept = {"consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank"}
     judging: dict[str, Any] = {name: value for name, value in options.items() if name in kept}

@@ -57,14 +57,11 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         "Residual ε² of the adapter by layer, and its parts",
         stack_panels(panels, runs, style),
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; "
-        "ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); "
-        "blocks run from left to right in each module type",
+        "ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); blocks run from left to right in each module type",
         [
             "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over "
-            "the better of the "
-            "adapter and BASE. direction: the remainder. ε is the distance to this fine-tune, not "
-            "a measure of "
-            "quality.",
+            "the better of the adapter and BASE. direction: the remainder. ε is the distance to "
+            "this fine-tune, not a measure of quality.",
             f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖²." if joined > 1 else "",
             f"Not drawn: {vectors} one-dimensional tensors." if vectors else "",
         ],

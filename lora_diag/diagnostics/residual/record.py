@@ -38,8 +38,7 @@ SEEDS = (
 # Note for every place that shows ε.
 EPSILON = (
     f"ε is the distance to one full fine-tune, not a measure of quality: {SEEDS}, and adapters at "
-    "ε of 2 to 6 kept at "
-    "least 90% of its gain."
+    "ε of 2 to 6 kept at least 90% of its gain."
 )
 
 

@@ -332,8 +332,7 @@ class Spectrum(Lineage, LayerRecord):
                 f"energy.{rank}",
                 f"C({rank})",
                 f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
-                f"a rank-{rank} "
-                f"update{of}",
+                f"a rank-{rank} update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,
                 main=rank in shown_ranks,

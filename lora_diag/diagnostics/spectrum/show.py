@@ -381,10 +381,8 @@ def _describe_start(changed: Sequence[Spectrum]) -> Statement:
     if exact and rounded:
         text = (
             f"the matrices disagree: {exact} of {quantity(len(changed))} show that training "
-            f"started at BASE, {rounded} "
-            f"that BASE is a rounded copy of the start; do not rely on ranks of the {exact}. "
-            "Measure against the BASE "
-            "that training started from"
+            f"started at BASE, {rounded} that BASE is a rounded copy of the start; do not rely on "
+            f"ranks of the {exact}. Measure against the BASE that training started from"
         )
         return make_statement("start", "Start", text, level="warning")
     pooled = None if rounded else _pool_base_rounding(changed)

@@ -840,8 +840,7 @@ def _describe_norms(trial: Trial) -> Fault:
         return Fault(
             "other base",
             f"MERGED holds ΔW (c = {c:.2f}) and another change of {share:.2g} ‖W‖: perhaps a "
-            "different base, such as a "
-            "quantized one, or further training",
+            "different base, such as a quantized one, or further training",
         )
     cosine = check.inner / math.sqrt(check.expected * check.observed)
     return Fault(

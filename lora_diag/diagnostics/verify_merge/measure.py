@@ -185,8 +185,7 @@ def _explain_ambiguity(correct: faults.Trial) -> str:
     for factor in (1 + RESOLVED, 1 - RESOLVED):
         if correct.retry(correct.addend.times(factor), whole=False).explains:
             return (
-                f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too "
-                "coarse "
+                f"M is a rounding of W + ΔW and of W + {factor:.4g}·ΔW: this file is too coarse "
                 "for the scale"
             )
     return ""

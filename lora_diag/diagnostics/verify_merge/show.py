@@ -150,9 +150,8 @@ def _explain_inconclusive(adapted: Sequence[Merge]) -> str:
     unclear = [record for record in adapted if record.status == "inconclusive"]
     return (
         f"in {len(unclear)} of {quantity(len(adapted), 'adapted layer')} MERGED's values are too "
-        "coarse to distinguish "
-        f"BASE + ΔW from BASE, or from BASE + c·ΔW with another c: {list_layers(unclear)}; merge "
-        "into a finer dtype"
+        "coarse to distinguish BASE + ΔW from BASE, or from BASE + c·ΔW with another c: "
+        f"{list_layers(unclear)}; merge into a finer dtype"
     )
 
 
@@ -223,7 +222,6 @@ def _describe_weakened(results: Results[Merge]) -> tuple[str, ...]:
         return ()
     return (
         f"rounding removed more than {1 - WEAK_RETENTION:.0%} of ΔW, or added more noise than "
-        "‖ΔW‖, in "
-        f"{quantity(len(weak), 'layer')}: {list_layers(weak)}",
+        f"‖ΔW‖, in {quantity(len(weak), 'layer')}: {list_layers(weak)}",
         "the dtype is too coarse for this adapter: serve it unmerged, or merge into float32",
     )

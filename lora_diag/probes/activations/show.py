@@ -71,7 +71,6 @@ def _describe_too_few_inputs(recorded: Sequence[LayerInput]) -> str:
     worst = min(layers, key=lambda layer_input: layer_input.rows / layer_input.size)
     return (
         f"{len(layers)} layers have fewer inputs than input dimensions, for example "
-        f"{short(worst.layer)} with "
-        f"{worst.rows} of {worst.size}: C is singular there, and directions without inputs have "
-        "weight 0; use more text"
+        f"{short(worst.layer)} with {worst.rows} of {worst.size}: C is singular there, and "
+        "directions without inputs have weight 0; use more text"
     )

@@ -107,8 +107,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             else f"λ term: {term}, of the Gauss–Newton matrix, which omits part of the Hessian: "
             "not a bound.",
             "Error bars: two standard errors (t) for other text of this kind; a bar that would "
-            "reach zero ends at a "
-            "tenth of the gap.",
+            "reach zero ends at a tenth of the gap.",
             f"Not drawn on the logarithmic axis: values at or below zero, at {hidden} ranks."
             if hidden
             else "",

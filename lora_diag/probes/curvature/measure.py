@@ -109,8 +109,7 @@ class LossFunction:
             if (location := weights.locate(layer)) is None:
                 raise InputError(
                     f"{layer}: the model that transformers builds from BASE has no such weight; "
-                    "exclude it with "
-                    "--exclude"
+                    "exclude it with --exclude"
                 )
             self._locations[layer] = places.setdefault(location[0], len(places)), location[1]
         self._parameters = list(places)
@@ -508,8 +507,7 @@ def probe_curvature(
     if (dtype := given.dtype) != "float32":
         raise UsageError(
             f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large "
-            "for Lanczos; use "
-            "float32"
+            "for Lanczos; use float32"
         )
     run.check_files(base, *([tuned] if tuned is not None else []))
     if len(given.evaluate) > 1:

@@ -184,8 +184,7 @@ def _describe_model(bounds: Sequence[LossBound]) -> str:
     accurate = [f"r={rank}" for rank, ratio in ratios.items() if abs(ratio - 1) <= ACCURATE_ERROR]
     return (
         f"the second-order model is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times "
-        "the measured gap, "
-        f"{'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at "
+        f"the measured gap, {'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at "
         f"{', '.join(accurate) or 'any rank'}"
     )
 

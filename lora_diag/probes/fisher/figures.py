@@ -80,8 +80,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
         notes = [
             f"{alone}. ρ = 1: same order; 0: no correlation. Layers of one model are not "
-            "independent, and with few "
-            "layers small differences of ρ are not significant."
+            "independent, and with few layers small differences of ρ are not significant."
         ]
     else:
         title = "Expected cost of truncating each module type: ½F(r)"

@@ -162,10 +162,8 @@ def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     is_measured = any(effect_at(record, rank) for record in records)
     about = (
         f"Columns in % are fractions of all layers' tails beyond r={rank}. Where that of F({rank}) "
-        "is far above "
-        "that of σ², the energy underestimates the cost of truncation. ½F is the mean KL per "
-        "prediction, in nats, "
-        "expected from truncating each layer "
+        "is far above that of σ², the energy underestimates the cost of truncation. ½F is the mean "
+        "KL per prediction, in nats, expected from truncating each layer "
         f"alone{'; KL and loss gap are measured' if is_measured else ''}."
     )
     return grid_of([*fractions, expected, *effects], rows_of(records, per), per, about=about)
@@ -201,8 +199,7 @@ def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
     )
     about = (
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers "
-        "and low within "
-        "module types distinguishes types, not layers."
+        "and low within module types distinguishes types, not layers."
     )
     n = span((at_rank.n for at_rank in by_rank), " to ")
     caption = f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
@@ -223,8 +220,7 @@ def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
     share = sum(record.weight[str(rank)] for record in top[:n_half]) / energy
     return (
         f"half of ΣF is in {n_half} of {len(records)} layers, which have {percent(share)} of Σσ² "
-        "beyond r; most in "
-        f"{short(top[0].layer)}, {percent(top[0].at(rank) / total)}"
+        f"beyond r; most in {short(top[0].layer)}, {percent(top[0].at(rank) / total)}"
     )
 
 
@@ -275,6 +271,5 @@ def _describe_predictors(
 
 _READING = (
     "each layer is truncated alone, all others as in TUNED; the joint effect can differ from the "
-    "sum; layers of one "
-    "model are not independent, so intervals of ρ are too narrow"
+    "sum; layers of one model are not independent, so intervals of ρ are too narrow"
 )

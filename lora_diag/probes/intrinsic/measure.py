@@ -358,8 +358,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     if dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the "
-            "measurement; use "
-            "float32"
+            "measurement; use float32"
         )
     run.check_files(base)
     model = run.open(base)

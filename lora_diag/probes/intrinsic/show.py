@@ -234,10 +234,8 @@ def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
 
 _READING = (
     "the dimension is for this task, number of steps and fraction; more steps can give another; "
-    "rates were chosen "
-    "on the first set, so losses there are slightly too low; LoRA trains no embeddings, norms, "
-    "biases or head, "
-    "full fine-tuning and subspaces train all"
+    "rates were chosen on the first set, so losses there are slightly too low; LoRA trains no "
+    "embeddings, norms, biases or head, full fine-tuning and subspaces train all"
 )
 
 
@@ -252,10 +250,9 @@ def _make_grid(
 ) -> Grid:
     about = (
         "Gain is the decrease of the loss as a fraction of full fine-tuning's, mean over seeds. "
-        "The intrinsic "
-        f"dimension is the smallest d with a gain of at least {percent(share)}, and LoRA needs the "
-        "smallest such r. "
-        "If min to max includes that fraction, the result depends on the seed."
+        f"The intrinsic dimension is the smallest d with a gain of at least {percent(share)}, and "
+        "LoRA needs the smallest such r. If min to max includes that fraction, the result depends "
+        "on the seed."
     )
     rows: Rows = [
         ("BASE", [{"loss": base and base.loss}]),

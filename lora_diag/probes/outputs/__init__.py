@@ -46,8 +46,7 @@ FEATURE = Feature(
                 Argument(
                     "models",
                     "Full fine-tune, adapters, or both, in this order; adapters alone are compared "
-                    "as equals, in the "
-                    "order of their steps.",
+                    "as equals, in the order of their steps.",
                     "[TUNED] [ADAPTER]",
                     many=True,
                 ),

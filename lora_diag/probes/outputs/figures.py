@@ -55,8 +55,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         xlabel="loss minus TUNED's (nats)",
         notes=[
             "Error bars: two paired standard errors, more for few sequences (t). A bar that "
-            "crosses zero: no "
-            "significant difference from TUNED."
+            "crosses zero: no significant difference from TUNED."
         ],
         ordered=True,
     )

@@ -290,9 +290,8 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 _READING = (
     "compare models by their loss; distances (of logits, of hidden states) and KL measure "
-    "similarity, not quality: on "
-    "a language model, 12 adapters of which none was significantly worse than the best had "
-    "distances of 0.36 to 0.62"
+    "similarity, not quality: on a language model, 12 adapters of which none was significantly "
+    "worse than the best had distances of 0.36 to 0.62"
 )
 _EQUALS = (
     "models are compared as equals, in the order of their steps; name a full fine-tune with --tuned"

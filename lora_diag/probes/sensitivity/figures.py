@@ -31,8 +31,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         xlabel="loss of BASE minus loss (nats)",
         notes=[
             "Error bars: two paired standard errors, more for few sequences (t). Gains of parts "
-            "adapted alone do not "
-            "add up to that of all."
+            "adapted alone do not add up to that of all."
         ],
     )
     if not page.panels:

@@ -89,10 +89,9 @@ def _compute_gains(results: Results[Any]) -> tuple[dict[str, list[Gain]], list[G
 
 _READING = (
     "gains of layers adapted alone do not add up to that of all; results of few steps need not "
-    "hold for many; "
-    "rates were chosen on the first set, so gains there are slightly too high; layers of one model "
-    "are not "
-    "independent, so intervals of ρ are too narrow and p-values too small"
+    "hold for many; rates were chosen on the first set, so gains there are slightly too high; "
+    "layers of one model are not independent, so intervals of ρ are too narrow and p-values too "
+    "small"
 )
 
 
@@ -141,10 +140,8 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     return (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
         f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below "
-        "two standard "
-        f"errors, more for few sequences, is not significant{suffix}. Σσ² to r and first step are "
-        "predictions from one "
-        "gradient at BASE."
+        f"two standard errors, more for few sequences, is not significant{suffix}. Σσ² to r and "
+        "first step are predictions from one gradient at BASE."
     )
 
 
@@ -177,8 +174,7 @@ def _describe_marginals(marginals: Sequence[Gain], settings: dict[str, Any]) -> 
     rank, best = settings["rank"], max(marginals, key=lambda marginal: marginal.gain)
     return (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain "
-        f"significantly, {down} lose as "
-        f"much; highest: {short(best.unit)} {best.gain:+.4f}"
+        f"significantly, {down} lose as much; highest: {short(best.unit)} {best.gain:+.4f}"
     )
 
 

@@ -26,8 +26,7 @@ from lora_diag.rendering.text import plus_minus, short
 _ENDS = {0.0: " (BASE)", 1.0: " (TUNED)"}
 _READING = (
     "significance is of paired differences, at 95% for all strengths or parts together; errors "
-    "allow for dependence of "
-    "nearby sequences only; not significantly worse does not mean equal"
+    "allow for dependence of nearby sequences only; not significantly worse does not mean equal"
 )
 
 

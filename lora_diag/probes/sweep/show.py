@@ -49,15 +49,12 @@ def sweep_lines(results: Results[Any]) -> list[Statement]:
 
 _READING = (
     "the rate of each rank was chosen on the first set, so losses there are slightly too low; all "
-    "runs have the "
-    "same batch order, so seeds differ less than independent runs; with fewer steps than you will "
-    "train, small "
-    "ranks may look better than they are"
+    "runs have the same batch order, so seeds differ less than independent runs; with fewer steps "
+    "than you will train, small ranks may look better than they are"
 )
 _ROUNDED = (
     "; BASE's linear layers are rounded to {} and not packed, so values are those of a quantized "
-    "base, memory and "
-    "speed are not; reference lines are trained on the unrounded BASE"
+    "base, memory and speed are not; reference lines are trained on the unrounded BASE"
 )
 
 

@@ -212,9 +212,8 @@ def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
         confidence = format_confidence(standing.confidence)
         finding = (
             f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} "
-            f"({behind:+.4f} nats "
-            f"[{behind - half:.4f}, {behind + half:.4f}]; tolerance {100 * share:.3g}%, "
-            f"{verdict.tolerance:.4f})"
+            f"({behind:+.4f} nats [{behind - half:.4f}, {behind + half:.4f}]; tolerance "
+            f"{100 * share:.3g}%, {verdict.tolerance:.4f})"
             if rank != verdict.best
             else f"r={rank} has the lowest mean loss, {confidence} confidence that it is enough"
         )

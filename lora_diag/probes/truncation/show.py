@@ -84,8 +84,7 @@ _READINGS = {
 }
 _READING = (
     "; errors allow for dependence of nearby sequences only; results are for compression of this "
-    "update, not for "
-    "training at a rank"
+    "update, not for training at a rank"
 )
 
 

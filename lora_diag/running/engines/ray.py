@@ -226,8 +226,7 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
         if isinstance(cause, ray.exceptions.AuthenticationError) or "AuthToken" in str(cause):
             return (
                 "it requires a token: export RAY_AUTH_MODE=token, and copy ~/.ray/auth_token from "
-                "the head node to "
-                "this machine"
+                "the head node to this machine"
             )
         cause = cause.__cause__ or cause.__context__
     return str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -401,8 +400,7 @@ class _Cluster:
             )
             raise InputError(
                 f"--engine ray: no node had {resources}, which a task needs, for "
-                f"{MAX_WAIT_SECONDS:g} s; add such a "
-                "node; a run with -o continues with --resume"
+                f"{MAX_WAIT_SECONDS:g} s; add such a node; a run with -o continues with --resume"
             )
         time.sleep(QUERY_SECONDS)
         self._nodes = self._find_fitting_nodes(cores)
@@ -560,8 +558,7 @@ class _Run:
             if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
                     f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same "
-                    "version on every "
-                    f"node: {install_command('ray')}"
+                    f"version on every node: {install_command('ray')}"
                 ) from error
             raise error.cause from error  # a bug: show its traceback
         except self._ray.exceptions.RayError:

@@ -101,8 +101,7 @@ def open_job(job: Job) -> Work:
         if actual != size:
             raise InputError(
                 f"{file}: has {actual:,} bytes on {worker} instead of {size:,}; put inputs on "
-                "storage that all nodes "
-                "share, or copy the same file to every node"
+                "storage that all nodes share, or copy the same file to every node"
             )
     from ray import cloudpickle
 

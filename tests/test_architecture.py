@@ -78,7 +78,6 @@ BETWEEN = {
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
-    "diagnostics.checkpoints": {"decisions.merge"},
     "diagnostics.fleet": set(),
     "diagnostics.geometry": {"diagnostics.intruders"},
     "diagnostics.interference": {"diagnostics.spectrum"},
@@ -245,7 +244,6 @@ def test_no_packages_import_each_other_in_circle():
             other.split(".")[1] for other in _imported(parsed(file)) if "lora_diag." in other
         }
         graph.setdefault(package, set()).update(imported - {package})
-    graph["diagnostics"] -= {"decisions"}  # checkpoints writes merges
     TopologicalSorter(graph).prepare()
 
 

@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -339,8 +339,8 @@ class Cells(CellMatrix):
         return replace(self, counts=None, codes=None, widths=())._select(function)
 
     def _select(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        parts: Any = (None if part is None else function(part) for part in self.parts)
-        return Cells(*parts, widths=self.widths)
+        parts = [None if part is None else function(part) for part in self.parts]
+        return Cells(*parts, widths=self.widths)  # type: ignore[arg-type, misc]
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:

@@ -20,7 +20,7 @@ from lora_diag.errors import InputError
 from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.names import module_type_of
-from lora_diag.records.run import AdaptedWeight, Inventory, StoredTensor
+from lora_diag.records.run import AdaptedWeight, Inventory, ListedTensor
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
@@ -79,10 +79,10 @@ def inspect(
     )
 
 
-def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+def _list_tensors(checkpoint: Checkpoint) -> tuple[ListedTensor, ...]:
     """Return the descriptions of all tensors, in natural order of their names."""
     return tuple(
-        StoredTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
+        ListedTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
         for name in sorted(checkpoint, key=natural_order)
         if (info := checkpoint[name])
     )
@@ -117,16 +117,16 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
     grid = (
         _make_grid(AdaptedWeight.shown, inventory.adapts)
         if inventory.adapts
-        else _make_grid(StoredTensor.shown, inventory.tensors)
+        else _make_grid(ListedTensor.shown, inventory.tensors)
     )
     return to_text(Group(Text(_make_headline(inventory)), *grid.render(width)), width, color)
 
 
-def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
+def _make_grid(shown: Sequence[Shown], records: Sequence[ListedTensor | AdaptedWeight]) -> Grid:
     """Return a table with a row for each module type and each combination of its
     records' values.
     """
-    groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
+    groups: dict[tuple[Any, ...], list[ListedTensor | AdaptedWeight]] = {}
     for record in records:
         key = (
             module_type_of(record.layer),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Pairing, Unpaired, selector
-from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
+from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
@@ -100,7 +100,7 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 
     method = f"{smaller.method} of {len(history.snapshots)} gradients{fallback}"
     other = make_record(larger) if larger is not None else None
-    stack = Stack(
+    stack = GradientStack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side="left" if history.shape[0] < history.shape[1] else "right",
         other_energy=other.energy if other else None,

@@ -474,9 +474,9 @@ def _open_weights(path: Path | str) -> Weights:
     Raises:
         InputError: It cannot be read.
     """
-    from lora_diag.adapters import Adapter, open_input
+    from lora_diag.adapters import Adapter, locate, open_input
 
-    opened = open_input(path, "rank")
+    opened = open_input(locate(path), "rank")
     if isinstance(opened, Adapter):
         return Weights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
     return Weights(opened, False, fingerprint(opened))

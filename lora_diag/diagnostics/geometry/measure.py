@@ -14,6 +14,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import locate
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
@@ -324,7 +325,7 @@ def geometry(
     k, eta, draws, lens = (run.options[name] for name in ("top", "eta", "draws", "lens"))
     check_request(run.options["method"], k, run.options["tol"])
     settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws, lens=lens)
-    opened = open_base(base) if lens else base
+    opened = open_base(locate(base)) if lens else base
     if isinstance(opened, Checkpoint):
         find_tables(opened)
     return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar, cast
 
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import MAX_RATE
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lora_diag.running.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
+# A ``TypedDict`` of options.
+O = TypeVar("O")
 
 # Parts of a command's help, in this order: inputs, computation, output, execution.
 INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
@@ -553,7 +555,7 @@ def _list_common() -> dict[str, Option]:
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
-def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
+def fill_options(group: type[O], passed: Mapping[str, object]) -> O:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
@@ -580,7 +582,7 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
-    return filled
+    return cast(O, filled)
 
 
 def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

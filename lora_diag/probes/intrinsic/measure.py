@@ -352,9 +352,9 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     """
     grids = ("paces", "full_rates", "lora_rates")
     run = TrainRun("probe intrinsic", options, IntrinsicOptions)
-    dims, share, dtype = run.options.dims, run.options.share, run.options.dtype
-    method: Method = "said" if run.options.method == "said" else "plain"
-    check_ranks(run.options.ranks or [1])
+    dims, share, dtype = run.options["dims"], run.options["share"], run.options["dtype"]
+    method: Method = "said" if run.options["method"] == "said" else "plain"
+    check_ranks(run.options["ranks"] or [1])
     if dtype != "float32":
         raise UsageError(
             f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the "
@@ -368,18 +368,18 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     run.read_all()
 
     def count_tokens() -> float:
-        tokens = run.count_train_tokens(1, run.options.full_rates, FULL_STEP)
+        tokens = run.count_train_tokens(1, run.options["full_rates"], FULL_STEP)
         tokens += run.count_train_tokens(
-            len(run.options.dims), run.options.paces, FULL_STEP, PROJECTION
+            len(run.options["dims"]), run.options["paces"], FULL_STEP, PROJECTION
         )
         return tokens + run.count_train_tokens(
-            len(run.options.ranks), run.options.lora_rates, LORA_STEP
+            len(run.options["ranks"]), run.options["lora_rates"], LORA_STEP
         )
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    lora_ranks = sorted(set(run.options.ranks))
+    lora_ranks = sorted(set(run.options["ranks"]))
     settings = {
-        "dims": sorted(set(run.options.dims)),
+        "dims": sorted(set(run.options["dims"])),
         "method": method,
         "share": share,
         "ranks": lora_ranks,

@@ -187,7 +187,7 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         ... ]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions)
-    given, ranks = run.options, check_ranks(run.options.ranks)
+    given, ranks = run.options, check_ranks(run.options["ranks"])
     if (given.full or given.bitfit) and given.dtype != "float32":
         raise UsageError(
             f"--dtype {given.dtype}: rounds away most steps of "
@@ -203,7 +203,7 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
 
 def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
     """Open the model and the texts, train what the results file lacks, and return the results."""
-    options, quantized = run.options, run.options.quantized
+    options, quantized = run.options, run.options["quantized"]
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(kind)
     settings = {

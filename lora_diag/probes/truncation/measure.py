@@ -216,8 +216,8 @@ def probe_truncation(
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    per, rest, match_norm = run.options.per, run.options.rest, run.options.match_norm
-    ranks = list(check_ranks(run.options.ranks, 0))
+    per, rest, match_norm = run.options["per"], run.options["rest"], run.options["match_norm"]
+    ranks = list(check_ranks(run.options["ranks"], 0))
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas

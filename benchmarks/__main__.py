@@ -1,4 +1,4 @@
-"""Speed, memory and accuracy beside the alternatives, in one run, as Markdown.
+"""Speed, memory and accuracy compared with the alternatives, in one run, as Markdown.
 
     python -m benchmarks                    everything but the peers
     python -m benchmarks matrix --peers     one part; with other tools, installed in environments of their own
@@ -90,7 +90,7 @@ def adapter(
 
 
 def kernels(small: bool, peers: bool) -> None:
-    """Methods on one matrix in memory, beside torch.linalg.svdvals."""
+    """Methods on one matrix in memory, compared with torch.linalg.svdvals."""
     head = "matrix | work | s | svdvals ÷ this | largest error of C(r) against float64 | certified"
     print_table(head, kernel_rows(((256, 256),) if small else ((4096, 4096), (4096, 11008))))
 
@@ -198,8 +198,9 @@ def model(small: bool, peers: bool) -> None:
 
 
 def residual(small: bool, peers: bool) -> None:
-    """Three adapters compared with a 1 B-parameter full fine-tune, beside its spectrum alone; whole
-    processes.
+    """Residuals of three adapters for a 1 B-parameter full fine-tune, and the spectrum alone.
+
+    Whole processes are timed.
     """
     sides = pair(small, "1B")
     three = [adapter(small, f"r{r}", WIDTHS["1B"], r, r, 32) for r in (8, 16, 64)]
@@ -386,7 +387,7 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
-    parser.add_argument("--peers", action="store_true", help="measure beside other tools, too")
+    parser.add_argument("--peers", action="store_true", help="measure other tools, too")
     parser.add_argument("--small", action="store_true", help="small inputs, to test the scripts")
     chosen = parser.parse_args()
     compile_as_installed()

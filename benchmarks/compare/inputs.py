@@ -124,7 +124,7 @@ def make_pair(
 
 
 def write_like(source: Path, folder: Path, weights: Weights) -> None:
-    """Write weights beside a copy of another checkpoint's config."""
+    """Write weights, and a copy of another checkpoint's config."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text((source / "config.json").read_text())
     save_file(
@@ -147,9 +147,7 @@ def stored(folder: Path) -> Weights:
 def make_adapter(
     folder: Path, truth: Mapping[str, torch.Tensor], rank: int, alpha: float, rslora: bool = False
 ) -> None:
-    """Write a PEFT adapter whose scaled update is ``truth``, of weights stored (out, in), and
-    beside it kohya's.
-    """
+    """Write a PEFT adapter and a kohya adapter whose scaled update is ``truth``, ``(out, in)``."""
     scaling = alpha / rank**0.5 if rslora else alpha / rank
     factors, flat = {}, {}
     for name, delta in truth.items():

@@ -26,7 +26,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints import packing
-from lora_diag.checkpoints.packing import PACKED, RowWeight, damaged_tensor, read_rows, require
+from lora_diag.checkpoints.packing import PACKED, RowWeight, check_part, damaged_tensor, read_rows
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.errors import damaged
 
@@ -169,7 +169,7 @@ def _describe_weight(
         raise damaged_tensor(
             source, codes, f"{list(shape)} is not a whole number of groups of {group}"
         )
-    require(source, scale, (*shape[:-1], columns // group), SCALE_DTYPES[kind], weight)
+    check_part(source, scale, (*shape[:-1], columns // group), SCALE_DTYPES[kind], weight)
     numbers = [name for name in (divisor, factor) if name]
     for name in numbers:
         if source[name].numel != 1 or source[name].dtype not in FLOAT_DTYPES:
@@ -193,7 +193,7 @@ def _describe_experts(source: Checkpoint, blocks: str) -> RowWeight:
     ):
         expected = "not the uint8 [experts, out, in / 32, 16] of MXFP4"
         raise damaged_tensor(source, blocks, f"is {source[blocks].dtype} {list(shape)}, {expected}")
-    require(source, f"{name}{SCALES}", shape[:-1], frozenset({"uint8"}), name)
+    check_part(source, f"{name}{SCALES}", shape[:-1], frozenset({"uint8"}), name)
     layout = Layout(source, "mxfp4", blocks, f"{name}{SCALES}", shape[1], shape[2] * GROUP["mxfp4"])
     info = TensorInfo(name, (shape[0], layout.columns, layout.out), "float32", stored="mxfp4")
     decode = partial(decode_transposed, layout)

@@ -45,7 +45,7 @@ _STANDARD = {
     if opcode.proto <= 5
     and opcode.name not in {"EXT1", "EXT2", "EXT4", "NEXT_BUFFER", "READONLY_BUFFER"}
 }
-# Errors that a damaged pickle raises, beside those of ``pickle`` and ``struct``.
+# Errors that a damaged pickle raises, in addition to those of ``pickle`` and ``struct``.
 _DAMAGED = (
     ValueError,
     LookupError,

@@ -38,9 +38,9 @@ from lora_diag.checkpoints.packing import (
     INTEGERS,
     PACKED,
     RowWeight,
+    check_part,
     damaged_tensor,
     read_columns,
-    require,
     unpack,
 )
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
@@ -373,7 +373,7 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     """Return a weight of compressed-tensors, after checking its tensors and the configuration."""
     name, weight = f"{module}{PACKED}", f"{module}.weight"
     scale, zero, shape = (f"{module}.weight_{part}" for part in ("scale", "zero_point", "shape"))
-    require(source, shape, (2,), INTEGERS, weight)
+    check_part(source, shape, (2,), INTEGERS, weight)
     out, columns = memoryview(source.read_bytes(shape)).cast(
         "i" if source[shape].dtype == "int32" else "q"
     )
@@ -382,16 +382,16 @@ def _describe_compressed(source: Checkpoint, module: str, config: Mapping[str, A
     if source[name].dtype != "int32" or len(source[name].shape) != 2:
         raise damaged_tensor(source, name, "is not an int32 matrix")
     bits = _infer_bits(source, name, columns, config)
-    require(source, name, (out, -(-columns * bits // 32)), WORDS, weight)
+    check_part(source, name, (out, -(-columns * bits // 32)), WORDS, weight)
     groups = source[scale].shape[-1] if scale in source and source[scale].shape else 0
-    require(source, scale, (out, groups), FLOAT_DTYPES, weight)
+    check_part(source, scale, (out, groups), FLOAT_DTYPES, weight)
     order = _find_order(source, module, "weight_g_idx", columns)
     if groups < 1 or (not order and columns % groups):
         raise damaged_tensor(
             source, scale, f"has {groups} groups, which do not divide {columns} columns equally"
         )
     if zero in source:
-        require(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
+        check_part(source, zero, (-(-out * bits // 32), groups), WORDS, weight)
     layout = Layout(source, module, columns, bits, columns // groups, groups, order, zero in source)
     optional = (part for part in (zero, order) if part in source)
     parts = (scale, shape, *optional, *packing.list_activations(source, module))
@@ -446,8 +446,8 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
     bits = 4 if is_awq else source[zeros].shape[1] * 32 // out
     _check_gptq_bits(source, codes, bits, config)
     columns = shape[0] * (1 if is_awq else 32 // bits)
-    require(source, scales, (groups, out), FLOAT_DTYPES, weight)
-    require(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
+    check_part(source, scales, (groups, out), FLOAT_DTYPES, weight)
+    check_part(source, zeros, (groups, -(-out * bits // 32)), WORDS, weight)
     order = _find_order(source, module, "g_idx", columns)
     if not order and config.get("desc_act") is True and groups > 1 and not is_awq:
         problem = (
@@ -479,7 +479,7 @@ def _find_order(source: Checkpoint, module: str, part: str, columns: int) -> str
     name = f"{module}.{part}"
     if name not in source:
         return ""
-    require(source, name, (columns,), INTEGERS, f"{module}.weight")
+    check_part(source, name, (columns,), INTEGERS, f"{module}.weight")
     return name
 
 
@@ -591,7 +591,7 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
         problem = f"{list(shape)} is not a whole number of groups of {group} codes of {bits} bits"
         raise damaged_tensor(source, weight, problem)
     for name in (scales, biases):
-        require(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)
+        check_part(source, name, (*shape[:-1], columns // group), FLOAT_DTYPES, weight)
     layout = Layout(source, module, columns, bits, group, columns // group)
     info = TensorInfo(weight, (*shape[:-1], columns), "float32", stored=f"mlx-int{bits}")
     return RowWeight(

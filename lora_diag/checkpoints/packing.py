@@ -188,7 +188,7 @@ def damaged_tensor(
     return damaged(source.file_of(name), f"{name} {problem}", fix)
 
 
-def require(
+def check_part(
     source: Checkpoint, name: str, shape: tuple[int, ...], dtypes: frozenset[str], whole: str
 ) -> None:
     """Check a tensor that belongs to a quantized weight.

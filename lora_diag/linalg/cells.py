@@ -339,9 +339,8 @@ class Cells(CellMatrix):
         return replace(self, counts=None, codes=None, widths=())._select(function)
 
     def _select(self, function: Callable[[Tensor], Tensor]) -> Cells:
-        return Cells(
-            *(None if part is None else function(part) for part in self.parts), widths=self.widths
-        )  # type: ignore[arg-type, misc]
+        parts = [None if part is None else function(part) for part in self.parts]
+        return Cells(*parts, widths=self.widths)  # type: ignore[arg-type, misc]
 
 
 def join_cells(blocks: list[Cells], dim: int = 0) -> Cells:

@@ -2,8 +2,8 @@
 
 transformers asks the package ``kernels`` for the repository in
 ``attn_implementation: "owner/kernel"``, and for one of its own choice if the value is
-``flash_attention_2``; it applies an ``adapter_config.json`` beside the model, or opens the model
-that this names. timm asks the Hub for an ``architecture: "hf_hub:owner/model"``.
+``flash_attention_2``; it applies an ``adapter_config.json`` in the model's folder, or opens the
+model that this names. timm asks the Hub for an ``architecture: "hf_hub:owner/model"``.
 """
 
 from __future__ import annotations

@@ -466,9 +466,9 @@ def _make_byte_tokens(reason: str) -> Tokens:
 def _first_line_of_error(error: BaseException) -> str:
     """Return the first line of transformers' message; the other lines are about other models.
 
-    The message of an error of Python itself, such as ``'x'`` of a KeyError, says nothing without
-    its type. If the line is the heading of a list of ways to get a tokenizer, there are no
-    tokenizer files.
+    A built-in exception, such as a KeyError with the message ``'x'``, is ambiguous without its
+    type. If the line is the heading of a list of ways to get a tokenizer, there are no tokenizer
+    files.
     """
     line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(": ")
     if isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError):

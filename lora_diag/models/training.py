@@ -95,7 +95,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
     """
     with require("training an adapter", "train"):
         import peft
-    options = _make_options(model, rank, kind)
+    options = _list_config_arguments(model, rank, kind)
     with train_in_place(model, only_vectors=True) if kind.vectors else nullcontext():
         vectors = [parameter for parameter in model.module.parameters() if parameter.ndim == 1]
         with warnings.catch_warnings():
@@ -129,7 +129,7 @@ def load_factors(model: Model, path: Path) -> None:
     peft.set_peft_model_state_dict(model.module, weights)
 
 
-def _make_options(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
+def _list_config_arguments(model: Model, rank: int, kind: Lora) -> dict[str, Any]:
     """Return the arguments of PEFT's config: one rank everywhere, or ``kind.config`` without how to
     wrap and save.
     """

@@ -31,8 +31,7 @@ class Probe(WholeRecord):
     classifier), in nats.
 
     Args:
-        probe: The probe that measured it: ``truncation``, ``outputs`` or ``sweep``; or
-            ``checkpoints``, of a run.
+        probe: The command that measured it, without the word probe, such as ``truncation``.
         set: The evaluation set, by its file's name.
         shifted: Whether the user declared it as shifted.
         subject: Model of the loss: ``base``, ``tuned``, ``truncated``, ``reference``, ``adapter``;
@@ -176,7 +175,7 @@ class Probe(WholeRecord):
         ),
     )
     record: Literal["probe"] = "probe"
-    probe: Literal["truncation", "outputs", "sweep", "checkpoints"]
+    probe: str
     set: str
     shifted: bool = False
     subject: Subject

@@ -5,7 +5,7 @@ metrics.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 from lora_diag.records.base import Count, Norm, Record, Share
 
@@ -200,10 +200,8 @@ METRIC_NAMES = {
 
 def metrics_of(records: Iterable[object]) -> list[Metric]:
     """Return the distinct metrics of the spectra among records."""
-    spectra: list[Any] = [
-        record for record in records if getattr(record, "record", "") == "spectrum"
-    ]
-    return list(dict.fromkeys(record.metric for record in spectra))
+    metrics: list[Metric | None] = [getattr(record, "metric", None) for record in records]
+    return list(dict.fromkeys(metric for metric in metrics if metric is not None))
 
 
 def metric_of(records: Iterable[object]) -> Metric:

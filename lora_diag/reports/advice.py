@@ -564,8 +564,8 @@ RULES = (
         "tuned",
         _find_tuned_configuration,
         "{action}",
-        "{why} config.trl.py and the other configurations beside the report train it and write the "
-        "adapter to out.",
+        "{why} config.trl.py and the other configurations next to the report train it and write "
+        "the adapter to out.",
         "probe outputs {base} out --eval {eval} -o outputs.jsonl",
         _LOSS_RULES,
     ),

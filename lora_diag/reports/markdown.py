@@ -71,7 +71,7 @@ def _list_items(lines: Sequence[str]) -> str:
     return "".join(f"\n- {escape_markdown(line)}" for line in lines)
 
 
-def _write_table(
+def _format_table(
     titles: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[bool], noun: str = ""
 ) -> str:
     """Return a table of escaped cells, and the number of rows beyond the limit.
@@ -108,7 +108,7 @@ def _make_table(evidence: Evidence) -> list[str]:
         ]
         for name, positions in groups.items()
     ]
-    table = _write_table(
+    table = _format_table(
         ["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types"
     )
     pooling = (
@@ -131,11 +131,11 @@ def _make_sections(evidence: Evidence) -> list[str]:
             f"## {escape_markdown(crop(section.title, 200))}",
             *([statements] if statements else []),
         ]
-        parts += map(_write_grid, section.grids)
+        parts += map(_format_grid, section.grids)
     return parts
 
 
-def _write_grid(grid: Grid) -> str:
+def _format_grid(grid: Grid) -> str:
     """Return a table with its caption and explanation."""
     titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
     rows = (
@@ -145,7 +145,7 @@ def _write_grid(grid: Grid) -> str:
     right = [False, *(column.justify == "right" for column in grid.columns)]
     caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
     about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
-    return caption + _write_table(titles, rows, right) + about
+    return caption + _format_table(titles, rows, right) + about
 
 
 def _make_advice(subject: Subject) -> list[str]:
@@ -163,7 +163,7 @@ def _make_advice(subject: Subject) -> list[str]:
 
 def _make_gate(evidence: Evidence) -> list[str]:
     outcome, verdicts = gate_outcome(evidence)
-    table = [_write_grid(verdict_grid(verdicts, WIDTH))] if verdicts else []
+    table = [_format_grid(verdict_grid(verdicts, WIDTH))] if verdicts else []
     return ["## Gate", f"{escape_markdown(outcome)}.", *table] if outcome else []
 
 

@@ -1,5 +1,6 @@
-"""ΔW of real adapters against PEFT's own merge: files made with peft and transformers, with their
-truth beside them.
+"""ΔW of real adapters against PEFT's own merge.
+
+The files were made with peft and transformers; each case has a file with its reference values.
 """
 
 import json

@@ -70,12 +70,7 @@ def outputs():
             ["missing", "one", "two"] if words[0] == "merge" else required
         )  # two updates or more
         for name, option in options.items():
-            # what --write names is checked after the texts, in the tests of the features
-            if (
-                has_path(kinds[name].annotation)
-                and option.rich_help_panel == OUTPUT
-                and name != "write"
-            ):
+            if has_path(kinds[name].annotation) and option.rich_help_panel == OUTPUT:
                 yield pytest.param(
                     [*words, *required], option.opts[0], name, id=" ".join((*words, option.opts[0]))
                 )

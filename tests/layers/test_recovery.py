@@ -218,7 +218,7 @@ def test_unchanged_or_tiny_update_is_refused(tmp_path):
     result = estimate(tmp_path, w.bfloat16(), few).hidden
     assert (result.status, result.fro_estimate) == ("refused", None)
     assert "5 entries" in result.reason
-    few[0, :5] += 1  # beside which no rounding counts
+    few[0, :5] += 1  # rounding is negligible
     assert estimate(tmp_path, w.bfloat16(), few).hidden.status == "not_hidden"
 
 

@@ -14,7 +14,7 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "purred"]
 
 
 def save_tokenizer(folder, vocabulary, around, unk, **tokens):
-    """Save a tokenizer of words beside a model; the words 1 and 2 are around a text as in the
+    """Save a tokenizer of words in a model's folder; the words 1 and 2 are around a text as in the
     template ``around``.
     """
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=unk))

@@ -161,8 +161,9 @@ def test_choice_is_compared_with_base_on_every_set(case):
 
 
 def _lora_of(script):
-    """The ``LoraConfig`` that a script for TRL gives its trainer, without any file beside the
-    script.
+    """Return the ``LoraConfig`` that a script for TRL passes to its trainer.
+
+    No other file of the output is read.
     """
     given = {}
     trainer = SimpleNamespace(train=lambda: None, save_model=lambda: None)

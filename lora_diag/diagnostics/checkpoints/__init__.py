@@ -8,7 +8,6 @@ from lora_diag.feature import Argument, Command, Feature, Figure, Hint, Section
 from lora_diag.running.options import (
     BASE,
     OUTPUT,
-    RANK,
     RANKS,
     ModelOptions,
     Notes,
@@ -38,16 +37,6 @@ class CheckpointsOptions(Shifted, ModelOptions, Notes, RunOptions, total=False):
             (), "With --eval: extrapolations by F intervals; default F: 1.", "linear[:F],rank1[:F]"
         ),
     ]
-    write: Annotated[
-        Path | str | None,
-        Option(
-            None,
-            "Folder for averages and extrapolations; exact unless --rank is given.",
-            "FOLDER",
-            panel=OUTPUT,
-        ),
-    ]
-    rank: Annotated[int | None, RANK]
 
 
 class FollowOptions(TypedDict, total=False):
@@ -83,6 +72,7 @@ FEATURE = Feature(
                 "checkpoints out/ --follow",
             ),
             run=".measure:measure_run",
+            suggest=".show:suggest_next",
             arguments=(
                 Argument(
                     "inputs", "A run's folder, or its checkpoints.", "RUN_DIR [BASE]", many=True

@@ -21,7 +21,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid
-from lora_diag.rendering.text import list_names, plus_minus, safe, short, with_limits
+from lora_diag.rendering.text import list_names, plus_minus, short, with_limits
 
 # Confidence that the best checkpoint is one of those that are not distinguished from the lowest.
 CONFIDENCE = 0.95
@@ -227,17 +227,22 @@ def _format_excess(loss: HeldOutLoss) -> str:
     return f"{loss.excess:+.4f}{error}" if loss.excess else ""
 
 
+def is_better(combination: Combination) -> bool:
+    """Return whether a combination is significantly better than the best checkpoint, on the second
+    half.
+    """
+    half = stats.paired_half(combination.gain_error, combination.sequences)
+    return combination.gain is not None and half is not None and combination.gain > half
+
+
 def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
     """State whether the best combination is significantly better than the best checkpoint on the
     second half.
     """
     chosen = next((record for record in combined if record.chosen), None)
     if chosen is not None and chosen.gain is not None:
-        half, where = (
-            stats.paired_half(chosen.gain_error, chosen.sequences),
-            safe(chosen.path or "add --write FOLDER"),
-        )
-        verdict = f"better, {where}" if half is not None and chosen.gain > half else "not better"
+        half = stats.paired_half(chosen.gain_error, chosen.sequences)
+        verdict = "better" if is_better(chosen) else "not better"
         difference = f"{chosen.name} minus {chosen.single} is {with_limits(-chosen.gain, half)}"
         yield (
             f"{verdict}: {difference}, both the best on one half of {short(chosen.by)} and "

@@ -19,7 +19,7 @@ Averages and extrapolations are all Σ_t c_tΔW_t, with the same c_t in all laye
   Rank-1 Trajectories", arXiv 2605.21468).
 
 An average of products B_tA_t is not the product of averages: as an adapter it has the factors
-[c_1B_1 … c_TB_T] and [A_1; …; A_T], which ``merge`` writes.
+[c_1B_1 … c_TB_T] and [A_1; …; A_T], which ``merge --method sum`` writes.
 """
 
 from __future__ import annotations
@@ -36,10 +36,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_diag.adapters import is_adapter
 from lora_diag.adapters.source import get_stated_alpha
-from lora_diag.checkpoints import locate, open_checkpoint
-from lora_diag.decisions.merge.run import MergeFolder, merge
+from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Delta, DenseDelta, row_spans
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
@@ -47,7 +45,6 @@ from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, Combinatio
 from lora_diag.diagnostics.checkpoints.series import Step
 from lora_diag.diagnostics.checkpoints.verdict import sum_grams
 from lora_diag.errors import InputError, UsageError
-from lora_diag.files import check_folder_of
 from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.losses import Losses, measure
@@ -218,20 +215,12 @@ class Judge:
         self._run.params = sum(math.prod(stored[name].shape) for name in stored)
         models = 1 + len(steps) + len(read_rules(options, len(steps)))
         self._texts = self._run.fit(sets, lambda: models * self._run.count_tokens(sets))
-        if (rank := options["rank"]) is not None and (rank < 1 or options["write"] is None):
-            raise UsageError(f"--rank {rank}: is that of adapters in --write FOLDER, from 1 up")
-        for rule in read_rules(options, len(steps)):  # raises errors before anything is measured
-            if options["write"] is not None:
-                check_folder_of(Path(options["write"]), in_place=True)
-                folder = self._choose_folder(rule)
-                if folder.parent.exists():
-                    MergeFolder(folder, (), options["overwrite"], options["resume"])
+        read_rules(options, len(steps))  # raises errors before anything is measured
         self.inputs = tuple(map(describe_texts, self._texts))
-        own = {name: list(options[name]) for name in RULES} | {"rank": options["rank"]}
         self.settings = {
             **self._run.model_settings,
             "device": resolve_device(options["device"]).type,
-            **own,
+            **{name: list(options[name]) for name in RULES},
         }
 
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:
@@ -239,8 +228,7 @@ class Judge:
         combinations.
 
         Raises:
-            UsageError: A rule needs more checkpoints than are finite, or an output folder may not
-                be replaced.
+            UsageError: A rule needs more checkpoints than are finite.
             InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not
                 finite.
         """
@@ -262,17 +250,8 @@ class Judge:
             used = {
                 step.path: weight for step, weight in zip(finite, weights, strict=True) if weight
             }
-            folder = self._write(rule, used) if self._options["write"] is not None else None
-            read = (
-                partial(self._read_updates, folder)
-                if folder is not None
-                else partial(self._combine, used)
-            )
-            contenders.append(("combination", rule.name, read))
-            path = None if folder is None else legible(folder)
-            combinations.append(
-                Combination(name=rule.name, steps=steps, weights=weights, by="", path=path)
-            )
+            contenders.append(("combination", rule.name, partial(self._combine, used)))
+            combinations.append(Combination(name=rule.name, steps=steps, weights=weights, by=""))
         self._evaluate(contenders, records)
         probes = [record for record in records.records if isinstance(record, Probe)]
         records.put(*choose_checkpoints(probes, paths))
@@ -284,9 +263,6 @@ class Judge:
         """
         allowed, alpha = self._options["allow_unmatched"], get_stated_alpha(self._options)
         return compare(self._base, path, allow_unmatched=allowed, stated_alpha=alpha).pairing.deltas
-
-    def _choose_folder(self, rule: Rule) -> Path:
-        return Path(self._options["write"]) / rule.name.replace(":", "-")
 
     def _combine(self, weights: Mapping[Path, float]) -> list[Delta]:
         """Return Σ c_tΔW_t of every layer, given c_t by path.
@@ -305,38 +281,6 @@ class Judge:
                 "have it"
             )
         return [combine(deltas, list(weights.values())) for deltas in by_layer.values()]
-
-    def _write(self, rule: Rule, weights: Mapping[Path, float]) -> Path:
-        """Write a combination as ``merge`` does: of adapters as an adapter, else as a checkpoint;
-        return its folder.
-
-        Raises:
-            LoradiagError: As ``merge``.
-        """
-        folder = self._choose_folder(rule)
-        folder.parent.mkdir(exist_ok=True)
-        full = self._options["rank"] is None and not is_adapter(locate([*weights][-1]))
-        names = (
-            "overwrite",
-            "resume",
-            "rank",
-            "device",
-            "memory",
-            "workers",
-            "alpha",
-            "alpha_is_rank",
-        )
-        shared = {name: self._options[name] for name in (*names, "allow_unmatched")}
-        merge(
-            self._base,
-            [*weights],
-            folder,
-            method="sum",
-            weights=list(weights.values()),
-            full=full,
-            **shared,
-        )
-        return folder
 
     def _evaluate(
         self, contenders: Sequence[Contender], records: RunRecords[CheckpointLayer]

@@ -262,10 +262,8 @@ def trajectory(
         problem = "holds a model unlike all checkpoints, and its step is not known"
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
-    given, judged = (
-        [name for name in ("average", "extrapolate", "write", "shifted") if layers.options[name]],
-        None,
-    )
+    given = [name for name in ("average", "extrapolate", "shifted") if layers.options[name]]
+    judged = None
     if layers.options["evaluate"] and base is None:
         raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
     if layers.options["evaluate"]:
@@ -285,6 +283,12 @@ def trajectory(
         factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers
     )
     own = {"ranks": list(ranks), "directions": k, "steps": list(numbers)}
+    if judged is not None:
+        own |= judged.settings
+        # Whether an adapter can hold a combination.
+        own["factored"] = all(
+            isinstance(delta, FactoredDelta) for each in compared for delta in each.pairing.deltas
+        )
     last = compared[-1].pairing
     return layers.over(
         tasks,
@@ -299,7 +303,7 @@ def trajectory(
             *(each.inputs[-1] for each in compared),
             *(judged.inputs if judged else ()),
         ),
-        own | (judged.settings if judged else {}),
+        own,
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
     )

@@ -423,7 +423,6 @@ class Combination(WholeRecord):
         gain: Loss of ``single`` minus that of the combination on the second half; null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
         sequences: Number of sequences of the second half.
-        path: Folder that it was written to, and evaluated from; null if it was not.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name",)
@@ -448,7 +447,6 @@ class Combination(WholeRecord):
     gain: Nats | None = None
     gain_error: Nats | None = None
     sequences: Count = 0
-    path: str | None = None
 
 
 class AxolotlArguments(BaseModel):

@@ -4,18 +4,24 @@ live table.
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lora_diag.catalog import read_results
-from lora_diag.diagnostics.checkpoints.held_out import held_out_grids, held_out_lines
+from lora_diag.diagnostics.checkpoints.held_out import (
+    held_out_grids,
+    held_out_lines,
+    is_better,
+)
 from lora_diag.diagnostics.checkpoints.record import (
     Checkpoint,
     CheckpointLayer,
+    Combination,
     Trajectory,
     group_by,
 )
@@ -77,6 +83,33 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
         make_statement("path", "Path", *_describe_path(run)),
         make_statement("interpretation", "Interpretation", meaning),
     )
+
+
+def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -> str | None:
+    """Return the command that writes a combination that is better than every checkpoint; None
+    without one.
+    """
+    better = next((each for each in results.whole_of(Combination) if each.chosen), None)
+    if better is None or not is_better(better):
+        return None
+    base = next(item.path for item in results.run.inputs if item.role == "base")
+    paths = {record.step: record.path for record in results.whole_of(Checkpoint)}
+    weights = {
+        paths[step]: repr(weight)
+        for step, weight in zip(better.steps, better.weights, strict=True)
+        if weight
+    }
+    words = ["loradiag", "merge", base, *weights, "--method", "sum"]
+    words += ["--weights", ",".join(weights.values())]
+    if not results.run.settings["factored"]:
+        words.append("--checkpoint")
+    if values["alpha"] is not None:
+        words += ["--alpha", str(values["alpha"])]
+    for name in ("alpha_is_rank", "allow_unmatched"):
+        if values[name]:
+            words.append(f"--{name.replace('_', '-')}")
+    words += ["-o", better.name.replace(":", "-")]
+    return f"{shlex.join(words)}   (writes {better.name})"
 
 
 def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:

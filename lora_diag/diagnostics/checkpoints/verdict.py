@@ -46,10 +46,10 @@ NEIGHBOURS = 2
 # Limits, chosen so that none of 13 healthy runs crosses any of them: 8 LoRA runs and 3 full
 # fine-tunes of the sample model of 10 to 20 checkpoints, with cosine and constant rates, and one of
 # each of a model of 135M parameters. Of 76 simulated runs of many schedules (Adam, LoRA of 10
-# layers, 20 to 100 checkpoints) none does either. A lost direction loses its energy; a direction
-# that grows beside others takes none from them. In simulated runs whose effective rank minus 1 more
-# than halved, the energy outside of σ₁ fell to 0.46 at the lowest, and to 0.0012 at the highest
-# where all directions but one were removed.
+# layers, 20 to 100 checkpoints) none does either. A lost direction loses its energy; a growing
+# direction leaves the energy of the others unchanged. In simulated runs whose effective rank minus
+# 1 more than halved, the energy outside of σ₁ fell to 0.46 at the lowest, and to 0.0012 at the
+# highest where all directions but one were removed.
 SUDDEN, SUDDEN_ENERGY = 0.4, 0.25
 SLOW, SLOW_ENERGY = 0.5, 0.5
 # The largest increment over the median of its neighbours was 1.4, of a layer 1.7; no exchange

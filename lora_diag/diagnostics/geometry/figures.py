@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -89,17 +90,14 @@ def make_masks_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     moved = _select_moved(series)
     records = [record for _, run in moved for record in run]
     runs = make_slots([run for _, run in moved], options.per)
-    panels = [
-        Panel(
-            f"{owner}{title}",
-            partial(_draw_mask, slots=slots, name=name, alpha=alpha),
-            ylabel="fraction",
-            height=1.5 * style.panel,
-            name=name,
-        )
-        for (owner, _), slots in zip(moved, runs, strict=True)
-        for name, title, alpha in MASKS
-    ]
+    panels = []
+    for (owner, _), slots in zip(moved, runs, strict=True):
+        for name, title, alpha in MASKS:
+            draw = partial(_draw_mask, slots=slots, name=name, alpha=alpha)
+            height = 1.5 * style.panel
+            panels.append(
+                Panel(f"{owner}{title}", draw, ylabel="fraction", height=height, name=name)
+            )
     return Page(
         "Location of changed entries, by layer",
         stack_panels(panels, runs, style),
@@ -143,28 +141,26 @@ def make_angles_page(series: Sequence[Series[Any]], style: PageStyle, options: O
     moved = _select_moved(series)
     records = [record for _, run in moved for record in run]
     types = Types(record.layer for record in records)
-    groups = [
-        (f"{owner}{name}", name, [record for record in run if types.of(record.layer) == name])
-        for owner, run in moved
-        for name in types.names
+    panels = []
+    for place, ((owner, run), name) in enumerate(product(moved, types.names)):
+        group = [record for record in run if types.of(record.layer) == name]
+        if group and place < MAX_PANELS:
+            draw = partial(_draw_angles, records=group)
+            panels.append(Panel(f"{owner}{name}", draw, "principal angle", "degrees", name=name))
+    notes = [
+        "A curve is the median over the layers of the type, the smallest angle first. chance: "
+        "Gaussian updates of the same norm; rounding null: the entries of ΔW at random places, "
+        "stored as TUNED."
     ]
-    panels = [
-        Panel(title, partial(_draw_angles, records=group), "principal angle", "degrees", name=name)
-        for title, name, group in groups[:MAX_PANELS]
-        if group
-    ]
-    more = len(groups) - MAX_PANELS
+    more = len(moved) * len(types.names) - MAX_PANELS
+    if more > 0:
+        notes.append(f"Not drawn: {more} more panels (--layers).")
     return Page(
         "Rotation of the leading singular spaces of W",
         panels,
         f"{subject_of(series)}{count_matrices(records)}; left spaces in full colour, right spaces "
         "pale",
-        [
-            "A curve is the median over the layers of the type, the smallest angle first. chance: "
-            "Gaussian updates "
-            "of the same norm; rounding null: the entries of ΔW at random places, stored as TUNED.",
-            f"Not drawn: {more} more panels (--layers)." if more > 0 else "",
-        ],
+        notes,
         _side_keys(style, records),
         share=True,
     )

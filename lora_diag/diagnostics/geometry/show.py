@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
 
-from lora_diag.diagnostics.geometry.record import Baseline, Geometry, Movement, TokenDirection
+from lora_diag.diagnostics.geometry.record import Geometry, TokenDirection
 from lora_diag.diagnostics.intruders.show import describe_intruders
 from lora_diag.records import Results
 from lora_diag.records.base import value_at
 from lora_diag.records.names import depth_of, part_of
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, percent, quantity, safe, short, span
+from lora_diag.rendering.text import format_shown, number, percent, quantity, safe, short, span
 
 # Published points of whole models, all of Qwen3-8B: fraction of unchanged bfloat16 weights, mean
 # principal angle in degrees, normalised spectral shift, changed weights among the 30% smallest. The
@@ -77,25 +77,25 @@ class Whole:
     @classmethod
     def of(cls, records: Sequence[Geometry]) -> Whole:
         """Return the statistics of layers with an update."""
-        moved = [record.moved for record in records if record.moved]
-        entries, weights = (
-            [math.prod(record.shape) for record in records],
-            [record.base_fro for record in records],
-        )
-        changed = [(1 - each.unchanged) * size for each, size in zip(moved, entries, strict=True)]
-        is_rounded = all(record.stored == "bfloat16" for record in records)
-        low = math.fsum(
-            count * (each.low_30 or 0.0) for count, each in zip(changed, moved, strict=True)
-        )
-        return cls(
-            unchanged=1 - math.fsum(changed) / sum(entries) if is_rounded else None,
-            angle=fmean(each.angle for each in moved),
-            shift=math.hypot(
-                *(each.shift * size for each, size in zip(moved, weights, strict=True))
-            )
-            / math.hypot(*weights),
-            low=low / math.fsum(changed) if is_rounded and any(changed) else None,
-        )
+        changed = []
+        low = []
+        shifts = []
+        angles = []
+        for record in records:
+            moved = record.moved
+            assert moved is not None
+            count = (1 - moved.unchanged) * math.prod(record.shape)
+            changed.append(count)
+            low.append(count * (moved.low_30 or 0.0))
+            shifts.append(moved.shift * record.base_fro)
+            angles.append(moved.angle)
+        unchanged = low_share = None
+        if all(record.stored == "bfloat16" for record in records):
+            unchanged = 1 - math.fsum(changed) / sum(math.prod(record.shape) for record in records)
+            if any(changed):
+                low_share = math.fsum(low) / math.fsum(changed)
+        shift = math.hypot(*shifts) / math.hypot(*(record.base_fro for record in records))
+        return cls(unchanged, fmean(angles), shift, low_share)
 
     def distances(self) -> dict[str, float]:
         """Return the distance to each published point, the nearest first; 1 is the distance from
@@ -103,17 +103,15 @@ class Whole:
 
         Root mean square over the known statistics; angles and shifts on a logarithmic scale.
         """
-        sft, rlvr = (_scale(point) for point in (POINTS["SFT"], POINTS["RLVR"]))
+        sft, rlvr = _scale(POINTS["SFT"]), _scale(POINTS["RLVR"])
         angle = min(POINTS["SFT"][1], max(POINTS["RLVR"][1], self.angle))
         own = _scale((self.unchanged, angle, self.shift, self.low))
         found = {}
         for name, point in POINTS.items():
-            parts = zip(own, _scale(point), sft, rlvr, strict=True)
-            steps = [
-                (x - y) / (b - a)
-                for x, y, a, b in parts
-                if x is not None and y is not None and a and b
-            ]
+            steps = []
+            for x, y, a, b in zip(own, _scale(point), sft, rlvr, strict=True):
+                if x is not None and y is not None and a and b:
+                    steps.append((x - y) / (b - a))
             found[name] = math.sqrt(fmean(step**2 for step in steps))
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
@@ -121,6 +119,11 @@ class Whole:
 def _scale(point: tuple[float | None, float, float, float | None]) -> tuple[float | None, ...]:
     """Return the statistics of a point, the logarithm of the angle and of the shift."""
     return point[0], math.log10(point[1]), math.log10(max(point[2], 1e-12)), point[3]
+
+
+def _percent(share: float | None) -> str:
+    """Return a percentage; a dash for None."""
+    return format_shown(share, percent)
 
 
 def select_compared(results: Iterable[Any]) -> list[Geometry]:
@@ -133,16 +136,10 @@ def select_compared(results: Iterable[Any]) -> list[Geometry]:
 
 def geometry_grids(results: Results[Geometry], per: str = "type") -> list[Grid]:
     """Return the table; each number with that of the stricter baseline in brackets."""
-    nulls = {
-        "rounding null" if record.rounding else "chance"
-        for record in results
-        if isinstance(record, Geometry)
-    }
-    return [
-        grid_of(
-            Geometry.shown, rows_of(results, per), per, f"in brackets: {' or '.join(sorted(nulls))}"
-        )
-    ]
+    records = [record for record in results if isinstance(record, Geometry)]
+    nulls = sorted({"rounding null" if record.rounding else "chance" for record in records})
+    caption = f"in brackets: {' or '.join(nulls)}"
+    return [grid_of(Geometry.shown, rows_of(results, per), per, caption)]
 
 
 def geometry_lines(results: Results[Geometry]) -> list[Statement]:
@@ -203,46 +200,40 @@ def _describe_point(point: tuple[float, float, float, float]) -> str:
 
 def _describe_rounding(records: Sequence[Geometry]) -> str:
     """State the low overlap next to chance and the rounding null."""
-    measured, chance = (_pool(records, side, "low_30") for side in ("moved", "chance"))
-    if not all(record.rounding for record in records):
-        what = (
-            "an update that is not stored has no rounding"
-            if not records[0].stored
-            else "rounding removes all of it"
-        )
+    measured = _percent(_pool(records, "moved", "low_30"))
+    chance = _percent(_pool(records, "chance", "low_30"))
+    if all(record.rounding for record in records):
+        null = _percent(_pool(records, "rounding", "low_30"))
+        formats = "/".join(sorted({record.stored or "" for record in records}))
         return (
-            f"{what}; {_percent(measured)} of changed entries in the 30% smallest weights, "
-            f"{_percent(chance)} by chance"
+            f"{measured} of changes in the 30% smallest weights; independent changes stored in "
+            f"{formats} have {null}, unrounded ones {chance}"
         )
-    null, formats = (
-        _pool(records, "rounding", "low_30"),
-        "/".join(sorted({record.stored or "" for record in records})),
-    )
-    return (
-        f"{_percent(measured)} of changes in the 30% smallest weights; independent changes stored "
-        f"in {formats} have {_percent(null)}, unrounded ones {_percent(chance)}"
-    )
+    why = "an update that is not stored has no rounding"
+    if records[0].stored:
+        why = "rounding removes all of it"
+    return f"{why}; {measured} of changed entries in the 30% smallest weights, {chance} by chance"
 
 
 def _describe_excess(records: Sequence[Geometry]) -> list[str]:
     """State which statistics exceed both baselines, and by how much."""
-    lines = []
+    found = []
     for name, title in COMPARED.items():
         rows = [_compare(record, name) for record in records]
         known = [row for row in rows if row is not None]
         if not known:
             continue
-        value, level = (median(each) for each in zip(*known, strict=True))
-        above = sum(value > level for value, level in known)
+        value = median(own for own, _ in known)
+        level = median(baseline for _, baseline in known)
+        above = sum(own > baseline for own, baseline in known)
         if value > CLEAR_FACTOR * level and above >= CLEAR_SHARE * len(known):
-            lines.append(
-                (value / level if level else math.inf, f"{title} {number(value)} ({number(level)})")
-            )
-    if not lines:
+            ratio = value / level if level else math.inf
+            found.append((ratio, f"{title} {number(value)} ({number(level)})"))
+    if not found:
         return ["nothing: as an update that is independent of W"]
-    texts = [text for _, text in sorted(lines, reverse=True)]
-    first, rest = (", ".join(part) for part in (texts[:MOST_NAMED], texts[MOST_NAMED:]))
-    return [f"{first}; in brackets the larger baseline", rest]
+    texts = [text for _, text in sorted(found, reverse=True)]
+    first = ", ".join(texts[:MOST_NAMED])
+    return [f"{first}; in brackets the larger baseline", ", ".join(texts[MOST_NAMED:])]
 
 
 def _compare(record: Geometry, name: str) -> tuple[float, float] | None:
@@ -270,7 +261,9 @@ def _describe_rank(records: Sequence[Geometry]) -> str:
 def _describe_intruders(records: Sequence[Geometry]) -> list[str]:
     """State the number of intruder dimensions; nothing in results without them."""
     found = [record.intruders for record in records if record.intruders]
-    return [describe_intruders(found)[0]] if found else []
+    if not found:
+        return []
+    return describe_intruders(found)[:1]
 
 
 def _describe_heads(records: Sequence[Geometry]) -> list[str]:
@@ -311,44 +304,38 @@ def _describe_extremes(parts: Sequence[tuple[float, str]], noun: str) -> list[st
 def _describe_lens(records: Sequence[Geometry]) -> list[str]:
     """State the directions whose tokens are beyond chance; nothing without ``--lens``."""
     looked = [record for record in records if record.lens]
-    seen = [
-        (min(1.0, len(looked) * each.p), record, each) for record in looked for each in record.lens
-    ]
+    seen = [(min(1.0, len(looked) * x.p), record, x) for record in looked for x in record.lens]
     if not seen:
         return []
-    found = sorted(
-        (item for item in seen if item[0] <= LEVEL),
-        key=lambda item: (item[0], -abs(item[2].cosines[0])),
-    )
-    lines = [
-        f"{each.number} of {short(record.layer)} {each.side} {_list_words(each)}: cosine "
-        f"{abs(each.cosines[0]):.2f}, "
-        f"{each.cosine_random:.2f} at random, p {'<1e-99' if p < 1e-99 else number(p)}"
-        for p, record, each in found[:MOST_NAMED]
-    ]
+    found = [item for item in seen if item[0] <= LEVEL]
+    found.sort(key=lambda item: (item[0], -abs(item[2].cosines[0])))
+    lines = []
+    for p, record, direction in found[:MOST_NAMED]:
+        cosine = f"cosine {abs(direction.cosines[0]):.2f}, {direction.cosine_random:.2f} at random"
+        where = f"{direction.number} of {short(record.layer)} {direction.side}"
+        probability = "<1e-99" if p < 1e-99 else number(p)
+        lines.append(f"{where} {_list_words(direction)}: {cosine}, p {probability}")
     level = f"p ≤ {LEVEL}, corrected for all tokens, directions and {quantity(len(looked))}"
     lead = f"{len(found)} of {quantity(len(seen), 'direction')} beyond chance"
-    return [
-        f"{lead}; {lines[0]}" if lines else f"{lead} ({level})",
-        *lines[1:],
-        level if lines else "",
-    ]
+    if not lines:
+        return [f"{lead} ({level})"]
+    return [f"{lead}; {lines[0]}", *lines[1:], level]
 
 
 def _list_words(direction: TokenDirection) -> str:
     """Return the tokens of a direction that have the sign of the first, the others after
     ``against``.
     """
-    signs = [cosine * direction.cosines[0] > 0 for cosine in direction.cosines]
-    same, other = (
-        ", ".join(
-            repr(safe(word))
-            for word, sign in [*zip(direction.words, signs, strict=True)][:MOST_WORDS]
-            if sign == wanted
-        )
-        for wanted in (True, False)
-    )
-    return f"{same} against {other}" if other else same
+    same: list[str] = []
+    other: list[str] = []
+    words = list(zip(direction.words, direction.cosines, strict=True))
+    for word, cosine in words[:MOST_WORDS]:
+        side = same if cosine * direction.cosines[0] > 0 else other
+        side.append(repr(safe(word)))
+    text = ", ".join(same)
+    if other:
+        text += f" against {', '.join(other)}"
+    return text
 
 
 def _describe_rows(records: Sequence[Geometry]) -> str:
@@ -363,23 +350,19 @@ def _describe_rows(records: Sequence[Geometry]) -> str:
 
 def _describe_baselines(records: Sequence[Geometry]) -> list[str]:
     """State what the baselines are, with their draws and errors, and when η is bit identity."""
-    draws = [record.null.draws for record in records if record.null]
-    errors = [
-        error for r in records if r.null and (error := r.null.errors.get("low_30")) is not None
-    ]
-    lines = [
-        "chance: Gaussian updates of the same norm, not rounded",
-        "rounding: the entries of ΔW as before rounding, at random places of the layer, stored as "
-        "TUNED"
-        if records[0].stored
-        else "",
-        f"draws per layer: {span(draws, ' to ')}"
-        + (
-            f"; standard error of the low overlap {number(median(errors))} in the median layer"
-            if errors
-            else ""
-        ),
-    ]
+    nulls = [record.null for record in records if record.null]
+    errors = [null.errors["low_30"] for null in nulls if null.errors.get("low_30") is not None]
+    lines = ["chance: Gaussian updates of the same norm, not rounded"]
+    if records[0].stored:
+        lines.append(
+            "rounding: the entries of ΔW as before rounding, at random places of the layer, stored "
+            "as TUNED"
+        )
+    draws = f"draws per layer: {span((null.draws for null in nulls), ' to ')}"
+    if errors:
+        error = number(median(errors))
+        draws += f"; standard error of the low overlap {error} in the median layer"
+    lines.append(draws)
     if all(record.stored == "bfloat16" and record.eta == 1e-3 for record in records):
         lines.append(
             "η = 0.001: distinct normal bfloat16 numbers differ by 2^-8 or more, so unchanged is "
@@ -403,20 +386,13 @@ def _pool(records: Sequence[Geometry], side: str, name: str) -> float | None:
     """Return the mean of a statistic of ``moved``, ``chance`` or ``rounding`` over the changed
     entries of layers.
     """
-    pairs = [
-        ((1 - movement.unchanged) * math.prod(record.shape), value)
-        for record in records
-        if (movement := _side_of(record, side)) and (value := value_at(movement, name)) is not None
-    ]
-    total = math.fsum(weight for weight, _ in pairs)
-    return math.fsum(weight * value for weight, value in pairs) / total if total else None
-
-
-def _side_of(record: Geometry, side: str) -> Movement | Baseline | None:
-    """Return the statistics of ΔW or of a baseline."""
-    return {"moved": record.moved, "chance": record.chance, "rounding": record.rounding}[side]
-
-
-def _percent(share: float | None) -> str:
-    """Return a percentage; a dash for None."""
-    return "-" if share is None else percent(share)
+    weights, products = [], []
+    for record in records:
+        movement = getattr(record, side)
+        value = None if movement is None else value_at(movement, name)
+        if value is not None:
+            weight = (1 - movement.unchanged) * math.prod(record.shape)
+            weights.append(weight)
+            products.append(weight * value)
+    total = math.fsum(weights)
+    return math.fsum(products) / total if total else None

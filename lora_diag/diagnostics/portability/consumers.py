@@ -149,9 +149,10 @@ def is_before(first: str, second: str) -> bool:
     >>> is_before("0.31.2", "0.32"), is_before("0.32", "0.32.0"), is_before("0.9", "0.10")
     (True, False, True)
     """
-    parts = (
-        [int(part) for part in _VERSION.fullmatch(text)[1].split(".")] for text in (first, second)
-    )  # type: ignore[index]
+    parts = []
+    for text in (first, second):
+        numbers = _VERSION.fullmatch(text)[1]  # type: ignore[index]
+        parts.append([int(part) for part in numbers.split(".")])
     left, right = zip(*zip_longest(*parts, fillvalue=0), strict=True)
     return bool(left < right)
 

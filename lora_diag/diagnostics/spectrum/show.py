@@ -234,14 +234,11 @@ def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) ->
     and on rounding.
     """
     readable = [record for record in changed if record.resolution.verdict != "unresolved"]
+    low_rank = f"not known: these files resolve {len(readable)} of {quantity(len(changed))}"
+    rank_at_90 = ""
     if readable and 2 * len(readable) >= len(changed):
-        low_rank, rank_at_90 = (
-            _describe_low_rank(readable, len(changed), ranks),
-            _describe_rank_at_90(readable),
-        )
-    else:
-        low_rank = f"not known: these files resolve {len(readable)} of {quantity(len(changed))}"
-        rank_at_90 = ""
+        low_rank = _describe_low_rank(readable, len(changed), ranks)
+        rank_at_90 = _describe_rank_at_90(readable)
     return [
         make_statement("low_rank", "Low rank", low_rank, priority=0),
         make_statement("rank_at_90", "Rank at 90%", rank_at_90),
@@ -293,10 +290,8 @@ def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
     """State the median of the rank at 90% of the energy and, if all are known, its range and the
     possible rank.
     """
-    ranks, kept = (
-        [record.rank_at["0.9"] for record in records],
-        max(len(record.s) for record in records),
-    )
+    ranks = [record.rank_at["0.9"] for record in records]
+    kept = max(len(record.s) for record in records)
     known = [rank for rank in ranks if rank is not None]
     text = f"{median_rank(ranks, kept)} at the median"
     if beyond := len(ranks) - len(known):
@@ -304,12 +299,10 @@ def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
             f"{text}; more than the {kept} values kept in {beyond} of {len(ranks)} layers: "
             "measure without --top"
         )
-    is_factored = all(record.method == "factored" and record.complete for record in records)
-    possible = span(
-        (len(record.s) if is_factored else min(record.shape) for record in records), " to "
-    )
-    noun = "the adapter has" if is_factored else "full rank is"
-    return f"{text}, {min(known)} to {max(known)}; {noun} {possible}"
+    noun, sizes = "full rank is", [min(record.shape) for record in records]
+    if all(record.method == "factored" and record.complete for record in records):
+        noun, sizes = "the adapter has", [len(record.s) for record in records]
+    return f"{text}, {min(known)} to {max(known)}; {noun} {span(sizes, ' to ')}"
 
 
 def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
@@ -348,18 +341,20 @@ def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
     tried = [(record, record.hidden) for record in changed if record.hidden is not None]
     if not tried:
         return []
-    recovered = [(record, hidden) for record, hidden in tried if hidden.status == "recovered"]
-    ranks = f"{len(recovered)} of {quantity(len(tried))} that the files do not resolve have a rank"
-    if recovered:
-        estimates = [(hidden.rank_at_estimate or {}).get("0.9") for _, hidden in recovered]
-        intervals = [
-            (hidden.rank_at_interval or {}).get("0.9", (None, None)) for _, hidden in recovered
-        ]
-        lowest, highest = (_format_median(each) for each in zip(*intervals, strict=True))
-        stored = _format_median([record.rank_at["0.9"] for record, _ in recovered])
+    stored, estimates, lowest, highest = [], [], [], []
+    for record, hidden in tried:
+        if hidden.status == "recovered":
+            stored.append(record.rank_at["0.9"])
+            estimates.append((hidden.rank_at_estimate or {}).get("0.9"))
+            low, high = (hidden.rank_at_interval or {}).get("0.9", (None, None))
+            lowest.append(low)
+            highest.append(high)
+    ranks = f"{len(stored)} of {quantity(len(tried))} that the files do not resolve have a rank"
+    if stored:
+        interval = f"{_format_median(lowest)} to {_format_median(highest)}"
         ranks += (
-            f": median at 90% {_format_median(estimates)} (interval {lowest} to {highest}); "
-            f"in the files {stored}"
+            f": median at 90% {_format_median(estimates)} (interval {interval}); in the files "
+            f"{_format_median(stored)}"
         )
     return [*describe_estimate([(hidden, record.fro) for record, hidden in tried]), ranks]
 
@@ -431,26 +426,25 @@ def _describe_coverage(results: Results[Spectrum]) -> str:
     """State which fractions of ‖Δ‖² are in matrices, in vocabulary tables, and in norms and biases;
     empty if Δ = 0.
     """
-    labels = {
-        "matrices": "matrices",
-        "vocabulary": "embeddings and head",
-        "vectors": "norms and biases",
-    }
-    parts: list[tuple[str, float]] = [(part_of(record.layer), record.fro) for record in results]
-    parts += [
-        ("vectors", skipped.fro or 0.0)
-        for skipped in results.left_out
-        if skipped.reason == "vector"
-    ]
-    norms = {
-        label: math.hypot(*(fro for each, fro in parts if each == part))
-        for part, label in labels.items()
-    }
+    norms = {"matrices": 0.0, "vocabulary": 0.0, "vectors": 0.0}
+    for record in results:
+        part = part_of(record.layer)
+        norms[part] = math.hypot(norms[part], record.fro)
+    for skipped in results.left_out:
+        if skipped.reason == "vector":
+            norms["vectors"] = math.hypot(norms["vectors"], skipped.fro or 0.0)
     total = math.hypot(*norms.values())
     if total == 0:
         return ""
-    shares = ", ".join(
-        f"{percent((norm / total) ** 2)} {label}" for label, norm in norms.items() if norm
-    )
+    shares = [
+        f"{percent((norms[part] / total) ** 2)} {_PARTS[part]}" for part in norms if norms[part]
+    ]
     whole = "Σ‖G‖²" if any(record.stack for record in results) else "‖Δ‖²"
-    return f"{whole}{qualify_fractions(results.left_out)}: {shares}"
+    return f"{whole}{qualify_fractions(results.left_out)}: {', '.join(shares)}"
+
+
+_PARTS = {
+    "matrices": "matrices",
+    "vocabulary": "embeddings and head",
+    "vectors": "norms and biases",
+}

@@ -151,22 +151,21 @@ def _choose_layers(
     Raises:
         NothingComparedError: No linear layer is selected.
     """
-    linear, stored_names = linear_layers(model.module), Weights(model.module).base_names(stored)
-    base_names = {
-        name: stored_names[name]
-        for name in linear
-        if name in stored_names and selected(stored_names[name])
-    }
-    left_out = {
-        name: "not stored under a name of its own in BASE (tied)"
-        for name in linear
-        if name not in stored_names
-    }
+    linear = linear_layers(model.module)
+    stored_names = Weights(model.module).base_names(stored)
+    base_names: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+    for name in linear:
+        if name not in stored_names:
+            left_out[name] = "not stored under a name of its own in BASE (tied)"
+        elif selected(stored_names[name]):
+            base_names[name] = stored_names[name]
     for name, stored_name in stored_names.items():
-        if name not in base_names and len(stored[stored_name].shape) > 1:
-            left_out[stored_name] = (
-                "not selected" if name in linear else "not a linear layer of its own"
-            )
+        if name in base_names or len(stored[stored_name].shape) < 2:
+            continue
+        left_out[stored_name] = (
+            "not selected" if name in linear else "not a linear layer of its own"
+        )
     if not base_names:
         raise NothingComparedError(
             f"{stored.path}: no linear layer is selected, so there is nothing to record; change "

@@ -43,22 +43,21 @@ def activations_lines(recorded: Activations) -> list[Statement]:
     distinct = sum(layer_input.shares is None for layer_input in recorded.layers)
     contents = (
         f"{safe(recorded.path)}: C = E[xxᵀ] of {len(recorded.layers)} layers over "
-        f"{count(recorded.tokens)} tokens; "
-        f"{distinct} of them have inputs of their own, the others share inputs"
-        f"{'; also G = E[ggᵀ] of output gradients' if recorded.gradients else ''}"
+        f"{count(recorded.tokens)} tokens; {distinct} of them have inputs of their own, the others "
+        "share inputs"
     )
+    if recorded.gradients:
+        contents += "; also G = E[ggᵀ] of output gradients"
     by_reason: dict[str, list[str]] = {}
     for layer, why in recorded.left_out.items():
         by_reason.setdefault(why, []).append(layer)
     skipped = [f"{len(layers)} {why}: {list_names(layers)}" for why, layers in by_reason.items()]
+    text = safe(f"{recorded.text} ({recorded.about})")
+    few = _describe_too_few_inputs(recorded.layers)
     statements = [
-        make_statement(
-            "text", "Text", *map(safe, (f"{recorded.text} ({recorded.about})", *recorded.notes))
-        ),
+        make_statement("text", "Text", text, *map(safe, recorded.notes)),
         make_statement("recorded", "Recorded", contents),
-        make_statement(
-            "few_inputs", "Warning", _describe_too_few_inputs(recorded.layers), level="warning"
-        ),
+        make_statement("few_inputs", "Warning", few, level="warning"),
         make_statement("left_out", "Left out", "; ".join(skipped)),
     ]
     return [statement for statement in statements if statement.lead]

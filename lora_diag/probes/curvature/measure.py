@@ -93,15 +93,14 @@ class LossFunction:
         matrix: Matrix = "hessian",
         after: Callable[[], None] = lambda: None,
     ) -> None:
-        self.model, self.texts, self.size, self.matrix, self._after = (
-            model,
-            texts,
-            size,
-            matrix,
-            after,
-        )
+        self.model = model
+        self.texts = texts
+        self.size = size
+        self.matrix = matrix
+        self._after = after
         self.layers = dict(layers)
-        weights, places = Weights(model.module), dict[nn.Parameter, int]()
+        weights = Weights(model.module)
+        places: dict[nn.Parameter, int] = {}
         # Each layer's parameter, as a position in ``_parameters``, and of an expert the index in
         # its stack.
         self._locations: dict[str, tuple[int, int | None]] = {}
@@ -148,11 +147,12 @@ class LossFunction:
         """Return each layer's part of tensors of the parameters' shapes: all of one, or one expert
         of a stack.
         """
-        places = self._locations.items()
-        return {
-            layer: tensors[i] if index is None else tensors[i][index]
-            for layer, (i, index) in places
-        }
+        parts = {}
+        for layer, (position, expert) in self._locations.items():
+            parts[layer] = tensors[position]
+            if expert is not None:
+                parts[layer] = parts[layer][expert]
+        return parts
 
     def _fill(self, tensors: Sequence[Tensor], vector: Tensor) -> Sequence[Tensor]:
         """Write a vector ``(n,)`` into the layers' parts of tensors of the parameters' shapes, and
@@ -237,23 +237,24 @@ def _multiply(
 ) -> Sequence[Tensor]:
     """Return the product of a batch's Hessian or GGN with x, the ``vectors``.
 
-    The Hessian of the summed loss L gives ∇⟨∇L, x⟩ (Pearlmutter 1994). The GGN gives JᵀBJ·x, B =
-    diag(p) − ppᵀ at each prediction (Schraudolph 2002); J·x is the derivative of Jᵀw, which is
-    linear in w, in w.
+    The Hessian of the summed loss L gives ∇⟨∇L, x⟩ (Pearlmutter 1994). The GGN gives JᵀBJ·x, with B
+    the Hessian of the loss in the logits (Schraudolph 2002).
     """
-    w = None if matrix == "hessian" else torch.zeros_like(logits, requires_grad=True)
-    output = loss if w is None else logits
+    output, w = loss, None
+    if matrix == "ggn":
+        output, w = logits, torch.zeros_like(logits, requires_grad=True)
+    # ∇L of the loss, or Jᵀw of the logits.
     gradient = torch.autograd.grad(output, parameters, w, create_graph=True, materialize_grads=True)
-    inner = torch.stack(
-        [(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]
-    ).sum()
-    if (
-        not inner.requires_grad
-    ):  # the loss is linear in these parameters, or does not depend on them
+    products = [(part * vector).sum() for part, vector in zip(gradient, vectors, strict=True)]
+    inner = torch.stack(products).sum()
+    if not inner.requires_grad:
+        # The loss is linear in these parameters, or does not depend on them.
         return [torch.zeros_like(parameter) for parameter in parameters]
     if w is None:
         return torch.autograd.grad(inner, parameters, materialize_grads=True)
+    # ⟨Jᵀw, x⟩ = ⟨w, J·x⟩ is linear in w: its derivative in w is J·x.
     (jvp,) = torch.autograd.grad(inner, w, retain_graph=True)
+    # B = diag(p) − ppᵀ at each prediction, p its probabilities.
     p = logits.detach().softmax(-1)
     hessian_product = p * (jvp - (p * jvp).sum(-1, keepdim=True))
     return torch.autograd.grad(logits, parameters, hessian_product, materialize_grads=True)
@@ -302,15 +303,17 @@ def estimate_traces(
         for layer, part in loss_function.split(signs * loss_function.product(signs)).items():
             by_layer[layer].append(float(part.sum(dtype=torch.float64)))
     joint_samples = [sum(terms) for terms in zip(*by_layer.values(), strict=True)]
-    return _estimate_trace(joint_samples), {
-        layer: _estimate_trace(samples) for layer, samples in by_layer.items()
-    }
+    traces = {layer: _estimate_trace(samples) for layer, samples in by_layer.items()}
+    return _estimate_trace(joint_samples), traces
 
 
 def _estimate_trace(samples: Sequence[float]) -> Trace:
     """Return the mean of samples xᵀHx, with its standard error."""
     n = len(samples)
-    return Trace(fmean(samples), stdev(samples) / math.sqrt(n) if n > 1 else None, n)
+    error = None
+    if n > 1:
+        error = stdev(samples) / math.sqrt(n)
+    return Trace(fmean(samples), error, n)
 
 
 def _make_surrogates(
@@ -325,24 +328,33 @@ def _make_surrogates(
         largest: The eigenpairs.
         joint: Whether they are those of all layers together.
     """
-    coefficients, squared = largest.vectors.T @ gradient, inner(gradient, gradient)
-    energy_held, count = coefficients.double().square().cumsum(0), len(coefficients)
+    # V·Vᵀ∇L is the projection of the gradient; Vᵀ∇L has its energy, one term per eigenpair.
+    coefficients = largest.vectors.T @ gradient
+    energy_held = coefficients.double().square().cumsum(0)
+    squared = inner(gradient, gradient)
+    count = len(coefficients)
     surrogates = {}
     for layer, part in loss_function.split(largest.vectors @ coefficients).items():
         s = torch.linalg.svdvals(part.double())
         energy = s.square().cumsum(0)
-        has_energy = bool(energy[-1] > 0)
-        surrogates[layer] = Surrogate(
+        found = Surrogate(
             eigenpairs=count,
             joint=joint,
             share=min(1.0, float(energy_held[-1]) / squared) if squared else None,
             random=min(1.0, count / loss_function.params),
-            pairs_at=_count_to(energy_held, SHARE) if has_energy else None,
-            rank_at={
-                f"{share:g}": _count_to(energy, share) if has_energy else None for share in SHARES
-            },
-            rank=int((s > ROUNDING * s[0]).sum()) if has_energy else 0,
+            pairs_at=None,
+            rank_at=dict.fromkeys(map("{:g}".format, SHARES)),
+            rank=0,
         )
+        if energy[-1] > 0:
+            found = found.model_copy(
+                update={
+                    "pairs_at": _count_to(energy_held, SHARE),
+                    "rank_at": {f"{share:g}": _count_to(energy, share) for share in SHARES},
+                    "rank": int((s > ROUNDING * s[0]).sum()),
+                }
+            )
+        surrogates[layer] = found
     return surrogates
 
 
@@ -408,6 +420,8 @@ def measure_bounds(
     truncated = loss_function.weights()
     change = truncated - tuned.weights
     loss_function.put(tuned.weights)
+    # With E = ``change``, L(W + tE) − L(W) = t⟨∇L, E⟩ + ½t²⟨E, HE⟩ + O(t³) (Taylor), and at most
+    # t⟨∇L, E⟩ + (λ/2)t²‖E‖² if no curvature between the points exceeds λ.
     linear = inner(tuned.gradient, change)
     quadratic = 0.5 * inner(change, loss_function.product(change))
     energy = inner(change, change)
@@ -699,25 +713,23 @@ def _iterate_curvatures(
     def surrogates(
         block: LossFunction, own_gradient: Tensor, largest: Eigenpairs
     ) -> dict[str, Surrogate]:
-        return (
-            _make_surrogates(block, own_gradient, largest, block is loss_function)
-            if at == "base"
-            else {}
-        )
+        if at != "base":
+            return {}
+        return _make_surrogates(block, own_gradient, largest, block is loss_function)
 
     if not has_joint or given.per == "all":
         ends = loss_function.ends(given.top, given.seed, at == "base")
         of_layer = surrogates(loss_function, gradient, ends[0])
-        together = layers if given.per == "all" else ()
-        yield [
-            record(None, joint_trace, ends),
-            *(record(layer, traces[layer], surrogate=of_layer.get(layer)) for layer in together),
-        ]
-    for layer in layers if given.per == "layer" else ():
-        block = loss_function.only(layer)
-        ends = block.ends(given.top, given.seed, at == "base")
-        of_layer = surrogates(block, parts[layer].reshape(-1), ends[0])
-        yield [record(layer, traces[layer], ends, surrogate=of_layer.get(layer))]
+        records = [record(None, joint_trace, ends)]
+        if given.per == "all":
+            records += [record(x, traces[x], surrogate=of_layer.get(x)) for x in layers]
+        yield records
+    if given.per == "layer":
+        for layer in layers:
+            block = loss_function.only(layer)
+            ends = block.ends(given.top, given.seed, at == "base")
+            of_layer = surrogates(block, parts[layer].reshape(-1), ends[0])
+            yield [record(layer, traces[layer], ends, surrogate=of_layer.get(layer))]
 
 
 def _count_products(given: Options, operators: int, bounds: int, vectors: bool) -> int:

@@ -40,19 +40,22 @@ def curvature_lines(results: Results[Any]) -> list[Statement]:
     joint, layers, bounds = _split_records(results)
     if joint is None:
         return probe_summary(results, reading="")
+    statements = []
+    reading = _READINGS[joint.matrix]
+    if bounds:
+        statements.append(_describe_bound(bounds, joint))
+    if joint.at == "base":
+        reading = _READINGS["base"]
+        if layers:
+            lines = _describe_surrogate(layers)
+            statements.append(make_statement("surrogate", "Surrogate", *lines))
     return probe_summary(
         results,
-        *([_describe_bound(bounds, joint)] if bounds else []),
-        make_statement(
-            "surrogate",
-            "Surrogate",
-            *(_describe_surrogate(layers) if joint.at == "base" and layers else ()),
-        ),
+        *statements,
         make_statement("model", "Model", _describe_model(bounds)),
         make_statement("curvature", "Curvature", _describe_curvature(joint)),
-        reading=f"{_READINGS['base' if joint.at == 'base' else joint.matrix]}; all numbers are for "
-        "this set; the "
-        "curvature on few tokens can differ from that on many",
+        reading=f"{reading}; all numbers are for this set; the curvature on few tokens can differ "
+        "from that on many",
     )
 
 
@@ -61,10 +64,12 @@ def curvature_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     by rank, if any.
     """
     joint, layers, bounds = _split_records(results)
-    return [
-        *([_make_curvatures_grid(joint, layers, per)] if joint is not None else []),
-        *([_make_bounds_grid(bounds)] if bounds else []),
-    ]
+    grids = []
+    if joint is not None:
+        grids.append(_make_curvatures_grid(joint, layers, per))
+    if bounds:
+        grids.append(_make_bounds_grid(bounds))
+    return grids
 
 
 def _split_records(
@@ -167,77 +172,79 @@ def _make_bounds_grid(bounds: Sequence[LossBound]) -> Grid:
 
 def _describe_curvature(joint: Curvature) -> str:
     """State the largest and the smallest eigenvalue."""
-    convex = ", positive: the loss is strongly convex there" if joint.strongly_convex else ""
-    smallest = "" if joint.smallest is None else f", smallest μ = {number(joint.smallest)}{convex}"
-    return f"largest eigenvalue λ = {number(joint.eigenvalues[0])}{smallest}"
+    text = f"largest eigenvalue λ = {number(joint.eigenvalues[0])}"
+    if joint.smallest is not None:
+        text += f", smallest μ = {number(joint.smallest)}"
+        if joint.strongly_convex:
+            text += ", positive: the loss is strongly convex there"
+    return text
 
 
 def _describe_model(bounds: Sequence[LossBound]) -> str:
     """State the range of the second-order model over the measured gap, and the ranks at which it is
     accurate.
     """
+    if not bounds:
+        return ""
     ratios = {
         r.rank: r.predicted_ratio for r in bounds if r.along == 1 and r.predicted_ratio is not None
     }
     if not ratios:
-        return "no gap is large enough to compare" if bounds else ""
+        return "no gap is large enough to compare"
     accurate = [f"r={rank}" for rank, ratio in ratios.items() if abs(ratio - 1) <= ACCURATE_ERROR]
+    within = f"within {ACCURATE_ERROR:.0%} at"
+    where = f"{within} {', '.join(accurate)}" if accurate else f"not {within} any rank"
     return (
         f"the second-order model is {min(ratios.values()):.2f} to {max(ratios.values()):.2f} times "
-        f"the measured gap, {'' if accurate else 'not '}within {ACCURATE_ERROR:.0%} at "
-        f"{', '.join(accurate) or 'any rank'}"
+        f"the measured gap, {where}"
     )
 
 
 def _describe_bound(bounds: Sequence[LossBound], joint: Curvature) -> Statement:
     """State how far the bound is above the measured gaps, and where it does not hold."""
-    bound, exceeded = (
-        "⟨∇L, E⟩ + (λ/2)Σσ²",
-        [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds],
-    )
-    if exceeded:
-        bound += (
-            f" is exceeded at {', '.join(exceeded)}: the curvature between the points exceeds λ"
-        )
-    else:
-        bound += f" is at or above the gap at all {len(bounds)} points measured"
-        if any(record.curvature > joint.eigenvalues[0] for record in bounds):
-            bound += ", although the curvature along E exceeds λ at some"
-    ratios = [
-        record.upper / record.gap for record in bounds if record.along == 1 and record.gap > 1e-6
-    ]
+    ratios = [r.upper / r.gap for r in bounds if r.along == 1 and r.gap > 1e-6]
     answer = ""
     if ratios:
-        loose = ": too loose to choose a rank" if min(ratios) > LOOSE_RATIO else ""
-        answer = (
-            f"(λ/2)Σσ² is {number(min(ratios))} to {number(max(ratios))} times the measured "
-            f"gap{loose}"
-        )
-    return make_statement(
-        "bound", "Bound", *((bound, answer) if exceeded else (answer, bound)), answer=answer
-    )
+        range_ = f"{number(min(ratios))} to {number(max(ratios))}"
+        answer = f"(λ/2)Σσ² is {range_} times the measured gap"
+        if min(ratios) > LOOSE_RATIO:
+            answer += ": too loose to choose a rank"
+    bound = "⟨∇L, E⟩ + (λ/2)Σσ²"
+    exceeded = [f"r={r.rank} (fraction {r.along:g})" for r in bounds if not r.holds]
+    if exceeded:
+        where = ", ".join(exceeded)
+        bound += f" is exceeded at {where}: the curvature between the points exceeds λ"
+        return make_statement("bound", "Bound", bound, answer, answer=answer)
+    bound += f" is at or above the gap at all {len(bounds)} points measured"
+    if any(record.curvature > joint.eigenvalues[0] for record in bounds):
+        bound += ", although the curvature along E exceeds λ at some"
+    return make_statement("bound", "Bound", answer, bound, answer=answer)
 
 
 def _describe_surrogate(layers: Sequence[Curvature]) -> list[str]:
     """State the fraction of the gradient in the top eigenpairs, and the rank that it suggests."""
-    pairs = [(record, record.surrogate) for record in layers if record.surrogate is not None]
-    if not pairs:
+    surrogates = {r.layer or "": r.surrogate for r in layers if r.surrogate is not None}
+    if not surrogates:
         return ["not measured yet"]
-    first = pairs[0][1]
-    share, random = (middle([getattr(s, name) for _, s in pairs]) for name in ("share", "random"))
+    first = next(iter(surrogates.values()))
     kind, scope = ("joint", "") if first.joint else ("each layer's", " (median)")
+    share = middle([surrogate.share for surrogate in surrogates.values()])
+    random = middle([surrogate.random for surrogate in surrogates.values()])
     lines = [
         f"the span of {kind} top {first.eigenpairs} eigenpairs has {format_shown(share, percent)} "
-        "of the gradient"
-        f"{scope}; a random subspace of the same dimension would have {percent(random or 0.0)}"
+        f"of the gradient{scope}; a random subspace of the same dimension would have "
+        f"{percent(random or 0.0)}"
     ]
-    ranks = sorted(
-        (s.rank_at["0.9"], short(r.layer or "")) for r, s in pairs if s.rank_at["0.9"] is not None
-    )
+    ranks = []
+    for layer, surrogate in surrogates.items():
+        rank = surrogate.rank_at["0.9"]
+        if rank is not None:
+            ranks.append((rank, short(layer)))
     if ranks:
-        (low, _), (high, name) = ranks[0], ranks[-1]
+        low, _ = min(ranks)
+        high, name = max(ranks)
         lines.append(
-            f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, the "
-            f"highest in {name}"
+            f"the gradient projected onto them has rank {low} to {high} at 90% of its energy, "
+            f"the highest in {name}"
         )
     return lines

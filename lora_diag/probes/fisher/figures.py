@@ -49,11 +49,16 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not any(max(record.fisher, default=0.0) > 0 for item in series for record in item.records):
         raise UndrawableError("no truncation changes the loss")
     by_run: list[list[Correlations]] = []
+    unmeasured: list[Fisher] = []
     for item in series:
-        ranks = sorted({int(rank) for record in item.records for rank in record.effect or {}})
-        by_run.append(correlate_predictors(item.records, ranks) if options.per == "layer" else [])
-    unmeasured = [item for item, by_rank in zip(series, by_run, strict=True) if not by_rank]
-    names = _name_types([record for item in unmeasured for record in item.records])
+        found: list[Correlations] = []
+        if options.per == "layer":
+            ranks = sorted({int(rank) for record in item.records for rank in record.effect or {}})
+            found = correlate_predictors(item.records, ranks)
+        by_run.append(found)
+        if not found:
+            unmeasured += item.records
+    names = _name_types(unmeasured)
     xlabel = "rank r to which each layer is truncated"
     panels = []
     for item, by_rank in zip(series, by_run, strict=True):
@@ -62,33 +67,29 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             draw = partial(_draw_tails, records=item.records, names=names)
             panels.append(Panel(item.label if owner else "", draw, xlabel, "½F(r) (nats)"))
             continue
-        within = any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values())
-        for index, name in enumerate(("all", "within") if within else ("all",)):
-            middle = by_rank[len(by_rank) // 2]
-            scope = (
-                f"within module types (n = {middle.grouped})"
-                if index
-                else f"over all layers (n = {middle.n})"
-            )
+        middle = by_rank[len(by_rank) // 2]
+        scopes = [("all", f"over all layers (n = {middle.n})")]
+        if any(pair[1] is not None for at_rank in by_rank for pair in at_rank.kl.values()):
+            scopes.append(("within", f"within module types (n = {middle.grouped})"))
+        for index, (name, scope) in enumerate(scopes):
             draw = partial(_draw_rho, by_rank=by_rank, index=index)
-            panels.append(
-                Panel(f"{owner}{scope}", draw, xlabel, "Spearman's ρ with the KL", name=name)
-            )
-    alone = "Each layer is truncated alone, all others as in TUNED"
+            title = f"{owner}{scope}"
+            panels.append(Panel(title, draw, xlabel, "Spearman's ρ with the KL", name=name))
+    note = "Each layer is truncated alone, all others as in TUNED"
     if any(by_run):
         title = "Rank correlation of predicted and measured cost of truncating each layer alone"
         quantity = "Spearman's ρ of each predictor with the measured KL on held-out text"
-        notes = [
-            f"{alone}. ρ = 1: same order; 0: no correlation. Layers of one model are not "
-            "independent, and with few layers small differences of ρ are not significant."
-        ]
+        note += (
+            ". ρ = 1: same order; 0: no correlation. Layers of one model are not independent, and "
+            "with few layers small differences of ρ are not significant."
+        )
     else:
         title = "Expected cost of truncating each module type: ½F(r)"
         quantity = (
             "second-order estimate of the mean KL per prediction, summed over the layers of a type"
         )
-        notes = [f"{alone}; the joint cost can differ from the sum."]
-    return Page(title, panels, f"{subject_of(series)}{quantity}", notes)
+        note += "; the joint cost can differ from the sum."
+    return Page(title, panels, f"{subject_of(series)}{quantity}", [note])
 
 
 def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index: int) -> None:
@@ -96,16 +97,8 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
     types (1).
     """
     ax.axhline(0, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
-    lowest = min(
-        0.0,
-        *(
-            rho
-            for at_rank in by_rank
-            for pair in at_rank.kl.values()
-            for rho in pair
-            if rho is not None
-        ),
-    )
+    pairs = [pair for at_rank in by_rank for pair in at_rank.kl.values()]
+    lowest = min(rho or 0.0 for pair in pairs for rho in pair)
     for (name, _), color, marker in zip(PREDICTORS, CATEGORIES, MARKS, strict=False):
         points = [
             (at_rank.rank, rho)
@@ -115,10 +108,9 @@ def _draw_rho(ax: Axes, style: PageStyle, by_rank: Sequence[Correlations], index
         if points:
             line: dict[str, Any] = {"color": color, "marker": marker, "ms": 3.4 * style.line}
             width, order = (2.0, 3) if name == PREDICTORS[-1][0] else (1.2, 2)
-            ax.plot(
-                *zip(*points, strict=True), label=name, lw=width * style.line, zorder=order, **line
-            )
-    ax.set_ylim(max(-1.08, lowest - 0.15), 1.08)
+            line |= {"label": name, "lw": width * style.line, "zorder": order}
+            ax.plot(*zip(*points, strict=True), **line)
+    ax.set_ylim(max(-1.08, min(0.0, lowest) - 0.15), 1.08)
     set_measured_rank_axis(ax, [at_rank.rank for at_rank in by_rank], style)
     set_loss_axis(ax)
 
@@ -142,22 +134,18 @@ def _draw_tails(
 ) -> None:
     """Draw ½F(r) summed over the layers of each line, by the names of module types."""
     ranks = range(1, max(len(record.fisher) for record in records) + 1)
-    tails = {name: np.zeros(len(ranks)) for name in dict.fromkeys(names.values())}
+    tails = {name: np.zeros(len(ranks)) for name in names.values()}
     for record in records:
-        tails[names[module_type_of(record.layer)]] += np.array(
-            [record.at(rank) / 2 for rank in ranks]
-        )
-    smallest = SMALLEST_SHOWN * max(float(tail.max()) for tail in tails.values())
+        name = names[module_type_of(record.layer)]
+        tails[name] += np.array([record.at(rank) / 2 for rank in ranks])
     for number, (name, tail) in enumerate(tails.items()):
         if tail.any():
             drawn = np.where(tail > 0, tail, np.nan)
             ax.plot(ranks, drawn, label=name_of(name), color=category(number), lw=1.4 * style.line)
-    visible = np.concatenate([tail[tail > smallest] for tail in tails.values()])
+    curves = np.stack(list(tails.values()))
+    is_visible = curves > SMALLEST_SHOWN * curves.max()
+    visible = curves[is_visible]
     ax.set_yscale("log")
     ax.set_ylim(float(visible.min()) / 2, float(visible.max()) * 2)
     ax.yaxis.set_major_formatter(log_label)
-    set_rank_axis(
-        ax,
-        max(int(np.flatnonzero(tail > smallest).max(initial=0)) for tail in tails.values()) + 1,
-        style,
-    )
+    set_rank_axis(ax, int(np.nonzero(is_visible)[1].max()) + 1, style)

@@ -70,9 +70,10 @@ def measure_unchanged(
             )
         after()
 
-    return measure(
-        model, texts, size, check_memory, lambda logits: all_logits.append(logits.float())
-    ), all_logits
+    def keep(logits: Tensor) -> None:
+        all_logits.append(logits.float())
+
+    return measure(model, texts, size, check_memory, keep), all_logits
 
 
 def measure_effect(
@@ -140,12 +141,10 @@ class Tail:
     def __post_init__(self) -> None:
         """Set the sums to zero."""
         k, zeros = len(self.s), self.outer.new_zeros
-        self.squares, self.total, self.xx, self.gg = (
-            zeros(k + 1),
-            zeros(k + 1),
-            zeros(k, k),
-            zeros(k, k),
-        )
+        self.squares = zeros(k + 1)
+        self.total = zeros(k + 1)
+        self.xx = zeros(k, k)
+        self.gg = zeros(k, k)
 
     def take_input(self, x: Tensor, mask: Tensor) -> Tensor | None:
         """Add the inputs of a batch; return Vᵀx of every token ``(sequences, tokens, k)``, or None
@@ -173,10 +172,11 @@ class Tail:
         outer = g.detach().to(torch.float64).reshape(*inner.shape[:2], -1) @ self.outer
         rows = outer.reshape(-1, outer.shape[-1])
         self.gg.addmm_(rows.T, rows)
+        # a_{s,i} = σ_i Σ_t (u_iᵀ g_t)(v_iᵀ x_t), summed over the uses of a layer in one pass.
         terms = (outer * inner).sum(1) * self.s
-        self._terms = (
-            terms if self._terms is None else self._terms + terms
-        )  # a layer may be used several times
+        if self._terms is not None:
+            terms += self._terms
+        self._terms = terms
 
     def end_batch(self) -> None:
         """Add the products ⟨∇ℓ_s, T_r⟩ of the batch and their squares to the sums."""
@@ -190,11 +190,11 @@ class Tail:
     def energies(self) -> tuple[Tensor, Tensor, Tensor]:
         """‖T_r‖², ‖T_r·C^½‖² and ‖G^½·T_r·C^½‖² for r = 0, …, k."""
         c, g = self.xx / max(1, self.tokens), self.gg / max(1, self.tokens)
+        # Σ_{i,j>r} of σ_iσ_j (u_iᵀGu_j)(v_iᵀCv_j): sums over the lower right corners.
         weighted = self.s[:, None] * self.s * c * g
-        corners = nn.functional.pad(
-            weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal(), (0, 1)
-        )
-        return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), corners
+        corners = weighted.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
+        kfac = nn.functional.pad(corners, (0, 1))
+        return _tail_sums(self.s**2), _tail_sums(self.s**2 * c.diagonal()), kfac
 
 
 def _tail_sums(values: Tensor) -> Tensor:
@@ -206,14 +206,12 @@ def tail_of(module: nn.Module, factors: Factors) -> Tail:
     """Return the tail of a layer, with the singular vectors of its update on the sides of its input
     and output.
     """
-    device, (u, vh) = next(module.parameters()).device, factors.vectors
-    left, right = u.to(device, torch.float64), vh.T.to(device, torch.float64)
-    outer, inner = (
-        (left, right) if isinstance(module, nn.Linear) else (right, left)
-    )  # Conv1D stores (in, out)
-    return Tail(
-        module, factors.s.to(left.device), outer.contiguous(), inner.contiguous(), factors.fro
-    )
+    device = next(module.parameters()).device
+    u, vh = factors.vectors
+    outer, inner = u.to(device, torch.float64), vh.T.to(device, torch.float64)
+    if not isinstance(module, nn.Linear):  # Conv1D stores (in, out)
+        outer, inner = inner, outer
+    return Tail(module, factors.s.to(device), outer.contiguous(), inner.contiguous(), factors.fro)
 
 
 def groups_of(
@@ -281,16 +279,14 @@ def accumulate(
         return hook
 
     predictions = 0
-    ordered = replace(
-        texts, sequences=tuple(sorted(texts.sequences, key=lambda sequence: len(sequence.ids)))
-    )
+    by_length = sorted(texts.sequences, key=lambda sequence: len(sequence.ids))
+    ordered = replace(texts, sequences=tuple(by_length))
     with ExitStack() as hooks:
         for tail in tails.values():
             hooks.callback(tail.module.register_forward_hook(listen(tail), with_kwargs=True).remove)
         for batch in ordered.batches(size):
-            mask = pad_sequences([[True] * len(sequence.ids) for sequence in batch], False).to(
-                model.device
-            )
+            is_token = [[True] * len(sequence.ids) for sequence in batch]
+            mask = pad_sequences(is_token, False).to(model.device)
             predictions += sum(backward(model, batch, draw))
             for tail in tails.values():
                 tail.end_batch()
@@ -437,7 +433,7 @@ class _Probe:
         """Report the estimated cost: passes forward and back, and forward passes for TUNED and each
         truncation.
         """
-        passes, measuring_batches = sum(1 for _ in groups_of(todo)), 0
+        passes, measuring_batches = len(list(groups_of(todo))), 0
         batches = passes * self.run.batches([self.texts])
         work = (
             f"{quantity(len(todo), 'layer')}, {quantity(passes, 'pass', 'passes')} forward and back"
@@ -446,10 +442,8 @@ class _Probe:
             truncations = sum(rank < min(shape) for shape in todo.values() for rank in self.ranks)
             measuring_batches = (truncations + 1) * self.run.batches([self.effect_texts])
             work += f" and {truncations} truncations measured"
-        self.run.watch.total, total = (
-            batches + measuring_batches,
-            _BACKWARD * batches + measuring_batches,
-        )
+        self.run.watch.total = batches + measuring_batches
+        total = _BACKWARD * batches + measuring_batches
         self.run.estimate(self.texts, work, "; a backward pass counts as three", total)
 
     def measure(self, todo: Mapping[str, tuple[int, int]]) -> Iterator[Fisher | LeftOut]:
@@ -497,7 +491,9 @@ class _Probe:
         effects: dict[str, Effect] | None = None
         if unchanged is not None and self.effect_texts is not None:
             effects = {}
-            for rank in (rank for rank in self.ranks if rank < min(shape)):
+            for rank in self.ranks:
+                if rank >= min(shape):
+                    continue
                 self.swapped.arrange({layer: rank}, FULL)
                 after = partial(self.run.watch.batch, f"{layer} r={rank}")
                 effects[str(rank)] = measure_effect(
@@ -505,11 +501,9 @@ class _Probe:
                 )
             self.swapped.arrange({}, FULL)
 
-        def by_rank(values: Any, factor: float = 1.0) -> dict[str, float]:
-            return {
-                str(rank): float(values[min(rank, len(curve) - 1)]) * factor + 0.0
-                for rank in self.ranks
-            }
+        def by_rank(values: Tensor, factor: float = 1.0) -> dict[str, float]:
+            last = len(curve) - 1
+            return {str(rank): float(values[min(rank, last)]) * factor + 0.0 for rank in self.ranks}
 
         return Fisher(
             layer=layer,

@@ -19,7 +19,7 @@ from lora_diag.records.names import module_type_of
 from lora_diag.rendering.losses import probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, grid_of, rows_of
-from lora_diag.rendering.text import number, percent, short, span
+from lora_diag.rendering.text import format_shown, number, percent, short, span
 
 Predictor = Callable[[Fisher, int], float]
 
@@ -59,40 +59,37 @@ class Correlations:
 
     def __init__(self, rank: int, records: Sequence[Fisher]) -> None:
         kinds = [module_type_of(record.layer) for record in records]
-        repeated = [kind for kind in kinds if kinds.count(kind) > 1]
-        effects = [effect for record in records if (effect := effect_at(record, rank)) is not None]
-        self.rank, self.n, self.grouped = rank, len(records), len(repeated)
-
-        def correlate(
-            values: Sequence[float], target: Sequence[float]
-        ) -> tuple[float | None, float | None]:
-            return spearman(values, target), spearman(
-                values, target, kinds
-            ) if self.grouped >= MIN_COUNT else None
-
-        kl = [effect.kl for effect in effects]
-        scores = {
-            name: [predictor(record, rank) for record in records] for name, predictor in PREDICTORS
-        }
-        self.kl = {name: correlate(values, kl) for name, values in scores.items()}
-        ratios = [
-            record.at(rank) / 2 / effect.kl
-            for record, effect in zip(records, effects, strict=True)
-            if effect.kl > 0
-        ]
-        self.ratio = median(ratios) if ratios else None
-        self.ratios = (min(ratios), max(ratios)) if ratios else None
+        self.rank = rank
+        self.n = len(records)
+        self.grouped = sum(kinds.count(kind) > 1 for kind in kinds)
+        kl = []
+        ratios = []
+        for record in records:
+            effect = effect_at(record, rank)
+            assert effect is not None
+            kl.append(effect.kl)
+            if effect.kl > 0:
+                ratios.append(record.at(rank) / 2 / effect.kl)
+        self.kl: dict[str, tuple[float | None, float | None]] = {}
+        for name, predictor in PREDICTORS:
+            values = [predictor(record, rank) for record in records]
+            within = spearman(values, kl, kinds) if self.grouped >= MIN_COUNT else None
+            self.kl[name] = spearman(values, kl), within
+        self.ratio: float | None = None
+        self.ratios: tuple[float, float] | None = None
+        if ratios:
+            self.ratio = median(ratios)
+            self.ratios = min(ratios), max(ratios)
 
 
 def correlate_predictors(records: Sequence[Fisher], ranks: Sequence[int]) -> list[Correlations]:
     """Return the rank correlations of the predictors at every rank with enough measured layers."""
-    measured = {
-        rank: [record for record in records if effect_at(record, rank) is not None]
-        for rank in ranks
-    }
-    return [
-        Correlations(rank, layers) for rank, layers in measured.items() if len(layers) >= MIN_COUNT
-    ]
+    by_rank = []
+    for rank in ranks:
+        measured = [record for record in records if effect_at(record, rank) is not None]
+        if len(measured) >= MIN_COUNT:
+            by_rank.append(Correlations(rank, measured))
+    return by_rank
 
 
 # Ratio of ½F to the KL above which it is too high; with the text's labels 2.0 on the sample model
@@ -105,17 +102,18 @@ USUAL_RANK = 8
 
 def fisher_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: costliest layers, predictors of the measured KL, and calibration."""
-    records, rank = results.whole_of(Fisher), _choose_rank(results)
-    findings = []
-    if records:
-        by_rank = correlate_predictors(records, results.run.settings["ranks"])
-        findings = [
-            make_statement(
-                "at_rank", f"At r={rank}", _describe_costliest(records, rank), scoped=True
-            ),
-            *_describe_predictors(by_rank, records),
-        ]
-    return probe_summary(results, *findings, reading=_READING)
+    records = results.whole_of(Fisher)
+    if not records:
+        return probe_summary(results, reading=_READING)
+    rank = _choose_rank(results)
+    costliest = _describe_costliest(records, rank)
+    by_rank = correlate_predictors(records, results.run.settings["ranks"])
+    return probe_summary(
+        results,
+        make_statement("at_rank", f"At r={rank}", costliest, scoped=True),
+        *_describe_predictors(by_rank, records),
+        reading=_READING,
+    )
 
 
 def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
@@ -123,11 +121,12 @@ def fisher_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     correlations, if measured.
     """
     records = results.whole_of(Fisher)
-    by_rank = correlate_predictors(records, results.run.settings["ranks"])
-    return [
-        *([_make_layers_grid(records, _choose_rank(results), per)] if records else []),
-        *([_make_predictors_grid(by_rank)] if by_rank else []),
-    ]
+    grids = []
+    if records:
+        grids.append(_make_layers_grid(records, _choose_rank(results), per))
+    if by_rank := correlate_predictors(records, results.run.settings["ranks"]):
+        grids.append(_make_predictors_grid(by_rank))
+    return grids
 
 
 def _choose_rank(results: Results[Any]) -> int:
@@ -139,14 +138,16 @@ def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     """Return the fraction of each module type or layer in all tails, its ½F, and the measured
     effect.
     """
+    predictors = dict(PREDICTORS)
+    columns = (
+        ("σ² tail", "weight energy", 4),
+        ("C tail", "data energy", 2),
+        ("K-FAC", "K-FAC energy", 3),
+        (f"F({rank})", "Fisher", 0),
+    )
     fractions = [
-        _make_share_column(records, title, PREDICTORS[index][1], rank, drop)
-        for title, index, drop in (
-            ("σ² tail", 0, 4),
-            ("C tail", 1, 2),
-            ("K-FAC", 2, 3),
-            (f"F({rank})", 4, 0),
-        )
+        _make_share_column(records, title, predictors[name], rank, drop)
+        for title, name, drop in columns
     ]
     expected = Shown(
         "fro",
@@ -180,34 +181,27 @@ def _make_share_column(
     def share(row: Sequence[Fisher]) -> float | None:
         return sum(predictor(record, rank) for record in row) / total if total else None
 
-    return Shown(
-        "fro",
-        title,
-        "fraction of all layers' tails",
-        main=True,
-        form="percent",
-        pool=share,
-        drop=drop,
-    )
+    about = "fraction of all layers' tails"
+    return Shown("fro", title, about, main=True, form="percent", pool=share, drop=drop)
 
 
 def _make_predictors_grid(by_rank: Sequence[Correlations]) -> Grid:
     names = tuple(name for name, _ in PREDICTORS)
-    columns = tuple(
-        Column(f"r={at_rank.rank}", tuple(_format_pair(at_rank.kl[name]) for name in names))
-        for at_rank in by_rank
-    )
+    columns = []
+    for at_rank in by_rank:
+        cells = tuple(_format_pair(at_rank.kl[name]) for name in names)
+        columns.append(Column(f"r={at_rank.rank}", cells))
     about = (
         "1 is the order of the measured cost and 0 is chance. A value that is high over all layers "
         "and low within module types distinguishes types, not layers."
     )
     n = span((at_rank.n for at_rank in by_rank), " to ")
     caption = f"Spearman's ρ with the measured KL, n = {n}: all layers | within module types"
-    return Grid(caption, "predictor", names, columns, about=about)
+    return Grid(caption, "predictor", names, tuple(columns), about=about)
 
 
 def _format_pair(pair: tuple[float | None, float | None]) -> str:
-    return " | ".join("-" if rho is None else f"{rho:.2f}" for rho in pair)
+    return " | ".join(format_shown(rho, "{:.2f}".format) for rho in pair)
 
 
 def _describe_costliest(records: Sequence[Fisher], rank: int) -> str:
@@ -231,13 +225,8 @@ def _describe_predictors(
     ½F.
     """
     if not by_rank:
-        return [
-            make_statement(
-                "predicts",
-                "Prediction",
-                "not measured; use --measure, or --eval with held-out text",
-            )
-        ]
+        missing = "not measured; use --measure, or --eval with held-out text"
+        return [make_statement("predicts", "Prediction", missing)]
     chosen = next((at_rank for at_rank in by_rank if at_rank.rank == USUAL_RANK), by_rank[0])
     lines = []
     for index, scope, n in ((0, "over all", chosen.n), (1, "within module types", chosen.grouped)):
@@ -245,23 +234,21 @@ def _describe_predictors(
         if not rhos:
             continue
         best = max(rhos, key=rhos.__getitem__)
-        ends = spearman_interval(rhos[best], n) if index == 0 else None
-        bounds = f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else ""
-        lines.append(f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}{bounds}")
+        line = f"{scope} (n={n}): {best}, ρ = {rhos[best]:.2f}"
+        if index == 0 and (ends := spearman_interval(rhos[best], n)):
+            line += f" [{ends[0]:.2f}, {ends[1]:.2f}]"
+        lines.append(line)
     calibration = ""
     if chosen.ratio is not None and chosen.ratios is not None:
         low, high = map(number, chosen.ratios)
         calibration = (
-            f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from "
-            f"{low} to {high}"
+            f"½F ÷ measured KL at r={chosen.rank}: median {number(chosen.ratio)}, from {low} "
+            f"to {high}"
         )
         first = records[0]
-        if (
-            first.labels == "data"
-            and first.predictions > first.sequences
-            and chosen.ratio > HIGH_RATIO
-        ):
-            # The gradients of a sequence's predictions are correlated with the text's own labels.
+        # The gradients of a sequence's predictions are correlated with the text's own labels.
+        correlated = first.labels == "data" and first.predictions > first.sequences
+        if correlated and chosen.ratio > HIGH_RATIO:
             calibration += "; 1 is exact, and --labels model is nearer to it"
     return [
         make_statement("best", f"Best at r={chosen.rank}", *lines),

@@ -30,75 +30,59 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         UndrawableError: There is no such set.
     """
     labels = panels.sets_of(record for item in series for record in item.records)
-    runs_by_set = {name: [_select_lines(item.records, name) for item in series] for name in labels}
-    sets = [
-        name
-        for name, runs in runs_by_set.items()
-        if any(line.subject != "full" for run in runs for line in run)
-    ]
-    if not sets:
+    single, width, run = len(series) == 1, style.line, series[0].run
+    settings = run.settings if run is not None else {}
+    share = float(settings.get("share", SHARE))
+    xlabel, ylabel = "trained parameters", "fraction of the full gain"
+    drawn = []
+    omitted = []
+    for name, label in labels.items():
+        runs = [_select_lines(item.records, name) for item in series]
+        if any(line.subject != "full" for rows in runs for line in rows):
+            draw = partial(_draw, runs=runs, share=share)
+            drawn.append(Panel(label, draw, xlabel, ylabel, name=name))
+        else:
+            omitted.append(label)
+    if not drawn:
         raise UndrawableError(
             "no set has a gain of full fine-tuning and a finished subspace or LoRA"
         )
-    single, width, run = len(series) == 1, style.line, series[0].run
-    share = float(run.settings.get("share", SHARE)) if run else SHARE
-    drawn = [
-        Panel(
-            labels[name],
-            partial(_draw, runs=runs_by_set[name], share=share),
-            xlabel="trained parameters",
-            ylabel="fraction of the full gain",
-            name=name,
-        )
-        for name in sets
-    ]
+    notes = ["The dimension is for this task and number of steps; more steps can give another."]
+    if omitted:
+        notes.append(f"Not drawn (full fine-tuning has no gain): {', '.join(omitted)}.")
+    about = subject_of(series)
+    if single and "steps" in settings:
+        about += f"{settings['steps']} steps, "
+    about += "(loss of BASE − loss) / (loss of BASE − loss of full fine-tuning)"
     subspace, lora = (SUBSPACE, LORA) if single else (QUIET, QUIET)
     line: dict[str, Any] = {"lw": 1.5 * width, "ms": 4 * width}
-    steps = (
-        f"{run.settings['steps']} steps, "
-        if single and run is not None and "steps" in run.settings
-        else ""
-    )
-    omitted = ", ".join(labels[name] for name in labels if name not in sets)
-    return Page(
-        f"Trained parameters that reach {share:.0%} of full fine-tuning's gain",
-        drawn,
-        f"{subject_of(series)}{steps}(loss of BASE − loss) / (loss of BASE − loss of full "
-        "fine-tuning)",
-        [
-            "The dimension is for this task and number of steps; more steps can give another.",
-            f"Not drawn (full fine-tuning has no gain): {omitted}." if omitted else "",
-        ],
-        [
-            key("random subspace of d", color=subspace, marker="o", **line),
-            key("LoRA of rank r", color=lora, marker="D", ls=DOTTED, **line),
-            key("one seed", color=subspace, ls="", marker="o", ms=2.6 * width, alpha=0.6),
-            *run_keys(series, lw=1.6 * width),
-        ],
-    )
+    keys = [
+        key("random subspace of d", color=subspace, marker="o", **line),
+        key("LoRA of rank r", color=lora, marker="D", ls=DOTTED, **line),
+        key("one seed", color=subspace, ls="", marker="o", ms=2.6 * width, alpha=0.6),
+        *run_keys(series, lw=1.6 * width),
+    ]
+    title = f"Trained parameters that reach {share:.0%} of full fine-tuning's gain"
+    return Page(title, drawn, about, notes, keys)
 
 
 def _select_lines(records: Sequence[Intrinsic], name: str) -> list[Line]:
     """Return the runs of every size at its best rate on a set; none where full fine-tuning has no
     gain.
     """
+    if not records:
+        return []
     seed = min((record.seed for record in records if record.subject != "base"), default=0)
-    return (
-        [line for line in select_lines(records, name, records[0].set, seed) if line.shares]
-        if records
-        else []
-    )
+    return [line for line in select_lines(records, name, records[0].set, seed) if line.shares]
 
 
 def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: float) -> None:
     """Draw the fraction of the gain of each size over its parameters, and the fraction to reach."""
     size = style.ticks
     drawn_values = [0.0, 1.0]
+    subjects = (("subspace", SUBSPACE, "o", "-"), ("lora", LORA, "D", DOTTED))
     for number, rows in enumerate(runs):
-        for subject, subject_color, mark, dashes in (
-            ("subspace", SUBSPACE, "o", "-"),
-            ("lora", LORA, "D", DOTTED),
-        ):
+        for subject, subject_color, mark, dashes in subjects:
             of_subject = [line for line in rows if line.subject == subject]
             if not of_subject:
                 continue
@@ -106,15 +90,13 @@ def _draw(ax: Axes, style: PageStyle, runs: Sequence[Sequence[Line]], share: flo
             dots = [(line.params, value) for line in of_subject for value in line.shares]
             drawn_values += [value for _, value in dots]
             panels.draw_seeds(ax, dots, style, color, "_seeds", mark)
-            means = zip(*[(line.params, line.share) for line in of_subject], strict=True)
-            line_style: dict[str, Any] = {
-                "color": color,
-                "ls": dashes,
-                "lw": 1.5 * style.line,
-                "ms": 4 * style.line,
-            }
-            ax.plot(*means, marker=mark, label=f"_{subject}", **line_style)
-            for line in of_subject if subject == "lora" and len(runs) == 1 else []:
+            params = [line.params for line in of_subject]
+            means = [line.share for line in of_subject]
+            drawing: dict[str, Any] = {"lw": 1.5 * style.line, "ms": 4 * style.line, "ls": dashes}
+            ax.plot(params, means, marker=mark, color=color, label=f"_{subject}", **drawing)
+            if subject != "lora" or len(runs) > 1:
+                continue
+            for line in of_subject:
                 ax.annotate(
                     f"r\xa0=\xa0{line.size}",
                     (line.params, line.share),

@@ -86,11 +86,7 @@ def hadamard(x: Tensor) -> Tensor:
     while done < size:
         width = min(FACTOR, size // done)
         small = _make_hadamard(width).to(x)
-        x = (
-            x.reshape(-1, width) @ small
-            if done == 1
-            else torch.matmul(small, x.reshape(-1, width, done))
-        )
+        x = x.reshape(-1, width) @ small if done == 1 else small @ x.reshape(-1, width, done)
         done *= width
     return x.reshape(rows, size)
 
@@ -159,19 +155,22 @@ class Subspace(nn.Module):
         self.inner = inner
         parameters = dict(inner.named_parameters())
         total = sum(parameter.numel() for parameter in parameters.values())
-        layers = list(dict.fromkeys(map(_make_scale_key, parameters))) if method == "said" else []
         device = next(iter(parameters.values())).device
         generator = torch.Generator().manual_seed(seed)
-        z_dim = dim - len(layers)
+        scales: dict[tuple[object, ...], int] = {}
+        self._scale_of: dict[str, int] = {}
+        self.scales: nn.Parameter | None = None
+        if method == "said":
+            for name in parameters:
+                place = scales.setdefault(_make_scale_key(name), len(scales))
+                self._scale_of[name] = place
+            self.scales = nn.Parameter(torch.zeros(len(scales), device=device))
+        z_dim = dim - len(scales)
         self._projections = {
             name: Fastfood(parameter.numel(), z_dim, total, generator, device)
             for name, parameter in parameters.items()
         }
-        self._scale_of = (
-            {name: layers.index(_make_scale_key(name)) for name in parameters} if layers else {}
-        )
         self.z = nn.Parameter(torch.zeros(z_dim, device=device))
-        self.scales = nn.Parameter(torch.zeros(len(layers), device=device)) if layers else None
         self._unit = SCALE_STEP / lr
         self._fixed: dict[str, Tensor] | None = None
 
@@ -225,7 +224,9 @@ def _make_scale_key(name: str) -> tuple[object, ...]:
     outside the blocks.
     """
     depth = depth_of(name)
-    return (*tower_of(name), depth) if depth is not None else (name,)
+    if depth is None:
+        return (name,)
+    return (*tower_of(name), depth)
 
 
 def rate_of(pace: float, dim: int, total: int) -> float:
@@ -291,10 +292,8 @@ class IntrinsicRun:
     @property
     def label(self) -> str:
         """Label of the run: size, learning rate and seed."""
-        size = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}[
-            self.subject
-        ]
-        return f"{size} lr={self.lr:.3g} seed {self.seed}"
+        sizes = {"full": "full", "subspace": f"d={self.size}", "lora": f"r={self.size}"}
+        return f"{sizes[self.subject]} lr={self.lr:.3g} seed {self.seed}"
 
 
 @show_options
@@ -402,8 +401,9 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         arms = {
             "of full fine-tuning": make_arm("full", [None], "full_rates"),
             "in subspaces": make_arm("subspace", settings["dims"], "paces"),
-            **({"of LoRA": make_arm("lora", lora_ranks, "lora_rates")} if lora_ranks else {}),
         }
+        if lora_ranks:
+            arms["of LoRA"] = make_arm("lora", lora_ranks, "lora_rates")
         # Copy, gradients and Adam's two moments of all weights; a subspace holds P, weights in use
         # and their gradients.
         methods = {name: [arm] for name, arm in arms.items()}

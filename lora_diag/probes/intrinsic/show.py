@@ -129,37 +129,27 @@ def select_lines(
         deciding_set: The set by which rates were chosen.
         seed: The first seed.
     """
-    found = []
+    lines = []
     for subject in get_args(Subject):
-        first = (r for r in records if (r.subject, r.set, r.seed) == (subject, deciding_set, seed))
+        of_subject = [record for record in records if record.subject == subject]
+        first = [r for r in of_subject if (r.set, r.seed) == (deciding_set, seed)]
         rates = find_best_rates((size_of(r), r.loss, r.lr) for r in first)
         for size, lr in sorted(rates.items(), key=lambda item: item[0] or 0):
-            of_size = [
-                r for r in records if (r.subject, r.set, size_of(r)) == (subject, name, size)
-            ]
+            of_size = [r for r in of_subject if (r.set, size_of(r)) == (name, size)]
             runs = sorted((r for r in of_size if r.lr == lr), key=lambda r: r.seed)
-            tried = {r.lr for r in of_size if r.lr is not None}
-            if losses := tuple(r.loss for r in runs if r.loss is not None):
-                found.append(
-                    Line(
-                        subject,
-                        size,
-                        runs[0].params,
-                        lr,
-                        runs[0].pace,
-                        losses,
-                        edge(tried, lr) != 0,
-                    )
-                )
-    base, full = (
-        _find_base(records, name),
-        next((line for line in found if line.subject == "full"), None),
-    )
+            losses = tuple(r.loss for r in runs if r.loss is not None)
+            if losses:
+                tried = {r.lr for r in of_size if r.lr is not None}
+                params, pace = runs[0].params, runs[0].pace
+                at_edge = edge(tried, lr) != 0
+                lines.append(Line(subject, size, params, lr, pace, losses, at_edge))
+    base, full = _find_base(records, name), _find_full(lines)
     if base is None or base.loss is None or full is None or full.loss >= base.loss:
-        return found
+        return lines
+    gain = base.loss - full.loss
     return [
-        replace(x, shares=tuple((base.loss - loss) / (base.loss - full.loss) for loss in x.losses))
-        for x in found
+        replace(line, shares=tuple((base.loss - loss) / gain for loss in line.losses))
+        for line in lines
     ]
 
 
@@ -196,16 +186,13 @@ def intrinsic_lines(results: Results[Any]) -> list[Statement]:
     """
     records, settings = results.whole_of(Intrinsic), results.run.settings
     rows_by_set = _compute_lines(results)
+    statements = [
+        _describe_set(name, _find_base(records, name), rows, settings)
+        for name, rows in rows_by_set.items()
+    ]
     first = next(iter(rows_by_set.values()), [])
-    return probe_summary(
-        results,
-        *(
-            _describe_set(name, _find_base(records, name), rows, settings)
-            for name, rows in rows_by_set.items()
-        ),
-        make_statement("rates", "Rates", *_describe_rates(first, records)),
-        reading=_READING,
-    )
+    rates = make_statement("rates", "Rates", *_describe_rates(first, records))
+    return probe_summary(results, *statements, rates, reading=_READING)
 
 
 def _compute_lines(results: Results[Any]) -> dict[str, list[Line]]:
@@ -232,6 +219,10 @@ def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:
     return next((r for r in records if r.subject == "base" and r.set == name), None)
 
 
+def _find_full(lines: Sequence[Line]) -> Line | None:
+    return next((line for line in lines if line.subject == "full"), None)
+
+
 _READING = (
     "the dimension is for this task, number of steps and fraction; more steps can give another; "
     "rates were chosen on the first set, so losses there are slightly too low; LoRA trains no "
@@ -240,9 +231,8 @@ _READING = (
 
 
 def _name_line(line: Line) -> str:
-    return {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}[
-        line.subject
-    ]
+    names = {"full": "full", "subspace": f"d={line.size}", "lora": f"LoRA r={line.size}"}
+    return names[line.subject]
 
 
 def _make_grid(
@@ -264,26 +254,21 @@ def _make_grid(
 def _describe_set(
     name: str, base: Intrinsic | None, all_rows: Sequence[Line], settings: dict[str, Any]
 ) -> Statement:
-    full = next((line for line in all_rows if line.subject == "full"), None)
+    full = _find_full(all_rows)
     if base is None or base.loss is None:
         return on_set(name, "not measured yet")
     if full is None:
         return on_set(name, "no run of full fine-tuning is finished with a finite loss")
     gain, share = base.loss - full.loss, settings["share"]
     if gain <= 0:
-        return on_set(
-            name, f"no gain to reach: full fine-tuning is worse than BASE by {number(-gain)} nats"
-        )
+        loss = number(-gain)
+        return on_set(name, f"no gain to reach: full fine-tuning is worse than BASE by {loss} nats")
     answers = [_describe_answer(find_reached(all_rows, "subspace", share), "d", settings["dims"])]
     if settings["ranks"]:
-        answers.append(
-            _describe_answer(find_reached(all_rows, "lora", share), "LoRA r", settings["ranks"])
-        )
-    return on_set(
-        name,
-        *answers,
-        f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that",
-    )
+        reached = find_reached(all_rows, "lora", share)
+        answers.append(_describe_answer(reached, "LoRA r", settings["ranks"]))
+    target = f"full fine-tuning gains {number(gain)} nats; the target is {percent(share)} of that"
+    return on_set(name, *answers, target)
 
 
 def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
@@ -311,15 +296,16 @@ def _describe_answer(answer: Reached, symbol: str, sizes: Sequence[int]) -> str:
 
 
 def _format_shares(line: Line) -> str:
-    spread = (
-        f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)"
-        if len(line.shares) > 1
-        else ""
-    )
-    return f"{line.share:.0%}{spread}"
+    text = f"{line.share:.0%}"
+    if len(line.shares) > 1:
+        text += f" ({min(line.shares):.0%} to {max(line.shares):.0%} over seeds)"
+    return text
 
 
 def _describe_rates(all_rows: Sequence[Line], records: Sequence[Intrinsic]) -> list[str]:
+    lines = describe_diverged(records)
     at_edge = ", ".join(_name_line(line) for line in all_rows if line.edge)
-    edges = f"at the edge of the rates tried for {at_edge}; extend --lr, --full-lr or --lora-lr"
-    return [edges if at_edge else "", *describe_diverged(records)]
+    if at_edge:
+        extend = "extend --lr, --full-lr or --lora-lr"
+        lines.insert(0, f"at the edge of the rates tried for {at_edge}; {extend}")
+    return lines

@@ -47,7 +47,5 @@ def _make_rows(item: Series[Sensitivity], name: str, color: str) -> list[Row]:
     """Return the gains of one run on a set, in a colour."""
     records = item.records
     seed = min((record.seed for record in records if record.unit), default=0)
-    return [
-        Row(name_of(gain.unit), gain.gain, gain.half, color)
-        for gain in gains_of(records, name, records[0].set, _find_smallest_rank(records), seed)
-    ]
+    gains = gains_of(records, name, records[0].set, _find_smallest_rank(records), seed)
+    return [Row(name_of(gain.unit), gain.gain, gain.half, color) for gain in gains]

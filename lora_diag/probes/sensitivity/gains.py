@@ -28,13 +28,12 @@ def _describe_gain(group: Sequence[Gain]) -> str | None:
     """Return the first gain of a group with its standard error, as text; None for an
     empty group.
     """
-    return next(
-        (
-            f"{gain.gain:+.4f}" + ("" if gain.error is None else f" ±{gain.error:.4f}")
-            for gain in group
-        ),
-        None,
-    )
+    if not group:
+        return None
+    text = f"{group[0].gain:+.4f}"
+    if group[0].error is not None:
+        text += f" ±{group[0].error:.4f}"
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,25 +145,26 @@ def gains_of(
         seed: The first seed.
     """
     base = next((r for r in records if not r.unit and r.set == name), None)
+    if base is None:
+        return []
     at_rank = [r for r in records if r.unit and r.rank == rank]
-    rates = find_best_rates(
-        (r.unit, r.loss, r.lr) for r in at_rank if (r.set, r.seed) == (deciding_set, seed)
-    )
+    first = [r for r in at_rank if (r.set, r.seed) == (deciding_set, seed)]
+    rates = find_best_rates((r.unit, r.loss, r.lr) for r in first)
     gains = []
-    for unit in dict.fromkeys(r.unit for r in at_rank if r.unit in rates):
-        lr = rates[unit]
-        runs = [
-            r for r in at_rank if (r.unit, r.lr, r.set) == (unit, lr, name) and r.gain is not None
-        ]
-        if base is None or not runs:
+    for unit in dict.fromkeys(r.unit for r in at_rank):
+        if unit not in rates:
             continue
-        nll = tuple(fmean(values) for values in zip(*(r.nll for r in runs), strict=True))
+        lr = rates[unit]
+        of_unit = [r for r in at_rank if r.unit == unit]
+        runs = [r for r in of_unit if (r.lr, r.set) == (lr, name) and r.gain is not None]
+        if not runs:
+            continue
+        nll = tuple(map(fmean, zip(*(r.nll for r in runs), strict=True)))
         gain, error = paired_difference(base.nll, nll, base.predictions)
-        tried = {r.lr for r in at_rank if r.unit == unit and r.lr is not None}
-        seeds = tuple(r.gain for r in sorted(runs, key=lambda r: r.seed) if r.gain is not None)
-        gains.append(
-            Gain(unit, runs[0].layers, runs[0].params, lr, gain, error, seeds, nll, edge(tried, lr))
-        )
+        tried = {r.lr for r in of_unit if r.lr is not None}
+        seeds = tuple(r.gain or 0.0 for r in sorted(runs, key=lambda r: r.seed))
+        layers, params = runs[0].layers, runs[0].params
+        gains.append(Gain(unit, layers, params, lr, gain, error, seeds, nll, edge(tried, lr)))
     return gains
 
 
@@ -200,13 +200,13 @@ def scores_of(gain: Gain, layers: dict[str, FirstOrder]) -> dict[str, float]:
     """Return the scores of a unit, summed over its layers; only ``size`` if a layer has no
     first-order record.
     """
-    first_orders = [layers[layer] for layer in gain.layers if layer in layers]
     scores = {"size": float(gain.params)}
-    if len(first_orders) == len(gain.layers):
-        sums = zip(
-            *((r.top, r.fresh, r.adam, r.gradient_fro**2) for r in first_orders), strict=True
-        )
-        scores |= dict(zip(SCORES, map(math.fsum, sums), strict=False))
+    if all(layer in layers for layer in gain.layers):
+        first_orders = [layers[layer] for layer in gain.layers]
+        scores["top"] = math.fsum(record.top for record in first_orders)
+        scores["fresh"] = math.fsum(record.fresh for record in first_orders)
+        scores["adam"] = math.fsum(record.adam for record in first_orders)
+        scores["fro²"] = math.fsum(record.gradient_fro**2 for record in first_orders)
     return scores
 
 
@@ -218,26 +218,27 @@ def correlate_scores(gains: Sequence[Gain], layers: dict[str, FirstOrder]) -> li
         gains: Gains of all units.
         layers: First-order records, by layer.
     """
+    n = len(gains)
+    if n < 3:
+        return []
     scores = [scores_of(gain, layers) for gain in gains]
     measured = [gain.gain for gain in gains]
-    kinds = [module_type_of(gain.layers[0]) if len(gain.layers) == 1 else None for gain in gains]
-    grouped = all(kinds) and max(map(kinds.count, kinds), default=0) >= 3
+    kinds = []
+    if all(len(gain.layers) == 1 for gain in gains):
+        kinds = [module_type_of(gain.layers[0]) for gain in gains]
+    grouped = max(map(kinds.count, kinds), default=0) >= 3
     by_score = []
     for name in SCORES:
         values = [score[name] for score in scores if name in score]
-        if len(values) < len(gains) or len(gains) < 3:
+        if len(values) < n:
             continue
         rho = spearman(measured, values)
-        within = spearman(measured, values, kinds) if grouped else None
-        by_score.append(
-            Correlation(
-                name,
-                rho,
-                None if rho is None else spearman_interval(rho, len(gains)),
-                p_value(measured, values),
-                within,
-                None if within is None else p_value(measured, values, kinds),
-                len(gains),
-            )
-        )
+        ends = None if rho is None else spearman_interval(rho, n)
+        within = within_p = None
+        if grouped:
+            within = spearman(measured, values, kinds)
+        if within is not None:
+            within_p = p_value(measured, values, kinds)
+        p = p_value(measured, values)
+        by_score.append(Correlation(name, rho, ends, p, within, within_p, n))
     return by_score

@@ -220,20 +220,22 @@ def predict_first_order(layer: str, gradient: Tensor, rank: int, texts: Texts) -
         texts: Text of the gradient.
     """
     (out, inputs), fro = gradient.shape, norm([gradient])
-    top = (
-        decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s
-        if fro
-        else torch.zeros(1)
-    )
+    top = torch.zeros(1)
+    if fro:
+        top = decompose(gradient.contiguous(), top=min(rank, out, inputs), fro=fro).s
+    # (G Aᵀ)_ij is a sum of ``in`` terms, so about normal with variance ‖g_i‖²/(3·in), g_i the rows
+    # of G; E|x| = √(2/π) of its deviation, for each of the r columns.
     row_norms = torch.linalg.vector_norm(gradient, dim=1, dtype=torch.float64).sum()
+    expected = math.sqrt(2 / (3 * math.pi * inputs)) * float(row_norms)
     return FirstOrder(
         layer=layer,
         shape=(out, inputs),
         rank=rank,
         gradient_fro=fro,
         top=float((top.double() ** 2).sum()),
+        # A projects on a random space of r of ``in`` dimensions.
         fresh=min(rank / inputs, 1.0) * fro**2,
-        adam=rank * ALPHA_OVER_RANK * math.sqrt(2 / (3 * math.pi * inputs)) * float(row_norms),
+        adam=rank * ALPHA_OVER_RANK * expected,
         sequences=len(texts.sequences),
         data=texts.hash,
     )

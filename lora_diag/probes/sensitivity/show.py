@@ -57,12 +57,11 @@ def sensitivity_lines(results: Results[Any]) -> list[Statement]:
     settings, records = results.run.settings, results.whole_of(Sensitivity)
     gains, marginals = _compute_gains(results)
     first = Gain.undivided(next(iter(gains.values()), []))
+    proxies = _describe_proxies(first, _index_first_order(results))
     return probe_summary(
         results,
         *(_describe_set(name, records, gains[name], settings) for name in gains),
-        make_statement(
-            "cheaper", "Proxies", *_describe_proxies(first, _index_first_order(results))
-        ),
+        make_statement("cheaper", "Proxies", *proxies),
         make_statement("more_rank", "More rank", _describe_marginals(marginals, settings)),
         make_statement("rates", "Rates", *_describe_rates(first, records)),
         reading=_READING,
@@ -99,11 +98,8 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return the table, one row per unit, the highest gain first; none before one has a finite
     loss.
     """
-    (gains, marginals), scores, settings = (
-        _compute_gains(results),
-        _index_first_order(results),
-        results.run.settings,
-    )
+    gains, marginals = _compute_gains(results)
+    settings = results.run.settings
     rows = sorted(next(iter(gains.values()), []), key=lambda gain: -gain.gain)
     if not rows:
         return []
@@ -117,14 +113,13 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     shown_gain, shown_seeds, *others = Gain.shown
     columns = columns_of((shown_gain, shown_seeds), align(rows))
     if delta:
-        columns += columns_of(
-            [replace(shown_gain, title=f"g({rank}→{rank + delta})")], align(marginals)
-        )
+        marginal = replace(shown_gain, title=f"g({rank}→{rank + delta})")
+        columns += columns_of([marginal], align(marginals))
     for name in [*gains][1:]:
-        columns += columns_of(
-            [replace(shown_gain, title=f"on {short(name)}", drop=4)], align(gains[name])
-        )
+        on_other = replace(shown_gain, title=f"on {short(name)}", drop=4)
+        columns += columns_of([on_other], align(gains[name]))
     columns += columns_of(others, align(rows))
+    scores = _index_first_order(results)
     score_rows = [(name, [scores_of(row, scores)]) for name, row in zip(names, rows, strict=True)]
     title = f"{title_of(settings['per'])} alone"
     columns += columns_of(_PROXIES, score_rows)
@@ -134,15 +129,14 @@ def sensitivity_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 def _make_table_note(settings: dict[str, Any]) -> str:
     """Return the explanation below the table."""
     rank, delta = settings["rank"], settings["delta"]
-    suffix = (
-        f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks" if delta else ""
-    )
-    return (
+    note = (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
         f"{title_of(settings['per'])} alone, with its standard error over sequences; a gain below "
-        f"two standard errors, more for few sequences, is not significant{suffix}. Σσ² to r and "
-        "first step are predictions from one gradient at BASE."
+        "two standard errors, more for few sequences, is not significant"
     )
+    if delta:
+        note += f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks"
+    return f"{note}. Σσ² to r and first step are predictions from one gradient at BASE."
 
 
 def _describe_set(
@@ -152,25 +146,29 @@ def _describe_set(
     if not gains:
         return on_set(name, f"loss {base.loss:.4f} of BASE; no run is finished with a finite loss")
     unit, gains = title_of(settings["per"]), Gain.undivided(gains)
-    better, worse = (
-        sum(gain.is_clear and sign * gain.gain > 0 for gain in gains) for sign in (1, -1)
-    )
-    best, *others = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
-    named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in (best, *others))
-    return on_set(
-        name,
-        f"{'highest gain alone' if best.gain > 0 else f'no {unit} gains alone; best'}: {named}",
+    better, worse = _count_clear(gains)
+    highest = sorted(gains, key=lambda gain: -gain.gain)[:_NAMED]
+    named = ", ".join(f"{short(gain.unit)} {gain.gain:+.4f}" for gain in highest)
+    lead = "highest gain alone" if highest[0].gain > 0 else f"no {unit} gains alone; best"
+    significant = (
         f"{better} of {quantity(len(gains), unit)} lower the loss of BASE, {base.loss:.4f}, "
         "significantly"
-        f"{f', {worse} raise it' if worse else ''}",
-        shifted=base.shifted,
     )
+    if worse:
+        significant += f", {worse} raise it"
+    return on_set(name, f"{lead}: {named}", significant, shifted=base.shifted)
+
+
+def _count_clear(gains: Sequence[Gain]) -> tuple[int, int]:
+    """Return the number of significant gains, and of significant losses."""
+    clear = [gain.gain > 0 for gain in gains if gain.is_clear]
+    return clear.count(True), clear.count(False)
 
 
 def _describe_marginals(marginals: Sequence[Gain], settings: dict[str, Any]) -> str:
     if not marginals:
         return ""
-    up, down = (sum(one.is_clear and sign * one.gain > 0 for one in marginals) for sign in (1, -1))
+    up, down = _count_clear(marginals)
     rank, best = settings["rank"], max(marginals, key=lambda marginal: marginal.gain)
     return (
         f"from r={rank} to {rank + settings['delta']}, {up} of {len(marginals)} gain "
@@ -184,7 +182,8 @@ def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]
     """
     proxies = correlate_scores(gains, first_orders)
     if not proxies:
-        yield "not known; at least three units must be measured" if gains else ""
+        if gains:
+            yield "not known; at least three units must be measured"
         return
     ordered = sorted(proxies, key=lambda correlation: -(correlation.rho or 0.0))
     clear = sum(gain.is_clear for gain in gains)
@@ -194,24 +193,19 @@ def _describe_proxies(gains: Sequence[Gain], first_orders: dict[str, FirstOrder]
             "longer --eval"
         )
     else:
-        best = next(
-            correlation
-            for correlation in ordered
-            if correlation.score != "size" or len(ordered) == 1
-        )
-        yield _judge_proxy(best, proxies[-1])
-    within_p_values = [
-        correlation.within_p for correlation in proxies if correlation.within_p is not None
-    ]
-    if within_p_values and min(within_p_values) > _SIGNIFICANT_P:
-        yield "within module types, no score is significantly better than chance"
-    yield (
-        "Spearman's ρ with the gains, 95% interval, p by "
-        f"permutation{'; within a type' * bool(within_p_values)}"
-    )
+        of_gradient = (correlation for correlation in ordered if correlation.score != "size")
+        yield _judge_proxy(next(of_gradient, ordered[0]), proxies[-1])
+    within = [proxy.within_p for proxy in proxies if proxy.within_p is not None]
+    legend = "Spearman's ρ with the gains, 95% interval, p by permutation"
+    if within:
+        legend += "; within a type"
+        if min(within) > _SIGNIFICANT_P:
+            yield "within module types, no score is significantly better than chance"
+    yield legend
     for proxy in ordered:
         text = _format_rho(proxy.rho, proxy.p, proxy.ends)
-        text += "" if proxy.within_p is None else f"; {_format_rho(proxy.within, proxy.within_p)}"
+        if proxy.within_p is not None:
+            text += f"; {_format_rho(proxy.within, proxy.within_p)}"
         yield f"{text}: {_SCORES[proxy.score]}"
 
 
@@ -221,15 +215,16 @@ def _judge_proxy(best: Correlation, size: Correlation) -> str:
     """
     if best.p is None or best.rho is None or best.p > _SIGNIFICANT_P or best.rho <= 0:
         return f"no: no score from one gradient ranks the {best.n} significantly better than chance"
+    score = _SCORES[best.score]
     if size.rho is not None and size.rho >= best.rho:
         return (
-            f"no: the number of parameters ranks the {best.n} as well as the best gradient "
-            f"score, {_SCORES[best.score]}"
+            f"no: the number of parameters ranks the {best.n} as well as the best gradient score, "
+            f"{score}"
         )
+    answer = "yes" if best.rho >= STRONG_CORRELATION else "in part"
     return (
-        f"{'yes' if best.rho >= STRONG_CORRELATION else 'in part'}: {_SCORES[best.score]} ranks "
-        f"the {best.n} with "
-        f"ρ = {best.rho:.2f}, the number of parameters with {_format_rho(size.rho)}"
+        f"{answer}: {score} ranks the {best.n} with ρ = {best.rho:.2f}, the number of parameters "
+        f"with {_format_rho(size.rho)}"
     )
 
 
@@ -237,15 +232,17 @@ def _format_rho(
     rho: float | None, p: float | None = None, ends: tuple[float, float] | None = None
 ) -> str:
     """Return a rank correlation with its interval and its p-value, as far as they are known."""
-    interval = f" [{ends[0]:+.2f}, {ends[1]:+.2f}]" if ends else ""
-    probability = "" if p is None else " p <0.001" if p < 0.001 else f" p {p:.2g}"
-    return f"{format_shown(rho, '{:+.2f}'.format)}{interval}{probability}"
+    text = format_shown(rho, "{:+.2f}".format)
+    if ends:
+        text += f" [{ends[0]:+.2f}, {ends[1]:+.2f}]"
+    if p is not None:
+        text += " p <0.001" if p < 0.001 else f" p {p:.2g}"
+    return text
 
 
 def _describe_rates(gains: Sequence[Gain], records: Sequence[Sensitivity]) -> list[str]:
-    at_edge = [gain for gain in gains if gain.edge]
-    edges = (
-        f"{len(at_edge)} of {len(gains)} at the edge of the rates tried: they may gain more "
-        "with a wider --lr"
-    )
-    return [edges if at_edge else "", *describe_diverged(records)]
+    lines = describe_diverged(records)
+    if at_edge := sum(gain.edge != 0 for gain in gains):
+        tried = f"{at_edge} of {len(gains)} at the edge of the rates tried"
+        lines.insert(0, f"{tried}: they may gain more with a wider --lr")
+    return lines

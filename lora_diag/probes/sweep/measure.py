@@ -69,9 +69,8 @@ def to_nf4(weight: Tensor) -> Tensor:
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1, keepdim=True)
     table = torch.tensor(NF4, device=weight.device)
-    places = torch.bucketize(
-        blocks / largest.clamp(min=torch.finfo(torch.float32).tiny), (table[1:] + table[:-1]) / 2
-    )
+    scaled = blocks / largest.clamp(min=torch.finfo(torch.float32).tiny)
+    places = torch.bucketize(scaled, (table[1:] + table[:-1]) / 2)
     return (table[places] * largest).view(-1)[: len(flat)].view_as(weight).to(weight.dtype)
 
 
@@ -102,21 +101,25 @@ def round_weights(layers: Iterable[nn.Module], grid: str | None) -> Iterator[Non
     Reference: Dettmers et al. 2023, QLoRA, equation 4; Dettmers et al. 2022, LLM.int8(), section
     3.1.
     """
-    weights = [(layer.weight, isinstance(layer, nn.Linear)) for layer in layers] if grid else []
-    originals = [
-        weight.detach().to("cpu", copy=True) for weight, _ in weights if isinstance(weight, Tensor)
-    ]
+    if grid is None:
+        yield
+        return
     to_grid = to_nf4 if grid == "nf4" else to_int8
+    originals = []
     try:
         with torch.no_grad():
-            for weight, is_out_in in weights:
+            for layer in layers:
+                weight = layer.weight
                 assert isinstance(weight, Tensor)
-                weight.copy_(to_grid(weight) if is_out_in else to_grid(weight.T.contiguous()).T)
+                originals.append((weight, weight.detach().to("cpu", copy=True)))
+                if isinstance(layer, nn.Linear):
+                    weight.copy_(to_grid(weight))
+                else:
+                    weight.copy_(to_grid(weight.T.contiguous()).T)
         yield
     finally:
         with torch.no_grad():
-            for (weight, _), original in zip(weights, originals, strict=True):
-                assert isinstance(weight, Tensor)
+            for weight, original in originals:
                 weight.copy_(original)
 
 
@@ -246,28 +249,26 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
         def measure_base(grid: str = "") -> None:
             plan.measure_base(model, partial(record_of, name=grid), grid)
 
-        reference_lines = {
-            **(
-                {"of full fine-tuning": make_arm("full", [None], "full_rates")}
-                if options.full
-                else {}
-            ),
-            **({"of BitFit": make_arm("bitfit", [None], "rates")} if options.bitfit else {}),
-        }
         lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
+        arms = {"of LoRA": lora}
+        if options.full:
+            arms["of full fine-tuning"] = make_arm("full", [None], "full_rates")
+        if options.bitfit:
+            arms["of BitFit"] = make_arm("bitfit", [None], "rates")
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
         weights = sum(
             weight.numel() * weight.element_size() for weight in model.module.parameters()
         )
-        methods = {name: [arm] for name, arm in {"of LoRA": lora, **reference_lines}.items()}
+        methods = {name: [arm] for name, arm in arms.items()}
         plan.report_cost(methods, bases, 4 * weights if options.full else 0)
         measure_base()
         with round_weights(layers_without_head(model.module).values(), quantized):
             if quantized:
                 measure_base(quantized)
             plan.run(lora)
-        for arm in reference_lines.values():
+        del arms["of LoRA"]
+        for arm in arms.values():
             plan.run(arm)
         return []
 

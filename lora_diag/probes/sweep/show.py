@@ -15,7 +15,7 @@ from lora_diag.records import Probe, Results
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.losses import caption_of, describe_diverged, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
-from lora_diag.rendering.tables import Column, Grid, Rows, grid_of
+from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import number, short, with_limits
 
 
@@ -26,25 +26,20 @@ def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the sufficient rank by set; reference lines; learning rates."""
-    records, settings = results.whole_of(Probe), results.run.settings
-    swept_sets = judging.list_swept(records, settings)
+    settings = results.run.settings
+    swept_sets = judging.list_swept(results.whole_of(Probe), settings)
     judged = [swept for swept in swept_sets if swept.base is not None]
-    return probe_summary(
-        results,
-        *(on_set(swept.set, *state_verdict(swept)) for swept in judged),
-        *(
-            make_statement(f"to_{one}", f"To {judging.LINES[one]}", *_compare_with(one, judged))
-            for one in judging.LINES
-        ),
-        make_statement(
-            "fit",
-            "Fit",
-            *(line for swept in judged for line in _describe_fit(swept, len(judged) > 1)),
-        ),
-        make_statement("rates", "Rates", *(_describe_rates(swept_sets[0]) if swept_sets else ())),
-        reading=_READING
-        + (_ROUNDED.format(quantized) if (quantized := settings.get("quantized")) else ""),
-    )
+    statements = [on_set(swept.set, *state_verdict(swept)) for swept in judged]
+    for one, line in judging.LINES.items():
+        statements.append(make_statement(f"to_{one}", f"To {line}", *_compare_with(one, judged)))
+    fits = [fit for swept in judged for fit in _describe_fit(swept, len(judged) > 1)]
+    statements.append(make_statement("fit", "Fit", *fits))
+    if swept_sets:
+        statements.append(make_statement("rates", "Rates", *_describe_rates(swept_sets[0])))
+    reading = _READING
+    if quantized := settings.get("quantized"):
+        reading += _ROUNDED.format(quantized)
+    return probe_summary(results, *statements, reading=reading)
 
 
 _READING = (
@@ -62,26 +57,28 @@ def _compare_with(subject: Subject, judged: Sequence[judging.Swept]) -> Iterator
     """Yield the comparison of the best rank with a reference line, on every set with a measured
     BASE.
     """
+    line = judging.LINES[subject]
     for swept in judged:
         found = swept.compare(subject)
         if found is None:
             continue
-        where, line = f"on {short(swept.set)}: " if len(judged) > 1 else "", judging.LINES[subject]
-        answer = {
+        needed = "no number of seeds would decide"
+        if found.seeds is not None:
+            needed = judging.describe_needed(found.seeds)
+        answers = {
             "no verdict": "no verdict: one seed has no spread",
             "as good": f"LoRA is as good: each keeps {1 - swept.tolerance:.0%} of the other's gain",
             "better": "LoRA is better",
             "worse": "LoRA is worse",
-            "not known": "not known: "
-            + (
-                "no number of seeds would decide"
-                if found.seeds is None
-                else judging.describe_needed(found.seeds)
-            ),
-        }[found.outcome]
+            "not known": f"not known: {needed}",
+        }
         means = f"r={found.best.rank} {found.best.mean:.4f}, {line} {found.other.mean:.4f}"
-        one_run = f"; {line} is one run" if found.fixed else ""
-        yield f"{where}{answer}; {means} ({with_limits(found.gap, found.half)}){one_run}"
+        text = f"{answers[found.outcome]}; {means} ({with_limits(found.gap, found.half)})"
+        if found.fixed:
+            text += f"; {line} is one run"
+        if len(judged) > 1:
+            text = f"on {short(swept.set)}: {text}"
+        yield text
 
 
 def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
@@ -112,24 +109,17 @@ def _make_grid(swept: judging.Swept) -> Grid:
     every rate.
     """
     of_set = [record for record in swept.records if record.set == swept.set]
-    tried = sorted({record.lr for record in of_set if record.lr is not None})
-    first = min((record.seed for record in of_set if record.lr is not None), default=0)
-    by_setting = {
-        (r.subject, r.rank, r.lr): r for r in of_set if r.lr is not None and r.seed == first
-    }
-    bases = [
-        (f"BASE {record.name}".rstrip(), [{"mean": record.loss}])
-        for record in of_set
-        if record.subject == "base"
+    trained = [record for record in of_set if record.lr is not None]
+    tried = sorted({record.lr for record in trained if record.lr is not None})
+    first = min((record.seed for record in trained), default=0)
+    by_setting = {(r.subject, r.rank, r.lr): r for r in trained if r.seed == first}
+    runs: list[tuple[Subject, judging.AtRank]] = [("lora", row) for row in swept.rows]
+    runs += swept.lines.items()
+    bases = [record for record in of_set if record.subject == "base"]
+    rows: list[tuple[str, Sequence[Any]]] = [
+        (f"BASE {record.name}".rstrip(), [{"mean": record.loss}]) for record in bases
     ]
-    runs: list[tuple[Subject, judging.AtRank]] = [
-        *(("lora", row) for row in swept.rows),
-        *swept.lines.items(),
-    ]
-    rows: Rows = [
-        *bases,
-        *((judging.LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs),
-    ]
+    rows += [(judging.LINES.get(subject, f"r={row.rank}"), [row]) for subject, row in runs]
     columns = []
     for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
         losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
@@ -155,22 +145,19 @@ def state_verdict(swept: judging.Swept) -> list[str]:
         by = number(-verdict.gain)
         return [f"no gain: every rank is worse than BASE, r={verdict.best} by the least, {by}"]
     chosen = verdict.chosen
-    if verdict.outcome == "no verdict" or chosen is None or chosen.confidence is None:
-        why = (
-            "one rank"
-            if chosen is None
-            else "one seed has no spread"
-            if verdict.seeds < 2
-            else "seeds do not differ"
-        )
-        suffix = "" if chosen is None else "; use more --repeats with --resume"
-        return [f"no verdict: {why}; lowest loss at r={verdict.best}{suffix}"]
-    found = chosen.confidence if verdict.rank is not None else verdict.confidence
-    confidence = "" if found is None else f", {judging.format_confidence(found)} confidence"
-    smallest = "" if verdict.rank is not None else " and no smaller rank does"
-    target = (
-        f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried{smallest}{confidence}"
-    )
+    if chosen is None:
+        return [f"no verdict: one rank; lowest loss at r={verdict.best}"]
+    if verdict.outcome == "no verdict" or chosen.confidence is None:
+        why = "one seed has no spread" if verdict.seeds < 2 else "seeds do not differ"
+        lowest = f"lowest loss at r={verdict.best}"
+        return [f"no verdict: {why}; {lowest}; use more --repeats with --resume"]
+    found: float | None = chosen.confidence
+    target = f"it keeps {100 * (1 - share):.4g}% of the gain of every rank tried"
+    if verdict.rank is None:
+        found = verdict.confidence
+        target += " and no smaller rank does"
+    if found is not None:
+        target += f", {judging.format_confidence(found)} confidence"
     lead = f"r={chosen.rank} at learning rate {chosen.lr:g} ({verdict.outcome}): {target}"
     return [lead, *judging.list_reasons(verdict, share)]
 

@@ -17,7 +17,7 @@ seeds widen the limits and never make a smaller rank sufficient.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -171,14 +171,12 @@ class SweepVerdict:
 
         Open are the ranks below ``rank``, or all without it, that the seeds do not decide.
         """
-        open_ranks = [
-            s
-            for s in self.standings
-            if s.enough == "not known" and (self.rank is None or s.rank < self.rank)
-        ]
-        return min(
-            (standing.seeds for standing in open_ranks if standing.seeds is not None), default=None
-        )
+        needed = []
+        for standing in self.standings:
+            is_open = self.rank is None or standing.rank < self.rank
+            if is_open and standing.enough == "not known" and standing.seeds is not None:
+                needed.append(standing.seeds)
+        return min(needed, default=None)
 
 
 def format_confidence(confidence: float) -> str:
@@ -200,25 +198,25 @@ def list_reasons(verdict: SweepVerdict, share: float) -> list[str]:
         share: Tolerance as a fraction of the gain.
     """
     chosen, lines = verdict.chosen, []
+    if chosen is None:
+        return []
     for standing in verdict.standings:
-        if (
-            chosen is None
-            or standing.rank > chosen.rank
-            or standing.confidence is None
-            or standing.enough == "yes"
-        ):
-            continue
         rank, behind, half = standing.rank, standing.behind, standing.half or 0
-        confidence = format_confidence(standing.confidence)
-        finding = (
-            f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} "
-            f"({behind:+.4f} nats [{behind - half:.4f}, {behind + half:.4f}]; tolerance "
-            f"{100 * share:.3g}%, {verdict.tolerance:.4f})"
-            if rank != verdict.best
-            else f"r={rank} has the lowest mean loss, {confidence} confidence that it is enough"
-        )
-        is_enough = "not enough" if standing.enough == "no" else describe_needed(standing.seeds)
-        lines.append(f"{finding}: {is_enough}")
+        if rank > chosen.rank or standing.confidence is None or standing.enough == "yes":
+            continue
+        if rank == verdict.best:
+            confidence = format_confidence(standing.confidence)
+            finding = (
+                f"r={rank} has the lowest mean loss, {confidence} confidence that it is enough"
+            )
+        else:
+            finding = (
+                f"r={rank} is {100 * standing.share:.2g}% of the gain behind r={verdict.best} "
+                f"({behind:+.4f} nats [{behind - half:.4f}, {behind + half:.4f}]; tolerance "
+                f"{100 * share:.3g}%, {verdict.tolerance:.4f})"
+            )
+        decision = "not enough" if standing.enough == "no" else describe_needed(standing.seeds)
+        lines.append(f"{finding}: {decision}")
     return lines
 
 
@@ -294,35 +292,34 @@ def compare_with_reference(
     line_variance, line_freedom = stats.variance_within([other.losses])
     fixed = line_variance < FIXED_RATIO**2 * variance
     level = 1 - (1 - stats.LEVEL) / len(rows)
-    n, m = len(best.runs), 1 if fixed else len(other.runs)
-    ours, theirs = (
-        (variance / n, freedom),
-        ((variance, freedom) if fixed else (line_variance / m, line_freedom)),
-    )
+    # Variances of the two means; of a line that is one run, that of one run.
+    ours = variance / len(best.runs)
+    theirs = variance if fixed else line_variance / len(other.runs)
 
     def estimate(value: float, a: float, b: float) -> stats.Estimate:
         """Return the estimate of a·μ_best − b·μ_line + constant from its value, with
         either sign.
         """
         if fixed:  # one variance for both
-            return stats.Estimate(value, math.sqrt(a**2 * ours[0] + b**2 * theirs[0]), freedom)
-        return stats.Estimate(
-            value, *stats.welch_error((a**2 * ours[0], ours[1]), (b**2 * theirs[0], theirs[1]))
-        )
+            return stats.Estimate(value, math.sqrt(a**2 * ours + b**2 * theirs), freedom)
+        parts = (a**2 * ours, freedom), (b**2 * theirs, line_freedom)
+        return stats.Estimate(value, *stats.welch_error(*parts))
 
-    half, kept_fraction = estimate(gap, 1, 1).half(level), 1 - share
-    theta_best = estimate(best.mean - kept_fraction * other.mean - share * base, 1, kept_fraction)
-    theta_line = estimate(other.mean - kept_fraction * best.mean - share * base, kept_fraction, 1)
+    # Each keeps 1 − δ of the other's gain if θ = μ − (1 − δ)·μ_other − δ·L_base ≤ 0.
+    half, kept = estimate(gap, 1, 1).half(level), 1 - share
+    theta_best = estimate(best.mean - kept * other.mean - share * base, 1, kept)
+    theta_line = estimate(other.mean - kept * best.mean - share * base, kept, 1)
     result = partial(ReferenceComparison, best, other, gap, half, fixed=fixed)
     if all(theta.value + theta.half(level) <= 0 for theta in (theta_best, theta_line)):
         return result("as good")
     if abs(gap) > half:
         return result("better" if gap < 0 else "worse")
     distance = max(abs(gap), -max(theta_best.value, theta_line.value))
-    spread_of_run = math.sqrt(variance) if fixed else math.sqrt(variance + line_variance)
-    needed = stats.runs_needed(
-        distance, spread_of_run, len(rows), math.sqrt(theirs[0]) if fixed else 0.0, level
-    )
+    # More seeds narrow the ranks' mean, and the line's unless it is one run.
+    spread, fixed_error = math.sqrt(variance + line_variance), 0.0
+    if fixed:
+        spread, fixed_error = math.sqrt(variance), math.sqrt(theirs)
+    needed = stats.runs_needed(distance, spread, len(rows), fixed_error, level)
     return result("not known", seeds=needed)
 
 
@@ -334,21 +331,30 @@ def find_diverged(records: Sequence[Probe]) -> set[tuple[Subject, int | None, fl
     than 10% above BASE while another seed at the same rank and rate ends below BASE. Such a run
     shows the stability of the rate, not the spread over seeds.
     """
-    on_first = [record for record in records if record.set == records[0].set]
-    base = next(
-        (r.loss for r in on_first if r.subject == "base" and not r.name and r.loss is not None),
-        math.inf,
-    )
-    stable = {(r.subject, r.rank, r.lr) for r in on_first if r.loss is not None and r.loss < base}
-    return {
-        (r.subject, r.rank, r.lr, r.seed)
-        for r in on_first
-        if r.lr is not None
-        and (
-            r.loss is None
-            or ((r.subject, r.rank, r.lr) in stable and r.loss > DIVERGED_RATIO * base)
-        )
-    } | {(r.subject, r.rank, r.lr, r.seed) for r in records if r.lr is not None and r.loss is None}
+    if not records:
+        return set()
+    first = records[0].set
+    base = _find_base(records, first)
+    base_loss = math.inf if base is None else base.nats
+    stable = set()
+    for r in records:
+        if r.set == first and r.loss is not None and r.loss < base_loss:
+            stable.add((r.subject, r.rank, r.lr))
+    diverged: set[tuple[Subject, int | None, float | None, int]] = set()
+    for r in records:
+        if r.lr is None:
+            continue
+        is_far = r.set == first and r.loss is not None and r.loss > DIVERGED_RATIO * base_loss
+        if r.loss is None or (is_far and (r.subject, r.rank, r.lr) in stable):
+            diverged.add((r.subject, r.rank, r.lr, r.seed))
+    return diverged
+
+
+def _find_base(records: Iterable[Probe], name: str) -> Probe | None:
+    """Return the record of the unrounded BASE on a set; None without a finite loss."""
+    key = ("base", "", name)
+    bases = (r for r in records if (r.subject, r.name, r.set) == key and r.loss is not None)
+    return next(bases, None)
 
 
 def best_rates(
@@ -386,21 +392,15 @@ def by_rank(
         subject: The trained parameters.
     """
     diverged_runs = find_diverged(records)
-    of_subject = [record for record in records if record.subject == subject]
     rows = []
     for rank, lr in rates.items():
-        tried = {
-            record.lr for record in of_subject if record.rank == rank and record.lr is not None
-        }
-        runs = sorted(
-            (r for r in of_subject if (r.rank, r.lr, r.set) == (rank, lr, name)),
-            key=lambda r: r.seed,
-        )
-        loss_by_seed = {
-            r.seed: r.loss
-            for r in runs
-            if r.loss is not None and (subject, rank, lr, r.seed) not in diverged_runs
-        }
+        of_rank = [r for r in records if (r.subject, r.rank) == (subject, rank)]
+        tried = {record.lr for record in of_rank if record.lr is not None}
+        runs = [r for r in of_rank if (r.lr, r.set) == (lr, name)]
+        loss_by_seed = {}
+        for run in sorted(runs, key=lambda run: run.seed):
+            if run.loss is not None and (subject, rank, lr, run.seed) not in diverged_runs:
+                loss_by_seed[run.seed] = run.loss
         if loss_by_seed:
             rows.append(AtRank(rank, lr, loss_by_seed, edge(tried, lr) != 0))
     return rows
@@ -441,30 +441,27 @@ def judge(rows: Sequence[AtRank], base: float, share: float) -> SweepVerdict:
         *stats.blocked_variance([row.runs for _, row in ranked]),
         *stats.variance_within([row.losses for _, row in ranked]),
     )
-    standings = tuple(
-        _rank_standing(rank, row, ranked, base, gain, share, noise) for rank, row in ranked
-    )
-    close_ranks = (
-        rank
-        for rank, row in ranked
-        if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0
-    )
+    standings: list[RankStanding] = []
     # With missing seeds, the best rank may not be the best on the seeds that two ranks share.
-    chosen = next(close_ranks, best.rank)
+    chosen = best.rank
+    for rank, row in reversed(ranked):
+        standings.insert(0, _rank_standing(rank, row, ranked, base, gain, share, noise))
+        if max(_compute_theta(row, rival, base, share) for _, rival in ranked) <= 0:
+            chosen = rank
     answer = next(standing for standing in standings if standing.rank == chosen)
     confidence = answer.confidence
     if confidence is not None:
-        doubts = (
-            1 - (standing.against or 0.0) for standing in standings if standing.rank < answer.rank
-        )
-        confidence = max(0.0, confidence - math.fsum(doubts))
+        # P(sufficient and no smaller one is) ≥ 1 − Σ P(one of these does not hold): Bonferroni.
+        smaller = (standing for standing in standings if standing.rank < answer.rank)
+        doubts = math.fsum(1 - (standing.against or 0.0) for standing in smaller)
+        confidence = max(0.0, confidence - doubts)
     sufficient = next((standing for standing in standings if standing.enough == "yes"), None)
     return result(
         _choose_outcome(standings, sufficient, noise),
         rank=None if sufficient is None else sufficient.rank,
         answer=answer.rank,
         confidence=confidence,
-        standings=standings,
+        standings=tuple(standings),
     )
 
 
@@ -507,9 +504,11 @@ def _pair(first: AtRank, second: AtRank) -> tuple[float, float, int, int]:
     """Return the mean losses at two ranks and their numbers of runs, on common seeds if there are
     any.
     """
-    shared: Collection[int] = first.runs.keys() & second.runs.keys()
-    ours = [loss for seed, loss in first.runs.items() if not shared or seed in shared]
-    theirs = [loss for seed, loss in second.runs.items() if not shared or seed in shared]
+    seeds = first.runs.keys() & second.runs.keys()
+    ours, theirs = first.losses, second.losses
+    if seeds:
+        ours = tuple(loss for seed, loss in first.runs.items() if seed in seeds)
+        theirs = tuple(loss for seed, loss in second.runs.items() if seed in seeds)
     return fmean(ours), fmean(theirs), len(ours), len(theirs)
 
 
@@ -532,44 +531,40 @@ def _rank_standing(
     best = min((other for _, other in ranked), key=lambda other: other.mean)
     ours, theirs, n, m = _pair(row, best)
     behind = ours - theirs
+    result = partial(RankStanding, rank, row.lr, behind, behind / gain)
     if not noise.known:
-        return RankStanding(
-            rank, row.lr, behind, behind / gain, None, "not known", None, None, None
-        )
-    thetas = []
+        return result(None, "not known", None, None, None)
+    # Each θ ≤ 0, with the error that it has with one run of each rank.
+    thetas: list[tuple[stats.Estimate, float]] = []
     for _, other in ranked:
-        theta, variance = _compute_theta(row, other, base, share), noise.paired_variance(row, other)
+        theta = _compute_theta(row, other, base, share)
         _, _, a, b = _pair(row, other)
-        if other is row:  # θ_rr = δ·(μ_r − L_base): the rank must have a gain
-            estimate = stats.Estimate(
-                theta, share * math.sqrt(noise.plain / a), noise.plain_freedom
-            )
-            thetas.append((estimate, share * math.sqrt(noise.plain)))
+        if other is row:
+            # θ_rr = δ·(μ_r − L_base): the rank must have a gain.
+            error = share * math.sqrt(noise.plain)
+            error_of_mean = share * math.sqrt(noise.plain / a)
+            thetas.append((stats.Estimate(theta, error_of_mean, noise.plain_freedom), error))
         else:
-            thetas.append(
-                (
-                    noise.theta(theta, variance, share, a, b),
-                    noise.theta(theta, variance, share, 1, 1).error,
-                )
-            )
+            variance = noise.paired_variance(row, other)
+            error = noise.theta(theta, variance, share, 1, 1).error
+            thetas.append((noise.theta(theta, variance, share, a, b), error))
     confidences = [estimate.confidence_below(0.0) for estimate, _ in thetas]
-    confidence, against = min(confidences), max(0.0, 1 - (len(thetas) - 1) * min(confidences))
-    answer: Answer = (
-        "yes" if confidence >= stats.LEVEL else "no" if against >= stats.LEVEL else "not known"
-    )
-    difference = stats.Estimate(
-        behind, math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m)), noise.freedom
-    )
-    needed = None
-    if answer == "not known":
-        worst, error_of_one = thetas[confidences.index(confidence)]
-        level = stats.LEVEL if worst.value <= 0 else 1 - (1 - stats.LEVEL) / (len(thetas) - 1)
-        needed = stats.runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
-        needed = needed if needed is None else max(needed, min(n, m) + 1)
-    half = 0.0 if row is best else difference.half()
-    return RankStanding(
-        rank, row.lr, behind, behind / gain, half, answer, confidence, against, needed
-    )
+    confidence = min(confidences)
+    against = max(0.0, 1 - (len(thetas) - 1) * confidence)
+    half = 0.0
+    if row is not best:
+        error = math.sqrt(noise.paired_variance(row, best) * (1 / n + 1 / m))
+        half = stats.Estimate(behind, error, noise.freedom).half()
+    if confidence >= stats.LEVEL:
+        return result(half, "yes", confidence, against, None)
+    if against >= stats.LEVEL:
+        return result(half, "no", confidence, against, None)
+    worst, error_of_one = thetas[confidences.index(confidence)]
+    level = stats.LEVEL if worst.value <= 0 else 1 - (1 - stats.LEVEL) / (len(thetas) - 1)
+    needed = stats.runs_needed(worst.value, error_of_one, len(ranked) - 1, level=level)
+    if needed is not None:
+        needed = max(needed, min(n, m) + 1)
+    return result(half, "not known", confidence, against, needed)
 
 
 def _choose_outcome(
@@ -578,12 +573,12 @@ def _choose_outcome(
     """Return the outcome, as in ``SweepVerdict``, of a sweep with a gain at several ranks."""
     if not noise.known:
         return "no verdict"
-    lower = [
-        standing for position, standing in enumerate(standings) if 2 * position < len(standings)
-    ]
-    if sufficient is not None and sufficient in lower:
+    lower = standings[: (len(standings) + 1) // 2]
+    if sufficient is None:
+        return "not resolved"
+    if sufficient in lower:
         return "fast saturation"
-    if sufficient is not None and all(standing.enough == "no" for standing in lower):
+    if all(standing.enough == "no" for standing in lower):
         return "gradual decline"
     return "not resolved"
 
@@ -613,12 +608,8 @@ class Swept:
     @property
     def ranks(self) -> tuple[int, ...]:
         """Ranks tried, ascending."""
-        tried = {
-            record.rank
-            for record in self.records
-            if record.subject == "lora" and record.rank is not None
-        }
-        return tuple(sorted(tried))
+        tried = {record.rank or 0 for record in self.records if record.subject == "lora"}
+        return tuple(sorted(tried - {0}))
 
     def compare(self, subject: Subject) -> ReferenceComparison | None:
         """Return the comparison of the best rank with a reference line; None without a loss of
@@ -638,29 +629,20 @@ def list_swept(records: Sequence[Probe], settings: Mapping[str, Any]) -> list[Sw
         records: Records of the sweep.
         settings: Settings of its run.
     """
-    seed, share, sets = (
-        settings.get("seed", 0),
-        settings.get("tolerance", TOLERANCE),
-        set_names(records),
-    )
-    subjects: tuple[Subject, ...] = ("lora", *LINES)
-    rates = {subject: best_rates(records, sets[0], seed, subject) for subject in subjects if sets}
+    seed, share = settings.get("seed", 0), settings.get("tolerance", TOLERANCE)
+    sets = set_names(records)
     found = []
     for name in sets:
-        bases = (
-            r
-            for r in records
-            if (r.subject, r.name, r.set) == ("base", "", name) and r.loss is not None
-        )
-        base, rows = next(bases, None), by_rank(records, name, rates["lora"])
-        lines = {
-            subject: row
-            for subject in LINES
-            for row in by_rank(records, name, rates[subject], subject)
-        }
-        verdict = judge(
-            rows if base is not None else (), base.nats if base is not None else 0.0, share
-        )
+        base = _find_base(records, name)
+        rows = by_rank(records, name, best_rates(records, sets[0], seed))
+        lines: dict[Subject, AtRank] = {}
+        for subject in LINES:
+            rates = best_rates(records, sets[0], seed, subject)
+            for row in by_rank(records, name, rates, subject):
+                lines[subject] = row
+        verdict = SweepVerdict("no verdict")
+        if base is not None:
+            verdict = judge(rows, base.nats, share)
         found.append(Swept(name, records, rows, lines, base, verdict, share))
     return found
 
@@ -671,14 +653,12 @@ def swept_of(results: Results[Any]) -> Swept | None:
     Args:
         results: Results of ``probe sweep``.
     """
-    records = [
-        record for record in results.whole if isinstance(record, Probe) and record.probe == "sweep"
-    ]
+    records = [record for record in results.whole_of(Probe) if record.probe == "sweep"]
     sets = main_sets(records)
-    swept_sets = list_swept(records, results.run.settings)
-    return next(
-        (swept for swept in swept_sets if swept.set in sets and swept.base is not None), None
-    )
+    for swept in list_swept(records, results.run.settings):
+        if swept.set in sets and swept.base is not None:
+            return swept
+    return None
 
 
 def swept_rate(path: Path | str) -> str:

@@ -3,6 +3,7 @@ themselves.
 """
 
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -15,9 +16,14 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import t as student_t
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
+from lora_diag.diagnostics.checkpoints.held_out import (
+    choose_checkpoints,
+    compare_combinations,
+    is_better,
+)
 from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
 from lora_diag.diagnostics.checkpoints.record import Combination
+from lora_diag.diagnostics.checkpoints.show import suggest_next
 from lora_diag.errors import UsageError
 from lora_diag.metrics.statistics import degrees_of_freedom
 from lora_diag.records import Probe
@@ -309,30 +315,34 @@ def test_evaluation_without_base_is_refused(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("full", "rank"), [(False, None), (False, 1), (True, None), (True, 2)])
-def test_written_average_is_what_was_judged(run, tmp_path, full, rank):
+@pytest.mark.parametrize("full", [False, True])
+def test_suggested_merge_writes_what_was_judged(run, tmp_path, monkeypatch, loradiag, full):
     base, out, text = run
     stored = full_run(base, out, tmp_path / "full") if full else out
-    found = judged(base, stored, text, average=["last:2"], write=tmp_path / "written", rank=rank)
-    (record,) = (record for record in found.whole if record.record == "combination")
-    folder = tmp_path / "written" / "last-2"
-    assert record.path == str(folder)
-    average = {
-        key: value * 2.0 for key, value in updates_of(out / "checkpoint-30").items()
-    }  # of scales 1 and 3
-    written = window_losses(base, tensors(folder), text, 32) if full and rank is None else None
-    if written is None:
-        assert json.loads((folder / "adapter_config.json").read_text())["r"] == (
-            rank or 2
-        )  # both have one column space
-        update = updates_of(folder)
-        for key, value in average.items():
-            best = oracles.best_approximation(value, rank or 2)
-            np.testing.assert_allclose(update[key], best, atol=1e-5 * np.abs(value).max())
-        written = merged_losses(base, update, text)
+    found = judged(base, stored, text, extrapolate=["linear:1"])
+    (record,) = found.whole_of(Combination)
+    monkeypatch.setattr("lora_diag.diagnostics.checkpoints.show.is_better", lambda record: True)
+    options = {"alpha": None, "alpha_is_rank": False, "allow_unmatched": False}
+    program, command, *words = shlex.split(suggest_next(found, options).partition("   (")[0])
+    assert (program, command) == ("loradiag", "merge")
+    assert loradiag(command, *words).code == 0
+    folder = tmp_path / "linear-1"
+    expected = {  # 2·3 − 1 times the update of scale 1
+        key: value * 5.0 for key, value in updates_of(out / "checkpoint-30").items()
+    }
+    if full:
+        written = window_losses(base, tensors(folder), text, 32)
+    else:
+        written = merged_losses(base, updates_of(folder), text)
     assert record.losses["held_out"].loss == pytest.approx(written.mean(), abs=2e-5)
-    if rank != 1:
-        assert written == pytest.approx(merged_losses(base, average, text), abs=1e-4)
-    with pytest.raises(UsageError) as error:
-        judged(base, stored, text, average=["last:2"], write=tmp_path / "written", rank=rank)
-    assert_names(str(error.value), folder, "overwrite")
+    assert written == pytest.approx(merged_losses(base, expected, text), abs=1e-4)
+
+
+def test_merge_is_suggested_only_if_significantly_better(run):
+    base, out, text = run
+    found = judged(base, out, text, average=["last:2"])
+    (record,) = found.whole_of(Combination)
+    for gain, error in ((0.1, 1.0), (-0.1, 1e-6), (None, None)):
+        changed = record.model_copy(update={"gain": gain, "gain_error": error})
+        assert not is_better(changed)
+    assert is_better(record.model_copy(update={"gain": 0.1, "gain_error": 1e-6}))

@@ -18,7 +18,7 @@ SAMPLES = ROOT / "sample_checkpoints"
 
 
 def both_sides(gradients: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """Singular values of the gradients beside each other and on top of each other."""
+    """Singular values of the gradients concatenated along columns, and along rows."""
     return {
         "left": np.linalg.svd(np.concatenate(gradients, 1), compute_uv=False),
         "right": np.linalg.svd(np.concatenate(gradients, 0), compute_uv=False),

@@ -1,6 +1,4 @@
-"""``spectrum --recover``: the update before rounding beside that of the files, and when it is
-named.
-"""
+"""``spectrum --recover``: the estimate of the update before rounding, and when it is reported."""
 
 import pytest
 import torch

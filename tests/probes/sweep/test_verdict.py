@@ -108,8 +108,9 @@ def test_rank_at_margin_false_positive_rate(seeds, common):
 
 
 def test_noisy_pair_uses_own_variance():
-    """Quiet ranks beside it do not make its interval narrow: at least that of the pair alone, with
-    pooled freedom.
+    """Ranks of low variance do not narrow the interval of a noisy pair.
+
+    It is at least that of the pair alone with the pooled degrees of freedom.
     """
     noisy = (1.0, 1.06, 1.02), (1.04, 1.0, 1.01)
     result = judge(rows((1.5, 1.5, 1.501), (1.4, 1.4, 1.401), *noisy), 2.0, 0.02)

@@ -22,7 +22,7 @@ from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.options import O, fill_options, list_own_settings, stated_alpha
+from lora_diag.running.options import G, fill_options, list_own_settings, stated_alpha
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -115,7 +115,7 @@ def entry_bytes(task: Sized, settings: Any) -> int:
     return 8 * math.prod(task.shape)
 
 
-class LayerRun(Generic[O]):
+class LayerRun(Generic[G]):
     """One run of a command over layers.
 
     Args:
@@ -125,7 +125,7 @@ class LayerRun(Generic[O]):
 
     Attributes:
         options: All options, with defaults, as the command declares them.
-        values: The same mapping, for the options that many commands have.
+        values: The same options untyped, for code that serves many groups.
         torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its
             layers are measured with NumPy on the CPU.
         apart: Whether layers are measured in separate processes, one per worker.
@@ -140,9 +140,7 @@ class LayerRun(Generic[O]):
         TypeError: An option is unknown or missing.
     """
 
-    def __init__(
-        self, command: str, options: Mapping[str, object], group: type[O]
-    ) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type[G]) -> None:
         self.command = command
         self.options = fill_options(group, options)
         self.values = {"engine": None, "verify": False, **cast(dict[str, Any], self.options)}

@@ -24,7 +24,7 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
-from lora_diag.running.options import O, fill_options, list_options, stated_alpha
+from lora_diag.running.options import G, fill_options, list_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -42,7 +42,7 @@ Reductions = Sequence[tuple[str, Any]]
 SEQUENCES = tuple(("max_sequences", 2**k) for k in range(12, 2, -1))
 
 
-class ProbeRun(Generic[O]):
+class ProbeRun(Generic[G]):
     """One run of a probe.
 
     Args:
@@ -52,7 +52,7 @@ class ProbeRun(Generic[O]):
 
     Attributes:
         options: All options, with defaults, as the probe declares them.
-        values: The same mapping, for the options that many probes have.
+        values: The same mapping untyped, for code that serves many groups.
         watch: Callbacks for progress, records and notes.
         batch: Sequences per batch.
         model: BASE, once it is open.
@@ -67,9 +67,7 @@ class ProbeRun(Generic[O]):
     model: Model
     params: int
 
-    def __init__(
-        self, command: str, options: Mapping[str, object], group: type[O]
-    ) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type[G]) -> None:
         self.command = command
         self.options = fill_options(group, options)
         self.values = cast(dict[str, Any], self.options)
@@ -77,7 +75,7 @@ class ProbeRun(Generic[O]):
         self._declared = list_options(group)
         self.reduced: dict[str, str] = {}
         self.watch = ProgressReporter(
-            *(self.values.get(name) for name in ("on_progress", "on_record", "on_note"))
+            self.values.get("on_progress"), self.values.get("on_record"), self.values.get("on_note")
         )
         self.batch: int = self.values["batch"]
         if (seed := self.values.get("seed", 0)) >= MAX_SEED:
@@ -121,9 +119,10 @@ class ProbeRun(Generic[O]):
             InputError: It is remote or a file, transformers cannot open it, it is quantized or
                 lacks weights, or its kind is not supported.
         """
-        dtype, length, tokenizer = (self.values[name] for name in ("dtype", "length", "tokenizer"))
+        options = self.values
+        device = resolve_device(options["device"])
         self.model = open_model(
-            base, resolve_device(self.values["device"]), dtype, length, tokenizer
+            base, device, options["dtype"], options["length"], options["tokenizer"]
         )
         self.params = sum(parameter.numel() for parameter in self.model.module.parameters())
         return self.model

@@ -37,7 +37,7 @@ from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
-from lora_diag.running.options import O
+from lora_diag.running.options import G
 from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
@@ -463,7 +463,7 @@ def time_steps(
     return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
 
-class TrainRun(ProbeRun[O]):
+class TrainRun(ProbeRun[G]):
     """One run of a probe that trains.
 
     Args:
@@ -526,10 +526,12 @@ class TrainRun(ProbeRun[O]):
             step: Time of a step in forward passes of its batch.
             extra: Further time of a step, in tokens.
         """
-        given, text = self.values, self.training.texts.sequences
-        runs = sizes * (len(set(rates)) + given.widen * (len(rates) > 1) + given.seeds - 1)
+        options, text = self.values, self.training.texts.sequences
+        widened = options["widen"] * (len(rates) > 1)
+        runs = sizes * (len(set(rates)) + widened + options["seeds"] - 1)
         tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
-        return float(runs * (given.steps * (step * tokens + extra) + self.count_tokens(self.sets)))
+        training = options["steps"] * (step * tokens + extra)
+        return float(runs * (training + self.count_tokens(self.sets)))
 
     def fit_runs(self, count: Callable[[], float], reductions: Reductions) -> None:
         """Reduce options as ``fit`` does, and set ``sets`` and ``training`` again."""
@@ -550,7 +552,8 @@ class TrainRun(ProbeRun[O]):
                 tasks have GPUs and this machine, where BASE is measured, has none.
             InputError: The cluster cannot be reached, or has no node that can run a task.
         """
-        on, concurrent, device = self.values["engine"], self.values["concurrent"], self.values["device"]
+        on, concurrent = self.values["engine"], self.values["concurrent"]
+        device = self.values["device"]
         if concurrent is not None and (on is None or concurrent < 1):
             raise UsageError(
                 f"--concurrent {concurrent}: must be at least 1, and needs --engine ray"

@@ -421,7 +421,7 @@ class _Probe:
         draw: Labels of the loss.
     """
 
-    run: ProbeRun
+    run: ProbeRun[FisherOptions]
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts

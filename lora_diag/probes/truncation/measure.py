@@ -240,6 +240,7 @@ def probe_truncation(
             run_records.put(record)
         return left_out(compared.pairing, swapped.absent)
 
-    settings = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
-    settings |= {"match_norm": True} if match_norm else {}
+    settings: dict[str, Any] = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
+    if match_norm:
+        settings["match_norm"] = True
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

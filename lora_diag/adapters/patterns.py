@@ -111,10 +111,11 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
         f"{config.path}: {key}", "match", {rf"(.*\.)?({text})$": text for text in table}, names
     )
     entries = tuple((text, float(value)) for text, value in table.items())
-    matched = {
-        name: [entry for entry, row in zip(entries, rows, strict=True) if row[index] == "1"]
-        for index, name in enumerate(names)
-    }
+    matched: dict[str, list[tuple[str, float]]] = {name: [] for name in names}
+    for entry, row in zip(entries, rows, strict=True):
+        for name, digit in zip(names, row, strict=True):
+            if digit == "1":
+                matched[name].append(entry)
     return Pattern(key, entries, matched)
 
 

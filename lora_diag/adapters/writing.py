@@ -496,6 +496,9 @@ def make_config(
     parameters = [module for module in ranks if kinds[module] == "parameter"]
     rank, pattern = make_rank_pattern(ranks)
     saved = sorted({value.module for value in values if value.module})
+    target_modules = None
+    if adapted or not parameters:
+        target_modules = make_target_modules(adapted, described.modules)
     return {
         "base_model_name_or_path": described.base_name,
         **LORA_CONFIG,
@@ -504,14 +507,8 @@ def make_config(
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": make_target_modules(adapted, described.modules)
-        if adapted
-        else None
-        if parameters
-        else [],
-        "target_parameters": _find_shortest_names(parameters, described.parameters, 2)
-        if parameters
-        else None,
+        "target_modules": target_modules,
+        "target_parameters": _find_shortest_names(parameters, described.parameters, 2) or None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
         "bias": "all" if any(not value.module for value in values) else "none",

@@ -230,17 +230,18 @@ class _Cursor:
     """
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.position, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
+        self.file = file
+        self.path = path
+        self.position = 0
+        self.end = min(size, MAX_HEADER_BYTES)
         self.is_whole = size <= MAX_HEADER_BYTES
 
     def take(self, count: int, description: str) -> bytes:
         """Return the next bytes."""
         if count > self.end - self.position:
-            limit = (
-                "the file ends"
-                if self.is_whole
-                else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
-            )
+            limit = "the file ends"
+            if not self.is_whole:
+                limit = f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
             problem = f"{limit} inside {description}, which claims {count:,} bytes"
             raise damaged(self.path, problem, "copy or download it again")
         content = self.file.read(count)
@@ -526,13 +527,14 @@ class Codec:
         import torch
 
         codes, d, m = self.unpack(blocks)
-        steps = d.abs() * (
-            gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape)
-        )
+        gap = gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape)
+        steps = d.abs() * gap
         for code in self.saturated:
             steps = steps * (1 + (codes == code).float())
-        for rounded in (d * codes.float(), m) if self.is_rounded else ():
-            steps = steps if rounded is None else steps + rounded.abs() * 2**-10
+        if self.is_rounded:
+            steps = steps + (d * codes.float()).abs() * 2**-10
+            if m is not None:
+                steps = steps + m.abs() * 2**-10
         return steps.flatten(1)
 
     def scales(self, blocks: torch.Tensor) -> torch.Tensor:

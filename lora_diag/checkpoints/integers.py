@@ -464,7 +464,7 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
             source, scales, f"has {groups} groups for {columns} inputs in groups of {group}"
         )
     added = _find_zero_point_offset(source, is_awq, config)
-    parts = (scales, zeros, *((order,) if order else ()))
+    parts = (scales, zeros, order) if order else (scales, zeros)
     layout = Layout(source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq)
     info = TensorInfo(
         weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}"
@@ -564,11 +564,9 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
     module_config = config.get(module)
     settings = {**config, **module_config} if isinstance(module_config, dict) else config
-    mode, bits, group = (
-        settings.get("mode", "affine"),
-        settings.get("bits"),
-        settings.get("group_size"),
-    )
+    mode = settings.get("mode", "affine")
+    bits = settings.get("bits")
+    group = settings.get("group_size")
     if (
         mode != "affine"
         or bits not in MLX_BITS

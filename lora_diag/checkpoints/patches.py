@@ -149,7 +149,9 @@ class PatchedFile(TensorFile):
         if name not in self._changed:
             return info
         dtypes = {info.dtype, self._patch[f"{name}{VALUES}"].dtype}
-        dtype = info.dtype if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        dtype = info.dtype
+        if len(dtypes) > 1:
+            dtype = "float64" if "float64" in dtypes else "float32"
         return TensorInfo(name, info.shape, dtype)
 
 

@@ -98,21 +98,19 @@ def write_changed(
     by_name: dict[str, list[Replacement]] = {}
     for part in replaced:
         by_name.setdefault(part.name, []).append(part)
-    infos = {
-        name: TensorInfo(
-            name, info.shape, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype
-        )
-        for name, info in ((name, source[name]) for name in source)
-    }
+    infos = {}
+    for name in source:
+        info = source[name]
+        written = dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype
+        infos[name] = TensorInfo(name, info.shape, written)
 
     def read(name: str) -> Tensor:
         import torch
 
         values = source.read(name).to(getattr(torch, infos[name].dtype))
         for part in by_name.get(name, ()):
-            values[part.offset : part.offset + math.prod(part.shape)] = open_checkpoint(
-                part.file
-            ).read("W")
+            end = part.offset + math.prod(part.shape)
+            values[part.offset : end] = open_checkpoint(part.file).read("W")
         return values.view(infos[name].shape)
 
     write_safetensors(folder / MODEL, infos, read, {"format": "pt", **(metadata or {})})

@@ -161,10 +161,8 @@ def filesystem(scheme: str, **options: Any) -> Any:
     settings = frozenset(item for item in os.environ.items() if item[0].startswith(SETTINGS))
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
-        package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        with require(
-            f"the scheme {scheme}://", "remote", *([package] if package else []), kind=InputError
-        ):
+        packages = {"s3": ["s3fs"], "gs": ["gcsfs"]}.get(scheme, [])
+        with require(f"the scheme {scheme}://", "remote", *packages, kind=InputError):
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)

@@ -281,13 +281,9 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     """
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
-    entry = (
-        COMPUTED_ENTRY_BYTES
-        if isinstance(delta, DenseDelta)
-        else 8
-        if "float64" in delta.dtypes
-        else 4
-    )
+    entry = COMPUTED_ENTRY_BYTES
+    if isinstance(delta, StoredDelta):
+        entry = 8 if "float64" in delta.dtypes else 4
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
@@ -367,12 +363,10 @@ def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
         MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))
-    result: Any = (
-        tuple(append_note(record, note) for record in records)
-        if isinstance(records, tuple)
-        else None
-    )
-    return append_note(records, note) if result is None else result
+    if not isinstance(records, tuple):
+        return append_note(records, note)
+    result: Any = tuple(append_note(record, note) for record in records)
+    return result  # type: ignore[no-any-return]
 
 
 def append_note(record: T, note: str) -> T:

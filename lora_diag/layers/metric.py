@@ -159,7 +159,8 @@ class Metric:
         Raises:
             MemoryLimitError: With a root: X does not fit into memory as a whole.
         """
-        fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
+        fro = gap = self.factors.fro
+        norm = inner = 0.0
         if other is not None:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)

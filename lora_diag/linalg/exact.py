@@ -228,7 +228,8 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
     """
     device = matrix.device
     matrix = move_if_small(matrix)
-    for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
+    drivers = CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS
+    for driver in drivers:
         try:
             u, s, vh = _run_driver(matrix, driver, vectors)
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]

@@ -106,8 +106,9 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
                 raise InputError(
                     f"--target-modules: PEFT cannot adapt this model: {error}"
                 ) from error
-        for parameter in vectors if kind.vectors else ():
-            parameter.requires_grad_(True)
+        if kind.vectors:
+            for parameter in vectors:
+                parameter.requires_grad_(True)
         try:
             yield replace(model, module=wrapped)
         finally:

@@ -591,7 +591,9 @@ def _find_state(path: Path, overwrite: bool = False) -> State:
         return "foreign"
     try:
         last = deque(iterate_records(path, strict=False), maxlen=1)
-        return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
+        if not last:
+            return "empty"
+        return "finished" if isinstance(last[0], End) else "unfinished"
     except InputError as error:
         if overwrite and not files.is_unfinished(path):
             return "foreign"

@@ -623,12 +623,12 @@ class TrainRun(ProbeRun[G]):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
-        return {
-            **self.settings("widen", "steps", "seeds", "seed"),
-            "order": self.training.order_hash,
-            "optimizer": RECIPE,
-            **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
-        }
+        settings = self.settings("widen", "steps", "seeds", "seed")
+        settings["order"] = self.training.order_hash
+        settings["optimizer"] = RECIPE
+        if self.training.checkpointing:
+            settings["gradient_checkpointing"] = True
+        return settings
 
     def plan_runs(self, kept: RunRecords[Any]) -> RunPlan:
         """Return the plan of the runs; with the seeds of the run record, which a resumed run may

@@ -291,10 +291,13 @@ def contest(
     if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better = own_gap.value < -own_gap.half
-    outcome: Outcome = "better" if is_better else "worse" if own_gap.value > own_gap.half else "tie"
-    return Contest(
-        outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap
-    )
+    outcome: Outcome = "tie"
+    if is_better:
+        outcome = "better"
+    elif own_gap.value > own_gap.half:
+        outcome = "worse"
+    is_kept = is_better and all(gap.value <= 0 for gap in shifted_gaps)
+    return Contest(outcome, is_kept, own_gap, shifted_gap)
 
 
 def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:

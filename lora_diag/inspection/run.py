@@ -91,12 +91,7 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[ListedTensor, ...]:
 def inspect_any(
     path: str, *, alpha: float | None = None, alpha_is_rank: bool = False
 ) -> Inventory | Results[Any]:
-    """Return the records of a results file, or the contents of a checkpoint or an adapter.
-
-    Raises:
-        InputError: The path cannot be read, or is a results file that ``read_results`` refuses.
-        UsageError: As ``inspect``.
-    """
+    """Return the records of a results file, or the contents of a checkpoint or an adapter."""
     if is_results_file(path):
         return read_results(path)
     return inspect(path, alpha=alpha, alpha_is_rank=alpha_is_rank)

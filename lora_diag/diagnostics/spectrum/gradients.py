@@ -69,11 +69,6 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
             is small enough or
         there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or
             spacing overflows.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
-        UsageError: The device is unknown or not available.
     """
     try:
         (smaller, larger, spacing), fallback = compute_on_device(

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from lora_diag.adapters import Adapter
+from lora_diag.adapters import Adapter, open_input
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import Checkpoint, as_path
@@ -24,7 +24,7 @@ from lora_diag.records.run import AdaptedWeight, Inventory, ListedTensor
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import MOMENTS, open_input
+from lora_diag.running.inputs import MOMENTS
 
 
 def inspect(

@@ -86,20 +86,6 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
-    """Open a checkpoint or an adapter by its headers.
-
-    Args:
-        path: Its path.
-        stated_alpha: α of an adapter whose files give none.
-    """
-    return (
-        adapters.open_adapter(path, stated_alpha)
-        if adapters.is_adapter(locate(path))
-        else open_checkpoint(path)
-    )
-
-
 def open_update(
     path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None
 ) -> Checkpoint | Adapter:

@@ -123,9 +123,6 @@ class Workers:
             training: Settings shared by all runs.
             runs: Label and descriptor of each.
             poll: Called every few seconds; may raise to end all runs.
-
-        Raises:
-            LoradiagError: The error of the first failing run, or the cluster was lost.
         """
         tasks = [RunTask(label, work) for label, work in runs]
         without_text = replace(training, texts=drop_sequences(training.texts))
@@ -150,10 +147,6 @@ def train_on_worker(
         train: Trains the run.
         training: Settings shared by all runs, without the text.
         task: The run.
-
-    Raises:
-        UsageError: As ``open_site``.
-        InputError: As ``open_site``.
     """
     model, texts, sets = open_site(site)
     return train(model, task.work, replace(training, texts=texts), sets, lambda: None)
@@ -171,10 +164,6 @@ _open: tuple[Site, Model, list[Texts]] | None = None
 def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     """Return the model, the training text and the evaluation sets; what this process opened last is
     kept.
-
-    Raises:
-        UsageError: The worker has no transformers, or no ``datasets`` for a data set.
-        InputError: An input cannot be read on this worker, or a text differs from that of the run.
     """
     global _open
     if _open is None or _open[0] != site:
@@ -593,9 +582,6 @@ class TrainRun(ProbeRun[G]):
         Args:
             base: BASE, as the workers open it.
             stored: Its files.
-
-        Raises:
-            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         if self.on is None:
             return None

@@ -420,11 +420,7 @@ class Target:
         )
 
     def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
-        """Return the configuration of allocated ranks, of the same kind as that of one rank.
-
-        Raises:
-            InputError: No layer has a rank, or PEFT cannot express them.
-        """
+        """Return the configuration of allocated ranks, of the same kind as that of one rank."""
         config = make_peft_config(allocation, Scaling(rslora=self.kind.rslora))
         config["task_type"] = self.task
         if self.kind.rslora:

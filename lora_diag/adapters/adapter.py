@@ -102,9 +102,6 @@ class Adapter:
     def scaling(self) -> tuple[float, float] | None:
         """Return the smallest and the largest scaling of the updates, reading α where it is stored;
         None without any.
-
-        Raises:
-            InputError: The file could not be read.
         """
         scales = [update.scale for update in self.reading.updates if update.scale is not None]
         stored = {update.alpha: update.rank for update in self.reading.updates if update.alpha}
@@ -118,9 +115,6 @@ class Adapter:
     def warnings(self) -> tuple[str, ...]:
         """Return warnings on a large rank and on updates that are zero; read the tensors that are
         initialized to zero.
-
-        Raises:
-            InputError: The file could not be read.
         """
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)

@@ -53,9 +53,6 @@ def locate(path: Path | str) -> Input:
 
     Args:
         path: A path, a Hugging Face Hub id, which is downloaded if needed, or an address.
-
-    Raises:
-        InputError: ``locate_files`` refuses the path.
     """
     located = locate_files(path)
     kind: Kind = "checkpoint"
@@ -72,9 +69,6 @@ def open_input(source: Input, stated_alpha: StatedAlpha = None) -> Checkpoint | 
     Args:
         source: The input.
         stated_alpha: α of an adapter whose files give none; ``rank`` for α = r.
-
-    Raises:
-        InputError: ``read_adapter`` or ``read_checkpoint`` refuses it.
     """
     return read_adapter(source, stated_alpha) if source.is_adapter else read_checkpoint(source)
 
@@ -84,9 +78,6 @@ def is_adapter(path: Path) -> bool:
     and tensors or a GGUF header.
 
     False if nothing is there, or it cannot be read.
-
-    Raises:
-        InputError: An address is invalid or cannot be reached.
     """
     if path.is_dir():
         if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):

@@ -96,12 +96,7 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[ListedTensor, ...]:
 def inspect_any(
     path: str, *, alpha: float | None = None, alpha_is_rank: bool = False
 ) -> Inventory | Results[Any]:
-    """Return the records of a results file, or the contents of a checkpoint or an adapter.
-
-    Raises:
-        InputError: The path cannot be read, or is a results file that ``read_results`` refuses.
-        UsageError: As ``inspect``.
-    """
+    """Return the records of a results file, or the contents of a checkpoint or an adapter."""
     source = locate(path)
     if source.kind == "results":
         return read_results(source.path)

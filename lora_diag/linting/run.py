@@ -206,11 +206,7 @@ def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 
 def _open_saved(source: Input, facts: Facts) -> Facts:
-    """Return the facts with a saved adapter, or why it does not fit its config or BASE.
-
-    Raises:
-        InputError: Its files cannot be read.
-    """
+    """Return the facts with a saved adapter, or why it does not fit its config or BASE."""
     try:
         facts = replace(facts, adapter=read_adapter(source), mismatch="")
         if facts.adapter is None or facts.base is None or facts.weights is None:

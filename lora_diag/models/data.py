@@ -71,12 +71,7 @@ def check_texts(path: Path | str) -> None:
 
 
 def read_source(path: Path | str) -> TextSource:
-    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
-
-    Raises:
-        UsageError: The path is a data set, and datasets is not installed.
-        InputError: The path cannot be read, or holds no such contents.
-    """
+    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``."""
     check_texts(path)
     path = Path(path)
     return _read_data_set(path) if path.is_dir() else _read_file(path)

@@ -46,8 +46,7 @@ def run_report(
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
-        defaults = fill_options(ReportOptions, {})
-        if any(value != defaults[name] for name, value in options.items()):
+        if fill_options(ReportOptions, options) != fill_options(ReportOptions, {}):
             raise UsageError(
                 "--to: sends the report instead of writing a file; leave out -o and its options"
             )
@@ -178,11 +177,7 @@ class Payload:
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
-    """Return the payload of results or results files.
-
-    Raises:
-        InputError: A results file cannot be read.
-    """
+    """Return the payload of results or results files."""
     return Payload(
         tuple(read_results(item) if isinstance(item, Path | str) else item for item in results)
     )

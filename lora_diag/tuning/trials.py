@@ -546,9 +546,6 @@ class Trials:
     def measure_base(self) -> None:
         """Measure BASE on every set and on as many training sequences as the largest set has,
         unless recorded.
-
-        Raises:
-            InputError: The loss on the training sequences is not finite.
         """
         if self._has(variant="base"):
             return
@@ -576,9 +573,6 @@ class Trials:
         Args:
             variant: The configuration; it trains factors only.
             folder: Folder of its trained adapter.
-
-        Raises:
-            InputError: The adapter cannot be read, or a loss is not finite.
         """
         if self._has(record="probe", name=variant.name):
             return
@@ -661,10 +655,6 @@ def train_variant(
         training: Settings shared by all runs.
         sets: Evaluation sets.
         after_step: Called after every step and every batch.
-
-    Raises:
-        UsageError: See ``losses_after``.
-        InputError: See ``losses_after``.
     """
     variant, params = run.variant, 0
 

@@ -142,10 +142,6 @@ def allocation_table(
 
     Returns:
         Lines of text, without a trailing newline.
-
-    Raises:
-        UsageError: ``sweep`` has no chosen rank.
-        InputError: ``sweep`` cannot be read.
     """
     rows = rows_of(results, per)
     rate = [make_statement("rate", "Learning rate", swept_rate(sweep))] if sweep is not None else []

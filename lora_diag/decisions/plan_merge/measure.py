@@ -221,10 +221,6 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     Returns:
         One record; that of a left-out layer if an entry or a norm is not finite or BASE does not
             hold the weight.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: An update that is computed in full does not fit.
     """
     delta = task.delta
     if delta.base is None:
@@ -447,7 +443,8 @@ def plan_merge(
     if engine is not None and engine.gpus_per_task:
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
-    target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
+    options = run.options
+    target = _make_target(options["to"], options["group_size"], options["scale"])
     refused = (
         Checkpoint,
         "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT",

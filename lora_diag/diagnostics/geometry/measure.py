@@ -105,11 +105,6 @@ def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | 
     Returns:
         One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
             the weight.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
@@ -322,10 +317,16 @@ def geometry(
         1.0
     """
     run = LayerRun("geometry", options, GeometryOptions)
-    k, eta, draws, lens = (run.options[name] for name in ("top", "eta", "draws", "lens"))
-    check_request(run.options["method"], k, run.options["tol"])
-    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws, lens=lens)
-    opened = open_base(locate(base)) if lens else base
+    options = run.options
+    check_request(options["method"], options["top"], options["tol"])
+    settings = run.settings(
+        GeometrySettings,
+        k=options["top"],
+        eta=options["eta"],
+        draws=options["draws"],
+        lens=options["lens"],
+    )
+    opened = open_base(locate(base)) if settings.lens else base
     if isinstance(opened, Checkpoint):
         find_tables(opened)
     return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

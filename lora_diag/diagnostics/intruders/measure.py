@@ -90,11 +90,6 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
     Returns:
         One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
             the weight.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
@@ -238,8 +233,9 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options, IntruderOptions)
-    k, epsilon, window = (run.options[name] for name in ("top", "epsilon", "window"))
-    check_request(run.options["method"], k, run.options["tol"])
+    options = run.options
+    k, epsilon, window = options["top"], options["epsilon"], options["window"]
+    check_request(options["method"], k, options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:

@@ -5,7 +5,7 @@ exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lora_diag.adapters import locate
 from lora_diag.deltas import Pairing, Unpaired, selector
+from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
 from lora_diag.errors import NothingComparedError, UsageError
@@ -70,11 +71,6 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
             is small enough or
         there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or
             spacing overflows.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
-        UsageError: The device is unknown or not available.
     """
     try:
         (smaller, larger, spacing), fallback = compute_on_device(
@@ -186,10 +182,7 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 
 
 def gradient_spectrum(
-    run: LayerRun,
-    base: Path | str | None,
-    gradients: Sequence[Path | str],
-    settings: SpectrumSettings,
+    run: LayerRun[SpectrumOptions], base: Path | str | None, settings: SpectrumSettings
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
@@ -205,6 +198,7 @@ def gradient_spectrum(
             f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or "
             "gram"
         )
+    gradients = run.options["gradients"]
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_base(locate(base)) if base is not None else None

@@ -141,9 +141,6 @@ def measure_outputs(
         texts: The set.
         size: Sequences in a batch.
         after_batch: Called after every batch with the name or subject of the model.
-
-    Raises:
-        InputError: A loss, or ΔW of an adapter, is not finite, or ΔW could not be read.
     """
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"
@@ -282,7 +279,7 @@ def probe_outputs(
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
-    reference = run.options.reference
+    reference = run.options["reference"]
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
     if not models and tuned is None:

@@ -20,7 +20,7 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.running.amounts import MAX_RATE
 
 if TYPE_CHECKING:
@@ -103,10 +103,9 @@ class Option:
             UsageError: The value is not a choice of the option, or outside its limits; or a list of
                 numbers is empty.
         """
+        name = self.flag(name).lstrip("-").replace("-", "_")
         if isinstance(value, str) and self.choices and value not in self.choices:
-            raise UsageError(
-                f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}"
-            )
+            raise UsageError(Given(name, value), "unknown value", f"use {', '.join(self.choices)}")
         if (
             (self.least, self.most, self.between) == (None, None, None)
             or value is None
@@ -115,7 +114,7 @@ class Option:
             return value
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers:
-            raise UsageError(f"{self.flag(name)}: is empty; give at least one number")
+            raise UsageError(Given(name), "is empty", "give at least one number")
         for number in numbers:
             problem = ""
             if self.least is not None and number < self.least:
@@ -125,10 +124,7 @@ class Option:
             if self.between is not None and not self.between[0] < number < self.between[1]:
                 problem = f"must lie between {self.between[0]:g} and {self.between[1]:g}"
             if problem:
-                raise UsageError(
-                    f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: "
-                    f"{problem}"
-                )
+                raise UsageError(Given(name, number), problem)
         return value
 
 
@@ -579,7 +575,9 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
         for name, (_, option) in options.items()
     }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+        raise UsageError(
+            Given("resume"), "give the results file of the interrupted run with $output"
+        )
     return filled
 
 

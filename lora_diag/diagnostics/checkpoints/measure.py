@@ -25,7 +25,7 @@ from lora_diag.diagnostics.checkpoints.series import (
     list_checkpoints,
 )
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
 from lora_diag.records import Probe, Results
 from lora_diag.running.fingerprint import legible
@@ -265,13 +265,13 @@ def trajectory(
     given = [name for name in ("average", "extrapolate", "shifted") if layers.options[name]]
     judged = None
     if layers.options["evaluate"] and base is None:
-        raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
+        raise UsageError(Given("eval"), "needs the model", "give BASE after the run, or with $base")
     if layers.options["evaluate"]:
         from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
 
         judged = Judge(layers.options, layers.options["base"], steps)
     elif given:
-        raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
+        raise UsageError(Given(given[0]), "needs held-out losses", "give $eval FILE")
     layers.torch = not all(
         is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
     )
@@ -361,11 +361,11 @@ def measure_run(
     if not follow:
         return trajectory(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
-        problem = (
-            "shows one run, or a monitor's results file; give its path, without -o, --json "
-            "and --eval"
+        raise UsageError(
+            Given("follow"),
+            "shows one run, or a monitor's results file",
+            "give its path, without $output, $json and $eval",
         )
-        raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(

@@ -17,7 +17,7 @@ from lora_diag.diagnostics.spectrum.values import (
     is_thin,
     thin_spectrum,
 )
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import (
     NEEDS_ACTIVATIONS,
@@ -130,34 +130,42 @@ def spectrum(
 # What each input or option needs, or excludes (with a minus sign); the first that does not hold is
 # the error.
 _INPUTS = (
-    ("kfac", "activations", NEEDS_ACTIVATIONS),
+    ("kfac", "activations", (Given("kfac"), *NEEDS_ACTIVATIONS)),
     (
         "recover",
         "-activations",
-        "--recover: estimates an update in the weights' metric; remove --activations",
+        (Given("recover"), "estimates an update in the weights' metric", "remove $activations"),
     ),
     *(
         (
             "gradients",
             f"-{name}",
-            f"--{name.replace('_', '-')}: applies to an update, not to --gradients; remove one",
+            (Given(name), "applies to an update, not to $gradients", "remove one"),
         )
         for name in ("recover", "activations", "alpha", "alpha_is_rank", "allow_unmatched")
     ),
     (
         "gradients",
         "-tuned",
-        "--gradients: cannot be combined with TUNED; give BASE alone, and of files their folder",
+        (
+            Given("gradients"),
+            "cannot be combined with TUNED",
+            "give BASE alone, and of files their folder",
+        ),
     ),
     (
         "-gradients",
         "base",
-        "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone",
+        ("spectrum", "nothing to measure", "give BASE and TUNED, or an adapter alone"),
     ),
     (
         "activations",
         "tuned",
-        "--activations: needs BASE to identify the layers; give it before the adapter",
+        (
+            Given("activations"),
+            "needs BASE to identify the layers",
+            "give it before the adapter",
+        ),
     ),
 )
 
@@ -178,7 +186,7 @@ def _check_inputs(values: Mapping[str, object]) -> None:
 
     for given, needed, message in _INPUTS:
         if holds(given) and not holds(needed):
-            raise UsageError(message)
+            raise UsageError(*message)
 
 
 def _split_by_moments(

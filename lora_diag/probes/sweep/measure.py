@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
@@ -193,9 +193,10 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
     given, ranks = run.options, check_ranks(run.options.ranks)
     if (given.full or given.bitfit) and given.dtype != "float32":
         raise UsageError(
-            f"--dtype {given.dtype}: rounds away most steps of "
-            f"{'--full' if given.full else '--bitfit'}, while "
-            "LoRA's factors stay float32; use --dtype float32"
+            Given("dtype", given.dtype),
+            f"rounds away most steps of {'$full' if given.full else '$bitfit'}, "
+            "while LoRA's factors stay float32",
+            "use $dtype float32",
         )
     run.check_files(base)
     with run.joined():

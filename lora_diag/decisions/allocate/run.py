@@ -460,7 +460,7 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
         names_of_budgets = ", ".join(f"${name}" for name in names)
         raise UsageError("allocate", problem, f"give exactly one of {names_of_budgets}")
     name, amount = given[0], arguments[given[0]]
-    option = Given(name, legible(str(amount)))
+    option = Given(name, amount if isinstance(amount, int) else legible(str(amount)))
     if name == "total_rank" and amount < 1:
         raise UsageError(option, "must be 1 or more")
     match name:

@@ -168,7 +168,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
                 content, _, zeros = line.partition(b"\0")
                 if len(line) > MAX_LINE_BYTES and not zeros:
                     problem = f"line {number} is longer than {MAX_LINE_BYTES:,} bytes"
-                    raise damaged(path, problem, "give a file that loradiag wrote with -o")
+                    raise damaged(path, problem, "give a file that loradiag wrote with $output")
                 yield content
                 if not content.endswith(b"\n"):
                     return

@@ -119,9 +119,6 @@ def measure_truncations(
         rest: ``tuned`` or ``base``: source of all other tensors.
         size: Sequences in a batch.
         after_batch: Called after every batch with a label.
-
-    Raises:
-        InputError: ΔW of a layer is not finite, or a loss is not.
     """
 
     def measure_cell(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:

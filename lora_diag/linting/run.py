@@ -14,7 +14,7 @@ from lora_diag.checkpoints import as_path, locate
 from lora_diag.cli.output import append_step_summary
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.errors import InputError, NothingComparedError, UsageError, shorten
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError, shorten
 from lora_diag.explanations.terms import remedy_of
 from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
 from lora_diag.linting import LintOptions
@@ -91,11 +91,11 @@ def lint(
     options = fill_options(LintOptions, options)
     if unknown := [name for name in options["servers"] if name not in CONSUMERS]:
         raise UsageError(
-            f"--servers {unknown[0]}: unknown program; give one of {', '.join(CONSUMERS)}"
+            Given("servers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
         )
     tokens, memory = options["tokens"], options["gpu_memory"]
-    token_count = None if tokens is None else read_count(str(tokens), "--tokens")
-    memory_bytes = None if memory is None else read_bytes(memory, "--gpu-memory")
+    token_count = None if tokens is None else read_count(str(tokens), "tokens")
+    memory_bytes = None if memory is None else read_bytes(memory, "gpu_memory")
     output, report, overwrite = options["output"], options["junit"], options["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
     config, base = _order_inputs(config, base)

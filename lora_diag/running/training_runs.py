@@ -481,7 +481,6 @@ class TrainRun(ProbeRun):
         Raises:
             UsageError: Two evaluation sets have one name, the training text is also an evaluation
                 set, the model has no gradient checkpointing, or as ``read``.
-            InputError: As ``read``.
         """
         self.sets, options = self.read_sets(), self.options
         texts = read_texts(options.data, self.model)
@@ -536,7 +535,6 @@ class TrainRun(ProbeRun):
         Raises:
             UsageError: An option is invalid or contradicts another, Ray is not installed, or the
                 tasks have GPUs and this machine, where BASE is measured, has none.
-            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         on, concurrent, device = self.options.engine, self.options.concurrent, self.options.device
         if concurrent is not None and (on is None or concurrent < 1):

@@ -164,8 +164,6 @@ def measure(
     Raises:
         UsageError: Neither a fine-tune nor an adapter is given; or as ``spectrum`` and
             ``residual``.
-        InputError: As ``spectrum`` and ``residual``.
-        NothingComparedError: As ``spectrum`` and ``residual``.
     """
     from lora_diag.diagnostics.residual.measure import residual
     from lora_diag.diagnostics.spectrum.run import spectrum

@@ -332,7 +332,6 @@ def allocate_and_write(
         UsageError: As ``allocate`` and ``write_allocation``; ``format`` or ``check`` is given
             without ``output``; ``output`` is an input; or ``sweep`` holds results of another
             command or without a chosen rank.
-        InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` cannot be read.
     """
     if output is None and format != "peft":
         raise UsageError(Given("format", format), "give a file with $output")
@@ -449,7 +448,6 @@ def _make_budget(options: AllocateOptions) -> Budget:
     Raises:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
             unknown.
-        InputError: The adapter to match cannot be read, or has no factors of known size.
     """
     training = Training(options["optimizer"], options["dtype"])
     budgets = {
@@ -547,7 +545,6 @@ def _read_weights(
     Raises:
         UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from
             0 up.
-        InputError: The file cannot be read.
     """
     if weights is None:
         return None

@@ -361,9 +361,6 @@ def measure_run(
 ) -> Results[CheckpointLayer]:
     """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
     option.
-
-    Raises:
-        LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
     """
     paths = [Path(path) for path in inputs]
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):

@@ -539,7 +539,6 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     and so are paths directly in a folder that is also found.
 
     Raises:
-        InputError: An address is invalid or cannot be reached.
         NothingComparedError: No adapter was found.
     """
     patterns = list(patterns)

@@ -103,9 +103,6 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
-
-    Raises:
-        InputError: A file could not be read.
     """
     indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
@@ -512,9 +509,6 @@ def fleet(
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     """Check that a cluster's worker has the same files, then measure one adapter as
     ``_measure_member``.
-
-    Raises:
-        InputError: The worker has other files.
     """
     for seen in (member.seen, settings.base):
         if seen is not None:
@@ -534,9 +528,9 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
             fix = (
                 f"quote the pattern '{path}/**' for the adapters in it"
                 if holds_adapters
-                else "give its base with --base if it is a checkpoint"
+                else "give its base with $base if it is a checkpoint"
             )
-            raise InputError(f"{path}: is not an adapter; {fix}")
+            raise InputError(path, "is not an adapter", fix)
         opened = open_base(base) if base is not None else None
         update = open_update(path, opened, settings.stated_alpha)
         deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas

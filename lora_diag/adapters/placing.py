@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from lora_diag import deltas
 from lora_diag.adapters.gguf import reorder_rows
-from lora_diag.adapters.names import Location, match_names, shapes_agree
+from lora_diag.adapters.names import Location, get_own_names, match_names, shapes_agree
 from lora_diag.adapters.source import AdapterFiles
 from lora_diag.adapters.updates import (
     NewValue,
@@ -160,20 +160,21 @@ def place_updates(
         if base is None
         else _place_on_base(source, reading, base)
     )
-    changes, unpaired, notes = placed
+    pairing, notes = placed
+    unpaired = list(pairing.unpaired)
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
         raise _make_unmatched_error(source, cast(Checkpoint, base), missing)
-    chosen = [delta for delta in changes if selected(delta.layer)]
+    chosen = [delta for delta in pairing.deltas if selected(delta.layer)]
     unpaired += [
         Unpaired.by_selection(delta.layer, delta.shape)
-        for delta in changes
+        for delta in pairing.deltas
         if not selected(delta.layer)
     ]
     if not chosen:
         raise _make_nothing_measured_error(source, unpaired)
     ordered = sorted(chosen, key=lambda delta: deltas.natural_order(delta.layer))
-    return Pairing(tuple(ordered), tuple(unpaired)), notes
+    return replace(pairing, deltas=tuple(ordered), unpaired=tuple(unpaired)), notes
 
 
 def _make_unmatched_error(
@@ -206,15 +207,13 @@ def _make_nothing_measured_error(
     )
 
 
-def _place_without_base(
-    source: AdapterFiles, reading: Reading
-) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter without a BASE, the skipped weights, and notes."""
+def _place_without_base(source: AdapterFiles, reading: Reading) -> tuple[Pairing, list[str]]:
+    """Return the ΔW of an adapter without a BASE with the skipped weights, and notes."""
     changes: list[Delta] = []
     unpaired: list[Unpaired] = []
     for update in reading.updates:
         layer = update.layer
-        shape = tuple(size for size in update.shape if size is not None)
+        shape = _known_sizes(update.shape)
         if update.needs_weight or len(shape) < len(update.shape):
             why = (
                 f"{update.needs_weight or reading.kind.partition(',')[0]} computes its ΔW from "
@@ -233,18 +232,25 @@ def _place_without_base(
             detail = "the adapter holds its new value and not its change, so BASE is needed"
             unpaired.append(Unpaired(value.weight, shape, "needs_base", detail))
     in_llama_order = any(update.heads for update in reading.updates)
-    return changes, unpaired, [LLAMA_ROWS] if in_llama_order else []
+    notes = [LLAMA_ROWS] if in_llama_order else []
+    return Pairing(tuple(changes), tuple(unpaired)), notes
 
 
 def _place_on_base(
     source: AdapterFiles, reading: Reading, base: Checkpoint
-) -> tuple[list[Delta], list[Unpaired], list[str]]:
-    """Return the ΔW of an adapter relative to its BASE, the skipped weights and rows, and notes."""
+) -> tuple[Pairing, list[str]]:
+    """Return the ΔW of an adapter relative to its BASE with the skipped weights and rows, and
+    notes.
+    """
     copies, values = _sort_values(source, reading, base)
-    pieces, missing = _match_pieces(source, reading, base)
+    expected = dict(update.expected for update in reading.updates)
+    matched, missing = match_names(expected, base, transposed=True, parts=True)
+    pieces = _make_pieces(source, reading, base, matched)
+    optional = {update.expected[0] for update in reading.updates if update.optional}
     unpaired = [
-        Unpaired(name, tuple(size for size in shape if size is not None), "not_in_base", why)
-        for name, (shape, why) in missing.items()
+        Unpaired(name, _known_sizes(expected[name]), "not_in_base", why)
+        for name, why in missing.items()
+        if name not in optional
     ]
     pieces_by_layer: dict[str, list[Piece]] = {}
     for piece in pieces:
@@ -270,7 +276,8 @@ def _place_on_base(
         "its update is reported under its own name, and a merge adds it to the one stored weight"
     )
     notes += [f"{layer} is tied to an embedding in BASE; {effect}" for layer in sorted(heads)]
-    return [*changes, *value_deltas], [*unpaired, *skipped], notes
+    own_names = get_own_names(matched) if source.peft_type else {}
+    return Pairing((*changes, *value_deltas), (*unpaired, *skipped), own_names), notes
 
 
 def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> None:
@@ -292,16 +299,19 @@ def _refuse_overlap(source: AdapterFiles, layer: str, pieces: list[Piece]) -> No
             )
 
 
-def _match_pieces(
-    source: AdapterFiles, reading: Reading, base: Checkpoint
-) -> tuple[list[Piece], dict[str, tuple[Shape, str]]]:
-    """Return every update with its location and orientation in BASE, and the others with shape and
-    reason.
+def _known_sizes(shape: Shape) -> tuple[int, ...]:
+    """Return a shape without the sizes that only BASE determines."""
+    return tuple(size for size in shape if size is not None)
 
-    Optional updates without a weight are left out.
-    """
+
+def _make_pieces(
+    source: AdapterFiles,
+    reading: Reading,
+    base: Checkpoint,
+    matched: Mapping[str, tuple[Location, ...]],
+) -> list[Piece]:
+    """Return every update that has a weight in BASE, with its location and orientation there."""
     expected = dict(update.expected for update in reading.updates)
-    matched, missing = match_names(expected, base, transposed=True, parts=True)
     shapes = {
         locations[0].name: expected[name]
         for name, locations in matched.items()
@@ -318,10 +328,7 @@ def _match_pieces(
                 in_out = _is_in_out(update, location, orientation, model_type)
                 location = replace(location, layer=update.weight) if update.keeps_name else location
                 pieces.append(_make_piece(update, location, base, in_out))
-    optional = {update.expected[0] for update in reading.updates if update.optional}
-    return pieces, {
-        name: (expected[name], why) for name, why in missing.items() if name not in optional
-    }
+    return pieces
 
 
 def _is_in_out(

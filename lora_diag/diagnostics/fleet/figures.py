@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -119,9 +120,8 @@ def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
     norms = [point.fro for point in points if point.fro > 0] or [1.0]
     low, high = min(norms) / 2, max(norms) * 1.6
     ax.set_yscale("log")
-    outliers = [points[i] for i in order_by_rarity([point.outlier_kinds for point in points])][
-        :_NAMES
-    ]
+    rarest = order_by_rarity([point.outlier_kinds for point in points])[:_NAMES]
+    outliers = [points[i] for i in rarest]
     ax.set(xlim=(-0.03, 1 / _PLOT if outliers else 1.03), ylim=(low, high))
     set_fraction_ticks(ax.xaxis)
     format_log_axis(ax.yaxis, low, high)
@@ -133,47 +133,51 @@ def _draw_points(ax: Axes, style: PageStyle, points: Sequence[_Point]) -> None:
         "ls": (0, (1, 1.6)),
     }
     ax.plot([OVER_RANKED_BELOW] * 2, [low, high], label="_used", **limit)
-    for dead, marker, label in ((False, "o", "_adapters"), (True, "v", "_dead")):
-        for run in {point.run for point in points}:
-            subset = [
-                (point.used, point.fro or low)
-                for point in points
-                if (point.run, point.fro == 0) == (run, dead)
-            ]
-            if subset:  # a line without points would count in the layout, at the corner of the page
-                dots: dict[str, Any] = {
-                    "ls": "",
-                    "ms": 3.4 * style.line,
-                    "mew": 0,
-                    "alpha": 0.8,
-                    "clip_on": False,
-                }
-                ax.plot(
-                    *zip(*subset, strict=True),
-                    marker=marker,
-                    color=category(run),
-                    label=label,
-                    **dots,
-                )
-    # The names are in a column at the right, in the order of the norms, each with a line to its
-    # point.
+    dots: dict[str, Any] = {
+        "ls": "",
+        "ms": 3.4 * style.line,
+        "mew": 0,
+        "alpha": 0.8,
+        "clip_on": False,
+    }
+    # Only lines with points: others would count in the layout, at the corner of the page.
+    subsets: dict[tuple[bool, int], list[_Point]] = {}
+    for point in points:
+        subsets.setdefault((point.fro == 0, point.run), []).append(point)
+    for (dead, run), subset in sorted(subsets.items(), key=itemgetter(0)):
+        ax.plot(
+            [point.used for point in subset],
+            [point.fro or low for point in subset],
+            marker="v" if dead else "o",
+            color=category(run),
+            label="_dead" if dead else "_adapters",
+            **dots,
+        )
     named = sorted(outliers, key=lambda point: (point.fro, point.used))
-    heights = (
-        np.geomspace(low * 1.2, high / 1.2, len(named))
-        if len(named) > 2
-        else [point.fro or low for point in named]
-    )
+    _draw_names(ax, style, named, low, high)
+
+
+def _draw_names(
+    ax: Axes, style: PageStyle, named: Sequence[_Point], low: float, high: float
+) -> None:
+    """Write the names of points in a column at the right, in their order, each with a line to its
+    point.
+    """
+    heights: Sequence[float] = [point.fro or low for point in named]
+    if len(named) > 2:
+        heights = np.geomspace(low * 1.2, high / 1.2, len(named)).tolist()
     chars = fit_chars(0.9 * (1 - _PLOT) * ax.get_window_extent().width / ax.figure.dpi, style.ticks)
     short = crop_names([point.name for point in named], chars)
+    thin: dict[str, Any] = {
+        "color": QUIET,
+        "lw": 0.5 * style.line,
+        "alpha": 0.6,
+        "zorder": 1,
+        "clip_on": False,
+    }
     for point, y in zip(named, heights, strict=True):
         text = f"{short[point.name]}: {', '.join(point.outlier_kinds)}"
-        text = text if len(text) <= chars else short[point.name]
-        thin: dict[str, Any] = {
-            "color": QUIET,
-            "lw": 0.5 * style.line,
-            "alpha": 0.6,
-            "zorder": 1,
-            "clip_on": False,
-        }
+        if len(text) > chars:
+            text = short[point.name]
         ax.plot([point.used, 1.03, 1.06], [point.fro or low, y, y], label="_to a name", **thin)
         ax.text(1.07, y, text, size=style.ticks, va="center", parse_math=False, in_layout=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.records.names import RESIZABLE, part_of
 from lora_diag.records.run import Reason
 
@@ -62,28 +62,18 @@ class Side:
         return self.info.stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``.
-
-        Raises:
-            InputError: A file could not be read.
-        """
+        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``."""
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the spacing of the storage format at these entries; None where it follows from
         value and dtype.
-
-        Raises:
-            InputError: A file could not be read.
         """
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales of the codes at these entries; None if the format is not codes times a
         scale.
-
-        Raises:
-            InputError: A file could not be read.
         """
         return self.checkpoint.read_scales(self.name, self.offset + start, self.offset + stop)
 
@@ -115,9 +105,6 @@ class StoredDelta:
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its own dtype, from the first
         row to the last.
-
-        Raises:
-            InputError: A file could not be read.
         """
         yield from zip(
             row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True
@@ -129,9 +116,6 @@ class StoredDelta:
 
         Each is 1-D of the block's number of entries, float32; None for a side that is not
         quantized.
-
-        Raises:
-            InputError: A file could not be read, once the blocks are iterated.
         """
         if not (self.base.is_quantized or self.tuned.is_quantized):
             return None
@@ -251,9 +235,6 @@ def footprint(delta: Delta) -> int:
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
     """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip``
     blocks.
-
-    Raises:
-        InputError: A file could not be read.
     """
     rows = list(row_spans(shape))[skip:]
     spans = (
@@ -343,9 +324,6 @@ def pair(
         The pairs and the rest, both in natural order of names. Every tensor of either side is in
             one of the two; a
         resized embedding is in both.
-
-    Raises:
-        UsageError: A regular expression is invalid.
     """
     selected = selector(layers, exclude)
     deltas: list[Delta] = []
@@ -376,7 +354,7 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
             selected, shapes differ, or tensors are empty or not floating-point.
     """
     if not pairing.deltas:
-        raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
+        raise _make_nothing_paired_error(base, tuned, pairing.unpaired)
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
@@ -519,15 +497,9 @@ def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
 
 
 def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
-    """Return a predicate of names for ``--layers`` and ``--exclude``.
-
-    Raises:
-        UsageError: A regular expression is invalid.
-    """
-    included, excluded = (
-        _compile_pattern(layers, "--layers"),
-        _compile_pattern(exclude, "--exclude"),
-    )
+    """Return a predicate of names for ``--layers`` and ``--exclude``."""
+    included = compile_pattern(layers, "layers")
+    excluded = compile_pattern(exclude, "exclude")
 
     def is_selected(name: str) -> bool:
         return (included is None or bool(included.search(name))) and not (
@@ -537,8 +509,8 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     return is_selected
 
 
-def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    """Return the compiled pattern of an option; None without one.
+def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    """Return the compiled pattern of an option, named in the error; None without one.
 
     Raises:
         UsageError: It is no regular expression.
@@ -546,34 +518,33 @@ def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(
-            f"{option} {pattern}: not a valid regular expression ({error}); correct it"
-        ) from error
+        problem = f"not a valid regular expression ({error})"
+        raise UsageError(Given(option, pattern), problem, "correct it") from error
 
 
-def _explain_nothing_paired(
+def _make_nothing_paired_error(
     base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]
-) -> str:
-    """Return why no tensor of two checkpoints could be paired, and what to do."""
+) -> NothingComparedError:
+    """Return the error of two checkpoints of which no tensor could be paired."""
     common = [name for name in base if name in tuned]
     if not common:
-        return (
-            f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared "
-            "(BASE has names like "
-            f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
+        return NothingComparedError(
+            tuned.path,
+            f"no weight name in common with {base.path}, so nothing was compared (BASE has names "
+            f"like {min(base)}, TUNED like {min(tuned)})",
+            "give two checkpoints of one model",
         )
     reasons = sorted({tensor.reason for tensor in unpaired if tensor.layer in common})
     if reasons == ["not_selected"]:
-        return (
-            f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct "
-            "the expression"
-        )
+        problem = f"$layers or $exclude leaves out all {len(common)} weights"
+        return NothingComparedError(tuned.path, problem, "correct the expression")
     fix = (
         "give two checkpoints of one model"
         if "shape_differs" in reasons
         else "nothing was compared"
     )
-    return (
-        f"{tuned.path}: all {len(common)} weights in common with {base.path} are left out "
-        f"({', '.join(reasons)}); {fix}"
+    return NothingComparedError(
+        tuned.path,
+        f"all {len(common)} weights in common with {base.path} are left out ({', '.join(reasons)})",
+        fix,
     )

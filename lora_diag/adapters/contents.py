@@ -160,10 +160,6 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     Args:
         adapter: The adapter.
         base: Its BASE, for the weights' names there.
-
-    Raises:
-        InputError: An α in the file could not be read, or BASE gives no number of heads that fits a
-            GGUF adapter.
     """
     config = adapter.source.config
     values = config.values if config is not None and adapter.source.stored is None else {}
@@ -309,10 +305,6 @@ def find_missing_targets(
         has no ``target_modules``, it names parameters or all linear layers, it replicates layers,
             or none of the
         targeted weights is changed, since modules in memory have other names than in BASE.
-
-    Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
-            match.
     """
     config = adapter.source.config
     if config is None or (config.values.get("target_modules") or "all-linear") == "all-linear":
@@ -336,10 +328,6 @@ def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
     Args:
         config: The adapter's config.
         modules: The modules in memory, by the names of their weights.
-
-    Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
-            match.
     """
     targeted = find_targets(config, modules.values())
     targeted -= find_targets(config, targeted, "exclude_modules")

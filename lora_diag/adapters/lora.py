@@ -92,12 +92,7 @@ def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, floa
 
 
 def read_lora(source: AdapterFiles) -> Reading:
-    """Return the contents of a PEFT LoRA adapter.
-
-    Raises:
-        InputError: A part is missing, its parts are inconsistent or of several adapters, its config
-            is missing or invalid, or the variant is unsupported.
-    """
+    """Return the contents of a PEFT LoRA adapter."""
     config = source.settings
     _refuse_variants(source)
     # Used only in training.
@@ -459,9 +454,6 @@ def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[U
     """Return the updates, each assigned to the layer of BASE that it acts on, and notes.
 
     Without ``layer_replication`` the updates are unchanged, and there are no notes.
-
-    Raises:
-        InputError: The ranges are invalid, or an update belongs to a layer beyond them.
     """
     if "layer_replication" not in config:
         return updates, []

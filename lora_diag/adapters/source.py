@@ -22,7 +22,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError, UsageError, damaged, quote
+from lora_diag.errors import Given, InputError, UsageError, damaged, quote
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
@@ -66,11 +66,7 @@ class Config:
 
     @staticmethod
     def read(path: Path) -> Config:
-        """Return the settings in an adapter's config file.
-
-        Raises:
-            InputError: The file cannot be read, or does not hold a JSON object.
-        """
+        """Return the settings in an adapter's config file."""
         return Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
 
     def __contains__(self, key: str) -> bool:
@@ -210,7 +206,7 @@ class AdapterFiles:
         if self.config is None:
             problem = f"has no {CONFIG}, so the scaling of this adapter is unknown"
             raise damaged(
-                self.path, problem, f"add the {CONFIG} it was trained with, or give --alpha"
+                self.path, problem, f"add the {CONFIG} it was trained with, or give $alpha"
             )
         return self.config
 
@@ -221,9 +217,6 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
     Args:
         path: The folder or file, a Hugging Face Hub id, or an address.
         stated_alpha: α where the files give none.
-
-    Raises:
-        InputError: There are no weights, or they or the config cannot be read.
     """
     path = as_path(path)
     located = locate(path)
@@ -411,11 +404,9 @@ def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
     """
     alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
     if alpha is not None and is_rank:
-        raise UsageError(
-            "--alpha and --alpha-is-rank: contradict each other; give only one of them"
-        )
+        raise UsageError(Given("alpha"), "contradicts $alpha_is_rank", "give only one of them")
     if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
-        raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
+        raise UsageError(Given("alpha", alpha), "must be a finite number other than 0")
     return "rank" if is_rank else alpha
 
 
@@ -424,10 +415,6 @@ def add_config(source: AdapterFiles) -> AdapterFiles:
     factors and the given α.
 
     Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
-
-    Raises:
-        InputError: The file holds several adapters, or α = r is given and r or ``rank_pattern`` is
-            invalid.
     """
     if source.stated_alpha is None:
         return source

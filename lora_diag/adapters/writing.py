@@ -202,7 +202,7 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
             problem = f"the factors of {part.target.layer} differ when read back"
             reason = "since names and shapes of BASE do not determine its layout"
             raise damaged(
-                folder, f"{problem}, {reason}", "exclude it with --exclude and report this"
+                folder, f"{problem}, {reason}", "exclude it with $exclude and report this"
             )
 
 
@@ -326,9 +326,6 @@ def write_adapter(
         portable: Write one rank for all modules, with smaller factors padded with zeros, and plain
             names: every program then uses the same scale. Not for parameters.
         metadata: Metadata of the weights file, besides its format.
-
-    Raises:
-        InputError: A file cannot be written.
     """
     groups: dict[str, list[Part]] = {}
     for part in parts:
@@ -353,11 +350,7 @@ def write_adapter(
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the settings of an adapter.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
+    """Write the settings of an adapter."""
     write_whole(
         folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     )
@@ -372,9 +365,6 @@ def store_factors(
         file: The file; replaced if it exists.
         b: B ``(out, r)``.
         a: A ``(r, in)``, of the same dtype.
-
-    Raises:
-        InputError: The file cannot be written.
     """
     from safetensors.torch import save  # deferred: imports torch
 

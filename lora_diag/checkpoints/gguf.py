@@ -160,9 +160,6 @@ class GgufFile(TensorFile):
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks
         are decoded.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         import torch
 
@@ -183,9 +180,6 @@ class GgufFile(TensorFile):
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not
         quantized.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         if self.type_of(name).dtype is not None:
             return None
@@ -194,9 +188,6 @@ class GgufFile(TensorFile):
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None unless they
         are 8-bit codes.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         if self.type_of(name).dtype is not None or not (codec := self._find_codec(name)).is_8_bit:
             return None
@@ -440,10 +431,6 @@ def write_gguf(
         tensors: Shape and dtype (one of ``CODES``) of every tensor by its name, in the order of the
             file.
         read: Returns a tensor by its name; called once per tensor, in the order of the file.
-
-    Raises:
-        InputError: The file cannot be written.
-        ValueError: A tensor does not have the declared shape and dtype.
     """
     with replacing(path) as file:
         header = _make_header(fields, tensors)

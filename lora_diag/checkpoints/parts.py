@@ -334,11 +334,7 @@ class Boxes:
         return False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype).
-
-        Raises:
-            InputError: A file is damaged or cannot be read.
-        """
+        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype)."""
         import torch
 
         out = torch.empty(stop - start, dtype=getattr(torch, self.info.dtype))
@@ -346,11 +342,7 @@ class Boxes:
         return out
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of a small tensor, without torch.
-
-        Raises:
-            InputError: A file is damaged or cannot be read.
-        """
+        """Return the bytes of a small tensor, without torch."""
         import numpy as np
 
         content = np.empty(self.info.numel * WIDTH[self.info.dtype], np.uint8)

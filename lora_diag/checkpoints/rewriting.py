@@ -63,9 +63,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         file: The file; replaced if it exists.
         tensors: Contiguous.
-
-    Raises:
-        InputError: The file cannot be written.
     """
     infos = {
         name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -91,9 +88,6 @@ def write_changed(
         replaced: The new values.
         dtype: Dtype of all floating-point tensors; None for that in which each is read.
         metadata: Metadata of the file, besides its format.
-
-    Raises:
-        InputError: A file cannot be read or written.
     """
     by_name: dict[str, list[Replacement]] = {}
     for part in replaced:

@@ -99,9 +99,6 @@ class Change:
         Args:
             shape: ``(out, in)``.
             parts: Number of blocks into which each of 2^20 entries is split.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         if self.streamed is not None:
             yield from (
@@ -137,13 +134,6 @@ class Change:
             vectors: Whether to compute singular vectors, too.
             tol: Maximum error of an energy fraction; not used for factors.
             seed: Seed of random starting vectors.
-
-        Raises:
-            UsageError: The method is unknown, or ``top`` or ``tol`` is invalid; not for factors.
-            InputError: No driver of ``exact``, or of the core of factors, converged; or a file
-                could not be read again.
-            MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and
-                W_base.
         """
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
@@ -182,7 +172,6 @@ def load_change(
         ΔW; without matrix, factors and row blocks if an entry is not finite.
 
     Raises:
-        InputError: A file could not be read.
         MemoryLimitError: ΔW is not stored, has to be computed in full, and does not fit.
     """
     allowance = (
@@ -227,7 +216,7 @@ def load_change(
     ):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(
-            f"{shape}: --memory is too small for this update, which is computed in full; give more"
+            shape, "$memory is too small for this update, which is computed in full", "give more"
         )
     base_fro = None
     if delta.base is not None:
@@ -253,11 +242,7 @@ def _pass_on(blocks: Iterable[Tensor], on_block: Callable[[Tensor], None]) -> It
 
 
 def load_addend(delta: Delta) -> Addend:
-    """Return ΔW with its rows in float64; that of two stored sides is read on demand.
-
-    Raises:
-        InputError: A file could not be read.
-    """
+    """Return ΔW with its rows in float64; that of two stored sides is read on demand."""
     if isinstance(delta, FactoredDelta):
         b, a = delta.load()
         return Product(b.double(), a.double())
@@ -318,9 +303,6 @@ def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devic
 def compute_on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
     """Compute on a device, or on the CPU if the device is out of memory; return the result and a
     note for the record.
-
-    Raises:
-        MemoryLimitError: This machine is out of memory.
     """
     with _report_failed_allocations(), use_own_stream(device):
         try:
@@ -357,10 +339,6 @@ def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
     Args:
         measure: Measures a layer; returns a record, or a tuple of records.
         device: As in ``--device``.
-
-    Raises:
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))
     if not isinstance(records, tuple):
@@ -386,8 +364,8 @@ def _report_failed_allocations() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            fix = "give --memory less than this machine has, or --workers 1"
-            raise MemoryLimitError(f"out of memory; {fix}") from error
+            fix = "give $memory less than this machine has, or $workers 1"
+            raise MemoryLimitError("memory", "exhausted", fix) from error
         raise
 
 

@@ -159,9 +159,6 @@ class Estimate:
 
         Args:
             spans: Row ranges of the blocks; None for small ones.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         assert self.cells is not None
         if spans is None:
@@ -187,9 +184,6 @@ class Estimate:
         Args:
             memory: The limit in bytes; None without limit.
             stretch: Factor by which it is multiplied.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         assert self.cells is not None
         shape = self.cells.shape
@@ -234,7 +228,7 @@ def check_cell_memory(shape: tuple[int, int], memory: int | None) -> None:
     if memory is not None and _min_bytes(shape) > memory:
         size = "x".join(map(str, shape))
         raise MemoryLimitError(
-            f"{size}: its cells need {_min_bytes(shape) >> 20} MiB; give --memory more"
+            size, f"its cells need {_min_bytes(shape) >> 20} MiB", "give $memory more"
         )
 
 
@@ -425,10 +419,6 @@ def recover_layer(
         The estimate, whose ``hidden.status`` is ``not_hidden``, ``refused``, ``size_only`` or
             ``recovered``; the first
         two have no cells.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: The limit is too small for row blocks.
     """
     check_cell_memory(delta.shape, memory)
     pair = _pair_sides(delta, fro, device)
@@ -691,9 +681,6 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
 
     It is 0 where nothing can be estimated. Layers are ranked by it; its error is that of the
     sample.
-
-    Raises:
-        InputError: A file could not be read.
     """
     rows, columns = delta.shape
     span_rows = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))

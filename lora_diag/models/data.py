@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.errors import Given, InputError, UsageError, damaged
 from lora_diag.models.opening import Model
 
 # Columns of a data set that are read; others are ignored.
@@ -71,12 +71,7 @@ def check_texts(path: Path | str) -> None:
 
 
 def read_source(path: Path | str) -> TextSource:
-    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
-
-    Raises:
-        UsageError: The path is a data set, and datasets is not installed.
-        InputError: The path cannot be read, or holds no such contents.
-    """
+    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``."""
     check_texts(path)
     path = Path(path)
     return _read_data_set(path) if path.is_dir() else _read_file(path)
@@ -284,7 +279,6 @@ def read_texts(
         shifted: Whether the user declared it as shifted.
 
     Raises:
-        UsageError: The path is a data set, and datasets is not installed.
         InputError: The file cannot be read, its contents do not fit the kind of model, or it has
             nothing to predict.
     """
@@ -352,7 +346,9 @@ def check_names(texts: list[Texts]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
-                f"--eval: two evaluation sets have the name {name}; rename one of the files"
+                Given("eval"),
+                f"two evaluation sets have the name {name}",
+                "rename one of the files",
             )
 
 

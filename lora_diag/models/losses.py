@@ -50,7 +50,7 @@ class Losses:
             InputError: The loss is not finite.
         """
         if not self.is_finite:
-            raise InputError("the loss is not finite; check the weights, or use --dtype float32")
+            raise InputError(*NOT_FINITE)
         return float(self.sums.sum() / self.counts.sum())
 
     @property
@@ -111,6 +111,15 @@ class Losses:
             (1.0, 0.5)
         """
         return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
+
+    def between(self, base: Losses, tuned: Losses) -> dict[str, Any]:
+        """Return the fields of a record that compare the losses with those of TUNED and BASE, as
+        ``Probe`` documents them.
+        """
+        gap, error = self.minus(tuned)
+        change = base.mean - tuned.mean
+        kept = (base.mean - self.mean) / change + 0.0 if change else None
+        return {"loss": self.mean, "gap": gap, "gap_error": error, "kept": kept}
 
     def compare(self, base: Losses) -> dict[str, Any]:
         """Return the fields of a record that compare the losses with those of BASE, as ``Probe``
@@ -263,6 +272,8 @@ class Forgetting:
 Labels = Literal["data", "model"]
 LABELS = ("data", "model")
 
+NOT_FINITE = ("loss", "is not finite", "check the weights, or use $dtype float32")
+
 
 @dataclass
 class Draw:
@@ -322,9 +333,7 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
             ]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
-                raise InputError(
-                    "the loss is not finite; check the weights, or use --dtype float32"
-                )
+                raise InputError(*NOT_FINITE)
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()

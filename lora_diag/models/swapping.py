@@ -34,7 +34,6 @@ def truncated_layers(
         exclude: Regular expression; names with a match are not selected. Default none.
 
     Raises:
-        UsageError: A regular expression is invalid.
         NothingComparedError: No matrix is selected.
     """
     selected = selector(layers, exclude)
@@ -45,7 +44,9 @@ def truncated_layers(
     }
     if not truncated:
         raise NothingComparedError(
-            "no matrix outside embeddings and head is selected; check --layers and --exclude"
+            "TUNED",
+            "no matrix outside embeddings and head is selected",
+            "check $layers and $exclude",
         )
     return truncated
 
@@ -95,7 +96,7 @@ class Swapped:
         )
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             problem = "not part of the model that transformers builds from BASE"
-            raise damaged(missing, problem, "exclude it where the command has --exclude")
+            raise damaged(missing, problem, "exclude it where the command has $exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
         self._states = dict.fromkeys(
@@ -112,9 +113,6 @@ class Swapped:
                 same as ``FULL``.
             others: r of layers that are not named.
             match_norm: Whether every ΔW_r is lengthened to the norm of ΔW.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer in self._deltas:
             rank = ranks.get(layer, others)
@@ -129,9 +127,6 @@ class Swapped:
         Args:
             strengths: t by layer.
             others: t of layers that are not named.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer in self._deltas:
             strength = strengths.get(layer, others)
@@ -151,19 +146,11 @@ class Swapped:
         return list(self._deltas)
 
     def factors(self, layer: str) -> Factors:
-        """Return all singular values and vectors of one layer's ΔW.
-
-        Raises:
-            InputError: ΔW is not finite, or could not be read.
-        """
+        """Return all singular values and vectors of one layer's ΔW."""
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
-        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none of them changed.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
-        """
+        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none changed."""
         kept = total = 0.0
         for layer in layers:
             leading = self._decompose_layer(layer)
@@ -231,9 +218,10 @@ class Swapped:
         for (first, last), block in zip(row_spans(delta.shape), base_blocks, strict=True):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has other values than "
-                    "BASE's file, so "
-                    "it cannot be swapped; exclude it where the command has --exclude"
+                    layer,
+                    "the model that transformers builds from BASE has other values "
+                    "than BASE's file, so it cannot be swapped",
+                    "exclude it where the command has $exclude",
                 )
 
 
@@ -252,6 +240,6 @@ def _load_finite(delta: Delta) -> Change:
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
         raise InputError(
-            f"{delta.layer}: {change.non_finite}; exclude it where the command has --exclude"
+            delta.layer, change.non_finite, "exclude it where the command has $exclude"
         )
     return change

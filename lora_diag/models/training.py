@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import InputError, UsageError, require
+from lora_diag.errors import Given, InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
@@ -90,7 +90,6 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         kind: The kind of LoRA.
 
     Raises:
-        UsageError: peft is not installed.
         InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
     """
     with require("training an adapter", "train"):
@@ -104,7 +103,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
                 wrapped: Any = peft.get_peft_model(model.module, peft.LoraConfig(**options))
             except ValueError as error:
                 raise InputError(
-                    f"--target-modules: PEFT cannot adapt this model: {error}"
+                    Given("target_modules"), f"PEFT cannot adapt this model: {error}"
                 ) from error
         if kind.vectors:
             for parameter in vectors:
@@ -119,9 +118,6 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
 def load_factors(model: Model, path: Path) -> None:
     """Load the weights of PEFT's file of an adapter into a model of ``add_lora`` with the same
     configuration.
-
-    Raises:
-        InputError: The file cannot be read.
     """
     with require("reading an adapter", "train"):
         import peft
@@ -165,8 +161,11 @@ def check_checkpointing(module: Any) -> None:
         UsageError: transformers has no gradient checkpointing for this model.
     """
     if not getattr(module, "supports_gradient_checkpointing", False):
-        problem = f"--gradient-checkpointing: transformers has none for {type(module).__name__}"
-        raise UsageError(f"{problem}; remove the option")
+        raise UsageError(
+            Given("gradient_checkpointing"),
+            f"transformers has none for {type(module).__name__}",
+            "remove the option",
+        )
 
 
 @contextmanager
@@ -342,10 +341,6 @@ def run_cell(
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
-
-    Raises:
-        UsageError: See ``add_lora``.
-        InputError: See ``add_lora`` and ``train_in_place``.
     """
     by_set, train_loss = losses_after(model, cell, training, sets, after)
     return [
@@ -372,10 +367,6 @@ def losses_after(
         sets: Evaluation sets.
         after: Called after every step and every batch.
         keep: Called with the trained model.
-
-    Raises:
-        UsageError: See ``add_lora``.
-        InputError: See ``add_lora`` and ``train_in_place``.
     """
     torch.manual_seed(cell.seed)
     trainable = (

@@ -178,9 +178,6 @@ def weights_of(
     Returns:
         The weights, sorted by name; and for frozen weights under an adapter without one, the reason
             by name.
-
-    Raises:
-        UsageError: The weights are sharded over processes, so that no process has a whole gradient.
     """
     weights: list[Weight] = []
     unread: dict[str, str] = {}

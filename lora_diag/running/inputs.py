@@ -27,7 +27,7 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.gradients import Step, locate_rows
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import (
@@ -75,7 +75,6 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
 
     Raises:
         UsageError: It is an adapter, without a checkpoint in the same folder.
-        InputError: It cannot be read.
     """
     if isinstance(path, Checkpoint):
         return path
@@ -84,23 +83,6 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
     if adapters.is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
         raise UsageError(f"{path}: is an adapter, not BASE; give the model that it adapts first")
     return open_checkpoint(path)
-
-
-def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
-    """Open a checkpoint or an adapter by its headers.
-
-    Args:
-        path: Its path.
-        stated_alpha: α of an adapter whose files give none.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    return (
-        adapters.open_adapter(path, stated_alpha)
-        if adapters.is_adapter(locate(path))
-        else open_checkpoint(path)
-    )
 
 
 def open_update(
@@ -115,7 +97,6 @@ def open_update(
 
     Raises:
         UsageError: It is no adapter and there is no BASE, or a side holds second moments.
-        InputError: It cannot be read.
     """
     path = as_path(path)
     if adapters.is_adapter(locate(path)):
@@ -128,7 +109,7 @@ def open_update(
     for side in (base, tuned):
         if any(file.metadata.get("kind") == MOMENTS for file in side.files):
             raise UsageError(
-                f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations"
+                side.path, f"contains {MOMENTS}, not a checkpoint", "pass it with $activations"
             )
     return tuned
 
@@ -142,12 +123,6 @@ def pair_update(
 ) -> tuple[Pairing, Sequence[str]]:
     """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing;
     read no weight.
-
-    Raises:
-        InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights
-            have one name.
-        NothingComparedError: No weight is selected, or none can be compared.
-        UsageError: ``layers`` or ``exclude`` is not a valid regular expression.
     """
     notes: Sequence[str]
     if isinstance(update, Adapter):
@@ -226,7 +201,7 @@ def refuse_without_rounding(compared: Comparison) -> None:
     """
     if not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError(
-            "--recover: the factors of an adapter are the update; nothing is rounded away"
+            Given("recover"), "the factors of an adapter are the update", "nothing is rounded away"
         )
 
 
@@ -260,8 +235,9 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
                 each.base.name if each.base else each.layer for each in (earlier, delta)
             )
             raise InputError(
-                f"{delta.layer}: two weights have this name, from {names}; exclude one with "
-                "--exclude"
+                delta.layer,
+                f"two weights have this name, from {names}",
+                "exclude one with $exclude",
             )
 
 
@@ -373,11 +349,7 @@ def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: s
 def describe_adapter(
     adapter: Adapter, base: Checkpoint | None, pairing: Pairing, notes: Sequence[str], verify: bool
 ) -> RunInput:
-    """Return the description of an adapter for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of an adapter for the run record."""
     config = adapter.source.config
     targets = find_missing_targets(adapter, base, pairing) if base is not None else None
     base_name = config.text("base_model_name_or_path") if config is not None else ""
@@ -399,11 +371,7 @@ def describe_adapter(
 def describe(
     role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False
 ) -> RunInput:
-    """Return the description of a checkpoint for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of a checkpoint for the run record."""
     classes = checkpoint.config.get("architectures")
     class_name = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(
@@ -420,11 +388,7 @@ def describe(
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return the description of the gradients of steps for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of the gradients of steps for the run record."""
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = (
         f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}"
@@ -452,8 +416,10 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
     )
 
 
+# Problem and fix of ``kfac`` without second moments.
 NEEDS_ACTIVATIONS = (
-    "--kfac: needs --activations FILE, recorded with probe activations --output-gradients"
+    "needs $activations FILE",
+    "record it by probe activations with $output_gradients",
 )
 
 # Prefix of matrices that are not E[xxᵀ] of a layer's input but E[ggᵀ] of its output gradient.
@@ -542,7 +508,9 @@ def second_moments(
                 )
     if not compared:
         raise NothingComparedError(
-            f"--activations {path}: applies to matrices, and none is compared; change --layers"
+            Given("activations", path),
+            "applies to matrices, and none is compared",
+            "change $layers",
         )
     if not of:
         raise InputError(
@@ -551,7 +519,7 @@ def second_moments(
         )
     if kfac and not gradients:
         raise UsageError(
-            f"--kfac: {path} has no output gradients; record it with --output-gradients"
+            Given("kfac"), f"{path} has no output gradients", "record it with $output_gradients"
         )
     notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
     notes += [

@@ -25,7 +25,7 @@ from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tuning import planning, trials
+from lora_diag.tuning import TuneOptions, planning, trials
 from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
@@ -103,7 +103,7 @@ class Tuner:
 
     base: Path | str
     folder: Path
-    run_: TrainRun
+    run_: TrainRun[TuneOptions]
     target: Target
     plan: TunePlan
     kept: RunRecords[Any]
@@ -326,12 +326,6 @@ class Tuner:
     def run(self) -> tuple[Variant, Tune]:
         """Run all stages, and return the chosen configuration, with its adapter trained, and its
         record.
-
-        Raises:
-            InconclusiveError: No run is finished with a finite loss, or BASE has none.
-            InputError: The loss of BASE on training sequences is not finite, or a file cannot be
-                read or written.
-            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         plan = self.plan
         rules = "; ".join(
@@ -409,7 +403,7 @@ class Tuner:
         """
         path = self.folder / file
         self._seen = 0
-        shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
+        shared = self.run_.settings(*SWEEP_OPTIONS)
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
         options = {"steps": self.plan.steps, "widen": self.plan.widen, **options}
         self.deadline.stop_timing()
@@ -488,8 +482,9 @@ class Tuner:
         swept = swept_of(results)
         if swept is None or swept.verdict.best is None:
             raise InconclusiveError(
-                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more "
-                "--time"
+                self.folder,
+                "no rank is trained with a finite loss",
+                "lower $lr, or give more $time",
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return swept, trials.choose_rank(swept)

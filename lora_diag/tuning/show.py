@@ -17,35 +17,35 @@ from lora_diag.running.amounts import edge
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 
 STAGES = (
-    Shown("runs", "runs ≤", "training runs, at most", main=True),
-    Shown("seconds", "time", "estimated from a timed step", main=True, form="time"),
-    Shown("decides", "decides", "question that the stage answers", main=True),
+    Shown("runs", "runs ≤", "Training runs, at most", main=True),
+    Shown("seconds", "time", "Estimated from a timed step", main=True, form="time"),
+    Shown("decides", "decides", "Question that the stage answers", main=True),
 )
 DECISIONS = (
-    Shown("name", "on", "subject of the decision", main=True),
-    Shown("outcome", "outcome", "what was decided", main=True),
+    Shown("name", "on", "Subject of the decision", main=True),
+    Shown("outcome", "outcome", "What was decided", main=True),
     Shown("rank", "rank", "a shared rank", main=True),
     Shown(
         "gap",
         "gap",
-        "loss minus that of the incumbent, in nats",
+        "Loss minus that of the incumbent, in nats",
         main=True,
         form="+.4f",
         error="error",
     ),
-    Shown("seeds", "seeds", "seeds of the gap", main=True),
-    Shown("why", "why", "the reason", main=True),
+    Shown("seeds", "seeds", "Seeds of the gap", main=True),
+    Shown("why", "why", "The reason", main=True),
 )
 LOSSES = (
-    Shown("lr", "lr", "peak learning rate", main=True, form="g"),
-    Shown("params", "params", "trainable parameters", main=True, form="count"),
+    Shown("lr", "lr", "Peak learning rate", main=True, form="g"),
+    Shown("params", "params", "Trainable parameters", main=True, form="count"),
     Shown(
-        "loss", "seeds", "runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))
+        "loss", "seeds", "Runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))
     ),
     Shown(
         "loss",
         "loss",
-        "mean over seeds, in nats",
+        "Mean over seeds, in nats",
         main=True,
         form=".4f",
         pool=lambda runs: _average(runs),

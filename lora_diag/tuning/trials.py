@@ -506,10 +506,8 @@ class Trials:
         concurrently on a cluster.
 
         Raises:
-            UsageError: See ``train_variant``.
             InputError: An adapter that a worker wrote is not visible here, or see
                 ``train_variant``.
-            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         todo = [
             run
@@ -522,8 +520,9 @@ class Trials:
         for run, records in zip(todo, self._collect_results(todo), strict=True):
             if not run.is_written:
                 raise InputError(
-                    f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on "
-                    "storage that all nodes share"
+                    run.folder,
+                    "the adapter that a worker wrote is not visible here",
+                    "put $output on storage that all nodes share",
                 )
             self.kept.put(*records)
 
@@ -546,9 +545,6 @@ class Trials:
     def measure_base(self) -> None:
         """Measure BASE on every set and on as many training sequences as the largest set has,
         unless recorded.
-
-        Raises:
-            InputError: The loss on the training sequences is not finite.
         """
         if self._has(variant="base"):
             return
@@ -576,9 +572,6 @@ class Trials:
         Args:
             variant: The configuration; it trains factors only.
             folder: Folder of its trained adapter.
-
-        Raises:
-            InputError: The adapter cannot be read, or a loss is not finite.
         """
         if self._has(record="probe", name=variant.name):
             return
@@ -661,10 +654,6 @@ def train_variant(
         training: Settings shared by all runs.
         sets: Evaluation sets.
         after_step: Called after every step and every batch.
-
-    Raises:
-        UsageError: See ``losses_after``.
-        InputError: See ``losses_after``.
     """
     variant, params = run.variant, 0
 

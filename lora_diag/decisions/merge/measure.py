@@ -146,11 +146,6 @@ def merge_layer(
 
     Returns:
         One record per update; if an update is not finite, or all are zero, one ``left_out`` record.
-
-    Raises:
-        InputError: A file could not be read or written, or the dtype cannot hold the output.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit into the memory limit.
     """
     records: tuple[Merged | LeftOut, ...] = measure_on_device(
         partial(_merge_layer, task, settings, files[task.layer]), settings.device
@@ -178,13 +173,7 @@ class _Merge:
 
 
 def write_merge(task: MergeTask, settings: MergeSettings, file: Path) -> LeftOut | None:
-    """Write the merge of one layer without measuring what it keeps; return why there is none.
-
-    Raises:
-        InputError: A file could not be read or written, or the dtype cannot hold the output.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit into the memory limit.
-    """
+    """Write the merge of one layer without measuring what it keeps; return why there is none."""
     merged, _ = compute_on_device(
         partial(_write_merge, task, settings, file), resolve_device(settings.device)
     )
@@ -200,7 +189,7 @@ def _write_merge(
     if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
         needed = estimate_bytes(task, settings)
         use = "its updates and their merge take"
-        require_memory(needed, settings.memory, task.shape, use, "--exclude it")
+        require_memory(needed, settings.memory, task.shape, use, "$exclude it")
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
         change = load_change(update.delta, device)
@@ -441,8 +430,9 @@ def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(
-            f"{task.layer}: {dtype} cannot hold its merge; give --output-dtype float32, or "
-            "--exclude it"
+            task.layer,
+            f"{dtype} cannot hold its merge",
+            "give $output_dtype float32, or $exclude it",
         )
 
 

@@ -47,12 +47,11 @@ from lora_diag.decisions.targets import (
     BYTES,
     STATE,
     Training,
-    compile_pattern,
     read_memory,
     why_no_target,
 )
-from lora_diag.deltas import EXPERTS, natural_order
-from lora_diag.errors import UsageError
+from lora_diag.deltas import EXPERTS, compile_pattern, natural_order
+from lora_diag.errors import Given, UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, type_order
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
@@ -282,28 +281,27 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     ranks, dtype = sorted(set(arguments["ranks"])), arguments["dtype"]
     training = Training(arguments["optimizer"], dtype)
     if params is not None and memory is not None:
-        raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
+        raise UsageError(
+            Given("memory_budget"), "cannot be combined with $params", "give one of them"
+        )
     if arguments["data"] is not None and arguments["tokens"] is not None:
-        raise UsageError("--tokens: cannot be combined with --data; give one of them")
+        raise UsageError(Given("tokens"), "cannot be combined with $data", "give one of them")
     if not ranks or ranks[0] < 1:
         raise UsageError(
-            f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 "
-            "up"
+            Given("ranks", arguments["ranks"]), "ranks must be whole numbers from 1 up"
         )
-    included = compile_pattern(target, "--layers")
-    excluded = compile_pattern(arguments["exclude"], "--exclude")
+    included = compile_pattern(target, "layers")
+    excluded = compile_pattern(arguments["exclude"], "exclude")
     model = open_headers(base)
     infos = [model[name] for name in sorted(model, key=natural_order)]
     matrices = [make_matrix(info.name, info.shape) for info in infos if len(info.shape) > 1]
     chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
     if not chosen:
-        requested = f"--layers {target}" if target is not None else "the model"
-        raise UsageError(
-            f"{requested}: no matrix is selected for LoRA; check --layers and --exclude"
-        )
+        subject = "the model" if target is None else Given("layers", target)
+        raise UsageError(subject, "no matrix is selected for LoRA", "check $layers and $exclude")
     fit = None
     if params is not None:
-        budget = read_count(str(params), "--params")
+        budget = read_count(str(params), "params")
         fit = fit_ranks(chosen, ranks, f"--params {legible(str(params))}", budget)
     elif memory is not None:
         budget = math.floor(read_memory(memory) / training.bytes_per_param)
@@ -341,14 +339,9 @@ def _estimate_capacity(
 ) -> PlanCapacity | None:
     """Return the number of tokens of the data and the ranks by the rules of thumb; None without
     data or tokens.
-
-    Raises:
-        UsageError: The number of tokens, the length or the tokenizer is invalid, ``base`` is an
-            adapter, or a library to read the data is missing.
-        InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:
-        tokens = read_count(str(arguments["tokens"]), "--tokens")
+        tokens = read_count(str(arguments["tokens"]), "tokens")
         rules = apply_capacity_rules(chosen, tokens)
         return PlanCapacity(data="", about="as given", tokens=tokens, rules=rules)
     if arguments["data"] is None:
@@ -387,7 +380,7 @@ def _estimate_costs(
     from lora_diag.decisions.plan.cost import estimate_costs
 
     if top < 1:
-        raise UsageError(f"--top {top}: must be at least 1")
+        raise UsageError(Given("top", top), "must be at least 1")
     if model.kind == DERIVED:
         matrices = [part for matrix in matrices for part in split_experts(matrix)]
     return estimate_costs(matrices, compute_stored_size(model), top)
@@ -398,10 +391,6 @@ def open_headers(base: Path | str) -> Checkpoint:
     follow from it.
 
     Without weights, the kind is ``DERIVED``, and no entries can be read.
-
-    Raises:
-        UsageError: The path is an adapter.
-        InputError: Neither can be read.
     """
     base = as_path(base)
     path = locate(base)

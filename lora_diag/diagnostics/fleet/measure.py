@@ -103,9 +103,6 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
-
-    Raises:
-        InputError: A file could not be read.
     """
     indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
@@ -508,9 +505,6 @@ def fleet(
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     """Check that a cluster's worker has the same files, then measure one adapter as
     ``_measure_member``.
-
-    Raises:
-        InputError: The worker has other files.
     """
     for seen in (member.seen, settings.base):
         if seen is not None:
@@ -526,10 +520,10 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
     torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     try:
         if base is None and not is_adapter(locate(path)):
-            fix = "give its base with --base if it is a checkpoint"
+            fix = "give its base with $base if it is a checkpoint"
             if path.is_dir() and any(map(is_adapter, path.iterdir())):
                 fix = f"quote the pattern '{path}/**' for the adapters in it"
-            raise InputError(f"{path}: is not an adapter; {fix}")
+            raise InputError(path, "is not an adapter", fix)
         opened = open_base(base) if base is not None else None
         update = open_update(path, opened, settings.stated_alpha)
         deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas
@@ -549,7 +543,6 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     and so are paths directly in a folder that is also found.
 
     Raises:
-        InputError: An address is invalid or cannot be reached.
         NothingComparedError: No adapter was found.
     """
     patterns = list(patterns)

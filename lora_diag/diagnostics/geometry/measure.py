@@ -27,7 +27,7 @@ from lora_diag.diagnostics.geometry.nulls import (
     undo_rounding,
 )
 from lora_diag.diagnostics.geometry.parts import list_heads, measure_heads, split_magnitude
-from lora_diag.diagnostics.geometry.record import Baseline, Geometry, TokenDirection
+from lora_diag.diagnostics.geometry.record import Geometry, GeometryBaseline, TokenDirection
 from lora_diag.diagnostics.intruders.measure import (
     IntruderSettings,
     classify_directions,
@@ -104,11 +104,6 @@ def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | 
     Returns:
         One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
             the weight.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
@@ -122,7 +117,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     if settings.memory is not None and device.type == "cpu":
         needed = max_bytes(delta, settings)
         use = "both weights, their singular vectors and a baseline take"
-        require_memory(needed, settings.memory, delta.shape, use, "--exclude it")
+        require_memory(needed, settings.memory, delta.shape, use, "$exclude it")
     change = load_change(delta, device)
     if change.non_finite is not None:
         return not_finite(delta, change.non_finite)
@@ -250,7 +245,9 @@ def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float
     return float(left.mean()), float(right.mean())
 
 
-def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generator) -> Baseline:
+def _measure_chance(
+    frame: Frame, fro: float, draws: int, random: torch.Generator
+) -> GeometryBaseline:
     """Return the statistics of Gaussian updates of the same norm."""
     rows, columns = frame.weight.shape
     updates = (
@@ -261,7 +258,7 @@ def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generato
 
 def _measure_rounding(
     frame: Frame, update: Tensor, stored: str | None, draws: int, random: torch.Generator
-) -> Baseline | None:
+) -> GeometryBaseline | None:
     """Return the statistics of the rounding null; None without a format, or if rounding leaves
     nothing of any draw.
     """
@@ -314,10 +311,16 @@ def geometry(
         1.0
     """
     run = LayerRun("geometry", options, GeometryOptions)
-    k, eta, draws, lens = (run.options[name] for name in ("top", "eta", "draws", "lens"))
-    check_request(run.options["method"], k, run.options["tol"])
-    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws, lens=lens)
-    opened = open_base(base) if lens else base
+    options = run.options
+    check_request(options["method"], options["top"], options["tol"])
+    settings = run.settings(
+        GeometrySettings,
+        k=options["top"],
+        eta=options["eta"],
+        draws=options["draws"],
+        lens=options["lens"],
+    )
+    opened = open_base(base) if settings.lens else base
     if isinstance(opened, Checkpoint):
         find_tables(opened)
     return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

@@ -23,7 +23,7 @@ from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.files import RESULTS, check_outputs
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
@@ -145,9 +145,6 @@ def read_part(
 ) -> Part | Change:
     """Read and decompose one update; if an entry is not finite or the norm out of range, return its
     change.
-
-    Raises:
-        InputError: A file could not be read, or the decomposition did not converge.
     """
     change = load_change(update.delta, device)
     if change.non_finite is not None:
@@ -282,9 +279,6 @@ def measure_union(
         parts: The decomposed updates of the layer.
         changed: Those that are not zero.
         settings: Settings of the measurement.
-
-    Raises:
-        InputError: The decomposition of the sum did not converge.
     """
     weights = [part.update.weight for part in parts]
     summed = sum_matrices([part.matrix for part in parts], weights)
@@ -499,16 +493,12 @@ def max_bytes(task: LayerUpdates, settings: InterferenceSettings) -> int:
 
 
 def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
-    """Refuse a layer that does not fit into the memory limit.
-
-    Raises:
-        MemoryLimitError: The layer does not fit; the message states whether it would without TIES.
-    """
+    """Refuse a layer that does not fit into the memory limit."""
     if settings.memory is None:
         return
-    fix = "--exclude it"
+    fix = "$exclude it"
     if max_bytes(task, replace(settings, density=0.0)) <= settings.memory:
-        fix = "--density 0, which leaves out TIES and sign conflicts"
+        fix = "$density 0, which leaves out TIES and sign conflicts"
     description = "its updates with all their singular vectors"
     if all(isinstance(update.delta, FactoredDelta) for update in task.updates):
         description = "the entries of its updates, for TIES,"
@@ -529,11 +519,6 @@ def measure_layer(
         One record for each pair of nonzero updates, and one for all together; if an update is not
             finite or its norm
         is out of range, one ``left_out`` record instead.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit into the memory limit.
-        UsageError: The device is unknown or not available.
     """
     (*records, last), fallback = compute_on_device(
         partial(_measure_on, task, settings), resolve_device(settings.device)
@@ -663,16 +648,16 @@ def interference(
         (['interference', 'union'], (4, 16))
     """
     run = LayerRun("interference", options, InterferenceOptions)
-    weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
+    density = run.options["density"]
     settings = run.settings(
         InterferenceSettings,
-        ranks=check_ranks(ranks),
-        weights=_check_weights(weights, len(updates)),
+        ranks=check_ranks(run.options["ranks"]),
+        weights=_check_weights(run.options["weights"], len(updates)),
         density=density,
     )
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
-        raise UsageError(f"--density {density}: must lie between 0 and 1")
+        raise UsageError(Given("density", density), "must lie between 0 and 1")
     if len(updates) < 2:
         raise UsageError(
             "interference: fewer than two updates; give BASE and at least two updates, or at least "
@@ -702,12 +687,6 @@ def compare_updates(
 ) -> Results[Interference | Union]:
     """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of
     their sums.
-
-    Raises:
-        UsageError: An adapter comes first, but not all inputs are adapters; ``spectrum`` may not be
-            replaced; or as ``interference``.
-        InputError: As ``interference``.
-        NothingComparedError: As ``interference``.
     """
     overwrite = options.get("overwrite", False)
     check_outputs([*inputs, options.get("output")], [(spectrum, RESULTS)], overwrite)
@@ -741,9 +720,12 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
     weights = tuple(requested) if requested is not None else (1.0,) * update_count
     if len(weights) != update_count:
         raise UsageError(
-            f"--weights: {len(weights)} weights for {update_count} updates; give one for each, in "
-            "their order"
+            Given("weights"),
+            f"{len(weights)} weights for {update_count} updates",
+            "give one for each, in their order",
         )
     if not all(0 < weight < math.inf for weight in weights):
-        raise UsageError("--weights: must be positive; subtraction of updates is not measured")
+        raise UsageError(
+            Given("weights"), "must be positive", "subtraction of updates is not measured"
+        )
     return weights

@@ -124,12 +124,6 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
         One record for each adapter and reference; if the fine-tune is not finite or its norm out of
             range, a
         single ``left_out`` record, and if an adapter or reference is, one in place of its record.
-
-    Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
-            converge.
-        MemoryLimitError: An update does not fit.
-        UsageError: The device is unknown or not available.
     """
     return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
@@ -137,13 +131,7 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 def _measure_residual(
     layer: Layer, settings: LayerSettings, device: torch.device
 ) -> tuple[Residual | LeftOut, ...]:
-    """Return the records of a layer as ``measure_layer`` does, measured on this device.
-
-    Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
-            converge.
-        MemoryLimitError: An update does not fit.
-    """
+    """Return the records of a layer as ``measure_layer`` does, measured on this device."""
     # Thin factors are all read at once, because the largest rank determines how much of D is
     # needed; others one by one.
     thin = {
@@ -276,10 +264,6 @@ def _estimate_before_rounding(
 ) -> BeforeRounding | None:
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot
     be estimated.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: Its cells do not fit.
     """
     delta = layer.delta
     if not layer.recover or not isinstance(delta, StoredDelta):
@@ -377,17 +361,17 @@ def residual(
         (16, True)
     """
     run = LayerRun("residual", options, ResidualOptions)
-    reference, activations, recover = (
-        run.options[name] for name in ("reference", "activations", "recover")
-    )
+    reference, activations = run.options["reference"], run.options["activations"]
+    recover = run.options["recover"]
     check_request(run.options["method"], 1, run.options["tol"])
     others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
     if reference is not None:
         others.append((reference, "reference"))
     if not others:
         raise UsageError(
-            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full "
-            "fine-tune with --reference"
+            "residual",
+            "nothing to compare with TUNED",
+            "give at least one ADAPTER, or another full fine-tune with $reference",
         )
     refuse_repeated([path for path, _ in others], tuned)
     full = run.compare(base, tuned)

@@ -5,7 +5,7 @@ exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Pairing, Unpaired, selector
-from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
+from lora_diag.diagnostics.spectrum import SpectrumOptions
+from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
 from lora_diag.layers.resolution import make_resolution, noise_of
@@ -69,11 +70,6 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
             is small enough or
         there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or
             spacing overflows.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
-        UsageError: The device is unknown or not available.
     """
     try:
         (smaller, larger, spacing), fallback = compute_on_device(
@@ -100,7 +96,7 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 
     method = f"{smaller.method} of {len(history.snapshots)} gradients{fallback}"
     other = make_record(larger) if larger is not None else None
-    stack = Stack(
+    stack = GradientStack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side="left" if history.shape[0] < history.shape[1] else "right",
         other_energy=other.energy if other else None,
@@ -120,7 +116,6 @@ def _compute(
     memory. A single gradient has the same spectrum on both sides, and is read once.
 
     Raises:
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
         _NotFiniteError: An entry is not finite, or a norm or the spacing overflows.
     """
     if (
@@ -128,7 +123,7 @@ def _compute(
     ):  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
         require_memory(
-            max_bytes(history), settings.memory, history.shape, description, "--exclude it"
+            max_bytes(history), settings.memory, history.shape, description, "$exclude it"
         )
     spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
@@ -185,10 +180,7 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 
 
 def gradient_spectrum(
-    run: LayerRun,
-    base: Path | str | None,
-    gradients: Sequence[Path | str],
-    settings: SpectrumSettings,
+    run: LayerRun[SpectrumOptions], base: Path | str | None, settings: SpectrumSettings
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
@@ -201,17 +193,18 @@ def gradient_spectrum(
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(
-            f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or "
-            "gram"
+            Given("method", settings.method),
+            "gradients are summed up as Gram matrices",
+            "use auto or gram",
         )
+    gradients = run.options["gradients"]
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_base(base) if base is not None else None
     folders = {file.path.parent for step in steps for file in step.checkpoint.files}
     if checkpoint is not None and any(file.path.parent in folders for file in checkpoint.files):
         raise UsageError(
-            f"{base}: is among the gradients; repeat --gradients for each file, or give their "
-            "folder"
+            base, "is among the gradients", "repeat $gradients for each file, or give their folder"
         )
     matrices, unmatched = histories(steps, checkpoint)
     tasks = [history for history in matrices if selected(history.layer)]

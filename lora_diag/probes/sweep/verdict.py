@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
@@ -63,11 +63,11 @@ class AtRank:
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
-            "lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g"
+            "lr", "lr", "Learning rate with the lowest loss at the first seed", main=True, form="g"
         ),
-        Shown("seeds", "seeds", "runs at that rate that did not diverge", main=True),
-        Shown("mean", "loss", "mean over seeds, in nats", main=True, form=".4f"),
-        Shown("losses", "min to max", "over seeds", main=True, form=".4f", pool="ends"),
+        Shown("seeds", "seeds", "Runs at that rate that did not diverge", main=True),
+        Shown("mean", "loss", "Mean over seeds, in nats", main=True, form=".4f"),
+        Shown("losses", "min to max", "Over seeds", main=True, form=".4f", pool="ends"),
     )
     rank: int | None
     lr: float
@@ -670,15 +670,15 @@ def swept_rate(path: Path | str) -> str:
     Raises:
         UsageError: No rank is chosen: none has a gain, fewer than two have a loss, BASE has none,
             or the results are of another command.
-        InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)
     swept = swept_of(results)
     chosen = None if swept is None else swept.verdict.chosen
     if chosen is None:
         raise UsageError(
-            f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank "
-            "gains"
+            Given("sweep", name),
+            "names no learning rate",
+            "give results of probe sweep in which a rank gains",
         )
     settings = results.run.settings
     kind, steps = settings.get("kind", "LoRA, alpha = 2r"), settings.get("steps")

@@ -270,11 +270,8 @@ def trajectory(
         judged = Judge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
-    layers.torch = not all(
-        is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
-    )
-    if not layers.torch:
-        layers.usual_workers = 1  # products of all checkpoints' factors use all cores
+    if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
+        layers.use_numpy(workers=1)  # products of all checkpoints' factors use all cores
     ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(

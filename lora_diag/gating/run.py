@@ -30,8 +30,8 @@ from lora_diag.gating.sources import (
     Baseline,
     InputState,
     ResultsSource,
+    RuleSubject,
     Sources,
-    Subject,
     list_subjects,
     open_results,
     value_of,
@@ -293,7 +293,7 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
     The comparisons name the metric, unless all records are in that of the weights.
     """
     for kind, cls in KINDS.items():
-        by_metric: dict[str, list[Subject]] = {}
+        by_metric: dict[str, list[RuleSubject]] = {}
         for source in sources if cls.guards else ():
             metric: str = (
                 metric_of(source.results.layers) if "metric" in cls.model_fields else "weights"
@@ -308,7 +308,7 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
 
 
 def _draft_comparison(
-    kind: str, guard: Guard, subjects: Sequence[Subject], where: dict[str, Any]
+    kind: str, guard: Guard, subjects: Sequence[RuleSubject], where: dict[str, Any]
 ) -> str:
     """Return a comparison of a value with the baseline; empty if it is not known or zero, or
     limited by the rank.
@@ -325,7 +325,7 @@ def _draft_comparison(
     if not any(values):
         return ""  # no fraction of zero is a tolerance
     if guard.limit_by:
-        groups: dict[str, list[Subject]] = {}
+        groups: dict[str, list[RuleSubject]] = {}
         for subject in subjects:
             groups.setdefault(getattr(subject.record, guard.limit_by), []).append(subject)
         rules = (
@@ -349,7 +349,7 @@ def _draft_comparison(
 def _draft_limit(
     field: RecordField,
     guard: Guard,
-    subjects: Sequence[Subject],
+    subjects: Sequence[RuleSubject],
     where: Mapping[str, Any],
     number: int,
 ) -> str:
@@ -376,7 +376,7 @@ def _format_table(values: Mapping[str, str | bool]) -> str:
     return f"{{ {', '.join(pairs)} }}"
 
 
-def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
+def _draft_coverage(field: RecordField, subjects: Sequence[RuleSubject]) -> str:
     """Return the coverage for a field that is null in layers that changed; empty without any, or
     without all norms.
     """

@@ -124,7 +124,7 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class RuleSubject:
     """The subject of a rule: one record, or a missing one.
 
     Args:
@@ -153,7 +153,7 @@ def list_subjects(
     source: ResultsSource,
     left_out: frozenset[str] = frozenset(),
     name_file: bool = False,
-) -> list[Subject]:
+) -> list[RuleSubject]:
     """Return a subject for each record of one kind in a file, and for each missing one.
 
     Args:
@@ -169,7 +169,7 @@ def list_subjects(
     if kind not in LAYER_KINDS:
         whole = [record for record in (*results.whole, results.end) if isinstance(record, cls)]
         reason = "the run did not finish" if kind == "end" else f"the file has no {kind} record"
-        missing = [] if whole else [Subject(None, ", ".join(prefix), (0,), None, reason)]
+        missing = [] if whole else [RuleSubject(None, ", ".join(prefix), (0,), None, reason)]
         group, names = ", ".join(prefix), [""] * len(whole)
         if len(whole) > 1:
             names = [
@@ -178,7 +178,7 @@ def list_subjects(
             ]
         labels = [", ".join(filter(None, (group, name))) for name in names]
         return [
-            Subject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)
+            RuleSubject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)
         ] or missing
     group_fields = tuple(name for name in cls.key if name != "layer")
     groups: dict[tuple[Any, ...], list[Any]] = {}
@@ -201,18 +201,18 @@ def list_subjects(
     texts = list(
         dict.fromkeys(value for values in groups for value in values if isinstance(value, str))
     )
-    subjects: list[Subject] = []
+    subjects: list[RuleSubject] = []
     for values, of_group in (groups or {(): []}).items():
         key = tuple(texts.index(value) if isinstance(value, str) else value for value in values)
         names = [f"{name} {value}" for name, value in zip(group_fields, values, strict=False)]
         group = ", ".join((*prefix, *names))
         present = {record.layer for record in of_group}
         subjects += [
-            Subject(record.layer, group, key, record, fro=norms[record.layer])
+            RuleSubject(record.layer, group, key, record, fro=norms[record.layer])
             for record in of_group
         ]
         subjects += [
-            Subject(layer, group, key, None, reason, fro)
+            RuleSubject(layer, group, key, None, reason, fro)
             for layer, reason, fro in absent
             if layer not in present
         ]
@@ -220,7 +220,7 @@ def list_subjects(
 
 
 def value_of(
-    field: RecordField, subject: Subject, floor: str = "inconclusive"
+    field: RecordField, subject: RuleSubject, floor: str = "inconclusive"
 ) -> tuple[Value | None, str]:
     """Return the value of a subject for a rule, or None with the reason.
 
@@ -267,9 +267,11 @@ class Baseline:
     """
 
     sources: Sources
-    subjects: dict[str, dict[tuple[Any, ...], Subject]] = field(default_factory=dict, init=False)
+    subjects: dict[str, dict[tuple[Any, ...], RuleSubject]] = field(
+        default_factory=dict, init=False
+    )
 
-    def of_kind(self, kind: str) -> dict[tuple[Any, ...], Subject]:
+    def of_kind(self, kind: str) -> dict[tuple[Any, ...], RuleSubject]:
         """Return the subjects of a kind by metric, layer and key; one without a record where
         several have the key.
         """
@@ -289,13 +291,15 @@ class Baseline:
                     stored[key] = subject
         return self.subjects[kind]
 
-    def find(self, kind: str, subject: Subject) -> Subject | None:
+    def find(self, kind: str, subject: RuleSubject) -> RuleSubject | None:
         """Return the baseline's subject with the metric, layer and key of a measured one; None
         without one.
         """
         return self.of_kind(kind).get((_get_metric(subject), subject.layer, *subject.key))
 
-    def value(self, field: RecordField, subject: Subject, floor: str) -> tuple[float | None, str]:
+    def value(
+        self, field: RecordField, subject: RuleSubject, floor: str
+    ) -> tuple[float | None, str]:
         """Return the baseline's value of a field for a subject, or None with the reason."""
         stored = self.find(field.kind, subject)
         if stored is None:
@@ -344,7 +348,7 @@ class Baseline:
         return replace(source.results, layers=layers, end=totals(layers, source.results.left_out))
 
 
-def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
+def _get_metric(subject: RuleSubject, default: Metric = "weights") -> Metric:
     """Return the metric of a subject's record, ``weights`` if it has none; ``default`` if the
     record is missing.
     """
@@ -353,7 +357,7 @@ def _get_metric(subject: Subject, default: Metric = "weights") -> Metric:
 
 
 def _is_better(
-    new: Subject, old: Subject, fields: Sequence[tuple[Regression, RecordField]]
+    new: RuleSubject, old: RuleSubject, fields: Sequence[tuple[Regression, RecordField]]
 ) -> bool:
     """Return whether no compared value is worse or missing, and one is better."""
     gains = []

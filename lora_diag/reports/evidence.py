@@ -14,7 +14,12 @@ from typing import Any, NamedTuple, TypeVar
 from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.metrics.energy import curve_at
-from lora_diag.probes.outputs.show import Contest, choose_adapters, contests_of, deciding_sets
+from lora_diag.probes.outputs.show import (
+    AdapterContest,
+    choose_adapters,
+    contests_of,
+    deciding_sets,
+)
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.records.names import part_of
@@ -59,7 +64,7 @@ class Source:
         ]
 
 
-class Capacity(NamedTuple):
+class RankCapacity(NamedTuple):
     """The energy of one layer's update within a rank.
 
     Args:
@@ -188,7 +193,7 @@ class Evidence:
         return {path: next(iter(of_path)) for path, of_path in ranks.items() if len(of_path) == 1}
 
     @cached_property
-    def capacities(self) -> tuple[Capacity, ...]:
+    def capacities(self) -> tuple[RankCapacity, ...]:
         """Energy within the largest rank of any adapter, by layer; within ``DEFAULT_RANK`` without
         an adapter.
 
@@ -208,10 +213,10 @@ class Evidence:
             by_layer = {
                 layer: (DEFAULT_RANK, share) for layer, share in kept.items() if share is not None
             }
-        return tuple(Capacity(layer, *of_layer) for layer, of_layer in by_layer.items())
+        return tuple(RankCapacity(layer, *of_layer) for layer, of_layer in by_layer.items())
 
     @cached_property
-    def contests(self) -> list[Contest]:
+    def contests(self) -> list[AdapterContest]:
         """The comparison of every adapter with a full fine-tune by losses."""
         return [
             contest for _, records in self.losses("outputs") for contest in contests_of(records)

@@ -23,7 +23,7 @@ from lora_diag.records.vocabulary import METRIC_NAMES, metric_of
 from lora_diag.rendering.statements import Statement, short_paths
 from lora_diag.rendering.tables import Grid
 from lora_diag.rendering.text import list_counts, safe
-from lora_diag.reports.advice import Step, advice
+from lora_diag.reports.advice import AdviceStep, advice
 from lora_diag.reports.evidence import Evidence, Source
 
 # Keys of statements that the list of runs already contains.
@@ -37,7 +37,7 @@ _TEXT_ROLES = {"data", "eval", "shifted", "results", "baseline", "policy", "buil
 
 
 @dataclass(frozen=True, slots=True)
-class Section:
+class RunSection:
     """The section of one run.
 
     Args:
@@ -55,7 +55,7 @@ class Section:
     figures: tuple[str, ...]
 
 
-def sections_of(evidence: Evidence) -> list[Section]:
+def sections_of(evidence: Evidence) -> list[RunSection]:
     """Return a section for each run whose feature has one, in their declared order; runs of one
     command as given.
     """
@@ -72,7 +72,7 @@ def sections_of(evidence: Evidence) -> list[Section]:
             statements: list[Statement] = feature.load(feature.statements)(source.results)
             figures = kind.figures or tuple(figure.name for figure in feature.figures)
             sections.append(
-                Section(
+                RunSection(
                     f"{kind.title}: {name_updates(source)}",
                     kind.title,
                     tuple(
@@ -201,7 +201,7 @@ def _split_headline(answer: str) -> tuple[str, str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class ReportSubject:
     """The first part of a report.
 
     Args:
@@ -214,12 +214,12 @@ class Subject:
     title: str
     answers: tuple[Answer, ...]
     unfinished: tuple[str, ...]
-    advice: tuple[Step, ...]
+    advice: tuple[AdviceStep, ...]
 
 
-def subject_of(evidence: Evidence) -> Subject:
+def subject_of(evidence: Evidence) -> ReportSubject:
     """Return the first part of a report on several runs."""
-    return Subject(
+    return ReportSubject(
         title=_make_title(evidence),
         answers=tuple(answers(evidence)),
         unfinished=tuple(
@@ -243,7 +243,7 @@ def labels(paths: Sequence[str]) -> list[str]:
     return [names[stem] or "run" for stem in stems]
 
 
-def _make_safe(step: Step) -> Step:
+def _make_safe(step: AdviceStep) -> AdviceStep:
     """Return a step with text that is safe to show; its ``layers`` and ``facts`` are unchanged."""
     return replace(
         step,

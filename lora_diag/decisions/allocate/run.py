@@ -23,9 +23,13 @@ from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
 from lora_diag.decisions.allocate.measure import allocate as allocate_spectra
-from lora_diag.decisions.allocate.peft_config import Scaling, compare_with_peft, make_peft_config
+from lora_diag.decisions.allocate.peft_config import (
+    PeftScaling,
+    compare_with_peft,
+    make_peft_config,
+)
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
-from lora_diag.decisions.targets import Training, read_memory
+from lora_diag.decisions.targets import TrainingMemory, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import InputError, UsageError
@@ -390,13 +394,15 @@ def write_allocation(
         raise UsageError(
             "--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable"
         )
-    config = make_peft_config(results, Scaling(scaling, rslora))
+    config = make_peft_config(results, PeftScaling(scaling, rslora))
     if check is not None:
         from lora_diag.models.peft_check import (
             adapted_by_peft,
         )  # deferred: importing transformers takes seconds
 
-        compare_with_peft(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
+        compare_with_peft(
+            results, adapted_by_peft(config, locate(check)), PeftScaling(scaling, rslora)
+        )
     text = (
         json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
     )
@@ -434,7 +440,7 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
             unknown.
         InputError: The adapter to match cannot be read, or has no factors of known size.
     """
-    training = Training(arguments["optimizer"], arguments["dtype"])
+    training = TrainingMemory(arguments["optimizer"], arguments["dtype"])
     names = ("params", "total_rank", "memory_budget", "energy", "match")
     flags = {name: f"--{name.replace('_', '-')}" for name in names}
     given = [name for name in names if arguments[name] is not None]

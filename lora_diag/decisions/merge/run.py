@@ -24,9 +24,9 @@ from lora_diag.decisions.merge import (
     ALL,
     METHODS,
     JudgeOptions,
+    MergeMethod,
     MergeOptions,
     MergeRunOptions,
-    Method,
 )
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
@@ -295,7 +295,9 @@ def _select_writable(
     ]
 
 
-def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, options: MergeOptions) -> str:
+def _explain_unwritable(
+    tasks: Sequence[MergeTask], method: MergeMethod, options: MergeOptions
+) -> str:
     """Return why a method needs factors that an update lacks, or its merge has none and no rank is
     requested.
     """
@@ -314,7 +316,7 @@ def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, options: Mer
 
 
 def _choose_weights(
-    method: Method, requested: Sequence[float] | None, count: int
+    method: MergeMethod, requested: Sequence[float] | None, count: int
 ) -> tuple[float, ...]:
     """Return the weights: as given, divided by their sum for ``mean``, or the method's default.
 

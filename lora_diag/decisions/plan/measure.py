@@ -46,7 +46,7 @@ from lora_diag.decisions.plan.record import (
 from lora_diag.decisions.targets import (
     BYTES,
     STATE,
-    Training,
+    TrainingMemory,
     compile_pattern,
     read_memory,
     why_no_target,
@@ -189,7 +189,7 @@ def memory_of(params: int, dtype: str) -> dict[str, int]:
     >>> memory_of(1_000_000, "float32")["adamw"]
     16000000
     """
-    return {name: math.ceil(params * Training(name, dtype).bytes_per_param) for name in STATE}
+    return {name: math.ceil(params * TrainingMemory(name, dtype).bytes_per_param) for name in STATE}
 
 
 def fit_ranks(
@@ -285,7 +285,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     arguments = fill_options(PlanOptions, options)
     target, params, memory = arguments["layers"], arguments["params"], arguments["memory_budget"]
     ranks, dtype = sorted(set(arguments["ranks"])), arguments["dtype"]
-    training = Training(arguments["optimizer"], dtype)
+    training = TrainingMemory(arguments["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
     if arguments["data"] is not None and arguments["tokens"] is not None:

@@ -67,7 +67,7 @@ RULES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CombinationRule:
     """A rule that combines checkpoints.
 
     Args:
@@ -95,8 +95,8 @@ class Rule:
 
         Example:
             >>> (
-            ...     Rule("last", 2).weigh([10, 20, 30]).tolist(),
-            ...     Rule("linear", 0.5).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("last", 2).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("linear", 0.5).weigh([10, 20, 30]).tolist(),
             ... )
             ([0.0, 0.5, 0.5], [0.0, -0.5, 1.5])
         """
@@ -119,7 +119,7 @@ class Rule:
         return np.asarray(weights / weights.sum(), np.float64)
 
 
-def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
+def read_rules(options: Mapping[str, Any], count: int) -> list[CombinationRule]:
     """Return the rules of the options.
 
     Args:
@@ -149,7 +149,7 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                     f"--{option} {text}: unknown rule, or number out of range; use --average "
                     f"{forms}"
                 )
-            rules.append(Rule(kind, number))
+            rules.append(CombinationRule(kind, number))
     return list(dict.fromkeys(rules))
 
 

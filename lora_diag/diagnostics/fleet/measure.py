@@ -52,7 +52,7 @@ ENERGY = 0.99
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class MeasuredLayer:
     """The measurement of one layer of an adapter.
 
     Args:
@@ -76,12 +76,12 @@ def _make_measured(
     rank_99: int = 0,
     update: NDArray[np.float64] | None = None,
     space: NDArray[np.float64] | None = None,
-) -> Measured:
+) -> MeasuredLayer:
     """Return the measurement of a layer, without sketches if its update is zero."""
     if fro == 0.0:
-        return Measured(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
+        return MeasuredLayer(FleetLayer(fro=0.0, rank=rank, rank_99=0, spike=None))
     layer = FleetLayer(fro=fro, rank=rank, rank_99=rank_99, spike=min(1.0, (sigma_1 / fro) ** 2))
-    return Measured(layer, sigma_1, update, space)
+    return MeasuredLayer(layer, sigma_1, update, space)
 
 
 def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
@@ -93,7 +93,7 @@ def is_thin(delta: Delta) -> TypeGuard[FactoredDelta]:
     )
 
 
-def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
+def measure_thin(deltas: Sequence[FactoredDelta]) -> list[MeasuredLayer | None]:
     """Measure layers of one rank from their stored factors; None for those that ``measure_dense``
     has to measure.
 
@@ -123,7 +123,7 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
     )
     values = thin.thin_energies(left, right, np.array([layer.scale for layer in folded]))
     known = np.flatnonzero(values.energy_error <= thin.MAX_GRAM_ERROR).tolist()
-    measured: list[Measured | None] = [None] * len(deltas)
+    measured: list[MeasuredLayer | None] = [None] * len(deltas)
     if known:
         assert values.mix is not None
         chosen = thin.ThinValues(
@@ -177,7 +177,7 @@ def _concatenate(grams: Sequence[thin.Grams]) -> thin.Grams:
 
 def _measure_folded(
     deltas: Sequence[FactoredDelta], folded: Sequence[_Folded], values: thin.ThinValues
-) -> list[Measured | None]:
+) -> list[MeasuredLayer | None]:
     """Return the measurements of layers of one rank, given their values; None where a norm is not
     finite.
     """
@@ -220,7 +220,7 @@ def _normalize(arrays: Sequence[Numbers]) -> tuple[NDArray[Any], NDArray[np.floa
     return stack, size
 
 
-def measure_dense(path: str, delta: Delta, device: str) -> Measured:
+def measure_dense(path: str, delta: Delta, device: str) -> MeasuredLayer:
     """Measure one layer from its decomposition.
 
     Args:
@@ -310,7 +310,7 @@ def measure_adapter(path: str, kind: str, deltas: Iterable[Delta], device: str) 
 
 def _measure_layers(
     path: str, deltas: Iterable[Delta], device: str
-) -> Iterator[tuple[Delta, Measured]]:
+) -> Iterator[tuple[Delta, MeasuredLayer]]:
     """Yield each layer with its measurement, in order; on ``cpu``, measure consecutive thin ones of
     a rank together.
     """

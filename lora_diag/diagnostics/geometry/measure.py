@@ -18,7 +18,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
 from lora_diag.diagnostics.geometry.lens import DIRECTIONS, find_tables, look_through
-from lora_diag.diagnostics.geometry.movement import Frame, measure_movement, pool_draws
+from lora_diag.diagnostics.geometry.movement import MovementFrame, measure_movement, pool_draws
 from lora_diag.diagnostics.geometry.nulls import (
     add_stored,
     flip_signs,
@@ -145,7 +145,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
         else None
     )
     top = min(max(k, signal or 0, IntruderSettings().k), *delta.shape)
-    frame = Frame.of(weight, k, top, settings.eta, settings.method)
+    frame = MovementFrame.of(weight, k, top, settings.eta, settings.method)
     moved, spaces = measure_movement(frame, update, float(factors.s[0]))
     random = torch.Generator().manual_seed(
         (settings.seed + zlib.crc32(delta.layer.encode())) % 2**63
@@ -190,7 +190,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     )
 
 
-def _find_intruders(delta: Delta, frame: Frame, spaces: Spaces, fro: float) -> Intruders:
+def _find_intruders(delta: Delta, frame: MovementFrame, spaces: Spaces, fro: float) -> Intruders:
     """Return the record that ``intruders`` makes of a layer by default."""
     settings = IntruderSettings()
     k = min(settings.k, *delta.shape)
@@ -255,7 +255,7 @@ def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float
 
 
 def _measure_chance(
-    frame: Frame, fro: float, draws: int, random: torch.Generator
+    frame: MovementFrame, fro: float, draws: int, random: torch.Generator
 ) -> GeometryBaseline:
     """Return the statistics of Gaussian updates of the same norm."""
     rows, columns = frame.weight.shape
@@ -266,7 +266,7 @@ def _measure_chance(
 
 
 def _measure_rounding(
-    frame: Frame, update: Tensor, stored: str, draws: int, random: torch.Generator
+    frame: MovementFrame, update: Tensor, stored: str, draws: int, random: torch.Generator
 ) -> GeometryBaseline | None:
     """Return the statistics of the rounding null; None if rounding leaves nothing of any draw."""
     dtype = getattr(torch, stored)

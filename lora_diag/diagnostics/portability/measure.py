@@ -18,15 +18,15 @@ from lora_diag.adapters import Adapter, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, read_contents
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
-from lora_diag.adapters.updates import Site
+from lora_diag.adapters.updates import UpdateSite
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, DenseDelta, Pairing, Unpaired, drop_base, selector
 from lora_diag.diagnostics.portability import PortabilityOptions
 from lora_diag.diagnostics.portability.consumers import (
     CONSUMERS,
     Consumer,
+    ConsumerRule,
     Outcome,
-    Rule,
     find_refusal,
     join_reasons,
 )
@@ -181,7 +181,7 @@ def _measure_distance(
         or not item.scale
     ):
         return None
-    loaded = item.load(Site(delta.shape))
+    loaded = item.load(UpdateSite(delta.shape))
     assert isinstance(loaded, tuple)
     b, a = loaded
     if (len(b), a.shape[1]) != delta.shape:
@@ -367,7 +367,10 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
             )
         if counterpart.load is None or item.load is None or counterpart.part in NONLINEAR_PARTS:
             continue
-        written, original = item.load(Site(item.shape)), counterpart.load(Site(counterpart.shape))
+        written, original = (
+            item.load(UpdateSite(item.shape)),
+            counterpart.load(UpdateSite(counterpart.shape)),
+        )
         assert isinstance(written, tuple)
         assert isinstance(original, tuple)
         norm = frobenius_distance(original, (original[0] * 0, original[1]))
@@ -375,7 +378,7 @@ def measure_rounding(before: Adapter, after: Path, base: Checkpoint | None) -> d
     return errors
 
 
-Chosen = dict[Name, tuple[Consumer, Rule]]
+Chosen = dict[Name, tuple[Consumer, ConsumerRule]]
 
 
 @show_options
@@ -518,7 +521,7 @@ def make_tasks(
         UsageError: The consumer that defines the intended ΔW is unknown, has no rule for its
             version, or refuses the adapter.
     """
-    reference: Rule | None = None
+    reference: ConsumerRule | None = None
     if intended is not None:
         ((name, (consumer, reference)),) = choose_rules([intended], contents.form).items()
         if reason := find_refusal(consumer, reference, contents, max_lora_rank):
@@ -710,7 +713,7 @@ def rules_grids() -> list[Grid]:
     return grids
 
 
-def _make_column(consumer: Consumer, rule: Rule, features: Iterable[Contents]) -> Column:
+def _make_column(consumer: Consumer, rule: ConsumerRule, features: Iterable[Contents]) -> Column:
     """Return the column of a rule: its treatment of each feature."""
     cells = []
     for contents in features:

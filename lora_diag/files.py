@@ -189,12 +189,13 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
                 lock(path)
             )  # refused while another process writes it, when it must not be deleted
             raise UsageError(
-                f"{path}: holds an unfinished run; resume it with --resume, or delete the file"
+                path, "holds an unfinished run", "resume it with $resume, or delete the file"
             )
         if not overwrite and not kind.is_at(path):
             raise UsageError(
-                f"{path}: exists and is not {kind.name} written by loradiag; choose another name, "
-                "or replace it with --overwrite"
+                path,
+                f"exists and is not {kind.name} written by loradiag",
+                "choose another name, or replace it with $overwrite",
             )
     except FileNotFoundError:
         return

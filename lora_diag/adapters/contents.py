@@ -78,7 +78,7 @@ class Item:
         shape: ``(out, in)`` or ``(n,)``, without the sizes that only BASE determines; of a weight
             in full, as stored.
         kernel: ``(in, kh, kw)`` of a convolution; else empty.
-        load: Loads ``(s·B, A)`` for a ``UpdateSite``; None without factors.
+        load: Loads ``(s·B, A)`` for an ``UpdateSite``; None without factors.
     """
 
     layer: str

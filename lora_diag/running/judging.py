@@ -108,4 +108,4 @@ def require_finite(name: str, texts: Iterable[Texts], losses: Iterable[Losses]) 
     for each, own in zip(texts, losses, strict=True):
         if not own.is_finite:
             problem = f"its loss on {each.name} is not finite"
-            raise InputError(f"{name}: {problem}; check the weights, or use --dtype float32")
+            raise InputError(name, problem, "check the weights, or use $dtype float32")

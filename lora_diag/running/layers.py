@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, footprint, natural_order
-from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.errors import Given, MemoryLimitError, UsageError
 from lora_diag.layers.task import LayerSettings, left_out_rows, left_out_vector
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.amounts import read_bytes
@@ -67,11 +67,13 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     kind = "cuda" if engine.gpus_per_task else "cpu"
     if device not in {"auto", kind}:
         fix = (
-            "add --gpus-per-task 1 for cuda"
+            "add $gpus_per_task 1 for cuda"
             if kind == "cpu"
-            else "with --gpus-per-task, leave out --device"
+            else "with $gpus_per_task, leave out $device"
         )
-        raise UsageError(f"--device {device}: not the device of the cluster's tasks, {kind}; {fix}")
+        raise UsageError(
+            Given("device", device), f"not the device of the cluster's tasks, {kind}", fix
+        )
     return DevicePlan(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
@@ -85,10 +87,11 @@ def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
         return None
     if engine is not None:
         raise UsageError(
-            "--memory: not available with --engine ray; Ray's scheduler uses the memory of each "
-            "node"
+            Given("memory"),
+            "not available with $engine ray",
+            "Ray's scheduler uses the memory of each node",
         )
-    return text if isinstance(text, int) else read_bytes(text, "--memory")
+    return text if isinstance(text, int) else read_bytes(text, "memory")
 
 
 def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
@@ -98,9 +101,7 @@ def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
         UsageError: There is no rank, or one below ``minimum``.
     """
     if not ranks or min(ranks) < minimum:
-        raise UsageError(
-            f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {minimum} up"
-        )
+        raise UsageError(Given("ranks", ranks), f"ranks must be whole numbers from {minimum} up")
     return tuple(sorted(set(ranks)))
 
 

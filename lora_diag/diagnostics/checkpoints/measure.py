@@ -25,7 +25,7 @@ from lora_diag.diagnostics.checkpoints.series import (
     list_checkpoints,
 )
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
 from lora_diag.records import Probe, Results
 from lora_diag.running.fingerprint import legible
@@ -262,7 +262,9 @@ def trajectory(
     judged = None
     if options["evaluate"]:
         if options["base"] is None:
-            raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
+            raise UsageError(
+                Given("eval"), "needs the model", "give BASE after the run, or with $base"
+            )
         from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
 
         judged = Judge(options, options["base"], steps)
@@ -311,13 +313,13 @@ def _refuse_without_losses(options: CheckpointsOptions) -> None:
     Raises:
         UsageError: One is given.
     """
-    for flag, given in (
-        ("--average", options["average"]),
-        ("--extrapolate", options["extrapolate"]),
-        ("--shifted", options["shifted"]),
+    for option, value in (
+        ("average", options["average"]),
+        ("extrapolate", options["extrapolate"]),
+        ("shifted", options["shifted"]),
     ):
-        if given:
-            raise UsageError(f"{flag}: needs held-out losses; give --eval FILE")
+        if value:
+            raise UsageError(Given(option), "needs held-out losses", "give $eval FILE")
 
 
 def _require_adapters(steps: Sequence[Step]) -> None:
@@ -372,11 +374,11 @@ def measure_run(
     if not follow:
         return trajectory(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
-        problem = (
-            "shows one run, or a monitor's results file; give its path, without -o, --json "
-            "and --eval"
+        raise UsageError(
+            Given("follow"),
+            "shows one run, or a monitor's results file",
+            "give its path, without $output, $json and $eval",
         )
-        raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(

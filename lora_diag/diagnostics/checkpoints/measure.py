@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import locate
+from lora_diag.adapters import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
@@ -239,7 +238,7 @@ def trajectory(
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
     options = layers.options
     series = find_series([run] if isinstance(run, str | Path) else run)
-    base = None if options["base"] is None else open_base(options["base"])
+    base = None if options["base"] is None else open_base(locate(options["base"]))
     if base is None:
         _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
@@ -270,11 +269,8 @@ def trajectory(
         judged = Judge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
-    layers.torch = not all(
-        is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
-    )
-    if not layers.torch:
-        layers.usual_workers = 1  # products of all checkpoints' factors use all cores
+    if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
+        layers.use_numpy(workers=1)  # products of all checkpoints' factors use all cores
     ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(
@@ -330,7 +326,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
         UsageError: One has weights of a model.
     """
     for step in steps:
-        if is_adapter(locate(step.path)):
+        if locate(step.path).is_adapter:
             continue
         if step.path.is_dir() and not holds_weights(step.path):
             raise InputError(
@@ -364,9 +360,6 @@ def measure_run(
 ) -> Results[CheckpointLayer]:
     """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
     option.
-
-    Raises:
-        LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
     """
     paths = [Path(path) for path in inputs]
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):

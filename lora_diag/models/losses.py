@@ -63,6 +63,10 @@ class Losses:
         """The sums to 6 decimals, as records keep them."""
         return tuple(round(float(value), 6) for value in self.sums)
 
+    def round(self) -> Losses:
+        """Return the losses as records keep them."""
+        return Losses(torch.tensor(self.rounded, dtype=torch.float64), self.counts)
+
     @classmethod
     def of(cls, sums: Iterable[float], counts: Iterable[int]) -> Losses:
         """Return the losses of sequences from the sum and the number of predictions of each."""

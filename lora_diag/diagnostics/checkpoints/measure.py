@@ -36,7 +36,7 @@ from lora_diag.running.progress import RunRecords
 from lora_diag.thin import MAX_RANK
 
 if TYPE_CHECKING:
-    from lora_diag.diagnostics.checkpoints.judge import Judge
+    from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
 # Why an update with finite factors is not finite.
 OVERFLOW = "a norm overflows float64"
@@ -263,9 +263,11 @@ def trajectory(
     if layers.options["evaluate"] and base is None:
         raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
     if layers.options["evaluate"]:
-        from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
+        from lora_diag.diagnostics.checkpoints.judge import (
+            CheckpointJudge,
+        )  # deferred: imports torch
 
-        judged = Judge(layers.options, layers.options["base"], steps)
+        judged = CheckpointJudge(layers.options, layers.options["base"], steps)
     elif given:
         raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
     layers.torch = not all(
@@ -328,7 +330,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
 def _conclude(
     steps: Sequence[Step],
     series: Series,
-    judged: Judge | None,
+    judged: CheckpointJudge | None,
     records: RunRecords[CheckpointLayer],
 ) -> None:
     """Write the records of the checkpoints, and that of the run."""

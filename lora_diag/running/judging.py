@@ -15,7 +15,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from lora_diag.errors import InputError
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import LossesBySet
 from lora_diag.records import WholeRecord
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
@@ -90,9 +90,9 @@ class Judge(Generic[C]):
     texts: Sequence[Texts]
     records: RunRecords[Any]
     ends: Sequence[C]
-    measure: Callable[[C], Sequence[Losses]]
+    measure: Callable[[C], LossesBySet]
     make_record: Callable[..., WholeRecord]
-    found: list[Sequence[Losses]] = field(default_factory=list)
+    found: list[LossesBySet] = field(default_factory=list)
 
     def judge(self, contenders: Iterable[C], later: int = 0, note: str = "") -> None:
         """Measure the ends, then the contenders that have no records yet.
@@ -112,7 +112,7 @@ class Judge(Generic[C]):
         self.run.estimate(self.texts[0], work, note)
         for end in self.ends:
             losses = self.measure(end)
-            require_finite(end.label, self.texts, losses)
+            require_finite(end.label, losses)
             self.found.append(losses)
         for end, losses in zip(self.ends, self.found, strict=True):
             self._put(end, losses)
@@ -123,19 +123,20 @@ class Judge(Generic[C]):
         for contender in list_missing(self.records, self.texts, contenders):
             self._put(contender, self.measure(contender))
 
-    def _put(self, contender: C, losses: Sequence[Losses]) -> None:
+    def _put(self, contender: C, losses: LossesBySet) -> None:
         """Write the records of a contender."""
-        for texts, own, *ends in zip(self.texts, losses, *self.found, strict=True):
+        for texts in self.texts:
+            own, *ends = (found[texts.name] for found in (losses, *self.found))
             self.records.put(self.make_record(contender, texts, own, *ends))
 
 
-def require_finite(name: str, texts: Iterable[Texts], losses: Iterable[Losses]) -> None:
+def require_finite(name: str, losses: LossesBySet) -> None:
     """Require that a model, given by its name, has a finite loss on every set.
 
     Raises:
         InputError: A loss is not finite.
     """
-    for each, own in zip(texts, losses, strict=True):
+    for text_set, own in losses.items():
         if not own.is_finite:
-            problem = f"its loss on {each.name} is not finite"
+            problem = f"its loss on {text_set} is not finite"
             raise InputError(f"{name}: {problem}; check the weights, or use --dtype float32")

@@ -235,7 +235,7 @@ def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
     alike = [
         name
         for name, each in merges.items()
-        if each is not group and not _is_worse(each, group, counts)
+        if each is not group and not _is_worse(each, group, counts, len(merges) - 1)
     ]
     tied = (
         f"; not significantly worse on any text: {list_names(alike, len(METHODS))}" if alike else ""
@@ -271,17 +271,20 @@ def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
 
 
 def _is_worse(
-    records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]
+    records: Sequence[MergedLoss],
+    chosen: Sequence[MergedLoss],
+    counts: Sequence[Sequence[int]],
+    others: int,
 ) -> bool:
-    """Return whether a merge is significantly worse than the chosen one on any text, or has no
-    finite loss.
+    """Return whether a merge, one of several others, is significantly worse than the chosen one on
+    any text, or has no finite loss.
     """
     for own, best, of_set in zip(records, chosen, counts, strict=True):
         if not own.nll:
             return True
         rest = slice(own.skipped, None)
         gap, error = paired_difference(own.nll[rest], best.nll[rest], of_set[rest])
-        half = paired_half(error, len(of_set[rest]))
+        half = paired_half(error, len(of_set[rest]), others)
         if half is not None and gap > half:
             return True
     return False

@@ -49,7 +49,7 @@ from lora_diag.errors import InputError, UsageError
 from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import Losses, LossesBySet
 from lora_diag.models.opening import open_tokens
 from lora_diag.models.swapping import Swapped
 from lora_diag.records import Probe
@@ -296,9 +296,10 @@ class CheckpointJudge:
                 finite.
         """
 
-        def measure(contender: NamedModel) -> list[Losses]:
+        def measure(contender: NamedModel) -> LossesBySet:
             if contender.name in lost:
-                return [Losses(own.sums * math.nan, own.counts) for own in judge.found[0]]
+                found = judge.found[0].items()
+                return {name: Losses(own.sums * math.nan, own.counts) for name, own in found}
             with contender.applied():
                 return self._run.measure(self._texts, contender.label)
 

@@ -263,9 +263,8 @@ def trajectory(
     if layers.options["evaluate"] and base is None:
         raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
     if layers.options["evaluate"]:
-        from lora_diag.diagnostics.checkpoints.judge import (
-            CheckpointJudge,
-        )  # deferred: imports torch
+        # Deferred: imports torch.
+        from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
         judged = CheckpointJudge(layers.options, layers.options["base"], steps)
     elif given:

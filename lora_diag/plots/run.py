@@ -294,27 +294,30 @@ def plot(
         ... )  # doctest: +SKIP
         >>> plot(results, output="energy.pdf", figure="energy")  # doctest: +SKIP
     """
-    values = fill_options(PlotOptions, options)
-    figure, layers, overwrite = values["figure"], values["layers"], values["overwrite"]
+    options = fill_options(PlotOptions, options)
+    figure, layers, overwrite = options["figure"], options["layers"], options["overwrite"]
     if not results:
         raise UsageError("no results: give at least one results file")
     path = Path(output)
     folder_exists = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in FORMATS and not folder_exists
-    file_format = _choose_format(path, single, values["format"])
+    file_format = _choose_format(path, single, options["format"])
     _check_output(path, file_format if single else None, folder_exists, overwrite)
     if single and figure == "all":
         raise UsageError(
             f"{path}: one file cannot hold all figures; give a folder, or one --figure"
         )
-    if single and figure is None and values["field"] is not None:
+    if single and figure is None and options["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
-    for option, name, used in (("--field", "field", "field"), ("--show-rank", "show_rank", "rank")):
+    for flag, value, used in (
+        ("--field", options["field"], "field"),
+        ("--show-rank", options["show_rank"], "rank"),
+    ):
         users = [spec.name for spec in FIGURES if used in spec.options]
-        if values[name] is not None and not {spec.name for spec in specs} & set(users):
+        if value is not None and not {spec.name for spec in specs} & set(users):
             raise UsageError(
-                f"{option} {values[name]}: not used by {figure}; use it with {' or '.join(users)}"
+                f"{flag} {value}: not used by {figure}; use it with {' or '.join(users)}"
             )
     runs = [source if isinstance(source, Results) else read_results(source) for source in results]
     try:
@@ -333,15 +336,15 @@ def plot(
             f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
         )
     figure_options: FigureOptions = {
-        "labels": values["labels"],
-        "width": values["width"],
-        "per": values["per"],
-        "field": values["field"],
-        "rank": values["show_rank"],
+        "labels": options["labels"],
+        "width": options["width"],
+        "per": options["per"],
+        "field": options["field"],
+        "rank": options["show_rank"],
         "files": ()
         if any(isinstance(source, Results) for source in results)
         else tuple(map(str, results)),
-        "plain": values["plain"],
+        "plain": options["plain"],
     }
     drawn_figures: list[Drawn] = []
     pages: dict[Path, tuple[Page, PageStyle]] = {}
@@ -376,7 +379,7 @@ def plot(
             target.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-        content = encode_figure(_draw(*page), file_format, values["width"])
+        content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     if not pages:
         reasons = "; ".join(

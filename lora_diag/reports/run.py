@@ -80,13 +80,11 @@ def report(
         >>> print(report(results, format="md").splitlines()[0])
         # full_ft compared with base
     """
-    arguments = fill_options(ReportOptions, options)
-    output, format, overwrite, values = (
-        arguments[name] for name in ("output", "format", "overwrite", "values")
-    )
+    options = fill_options(ReportOptions, options)
+    output, values, overwrite = options["output"], options["values"], options["overwrite"]
     if not results:
         raise UsageError("no results: give at least one results file")
-    output_format = format_of(output, format)
+    output_format = format_of(output, options["format"])
     renderer, kind = _RENDERERS[output_format]
     if values and output_format not in _TABLES:
         raise UsageError(

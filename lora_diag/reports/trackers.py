@@ -46,8 +46,7 @@ def run_report(
     if project is not None and to is None:
         raise UsageError("--project: names a project of a tracker; add --to")
     if to is not None:
-        defaults = fill_options(ReportOptions, {})
-        if any(value != defaults[name] for name, value in options.items()):
+        if fill_options(ReportOptions, options) != fill_options(ReportOptions, {}):
             raise UsageError(
                 "--to: sends the report instead of writing a file; leave out -o and its options"
             )

@@ -86,7 +86,7 @@ class Judge(Generic[C]):
         found: The losses of the ends on every set, once they are measured.
     """
 
-    run: ProbeRun
+    run: ProbeRun[Any]
     texts: Sequence[Texts]
     records: RunRecords[Any]
     ends: Sequence[C]

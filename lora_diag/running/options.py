@@ -18,7 +18,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ForwardRef,
+    Literal,
+    Required,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
 from lora_diag.errors import UsageError
 from lora_diag.running.amounts import MAX_RATE
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from lora_diag.running.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
+# A ``TypedDict`` of options.
+G = TypeVar("G")
 
 # Parts of a command's help, in this order: inputs, computation, output, execution.
 INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
@@ -206,6 +218,7 @@ REFERENCE = Option(
     None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS
 )
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
+Labels = Literal["data", "model"]
 LABELS = Option(
     "data", "Labels of the loss: those of the text, or sampled from the model.", "data|model"
 )
@@ -553,7 +566,7 @@ def _list_common() -> dict[str, Option]:
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
-def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
+def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
@@ -580,7 +593,12 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
     }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
         raise UsageError("--resume: give the results file of the interrupted run with -o")
-    return filled
+    return cast(G, filled)
+
+
+def select_options(group: type[G], options: Mapping[str, object]) -> G:
+    """Return those of the options that another group declares, too."""
+    return cast(G, {name: options[name] for name in list_options(group)})
 
 
 def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun, time_steps
+from lora_diag.tuning import TuneOptions
 from lora_diag.tuning.record import TunePlan, TuneStage
 from lora_diag.tuning.trials import find_shortest_names, target_modules
 
@@ -462,7 +463,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
 
 def plan_of(
-    base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int
+    base: Path | str, run: TrainRun[TuneOptions], target: Target, limit: float | None, slots: int
 ) -> TunePlan:
     """Return the plan of a search.
 
@@ -480,9 +481,14 @@ def plan_of(
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)
-    budgets = {name: options[name] for name in ("params", "memory_budget")}
     target_pattern = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
-    budget_plan = plan(base, layers=target_pattern, tokens=max(1, tokens), **budgets)
+    budget_plan = plan(
+        base,
+        layers=target_pattern,
+        tokens=max(1, tokens),
+        params=options["params"],
+        memory_budget=options["memory_budget"],
+    )
     assert budget_plan.fit is not None
     assert budget_plan.capacity is not None
     largest = budget_plan.fit.rank
@@ -494,7 +500,7 @@ def plan_of(
             f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
             "give a budget of at least that, or choose fewer layers with --target-modules"
         )
-    settings = _make_settings(run, largest)
+    settings = _make_settings(options, largest)
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
         raise UsageError(
             f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}"
@@ -529,11 +535,10 @@ def plan_of(
     return fit_plan(whole, limit)
 
 
-def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
+def _make_settings(options: TuneOptions, largest: int) -> dict[str, Any]:
     """Return the fields of a plan that follow from the options: those of a search without
     omissions.
     """
-    options = run.options
     return {
         "ranks": tuple(check_ranks(options["ranks"]))
         if options["ranks"]
@@ -545,7 +550,7 @@ def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
     }
 
 
-def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
+def extend_plan(plan: TunePlan, options: TuneOptions, limit: float, slots: int) -> TunePlan:
     """Return the plan of a search that is given more time: all options as given, as far as this
     limit allows.
 
@@ -553,7 +558,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
 
     Args:
         plan: The earlier plan.
-        run: Its options.
+        options: All options of the run.
         limit: Seconds.
         slots: Concurrent runs.
 
@@ -568,9 +573,9 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
             "give at least that, or remove --time"
         )
     whole = {
-        **_make_settings(run, plan.largest),
+        **_make_settings(options, plan.largest),
         "slots": slots,
-        "full": plan.full_step_seconds > 0 and not run.options["no_full"],
+        "full": plan.full_step_seconds > 0 and not options["no_full"],
         "left_out": tuple(
             item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}
         ),

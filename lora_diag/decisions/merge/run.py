@@ -122,14 +122,14 @@ def merge(
         >>> [(record.rank, round(record.weight, 3)) for record in found]
         [(20, 0.5), (20, 0.5)]
     """
-    arguments = fill_options(MergeOptions, options)
+    options = fill_options(MergeOptions, options)
     if not updates:
         raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
-    full, form, portable = (arguments[name] for name in ("full", "format", "portable"))
-    candidates = list_candidates(arguments, len(updates))
+    full, form, portable = options["full"], options["format"], options["portable"]
+    candidates = list_candidates(options, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
-    folder = MergeFolder(Path(output), (base, *paths), arguments["overwrite"], arguments["resume"])
+    folder = MergeFolder(Path(output), (base, *paths), options["overwrite"], options["resume"])
     run = LayerRun(
         "merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions
     )
@@ -144,7 +144,7 @@ def merge(
         tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
         skipped.unpaired,
     )
-    sides = _find_sides(pairing, base) if full or arguments["evaluate"] else {}
+    sides = _find_sides(pairing, base) if full or options["evaluate"] else {}
     planned = None
     if full:
         tasks = [
@@ -162,26 +162,26 @@ def merge(
             MergeTask(item.layer, item.shape, item.updates, transposed=turned)
             for item, turned in kept
         ]
-    candidates = _select_writable(candidates, tasks, arguments)
+    candidates = _select_writable(candidates, tasks, options)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
     settings = run.settings(
         MergeSettings,
         count=len(paths),
-        **{name: arguments[name] for name in ("scale", "rank", "energy")},
-        dtype=arguments["output_dtype"] or (None if full else "float32"),
+        scale=options["scale"],
+        rank=options["rank"],
+        energy=options["energy"],
+        dtype=options["output_dtype"] or (None if full else "float32"),
     )
     method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
-    if arguments["evaluate"]:
-        judge = MergeJudge(
-            arguments, base, compared, short_paths([legible(path) for path in paths])
-        )
+    if options["evaluate"]:
+        judge = MergeJudge(options, base, compared, short_paths([legible(path) for path in paths]))
         if (
             folder.whole
         ):  # what was chosen; settings that do not fit it are refused as of any resumed run
             written = read_results(folder.records).run.settings
             method, scale = (
                 written["method"],
-                written["scale"] if arguments["scales"] else settings.scale,
+                written["scale"] if options["scales"] else settings.scale,
             )
         else:
             losses = judge.judge(candidates, tasks, sides, settings, folder.final)
@@ -197,7 +197,10 @@ def merge(
     own = {
         "method": chosen.method.name,
         "scale": settings.scale,
-        **{name: arguments[name] for name in ("rank", "energy", "full", "output_dtype")},
+        "rank": options["rank"],
+        "energy": options["energy"],
+        "full": full,
+        "output_dtype": options["output_dtype"],
         "weights": list(chosen.weights),
         "density": chosen.density,
         **({"portable": True} if portable else {}),
@@ -210,8 +213,8 @@ def merge(
         if not any(record.rank or (full and record.merged_fro) for record in layers):
             folder.discard()
             raise _make_nothing_error(results)
-        name = arguments["base_name"] or loadable(legible(base.parent if base.is_file() else base))
-        metadata = {RECIPE: _write_recipe(results, own, arguments["seed"])}
+        name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
+        metadata = {RECIPE: _write_recipe(results, own, options["seed"])}
         if not folder.whole and planned is not None:
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
@@ -219,7 +222,7 @@ def merge(
             replaced = [
                 Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts
             ]
-            write_changed(folder.work, opened, replaced, arguments["output_dtype"], metadata)
+            write_changed(folder.work, opened, replaced, options["output_dtype"], metadata)
         typed = list_words(
             MergeOptions, results.run, *list_options(JudgeOptions)
         )  # what they chose is in the others
@@ -244,23 +247,23 @@ def merge(
     )
 
 
-def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]:
+def list_candidates(options: MergeOptions, count: int) -> list[Candidate]:
     """Return the merges that the options request: one, or with ``all`` one per method.
 
     Args:
-        arguments: All options of ``merge``.
+        options: All options of ``merge``.
         count: K.
 
     Raises:
         UsageError: An option is out of range or does not apply, or merges are compared without an
             evaluation set.
     """
-    name, density = arguments["method"], arguments["density"]
+    name, density = options["method"], options["density"]
     if count == 1 and (name == ALL or not METHODS[name].linear):
         raise UsageError(
             f"--method {name}: merges several updates; give two or more, or --scale alone for one"
         )
-    _check_numbers(arguments)
+    _check_numbers(options)
     methods = METHODS.values() if name == ALL else [METHODS[name]]
     if density is not None and all(method.density is None for method in methods):
         raise UsageError(
@@ -269,7 +272,7 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
     return [
         Candidate(
             method,
-            _choose_weights(method, arguments["weights"], count),
+            _choose_weights(method, options["weights"], count),
             method.density if density is None or method.density is None else density,
         )
         for method in methods
@@ -277,14 +280,14 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
 
 
 def _select_writable(
-    candidates: Sequence[Candidate], tasks: Sequence[MergeTask], arguments: Mapping[str, Any]
+    candidates: Sequence[Candidate], tasks: Sequence[MergeTask], options: MergeOptions
 ) -> list[Candidate]:
     """Return the candidates that can be written as requested; a single one must be.
 
     Raises:
         UsageError: None can, for want of factors.
     """
-    problems = [_explain_unwritable(tasks, candidate.method, arguments) for candidate in candidates]
+    problems = [_explain_unwritable(tasks, candidate.method, options) for candidate in candidates]
     if all(problems):
         raise UsageError(problems[-1])
     return [
@@ -292,13 +295,11 @@ def _select_writable(
     ]
 
 
-def _explain_unwritable(
-    tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]
-) -> str:
+def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, options: MergeOptions) -> str:
     """Return why a method needs factors that an update lacks, or its merge has none and no rank is
     requested.
     """
-    limited = arguments["full"] or arguments["rank"] or arguments["energy"]
+    limited = options["full"] or options["rank"] or options["energy"]
     for task in tasks:
         dense = task.is_matrix and not task.factored
         if dense and method.needs_factors:
@@ -337,43 +338,42 @@ def _choose_weights(
     return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
 
 
-def _check_numbers(arguments: Mapping[str, Any]) -> None:
+def _check_numbers(options: MergeOptions) -> None:
     """Check the numbers among the options, and which are given together.
 
     Raises:
         UsageError: A number is out of range, or an option does not apply.
     """
-    rank, energy, density, full = (
-        arguments[name] for name in ("rank", "energy", "density", "full")
-    )
-    scales = [arguments["scale"], *arguments["scales"]]
-    bad_scale = next((scale for scale in scales if not math.isfinite(scale) or scale == 0), None)
-    compared = (
-        "--method all" if arguments["method"] == ALL else "--scales" if arguments["scales"] else ""
-    )
-    of_adapters = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
-    of_adapters["--format"] = arguments["format"] != PEFT
-    given = next((option for option, value in of_adapters.items() if value), "")
-    text = "give --eval NAME=FILE, held-out text of each task"
-    for is_wrong, problem in (
-        (
-            rank is not None and energy is not None,
-            "merge: give one of --rank R and --energy FRACTION",
-        ),
-        (rank is not None and rank < 1, f"--rank {rank}: must be a whole number from 1 up"),
-        (bad_scale is not None, f"--scale {bad_scale}: must be finite and not 0"),
-        (
-            density is not None and not 0 < density <= 1,
-            f"--density {density}: must be above 0 and at most 1",
-        ),
-        (full and given, f"{given}: applies to adapters; remove it, or --checkpoint"),
-        (
-            compared and not arguments["evaluate"],
-            f"{compared}: compares merges by their loss; {text}",
-        ),
-    ):
-        if is_wrong:
-            raise UsageError(problem)
+    rank, energy, density = options["rank"], options["energy"], options["density"]
+    if rank is not None and energy is not None:
+        raise UsageError("merge: give one of --rank R and --energy FRACTION")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+    for scale in (options["scale"], *options["scales"]):
+        if not math.isfinite(scale) or scale == 0:
+            raise UsageError(f"--scale {scale}: must be finite and not 0")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(f"--density {density}: must be above 0 and at most 1")
+    of_adapters = {
+        "--rank": rank,
+        "--energy": energy,
+        "--portable": options["portable"],
+        "--format": options["format"] != PEFT,
+    }
+    for flag, given in of_adapters.items():
+        if options["full"] and given:
+            raise UsageError(f"{flag}: applies to adapters; remove it, or --checkpoint")
+    if options["evaluate"]:
+        compares = ""
+    elif options["method"] == ALL:
+        compares = "--method all"
+    else:
+        compares = "--scales" if options["scales"] else ""
+    if compares:
+        raise UsageError(
+            f"{compares}: compares merges by their loss; give --eval NAME=FILE, held-out text of "
+            "each task"
+        )
     if energy is not None:
         read_share(energy, "--energy")
 

@@ -443,7 +443,8 @@ def plan_merge(
     if engine is not None and engine.gpus_per_task:
         raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
     run = LayerRun("plan-merge", options, PlanMergeOptions)
-    target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
+    options = run.options
+    target = _make_target(options["to"], options["group_size"], options["scale"])
     refused = (
         Checkpoint,
         "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT",

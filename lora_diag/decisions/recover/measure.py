@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -64,7 +64,13 @@ from lora_diag.running.amounts import read_count, read_share, read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
+from lora_diag.running.options import (
+    FolderOptions,
+    LayerOptions,
+    fill_options,
+    select_options,
+    show_options,
+)
 from lora_diag.running.output_folder import CARD, OutputFolder, list_words
 
 # Source of what is written for a layer.
@@ -434,40 +440,41 @@ def recover(
         >>> found[0].status
         'not_hidden'
     """
-    resolved = fill_options(RecoverOptions, options)
+    options = fill_options(RecoverOptions, options)
     start = time.time()
-    rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
-    limit = None if resolved["time"] is None else read_time(resolved["time"])
-    if limit is not None and resolved["params"] is not None:
+    rank, energy, full = options["rank"], options["energy"], options["full"]
+    time_limit = options["time"]
+    seconds = math.inf if time_limit is None else read_time(time_limit)
+    if time_limit is not None and options["params"] is not None:
         raise UsageError(
             "--time: a budget of --params needs the estimates of all layers; give --rank or "
             "--energy"
         )
-    params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
-    leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
-    nearest, overwrite = resolved["nearest"], resolved["overwrite"]
+    params = None if options["params"] is None else read_count(str(options["params"]), "--params")
+    leave_out_refused = options["leave_out_refused"]
+    nearest, overwrite = options["nearest"], options["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
     writes_factors = rank is not None or energy is not None or params is not None
-    if resolved["resume"] and output is None:
+    if options["resume"] and output is None:
         raise UsageError("--resume: give the output of the interrupted run with -o")
     base, tuned = as_path(base), as_path(tuned)
     folder: OutputFolder | None = None
-    run_options: dict[str, Any] = {name: resolved[name] for name in list_options(FolderOptions)}
+    records_file = {"output": output, "overwrite": overwrite}
     if writes_factors or full:
         assert output is not None
         folder_class = CheckpointFolder if full else AdapterFolder
-        folder = folder_class(Path(output), (base, tuned), overwrite, resolved["resume"])
-        run_options["output"] = folder.records
+        folder = folder_class(Path(output), (base, tuned), overwrite, options["resume"])
+        records_file = {"output": folder.records}
     else:
         if nearest:
             raise UsageError(
                 f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}"
             )
         if output is not None:
-            check_results_file(Path(output), resolved["resume"], overwrite)
-        run_options |= {"output": output, "overwrite": overwrite}
-    run = LayerRun("recover", run_options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
+            check_results_file(Path(output), options["resume"], overwrite)
+    common = select_options(FolderOptions, options)
+    run = LayerRun("recover", {**common, **records_file}, LayerOptions)
+    method, tol = options["method"], options["tol"]
     check_request(method, None if method != "krylov" else 1, tol)
     refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
     compared = run.compare(base, tuned, refuse=refused)
@@ -483,12 +490,12 @@ def recover(
         files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
         run.layout(tasks)  # refuses a memory limit before the folder is made
         folder.open()
-    settings = LayerSettings(method, tol, seed, run.where.tasks)
+    settings = LayerSettings(method, tol, options["seed"], run.where.tasks)
     deadline = None
-    if limit is not None:
+    if time_limit is not None:
         energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = Deadline(start + limit, resolved["time"], energies)
+        deadline = Deadline(start + seconds, time_limit, energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -507,7 +514,7 @@ def recover(
             if not out_of_time:
                 folder.discard()
             raise _make_nothing_to_write_error(tuned, results, leave_out_refused)
-        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, results.left_out, files, name)
         elif not folder.whole:
@@ -535,10 +542,14 @@ def recover(
         )
 
     requested = {
-        name: resolved[name]
-        for name in ("rank", "energy", "params", "full", "leave_out_refused", "nearest")
+        "rank": rank,
+        "energy": energy,
+        "params": params,
+        "full": full,
+        "leave_out_refused": leave_out_refused,
+        "nearest": nearest,
+        "curve": list(DEFAULT_RANKS),
     }
-    requested |= {"params": params, "curve": list(DEFAULT_RANKS)}
     return run.over(
         tasks,
         partial(_measure_layer, files=files, deadline=deadline),
@@ -557,7 +568,7 @@ def _spend_budget(
     params: int,
     folder: OutputFolder,
     files: Mapping[str, Path],
-    run: LayerRun,
+    run: LayerRun[LayerOptions],
     settings: LayerSettings,
     compared: Comparison,
 ) -> list[RecoveryTask]:
@@ -576,7 +587,7 @@ def _spend_budget(
         "resume": folder.spectra.exists(),
         "overwrite": False,
     }
-    records = LayerRun("recover", options).over(
+    records = LayerRun("recover", options, LayerOptions).over(
         tasks,
         partial(_measure_layer, files=files),
         estimate_bytes,

@@ -237,8 +237,9 @@ def trajectory(
         NothingComparedError: The folder contains no checkpoint, or no weight is selected.
     """
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
+    options = layers.options
     series = find_series([run] if isinstance(run, str | Path) else run)
-    base = None if layers.options["base"] is None else open_base(layers.options["base"])
+    base = None if options["base"] is None else open_base(options["base"])
     if base is None:
         _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
@@ -258,23 +259,22 @@ def trajectory(
         problem = "holds a model unlike all checkpoints, and its step is not known"
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
-    given = [name for name in ("average", "extrapolate", "shifted") if layers.options[name]]
     judged = None
-    if layers.options["evaluate"] and base is None:
-        raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
-    if layers.options["evaluate"]:
+    if options["evaluate"]:
+        if options["base"] is None:
+            raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
         # Deferred: imports torch.
         from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
-        judged = CheckpointJudge(layers.options, layers.options["base"], steps)
-    elif given:
-        raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
+        judged = CheckpointJudge(options, options["base"], steps)
+    else:
+        _refuse_without_losses(options)
     layers.torch = not all(
         is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
     )
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
-    ranks, k = check_ranks(layers.options["ranks"]), layers.options["directions"]
+    ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(
         factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers
@@ -304,6 +304,21 @@ def trajectory(
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
     )
+
+
+def _refuse_without_losses(options: CheckpointsOptions) -> None:
+    """Refuse the options that need an evaluation set.
+
+    Raises:
+        UsageError: One is given.
+    """
+    for flag, given in (
+        ("--average", options["average"]),
+        ("--extrapolate", options["extrapolate"]),
+        ("--shifted", options["shifted"]),
+    ):
+        if given:
+            raise UsageError(f"{flag}: needs held-out losses; give --eval FILE")
 
 
 def _require_adapters(steps: Sequence[Step]) -> None:

@@ -670,11 +670,11 @@ def interference(
         (['interference', 'union'], (4, 16))
     """
     run = LayerRun("interference", options, InterferenceOptions)
-    weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
+    density = run.options["density"]
     settings = run.settings(
         InterferenceSettings,
-        ranks=check_ranks(ranks),
-        weights=_check_weights(weights, len(updates)),
+        ranks=check_ranks(run.options["ranks"]),
+        weights=_check_weights(run.options["weights"], len(updates)),
         density=density,
     )
     check_request(settings.method, 1, settings.tol)

@@ -233,8 +233,9 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options, IntruderOptions)
-    k, epsilon, window = (run.options[name] for name in ("top", "epsilon", "window"))
-    check_request(run.options["method"], k, run.options["tol"])
+    options = run.options
+    k, epsilon, window = options["top"], options["epsilon"], options["window"]
+    check_request(options["method"], k, options["tol"])
     if not 0 < epsilon < 1:
         raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
     if not 0 <= window < 1:

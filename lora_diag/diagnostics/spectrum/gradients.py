@@ -5,7 +5,7 @@ exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Pairing, Unpaired, selector
+from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
 from lora_diag.errors import NothingComparedError, UsageError
@@ -180,10 +181,7 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 
 
 def gradient_spectrum(
-    run: LayerRun,
-    base: Path | str | None,
-    gradients: Sequence[Path | str],
-    settings: SpectrumSettings,
+    run: LayerRun[SpectrumOptions], base: Path | str | None, settings: SpectrumSettings
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
@@ -199,6 +197,7 @@ def gradient_spectrum(
             f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or "
             "gram"
         )
+    gradients = run.options["gradients"]
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_base(base) if base is not None else None

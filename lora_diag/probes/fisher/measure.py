@@ -344,8 +344,8 @@ def probe_fisher(
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    evaluate, labels, seed = run.options.evaluate, run.options.labels, run.options.seed
-    check_ranks(run.options.ranks)
+    evaluate, labels, seed = run.options["evaluate"], run.options["labels"], run.options["seed"]
+    check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError("--eval: F is compared with measurements on one set; give one file")
     run.check_files(base, tuned, needs_set=False)
@@ -360,16 +360,16 @@ def probe_fisher(
             f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers "
             "or --exclude"
         )
-    sets = [run.read(path) for path in (run.options.data, *evaluate)]
-    has_effects = bool(evaluate) or run.options.measure
+    sets = [run.read(path) for path in (run.options["data"], *evaluate)]
+    has_effects = bool(evaluate) or run.options["measure"]
 
     def count_tokens() -> float:
         passes = _BACKWARD * sum(1 for _ in groups_of({layer: chosen[layer] for layer in modules}))
-        measured = has_effects * len(modules) * len(run.options.ranks)
+        measured = has_effects * len(modules) * len(run.options["ranks"])
         return passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
 
     texts, *others = run.fit(sets, count_tokens, (*SEQUENCES, ("ranks", (8, 64)), ("ranks", (8,))))
-    ranks = check_ranks(run.options.ranks)
+    ranks = check_ranks(run.options["ranks"])
     effect_texts = (others or [texts])[0] if has_effects else None
     swapped = Swapped(model, deltas, max(ranks))
     probe = _Probe(run, swapped, modules, texts, effect_texts, ranks, Draw(labels, seed))
@@ -415,7 +415,7 @@ class _Probe:
         draw: Labels of the loss.
     """
 
-    run: ProbeRun
+    run: ProbeRun[FisherOptions]
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts

@@ -246,7 +246,7 @@ def probe_outputs(
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
-    reference = run.options.reference
+    reference = run.options["reference"]
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
     if not models and tuned is None:

@@ -14,6 +14,8 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,9 +47,9 @@ RETRIES = 3
 STORE_BYTES = 80 * 2**20
 # Seconds to wait for an answer at an address.
 ANSWER_SECONDS = 30.0
-# The start of HTTP/2, the protocol of Ray's head, with empty settings; the answer is a frame of
-# settings.
-GREETING, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
+# Connects to a cluster in a process of its own: ``ray.init`` has no time limit, and retries for
+# minutes where no cluster answers.
+CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
 
 # Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into
 # memory and retries it forever.
@@ -147,13 +149,12 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         }
     else:
         _check_answers(origin, str(address))
-    from ray._private import (
-        worker,
-    )  # the only switch for what Ray prints to standard output when a worker dies
+    # The only switch for what Ray prints to standard output when a worker dies.
+    from ray._private import worker
 
     worker._worker_logs_enabled = False
     try:
-        with _suppress_stderr(), _allow_interrupts():
+        with _allow_interrupts():
             ray.init(
                 address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL
             )
@@ -167,25 +168,6 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         worker._worker_logs_enabled = True
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
-
-
-@contextmanager
-def _suppress_stderr() -> Iterator[None]:
-    """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are
-    raised anyway.
-    """
-    try:
-        saved_stderr = os.dup(2)
-    except OSError:  # standard error has no file descriptor
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as devnull:  # noqa: PTH123
-            os.dup2(devnull.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved_stderr, 2)
-        os.close(saved_stderr)
 
 
 @contextmanager
@@ -229,44 +211,38 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
 
 
 def _check_answers(origin: str, address: str) -> None:
-    """Refuse an address where no server of Ray's protocol answers; Ray would retry for minutes.
-
-    ``auto`` is not checked; with ``RAY_USE_TLS``, only that a server accepts the connection.
+    """Refuse an address where no cluster answers in time; Ray would retry for minutes.
 
     Raises:
         UsageError: The address is malformed.
-        InputError: No server answers at the address, or one that is not a Ray cluster.
+        InputError: No cluster answers at the address.
     """
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(
-            f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or "
-            "auto"
-        )
-    deadline = time.monotonic() + ANSWER_SECONDS
+    advice = "give HOST:PORT of its head node"
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise UsageError(
+                f"{origin}: not an address; give HOST:PORT of the head node, such as "
+                "10.0.0.1:6379, or auto"
+            )
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            problem = f"no Ray cluster answers: {error.strerror or error}"
+            advice = f"start its head with ray start --head --port {port}"
+            raise damaged(origin, problem, advice) from error
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
-            server.sendall(GREETING)
-            frame = b""
-            while len(frame) < 4 and "RAY_USE_TLS" not in os.environ:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                frame += (received := server.recv(4 - len(frame)))
-                if not received or (len(frame) == 4 and frame[3] != SETTINGS):
-                    raise damaged(
-                        origin,
-                        "the server there is not a Ray cluster",
-                        "give HOST:PORT of its head node",
-                    )
-    except TimeoutError as error:
+        # Another failure, such as a missing token, is explained when this process connects.
+        subprocess.run(
+            [sys.executable, "-c", CONNECT, address],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
         problem = f"no Ray cluster answered within {ANSWER_SECONDS:g} s"
-        raise damaged(origin, problem, "give HOST:PORT of its head node") from error
-    except OSError as error:
-        problem = f"no Ray cluster answers: {error.strerror or error}"
-        raise damaged(
-            origin, problem, f"start its head with ray start --head --port {port}"
-        ) from error
+        raise damaged(origin, problem, advice) from error
 
 
 Task = TypeVar("Task", bound=Sized)

@@ -189,12 +189,13 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
                 lock(path)
             )  # refused while another process writes it, when it must not be deleted
             raise UsageError(
-                f"{path}: holds an unfinished run; resume it with --resume, or delete the file"
+                path, "holds an unfinished run", "resume it with $resume, or delete the file"
             )
         if not overwrite and not kind.is_at(path):
             raise UsageError(
-                f"{path}: exists and is not {kind.name} written by loradiag; choose another name, "
-                "or replace it with --overwrite"
+                path,
+                f"exists and is not {kind.name} written by loradiag",
+                "choose another name, or replace it with $overwrite",
             )
     except FileNotFoundError:
         return
@@ -219,7 +220,6 @@ def check_outputs(
 
     Raises:
         UsageError: An output is refused.
-        InputError: See ``check_output``.
     """
     used = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
@@ -295,7 +295,6 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
         overwrite: As in ``check_output``.
 
     Raises:
-        UsageError: See ``check_output``.
         InputError: See ``check_output``, or the file cannot be written; also in place of an
             ``OSError`` of the block.
     """

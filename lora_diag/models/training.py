@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import InputError, UsageError, require
+from lora_diag.errors import Given, InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
@@ -90,7 +90,6 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         kind: The kind of LoRA.
 
     Raises:
-        UsageError: peft is not installed.
         InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
     """
     with require("training an adapter", "train"):
@@ -104,7 +103,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
                 wrapped: Any = peft.get_peft_model(model.module, peft.LoraConfig(**options))
             except ValueError as error:
                 raise InputError(
-                    f"--target-modules: PEFT cannot adapt this model: {error}"
+                    Given("target_modules"), f"PEFT cannot adapt this model: {error}"
                 ) from error
         if kind.vectors:
             for parameter in vectors:
@@ -162,8 +161,11 @@ def check_checkpointing(module: Any) -> None:
         UsageError: transformers has no gradient checkpointing for this model.
     """
     if not getattr(module, "supports_gradient_checkpointing", False):
-        problem = f"--gradient-checkpointing: transformers has none for {type(module).__name__}"
-        raise UsageError(f"{problem}; remove the option")
+        raise UsageError(
+            Given("gradient_checkpointing"),
+            f"transformers has none for {type(module).__name__}",
+            "remove the option",
+        )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import DONE, InputError, UsageError, require
+from lora_diag.errors import DONE, Given, InputError, UsageError, require
 from lora_diag.files import CARD, check_output, write_whole
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import pooled_value
@@ -41,20 +41,21 @@ def run_report(
 
     Raises:
         UsageError: Options contradict each other, or ``report`` or ``track`` refuses them.
-        InputError: As ``report`` and ``track``.
     """
     if project is not None and to is None:
-        raise UsageError("--project: names a project of a tracker; add --to")
+        raise UsageError(Given("project"), "names a project of a tracker", "add $to")
     if to is not None:
         if fill_options(ReportOptions, options) != fill_options(ReportOptions, {}):
             raise UsageError(
-                "--to: sends the report instead of writing a file; leave out -o and its options"
+                Given("to"),
+                "sends the report instead of writing a file",
+                "leave out $output and its options",
             )
         shown.message(f"{to}: {track(results, to, project)}")
         return DONE
     output, format = options["output"], options["format"]
     if output is None and format == "parquet":
-        raise UsageError("--format parquet: needs a file; give one with -o")
+        raise UsageError(Given("format", "parquet"), "needs a file", "give one with $output")
     if output is None and format in {None, "html"}:
         output = options["output"] = Path("report.html")
     rendered = report(*results, **options)
@@ -80,12 +81,10 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
     Raises:
         UsageError: There is no such tracker, no project where one is needed, or the model card may
             not be written.
-        InputError: The tracker's library is not installed, a results file cannot be read, or the
-            model card cannot be read or written.
     """
     if to not in TRACKERS:
-        raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")
-    with require(f"--to {to}:", to, kind=InputError):
+        raise UsageError(Given("to", to), f"choose {', '.join(TRACKERS)}")
+    with require(Given("to", to), to, kind=InputError):
         return TRACKERS[to](payload_of(results), project)
 
 
@@ -282,10 +281,9 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
 
     Raises:
         UsageError: There is no project, or the card may not be written.
-        InputError: The card cannot be read or written.
     """
     if project is None:
-        raise UsageError("--to hub: give the model id or a folder with --project")
+        raise UsageError(Given("to", "hub"), "give the model id or a folder with $project")
     section = re.sub(
         r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE
     )  # below the card's own title

@@ -139,4 +139,4 @@ def require_finite(name: str, losses: LossesBySet) -> None:
     for text_set, own in losses.items():
         if not own.is_finite:
             problem = f"its loss on {text_set} is not finite"
-            raise InputError(f"{name}: {problem}; check the weights, or use --dtype float32")
+            raise InputError(name, problem, "check the weights, or use $dtype float32")

@@ -30,7 +30,7 @@ from typing import (
     cast,
 )
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.running.amounts import MAX_RATE
 
 if TYPE_CHECKING:
@@ -115,10 +115,9 @@ class Option:
             UsageError: The value is not a choice of the option, or outside its limits; or a list of
                 numbers is empty.
         """
+        name = self.flag(name).lstrip("-").replace("-", "_")
         if isinstance(value, str) and self.choices and value not in self.choices:
-            raise UsageError(
-                f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}"
-            )
+            raise UsageError(Given(name, value), "unknown value", f"use {', '.join(self.choices)}")
         if (
             (self.least, self.most, self.between) == (None, None, None)
             or value is None
@@ -127,7 +126,7 @@ class Option:
             return value
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers:
-            raise UsageError(f"{self.flag(name)}: is empty; give at least one number")
+            raise UsageError(Given(name), "is empty", "give at least one number")
         for number in numbers:
             problem = ""
             if self.least is not None and number < self.least:
@@ -137,10 +136,7 @@ class Option:
             if self.between is not None and not self.between[0] < number < self.between[1]:
                 problem = f"must lie between {self.between[0]:g} and {self.between[1]:g}"
             if problem:
-                raise UsageError(
-                    f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: "
-                    f"{problem}"
-                )
+                raise UsageError(Given(name, number), problem)
         return value
 
 
@@ -592,7 +588,9 @@ def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
         for name, (_, option) in options.items()
     }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
+        raise UsageError(
+            Given("resume"), "give the results file of the interrupted run with $output"
+        )
     return cast(G, filled)
 
 

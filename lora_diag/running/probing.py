@@ -14,7 +14,7 @@ from torch import Tensor
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
 from lora_diag.models.losses import LossesBySet, measure
@@ -80,7 +80,7 @@ class ProbeRun(Generic[G]):
         )
         self.batch: int = self.values["batch"]
         if (seed := self.values.get("seed", 0)) >= MAX_SEED:
-            raise UsageError(f"--seed {seed}: must be below {MAX_SEED}")
+            raise UsageError(Given("seed", seed), f"must be below {MAX_SEED}")
 
     def settings(self, *names: str) -> dict[str, Any]:
         """Return options by name, for the run record."""
@@ -152,7 +152,7 @@ class ProbeRun(Generic[G]):
         """
         options = self.values
         if needs_set and not options["evaluate"]:
-            raise UsageError("--eval: missing; give at least one file of held-out text")
+            raise UsageError(Given("eval"), "missing", "give at least one file of held-out text")
         for path in models:
             check_exists(path)
         data = [options["data"]] if "data" in options else []

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
@@ -45,7 +45,7 @@ from lora_diag.running.progress import ProgressReporter, RunRecords
 # batch of layers.
 UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
 
-MEMORY_FIX = "add a node with more, or lower --batch or --length"
+MEMORY_FIX = "add a node with more, or lower $batch or $length"
 
 
 @dataclass(frozen=True)
@@ -482,7 +482,6 @@ class TrainRun(ProbeRun[G]):
         Raises:
             UsageError: Two evaluation sets have one name, the training text is also an evaluation
                 set, the model has no gradient checkpointing, or as ``read``.
-            InputError: As ``read``.
         """
         self.sets, options = self.read_sets(), self.values
         texts = read_texts(options["data"], self.model)
@@ -539,13 +538,12 @@ class TrainRun(ProbeRun[G]):
         Raises:
             UsageError: An option is invalid or contradicts another, Ray is not installed, or the
                 tasks have GPUs and this machine, where BASE is measured, has none.
-            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         on, concurrent = self.values["engine"], self.values["concurrent"]
         device = self.values["device"]
         if concurrent is not None and (on is None or concurrent < 1):
             raise UsageError(
-                f"--concurrent {concurrent}: must be at least 1, and needs --engine ray"
+                Given("concurrent", concurrent), "must be at least 1, and needs $engine ray"
             )
         if on is None:
             yield
@@ -559,13 +557,15 @@ class TrainRun(ProbeRun[G]):
             kind = plan_device(on, device).kind
             if kind == "cuda" and resolve_device("auto").type != "cuda":
                 raise UsageError(
-                    "--engine ray: its tasks have GPUs and this machine has none, on which BASE is "
-                    "measured; start loradiag on a node with a GPU, or add --device cpu"
+                    Given("engine", "ray"),
+                    "its tasks have GPUs and this machine has none, on which BASE is measured",
+                    "start loradiag on a node with a GPU, or add $device cpu",
                 )
             if kind == "cuda" and concurrent is not None:
                 raise UsageError(
-                    f"--concurrent {concurrent}: applies to the CPU only; share a GPU with "
-                    "--gpus-per-task 0.5"
+                    Given("concurrent", concurrent),
+                    "applies to the CPU only",
+                    "share a GPU with $gpus_per_task 0.5",
                 )
             self.on, self.values["device"] = on, kind
             # Cores of a run, whose step is timed here; the same where a search calls a sweep.

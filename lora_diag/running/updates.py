@@ -42,7 +42,6 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
 
     Raises:
         UsageError: An adapter comes first, but not all inputs are adapters.
-        InputError: An input does not exist, or cannot be fetched or reached.
     """
     paths = list(map(as_path, inputs))
     adapters = [is_adapter(locate(path)) for path in paths]
@@ -88,9 +87,11 @@ def align_layers(
         for other in others:
             if other.delta.shape != first.delta.shape:
                 raise InputError(
-                    f"{layer}: {list(first.delta.shape)} in {first.name} but "
-                    f"{list(other.delta.shape)} in {other.name}, so these are not updates of one "
-                    "model; skip the weight with --exclude"
+                    layer,
+                    f"{list(first.delta.shape)} in {first.name} but "
+                    f"{list(other.delta.shape)} in {other.name}, so these are not "
+                    "updates of one model",
+                    "skip the weight with $exclude",
                 )
     names = sorted(by_layer, key=natural_order)
     return [

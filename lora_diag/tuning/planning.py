@@ -27,7 +27,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.allocate.peft_config import Scaling, make_config, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.models.activations import shape_of
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
@@ -246,8 +246,9 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     seconds = seconds_of(plan)
     if limit is not None and seconds > limit:
         raise UsageError(
-            f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are "
-            "allowed; give more time, fewer --steps or a smaller --eval set"
+            Given("time"),
+            f"even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are allowed",
+            "give more time, fewer $steps or a smaller $eval set",
         )
     # Of several omissions of steps the last one includes the others.
     of_steps = [omission for omission in saved if omission in STEP_OMISSIONS]
@@ -446,7 +447,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     if not layers:
         named = f" named {', '.join(names)}" if names else ""
         raise InputError(
-            f"{stored.path}: has no linear layer to adapt{named}; check --target-modules"
+            stored.path, f"has no linear layer to adapt{named}", "check $target_modules"
         )
     stored_names = Weights(model.module).base_names(stored)
     paths = [path for path, _ in model.module.named_modules()]
@@ -477,7 +478,6 @@ def plan_of(
     Raises:
         UsageError: The budget is too small for rank 1 or a requested rank, the time for any search,
             an option is invalid, or peft is not installed.
-        InputError: The base model cannot be read or adapted.
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)
@@ -496,15 +496,15 @@ def plan_of(
         largest = (budget_plan.fit.budget - target.magnitudes) // target.per_rank
     if largest < 1:
         minimum = target.per_rank + target.magnitudes
+        params, memory = options["params"], options["memory_budget"]
         raise UsageError(
-            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
-            "give a budget of at least that, or choose fewer layers with --target-modules"
+            Given("memory_budget", memory) if params is None else Given("params", params),
+            f"not even r=1 fits, which takes {minimum:,} parameters",
+            "give a budget of at least that, or choose fewer layers with $target_modules",
         )
     settings = _make_settings(options, largest)
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
-        raise UsageError(
-            f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}"
-        )
+        raise UsageError(Given("ranks", too_large), f"the budget allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
     cells = [Cell(max(settings["ranks"]), 1e-6, 0)]
     if full:
@@ -569,8 +569,9 @@ def extend_plan(plan: TunePlan, options: TuneOptions, limit: float, slots: int) 
     if plan.limit is None or limit < plan.limit:
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
-            f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; "
-            "give at least that, or remove --time"
+            Given("time"),
+            f"allows {duration(limit)}, but the search to resume was planned {planned}",
+            "give at least that, or remove $time",
         )
     whole = {
         **_make_settings(options, plan.largest),

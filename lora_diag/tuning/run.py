@@ -15,7 +15,7 @@ from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.trainers import format_yaml, settings_of
 from lora_diag.diagnostics.spectrum.run import spectrum
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
 from lora_diag.gating.run import gate_init
 from lora_diag.models.opening import keep_open
@@ -107,7 +107,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     limit = None if options["time"] is None else read_time(options["time"])
     deadline = Deadline(limit)  # counts from here
     if (options["params"] is None) == (options["memory_budget"] is None):
-        raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
+        raise UsageError("tune", "needs exactly one budget", "give $params or $memory_budget")
     run.check_files(base)
     earlier = _read_earlier_plan(folder, options)
     kind = Lora(dora=options["dora"], rslora=options["rslora"])
@@ -192,7 +192,6 @@ def _check_output(folder: Path, options: TuneOptions) -> None:
     Raises:
         UsageError: The output is a link, a file, a folder with other files, or one with a run that
             is not to be resumed or replaced.
-        InputError: The folder cannot be created or written.
     """
     records = folder / RECORDS
     for path in (folder, records):
@@ -201,15 +200,19 @@ def _check_output(folder: Path, options: TuneOptions) -> None:
                 f"{path}: is a symbolic link, which is not followed; give the folder itself"
             )
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"-o {folder}: is a file; give a folder")
+        raise UsageError(Given("output", folder), "is a file", "give a folder")
     check_folder_of(folder)
     if options["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not records.is_file():
-        raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
+        raise UsageError(
+            Given("output", folder), "is not empty and holds no run of tune", "choose another name"
+        )
     if not (options["overwrite"] or options["resume"]):
         raise UsageError(
-            f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite"
+            Given("output", folder),
+            "holds a run",
+            "continue it with $resume, or replace it with $overwrite",
         )
 
 
@@ -226,14 +229,15 @@ def _read_earlier_plan(folder: Path, options: TuneOptions) -> TunePlan | None:
 
     Raises:
         UsageError: ``no_full`` is given, but that run has full fine-tuning.
-        InputError: The folder's records cannot be read.
     """
     if not options["resume"] or not _latest_file(folder).is_file():
         return None
     plan = next(iter(read_results(_latest_file(folder)).whole_of(TunePlan)), None)
     if plan is not None and plan.full and options["no_full"]:
         raise UsageError(
-            "--no-full: the search to resume has full fine-tuning as a baseline; remove --no-full"
+            Given("no_full"),
+            "the search to resume has full fine-tuning as a baseline",
+            "remove $no_full",
         )
     return plan
 

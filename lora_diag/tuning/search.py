@@ -472,8 +472,9 @@ class Tuner:
         swept = swept_of(results)
         if swept is None or swept.verdict.best is None:
             raise InconclusiveError(
-                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more "
-                "--time"
+                self.folder,
+                "no rank is trained with a finite loss",
+                "lower $lr, or give more $time",
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return swept, trials.choose_rank(swept)

@@ -32,7 +32,7 @@ from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
-from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
@@ -146,20 +146,22 @@ def extract(
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:
         raise UsageError(
-            "--recover: factors an update in the weights' metric; remove --activations"
+            Given("recover"), "factors an update in the weights' metric", "remove $activations"
         )
     if match_norm and activations is not None:
         raise UsageError(
-            "--match-norm: matches the norm of the weights; remove it or --activations"
+            Given("match_norm"), "matches the norm of the weights", "remove it or $activations"
         )
     if kfac and activations is None:
-        raise UsageError(NEEDS_ACTIVATIONS)
+        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
     rate = None if sweep is None else swept_rate(sweep)
     portable = options["portable"] or form != PEFT
     if portable and unfactored == "save":
         kind = "a portable adapter" if options["portable"] else f"an adapter in {form}"
         raise UsageError(
-            f"--unfactored save: {kind} cannot store weights in full; remove one of the two"
+            Given("unfactored", "save"),
+            f"{kind} cannot store weights in full",
+            "remove one of the two",
         )
     common = select_options(FolderOptions, options)
     run = LayerRun("extract", {**common, "output": folder.records}, LayerOptions)
@@ -192,9 +194,8 @@ def extract(
     except UsageError as error:
         if not folder.spectra.exists():
             raise
-        raise UsageError(
-            f"{error}; the spectra are kept in {folder.work}: use --resume with another budget"
-        ) from error
+        kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
+        raise UsageError(*error.args, kept) from error
     tasks = [
         Layer(
             _drop_base(delta),

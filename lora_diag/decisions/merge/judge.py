@@ -26,7 +26,7 @@ from lora_diag.decisions.merge import JudgeOptions, Method
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.statistics import MIN_SEQUENCES, paired_difference
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, LossesBySet
@@ -93,8 +93,9 @@ def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[
         else:
             unknown = text.partition("=")[0]
             raise UsageError(
-                f"--eval {text}: {unknown} names no update; use one of {', '.join(names)}, or FILE "
-                "alone"
+                Given("eval", text),
+                f"{unknown} names no update",
+                f"use one of {', '.join(names)}, or FILE alone",
             )
     return tasks
 
@@ -270,8 +271,7 @@ class MergeJudge:
                 cost[model] = self._weigh_rises(own, base | alone, half)
         if not cost:
             raise InputError(
-                f"{self._base}: no merge has a finite loss; check the weights, or use --dtype "
-                "float32"
+                self._base, "no merge has a finite loss", "check the weights, or use $dtype float32"
             )
         best = min(cost, key=cost.__getitem__)
         for model, own in losses.items():
@@ -311,8 +311,8 @@ def _require_halves(texts: Texts) -> None:
     count = len(texts.sequences)
     if count < MIN_SEQUENCES:
         problem = f"has {quantity(count, 'sequence')}, and half of them choose the merge"
-        fix = f"give at least {MIN_SEQUENCES}, or one --method and --scale"
-        raise UsageError(f"--eval {texts.path}: {problem}; {fix}")
+        fix = f"give at least {MIN_SEQUENCES}, or one $method and $scale"
+        raise UsageError(Given("eval", texts.path), problem, fix)
 
 
 def _compare(own: Losses, base: Losses, alone: Losses | None, first: int) -> dict[str, Any]:

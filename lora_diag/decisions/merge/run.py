@@ -33,7 +33,7 @@ from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate
 from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
 from lora_diag.decisions.merge.show import merge_card
 from lora_diag.deltas import Pairing, Side, natural_order
-from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.statements import short_paths
 from lora_diag.running.amounts import read_share
@@ -261,13 +261,15 @@ def list_candidates(options: MergeOptions, count: int) -> list[Candidate]:
     name, density = options["method"], options["density"]
     if count == 1 and (name == ALL or not METHODS[name].linear):
         raise UsageError(
-            f"--method {name}: merges several updates; give two or more, or --scale alone for one"
+            Given("method", name),
+            "merges several updates",
+            "give two or more, or $scale alone for one",
         )
     _check_numbers(options)
     methods = METHODS.values() if name == ALL else [METHODS[name]]
     if density is not None and all(method.density is None for method in methods):
         raise UsageError(
-            f"--density: {name} keeps every entry; remove it, or use a method that trims"
+            Given("density"), f"{name} keeps every entry", "remove it, or use a method that trims"
         )
     return [
         Candidate(
@@ -287,30 +289,40 @@ def _select_writable(
     Raises:
         UsageError: None can, for want of factors.
     """
-    problems = [_explain_unwritable(tasks, candidate.method, options) for candidate in candidates]
-    if all(problems):
-        raise UsageError(problems[-1])
-    return [
-        candidate for candidate, problem in zip(candidates, problems, strict=True) if not problem
-    ]
+    writable = []
+    for candidate in candidates:
+        error = _find_unwritable(tasks, candidate.method, options)
+        if error is None:
+            writable.append(candidate)
+    if error is not None and not writable:
+        raise error
+    return writable
 
 
-def _explain_unwritable(tasks: Sequence[MergeTask], method: Method, options: MergeOptions) -> str:
-    """Return why a method needs factors that an update lacks, or its merge has none and no rank is
-    requested.
+def _find_unwritable(
+    tasks: Sequence[MergeTask], method: Method, options: MergeOptions
+) -> UsageError | None:
+    """Return the error of a method that needs factors that an update lacks, or whose merge has none
+    and no rank is requested; None if there is none.
     """
     limited = options["full"] or options["rank"] or options["energy"]
     for task in tasks:
         dense = task.is_matrix and not task.factored
         if dense and method.needs_factors:
-            fix = "use knots_ties or ties, or --exclude it"
-            return f"--method {method.name}: {task.layer} has an update without factors; {fix}"
+            return UsageError(
+                Given("method", method.name),
+                f"{task.layer} has an update without factors",
+                "use knots_ties or ties, or $exclude it",
+            )
         if (dense or method.entrywise) and not limited:
             dense_layer = f"{task.layer} is not given by factors"
             why = f"{method.name} merges single entries" if method.entrywise else dense_layer
-            fix = "give --rank R, --energy FRACTION or --checkpoint"
-            return f"merge: {why}, so that the merge has full rank; {fix}"
-    return ""
+            return UsageError(
+                "merge",
+                f"{why}, so that the merge has full rank",
+                "give $rank R, $energy FRACTION or $checkpoint",
+            )
+    return None
 
 
 def _choose_weights(
@@ -326,14 +338,17 @@ def _choose_weights(
     weights = tuple(map(float, requested))
     if len(weights) != count:
         raise UsageError(
-            f"--weights: {len(weights)} weights for {count} updates; give one for each, in their "
-            "order"
+            Given("weights"),
+            f"{len(weights)} weights for {count} updates",
+            "give one for each, in their order",
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
-        raise UsageError("--weights: must be finite, and not all 0")
+        raise UsageError(Given("weights"), "must be finite, and not all 0")
     if method.name != "sum" and min(weights) <= 0:
         raise UsageError(
-            f"--weights: must be positive for {method.name}; --method sum also subtracts updates"
+            Given("weights"),
+            f"must be positive for {method.name}",
+            "$method sum also subtracts updates",
         )
     return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
 
@@ -346,36 +361,31 @@ def _check_numbers(options: MergeOptions) -> None:
     """
     rank, energy, density = options["rank"], options["energy"], options["density"]
     if rank is not None and energy is not None:
-        raise UsageError("merge: give one of --rank R and --energy FRACTION")
+        raise UsageError("merge", "give one of $rank R and $energy FRACTION")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: must be a whole number from 1 up")
+        raise UsageError(Given("rank", rank), "must be a whole number from 1 up")
     for scale in (options["scale"], *options["scales"]):
         if not math.isfinite(scale) or scale == 0:
-            raise UsageError(f"--scale {scale}: must be finite and not 0")
+            raise UsageError(Given("scale", scale), "must be finite and not 0")
     if density is not None and not 0 < density <= 1:
-        raise UsageError(f"--density {density}: must be above 0 and at most 1")
+        raise UsageError(Given("density", density), "must be above 0 and at most 1")
     of_adapters = {
-        "--rank": rank,
-        "--energy": energy,
-        "--portable": options["portable"],
-        "--format": options["format"] != PEFT,
+        "rank": rank,
+        "energy": energy,
+        "portable": options["portable"],
+        "format": options["format"] != PEFT,
     }
-    for flag, given in of_adapters.items():
-        if options["full"] and given:
-            raise UsageError(f"{flag}: applies to adapters; remove it, or --checkpoint")
-    if options["evaluate"]:
-        compares = ""
-    elif options["method"] == ALL:
-        compares = "--method all"
-    else:
-        compares = "--scales" if options["scales"] else ""
-    if compares:
+    for option, value in of_adapters.items():
+        if options["full"] and value:
+            raise UsageError(Given(option), "applies to adapters", "remove it, or $checkpoint")
+    if not options["evaluate"] and (options["method"] == ALL or options["scales"]):
         raise UsageError(
-            f"{compares}: compares merges by their loss; give --eval NAME=FILE, held-out text of "
-            "each task"
+            Given("method", ALL) if options["method"] == ALL else Given("scales"),
+            "compares merges by their loss",
+            "give $eval NAME=FILE, held-out text of each task",
         )
     if energy is not None:
-        read_share(energy, "--energy")
+        read_share(energy, "energy")
 
 
 def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
@@ -389,10 +399,10 @@ def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
     for layer, side in ((delta.layer, delta.base) for delta in pairing.deltas):
         if side is None:
             problem = f"{layer}: BASE stores it as other than plain numbers"
-            raise InputError(f"{base}: {problem}; write an adapter, or --exclude it")
+            raise InputError(base, problem, "write an adapter, or $exclude it")
         if (earlier := layers.setdefault((side.name, side.offset), layer)) != layer:
             problem = f"{earlier} and {layer} change one weight of BASE"
-            raise InputError(f"{base}: {problem}; exclude one of them with --exclude")
+            raise InputError(base, problem, "exclude one of them with $exclude")
         sides[layer] = side
     return sides
 
@@ -439,17 +449,20 @@ def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
         )
     density = results.run.settings["density"]
     if results.layers and density is not None and density < 1:
-        problem = f"--density {density:g}: keeps no entry of any update"
         return NothingComparedError(
-            f"{problem}, so that the merge is BASE itself and nothing was written; keep more"
+            Given("density", density),
+            "keeps no entry of any update, so that the merge is BASE itself and nothing was "
+            "written",
+            "keep more",
         )
     if results.layers:
         return NothingComparedError(
-            "merge: the updates cancel in every layer, so that the merge is BASE itself and "
-            "nothing was written; "
-            "check --weights, and that an update is not the negative of another"
+            "merge",
+            "the updates cancel in every layer, so that the merge is BASE itself and "
+            "nothing was written",
+            "check $weights, and that an update is not the negative of another",
         )
     why = "every update is zero, or PEFT has no place for its factors"
     return NothingComparedError(
-        f"merge: {why}, so nothing was written; --checkpoint merges all weights"
+        "merge", f"{why}, so nothing was written", "$checkpoint merges all weights"
     )

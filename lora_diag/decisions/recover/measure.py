@@ -42,7 +42,7 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.show import recovery_card
 from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
+from lora_diag.errors import Given, InconclusiveError, InputError, LoradiagError, UsageError
 from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.layers.recovery import (
@@ -86,7 +86,9 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
         params: Budget: parameters of all factors, r·(out + in).
     """
     spectra = [make_spectrum(record) for record in records if record.values_estimate]
-    allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
+    allocation = allocate(
+        spectra, Budget("params", params, Given("params", params)), save_heads=False
+    )
     return {record.layer: record.rank for record in allocation.layers}
 
 
@@ -221,7 +223,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
     if settings.memory is not None:
         check_cell_memory(layer.shape, settings.memory)
         if layer.request.full:
-            needed, fix = 4 * math.prod(layer.shape), "write an adapter with --rank"
+            needed, fix = 4 * math.prod(layer.shape), "write an adapter with $rank"
             require_memory(needed, settings.memory, layer.shape, "its float32 weight takes", fix)
     return measure_on_device(partial(_measure, layer, settings, file), settings.device)
 
@@ -378,7 +380,7 @@ def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: P
 
 
 OUTPUT_OPTIONS = (
-    "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
+    "$rank R, $energy FRACTION or $params N for an adapter, $checkpoint for a checkpoint"
 )
 
 
@@ -447,16 +449,17 @@ def recover(
     seconds = math.inf if time_limit is None else read_time(time_limit)
     if time_limit is not None and options["params"] is not None:
         raise UsageError(
-            "--time: a budget of --params needs the estimates of all layers; give --rank or "
-            "--energy"
+            Given("time"),
+            "a budget of $params needs the estimates of all layers",
+            "give $rank or $energy",
         )
-    params = None if options["params"] is None else read_count(str(options["params"]), "--params")
+    params = None if options["params"] is None else read_count(str(options["params"]), "params")
     leave_out_refused = options["leave_out_refused"]
     nearest, overwrite = options["nearest"], options["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
     writes_factors = rank is not None or energy is not None or params is not None
     if options["resume"] and output is None:
-        raise UsageError("--resume: give the output of the interrupted run with -o")
+        raise UsageError(Given("resume"), "give the output of the interrupted run with $output")
     base, tuned = as_path(base), as_path(tuned)
     folder: OutputFolder | None = None
     records_file = {"output": output, "overwrite": overwrite}
@@ -468,7 +471,7 @@ def recover(
     else:
         if nearest:
             raise UsageError(
-                f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}"
+                Given("nearest"), "applies to written estimates", f"give one of {OUTPUT_OPTIONS}"
             )
         if output is not None:
             check_results_file(Path(output), options["resume"], overwrite)
@@ -579,7 +582,6 @@ def _spend_budget(
 
     Raises:
         UsageError: The budget is too small for any rank, or no layer can get one.
-        InputError: A file could not be read or written.
     """
     options = {
         **run.options,
@@ -604,9 +606,8 @@ def _spend_budget(
             else {}
         )
     except UsageError as error:
-        raise UsageError(
-            f"{error}; estimates are kept in {folder.work}: --resume with another budget"
-        ) from error
+        kept = f"estimates are kept in {folder.work}: $resume with another budget"
+        raise UsageError(*error.args, kept) from error
     requests = {task.layer: replace(task.request, rank=ranks.get(task.layer, 0)) for task in tasks}
     return [
         replace(task, request=requests[task.layer], earlier=earlier.get(task.layer))
@@ -630,16 +631,18 @@ def _check_options(
     """
     count = sum(value is not None for value in (rank, energy, params)) + full
     if count > 1:
-        raise UsageError(f"recover: give one of {OUTPUT_OPTIONS}")
+        raise UsageError("recover", f"give one of {OUTPUT_OPTIONS}")
     if count and output is None:
-        raise UsageError("recover: no output folder; give it with -o")
+        raise UsageError("recover", "no output folder", "give it with $output")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: must be a positive integer")
+        raise UsageError(Given("rank", rank), "must be a positive integer")
     if energy is not None:
-        read_share(energy, "--energy")
+        read_share(energy, "energy")
     if leave_out_refused and (full or not count):
         raise UsageError(
-            "--leave-out-refused: applies to adapters; give --rank, --energy or --params with it"
+            Given("leave_out_refused"),
+            "applies to adapters",
+            "give $rank, $energy or $params with it",
         )
 
 
@@ -710,16 +713,18 @@ def _make_nothing_to_write_error(
         )
     if late := sum(item.reason == "time" for item in results.left_out):
         return InconclusiveError(
-            f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no "
-            "other has an update that can be recovered; nothing was written; continue with --resume"
+            tuned,
+            f"$time ended before {late} of {late + len(results.layers)} layers, and no "
+            "other has an update that can be recovered; nothing was written",
+            "continue with $resume",
         )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
     hint = (
-        "; without --leave-out-refused the SVD of the files' difference is written"
+        "; without $leave_out_refused the SVD of the files' difference is written"
         if leave_out_refused
         else ""
     )
     return InconclusiveError(
-        f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written"
+        tuned, f"no layer has an update that can be recovered{why}{hint}", "nothing was written"
     )

@@ -25,7 +25,7 @@ from lora_diag.diagnostics.checkpoints.series import (
     list_checkpoints,
 )
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
 from lora_diag.records import Probe, Results
 from lora_diag.running.fingerprint import legible
@@ -262,18 +262,17 @@ def trajectory(
     judged = None
     if options["evaluate"]:
         if options["base"] is None:
-            raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
+            raise UsageError(
+                Given("eval"), "needs the model", "give BASE after the run, or with $base"
+            )
         # Deferred: imports torch.
         from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
         judged = CheckpointJudge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
-    layers.torch = not all(
-        is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
-    )
-    if not layers.torch:
-        layers.usual_workers = 1  # products of all checkpoints' factors use all cores
+    if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
+        layers.use_numpy(workers=1)  # products of all checkpoints' factors use all cores
     ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(
@@ -312,13 +311,13 @@ def _refuse_without_losses(options: CheckpointsOptions) -> None:
     Raises:
         UsageError: One is given.
     """
-    for flag, given in (
-        ("--average", options["average"]),
-        ("--extrapolate", options["extrapolate"]),
-        ("--shifted", options["shifted"]),
+    for option, value in (
+        ("average", options["average"]),
+        ("extrapolate", options["extrapolate"]),
+        ("shifted", options["shifted"]),
     ):
-        if given:
-            raise UsageError(f"{flag}: needs held-out losses; give --eval FILE")
+        if value:
+            raise UsageError(Given(option), "needs held-out losses", "give $eval FILE")
 
 
 def _require_adapters(steps: Sequence[Step]) -> None:
@@ -363,9 +362,6 @@ def measure_run(
 ) -> Results[CheckpointLayer]:
     """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
     option.
-
-    Raises:
-        LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
     """
     paths = [Path(path) for path in inputs]
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):
@@ -373,11 +369,11 @@ def measure_run(
     if not follow:
         return trajectory(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
-        problem = (
-            "shows one run, or a monitor's results file; give its path, without -o, --json "
-            "and --eval"
+        raise UsageError(
+            Given("follow"),
+            "shows one run, or a monitor's results file",
+            "give its path, without $output, $json and $eval",
         )
-        raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(

@@ -117,7 +117,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     if settings.memory is not None and device.type == "cpu":
         description = "both weights, their singular vectors and a baseline take"
         require_memory(
-            max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it"
+            max_bytes(delta, settings), settings.memory, delta.shape, description, "$exclude it"
         )
     change = load_change(delta, device)
     if change.non_finite is not None:

@@ -376,8 +376,9 @@ def residual(
         others.append((reference, "reference"))
     if not others:
         raise UsageError(
-            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full "
-            "fine-tune with --reference"
+            "residual",
+            "nothing to compare with TUNED",
+            "give at least one ADAPTER, or another full fine-tune with $reference",
         )
     refuse_repeated([path for path, _ in others], tuned)
     full = run.compare(base, tuned)

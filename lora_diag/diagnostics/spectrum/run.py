@@ -16,7 +16,7 @@ from lora_diag.diagnostics.spectrum.values import (
     is_thin,
     thin_spectrum,
 )
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import (
     NEEDS_ACTIVATIONS,
@@ -101,15 +101,13 @@ def spectrum(
             options["activations"], compared.base, pairing, options["verify"], kfac
         )
     pairing, matrices = _split_by_moments(pairing, moments, kfac)
-    run.torch = not (
+    if (
         all(is_thin(layer, settings) for layer in matrices)
         and len(matrices) == len(pairing.deltas)
         and all(item.rows is None for item in pairing.unpaired)
-    )
-    if not run.torch and is_quick(matrices) and not isinstance(compared.update.path, RemotePath):
-        run.usual_workers = 1
-    if run.torch:  # it is imported before the results file is opened
-        import lora_diag.diagnostics.spectrum.measure  # noqa: F401
+    ):
+        is_local = not isinstance(compared.update.path, RemotePath)
+        run.use_numpy(workers=1 if is_local and is_quick(matrices) else None)
     return run.over(
         matrices,
         _measure_layer,
@@ -136,10 +134,10 @@ def _check_inputs(
         UsageError: One does.
     """
     if options["kfac"] and not options["activations"]:
-        raise UsageError(NEEDS_ACTIVATIONS)
+        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
     if options["recover"] and options["activations"]:
         raise UsageError(
-            "--recover: estimates an update in the weights' metric; remove --activations"
+            Given("recover"), "estimates an update in the weights' metric", "remove $activations"
         )
     if options["gradients"]:
         _check_gradients(tuned, options)
@@ -147,7 +145,7 @@ def _check_inputs(
         raise UsageError("spectrum: nothing to measure; give BASE and TUNED, or an adapter alone")
     elif options["activations"] and not tuned:
         raise UsageError(
-            "--activations: needs BASE to identify the layers; give it before the adapter"
+            Given("activations"), "needs BASE to identify the layers", "give it before the adapter"
         )
 
 
@@ -157,18 +155,20 @@ def _check_gradients(tuned: Path | str | None, options: SpectrumOptions) -> None
     Raises:
         UsageError: One is given.
     """
-    for flag, given in (
-        ("--recover", options["recover"]),
-        ("--activations", options["activations"]),
-        ("--alpha", options["alpha"]),
-        ("--alpha-is-rank", options["alpha_is_rank"]),
-        ("--allow-unmatched", options["allow_unmatched"]),
+    for option, value in (
+        ("recover", options["recover"]),
+        ("activations", options["activations"]),
+        ("alpha", options["alpha"]),
+        ("alpha_is_rank", options["alpha_is_rank"]),
+        ("allow_unmatched", options["allow_unmatched"]),
     ):
-        if given:
-            raise UsageError(f"{flag}: applies to an update, not to --gradients; remove one")
+        if value:
+            raise UsageError(Given(option), "applies to an update, not to $gradients", "remove one")
     if tuned:
         raise UsageError(
-            "--gradients: cannot be combined with TUNED; give BASE alone, and of files their folder"
+            Given("gradients"),
+            "cannot be combined with TUNED",
+            "give BASE alone, and of files their folder",
         )
 
 

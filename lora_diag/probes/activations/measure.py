@@ -11,7 +11,7 @@ from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import natural_order, selector
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
 from lora_diag.models.activations import (
     Listener,
@@ -85,7 +85,7 @@ def probe_activations(
     options = run.options
     gradients, labels = options["output_gradients"], options["labels"]
     if labels != "data" and not gradients:
-        raise UsageError(f"--labels {labels}: needs --output-gradients")
+        raise UsageError(Given("labels", labels), "needs $output_gradients")
     output = Path(output)
     check_output(output, SECOND_MOMENTS, options["overwrite"])
     selected = selector(**run.selection)
@@ -173,8 +173,9 @@ def _choose_layers(
         )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to record; change "
-            "--layers or --exclude"
+            stored.path,
+            "no linear layer is selected, so there is nothing to record",
+            "change $layers or $exclude",
         )
     return base_names, left_out
 

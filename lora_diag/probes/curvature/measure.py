@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import natural_order, selector
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs, extreme_eigenpairs
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, predict
@@ -107,8 +107,9 @@ class LossFunction:
         for layer in layers:
             if (location := weights.locate(layer)) is None:
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has no such weight; "
-                    "exclude it with --exclude"
+                    layer,
+                    "the model that transformers builds from BASE has no such weight",
+                    "exclude it with $exclude",
                 )
             self._locations[layer] = places.setdefault(location[0], len(places)), location[1]
         self._parameters = list(places)
@@ -509,18 +510,21 @@ def probe_curvature(
     along = options["along"]
     if not all(0 < t <= 1 for t in along):
         raise UsageError(
-            f"--along {','.join(f'{t:g}' for t in along)}: fractions must lie in (0, 1]"
+            Given("along", ",".join(f"{t:g}" for t in along)), "fractions must lie in (0, 1]"
         )
     fractions = sorted({*map(float, along), 1.0})
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
     if options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {options['dtype']}: Hessian-vector products have errors of several percent, "
-            "too large for Lanczos; use float32"
+            Given("dtype", options["dtype"]),
+            "Hessian-vector products have errors of several percent, too large for Lanczos",
+            "use float32",
         )
     run.check_files(base, *([tuned] if tuned is not None else []))
     if len(options["evaluate"]) > 1:
-        raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
+        raise UsageError(
+            Given("eval"), "curvature is computed for one evaluation set", "give one file"
+        )
     compared = None if tuned is None else run.compare(base, tuned)
     chosen = truncated_layers(compared.pairing.deltas, **run.selection) if compared else {}
     model = run.open(base)
@@ -588,8 +592,9 @@ def _select_matrices(
     }
     if not matrices:
         raise NothingComparedError(
-            f"{stored.path}: no matrix outside embeddings and head is selected; change --layers or "
-            "--exclude"
+            stored.path,
+            "no matrix outside embeddings and head is selected",
+            "change $layers or $exclude",
         )
     return matrices
 

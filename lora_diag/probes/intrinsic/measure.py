@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
@@ -203,12 +203,13 @@ def check_dim(dim: int, total: int, layers: int) -> None:
     """
     if dim > total:
         raise UsageError(
-            f"--dims {dim}: the model has only {total} parameters; use smaller dimensions"
+            Given("dims", dim), f"the model has only {total} parameters", "use smaller dimensions"
         )
     if dim <= layers:
         raise UsageError(
-            f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be "
-            "larger"
+            Given("dims", dim),
+            f"$projection said trains {layers} scales, one per layer",
+            "d must be larger",
         )
 
 
@@ -355,8 +356,9 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
     check_ranks(options["ranks"] or [1])
     if options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {options['dtype']}: rounds away most steps of full fine-tuning, the "
-            "reference of the measurement; use float32"
+            Given("dtype", options["dtype"]),
+            "rounds away most steps of full fine-tuning, the reference of the measurement",
+            "use float32",
         )
     run.check_files(base)
     model = run.open(base)

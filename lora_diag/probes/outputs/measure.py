@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Forgetting, Losses, divergence, forward, nll, select_predictions
 from lora_diag.models.opening import Model
@@ -257,7 +257,9 @@ def probe_outputs(
     if tuned is not None:
         models.insert(0, (tuned, "tuned"))
     elif reference:
-        raise UsageError("--reference: is compared with the full fine-tune; give that with --tuned")
+        raise UsageError(
+            Given("reference"), "is compared with the full fine-tune", "give that with $tuned"
+        )
     run.check_files(base, *(path for path, _ in models))
     compared = [run.compare(base, path) for path, _ in models]
     model = run.open(base)

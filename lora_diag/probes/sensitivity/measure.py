@@ -193,7 +193,7 @@ def compute_gradients(
         gradient = sums[name] / predictions
         if not torch.isfinite(gradient).all():
             raise InputError(
-                f"{name}: the gradient is not finite; check the weights, or use --dtype float32"
+                name, "the gradient is not finite", "check the weights, or use $dtype float32"
             )
         by_layer[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
     return by_layer
@@ -400,7 +400,8 @@ def _choose_layers(
         )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change "
-            "--layers or --exclude"
+            stored.path,
+            "no linear layer is selected, so there is nothing to adapt",
+            "change $layers or $exclude",
         )
     return base_names, left_out

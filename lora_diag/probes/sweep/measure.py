@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
@@ -194,9 +194,10 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
     ranks = check_ranks(options["ranks"])
     if (options["full"] or options["bitfit"]) and options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {options['dtype']}: rounds away most steps of "
-            f"{'--full' if options['full'] else '--bitfit'}, while "
-            "LoRA's factors stay float32; use --dtype float32"
+            Given("dtype", options["dtype"]),
+            f"rounds away most steps of {'$full' if options['full'] else '$bitfit'}, while LoRA's "
+            "factors stay float32",
+            "use $dtype float32",
         )
     run.check_files(base)
     kind = Lora(tuple(options["targets"]) or None, options["dora"], options["rslora"])

@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
 from lora_diag.errors import (
+    Given,
     InputError,
     LoradiagError,
     UsageError,
@@ -82,24 +83,25 @@ class Ray:
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
             raise UsageError(
-                f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole "
-                "number"
+                Given("gpus_per_task", gpus),
+                "must be a fraction below 1, such as 0.5, or a whole number",
             )
         origin, address = self.find_address()
         if address and "://" in address:
             raise UsageError(
-                f"{origin}: unsupported form of address; run loradiag on a node of the cluster "
-                "with HOST:PORT, such "
-                "as 10.0.0.1:6379, or auto; from outside, submit it with ray job submit"
+                origin,
+                "unsupported form of address",
+                "run loradiag on a node of the cluster with HOST:PORT, such as 10.0.0.1:6379, or "
+                "auto; from outside, submit it with ray job submit",
             )
         import_ray()
 
-    def find_address(self) -> tuple[str, str | None]:
+    def find_address(self) -> tuple[Given | str, str | None]:
         """Return the origin of the address, for messages, and the address; None or ``local`` for a
         local Ray.
         """
         if self.address is not None:
-            return f"--ray-address {self.address}", self.address
+            return Given("ray_address", self.address), self.address
         address = os.environ.get("RAY_ADDRESS") or None
         return f"RAY_ADDRESS={address}", address
 
@@ -108,7 +110,7 @@ def import_ray() -> Any:
     """Return the module ``ray``, imported after its environment variables are set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with require("--engine ray:", "ray"):
+    with require(Given("engine", "ray"), "ray"):
         import ray
     return ray
 
@@ -128,7 +130,6 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         The module ``ray``.
 
     Raises:
-        UsageError: Ray is not installed, or the address is malformed.
         InputError: The cluster cannot be reached, or a local Ray cannot be started.
     """
     ray = import_ray()
@@ -159,8 +160,10 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
                 address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL
             )
     except Exception as error:  # Ray raises many types
-        problem = origin if address else "--engine ray: a local Ray could not be started"
-        raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
+        if address:
+            raise InputError(origin, _explain_failure(ray, error)) from error
+        problem = f"a local Ray could not be started: {_explain_failure(ray, error)}"
+        raise InputError(Given("engine", "ray"), problem) from error
     try:
         yield ray
     finally:
@@ -210,7 +213,7 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _check_answers(origin: str, address: str) -> None:
+def _check_answers(origin: Given | str, address: str) -> None:
     """Refuse an address where no cluster answers in time; Ray would retry for minutes.
 
     Raises:
@@ -222,8 +225,9 @@ def _check_answers(origin: str, address: str) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise UsageError(
-                f"{origin}: not an address; give HOST:PORT of the head node, such as "
-                "10.0.0.1:6379, or auto"
+                origin,
+                "not an address",
+                "give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto",
             )
         try:
             socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
@@ -265,7 +269,7 @@ def run_ray(
     footprint: Callable[[Task], int],
     engine: Ray,
     poll: Callable[[], None] = lambda: None,
-    advice: str = "add a node with more, or exclude the layer with --exclude",
+    advice: str = "add a node with more, or exclude the layer with $exclude",
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.
 
@@ -367,8 +371,10 @@ class _Cluster:
                 f" and {self.gpus:g} GPUs" if self.gpus else ""
             )
             raise InputError(
-                f"--engine ray: no node had {resources}, which a task needs, for "
-                f"{MAX_WAIT_SECONDS:g} s; add such a node; a run with -o continues with --resume"
+                Given("engine", "ray"),
+                f"no node had {resources}, which a task needs, for {MAX_WAIT_SECONDS:g} "
+                "s; add such a node",
+                "a run with $output continues with $resume",
             )
         time.sleep(QUERY_SECONDS)
         self._nodes = self._find_fitting_nodes(cores)
@@ -430,11 +436,11 @@ class _Cluster:
             except OSError as error:
                 since = self._silent_since.setdefault(name, time.monotonic())
                 if time.monotonic() - since > LOST_SECONDS:
-                    problem = (
-                        f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start "
-                        "the cluster again"
-                    )
-                    raise InputError(f"{problem}; a run with -o continues with --resume") from error
+                    raise InputError(
+                        Given("engine", "ray"),
+                        f"{name} at {address[0]}:{address[1]} is lost",
+                        "start the cluster again; a run with $output continues with $resume",
+                    ) from error
             else:
                 self._silent_since.pop(name, None)
         return not self._silent_since
@@ -517,8 +523,9 @@ class _Run:
             lines = str(error.cause).strip().splitlines()
             if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
-                    f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same "
-                    f"version on every node: {install_command('ray')}"
+                    Given("engine", "ray"),
+                    f"a worker cannot import loradiag: {lines[-1]}",
+                    f"install the same version on every node: {install_command('ray')}",
                 ) from error
             raise error.cause from error  # a bug: show its traceback
         except self._ray.exceptions.RayError:
@@ -529,8 +536,9 @@ class _Run:
         """Return the error for a layer whose workers all died."""
         cause = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
-            f"{self._tasks[batch.start].layer}: {cause} measured it, possibly for lack of memory; "
-            f"{self._advice}; a run with -o continues with --resume"
+            self._tasks[batch.start].layer,
+            f"{cause} measured it, possibly for lack of memory; {self._advice}",
+            "a run with $output continues with $resume",
         )
 
     def stop(self) -> None:

@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +38,7 @@ import torch
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.deltas import Delta, DenseDelta, row_spans
+from lora_diag.diagnostics.checkpoints import CheckpointsOptions
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compare_combinations
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, Combination, group_by
@@ -55,7 +55,7 @@ from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import compare
-from lora_diag.running.options import ProbeOptions, Shifted, list_options
+from lora_diag.running.options import ProbeOptions, Shifted, select_options
 from lora_diag.running.probing import ProbeRun, describe_texts
 from lora_diag.running.progress import RunRecords
 
@@ -119,19 +119,21 @@ class Rule:
         return np.asarray(weights / weights.sum(), np.float64)
 
 
-def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
+def read_rules(options: CheckpointsOptions, count: int) -> list[Rule]:
     """Return the rules of the options.
 
     Args:
-        options: Options with the names of ``RULES``.
+        options: All options.
         count: T, the number of checkpoints.
 
     Raises:
         UsageError: A rule is unknown, or its number is missing or out of range.
     """
     rules = []
-    for option, defaults in RULES.items():
-        for text in options[option]:
+    requested = {"average": options["average"], "extrapolate": options["extrapolate"]}
+    for option, texts in requested.items():
+        defaults = RULES[option]
+        for text in texts:
             found = re.fullmatch(r"(\w+)(?::(\d*\.?\d+))?", text)
             kind, given = found.groups() if found else ("", None)
             number = defaults.get(kind, math.nan) if given is None else float(given)
@@ -200,13 +202,12 @@ class Judge:
         InputError: A text does not exist or cannot be read, or transformers cannot open BASE.
     """
 
-    def __init__(self, options: Mapping[str, Any], base: Path | str, steps: Sequence[Step]) -> None:
+    def __init__(
+        self, options: CheckpointsOptions, base: Path | str, steps: Sequence[Step]
+    ) -> None:
         self._options, self._base, self._steps = options, base, steps
-        self._run = ProbeRun(
-            "checkpoints",
-            {name: options[name] for name in list_options(JudgeOptions)},
-            JudgeOptions,
-        )
+        own = select_options(JudgeOptions, options)
+        self._run = ProbeRun("checkpoints", own, JudgeOptions)
         self._run.check_files(base)
         self._run.model = open_tokens(base, options["length"], options["tokenizer"])
         sets, stored = self._run.read_sets(), open_checkpoint(base)
@@ -218,7 +219,8 @@ class Judge:
         self.settings = {
             **self._run.model_settings,
             "device": resolve_device(options["device"]).type,
-            **{name: list(options[name]) for name in RULES},
+            "average": list(options["average"]),
+            "extrapolate": list(options["extrapolate"]),
         }
 
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:

@@ -102,7 +102,8 @@ def compare_combinations(
     name = main_sets(probes)[0]
     counts, combined = _find_base(probes, name).predictions, _rank(probes, name, "combination")
     half = len(counts) // 2
-    groups = (_rank(probes, name), combined) if half > 1 else ((), ())
+    is_split = len(counts) >= stats.MIN_SEQUENCES
+    groups = (_rank(probes, name), combined) if is_split else ((), ())
     single, best = (
         min(group, key=lambda probe: sum(probe.nll[:half]), default=None) for group in groups
     )
@@ -261,7 +262,7 @@ def _describe_combinations(combined: Sequence[Combination]) -> Iterator[str]:
         )
     elif combined:
         yield (
-            f"not compared: fewer than four sequences of {short(combined[0].by)}, half of them "
+            f"not compared: fewer than eight sequences of {short(combined[0].by)}, half of them "
             "to choose by"
         )
 

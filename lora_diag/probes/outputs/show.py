@@ -97,23 +97,21 @@ def choose_adapters(records: Sequence[Probe]) -> list[Choice]:
         )
         if len(adapters) > 1 and counts:
             best, *others = adapters
-            rivals = [
-                _compare_rival(other, best, counts, 1 - 0.05 / 2 / len(others)) for other in others
-            ]
+            rivals = [_compare_rival(other, best, counts, len(others)) for other in others]
             by_set.append(Choice(name, best.name, tuple(rivals)))
     return by_set
 
 
-def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], level: float) -> Rival:
-    """Return the comparison of an adapter with the best one, at a one-sided confidence level."""
+def _compare_rival(other: Probe, best: Probe, counts: Sequence[int], rivals: int) -> Rival:
+    """Return the comparison of an adapter, one of several rivals, with the best one."""
     gap, error = stats.paired_difference(other.nll, best.nll, counts)
-    if error is None:
-        return Rival(other.name, gap, None, None)
-    half = stats.Estimate(gap, error, stats.degrees_of_freedom(len(counts))).half(level)
-    needed = (
-        None if gap > half else stats.runs_needed(gap, error * len(counts) ** 0.5, 1, level=level)
-    )
-    return Rival(other.name, gap, half, needed if needed is None else max(needed, len(counts) + 1))
+    half, needed = stats.paired_half(error, len(counts), rivals), None
+    if error is not None and half is not None and gap <= half:
+        spread = error * len(counts) ** 0.5
+        needed = stats.runs_needed(gap, spread, 1, level=1 - 0.05 / 2 / rivals)
+    if needed is not None:
+        needed = max(needed, len(counts) + 1)
+    return Rival(other.name, gap, half, needed)
 
 
 # Fraction of the full fine-tune's gain from which an adapter is called as good.

@@ -21,7 +21,7 @@ from lora_diag.models.losses import LossesBySet, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
-from lora_diag.running.engines import Layout
+from lora_diag.running.engines import MachineLayout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
@@ -333,7 +333,7 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """
     detail = "the model that transformers builds of BASE has no such weight"
     return [
-        *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
+        *leave_out(Pairing((), pairing.unpaired), MachineLayout(1, 1), "cpu"),
         *(
             LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail)
             for d in absent

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.merge import JudgeOptions, Method
+from lora_diag.decisions.merge import JudgeOptions, MergeMethod
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
@@ -53,7 +53,7 @@ class Candidate:
         density: Fraction of entries to keep; None for a method without one.
     """
 
-    method: Method
+    method: MergeMethod
     weights: tuple[float, ...]
     density: float | None
 

@@ -310,7 +310,7 @@ def _extract(
 
 
 def _store_factors(
-    factors: Factors, rank: int, layer: Layer, settings: ExtractionSettings, store: Store
+    factors: Factors, rank: int, layer: ExtractLayer, settings: ExtractionSettings, store: Store
 ) -> tuple[Tensor, Tensor]:
     """Write the factors of a layer, and return them as stored, with B·A as ΔW is stored in BASE.
 

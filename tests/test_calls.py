@@ -61,9 +61,9 @@ def test_errors_name_parameters(options, facts):
 
 def test_parameter_of_another_name_than_its_option():
     with pytest.raises(UsageError, match=r"^layer_weights: x is not a layer"):
-        lora_diag.allocate(SPECTRA, params="50k", weights={"x": 1.0})
+        lora_diag.allocate(SPECTRA, params="50k", layer_weights={"x": 1.0})
     with pytest.raises(UsageError, match=r"^allowed_ranks: "):
-        lora_diag.allocate(SPECTRA, params="50k", ranks_from=[0])
+        lora_diag.allocate(SPECTRA, params="50k", allowed_ranks=[0])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from typing import Any
 
 from lora_diag.catalog import feature_of
 from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.errors import flag
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.show import state_verdict
@@ -261,7 +262,7 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         )
         rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
         action = f"Change the training before the rank: try learning rates {_join(rates)}"
-        then = (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl")
+        then = (*_sweep_again(source, typed | {"lr": rates}), "-o", "sweep-2.jsonl")
         return facts | {"rates": rates, "action": action, "then": then}
     higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
@@ -279,7 +280,10 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         "action": action,
     }
     if higher or verdict.needed_seeds is not None:
-        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.needed_seeds or verdict.seeds}
+        typed |= {
+            "ranks": (*swept.ranks, *higher),
+            "repeats": verdict.needed_seeds or verdict.seeds,
+        }
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
@@ -303,7 +307,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
         item.tensors for item in run.inputs if item.role in {"eval", "shifted"} and item.notes
     ]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
-    full = bool(run.settings.get("full_rates"))
+    full = bool(run.settings.get("full_lr"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
     yield from (
         "probe",
@@ -316,7 +320,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
         yield from (word for path in source.paths(role) for word in (f"--{role}", path))
     for name, value in options.items():
         if name in declared and value and value != "all-linear":
-            yield declared[name][1].flag(name)
+            yield flag(name)
             if value is not True:
                 yield (
                     ",".join(map(_format, value))
@@ -425,7 +429,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
             kept_by_rest = max(
                 (record.kept or 0.0 for record in truncated if record.rank == 0), default=None
             )
-            saved = settings.get("rest") == "tuned" and kept_by_rest != 0
+            saved = settings.get("untruncated") == "tuned" and kept_by_rest != 0
             alone = "" if kept_by_rest is None else f", which keep {kept_by_rest:.0%} alone"
             others = (
                 f" with the norms, biases, embeddings and head of TUNED{alone}" if saved else ""

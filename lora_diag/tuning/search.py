@@ -49,7 +49,7 @@ MAX_NAMED = 4
 SWEEP_OPTIONS = (
     *(
         "data",
-        "evaluate",
+        "eval",
         "shifted",
         "batch",
         "max_sequences",
@@ -59,7 +59,8 @@ SWEEP_OPTIONS = (
         "device",
         "concurrent",
     ),
-    *("seed", "tolerance", "targets", "dora", "rslora", "quantized", "gradient_checkpointing"),
+    *("seed", "gain_tolerance", "target_modules", "dora", "rslora", "quantized"),
+    "gradient_checkpointing",
 )
 
 # The reason of a decision after a contest with the incumbent, by its outcome.
@@ -399,7 +400,7 @@ class Tuner:
         if path.is_file() and self.left < 0:
             return read_results(path)
         with self._limit_time():
-            given = {"ranks": ranks, "rates": rates, "seeds": seeds, **shared, **options}
+            given = {"ranks": ranks, "lr": rates, "repeats": seeds, **shared, **options}
             probe_sweep(self.base, output=path, resume=path.is_file(), **given)
         return read_results(path)
 
@@ -438,7 +439,7 @@ class Tuner:
         Without a time limit nothing is done: the sweep has the same runs.
         """
         path = self.folder / "sweep.jsonl"
-        if self.plan.limit is None or (path.is_file() and self._read_swept_setting("seeds") > 1):
+        if self.plan.limit is None or (path.is_file() and self._read_swept_setting("repeats") > 1):
             return
         self._run_sweep(path.name, self.plan.ranks, rates, 1)
         self._adapt_plan(planning.AFTER_GRID, is_grid_done=True)
@@ -454,7 +455,7 @@ class Tuner:
         """
         plan = self.plan
         full = (
-            {"full": True, "full_rates": [rate * FULL_OVER_LORA for rate in rates]}
+            {"full": True, "full_lr": [rate * FULL_OVER_LORA for rate in rates]}
             if plan.full
             else {}
         )
@@ -486,7 +487,7 @@ class Tuner:
         self._train_first_seed(rates)
         plan, repeats = self.plan, self.plan.repeats
         self._record_rank("coarse", *self._sweep_ranks(rates, plan.ranks, repeats))
-        rates = self._read_swept_setting("rates")
+        rates = self._read_swept_setting("lr")
         needed = self.swept.verdict.needed_seeds
         if not self.choice.significant and plan.more_seeds and needed is not None:
             if why := self._explain_no_more_seeds(needed):
@@ -514,7 +515,7 @@ class Tuner:
         if needed > 2 * repeats:
             return f"about {needed} would decide, more than twice those of the plan"
         runs = len(self.swept.ranks) * (needed - repeats)
-        if self._read_swept_setting("seeds") < needed and not self.allows(runs):
+        if self._read_swept_setting("repeats") < needed and not self.allows(runs):
             return f"no time was left; about {needed} would decide"
         return ""
 

@@ -119,7 +119,9 @@ def test_tensor_of_another_shape_is_stated_first(loradiag, tmp_path, command):
 
 
 def test_unknown_and_missing_keywords_are_refused():
-    with pytest.raises(TypeError, match="'repeats'"):
-        fill_options(IntrinsicOptions, {"data": "t", "repeats": 3})
+    with pytest.raises(TypeError, match="'runs'"):
+        fill_options(IntrinsicOptions, {"data": "t", "runs": 3})
+    with pytest.raises(TypeError, match="'seeds'; use repeats"):
+        fill_options(IntrinsicOptions, {"data": "t", "seeds": 3})
     with pytest.raises(TypeError, match="'data'"):
         fill_options(IntrinsicOptions, {})

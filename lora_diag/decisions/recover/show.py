@@ -66,7 +66,9 @@ def recovery_lines(results: Results[Recovery], output: Path | str | None = None)
 
 def writes_folder(results: Results[Recovery]) -> bool:
     """Return whether a run writes an adapter or a checkpoint."""
-    return any(results.run.settings.get(name) for name in ("rank", "energy", "params", "full"))
+    return any(
+        results.run.settings.get(name) for name in ("rank", "energy", "params", "checkpoint")
+    )
 
 
 def exit_code(results: Results[Recovery]) -> int:
@@ -221,7 +223,7 @@ def _list_missing(results: Results[Recovery]) -> list[str]:
     """Return the layers that an adapter does not hold; none of a checkpoint, which holds the
     numbers of TUNED there.
     """
-    out_of_time = [] if results.run.settings.get("full") else _list_out_of_time(results)
+    out_of_time = [] if results.run.settings.get("checkpoint") else _list_out_of_time(results)
     return [record.layer for record in results if record.written == "nothing"] + out_of_time
 
 

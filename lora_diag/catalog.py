@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from lora_diag.errors import InputError
 from lora_diag.feature import Command, Feature, Figure, load
-from lora_diag.running.options import rename_settings
 
 if TYPE_CHECKING:  # imports pydantic, which is not needed before records are read
     from lora_diag.records import LayerRecord, Record, Results
@@ -207,6 +206,7 @@ def read_results(path: Path | str) -> Results[Any]:
 
 def _rename_settings(results: Results[Any]) -> Results[Any]:
     """Return results with their settings under today's names of the command's options."""
+    rename_settings = load("lora_diag.running.options:rename_settings")
     settings = results.run.settings
     if (feature := feature_of(results.run.command)) is not None:
         for command in feature.commands:

@@ -43,7 +43,7 @@ from benchmarks.measure import print_table
 from lora_diag.models.data import read_texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import open_model, pad_sequences
-from lora_diag.models.training import Cell, Lora, Training, add_lora, losses_after, train
+from lora_diag.models.training import Cell, Lora, TrainingSettings, add_lora, losses_after, train
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.search import FULL_OVER_LORA
 from lora_diag.tuning.show import tune_table
@@ -171,7 +171,7 @@ class Baselines:
             for part in ("train", "held", "test")
         }
         self.sets = [texts["held"], texts["test"]]
-        self.training = Training(texts["train"], case["steps"], case["batch"], 0)
+        self.training = TrainingSettings(texts["train"], case["steps"], case["batch"], 0)
 
     def run(
         self, config: dict[str, Any] | None, lr: float, seed: int

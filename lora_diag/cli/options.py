@@ -92,7 +92,7 @@ def make_cluster(engine: str, ray_address: str | None, gpus_per_task: float) -> 
 
 
 @dataclass(frozen=True)
-class Shown:
+class OutputChoice:
     """Selection and destination of the output."""
 
     json: bool = False
@@ -170,7 +170,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             for each in command.arguments
             if each.many
         }
-        shown = Shown(
+        shown = OutputChoice(
             **{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
         )
         for group in groups:
@@ -220,7 +220,11 @@ def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
 
 
 def _measure_and_show(
-    feature: Feature, command: Command, shown: Shown, values: dict[str, Any], option_names: set[str]
+    feature: Feature,
+    command: Command,
+    shown: OutputChoice,
+    values: dict[str, Any],
+    option_names: set[str],
 ) -> int:
     """Call the function of a command with its values and callbacks, show the result, and return the
     exit code.

@@ -44,7 +44,7 @@ class PluginOptions(TypedDict, total=False):
     ]
 
 
-class CommandOptions(PluginOptions, total=False):
+class GateCommandOptions(PluginOptions, total=False):
     """Options of the command that ``gate()`` has no need of: a policy, inputs to measure, a model
     card, plugins.
     """
@@ -96,7 +96,7 @@ FEATURE = Feature(
                     optional=True,
                 ),
             ),
-            options=(GateOptions, CommandOptions, VerdictOutputs),
+            options=(GateOptions, GateCommandOptions, VerdictOutputs),
             shows=("json", "quiet", "verbose"),
             call=True,
         ),

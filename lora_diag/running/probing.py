@@ -17,11 +17,11 @@ from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import Given, UsageError, flag
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.losses import LossesBySet, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
-from lora_diag.running.engines import Layout
+from lora_diag.running.engines import MachineLayout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
@@ -238,10 +238,10 @@ class ProbeRun(Generic[G]):
         """Return the number of batches of evaluation sets."""
         return sum(text_set.count_batches(self.batch) for text_set in texts)
 
-    def measure(self, texts: Iterable[Texts], label: str) -> list[Losses]:
+    def measure(self, texts: Iterable[Texts], label: str) -> LossesBySet:
         """Return the losses of the open model on sets; every batch is reported with a label."""
         after = partial(self.watch.batch, label)
-        return [measure(self.model, each, self.batch, after) for each in texts]
+        return {each.name: measure(self.model, each, self.batch, after) for each in texts}
 
     def estimate(
         self,
@@ -333,7 +333,7 @@ def left_out(pairing: Pairing, absent: Iterable[Delta]) -> list[LeftOut]:
     """
     detail = "the model that transformers builds of BASE has no such weight"
     return [
-        *leave_out(Pairing((), pairing.unpaired), Layout(1, 1), "cpu"),
+        *leave_out(Pairing((), pairing.unpaired), MachineLayout(1, 1), "cpu"),
         *(
             LeftOut(layer=d.layer, shape=d.shape, reason="not_in_model", detail=detail)
             for d in absent

@@ -60,7 +60,7 @@ class TuneOptions(
     ]
 
 
-class CommandOptions(TypedDict, total=False):
+class TuneCommandOptions(TypedDict, total=False):
     """Options of the command only."""
 
     output: Annotated[
@@ -88,7 +88,7 @@ FEATURE = Feature(
             ),
             run=".command:run_tune",
             arguments=(BASE_ARGUMENT,),
-            options=(CommandOptions, TuneOptions),
+            options=(TuneCommandOptions, TuneOptions),
             shows=("json", "quiet", "verbose"),
             call=True,
         ),

@@ -30,7 +30,14 @@ from lora_diag.running.options import show_options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
-from lora_diag.tuning.planning import EVALUATIONS, Deadline, Target, extend_plan, plan_of, target_of
+from lora_diag.tuning.planning import (
+    EVALUATIONS,
+    SearchDeadline,
+    TuneTarget,
+    extend_plan,
+    plan_of,
+    target_of,
+)
 from lora_diag.tuning.record import Tune, TunePlan, TuneTrial
 from lora_diag.tuning.search import Tuner
 from lora_diag.tuning.trials import ADAPTER, Variant, replace_folder
@@ -105,7 +112,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     options, folder = run.options, Path(output)
     _check_output(folder, options)
     limit = None if options["time"] is None else read_time(options["time"])
-    deadline = Deadline(limit)  # counts from here
+    deadline = SearchDeadline(limit)  # counts from here
     if (options["params"] is None) == (options["memory_budget"] is None):
         raise UsageError("tune", "needs exactly one budget", "give $params or $memory_budget")
     run.check_files(base)
@@ -169,7 +176,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     return results
 
 
-def _make_settings(run: TrainRun[TuneOptions], target: Target) -> dict[str, Any]:
+def _make_settings(run: TrainRun[TuneOptions], target: TuneTarget) -> dict[str, Any]:
     options = run.options
     budgets = {"params": options["params"], "memory_budget": options["memory_budget"]}
     given = {name: legible(str(value)) for name, value in budgets.items() if value is not None}

@@ -19,14 +19,14 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.allocate.run import allocate
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import InconclusiveError, LoradiagError
-from lora_diag.models.training import Training, layers_without_head
+from lora_diag.models.training import TrainingSettings, layers_without_head
 from lora_diag.probes.sweep.measure import probe_sweep
 from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
-from lora_diag.running.training_runs import TrainRun, Workers
+from lora_diag.running.training_runs import ProbeWorkers, TrainRun
 from lora_diag.tuning import TuneOptions, planning, trials
-from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
+from lora_diag.tuning.planning import COMPARED, Omission, SearchDeadline, TuneTarget
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
 
@@ -104,11 +104,11 @@ class Tuner:
     base: Path | str
     folder: Path
     run_: TrainRun[TuneOptions]
-    target: Target
+    target: TuneTarget
     plan: TunePlan
     kept: RunRecords[Any]
-    deadline: Deadline
-    workers: Workers | None = None
+    deadline: SearchDeadline
+    workers: ProbeWorkers | None = None
     swept: Swept = field(init=False)
     choice: RankChoice = field(init=False)
     _seen: int = 0
@@ -121,7 +121,7 @@ class Tuner:
 
     def __post_init__(self) -> None:
         self.first_seed: int = self.run_.options["seed"]
-        self.training: Training = replace(self.run_.training, steps=self.plan.steps)
+        self.training: TrainingSettings = replace(self.run_.training, steps=self.plan.steps)
         sets = self.run_.sets
         self.own = next((texts.name for texts in sets if not texts.shifted), sets[0].name)
         self.shifted = [texts.name for texts in sets if texts.shifted and texts.name != self.own]

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from lora_diag.models.data import Texts
-from lora_diag.models.training import Training
+from lora_diag.models.training import TrainingSettings
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import Probe, ResultsWriter, Run
 from lora_diag.running.progress import ProgressReporter, RunRecords
@@ -30,7 +30,7 @@ class Case:
             lambda event: self.ticks.append((event.label, event.done, event.total))
         )
         kept = RunRecords(ResultsWriter(None, run, False), watch)
-        self.walk = RunPlan(Training(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
+        self.walk = RunPlan(TrainingSettings(HELD, 3, 1, 7), [HELD], seeds, widen, kept)
 
     def arm(self, rates):
         return Arm(tuple(self.best), rates, self.trial)

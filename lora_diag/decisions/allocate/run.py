@@ -23,9 +23,13 @@ from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
 from lora_diag.decisions.allocate.measure import allocate as allocate_spectra
-from lora_diag.decisions.allocate.peft_config import Scaling, compare_with_peft, make_peft_config
+from lora_diag.decisions.allocate.peft_config import (
+    PeftScaling,
+    compare_with_peft,
+    make_peft_config,
+)
 from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
-from lora_diag.decisions.targets import Training, read_memory
+from lora_diag.decisions.targets import TrainingMemory, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.errors import Given, InputError, UsageError
@@ -400,14 +404,16 @@ def write_allocation(
             Given("rslora"),
             "SGLang and llama.cpp do not read it, so the adapter would not be portable",
         )
-    config = make_peft_config(results, Scaling(scaling, rslora))
+    config = make_peft_config(results, PeftScaling(scaling, rslora))
     if check is not None:
         from lora_diag.models.peft_check import (
             adapted_by_peft,
         )  # deferred: importing transformers takes seconds
 
         compare_with_peft(
-            results, adapted_by_peft(config, locate_files(check).files), Scaling(scaling, rslora)
+            results,
+            adapted_by_peft(config, locate_files(check).files),
+            PeftScaling(scaling, rslora),
         )
     text = (
         json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
@@ -451,7 +457,7 @@ def _make_budget(options: AllocateOptions) -> Budget:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
             unknown.
     """
-    training = Training(options["optimizer"], options["adapter_dtype"])
+    training = TrainingMemory(options["optimizer"], options["adapter_dtype"])
     budgets = {
         "params": options["params"],
         "total_rank": options["total_rank"],

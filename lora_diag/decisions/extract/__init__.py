@@ -46,7 +46,7 @@ class ExtractOptions(FolderOptions, total=False):
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 
 
-class FolderOutput(TypedDict, total=False):
+class ExtractOutput(TypedDict, total=False):
     """The output of the command."""
 
     output: Annotated[Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", "-o", OUTPUT)]
@@ -61,7 +61,7 @@ FEATURE = Feature(
             help="Write the best adapter of given ranks for an update.",
             examples=("extract base/ full_ft/ --rank 16 -o adapter/",),
             arguments=(BASE_ARGUMENT, TUNED_ARGUMENT),
-            options=(FolderOutput, ExtractOptions),
+            options=(ExtractOutput, ExtractOptions),
             hints=(
                 Hint(
                     "probe outputs {base} {tuned} {output} --eval held_out.txt",

@@ -14,13 +14,13 @@ from lora_diag.adapters.contents import Item, Part
 from lora_diag.adapters.layouts import LAYOUTS, PEFT, Placed, check_layout
 from lora_diag.adapters.portable import convert
 from lora_diag.adapters.writing import check_converted, store_factors
-from lora_diag.adapters.writing_targets import Target
+from lora_diag.adapters.writing_targets import PeftTarget
 from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.measure import (
     ExtractionSettings,
-    Layer,
+    ExtractLayer,
     choose_rank_rules,
     estimate_bytes,
     read_rank_option,
@@ -197,7 +197,7 @@ def extract(
         kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
         raise UsageError(*error.args, kept) from error
     tasks = [
-        Layer(
+        ExtractLayer(
             _drop_base(delta),
             target.module,
             target.kind,
@@ -268,7 +268,7 @@ def extract(
     )
 
 
-def place_target(target: Target) -> Placed:
+def place_target(target: PeftTarget) -> Placed:
     """Return a layer of BASE in the form used by the layouts of adapters."""
     part: Part = target.kind if target.kind in {"embedding", "convolution"} else "factors"
     shape = target.shape if target.kind == "embedding" else target.peft_shape
@@ -318,7 +318,7 @@ def _drop_base(delta: Delta) -> Delta:
 
 
 def _extract_layer(
-    task: Layer, files: Mapping[str, Path], settings: ExtractionSettings
+    task: ExtractLayer, files: Mapping[str, Path], settings: ExtractionSettings
 ) -> tuple[Extraction | LeftOut]:
     return (factor(task, settings, partial(store_factors, files[task.layer])),)
 

@@ -25,9 +25,9 @@ from lora_diag.decisions.merge import (
     ALL,
     METHODS,
     JudgeOptions,
+    MergeMethod,
     MergeOptions,
     MergeRunOptions,
-    Method,
 )
 from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
@@ -301,7 +301,7 @@ def _select_writable(
 
 
 def _find_unwritable(
-    tasks: Sequence[MergeTask], method: Method, options: MergeOptions
+    tasks: Sequence[MergeTask], method: MergeMethod, options: MergeOptions
 ) -> UsageError | None:
     """Return the error of a method that needs factors that an update lacks, or whose merge has none
     and no rank is requested; None if there is none.
@@ -327,7 +327,7 @@ def _find_unwritable(
 
 
 def _choose_weights(
-    method: Method, requested: Sequence[float] | None, count: int
+    method: MergeMethod, requested: Sequence[float] | None, count: int
 ) -> tuple[float, ...]:
     """Return the weights: as given, divided by their sum for ``mean``, or the method's default.
 

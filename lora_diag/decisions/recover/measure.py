@@ -47,7 +47,7 @@ from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_de
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.layers.recovery import (
     DEFAULT_RANKS,
-    Estimate,
+    RecoveryEstimate,
     check_cell_memory,
     estimate_hidden_energy,
     recover_layer,
@@ -303,7 +303,7 @@ def _write(
     request: OutputRequest,
     delta: StoredDelta,
     change: Change,
-    estimate: Estimate,
+    estimate: RecoveryEstimate,
     curve: NDArray[np.float64],
     settings: LayerSettings,
     file: Path,
@@ -341,7 +341,10 @@ def _write(
 
 
 def _choose_rank(
-    request: OutputRequest, shape: tuple[int, int], estimate: Estimate, curve: NDArray[np.float64]
+    request: OutputRequest,
+    shape: tuple[int, int],
+    estimate: RecoveryEstimate,
+    curve: NDArray[np.float64],
 ) -> int:
     """Return the smallest rank with the requested fraction of the energy; without one, the largest
     useful rank.
@@ -358,7 +361,7 @@ def _choose_rank(
     return rank_at(curve, request.energy) or len(curve)
 
 
-def _compute_length_factor(estimate: Estimate) -> float:
+def _compute_length_factor(estimate: RecoveryEstimate) -> float:
     """Return ‖X‖_F as estimated over ‖E[X | cells]‖_F, at least 1."""
     length = math.hypot(
         *(float(torch.linalg.vector_norm(block, dtype=torch.float64)) for block in estimate.mean())
@@ -366,7 +369,9 @@ def _compute_length_factor(estimate: Estimate) -> float:
     return max(1.0, (estimate.hidden.fro_estimate or 0.0) / length) if length else 1.0
 
 
-def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: Path) -> None:
+def _write_weight(
+    delta: StoredDelta, estimate: RecoveryEstimate, factor: float, file: Path
+) -> None:
     """Write W_base + factor·E[X | cells] in float32."""
     weight, row = torch.empty(delta.shape), 0
     for part in row_blocks(delta.base, delta.shape):
@@ -498,7 +503,7 @@ def recover(
     if time_limit is not None:
         energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = Deadline(start + seconds, time_limit, energies)
+        deadline = RecoverDeadline(start + seconds, time_limit, energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -667,7 +672,7 @@ def _make_tasks(
 
 
 @dataclass(frozen=True, slots=True)
-class Deadline:
+class RecoverDeadline:
     """The time limit of a run.
 
     Args:
@@ -695,7 +700,7 @@ def _measure_layer(
     task: RecoveryTask,
     files: Mapping[str, Path],
     settings: LayerSettings,
-    deadline: Deadline | None = None,
+    deadline: RecoverDeadline | None = None,
 ) -> tuple[Recovery | LeftOut]:
     if deadline is not None and time.time() > deadline.end:
         return (deadline.make_left_out(task),)

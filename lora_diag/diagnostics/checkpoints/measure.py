@@ -35,7 +35,7 @@ from lora_diag.running.progress import RunRecords
 from lora_diag.thin import MAX_RANK
 
 if TYPE_CHECKING:
-    from lora_diag.diagnostics.checkpoints.judge import Judge
+    from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
 # Why an update with finite factors is not finite.
 OVERFLOW = "a norm overflows float64"
@@ -264,9 +264,10 @@ def trajectory(
             raise UsageError(
                 Given("eval"), "needs the model", "give BASE after the run, or with $base"
             )
-        from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
+        # Deferred: imports torch.
+        from lora_diag.diagnostics.checkpoints.judge import CheckpointJudge
 
-        judged = Judge(options, options["base"], steps)
+        judged = CheckpointJudge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
     if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
@@ -341,7 +342,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
 def _conclude(
     steps: Sequence[Step],
     series: Series,
-    judged: Judge | None,
+    judged: CheckpointJudge | None,
     records: RunRecords[CheckpointLayer],
 ) -> None:
     """Write the records of the checkpoints, and that of the run."""

@@ -24,7 +24,14 @@ from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Training, add_lora, count_trained, losses_after, train
+from lora_diag.models.training import (
+    Cell,
+    TrainingSettings,
+    add_lora,
+    count_trained,
+    losses_after,
+    train,
+)
 from lora_diag.probes.intrinsic import IntrinsicOptions
 from lora_diag.probes.intrinsic.record import Intrinsic
 from lora_diag.probes.intrinsic.show import Subject
@@ -418,7 +425,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
 def _train_cell(
     model: Model,
     cell: IntrinsicRun,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after: Callable[[], None],
 ) -> list[Intrinsic]:

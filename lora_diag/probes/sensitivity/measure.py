@@ -29,7 +29,7 @@ from lora_diag.models.opening import Model, Weights
 from lora_diag.models.training import (
     ALPHA_OVER_RANK,
     Cell,
-    Training,
+    TrainingSettings,
     layers_without_head,
     losses_after,
 )
@@ -62,7 +62,7 @@ REDUCTIONS += (SEQUENCES[-2], ("steps", 5), SEQUENCES[-1], ("steps", 3))
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class SensitivityUnit:
     """The layers that are adapted together, without others.
 
     Args:
@@ -80,7 +80,7 @@ class Unit:
 
 def units_of(
     layers: Mapping[str, nn.Module], base_names: Mapping[str, str], per: str
-) -> list[Unit]:
+) -> list[SensitivityUnit]:
     """Return linear layers grouped into units, in the order of their first layers.
 
     Args:
@@ -93,7 +93,7 @@ def units_of(
     for weight in layers:
         groups.setdefault(name_unit(base_names[weight], per), []).append(weight)
     return [
-        Unit(
+        SensitivityUnit(
             name,
             tuple(base_names[weight] for weight in weights),
             "|".join(re.escape(weight.removesuffix(".weight")) for weight in weights),
@@ -104,7 +104,12 @@ def units_of(
 
 
 def _make_trial(
-    model: Model, unit: Unit, bases: Mapping[str, Losses], rank: int | None, lr: float, seed: int
+    model: Model,
+    unit: SensitivityUnit,
+    bases: Mapping[str, Losses],
+    rank: int | None,
+    lr: float,
+    seed: int,
 ) -> Trial:
     """Return the run of one unit, whose records have no loss if training diverged.
 
@@ -120,7 +125,7 @@ def _make_trial(
     fields = {"unit": unit.name, "rank": rank, "lr": lr, "seed": seed}
 
     def train_alone(
-        training: Training, sets: Sequence[Texts], after: Callable[[], None]
+        training: TrainingSettings, sets: Sequence[Texts], after: Callable[[], None]
     ) -> list[Sensitivity]:
         alone = replace(training, kind=replace(training.kind, targets=unit.targets))
         by_set, train_loss = losses_after(model, cell, alone, sets, after)
@@ -321,7 +326,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         plan = run.plan_runs(run_records)
         bases: dict[str, Losses] = {}
 
-        def make_arms(units: Sequence[Unit]) -> list[Arm]:
+        def make_arms(units: Sequence[SensitivityUnit]) -> list[Arm]:
             trials = [partial(_make_trial, model, unit, bases) for unit in units]
             return [
                 Arm((one,), tuple(settings["lr"]), make_trial)
@@ -329,7 +334,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
                 for one in ranks
             ]
 
-        def divide(blocks: Sequence[Unit | Gain]) -> list[Arm]:
+        def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:
             return make_arms(
                 [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
             )

@@ -21,7 +21,14 @@ from lora_diag.checkpoints import open_checkpoint
 from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
-from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
+from lora_diag.models.training import (
+    Cell,
+    Lora,
+    TrainingSettings,
+    layers_without_head,
+    record_of,
+    run_cell,
+)
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.probe import Subject
@@ -284,7 +291,7 @@ def train_rounded(
     grid: str | None,
     model: Model,
     cell: Cell,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after: Callable[[], None],
 ) -> list[Probe]:

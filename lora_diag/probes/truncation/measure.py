@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses
+from lora_diag.models.losses import Losses, LossesBySet
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.records import LeftOut, Probe, Results
@@ -162,7 +162,7 @@ def probe_truncation(
     swapped = Swapped(model, deltas, ranks[-1])
     has_matched = any(cell.match_norm for cell in cells)
 
-    def measure_cell(cell: Cell) -> list[Losses]:
+    def measure_cell(cell: Cell) -> LossesBySet:
         if cell.rank is None:
             swapped.arrange({}, FULL if cell == TUNED else 0)
         else:

@@ -9,13 +9,14 @@ from lora_diag.decisions.merge.judge import MergeJudge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.decisions.merge.run import list_candidates
 from lora_diag.errors import InputError, UsageError
-from lora_diag.models.losses import measure
 from lora_diag.running.options import fill_options
+from lora_diag.running.probing import ProbeRun
 from tests import oracles
 from tests.messages import assert_names
 from tests.probes.making import gpt2, moved, some_text, tensors, window_losses
 
 SCALES = (0.5, 1.0)
+measure = ProbeRun.measure
 
 
 @pytest.fixture(scope="module")
@@ -143,13 +144,14 @@ def test_merge_with_a_loss_that_is_nan_is_not_chosen(case, tmp_path, monkeypatch
     """Not even if only a sequence after those that choose has one."""
     chosen = merged(case, tmp_path / "clean", method="sum", scales=SCALES).run.settings["scale"]
 
-    def spoil(model, texts, batch, step):
-        found = measure(model, texts, batch, step)
-        if step.args == (f"sum λ={chosen:g}",):
-            found.sums[-1] = float("nan")
+    def spoil(run, texts, label):
+        found = measure(run, texts, label)
+        if label == f"sum λ={chosen:g}":
+            for losses in found.values():
+                losses.sums[-1] = float("nan")
         return found
 
-    monkeypatch.setattr(judge, "measure", spoil)
+    monkeypatch.setattr(ProbeRun, "measure", spoil)
     found = merged(case, tmp_path / "out", method="sum", scales=SCALES)
     assert {found.run.settings["scale"]} == {*SCALES} - {chosen}
     spoilt = [record for record in found.whole_of(MergedLoss) if record.scale == chosen]
@@ -178,13 +180,13 @@ def test_rounded_checkpoint_is_judged_as_written(case, tmp_path):
 
 @pytest.mark.slow
 def test_interruption_leaves_nothing_and_resume_checks_settings(case, tmp_path, monkeypatch):
-    def interrupt(model, texts, batch, step):
-        if "sum" in step.args[0]:
+    def interrupt(run, texts, label):
+        if "sum" in label:
             raise KeyboardInterrupt
-        return measure(model, texts, batch, step)
+        return measure(run, texts, label)
 
     with monkeypatch.context() as patch:
-        patch.setattr(judge, "measure", interrupt)
+        patch.setattr(ProbeRun, "measure", interrupt)
         with pytest.raises(KeyboardInterrupt):
             merged(case, tmp_path / "out", method="sum")
     assert not list(tmp_path.iterdir())

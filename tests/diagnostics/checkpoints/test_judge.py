@@ -21,7 +21,7 @@ from lora_diag.diagnostics.checkpoints.held_out import (
     compare_combinations,
     is_better,
 )
-from lora_diag.diagnostics.checkpoints.judge import Rule, read_rules
+from lora_diag.diagnostics.checkpoints.judge import CombinationRule, read_rules
 from lora_diag.diagnostics.checkpoints.record import Combination
 from lora_diag.diagnostics.checkpoints.show import suggest_next
 from lora_diag.errors import UsageError
@@ -279,7 +279,7 @@ def test_rank1_extrapolates_projections_on_first_direction(seed, count, factor):
     _, _, vh = np.linalg.svd(path, full_matrices=False)
     target = steps[-1] + factor * (steps[-1] - steps[-2])
     expected = np.polyval(np.polyfit(steps, path @ vh[0], 1), target) * vh[0]
-    weights = Rule("rank1", factor).weigh(steps.tolist(), path @ path.T)
+    weights = CombinationRule("rank1", factor).weigh(steps.tolist(), path @ path.T)
     np.testing.assert_allclose(
         weights @ path, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max()
     )

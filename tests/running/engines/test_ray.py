@@ -593,6 +593,6 @@ def test_gpu_task_gets_share_of_cores():
         FakeRay({"CPU": 32.0, "GPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 64.0}), 0.5
     )
     assert cluster.slots == 20
-    assert cluster.threads(engine.Layout(4, 100))(10**9) == 2
+    assert cluster.threads(engine.MachineLayout(4, 100))(10**9) == 2
     assert cluster.capacity(None).max_batches == 40
     assert cluster.capacity(3).max_batches == 3

@@ -52,9 +52,9 @@ PARTED = 0.25
 # Reductions of a run with default options.
 REDUCTIONS = (
     *SEQUENCES[:-2],
-    ("per", "block"),
+    ("granularity", "block"),
     ("widen", 0),
-    ("rates", (1e-2,)),
+    ("lr", (1e-2,)),
     ("steps", 25),
     ("steps", 10),
 )
@@ -254,14 +254,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         data: Training text, JSONL or data set.
-        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        eval: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         rank: Rank r.
         delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        per: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
-        rates: Peak learning rates.
+        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module
+            ``type``.
+        lr: Peak learning rates.
         steps: Number of updates of a run.
-        seeds: Number of runs of each unit at its best rate; they differ in the initial factors.
+        repeats: Number of runs of each unit at its best rate; they differ in the initial factors.
         **options: ``SensitivityOptions``.
 
     Returns:
@@ -281,8 +282,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> found = probe_sensitivity(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     data="train.txt",
-        ...     evaluate=["held_out.txt"],
-        ...     per="type",
+        ...     eval=["held_out.txt"],
+        ...     granularity="type",
         ...     steps=50,
         ... )
         >>> {record.record for record in found.whole}  # doctest: +SKIP
@@ -301,19 +302,21 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options["per"])) * (
-            1 + 2 * PARTED * ("per" in run.reduced)
+        units = len(units_of(linear, base_names, run.options["granularity"])) * (
+            1 + 2 * PARTED * ("granularity" in run.reduced)
         )
-        return run.count_train_tokens(units * len(ranks), run.options["rates"], STEP_ALONE)
+        return run.count_train_tokens(units * len(ranks), run.options["lr"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units, parts = (units_of(linear, base_names, per) for per in (run.options["per"], "part"))
-    parted = math.ceil(PARTED * len(units)) if "per" in run.reduced else 0
+    units, parts = (
+        units_of(linear, base_names, per) for per in (run.options["granularity"], "part")
+    )
+    parted = math.ceil(PARTED * len(units)) if "granularity" in run.reduced else 0
     if parted:
-        run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
+        run.reduced["granularity"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
-        **run.settings("per", "rank", "delta"),
-        "rates": sorted(set(run.options["rates"])),
+        **run.settings("granularity", "rank", "delta"),
+        "lr": sorted(set(run.options["lr"])),
         **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
@@ -327,7 +330,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
             arms = []
             for unit in units:
                 make_trial = partial(_make_trial, model, unit, bases)
-                arms += [Arm((one,), tuple(settings["rates"]), make_trial) for one in ranks]
+                arms += [Arm((one,), tuple(settings["lr"]), make_trial) for one in ranks]
             return arms
 
         def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:

@@ -121,11 +121,8 @@ class MergeJudge:
         compared: Sequence[Comparison],
         names: Sequence[str],
     ) -> None:
-        tasks = read_tasks(options["evaluate"], names)
-        own = {
-            **select_options(JudgeOptions, options),
-            "evaluate": [path for _, path in tasks],
-        }
+        tasks = read_tasks(options["eval"], names)
+        own = {**select_options(JudgeOptions, options), "eval": [path for _, path in tasks]}
         self._options, self._base, self._compared = options, base, compared
         self._run = ProbeRun("merge", own, JudgeOptions)
         self._run.check_files(base)
@@ -198,7 +195,7 @@ class MergeJudge:
                     swapped = Swapped(
                         run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0
                     )
-                    if self._options["full"] and settings.dtype:
+                    if self._options["checkpoint"] and settings.dtype:
                         self._round(settings.dtype)
                     for scale in scales if exact else [written]:
                         swapped.scale({}, scale / written)

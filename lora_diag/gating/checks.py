@@ -479,9 +479,9 @@ class Weights:
 
 def _open_weights(path: Path | str) -> Weights:
     """Open a checkpoint or an adapter, and take its fingerprint."""
-    from lora_diag.adapters import Adapter, open_input
+    from lora_diag.adapters import Adapter, locate, open_input
 
-    opened = open_input(path, "rank")
+    opened = open_input(locate(path), "rank")
     if isinstance(opened, Adapter):
         return Weights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
     return Weights(opened, False, fingerprint(opened))

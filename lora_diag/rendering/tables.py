@@ -254,8 +254,8 @@ def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> lis
     as columns may be.
     """
     fitting = list(columns)
-    # Of equal priorities, the last column first.
-    for dropped in sorted(columns[::-1], key=lambda column: -column.drop):
+    # The largest priority first, of equal ones the last column.
+    for dropped in reversed(sorted(columns, key=lambda column: column.drop)):
         if dropped.drop and _room_for_names(fitting, width) < name_width:
             fitting = [column for column in fitting if column is not dropped]
     return fitting

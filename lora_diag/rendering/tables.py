@@ -254,8 +254,8 @@ def _drop_columns(columns: Sequence[Column], width: int, name_width: int) -> lis
     as columns may be.
     """
     fitting = list(columns)
-    # The largest priority first, of equal ones the last column.
-    for dropped in reversed(sorted(columns, key=lambda column: column.drop)):
+    order = sorted(enumerate(columns), key=lambda item: (-item[1].drop, -item[0]))
+    for _, dropped in order:
         if dropped.drop and _room_for_names(fitting, width) < name_width:
             fitting = [column for column in fitting if column is not dropped]
     return fitting
@@ -359,8 +359,8 @@ def _make_column(shown: Shown, groups: Sequence[Sequence[Any]]) -> Column:
     values = [value_at(record, shown.path) for group in groups for record in group]
     is_text = any(isinstance(value, str) for value in values)
     cells = tuple(_make_cell(shown, group) for group in groups)
-    title, justify = shown.head or shown.title, "left" if is_text else "right"
-    return Column(title, cells, justify, shown.drop, shown.detail)
+    justify: Literal["left", "right"] = "left" if is_text else "right"
+    return Column(shown.head or shown.title, cells, justify, shown.drop, shown.detail)
 
 
 def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:

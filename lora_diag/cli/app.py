@@ -290,12 +290,8 @@ def _can_resume(arguments: list[str]) -> bool:
     """Return whether the command given by these words has ``--resume``."""
     named = _find_command(arguments)
     for name, feature, command in catalog.commands():
-        if name != named:
-            continue
-        for group in command.options:
-            options = feature.load(group) if isinstance(group, str) else group
-            if "resume" in list_options(options):
-                return True
+        if name == named:
+            return any("resume" in list_options(group) for group in feature.option_groups(command))
     return False
 
 

@@ -155,7 +155,7 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     what += describe_merge(results)
     other_dtypes = sorted({record.dtype for record in layers} - {"float32"})
     dtypes = "".join(f", {dtype}" for dtype in other_dtypes)
-    if settings["full"]:
+    if settings["checkpoint"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
         written = [record for record in layers if record.rank]
@@ -216,7 +216,9 @@ def _describe_losses(results: Results[Merged]) -> list[Statement]:
     others = {name: group for name, group in merges.items() if name not in chosen}
     counts = [record.predictions for record in by_model["base", None]]
     [(name, best)] = chosen.items()
-    alike = [other for other, group in others.items() if not _is_worse(group, best, counts)]
+    alike = [
+        other for other, group in others.items() if not _is_worse(group, best, counts, len(others))
+    ]
     text = f"{name}{_describe_rise(best)}"
     if alike:
         text += f"; not significantly worse on any text: {list_names(alike, len(METHODS))}"
@@ -269,17 +271,20 @@ def _find_worse_than_base(
 
 
 def _is_worse(
-    records: Sequence[MergedLoss], chosen: Sequence[MergedLoss], counts: Sequence[Sequence[int]]
+    records: Sequence[MergedLoss],
+    chosen: Sequence[MergedLoss],
+    counts: Sequence[Sequence[int]],
+    others: int,
 ) -> bool:
-    """Return whether a merge is significantly worse than the chosen one on any text, or has no
-    finite loss.
+    """Return whether a merge, one of several others, is significantly worse than the chosen one on
+    any text, or has no finite loss.
     """
     for own, best, of_set in zip(records, chosen, counts, strict=True):
         if not own.nll:
             return True
         rest = slice(own.skipped, None)
         gap, error = paired_difference(own.nll[rest], best.nll[rest], of_set[rest])
-        half = paired_half(error, len(of_set[rest]))
+        half = paired_half(error, len(of_set[rest]), others)
         if half is not None and gap > half:
             return True
     return False
@@ -381,7 +386,7 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     """
     settings = results.run.settings
     method = METHODS[settings["method"]]
-    is_adapter = not settings["full"]
+    is_adapter = not settings["checkpoint"]
     kind = "LoRA adapter" if is_adapter else "Checkpoint"
     title = f"{kind} merged with {method.title}"
     source = (

@@ -131,8 +131,8 @@ def _make_table_note(settings: dict[str, Any]) -> str:
     rank, delta = settings["rank"], settings["delta"]
     note = (
         f"Gain is the decrease of the held-out loss, in nats, by a LoRA of r={rank} on this "
-        f"{title_of(settings['granularity'])} alone, with its standard error over sequences; a gain below "
-        "two standard errors, more for few sequences, is not significant"
+        f"{title_of(settings['granularity'])} alone, with its standard error over sequences; a "
+        "gain below two standard errors, more for few sequences, is not significant"
     )
     if delta:
         note += f"; g({rank}→{rank + delta}) is the additional gain of {delta} more ranks"

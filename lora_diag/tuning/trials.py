@@ -34,7 +34,7 @@ from lora_diag.models.opening import Model
 from lora_diag.models.training import (
     Cell,
     Lora,
-    Training,
+    TrainingSettings,
     add_lora,
     count_trained,
     layers_without_head,
@@ -47,7 +47,7 @@ from lora_diag.probes.sweep.verdict import Swept, find_diverged
 from lora_diag.records import Probe
 from lora_diag.running.judging import NamedModel
 from lora_diag.running.progress import RunRecords
-from lora_diag.running.training_runs import Workers
+from lora_diag.running.training_runs import ProbeWorkers
 from lora_diag.tuning.record import TunePlan, TuneTrial
 
 DROPOUT, WEIGHT_DECAY = 0.1, 0.1
@@ -485,12 +485,12 @@ class Trials:
     """
 
     model: Model
-    training: Training
+    training: TrainingSettings
     sets: Sequence[Texts]
     kept: RunRecords[Any]
     grid: str | None
     after: Callable[..., None]
-    workers: Workers | None = None
+    workers: ProbeWorkers | None = None
 
     @property
     def records(self) -> list[TuneTrial]:
@@ -642,7 +642,7 @@ def train_variant(
     grid: str | None,
     model: Model,
     run: TrialRun,
-    training: Training,
+    training: TrainingSettings,
     sets: Sequence[Texts],
     after_step: Callable[[], None],
 ) -> list[TuneTrial]:

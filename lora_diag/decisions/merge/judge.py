@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.decisions.merge import JudgeOptions, Method
+from lora_diag.decisions.merge import JudgeOptions, MergeMethod
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
@@ -53,7 +53,7 @@ class Candidate:
         density: Fraction of entries to keep; None for a method without one.
     """
 
-    method: Method
+    method: MergeMethod
     weights: tuple[float, ...]
     density: float | None
 
@@ -121,9 +121,9 @@ class MergeJudge:
         compared: Sequence[Comparison],
         names: Sequence[str],
     ) -> None:
-        tasks = read_tasks(options["evaluate"], names)
+        tasks = read_tasks(options["eval"], names)
         own = {name: options[name] for name in list_options(JudgeOptions)} | {
-            "evaluate": [path for _, path in tasks]
+            "eval": [path for _, path in tasks]
         }
         self._options, self._base, self._compared = options, base, compared
         self._run = ProbeRun("merge", own, JudgeOptions)
@@ -197,7 +197,7 @@ class MergeJudge:
                     swapped = Swapped(
                         run.model, self._write(candidate, tasks, sides, own, Path(scratch)), 0
                     )
-                    if self._options["full"] and settings.dtype:
+                    if self._options["checkpoint"] and settings.dtype:
                         self._round(settings.dtype)
                     for scale in scales if exact else [written]:
                         swapped.scale({}, scale / written)

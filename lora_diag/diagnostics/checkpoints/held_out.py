@@ -271,19 +271,14 @@ def held_out_grids(results: Results[Any]) -> list[Grid]:
     """Return the table of all losses: rows for BASE, checkpoints and combinations, two columns per
     set.
     """
-    probes, steps = (
-        results.whole_of(Probe),
-        {each.path: str(each.step) for each in results.whole_of(RunCheckpoint)},
-    )
+    probes = results.whole_of(Probe)
+    steps = {each.path: str(each.step) for each in results.whole_of(RunCheckpoint)}
     losses = {probe.name: describe_losses(probes, probe.name) for probe in probes}
     columns = []
     for name in set_names(probes):
         cells = [by_set.get(name) for by_set in losses.values()]
-        columns.append(
-            Column(
-                short(name), tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
-            )
-        )
+        loss = tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
+        columns.append(Column(short(name), loss))
         excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
         columns.append(Column("minus best", excess, drop=1))
     rows = tuple(steps.get(name, name) or "BASE" for name in losses)

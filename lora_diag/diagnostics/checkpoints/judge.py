@@ -68,7 +68,7 @@ RULES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class CombinationRule:
     """A rule that combines checkpoints.
 
     Args:
@@ -96,8 +96,8 @@ class Rule:
 
         Example:
             >>> (
-            ...     Rule("last", 2).weigh([10, 20, 30]).tolist(),
-            ...     Rule("linear", 0.5).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("last", 2).weigh([10, 20, 30]).tolist(),
+            ...     CombinationRule("linear", 0.5).weigh([10, 20, 30]).tolist(),
             ... )
             ([0.0, 0.5, 0.5], [0.0, -0.5, 1.5])
         """
@@ -120,7 +120,7 @@ class Rule:
         return np.asarray(weights / weights.sum(), np.float64)
 
 
-def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
+def read_rules(options: Mapping[str, Any], count: int) -> list[CombinationRule]:
     """Return the rules of the options.
 
     Args:
@@ -148,7 +148,7 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                     f"use $average uniform, ema:D (D < 1), last:K (K from 2 to {count}); "
                     "$extrapolate linear:F, rank1:F (F > 0)",
                 )
-            rules.append(Rule(kind, number))
+            rules.append(CombinationRule(kind, number))
     return list(dict.fromkeys(rules))
 
 

@@ -119,7 +119,7 @@ SUFFICIENT_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class AdapterContest:
     """An adapter compared with the full fine-tune on held-out text.
 
     Args:
@@ -174,7 +174,7 @@ def _find_bases(records: Sequence[Probe]) -> dict[str, Probe]:
     return {record.set: record for record in records if record.subject == "base"}
 
 
-def contests_of(records: Sequence[Probe]) -> list[Contest]:
+def contests_of(records: Sequence[Probe]) -> list[AdapterContest]:
     """Return the comparison of every adapter with TUNED on ``deciding_sets``; empty without such a
     set or TUNED.
     """
@@ -190,7 +190,9 @@ def contests_of(records: Sequence[Probe]) -> list[Contest]:
         for name in names
     }
     return [
-        Contest(name, group, _judge(group, gains)) for name, group in own_records.items() if group
+        AdapterContest(name, group, _judge(group, gains))
+        for name, group in own_records.items()
+        if group
     ]
 
 
@@ -198,7 +200,7 @@ def _judge(
     own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
 ) -> Literal["as good", "worse", "not known"]:
     """Return the outcome for an adapter from its records and the significant gains of TUNED, as in
-    ``Contest``.
+    ``AdapterContest``.
     """
     gaps = [(record.gap, gap_half(record), gain_by_set[record.set]) for record in own_records]
     known = [(gap, half, gain) for gap, half, gain in gaps if gap is not None and half is not None]
@@ -224,7 +226,7 @@ def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> Hint | Non
     contests = contests_of(records)
     if contests and all(contest.outcome == "worse" for contest in contests):
         return Hint(
-            "tune {base} --data TRAIN_TEXT --eval {evaluate} --params 10M -o run/",
+            "tune {base} --data TRAIN_TEXT --eval {eval} --params 10M -o run/",
             "trains a better one",
         )
     best = _find_best(records)
@@ -369,7 +371,7 @@ def _compare_with_base(record: Probe, base: Probe, labels: dict[str, str]) -> st
     return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
-def _describe_best(contests: Sequence[Contest]) -> str:
+def _describe_best(contests: Sequence[AdapterContest]) -> str:
     """State whether the best adapter is as good as the full fine-tune; empty without contests."""
     if not contests:
         return ""

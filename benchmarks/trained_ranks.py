@@ -76,7 +76,7 @@ def ranks_by(rule, params, spectra):
         plan = lora_diag.allocate(
             spectra,
             params=params,
-            weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None,
+            layer_weights=EXAMPLES / "sensitivity.jsonl" if rule == "gains" else None,
         )
     return {record.layer: record.rank for record in plan if record.rank}
 

@@ -243,9 +243,9 @@ def tuned(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         spent.write_text(f"{earlier + time.process_time() - begin}")
 
     result = lora_diag.tune(
-        case["base"], run, data=texts["train"], evaluate=[texts["held"], texts["test"]], params=case["params"],
-        rates=case["rates"], widen=0, steps=case["steps"], seeds=SEEDS, length=case["length"], batch=case["batch"],
-        targets=case["targets"], no_full=True, resume=run.is_dir(),
+        case["base"], run, data=texts["train"], eval=[texts["held"], texts["test"]], params=case["params"],
+        lr=case["rates"], widen=0, steps=case["steps"], repeats=SEEDS, length=case["length"], batch=case["batch"],
+        target_modules=case["targets"], no_full=True, resume=run.is_dir(),
         on_progress=count, on_note=lambda text: print(f"  {text}", file=sys.stderr, flush=True),
     )  # fmt: skip
     count()

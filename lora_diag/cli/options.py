@@ -36,13 +36,11 @@ LINES: int | None = 8
 # Flags that select the output (``feature.ROWS``).
 DISPLAY = {
     "json": Option(False, "Print only the records, as JSON lines.", panel=OUTPUT),
-    "quiet": Option(
-        False, "Suppress progress, messages and tables.", flags=("--quiet", "-q"), panel=OUTPUT
-    ),
+    "quiet": Option(False, "Suppress progress, messages and tables.", short="-q", panel=OUTPUT),
     "verbose": Option(
         False,
         "Print every line of the summary, and how much was read.",
-        flags=("--verbose", "-v"),
+        short="-v",
         panel=OUTPUT,
     ),
     "per": PER,
@@ -69,7 +67,7 @@ def make_typer_option(name: str, option: Option) -> Any:
     """Return the typer option for a declaration."""
     choices = option.completions or option.choices
     return typer.Option(
-        *(option.flags or (option.flag(name),)),
+        *option.flags(name),
         metavar=option.metavar or None,
         help=option.help,
         rich_help_panel=option.panel,
@@ -160,51 +158,42 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     """Return the function of a command, with the parameters that Typer reads and the declared help
     as docstring.
     """
-    groups: list[type] = [
-        feature.load(group) if isinstance(group, str) else group for group in command.options
-    ]
+    groups = feature.option_groups(command)
 
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError(Given("output"), "cannot write to an address", "name a local path")
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
-        values |= {
-            each.name: _list_words(each, values[each.name])
-            for each in command.arguments
-            if each.many
-        }
-        shown = OutputChoice(
-            **{name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
-        )
+        for argument in command.arguments:
+            if argument.many:
+                values[argument.name] = _list_words(argument, values[argument.name])
+        display = {name: DISPLAY[name].checked(name, values.pop(name)) for name in command.shows}
+        shown = OutputChoice(**display)
         for group in groups:
-            values |= _gather_group(
-                group, {each.name: values.pop(each.name) for each in _list_options(group)}
-            )
+            of_group = {each.name: values.pop(each.name) for each in _list_options(group)}
+            values |= _gather_group(group, of_group)
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
         with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
             else:
-                source = (
-                    context.get_parameter_source
-                )  # an option with a default is filled in by the function
-                names = {name for group in groups for name in list_options(group)}
+                names = set[str]().union(*map(list_options, groups))
+                # An option with a default is filled in by the function.
+                source = context.get_parameter_source
                 names = {name for name in names if getattr(source(name), "name", "") != "DEFAULT"}
                 code = _measure_and_show(feature, command, shown, values, names)
         if code:
             raise typer.Exit(code)
 
-    parameters = [
-        Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context),
-        *map(_make_argument, command.arguments),
-        *(parameter for group in groups for parameter in _list_options(group)),
-        *(
-            _make_parameter(name, str if name == "per" else bool, DISPLAY[name])
-            for name in command.shows
-        ),
-    ]
+    parameters = [Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += map(_make_argument, command.arguments)
+    for group in groups:
+        parameters += _list_options(group)
+    for name in command.shows:
+        kind = str if name == "per" else bool
+        parameters.append(_make_parameter(name, kind, DISPLAY[name]))
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
     return run
@@ -217,10 +206,8 @@ def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:
     words = list(words or ())
     if not argument.stdin or "-" not in words:
         return words
-    return [
-        *(word for word in words if word != "-"),
-        *(line.rstrip("\n") for line in sys.stdin if line.strip()),
-    ]
+    lines = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    return [word for word in words if word != "-"] + lines
 
 
 def _measure_and_show(
@@ -252,15 +239,15 @@ def _measure_and_show(
         result = function(*(word for name in rest for word in values[name]), **named)
     is_results = isinstance(result, Results)
     if shown.json and "on_record" not in option_names:
-        models = result if isinstance(result, list) else [result]
-        for text in (
-            lines_of(result.records())
-            if is_results
-            else (model.model_dump_json() for model in models)
-        ):
-            out.print_json(text)
+        if is_results:
+            lines = lines_of(result.records())
+        else:
+            models = result if isinstance(result, list) else [result]
+            lines = (model.model_dump_json() for model in models)
+        for line in lines:
+            out.print_json(line)
     if shown.table:
-        per = shown.per if "per" in command.shows else values.get("per")
+        per = shown.per if "per" in command.shows else values.get("granularity")
         values = {**values, "per": "layer" if per == "layer" else "type"}
         hint = None if values.get("follow") else _find_hint(feature, command, result, values)
         if is_results:
@@ -291,7 +278,8 @@ def _find_hint(
     if isinstance(suggested, str):
         return suggested
     hints = command.hints if suggested is None else (suggested, *command.hints)
-    return next((text for hint in hints if (text := _format_hint(hint, values)) is not None), None)
+    texts = (_format_hint(hint, values) for hint in hints)
+    return next((text for text in texts if text is not None), None)
 
 
 def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
@@ -302,15 +290,19 @@ def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
     "loradiag plan 'my base' --ranks 8   (costs)"
     >>> _format_hint(Hint("inspect {output}", "this table"), {"output": None})
     """
-    needed = re.findall(r"\{(\w+)\}", hint.command) + (["output"] if hint.saved else [])
+    needed = re.findall(r"\{(\w+)\}", hint.command)
+    if hint.saved:
+        needed.append("output")
     if not all(values[name] for name in needed):
         return None
-    words = [word for part in shlex.split(hint.command) for word in _fill_in(part, values)]
+    words: list[str] = []
+    for part in shlex.split(hint.command):
+        words += _fill_in(part, values)
     if not hint.command.startswith("-"):
         return f"{shlex.join(['loradiag', *words])}   ({hint.purpose})"
-    if ("--per" in words and values["per"] == "layer") or (
-        "-o" in words and values["output"] is not None
-    ):
+    if "--per" in words and values["per"] == "layer":
+        return None
+    if "-o" in words and values["output"] is not None:
         return None
     return f"{out.rerun_command(*words)}   ({hint.purpose})"
 

@@ -21,14 +21,14 @@ class GateOptions(TypedDict, total=False):
     ratchet: Annotated[
         bool, Option(False, "If passed, write improvements to --baseline.", panel=OUTPUT)
     ]
-    shipped: Annotated[
+    for_: Annotated[
         Sequence[str | Path],
         Option(
             (),
             "Input that every results file must refer to; repeatable.",
             "PATH",
-            ("--for",),
-            INPUTS,
+            panel=INPUTS,
+            former="shipped",
         ),
     ]
     max_age: Annotated[
@@ -70,7 +70,7 @@ class InitOptions(PluginOptions, total=False):
 
     output: Annotated[
         Path | None,
-        Option(None, "Policy to write; default: print it.", "FILE", ("--output", "-o"), OUTPUT),
+        Option(None, "Policy to write; default: print it.", "FILE", "-o", OUTPUT),
     ]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 

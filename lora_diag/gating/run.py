@@ -62,7 +62,7 @@ def gate(
         baseline: Results files of earlier runs to compare with; by default those that the policy
             names.
         ratchet: If the gate passes, write improvements to the baseline, which never gets worse.
-        shipped: Checkpoints and adapters that the results must belong to, at any path.
+        for_: Checkpoints and adapters that the results must belong to, at any path.
         max_age: Maximum age of results, such as ``12h``, ``7d`` or ``2w``; the policy may set a
             lower one.
         today: Date for the expiry of waivers and the age of results; default the current time.
@@ -116,7 +116,7 @@ def gate(
                 "the run did not finish, so it cannot be a baseline",
                 "continue it with $resume",
             )
-    sources, unmatched = compare_inputs(_open_sources(results), options["shipped"])
+    sources, unmatched = compare_inputs(_open_sources(results), options["for_"])
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)

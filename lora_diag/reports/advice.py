@@ -19,6 +19,7 @@ from typing import Any
 
 from lora_diag.catalog import feature_of
 from lora_diag.diagnostics.residual.record import Residual
+from lora_diag.errors import flag
 from lora_diag.probes.outputs.show import (
     SUFFICIENT_SHARE,
     AdapterContest,
@@ -271,7 +272,7 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         lowest_rate = min(_learning_rates(evidence))
         rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
         action = f"Change the training before the rank: try learning rates {_join(rates)}"
-        then = (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl")
+        then = (*_sweep_again(source, typed | {"lr": rates}), "-o", "sweep-2.jsonl")
         return facts | {"rates": rates, "action": action, "then": then}
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
     higher: tuple[int, ...] = ()
@@ -288,7 +289,10 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
         "action": action,
     }
     if higher or verdict.needed_seeds is not None:
-        typed |= {"ranks": (*swept.ranks, *higher), "seeds": verdict.needed_seeds or verdict.seeds}
+        typed |= {
+            "ranks": (*swept.ranks, *higher),
+            "repeats": verdict.needed_seeds or verdict.seeds,
+        }
         return facts | {"then": (*_sweep_again(source, typed), "--resume", "-o", source.name)}
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
@@ -317,7 +321,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
     texts = [item for item in run.inputs if item.role in {"eval", "shifted"}]
     limits = [item.tensors for item in texts if item.notes]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
-    full = bool(run.settings.get("full_rates"))
+    full = bool(run.settings.get("full_lr"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
     training_texts = [*source.paths("data"), "TRAIN_TEXT"]
     yield from ("probe", "sweep", *source.paths("base"), "--data", training_texts[0])
@@ -327,7 +331,7 @@ def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
             yield path
     for name, value in options.items():
         if name in declared and value and value != "all-linear":
-            yield declared[name][1].flag(name)
+            yield flag(name)
             if value is not True:
                 yield _format(value)
 
@@ -401,7 +405,7 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
                 continue
             others = ""
             options: tuple[str, ...] = ()
-            if settings.get("rest") == "tuned" and kept_by_rank.get(0) != 0:
+            if settings.get("untruncated") == "tuned" and kept_by_rank.get(0) != 0:
                 others = " with the norms, biases, embeddings and head of TUNED"
                 options = ("--unfactored", "save")
                 if 0 in kept_by_rank:

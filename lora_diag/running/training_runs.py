@@ -518,7 +518,7 @@ class TrainRun(ProbeRun[G]):
         """
         options, text = self.values, self.training.texts.sequences
         widened = options["widen"] * (len(rates) > 1)
-        runs = sizes * (len(set(rates)) + widened + options["seeds"] - 1)
+        runs = sizes * (len(set(rates)) + widened + options["repeats"] - 1)
         tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
         training = options["steps"] * (step * tokens + extra)
         return float(runs * (training + self.count_tokens(self.sets)))
@@ -611,7 +611,7 @@ class TrainRun(ProbeRun[G]):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
-        settings = self.settings("widen", "steps", "seeds", "seed")
+        settings = self.settings("widen", "steps", "repeats", "seed")
         settings["order"] = self.training.order_hash
         settings["optimizer"] = RECIPE
         if self.training.checkpointing:
@@ -623,5 +623,5 @@ class TrainRun(ProbeRun[G]):
         have extended.
         """
         return RunPlan(
-            self.training, self.sets, kept.run.settings["seeds"], self.values["widen"], kept
+            self.training, self.sets, kept.run.settings["repeats"], self.values["widen"], kept
         )

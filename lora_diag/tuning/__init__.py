@@ -37,12 +37,12 @@ class TuneOptions(
         str | None, Option(None, "Time limit, e.g. 2h or 90min; default: none.", "TIME")
     ]
     ranks: Annotated[Sequence[int], options.RANKS.by(())]
-    rates: Annotated[Sequence[float], options.RATES.by((1e-4, 3e-4, 1e-3, 3e-3))]
+    lr: Annotated[Sequence[float], options.LR.by((1e-4, 3e-4, 1e-3, 3e-3))]
     gradient_checkpointing: Annotated[bool, options.CHECKPOINTING]
     steps: Annotated[int, options.STEPS]
-    seeds: Annotated[int, options.SEEDS.by(3)]
-    tolerance: Annotated[float, options.TOLERANCE]
-    targets: Annotated[Sequence[str], options.TARGET_MODULES]
+    repeats: Annotated[int, options.REPEATS.by(3)]
+    gain_tolerance: Annotated[float, options.GAIN_TOLERANCE]
+    target_modules: Annotated[Sequence[str], options.TARGET_MODULES]
     dora: Annotated[bool, options.DORA]
     rslora: Annotated[bool, options.RSLORA]
     quantized: Annotated[str | None, options.QUANTIZED]
@@ -65,10 +65,10 @@ class TuneCommandOptions(TypedDict, total=False):
 
     output: Annotated[
         Path,
-        Option(options.REQUIRED, "Folder of the run.", "DIR", ("--output", "-o"), options.OUTPUT),
+        Option(options.REQUIRED, "Folder of the run.", "DIR", "-o", options.OUTPUT),
     ]
     yes: Annotated[
-        bool, Option(False, "Start without asking.", flags=("--yes", "-y"), panel=options.EXECUTION)
+        bool, Option(False, "Start without asking.", short="-y", panel=options.EXECUTION)
     ]
 
 

@@ -547,8 +547,8 @@ def _make_settings(options: TuneOptions, largest: int) -> dict[str, Any]:
         "ranks": tuple(check_ranks(options["ranks"]))
         if options["ranks"]
         else ranks_within(largest),
-        "rates": tuple(sorted(set(options["rates"]))),
-        "repeats": options["seeds"],
+        "rates": tuple(sorted(set(options["lr"]))),
+        "repeats": options["repeats"],
         "widen": options["widen"],
         **WHOLE_SEARCH,
     }

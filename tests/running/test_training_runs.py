@@ -171,7 +171,7 @@ def test_second_step_of_largest_size_is_timed(monkeypatch):
 
 def test_numbers_at_their_limits_are_valid():
     for valid in (
-        {"rates": [9.9], "steps": 1, "widen": 0, "seed": 0},
+        {"lr": [9.9], "steps": 1, "widen": 0, "seed": 0},
         {"seed": 2**31 - 1, "max_sequences": None},
     ):
         TrainRun("probe sweep", {"data": "t", **valid}, SweepOptions)

@@ -190,19 +190,19 @@ def allocate(
         match: Budget: the number of parameters of this adapter.
         min_rank: Smallest rank of a layer with any signal.
         max_rank: Largest rank of a layer; None for no limit.
-        ranks_from: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
+        allowed_ranks: Allowed ranks besides 0, such as ``[8, 16, 32, 64]``; None for any.
         layers: Only layers whose name contains a match; None for the matrices that adapters usually
             target: weights of layers other than embeddings, head, routers and short convolutions.
         exclude: No layers whose name contains a match.
-        weights: Factor of each layer's energy, by name (``default`` for the others), or a JSON file
-            of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead of energy
-            maximized.
-        portable: Give every layer rank 0 or one common rank (of ``ranks_from``, else powers of two
-            and half-way between them): a config without patterns, which every program that serves
-            the adapter scales alike.
+        layer_weights: Factor of each layer's energy, by name (``default`` for the others), or a
+            JSON file of such; or results of ``probe fisher``: then Σ F_ℓ(r_ℓ) is minimized instead
+            of energy maximized.
+        portable: Give every layer rank 0 or one common rank (of ``allowed_ranks``, else powers of
+            two and half-way between them): a config without patterns, which every program that
+            serves the adapter scales alike.
         relative: Count every layer's energy as 1: maximize Σ C(r) instead of Σ‖ΔW‖²C(r).
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
+        adapter_dtype: Dtype of the adapter and its gradients; for ``memory_budget``.
         allow_unfinished: Accept the results of an interrupted run.
         **options: ``AllocateOptions``.
 
@@ -225,7 +225,7 @@ def allocate(
         ([6, 9, 9, 7], 7936.0)
     """
     options = fill_options(AllocateOptions, options)
-    weights, portable = options["weights"], options["portable"]
+    weights, portable = options["layer_weights"], options["portable"]
     energy, allow_unfinished = options["energy"], options["allow_unfinished"]
     if portable and energy is not None:
         raise UsageError(
@@ -233,7 +233,7 @@ def allocate(
             "divides a budget over layers of one rank, and $energy gives each its own",
         )
     budget = _make_budget(options)
-    ranks_from = options["ranks_from"]
+    ranks_from = options["allowed_ranks"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(options["min_rank"], options["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
@@ -284,15 +284,15 @@ def allocate(
             "energy": energy,
             "min_rank": constraints.min_rank,
             "max_rank": constraints.max_rank,
-            "ranks_from": list(allowed_ranks) if allowed_ranks else None,
+            "allowed_ranks": list(allowed_ranks) if allowed_ranks else None,
             "target": options["layers"],
             "exclude": options["exclude"],
-            "weights": legible(weights) if isinstance(weights, str | Path) else weights,
+            "layer_weights": legible(weights) if isinstance(weights, str | Path) else weights,
             "relative": options["relative"],
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
             "optimizer": options["optimizer"] if has_memory else None,
-            "dtype": options["dtype"] if has_memory else None,
+            "adapter_dtype": options["adapter_dtype"] if has_memory else None,
         },
         made=timestamp(),
     )
@@ -344,7 +344,7 @@ def allocate_and_write(
             Given("check"), "needs a PEFT config", "write one with $output adapter_config.json"
         )
     if output is not None:
-        weights = options.get("weights")
+        weights = options.get("layer_weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
         check_outputs(inputs, [(output, _find_kind(output, check, format))], overwrite)
     if (
@@ -457,7 +457,7 @@ def _make_budget(options: AllocateOptions) -> Budget:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
             unknown.
     """
-    training = TrainingMemory(options["optimizer"], options["dtype"])
+    training = TrainingMemory(options["optimizer"], options["adapter_dtype"])
     budgets = {
         "params": options["params"],
         "total_rank": options["total_rank"],

@@ -27,15 +27,15 @@ class ExtractOptions(FolderOptions, total=False):
     activations: Annotated[Path | str | None, options.ACTIVATIONS]
     kfac: Annotated[bool, options.KFAC]
     split: Annotated[str, Option("both", "√Σ in both factors, or Σ in B.", "both|b")]
-    dtype: Annotated[str, options.ADAPTER_DTYPE]
-    rest: Annotated[
+    adapter_dtype: Annotated[str, options.ADAPTER_DTYPE]
+    unfactored: Annotated[
         str,
         Option(
             "list",
             "Tensors without factors: list them, or store them in full.",
             "list|save",
-            ("--unfactored",),
-            OUTPUT,
+            panel=OUTPUT,
+            former="rest",
         ),
     ]
     match_norm: Annotated[bool, options.MATCH_NORM]
@@ -49,9 +49,7 @@ class ExtractOptions(FolderOptions, total=False):
 class ExtractOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[
-        Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", ("--output", "-o"), OUTPUT)
-    ]
+    output: Annotated[Path, Option(REQUIRED, "Adapter folder to write.", "ADAPTER", "-o", OUTPUT)]
 
 
 FEATURE = Feature(

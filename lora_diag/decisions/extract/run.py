@@ -98,9 +98,9 @@ def extract(
             same file: the K-FAC estimate of the loss that the factors miss. Requires
             ``activations``.
         split: ``both`` for B = U√Σ and A = √Σ·Vᵀ; ``b`` for B = UΣ and A = Vᵀ.
-        dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
-        rest: ``save`` to store tensors without factors in full (norms, biases, resized tables),
-            ``list`` to list them.
+        adapter_dtype: Dtype of the factors: ``float32``, ``bfloat16`` or ``float16``.
+        unfactored: ``save`` to store tensors without factors in full (norms, biases, resized
+            tables), ``list`` to list them.
         portable: Write one rank for all layers, with smaller factors padded with zeros: an adapter
             that every program scales alike, see ``portability``. Stacked experts are skipped.
         format: ``peft``, ``kohya``, ``diffusers``, ``mlx`` or ``gguf``; all but the first imply
@@ -138,7 +138,7 @@ def extract(
     """
     options = fill_options(ExtractOptions, options)
     activations, kfac, sweep = options["activations"], options["kfac"], options["sweep"]
-    form, unfactored = options["format"], options["rest"]
+    form, unfactored = options["format"], options["unfactored"]
     recover, match_norm = options["recover"], options["match_norm"]
     base, tuned = as_path(base), as_path(tuned)
     folder = ExtractionFolder(Path(output), (base, tuned), options["overwrite"], options["resume"])
@@ -241,7 +241,7 @@ def extract(
         estimate_bytes,
         run.settings(
             ExtractionSettings,
-            dtype=options["dtype"],
+            dtype=options["adapter_dtype"],
             split=options["split"],
             recover=recover,
             match_norm=match_norm,
@@ -255,8 +255,8 @@ def extract(
         {
             "ranks": " ".join(rank_words),
             "split": options["split"],
-            "dtype": options["dtype"],
-            "rest": unfactored,
+            "adapter_dtype": options["adapter_dtype"],
+            "unfactored": unfactored,
             **({"portable": True} if portable else {}),
             **({"format": form} if form != PEFT else {}),
             **({"recover": True} if recover else {}),

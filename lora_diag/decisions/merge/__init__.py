@@ -104,14 +104,14 @@ ALL = "all"
 class JudgeOptions(ModelOptions, Notes, total=False):
     """Options of comparing merges by their losses."""
 
-    evaluate: Annotated[
+    eval: Annotated[
         Sequence[str],
         Option(
             (),
             "Held-out text; NAME is the folder of the update whose task it is; repeatable.",
             "[NAME=]FILE",
-            ("--eval",),
-            options.INPUTS,
+            panel=options.INPUTS,
+            former="evaluate",
         ),
     ]
     scales: Annotated[
@@ -143,7 +143,7 @@ class MergeOptions(JudgeOptions, Matching, Resources, Resuming, Callbacks, total
     ]
     rank: Annotated[int | None, options.RANK]
     energy: Annotated[float | None, options.ENERGY]
-    full: Annotated[bool, options.CHECKPOINT]
+    checkpoint: Annotated[bool, options.CHECKPOINT]
     output_dtype: Annotated[
         str | None,
         Option(
@@ -169,9 +169,7 @@ class MergeRunOptions(MergeOptions, total=False):
 class MergeOutput(TypedDict, total=False):
     """The output of the command."""
 
-    output: Annotated[
-        Path, Option(REQUIRED, "Folder to write.", "OUT", ("--output", "-o"), options.OUTPUT)
-    ]
+    output: Annotated[Path, Option(REQUIRED, "Folder to write.", "OUT", "-o", options.OUTPUT)]
 
 
 FEATURE = Feature(

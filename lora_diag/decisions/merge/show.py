@@ -155,7 +155,7 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     what += describe_merge(results)
     other_dtypes = sorted({record.dtype for record in layers} - {"float32"})
     dtypes = "".join(f", {dtype}" for dtype in other_dtypes)
-    if settings["full"]:
+    if settings["checkpoint"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
         written = [record for record in layers if record.rank]
@@ -386,7 +386,7 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     """
     settings = results.run.settings
     method = METHODS[settings["method"]]
-    is_adapter = not settings["full"]
+    is_adapter = not settings["checkpoint"]
     kind = "LoRA adapter" if is_adapter else "Checkpoint"
     title = f"{kind} merged with {method.title}"
     source = (

@@ -248,7 +248,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         memory_budget: Budget of bytes for the adapter, its gradients and its optimizer's state,
             such as ``"2GB"``.
         optimizer: ``adamw``, ``adamw8bit``, ``sgd`` or ``sgd_momentum``; for ``memory_budget``.
-        dtype: Dtype of the trainable parameters and their gradients.
+        adapter_dtype: Dtype of the trainable parameters and their gradients.
         cost: Whether to estimate the run time of ``spectrum``, by timing this machine for some
             seconds.
         top: Number of largest values in the second of two estimates.
@@ -279,7 +279,7 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     """
     options = fill_options(PlanOptions, options)
     target, params, memory = options["layers"], options["params"], options["memory_budget"]
-    ranks, dtype = sorted(set(options["ranks"])), options["dtype"]
+    ranks, dtype = sorted(set(options["ranks"])), options["adapter_dtype"]
     training = TrainingMemory(options["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError(

@@ -407,7 +407,7 @@ def recover(
     Args:
         base: The checkpoint before.
         tuned: The checkpoint after; not an adapter, whose factors are the update.
-        output: Without ``rank``, ``energy``, ``params`` and ``full``, of which at most one is
+        output: Without ``rank``, ``energy``, ``params`` and ``checkpoint``, of which at most one is
             given, the results file to write; None for none. Else the folder of the adapter or of
             the checkpoint; it is written as ``NAME.part`` and renamed when complete.
         rank: Write a PEFT adapter, the rank-r SVD of E[X | cells], of this rank in every layer.
@@ -419,7 +419,7 @@ def recover(
         time: Time limit, such as ``"20min"``: layers are measured in the order of the hidden energy
             per entry that a sample of their rows suggests, and none is started after this time.
             With ``resume`` those that were not reached are measured, within a new limit or without.
-        full: Write a checkpoint in float32, W_base + E[X | cells].
+        checkpoint: Write a checkpoint in float32, W_base + E[X | cells].
         leave_out_refused: Write no factors for refused layers; by default they get the truncated
             SVD of D.
         nearest: Write E[X | cells] itself, nearest to X and shorter than X. By default the estimate
@@ -449,7 +449,7 @@ def recover(
     """
     options = fill_options(RecoverOptions, options)
     start = time.time()
-    rank, energy, full = options["rank"], options["energy"], options["full"]
+    rank, energy, full = options["rank"], options["energy"], options["checkpoint"]
     time_limit = options["time"]
     seconds = math.inf if time_limit is None else read_time(time_limit)
     if time_limit is not None and options["params"] is not None:
@@ -553,7 +553,7 @@ def recover(
         "rank": rank,
         "energy": energy,
         "params": params,
-        "full": full,
+        "checkpoint": full,
         "leave_out_refused": leave_out_refused,
         "nearest": nearest,
         "curve": list(DEFAULT_RANKS),

@@ -259,7 +259,7 @@ def trajectory(
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
     judged = None
-    if options["evaluate"]:
+    if options["eval"]:
         if options["base"] is None:
             raise UsageError(
                 Given("eval"), "needs the model", "give BASE after the run, or with $base"
@@ -367,7 +367,7 @@ def measure_run(
         options["base"], paths = paths[1], paths[:1]
     if not follow:
         return trajectory(paths, **options)
-    if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
+    if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "eval")):
         raise UsageError(
             Given("follow"),
             "shows one run, or a monitor's results file",

@@ -313,9 +313,9 @@ def probe_fisher(
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
         data: Text, JSONL or data set whose loss is differentiated.
-        evaluate: One held-out file on which every layer is truncated alone, for comparison with the
+        eval: One held-out file on which every layer is truncated alone, for comparison with the
             estimates; implies ``measure``.
-        measure: Truncate every layer alone and measure, on ``evaluate``, or on ``data`` without it.
+        measure: Truncate every layer alone and measure, on ``eval``, or on ``data`` without it.
         ranks: Ranks r of measurements and of the other estimates; F is given for all ranks.
         labels: ``data`` for the text's own labels; ``model`` for labels sampled from TUNED.
         seed: Seed of the sampled labels.
@@ -347,7 +347,7 @@ def probe_fisher(
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    evaluate, labels, seed = run.options["evaluate"], run.options["labels"], run.options["seed"]
+    evaluate, labels, seed = run.options["eval"], run.options["labels"], run.options["seed"]
     check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
         raise UsageError(

@@ -216,7 +216,7 @@ def probe_outputs(
         adapters: Adapters of any supported kind, or checkpoints with a merged adapter.
         reference: Another full fine-tune, such as another seed, to show the distance between
             equally good models.
-        evaluate: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
+        eval: Held-out texts: text or JSONL files, or folders saved by ``datasets``.
         shifted: Files of another distribution.
         **options: ``OutputsOptions``.
 
@@ -240,7 +240,7 @@ def probe_outputs(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     "sample_checkpoints/full_ft",
         ...     adapters,
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ... )
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """

@@ -52,9 +52,9 @@ PARTED = 0.25
 # Reductions of a run with default options.
 REDUCTIONS = (
     *SEQUENCES[:-2],
-    ("per", "block"),
+    ("granularity", "block"),
     ("widen", 0),
-    ("rates", (1e-2,)),
+    ("lr", (1e-2,)),
     ("steps", 25),
     ("steps", 10),
 )
@@ -254,14 +254,15 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         data: Training text, JSONL or data set.
-        evaluate: Held-out files of the same distribution; the first decides on the learning rate.
+        eval: Held-out files of the same distribution; the first decides on the learning rate.
         shifted: Files of another distribution.
         rank: Rank r.
         delta: δ: also train at r + δ, for the marginal gain L_ℓ(r) − L_ℓ(r + δ).
-        per: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module ``type``.
-        rates: Peak learning rates.
+        granularity: Unit of adaptation: each ``layer``, the layers of a ``block``, or of a module
+            ``type``.
+        lr: Peak learning rates.
         steps: Number of updates of a run.
-        seeds: Number of runs of each unit at its best rate; they differ in the initial factors.
+        repeats: Number of runs of each unit at its best rate; they differ in the initial factors.
         **options: ``SensitivityOptions``.
 
     Returns:
@@ -281,8 +282,8 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> found = probe_sensitivity(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     data="train.txt",
-        ...     evaluate=["held_out.txt"],
-        ...     per="type",
+        ...     eval=["held_out.txt"],
+        ...     granularity="type",
         ...     steps=50,
         ... )
         >>> {record.record for record in found.whole}  # doctest: +SKIP
@@ -301,19 +302,21 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options["per"])) * (
-            1 + 2 * PARTED * ("per" in run.reduced)
+        units = len(units_of(linear, base_names, run.options["granularity"])) * (
+            1 + 2 * PARTED * ("granularity" in run.reduced)
         )
-        return run.count_train_tokens(units * len(ranks), run.options["rates"], STEP_ALONE)
+        return run.count_train_tokens(units * len(ranks), run.options["lr"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units, parts = (units_of(linear, base_names, per) for per in (run.options["per"], "part"))
-    parted = math.ceil(PARTED * len(units)) if "per" in run.reduced else 0
+    units, parts = (
+        units_of(linear, base_names, per) for per in (run.options["granularity"], "part")
+    )
+    parted = math.ceil(PARTED * len(units)) if "granularity" in run.reduced else 0
     if parted:
-        run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
+        run.reduced["granularity"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
-        **run.settings("per", "rank", "delta"),
-        "rates": sorted(set(run.options["rates"])),
+        **run.settings("granularity", "rank", "delta"),
+        "lr": sorted(set(run.options["lr"])),
         **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
@@ -324,25 +327,21 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         bases: dict[str, Losses] = {}
 
         def make_arms(units: Sequence[SensitivityUnit]) -> list[Arm]:
-            trials = [partial(_make_trial, model, unit, bases) for unit in units]
-            return [
-                Arm((one,), tuple(settings["rates"]), make_trial)
-                for make_trial in trials
-                for one in ranks
-            ]
+            arms = []
+            for unit in units:
+                make_trial = partial(_make_trial, model, unit, bases)
+                arms += [Arm((one,), tuple(settings["lr"]), make_trial) for one in ranks]
+            return arms
 
         def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:
-            return make_arms(
-                [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
-            )
+            return make_arms(_list_parts(blocks, parts))
 
         arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
         has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
         passes = 0 if has_scores else texts.count_batches(run.batch)
-        entries = sum(
-            math.prod(shape_of(layer)) for layer in layers_without_head(model.module).values()
-        )
+        shapes = map(shape_of, layers_without_head(model.module).values())
+        entries = sum(map(math.prod, shapes))
         bases[first_batch.name] = measure(model, first_batch, run.batch)
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
@@ -352,31 +351,34 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         if passes:
             after = partial(run.watch.batch, "gradient")
             by_layer = compute_gradients(model, linear, texts, run.batch, after)
-            run_records.put(
-                *(
-                    predict_first_order(base_names[name], gradient, rank, texts)
-                    for name, gradient in by_layer.items()
-                )
-            )
+            scores = [
+                predict_first_order(base_names[name], gradient, rank, texts)
+                for name, gradient in by_layer.items()
+            ]
+            run_records.put(*scores)
         # BASE is measured again after an interruption, because errors need its losses by sequence.
         for held_out in run.sets:
-            bases[held_out.name] = measure(
-                model, held_out, run.batch, partial(run.watch.batch, "BASE")
-            )
+            after = partial(run.watch.batch, "BASE")
+            bases[held_out.name] = measure(model, held_out, run.batch, after)
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
-        runs, own = (
-            (record for record in run_records.records if isinstance(record, Sensitivity)),
-            run.sets[0].name,
-        )
-        gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options["seed"]))
+        own = run.sets[0].name
+        runs = [record for record in run_records.records if isinstance(record, Sensitivity)]
+        gains = Gain.undivided(gains_of(runs, own, own, rank, run.options["seed"]))
         clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
         for arm in divide(clear[:parted]):
             plan.run(arm)
         return left_out
 
     return run.over(run.inputs(stored), settings, measure_missing)
+
+
+def _list_parts(
+    blocks: Sequence[SensitivityUnit | Gain], parts: Sequence[SensitivityUnit]
+) -> list[SensitivityUnit]:
+    """Return the parts of blocks: units with some of the layers of one of them."""
+    return [part for part in parts for block in blocks if {*part.layers} < {*block.layers}]
 
 
 def _choose_layers(

@@ -120,7 +120,7 @@ def probe_strength(
     Args:
         base: Base model: a folder that transformers can open, or a Hub id.
         tuned: Fine-tuned checkpoint or adapter.
-        evaluate: Held-out text or JSONL files from TUNED's training distribution.
+        eval: Held-out text or JSONL files from TUNED's training distribution.
         shifted: Files of another distribution, to measure what each strength costs there.
         scales: Strengths t, besides 0 (BASE) and 1 (TUNED); None for 0.25, 0.5, …, 1.5, or for 0 of
             each part.
@@ -148,7 +148,7 @@ def probe_strength(
         >>> found = probe_strength(
         ...     "sample_checkpoints/base",  # doctest: +SKIP
         ...     "sample_checkpoints/lora_r16",
-        ...     evaluate=["sample_checkpoints/eval/in_domain.txt"],
+        ...     eval=["sample_checkpoints/eval/in_domain.txt"],
         ... )
         >>> [(record.scale, record.loss) for record in found.whole_of(Strength)]  # doctest: +SKIP
     """

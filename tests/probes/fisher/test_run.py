@@ -134,7 +134,7 @@ def test_effects_equal_truncated_model(models, tmp_path):
     layers = r"h\.1\.(attn\.c_attn|mlp\.c_fc)"
     options = {
         "data": text,
-        "evaluate": [held_out],
+        "eval": [held_out],
         "ranks": (1, 3, 16),
         "layers": layers,
         "batch": 2,
@@ -171,7 +171,7 @@ def test_effects_equal_truncated_model(models, tmp_path):
             assert result.loss == pytest.approx(
                 -float(changed.gather(-1, targets).sum()) / 93, abs=1e-5
             )
-    alone = lora_diag.probe_fisher(base, tuned, **{**options, "evaluate": []})
+    alone = lora_diag.probe_fisher(base, tuned, **{**options, "eval": []})
     assert [record.fisher for record in alone.whole] == [record.fisher for record in results.whole]
 
 

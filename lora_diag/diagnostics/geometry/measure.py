@@ -147,6 +147,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     chance = _measure_chance(frame, fro, draws, random)
     stored = _find_format(delta, change)
     rounding = _measure_rounding(frame, update, stored, draws, random)
+    assert delta.base is not None
     heads = list_heads(delta.layer, delta.shape, delta.base.checkpoint.config)
     return Geometry(
         **common,

@@ -306,13 +306,8 @@ def plot(
     if single and figure is None and options["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
-    for option, value, used in (
-        ("field", options["field"], "field"),
-        ("show_rank", options["show_rank"], "rank"),
-    ):
-        if value is not None and not any(used in spec.options for spec in specs):
-            users = " or ".join(spec.name for spec in FIGURES if used in spec.options)
-            raise UsageError(Given(option, value), f"not used by {figure}", f"use it with {users}")
+    _check_used("field", options["field"], "field", specs)
+    _check_used("show_rank", options["show_rank"], "rank", specs)
     runs = _read_runs(results, layers)
     files: tuple[str, ...] = ()
     if not any(isinstance(source, Results) for source in results):
@@ -342,10 +337,8 @@ def plot(
             drawn_figures.append(replace(shown, reason=str(error), missing=error.missing))
             continue
         if target in pages:
-            reason = (
-                f"{path}: one file cannot hold several figures; choose one with --figure, or "
-                "give a folder"
-            )
+            problem = "one file cannot hold several figures"
+            reason = f"{path}: {problem}; choose one with --figure, or give a folder"
             drawn_figures.append(replace(shown, reason=reason))
             continue
         if folder_exists:  # checked for all files before the first is drawn
@@ -353,21 +346,52 @@ def plot(
         pages[target] = page
         drawn_figures.append(replace(shown, path=target))
     if not pages:
-        helpful = [shown for shown in drawn_figures if shown.missing != "records"]
-        reasons = "; ".join(f"{shown.name}: {shown.reason}" for shown in helpful)
-        others = (
-            f"no figure draws results of {_list_commands(runs)}; show them with loradiag inspect "
-            "or loradiag report"
-        )
-        raise NothingComparedError(f"no figure can be drawn: {reasons or others}")
+        raise _make_nothing_drawn_error(drawn_figures, runs)
     for target, page in pages.items():
-        try:
-            target.parent.mkdir(exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{target}: cannot be written: {error.strerror}") from error
+        _make_folder_of(target)
         content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     return tuple(drawn_figures)
+
+
+def _make_folder_of(path: Path) -> None:
+    """Make the folder of a file unless it exists.
+
+    Raises:
+        InputError: It cannot be made.
+    """
+    try:
+        path.parent.mkdir(exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _check_used(option: str, value: object, used: str, specs: Sequence[FigureSpec]) -> None:
+    """Check that an option that is given is used by one of the figures.
+
+    Raises:
+        UsageError: It is not.
+    """
+    if value is None or any(used in spec.options for spec in specs):
+        return
+    users = " or ".join(spec.name for spec in FIGURES if used in spec.options)
+    problem = f"not used by {specs[0].name}"
+    raise UsageError(Given(option, value), problem, f"use it with {users}")
+
+
+def _make_nothing_drawn_error(
+    drawn_figures: Sequence[Drawn], runs: Sequence[Results[Any]]
+) -> NothingComparedError:
+    """Return the error that no figure can be drawn, with the reasons that other values would
+    remove.
+    """
+    helpful = [shown for shown in drawn_figures if shown.missing != "records"]
+    reasons = "; ".join(f"{shown.name}: {shown.reason}" for shown in helpful)
+    others = (
+        f"no figure draws results of {_list_commands(runs)}; show them with loradiag inspect "
+        "or loradiag report"
+    )
+    return NothingComparedError(f"no figure can be drawn: {reasons or others}")
 
 
 def _read_runs(

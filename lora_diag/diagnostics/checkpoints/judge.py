@@ -51,7 +51,7 @@ from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, LossesBySet
-from lora_diag.models.opening import open_tokens
+from lora_diag.models.opening import open_tokenizer
 from lora_diag.models.swapping import Swapped
 from lora_diag.records import Probe
 from lora_diag.running.fingerprint import legible
@@ -206,7 +206,7 @@ class CheckpointJudge:
         own = select_options(JudgeOptions, options)
         self._run = ProbeRun("checkpoints", own, JudgeOptions)
         self._run.check_files(base)
-        self._run.model = open_tokens(base, options["length"], options["tokenizer"])
+        self._run.model = open_tokenizer(base, options["length"], options["tokenizer"])
         sets, stored = self._run.read_sets(), open_checkpoint(base)
         self._run.params = sum(math.prod(stored[name].shape) for name in stored)
         models = 1 + len(steps) + len(read_rules(options, len(steps)))

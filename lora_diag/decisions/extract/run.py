@@ -21,6 +21,7 @@ from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.measure import (
     ExtractionSettings,
     ExtractLayer,
+    Rank,
     choose_rank_rules,
     estimate_bytes,
     read_rank_option,
@@ -29,16 +30,21 @@ from lora_diag.decisions.extract.measure import extract as factor
 from lora_diag.decisions.extract.record import Extraction
 from lora_diag.decisions.extract.show import extraction_card
 from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
-from lora_diag.deltas import Delta, FactoredDelta
+from lora_diag.deltas import Delta, FactoredDelta, Pairing
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
 from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
-from lora_diag.records import LeftOut, Results
+from lora_diag.records import LeftOut, Results, Run
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import NEEDS_ACTIVATIONS, refuse_without_rounding, second_moments
+from lora_diag.running.inputs import (
+    NEEDS_ACTIVATIONS,
+    SecondMoments,
+    refuse_without_rounding,
+    second_moments,
+)
 from lora_diag.running.layers import RECORDED, LayerRun
 from lora_diag.running.options import (
     FolderOptions,
@@ -137,102 +143,42 @@ def extract(
     Psychometrika 1.
     """
     options = fill_options(ExtractOptions, options)
-    activations, kfac, sweep = options["activations"], options["kfac"], options["sweep"]
-    form, unfactored = options["format"], options["unfactored"]
-    recover, match_norm = options["recover"], options["match_norm"]
+    activations, kfac, form = options["activations"], options["kfac"], options["format"]
     base, tuned = as_path(base), as_path(tuned)
     folder = ExtractionFolder(Path(output), (base, tuned), options["overwrite"], options["resume"])
     rank_name, rank_value = read_rank_option(options)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
-    if recover and activations is not None:
-        raise UsageError(
-            Given("recover"), "factors an update in the weights' metric", "remove $activations"
-        )
-    if match_norm and activations is not None:
-        raise UsageError(
-            Given("match_norm"), "matches the norm of the weights", "remove it or $activations"
-        )
-    if kfac and activations is None:
-        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
-    rate = None if sweep is None else swept_rate(sweep)
-    portable = options["portable"] or form != PEFT
-    if portable and unfactored == "save":
-        kind = "a portable adapter" if options["portable"] else f"an adapter in {form}"
-        raise UsageError(
-            Given("unfactored", "save"),
-            f"{kind} cannot store weights in full",
-            "remove one of the two",
-        )
+    _check_options(options)
+    rate = None if options["sweep"] is None else swept_rate(options["sweep"])
     common = select_options(FolderOptions, options)
     run = LayerRun("extract", {**common, "output": folder.records}, LayerOptions)
     check_request(options["method"], 1, options["tol"])
     compared = run.compare(base, tuned)
-    if recover:
+    if options["recover"]:
         refuse_without_rounding(compared)
-    planned = plan_tensors(compared, unfactored == "save", portable)
+    planned = plan_tensors(compared, options["unfactored"] == "save", _is_portable(options))
     check_layout(form, [place_target(target) for target in planned.targets.values()], planned.base)
     moments = None
     if activations is not None:
         moments = second_moments(activations, planned.base, compared.pairing, kfac=kfac)
-
-    def measure_spectra() -> Results[Spectrum]:
-        folder.open()
-        shared: dict[str, Any] = {
-            name: value
-            for name, value in common.items()
-            if name not in {"method", "tol", "on_record"}
-        }
-        shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
-        return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **shared)
-
-    try:
-        rules = (
-            {}
-            if folder.whole
-            else choose_rank_rules(rank_name, rank_value, planned.targets, measure_spectra)
-        )
-    except UsageError as error:
-        if not folder.spectra.exists():
-            raise
-        kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
-        raise UsageError(*error.args, kept) from error
-    tasks = [
-        ExtractLayer(
-            _drop_base(delta),
-            target.module,
-            target.kind,
-            target.transposed,
-            rules[delta.layer],
-            moments.weighting(delta.layer, kfac) if moments is not None else None,
-        )
-        for delta in compared.pairing.deltas
-        if (target := planned.targets.get(delta.layer)) is not None and not folder.whole
-    ]
+    tasks: list[ExtractLayer] = []
+    if not folder.whole:
+        rules = _choose_rules(base, tuned, planned, folder, options)
+        tasks = _make_tasks(compared.pairing, planned, rules, moments, kfac)
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
     folder.open()
 
     def finish(results: Results[Extraction]) -> None:
-        unrelated = [item.layer for item in results.left_out if item.reason == "unrelated"]
-        if len(unrelated) > sum(record.lineage == "descends" for record in results):
-            folder.discard()
-            raise make_unrelated_error(base, tuned, unrelated)
-        if not results.layers:
-            folder.discard()
-            raise _make_no_factors_error(tuned, results)
+        _require_factors(results, folder, base, tuned)
         name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
-            metadata = {"loradiag.match_norm": "B·A = (‖ΔW‖/‖ΔW_r‖)·ΔW_r"} if match_norm else None
+            matched = {"loradiag.match_norm": "B·A = (‖ΔW‖/‖ΔW_r‖)·ΔW_r"}
+            metadata = matched if options["match_norm"] else None
             write_in_format(planned, folder, results, results.left_out, files, name, form, metadata)
-        words = map(legible, ("loradiag", "extract", str(base), str(tuned)))
-        command = [*words, *rank_words]
-        command += list_words(ExtractOptions, results.run, "allocation", "params", "energy", "rank")
-        if activations is not None:
-            command += ["--activations", legible(activations), *(["--kfac"] if kfac else [])]
-        command += ["--sweep", legible(sweep)] if sweep is not None else []
-        folder.finish(
-            extraction_card(results, name, shlex.join([*command, "-o", legible(output)]), rate)
-        )
+        words = [*map(legible, ("loradiag", "extract", str(base), str(tuned))), *rank_words]
+        words += [*_list_words(options, results.run), "-o", legible(output)]
+        folder.finish(extraction_card(results, name, shlex.join(words), rate))
 
     *other_inputs, tuned_input = compared.inputs
     return run.over(
@@ -243,8 +189,8 @@ def extract(
             ExtractionSettings,
             dtype=options["adapter_dtype"],
             split=options["split"],
-            recover=recover,
-            match_norm=match_norm,
+            recover=options["recover"],
+            match_norm=options["match_norm"],
         ),
         planned.measure_left_out,
         (
@@ -252,20 +198,150 @@ def extract(
             tuned_input.model_copy(update={"notes": (*tuned_input.notes, *planned.list_notes())}),
             *((moments.described,) if moments is not None else ()),
         ),
-        {
-            "ranks": " ".join(rank_words),
-            "split": options["split"],
-            "adapter_dtype": options["adapter_dtype"],
-            "unfactored": unfactored,
-            **({"portable": True} if portable else {}),
-            **({"format": form} if form != PEFT else {}),
-            **({"recover": True} if recover else {}),
-            **({"match_norm": True} if match_norm else {}),
-            **({"metric": "kfac" if kfac else "data"} if moments is not None else {}),
-        },
+        {"ranks": " ".join(rank_words), **_make_settings(options)},
         recorded=RECORDED if moments is None else (*RECORDED, "metric"),
         finish=finish,
     )
+
+
+def _check_options(options: ExtractOptions) -> None:
+    """Refuse options that exclude or need one another.
+
+    Raises:
+        UsageError: Two of them do.
+    """
+    activations, form = options["activations"], options["format"]
+    if options["recover"] and activations is not None:
+        raise UsageError(
+            Given("recover"), "factors an update in the weights' metric", "remove $activations"
+        )
+    if options["match_norm"] and activations is not None:
+        raise UsageError(
+            Given("match_norm"), "matches the norm of the weights", "remove it or $activations"
+        )
+    if options["kfac"] and activations is None:
+        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
+    if _is_portable(options) and options["unfactored"] == "save":
+        kind = "a portable adapter" if options["portable"] else f"an adapter in {form}"
+        raise UsageError(
+            Given("unfactored", "save"),
+            f"{kind} cannot store weights in full",
+            "remove one of the two",
+        )
+
+
+def _is_portable(options: ExtractOptions) -> bool:
+    return options["portable"] or options["format"] != PEFT
+
+
+def _make_settings(options: ExtractOptions) -> dict[str, Any]:
+    """Return the options for the run record, without those of the ranks."""
+    settings: dict[str, Any] = {
+        "split": options["split"],
+        "adapter_dtype": options["adapter_dtype"],
+        "unfactored": options["unfactored"],
+    }
+    if _is_portable(options):
+        settings["portable"] = True
+    if options["format"] != PEFT:
+        settings["format"] = options["format"]
+    if options["recover"]:
+        settings["recover"] = True
+    if options["match_norm"]:
+        settings["match_norm"] = True
+    if options["activations"] is not None:
+        settings["metric"] = "kfac" if options["kfac"] else "data"
+    return settings
+
+
+def _list_words(options: ExtractOptions, run: Run) -> list[str]:
+    """Return the words of the command in the model card, without the paths and the ranks."""
+    words = list_words(ExtractOptions, run, "allocation", "params", "energy", "rank")
+    if options["activations"] is not None:
+        words += ["--activations", legible(options["activations"])]
+        words += ["--kfac"] if options["kfac"] else []
+    if options["sweep"] is not None:
+        words += ["--sweep", legible(options["sweep"])]
+    return words
+
+
+def _measure_spectra(
+    base: Path, tuned: Path, folder: OutputFolder, options: ExtractOptions
+) -> Results[Spectrum]:
+    """Measure the spectra that ranks are chosen by, into the folder, or go on with them."""
+    folder.open()
+    shared: dict[str, Any] = {
+        name: value
+        for name, value in select_options(FolderOptions, options).items()
+        if name not in {"method", "tol", "on_record"}
+    }
+    shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
+    return spectrum(
+        base,
+        tuned,
+        activations=options["activations"],
+        kfac=options["kfac"],
+        recover=options["recover"],
+        **shared,
+    )
+
+
+def _choose_rules(
+    base: Path, tuned: Path, planned: TensorPlan, folder: OutputFolder, options: ExtractOptions
+) -> dict[str, Rank]:
+    """Return the rule for the rank of every layer; of a budget, by spectra kept in the folder."""
+    name, value = read_rank_option(options)
+    measure_spectra = partial(_measure_spectra, base, tuned, folder, options)
+    try:
+        return choose_rank_rules(name, value, planned.targets, measure_spectra)
+    except UsageError as error:
+        if not folder.spectra.exists():
+            raise
+        kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
+        raise UsageError(*error.args, kept) from error
+
+
+def _make_tasks(
+    pairing: Pairing,
+    planned: TensorPlan,
+    rules: Mapping[str, Rank],
+    moments: SecondMoments | None,
+    kfac: bool,
+) -> list[ExtractLayer]:
+    """Return the layers to factor, each with its rule and its metric."""
+    tasks = []
+    for delta in pairing.deltas:
+        target = planned.targets.get(delta.layer)
+        if target is None:
+            continue
+        tasks.append(
+            ExtractLayer(
+                _drop_base(delta),
+                target.module,
+                target.kind,
+                target.transposed,
+                rules[delta.layer],
+                moments.weighting(delta.layer, kfac) if moments is not None else None,
+            )
+        )
+    return tasks
+
+
+def _require_factors(
+    results: Results[Extraction], folder: OutputFolder, base: Path, tuned: Path
+) -> None:
+    """Discard the folder of an extraction without factors, or of unrelated checkpoints.
+
+    Raises:
+        LoradiagError: It is one.
+    """
+    unrelated = [item.layer for item in results.left_out if item.reason == "unrelated"]
+    if len(unrelated) > sum(record.lineage == "descends" for record in results):
+        folder.discard()
+        raise make_unrelated_error(base, tuned, unrelated)
+    if not results.layers:
+        folder.discard()
+        raise _make_no_factors_error(tuned, results)
 
 
 def place_target(target: PeftTarget) -> Placed:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -448,50 +448,25 @@ def recover(
         'not_hidden'
     """
     options = fill_options(RecoverOptions, options)
-    start = time.time()
-    rank, energy, full = options["rank"], options["energy"], options["checkpoint"]
-    time_limit = options["time"]
-    seconds = math.inf if time_limit is None else read_time(time_limit)
-    if time_limit is not None and options["params"] is not None:
-        raise UsageError(
-            Given("time"),
-            "a budget of $params needs the estimates of all layers",
-            "give $rank or $energy",
-        )
+    limit, full, nearest = options["time"], options["checkpoint"], options["nearest"]
+    end = time.time() + (math.inf if limit is None else read_time(limit))
     params = None if options["params"] is None else read_count(str(options["params"]), "params")
-    leave_out_refused = options["leave_out_refused"]
-    nearest, overwrite = options["nearest"], options["overwrite"]
-    _check_options(rank, energy, params, full, leave_out_refused, output)
-    writes_factors = rank is not None or energy is not None or params is not None
-    if options["resume"] and output is None:
-        raise UsageError(Given("resume"), "give the output of the interrupted run with $output")
+    _check_options(options, output)
+    request = _make_request(options)
     base, tuned = as_path(base), as_path(tuned)
-    folder: OutputFolder | None = None
-    records_file = {"output": output, "overwrite": overwrite}
-    if writes_factors or full:
-        assert output is not None
-        folder_class = CheckpointFolder if full else AdapterFolder
-        folder = folder_class(Path(output), (base, tuned), overwrite, options["resume"])
+    folder = _make_folder(base, tuned, output, options) if request.factors or full else None
+    records_file = {"output": output, "overwrite": options["overwrite"]}
+    if folder is not None:
         records_file = {"output": folder.records}
-    else:
-        if nearest:
-            raise UsageError(
-                Given("nearest"), "applies to written estimates", f"give one of {OUTPUT_OPTIONS}"
-            )
-        if output is not None:
-            check_results_file(Path(output), options["resume"], overwrite)
+    elif output is not None:
+        check_results_file(Path(output), options["resume"], options["overwrite"])
     common = select_options(FolderOptions, options)
     run = LayerRun("recover", {**common, **records_file}, LayerOptions)
     method, tol = options["method"], options["tol"]
     check_request(method, None if method != "krylov" else 1, tol)
     refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
     compared = run.compare(base, tuned, refuse=refused)
-    stored = compared.update
-    assert isinstance(stored, Checkpoint)
-    planned = plan_tensors(compared, save=False) if writes_factors else None
-    request = OutputRequest(
-        rank, energy, full, params is not None, leave_out_refused, keep_length=not nearest
-    )
+    planned = plan_tensors(compared, save=False) if request.factors else None
     tasks = [] if folder is not None and folder.whole else _make_tasks(compared, planned, request)
     files: dict[str, Path] = {}
     if folder is not None:
@@ -500,64 +475,27 @@ def recover(
         folder.open()
     settings = LayerSettings(method, tol, options["seed"], run.where.tasks)
     deadline = None
-    if time_limit is not None:
+    if limit is not None:
         energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = RecoverDeadline(start + seconds, time_limit, energies)
+        deadline = RecoverDeadline(end, limit, energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
 
     def finish(results: Results[Recovery]) -> None:
         assert folder is not None
-        if is_unrelated(results):
-            folder.discard()
-            raise make_unrelated_error(
-                base, tuned, [item.layer for item in results if item.lineage == "unrelated"]
-            )
-        out_of_time = any(item.reason == "time" for item in results.left_out)
-        if not any(record.written != "nothing" and (full or record.rank) for record in results) or (
-            full and not any(record.written == "posterior" for record in results)
-        ):
-            if not out_of_time:
-                folder.discard()
-            raise _make_nothing_to_write_error(tuned, results, leave_out_refused)
+        complete = not any(item.reason == "time" for item in results.left_out)
+        _require_output(results, folder, base, tuned, options, complete)
         name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, results.left_out, files, name)
         elif not folder.whole:
-            estimated = {record.layer for record in results if record.written == "posterior"}
-            sides = [
-                (task.layer, task.shape, task.delta.tuned)
-                for task in tasks
-                if task.layer in estimated
-            ]
-            replaced = [
-                Replacement(side.name, side.offset, shape, files[layer])
-                for layer, shape, side in sides
-            ]
-            write_changed(folder.work, stored, replaced, "float32")
-        command = [
-            "loradiag",
-            "recover",
-            legible(base),
-            legible(tuned),
-            *list_words(RecoverOptions, results.run),
-        ]
-        command += ["-o", legible(str(output))]
-        folder.finish(
-            recovery_card(results, name, shlex.join(command), not nearest), complete=not out_of_time
-        )
+            _write_checkpoint(results, compared, tasks, files, folder)
+        words = ["loradiag", "recover", legible(base), legible(tuned)]
+        words += [*list_words(RecoverOptions, results.run), "-o", legible(str(output))]
+        folder.finish(recovery_card(results, name, shlex.join(words), not nearest), complete)
 
-    requested = {
-        "rank": rank,
-        "energy": energy,
-        "params": params,
-        "checkpoint": full,
-        "leave_out_refused": leave_out_refused,
-        "nearest": nearest,
-        "curve": list(DEFAULT_RANKS),
-    }
     return run.over(
         tasks,
         partial(_measure_layer, files=files, deadline=deadline),
@@ -565,10 +503,91 @@ def recover(
         settings,
         compared.pairing if planned is None else planned.measure_left_out,
         compared.inputs,
-        requested,
+        _make_settings(options, params),
         recorded=RECORDED,
         finish=finish if folder is not None else None,
     )
+
+
+def _make_request(options: RecoverOptions) -> OutputRequest:
+    return OutputRequest(
+        options["rank"],
+        options["energy"],
+        options["checkpoint"],
+        all_directions=options["params"] is not None,
+        leave_out_refused=options["leave_out_refused"],
+        keep_length=not options["nearest"],
+    )
+
+
+def _make_folder(
+    base: Path, tuned: Path, output: Path | str | None, options: RecoverOptions
+) -> OutputFolder:
+    """Return the folder of the requested adapter or checkpoint."""
+    assert output is not None
+    folder_class = CheckpointFolder if options["checkpoint"] else AdapterFolder
+    return folder_class(Path(output), (base, tuned), options["overwrite"], options["resume"])
+
+
+def _make_settings(options: RecoverOptions, params: int | None) -> dict[str, Any]:
+    """Return the requested output for the run record."""
+    return {
+        "rank": options["rank"],
+        "energy": options["energy"],
+        "params": params,
+        "checkpoint": options["checkpoint"],
+        "leave_out_refused": options["leave_out_refused"],
+        "nearest": options["nearest"],
+        "curve": list(DEFAULT_RANKS),
+    }
+
+
+def _require_output(
+    results: Results[Recovery],
+    folder: OutputFolder,
+    base: Path,
+    tuned: Path,
+    options: RecoverOptions,
+    complete: bool,
+) -> None:
+    """Require that a run has something to write; else its folder is discarded, unless its time
+    ended and it can be continued.
+
+    Raises:
+        LoradiagError: It has nothing, or the checkpoints are unrelated.
+    """
+    if is_unrelated(results):
+        folder.discard()
+        raise make_unrelated_error(
+            base, tuned, [item.layer for item in results if item.lineage == "unrelated"]
+        )
+    if options["checkpoint"]:
+        has_output = any(record.written == "posterior" for record in results)
+    else:
+        has_output = any(record.written != "nothing" and record.rank for record in results)
+    if not has_output:
+        if complete:
+            folder.discard()
+        raise _make_nothing_to_write_error(tuned, results, options["leave_out_refused"])
+
+
+def _write_checkpoint(
+    results: Results[Recovery],
+    compared: Comparison,
+    tasks: Sequence[RecoveryTask],
+    files: Mapping[str, Path],
+    folder: OutputFolder,
+) -> None:
+    """Write TUNED in float32, with the weights that were estimated."""
+    stored = compared.update
+    assert isinstance(stored, Checkpoint)
+    estimated = {record.layer for record in results if record.written == "posterior"}
+    replaced = []
+    for task in tasks:
+        if task.layer in estimated:
+            side = task.delta.tuned
+            replaced.append(Replacement(side.name, side.offset, task.shape, files[task.layer]))
+    write_changed(folder.work, stored, replaced, "float32")
 
 
 def _spend_budget(
@@ -620,21 +639,21 @@ def _spend_budget(
     ]
 
 
-def _check_options(
-    rank: int | None,
-    energy: float | None,
-    params: int | None,
-    full: bool,
-    leave_out_refused: bool,
-    output: object,
-) -> None:
+def _check_options(options: RecoverOptions, output: object) -> None:
     """Refuse invalid options.
 
     Raises:
         UsageError: Several outputs are requested, a number is out of range, there is no path to
-            write to, or ``--leave-out-refused`` is given without an adapter.
+            write to, or an option is given without the output that it applies to.
     """
-    count = sum(value is not None for value in (rank, energy, params)) + full
+    rank, energy, params = options["rank"], options["energy"], options["params"]
+    if options["time"] is not None and params is not None:
+        raise UsageError(
+            Given("time"),
+            "a budget of $params needs the estimates of all layers",
+            "give $rank or $energy",
+        )
+    count = sum(value is not None for value in (rank, energy, params)) + options["checkpoint"]
     if count > 1:
         raise UsageError("recover", f"give one of {OUTPUT_OPTIONS}")
     if count and output is None:
@@ -643,11 +662,17 @@ def _check_options(
         raise UsageError(Given("rank", rank), "must be a positive integer")
     if energy is not None:
         read_share(energy, "energy")
-    if leave_out_refused and (full or not count):
+    if options["leave_out_refused"] and (options["checkpoint"] or not count):
         raise UsageError(
             Given("leave_out_refused"),
             "applies to adapters",
             "give $rank, $energy or $params with it",
+        )
+    if options["resume"] and output is None:
+        raise UsageError(Given("resume"), "give the output of the interrupted run with $output")
+    if options["nearest"] and not count:
+        raise UsageError(
+            Given("nearest"), "applies to written estimates", f"give one of {OUTPUT_OPTIONS}"
         )
 
 

@@ -8,7 +8,7 @@ spectrum; rules that need every singular value are undefined for a truncated one
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -237,17 +237,7 @@ def allocate(
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
     constraints = Constraints(options["min_rank"], options["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
-    if isinstance(weights, str | Path) and is_results_file(weights):
-        layer_weights = _read_tails(Path(weights), spectra, allow_unfinished)
-    else:
-        layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
-    if layer_weights.losses is not None and options["relative"]:
-        raise UsageError(
-            Given("relative"),
-            "not available with $layer_weights of probe fisher, which uses no energy",
-            "remove one of them",
-        )
-
+    layer_weights = _read_layer_weights(options, spectra)
     choose = partial(
         allocate_spectra,
         spectra.layers,
@@ -260,16 +250,8 @@ def allocate(
         left_out=spectra.left_out,
     )
     chosen = allocate_one_rank(choose, constraints) if portable else choose(constraints)
-    if (
-        portable
-        and (stack := next((layer for layer in chosen.layers if layer.group and layer.rank), None))
-        is not None
-    ):
-        raise UsageError(
-            Given("portable"),
-            f"{stack.group} is a stack of experts, which has no place in a portable adapter",
-            "leave it out with $exclude",
-        )
+    if portable:
+        _refuse_stacks(chosen.layers)
     has_memory, metric = options["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
         command="allocate",
@@ -298,6 +280,40 @@ def allocate(
     )
     end = totals(chosen.layers, chosen.left_out)
     return Results(run, chosen.layers, chosen.left_out, end, (chosen.certificate,))
+
+
+def _read_layer_weights(options: AllocateOptions, spectra: Results[Spectrum]) -> LayerWeights:
+    """Read the weights of the layers, or the losses that replace their energies.
+
+    Raises:
+        UsageError: Losses are given, and energies are to be relative.
+    """
+    weights = options["layer_weights"]
+    if not isinstance(weights, str | Path) or not is_results_file(weights):
+        return LayerWeights(factors=_read_weights(weights, spectra))
+    tails = _read_tails(Path(weights), spectra, options["allow_unfinished"])
+    if options["relative"]:
+        raise UsageError(
+            Given("relative"),
+            "not available with $layer_weights of probe fisher, which uses no energy",
+            "remove one of them",
+        )
+    return tails
+
+
+def _refuse_stacks(layers: Iterable[Allocation]) -> None:
+    """Refuse stacks of experts that get a rank.
+
+    Raises:
+        UsageError: One does.
+    """
+    for layer in layers:
+        if layer.group and layer.rank:
+            raise UsageError(
+                Given("portable"),
+                f"{layer.group} is a stack of experts, which has no place in a portable adapter",
+                "leave it out with $exclude",
+            )
 
 
 def allocate_and_write(

@@ -374,12 +374,7 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         check_dim(dim, total, count_scales(model.module) if method == "said" else 0)
     run.read_all()
 
-    def count_tokens() -> float:
-        tokens = run.count_train_tokens(1, options["full_lr"], FULL_STEP)
-        tokens += run.count_train_tokens(len(options["dims"]), options["lr"], FULL_STEP, PROJECTION)
-        return tokens + run.count_train_tokens(len(options["ranks"]), options["lora_lr"], LORA_STEP)
-
-    run.fit_runs(count_tokens, REDUCTIONS)
+    run.fit_runs(partial(_count_tokens, run), REDUCTIONS)
     lora_ranks = sorted(set(options["ranks"]))
     settings = {
         "dims": sorted(set(options["dims"])),
@@ -420,6 +415,14 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         return []
 
     return run.over(run.inputs(open_checkpoint(base)), settings, measure_missing)
+
+
+def _count_tokens(run: TrainRun[IntrinsicOptions]) -> float:
+    """Count the tokens of all training, as forward passes."""
+    options = run.options
+    tokens = run.count_train_tokens(1, options["full_lr"], FULL_STEP)
+    tokens += run.count_train_tokens(len(options["dims"]), options["lr"], FULL_STEP, PROJECTION)
+    return tokens + run.count_train_tokens(len(options["ranks"]), options["lora_lr"], LORA_STEP)
 
 
 def _train_cell(

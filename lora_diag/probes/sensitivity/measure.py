@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -308,34 +308,17 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         return run.count_train_tokens(units * len(ranks), run.options["lr"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units, parts = (
-        units_of(linear, base_names, per) for per in (run.options["granularity"], "part")
-    )
+    units = units_of(linear, base_names, run.options["granularity"])
+    parts = units_of(linear, base_names, "part")
     parted = math.ceil(PARTED * len(units)) if "granularity" in run.reduced else 0
     if parted:
         run.reduced["granularity"] += f" and the parts of {quantity(parted, 'block')}"
-    settings = {
-        **run.settings("granularity", "rank", "delta"),
-        "lr": sorted(set(run.options["lr"])),
-        **run.training_settings(),
-        **run.selection,
-        "kind": run.training.kind.description,
-    }
+    settings = _make_settings(run)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         plan = run.plan_runs(run_records)
         bases: dict[str, Losses] = {}
-
-        def make_arms(units: Sequence[SensitivityUnit]) -> list[Arm]:
-            arms = []
-            for unit in units:
-                make_trial = partial(_make_trial, model, unit, bases)
-                arms += [Arm((one,), tuple(settings["lr"]), make_trial) for one in ranks]
-            return arms
-
-        def divide(blocks: Sequence[SensitivityUnit | Gain]) -> list[Arm]:
-            return make_arms(_list_parts(blocks, parts))
-
+        make_arms = partial(_make_arms, model, ranks, tuple(settings["lr"]), bases)
         arms = make_arms(units)
         texts, first_batch = run.training.used_texts, run.sets[0].first(run.batch)
         has_scores = any(isinstance(record, FirstOrder) for record in run_records.records)
@@ -346,16 +329,10 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         # The first unit, which has the longest backward pass, is timed at the highest rank.
         timed_first = [arms[len(ranks) - 1], *arms[: len(ranks) - 1], *arms[len(ranks) :]]
         description = f"of LoRA on {quantity(len(units), 'unit')} alone"
-        timed_first += divide(units[:parted])  # to count the runs
+        timed_first += make_arms(_list_parts(units[:parted], parts))  # to count the runs
         plan.report_cost({description: timed_first}, 1, 4 * entries if passes else 0, passes)
         if passes:
-            after = partial(run.watch.batch, "gradient")
-            by_layer = compute_gradients(model, linear, texts, run.batch, after)
-            scores = [
-                predict_first_order(base_names[name], gradient, rank, texts)
-                for name, gradient in by_layer.items()
-            ]
-            run_records.put(*scores)
+            run_records.put(*_score_layers(run, model, linear, base_names))
         # BASE is measured again after an interruption, because errors need its losses by sequence.
         for held_out in run.sets:
             after = partial(run.watch.batch, "BASE")
@@ -363,15 +340,64 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         run_records.put(*(_record_base(held_out, bases[held_out.name]) for held_out in run.sets))
         for arm in arms:
             plan.run(arm)
-        own = run.sets[0].name
-        runs = [record for record in run_records.records if isinstance(record, Sensitivity)]
-        gains = Gain.undivided(gains_of(runs, own, own, rank, run.options["seed"]))
-        clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
-        for arm in divide(clear[:parted]):
+        clear = _rank_clear_gains(run, run_records.records)
+        for arm in make_arms(_list_parts(clear[:parted], parts)):
             plan.run(arm)
         return left_out
 
     return run.over(run.inputs(stored), settings, measure_missing)
+
+
+def _make_settings(run: TrainRun[SensitivityOptions]) -> dict[str, Any]:
+    """Return the settings for the run record."""
+    return {
+        **run.settings("granularity", "rank", "delta"),
+        "lr": sorted(set(run.options["lr"])),
+        **run.training_settings(),
+        **run.selection,
+        "kind": run.training.kind.description,
+    }
+
+
+def _score_layers(
+    run: TrainRun[SensitivityOptions],
+    model: Model,
+    linear: Mapping[str, nn.Module],
+    base_names: Mapping[str, str],
+) -> list[FirstOrder]:
+    """Return the first-order scores of the layers, from their gradients at BASE."""
+    texts, after = run.training.used_texts, partial(run.watch.batch, "gradient")
+    gradients = compute_gradients(model, linear, texts, run.batch, after)
+    return [
+        predict_first_order(base_names[name], gradient, run.options["rank"], texts)
+        for name, gradient in gradients.items()
+    ]
+
+
+def _make_arms(
+    model: Model,
+    ranks: Sequence[int],
+    rates: tuple[float, ...],
+    bases: Mapping[str, Losses],
+    units: Sequence[SensitivityUnit],
+) -> list[Arm]:
+    """Return the runs of each unit alone, at each rank."""
+    arms = []
+    for unit in units:
+        make_trial = partial(_make_trial, model, unit, bases)
+        arms += [Arm((rank,), rates, make_trial) for rank in ranks]
+    return arms
+
+
+def _rank_clear_gains(run: TrainRun[SensitivityOptions], records: Iterable[Any]) -> list[Gain]:
+    """Return the significant gains of undivided units on the first evaluation set, largest
+    first.
+    """
+    own = run.sets[0].name
+    runs = [record for record in records if isinstance(record, Sensitivity)]
+    gains = gains_of(runs, own, own, run.options["rank"], run.options["seed"])
+    clear = [gain for gain in Gain.undivided(gains) if gain.is_clear]
+    return sorted(clear, key=lambda gain: -abs(gain.gain))
 
 
 def _list_parts(

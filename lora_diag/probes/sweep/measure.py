@@ -221,17 +221,7 @@ def _run_sweep(
     quantized = options["quantized"]
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(kind)
-    settings = {
-        "ranks": list(ranks),
-        "lr": sorted(set(options["lr"])),
-        "full_lr": sorted(set(options["full_lr"])) if options["full"] else None,
-        "bitfit": options["bitfit"],
-        "kind": kind.description,
-        "quantized": quantized,
-        **run.training_settings(),
-        "gain_tolerance": options["gain_tolerance"],
-        "target_modules": list(options["target_modules"]) or "all-linear",
-    }
+    settings = _make_settings(run, kind, ranks)
     workers = run.workers(base, stored)
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
@@ -285,6 +275,22 @@ def _run_sweep(
         return []
 
     return run.over(run.inputs(stored), settings, measure_missing, EXTENDABLE_SETTINGS)
+
+
+def _make_settings(run: TrainRun[SweepOptions], kind: Lora, ranks: Sequence[int]) -> dict[str, Any]:
+    """Return the settings for the run record."""
+    options = run.options
+    return {
+        "ranks": list(ranks),
+        "lr": sorted(set(options["lr"])),
+        "full_lr": sorted(set(options["full_lr"])) if options["full"] else None,
+        "bitfit": options["bitfit"],
+        "kind": kind.description,
+        "quantized": options["quantized"],
+        **run.training_settings(),
+        "gain_tolerance": options["gain_tolerance"],
+        "target_modules": list(options["target_modules"]) or "all-linear",
+    }
 
 
 def train_rounded(

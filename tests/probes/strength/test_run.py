@@ -372,7 +372,7 @@ def test_part_is_excluded_by_a_pattern_of_its_layers_alone(by, parts, matched, o
 
 
 REFUSED = [
-    ({"scales": (11.0,)}, "11"),
+    ({"scales": (11.0,)}, "11.0"),
     ({"scales": (math.nan,)}, "nan"),
     ({"by": "layer"}, "layer"),
 ]

@@ -196,7 +196,7 @@ def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
     b, a = (np.where(usable[:, None, None], side.products, np.eye(rank)) for side in (left, right))
     norms = np.sqrt(np.where(usable[:, None], squares[0], 1.0))
     outer = norms[:, :, None] * norms[:, None, :]
-    lower = _factor_cholesky(a * outer)
+    lower, exists = _factor_cholesky(a * outer)
     energies, vectors = np.linalg.eigh(lower.transpose(0, 2, 1) @ (b / outer) @ lower)
     energies, vectors = np.maximum(energies[:, ::-1], 0.0), vectors[:, :, ::-1]
     total, s = energies.sum(axis=1), np.sqrt(energies)
@@ -205,9 +205,8 @@ def thin_energies(left: Grams, right: Grams, factor: Array) -> ThinValues:
     scale = np.abs(factor)
     with np.errstate(over="ignore", invalid="ignore"):
         bound = rank * (squares[0] * squares[1]).sum(axis=1) * EPS * terms  # of Σ|σ̂_i² − σ_i²|
-        error = np.where(
-            usable & (total > 2 * bound), 2 * bound / np.where(total > 0, total, 1.0), 1.0
-        )
+        is_bounded = usable & exists & (total > 2 * bound)
+        error = np.where(is_bounded, 2 * bound / np.where(total > 0, total, 1.0), 1.0)
         return ThinValues(s * scale[:, None], error, np.sqrt(total) * scale, mix)
 
 
@@ -319,7 +318,7 @@ def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
     unit = np.where(usable[:, None, None], products, np.eye(rank)) / (
         norms[:, :, None] * norms[:, None, :]
     )
-    lower = _factor_cholesky(unit)
+    lower, exists = _factor_cholesky(unit)
     inverse = np.abs(np.linalg.inv(lower))
     smallest = 1 / np.minimum(
         inverse.sum(axis=1).max(axis=1) * inverse.sum(axis=2).max(axis=1), _sum_squares(inverse)
@@ -330,19 +329,21 @@ def reduce_grams(grams: Grams) -> tuple[Triangles, NDArray[np.bool_]]:
         rank * (terms + rank + 2) * EPS / smallest,
         np.zeros(count),
     )
-    return result, usable & (smallest >= MIN_EIGENVALUE)
+    return result, usable & exists & (smallest >= MIN_EIGENVALUE)
 
 
-def _factor_cholesky(stack: Array) -> Array:
-    """Return Cholesky factors; of a matrix that is not positive definite ε·I, which counts as badly
-    conditioned.
+def _factor_cholesky(stack: Array) -> tuple[Array, NDArray[np.bool_]]:
+    """Return Cholesky factors, and which of them exist; I for a matrix that is not positive
+    definite.
     """
     try:
-        return np.asarray(np.linalg.cholesky(stack), np.float64)
+        return np.asarray(np.linalg.cholesky(stack), np.float64), np.ones(len(stack), bool)
     except np.linalg.LinAlgError:
         if len(stack) == 1:
-            return EPS * np.eye(stack.shape[1])[None]
-        return np.concatenate([_factor_cholesky(matrix[None]) for matrix in stack])
+            return np.eye(stack.shape[1])[None], np.zeros(1, bool)
+        parts = [_factor_cholesky(matrix[None]) for matrix in stack]
+        factors, exist = zip(*parts, strict=True)
+        return np.concatenate(factors), np.concatenate(exist)
 
 
 def _choose_scale(x: Numbers) -> float:

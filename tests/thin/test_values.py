@@ -128,6 +128,23 @@ def test_condition_is_bounded_and_factors_of_rank_64_are_good(rank, tilt):
     assert conditioned[0]
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-16])
+def test_energies_of_dependent_rows_are_refused(size):
+    """Of A with two opposite rows AAᵀ has no Cholesky factor, however small A is."""
+    refused = 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        b, a = rng.standard_normal((64, 4)), rng.standard_normal((4, 64)) * size
+        a[1] = -a[0]
+        left, right = thin.compute_grams(b[None]), thin.compute_grams(a.T[None])
+        result = thin.thin_energies(left, right, np.ones(1))
+        refused += result.energy_error[0] == 1.0
+        true = np.linalg.norm(b @ a)
+        error = abs(result.fro[0] ** 2 / true**2 - 1)
+        assert error <= result.energy_error[0] + 1e-12 or result.energy_error[0] == 1.0
+    assert refused
+
+
 def test_small_values_are_accurate_relative_to_themselves():
     """σ_i = 10^−i, i = 0…15: an eigenvalue of ΔWᵀΔW loses those below 1e-8."""
     rng = np.random.default_rng(1)

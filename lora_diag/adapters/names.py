@@ -293,7 +293,9 @@ def shapes_agree(expected: Shape, stored: tuple[int, ...]) -> bool:
 def _is_possible_match(
     name: str, expected: Shape, stored: tuple[int, ...], transposed: bool
 ) -> bool:
-    """Return whether a stored weight may be the requested one, by their shapes."""
+    """Return whether a stored weight may be the requested one, by their shapes and, for a
+    vocabulary of another size, by its name.
+    """
     if shapes_agree(expected, stored):
         return True
     if len(expected) == 2 and len(stored) > 2:

@@ -240,11 +240,10 @@ def _open_shards(index: Path) -> tuple[list[OpenFile], tuple[str, ...]]:
         for name in file.tensors
         if weight_map.get(name) != shard
     )
-    notes = (
-        (f"{len(extra)} tensors in the shards are missing from the index, such as {extra[0]}",)
-        if extra
-        else ()
-    )
+    notes: tuple[str, ...] = ()
+    if extra:
+        where = f"not where the index puts them, such as {extra[0]}"
+        notes = (f"{len(extra)} tensors in the shards are {where}",)
     for shard, file in files.items():
         file.tensors = {
             name: info for name, info in file.tensors.items() if weight_map.get(name) == shard

@@ -313,8 +313,8 @@ def _judge_number(policy: Policy, rule: PolicyRule, group: str, findings: list[F
 
 
 def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> tuple[bool, str]:
-    """Return whether the subjects with a value suffice, and their number as text; empty if no other
-    one counts.
+    """Return whether the subjects with a value suffice, and the reason as text; empty if all have
+    one.
     """
     unjudged = [finding.subject for finding in findings if finding.reason]
     judged = [finding.subject for finding in findings if not finding.reason]

@@ -36,7 +36,7 @@ from lora_diag.linalg.streamed import (
     gram_of_rows,
     merge_small_blocks,
     rows_at_once,
-    times_wide,
+    times_in_float64,
 )
 
 
@@ -372,7 +372,7 @@ def decompose_gram(
     kept = squares[:top].sqrt()
     if eigenvectors is not None:
         v = move(eigenvectors.flip(1), tall.device)
-        u = _orthonormalize(times_wide(tall, v), kept)
+        u = _orthonormalize(times_in_float64(tall, v), kept)
         u, vh = fix_signs(v, u.T) if is_wide else fix_signs(u, v.T)
     error = _bound_energy_error(k, n, squares, len(kept), fro)
     rest = squares[len(kept) :].sqrt() if len(squares) == n else None

@@ -76,7 +76,7 @@ from torch import Tensor
 from lora_diag.errors import InputError
 from lora_diag.linalg.devices import fetch, move
 from lora_diag.linalg.exact import Factors, fix_signs
-from lora_diag.linalg.streamed import Matrix, normal, times, times_wide
+from lora_diag.linalg.streamed import Matrix, normal, times, times_in_float64
 
 # Probability that μ is too small.
 FAILURE = 1e-10
@@ -671,11 +671,11 @@ def _make_factors(
     if error >= trace_bound(ritz.squares[:top], fro, a):
         error = math.inf  # of bound (1), which the values in float64 replace
     elif not vectors:
-        product = times_wide(basis.y, c)
+        product = times_in_float64(basis.y, c)
         s = torch.linalg.eigvalsh((product.T @ product).cpu()).clamp_(min=0).sqrt_().flip(0)
         return Factors(s, False, f"krylov:{columns}", error, fro)
     v, _ = torch.linalg.qr(basis.q.to(torch.float64) @ c)
-    product = times_wide(a, v)
+    product = times_in_float64(a, v)
     if vectors:
         u, r = torch.linalg.qr(product)
         u_core, s, vh_core = torch.linalg.svd(r.cpu())

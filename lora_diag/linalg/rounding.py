@@ -229,7 +229,9 @@ class Spacing:
         row: int,
         column: int,
     ) -> Tensor:
-        """Add u = ``spacing``·``scale`` to the profiles; return Σ u²."""
+        """Add u = ``spacing``·``scale`` to the profile; that of unchanged entries to ``still``
+        where they are many, and at most their limit. Return Σ u².
+        """
         if unchanged is None:
             return self.profile.add(spacing, scale, row, column)
         if isinstance(unchanged.few, Tensor):

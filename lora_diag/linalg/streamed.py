@@ -142,7 +142,7 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return product, back.T
 
 
-def times_wide(a: Matrix, x: Tensor) -> Tensor:
+def times_in_float64(a: Matrix, x: Tensor) -> Tensor:
     """Return A·X for a thin float64 X, in float64, without a float64 copy of A."""
     if isinstance(a, Streamed):
         return a.times(x)

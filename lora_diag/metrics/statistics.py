@@ -389,10 +389,7 @@ def runs_needed(
 
     if not decides(MAX_RUNS):
         return None
-    low, high = (
-        1,
-        MAX_RUNS,
-    )  # decides() is monotonic: false at low (one run has no spread), true at high
+    low, high = 1, MAX_RUNS  # one run has no spread, so 1 is never tried; decides() is monotonic
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)

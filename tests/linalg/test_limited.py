@@ -19,7 +19,7 @@ from lora_diag.linalg.streamed import (
     gram_of_rows,
     merge_small_blocks,
     normal,
-    times_wide,
+    times_in_float64,
 )
 from tests import oracles
 from tests.served import peak
@@ -64,7 +64,7 @@ def test_products_do_not_depend_on_blocks(m, n, rows, held, columns, seed):
             patch.setattr("lora_diag.linalg.streamed.SMALL_ROWS", rows)
             patch.setattr("lora_diag.linalg.streamed.ROWS", rows)
             product, back = normal(matrix, torch.from_numpy(v))
-            assert np.allclose(times_wide(matrix, torch.from_numpy(v)), product, **close)
+            assert np.allclose(times_in_float64(matrix, torch.from_numpy(v)), product, **close)
         assert np.allclose(product, b @ v, **close)
         assert np.allclose(back, b.T @ (b @ v), rtol=1e-10, atol=1e-10 * (1 + np.abs(a).sum() ** 2))
     lower = np.tril(a @ a.T)

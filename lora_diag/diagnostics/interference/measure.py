@@ -58,7 +58,7 @@ from lora_diag.linalg.methods import (
     require_memory,
     whole_bytes,
 )
-from lora_diag.linalg.streamed import times_wide
+from lora_diag.linalg.streamed import times_in_float64
 from lora_diag.metrics import subspaces
 from lora_diag.metrics.energy import RANKS, THRESHOLDS, effective_rank, energy_curve, rank_at
 from lora_diag.records import LeftOut, Resolution, Results, totals
@@ -179,7 +179,7 @@ def _project(space: Tensor, part: DecomposedUpdate, rows: bool = False) -> Tenso
     if isinstance(part.matrix, tuple):
         b, a = (factor.to(torch.float64) for factor in part.matrix)
         return (b @ (a @ space)).T if rows else (space.T @ b) @ a
-    return times_wide(part.matrix if rows else part.matrix.T, space).T
+    return times_in_float64(part.matrix if rows else part.matrix.T, space).T
 
 
 def _compute_energy_within(space: Tensor, part: DecomposedUpdate, rows: bool = False) -> Tensor:

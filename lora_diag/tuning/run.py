@@ -124,18 +124,9 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         if limit is not None or (earlier is not None and earlier.limit is not None):
             run.sets = run.fit(run.sets, lambda: EVALUATIONS * run.count_tokens(run.sets))
         target = target_of(model, stored, options["target_modules"], kind)
-        workers, plan = run.workers(base, stored), earlier
+        workers = run.workers(base, stored)
         slots = 1 if workers is None else workers.slots
-        if earlier is None:
-            plan = plan_of(base, run, target, limit, slots)
-        elif limit is not None and limit != earlier.limit:
-            plan = extend_plan(earlier, options, limit, slots)
-        assert plan is not None
-        if plan is not earlier and not options["shifted"]:
-            run.watch.note(
-                "--shifted FILE, a text of another kind, would measure what the adapter makes BASE "
-                "forget"
-            )
+        plan = _plan_search(base, run, target, earlier, limit, slots)
         deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
         is_confirmed = not options["dry_run"]
@@ -174,6 +165,29 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         *(path for path in files if path.is_file()), output=folder / "report.html", overwrite=True
     )
     return results
+
+
+def _plan_search(
+    base: Path | str,
+    run: TrainRun[TuneOptions],
+    target: TuneTarget,
+    earlier: TunePlan | None,
+    limit: float | None,
+    slots: int,
+) -> TunePlan:
+    """Return a new plan, or the earlier one, extended if the limit is another."""
+    if earlier is None:
+        plan = plan_of(base, run, target, limit, slots)
+    elif limit is not None and limit != earlier.limit:
+        plan = extend_plan(earlier, run.options, limit, slots)
+    else:
+        return earlier
+    if not run.options["shifted"]:
+        run.watch.note(
+            "--shifted FILE, a text of another kind, would measure what the adapter makes BASE "
+            "forget"
+        )
+    return plan
 
 
 def _make_settings(run: TrainRun[TuneOptions], target: TuneTarget) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.hub import loadable
 from lora_diag.checkpoints.rewriting import MODEL, MODEL_CONFIG, RECIPE, Replacement, write_changed
 from lora_diag.decisions.extract.run import place_target, write_in_format
-from lora_diag.decisions.extract.tensor_plan import plan_tensors
+from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.decisions.merge import (
     ALL,
     METHODS,
@@ -33,9 +33,9 @@ from lora_diag.decisions.merge.judge import Candidate, MergeJudge
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate_bytes, merge_layer
 from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
 from lora_diag.decisions.merge.show import merge_card
-from lora_diag.deltas import Pairing, Side, natural_order
+from lora_diag.deltas import Delta, Pairing, Side, Unpaired, natural_order
 from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
-from lora_diag.records import Results, RunInput
+from lora_diag.records import Results, Run, RunInput
 from lora_diag.rendering.statements import short_paths
 from lora_diag.running.amounts import read_share
 from lora_diag.running.fingerprint import legible
@@ -43,7 +43,7 @@ from lora_diag.running.inputs import Comparison, open_base, refuse_repeated
 from lora_diag.running.layers import LayerRun
 from lora_diag.running.options import fill_options, list_options, show_options
 from lora_diag.running.output_folder import ADAPTER_FILES, OutputFolder, list_words
-from lora_diag.running.updates import align_layers, list_unmeasured, tuned_path
+from lora_diag.running.updates import LayerUpdates, align_layers, list_unmeasured, tuned_path
 
 RECORDS = "merge.jsonl"
 
@@ -124,113 +124,52 @@ def merge(
         [(20, 0.5), (20, 0.5)]
     """
     options = fill_options(MergeOptions, options)
-    if not updates:
-        raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
-    full, form, portable = options["checkpoint"], options["format"], options["portable"]
+    full, form = options["checkpoint"], options["format"]
     candidates = list_candidates(options, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
     folder = MergeFolder(Path(output), (base, *paths), options["overwrite"], options["resume"])
-    run = LayerRun(
-        "merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions
-    )
+    in_folder = {**options, "output": folder.records, "overwrite": False}
+    run = LayerRun("merge", in_folder, MergeRunOptions)
     opened = open_base(locate(base))
     compared = [run.compare(opened, path) for path in paths]
     aligned = align_layers(compared, candidates[0].weights, vectors=full)
-    deltas = {
-        delta.layer: delta for each in reversed(compared) for delta in each.pairing.deltas
-    }  # the first's count
     skipped = list_unmeasured(compared, {layer.layer for layer in aligned})
-    own_names: dict[str, str] = {}
-    for each in (*compared[1:], compared[0]):
-        own_names.update(each.pairing.own_names)
-    pairing = Pairing(
-        tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
-        skipped.unpaired,
-        own_names,
-    )
+    pairing = _join_pairings(compared, skipped.unpaired)
     sides = _find_sides(pairing, base) if full or options["eval"] else {}
-    planned = None
-    if full:
-        tasks = [
-            MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned
-        ]
-    else:
-        first = replace(compared[0], pairing=pairing)
-        planned = plan_tensors(first, save=False, portable=portable or form != PEFT)
-        targets = planned.targets
-        check_layout(form, list(map(place_target, targets.values())), opened)
-        kept = [(item, targets[item.layer].transposed) for item in aligned if item.layer in targets]
-        tasks = [
-            MergeTask(item.layer, item.shape, item.updates, transposed=turned)
-            for item, turned in kept
-        ]
+    planned = None if full else _plan_adapter(replace(compared[0], pairing=pairing), options)
+    tasks = _make_tasks(aligned, planned, sides)
     candidates = _select_writable(candidates, tasks, options)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
-    settings = run.settings(
-        MergeSettings,
-        count=len(paths),
-        scale=options["scale"],
-        rank=options["rank"],
-        energy=options["energy"],
-        dtype=options["output_dtype"] or (None if full else "float32"),
-    )
-    method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
+    settings = _make_layer_settings(run, options, len(paths))
+    chosen, judge, losses = candidates[0], None, list[MergedLoss]()
     if options["eval"]:
         judge = MergeJudge(options, base, compared, short_paths([legible(path) for path in paths]))
-        if (
-            folder.whole
-        ):  # what was chosen; settings that do not fit it are refused as of any resumed run
-            written = read_results(folder.records).run.settings
-            method, scale = (
-                written["method"],
-                written["scale"] if options["scales"] else settings.scale,
-            )
+        if folder.whole:
+            method, scale = _read_choice(folder, options)
         else:
             losses = judge.judge(candidates, tasks, sides, settings, folder.final)
-            method, scale = next(
-                (record.method, record.scale) for record in losses if record.chosen
-            )
+            method, scale = next((item.method, item.scale) for item in losses if item.chosen)
         settings = replace(settings, scale=scale)
-    chosen = next((each for each in candidates if each.method.name == method), candidates[0])
+        chosen = next((each for each in candidates if each.method.name == method), chosen)
     settings = replace(settings, method=chosen.method.name, density=chosen.density or 1.0)
     tasks = [chosen.weigh(task, list(map(tuned_path, compared))) for task in tasks]
     files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
     folder.open()
-    own = {
-        "method": chosen.method.name,
-        "scale": settings.scale,
-        "rank": options["rank"],
-        "energy": options["energy"],
-        "checkpoint": full,
-        "output_dtype": options["output_dtype"],
-        "weights": list(chosen.weights),
-        "density": chosen.density,
-        **({"portable": True} if portable else {}),
-        **({"format": form} if form != PEFT else {}),
-        **(judge.settings if judge is not None else {}),
-    }
+    own = _make_settings(options, chosen, settings.scale, judge)
 
     def finish(results: Results[Merged]) -> None:
         layers = select_layers(results.layers)
-        if not any(record.rank or (full and record.merged_fro) for record in layers):
-            folder.discard()
-            raise _make_nothing_error(results)
+        _require_nonzero(layers, full, results, folder)
         name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         metadata = {RECIPE: _write_recipe(results, own, options["seed"])}
         if not folder.whole and planned is not None:
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
-            parts = [(sides[record.layer], record) for record in layers]
-            replaced = [
-                Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts
-            ]
+            replaced = _list_replacements(layers, sides, files)
             write_changed(folder.work, opened, replaced, options["output_dtype"], metadata)
-        typed = list_words(
-            MergeOptions, results.run, *list_options(JudgeOptions)
-        )  # what they chose is in the others
-        words = ["loradiag", "merge", *map(legible, (base, *paths)), *typed, "-o", legible(output)]
-        folder.finish(merge_card(results, name, shlex.join(words)))
+        command = _write_command(results.run, base, paths, output)
+        folder.finish(merge_card(results, name, command))
 
     return run.over(
         [] if folder.whole else tasks,
@@ -238,16 +177,134 @@ def merge(
         estimate_bytes,
         settings,
         Pairing((), skipped.unpaired) if planned is None else planned.measure_left_out,
-        (
-            *compared[0].inputs[:-1],
-            *_describe_inputs(compared),
-            *(judge.inputs if judge is not None else ()),
-        ),
+        _list_inputs(compared, judge),
         own,
         recorded=("layers", "exclude", "device", "seed"),
         finish=finish,
         conclude=lambda records: records.put(*losses),
     )
+
+
+def _join_pairings(compared: Sequence[Comparison], unpaired: tuple[Unpaired, ...]) -> Pairing:
+    """Return the layers of all updates, each from the first update that has it."""
+    deltas: dict[str, Delta] = {}
+    for each in reversed(compared):
+        deltas.update({delta.layer: delta for delta in each.pairing.deltas})
+    own_names: dict[str, str] = {}
+    for each in (*compared[1:], compared[0]):
+        own_names.update(each.pairing.own_names)
+    in_order = sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))
+    return Pairing(tuple(in_order), unpaired, own_names)
+
+
+def _plan_adapter(compared: Comparison, options: MergeOptions) -> TensorPlan:
+    """Return the treatment of all tensors of an adapter, which its format must be able to hold."""
+    portable = options["portable"] or options["format"] != PEFT
+    planned = plan_tensors(compared, save=False, portable=portable)
+    targets = map(place_target, planned.targets.values())
+    check_layout(options["format"], list(targets), planned.base)
+    return planned
+
+
+def _make_tasks(
+    aligned: Sequence[LayerUpdates], planned: TensorPlan | None, sides: Mapping[str, Side]
+) -> list[MergeTask]:
+    """Return the layers to merge: with a plan those that it has factors for, else all, as stored in
+    BASE.
+    """
+    if planned is None:
+        return [
+            MergeTask(item.layer, item.shape, item.updates, sides[item.layer]) for item in aligned
+        ]
+    kept = [
+        (item, planned.targets[item.layer]) for item in aligned if item.layer in planned.targets
+    ]
+    return [
+        MergeTask(item.layer, item.shape, item.updates, transposed=target.transposed)
+        for item, target in kept
+    ]
+
+
+def _make_layer_settings(
+    run: LayerRun[MergeRunOptions], options: MergeOptions, count: int
+) -> MergeSettings:
+    """Return the settings of merging a layer of ``count`` updates."""
+    return run.settings(
+        MergeSettings,
+        count=count,
+        scale=options["scale"],
+        rank=options["rank"],
+        energy=options["energy"],
+        dtype=options["output_dtype"] or (None if options["checkpoint"] else "float32"),
+    )
+
+
+def _read_choice(folder: MergeFolder, options: MergeOptions) -> tuple[str, Any]:
+    """Return the method and λ that were chosen for a complete folder; settings that do not fit them
+    are refused as of any resumed run.
+    """
+    written = read_results(folder.records).run.settings
+    return written["method"], written["scale"] if options["scales"] else options["scale"]
+
+
+def _make_settings(
+    options: MergeOptions, chosen: Candidate, scale: float, judge: MergeJudge | None
+) -> dict[str, Any]:
+    """Return the settings for the run record."""
+    settings = {
+        "method": chosen.method.name,
+        "scale": scale,
+        "rank": options["rank"],
+        "energy": options["energy"],
+        "checkpoint": options["checkpoint"],
+        "output_dtype": options["output_dtype"],
+        "weights": list(chosen.weights),
+        "density": chosen.density,
+    }
+    if options["portable"]:
+        settings["portable"] = True
+    if options["format"] != PEFT:
+        settings["format"] = options["format"]
+    return settings if judge is None else settings | judge.settings
+
+
+def _require_nonzero(
+    layers: Iterable[Merged], full: bool, results: Results[Merged], folder: MergeFolder
+) -> None:
+    """Discard the folder of a merge that is zero in every layer.
+
+    Raises:
+        LoradiagError: It is.
+    """
+    if not any(record.rank or (full and record.merged_fro) for record in layers):
+        folder.discard()
+        raise _make_nothing_error(results)
+
+
+def _write_command(run: Run, base: Path, paths: Sequence[Path], output: Path | str) -> str:
+    """Return the command for the model card, without an evaluation: what it chose is in the other
+    options.
+    """
+    typed = list_words(MergeOptions, run, *list_options(JudgeOptions))
+    words = ["loradiag", "merge", *map(legible, (base, *paths)), *typed, "-o", legible(output)]
+    return shlex.join(words)
+
+
+def _list_replacements(
+    layers: Iterable[Merged], sides: Mapping[str, Side], files: Mapping[str, Path]
+) -> list[Replacement]:
+    """Return the weights of BASE to replace by merged ones."""
+    replaced = []
+    for record in layers:
+        side = sides[record.layer]
+        replaced.append(Replacement(side.name, side.offset, record.shape, files[record.layer]))
+    return replaced
+
+
+def _list_inputs(compared: Sequence[Comparison], judge: MergeJudge | None) -> tuple[RunInput, ...]:
+    """Return all inputs for the run record."""
+    texts = [] if judge is None else judge.inputs
+    return (*compared[0].inputs[:-1], *_describe_inputs(compared), *texts)
 
 
 def list_candidates(options: MergeOptions, count: int) -> list[Candidate]:
@@ -258,9 +315,11 @@ def list_candidates(options: MergeOptions, count: int) -> list[Candidate]:
         count: K.
 
     Raises:
-        UsageError: An option is out of range or does not apply, or merges are compared without an
-            evaluation set.
+        UsageError: There is no update, an option is out of range or does not apply, or merges are
+            compared without an evaluation set.
     """
+    if not count:
+        raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
     name, density = options["method"], options["density"]
     if count == 1 and (name == ALL or not METHODS[name].linear):
         raise UsageError(

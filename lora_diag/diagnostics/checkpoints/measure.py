@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
 from lora_diag.adapters import locate
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
@@ -246,17 +247,7 @@ def trajectory(
             f"{series.steps[0].path}: is the only checkpoint; give a run of several, or use "
             "spectrum"
         )
-    steps = [*series.steps, *([series.final] if series.final else [])]
-    compared = [
-        layers.compare(step.path, None) if base is None else layers.compare(base, step.path)
-        for step in steps
-    ]
-    *prints, final_print = (each.inputs[-1].fingerprint for each in compared)
-    if series.final is not None and final_print in prints:
-        del steps[-1], compared[-1]
-    elif series.final is not None and series.final.step <= series.steps[-1].step:
-        problem = "holds a model unlike all checkpoints, and its step is not known"
-        raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
+    steps, compared = _compare_steps(layers, base, series)
     tasks, missing = _align_layers(steps, compared)
     judged = None
     if options["eval"]:
@@ -337,6 +328,32 @@ def _require_adapters(steps: Sequence[Step]) -> None:
             f"{step.path}: is not an adapter; give BASE after the run, to compare its checkpoints "
             "with"
         )
+
+
+def _compare_steps(
+    layers: LayerRun[CheckpointsOptions], base: Checkpoint | None, series: CheckpointSeries
+) -> tuple[list[Step], list[Comparison]]:
+    """Compare BASE with every checkpoint, and with the final model unless a checkpoint has its
+    bytes.
+
+    Raises:
+        InputError: A checkpoint cannot be read or does not fit, or the step of the final model is
+            not known.
+    """
+    steps = list(series.steps)
+    if series.final is not None:
+        steps.append(series.final)
+    compared = [
+        layers.compare(step.path, None) if base is None else layers.compare(base, step.path)
+        for step in steps
+    ]
+    *prints, final_print = (each.inputs[-1].fingerprint for each in compared)
+    if series.final is not None and final_print in prints:
+        del steps[-1], compared[-1]
+    elif series.final is not None and series.final.step <= series.steps[-1].step:
+        problem = "holds a model unlike all checkpoints, and its step is not known"
+        raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
+    return steps, compared
 
 
 def _conclude(

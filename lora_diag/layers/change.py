@@ -395,7 +395,7 @@ def _report_failed_allocations() -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             fix = "give $memory less than this machine has, or $workers 1"
-            raise MemoryLimitError("memory", "exhausted", fix) from error
+            raise MemoryLimitError("out of memory", fix) from error
         raise
 
 

@@ -305,7 +305,7 @@ def test_unfactored_tensors_are_saved_in_full(tmp_path):
     tuned = perturbed(model)
     base, after = saved(model, tuned, tmp_path)
     results = lora_diag.extract(
-        base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", rest="save"
+        base, after, tmp_path / "adapter", rank=16, exclude=r"h\.1\.mlp\.c_fc", unfactored="save"
     )
     merged, w0, w1 = merged_by_peft(model, tmp_path / "adapter"), state(model), state(tuned)
     for name, weight in merged.items():
@@ -319,7 +319,7 @@ def test_grown_vocabulary_is_saved_in_full(tmp_path):
     tuned = perturbed(model)
     tuned.resize_token_embeddings(30, mean_resizing=False)
     base, after = saved(model, tuned, tmp_path)
-    lora_diag.extract(base, after, tmp_path / "adapter", rank=16, rest="save")
+    lora_diag.extract(base, after, tmp_path / "adapter", rank=16, unfactored="save")
     model.resize_token_embeddings(30, mean_resizing=False)
     merged, w1 = merged_by_peft(model, tmp_path / "adapter"), state(tuned)
     for name, weight in merged.items():

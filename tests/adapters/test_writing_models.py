@@ -207,7 +207,7 @@ def test_sample_with_all_its_rank_answers_like_fine_tune(tmp_path):
     """Full rank and the rest in full: the logits are those of TUNED, merged or not."""
     samples = ROOT / "sample_checkpoints"
     lora_diag.extract(
-        samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, rest="save"
+        samples / "base", samples / "full_ft", tmp_path / "adapter", rank=128, unfactored="save"
     )
     models = [
         transformers.AutoModelForCausalLM.from_pretrained(

@@ -128,10 +128,10 @@ def test_layer_beyond_memory_is_left_out_with_remedy(tmp_path, loradiag):
 @pytest.mark.parametrize(
     ("memory", "workers", "text"),
     [
-        ("lots", None, "memory=lots: give a size with its unit"),
-        ("-1GB", None, "memory=-1GB: give a size with its unit"),
-        ("400MB", None, "memory=400MB: the program itself takes 369 MB; give 504MB or more"),
-        (400 * 10**6, None, "memory=400MB: the program itself takes"),
+        ("lots", None, "memory='lots': give a size with its unit"),
+        ("-1GB", None, "memory='-1GB': give a size with its unit"),
+        ("400MB", None, "memory='400MB': the program itself takes 369 MB; give 504MB or more"),
+        (400 * 10**6, None, "memory='400MB': the program itself takes"),
         ("1GB", 9, "give 1578MB or more"),
     ],
 )

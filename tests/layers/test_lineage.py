@@ -190,7 +190,7 @@ def test_extract_and_recover_write_nothing_for_unrelated(pair, tmp_path):
     results = lora_diag.recover(*short)
     assert {(record.status, record.lineage) for record in results} == {("refused", "unrelated")}
     with pytest.raises(InputError, match="unrelated"):
-        lora_diag.recover(*short, output=tmp_path / "recovered", full=True)
+        lora_diag.recover(*short, output=tmp_path / "recovered", checkpoint=True)
     assert not (tmp_path / "recovered").exists()
 
 

@@ -133,7 +133,7 @@ def test_invalid_requests_are_refused(tmp_path):
         lora_diag.spectrum(base, base, gradients=[path])
     with raises_naming(UsageError, "give", "BASE", "TUNED"):
         lora_diag.spectrum()
-    with pytest.raises(UsageError, match="method=exact"):
+    with pytest.raises(UsageError, match="method='exact'"):
         lora_diag.spectrum(gradients=[path], method="exact")
     with pytest.raises(NothingComparedError):
         lora_diag.spectrum(base, gradients=[path], layers="nowhere")

@@ -90,5 +90,6 @@ def _check_argument(given: Given, kind: Any) -> None:
                 raise UsageError(given, "must be a list", f"give [{str(value)!r}]")
             return
         accepted, noun, example = _NUMBERS[entry]
-        if not all(isinstance(each, accepted) for each in value):
+        is_list = isinstance(value, Iterable)
+        if not is_list or not all(isinstance(each, accepted) for each in value):
             raise UsageError(given, f"must be a list of {noun}s", f"give one such as [{example}]")

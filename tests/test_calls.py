@@ -47,6 +47,7 @@ def test_one_word_is_no_list(name, parameter):
     ("options", "facts"),
     [
         ({"ranks": "abc"}, ["ranks='abc'", "whole numbers", "[8]"]),
+        ({"ranks": 8}, ["ranks=8", "whole numbers", "[8]"]),
         ({"ranks": [4, "8"]}, ["ranks=[4, '8']", "whole numbers"]),
         ({"ranks": [0]}, ["ranks=[0]", "from 1 up"]),
         ({"top": "many"}, ["top='many'", "whole number"]),

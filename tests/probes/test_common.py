@@ -116,12 +116,12 @@ REFUSED = {
         ({"gain_tolerance": 1.0}, "gain_tolerance=1"), ({"full_lr": ()}, "full_lr"),
         ({"quantized": "fp4"}, "quantized='fp4': unknown value; use nf4, int8"),
         ({"full": True, "dtype": "bfloat16"}, "rounds away most steps of full"),
-        ({"target_modules": ("nobody",)}, "target_modules: PEFT cannot adapt", InputError),
+        ({"target_modules": ("no_such_layer",)}, "target_modules: PEFT cannot adapt", InputError),
     ],
     "sensitivity": [
         ({"rank": 0}, "rank=0"), ({"delta": 0}, "delta=0"),
         ({"granularity": "head"}, "granularity='head': unknown value; use layer, block, type"),
-        ({"layers": "nobody"}, "no linear layer is selected", NothingComparedError),
+        ({"layers": "no_such_layer"}, "no linear layer is selected", NothingComparedError),
     ],
     "intrinsic": [
         ({"dims": (0,)}, "dims=0"), ({"dims": (10**6,)}, "dims=1000000: the model has only"),
@@ -136,7 +136,7 @@ REFUSED = {
         ({"eigenvalues": 0}, "eigenvalues=0"), ({"trace_vectors": 0}, "trace_vectors=0"),
         ({"granularity": "type"}, "granularity='type'"), ({"seed": -1}, "seed=-1"),
         ({"dtype": "bfloat16"}, "dtype='bfloat16': Hessian-vector products have errors"),
-        ({"layers": "nobody"}, "no matrix", NothingComparedError),
+        ({"layers": "no_such_layer"}, "no matrix", NothingComparedError),
         ({"eval": ["a", "b"]}, "no such file", InputError),
         ({"eigenvalues": 0, "tuned": None}, "eigenvalues=0"),
     ],

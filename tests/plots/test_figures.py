@@ -289,6 +289,23 @@ def test_undrawable_record_states_reason():
         plots.figure("pie", spectra)
 
 
+def test_figure_draws_on_given_axes():
+    spectra = making.results(making.model(2))
+    ax = Figure().subplots()
+    assert plots.figure("heatmap", spectra, ax=ax, field="fro") is ax.figure
+    assert ax.has_data()
+    for wrong in ({"width": "slide"}, {"labels": ["a"]}):
+        with pytest.raises(UsageError):
+            plots.figure("energy", spectra, ax=ax, **wrong)
+    with pytest.raises(UsageError):
+        plots.figure("energy", [spectra, spectra], ax=ax)
+
+
+def test_figure_refuses_unknown_options():
+    with pytest.raises(TypeError, match="nonsense"):
+        plots.figure("energy", making.results(making.model(2)), nonsense=1)
+
+
 def test_heat_map_has_a_panel_for_each_pair_of_updates():
     records = making.interferences(2, ("q", "k"), ("runs/a", "runs/b", "runs/c"))
     records = [

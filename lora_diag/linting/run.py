@@ -78,8 +78,7 @@ def lint(
         run name the rules that were judged, and what is missing to judge others.
 
     Raises:
-        UsageError: An option is invalid, nothing is given, PyYAML is missing, or an output may not
-            be replaced.
+        UsageError: An option is invalid, nothing is given, or an output may not be replaced.
         InputError: An input cannot be read, or an output cannot be written.
 
     Example:

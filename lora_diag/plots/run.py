@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_diag.catalog import feature_of, figures, read_results
-from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.feature import Figure as FigureSpec
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
@@ -383,22 +383,9 @@ def plot(
     if not pages:
         raise _make_nothing_drawn_error(drawn_figures, runs)
     for target, page in pages.items():
-        _make_folder_of(target)
         content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     return tuple(drawn_figures)
-
-
-def _make_folder_of(path: Path) -> None:
-    """Make the folder of a file unless it exists.
-
-    Raises:
-        InputError: It cannot be made.
-    """
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _check_used(option: str, value: object, used: str, specs: Sequence[FigureSpec]) -> None:

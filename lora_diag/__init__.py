@@ -77,13 +77,13 @@ def __getattr__(name: str) -> Any:
 
     if not name.startswith("_"):
         from lora_diag.calls import for_python
-        from lora_diag.catalog import functions
+        from lora_diag.catalog import find_function
 
         if name in _OTHER_EXPORTS:
             return for_python(getattr(import_module(_OTHER_EXPORTS[name]), name))
         # ``from lora_diag import catalog`` asks here first, and must load no plugin.
-        if find_spec(f"{__name__}.{name}") is None and name in functions():
-            return for_python(functions()[name]())
+        if find_spec(f"{__name__}.{name}") is None and (load := find_function(name)):
+            return for_python(load())
     raise AttributeError(f"module 'lora_diag' has no attribute {name!r}")
 
 

@@ -173,12 +173,27 @@ def figures() -> Iterator[tuple[Feature, Figure]]:
     yield from sorted(declared, key=lambda pair: not pair[1].kind)
 
 
+def find_function(name: str) -> Callable[[], Any] | None:
+    """Return the loader of a public function; None if no feature has it.
+
+    Installed packages are loaded only for a name that loradiag does not have: theirs may import
+    loradiag's functions while they are loaded.
+    """
+    own = _list_functions(built_in())
+    return own[name] if name in own else functions().get(name)
+
+
 @cache
 def functions() -> dict[str, Callable[[], Any]]:
     """Return a loader for each public function, by its name."""
+    return _list_functions(features())
+
+
+def _list_functions(given: tuple[Feature, ...]) -> dict[str, Callable[[], Any]]:
+    """Return a loader for each public function of features, by its name."""
     return {
         path.partition(":")[2]: partial(feature.load, path)
-        for feature in features()
+        for feature in given
         for path in feature.functions
     }
 

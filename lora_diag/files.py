@@ -235,6 +235,8 @@ def check_outputs(
 
 def _find_weights_near(path: Path) -> Path | None:
     """Return the first file of weights in the folder of a path; None without one."""
+    if not path.parent.is_dir():
+        return None
     files = (file for file in path.parent.iterdir() if _WEIGHTS.fullmatch(file.name))
     return min(files, default=None)
 
@@ -250,16 +252,16 @@ def is_unfinished(path: Path) -> bool:
 
 
 def check_folder_of(path: Path, in_place: bool = False) -> None:
-    """Refuse a path that cannot be written, before any work; a missing parent folder is not
-    created.
+    """Refuse a path that cannot be written, before any work. Missing parent folders are made when
+    it is written (``make_folder_of``).
 
     Args:
         path: A file, or a folder to be created.
         in_place: Write to an existing file instead of replacing it.
 
     Raises:
-        InputError: The parent folder is missing, permission is denied, or the name is invalid or
-            too long.
+        InputError: A parent is no folder, permission is denied, or the name is invalid or too
+            long.
     """
     try:
         with suppress(FileNotFoundError):
@@ -272,13 +274,27 @@ def check_folder_of(path: Path, in_place: bool = False) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"{path}: cannot be written: {reason}; choose another name") from error
-    folder = path.parent
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not folder.is_dir():
-        raise InputError(f"{path}: cannot be written: there is no folder {folder}; create it first")
+        raise InputError(f"{path}: cannot be written: {folder} is no folder; choose another name")
     if not (
         os.access(path, os.W_OK) if exists and in_place else os.access(folder, os.W_OK | os.X_OK)
     ):
         raise InputError(f"{path}: cannot be written: permission denied; choose another folder")
+
+
+def make_folder_of(path: Path) -> None:
+    """Make the missing parent folders of an output.
+
+    Raises:
+        InputError: They cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be written: {error.strerror}; choose another folder"
+        ) from error
 
 
 @contextmanager
@@ -299,6 +315,7 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
             ``OSError`` of the block.
     """
     path = resolve_output(path)
+    make_folder_of(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # left by a killed process with the same id, or planted
@@ -384,9 +401,10 @@ def sync_descriptor(descriptor: int) -> None:
 def lock(path: Path, tries: int = 5) -> int:
     """Open a file and lock it against other processes, until it is closed or this process ends.
 
-    A missing file is created, empty. The lock is the system's (``flock``), so it ends with the
-    process and leaves nothing to clean up. On a file system without locks, a warning is logged and
-    the file is not locked; on a system without ``flock`` (Windows), it is not locked either.
+    A missing file is created, empty, and so is its folder. The lock is the system's (``flock``), so
+    it ends with the process and leaves nothing to clean up. On a file system without locks, a
+    warning is logged and the file is not locked; on a system without ``flock`` (Windows), it is not
+    locked either.
 
     Args:
         path: The file.
@@ -401,6 +419,7 @@ def lock(path: Path, tries: int = 5) -> int:
         OSError: The file cannot be opened, or the lock fails for another reason than a file system
             without locks.
     """
+    make_folder_of(path)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     try:
         _lock_file(descriptor, path)

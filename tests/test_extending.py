@@ -155,6 +155,14 @@ def test_example_plugin_has_function_command_and_pages(measured):
     assert "flatness" in csv[1].splitlines()[0]
 
 
+def test_commands_load_example_without_error(plugins, tmp_path):
+    for words in (("--version",), ("inspect", SAMPLES / "base"), ("nuclear", "--help")):
+        result = started(plugins, tmp_path, "-m", "lora_diag", *words)
+        assert (result.returncode, result.stderr) == (0, "")
+    result = started(plugins, tmp_path, "-c", "import lora_diag; lora_diag.spectrum")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def test_results_without_plugin_are_refused_in_one_line(measured, tmp_path):
     result = started(
         tmp_path, tmp_path, "-m", "lora_diag", "inspect", measured[0] / "nuclear.jsonl"
@@ -191,6 +199,14 @@ def test_plugin_stops_no_command(tmp_path, code):
     assert "tensors" in result.stdout
     assert len(result.stderr.splitlines()) == 1
     assert "broken_plugin" in result.stderr
+
+
+def test_plugin_may_import_public_functions(tmp_path):
+    code = "from lora_diag import spectrum\nfrom lora_diag.feature import Feature\n"
+    install_broken(tmp_path, f"{code}FEATURE = Feature(__name__, 'fine', 'Understand')\n")
+    for words in (("-m", "lora_diag", "--version"), ("-c", "from lora_diag import spectrum")):
+        result = started(tmp_path, tmp_path, *words)
+        assert (result.returncode, result.stderr) == (0, "")
 
 
 GATE = [

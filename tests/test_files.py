@@ -22,6 +22,7 @@ from lora_diag.files import (
     check_folder_of,
     check_output,
     is_unfinished,
+    lock,
     replacing,
     write_whole,
 )
@@ -181,11 +182,6 @@ def test_adapter_config_is_not_written_next_to_weights(tmp_path, weights):
 @pytest.mark.parametrize(
     ("name", "kind", "why"),
     [
-        (
-            "missing/a.txt",
-            InputError,
-            "cannot be written: there is no folder .*missing; create it first",
-        ),
         ("file/a.txt", InputError, "cannot be written: "),
         ("folder", UsageError, "is a folder; choose another name"),
         ("a" * 300, InputError, "cannot be written: File name too long"),
@@ -202,6 +198,16 @@ def test_unwritable_output_is_one_message(tmp_path, name, kind, why):
             refuse(tmp_path / name)
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+def test_missing_folders_are_made_on_writing(tmp_path):
+    path = tmp_path / "gates" / "new" / "a.txt"
+    check_output(path, PAGE)
+    assert not names(tmp_path)
+    write_whole(path, "new", PAGE)
+    assert path.read_text().startswith("new")
+    os.close(lock(tmp_path / "runs" / "new" / "r.jsonl"))
+    assert names(tmp_path) == ["gates", "runs"]
 
 
 def test_permission_errors_are_reported(tmp_path, monkeypatch):

@@ -209,9 +209,10 @@ def find_nearest(words: str) -> list[str]:
     for term in all_terms():
         for word in filter(None, (term.word, *term.others)):
             spellings[_normalize(word)] = term.word
-    similar = get_close_matches(_normalize(words), spellings, n=5, cutoff=0.7)
+    similar = get_close_matches(_normalize(words), spellings, n=5, cutoff=0.8)
     close = [spellings[word] for word in similar]
-    mentioned = [term.word for term in all_terms() if words.casefold() in term.text.casefold()]
+    whole = re.compile(rf"(?<!\w){re.escape(words)}(?!\w)", re.IGNORECASE)
+    mentioned = [term.word for term in all_terms() if whole.search(term.text)]
     return list(dict.fromkeys([*close, *mentioned]))[:5]
 
 

@@ -26,10 +26,10 @@ from lora_diag.linting.configs import (
 )
 from lora_diag.linting.record import SEVERITIES, LintFinding
 from lora_diag.linting.rules import MISSING, RULES, Facts
-from lora_diag.linting.show import as_verdicts
+from lora_diag.linting.show import as_verdicts, lint_summary
 from lora_diag.records import End, Results, Run, RunInput
 from lora_diag.records.run import timestamp
-from lora_diag.rendering.verdicts import junit, step_summary
+from lora_diag.rendering.verdicts import junit
 from lora_diag.running.amounts import read_bytes, read_count
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import describe, pair_update
@@ -78,8 +78,7 @@ def lint(
         run name the rules that were judged, and what is missing to judge others.
 
     Raises:
-        UsageError: An option is invalid, nothing is given, PyYAML is missing, or an output may not
-            be replaced.
+        UsageError: An option is invalid, nothing is given, or an output may not be replaced.
         InputError: An input cannot be read, or an output cannot be written.
 
     Example:
@@ -137,7 +136,7 @@ def lint(
     if report is not None:
         write_whole(report, junit(as_verdicts(results)), JUNIT, overwrite)
     if options["github"]:
-        append_step_summary(step_summary(as_verdicts(results)))
+        append_step_summary(lint_summary(results))
     return results
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lora_diag.adapters.source import is_number
 from lora_diag.checkpoints.documents import read_object
 from lora_diag.checkpoints.file_bytes import FileBytes
 from lora_diag.checkpoints.inert import PickledObject
 from lora_diag.checkpoints.parts import Archive
-from lora_diag.errors import InputError, damaged, quote, require
+from lora_diag.errors import InputError, damaged, quote
 from lora_diag.files import open_regular
 
 # Bytes of a configuration in JSON or training_args.bin, which has about 6 kB: a rank for each layer
@@ -219,15 +221,13 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
     Raises:
         InputError: The file cannot be read, is too large, repeats a key, or holds no table.
     """
-    with require(f"{path}: reading YAML", "hub"):
-        import yaml
     try:
         with open_regular(path) as file:
             text = file.read(MAX_YAML_BYTES + 1)
         if len(text) > MAX_YAML_BYTES:
             raise _too_large(path, MAX_YAML_BYTES)
-        loader = _make_loader(yaml)
-        _check_structure(yaml, yaml.parse(text, loader))
+        loader = _make_loader()
+        _check_structure(yaml.parse(text, loader))
         values = yaml.load(text, loader)
     except OSError as error:
         problem = (
@@ -263,7 +263,7 @@ class _Collection:
     at_key: bool = True
 
 
-def _check_structure(yaml: Any, events: Iterable[Any]) -> None:
+def _check_structure(events: Iterable[Any]) -> None:
     """Check the depth, the number of aliases and the keys of a document, before its values are
     built.
 
@@ -304,7 +304,7 @@ def _check_structure(yaml: Any, events: Iterable[Any]) -> None:
             raise yaml.YAMLError(f"more than {MAX_DEPTH} tables and lists in each other")
 
 
-def _make_loader(yaml: Any) -> Any:
+def _make_loader() -> Any:
     """Return PyYAML's safe loader, by libyaml if it is there, for which an invalid value is a
     ``YAMLError``.
 

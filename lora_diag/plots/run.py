@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack, cast
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_diag.catalog import feature_of, figures, read_results
-from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.feature import Figure as FigureSpec
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
@@ -74,7 +74,11 @@ def figure_named(name: str) -> FigureSpec:
 
 
 def figure(
-    name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]
+    name: str,
+    results: Results[Any] | Sequence[Results[Any]],
+    *,
+    ax: Axes | None = None,
+    **options: Unpack[FigureOptions],
 ) -> Figure:
     """Return a figure as written by ``loradiag plot``; it is not registered with ``pyplot``.
 
@@ -82,6 +86,8 @@ def figure(
         name: One of ``FIGURES``.
         results: Results of one run, or of several to compare; those without the records that the
             figure needs are ignored.
+        ax: Axes to draw the first panel of one run on, as ``panel`` does, in place of a page;
+            their figure is returned.
         **options: ``labels``: label of each of ``results``; default by the inputs that were
             measured. ``width``: ``column`` (3.3 in, 7 pt) or ``slide`` (10 in, 12.5 pt), the
             default. ``per``: ``layer`` (the default), or ``type`` to pool the layers of a module
@@ -91,9 +97,15 @@ def figure(
             ``plain``: whether to omit title and notes, for a paper with its own caption.
 
     Raises:
+        TypeError: An option is unknown.
         UsageError: An argument is invalid, the figure does not exist, or the results cannot be
             drawn.
     """
+    known = FigureOptions.__annotations__
+    if unknown := next((option for option in options if option not in known), None):
+        raise TypeError(f"unexpected keyword argument {unknown!r}; use one of {', '.join(known)}")
+    if ax is not None:
+        return _draw_on(ax, name, results, options)
     try:
         return _draw(*_make_page(name, results, options))
     except UndrawableError as error:
@@ -175,6 +187,29 @@ def why_not(
     except UndrawableError as error:
         return str(error)
     return None
+
+
+def _draw_on(
+    ax: Axes,
+    name: str,
+    results: Results[Any] | Sequence[Results[Any]],
+    options: Mapping[str, Any],
+) -> Figure:
+    """Draw the first panel of one run on a user's axes, and return their figure.
+
+    Raises:
+        UsageError: There are several runs or options of a page, or the records cannot be drawn.
+    """
+    runs = [results] if isinstance(results, Results) else list(results)
+    of_panels = {"per", "field", "rank"}
+    if len(runs) != 1 or not of_panels.issuperset(options):
+        problem = f"takes one run and {', '.join(sorted(of_panels))}"
+        raise UsageError("ax", problem, "remove it for a page")
+    try:
+        panel(name, runs[0], ax, **options)
+    except UndrawableError as error:
+        raise UsageError(f"{name}: {error}") from error
+    return cast(Figure, ax.figure)
 
 
 def _draw(page: Page, style: PageStyle) -> Figure:
@@ -348,22 +383,9 @@ def plot(
     if not pages:
         raise _make_nothing_drawn_error(drawn_figures, runs)
     for target, page in pages.items():
-        _make_folder_of(target)
         content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     return tuple(drawn_figures)
-
-
-def _make_folder_of(path: Path) -> None:
-    """Make the folder of a file unless it exists.
-
-    Raises:
-        InputError: It cannot be made.
-    """
-    try:
-        path.parent.mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _check_used(option: str, value: object, used: str, specs: Sequence[FigureSpec]) -> None:

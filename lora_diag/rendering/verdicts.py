@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain
 from typing import Any, TypeVar
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
 from rich.text import Text
 
-from lora_diag.records import Results, RunInput
+from lora_diag.records import Results, Run, RunInput
 from lora_diag.records.names import module_type_of
 from lora_diag.records.verdict import WORST_FIRST, Status, Verdict, outcome
 from lora_diag.rendering.html import escape_markdown
@@ -28,15 +29,14 @@ ANNOTATIONS, WORST, NAMED = 9, 3, 50
 SUMMARY_BYTES = 900 * 1024
 
 Key = TypeVar("Key")
+Item = TypeVar("Item")
 
 
-def group_by(
-    verdicts: Iterable[Verdict], key: Callable[[Verdict], Key]
-) -> dict[Key, list[Verdict]]:
-    """Return verdicts by a key, in the order of first occurrence."""
-    groups: dict[Key, list[Verdict]] = {}
-    for verdict in verdicts:
-        groups.setdefault(key(verdict), []).append(verdict)
+def group_by(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """Return items by a key, in the order of first occurrence."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -138,13 +138,19 @@ def describe_verdicts(verdicts: Sequence[Verdict]) -> str:
     one line.
     """
     suffix = f"; and {len(verdicts) - WORST} more" if len(verdicts) > WORST else ""
-    description = describe_reasons(verdicts) if verdicts[0].message else ""
     values = "; ".join(map(_name_value, verdicts[:WORST]))
+    if not verdicts[0].allowed:
+        return f"{values}{suffix}"
+    description = describe_reasons(verdicts) if verdicts[0].message else ""
     return f"{values}{suffix}. Allowed: {safe(verdicts[0].allowed)}. {description}".rstrip()
 
 
 def _name_value(verdict: Verdict) -> str:
-    """Return the subject, the status and the measured value of a verdict."""
+    """Return the subject, the status and the measured value of a verdict; its message if it has no
+    condition.
+    """
+    if not verdict.allowed:
+        return f"{subject_name(verdict)}: {safe(verdict.message)}"
     return f"{subject_name(verdict)}: {verdict.status}, measured {format_measured(verdict)}"
 
 
@@ -230,8 +236,10 @@ def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
         result = SubElement(case, "system-out")
     lines = []
     for verdict in listed[:NAMED]:
-        reason = f"allowed {safe(verdict.allowed)}. {safe(verdict.message)}"
-        lines.append(f"{_name_value(verdict)}, {reason}".strip())
+        line = _name_value(verdict)
+        if verdict.allowed:
+            line += f", allowed {safe(verdict.allowed)}. {safe(verdict.message)}"
+        lines.append(line.strip())
     if len(listed) > NAMED:
         lines.append(f"and {len(listed) - NAMED} more")
     result.text = "\n".join(lines)
@@ -245,24 +253,51 @@ def _set_counts(element: Element) -> None:
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
-    """Return annotations: at each level, one for each of the first rules, on its line, and one for
+    """Return annotations of verdicts, one for each rule, on its line."""
+    shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation]
+    rules = group_by(shown, lambda verdict: (verdict.display.annotation, verdict.rule))
+    annotations = []
+    for (level, rule), verdicts in rules.items():
+        text = describe_verdicts(verdicts)
+        annotations.append(Annotation(level, rule, verdicts[0].line, text))
+    return format_annotations(results.run, annotations)
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """A message of GitHub Actions.
+
+    Args:
+        level: ``error``, ``warning`` or ``notice``.
+        rule: The rule that it is about.
+        line: Line of the run's policy or configuration; None for no line.
+        text: The message.
+    """
+
+    level: str
+    rule: str
+    line: int | None
+    text: str
+
+
+def format_annotations(run: Run, annotations: Iterable[Annotation]) -> list[str]:
+    """Return workflow commands: at each level one for each of the first annotations, and one for
     all others.
     """
-    inputs = results.run.inputs
-    policy = next((item.path for item in inputs if item.role in {"policy", "config"}), None)
-    name = f"loradiag {results.run.command}"
+    roles = {"policy", "config"}
+    path = next((item.path for item in run.inputs if item.role in roles), None)
+    name = f"loradiag {run.command}"
     lines = []
-    for level in ("error", "warning"):
-        shown = [verdict for verdict in verdicts_of(results) if verdict.display.annotation == level]
-        rules = group_by(shown, lambda verdict: verdict.rule)
-        for rule, verdicts in list(rules.items())[:ANNOTATIONS]:
-            line = verdicts[0].line
-            where = f"file={_escape_property(policy)},line={line}," if line and policy else ""
-            title = _escape_property(f"{name}: {rule}")
-            text = _escape_data(describe_verdicts(verdicts))
-            lines.append(f"::{level} {where}title={title}::{text}")
-        if len(rules) > ANNOTATIONS:
-            text = f"{len(rules) - ANNOTATIONS} more rules, see the step summary"
+    by_level = group_by(annotations, lambda annotation: annotation.level)
+    for level, of_level in by_level.items():
+        for annotation in of_level[:ANNOTATIONS]:
+            where = ""
+            if annotation.line and path:
+                where = f"file={_escape_property(path)},line={annotation.line},"
+            title = _escape_property(f"{name}: {annotation.rule}")
+            lines.append(f"::{level} {where}title={title}::{_escape_data(annotation.text)}")
+        if len(of_level) > ANNOTATIONS:
+            text = f"{len(of_level) - ANNOTATIONS} more, see the step summary"
             lines.append(f"::{level} title={name}::{text}")
     return lines
 
@@ -300,7 +335,12 @@ def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
         name, measured = subject_name(verdict), format_measured(verdict)
         row = markdown_row(verdict.status, verdict.rule, name, measured, verdict.allowed)
         lines.append(row)
-    end = "\n{} more are in the verdict records (`-o FILE`).\n"
+    return fit_summary(head, lines, room)
+
+
+def fit_summary(head: str, lines: Sequence[str], room: int = SUMMARY_BYTES) -> str:
+    """Return a step summary of at most ``room`` bytes; omitted lines are counted."""
+    end = "\n{} more are in the records (`-o FILE`).\n"
     room_left = room - len((head + end).encode()) - 20
     fitting = sum(size <= room_left for size in accumulate(len(line.encode()) for line in lines))
     text = head + "".join(lines[:fitting])

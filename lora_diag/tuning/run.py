@@ -137,7 +137,7 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
             deadline.began += monotonic() - asked
         if not is_confirmed:
             return Results(record, (), (), None, (plan,))
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if earlier is None and options["overwrite"]:
             _remove_output(folder)
         elif earlier is not None and plan is not earlier:

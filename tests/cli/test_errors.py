@@ -38,7 +38,7 @@ ERRORS = {
     ("interference", R4): [
         ("-q", "at least two updates"), (f"{R4}", "given twice"), ("nowhere", "nowhere", 3),
         (f"{R16} --weights 1", "1 weights for 2"), (f"{R16} --weights 1,x", "--weights"), (f"{R16} --resume", "-o"),
-        (f"{R16} --density 2", "--density"), (f"{R16} --spectrum no/u.jsonl", "no folder", 3),
+        (f"{R16} --density 2", "--density"), (f"{R16} --spectrum {R4}/adapter_config.json/u.jsonl", "cannot be written", 3),
     ],
     ("interference", BASE, TUNED): [("-q", "at least two updates")],
     ("interference", R4, BASE): [(f"{TUNED}", "BASE first")],

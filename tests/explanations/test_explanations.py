@@ -88,6 +88,7 @@ def test_unknown_word_gets_nearest(loradiag):
     assert ran.code == 2
     assert "\x1b" not in ran.err
     assert "did you mean unresolved" in loradiag("explain", "unresolvd").err
+    assert "did you mean" not in loradiag("explain", "foo").err
     assert loradiag("explain", "?").code == 2
     assert "Ε" not in loradiag("explain", "excess").out  # a Greek capital is another sign
 

@@ -62,7 +62,7 @@ def test_step_summary_stays_within_github_limit():
     text = step_summary(results(*many))
     assert len(text.encode()) <= 900 * 1024
     rows = text.count("\n| failed |")
-    assert re.search(r"\n(\d+) more are in the verdict records", text)[1] == str(5000 - rows)
+    assert re.search(r"\n(\d+) more are in the records", text)[1] == str(5000 - rows)
     short = step_summary(results(*ONE_OF_EACH))
     assert "more are in" not in short
     assert short.count("\n| ") == len(ONE_OF_EACH) + 2

@@ -72,10 +72,28 @@ def test_junit_and_annotations_name_file_and_line(run, inputs):
     (line,) = [line for line in ran.out.splitlines() if line.startswith("::error")]
     assert_names(line, "file=bad.yaml,line=3", "loradiag lint", "bf16-step")
     assert "float32 master weights" in line
+    assert "measured" not in ran.out
     root = ElementTree.fromstring((inputs / "l.xml").read_text())
     suites = {suite.get("name"): suite for suite in root.findall("testsuite")}
     assert {name for name, suite in suites.items() if suite.get("failures") == "1"} == {"bf16-step"}
     assert suites["memory"].find("testcase/skipped") is not None
+
+
+def test_notes_are_notices_unless_they_fail(run, inputs, monkeypatch):
+    write_config(inputs / "adapter_config.json", {**PEFT, "target_modules": ["q_proj"]})
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(inputs / "summary.md"))
+    levels = []
+    for least in ("error", "note"):
+        ran = run("lint", "adapter_config.json", "base", "--github", "--fail-on", least)
+        lines = [line for line in ran.out.splitlines() if "target-no-mlp" in line]
+        levels += [line.split(" ")[0] for line in lines if line.startswith("::")]
+    assert levels == ["::notice", "::error"]
+    assert_names((inputs / "summary.md").read_text(), "| note | target-no-mlp |")
+
+
+def test_default_output_says_what_to_do(loradiag, inputs):
+    out = loradiag("lint", "bad.yaml", "base", brief=True).out
+    assert_names(" ".join(out.split()), *remedy_of("bf16-step")[0].split())
 
 
 def test_every_rule_is_explained_by_one_section():

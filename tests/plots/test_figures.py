@@ -289,6 +289,29 @@ def test_undrawable_record_states_reason():
         plots.figure("pie", spectra)
 
 
+def test_panel_without_values_says_why():
+    records = [record.model_copy(update={"overlaps": ()}) for record in making.trained(2)]
+    ax = plots.checkpoints(making.results(records), name="overlaps")
+    assert "loradiag checkpoints" in ax.texts[0].get_text()
+
+
+def test_figure_draws_on_given_axes():
+    spectra = making.results(making.model(2))
+    ax = Figure().subplots()
+    assert plots.figure("heatmap", spectra, ax=ax, field="fro") is ax.figure
+    assert ax.has_data()
+    for wrong in ({"width": "slide"}, {"labels": ["a"]}):
+        with pytest.raises(UsageError):
+            plots.figure("energy", spectra, ax=ax, **wrong)
+    with pytest.raises(UsageError):
+        plots.figure("energy", [spectra, spectra], ax=ax)
+
+
+def test_figure_refuses_unknown_options():
+    with pytest.raises(TypeError, match="nonsense"):
+        plots.figure("energy", making.results(making.model(2)), nonsense=1)
+
+
 def test_heat_map_has_a_panel_for_each_pair_of_updates():
     records = making.interferences(2, ("q", "k"), ("runs/a", "runs/b", "runs/c"))
     records = [
@@ -310,7 +333,7 @@ def test_spectra_in_other_metrics_name_it_and_share_no_axis():
         [record.model_copy(update={"metric": "kfac"}) for record in making.model(2)]
     )
     assert norm in plots.energy(weighted).get_ylabel()
-    assert title_in("fro", (*plain.layers, *weighted.layers)) == f"‖ΔW‖_F and ‖{norm}‖_F"
+    assert title_in("fro", (*plain.layers, *weighted.layers)) == f"‖ΔW‖ and ‖{norm}‖"
     with raises_naming(UsageError, "common axis"):
         plots.figure("spectrum", [plain, weighted])
     assert plots.why_not("energy", [plain, weighted]) is None

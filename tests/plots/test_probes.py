@@ -1,8 +1,11 @@
 """Figures of probe records: every point is a record's, and what cannot be drawn says why."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import scipy.stats
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from lora_diag import plots
 from tests import oracles
@@ -90,6 +93,21 @@ def test_diverged_run_does_not_prevent_refusal_of_heat_map():
     """A report asks for every figure: one diverged run of a sweep was a traceback."""
     runs = making.probed([making.probe("sweep", "lora", None, rank=4, lr=1.0), *making.swept()])
     assert_names(plots.why_not("heatmap", runs, field="nope"), "numeric field nope")
+
+
+def test_strength_labels_of_near_points_stand_apart():
+    places = {0.5: (-0.14, -0.01), 0.56: (-0.145, 0.0), 0.75: (-0.13, 0.04), 1: (-0.1, 0.12)}
+    examples = [r for r in making.scaled() if getattr(r, "scale", None) == 1]
+    records = []
+    for scale, changes in places.items():
+        for record in examples:
+            update = {"scale": float(scale), "change": changes[record.shifted]}
+            records.append(record.model_copy(update=update))
+    figure = plots.figure("strength", making.probed(records, command="probe strength"))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.axes[0].texts]
+    assert len(boxes) == 4
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
 
 
 def test_strength_shows_gain_against_cost_at_each_t():

@@ -7,7 +7,7 @@ The rank is one value for all layers, or follows from a rule or an allocation.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,13 @@ from torch import Tensor
 from lora_diag.adapters.writing import read_config_ranks
 from lora_diag.adapters.writing_targets import PeftTarget
 from lora_diag.catalog import read_results_of
-from lora_diag.decisions.allocate.measure import Budget, allocate
+from lora_diag.decisions.allocate.measure import (
+    Allocated,
+    Budget,
+    Constraints,
+    allocate,
+    allocate_one_rank,
+)
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.record import Extraction, OnData
@@ -89,6 +95,7 @@ def choose_rank_rules(
     value: Any,
     targets: Mapping[str, PeftTarget],
     measure_spectra: Callable[[], Results[Spectrum]],
+    portable: bool = False,
 ) -> dict[str, Rank]:
     """Return the rule for the rank of every layer.
 
@@ -97,23 +104,30 @@ def choose_rank_rules(
         value: Its value.
         targets: PEFT's view of each layer.
         measure_spectra: Measures the spectra of all layers; called for a budget.
+        portable: Whether lower ranks are padded to the largest, which the budget then has to pay.
     """
     if name == "params":
         reachable = tuple(
             record.before_rounding() for record in measure_spectra() if record.layer in targets
         )
         budget = Budget("params", value, Given("params", value))
-        # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps
-        # them.
-        ranks = {
-            record.layer: record.rank
-            for record in allocate(reachable, budget, save_heads=False).layers
-        }
+        choose = partial(_allocate_layers, reachable, budget)
+        allocated = allocate_one_rank(choose, Constraints()) if portable else choose(Constraints())
+        ranks = {record.layer: record.rank for record in allocated.layers}
     elif name == "allocation":
         ranks = _read_ranks(Path(value), targets)
     else:
         return dict.fromkeys(targets, Rank(**{"at_most" if name == "rank" else name: value}))
     return {layer: Rank(ranks.get(layer, 0)) for layer in targets}
+
+
+def _allocate_layers(
+    spectra: Sequence[Spectrum], budget: Budget, constraints: Constraints
+) -> Allocated:
+    """Return the ranks within a budget; heads are layers here, since tensors without factors are
+    lost unless --unfactored save keeps them.
+    """
+    return allocate(spectra, budget, constraints, save_heads=False)
 
 
 def _read_ranks(path: Path, targets: Mapping[str, PeftTarget]) -> dict[str, int]:

@@ -191,7 +191,7 @@ class Extraction(Lineage, LayerRecord):
         Ratio,
         Shown(
             title="ε",
-            axis="ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F",
+            axis="ε = ‖ΔW − B·A‖ / ‖ΔW‖",
             main=True,
             pool=lambda records: pooled(records, "epsilon"),
         ),

@@ -88,7 +88,7 @@ def extract(
         rank: r of every layer; less if a matrix is smaller, or the rank of its update is.
         energy: The smallest r of each layer with C(r) ≥ this fraction.
         params: Largest number of parameters of the adapter, such as ``"10M"``, allocated as by
-            ``allocate``.
+            ``allocate``; with ``portable``, of the padded factors.
         allocation: Results file of ``allocate``, or an ``adapter_config.json`` or its folder.
         signal: r is the number of singular values above the files' rounding noise.
         recover: Factor the estimated update before rounding, E[X | cells], in layers where rounding
@@ -293,7 +293,7 @@ def _choose_rules(
     name, value = read_rank_option(options)
     measure_spectra = partial(_measure_spectra, base, tuned, folder, options)
     try:
-        return choose_rank_rules(name, value, planned.targets, measure_spectra)
+        return choose_rank_rules(name, value, planned.targets, measure_spectra, planned.portable)
     except UsageError as error:
         if not folder.spectra.exists():
             raise

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
@@ -70,7 +69,7 @@ def extraction_card(
         method = "truncation in the metric of activations"
     body = [
         f"The {method} of ΔW = W_tuned − W_base, {quantity(len(results), 'weight')} of "
-        f"{code_span(base_name)}, {_describe_size(layers)} parameters, scaling 1. It keeps "
+        f"{code_span(base_name)}, {_describe_size(results)} parameters, scaling 1. It keeps "
         f"{percent(pooled_energy(layers))} of the energy ‖ΔW‖² of these weights, at a "
         f"distance of ε = {number(pooled(layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured "
         "on the factors in the file); the lower bound for adapters of these ranks is "
@@ -115,10 +114,13 @@ def _card_table(results: Results[Extraction]) -> str:
     return "\n".join(lines)
 
 
-def _describe_size(layers: Sequence[Extraction]) -> str:
-    """Return the range of ranks, and the number of parameters."""
-    params = sum(record.params for record in layers)
-    return f"rank {span(record.rank for record in layers)}, {count(params)}"
+def _describe_size(results: Results[Extraction]) -> str:
+    """Return the range of ranks, and the number of parameters, both as written."""
+    ranks = [record.rank for record in results]
+    if not results.run.settings.get("portable") or min(ranks) == max(ranks):
+        return f"rank {span(ranks)}, {count(sum(record.params for record in results))}"
+    params = max(ranks) * sum(sum(record.shape) for record in results)
+    return f"rank {max(ranks)} (padded from {span(ranks)}), {count(params)}"
 
 
 def extraction_lines(
@@ -146,7 +148,7 @@ def extraction_lines(
 
 def _describe_written(results: Results[Extraction], output: Path | str | None) -> list[str]:
     place = "" if output is None else f"{safe(str(output))}: "
-    size = f"{quantity(len(results), 'weight')}, {_describe_size(results.layers)} parameters"
+    size = f"{quantity(len(results), 'weight')}, {_describe_size(results)} parameters"
     return [f"{place}{size} in {results.layers[0].dtype}", *_describe_full_tensors(results)]
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, group_by
 from lora_diag.rendering.figures.fields import Types, count_matrices
 from lora_diag.rendering.figures.pages import Page, Panel, key
-from lora_diag.rendering.figures.panels import label_ticks
+from lora_diag.rendering.figures.panels import explain_empty, label_ticks
 from lora_diag.rendering.figures.series import (
     Options,
     Series,
@@ -55,8 +55,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         share = partial(curves, field="spectral_share")
         of = owner_of(item, series)
         panels += [
-            Panel(f"{of}norm of the update", norm, "step", "median ‖ΔW‖_F", name="norm"),
-            Panel(f"{of}energy in σ₁", share, "step", "σ₁²/‖ΔW‖_F²", name="share"),
+            Panel(f"{of}norm of the update", norm, "step", "median ‖ΔW‖", name="norm"),
+            Panel(f"{of}energy in σ₁", share, "step", "σ₁²/‖ΔW‖²", name="share"),
             Panel(f"{of}increment / its largest", increments, "step", "layer", name="increments"),
             Panel(f"{of}overlap of directions", overlaps, "step", "step", name="overlaps"),
         ]
@@ -72,9 +72,9 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         f"{subject_of(series)}{count_matrices(records)}; curves are medians of the layers of a "
         "type",
         [
-            "Increment: ‖ΔW_t\xa0−\xa0ΔW_{t−1}‖_F of each layer, from the first at the top, over "
+            "Increment: ‖ΔWₜ\xa0−\xa0ΔWₜ₋₁‖ of each layer, from the first at the top, over "
             "its largest. Overlap: "
-            "median over the layers of ‖U_sᵀU_t‖_F²/k of the largest left singular vectors."
+            "median over the layers of ‖UₛᵀUₜ‖²/k of the largest left singular vectors."
         ],
         keys,
         columns=2 if style.columns > 2 else 1,
@@ -137,6 +137,9 @@ def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
 
 def _draw_map(ax: Axes, style: PageStyle, cells: NDArray[np.float64], steps: Sequence[int]) -> None:
     """Draw fractions over the steps; rows, from the top, are layers, or the steps again."""
+    if np.isnan(cells).all():
+        explain_empty(ax, style, "not in these records;\nloradiag checkpoints RUN\nmeasures it")
+        return
     rows, columns = cells.shape
     ax.pcolormesh(np.ma.masked_invalid(cells), norm=Normalize(0, 1), cmap=SHARES)
     ax.set(xlim=(0, columns), ylim=(rows, 0))

@@ -88,12 +88,12 @@ class CheckpointLayer(LayerRecord):
     layer: str
     step: int
     shape: tuple[int, int]
-    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖_F", main=True)]
+    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖", main=True)]
     base_fro: Norm | None = None
     relative: Ratio | None = None
     sigma_1: Norm | None = None
     spectral_share: Annotated[
-        Share | None, Shown(title="σ₁² share", axis="σ₁² / ‖ΔW‖_F²", main=True)
+        Share | None, Shown(title="σ₁² share", axis="σ₁² / ‖ΔW‖²", main=True)
     ] = None
     stable_rank: float | None = None
     effective_rank: Annotated[
@@ -218,7 +218,7 @@ class RunCheckpoint(WholeRecord):
     eval_loss: Annotated[Nats | None, Shown(drop=2, terminal=True)] = None
     rate: Annotated[Ratio | None, Shown(drop=8, terminal=True)] = None
     rate_sum: Ratio | None = None
-    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖_F", main=True)] = None
+    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖", main=True)] = None
     relative: Annotated[Ratio | None, Shown(title="‖ΔW‖/‖W‖", drop=1, terminal=True)] = None
     increment: Annotated[Norm | None, Shown(drop=1, terminal=True)] = None
     cosine: Annotated[float | None, Shown(drop=3, form=".2f", terminal=True)] = None

@@ -87,8 +87,8 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     draw = partial(_draw_points, points=points)
     return Page(
         "A fleet of adapters: norm of the update and used fraction of its rank",
-        [Panel("", draw, "rank at 99% of the energy / r", "‖ΔW‖_F")],
-        f"{quantity(len(points), 'adapter')}; ‖ΔW‖_F over all layers; rank: Σ of the layers' ranks "
+        [Panel("", draw, "rank at 99% of the energy / r", "‖ΔW‖")],
+        f"{quantity(len(points), 'adapter')}; ‖ΔW‖ over all layers; rank: Σ of the layers' ranks "
         "at 99% of the energy over Σr",
         notes,
         keys,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,9 @@ from lora_diag.rendering.text import list_counts, number, percent, quantity, spa
 
 # Maximum number of outliers or pairs in a table, and of adapters in a suggested command.
 _MAX_ROWS, _MAX_NAMED = 20, 3
+
+# Names of checkpoints of a run, such as checkpoint-40, step_40 and epoch_1.
+_CHECKPOINT = re.compile(r"(checkpoint|ckpt|step|iter|iteration|epoch)[-_=]?\d+$", re.IGNORECASE)
 
 _RELATION_TEXTS = {
     "same": "the same update, up to scale",
@@ -68,9 +73,30 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
 
 
 def _find_pairs(records: Sequence[Fleet]) -> list[statistics.NearDuplicate]:
-    """Return the pairs of near-duplicate adapters, the most similar first."""
+    """Return the pairs of near-duplicate adapters, the most similar first, without those of one
+    run, which are alike.
+    """
     updates = [record.update for record in records]
-    return statistics.find_near_duplicates(updates, [record.space for record in records])
+    pairs = statistics.find_near_duplicates(updates, [record.space for record in records])
+    runs = [_run_of(record) for record in records]
+    return [pair for pair in pairs if runs[pair.first] != runs[pair.second]]
+
+
+def _run_of(record: Fleet) -> tuple[str, str]:
+    """Return the folder of the run of which an adapter is a checkpoint, by its name, or else its
+    path; and its type.
+    """
+    path = record.adapter.rstrip("/")
+    folder, _, name = path.rpartition("/")
+    return (folder or ".") if _CHECKPOINT.search(name) else path, record.kind
+
+
+def _count_checkpoints(records: Sequence[Fleet]) -> list[tuple[str, int]]:
+    """Return the folder of each run with several checkpoints, and their number, the largest
+    first.
+    """
+    counts = Counter(map(_run_of, records)).most_common()
+    return [(folder, number) for (folder, _), number in counts if number > 1]
 
 
 def describe_outliers(records: Sequence[Fleet]) -> list[str]:
@@ -94,9 +120,11 @@ def describe_outliers(records: Sequence[Fleet]) -> list[str]:
 
 
 def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | None:
-    """Return the next step, an exact comparison of the nearest near-duplicates or of few adapters;
-    else None.
+    """Return the next step: the checkpoints of one run in their order, or an exact comparison of
+    the nearest near-duplicates or of few adapters; else None.
     """
+    if runs := _count_checkpoints(results.layers):
+        return Hint(shlex.join(["checkpoints", runs[0][0]]), "the run over its steps")
     compared = [record.adapter for record in results.layers]
     if pairs := _find_pairs(results.layers):
         compared = [compared[pairs[0].first], compared[pairs[0].second]]
@@ -123,9 +151,16 @@ def fleet_lines(results: Results[Fleet]) -> list[Statement]:
         f"a pair has |cosine| ≥ {statistics.MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ "
         f"{statistics.MIN_SPACE_OVERLAP}"
     )
+    runs = [
+        f"{number} of {quantity(len(records), 'adapter')} are checkpoints in {folder}; pairs of "
+        "them are not listed"
+        for folder, number in _count_checkpoints(records)
+    ]
+    one_run = [make_statement("runs", "One run", *runs, priority=0)] if runs else []
     return [
         make_statement("stand_out", "Outliers", outliers, priority=0),
         make_statement("alike", "Near-duplicates", duplicates, rule, priority=0),
+        *one_run,
         make_statement("rank", "Rank", _describe_rank(records)),
         *final,
     ]

@@ -74,13 +74,13 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
         panels,
-        f"{subject_of(series)}{count_matrices(records)}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
-        "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
+        f"{subject_of(series)}{count_matrices(records)}; κ\xa0=\xa0‖UᵀGV‖\xa0/\xa0‖G‖, "
+        "tangent\xa0=\xa0‖P·G‖\xa0/\xa0‖G‖",
         notes,
         _make_keys(shown, style),
         share=True,
         whole=Panel(
-            "", partial(draw, series=shown), "training step", f"fraction of ‖G‖_F, r = {rank}"
+            "", partial(draw, series=shown), "training step", f"fraction of ‖G‖, r = {rank}"
         ),
     )
 

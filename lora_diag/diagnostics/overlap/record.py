@@ -51,14 +51,14 @@ class Overlap(LayerRecord):
     shape: tuple[int, int]
     step: int
     rank: Annotated[int, Shown(pool="range", head="r", terminal=True)]
-    kappa: Annotated[Share | None, Shown(title="κ", axis="κ = ‖UᵀGV‖_F / ‖G‖_F", main=True)]
+    kappa: Annotated[Share | None, Shown(title="κ", axis="κ = ‖UᵀGV‖ / ‖G‖", main=True)]
     kappa_random: Annotated[
         Share, Shown(title="κ random", head="random", form="small", terminal=True)
     ]
     tangent: Annotated[
         Share | None,
         Shown(
-            axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
+            axis="tangent overlap ‖P·G‖ / ‖G‖",
             main=True,
             drop=1,
             head="tangent (random)",
@@ -91,7 +91,7 @@ class Overlap(LayerRecord):
         ),
     ]
     right_random: Share
-    gradient_fro: Annotated[Norm, Shown(title="‖G‖", axis="‖G‖_F of the gradient")]
+    gradient_fro: Annotated[Norm, Shown(title="‖G‖", axis="‖G‖ of the gradient")]
     method: str
     verdict: Literal["resolved", "floor-limited", "unresolved"]
     blocks: Count | None = None

@@ -92,7 +92,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(
         "Weights of the adapter as each program applies them",
         panels,
-        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖_F / ‖ΔW‖_F of the applied ΔW'",
+        f"{subject_of(series)}{layers} weights; ε = ‖ΔW' − ΔW‖ / ‖ΔW‖ of the applied ΔW'",
         notes,
         _make_keys(records),
         share=True,

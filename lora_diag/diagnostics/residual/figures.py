@@ -59,7 +59,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     return Page(
         "Residual ε² of the adapter by layer, and its parts",
         stack_panels(panels, runs, style),
-        "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; "
+        "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖\xa0/\xa0‖ΔW‖, X the adapter's update; "
         "ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); blocks run from left to right in each module type",
         notes,
         columns=1,

@@ -196,7 +196,7 @@ def make_energy_page(
 ) -> Page:
     """Return the page of C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², one panel per module type."""
     change = changes_of(record for item in series for record in item.records)
-    total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
+    total = "Σσ²" if " and " in change else f"‖{change}‖²"
     title = f"Energy fraction C(r) of {change} that the best adapter of rank r keeps"
     formula = f"; C(r)\xa0=\xa0(σ₁²\xa0+\xa0…\xa0+\xa0σᵣ²)\xa0/\xa0{total}"
     return _make_multiples(series, ENERGY, style, options.per, title, ("rank r", "C(r)"), formula)

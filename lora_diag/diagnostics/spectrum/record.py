@@ -132,7 +132,7 @@ class Spectrum(Lineage, LayerRecord):
             "relative",
             "‖ΔW‖/‖W‖",
             "Frobenius norm of the update over that of the base weight (computed)",
-            axis="‖ΔW‖_F / ‖W_base‖_F",
+            axis="‖ΔW‖ / ‖W_base‖",
             main=True,
         ),
         "fro",
@@ -255,8 +255,8 @@ class Spectrum(Lineage, LayerRecord):
     layer: str
     shape: tuple[int, int]
     dtypes: tuple[str | None, str]
-    fro: Annotated[Norm, Shown(title="‖ΔW‖", axis="‖ΔW‖_F")]
-    base_fro: Annotated[Norm | None, Shown(title="‖W‖", axis="‖W_base‖_F")]
+    fro: Annotated[Norm, Shown(title="‖ΔW‖", axis="‖ΔW‖")]
+    base_fro: Annotated[Norm | None, Shown(title="‖W‖", axis="‖W_base‖")]
     s: tuple[Norm, ...]
     complete: bool
     method: str
@@ -266,7 +266,7 @@ class Spectrum(Lineage, LayerRecord):
     tail: dict[str, Tail | None]
     stable_rank: Annotated[
         float | None,
-        Shown(axis="stable rank ‖ΔW‖_F² / σ₁²", drop=9, head="stable", terminal=True, detail=True),
+        Shown(axis="stable rank ‖ΔW‖² / σ₁²", drop=9, head="stable", terminal=True, detail=True),
     ]
     effective_rank: Annotated[
         float | None,

@@ -67,7 +67,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         return pages.Page(title, panels, about, keys=keys, columns=columns)
     title = f"Loss gap of a truncated update: measured, modelled with the {matrix} at {at}"
     term = (
-        "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔW_r − ΔW of all layers and λ the largest joint eigenvalue "
+        "⟨∇L, E⟩ + (λ/2)‖E‖², with E = ΔWᵣ − ΔW of all layers and λ the largest joint eigenvalue "
         "at TUNED"
     )
     bounded = all(record.matrix == "hessian" for record in curvatures)

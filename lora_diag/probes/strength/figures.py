@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
 
 from lora_diag.metrics.statistics import paired_half
 from lora_diag.probes.strength.record import Strength
@@ -15,6 +18,9 @@ from lora_diag.rendering.figures.pages import Page, Panel, run_keys
 from lora_diag.rendering.figures.panels import set_loss_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
 from lora_diag.rendering.figures.style import DASHED, INK, PageStyle, category, name_of
+
+# Where a label stands from its point: right and above, left and above, and so on.
+_SIDES = np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]])
 
 
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
@@ -87,18 +93,46 @@ def _draw(
         ax.errorbar(
             x, y, heights, widths, **line, marker="o", ms=3.2 * style.line, label="_strength"
         )
-        for record, *place in zip(points, x, y, strict=True) if other and not number else ():
-            offset, size = (4 * style.line, -7 * style.line), style.ticks
-            ax.annotate(
-                f"{record.scale:g}",
-                (place[0], place[1]),
-                offset,
-                textcoords="offset points",
-                size=size,
-            )
+        if other and not number:
+            labelled = [record.scale for record in points], np.transpose([x, y])
     ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     ax.margins(0.1)
     set_loss_axis(ax)
+    if other:
+        _label_points(ax, style, *labelled)
+
+
+def _label_points(
+    ax: Axes, style: PageStyle, scales: Sequence[float], places: NDArray[np.float64]
+) -> None:
+    """Write t at the points: between the error bars, on the side farthest from the line, the other
+    points and their labels.
+
+    Args:
+        ax: The axes, with their limits.
+        style: The page.
+        scales: t of each point.
+        places: x and y of each point, ``(points, 2)``.
+    """
+    at = ax.transData.transform(places) * 72 / ax.figure.dpi
+    taken = np.concatenate([at[:-1] + step * np.diff(at, axis=0) for step in np.linspace(0, 1, 9)])
+    for scale, place, point in zip(scales, places, at, strict=True):
+        size = style.ticks * np.array([0.6 * len(f"{scale:g}"), 1.0])
+        centers = point + _SIDES * (size / 2 + 3 * style.line)
+        others = taken[np.abs(taken - point).max(axis=1) > 1]
+        gaps = np.abs((centers[:, None] - others) / size).max(axis=2).min(axis=1, initial=np.inf)
+        best = int(gaps.argmax())
+        taken = np.concatenate([taken, centers[best] + size * [[-0.4, 0], [0, 0], [0.4, 0]]])
+        ax.annotate(
+            f"{scale:g}",
+            tuple(place),
+            tuple(centers[best] - point),
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            size=style.ticks,
+            path_effects=[withStroke(linewidth=2 * style.line, foreground="white")],
+        )
 
 
 def _half(record: Strength) -> float:

@@ -23,6 +23,7 @@ from lora_diag.rendering.figures.pages import MAX_PANELS, Panel
 from lora_diag.rendering.figures.style import (
     DASHED,
     INK,
+    QUIET,
     PageStyle,
     crop_names,
     fit_chars,
@@ -138,6 +139,13 @@ def median_of(value_of: Callable[[R], float | None]) -> Callable[[Sequence[R]], 
         return float(np.median(values)) if len(values) == len(bar) else None
 
     return pool
+
+
+def explain_empty(ax: Axes, style: PageStyle, reason: str) -> None:
+    """State in a panel without values why there are none."""
+    place: dict[str, Any] = {"ha": "center", "va": "center", "transform": ax.transAxes}
+    ax.text(0.5, 0.5, reason, color=QUIET, size=style.ticks, parse_math=False, **place)
+    ax.set(xticks=[], yticks=[])
 
 
 def sets_of(records: Iterable[Any]) -> dict[str, str]:

@@ -210,6 +210,20 @@ def test_budget_is_not_exceeded(run, pair_of_models, tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_portable_budget_pays_for_padding(run, pair_of_models, tmp_path):
+    base, tuned, *_ = pair_of_models
+    ran = run("extract", base, tuned, "--params", "400", "--portable", "-o", "adapter")
+    assert ran.code == 0, ran.err
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    written = sum(tensor.numel() for tensor in tensors.values())
+    assert 200 < written <= 400
+    assert_names(ran.out, f"{written} parameters")
+    ran = run("extract", base, tuned, "--energy", "0.6", "--portable", "-o", "padded")
+    tensors = load_file(tmp_path / "padded" / "adapter_model.safetensors")
+    assert_names(ran.out, f"{sum(tensor.numel() for tensor in tensors.values())} parameters")
+    assert_names(ran.out, "padded from")
+
+
 def test_ranks_of_another_model_are_refused(run, pair_of_models, tmp_path):
     base, tuned, *_ = pair_of_models
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["c_attn"]}

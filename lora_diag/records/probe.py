@@ -104,10 +104,11 @@ class Probe(WholeRecord):
         Shown(
             "to_tuned",
             "to TUNED",
-            "Loss minus that of TUNED, with its standard error; empty for TUNED",
+            "Loss minus that of TUNED, with half of its 95% interval; empty for TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
+            sequences="count",
         ),
         "kept",
         "distance",
@@ -118,11 +119,12 @@ class Probe(WholeRecord):
         Shown(
             "to_base",
             "to BASE",
-            "Loss minus that of BASE, with its standard error; empty for BASE",
+            "Loss minus that of BASE, with half of its 95% interval; empty for BASE",
             form="+.4f",
             terminal=True,
             drop=3,
             error="change_error",
+            sequences="count",
         ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
@@ -173,6 +175,11 @@ class Probe(WholeRecord):
     predictions: tuple[Count, ...] = ()
     sequences: Count | None = None
     match_norm: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of sequences; 0 if it is unknown."""
+        return self.sequences or len(self.nll)
 
     @property
     def to_tuned(self) -> float | None:

@@ -16,6 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lora_diag.metrics.statistics import paired_half
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, type_order
@@ -376,6 +377,9 @@ def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     text = safe(value) if isinstance(value, str) else written(value, shown.form, shown.share)
     known = [record for record in group if shown.value(record) is not None]
     error = _median_value(known, shown.error)
+    if shown.sequences:
+        sequences = _median_value(known, shown.sequences)
+        error = paired_half(error, int(sequences or 0), shown.comparisons)
     if error is not None:
         text += plus_minus(error)
     chance = _median_value(known, shown.chance)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.losses import describe_forgetting
+from lora_diag.rendering.losses import caption_of, describe_forgetting
 from lora_diag.rendering.statements import Statement, final_statements, make_statement
 from lora_diag.rendering.tables import Grid, grid_of, grids_table
 from lora_diag.rendering.text import duration, percent, plus_minus, quantity, safe, short, span
@@ -311,7 +311,7 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for trial in results.whole_of(TuneTrial):
         groups.setdefault(trial.set, {}).setdefault((trial.variant, trial.lr), []).append(trial)
     grids = [grid_of(DECISIONS, rows, "stage", "Decisions, in their order", about)]
-    for set_name, found in groups.items():
+    for found in groups.values():
         losses = [(name, group) for (name, _), group in found.items()]
-        grids.append(grid_of(LOSSES, losses, "configuration", f"Losses on {short(set_name)}"))
+        grids.append(grid_of(LOSSES, losses, "configuration", caption_of(results, losses[0][1][0])))
     return grids

@@ -48,6 +48,7 @@ class Probe(WholeRecord):
         seed: Seed of the run: of a sweep's factors; otherwise informational only.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
+        params: Number of parameters in the model's own files, of ``outputs``; null for BASE.
         loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
         gap: Loss minus that of TUNED, on the same tokens. Of ``truncation`` and ``outputs``; null
             if unknown.
@@ -98,6 +99,7 @@ class Probe(WholeRecord):
         ),
     )
     table: ClassVar[tuple[Shown | str, ...]] = (
+        "params",
         "loss",
         "gap",
         "gap_error",
@@ -152,6 +154,7 @@ class Probe(WholeRecord):
     tokens: Count
     data: str
     loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
+    params: Annotated[Count | None, Shown(form="count", terminal=True)] = None
     gap: Annotated[Nats | None, Shown(main=True, terminal=False)] = None
     gap_error: Annotated[Nats | None, Shown(title="± gap", main=True, terminal=False)] = None
     kept: Annotated[float | None, Shown(drop=2, form=".2f", terminal=True)] = None

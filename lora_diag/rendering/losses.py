@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_diag.metrics.statistics import paired_half
+from lora_diag.metrics.statistics import MIN_SEQUENCES, paired_half
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.statements import Statement, make_statement, summarize
+from lora_diag.rendering.statements import Statement, make_statement, short_paths, summarize
 from lora_diag.rendering.text import number, percent, plus_minus, quantity, short, with_limits
 
 
@@ -24,7 +24,7 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
-    all_statements = list(statements)
+    all_statements = [describe_few(results), *statements]
     if "optimizer" in settings:
         training = (
             f"{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
@@ -42,6 +42,16 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
     ]
     summary = summarize(results, *all_statements, so_far="records so far")
     return sorted(summary, key=lambda statement: statement.key == "compared")
+
+
+def describe_few(results: Results[Any]) -> Statement:
+    """Warn of evaluation sets with too few sequences for reliable losses and intervals."""
+    few = []
+    for side in results.run.inputs:
+        if side.role in {"eval", "shifted"} and 0 < side.tensors < MIN_SEQUENCES:
+            few.append(f"{short_paths([side.path])[0]} has {quantity(side.tensors, 'sequence')}")
+    text = f"{'; '.join(few)}: losses and intervals of fewer than {MIN_SEQUENCES} are not reliable"
+    return make_statement("few", "Few sequences", text if few else "", level="warning")
 
 
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:

@@ -20,7 +20,6 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.metrics.statistics import MIN_SEQUENCES
 from lora_diag.records import LeftOut, Results, Run
 from lora_diag.records.names import short_names
 from lora_diag.records.run import Reason
@@ -406,21 +405,10 @@ def summarize(
         "measure more"
     )
     reduced = make_statement("reduced", "Reduced", options and lead, priority=0)
-    few = _describe_few(results.run)
-    found = [statement for statement in (few, *findings, reduced) if statement.lead]
+    found = [statement for statement in (*findings, reduced) if statement.lead]
     skipped = skipped or left_out(results)
     final = final_statements(results, so_far)
     return sorted([state_inputs(results, *extra), *found, skipped, *final], key=_place_first)
-
-
-def _describe_few(run: Run) -> Statement:
-    """Warn of evaluation sets with too few sequences for losses and their errors to be reliable."""
-    few = []
-    for side in run.inputs:
-        if side.role in {"eval", "shifted"} and side.tensors and side.tensors < MIN_SEQUENCES:
-            few.append(f"{short_paths([side.path])[0]} has {quantity(side.tensors, 'sequence')}")
-    text = f"{'; '.join(few)}: losses and intervals of fewer than {MIN_SEQUENCES} are not reliable"
-    return make_statement("few", "Few sequences", text if few else "", level="warning")
 
 
 def _place_first(statement: Statement) -> int:

@@ -16,7 +16,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lora_diag.metrics.statistics import paired_half
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import Shown, pooled_value, value_at
 from lora_diag.records.names import module_type_of, type_order
@@ -378,6 +377,8 @@ def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     known = [record for record in group if shown.value(record) is not None]
     error = _median_value(known, shown.error)
     if shown.sequences:
+        from lora_diag.metrics.statistics import paired_half  # gate and inspect need no NumPy
+
         sequences = _median_value(known, shown.sequences)
         error = paired_half(error, int(sequences or 0), shown.comparisons)
     if error is not None:

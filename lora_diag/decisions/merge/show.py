@@ -22,7 +22,7 @@ from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
-from lora_diag.rendering.losses import caption_of
+from lora_diag.rendering.losses import caption_of, describe_few
 from lora_diag.rendering.statements import (
     Statement,
     left_out,
@@ -136,6 +136,7 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
     if not len(results):
         return summarize(results, skipped=skipped)
     findings = [
+        describe_few(results),
         _describe_written(results, output),
         *_describe_losses(results),
         _describe_error(results),

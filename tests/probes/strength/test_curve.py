@@ -122,7 +122,7 @@ def test_recommended_strength_is_beaten_by_none(seed, optimum, harmless):
         assert (fields["recommended"], fields["significant"]) == (1.0, None)
 
 
-def test_strength_that_costs_less_on_other_text_replaces_the_tested_one():
+def test_strength_better_on_both_texts_replaces_tested_one():
     """0.75 is significantly better than 1, and 0.5 better still on both texts, with a large error."""
     noise = np.random.default_rng(0).permutation(np.linspace(-1, 1, COUNT))
     means, errors = np.array([2.0, 1.0, 1.1, 1.2]), np.array([0.0, 2.0, 0.01, 0.0])

@@ -139,8 +139,10 @@ def _correlate(x: Array, y: Array) -> float | None:
     return min(1.0, max(-1.0, float(x @ y) / norm)) if norm else None
 
 
-# Fewest sequences of a text of which one half chooses among models, and the other half reports the
-# loss of the chosen one: the lowest of several losses is the lowest partly by chance.
+# Fewest sequences of a text whose losses are reported without a warning: errors of fewer have at
+# most 3.75 degrees of freedom. Also the fewest of which one half chooses among models, and the
+# other half reports the loss of the chosen one: the lowest of several losses is the lowest partly
+# by chance.
 MIN_SEQUENCES = 8
 # Each limit of an interval holds with this confidence, so that a statement read from one limit is
 # wrong in 5% at most.

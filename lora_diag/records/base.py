@@ -51,6 +51,9 @@ class Shown:
         detail: Whether a terminal shows it only with ``-v``.
         chance: Dotted name of the random baseline, shown in brackets; empty without one.
         error: Dotted name of the standard error, shown after ±; empty without one.
+        sequences: Dotted name of the number of sequences of a paired difference, whose standard
+            error is ``error``: ± is then half of the interval that decides (``paired_half``).
+        comparisons: Number of models that are compared with one; None for one difference.
         style: Style of a value in a terminal with colours.
         mark: Mark after the value of several records in a terminal, explained by the summary.
     """
@@ -69,6 +72,8 @@ class Shown:
     detail: bool = False
     chance: str = ""
     error: str = ""
+    sequences: str = ""
+    comparisons: int | None = None
     style: Callable[[Any], str] | None = None
     mark: Callable[[Sequence[Any]], str] | None = None
 

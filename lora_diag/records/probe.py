@@ -48,6 +48,7 @@ class Probe(WholeRecord):
         seed: Seed of the run: of a sweep's factors; otherwise informational only.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
+        params: Number of parameters in the model's own files, of ``outputs``; null for BASE.
         loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
         gap: Loss minus that of TUNED, on the same tokens. Of ``truncation`` and ``outputs``; null
             if unknown.
@@ -98,16 +99,18 @@ class Probe(WholeRecord):
         ),
     )
     table: ClassVar[tuple[Shown | str, ...]] = (
+        "params",
         "loss",
         "gap",
         "gap_error",
         Shown(
             "to_tuned",
             "to TUNED",
-            "Loss minus that of TUNED, with its standard error; empty for TUNED",
+            "Loss minus that of TUNED, with half of its 95% interval; empty for TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
+            sequences="count",
         ),
         "kept",
         "distance",
@@ -118,11 +121,12 @@ class Probe(WholeRecord):
         Shown(
             "to_base",
             "to BASE",
-            "Loss minus that of BASE, with its standard error; empty for BASE",
+            "Loss minus that of BASE, with half of its 95% interval; empty for BASE",
             form="+.4f",
             terminal=True,
             drop=3,
             error="change_error",
+            sequences="count",
         ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
@@ -150,6 +154,7 @@ class Probe(WholeRecord):
     tokens: Count
     data: str
     loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
+    params: Annotated[Count | None, Shown(form="count", terminal=True)] = None
     gap: Annotated[Nats | None, Shown(main=True, terminal=False)] = None
     gap_error: Annotated[Nats | None, Shown(title="± gap", main=True, terminal=False)] = None
     kept: Annotated[float | None, Shown(drop=2, form=".2f", terminal=True)] = None
@@ -173,6 +178,11 @@ class Probe(WholeRecord):
     predictions: tuple[Count, ...] = ()
     sequences: Count | None = None
     match_norm: bool = False
+
+    @property
+    def count(self) -> int:
+        """Number of sequences; 0 if it is unknown."""
+        return self.sequences or len(self.nll)
 
     @property
     def to_tuned(self) -> float | None:

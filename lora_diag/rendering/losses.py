@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lora_diag.metrics.statistics import paired_half
+from lora_diag.metrics.statistics import MIN_SEQUENCES, paired_half
 from lora_diag.records import Probe, Results
-from lora_diag.rendering.statements import Statement, make_statement, summarize
-from lora_diag.rendering.text import number, percent, plus_minus, short, with_limits
+from lora_diag.rendering.statements import Statement, make_statement, short_paths, summarize
+from lora_diag.rendering.text import number, percent, plus_minus, quantity, short, with_limits
 
 
 def probe_summary(results: Results[Any], *statements: Statement, reading: str) -> list[Statement]:
@@ -24,7 +24,7 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
-    all_statements = list(statements)
+    all_statements = [describe_few(results), *statements]
     if "optimizer" in settings:
         training = (
             f"{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
@@ -44,6 +44,16 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
     return sorted(summary, key=lambda statement: statement.key == "compared")
 
 
+def describe_few(results: Results[Any]) -> Statement:
+    """Warn of evaluation sets with too few sequences for reliable losses and intervals."""
+    few = []
+    for side in results.run.inputs:
+        if side.role in {"eval", "shifted"} and 0 < side.tensors < MIN_SEQUENCES:
+            few.append(f"{short_paths([side.path])[0]} has {quantity(side.tensors, 'sequence')}")
+    text = f"{'; '.join(few)}: losses and intervals of fewer than {MIN_SEQUENCES} are not reliable"
+    return make_statement("few", "Few sequences", text if few else "", level="warning")
+
+
 def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> Statement:
     """Return the statement of the findings on one evaluation set.
 
@@ -59,10 +69,24 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
     return make_statement("on", f"On {short(name)}", first, *rest, answer=answer, scoped=True)
 
 
-def caption_of(name: str, records: Iterable[Any]) -> str:
-    """Return the caption of a table of one evaluation set, with a note if its text is shifted."""
-    shifted = any(record.shifted for record in records if record.set == name)
-    return f"On {short(name)}{' (shifted)' if shifted else ''}"
+def caption_of(results: Results[Any], *records: Any) -> str:
+    """Return the caption of a table of losses: each evaluation set, the number of its sequences and
+    their mean number of predictions.
+
+    Args:
+        results: The results, whose inputs are the texts.
+        records: One record with ``set``, ``shifted``, ``data`` and ``tokens`` of each set.
+    """
+    counts = {side.fingerprint: side.tensors for side in results.run.inputs}
+    captions = []
+    for record in records:
+        count = counts.get(record.data)
+        size = f"{record.tokens} predictions"
+        if count:
+            size = f"{quantity(count, 'sequence')} of {record.tokens / count:.4g} predictions"
+        shifted = " (shifted)" if record.shifted and record.set != "shifted" else ""
+        captions.append(f"{short(record.set)}{shifted}: {size}")
+    return f"On {'; '.join(captions)}"
 
 
 def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
@@ -82,8 +106,7 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
                 shifted.setdefault(record.set, []).append(_describe_change(name, record))
                 continue
             divergence = f"KL(BASE‖{name}) = {number(record.kl_base)}"
-            if record.kl_base_error is not None:
-                divergence += plus_minus(record.kl_base_error)
+            divergence += plus_minus(paired_half(record.kl_base_error, len(record.nll)))
             tasks.setdefault(record.set, []).append(divergence)
     lines = [f"on {short(set_name)}, {', '.join(changes)}" for set_name, changes in shifted.items()]
     unknown = "" if shifted else "not measured, as no text is of another kind (--shifted); "
@@ -118,18 +141,17 @@ def describe_diverged(records: Iterable[Any]) -> list[str]:
 
 
 def format_gap(record: Probe) -> str:
-    """Return the gap to TUNED and its standard error as text; empty if the record has no gap, as
+    """Return the gap to TUNED and half of its interval as text; empty if the record has no gap, as
     for TUNED itself.
     """
     if record.to_tuned is None:
         return ""
-    gap = f"{record.to_tuned:+.4f}"
-    return gap if record.gap_error is None else gap + plus_minus(record.gap_error)
+    return f"{record.to_tuned:+.4f}{plus_minus(gap_half(record))}"
 
 
 def gap_half(record: Probe) -> float | None:
     """Return the absolute value beyond which the gap is significant; None without an error."""
-    return paired_half(record.gap_error, record.sequences or len(record.nll) or None)
+    return paired_half(record.gap_error, record.count)
 
 
 def format_kept(record: Probe) -> str:

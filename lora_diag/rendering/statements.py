@@ -389,8 +389,8 @@ def summarize(
     """Return the statements of a summary: inputs, findings, skipped tensors, and the state of the
     run.
 
-    A run that did not finish, layers that are unrelated to BASE, and unexpected skipped tensors
-    come first.
+    A run that did not finish, texts of too few sequences, layers that are unrelated to BASE, and
+    unexpected skipped tensors come first.
 
     Args:
         results: The results.
@@ -413,9 +413,14 @@ def summarize(
 
 def _place_first(statement: Statement) -> int:
     """Return a sort key that places first what the other statements do not cover: an unfinished
-    run, unrelated layers, and unexpected skipped tensors.
+    run, texts that are too short, unrelated layers, and unexpected skipped tensors.
     """
-    first = (("unfinished", "failure"), ("lineage", "warning"), ("left_out", "warning"))
+    first = (
+        ("unfinished", "failure"),
+        ("few", "warning"),
+        ("lineage", "warning"),
+        ("left_out", "warning"),
+    )
     kind = (statement.key, statement.level)
     return first.index(kind) if kind in first else len(first)
 

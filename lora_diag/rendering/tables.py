@@ -376,6 +376,11 @@ def _make_cell(shown: Shown, group: Sequence[Any]) -> str | Text:
     text = safe(value) if isinstance(value, str) else written(value, shown.form, shown.share)
     known = [record for record in group if shown.value(record) is not None]
     error = _median_value(known, shown.error)
+    if shown.sequences:
+        from lora_diag.metrics.statistics import paired_half  # gate and inspect need no NumPy
+
+        sequences = _median_value(known, shown.sequences)
+        error = paired_half(error, int(sequences or 0), shown.comparisons)
     if error is not None:
         text += plus_minus(error)
     chance = _median_value(known, shown.chance)

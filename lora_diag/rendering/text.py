@@ -358,13 +358,16 @@ def small_fraction(share: float) -> str:
     return fraction(share) if share >= 0.1 or share == 0 else f"{share:.2g}"
 
 
-def plus_minus(error: float) -> str:
-    """Return a standard error as written after a value, in two significant digits, zeros included.
+def plus_minus(half: float | None) -> str:
+    """Return half of an interval, or a standard error, as written after a value, in two significant
+    digits; empty if it is not known.
 
     >>> plus_minus(12.3), plus_minus(0.01234), plus_minus(0.00998), plus_minus(2e-6)
     (' ±12', ' ±0.012', ' ±0.010', ' ±<1e-4')
     """
-    return " ±" + f"{error:#.2g}".rstrip(".") if error >= 1e-4 else " ±<1e-4"
+    if half is None:
+        return ""
+    return " ±" + f"{half:#.2g}".rstrip(".") if half >= 1e-4 else " ±<1e-4"
 
 
 def with_limits(value: float, half: float | None) -> str:

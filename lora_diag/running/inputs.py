@@ -69,6 +69,12 @@ class Comparison:
         """The compared layers that are matrices."""
         return [delta for delta in self.pairing.deltas if delta.is_matrix]
 
+    @property
+    def params(self) -> int:
+        """The number of parameters in TUNED's files."""
+        stored = self.update.checkpoint if isinstance(self.update, Adapter) else self.update
+        return sum(stored[name].numel for name in stored)
+
 
 def open_base(source: Input) -> Checkpoint:
     """Open BASE by its headers.

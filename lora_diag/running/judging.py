@@ -42,11 +42,13 @@ class NamedModel:
         subject: Kind of model, as in ``Probe``.
         name: Its path or rule; empty for BASE and TUNED.
         applied: Gives the model in memory its weights while the block runs.
+        params: Number of parameters in its files; None if it is not stated.
     """
 
     subject: Subject
     name: str = ""
     applied: Callable[[], AbstractContextManager[object]] = nullcontext
+    params: int | None = None
 
     @property
     def label(self) -> str:

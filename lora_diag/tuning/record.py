@@ -158,6 +158,8 @@ class TuneDecision(WholeRecord):
             seed at which both have a loss.
         error: Standard error of ``gap``; for one seed null, except in the stage ``escalation``:
             over paired sequences. Null in the stage ``ranks``.
+        half: Half of the interval of ``gap`` that decides; null likewise, and in files of earlier
+            versions.
         gap_shifted: Mean of the same over the shifted sets, of one seed on the first; null without
             any, in the stage ``ranks``, and if a candidate was rejected at the first seed.
         error_shifted: Standard error of ``gap_shifted``; null without it, or if it is not known.
@@ -180,6 +182,7 @@ class TuneDecision(WholeRecord):
     params: Count | None = None
     gap: Nats | None = None
     error: Nats | None = None
+    half: Nats | None = None
     gap_shifted: Nats | None = None
     error_shifted: Nats | None = None
     seeds: Count = 0
@@ -255,12 +258,14 @@ class Tune(WholeRecord):
     alpha: float | None = None
     dora: bool = False
 
-    @property
-    def has_significant_gain(self) -> bool:
-        """Whether the gain is larger than the errors that its seeds need; not of one seed."""
+    def half_of(self, error: float | None) -> float | None:
+        """Return half of the interval of a mean over the seeds; None for one seed."""
         from lora_diag.metrics.statistics import errors_needed  # deferred: imports SciPy
 
-        return (
-            self.gain_error is not None
-            and self.gain > errors_needed(self.seeds - 1) * self.gain_error
-        )
+        return None if error is None else errors_needed(self.seeds - 1) * error
+
+    @property
+    def has_significant_gain(self) -> bool:
+        """Whether the gain is larger than half of its interval; not of one seed."""
+        half = self.half_of(self.gain_error)
+        return half is not None and self.gain > half

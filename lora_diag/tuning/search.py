@@ -277,7 +277,7 @@ class Tuner:
         fields |= {"lr": variant.lr, "params": self._count_params(variant)}
         if own is not None:
             value = own.value if math.isfinite(own.value) else None
-            fields |= {"gap": value, "error": own.error, "seeds": own.seeds}
+            fields |= {"gap": value, "error": own.error, "half": own.half, "seeds": own.seeds}
         if shifted is not None:
             fields |= {"gap_shifted": shifted.value, "error_shifted": shifted.error}
         self.decide(stage, name or variant.name, outcome, reason, **fields)

@@ -9,7 +9,7 @@ from typing import Any
 
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
-from lora_diag.rendering.losses import describe_forgetting
+from lora_diag.rendering.losses import caption_of, describe_forgetting
 from lora_diag.rendering.statements import Statement, final_statements, make_statement
 from lora_diag.rendering.tables import Grid, grid_of, grids_table
 from lora_diag.rendering.text import duration, percent, plus_minus, quantity, safe, short, span
@@ -31,7 +31,7 @@ DECISIONS = (
         "Loss minus that of the incumbent, in nats",
         main=True,
         form="+.4f",
-        error="error",
+        error="half",
     ),
     Shown("seeds", "seeds", "Seeds of the gap", main=True),
     Shown("why", "why", "The reason", main=True),
@@ -187,7 +187,7 @@ def advise_training(results: Results[Any]) -> dict[str, str] | None:
     choice = next((one for one in results.whole_of(Tune) if one.gain > 0), None)
     if choice is None:
         return None
-    gain = f"{choice.gain:.4f}{_format_error(choice.gain_error)}"
+    gain = f"{choice.gain:.4f}{plus_minus(choice.half_of(choice.gain_error))}"
     why = f"On {choice.set}, it gains {gain} nats with {choice.steps} steps."
     if not choice.significant:
         why += f" Not shown to {_name_doubt(choice)}."
@@ -217,15 +217,11 @@ def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
 
 def _describe_gain(choice: Tune) -> str:
     losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {quantity(choice.seeds, 'seed')}"
-    gain = f"{choice.gain:.4f}{_format_error(choice.gain_error)}"
+    gain = f"{choice.gain:.4f}{plus_minus(choice.half_of(choice.gain_error))}"
     line = f"{gain} nats on {short(choice.set)} ({losses})"
     if choice.share_of_full is None:
         return line
     return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
-
-
-def _format_error(error: float | None) -> str:
-    return "" if error is None else plus_minus(error)
 
 
 def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | None) -> str:
@@ -262,7 +258,7 @@ def _describe_forgotten(choice: Tune, results: Results[Any]) -> Statement:
     if compared or choice.gain_shifted is None:
         return describe_forgetting(("choice", compared))
     verb = "gains" if choice.gain_shifted >= 0 else "loses"
-    error = _format_error(choice.gain_shifted_error)
+    error = plus_minus(choice.half_of(choice.gain_shifted_error))
     text = f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
     return make_statement("shifted", "Shifted", text)
 
@@ -297,7 +293,7 @@ def _name_trial(decision: TuneDecision) -> str:
     """
     name = safe(decision.name.rpartition("+")[2])
     if decision.gap is not None:
-        return f"{name} ({decision.gap:+.4f}{_format_error(decision.error)})"
+        return f"{name} ({decision.gap:+.4f}{plus_minus(decision.half)})"
     return name if decision.seconds is None else f"{name} (about {duration(decision.seconds)})"
 
 
@@ -311,7 +307,7 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for trial in results.whole_of(TuneTrial):
         groups.setdefault(trial.set, {}).setdefault((trial.variant, trial.lr), []).append(trial)
     grids = [grid_of(DECISIONS, rows, "stage", "Decisions, in their order", about)]
-    for set_name, found in groups.items():
+    for found in groups.values():
         losses = [(name, group) for (name, _), group in found.items()]
-        grids.append(grid_of(LOSSES, losses, "configuration", f"Losses on {short(set_name)}"))
+        grids.append(grid_of(LOSSES, losses, "configuration", caption_of(results, losses[0][1][0])))
     return grids

@@ -122,7 +122,8 @@ def test_strength_shows_gain_against_cost_at_each_t():
         np.array(points.get_xydata()),
         [(b.change, -a.change) for a, b in zip(task, other, strict=True)],
     )
-    half = scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 1.5) * 0.01
+    # 95% for three comparisons with one t together.
+    half = scipy.stats.t.ppf(1 - 0.05 / 2 / 3, 1.5) * 0.01
     assert [s[1][0] - s[0][0] for s in sides.get_segments()] == pytest.approx([2 * half] * 4)
     assert [s[1][1] - s[0][1] for s in heights.get_segments()] == pytest.approx([2 * half] * 4)
     assert [text.get_text() for text in ax.texts] == ["0", "0.5", "1", "1.5"]

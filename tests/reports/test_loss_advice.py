@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lora_diag.probes.outputs.show import choose_adapters
+from lora_diag.probes.outputs.show import choose_adapters, contests_of, outputs_lines
 from lora_diag.probes.sweep.verdict import list_swept
 from lora_diag.records import Probe, RunInput
 from lora_diag.rendering.losses import gap_half
+from lora_diag.rendering.statements import find
 from tests import oracles
 from tests.building import results
 from tests.messages import assert_names
@@ -107,6 +108,56 @@ def test_contest_as_good_keeps_90_percent_within_errors():
     assert words(outputs({"a": (0.0, 0.5)}, shifted=("two",))) == {"a": "as good"}
     # Where the fine-tune itself gains nothing, nothing can be as good.
     assert words(outputs({"a": 0.0}, base=1.01, error=0.001)) == {"a": "not known"}
+
+
+def describe(records, key):
+    """Return a statement on records of ``probe outputs``."""
+    settings = {"length": 9, "dtype": "float32", "device": "cpu", "tokens": "bytes"}
+    return find(outputs_lines(run("probe outputs", records, **settings)), key)
+
+
+def test_adapter_better_than_finetune_needs_no_gain():
+    """The adapter's interval excludes 0; TUNED gains 0.01 with an error of 0.02."""
+    better = outputs({"a": -0.046}, base=1.01, error=0.015)
+    (contest,) = contests_of(better.whole)
+    assert (contest.outcome, contest.reason) == ("as good", "better than TUNED")
+    lead = describe(better.whole, "as_good").lead
+    assert lead.startswith("yes, better than TUNED")
+    assert "%" not in lead  # no fraction of a gain that is not significant
+    unknown = outputs({"a": -0.02}, base=1.01, error=0.015)
+    (contest,) = contests_of(unknown.whole)
+    assert (contest.outcome, contest.reason) == (
+        "not known",
+        "the gain of TUNED itself is not significant",
+    )
+    assert contest.reason in describe(unknown.whole, "as_good").lead
+
+
+@pytest.mark.parametrize(
+    ("params", "elsewhere", "offered"),
+    [(8, 0.0, True), (16, 0.0, False), (32, 0.0, False), (8, 0.5, False), (None, 0.0, False)],
+)
+def test_only_smaller_adapter_that_loses_nowhere_is_offered(params, elsewhere, offered):
+    """``a`` is not distinguishable from ``b``, of 16 parameters, on ``own``; on another text it is
+    worse by ``elsewhere``.
+    """
+    records = []
+    for name, worse in (("own", 0.0), ("other", elsewhere)):
+        found, counts, nll = rivals(seed=1)
+        for record in found:
+            update = {"set": name, "shifted": name == "other"}
+            if record.name == "a":
+                moved = nll["a"] + worse * counts
+                loss = float(moved.sum() / counts.sum())
+                update |= {"params": params, "nll": tuple(moved), "loss": loss}
+            elif record.name:
+                update |= {"params": 16}
+            records.append(record.model_copy(update=update))
+    statement = describe(records, "on")
+    choice = statement.lead.partition("not compared with one: ")[2] or statement.lead
+    assert choice.startswith("use b")
+    assert ("fewer" in choice) == offered
+    assert ("worse by" in choice) == bool(elsewhere)
 
 
 def test_finetune_worse_than_base_is_no_standard_for_adapters():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import peft
 import pytest
+import scipy.stats
 import torch
 import transformers
 import yaml
@@ -568,6 +569,17 @@ def test_summary_names_what_is_not_significant():
     assert "enough" not in of_gain
     assert "smallest" not in of_gain
     assert "NOT" not in summarize(significant=True, gain_error=0.001)
+
+
+@pytest.mark.parametrize("times", [0.99, 1.01])
+def test_printed_interval_of_gain_decides(times):
+    """Two standard errors by their confidence, and Student's t with the freedom of three seeds."""
+    half = 0.02 * scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 2)
+    choice = build(Tune, budget=1, seeds=3, gain=times * half, gain_error=0.02)
+    assert choice.has_significant_gain == (times > 1)
+    lines = tune_lines(results((), whole=(choice,)))
+    (text,) = [one.text for one in lines if one.key == "gain"]
+    assert f"±{half:#.2g}" in text
 
 
 def fix_step_times(job=None):

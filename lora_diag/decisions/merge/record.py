@@ -211,11 +211,13 @@ class MergedLoss(WholeRecord):
     loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
     loss_error: Nats | None = None
     change: Annotated[
-        Nats | None, Shown(title="to BASE", main=True, form="+.4f", error="change_error")
+        Nats | None,
+        Shown(title="to BASE", main=True, form="+.4f", error="change_error", sequences="count"),
     ] = None
     change_error: Nats | None = None
     gap: Annotated[
-        Nats | None, Shown(title="to alone", form="+.4f", terminal=True, error="gap_error")
+        Nats | None,
+        Shown(title="to alone", form="+.4f", terminal=True, error="gap_error", sequences="count"),
     ] = None
     gap_error: Nats | None = None
     kept: Annotated[float | None, Shown(form=".2f", main=True)] = None
@@ -224,3 +226,8 @@ class MergedLoss(WholeRecord):
     chosen: bool = False
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of sequences of the loss."""
+        return len(self.nll) - self.skipped

@@ -22,6 +22,7 @@ from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.html import code_span, model_card
+from lora_diag.rendering.losses import caption_of, describe_few
 from lora_diag.rendering.statements import (
     Statement,
     left_out,
@@ -135,6 +136,7 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
     if not len(results):
         return summarize(results, skipped=skipped)
     findings = [
+        describe_few(results),
         _describe_written(results, output),
         *_describe_losses(results),
         _describe_error(results),
@@ -197,7 +199,8 @@ def _make_loss_grids(results: Results[Merged]) -> list[Grid]:
                 model = name_model(record.method, record.scale)
                 own = record.model_copy(update=_OWN.get(record.method, {}))
                 rows.append((f"{model} *" if record.chosen else model, [own]))
-        caption = f"held-out loss on {short(name)}; * was written"
+        first = next(record for record in losses if record.set == name)
+        caption = f"{caption_of(results, first)}; * was written"
         grids.append(grid_of(MergedLoss.shown, rows, "model", caption))
     return grids
 
@@ -245,7 +248,7 @@ def _describe_rise(group: Sequence[MergedLoss]) -> str:
     if not gaps:
         return ""
     worst = max(gaps, key=lambda record: record.gap or 0.0)
-    half = paired_half(worst.gap_error, len(worst.nll) - worst.skipped)
+    half = paired_half(worst.gap_error, worst.count)
     rise = with_limits(worst.gap or 0.0, half)
     text = f": the worst task is {short(worst.set)}, {rise} compared with its update alone"
     return text if worst.kept is None else f"{text}, {percent(worst.kept)} of its gain"
@@ -261,7 +264,7 @@ def _find_worse_than_base(
     for name, records in merges.items():
         texts = []
         for record in records:
-            half = paired_half(record.change_error, len(record.nll) - record.skipped)
+            half = paired_half(record.change_error, record.count)
             if half is not None and record.change and record.change > half:
                 texts.append(short(record.set))
                 changes.append(f"{name} on {texts[-1]}: {with_limits(record.change, half)}")

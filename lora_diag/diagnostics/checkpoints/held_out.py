@@ -24,6 +24,7 @@ from lora_diag.diagnostics.checkpoints.record import (
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
+from lora_diag.rendering.losses import caption_of
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid
 from lora_diag.rendering.text import list_names, plus_minus, short, with_limits
@@ -47,6 +48,16 @@ def _find_level(count: int) -> float:
     return 1 - (1 - CONFIDENCE) / max(1, count - 1)
 
 
+def find_limit(probes: Sequence[Probe], name: str, error: float | None) -> float | None:
+    """Return the difference from the lowest loss on a set above which a checkpoint is left out;
+    None without an error.
+    """
+    if error is None:
+        return None
+    freedom = stats.degrees_of_freedom(len(_find_base(probes, name).predictions))
+    return stats.Estimate(0.0, error, freedom).half(_find_level(len(_rank(probes, name))))
+
+
 def choose_checkpoints(
     probes: Sequence[Probe], steps: Mapping[str, int]
 ) -> Iterator[CheckpointChoice]:
@@ -58,12 +69,11 @@ def choose_checkpoints(
     """
     for name in main_sets(probes):
         ranked, counts = _rank(probes, name), _find_base(probes, name).predictions
-        freedom, tied = stats.degrees_of_freedom(len(counts)), []
+        tied = []
         for probe in ranked:
             excess, error = stats.paired_difference(probe.nll, ranked[0].nll, counts)
-            if error is None or excess <= stats.Estimate(excess, error, freedom).half(
-                _find_level(len(ranked))
-            ):
+            limit = find_limit(probes, name, error)
+            if limit is None or excess <= limit:
                 tied.append(steps[probe.name])
         if ranked:
             yield CheckpointChoice(
@@ -215,7 +225,7 @@ def _describe_evidence(
             record.losses[choice.by] for record in checkpoints if record.step == choice.earliest
         )
         since = (
-            f"; the earliest, {choice.earliest}, has {_format_excess(early)}"
+            f"; the earliest, {choice.earliest}, has {_format_excess(early, probes, choice.by)}"
             if early.excess
             else ""
         )
@@ -228,15 +238,15 @@ def _describe_evidence(
         )
     if choices:
         yield (
-            f"{CONFIDENCE:.0%} confidence that none of the others is the best: paired, corrected "
-            "for their number"
+            f"{CONFIDENCE:.0%} confidence that none of the others is the best; ± is the difference "
+            "that is significant: paired, one-sided, corrected for their number"
         )
 
 
-def _format_excess(loss: HeldOutLoss) -> str:
-    """Return a loss minus the lowest of a checkpoint, with its standard error."""
-    error = "" if loss.excess_error is None else plus_minus(loss.excess_error)
-    return f"{loss.excess:+.4f}{error}" if loss.excess else ""
+def _format_excess(loss: HeldOutLoss, probes: Sequence[Probe], name: str) -> str:
+    """Return a loss minus the lowest of a checkpoint on a set, with the difference that decides."""
+    limit = find_limit(probes, name, loss.excess_error)
+    return f"{loss.excess:+.4f}{plus_minus(limit)}" if loss.excess else ""
 
 
 def is_better(combination: Combination) -> bool:
@@ -279,8 +289,10 @@ def held_out_grids(results: Results[Any]) -> list[Grid]:
         cells = [by_set.get(name) for by_set in losses.values()]
         loss = tuple("-" if cell is None else f"{cell.loss:.4f}" for cell in cells)
         columns.append(Column(short(name), loss))
-        excess = tuple("" if cell is None else _format_excess(cell) for cell in cells)
+        excess = tuple("" if cell is None else _format_excess(cell, probes, name) for cell in cells)
         columns.append(Column("minus best", excess, drop=1))
     rows = tuple(steps.get(name, name) or "BASE" for name in losses)
-    title = "Held-out loss, and paired difference from the best checkpoint"
-    return [Grid(title, "step", rows, tuple(columns))] if rows else []
+    if not rows:
+        return []
+    firsts = [_find_base(probes, name) for name in set_names(probes)]
+    return [Grid(caption_of(results, *firsts), "step", rows, tuple(columns))]

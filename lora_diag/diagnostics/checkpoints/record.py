@@ -378,7 +378,9 @@ class Combination(WholeRecord):
     by: str
     single: int | None = None
     chosen: bool = False
-    gain: Annotated[Nats | None, Shown(form="+.4f", main=True, error="gain_error")] = None
+    gain: Annotated[
+        Nats | None, Shown(form="+.4f", main=True, error="gain_error", sequences="sequences")
+    ] = None
     gain_error: Nats | None = None
     sequences: Count = 0
 

@@ -31,6 +31,7 @@ from lora_diag.diagnostics.checkpoints.verdict import APART, GROWING, judge_traj
 from lora_diag.errors import InputError, NothingComparedError
 from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, pooled_value
+from lora_diag.rendering.losses import describe_few
 from lora_diag.rendering.statements import Statement, make_statement, summarize
 from lora_diag.rendering.tables import Column, Grid, grid_of, grids_table, rows_of
 from lora_diag.rendering.text import (
@@ -84,6 +85,7 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     )
     return summarize(
         results,
+        describe_few(results),
         *held_out_lines(results),
         verdict,
         make_statement("movement", "Movement", *movement),

@@ -209,10 +209,11 @@ def _compute_lines(results: Results[Any]) -> dict[str, list[SizeLine]]:
 def intrinsic_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row for BASE and for each size with a finite loss."""
     records, share = results.whole_of(Intrinsic), results.run.settings["share"]
-    return [
-        _make_grid(caption_of(name, records), _find_base(records, name), rows, share)
-        for name, rows in _compute_lines(results).items()
-    ]
+    grids = []
+    for name, rows in _compute_lines(results).items():
+        caption = caption_of(results, next(record for record in records if record.set == name))
+        grids.append(_make_grid(caption, _find_base(records, name), rows, share))
+    return grids
 
 
 def _find_base(records: Sequence[Intrinsic], name: str) -> Intrinsic | None:

@@ -189,6 +189,7 @@ def _record(
     return Probe(
         probe="outputs",
         **contender.fields,
+        params=contender.params,
         **losses.on(texts),
         **losses.by_sequence(is_base=contender.subject == "base"),
         **own_sums.forgetting.compare(losses, base_losses),
@@ -274,7 +275,7 @@ def probe_outputs(
             model_input if role == "tuned" else model_input.model_copy(update={"role": role})
         )
         name = "" if role == "tuned" else model_input.path
-        contenders.append(NamedModel(role, name, swapped.applied))
+        contenders.append(NamedModel(role, name, swapped.applied, comparison.params))
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
         todo = [each for each in texts if list_missing(run_records, [each], contenders)]

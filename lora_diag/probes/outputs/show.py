@@ -3,11 +3,13 @@ adapters.
 
 Adapters are compared with the best one, with the full fine-tune and with BASE by held-out losses,
 paired by sequence. Differences from the latter two are significant above two paired standard
-errors, more with few sequences (``paired_half``); from the best adapter see ``Rival``.
+errors, more with few sequences (``paired_half``); from the best adapter see ``Rival``. A smaller
+adapter is one of fewer parameters, and is offered only if it is significantly worse on no set.
 """
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +31,7 @@ from lora_diag.rendering.losses import (
 from lora_diag.rendering.statements import Statement, make_statement, short_paths
 from lora_diag.rendering.tables import Column, Grid, grid_of
 from lora_diag.rendering.text import (
+    count,
     format_shown,
     list_names,
     plus_minus,
@@ -125,14 +128,16 @@ class AdapterContest:
     Args:
         name: The adapter's path.
         records: The adapter's records on ``deciding_sets``, one per set.
-        outcome: ``as good`` if it significantly keeps at least 90% of TUNED's gain on every set;
-            else ``worse`` if it is significantly worse on any set; else, or if a gap has no
-            interval, ``not known``.
+        outcome: ``as good`` if on every set it is significantly better than TUNED, or significantly
+            keeps at least 90% of its gain; else ``worse`` if it is significantly worse on any set;
+            else, or if a gap has no interval, ``not known``.
+        reason: Reason of the outcome; empty for ``worse``.
     """
 
     name: str
     records: tuple[Probe, ...]
     outcome: Literal["as good", "worse", "not known"]
+    reason: str
 
     @property
     def worst(self) -> Probe:
@@ -190,7 +195,7 @@ def contests_of(records: Sequence[Probe]) -> list[AdapterContest]:
         for name in names
     }
     return [
-        AdapterContest(name, group, _judge(group, gains))
+        AdapterContest(name, group, *_judge(group, gains))
         for name, group in own_records.items()
         if group
     ]
@@ -198,20 +203,27 @@ def contests_of(records: Sequence[Probe]) -> list[AdapterContest]:
 
 def _judge(
     own_records: tuple[Probe, ...], gain_by_set: dict[str, float | None]
-) -> Literal["as good", "worse", "not known"]:
-    """Return the outcome for an adapter from its records and the significant gains of TUNED, as in
-    ``AdapterContest``.
+) -> tuple[Literal["as good", "worse", "not known"], str]:
+    """Return the outcome for an adapter from its records and the significant gains of TUNED, and
+    its reason, as in ``AdapterContest``.
     """
     gaps = [(record.gap, gap_half(record), gain_by_set[record.set]) for record in own_records]
     known = [(gap, half, gain) for gap, half, gain in gaps if gap is not None and half is not None]
     if len(known) < len(gaps):
-        return "not known"
+        return "not known", "one sequence has no error"
+    undecided = [(gap, half, gain) for gap, half, gain in known if gap + half >= 0]
+    if not undecided:
+        return "as good", "better than TUNED"
     if all(
         gain is not None and gap + half <= (1 - SUFFICIENT_SHARE) * gain
-        for gap, half, gain in known
+        for gap, half, gain in undecided
     ):
-        return "as good"
-    return "worse" if any(gap > half for gap, half, _ in known) else "not known"
+        return "as good", f"at least {SUFFICIENT_SHARE:.0%} of the gain"
+    if any(gap > half for gap, half, _ in known):
+        return "worse", ""
+    if any(gain is None for _, _, gain in undecided):
+        return "not known", "the gain of TUNED itself is not significant"
+    return "not known", f"a loss of {1 - SUFFICIENT_SHARE:.0%} of the gain is not excluded"
 
 
 # Maximum number of depths of hidden states in the table; the records have all.
@@ -252,12 +264,13 @@ def outputs_lines(results: Results[Any]) -> list[Statement]:
     among adapters.
     """
     records = results.whole_of(Probe)
-    labels, verdict = _label_models(records), _describe_best(contests_of(records))
+    labels, verdict = _label_models(records), _describe_best(records)
+    choices = {choice.set: choice for choice in choose_adapters(records)}
     has_tuned, on_sets = any(record.subject == "tuned" for record in records), []
     for name in set_names(records):
-        lines = _describe_set(
-            [record for record in records if record.set == name], labels, has_tuned
-        )
+        of_set = [record for record in records if record.set == name]
+        chosen = _describe_choice(choices[name], records, labels) if name in choices else []
+        lines = _describe_set(of_set, labels, has_tuned, chosen)
         answer = verdict or lines[0] if has_tuned else f"not compared with one: {lines[0]}"
         on_sets.append(on_set(name, *lines, answer=answer))
     return probe_summary(
@@ -279,7 +292,7 @@ def outputs_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
         rows = [(_name_model(record, labels), [record]) for record in of_set]
-        grids.append(grid_of(Probe.shown, rows, "model", caption_of(name, of_set)))
+        grids.append(grid_of(Probe.shown, rows, "model", caption_of(results, of_set[0])))
         if others := [
             record for record in of_set if record.hidden and record.subject not in {"base", "tuned"}
         ]:
@@ -326,22 +339,20 @@ def _make_depths_grid(caption: str, of_set: Sequence[Probe], labels: dict[str, s
         )
         for depth, values in select_evenly(by_depth, DEPTHS)
     ]
-    return Grid(
-        caption, "model", tuple(_name_model(record, labels) for record in of_set), tuple(columns)
-    )
+    names = tuple(_name_model(record, labels) for record in of_set)
+    return Grid(caption, "model", names, tuple(columns), detail=True)
 
 
-def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bool) -> list[str]:
-    """State which adapter to use, and the losses of BASE and TUNED; without a gain of TUNED,
-    compare with BASE.
+def _describe_set(
+    of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bool, lines: list[str]
+) -> list[str]:
+    """State which adapter to use, as in ``lines``, and the losses of BASE and TUNED; without a gain
+    of TUNED, compare with BASE.
     """
     ends = {record.subject: record for record in of_set if record.subject in {"base", "tuned"}}
     adapters = [record for record in of_set if record.subject == "adapter"]
     if len(ends) < (2 if has_tuned else 1) or not (has_tuned or adapters):
         return ["not measured yet"]
-    lines = [
-        line for choice in choose_adapters(of_set) for line in _describe_choice(choice, labels)
-    ]
     base = ends["base"]
     if not has_tuned:
         best = min(adapters, key=lambda record: record.nats)
@@ -349,7 +360,7 @@ def _describe_set(of_set: Sequence[Probe], labels: dict[str, str], has_tuned: bo
     if not adapters:
         lines = [_compare_with_base(ends["tuned"], base, labels)]
     elif is_tuned_worse(base):
-        difference = f"{-(base.gap or 0.0):.4f}{plus_minus(base.gap_error or 0.0)}"
+        difference = f"{-(base.gap or 0.0):.4f}{plus_minus(gap_half(base))}"
         worse = (
             f"TUNED is worse than BASE by {difference}: it has no gain here, and adapters are "
             "compared with BASE"
@@ -371,24 +382,29 @@ def _compare_with_base(record: Probe, base: Probe, labels: dict[str, str]) -> st
     return f"{_name_model(record, labels)}: {word} BASE ({with_limits(value, half)})"
 
 
-def _describe_best(contests: Sequence[AdapterContest]) -> str:
-    """State whether the best adapter is as good as the full fine-tune; empty without contests."""
+def _describe_best(records: Sequence[Probe]) -> str:
+    """State whether the best adapter is as good as the full fine-tune, and why; empty without
+    contests.
+    """
+    contests = contests_of(records)
     if not contests:
         return ""
-    answers = {
-        "as good": f"yes, at least {SUFFICIENT_SHARE:.0%} of the gain",
-        "worse": "no",
-        "not known": "not known",
-    }
+    answers = {"as good": "yes", "worse": "no", "not known": "not known"}
     best = min(
         contests, key=lambda contest: ([*answers].index(contest.outcome), contest.worst.gap or 0.0)
     )
     record = best.worst
-    kept_share = "" if record.kept is None else f", {record.kept:.0%} of its gain"
+    kept_share = ""
+    has_gain = find_gain(_find_bases(records).get(record.set)) is not None
+    if has_gain and record.kept is not None:
+        kept_share = f", {record.kept:.0%} of its gain"
+    elif best.outcome == "as good":
+        kept_share = "; the gain of TUNED itself is not significant"
     others = f"; the best of {len(contests)}" if len(contests) > 1 else ""
     (name,) = short_paths([best.name])
     distance = f"{format_gap(record)} nats from TUNED on {safe(record.set)}"
-    return f"{answers[best.outcome]}: {name} is {distance}{kept_share}{others}"
+    answer = answers[best.outcome] + (f", {best.reason}" if best.reason else "")
+    return f"{answer}: {name} is {distance}{kept_share}{others}"
 
 
 def _describe_forgotten(records: Sequence[Probe], labels: dict[str, str]) -> Statement:
@@ -403,23 +419,54 @@ def _describe_forgotten(records: Sequence[Probe], labels: dict[str, str]) -> Sta
     )
 
 
-def _describe_choice(choice: Choice, labels: dict[str, str]) -> list[str]:
-    """State which adapter to use: the best one, or one of those that are not distinguishable from
-    it; and the gaps.
+def _describe_choice(choice: Choice, records: Sequence[Probe], labels: dict[str, str]) -> list[str]:
+    """State which adapter to use: the best one, or a smaller one that is not distinguishable from
+    it on any set; the others that are not, and the gaps.
     """
-    best, count = labels[choice.best], len(choice.rivals) + 1
+    best = labels[choice.best]
     if not choice.equals:
         nearest = choice.rivals[0]
         return [
-            f"use {best}, the best of {count}; {labels[nearest.name]} is worse by "
+            f"use {best}, the best of {len(choice.rivals) + 1}; {labels[nearest.name]} is worse by "
             f"{_format_gap(nearest)}"
         ]
-    equal = list_names([labels[rival.name] for rival in choice.equals])
-    line = f"use {best}, or a cheaper one that is not significantly worse: {equal}"
-    return [
-        line,
-        *(f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals),
-    ]
+    costs = {record.name: record.params for record in records}
+    smaller, others = [], []
+    for rival in choice.equals:
+        worse = _list_worse(choice, rival.name, records)
+        name = f"{labels[rival.name]}{_note(costs[rival.name], worse)}"
+        is_smaller = (costs[rival.name] or math.inf) < (costs[choice.best] or 0)
+        if is_smaller and not worse:
+            smaller.append(name)
+        else:
+            others.append(name)
+    line = f"use {best}{_note(costs[choice.best], [])}"
+    if smaller:
+        line += f", or with fewer parameters, not significantly worse: {list_names(smaller)}"
+    if others:
+        line += f"; not significantly worse, but no saving: {list_names(others)}"
+    gaps = [f"{labels[rival.name]} minus {best}: {_format_gap(rival)}" for rival in choice.rivals]
+    return [line, *gaps]
+
+
+def _note(params: int | None, notes: Sequence[str]) -> str:
+    """Return the size of an adapter and notes on it in brackets; empty without any."""
+    size = [] if params is None else [f"{count(params)} parameters"]
+    return f" ({'; '.join([*size, *notes])})" if size or notes else ""
+
+
+def _list_worse(choice: Choice, name: str, records: Sequence[Probe]) -> list[str]:
+    """State on which other sets an adapter is significantly worse than the best one of a set."""
+    found = []
+    for other in set_names(record for record in records if record.set != choice.set):
+        of_set = {record.name: record for record in records if record.set == other}
+        counts = next(r.predictions for r in records if r.set == other and r.subject == "base")
+        own, best = of_set.get(name), of_set.get(choice.best)
+        if own and best and own.nll and best.nll:
+            rival = _compare_rival(own, best, counts, len(choice.rivals))
+            if rival.worse:
+                found.append(f"on {short(other)} worse by {_format_gap(rival)}")
+    return found
 
 
 def _format_gap(rival: Rival) -> str:

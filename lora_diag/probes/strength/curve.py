@@ -129,36 +129,72 @@ def _search(start: float, stop: float, holds: Callable[[float], bool]) -> float 
     )
 
 
-def choose(curve: Curve, grid: Sequence[float]) -> dict[str, Any]:
+def recommend(curve: Curve, shifted: Sequence[Curve]) -> tuple[float, float | None]:
+    """Return the strength to use: 1, or one that is better and that no measured one beats; and the
+    one that it beats, if only that is significantly better than 1.
+
+    A strength is better than 1 if its loss is significantly lower, or if it is lower and that on a
+    shifted set significantly so. One beats another if its loss is lower and that on no shifted set
+    higher.
+
+    Args:
+        curve: Losses on a set that is not shifted.
+        shifted: Losses on the shifted sets, at the same strengths.
+    """
+
+    def is_significant(texts: Curve, scale: float) -> bool:
+        return texts.is_lower(texts.at(scale), texts.at(1.0))
+
+    def beats(scale: float, other: float) -> bool:
+        costs_less = all(texts.mean(scale) <= texts.mean(other) for texts in shifted)
+        return curve.mean(scale) < curve.mean(other) and costs_less
+
+    better = [scale for scale in curve.scales if is_significant(curve, scale)]
+    if not better:
+        cheaper = [scale for scale in curve.scales if beats(scale, 1.0)]
+        better = [t for t in cheaper if any(is_significant(texts, t) for texts in shifted)]
+    if not better:
+        return 1.0, None
+    chosen = min(better, key=curve.mean)
+    beating = [scale for scale in curve.scales if beats(scale, chosen)]
+    if not beating:
+        return chosen, None
+    return min(beating, key=curve.mean), chosen
+
+
+def choose(curve: Curve, grid: Sequence[float], shifted: Sequence[Curve] = ()) -> dict[str, Any]:
     """Return the fields of ``StrengthChoice`` from the losses on a set.
+
+    The range around the best strength ends where any measured strength is significantly better. The
+    best of K strengths is left out if one of its K - 1 comparisons errs, so that the range contains
+    it with confidence 95% (Hsu 1984, "Constrained simultaneous confidence intervals for multiple
+    comparisons with the best", Annals of Statistics 12).
 
     Args:
         curve: Losses at all measured strengths.
         grid: The strengths of the run, ascending, without those measured to check what was computed
             from them.
+        shifted: Losses on the shifted sets, at the same strengths.
     """
     best = min(curve.scales, key=curve.mean)
-    better = [
-        scale
-        for scale in curve.scales
-        if scale != 1 and curve.is_lower(curve.at(scale), curve.at(1.0))
-    ]
-    chosen = min(better, key=curve.mean, default=1.0)
+    chosen, significant = recommend(curve, shifted)
     base, target = curve.at(0.0), curve.at(chosen)
     gap, gap_error = stats.paired_difference(
         curve.at(best).tolist(), curve.at(1.0).tolist(), curve.counts
     )
     gain, gain_error = stats.paired_difference(base.tolist(), target.tolist(), curve.counts)
     fields = {"best": best, "best_gap": gap, "best_gap_error": gap_error, "recommended": chosen}
+    fields["significant"] = significant
     fields |= {"gain": gain, "gain_error": gain_error, **fit_parabola(curve, grid)}
     if len(curve.scales) < LEAST:
         return fields
     losses = CubicSpline(curve.scales, curve.nll)
     ends = curve.scales[0], curve.scales[-1]
-    worse = [
-        _search(best, end, lambda scale: curve.is_lower(curve.at(best), losses(scale)))
-        for end in ends
-    ]
+
+    def is_beaten(scale: float) -> bool:
+        return any(curve.is_lower(measured, losses(scale)) for measured in curve.nll)
+
+    worse = [_search(best, end, is_beaten) for end in ends]
     fields |= {
         name: w if w is not None else end
         for name, w, end in zip(("low", "high"), worse, ends, strict=True)

@@ -12,8 +12,8 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from lora_diag.metrics.statistics import paired_half
 from lora_diag.probes.strength.record import Strength
+from lora_diag.probes.strength.show import half_of
 from lora_diag.rendering.figures.pages import Page, Panel, run_keys
 from lora_diag.rendering.figures.panels import set_loss_axis, sets_of
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, subject_of
@@ -55,7 +55,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         for other in others
     ]
     about = f"{subject_of(series)}gain: loss of BASE minus that at t; t = 0 is BASE, 1 is TUNED"
-    notes = ["Error bars: two paired standard errors, more for few sequences (t)."]
+    notes = ["Error bars: paired intervals, of 95% for all t together (t, Bonferroni)."]
     notes += (
         ["Numbers at the points are t, of the first run. Higher and further left is better."]
         if shifted
@@ -75,7 +75,7 @@ def _draw(
     ax.axhline(0, color=INK, lw=0.8 * style.line, ls=DASHED, zorder=1)
     for number, of_run in enumerate(runs):
         costs = {
-            r.scale: (r.change, _half(r)) if other else (r.scale, 0.0)
+            r.scale: (r.change, _half(r, of_run)) if other else (r.scale, 0.0)
             for r in of_run
             if r.set == (other or task)
         }
@@ -84,7 +84,9 @@ def _draw(
             key=lambda record: record.scale,
         )
         x, widths = zip(*(costs[record.scale] for record in points), strict=True)
-        y, heights = zip(*((-record.change, _half(record)) for record in points), strict=True)
+        y, heights = zip(
+            *((-record.change, _half(record, of_run)) for record in points), strict=True
+        )
         line: dict[str, Any] = {
             "color": category(number),
             "lw": 1.2 * style.line,
@@ -135,6 +137,7 @@ def _label_points(
         )
 
 
-def _half(record: Strength) -> float:
+def _half(record: Strength, of_run: Sequence[Strength]) -> float:
     """Return half the length of the error bar of the difference from BASE."""
-    return paired_half(record.change_error, len(record.nll)) or 0.0
+    of_set = [each for each in of_run if each.set == record.set]
+    return half_of(record.change_error, of_set) or 0.0

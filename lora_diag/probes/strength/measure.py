@@ -166,10 +166,11 @@ def probe_strength(
     swapped = Swapped(model, compared.pairing.deltas, 0)
     grid = sorted({0.0, 1.0, *(cell.scale for cell in cells if cell.part is None)})
     tasks = [text_set.name for text_set in texts if not text_set.shifted]
+    others = [text_set.name for text_set in texts if text_set.shifted]
 
     def measure_cell(cell: Cell) -> LossesBySet:
-        others = cell.scale if cell.part is None else 1.0
-        swapped.scale(dict.fromkeys(cell.layers, cell.scale), others)
+        rest = cell.scale if cell.part is None else 1.0
+        swapped.scale(dict.fromkeys(cell.layers, cell.scale), rest)
         return run.measure(texts, cell.label)
 
     def measure_missing(records: RunRecords[Any]) -> list[LeftOut]:
@@ -177,13 +178,17 @@ def probe_strength(
         checks = 2 * len(tasks) if by == "all" and len(grid) >= LEAST else 0
         note = f", up to {checks} of the losses to check the fit" if checks else ""
         judge.judge(cells, checks, note)
+
+        def choose_all() -> dict[str, dict[str, Any]]:
+            shifted = [read_curve(records, name) for name in others]
+            return {name: choose(read_curve(records, name), grid, shifted) for name in tasks}
+
         if checks:
-            for choice in [choose(read_curve(records, name), grid) for name in tasks]:
+            for choice in choose_all().values():
                 scales = choice.get("optimum"), choice.get("sufficient")
                 judge.add(Cell(round(scale, 2)) for scale in scales if scale is not None)
         if by == "all":
-            for name in tasks:
-                choice = choose(read_curve(records, name), grid)
+            for name, choice in choose_all().items():
                 records.put(StrengthChoice(set=name, **choice))
         return left_out(compared.pairing, swapped.absent)
 

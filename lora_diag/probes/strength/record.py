@@ -40,6 +40,7 @@ class Strength(WholeRecord):
             form="+.4f",
             terminal=True,
             error="gap_error",
+            sequences="count",
         ),
         Shown(
             "to_base",
@@ -48,6 +49,7 @@ class Strength(WholeRecord):
             form="+.4f",
             terminal=True,
             error="change_error",
+            sequences="count",
         ),
     )
     record: Literal["strength"] = "strength"
@@ -68,6 +70,11 @@ class Strength(WholeRecord):
     predictions: tuple[Count, ...] = ()
 
     @property
+    def count(self) -> int:
+        """Number of sequences."""
+        return len(self.nll)
+
+    @property
     def to_tuned(self) -> float | None:
         """``gap``; None for TUNED itself."""
         return None if self.part is None and self.scale == 1 else self.gap
@@ -86,12 +93,17 @@ class StrengthChoice(WholeRecord):
 
     Args:
         set: The evaluation set.
-        recommended: 1, unless a measured t is significantly better; then the best of those.
+        recommended: 1, unless a measured t is better: significantly on this set, or on a shifted
+            one and with no higher loss here. Of those the best, or a measured t with a lower loss
+            than it here and no higher one on any shifted set.
+        significant: That t which is significantly better than 1, if another is recommended because
+            it has a lower loss and costs no more on shifted sets; else null.
         best: The measured t with the lowest loss.
         best_gap: Loss at ``best`` minus that at t = 1.
         best_gap_error: Its standard error; null for one sequence.
-        low: Next t below ``best`` at which the loss is significantly higher, by a cubic spline
-            through the losses; the smallest t without one; null for fewer than five strengths.
+        low: Next t below ``best`` at which the loss is significantly higher than at any measured
+            t, by a cubic spline through the losses; the smallest t without one; null for fewer than
+            five strengths.
         high: Next t above, likewise.
         gain: Loss of BASE minus that at ``recommended``.
         gain_error: Its standard error; null for one sequence.
@@ -118,6 +130,7 @@ class StrengthChoice(WholeRecord):
     record: Literal["strength_choice"] = "strength_choice"
     set: str
     recommended: float
+    significant: float | None = None
     best: float
     best_gap: Nats
     best_gap_error: Nats | None

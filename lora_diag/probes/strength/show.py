@@ -18,15 +18,16 @@ from lora_diag.probes.strength.curve import SUFFICIENT_SHARE
 from lora_diag.probes.strength.record import Strength, StrengthChoice
 from lora_diag.records import Results
 from lora_diag.records.probe import set_names
-from lora_diag.rendering.losses import on_set, probe_summary
+from lora_diag.rendering.losses import caption_of, on_set, probe_summary
 from lora_diag.rendering.statements import Statement, make_statement
 from lora_diag.rendering.tables import Column, Grid, columns_of
-from lora_diag.rendering.text import plus_minus, short
+from lora_diag.rendering.text import short, with_limits
 
 _ENDS = {0.0: " (BASE)", 1.0: " (TUNED)"}
 _READING = (
-    "significance is of paired differences, at 95% for all strengths or parts together; errors "
-    "allow for dependence of nearby sequences only; not significantly worse does not mean equal"
+    "± and brackets are intervals of paired differences, of 95% for all strengths or parts "
+    "together: what excludes 0 is significant; errors allow for dependence of nearby sequences "
+    "only; not significantly worse does not mean equal"
 )
 
 
@@ -35,6 +36,7 @@ def strength_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     on every set.
     """
     records = results.whole_of(Strength)
+    comparisons = _count_comparisons([r for r in records if r.set == records[0].set])
     rows: dict[str, list[Strength]] = {}
     for record in sorted(records, key=lambda record: (record.part is not None, record.scale)):
         name = f"{record.scale:g}{_ENDS.get(record.scale, '')}"
@@ -48,11 +50,31 @@ def strength_grids(results: Results[Any], per: str = "type") -> list[Grid]:
         ]
         hidden = {"to_tuned", "kept"} if groups[0][1][0].shifted else {"to_base"}
         shown = (
-            replace(field, head=short(name)) if field.path == "loss" else field
+            replace(
+                field,
+                head=short(name) if field.path == "loss" else field.head,
+                comparisons=comparisons,
+            )
             for field in Strength.shown
         )
         columns += columns_of((field for field in shown if field.path not in hidden), groups)
-    return [Grid("", "t", tuple(rows), tuple(columns))] if rows else []
+    if not rows:
+        return []
+    caption = caption_of(results, *next(iter(rows.values())))
+    return [Grid(caption, "t", tuple(rows), tuple(columns))]
+
+
+def _count_comparisons(of_set: Sequence[Strength]) -> int:
+    """Return the number of strengths, or of parts, that are compared with TUNED on a set."""
+    parts = sum(record.part is not None for record in of_set)
+    return max(1, parts or len(of_set) - 1)
+
+
+def half_of(error: float | None, of_set: Sequence[Strength]) -> float | None:
+    """Return half of the interval of one of the differences on a set, of which ``of_set`` are all
+    records.
+    """
+    return paired_half(error, of_set[0].count, _count_comparisons(of_set))
 
 
 def strength_lines(results: Results[Any]) -> list[Statement]:
@@ -61,12 +83,16 @@ def strength_lines(results: Results[Any]) -> list[Statement]:
     """
     records, choices = results.whole_of(Strength), results.whole_of(StrengthChoice)
     has_parts = any(record.part is not None for record in records)
-    answers = [_answer_parts(records)] if has_parts else list(map(_answer, choices))
+    answers = [_answer(choice, records) for choice in choices]
+    if has_parts:
+        answers = [_answer_parts(records)]
     statements = [make_statement("strength", "Strength", *answers, priority=0)]
     for name in set_names(records):
         of_set = [record for record in records if record.set == name]
         lines = _describe_parts(of_set) if has_parts else _describe_cost(of_set, choices)
-        lines = next((_describe_choice(choice) for choice in choices if choice.set == name), lines)
+        for choice in choices:
+            if choice.set == name:
+                lines = _describe_choice(choice, of_set)
         statements.append(on_set(name, *lines, shifted=of_set[0].shifted))
     return probe_summary(results, *statements, reading=_READING)
 
@@ -116,17 +142,25 @@ def _match_part(results: Results[Any]) -> str:
     return rf"(^|\.){re.escape(part)}(\.weight)?(\[\d+\])?$"
 
 
-def _answer(choice: StrengthChoice) -> str:
-    """State which strength to use by the losses on a set."""
+def _answer(choice: StrengthChoice, records: Sequence[Strength]) -> str:
+    """State which strength to use by the losses on a set and on the shifted ones."""
     answer = "t = 1 is fine: no other measured t is significantly better"
     if choice.best_gap_error is None:
         answer = "t = 1, not tested: one sequence has no error; use more text"
     elif choice.recommended != 1:
-        answer = f"use t = {choice.recommended:g}, which is significantly better than t = 1"
+        changes = []
+        for name in set_names(r for r in records if r.shifted or r.set == choice.set):
+            of_set = [record for record in records if record.set == name]
+            own = next(record for record in of_set if record.scale == choice.recommended)
+            changes.append(f"{short(name)} {with_limits(own.gap, half_of(own.gap_error, of_set))}")
+        answer = f"use t = {choice.recommended:g}; loss minus that at t = 1: {', '.join(changes)}"
+        if choice.significant is not None:
+            answer += f"; t = {choice.significant:g} is significantly better than t = 1, and "
+            answer += f"t = {choice.recommended:g} better still on every text"
     return answer if choice.gain > 0 else f"{answer}; but the update does not improve on BASE"
 
 
-def _describe_choice(choice: StrengthChoice) -> list[str]:
+def _describe_choice(choice: StrengthChoice, of_set: Sequence[Strength]) -> list[str]:
     """State the best strength on a set, those not significantly worse, and the smallest sufficient
     one.
     """
@@ -142,8 +176,10 @@ def _describe_choice(choice: StrengthChoice) -> list[str]:
         fit += f"t = {choice.optimum:.3f} [{choice.optimum_low:.3f}, {choice.optimum_high:.3f}]"
     if choice.checked is not None:
         fit += f"; measured at t = {choice.checked:g}: {choice.checked_gap:+.4f} from it"
-    gain = f"gain of t = {choice.recommended:g}: {choice.gain:.4f}{_error(choice.gain_error)} nats"
-    best = f"t = {choice.best:g} minus t = 1: {choice.best_gap:+.4f}{_error(choice.best_gap_error)}"
+    gain = f"gain of t = {choice.recommended:g}: "
+    gain += f"{with_limits(choice.gain, half_of(choice.gain_error, of_set))} nats"
+    best = f"t = {choice.best:g} minus t = 1: "
+    best += with_limits(choice.best_gap, half_of(choice.best_gap_error, of_set))
     return [lead, gain, best if choice.best != 1 else "", fit]
 
 
@@ -163,13 +199,13 @@ def _describe_cost(of_set: Sequence[Strength], choices: Sequence[StrengthChoice]
     ]
     ordered = sorted(of_set, key=lambda record: record.scale)
     costs = [r for r in ordered if r.scale and any(abs(r.scale - t) < 0.011 for t in targets)]
-    named = ", ".join(f"{r.change:+.4f}{_error(r.change_error)} at t = {r.scale:g}" for r in costs)
+    changes = []
+    for record in costs:
+        change = with_limits(record.change, half_of(record.change_error, of_set))
+        changes.append(f"{change} at t = {record.scale:g}")
+    named = ", ".join(changes)
     lowest = min(of_set, key=lambda record: record.loss)
     return [f"{named}, from BASE" if named else "", f"lowest loss at t = {lowest.scale:g}"]
-
-
-def _error(error: float | None) -> str:
-    return "" if error is None else plus_minus(error)
 
 
 def _answer_parts(records: Sequence[Strength]) -> str:
@@ -179,10 +215,8 @@ def _answer_parts(records: Sequence[Strength]) -> str:
     better = _find_better_parts(records)
     if not better:
         return "t = 1 is fine: no part is significantly better at another t"
-    return (
-        f"{_name(better[0])}: significantly "
-        f"better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
-    )
+    name = _name(better[0], [record for record in records if record.set == better[0].set])
+    return f"{name}: significantly better{f'; so are {len(better) - 1} more' if better[1:] else ''}"
 
 
 def _find_better_parts(records: Sequence[Strength]) -> list[Strength]:
@@ -205,25 +239,23 @@ def _find_changed(of_set: Sequence[Strength], sign: int) -> list[Strength]:
     )
     changed = []
     for record in parts:
-        half = paired_half(record.gap_error, len(record.nll), len(parts))
+        half = half_of(record.gap_error, of_set)
         if half is not None and sign * record.gap > half:
             changed.append(record)
     return changed
 
 
-def _name(record: Strength) -> str:
-    """Return a part, its strength and the change of the loss."""
-    return (
-        f"{short(record.part or '')} at {record.scale:g} "
-        f"{record.gap:+.4f}{_error(record.gap_error)}"
-    )
+def _name(record: Strength, of_set: Sequence[Strength]) -> str:
+    """Return a part, its strength and the change of the loss with its interval."""
+    half = half_of(record.gap_error, of_set)
+    return f"{short(record.part or '')} at {record.scale:g} {with_limits(record.gap, half)}"
 
 
 def _describe_parts(of_set: Sequence[Strength]) -> list[str]:
     """State which parts raise and lower the loss of a set, and whether their effects add up."""
     lines = []
     for word, sign in _SIGNS.items():
-        named = ", ".join(map(_name, _find_changed(of_set, sign)[:3]))
+        named = ", ".join(_name(record, of_set) for record in _find_changed(of_set, sign)[:3])
         lines.append(f"loss {word} for {named or 'none'}")
     off = {record.part: record.gap for record in of_set if record.scale == 0}
     whole = off.pop(None, 0.0)

@@ -21,7 +21,8 @@ from lora_diag.rendering.text import number, short, with_limits
 
 def sweep_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     """Return a table per set, one row for BASE, each rank and each reference line."""
-    return [*map(_make_grid, judging.list_swept(results.whole_of(Probe), results.run.settings))]
+    judged = judging.list_swept(results.whole_of(Probe), results.run.settings)
+    return [_make_grid(results, swept) for swept in judged]
 
 
 def sweep_lines(results: Results[Any]) -> list[Statement]:
@@ -104,7 +105,7 @@ def _describe_fit(swept: judging.Swept, name_set: bool) -> Iterator[str]:
     yield f"{where}{answer}; within r={rows[0].rank} to {rows[-1].rank} and these steps only"
 
 
-def _make_grid(swept: judging.Swept) -> Grid:
+def _make_grid(results: Results[Any], swept: judging.Swept) -> Grid:
     """Return the losses on one set: over seeds at the rank's own rate, and of the first seed at
     every rate.
     """
@@ -124,7 +125,8 @@ def _make_grid(swept: judging.Swept) -> Grid:
     for drop, lr in zip(range(len(tried), 0, -1), tried, strict=True):
         losses = [_format_loss(by_setting.get((subject, row.rank, lr))) for subject, row in runs]
         columns.append(Column(f"lr {lr:g}", (*["-"] * len(bases), *losses), drop=drop))
-    return grid_of(judging.AtRank.shown, rows, "rank", caption_of(swept.set, of_set), extra=columns)
+    caption = caption_of(results, of_set[0])
+    return grid_of(judging.AtRank.shown, rows, "rank", caption, extra=columns)
 
 
 def _format_loss(record: Probe | None) -> str:

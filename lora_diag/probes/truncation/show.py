@@ -13,6 +13,7 @@ from lora_diag.metrics.statistics import paired_difference, paired_half
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import set_names
 from lora_diag.rendering.losses import (
+    caption_of,
     describe_losses,
     format_gap,
     format_kept,
@@ -55,7 +56,8 @@ def truncation_grids(results: Results[Any], per: str = "type") -> list[Grid]:
             for row, group in groups.items()
         ]
         columns += columns_of(shown, rows)
-    return [Grid("", "truncated to", tuple(groups), tuple(columns))]
+    caption = caption_of(results, *next(iter(groups.values())))
+    return [Grid(caption, "truncated to", tuple(groups), tuple(columns))]
 
 
 def name_part(record: Probe) -> str:

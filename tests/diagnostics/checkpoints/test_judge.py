@@ -19,6 +19,7 @@ import lora_diag
 from lora_diag.diagnostics.checkpoints.held_out import (
     choose_checkpoints,
     compare_combinations,
+    held_out_grids,
     is_better,
 )
 from lora_diag.diagnostics.checkpoints.judge import CombinationRule, read_rules
@@ -28,6 +29,7 @@ from lora_diag.errors import UsageError
 from lora_diag.metrics.statistics import degrees_of_freedom
 from lora_diag.records import Probe
 from tests import oracles
+from tests.building import results
 from tests.messages import assert_names
 from tests.probes.making import gpt2, ids_of, opened, some_text, tensors, window_losses
 
@@ -271,8 +273,11 @@ def test_limit_of_choice_is_corrected_for_comparisons(times, tied):
     noise -= noise.mean()
     limit = oracles.error_of_mean(noise) * student_t.ppf(1 - 0.05 / 2, degrees_of_freedom(10))
     losses = {"1": np.full(10, 2.0), "2": 2 + noise + times * limit, "3": np.full(10, 9.0)}
-    (choice,) = choose_checkpoints(list(probes_of(losses)), {"1": 1, "2": 2, "3": 3})
+    probes = list(probes_of(losses))
+    (choice,) = choose_checkpoints(probes, {"1": 1, "2": 2, "3": 3})
     assert (choice.step, choice.tied) == (1, (1, 2) if tied else (1,))
+    (grid,) = held_out_grids(results((), command="checkpoints", whole=probes))
+    assert f"{times * limit:+.4f} ±{limit:#.2g}" in grid.columns[1].cells
 
 
 def test_best_checkpoint_is_rarely_left_out():

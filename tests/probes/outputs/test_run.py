@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.special import log_softmax
 from scipy.stats import t as student_t
 
@@ -91,6 +91,11 @@ def test_probe_equals_independent_computation(case, monkeypatch, memory):
         name: -log_softmax(each, 1)[np.arange(len(wanted)), wanted] for name, each in z.items()
     }
     assert [record.subject for record in result.whole] == list(z)
+    stored = [None]
+    for folder in (tuned, adapter, reference):
+        (file,) = folder.glob("*.safetensors")
+        stored.append(sum(tensor.numel() for tensor in load_file(file).values()))
+    assert [record.params for record in result.whole] == stored
     for record in result.whole:
         own, tuned_z, base_z = z[record.subject], z["tuned"], z["base"]
         q = log_softmax(own, 1)

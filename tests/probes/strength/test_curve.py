@@ -66,17 +66,20 @@ def test_choice_follows_its_definitions(seed, optimum):
         gap, half = compare(losses(t) - losses(1.0), len(GRID) - 1)
         better += [t] if gap < -half else []
     assert fields["best"] == best
-    assert fields["recommended"] == (min(better, key=lambda t: losses(t).mean()) if better else 1)
+    assert fields["recommended"] == (best if better else 1)
     for end, last in (
         (fields["low"], 0.0),
         (fields["high"], 1.5),
-    ):  # the first that is significantly worse, or the last
+    ):  # the first that is significantly worse than any measured one, or the last
         step = (end - best) and (last - best) / 400
-        (gap, half), (before, half_before) = (
-            compare(losses(t) - losses(best), 6) for t in (end, end - step)
+        margins, margins_before = (
+            [np.subtract(*compare(losses(t) - losses(other), 6)) for other in GRID]
+            for t in (end, end - step)
         )
-        assert gap > half - 1e-9 or end == last
-        assert before <= half_before + 1e-9
+        assert max(margins) > -1e-9 or end == last
+        assert max(margins_before) <= 1e-9
+    # t = 1 is outside of the range if its own test found a better one.
+    assert not better or not fields["low"] < 1.0 < fields["high"]
     base, target = losses(0.0), losses(fields["recommended"])
 
     def surplus(t):
@@ -88,6 +91,51 @@ def test_choice_follows_its_definitions(seed, optimum):
     for end, sign in ((fields["sufficient_low"], 1), (fields["sufficient_high"], -1)):
         (gap, half), (before, before_half) = surplus(end), surplus(end - 1.01 * step)
         assert gap + sign * half >= -1e-9 > before + sign * before_half - 2e-9 or end == 0
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 1.3), st.floats(-0.5, 1.5))
+def test_recommended_strength_is_beaten_by_none(seed, optimum, harmless):
+    """Of each t: its mean losses on both texts, and the tests against t = 1, from the definitions."""
+    curve, *_ = planted(seed, optimum)
+    other, *_ = planted(seed + 1, harmless, spread=0.5)
+    fields = choose(curve, GRID, [other])
+    means = {t: (curve.nll[i].mean(), other.nll[i].mean()) for i, t in enumerate(GRID)}
+    one = GRID.index(1.0)
+
+    def is_better(texts, i):
+        each = (texts.nll[i] - texts.nll[one]) / TOKENS
+        return each.mean() < -quantile(6) * oracles.error_of_mean(each.tolist())
+
+    def beat(t):
+        """The strengths that have a lower loss on the task and no higher one on the other text."""
+        return {s for s in GRID if means[s][0] < means[t][0] and means[s][1] <= means[t][1]}
+
+    on_task = {t for i, t in enumerate(GRID) if is_better(curve, i)}
+    on_other = {t for i, t in enumerate(GRID) if is_better(other, i)} & beat(1.0)
+    if on_task or on_other:
+        assert means[fields["recommended"]][0] < means[1.0][0]
+        assert beat(fields["recommended"]) == set()
+        tested = fields["significant"] or fields["recommended"]
+        assert tested in (on_task or on_other)
+    else:
+        assert (fields["recommended"], fields["significant"]) == (1.0, None)
+
+
+def test_strength_better_on_both_texts_replaces_tested_one():
+    """0.75 is significantly better than 1, and 0.5 better still on both texts, with a large error."""
+    noise = np.random.default_rng(0).permutation(np.linspace(-1, 1, COUNT))
+    means, errors = np.array([2.0, 1.0, 1.1, 1.2]), np.array([0.0, 2.0, 0.01, 0.0])
+    scales, counts = (0.0, 0.5, 0.75, 1.0), (TOKENS,) * COUNT
+    curve = Curve(scales, TOKENS * (means[:, None] + errors[:, None] * noise), counts)
+    costs = np.repeat([[1.0], [1.1], [1.2], [1.3]], COUNT, axis=1)
+    for shifted, found in (
+        ([Curve(scales, TOKENS * costs, counts)], (0.5, 0.75)),
+        ([Curve(scales, TOKENS * costs[[0, 3, 2, 1]], counts)], (0.75, None)),
+        ([], (0.5, 0.75)),
+    ):
+        fields = choose(curve, scales, shifted)
+        assert (fields["recommended"], fields["significant"]) == found
 
 
 def test_planted_gain_without_optimum_is_not_fitted():

@@ -43,6 +43,7 @@ _FEATURES = (
         "gating",
         "inspection",
         "environment",
+        "project",
         "explanations",
         "plots",
         "reports",

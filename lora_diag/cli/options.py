@@ -23,7 +23,7 @@ from lora_diag import catalog
 from lora_diag.cli import output as out
 from lora_diag.errors import DONE, UNREADABLE, UsageError
 from lora_diag.feature import Argument, Command, Feature, Hint
-from lora_diag.running.options import EXECUTION, OUTPUT, PER, Option, list_options
+from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
 
 if TYPE_CHECKING:
     from lora_diag.running.engines import Ray
@@ -47,6 +47,11 @@ DISPLAY = {
     ),
     "per": PER,
 }
+
+# Read before the other options, as it gives their defaults (``lora_diag.project``).
+LIKE = Option(
+    None, "Take texts and settings from results; @base is their BASE.", "RESULTS", panel=INPUTS
+)
 
 # The command-line form of a function's option ``engine``.
 CLUSTER = {
@@ -167,6 +172,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
             raise UsageError("-o: cannot write to an address; name a local path")
+        values.pop("like", None)
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
         values |= {
@@ -183,6 +189,8 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             )
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
+        if shown.verbose:
+            _report_defaults(context)
         with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
@@ -205,9 +213,26 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             for name in command.shows
         ),
     ]
+    if groups and feature.name != "gate":
+        parameters.append(_make_parameter("like", str, LIKE))
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
     run.__doc__ = command.description
     return run
+
+
+def _report_defaults(context: typer.Context) -> None:
+    """Print the values that a project file or earlier results gave, and which of them."""
+    project = context.find_root().obj
+    given = (
+        project.defaults.get(context.command_path.removeprefix("loradiag "), {}) if project else {}
+    )
+    words = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in given.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP"
+    ]
+    if words:
+        out.print_message(f"From {project.path}: {' '.join(words)}")
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:

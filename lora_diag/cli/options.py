@@ -189,8 +189,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
             )
         from lora_diag.rendering.statements import limit_lines  # deferred: imports rich
 
-        if shown.verbose:
-            _report_defaults(context)
+        _report_defaults(context, shown)
         with limit_lines(None if shown.verbose else LINES):
             if command.call:
                 code = feature.function_of(command)(shown, **values)
@@ -220,7 +219,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
     return run
 
 
-def _report_defaults(context: typer.Context) -> None:
+def _report_defaults(context: typer.Context, shown: Shown) -> None:
     """Print the values that a project file or earlier results gave, and which of them."""
     project = context.find_root().obj
     given = (
@@ -232,7 +231,7 @@ def _report_defaults(context: typer.Context) -> None:
         if getattr(context.get_parameter_source(name), "name", "") == "DEFAULT_MAP"
     ]
     if words:
-        out.print_message(f"From {project.path}: {' '.join(words)}")
+        shown.message(f"From {project.path}: {' '.join(words)}")
 
 
 def _list_words(argument: Argument, words: Sequence[str] | None) -> list[str]:

@@ -58,9 +58,14 @@ class Project:
 def find_project(folder: Path) -> Project | None:
     """Return the project file of a folder: in it, or in the nearest folder above that has one.
 
+    None with ``LORADIAG_PROJECT=0``, as in CI: a file in a checkout must not change what is
+    measured.
+
     Raises:
         UsageError: The file cannot be read, or names an unknown key, option or name.
     """
+    if os.environ.get("LORADIAG_PROJECT") == "0":
+        return None
     for place in (folder, *folder.parents):
         if (path := place / FILE).is_file():
             return _parse(path, _read_toml(path))
@@ -75,7 +80,7 @@ def find_project(folder: Path) -> Project | None:
 def replace_names(words: Sequence[str], project: Project) -> list[str]:
     """Return words with paths in place of their names, ``@base`` or ``--eval=@task``.
 
-    A word that is no name, such as ``./@base``, is unchanged.
+    A word that is no name, such as ``./@base``, is unchanged, and so are those after ``--``.
 
     Raises:
         UsageError: A word names what the file does not.
@@ -86,7 +91,9 @@ def replace_names(words: Sequence[str], project: Project) -> list[str]:
         ... )
         ['plan', 'm', '--data=t.txt']
     """
-    return [_replace_name(word, project.names, project.path) for word in words]
+    end = words.index("--") if "--" in words else len(words)
+    named = [_replace_name(word, project.names, project.path) for word in words[:end]]
+    return [*named, *words[end:]]
 
 
 def _replace_name(word: str, names: Mapping[str, str], path: Path | None) -> str:
@@ -140,8 +147,10 @@ def follow_results(results: str, command: str, project: Project) -> Project:
 def _list_known(name: str, known: Iterable[str]) -> str:
     """Return what to write in place of an unknown name: the nearest known one, or all."""
     known = list(known)
+    if not known:
+        return "add it"
     near = get_close_matches(name, known, n=1)
-    return f"use {near[0]}" if near else f"use one of {', '.join(known) or 'none'}"
+    return f"use {near[0]}" if near else f"use one of {', '.join(known)}"
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -277,7 +286,10 @@ def _type_value(
         raise UsageError(f"{where}: must be a number, not {quote(value)}")
     if "str" not in described and "float" not in described and not isinstance(value, int):
         raise UsageError(f"{where}: must be a whole number, not {quote(value)}")
-    option.checked(option.flag(where), value)
+    try:
+        option.checked(where.rpartition(".")[2], value)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     return _resolve(value, described, path, names)
 
 

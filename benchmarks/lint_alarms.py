@@ -13,7 +13,7 @@ from pathlib import Path
 from lora_diag import lint
 from lora_diag.adapters import is_adapter
 from lora_diag.errors import LoradiagError
-from lora_diag.linting.record import Finding
+from lora_diag.linting.record import LintFinding
 
 
 def find_pairs(root: Path) -> list[tuple[Path, Path]]:
@@ -35,7 +35,7 @@ def main(roots: list[Path]) -> None:
     worst = Counter[str]()
     for adapter, base in (pair for root in roots for pair in find_pairs(root)):
         try:
-            findings = lint(adapter, base).whole_of(Finding)
+            findings = lint(adapter, base).whole_of(LintFinding)
         except LoradiagError as error:
             print(f"{adapter}: cannot be read: {error}")
             worst["unreadable"] += 1

@@ -62,28 +62,18 @@ class Side:
         return self.info.stored is not None
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``.
-
-        Raises:
-            InputError: A file could not be read.
-        """
+        """Return the entries ``start:stop``, relative to ``offset``; 1-D, in ``dtype``."""
         return self.checkpoint.read(self.name, self.offset + start, self.offset + stop)
 
     def read_steps(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the spacing of the storage format at these entries; None where it follows from
         value and dtype.
-
-        Raises:
-            InputError: A file could not be read.
         """
         return self.checkpoint.read_steps(self.name, self.offset + start, self.offset + stop)
 
     def read_scales(self, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales of the codes at these entries; None if the format is not codes times a
         scale.
-
-        Raises:
-            InputError: A file could not be read.
         """
         return self.checkpoint.read_scales(self.name, self.offset + start, self.offset + stop)
 
@@ -115,9 +105,6 @@ class StoredDelta:
     def blocks(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield ``(base, tuned)`` row blocks, each ``(rows, in)`` in its own dtype, from the first
         row to the last.
-
-        Raises:
-            InputError: A file could not be read.
         """
         yield from zip(
             row_blocks(self.base, self.shape), row_blocks(self.tuned, self.shape), strict=True
@@ -129,9 +116,6 @@ class StoredDelta:
 
         Each is 1-D of the block's number of entries, float32; None for a side that is not
         quantized.
-
-        Raises:
-            InputError: A file could not be read, once the blocks are iterated.
         """
         if not (self.base.is_quantized or self.tuned.is_quantized):
             return None
@@ -251,9 +235,6 @@ def footprint(delta: Delta) -> int:
 def row_blocks(side: Side, shape: tuple[int, int], skip: int = 0) -> Iterator[torch.Tensor]:
     """Yield the row blocks of a stored matrix, ``(rows, in)`` in its dtype; not the first ``skip``
     blocks.
-
-    Raises:
-        InputError: A file could not be read.
     """
     rows = list(row_spans(shape))[skip:]
     spans = (
@@ -343,9 +324,6 @@ def pair(
         The pairs and the rest, both in natural order of names. Every tensor of either side is in
             one of the two; a
         resized embedding is in both.
-
-    Raises:
-        UsageError: A regular expression is invalid.
     """
     selected = selector(layers, exclude)
     deltas: list[Delta] = []
@@ -519,11 +497,7 @@ def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
 
 
 def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
-    """Return a predicate of names for ``--layers`` and ``--exclude``.
-
-    Raises:
-        UsageError: A regular expression is invalid.
-    """
+    """Return a predicate of names for ``--layers`` and ``--exclude``."""
     included, excluded = (
         _compile_pattern(layers, "--layers"),
         _compile_pattern(exclude, "--exclude"),

@@ -249,11 +249,7 @@ def _find_weights_near(path: Path) -> Path | None:
 
 
 def is_unfinished(path: Path) -> bool:
-    """Return whether a file is a results file without its ``end`` record.
-
-    Raises:
-        OSError: The file cannot be read.
-    """
+    """Return whether a file is a results file without its ``end`` record."""
     if not RESULTS.is_at(path):
         return False
     with path.open("rb") as file:
@@ -386,11 +382,7 @@ def sync(path: Path) -> None:
 
 
 def sync_descriptor(descriptor: int) -> None:
-    """Flush an open file to disk; file systems without fsync are skipped.
-
-    Raises:
-        OSError: The data cannot be stored.
-    """
+    """Flush an open file to disk; file systems without fsync are skipped."""
     try:
         os.fsync(descriptor)
     except OSError as error:

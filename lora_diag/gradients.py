@@ -59,9 +59,6 @@ class Snapshot:
         """Yield the rows of G_t in blocks, ``(rows, in)`` in the stored dtype, in order.
 
         The file is closed afterwards: a run may have more steps than a process may have open files.
-
-        Raises:
-            InputError: A file could not be read.
         """
         name, start = self.side.name, self.side.offset
         file = copy.copy(next(file for file in self.side.checkpoint.files if name in file.tensors))

@@ -25,11 +25,11 @@ from pydantic import BaseModel
 
 from lora_diag import catalog
 from lora_diag.cli.options import make_function
-from lora_diag.explanations.terms import all_terms, document_fields, find_models, remedy_of
+from lora_diag.explanations.terms import all_terms, find_models, remedy_of
 from lora_diag.feature import GROUPS, Feature
 from lora_diag.linting.rules import MISSING, RULES
 from lora_diag.records import run
-from lora_diag.records.base import Record, Unit
+from lora_diag.records.base import Record, Unit, document_fields
 
 ROOT = Path(__file__).parents[1]
 RESULTS = "reference/results.md"

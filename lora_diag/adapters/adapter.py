@@ -113,9 +113,6 @@ class Adapter:
     def scaling(self) -> tuple[float, float] | None:
         """Return the smallest and the largest scaling of the updates, reading α where it is stored;
         None without any.
-
-        Raises:
-            InputError: The file could not be read.
         """
         scales = [update.scale for update in self.reading.updates if update.scale is not None]
         stored = {update.alpha: update.rank for update in self.reading.updates if update.alpha}
@@ -129,9 +126,6 @@ class Adapter:
     def warnings(self) -> tuple[str, ...]:
         """Return warnings on a large rank and on updates that are zero; read the tensors that are
         initialized to zero.
-
-        Raises:
-            InputError: The file could not be read.
         """
         keys = dict.fromkeys(update.zero_if for update in self.reading.updates if update.zero_if)
         rank = max((update.rank or 0 for update in self.reading.updates), default=0)
@@ -167,9 +161,6 @@ def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint
     Args:
         path: A path, a Hugging Face Hub id, or an address.
         stated_alpha: α of an adapter whose files give none; ``rank`` for α = r.
-
-    Raises:
-        InputError: ``open_adapter`` or ``open_checkpoint`` refuses the path.
     """
     path = as_path(path)
     return open_adapter(path, stated_alpha) if is_adapter(locate(path)) else open_checkpoint(path)
@@ -234,9 +225,6 @@ def is_adapter(path: Path | str) -> bool:
     tensors or a GGUF header.
 
     False if nothing is there, or it cannot be read.
-
-    Raises:
-        InputError: An address is invalid or cannot be reached.
     """
     path = as_path(path)
     if path.is_dir():

@@ -160,10 +160,6 @@ def read_contents(adapter: Adapter, base: Checkpoint | None = None) -> Contents:
     Args:
         adapter: The adapter.
         base: Its BASE, for the weights' names there.
-
-    Raises:
-        InputError: An α in the file could not be read, or BASE gives no number of heads that fits a
-            GGUF adapter.
     """
     config = adapter.source.config
     values = config.values if config is not None and adapter.source.stored is None else {}
@@ -193,14 +189,19 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
             for location in matched.get(update.expected[0], ())
             if location.index == index
         ]
-        alpha = (
-            float(adapter.checkpoint.read(update.alpha).reshape(-1)[0]) if update.alpha else None
-        )
+        if update.keeps_name or not layers:
+            layers = [update.layer]
+        alpha = None
+        if update.alpha:
+            alpha = float(adapter.checkpoint.read(update.alpha).reshape(-1)[0])
         scale = update.scale
         if scale is None and update.rank is not None and (update.alpha or adapter.form != "peft"):
             scale = compute_scale(adapter.checkpoint, Scale(1.0, update.alpha, update.rank))
         part = _find_part(update, adapter)
-        for layer in [update.layer] if update.keeps_name or not layers else layers:
+        kernel: tuple[int, ...] = ()
+        if part == "convolution":
+            kernel = _find_kernel(update.zero_if, adapter.checkpoint)
+        for layer in layers:
             yield Item(
                 layer=layer,
                 module=update.weight.removesuffix(".weight"),
@@ -210,9 +211,7 @@ def _describe_updates(adapter: Adapter, base: Checkpoint | None) -> Iterator[Ite
                 scale=scale,
                 alpha=alpha,
                 shape=tuple(size for size in update.shape if size is not None),
-                kernel=_find_kernel(update.zero_if, adapter.checkpoint)
-                if part == "convolution"
-                else (),
+                kernel=kernel,
                 load=update.plain or (update.load if update.factored else None),
             )
 
@@ -274,11 +273,13 @@ def _describe_values(adapter: Adapter, base: Checkpoint | None) -> Iterator[Item
     for value in values:
         module = value.weight.removesuffix(".weight").removesuffix(".bias")
         shape = expected[value.weight]
-        is_norm, is_bias = "norm" in value.key and len(shape) == 1, value.weight.endswith(".bias")
-        part: Part = "bias" if is_bias else "norm" if is_norm else "value"
-        for layer in [location.layer for location in matched.get(value.weight, ())] or [
-            value.weight
-        ]:
+        part: Part = "value"
+        if value.weight.endswith(".bias"):
+            part = "bias"
+        elif "norm" in value.key and len(shape) == 1:
+            part = "norm"
+        layers = [location.layer for location in matched.get(value.weight, ())]
+        for layer in layers or [value.weight]:
             yield Item(layer, module, part, value.key, shape=shape)
 
 
@@ -304,10 +305,6 @@ def find_missing_targets(
         has no ``target_modules``, it names parameters or all linear layers, it replicates layers,
             or none of the
         targeted weights is changed, since modules in memory have other names than in BASE.
-
-    Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
-            match.
     """
     config = adapter.source.config
     if config is None or (config.values.get("target_modules") or "all-linear") == "all-linear":
@@ -331,21 +328,16 @@ def find_targeted(config: Config, modules: Mapping[str, str]) -> list[str]:
     Args:
         config: The adapter's config.
         modules: The modules in memory, by the names of their weights.
-
-    Raises:
-        InputError: ``target_modules`` or ``exclude_modules`` is invalid, or takes too long to
-            match.
     """
     targeted = find_targets(config, modules.values())
     targeted -= find_targets(config, targeted, "exclude_modules")
     saved = config.names("modules_to_save")
-    return [
-        name
-        for name, module in modules.items()
-        if module in targeted
-        and not any(is_named(module, key) for key in saved)
-        and _is_in_layers(module, config)
-    ]
+    names = []
+    for name, module in modules.items():
+        is_saved = any(is_named(module, key) for key in saved)
+        if module in targeted and not is_saved and _is_in_layers(module, config):
+            names.append(name)
+    return names
 
 
 def list_modules(
@@ -382,7 +374,7 @@ def _is_in_layers(module: str, config: Config) -> bool:
         return True
     given = [pattern] if isinstance(pattern, str) else config.names("layers_pattern")
     patterns = [text for text in given if _WORD.fullmatch(text)] or [r"[^.]*"]
-    match = next(
-        filter(None, (re.match(rf".*\.{pattern}\.(\d+)\.", module) for pattern in patterns)), None
-    )
-    return match is not None and int(match[1]) in (layers if isinstance(layers, list) else [layers])
+    for pattern in patterns:
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match[1]) in (layers if isinstance(layers, list) else [layers])
+    return False

@@ -243,15 +243,15 @@ def read_diffusers(source: AdapterFiles) -> Reading:
         if match is None:
             fix = "check that the file is a diffusers adapter"
             raise damaged(source.path, f"{name} is not a tensor of a diffusers LoRA", fix)
-        part = "alpha" if match["part"] == "alpha" else "down" if match["part"] in DOWN else "up"
+        part = match["part"]
         if part == "alpha":
             _check_alpha(source, name)
+        else:
+            part = "down" if part in DOWN else "up"
         module = match["module"]
-        if match[
-            "old"
-            # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP,
-            # ``q_proj``
-        ]:
+        # ``attn1.processor.to_q`` is ``attn1.to_q``, ``to_out`` is ``to_out.0``; in CLIP,
+        # ``q_proj``.
+        if match["old"]:
             is_clip = module.startswith("text_encoder")
             pattern, new = (r"\.to_(\w+)$", r".\1_proj") if is_clip else (r"\.to_out$", ".to_out.0")
             module = re.sub(pattern, new, module.replace(".processor", ""))

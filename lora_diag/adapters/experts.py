@@ -62,9 +62,6 @@ def separate_stacks(modules: Modules, config: Config) -> tuple[list[Stack], Modu
 
     Returns:
         The factors of parameters, and the other modules.
-
-    Raises:
-        InputError: The parameter of the factors is ambiguous, or ``target_modules`` is invalid.
     """
     targets = config.names("target_parameters")
     if not targets:

@@ -118,14 +118,10 @@ def _read_updates(
     a, b = (source.checkpoint[key].shape for key in keys)
     weight = (names.in_transformers(name) if names is not None else None) or name
     is_table = name == TABLE
-    fits = len(a) == len(b) and 0 not in (*a, *b)
-    rank_of_a = a[-1] if is_table else a[-2] if len(a) > 1 else 0
-    if (
-        not fits
-        or len(a) not in ((2,) if is_table else (2, 3))
-        or rank_of_a != b[-1]
-        or a[:-2] != b[:-2]
-    ):
+    most_dimensions = 2 if is_table else 3
+    fits = 2 <= len(a) == len(b) <= most_dimensions and 0 not in (*a, *b)
+    axis = -1 if is_table else -2
+    if not fits or a[axis] != b[-1] or a[:-2] != b[:-2]:
         expected = "(vocab, r) and (dim, r)" if is_table else "(r, in) and (out, r)"
         raise damaged(
             source.path,

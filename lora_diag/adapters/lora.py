@@ -92,12 +92,7 @@ def _find_target(module: str, attentions: set[str]) -> tuple[str, str, str, floa
 
 
 def read_lora(source: AdapterFiles) -> Reading:
-    """Return the contents of a PEFT LoRA adapter.
-
-    Raises:
-        InputError: A part is missing, its parts are inconsistent or of several adapters, its config
-            is missing or invalid, or the variant is unsupported.
-    """
+    """Return the contents of a PEFT LoRA adapter."""
     config = source.settings
     _refuse_variants(source)
     # Used only in training.
@@ -213,9 +208,8 @@ def _find_thin_factors(
     if not parts.keys() <= {*PAIR, *TABLE, "lora_B.bias"} or _count_blocks(source.settings, module):
         return None
     is_table = "lora_embedding_A" in parts  # ΔW = (B·A)ᵀ
-    return find_thin_factors(
-        source.checkpoint, *(keys if is_table else keys[::-1]), Scale(scale), turned=is_table
-    )
+    down, up = keys if is_table else keys[::-1]
+    return find_thin_factors(source.checkpoint, down, up, Scale(scale), turned=is_table)
 
 
 # ``(out, in)``, the loader of the factors, and the names of A and B.
@@ -253,10 +247,8 @@ def _read_linear(
             partial(load_blocked_factors, source.checkpoint, b_key, a_key, scale, blocks),
             (a_key, b_key),
         )
-    a, b = (
-        flatten_shape(source.checkpoint[a_key].shape),
-        flatten_shape(source.checkpoint[b_key].shape),
-    )
+    a = flatten_shape(source.checkpoint[a_key].shape)
+    b = flatten_shape(source.checkpoint[b_key].shape)
     check_ranks(source, module, a[0], rank, b[1])
     diagonal = parts.get("lora_diag")
     if diagonal is not None and source.shape(diagonal, 1) != (rank,):
@@ -462,9 +454,6 @@ def assign_to_base_layers(updates: list[Update], config: Config) -> tuple[list[U
     """Return the updates, each assigned to the layer of BASE that it acts on, and notes.
 
     Without ``layer_replication`` the updates are unchanged, and there are no notes.
-
-    Raises:
-        InputError: The ranges are invalid, or an update belongs to a layer beyond them.
     """
     if "layer_replication" not in config:
         return updates, []

@@ -38,11 +38,7 @@ Read = Callable[[AdapterFiles, str, dict[str, str], Callable[["int | None"], Sca
 def _read_peft(
     parts: tuple[str, ...], kind: str, read_update: Read, source: AdapterFiles
 ) -> Reading:
-    """Return the contents of a PEFT adapter whose modules are scaled by α/r of the config.
-
-    Raises:
-        InputError: Its parts do not fit together, or the config is invalid.
-    """
+    """Return the contents of a PEFT adapter whose modules are scaled by α/r of the config."""
     modules, unclaimed = group_by_module(source.checkpoint, parts, source.path)
     names = list(modules)
     scaling = Scaling.read(source.settings, names)
@@ -160,9 +156,6 @@ def read_kronecker(
         parts: Names of its tensors, by their parts.
         find_scale: Returns s, given the rank of the factors; None if both sides are stored in full.
         as_peft: Whether the sides are multiplied as by PEFT instead of LyCORIS.
-
-    Raises:
-        InputError: A side is incomplete, or its parts do not fit together.
     """
     factor = next((parts[part] for part in ("lokr_w1_b", "lokr_w2_b") if part in parts), None)
     rank = None if factor is None else source.shape(factor, 2)[0]

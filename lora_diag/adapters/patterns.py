@@ -111,10 +111,11 @@ def read_pattern(config: Config, key: str, modules: Iterable[str]) -> Pattern:
         f"{config.path}: {key}", "match", {rf"(.*\.)?({text})$": text for text in table}, names
     )
     entries = tuple((text, float(value)) for text, value in table.items())
-    matched = {
-        name: [entry for entry, row in zip(entries, rows, strict=True) if row[index] == "1"]
-        for index, name in enumerate(names)
-    }
+    matched: dict[str, list[tuple[str, float]]] = {name: [] for name in names}
+    for entry, row in zip(entries, rows, strict=True):
+        for name, digit in zip(names, row, strict=True):
+            if digit == "1":
+                matched[name].append(entry)
     return Pattern(key, entries, matched)
 
 
@@ -248,11 +249,7 @@ def make_scale(source: AdapterFiles, alpha: str, rank: int) -> Scale:
 
 
 def compute_scale(checkpoint: Checkpoint, scale: Scale) -> float:
-    """Return s, reading α if it is stored in the file, where an α of 0 counts as the rank.
-
-    Raises:
-        InputError: α could not be read.
-    """
+    """Return s, reading α if it is stored in the file, where an α of 0 counts as the rank."""
     if not scale.alpha:
         return scale.factor
     read_alpha = (
@@ -278,39 +275,23 @@ class Scaling:
 
     @staticmethod
     def read(config: Config, modules: list[str]) -> Scaling:
-        """Return the scaling of modules by a config.
-
-        Raises:
-            InputError: A pattern or its value is invalid, or a pattern takes too long.
-        """
+        """Return the scaling of modules by a config."""
         return Scaling(
             config,
             *(read_pattern(config, key, modules) for key in ("rank_pattern", "alpha_pattern")),
         )
 
     def rank(self, module: str) -> int:
-        """Return r of a module.
-
-        Raises:
-            InputError: The rank is not a whole number from 1 up.
-        """
+        """Return r of a module."""
         return get_rank(self.config, self.ranks, module)
 
     def alpha(self, module: str, key: str = "lora_alpha") -> float:
-        """Return α of a module: from ``alpha_pattern``, else the setting ``key``.
-
-        Raises:
-            InputError: The setting is missing or not a finite number.
-        """
+        """Return α of a module: from ``alpha_pattern``, else the setting ``key``."""
         matched = self.alphas.matches(module)
         return matched[0][1] if matched else self.config.number(key)
 
     def of_module(self, module: str) -> float:
-        """Return s of a module: α/r of ``lora_alpha``, or α/√r with rsLoRA.
-
-        Raises:
-            InputError: r or α is missing or invalid.
-        """
+        """Return s of a module: α/r of ``lora_alpha``, or α/√r with rsLoRA."""
         rank = self.rank(module)
         return self.alpha(module) / (math.sqrt(rank) if self.config.flag("use_rslora") else rank)
 

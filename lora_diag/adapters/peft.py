@@ -73,11 +73,7 @@ LN_TUNING = re.compile(r"\.ln_tuning_layers(\.(?!weight$|bias$)[^.]+)?(?=\.(weig
 
 
 def read_adalora(source: AdapterFiles) -> Reading:
-    """Return the contents of an AdaLoRA adapter.
-
-    Raises:
-        InputError: A part is missing, the parts are inconsistent, or the config is invalid.
-    """
+    """Return the contents of an AdaLoRA adapter."""
     config = source.settings
     kind = (
         f"PEFT AdaLoRA, init_r={config.values.get('init_r')}, "
@@ -217,11 +213,7 @@ def load_ia3(checkpoint: Checkpoint, key: str, by_row: bool, site: Site) -> torc
 
 
 def read_ln_tuning(source: AdapterFiles) -> Reading:
-    """Return the contents of a PEFT LN_TUNING adapter.
-
-    Raises:
-        InputError: It also trained tokens, and their indices and rows do not fit together.
-    """
+    """Return the contents of a PEFT LN_TUNING adapter."""
     keys = [key for key in source.checkpoint if LN_TUNING.search(key)]
     values = tuple(NewValue(LN_TUNING.sub("", drop_prefix(key)), key) for key in keys)
     unclaimed = [key for key in source.checkpoint if key not in set(keys)]
@@ -382,11 +374,7 @@ def load_fourierft(
 
 
 def read_trainable_tokens(source: AdapterFiles) -> Reading:
-    """Return the contents of a TRAINABLE_TOKENS adapter.
-
-    Raises:
-        InputError: Indices and rows are inconsistent.
-    """
+    """Return the contents of a TRAINABLE_TOKENS adapter."""
     indices = source.settings.values.get("token_indices")
 
     def read_table(source: AdapterFiles, module: str, parts: dict[str, str]) -> list[Update]:
@@ -411,9 +399,6 @@ FAMILIES = (
 def make_unsupported_error(source: AdapterFiles) -> InputError:
     """Return the error of an adapter that no family reads, with the kind of adapter or what is
     missing, and a fix.
-
-    Raises:
-        InputError: There is no config.
     """
     name = source.peft_type
     if name in CHANGES_NO_WEIGHT | DEPENDS_ON_INPUT:

@@ -343,7 +343,10 @@ class _Reader:
     def __init__(
         self, parts: Mapping[str, _Part], plan: Mapping[str, Slot], rank: int, dtype: str
     ) -> None:
-        self._parts, self._plan, self._rank, self._dtype = parts, plan, rank, dtype
+        self._parts = parts
+        self._plan = plan
+        self._rank = rank
+        self._dtype = dtype
         self._last: tuple[str, Factors] | None = None
 
     def make_infos(self) -> dict[str, TensorInfo]:

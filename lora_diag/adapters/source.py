@@ -66,11 +66,7 @@ class Config:
 
     @staticmethod
     def read(path: Path) -> Config:
-        """Return the settings in an adapter's config file.
-
-        Raises:
-            InputError: The file cannot be read, or does not hold a JSON object.
-        """
+        """Return the settings in an adapter's config file."""
         return Config(path, read_object(path, "adapter config", MAX_CONFIG_BYTES))
 
     def __contains__(self, key: str) -> bool:
@@ -221,9 +217,6 @@ def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFi
     Args:
         path: The folder or file, a Hugging Face Hub id, or an address.
         stated_alpha: α where the files give none.
-
-    Raises:
-        InputError: There are no weights, or they or the config cannot be read.
     """
     path = as_path(path)
     located = locate(path)
@@ -424,10 +417,6 @@ def add_config(source: AdapterFiles) -> AdapterFiles:
     factors and the given α.
 
     Without a given α, with α in the config, or if it is no PEFT LoRA, it is unchanged.
-
-    Raises:
-        InputError: The file holds several adapters, or α = r is given and r or ``rank_pattern`` is
-            invalid.
     """
     if source.stated_alpha is None:
         return source

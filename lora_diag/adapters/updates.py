@@ -69,9 +69,6 @@ class Site:
     def rows(self, indices: list[int]) -> torch.Tensor:
         """Return the rows ``indices`` of W, ``(len(indices), in)``, float64, without reading
         others.
-
-        Raises:
-            InputError: The file cannot be read.
         """
         import torch
 
@@ -223,11 +220,7 @@ def as_float64(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def read(checkpoint: Checkpoint, key: str) -> torch.Tensor:
-    """Return a tensor of the adapter in its stored shape, float64.
-
-    Raises:
-        InputError: The file cannot be read.
-    """
+    """Return a tensor of the adapter in its stored shape, float64."""
     return as_float64(checkpoint.read(key)).view(checkpoint[key].shape)
 
 
@@ -274,10 +267,6 @@ def read_modules(
         scaling: The scaling of the updates and its source.
         ignored: Tensors that belong to no module.
         unit: What a module is called in the description.
-
-    Raises:
-        InputError: The file holds several adapters, or ``read_module`` or ``add_stored_values``
-            refuses a tensor.
     """
     names = [name for name in source.checkpoint if name not in ignored]
     modules, unclaimed = group_by_module(names, parts, source.path)
@@ -300,9 +289,6 @@ def add_stored_values(reading: Reading, source: AdapterFiles, names: Iterable[st
         reading: The contents as read by the family.
         source: The adapter.
         names: The tensors that the family did not claim.
-
-    Raises:
-        InputError: Token indices and rows do not fit together.
     """
     values, updates, ignored = [*reading.values], [*reading.updates], [*reading.ignored]
     for key in names:

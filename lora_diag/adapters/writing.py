@@ -326,9 +326,6 @@ def write_adapter(
         portable: Write one rank for all modules, with smaller factors padded with zeros, and plain
             names: every program then uses the same scale. Not for parameters.
         metadata: Metadata of the weights file, besides its format.
-
-    Raises:
-        InputError: A file cannot be written.
     """
     groups: dict[str, list[Part]] = {}
     for part in parts:
@@ -353,11 +350,7 @@ def write_adapter(
 
 
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Write the settings of an adapter.
-
-    Raises:
-        InputError: The file cannot be written.
-    """
+    """Write the settings of an adapter."""
     write_whole(
         folder / CONFIG, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     )
@@ -372,9 +365,6 @@ def store_factors(
         file: The file; replaced if it exists.
         b: B ``(out, r)``.
         a: A ``(r, in)``, of the same dtype.
-
-    Raises:
-        InputError: The file cannot be written.
     """
     from safetensors.torch import save  # deferred: imports torch
 
@@ -496,6 +486,9 @@ def make_config(
     parameters = [module for module in ranks if kinds[module] == "parameter"]
     rank, pattern = make_rank_pattern(ranks)
     saved = sorted({value.module for value in values if value.module})
+    target_modules = None
+    if adapted or not parameters:
+        target_modules = make_target_modules(adapted, described.modules)
     return {
         "base_model_name_or_path": described.base_name,
         **LORA_CONFIG,
@@ -504,14 +497,8 @@ def make_config(
         "lora_alpha": rank,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": make_target_modules(adapted, described.modules)
-        if adapted
-        else None
-        if parameters
-        else [],
-        "target_parameters": _find_shortest_names(parameters, described.parameters, 2)
-        if parameters
-        else None,
+        "target_modules": target_modules,
+        "target_parameters": _find_shortest_names(parameters, described.parameters, 2) or None,
         "modules_to_save": saved or None,
         "fan_in_fan_out": "conv1d" in kinds.values(),
         "bias": "all" if any(not value.module for value in values) else "none",

@@ -187,14 +187,10 @@ def find_eight_bit(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[Sc
             raise damaged_tensor(
                 source, layout, problem, "save the model again with a current bitsandbytes"
             )
-        yield ScaledWeight(
-            source,
-            TensorInfo(weight, source[weight].shape, "float32", stored="int8"),
-            name,
-            grid_of(source, weight, name),
-            parts=(name, *((layout,) if layout in source else ())),
-            divisor=127.0,
-        )
+        info = TensorInfo(weight, source[weight].shape, "float32", stored="int8")
+        parts = (name, layout) if layout in source else (name,)
+        grid = grid_of(source, weight, name)
+        yield ScaledWeight(source, info, name, grid, parts=parts, divisor=127.0)
 
 
 def _describe_four_bit(source: Checkpoint, name: str, kind: str) -> FourBitWeight:

@@ -144,9 +144,9 @@ class PiecesFolder(PartsFolder):
             for name, offsets in _read_offsets(file):
                 info = file.tensors[name]
                 pieces.setdefault(name, []).append(Box(offsets, info.shape, file.locate(name).fill))
-                if dtypes.setdefault(name, info.dtype) != info.dtype or len(
-                    pieces[name][0].sizes
-                ) != len(info.shape):
+                dimensions = len(pieces[name][0].sizes)
+                is_other_dtype = dtypes.setdefault(name, info.dtype) != info.dtype
+                if is_other_dtype or dimensions != len(info.shape):
                     raise damaged(
                         file.path,
                         f"{name} is another tensor than in the files before",
@@ -154,11 +154,7 @@ class PiecesFolder(PartsFolder):
                     )
         tensors: dict[str, Boxes] = {}
         for name, boxes in pieces.items():
-            ends = [
-                [start + size for start, size in zip(box.offsets, box.sizes, strict=True)]
-                for box in boxes
-            ]
-            shape = tuple(max(sizes) for sizes in zip(*ends, strict=True))
+            shape = tuple(map(max, zip(*(box.ends for box in boxes), strict=True)))
             tensors[name] = Boxes(TensorInfo(name, shape, dtypes[name]), boxes, folder)
         super().__init__(folder, tensors, [f"assembled from the pieces in {len(files)} files"])
 
@@ -360,9 +356,8 @@ def _choose_weights(
     }
     by_prefix: dict[tuple[str, ...], list[str]] = {}
     for key, path in candidates.items():
-        if (
-            position := next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
-        ) is not None:
+        position = next((i for i, part in enumerate(path[:-1]) if part in WRAPPERS), None)
+        if position is not None:
             by_prefix.setdefault(path[: position + 1], []).append(key)
     if len(by_prefix) > 1:
         names = ", ".join(sorted(".".join(prefix) for prefix in by_prefix)[:3])

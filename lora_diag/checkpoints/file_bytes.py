@@ -132,21 +132,13 @@ class FileBytes:
         )
 
     def read_bytes(self, count: int, offset: int, name: str) -> bytes:
-        """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages.
-
-        Raises:
-            InputError: The file ends before, or cannot be read.
-        """
+        """Return ``count`` bytes from ``offset`` on; ``name`` is the tensor, for messages."""
         content = bytearray(count)
         self.fill(memoryview(content), offset, name)
         return bytes(content)
 
     def read_entries(self, count: int, dtype: torch.dtype, offset: int, name: str) -> torch.Tensor:
-        """Return ``count`` entries from byte ``offset`` on; ``name`` is the tensor, for messages.
-
-        Raises:
-            InputError: The file ends before, or cannot be read.
-        """
+        """Return ``count`` entries from byte ``offset`` on; messages have the tensor's ``name``."""
         import torch  # imported here, so that headers can be read without torch
 
         out = torch.empty(count, dtype=dtype)
@@ -186,19 +178,11 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def fill(self, buffer: memoryview, start: int) -> None:
-        """Fill a buffer with the bytes of the entries from ``start`` on.
-
-        Raises:
-            InputError: The file cannot be read.
-        """
+        """Fill a buffer with the bytes of the entries from ``start`` on."""
         self.file.fill(buffer, self.position + start * WIDTH[self.dtype], self.name)
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of a small tensor.
-
-        Raises:
-            InputError: The file cannot be read.
-        """
+        """Return the bytes of a small tensor."""
         return self.file.read_bytes(self.numel * WIDTH[self.dtype], self.position, self.name)
 
     def cut(self, start: int, count: int) -> StoredTensor:

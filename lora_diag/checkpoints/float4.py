@@ -71,9 +71,6 @@ class Layout:
 def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
     """Return the rows ``first:last`` of a weight, or steps whose half bounds the error; matrices
     follow each other.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     return _decode(layout, is_steps, first, last, 0, layout.columns)
 
@@ -81,9 +78,6 @@ def decode_rows(layout: Layout, is_steps: bool, first: int, last: int) -> torch.
 def decode_transposed(layout: Layout, is_steps: bool, first: int, last: int) -> torch.Tensor:
     """Return values or steps of the inputs ``first:last``, counted over all experts,
     ``(last − first, out)``.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     import torch
 
@@ -136,9 +130,6 @@ def find(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeight]:
     Args:
         source: The checkpoint as stored.
         config: Its ``quantization_config``; unused.
-
-    Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype.
     """
     for name in source:
         if name.endswith(PACKED) and source[name].dtype == "uint8":

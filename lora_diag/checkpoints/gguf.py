@@ -160,9 +160,6 @@ class GgufFile(TensorFile):
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Return a copy of the entries ``start:stop`` of a tensor (row-major); float32 where blocks
         are decoded.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         import torch
 
@@ -183,9 +180,6 @@ class GgufFile(TensorFile):
     def read_steps(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return steps whose half bounds the error of the entries ``start:stop``; None if not
         quantized.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         if self.type_of(name).dtype is not None:
             return None
@@ -194,9 +188,6 @@ class GgufFile(TensorFile):
     def read_scales(self, name: str, start: int, stop: int) -> torch.Tensor | None:
         """Return the scales that multiply the codes of the entries ``start:stop``; None unless they
         are 8-bit codes.
-
-        Raises:
-            InputError: Blocks of this type are not decoded, or the file cannot be read.
         """
         if self.type_of(name).dtype is not None or not (codec := self._find_codec(name)).is_8_bit:
             return None
@@ -230,17 +221,18 @@ class _Cursor:
     """
 
     def __init__(self, file: BinaryIO, path: Path, size: int) -> None:
-        self.file, self.path, self.position, self.end = file, path, 0, min(size, MAX_HEADER_BYTES)
+        self.file = file
+        self.path = path
+        self.position = 0
+        self.end = min(size, MAX_HEADER_BYTES)
         self.is_whole = size <= MAX_HEADER_BYTES
 
     def take(self, count: int, description: str) -> bytes:
         """Return the next bytes."""
         if count > self.end - self.position:
-            limit = (
-                "the file ends"
-                if self.is_whole
-                else f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
-            )
+            limit = "the file ends"
+            if not self.is_whole:
+                limit = f"a header of more than {MAX_HEADER_BYTES:,} bytes ends"
             problem = f"{limit} inside {description}, which claims {count:,} bytes"
             raise damaged(self.path, problem, "copy or download it again")
         content = self.file.read(count)
@@ -439,10 +431,6 @@ def write_gguf(
         tensors: Shape and dtype (one of ``CODES``) of every tensor by its name, in the order of the
             file.
         read: Returns a tensor by its name; called once per tensor, in the order of the file.
-
-    Raises:
-        InputError: The file cannot be written.
-        ValueError: A tensor does not have the declared shape and dtype.
     """
     with replacing(path) as file:
         header = _make_header(fields, tensors)
@@ -526,13 +514,14 @@ class Codec:
         import torch
 
         codes, d, m = self.unpack(blocks)
-        steps = d.abs() * (
-            gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape)
-        )
+        gap = gaps(torch.tensor(self.table))[codes] if self.table else torch.ones(codes.shape)
+        steps = d.abs() * gap
         for code in self.saturated:
             steps = steps * (1 + (codes == code).float())
-        for rounded in (d * codes.float(), m) if self.is_rounded else ():
-            steps = steps if rounded is None else steps + rounded.abs() * 2**-10
+        if self.is_rounded:
+            steps = steps + (d * codes.float()).abs() * 2**-10
+            if m is not None:
+                steps = steps + m.abs() * 2**-10
         return steps.flatten(1)
 
     def scales(self, blocks: torch.Tensor) -> torch.Tensor:

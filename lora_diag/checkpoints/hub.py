@@ -251,7 +251,10 @@ class HubStore(HttpStore):
         self, root: str, endpoint: str, files: Iterable[str], commit: str, headers: dict[str, str]
     ) -> None:
         super().__init__(root)
-        self._root, self._endpoint, self._commit, self._headers = root, endpoint, commit, headers
+        self._root = root
+        self._endpoint = endpoint
+        self._commit = commit
+        self._headers = headers
         self._files = frozenset(f"{root}/{file}" for file in files)
         self.note = f"read from the Hub at commit {commit}"
 
@@ -275,10 +278,8 @@ class HubStore(HttpStore):
         if not await _is_public(urlsplit(self._endpoint).hostname or ""):
             return
         if url.scheme != "https" or not await _is_public(url.host or ""):
-            problem = (
-                f"the Hub redirects to {hide_secrets(str(url))}, which is no public https:// "
-                "address"
-            )
+            target = hide_secrets(str(url))
+            problem = f"the Hub redirects to {target}, which is no public https:// address"
             raise damaged(address, problem, "check HF_ENDPOINT")
 
     def version(self, headers: Any) -> str:

@@ -128,11 +128,7 @@ class Layout:
 
 
 def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight of compressed-tensors, float32.
-
-    Raises:
-        InputError: A stored group of a column does not exist, or a file cannot be read.
-    """
+    """Return the rows ``first:last`` of a weight of compressed-tensors, float32."""
     codes, group = layout.read_codes("weight_packed", first, last), layout.read_groups()
     codes -= (
         _read_compressed_zeros(layout, first, last)[:, group]
@@ -143,11 +139,7 @@ def compressed_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 
 
 def compressed_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the distance between neighbouring values in the rows ``first:last`` of a weight.
-
-    Raises:
-        InputError: A stored group of a column does not exist, or a file cannot be read.
-    """
+    """Return the distance between neighbouring values in the rows ``first:last`` of a weight."""
     return layout.read("weight_scale", first, last).float().abs()[:, layout.read_groups()]
 
 
@@ -166,11 +158,7 @@ def _read_compressed_zeros(layout: Layout, first: int, last: int) -> torch.Tenso
 
 
 def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` (outputs) of a weight of GPTQ or AWQ, float32.
-
-    Raises:
-        InputError: A stored group of a column does not exist, or a file cannot be read.
-    """
+    """Return the rows ``first:last`` (outputs) of a weight of GPTQ or AWQ, float32."""
     import torch
 
     group, largest = layout.read_groups(), (1 << layout.bits) - 1
@@ -191,9 +179,6 @@ def gptq_values(layout: Layout, first: int, last: int) -> torch.Tensor:
 def gptq_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     """Return the distance between neighbouring values in the rows ``first:last`` of a weight of
     GPTQ or AWQ.
-
-    Raises:
-        InputError: A stored group of a column does not exist, or a file cannot be read.
     """
     return _read_gptq_scales(layout, first, last).abs()[layout.read_groups()].T
 
@@ -221,11 +206,7 @@ def _unpack_along_outputs(
 
 
 def mlx_values(layout: Layout, first: int, last: int) -> torch.Tensor:
-    """Return the rows ``first:last`` of a weight of MLX, float32.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the rows ``first:last`` of a weight of MLX, float32."""
     scales, biases = (_spread(layout, part, first, last) for part in ("scales", "biases"))
     return layout.read_codes("weight", first, last).float() * scales + biases
 
@@ -237,9 +218,6 @@ def mlx_steps(layout: Layout, first: int, last: int) -> torch.Tensor:
     absolute value is stored exactly, which leaves others up to one step beyond the last code. Codes
     are chosen before scale and offset are rounded to their dtype, which changes ``s · q`` and the
     offset by up to half the spacing of that dtype.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     codes = layout.read_codes("weight", first, last)
     scales, biases = (_spread(layout, part, first, last).abs() for part in ("scales", "biases"))
@@ -280,11 +258,6 @@ def find_gptq(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeig
     Args:
         source: The checkpoint as stored.
         config: Its ``quantization_config``.
-
-    Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, the layout,
-            format or number of bits is unsupported, or the configuration is missing for GPTQ or
-            contradicts the tensors.
     """
     for name in source:
         if name.endswith(CODES):
@@ -297,10 +270,6 @@ def find_mlx(source: Checkpoint, config: Mapping[str, Any]) -> Iterator[RowWeigh
     Args:
         source: The checkpoint as stored.
         config: ``quantization`` of its configuration.
-
-    Raises:
-        InputError: A tensor of a weight is missing or has the wrong shape or dtype, or mode, bits
-            or group size are unsupported.
     """
     for name in source:
         module = name.removesuffix(".scales")
@@ -464,7 +433,7 @@ def _describe_gptq(source: Checkpoint, module: str, config: Mapping[str, Any]) -
             source, scales, f"has {groups} groups for {columns} inputs in groups of {group}"
         )
     added = _find_zero_point_offset(source, is_awq, config)
-    parts = (scales, zeros, *((order,) if order else ()))
+    parts = (scales, zeros, order) if order else (scales, zeros)
     layout = Layout(source, module, columns, bits, group, groups, order, added=added, is_awq=is_awq)
     info = TensorInfo(
         weight, (out, columns), "float32", stored=f"{'awq' if is_awq else 'gptq'}-int{bits}"
@@ -536,9 +505,6 @@ def describe_ambiguous_zeros(
         source: The checkpoint as stored.
         weights: The quantized weights that were found, by name.
         config: Its ``quantization_config``; with ``sym`` all zero points are in the middle.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     if config.get("sym") is True or str(config.get("checkpoint_format", "gptq")).lower() != "gptq":
         return ()
@@ -564,11 +530,9 @@ def _describe_mlx(source: Checkpoint, module: str, config: Mapping[str, Any]) ->
     weight, scales, biases = (f"{module}.{part}" for part in ("weight", "scales", "biases"))
     module_config = config.get(module)
     settings = {**config, **module_config} if isinstance(module_config, dict) else config
-    mode, bits, group = (
-        settings.get("mode", "affine"),
-        settings.get("bits"),
-        settings.get("group_size"),
-    )
+    mode = settings.get("mode", "affine")
+    bits = settings.get("bits")
+    group = settings.get("group_size")
     if (
         mode != "affine"
         or bits not in MLX_BITS

@@ -146,9 +146,6 @@ def read_rows(
 ) -> torch.Tensor:
     """Return the rows ``first:last`` of a stored matrix; ``width`` is by default its last
     dimension.
-
-    Raises:
-        InputError: The file cannot be read.
     """
     columns = source[name].shape[-1] if width is None else width
     return source.read(name, first * columns, last * columns).view(last - first, columns)
@@ -165,9 +162,6 @@ def read_columns(
         name: The matrix; of more dimensions, all but the last are its rows.
         rows: First row and one past the last.
         columns: First column and one past the last.
-
-    Raises:
-        InputError: The file cannot be read.
     """
     import torch
 

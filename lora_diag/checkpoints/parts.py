@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import math
+import operator
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -256,6 +257,11 @@ class Box:
     sizes: tuple[int, ...]
     fill: Callable[[memoryview, int], None]
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Index behind its last entry in the whole tensor."""
+        return tuple(map(operator.add, self.offsets, self.sizes))
+
     def overlaps(self, other: Box) -> bool:
         """Return whether two boxes, neither of them empty, have an entry in common."""
         edges = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
@@ -289,19 +295,16 @@ class Boxes:
         )
         self._check_coverage(path)
         # The last dimension that is cut: entries of one index up to it are contiguous.
-        cut = [
-            d
-            for d, size in enumerate(self._shape)
-            if any(box.sizes[d] != size for box in self._boxes)
-        ]
-        self._cut = cut[-1] if cut else 0
+        self._cut = 0
+        for d, size in enumerate(self._shape):
+            if any(box.sizes[d] != size for box in self._boxes):
+                self._cut = d
 
     def _check_coverage(self, path: Path) -> None:
         """Refuse boxes that overlap, lie outside the tensor, or do not cover it."""
         covered, numel, name = 0, math.prod(self._shape), self.info.name
         for box in self._boxes:
-            ends = (offset + size for offset, size in zip(box.offsets, box.sizes, strict=True))
-            if any(end > size for end, size in zip(ends, self._shape, strict=True)):
+            if any(map(operator.gt, box.ends, self._shape)):
                 place = f"a part of {name} at {list(box.offsets)} with shape {list(box.sizes)}"
                 raise damaged(
                     path,
@@ -331,11 +334,7 @@ class Boxes:
         return False
 
     def read(self, start: int, stop: int) -> torch.Tensor:
-        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype).
-
-        Raises:
-            InputError: A file is damaged or cannot be read.
-        """
+        """Return the entries ``start:stop`` of the whole tensor (row-major, stored dtype)."""
         import torch
 
         out = torch.empty(stop - start, dtype=getattr(torch, self.info.dtype))
@@ -343,11 +342,7 @@ class Boxes:
         return out
 
     def read_bytes(self) -> bytes:
-        """Return the bytes of a small tensor, without torch.
-
-        Raises:
-            InputError: A file is damaged or cannot be read.
-        """
+        """Return the bytes of a small tensor, without torch."""
         import numpy as np
 
         content = np.empty(self.info.numel * WIDTH[self.info.dtype], np.uint8)

@@ -60,12 +60,7 @@ class PatchedFile(TensorFile):
         )
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return a copy of the entries ``start:stop`` of a tensor (row-major).
-
-        Raises:
-            InputError: A changed position is outside the tensor or occurs twice, or a file cannot
-                be read.
-        """
+        """Return a copy of the entries ``start:stop`` of a tensor (row-major)."""
         import torch
 
         values = self._base.read(name, start, stop)
@@ -149,7 +144,9 @@ class PatchedFile(TensorFile):
         if name not in self._changed:
             return info
         dtypes = {info.dtype, self._patch[f"{name}{VALUES}"].dtype}
-        dtype = info.dtype if len(dtypes) == 1 else "float64" if "float64" in dtypes else "float32"
+        dtype = info.dtype
+        if len(dtypes) > 1:
+            dtype = "float64" if "float64" in dtypes else "float32"
         return TensorInfo(name, info.shape, dtype)
 
 
@@ -174,9 +171,6 @@ def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
 
     Returns:
         TUNED, with whole tensors.
-
-    Raises:
-        InputError: ``open_checkpoint`` refuses a file, or a patch does not fit BASE.
     """
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     is_single = len(files) < 2 or any(

@@ -142,11 +142,6 @@ def _check_archive(file: Path, path: Path) -> None:
     Args:
         file: The archive.
         path: The file, for messages.
-
-    Raises:
-        InputError: An entry is compressed, the entries together are larger than the file, or the
-            pickle is damaged or copies entries again and again.
-        zipfile.BadZipFile: The file is not an archive.
     """
     with zipfile.ZipFile(file) as archive:
         check_entries(archive.infolist(), file.stat().st_size, path, path.name)
@@ -156,11 +151,7 @@ def _check_archive(file: Path, path: Path) -> None:
 
 
 def _check_legacy(file: Path, path: Path) -> None:
-    """Refuse a file of the legacy format whose pickles take more memory than their length explains.
-
-    Raises:
-        InputError: A pickle takes more memory, or is damaged.
-    """
+    """Refuse a legacy file whose pickles take more memory than their length explains."""
     with file.open("rb") as content:
         # A magic number, version, machine, data and names of the storages; any other file is
         # refused by torch.

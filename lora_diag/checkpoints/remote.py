@@ -126,12 +126,7 @@ class RemotePath(_Path):
         return SimpleNamespace(st_size=self.file_info().size)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill a buffer with the bytes from ``offset`` on.
-
-        Raises:
-            InputError: The range cannot be read, the file has changed since it was opened, or the
-                server sent other bytes than requested.
-        """
+        """Fill a buffer with the bytes from ``offset`` on."""
         from lora_diag.checkpoints.addresses import fill
 
         fill(self.store, self.address, buffer, offset, self.file_info())

@@ -63,9 +63,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         file: The file; replaced if it exists.
         tensors: Contiguous.
-
-    Raises:
-        InputError: The file cannot be written.
     """
     infos = {
         name: TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
@@ -91,28 +88,23 @@ def write_changed(
         replaced: The new values.
         dtype: Dtype of all floating-point tensors; None for that in which each is read.
         metadata: Metadata of the file, besides its format.
-
-    Raises:
-        InputError: A file cannot be read or written.
     """
     by_name: dict[str, list[Replacement]] = {}
     for part in replaced:
         by_name.setdefault(part.name, []).append(part)
-    infos = {
-        name: TensorInfo(
-            name, info.shape, dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype
-        )
-        for name, info in ((name, source[name]) for name in source)
-    }
+    infos = {}
+    for name in source:
+        info = source[name]
+        written = dtype if dtype and info.dtype in FLOAT_DTYPES else info.dtype
+        infos[name] = TensorInfo(name, info.shape, written)
 
     def read(name: str) -> Tensor:
         import torch
 
         values = source.read(name).to(getattr(torch, infos[name].dtype))
         for part in by_name.get(name, ()):
-            values[part.offset : part.offset + math.prod(part.shape)] = open_checkpoint(
-                part.file
-            ).read("W")
+            end = part.offset + math.prod(part.shape)
+            values[part.offset : end] = open_checkpoint(part.file).read("W")
         return values.view(infos[name].shape)
 
     write_safetensors(folder / MODEL, infos, read, {"format": "pt", **(metadata or {})})

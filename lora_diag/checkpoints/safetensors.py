@@ -262,11 +262,6 @@ def write_safetensors(
         kind: The kind of file, which determines what it may replace; None for a file in a folder
             that loradiag creates.
         overwrite: Replace any existing file.
-
-    Raises:
-        UsageError: See ``lora_diag.files.check_output``.
-        InputError: The file cannot be written.
-        ValueError: A tensor does not have the declared shape and dtype.
     """
     order = sorted(tensors, key=lambda name: (-WIDTH[tensors[name].dtype], name))
     with replacing(path, kind, overwrite) as file:

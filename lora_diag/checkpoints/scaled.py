@@ -198,7 +198,9 @@ def grid_of(
             match the weight's.
     """
     weight, scales = source[name], source[scale]
-    exponents = {"float8_e8m0fnu", *(("uint8",) if weight.dtype in FLOAT8 else ())}
+    exponents = {"float8_e8m0fnu"}
+    if weight.dtype in FLOAT8:
+        exponents.add("uint8")
     if scales.dtype not in FLOAT_DTYPES | exponents:
         raise damaged_tensor(
             source, scale, f"is stored as {scales.dtype}, but scales must be floats"
@@ -217,11 +219,9 @@ def grid_of(
         or min(block) < 1
         or (down, across) != (-(-rows // block[0]), -(-columns // block[1]))
     ):
-        expected = (
-            f" in blocks of {configured_block[0]} × {configured_block[1]}"
-            if configured_block
-            else ""
-        )
+        expected = ""
+        if configured_block:
+            expected = f" in blocks of {configured_block[0]} × {configured_block[1]}"
         problem = (
             f"has shape {list(scales.shape)}, which does not match {name} "
             f"{list(weight.shape)}{expected}"

@@ -106,11 +106,7 @@ class Store:
         return self.__dict__ | {"_fs": None, "_known": known}
 
     def file_info(self, address: str) -> FileInfo | None:
-        """Return the properties of a file; None if it does not exist.
-
-        Raises:
-            InputError: The store cannot be reached, denies access, or gives an invalid answer.
-        """
+        """Return the properties of a file; None if it does not exist."""
         if address not in self._known:
             self._known[address] = self._find(address)
         return self._known[address]
@@ -154,17 +150,12 @@ def filesystem(scheme: str, **options: Any) -> Any:
     Args:
         scheme: A scheme of fsspec.
         options: Options of a new file system; an existing one is returned as it is.
-
-    Raises:
-        InputError: The package is not installed; the message gives the command that installs it.
     """
     settings = frozenset(item for item in os.environ.items() if item[0].startswith(SETTINGS))
     key = (scheme, os.getpid(), settings)
     if key not in _FILE_SYSTEMS:
-        package = {"s3": "s3fs", "gs": "gcsfs"}.get(scheme)
-        with require(
-            f"the scheme {scheme}://", "remote", *([package] if package else []), kind=InputError
-        ):
+        packages = {"s3": ["s3fs"], "gs": ["gcsfs"]}.get(scheme, [])
+        with require(f"the scheme {scheme}://", "remote", *packages, kind=InputError):
             import fsspec
 
             _FILE_SYSTEMS[key] = fsspec.filesystem(scheme, skip_instance_cache=True, **options)

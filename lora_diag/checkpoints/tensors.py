@@ -102,11 +102,7 @@ class TensorFile:
         raise NotImplementedError
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the bytes of a small tensor; without torch where the format allows it.
-
-        Raises:
-            InputError: They cannot be read.
-        """
+        """Return the bytes of a small tensor; without torch where the format allows it."""
         import torch
 
         return self.read(name, 0, self.tensors[name].numel).view(torch.uint8).numpy().tobytes()
@@ -136,9 +132,6 @@ class TensorFile:
     def read_range(self, name: str, start: int, stop: int) -> Numbers:
         """Return the entries ``start:stop`` of a tensor, float32 or float64; without torch where
         ``decodes`` is true.
-
-        Raises:
-            InputError: They cannot be read.
         """
         return self.read(name, start, stop).double().numpy()
 

@@ -117,9 +117,8 @@ class ZeroFolder(PartsFolder):
             raise damaged(
                 self.path, "aligns parameters one by one, which is not supported", self._fix
             )
-        tensors = dict(
-            (self._read_partitioned if stage == 3 else self._read_consecutive)(groups, flats)
-        )
+        read = self._read_partitioned if stage == 3 else self._read_consecutive
+        tensors = dict(read(groups, flats))
         tensors |= self._read_frozen_and_buffers(archive, state, ranks if stage == 3 else 1)
         for alias, name in _list_aliases(state.get("shared_params")):
             if name in tensors:
@@ -176,12 +175,14 @@ class ZeroFolder(PartsFolder):
         self, archive: Archive, state: Mapping[Any, Any], ranks: int
     ) -> Iterator[tuple[str, Boxes]]:
         """Yield buffers, and frozen parameters from the model files of ``ranks`` ranks."""
-        module, buffers = _get_dict(state, "module"), state.get("buffer_names")
-        for name in buffers if isinstance(buffers, list) else ():
-            if (
-                isinstance(name, str)
-                and (tensor := archive.tensor(module.get(name), name)) is not None
-            ):
+        module = _get_dict(state, "module")
+        buffers = state.get("buffer_names")
+        names = buffers if isinstance(buffers, list) else []
+        for name in names:
+            if not isinstance(name, str):
+                continue
+            tensor = archive.tensor(module.get(name), name)
+            if tensor is not None:
                 yield name, self._join(name, tensor.shape, [tensor])
         if not (frozen := self._check_shapes(_get_dict(state, "frozen_param_shapes"))):
             return
@@ -322,10 +323,9 @@ def _find_rank_files(folder: Path) -> list[Path]:
                 path, "is of unsupported model or expert parallelism", "convert it with DeepSpeed"
             )
         by_rank[int(match[1])] = path
-    if (
-        missing := next((rank for rank, known in enumerate(sorted(by_rank)) if rank != known), None)
-    ) is not None:
-        raise damaged(folder, f"the optimizer file of rank {missing} is missing", COPY_ALL)
+    for rank, known in enumerate(sorted(by_rank)):
+        if rank != known:
+            raise damaged(folder, f"the optimizer file of rank {rank} is missing", COPY_ALL)
     return [by_rank[rank] for rank in sorted(by_rank)]
 
 
@@ -348,7 +348,9 @@ def _list_numbers(value: Any) -> list[int]:
 
 def _list_aliases(value: Any) -> list[tuple[str, str]]:
     """Return the aliases of shared parameters, each with the name of its parameter."""
-    items = value.items() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        value = list(value.items())
+    items = value if isinstance(value, list) else []
     pairs = [tuple(item) for item in items if isinstance(item, tuple | list) and len(item) == 2]
     return [
         (alias, name) for alias, name in pairs if isinstance(alias, str) and isinstance(name, str)

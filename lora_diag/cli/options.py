@@ -468,13 +468,7 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
 
 
 def _gather_group(group: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a group, parsed from the values of the command line.
-
-    Raises:
-        UsageError: A value is invalid, two options contradict each other, or the output exists and
-            may not be replaced.
-        InputError: The output cannot be written.
-    """
+    """Return the options of a group, parsed from the values of the command line."""
     if "engine" in values:
         for name, (_, option) in CLUSTER.items():
             option.checked(name, values[name])

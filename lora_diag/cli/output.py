@@ -163,10 +163,6 @@ def _public_word(word: str) -> str:
 def print_result(text: str) -> None:
     """Print a result to standard output, without unprintable characters, CI commands and the
     secrets of addresses.
-
-    Raises:
-        BrokenOutputError: The reader closed the pipe.
-        InputError: Standard output is closed, or cannot be written.
     """
     _write_result(
         escape_commands(_make_printable(replace_unencodable(public(text), _find_encoding())))
@@ -176,10 +172,6 @@ def print_result(text: str) -> None:
 def print_annotated(text: str, commands: Sequence[str]) -> None:
     """Print a result between lines at which GitHub Actions stops and resumes to execute commands,
     then own commands.
-
-    Raises:
-        BrokenOutputError: See ``print_result``.
-        InputError: See ``print_result``.
     """
     if text:
         token = secrets.token_hex(16)
@@ -234,10 +226,6 @@ def _write_result(text: str) -> None:
 def print_json(line: str) -> None:
     r"""Print JSON, with ``\u`` escapes of unprintable characters, and of all but ASCII if the
     output is not UTF-8.
-
-    Raises:
-        BrokenOutputError: See ``print_result``.
-        InputError: See ``print_result``.
     """
     is_utf8 = _find_encoding().lower() == "utf-8"
 

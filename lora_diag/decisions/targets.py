@@ -86,11 +86,7 @@ def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
 
 
 def read_memory(amount: int | str) -> int:
-    """Return the bytes of ``--memory-budget``; an integer counts bytes.
-
-    Raises:
-        UsageError: The amount is not a size above 0.
-    """
+    """Return the bytes of ``--memory-budget``; an integer counts bytes."""
     return read_bytes(f"{amount}B" if isinstance(amount, int) else amount, "--memory-budget")
 
 

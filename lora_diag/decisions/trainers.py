@@ -101,9 +101,6 @@ def format_settings(trainer: str, config: Mapping[str, Any]) -> str:
     Args:
         trainer: One of ``TRAINERS``.
         config: Content of ``adapter_config.json``.
-
-    Raises:
-        UsageError: The trainer cannot express the config.
     """
     settings = settings_of(trainer, config)
     if trainer != "unsloth":

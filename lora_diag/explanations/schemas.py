@@ -13,7 +13,8 @@ from pydantic import BaseModel, Field, TypeAdapter
 
 from lora_diag import catalog
 from lora_diag.errors import DONE, UsageError
-from lora_diag.explanations.terms import SHARED, document_fields, find_models
+from lora_diag.explanations.terms import SHARED, find_models
+from lora_diag.records.base import document_fields
 
 if TYPE_CHECKING:
     from lora_diag.cli.options import Shown

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
-from inspect import getdoc
 from typing import Literal, get_args, get_origin
 
 from pydantic import BaseModel
 
 from lora_diag import catalog
 from lora_diag.records import run
-from lora_diag.records.base import Record
+from lora_diag.records.base import Record, document_fields
 
 # Records of every command.
 SHARED: tuple[type[Record], ...] = (run.Run, run.LeftOut, run.End)
@@ -41,27 +40,6 @@ class Term:
     role: str
     text: str
     others: tuple[str, ...] = ()
-
-
-def document_fields(kind: type[BaseModel]) -> dict[str, str]:
-    """Return the documentation of fields of a class by name: ``Field(description=)``, or the entry
-    in a docstring.
-
-    >>> document_fields(run.Run)["schema"]
-    'Version of the fields, 1.'
-    """
-    found: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
-        _, _, args = doc.partition("Args:\n")
-        for name, text in re.findall(
-            r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE
-        ):
-            found[name] = " ".join(text.split())
-    described = {
-        name: field.description for name, field in kind.model_fields.items() if field.description
-    }
-    return {**found, **described}
 
 
 def find_models(kind: type[BaseModel]) -> list[type[BaseModel]]:
@@ -194,7 +172,7 @@ def _find_columns() -> Iterator[Term]:
             yield Term(
                 shown.title,
                 f"column of {command}",
-                f"{_capitalize(shown.about.rstrip('.'))}.",
+                f"{shown.about.rstrip('.')}.",
                 (shown.head, shown.path),
             )
 

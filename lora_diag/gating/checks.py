@@ -446,9 +446,6 @@ def compare_inputs(
     Returns:
         The results with the state of their inputs, and by path the fingerprints of ``shipped``
             without results.
-
-    Raises:
-        InputError: A file of ``shipped`` cannot be read.
     """
     weights = {str(path): _open_weights(path) for path in shipped}
     paths = {opened.fingerprint: path for path, opened in weights.items()}
@@ -469,11 +466,7 @@ class Weights:
 
 
 def _open_weights(path: Path | str) -> Weights:
-    """Open a checkpoint or an adapter, and take its fingerprint.
-
-    Raises:
-        InputError: It cannot be read.
-    """
+    """Open a checkpoint or an adapter, and take its fingerprint."""
     from lora_diag.adapters import Adapter, open_input
 
     opened = open_input(path, "rank")

@@ -112,12 +112,6 @@ def run_init(
 ) -> int:
     """Print a policy, or write it and print the outcome of the results it is made from; return the
     exit code.
-
-    Raises:
-        UsageError: The output may not be replaced, or the policy does not fit the results.
-        InputError: Results cannot be read, did not finish or have no value to compare, or the
-            output cannot be written.
-        NothingComparedError: There is nothing to judge.
     """
     check_outputs(results, [(output, POLICY)], overwrite)
     from lora_diag.gating.run import gate_init

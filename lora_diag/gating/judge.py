@@ -70,12 +70,6 @@ def judge(
             except for the check
         ``missing`` without a baseline; then a warning for each waiver that has expired or was not
             applied.
-
-    Raises:
-        UsageError: A rule selects nothing in the results, or its field or condition does not fit
-            their records.
-        NothingComparedError: The results have no records, or none that a rule or a built-in check
-            applies to.
     """
     _refuse_nothing(policy, sources)
     _check_selectors(policy, sources)

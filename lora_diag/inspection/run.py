@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from lora_diag.adapters import Adapter
+from lora_diag.adapters import Adapter, open_input
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import Checkpoint, as_path
@@ -20,11 +20,11 @@ from lora_diag.errors import InputError
 from lora_diag.records import Results, is_results_file
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.names import module_type_of
-from lora_diag.records.run import AdaptedWeight, Inventory, StoredTensor
+from lora_diag.records.run import AdaptedWeight, Inventory, ListedTensor
 from lora_diag.rendering.tables import Grid, grid_of
 from lora_diag.rendering.text import count, safe, to_text
 from lora_diag.running.fingerprint import legible
-from lora_diag.running.inputs import MOMENTS, open_input
+from lora_diag.running.inputs import MOMENTS
 
 
 def inspect(
@@ -79,10 +79,10 @@ def inspect(
     )
 
 
-def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
+def _list_tensors(checkpoint: Checkpoint) -> tuple[ListedTensor, ...]:
     """Return the descriptions of all tensors, in natural order of their names."""
     return tuple(
-        StoredTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
+        ListedTensor(layer=name, shape=info.shape, dtype=info.dtype, left_out=why_left_out(info))
         for name in sorted(checkpoint, key=natural_order)
         if (info := checkpoint[name])
     )
@@ -91,12 +91,7 @@ def _list_tensors(checkpoint: Checkpoint) -> tuple[StoredTensor, ...]:
 def inspect_any(
     path: str, *, alpha: float | None = None, alpha_is_rank: bool = False
 ) -> Inventory | Results[Any]:
-    """Return the records of a results file, or the contents of a checkpoint or an adapter.
-
-    Raises:
-        InputError: The path cannot be read, or is a results file that ``read_results`` refuses.
-        UsageError: As ``inspect``.
-    """
+    """Return the records of a results file, or the contents of a checkpoint or an adapter."""
     if is_results_file(path):
         return read_results(path)
     return inspect(path, alpha=alpha, alpha_is_rank=alpha_is_rank)
@@ -117,16 +112,16 @@ def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) 
     grid = (
         _make_grid(AdaptedWeight.shown, inventory.adapts)
         if inventory.adapts
-        else _make_grid(StoredTensor.shown, inventory.tensors)
+        else _make_grid(ListedTensor.shown, inventory.tensors)
     )
     return to_text(Group(Text(_make_headline(inventory)), *grid.render(width)), width, color)
 
 
-def _make_grid(shown: Sequence[Shown], records: Sequence[StoredTensor | AdaptedWeight]) -> Grid:
+def _make_grid(shown: Sequence[Shown], records: Sequence[ListedTensor | AdaptedWeight]) -> Grid:
     """Return a table with a row for each module type and each combination of its
     records' values.
     """
-    groups: dict[tuple[Any, ...], list[StoredTensor | AdaptedWeight]] = {}
+    groups: dict[tuple[Any, ...], list[ListedTensor | AdaptedWeight]] = {}
     for record in records:
         key = (
             module_type_of(record.layer),

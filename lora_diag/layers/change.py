@@ -99,9 +99,6 @@ class Change:
         Args:
             shape: ``(out, in)``.
             parts: Number of blocks into which each of 2^20 entries is split.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         if self.streamed is not None:
             yield from (
@@ -137,13 +134,6 @@ class Change:
             vectors: Whether to compute singular vectors, too.
             tol: Maximum error of an energy fraction; not used for factors.
             seed: Seed of random starting vectors.
-
-        Raises:
-            UsageError: The method is unknown, or ``top`` or ``tol`` is invalid; not for factors.
-            InputError: No driver of ``exact``, or of the core of factors, converged; or a file
-                could not be read again.
-            MemoryLimitError: No method fits the memory limit; the error has the norms of ΔW and
-                W_base.
         """
         if self.factors is not None:
             return decompose_factored(*self.factors, top=top, vectors=vectors)
@@ -253,11 +243,7 @@ def _pass_on(blocks: Iterable[Tensor], on_block: Callable[[Tensor], None]) -> It
 
 
 def load_addend(delta: Delta) -> Addend:
-    """Return ΔW with its rows in float64; that of two stored sides is read on demand.
-
-    Raises:
-        InputError: A file could not be read.
-    """
+    """Return ΔW with its rows in float64; that of two stored sides is read on demand."""
     if isinstance(delta, FactoredDelta):
         b, a = delta.load()
         return Product(b.double(), a.double())
@@ -281,13 +267,9 @@ def bytes_of(delta: Delta, allowance: Allowance | None) -> int:
     """
     if allowance is None or isinstance(delta, FactoredDelta):
         return footprint(delta)
-    entry = (
-        COMPUTED_ENTRY_BYTES
-        if isinstance(delta, DenseDelta)
-        else 8
-        if "float64" in delta.dtypes
-        else 4
-    )
+    entry = COMPUTED_ENTRY_BYTES
+    if isinstance(delta, StoredDelta):
+        entry = 8 if "float64" in delta.dtypes else 4
     return min(allowance.limit, whole_bytes(delta.shape, allowance, entry))
 
 
@@ -322,9 +304,6 @@ def form_tuned(delta: Delta, change: Change, before: Tensor, device: torch.devic
 def compute_on_device(compute: Callable[[torch.device], T], device: torch.device) -> tuple[T, str]:
     """Compute on a device, or on the CPU if the device is out of memory; return the result and a
     note for the record.
-
-    Raises:
-        MemoryLimitError: This machine is out of memory.
     """
     with _report_failed_allocations(), use_own_stream(device):
         try:
@@ -361,18 +340,12 @@ def measure_on_device(measure: Callable[[torch.device], T], device: str) -> T:
     Args:
         measure: Measures a layer; returns a record, or a tuple of records.
         device: As in ``--device``.
-
-    Raises:
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: This machine is out of memory.
     """
     records, note = compute_on_device(measure, resolve_device(device))
-    result: Any = (
-        tuple(append_note(record, note) for record in records)
-        if isinstance(records, tuple)
-        else None
-    )
-    return append_note(records, note) if result is None else result
+    if not isinstance(records, tuple):
+        return append_note(records, note)
+    result: Any = tuple(append_note(record, note) for record in records)
+    return result  # type: ignore[no-any-return]
 
 
 def append_note(record: T, note: str) -> T:

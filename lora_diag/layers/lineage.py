@@ -28,7 +28,7 @@ MAX_RATIO = 1e4
 COSINE_TO_BASE = Shown(
     "cosine_to_base",
     "cos(W, W + ΔW)",
-    "cosine of the base weight and the tuned weight; in brackets: by chance",
+    "Cosine of the base weight and the tuned weight; in brackets: by chance",
     axis="cosine of W_base and W_tuned",
     drop=11,
     head="cos W",

@@ -155,11 +155,9 @@ class Metric:
         Args:
             other: X in the plain metric; None for X = 0.
             rank: Rank of X, for the lower bound; None without one.
-
-        Raises:
-            MemoryLimitError: With a root: X does not fit into memory as a whole.
         """
-        fro, gap, norm, inner = self.factors.fro, self.factors.fro, 0.0, 0.0
+        fro = gap = self.factors.fro
+        norm = inner = 0.0
         if other is not None:
             if self.root is not None:
                 other = times(other, self.root, self.on_rows)
@@ -193,10 +191,6 @@ def weigh(change: Change, delta: Delta, weighting: Weighting, device: torch.devi
         delta: Its layer.
         weighting: C, and G.
         device: Where to compute.
-
-    Raises:
-        InputError: A second moment is invalid, or a file could not be read.
-        MemoryLimitError: ΔW does not fit into memory as a whole.
     """
     roots = [
         read_root(moments, device)
@@ -261,11 +255,7 @@ def _measure_gains(change: Change, shape: tuple[int, int], roots: list[Root]) ->
 
 
 def fro_of(change: Change) -> float:
-    """Return ‖ΔW‖_F; of factors without forming their product.
-
-    Raises:
-        InputError: No driver converged for the core of the factors.
-    """
+    """Return ‖ΔW‖_F; of factors without forming their product."""
     if change.fro is not None:
         return change.fro
     assert change.factors is not None

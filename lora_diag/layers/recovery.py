@@ -159,12 +159,11 @@ class Estimate:
 
         Args:
             spans: Row ranges of the blocks; None for small ones.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         assert self.cells is not None
-        for first, last in self.cells.spans() if spans is None else spans:
+        if spans is None:
+            spans = self.cells.spans()
+        for first, last in spans:
             block = self.law.moments(self.cells.rows(first, last), first).mean
             if self.scales is not None:
                 block = block * self.scales.of_rows(first, last)
@@ -185,9 +184,6 @@ class Estimate:
         Args:
             memory: The limit in bytes; None without limit.
             stretch: Factor by which it is multiplied.
-
-        Raises:
-            InputError: A file could not be read again.
         """
         assert self.cells is not None
         shape = self.cells.shape
@@ -423,57 +419,25 @@ def recover_layer(
         The estimate, whose ``hidden.status`` is ``not_hidden``, ``refused``, ``size_only`` or
             ``recovered``; the first
         two have no cells.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: The limit is too small for row blocks.
     """
     check_cell_memory(delta.shape, memory)
-    samples = [_read_sample(side, delta.shape) for side in (delta.base, delta.tuned)]
-    whole = len(samples[1]) // delta.shape[1] * delta.shape[1]
-    base, tuned = (sample[:whole].view(-1, delta.shape[1]) for sample in samples)
-    if not delta.tuned.is_quantized and is_dequantized(tuned) and is_dequantized(tuned, base):
-        return _make_refusal(
-            0.0, "TUNED was dequantized from 4 bits, whose rounding cells are unknown"
-        )
-    stored = [
-        _Stored.of(side, sample)
-        for side, sample in zip((delta.base, delta.tuned), samples, strict=True)
-    ]
-    if stored[0] is None or stored[1] is None:
-        side = delta.base if stored[0] is None else delta.tuned
-        return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
-    if fro == 0.0:
-        return _make_refusal(1.0, "no entry changed, so the size of the update has no lower bound")
-    unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
-    pair = _StoredPair(stored[0], stored[1], delta, unit, device)
+    pair = _pair_sides(delta, fro, device)
+    if isinstance(pair, Estimate):
+        return pair
     whole_fits = memory is None or recovery_bytes(delta.shape) <= memory
     keep = memory is None or _min_bytes(delta.shape) + 4 * pair.entries <= memory
     pair, all_cells, stats = _read_cells(pair, whole_fits)
+    if decided := _decide_without_fit(stats, pair.entries, fro):
+        return decided
     unchanged = stats.unchanged / pair.entries
-    changed = pair.entries - stats.unchanged
-    if (
-        stats.width < RESOLVED * stats.square and unchanged < MAX_UNCHANGED
-    ) or stats.reach < RESOLVED * stats.square:
-        rounding = stats.width / stats.square
-        reason = (
-            f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the "
-            "entries are equal"
-        )
-        return Estimate(
-            Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro)
-        )
-    if changed < MIN_COUNT:
-        return _make_refusal(
-            unchanged,
-            f"only {changed} entries changed, which is too few to estimate the size of the update",
-        )
     rms = math.sqrt(stats.square / pair.entries)
     merged, start, start_gain = _choose_start(all_cells.merge(), rms)
     cells = all_cells if merged.rounded else all_cells.exact_start()
     size = fit_size(merged, rms)
     model = _fit_model(pair, cells, merged, size, start, seed, keep)
-    fit, size, scales = model.fit, model.size, model.scales
+    fit = model.fit
+    size = model.size
+    scales = model.scales
     common: dict[str, Any] = {
         "unchanged": unchanged,
         "start": start,
@@ -483,10 +447,9 @@ def recover_layer(
         "fit_misplaced": fit.misplaced,
         "fit_uneven": fit.unevenness,
         "scales": scales is not None,
-        "kurtosis": model.law.shape.kurtosis
-        if scales is None and model.recovered is None
-        else None,
     }
+    if scales is None and model.recovered is None:
+        common["kurtosis"] = model.law.shape.kurtosis
     if fit.is_rejected(start):
         reason = (
             f"the changed entries do not fit an update of one size: χ²/df = {fit.chi:.3g} over "
@@ -495,19 +458,14 @@ def recover_layer(
             "master weights, or of some entries only"
         )
         return Estimate(Hidden(status="refused", reason=reason, **common))
-    recovered = (
-        model.recovered if model.recovered is not None else recover(model.cells, size, seed, keep)
-    )
+    recovered = model.recovered
+    if recovered is None:
+        recovered = recover(model.cells, size, seed, keep)
     fro_estimate, error, density = _measure_norm(model)
     fault = _find_fault(recovered, scales, fro_estimate)
     if fault is not None and model.recovered is not None:
-        return Estimate(
-            Hidden(
-                status="refused",
-                reason=f"one size does not fit without directions, and {fault}",
-                **common,
-            )
-        )
+        reason = f"one size does not fit without directions, and {fault}"
+        return Estimate(Hidden(status="refused", reason=reason, **common))
     stored_fro = fro_estimate * pair.unit
     common |= {
         "kurtosis": None if density is None else density.kurtosis,
@@ -544,6 +502,57 @@ def recover_layer(
     )
     law = Law(recovered.deviation, recovered.low_rank)
     return Estimate(hidden, model.cells, law, scales, pair.unit, curve)
+
+
+def _pair_sides(delta: StoredDelta, fro: float, device: torch.device) -> _StoredPair | Estimate:
+    """Return both stored sides; a refusal where their rounding cells are unknown, or D = 0."""
+    base_sample, tuned_sample = (
+        _read_sample(side, delta.shape) for side in (delta.base, delta.tuned)
+    )
+    columns = delta.shape[1]
+    whole = len(tuned_sample) // columns * columns
+    base_rows = base_sample[:whole].view(-1, columns)
+    tuned_rows = tuned_sample[:whole].view(-1, columns)
+    if (
+        not delta.tuned.is_quantized
+        and is_dequantized(tuned_rows)
+        and is_dequantized(tuned_rows, base_rows)
+    ):
+        reason = "TUNED was dequantized from 4 bits, whose rounding cells are unknown"
+        return _make_refusal(0.0, reason)
+    base = _Stored.of(delta.base, base_sample)
+    tuned = _Stored.of(delta.tuned, tuned_sample)
+    if base is None or tuned is None:
+        side = delta.base if base is None else delta.tuned
+        return _make_refusal(0.0, f"the rounding cells of {side.info.stored} are unknown")
+    if fro == 0.0:
+        return _make_refusal(1.0, "no entry changed, so the size of the update has no lower bound")
+    unit = 2.0 ** round(math.log2(fro / math.sqrt(math.prod(delta.shape))))
+    return _StoredPair(base, tuned, delta, unit, device)
+
+
+def _decide_without_fit(stats: _Stats, entries: int, fro: float) -> Estimate | None:
+    """Return the estimate of a layer that rounding hides hardly, or that has too few changed
+    entries; else None.
+    """
+    unchanged = stats.unchanged / entries
+    changed = entries - stats.unchanged
+    limit = RESOLVED * stats.square
+    if stats.reach < limit or (stats.width < limit and unchanged < MAX_UNCHANGED):
+        rounding = stats.width / stats.square
+        reason = (
+            f"rounding contributes {rounding:.2g} of ‖ΔW‖², and {unchanged:.2g} of the "
+            "entries are equal"
+        )
+        return Estimate(
+            Hidden(status="not_hidden", reason=reason, unchanged=unchanged, fro_estimate=fro)
+        )
+    if changed < MIN_COUNT:
+        reason = (
+            f"only {changed} entries changed, which is too few to estimate the size of the update"
+        )
+        return _make_refusal(unchanged, reason)
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -590,36 +599,24 @@ def _fit_model(
 
     def test_shape(found: Shaped | Density) -> _Model:
         law = Law(found.deviation, shape=found.shape)
-        return _Model(
-            cells, merged, size, None, _compare_binades(pair, cells, law, None, start), law
-        )
+        fit = _compare_binades(pair, cells, law, None, start)
+        return _Model(cells, merged, size, None, fit, law)
 
     plain = test_shape(hidden_models.fit_shape(merged, size.deviation))
     if plain.fit.is_rejected(start):
         density = hidden_models.fit_density(merged, size.deviation)
         if MIN_KURTOSIS <= density.kurtosis < NORMAL.kurtosis:
-            flat = test_shape(
-                density
-            )  # a fit of its deviation to all entries moved it by less than its tolerance
+            # A fit of its deviation to all entries moved it by less than its tolerance.
+            flat = test_shape(density)
             if not flat.fit.is_rejected(start):
                 return flat
     tried = [plain]
-    if (
-        plain.fit.is_rejected(start)
-        and (scaled := hidden_models.fit_scales(cells, size)) is not None
-    ):
+    scaled = hidden_models.fit_scales(cells, size) if plain.fit.is_rejected(start) else None
+    if scaled is not None:
         scales, divided, fitted = scaled
         law = Law(fitted.deviation)
-        tried.append(
-            _Model(
-                divided,
-                merged,
-                fitted,
-                scales,
-                _compare_binades(pair, divided, law, scales, start),
-                law,
-            )
-        )
+        fit = _compare_binades(pair, divided, law, scales, start)
+        tried.append(_Model(divided, merged, fitted, scales, fit, law))
     for model in tried:
         if not model.fit.is_rejected(start):
             return model
@@ -669,40 +666,32 @@ def estimate_hidden_energy(delta: StoredDelta) -> float:
 
     It is 0 where nothing can be estimated. Layers are ranked by it; its error is that of the
     sample.
-
-    Raises:
-        InputError: A file could not be read.
     """
     rows, columns = delta.shape
     span_rows = max(1, RANKING_ENTRIES // (RANKING_SPANS * max(1, columns)))
     first_rows = range(0, max(1, rows - span_rows + 1), max(1, rows // RANKING_SPANS))
     spans = [(first, min(rows, first + span_rows)) for first in first_rows]
-    sides = (delta.base, delta.tuned)
-    blocks = [
+    base_blocks, tuned_blocks = (
         [side.read(first * columns, last * columns).view(-1, columns) for first, last in spans]
-        for side in sides
-    ]
-    stored = [
-        _Stored.of(side, torch.cat(parts).flatten())
-        for side, parts in zip(sides, blocks, strict=True)
-    ]
-    square = sum(
-        float((t.double() - w.double()).square().sum()) for w, t in zip(*blocks, strict=True)
+        for side in (delta.base, delta.tuned)
     )
-    if stored[0] is None or stored[1] is None or not 0.0 < square < math.inf:
+    base = _Stored.of(delta.base, torch.cat(base_blocks).flatten())
+    tuned = _Stored.of(delta.tuned, torch.cat(tuned_blocks).flatten())
+    pairs = list(zip(base_blocks, tuned_blocks, strict=True))
+    differences = [t.double() - w.double() for w, t in pairs]
+    square = sum(float(block.square().sum()) for block in differences)
+    if base is None or tuned is None or not 0.0 < square < math.inf:
         return 0.0
-    count = sum(block.numel() for block in blocks[0])
+    count = sum(block.numel() for block in base_blocks)
     rms = math.sqrt(square / count)
-    pair = _StoredPair(
-        stored[0], stored[1], delta, 2.0 ** round(math.log2(rms)), torch.device("cpu")
+    unit = 2.0 ** round(math.log2(rms))
+    pair = _StoredPair(base, tuned, delta, unit, torch.device("cpu"))
+    cells = join_cells(
+        [pair.cells(first, w, t, False)[0] for (first, _), (w, t) in zip(spans, pairs, strict=True)]
     )
-    cells_of_blocks = [
-        pair.cells(first, w, t, False) for (first, _), w, t in zip(spans, *blocks, strict=True)
-    ]
-    cells = join_cells([part for part, _ in cells_of_blocks])
     deviation = fit_size(cells, rms / pair.unit).deviation
     posterior = moments(cells, 0.0, deviation, fast=True)
-    d = torch.cat([(t.double() - w.double()) / pair.unit for w, t in zip(*blocks, strict=True)])
+    d = torch.cat([block / pair.unit for block in differences])
     missing = float(((posterior.mean - d).square() + posterior.variance).sum(dtype=torch.float64))
     return missing * pair.unit**2 * math.prod(delta.shape) / count
 
@@ -749,10 +738,9 @@ def _choose_start(all_cells: CellMatrix, rms: float) -> tuple[CellMatrix, Start,
     if not all_cells.rounded:
         return all_cells, "stored", None
     cells = all_cells.sample(LARGE_SAMPLE)
-    samples = (cells.exact_start(), cells)
     exact, rounded = (
         hidden_models.fit_shape(each, fit_size(each, rms).deviation, hidden_models.HEAVIEST)
-        for each in samples
+        for each in (cells.exact_start(), cells)
     )
     gain = rounded.log_likelihood - exact.log_likelihood
     return (all_cells, "rounded", gain) if gain > 0 else (all_cells.exact_start(), "stored", gain)

@@ -54,10 +54,6 @@ class LayerTask:
 def left_out_vector(delta: Delta, device: str) -> LeftOut:
     """Return the record of a 1-D tensor, which has no rank: the norm of its change, or why it is
     not finite.
-
-    Raises:
-        InputError: A file could not be read.
-        UsageError: The device is unknown or not available.
     """
     from lora_diag.layers.change import load_change  # deferred: imports torch
     from lora_diag.linalg.devices import resolve_device
@@ -74,10 +70,6 @@ def left_out_rows(unpaired: Unpaired, device: str) -> LeftOut:
     with their norm.
 
     If the rows are not finite, the record says so instead.
-
-    Raises:
-        InputError: The rows could not be read.
-        UsageError: There are rows, and the device is unknown or not available.
     """
     reason, detail, fro = unpaired.reason, unpaired.detail, None
     if unpaired.rows is not None:

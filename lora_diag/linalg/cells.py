@@ -426,7 +426,8 @@ def moments(
     """
     if cells.widths:
         return _interpolate(cells, mean, deviation, likelihood)
-    return _integrate_cells(cells, mean, deviation, *(FAST if fast else NODES[cells.lo.dtype]))
+    nodes, reach = FAST if fast else NODES[cells.lo.dtype]
+    return _integrate_cells(cells, mean, deviation, nodes, reach)
 
 
 def _integrate_cells(

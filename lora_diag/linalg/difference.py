@@ -354,11 +354,9 @@ def _norm(block: Tensor) -> float:
     if block.dtype != torch.float64 or 1e-140 < plain < 1e140:
         return plain
     largest = float(block.abs().max())  # squares of float64 numbers may underflow or overflow
-    return (
-        plain
-        if largest in {0.0, math.inf} or math.isnan(largest)
-        else largest * _norm(block / largest)
-    )
+    if largest in {0.0, math.inf} or math.isnan(largest):
+        return plain
+    return largest * _norm(block / largest)
 
 
 def _move_blocks(
@@ -476,9 +474,7 @@ def first_non_finite(beginning: str, values: Tensor, first_row: int = 0) -> str 
         'B holds inf at [1, 1]'
     """
     if math.isfinite(float(torch.linalg.vector_norm(values, dtype=torch.float64))):
-        return (
-            None  # a fifth of the time of checking every entry, a tenth of that of a whole adapter
-        )
+        return None  # a fifth of the time of checking every entry, a tenth of a whole adapter's
     bad = ~torch.isfinite(values)
     if not bad.any():
         return None

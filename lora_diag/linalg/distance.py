@@ -308,9 +308,6 @@ def frobenius_distance(x: Matrix, y: Matrix) -> float:
     """Return ‖X − Y‖_F; for two products by QR of their stacked factors, so that small distances
     lose no digits.
 
-    Raises:
-        InputError: No driver converged for the core of two products.
-
     Example:
         >>> x = (torch.ones(2, 1), torch.ones(1, 3))
         >>> [

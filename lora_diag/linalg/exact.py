@@ -191,9 +191,6 @@ def decompose_exact(
         2δ√r‖A‖_F + rδ². p is "a modestly growing function" of the dimensions; max(m, n) is used,
             far above observed
         values.
-
-    Raises:
-        InputError: No driver converged.
     """
     decomposed = svd(matrix.to(torch.float64), vectors)
     kept = decomposed.s[:top]
@@ -228,7 +225,8 @@ def svd(matrix: Tensor, vectors: bool) -> Svd:
     """
     device = matrix.device
     matrix = move_if_small(matrix)
-    for driver in CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS:
+    drivers = CUDA_DRIVERS if matrix.is_cuda else CPU_DRIVERS
+    for driver in drivers:
         try:
             u, s, vh = _run_driver(matrix, driver, vectors)
         except (torch.linalg.LinAlgError, np.linalg.LinAlgError):  # type: ignore[attr-defined]
@@ -279,9 +277,6 @@ def decompose_factored(
         δB)(A + δA) with ‖δB‖_F ≤ p·ε·‖B‖_F and likewise for A (Higham 2002, theorem 19.4), so each
             has an error of at
         most δ = 2p·ε·‖B‖_F‖A‖_F, with p = (m + n)·r.
-
-    Raises:
-        InputError: No driver converged for the core.
     """
     b, a = b.to(torch.float64), a.to(torch.float64)
     scales = (

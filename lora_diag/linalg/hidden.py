@@ -56,7 +56,10 @@ MIN_GAIN, MIN_IMPROVEMENT = 3.0, 2.0
 
 # Fraction of the entries whose cells are held out to test the estimator, their largest number, how
 # many of them s is fitted to at most, and how many random numbers are drawn at a time.
-HELD_OUT_FRACTION, MAX_HELD_OUT, MAX_FITTED, DRAW_BLOCK = 0.05, 2**20, 2**17, 2**20
+HELD_OUT_FRACTION = 0.05
+MAX_HELD_OUT = 2**20
+MAX_FITTED = 2**17
+DRAW_BLOCK = 2**20
 
 # Normal deviate of the upper end of an interval of 95%.
 Z95 = 1.96
@@ -570,11 +573,9 @@ def recover(cells: CellMatrix, size: Size, seed: int = 0, keep: bool = True) -> 
 def _draw_held_out(shape: tuple[int, int], seed: int, device: torch.device) -> Tensor:
     """Return the held-out entries as row-major indices, ascending; at least one."""
     total = math.prod(shape)
-    share, random, parts = (
-        min(HELD_OUT_FRACTION, MAX_HELD_OUT / total),
-        torch.Generator().manual_seed(seed),
-        [],
-    )
+    share = min(HELD_OUT_FRACTION, MAX_HELD_OUT / total)
+    random = torch.Generator().manual_seed(seed)
+    parts = []
     for first in range(0, total, DRAW_BLOCK):
         draw = torch.rand(min(DRAW_BLOCK, total - first), generator=random)
         parts.append((draw <= share).nonzero()[:, 0] + first)

@@ -120,7 +120,8 @@ def inertia_bound(
     last = float(squares[top - 1])
     upper = torch.full((top,), math.inf, dtype=torch.float64, device=squares.device)
     least = max(last, ABOVE * mu)  # a smaller x than θ_K² improves none of the K bounds
-    for x in [least] if last > CONVERGED * mu else [factor * least for factor in FARTHER]:
+    points = [least] if last > CONVERGED * mu else [factor * least for factor in FARTHER]
+    for x in points:
         if x > mu:
             above = torch.linalg.eigvalsh(torch.diag(squares) + bounded / (x - mu)).flip(0)[:top]
             upper = torch.minimum(upper, above.clamp(min=x))
@@ -470,7 +471,10 @@ class _Progress:
     """
 
     def __init__(self, shape: tuple[int, ...], top: int, tol: float, budget: float) -> None:
-        self.shape, self.top, self.tol, self.budget = shape, top, tol, budget
+        self.shape = shape
+        self.top = top
+        self.tol = tol
+        self.budget = budget
         self.full = full_cost(shape)
         self.checks: list[tuple[int, float]] = []
         self.rate = self.refuted = 0.0
@@ -526,11 +530,9 @@ class _Progress:
                 rate = min(rate, CREEP)
             if costly and rate < SLOWER * self.rate:
                 return max_columns + 1
-            needed = (
-                (SLOW if flat else NEXT) * math.log(bound / self.tol) / rate
-                if rate > 0
-                else math.inf
-            )
+            needed = math.inf
+            if rate > 0:
+                needed = (SLOW if flat else NEXT) * math.log(bound / self.tol) / rate
         self.rate, self.mildly = rate, False
         total = math.ceil(columns + max(1, min(needed, max_columns)))
         if self.cost(total, self.top) > self.budget:

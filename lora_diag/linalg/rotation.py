@@ -72,9 +72,6 @@ def leading_spaces(
         tol: As in ``decompose``, for ``krylov``.
         seed: Seed of random starting vectors, for ``krylov``.
 
-    Raises:
-        InputError: No driver of ``exact`` converged.
-
     Example:
         >>> spaces = leading_spaces(torch.diag(torch.tensor([3.0, 1.0, 2.0])), 2)
         >>> spaces.s.tolist(), spaces.u.abs().round().tolist()

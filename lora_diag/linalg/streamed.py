@@ -133,13 +133,9 @@ def _normal_by_rows(a: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """
     product = x.new_empty(len(a), x.shape[1])
     back = x.new_zeros(x.shape[1], a.shape[1])
-    rows = (
-        PASS_ROWS
-        if torch.get_num_threads() > 1
-        else LARGE_ROWS
-        if a.numel() >= LARGE
-        else SMALL_ROWS
-    )
+    rows = LARGE_ROWS if a.numel() >= LARGE else SMALL_ROWS
+    if torch.get_num_threads() > 1:
+        rows = PASS_ROWS
     for part, out in zip(torch.split(a, rows), torch.split(product, rows), strict=True):
         torch.mm(part, x, out=out)
         back.addmm_(out.T, part)  # a thin matrix on the left, see ``times``

@@ -73,7 +73,7 @@ FEATURE = Feature(
             annotations=".show:list_annotations",
         ),
     ),
-    records=(".record:Finding", ".record:StepShare"),
+    records=(".record:LintFinding", ".record:StepShare"),
     functions=(".run:lint",),
     statements=".show:lint_lines",
     table=".show:lint_table",

@@ -124,9 +124,6 @@ def sample_entries(
         names: The weights; stored as floating-point numbers.
         dtype: The format in which they are trained.
         seed: Seed of the positions.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     types: dict[str, list[str]] = {}
     for name in sorted(names, key=type_order):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Share, Shown, WholeRecord
 
@@ -12,14 +12,14 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
 
 
-class Finding(WholeRecord):
+class LintFinding(WholeRecord):
     """A problem that a rule finds in a configuration.
 
     Args:
         id: The rule; ``loradiag explain ID`` explains it.
-        severity: ``error``: training or serving will not do what the configuration says.
-            ``warning``: likely to cost quality, or outside of what published recipes use. ``note``:
-            a fact to know before training.
+        severity: Severity of the problem. ``error``: training or serving will not do what the
+            configuration says. ``warning``: likely to cost quality, or outside of what published
+            recipes use. ``note``: a fact to know before training.
         where: File, line and key of the setting that causes it.
         line: The line in the file; null if the setting is not in a text file.
         evidence: Numbers and names that the rule read.
@@ -28,12 +28,9 @@ class Finding(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("id", "where", "evidence")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("severity", "severity", "error, warning or note", main=True),
-    )
     record: Literal["finding"] = "finding"
     id: str
-    severity: Severity
+    severity: Annotated[Severity, Shown(main=True)]
     where: str
     line: int | None = None
     evidence: str
@@ -49,30 +46,24 @@ class StepShare(WholeRecord):
         name: The module type; ``all`` for all trained weights.
         dtype: The dtype, ``bfloat16`` or ``float16``.
         lr: Size of the step: the learning rate, as in Adam's first step.
-        moved: Fraction of the entries that change, as the mean of both directions.
+        moved: Fraction of the entries that a step of size ``lr`` changes, as the mean of both
+            directions.
         error: Standard error of ``moved``, from differences of successive sampled ranges; 0 if all
             entries were read.
-        entries: Number of entries.
-        sampled: Number of sampled entries.
+        entries: Number of entries of the weights.
+        sampled: Number of entries that were read.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name", "dtype", "lr")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("entries", "entries", "of the weights", main=True, form="count"),
-        Shown("sampled", "sampled", "entries that were read", main=True, form="count", drop=2),
-        Shown(
-            "moved",
-            "moved by lr",
-            "fraction of entries that a step of size lr changes",
-            main=True,
-            form="small_percent",
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "entries",
+        "sampled",
     )
     record: Literal["step_share"] = "step_share"
     name: str
     dtype: Literal["bfloat16", "float16"]
     lr: float
-    moved: Share
+    moved: Annotated[Share, Shown(title="moved by lr", main=True, form="small_percent")]
     error: float
-    entries: Count
-    sampled: Count
+    entries: Annotated[Count, Shown(main=True, form="count")]
+    sampled: Annotated[Count, Shown(main=True, form="count", drop=2)]

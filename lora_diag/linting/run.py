@@ -26,7 +26,7 @@ from lora_diag.linting.configs import (
     name_optimizer,
     read_settings,
 )
-from lora_diag.linting.record import SEVERITIES, Finding
+from lora_diag.linting.record import SEVERITIES, LintFinding
 from lora_diag.linting.rules import MISSING, RULES, Facts
 from lora_diag.linting.show import as_verdicts
 from lora_diag.records import End, Results, Run, RunInput
@@ -86,7 +86,7 @@ def lint(
 
     Example:
         >>> found = lint("sample_checkpoints/lora_r4", "sample_checkpoints/base", alpha=1)
-        >>> [(finding.id, finding.severity) for finding in found.whole_of(Finding)]
+        >>> [(finding.id, finding.severity) for finding in found.whole_of(LintFinding)]
         []
     """
     arguments = fill_options(LintOptions, options)
@@ -190,11 +190,7 @@ def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
 
 
 def _open_saved(path: Path, facts: Facts) -> Facts:
-    """Return the facts with a saved adapter, or why it does not fit its config or BASE.
-
-    Raises:
-        InputError: Its files cannot be read.
-    """
+    """Return the facts with a saved adapter, or why it does not fit its config or BASE."""
     try:
         facts = replace(facts, adapter=open_adapter(path), mismatch="")
         if facts.adapter is None or facts.base is None or facts.weights is None:
@@ -207,9 +203,9 @@ def _open_saved(path: Path, facts: Facts) -> Facts:
         return replace(facts, mismatch=str(error))
 
 
-def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
+def _judge(facts: Facts) -> tuple[list[LintFinding], list[str], dict[str, str]]:
     """Return the findings, the rules that were judged, and what to give for those that were not."""
-    findings, judged, missing = list[Finding](), list[str](), dict[str, str]()
+    findings, judged, missing = list[LintFinding](), list[str](), dict[str, str]()
     for name, rule in RULES.items():
         if rule.method and facts.settings.method not in {rule.method, None}:
             continue
@@ -235,6 +231,6 @@ def _judge(facts: Facts) -> tuple[list[Finding], list[str], dict[str, str]]:
             where, line = facts.settings.locate(key)
             place = {"severity": severity or rule.severity, "where": where, "line": line}
             findings.append(
-                Finding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source)
+                LintFinding(id=name, **place, evidence=shorten(evidence), fix=fix, source=source)
             )
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity)), judged, missing

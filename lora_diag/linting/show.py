@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_diag.errors import DONE, GATE_FAILED
-from lora_diag.linting.record import SEVERITIES, Finding, StepShare
+from lora_diag.linting.record import SEVERITIES, LintFinding, StepShare
 from lora_diag.records import Results
 from lora_diag.records.verdict import Verdict, outcome
 from lora_diag.rendering.statements import Level, Statement, is_verbose, make_statement
@@ -29,7 +29,7 @@ def lint_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: the number of findings, each finding, and the rules that were not
     judged.
     """
-    findings, settings = results.whole_of(Finding), results.run.settings
+    findings, settings = results.whole_of(LintFinding), results.run.settings
     counts = Counter(finding.severity for finding in findings)
     lead = ", ".join(
         quantity(counts[severity], severity) for severity in SEVERITIES if counts[severity]
@@ -56,7 +56,7 @@ def lint_lines(results: Results[Any]) -> list[Statement]:
 
 def suggest_next(results: Results[Any], values: Mapping[str, Any]) -> str | None:
     """Return the next command: the explanation of the first finding; None without one."""
-    findings = results.whole_of(Finding)
+    findings = results.whole_of(LintFinding)
     return f"loradiag explain {findings[0].id}   (why, and the source)" if findings else None
 
 
@@ -93,7 +93,7 @@ def as_verdicts(results: Results[Any]) -> Results[Any]:
     settings = results.run.settings
     failing = SEVERITIES[: SEVERITIES.index(settings["fail_on"]) + 1]
     verdicts = []
-    for item in results.whole_of(Finding):
+    for item in results.whole_of(LintFinding):
         state = _FAILED if item.severity in failing else _WARNED
         place = {
             "group": item.where,

@@ -53,12 +53,7 @@ class Values:
 
     @staticmethod
     def read(path: Path) -> Values:
-        """Return the settings in a file.
-
-        Raises:
-            InputError: The file cannot be read, is too large, repeats a key, or holds no table.
-            UsageError: It is YAML, and PyYAML is not installed.
-        """
+        """Return the settings in a file."""
         if path.suffix == ".bin":
             values = _read_arguments(path)
         elif path.suffix == ".json":

@@ -207,11 +207,9 @@ def paired_half(error: float | None, sequences: int | None) -> float | None:
         >>> round(paired_half(0.1, 2), 2), paired_half(0.1, None)
         (1.4, 0.2)
     """
-    return (
-        None
-        if error is None
-        else error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
-    )
+    if error is None:
+        return None
+    return error * (errors_needed(degrees_of_freedom(sequences)) if sequences else 2.0)
 
 
 def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
@@ -234,10 +232,8 @@ def blocked_variance(cells: Sequence[Mapping[int, float]]) -> tuple[float, int]:
         ... )  # variance of 0.5 and 0.7, halved
         0.01
     """
-    seeds = {
-        seed: position
-        for position, seed in enumerate(sorted({seed for cell in cells for seed in cell}))
-    }
+    ordered = sorted({seed for cell in cells for seed in cell})
+    seeds = {seed: position for position, seed in enumerate(ordered)}
     runs = [
         (group, seeds[seed], loss)
         for group, cell in enumerate(cells)
@@ -301,9 +297,8 @@ def fit_line(xs: Sequence[float], cells: Sequence[Mapping[int, float]]) -> Line 
         >>> round(found.slope.value, 6), found.slope.freedom
         (-1.0, 3)
     """
-    seeds = {
-        seed: i for i, seed in enumerate(dict.fromkeys(seed for cell in cells for seed in cell))
-    }
+    ordered = dict.fromkeys(seed for cell in cells for seed in cell)
+    seeds = {seed: position for position, seed in enumerate(ordered)}
     runs = [
         (x, seeds[seed], loss)
         for x, cell in zip(xs, cells, strict=True)
@@ -505,13 +500,11 @@ def find_near_duplicates(
     pairs = []
     for i, j in zip(*np.nonzero(np.triu(similar, 1)), strict=True):
         cosine = float(cosines[i, j])
-        relation = (
-            "same"
-            if abs(cosine) >= MIN_SAME_COSINE
-            else "near"
-            if abs(cosine) >= MIN_NEAR_COSINE
-            else "space"
-        )
+        relation = "space"
+        if abs(cosine) >= MIN_SAME_COSINE:
+            relation = "same"
+        elif abs(cosine) >= MIN_NEAR_COSINE:
+            relation = "near"
         pairs.append(NearDuplicate(int(i), int(j), cosine, float(overlaps[i, j]), relation))
     return sorted(pairs, key=lambda pair: (-abs(pair.cosine), pair.first, pair.second))
 

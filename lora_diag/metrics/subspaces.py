@@ -321,15 +321,12 @@ def pool_distances(layers: Sequence[Any]) -> Distances:
             ‖X‖; ``gap``, ‖D − X‖; ``inner``, ⟨D, X⟩; and ``floor``, a lower bound on ‖D − X‖ of X's
             rank.
     """
-    fro, floor = (
-        math.hypot(*norms) for norms in ([x.fro for x in layers], [x.floor for x in layers])
-    )
-    other, gap = (
-        math.hypot(*norms) for norms in ([x.adapter_fro for x in layers], [x.gap for x in layers])
-    )
-    return compute_distances(
-        fro, other, gap, math.fsum(x.inner for x in layers), floor / fro if fro else None
-    )
+    fro = math.hypot(*(layer.fro for layer in layers))
+    floor = math.hypot(*(layer.floor for layer in layers))
+    other = math.hypot(*(layer.adapter_fro for layer in layers))
+    gap = math.hypot(*(layer.gap for layer in layers))
+    inner = math.fsum(layer.inner for layer in layers)
+    return compute_distances(fro, other, gap, inner, floor / fro if fro else None)
 
 
 @dataclass(frozen=True, slots=True)

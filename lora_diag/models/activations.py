@@ -181,10 +181,6 @@ def record(
         after: Called after every batch.
         draw: Also accumulate the output gradients of the loss for these labels; None for inputs
             only.
-
-    Raises:
-        InputError: Layers that shared an input do not share it in every batch, or with ``draw`` the
-            loss is not finite.
     """
     listener = Listener(layers, draw is not None)
     try:

@@ -71,12 +71,7 @@ def check_texts(path: Path | str) -> None:
 
 
 def read_source(path: Path | str) -> TextSource:
-    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``.
-
-    Raises:
-        UsageError: The path is a data set, and datasets is not installed.
-        InputError: The path cannot be read, or holds no such contents.
-    """
+    """Read a text file, JSON lines (``.jsonl``, ``.json``) or a folder of ``datasets``."""
     check_texts(path)
     path = Path(path)
     return _read_data_set(path) if path.is_dir() else _read_file(path)
@@ -142,9 +137,8 @@ def _read_data_set(path: Path) -> TextSource:
     _refuse_outside_paths(path)
     try:
         data = datasets.load_from_disk(str(path))
-    except (
-        Exception
-    ) as error:  # raised by pyarrow, the file system, or a feature unknown to this version
+    # Raised by pyarrow, the file system, or a feature unknown to this version.
+    except Exception as error:
         problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: datasets cannot open it: {problem}") from error
     columns = [name for name in COLUMNS if name in data.column_names]
@@ -176,7 +170,9 @@ def _refuse_outside_paths(path: Path) -> None:
         InputError: A file is outside the folder, or has no valid name; or the state cannot be read.
     """
     files = _read_json(path / _STATE).get("_data_files")
-    for file in files if isinstance(files, list) else []:
+    if not isinstance(files, list):
+        return
+    for file in files:
         name = file.get("filename") if isinstance(file, dict) else None
         if not isinstance(name, str) or PurePath(name).name != name:
             problem = f"names {name!r}, which is not a file in this folder"

@@ -112,6 +112,15 @@ class Losses:
         """
         return paired_difference(self.sums.tolist(), other.sums.tolist(), self.counts.tolist())
 
+    def between(self, base: Losses, tuned: Losses) -> dict[str, Any]:
+        """Return the fields of a record that compare the losses with those of TUNED and BASE, as
+        ``Probe`` documents them.
+        """
+        gap, error = self.minus(tuned)
+        change = base.mean - tuned.mean
+        kept = (base.mean - self.mean) / change + 0.0 if change else None
+        return {"loss": self.mean, "gap": gap, "gap_error": error, "kept": kept}
+
     def compare(self, base: Losses) -> dict[str, Any]:
         """Return the fields of a record that compare the losses with those of BASE, as ``Probe``
         documents them.

@@ -212,12 +212,6 @@ def open_tokens(base: Path | str, length: int | None = None, tokenizer: str = "a
 
     Returns:
         A model whose ``module`` is None.
-
-    Raises:
-        UsageError: An option is invalid, ``base`` is an adapter, or transformers is not installed.
-        InputError: ``base`` does not exist, is remote or a file, transformers cannot open the
-            config or the tokenizer, the tokenizer of a masked model has no mask token, or the kind
-            of model is not supported.
     """
     return _load_model(base, None, "float32", length, tokenizer)
 

@@ -112,9 +112,6 @@ class Swapped:
                 same as ``FULL``.
             others: r of layers that are not named.
             match_norm: Whether every ΔW_r is lengthened to the norm of ΔW.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer in self._deltas:
             rank = ranks.get(layer, others)
@@ -129,9 +126,6 @@ class Swapped:
         Args:
             strengths: t by layer.
             others: t of layers that are not named.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
         """
         for layer in self._deltas:
             strength = strengths.get(layer, others)
@@ -151,19 +145,11 @@ class Swapped:
         return list(self._deltas)
 
     def factors(self, layer: str) -> Factors:
-        """Return all singular values and vectors of one layer's ΔW.
-
-        Raises:
-            InputError: ΔW is not finite, or could not be read.
-        """
+        """Return all singular values and vectors of one layer's ΔW."""
         return _load_finite(self._deltas[layer]).decompose(vectors=True)
 
     def energy(self, layers: Iterable[str], rank: int) -> float | None:
-        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none of them changed.
-
-        Raises:
-            InputError: ΔW of a layer is not finite, or could not be read.
-        """
+        """Return Σ_ℓ Σ_{i≤r}σ² / Σ_ℓ ‖ΔW_ℓ‖² over layers, for r ≥ 0; None if none changed."""
         kept = total = 0.0
         for layer in layers:
             leading = self._decompose_layer(layer)

@@ -106,8 +106,9 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
                 raise InputError(
                     f"--target-modules: PEFT cannot adapt this model: {error}"
                 ) from error
-        for parameter in vectors if kind.vectors else ():
-            parameter.requires_grad_(True)
+        if kind.vectors:
+            for parameter in vectors:
+                parameter.requires_grad_(True)
         try:
             yield replace(model, module=wrapped)
         finally:
@@ -118,9 +119,6 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
 def load_factors(model: Model, path: Path) -> None:
     """Load the weights of PEFT's file of an adapter into a model of ``add_lora`` with the same
     configuration.
-
-    Raises:
-        InputError: The file cannot be read.
     """
     with require("reading an adapter", "train"):
         import peft
@@ -341,10 +339,6 @@ def run_cell(
         training: Settings shared by all runs.
         sets: Evaluation sets, in batches of the size of training.
         after: Called after every step and every batch.
-
-    Raises:
-        UsageError: See ``add_lora``.
-        InputError: See ``add_lora`` and ``train_in_place``.
     """
     by_set, train_loss = losses_after(model, cell, training, sets, after)
     return [
@@ -371,10 +365,6 @@ def losses_after(
         sets: Evaluation sets.
         after: Called after every step and every batch.
         keep: Called with the trained model.
-
-    Raises:
-        UsageError: See ``add_lora``.
-        InputError: See ``add_lora`` and ``train_in_place``.
     """
     torch.manual_seed(cell.seed)
     trainable = (

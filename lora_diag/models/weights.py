@@ -87,7 +87,10 @@ class Frozen:
         Those of several active adapters are concatenated. B and A have the dtype of the parameters;
         c, float64, is the scaling, of AdaLoRA times its diagonal.
         """
-        module, down, up, sizes = self.module, [], [], []
+        module = self.module
+        down: list[Tensor] = []
+        up: list[Tensor] = []
+        sizes: list[Tensor] = []
         for name in module.active_adapters:
             if name in module.lora_A:
                 down.append(_read_matrix(module.lora_A[name]))
@@ -102,11 +105,9 @@ class Frozen:
                 size *= module.lora_E[name].detach()[:, 0] / (module.ranknum[name] + 1e-5)
             sizes.append(size)
         b, a, c = torch.cat(up, 1), torch.cat(down, 0), torch.cat(sizes)
-        return (
-            (a.T, b.T, c)
-            if isinstance(module.get_base_layer(), nn.Embedding | Conv1D)
-            else (b, a, c)
-        )
+        if isinstance(module.get_base_layer(), nn.Embedding | Conv1D):
+            return a.T, b.T, c
+        return b, a, c
 
     def gradient(self) -> Tensor | None:
         """Return the sum over the backward passes of this step, float32; None if there was none."""
@@ -177,9 +178,6 @@ def weights_of(
     Returns:
         The weights, sorted by name; and for frozen weights under an adapter without one, the reason
             by name.
-
-    Raises:
-        UsageError: The weights are sharded over processes, so that no process has a whole gradient.
     """
     weights: list[Weight] = []
     unread: dict[str, str] = {}

@@ -96,10 +96,6 @@ def cells(
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return a page with a heat map of each series, with its own rows and a common depth axis and
     colour scale.
-
-    Raises:
-        UndrawableError: There are no layer records, none has the field, or the requested rank was
-            not measured.
     """
     series = _select_series(series, options)
     records = [record for item in series for record in item.records]

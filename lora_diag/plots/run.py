@@ -170,11 +170,7 @@ def figure_of(results: Results[Any], name: str | None = None, **options: Any) ->
 def why_not(
     name: str, results: Results[Any] | Sequence[Results[Any]], **options: Unpack[FigureOptions]
 ) -> str | None:
-    """Return why ``figure`` cannot draw some results; None if it can.
-
-    Raises:
-        UsageError: The figure does not exist, or an argument is invalid.
-    """
+    """Return why ``figure`` cannot draw some results; None if it can."""
     try:
         _make_page(name, results, options)
     except UndrawableError as error:

@@ -9,12 +9,14 @@ zero update, a rank beyond the kept values) is null, never NaN.
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from inspect import getdoc
 from statistics import median
-from types import MemberDescriptorType
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from types import MemberDescriptorType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -26,11 +28,15 @@ Pool = Literal["sum", "max", "min", "range", "each", "ends"]
 class Shown:
     """One column of tables, one quantity of axes.
 
+    A field declares its column in its annotation: ``fro: Annotated[Norm, Shown(title="‖ΔW‖")]``.
+    Path, description and, unless stated, title and ``share`` follow from the field.
+
     Args:
-        path: The value's dotted name, such as ``resolution.signal_rank``; a field or a property of
-            the record.
-        title: Heading of a column.
-        about: One-sentence description.
+        path: The value's dotted name, such as ``resolution.signal_rank``: a property of the record,
+            or a part of a field.
+        title: Heading of a column; of a field, its name if empty.
+        about: Description without a full stop, with a capital unless it begins with a symbol; of a
+            field, the ``summary`` of its documentation.
         axis: Title of an axis; ``title`` if empty.
         share: Whether it is a fraction in [0, 1].
         main: Whether it is shown by default.
@@ -49,9 +55,9 @@ class Shown:
         mark: Mark after the value of several records in a terminal, explained by the summary.
     """
 
-    path: str
-    title: str
-    about: str
+    path: str = ""
+    title: str = ""
+    about: str = ""
     axis: str = ""
     share: bool = False
     main: bool = False
@@ -79,6 +85,15 @@ class Shown:
     def in_terminal(self) -> bool:
         """Whether a terminal shows it."""
         return self.main if self.terminal is None else self.terminal
+
+    def of_field(self, name: str, text: str, share: bool) -> Shown:
+        """Return the column of a field, from its name, its documentation and whether it is a
+        fraction.
+        """
+        title = self.title or name.replace("_", " ")
+        chance = "; in brackets: by chance" if self.chance else ""
+        about = self.about or f"{summary(text)}{chance}"
+        return replace(self, path=name, title=title, about=about, share=self.share or share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,7 @@ class Guard:
 SHAPE = Shown(
     "shape",
     "shape",
-    "rows × columns, out × in",
+    "Rows × columns, out × in",
     pool=lambda records: (
         "×".join(map(str, records[0].shape)) if len({r.shape for r in records}) == 1 else "various"
     ),
@@ -138,6 +153,51 @@ def pooled_value(shown: Shown, records: Sequence[Any]) -> Value:
         return Counter[Value](values).most_common(1)[0][0]
     middle_value: float = median(values)
     return middle_value
+
+
+def document_fields(kind: type[BaseModel]) -> dict[str, str]:
+    """Return the documentation of fields of a class by name: ``Field(description=)``, or the entry
+    in a docstring.
+
+    >>> from lora_diag.records.run import Run
+    >>> document_fields(Run)["schema"]
+    'Version of the fields, 1.'
+    """
+    found: dict[str, str] = {}
+    for base in reversed(kind.__mro__):
+        doc = (getdoc(base) or "") if "__doc__" in vars(base) else ""
+        _, _, args = doc.partition("Args:\n")
+        for name, text in re.findall(
+            r"^    (\w+): (.*(?:\n(?:     .*|\s*$))*)", args, flags=re.MULTILINE
+        ):
+            found[name] = " ".join(text.split())
+    described = {
+        name: field.description for name, field in kind.model_fields.items() if field.description
+    }
+    return {**found, **described}
+
+
+def summary(text: str) -> str:
+    """Return what a column says of its field: the first sentence of the documentation, without a
+    full stop, and without when it is null.
+
+    >>> summary("Norm of ΔW; null without BASE. Measured in float64."), summary("C(r) by r.")
+    ('Norm of ΔW', 'C(r) by r')
+    """
+    return re.split(r"; null|\.(?: |$)", text, maxsplit=1)[0].replace("``", "")
+
+
+def is_share(annotation: Any) -> bool:
+    """Return whether a type is ``Share``, with or without null.
+
+    >>> is_share(Share), is_share(Share | None), is_share(dict[str, Share])
+    (True, True, False)
+    """
+    if get_origin(annotation) is Annotated:
+        inner, *marks = get_args(annotation)
+        return "share" in marks or is_share(inner)
+    is_union = get_origin(annotation) in {Union, UnionType}
+    return is_union and any(map(is_share, get_args(annotation)))
 
 
 def count_texts(texts: Iterable[str]) -> str:
@@ -225,22 +285,28 @@ class Record(BaseModel):
 
     Attributes:
         key: The fields that distinguish records of one kind.
+        table: The first columns in table order: names of fields that declare one, and the columns
+            of what is no field. The other fields that declare one follow in their order.
+        shown: Presentation of its values, in table order, from ``table`` and the fields.
         long: Tables whose entries are layers: separate rows in data frames instead of columns.
         guards: Values that ``gate init`` compares with a baseline.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
     key: ClassVar[tuple[str, ...]] = ("layer",)
+    table: ClassVar[tuple[Shown | str, ...]] = ()
+    shown: ClassVar[tuple[Shown, ...]] = ()
     long: ClassVar[tuple[str, ...]] = ()
     guards: ClassVar[tuple[Guard, ...]] = ()
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Register a kind of record by its name.
+        """Collect the columns of a kind of record, and register it by its name.
 
         Raises:
             TypeError: Another class has this name.
         """
+        cls.shown = tuple(_list_columns(cls))
         kind = cls.model_fields["record"].default if "record" in cls.model_fields else None
         if isinstance(kind, str):
             registered = KINDS.setdefault(kind, cls)
@@ -266,16 +332,34 @@ class Record(BaseModel):
         return None
 
 
+def _list_columns(kind: type[Record]) -> Iterator[Shown]:
+    """Yield the columns of a kind of record in table order."""
+    marks = {
+        name: mark
+        for name, field in kind.model_fields.items()
+        for mark in field.metadata
+        if isinstance(mark, Shown)
+    }
+    texts = document_fields(kind) if marks else {}
+    columns = {
+        name: mark.of_field(
+            name, texts.get(name, ""), is_share(kind.model_fields[name].rebuild_annotation())
+        )
+        for name, mark in marks.items()
+    }
+    for column in kind.table:
+        yield columns.pop(column) if isinstance(column, str) else column
+    yield from columns.values()
+
+
 class LayerRecord(Record):
     """The measurement of one layer by a diagnostic; in a fleet, of one adapter.
 
     Attributes:
-        shown: Presentation of its values, in table order.
         part_label: Format of a record's name among those of its layer; empty if there is one per
             layer.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = ()
     part_label: ClassVar[str] = ""
 
     @classmethod
@@ -304,13 +388,7 @@ class LayerRecord(Record):
 
 
 class WholeRecord(Record):
-    """A record about a run as a whole: a certificate, a verdict, a loss.
-
-    Attributes:
-        shown: Presentation of its values in short, the most important first.
-    """
-
-    shown: ClassVar[tuple[Shown, ...]] = ()
+    """A record about a run as a whole: a certificate, a verdict, a loss."""
 
     if TYPE_CHECKING:
 

@@ -129,9 +129,6 @@ def iterate_records(
         path: The file.
         strict: Whether an undefined kind of record is an error; else its fields are not read.
         seal: The hash to which the lines before the ``end`` record are added; None for no hash.
-
-    Raises:
-        InputError: The file cannot be read, or a line is not a record or is in the wrong place.
     """
     first: AnyRecord | None = None
     last: AnyRecord | None = None
@@ -484,11 +481,7 @@ class ResultsWriter(Generic[L]):
 
 
 def _write(file: FileIO, content: bytes) -> None:
-    """Write all of it, or nothing: a partial write to a full disk is undone.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Write all of it, or nothing: a partial write to a full disk is undone."""
     begin, remaining = file.tell(), memoryview(content)
     try:
         while remaining:
@@ -591,7 +584,9 @@ def _find_state(path: Path, overwrite: bool = False) -> State:
         return "foreign"
     try:
         last = deque(iterate_records(path, strict=False), maxlen=1)
-        return ("finished" if isinstance(last[0], End) else "unfinished") if last else "empty"
+        if not last:
+            return "empty"
+        return "finished" if isinstance(last[0], End) else "unfinished"
     except InputError as error:
         if overwrite and not files.is_unfinished(path):
             return "foreign"

@@ -5,7 +5,7 @@ losses are on.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, Nats, Ratio, Record, Share, Shown, WholeRecord
 
@@ -49,12 +49,12 @@ class Probe(WholeRecord):
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
         loss: Loss in nats; null if a sweep's run diverged or a checkpoint is not finite.
-        gap: Loss minus that of TUNED (``truncation``, ``outputs``), on the same tokens; null if
-            unknown.
+        gap: Loss minus that of TUNED, on the same tokens. Of ``truncation`` and ``outputs``; null
+            if unknown.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences.
-        kept: (loss_base − loss) / (loss_base − loss_tuned), the fraction of TUNED's change of the
-            loss; not clamped; null if TUNED's loss equals that of BASE and, for ``outputs``, if it
-            is not below.
+        kept: Fraction of TUNED's change of the loss, (loss_base − loss) / (loss_base − loss_tuned).
+            Not clamped; null if TUNED's loss equals that of BASE and, for ``outputs``, if it is not
+            below.
         energy: Fraction of ‖ΔW‖² of the truncated layers at rank r, C(r) over all of them; null
             otherwise.
         distance: ‖z_tuned − z‖ / ‖z_tuned − z_base‖ over all logits z.
@@ -63,9 +63,9 @@ class Probe(WholeRecord):
             agree, and if not recorded.
         kl: Mean KL(p_tuned ‖ p) over the predictions, in nats.
         agreement: Fraction of the predictions with the same most likely token as TUNED.
-        change: Loss minus that of BASE (``outputs``, ``checkpoints``), on the same tokens; above 0
-            on a text of another kind it is what the fine-tune forgot. Null in other probes and in
-            files of earlier versions, as the next five fields; the last three are of ``outputs``
+        change: Loss minus that of BASE, on the same tokens. Above 0 on a text of another kind it is
+            what the fine-tune forgot. Of ``outputs`` and ``checkpoints``; null in other probes and
+            in files of earlier versions, as the next five fields; the last three are of ``outputs``
             only.
         change_error: Standard error of ``change``, from paired differences of blocks of sequences;
             null for one.
@@ -97,70 +97,32 @@ class Probe(WholeRecord):
             "seed",
         ),
     )
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "in nats", main=True, form=".4f"),
-        Shown(
-            "gap", "gap", "loss minus that of TUNED, on the same tokens", main=True, terminal=False
-        ),
-        Shown("gap_error", "± gap", "standard error of the gap", main=True, terminal=False),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "loss",
+        "gap",
+        "gap_error",
         Shown(
             "to_tuned",
             "to TUNED",
-            "loss minus that of TUNED, with its standard error; empty for TUNED",
+            "Loss minus that of TUNED, with its standard error; empty for TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
         ),
-        Shown(
-            "kept",
-            "kept",
-            "fraction of TUNED's change of the loss",
-            drop=2,
-            form=".2f",
-            terminal=True,
-        ),
-        Shown(
-            "distance",
-            "distance",
-            "‖z_tuned − z‖/‖z_tuned − z_base‖ of logits",
-            form=".3f",
-            terminal=True,
-        ),
-        Shown("kl", "KL", "mean KL(p_tuned ‖ p) in nats", terminal=True),
-        Shown(
-            "agreement",
-            "agree",
-            "fraction of tokens with the same most likely prediction as TUNED",
-            share=True,
-            drop=1,
-            form="percent",
-            terminal=True,
-        ),
-        Shown("change", "change", "loss minus that of BASE, on the same tokens"),
-        Shown("change_error", "± change", "standard error of the change"),
+        "kept",
+        "distance",
+        "kl",
+        "agreement",
+        "change",
+        "change_error",
         Shown(
             "to_base",
             "to BASE",
-            "loss minus that of BASE, with its standard error; empty for BASE",
+            "Loss minus that of BASE, with its standard error; empty for BASE",
             form="+.4f",
             terminal=True,
             drop=3,
             error="change_error",
-        ),
-        Shown(
-            "lost_at_most",
-            "lost ≤",
-            "upper end of the one-sided 95% interval of the loss minus that of BASE",
-        ),
-        Shown("kl_base", "KL(BASE)", "mean KL(p_base ‖ p) in nats", terminal=True, drop=4),
-        Shown(
-            "confident",
-            "p > ½",
-            "fraction of tokens whose label has a probability above 1/2",
-            share=True,
-            drop=5,
-            form="percent",
-            terminal=True,
         ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
@@ -187,22 +149,26 @@ class Probe(WholeRecord):
     seed: int = 0
     tokens: Count
     data: str
-    loss: Nats | None
-    gap: Nats | None = None
-    gap_error: Nats | None = None
-    kept: float | None = None
+    loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
+    gap: Annotated[Nats | None, Shown(main=True, terminal=False)] = None
+    gap_error: Annotated[Nats | None, Shown(title="± gap", main=True, terminal=False)] = None
+    kept: Annotated[float | None, Shown(drop=2, form=".2f", terminal=True)] = None
     energy: Share | None = None
-    distance: Ratio | None = None
-    kl: Nats | None = None
-    agreement: Share | None = None
+    distance: Annotated[Ratio | None, Shown(form=".3f", terminal=True)] = None
+    kl: Annotated[Nats | None, Shown(title="KL", terminal=True)] = None
+    agreement: Annotated[
+        Share | None, Shown(title="agree", drop=1, form="percent", terminal=True)
+    ] = None
     train_loss: Nats | None = None
     hidden: tuple[float | None, ...] | None = None
-    change: Nats | None = None
-    change_error: Nats | None = None
-    lost_at_most: Nats | None = None
-    kl_base: Nats | None = None
+    change: Annotated[Nats | None, Shown()] = None
+    change_error: Annotated[Nats | None, Shown(title="± change")] = None
+    lost_at_most: Annotated[Nats | None, Shown(title="lost ≤")] = None
+    kl_base: Annotated[Nats | None, Shown(title="KL(BASE)", terminal=True, drop=4)] = None
     kl_base_error: Nats | None = None
-    confident: Share | None = None
+    confident: Annotated[
+        Share | None, Shown(title="p > ½", drop=5, form="percent", terminal=True)
+    ] = None
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
     sequences: Count | None = None
@@ -232,24 +198,17 @@ class LayerInput(Record):
         layer: The weight's name in BASE.
         size: Dimension of an input x.
         rows: Number of inputs.
-        square: E‖x‖², the trace of C = E[xxᵀ].
-        directions: tr(C)²/‖C‖_F², between 1 and ``size``: effective number of directions of the
-            inputs.
+        square: Mean square of the inputs, E‖x‖², the trace of C = E[xxᵀ].
+        directions: Effective number of directions of the inputs, tr(C)²/‖C‖_F², between 1 and
+            ``size``.
         shares: An earlier layer with the same input and the same C; null without one.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("size", "in", "dimension of an input", main=True, pool="each"),
-        Shown("square", "E‖x‖²", "mean square of the inputs", main=True),
-        Shown(
-            "directions", "directions", "effective number of directions of the inputs", main=True
-        ),
-    )
     layer: str
-    size: int
+    size: Annotated[int, Shown(title="in", main=True, pool="each")]
     rows: int
-    square: float
-    directions: float
+    square: Annotated[float, Shown(title="E‖x‖²", main=True)]
+    directions: Annotated[float, Shown(main=True)]
     shares: str | None = None
 
 

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -192,11 +192,11 @@ def _common_shape(rows: Sequence[Any]) -> str:
     return "×".join("?" if size is None else str(size) for size in rows[0].shape) or "scalar"
 
 
-def _count_entries(record: StoredTensor) -> int:
+def _count_entries(record: ListedTensor) -> int:
     return math.prod(record.shape)
 
 
-class StoredTensor(Record):
+class ListedTensor(Record):
     """One tensor of a checkpoint, as its header describes it.
 
     Args:
@@ -206,22 +206,22 @@ class StoredTensor(Record):
         left_out: Reason why ``spectrum`` would skip it; null if it would not.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("shape", "shape", "of each", main=True, pool=_common_shape),
-        Shown("dtype", "dtype", "as it is stored", main=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        Shown("shape", "shape", "Of each", main=True, pool=_common_shape),
+        "dtype",
         Shown(
             "shape",
             "entries",
-            "of all",
+            "Of all",
             main=True,
             form="count",
             pool=lambda rows: sum(map(_count_entries, rows)),
         ),
-        Shown("spectrum", "spectrum", "whether it would be measured", main=True),
+        Shown("spectrum", "spectrum", "Whether it would be measured", main=True),
     )
     layer: str
     shape: tuple[int, ...]
-    dtype: str
+    dtype: Annotated[str, Shown(main=True)]
     left_out: str | None = None
 
     @property
@@ -245,18 +245,18 @@ class AdaptedWeight(Record):
             not.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("shape", "shape", "of ΔW", main=True, pool=_common_shape),
-        Shown("rank", "rank", "r of its factors", main=True),
-        Shown("scaling", "scaling", "s", main=True, form=".4g"),
-        Shown("about", "form", "how it is stored, and what it needs", main=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "shape",
+        "rank",
+        "scaling",
+        Shown("about", "form", "How it is stored, and what it needs", main=True),
     )
     layer: str
-    shape: tuple[int | None, ...]
+    shape: Annotated[tuple[int | None, ...], Shown(main=True, pool=_common_shape)]
     form: Literal["factored", "dense", "value"]
     dtype: str
-    rank: int | None = None
-    scaling: float | None = None
+    rank: Annotated[int | None, Shown(main=True)] = None
+    scaling: Annotated[float | None, Shown(main=True, form=".4g")] = None
     needs_base: str = ""
 
     @property
@@ -282,6 +282,6 @@ class Inventory(Record):
     path: str
     kind: str
     notes: tuple[str, ...]
-    tensors: tuple[StoredTensor, ...]
+    tensors: tuple[ListedTensor, ...]
     adapts: tuple[AdaptedWeight, ...] = ()
     scaling: str = ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Record, Shown, WholeRecord
 
@@ -49,33 +49,29 @@ class Verdict(WholeRecord):
         group: Identifies one of several records of the layer, such as ``adapter lora_r4`` or
             ``step 40, rank 8``; for the check ``inputs``, the input.
         measured: The measured value; null without one.
-        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``; else
-            what is required.
-        status: ``passed``: the value meets the condition. ``failed``: it does not; the gate fails.
-            ``warned``: likewise, with the severity warning; the gate passes. ``waived``: it does
-            not, or no verdict is possible, and a waiver of the policy allows that until a date.
-            ``inconclusive``: no verdict is possible; with the severity error the gate does not pass
-            then: measure what the message names. ``not judged``: a layer without a value, permitted
-            by the policy's coverage, a check that does not apply, or an input that was not
-            compared.
+        allowed: The condition of a rule as written in the policy, such as ``epsilon <= 0.35``. Of a
+            built-in check, what is required.
+        status: Whether the rule holds. ``passed``: the value meets the condition. ``failed``: it
+            does not; the gate fails. ``warned``: likewise, with the severity warning; the gate
+            passes. ``waived``: it does not, or no verdict is possible, and a waiver of the policy
+            allows that until a date. ``inconclusive``: no verdict is possible; with the severity
+            error the gate does not pass then: measure what the message names. ``not judged``: a
+            layer without a value, permitted by the policy's coverage, a check that does not apply,
+            or an input that was not compared.
         severity: Severity of the rule: ``error`` fails the gate, ``warning`` does not.
         message: Problem and fix, in one sentence; empty if there is nothing to say.
         line: Line of the rule or the waiver in the policy; null for a built-in check.
     """
 
     key: ClassVar[tuple[str, ...]] = ("rule", "layer", "group")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("status", "status", "whether the rule holds", main=True),
-        Shown("measured", "measured", "the value found", main=True),
-        Shown("allowed", "allowed", "the condition", main=True),
-    )
+    table: ClassVar[tuple[Shown | str, ...]] = ("status",)
     record: Literal["verdict"] = "verdict"
     rule: str
     layer: str | None = None
     group: str = ""
-    measured: float | str | None = None
-    allowed: str
-    status: Status
+    measured: Annotated[float | str | None, Shown(main=True)] = None
+    allowed: Annotated[str, Shown(main=True)]
+    status: Annotated[Status, Shown(main=True)]
     severity: Literal["error", "warning"] = "error"
     message: str = ""
     line: int | None = None

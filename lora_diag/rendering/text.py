@@ -1,4 +1,20 @@
-"""Formatting of numbers, names and small graphics as text."""
+"""Formatting of numbers, names and small graphics as text.
+
+Which function formats a number:
+
+- ``fraction`` for a fraction in a table, two decimals; ``small_fraction`` where it is mostly below
+  0.1, such as the value of random directions. ``percent`` for a fraction in a sentence, and in a
+  table where exactly none or all matters; ``small_percent`` where values differ below 1%.
+- ``number`` for any other real number; ``factor`` where the distance from 1 matters; ``count`` for
+  parameters and entries, ``byte_count`` for memory, ``duration`` for time, ``quantity`` for a
+  number with its noun.
+- Losses have four decimals, ``.4f``, and differences of losses ``+.4f``, with ``plus_minus`` for a
+  standard error or ``with_limits`` for an interval.
+- ``span`` for the range of whole numbers, ``ends`` for that of real ones.
+- A missing value is a dash in a table (``format_shown``), and empty on a page (``plain``).
+
+``written`` is the entry for columns: it takes the name of a form (``FORMS``) or a format.
+"""
 
 from __future__ import annotations
 
@@ -334,21 +350,21 @@ def _scale(value: int, units: Mapping[int, str], least: int = 0) -> str:
 
 
 def small_fraction(share: float) -> str:
-    """Return a fraction with two decimals, or below 0.1 with up to two significant digits.
+    """Return a fraction as ``fraction`` does, or below 0.1 with up to two significant digits.
 
-    >>> small_fraction(0.4123), small_fraction(0.0312), small_fraction(0.00391)
-    ('0.41', '0.031', '0.0039')
+    >>> small_fraction(0.4123), small_fraction(0.0312), small_fraction(0.9987)
+    ('0.41', '0.031', '0.99')
     """
-    return f"{share:.2f}" if share >= 0.1 or share == 0 else f"{share:.2g}"
+    return fraction(share) if share >= 0.1 or share == 0 else f"{share:.2g}"
 
 
 def plus_minus(error: float) -> str:
-    """Return a standard error as written after a value.
+    """Return a standard error as written after a value, in two significant digits, zeros included.
 
-    >>> plus_minus(0.01234), plus_minus(0.00998), plus_minus(2e-6)
-    (' ±0.012', ' ±0.010', ' ±<1e-4')
+    >>> plus_minus(12.3), plus_minus(0.01234), plus_minus(0.00998), plus_minus(2e-6)
+    (' ±12', ' ±0.012', ' ±0.010', ' ±<1e-4')
     """
-    return f" ±{two_digits(error)}" if error >= 1e-4 else " ±<1e-4"
+    return " ±" + f"{error:#.2g}".rstrip(".") if error >= 1e-4 else " ±<1e-4"
 
 
 def with_limits(value: float, half: float | None) -> str:
@@ -361,15 +377,6 @@ def with_limits(value: float, half: float | None) -> str:
     return f"{value:+.4f}" + ("" if half is None else f" [{value - half:.4f}, {value + half:.4f}]")
 
 
-def two_digits(error: float) -> str:
-    """Return an error with two significant digits, zeros included.
-
-    >>> two_digits(0.00998), two_digits(12.3), two_digits(0.0)
-    ('0.010', '12', '0')
-    """
-    return f"{error:#.2g}".rstrip(".") if error else "0"
-
-
 def factor(value: float) -> str:
     """Return a factor with up to five significant digits between 0.5 and 2, elsewhere as ``number``
     does.
@@ -378,15 +385,6 @@ def factor(value: float) -> str:
     ('0.99877', '0.0312')
     """
     return f"{value:.5g}" if 0.5 < value < 2 else number(value)
-
-
-def signed(value: float) -> str:
-    """Return a number with four decimals and a sign; 0 if they are all zero.
-
-    >>> signed(0.01234), signed(-1e-9)
-    ('+0.0123', '0')
-    """
-    return "0" if abs(value) < 5e-5 else f"{value:+.4f}"
 
 
 def plain(value: float | int | str | None) -> str:
@@ -402,13 +400,11 @@ FORMS: Mapping[str, Callable[[float], str]] = {
     "percent": percent,
     "count": lambda value: count(int(value)),
     "factor": factor,
-    "signed": signed,
     "small": small_fraction,
     "small_percent": small_percent,
     "bytes": lambda value: byte_count(int(value)),
     "speed": lambda value: f"{byte_count(round(value))}/s",
     "time": lambda value: "<1 s" if value < 1 else duration(value),
-    "times": lambda value: f"{value:.2f}" if abs(value) < 100 else f"{value:.0f}",
 }
 
 

@@ -44,11 +44,7 @@ from lora_diag.reports.subject import (
 
 
 def render_page(evidence: Evidence) -> str:
-    """Return the page with all figures and the time.
-
-    Raises:
-        InputError: Jinja2 or plotly is not installed.
-    """
+    """Return the page with all figures and the time."""
     return html_report(evidence, images_of(evidence), format_minute(timestamp()))
 
 
@@ -117,9 +113,6 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
         images: Static figures; those that belong to no section are hidden once the interactive
             charts are ready.
         made: Creation time of the page as text.
-
-    Raises:
-        InputError: Jinja2 or plotly is not installed.
     """
     with require("an HTML report", "report", kind=InputError):
         from jinja2 import Environment, FileSystemLoader, StrictUndefined

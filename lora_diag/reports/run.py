@@ -161,11 +161,7 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
 
 
 def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
-    """Return the rows of ``to_csv`` as a Parquet file, with types and nulls.
-
-    Raises:
-        InputError: pyarrow is not installed.
-    """
+    """Return the rows of ``to_csv`` as a Parquet file, with types and nulls."""
     with require("--format parquet:", "arrow", kind=InputError):
         import pyarrow as pa
         import pyarrow.parquet as pq

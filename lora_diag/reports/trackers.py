@@ -178,11 +178,7 @@ class Payload:
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
-    """Return the payload of results or results files.
-
-    Raises:
-        InputError: A results file cannot be read.
-    """
+    """Return the payload of results or results files."""
     return Payload(
         tuple(read_results(item) if isinstance(item, Path | str) else item for item in results)
     )

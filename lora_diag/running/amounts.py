@@ -32,9 +32,6 @@ def read_count(text: str, option: str) -> int:
     ...     read_count("8_388_608", "--params"),
     ... )
     (10000000, 1500000000, 8388608)
-
-    Raises:
-        UsageError: The value is invalid or below 1.
     """
     return _read_amount(text, option, _COUNTS, "a number of parameters, such as 10M or 8388608")
 
@@ -44,9 +41,6 @@ def read_bytes(text: str, option: str) -> int:
 
     >>> read_bytes("2GB", "--memory"), read_bytes("1GiB", "--memory")
     (2000000000, 1073741824)
-
-    Raises:
-        UsageError: The value is invalid or below 1.
     """
     return _read_amount(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
 

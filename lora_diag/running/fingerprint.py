@@ -50,9 +50,6 @@ def legible(text: Path | str) -> str:
 def fingerprint_of_adapter(source: AdapterFiles) -> str:
     """Return the fingerprint of an adapter, from its config and every byte of its weights, if they
     are local.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     source = source.stored or source  # options of the user are not part of the files
     return fingerprint(
@@ -134,9 +131,6 @@ def content_hash(files: Sequence[Path]) -> str:
     their folder.
 
     Every byte is read, at 1 to 2 GB per second if the disk is fast enough.
-
-    Raises:
-        InputError: A file cannot be read.
     """
     hashes = [(file.name, _hash_file_once(file)) for file in files]
     if len(hashes) == 1:

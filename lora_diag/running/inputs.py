@@ -86,23 +86,6 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
     return open_checkpoint(path)
 
 
-def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
-    """Open a checkpoint or an adapter by its headers.
-
-    Args:
-        path: Its path.
-        stated_alpha: α of an adapter whose files give none.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    return (
-        adapters.open_adapter(path, stated_alpha)
-        if adapters.is_adapter(locate(path))
-        else open_checkpoint(path)
-    )
-
-
 def open_update(
     path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None
 ) -> Checkpoint | Adapter:
@@ -142,12 +125,6 @@ def pair_update(
 ) -> tuple[Pairing, Sequence[str]]:
     """Return the named ΔW of an opened update with the skipped tensors, and notes on the pairing;
     read no weight.
-
-    Raises:
-        InputError: The adapter does not fit BASE, cannot be measured without BASE, or two weights
-            have one name.
-        NothingComparedError: No weight is selected, or none can be compared.
-        UsageError: ``layers`` or ``exclude`` is not a valid regular expression.
     """
     notes: Sequence[str]
     if isinstance(update, Adapter):
@@ -373,11 +350,7 @@ def _make_delta(base: Checkpoint, location: Location, tuned: Checkpoint, name: s
 def describe_adapter(
     adapter: Adapter, base: Checkpoint | None, pairing: Pairing, notes: Sequence[str], verify: bool
 ) -> RunInput:
-    """Return the description of an adapter for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of an adapter for the run record."""
     config = adapter.source.config
     targets = find_missing_targets(adapter, base, pairing) if base is not None else None
     base_name = config.text("base_model_name_or_path") if config is not None else ""
@@ -399,11 +372,7 @@ def describe_adapter(
 def describe(
     role: str, checkpoint: Checkpoint, notes: Sequence[str] = (), verify: bool = False
 ) -> RunInput:
-    """Return the description of a checkpoint for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of a checkpoint for the run record."""
     classes = checkpoint.config.get("architectures")
     class_name = classes[0] if isinstance(classes, list) and classes else None
     return RunInput(
@@ -420,11 +389,7 @@ def describe(
 
 
 def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: bool) -> RunInput:
-    """Return the description of the gradients of steps for the run record.
-
-    Raises:
-        InputError: A file cannot be read.
-    """
+    """Return the description of the gradients of steps for the run record."""
     suffix = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
     span = (
         f"{len(steps)} steps, {steps[0].step} to {steps[-1].step}"

@@ -116,11 +116,7 @@ class OutputFolder:
                 )
 
     def _refuse_running(self) -> None:
-        """Refuse a folder that another process is writing, which must not be deleted.
-
-        Raises:
-            UsageError: Another process holds the lock of one of its files.
-        """
+        """Refuse a folder that another process is writing, which must not be deleted."""
         for file in filter(Path.exists, (self.records, self.spectra)):
             os.close(lock(file))
 

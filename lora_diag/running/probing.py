@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from lora_diag.deltas import Delta, Pairing
 from lora_diag.errors import UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
-from lora_diag.models.losses import measure
+from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model, open_model
 from lora_diag.records import LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.rendering.text import duration
@@ -249,6 +250,11 @@ class ProbeRun:
     def batches(self, texts: Sequence[Texts]) -> int:
         """Return the number of batches of evaluation sets."""
         return sum(text_set.count_batches(self.batch) for text_set in texts)
+
+    def measure(self, texts: Iterable[Texts], label: str) -> list[Losses]:
+        """Return the losses of the open model on sets; every batch is reported with a label."""
+        after = partial(self.watch.batch, label)
+        return [measure(self.model, each, self.batch, after) for each in texts]
 
     def estimate(
         self,

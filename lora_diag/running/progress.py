@@ -112,9 +112,6 @@ class RunRecords(Generic[L]):
     def put(self, *records: L | WholeRecord) -> None:
         """Write records of layers, and those of the whole run that are new, immediately, and pass
         them on.
-
-        Raises:
-            InputError: They cannot be written.
         """
         new = [r for r in records if not isinstance(r, WholeRecord) or key_of(r) not in self._keys]
         for record in new:
@@ -128,9 +125,6 @@ class RunRecords(Generic[L]):
     def end(self, left_out: Iterable[LeftOut]) -> Results[L]:
         """Write records of skipped tensors beyond those of the interrupted run, and the totals;
         return all results.
-
-        Raises:
-            InputError: They cannot be written.
         """
         for record in list(left_out)[len(self._left_out) :]:
             self._left_out.append(record)

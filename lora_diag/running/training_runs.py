@@ -122,9 +122,6 @@ class Workers:
             training: Settings shared by all runs.
             runs: Label and descriptor of each.
             poll: Called every few seconds; may raise to end all runs.
-
-        Raises:
-            LoradiagError: The error of the first failing run, or the cluster was lost.
         """
         tasks = [RunTask(label, work) for label, work in runs]
         without_text = replace(training, texts=drop_sequences(training.texts))
@@ -149,10 +146,6 @@ def train_on_worker(
         train: Trains the run.
         training: Settings shared by all runs, without the text.
         task: The run.
-
-    Raises:
-        UsageError: As ``open_site``.
-        InputError: As ``open_site``.
     """
     model, texts, sets = open_site(site)
     return train(model, task.work, replace(training, texts=texts), sets, lambda: None)
@@ -170,10 +163,6 @@ _open: tuple[Site, Model, list[Texts]] | None = None
 def open_site(site: Site) -> tuple[Model, Texts, list[Texts]]:
     """Return the model, the training text and the evaluation sets; what this process opened last is
     kept.
-
-    Raises:
-        UsageError: The worker has no transformers, or no ``datasets`` for a data set.
-        InputError: An input cannot be read on this worker, or a text differs from that of the run.
     """
     global _open
     if _open is None or _open[0] != site:
@@ -589,9 +578,6 @@ class TrainRun(ProbeRun):
         Args:
             base: BASE, as the workers open it.
             stored: Its files.
-
-        Raises:
-            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         if self.on is None:
             return None
@@ -619,12 +605,12 @@ class TrainRun(ProbeRun):
 
     def training_settings(self) -> dict[str, Any]:
         """Return the training settings for the run record."""
-        return {
-            **self.settings("widen", "steps", "seeds", "seed"),
-            "order": self.training.order_hash,
-            "optimizer": RECIPE,
-            **({"gradient_checkpointing": True} if self.training.checkpointing else {}),
-        }
+        settings = self.settings("widen", "steps", "seeds", "seed")
+        settings["order"] = self.training.order_hash
+        settings["optimizer"] = RECIPE
+        if self.training.checkpointing:
+            settings["gradient_checkpointing"] = True
+        return settings
 
     def plan_runs(self, kept: RunRecords[Any]) -> RunPlan:
         """Return the plan of the runs; with the seeds of the run record, which a resumed run may

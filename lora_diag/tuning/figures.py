@@ -59,12 +59,11 @@ def points_of(records: Iterable[TuneTrial], name: str) -> list[Point]:
             groups.setdefault(record.variant, {}).setdefault(record.lr, []).append(record)
     points = []
     for variant, rates in groups.items():
-        best = max(
-            rates.values(), key=lambda runs: (len(runs), -fmean(run.loss or 0.0 for run in runs))
-        )
-        points.append(
-            Point(variant, best[0].params, tuple(run.loss for run in best if run.loss is not None))
-        )
+        of_rates = [
+            Point(variant, runs[0].params, tuple(run.loss for run in runs if run.loss is not None))
+            for runs in rates.values()
+        ]
+        points.append(max(of_rates, key=lambda point: (len(point.losses), -point.mean)))
     return sorted(points, key=lambda point: point.params)
 
 
@@ -89,16 +88,10 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     choice = next((record for record in series[0].whole if isinstance(record, Tune)), None)
     if not any(trial.params and trial.loss is not None for trial in trials):
         raise UndrawableError("no run is finished with a loss")
-    of_sets = [
-        Panel(
-            title,
-            partial(_draw, trials=trials, name=name, choice=choice),
-            "trained parameters",
-            "loss (nats)",
-            name=name,
-        )
-        for name, title in panels.sets_of(trials).items()
-    ]
+    of_sets = []
+    for name, title in panels.sets_of(trials).items():
+        draw = partial(_draw, trials=trials, name=name, choice=choice)
+        of_sets.append(Panel(title, draw, "trained parameters", "loss (nats)", name=name))
     return Page(
         "Held-out loss against trained parameters",
         of_sets,
@@ -124,13 +117,18 @@ def _draw(
     ]
     panels.set_params_axis(ax, [point.params for point in points])
     panels.draw_seeds(ax, runs, style, RUN, "one run")
-    best = zip(*[(point.params, point.mean) for point in frontier(points)], strict=True)
+    best = frontier(points)
     line: dict[str, Any] = {"lw": 1.5 * width, "marker": "o", "ms": 3.5 * width}
-    ax.plot(*best, color=FRONTIER, label="frontier, mean over seeds", **line)
-    chosen = next(
-        (point for point in points if choice is not None and point.variant == choice.variant), None
+    ax.plot(
+        [point.params for point in best],
+        [point.mean for point in best],
+        color=FRONTIER,
+        label="frontier, mean over seeds",
+        **line,
     )
-    if chosen is not None:
+    for chosen in points:
+        if choice is None or chosen.variant != choice.variant:
+            continue
         n = len(chosen.losses)
         error = 2 * stdev(chosen.losses) / math.sqrt(n) if n > 1 else 0.0
         diamond: dict[str, Any] = {

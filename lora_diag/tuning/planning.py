@@ -367,11 +367,13 @@ def halve_rates(losses: Mapping[tuple[int, float], float | None]) -> tuple[float
         >>> halve_rates(losses)
         (0.001, 0.01)
     """
-    ranks = sorted({rank for rank, _ in losses}, reverse=True)
-    # The rates at each rank by their losses, the lowest first.
     finite = sorted((loss, rank, rate) for (rank, rate), loss in losses.items() if loss is not None)
-    orders = [[rate for _, tried_rank, rate in finite if tried_rank == rank] for rank in ranks]
-    best_first = (rate for place in zip_longest(*orders) for rate in place if rate is not None)
+    # The rates at each rank by their losses, the lowest first; the highest rank first.
+    orders: dict[int, list[float]] = {}
+    for _, rank, rate in sorted(finite, key=lambda found: -found[1]):
+        orders.setdefault(rank, []).append(rate)
+    places = zip_longest(*orders.values())
+    best_first = (rate for place in places for rate in place if rate is not None)
     return tuple(sorted([*dict.fromkeys(best_first)][:KEPT_RATES]))
 
 
@@ -417,17 +419,14 @@ class Target:
         )
 
     def config_of(self, allocation: Results[Allocation]) -> dict[str, object]:
-        """Return the configuration of allocated ranks, of the same kind as that of one rank.
-
-        Raises:
-            InputError: No layer has a rank, or PEFT cannot express them.
-        """
-        config = {
-            **make_peft_config(allocation, Scaling(rslora=self.kind.rslora)),
-            "task_type": self.task,
-        }
-        alpha = {"lora_alpha": RSLORA_ALPHA} if self.kind.rslora else {}
-        return {**config, **alpha, **({"use_dora": True} if self.kind.dora else {})}
+        """Return the configuration of allocated ranks, of the same kind as that of one rank."""
+        config = make_peft_config(allocation, Scaling(rslora=self.kind.rslora))
+        config["task_type"] = self.task
+        if self.kind.rslora:
+            config["lora_alpha"] = RSLORA_ALPHA
+        if self.kind.dora:
+            config["use_dora"] = True
+        return config
 
 
 def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora) -> Target:
@@ -501,10 +500,9 @@ def plan_of(
             f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}"
         )
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
-    cells = [
-        Cell(max(settings["ranks"]), 1e-6, 0),
-        *([Cell(None, 1e-9, 0, "full")] if full else []),
-    ]
+    cells = [Cell(max(settings["ranks"]), 1e-6, 0)]
+    if full:
+        cells.append(Cell(None, 1e-9, 0, "full"))
     times = [
         time_steps(partial(losses_after, run.model, cell), run.training, run.sets) for cell in cells
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -112,7 +112,7 @@ class TuneTrial(WholeRecord):
         lr: Peak learning rate; null for BASE.
         steps: Updates; 0 for BASE.
         seed: Seed of the factors' initial values.
-        loss: Mean loss; null where it is not finite.
+        loss: Mean loss in nats; null where it is not finite.
         train_loss: Mean loss over the last tenth of the steps; of BASE on training sequences; null
             where not finite.
         nll: Summed negative log-likelihood of each sequence, by which any two runs can be paired;
@@ -121,21 +121,18 @@ class TuneTrial(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("variant", "lr", "seed", "set")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "in nats", main=True, form=".4f"),
-        Shown("params", "params", "trainable parameters", main=True),
-    )
+    table: ClassVar[tuple[Shown | str, ...]] = ("loss",)
     record: Literal["tune_trial"] = "tune_trial"
     set: str
     shifted: bool = False
     data: str
     tokens: Count
     variant: str
-    params: Count
+    params: Annotated[Count, Shown(main=True)]
     lr: float | None = None
     steps: Count = 0
     seed: int = 0
-    loss: Nats | None
+    loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
     train_loss: Nats | None = None
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()
@@ -211,8 +208,8 @@ class Tune(WholeRecord):
         budget: Trainable parameters allowed.
         base_loss: Loss of BASE.
         loss: Mean loss over seeds.
-        gain: ``base_loss`` − ``loss``, in nats.
-        gain_error: Standard error over seeds; null for one seed.
+        gain: Loss of BASE minus that of the chosen adapter, ``base_loss`` − ``loss``, in nats.
+        gain_error: Standard error of ``gain`` over seeds; null for one seed.
         gain_of_full: Gain of full fine-tuning; null if it was not trained or has no gain.
         share_of_full: ``gain`` / ``gain_of_full``; null if that is.
         next_rank: The next higher rank tried; null if none.
@@ -225,16 +222,9 @@ class Tune(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("record",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "gain",
-            "gain",
-            "loss of BASE minus that of the chosen adapter, in nats",
-            main=True,
-            form=".4f",
-        ),
-        Shown("gain_error", "± gain", "standard error of the gain over seeds", main=True),
-        Shown("params", "params", "trainable parameters", main=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "gain",
+        "gain_error",
     )
     record: Literal["tune"] = "tune"
     set: str
@@ -247,12 +237,12 @@ class Tune(WholeRecord):
     alpha_over_rank: float
     dropout: float
     weight_decay: float
-    params: Count
+    params: Annotated[Count, Shown(main=True)]
     budget: Count
     base_loss: Nats
     loss: Nats
-    gain: Nats
-    gain_error: Nats | None
+    gain: Annotated[Nats, Shown(main=True, form=".4f")]
+    gain_error: Annotated[Nats | None, Shown(title="± gain", main=True)]
     gain_of_full: Nats | None
     share_of_full: float | None
     next_rank: int | None

@@ -279,9 +279,6 @@ def write_outputs(
         uniform: Content of ``adapter_config.json`` of the shared rank.
         choice: The record of the choice.
         adapter: The folder of its trained adapter.
-
-    Raises:
-        InputError: A file cannot be read or written.
     """
     config = {**variant.config, "base_model_name_or_path": str(base)}
     config_text = json.dumps(config, indent=2) + "\n"

@@ -313,12 +313,6 @@ class Tuner:
     def run(self) -> tuple[Variant, Tune]:
         """Run all stages, and return the chosen configuration, with its adapter trained, and its
         record.
-
-        Raises:
-            InconclusiveError: No run is finished with a finite loss, or BASE has none.
-            InputError: The loss of BASE on training sequences is not finite, or a file cannot be
-                read or written.
-            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         plan = self.plan
         rules = "; ".join(

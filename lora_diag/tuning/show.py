@@ -17,35 +17,35 @@ from lora_diag.running.amounts import edge
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 
 STAGES = (
-    Shown("runs", "runs ≤", "training runs, at most", main=True),
-    Shown("seconds", "time", "estimated from a timed step", main=True, form="time"),
-    Shown("decides", "decides", "question that the stage answers", main=True),
+    Shown("runs", "runs ≤", "Training runs, at most", main=True),
+    Shown("seconds", "time", "Estimated from a timed step", main=True, form="time"),
+    Shown("decides", "decides", "Question that the stage answers", main=True),
 )
 DECISIONS = (
-    Shown("name", "on", "subject of the decision", main=True),
-    Shown("outcome", "outcome", "what was decided", main=True),
+    Shown("name", "on", "Subject of the decision", main=True),
+    Shown("outcome", "outcome", "What was decided", main=True),
     Shown("rank", "rank", "a shared rank", main=True),
     Shown(
         "gap",
         "gap",
-        "loss minus that of the incumbent, in nats",
+        "Loss minus that of the incumbent, in nats",
         main=True,
         form="+.4f",
         error="error",
     ),
-    Shown("seeds", "seeds", "seeds of the gap", main=True),
-    Shown("why", "why", "the reason", main=True),
+    Shown("seeds", "seeds", "Seeds of the gap", main=True),
+    Shown("why", "why", "The reason", main=True),
 )
 LOSSES = (
-    Shown("lr", "lr", "peak learning rate", main=True, form="g"),
-    Shown("params", "params", "trainable parameters", main=True, form="count"),
+    Shown("lr", "lr", "Peak learning rate", main=True, form="g"),
+    Shown("params", "params", "Trainable parameters", main=True, form="count"),
     Shown(
-        "loss", "seeds", "runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))
+        "loss", "seeds", "Runs with a loss", main=True, pool=lambda runs: len(_list_losses(runs))
     ),
     Shown(
         "loss",
         "loss",
-        "mean over seeds, in nats",
+        "Mean over seeds, in nats",
         main=True,
         form=".4f",
         pool=lambda runs: _average(runs),
@@ -86,10 +86,12 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
         f"r ≥ {rank} ({name})" if rank else f"more than full rank ({name})"
         for name, rank in plan.rules.items()
     ]
-    ranks, rates = (
-        ", ".join(f"{value:g}" for value in values) for values in (plan.ranks, plan.rates)
-    )
+    ranks = ", ".join(map(str, plan.ranks))
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
     time = f"about {duration(plan.seconds)} at most, from a step of {plan.step_seconds:.2g} s"
+    if plan.slots > 1:
+        time += f" and {plan.slots} concurrent runs"
+    omitted = {name: plan.saved.get(name) for name in plan.left_out}
     lines = [
         make_statement(
             "budget", "Budget", f"{plan.budget:,} parameters allow r ≤ {plan.largest} everywhere"
@@ -102,14 +104,8 @@ def plan_text(plan: TunePlan, width: int = 80, color: bool = False) -> str:
         make_statement(
             "tries", "Tries", f"r={ranks} at learning rates {rates}, {plan.steps} steps each"
         ),
-        make_statement(
-            "time", "Time", time if plan.slots == 1 else f"{time} and {plan.slots} concurrent runs"
-        ),
-        make_statement(
-            "left_out",
-            "Left out",
-            _describe_omitted(plan, {name: plan.saved.get(name) for name in plan.left_out}),
-        ),
+        make_statement("time", "Time", time),
+        make_statement("left_out", "Left out", _describe_omitted(plan, omitted)),
     ]
     grid = grid_of(STAGES, [(stage.name, [stage]) for stage in plan.stages], "stage")
     return grids_table([grid], [line for line in lines if line.lead], width, color)
@@ -126,26 +122,24 @@ def _describe_omitted(plan: TunePlan | None, omitted: Mapping[str, float | None]
     saved = math.fsum(time or 0.0 for time in omitted.values())
     if saved and plan is not None:
         minutes = math.ceil((plan.seconds + saved) / 60)
-        names.append(
-            f"--time {f'{minutes}min' if minutes < 120 else f'{math.ceil(minutes / 60)}h'} allows "
-            "all"
-        )
+        limit = f"{minutes}min" if minutes < 120 else f"{math.ceil(minutes / 60)}h"
+        names.append(f"--time {limit} allows all")
     return "; ".join(names)
 
 
 def tune_lines(results: Results[Any]) -> list[Statement]:
     """Return the choice and its evidence; without a choice, the last decision."""
-    choice, decisions = next(iter(results.whole_of(Tune)), None), results.whole_of(TuneDecision)
+    choice = next(iter(results.whole_of(Tune)), None)
+    decisions = results.whole_of(TuneDecision)
     final = final_statements(results, "records so far")
     if choice is None:
-        last = decisions[-1] if decisions else None
-        state = (
-            "no decision yet"
-            if last is None
-            else f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
-        )
+        state = "no decision yet"
+        if decisions:
+            last = decisions[-1]
+            state = f"last decision: {last.stage}, {safe(last.name)} {last.outcome}"
         return [make_statement("choice", "Choice", state, level="warning"), *final]
-    plan, trials = _find_plan(results), results.whole_of(TuneTrial)
+    plan = _find_plan(results)
+    trials = results.whole_of(TuneTrial)
     # Statements of the trials' stages name what these did not try.
     omitted = [one for one in decisions if one.outcome == "not tried" and one.stage not in TRIALS]
     for_time = {one.name: one.seconds for one in omitted if one.seconds is not None}
@@ -167,19 +161,21 @@ def tune_lines(results: Results[Any]) -> list[Statement]:
         make_statement("left_out", "Not tried", _describe_omitted(plan, for_time), *others),
         *_describe_trials(decisions),
     ]
-    return [*filter(lambda one: one.lead, statements), *final]
+    return [*(one for one in statements if one.lead), *final]
 
 
 def _describe_choice(choice: Tune) -> str:
     """Return the configuration in one line: kind, ranks, learning rate, scale, regularization,
     share of the budget.
     """
-    ranks = span(choice.ranks.values()) if choice.ranks else ""
-    where = (
-        f"ranks {ranks} by layer ({choice.variant})" if ranks else f"r={choice.rank} in every layer"
-    )
-    extra = f", dropout {choice.dropout:g}" if choice.dropout else ""
-    extra += f", weight decay {choice.weight_decay:g}" if choice.weight_decay else ""
+    where = f"r={choice.rank} in every layer"
+    if choice.ranks:
+        where = f"ranks {span(choice.ranks.values())} by layer ({choice.variant})"
+    extra = ""
+    if choice.dropout:
+        extra += f", dropout {choice.dropout:g}"
+    if choice.weight_decay:
+        extra += f", weight decay {choice.weight_decay:g}"
     alpha = f"{choice.alpha_over_rank:g}r" if choice.alpha is None else f"{choice.alpha:g} (rsLoRA)"
     dora = "DoRA, " if choice.dora else ""
     share = percent(choice.params / choice.budget)
@@ -221,10 +217,8 @@ def _describe_doubt(choice: Tune, decisions: Sequence[TuneDecision]) -> str:
 
 def _describe_gain(choice: Tune) -> str:
     losses = f"{choice.base_loss:.4f} to {choice.loss:.4f}, {quantity(choice.seeds, 'seed')}"
-    line = (
-        f"{choice.gain:.4f}{_format_error(choice.gain_error)} nats on {short(choice.set)} "
-        f"({losses})"
-    )
+    gain = f"{choice.gain:.4f}{_format_error(choice.gain_error)}"
+    line = f"{gain} nats on {short(choice.set)} ({losses})"
     if choice.share_of_full is None:
         return line
     return f"{line}; {percent(min(1.0, max(0.0, choice.share_of_full)))} of full fine-tuning's"
@@ -246,12 +240,11 @@ def _describe_edge(choice: Tune, trials: Sequence[TuneTrial], plan: TunePlan | N
     tried = own | set(plan.rates if plan is not None else ())
     if len(tried) < 2:
         return f"{choice.lr:g} is the only one tried; give several with --lr"
-    place = {-1: "lowest", 0: "", 1: "highest"}[edge(tried, choice.lr)]
-    return (
-        f"{choice.lr:g} is the {place} tried, so a better one may lie beyond; extend --lr"
-        if place
-        else ""
-    )
+    side = edge(tried, choice.lr)
+    if side == 0:
+        return ""
+    place = "lowest" if side < 0 else "highest"
+    return f"{choice.lr:g} is the {place} tried, so a better one may lie beyond; extend --lr"
 
 
 def _describe_next_rank(choice: Tune) -> str:
@@ -268,10 +261,8 @@ def _describe_forgotten(choice: Tune, results: Results[Any]) -> Statement:
     compared = [record for record in results.whole_of(Probe) if record.name == choice.variant]
     if compared or choice.gain_shifted is None:
         return describe_forgetting(("choice", compared))
-    verb, error = (
-        "gains" if choice.gain_shifted >= 0 else "loses",
-        _format_error(choice.gain_shifted_error),
-    )
+    verb = "gains" if choice.gain_shifted >= 0 else "loses"
+    error = _format_error(choice.gain_shifted_error)
     text = f"{verb} {abs(choice.gain_shifted):.4f}{error} nats on {short(choice.set_shifted)}"
     return make_statement("shifted", "Shifted", text)
 
@@ -296,9 +287,7 @@ def _describe_trials(decisions: Sequence[TuneDecision]) -> Iterator[Statement]:
                 reason = f"{one.outcome}: {safe(one.why)}"
                 if one.outcome != "not needed" and one.name != "non-uniform ranks":
                     names.setdefault(one.outcome, []).append(_name_trial(one))
-        lead = "; ".join(
-            f"{outcome}: {', '.join(of_outcome)}" for outcome, of_outcome in names.items()
-        )
+        lead = "; ".join(f"{outcome}: {', '.join(trials)}" for outcome, trials in names.items())
         yield make_statement(key, label, lead or reason, priority=priority)
 
 
@@ -321,15 +310,8 @@ def tune_grids(results: Results[Any], per: str = "type") -> list[Grid]:
     groups: dict[str, dict[tuple[str, float | None], list[TuneTrial]]] = {}
     for trial in results.whole_of(TuneTrial):
         groups.setdefault(trial.set, {}).setdefault((trial.variant, trial.lr), []).append(trial)
-    return [
-        grid_of(DECISIONS, rows, "stage", "Decisions, in their order", about),
-        *(
-            grid_of(
-                LOSSES,
-                [(name, group) for (name, _), group in found.items()],
-                "configuration",
-                f"Losses on {short(set_name)}",
-            )
-            for set_name, found in groups.items()
-        ),
-    ]
+    grids = [grid_of(DECISIONS, rows, "stage", "Decisions, in their order", about)]
+    for set_name, found in groups.items():
+        losses = [(name, group) for (name, _), group in found.items()]
+        grids.append(grid_of(LOSSES, losses, "configuration", f"Losses on {short(set_name)}"))
+    return grids

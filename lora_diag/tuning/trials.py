@@ -291,10 +291,13 @@ def contest(
     if own_gap is None or own_gap.half is None:
         return Contest("not known", False, own_gap, shifted_gap)
     is_better = own_gap.value < -own_gap.half
-    outcome: Outcome = "better" if is_better else "worse" if own_gap.value > own_gap.half else "tie"
-    return Contest(
-        outcome, is_better and all(gap.value <= 0 for gap in shifted_gaps), own_gap, shifted_gap
-    )
+    outcome: Outcome = "tie"
+    if is_better:
+        outcome = "better"
+    elif own_gap.value > own_gap.half:
+        outcome = "worse"
+    is_kept = is_better and all(gap.value <= 0 for gap in shifted_gaps)
+    return Contest(outcome, is_kept, own_gap, shifted_gap)
 
 
 def _pool_gaps(gaps: Sequence[Gap]) -> Gap | None:
@@ -543,9 +546,6 @@ class Trials:
     def measure_base(self) -> None:
         """Measure BASE on every set and on as many training sequences as the largest set has,
         unless recorded.
-
-        Raises:
-            InputError: The loss on the training sequences is not finite.
         """
         if self._has(variant="base"):
             return
@@ -573,9 +573,6 @@ class Trials:
         Args:
             variant: The configuration; it trains factors only.
             folder: Folder of its trained adapter.
-
-        Raises:
-            InputError: The adapter cannot be read, or a loss is not finite.
         """
         if self._has(record="probe", name=variant.name):
             return
@@ -658,10 +655,6 @@ def train_variant(
         training: Settings shared by all runs.
         sets: Evaluation sets.
         after_step: Called after every step and every batch.
-
-    Raises:
-        UsageError: See ``losses_after``.
-        InputError: See ``losses_after``.
     """
     variant, params = run.variant, 0
 

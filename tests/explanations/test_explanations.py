@@ -16,7 +16,7 @@ from lora_diag import catalog
 from lora_diag.cli.options import make_function
 from lora_diag.explanations import schemas, terms
 from lora_diag.gating.policy import READY, Checks
-from lora_diag.records.base import LayerRecord
+from lora_diag.records.base import LayerRecord, document_fields
 from tests.served import ROOT
 
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.jsonl"))
@@ -51,13 +51,13 @@ def test_every_field_column_and_check_is_explained():
     undocumented = [
         f"{model.__name__}.{name}"
         for model, name, field in fields_of_records()
-        if not terms.document_fields(model).get(field.alias or name)
+        if not document_fields(model).get(field.alias or name)
     ]
     assert undocumented == []
-    assert [name for name in Checks.names() if len(terms.document_fields(Checks)[name]) < 20] == []
-    titles = {
-        shown.title for _, model in terms._find_models() for shown in getattr(model, "shown", ())
-    }
+    assert [name for name in Checks.names() if len(document_fields(Checks)[name]) < 20] == []
+    columns = [shown for _, model in terms._find_models() for shown in getattr(model, "shown", ())]
+    assert all(column.about for column in columns)
+    titles = {column.title for column in columns}
     assert len(titles) > 50
     assert [title for title in titles if not terms.find_terms(title)] == []
 

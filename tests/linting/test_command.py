@@ -10,7 +10,7 @@ import pytest
 from lora_diag import catalog
 from lora_diag.errors import MAX_MESSAGE
 from lora_diag.explanations.terms import all_terms, remedy_of
-from lora_diag.linting.record import Finding, StepShare
+from lora_diag.linting.record import LintFinding, StepShare
 from lora_diag.linting.rules import RULES
 from lora_diag.linting.run import MAX_FINDINGS, lint
 from tests.linting.making import PEFT, make_base, write_config
@@ -49,7 +49,7 @@ def test_first_line_is_decision_then_evidence(loradiag, inputs):
 def test_records_are_written_and_judged_by_gate(run, inputs):
     assert run("lint", "bad.yaml", "base", "-o", "l.jsonl", "-q").code == 1
     results = catalog.read_results(inputs / "l.jsonl")
-    (finding,) = results.whole_of(Finding)
+    (finding,) = results.whole_of(LintFinding)
     assert (finding.id, finding.where.endswith("learning_rate"), finding.line) == (
         "bf16-step",
         True,
@@ -99,7 +99,7 @@ def test_findings_of_a_rule_are_limited(inputs):
     )
     found = [
         item
-        for item in lint(path, inputs / "base").whole_of(Finding)
+        for item in lint(path, inputs / "base").whole_of(LintFinding)
         if item.id == "target-unmatched"
     ]
     assert len(found) == MAX_FINDINGS
@@ -107,7 +107,7 @@ def test_findings_of_a_rule_are_limited(inputs):
     path = write_config(inputs / "c.json", {**PEFT, "target_modules": ["q_proj", "a" * 100_000]})
     (long,) = [
         item
-        for item in lint(path, inputs / "base").whole_of(Finding)
+        for item in lint(path, inputs / "base").whole_of(LintFinding)
         if item.id == "target-unmatched"
     ]
     assert len(long.evidence) <= MAX_MESSAGE

@@ -6,7 +6,7 @@ import pytest
 
 from lora_diag import lint
 from lora_diag.adapters import patterns
-from lora_diag.linting.record import Finding
+from lora_diag.linting.record import LintFinding
 from lora_diag.linting.rules import RULES
 from tests.linting.making import MODULES, PEFT, make_adapter, make_base, write_config
 from tests.linting.recipes import RECIPES
@@ -163,7 +163,7 @@ def find(case, bases, folder, suffix=".json"):
             folder / f"adapter_config{suffix if 'peft_type' in values else '.yaml'}", values
         )
     results = lint(config, bases[case.pop("tied", False)], **case)
-    return {finding.id: finding for finding in results.whole_of(Finding)}
+    return {finding.id: finding for finding in results.whole_of(LintFinding)}
 
 
 def test_every_rule_has_cases():
@@ -230,7 +230,7 @@ def test_state_of_bitsandbytes_is_float32(family, found, tmp_path):
         }
     results = lint(write_config(tmp_path / "c.yaml", {**values, key: name}))
     assert "adam-bf16" in results.run.settings["judged"]
-    assert ("adam-bf16" in {finding.id for finding in results.whole_of(Finding)}) == found
+    assert ("adam-bf16" in {finding.id for finding in results.whole_of(LintFinding)}) == found
 
 
 @pytest.mark.parametrize(
@@ -290,7 +290,7 @@ def test_missing_facts_are_named_and_not_judged():
 def test_shapes_of_config_alone_suffice_for_targets(bases, tmp_path):
     config = write_config(tmp_path / "adapter_config.json", {**PEFT, "target_modules": ["wq"]})
     results = lint(config, bases[False] / "config.json", lr=1e-4)
-    assert [finding.id for finding in results.whole_of(Finding)] == ["target-unmatched"]
+    assert [finding.id for finding in results.whole_of(LintFinding)] == ["target-unmatched"]
     assert "merge-storage" in results.run.settings["not_judged"]
 
 
@@ -298,6 +298,6 @@ def test_shapes_of_config_alone_suffice_for_targets(bases, tmp_path):
 def test_published_recipe_gives_no_error(name, bases, tmp_path):
     suffix = ".json" if name.startswith("PEFT") else ".yaml"
     results = lint(write_config(tmp_path / f"recipe{suffix}", RECIPES[name]), bases[False])
-    findings = results.whole_of(Finding)
+    findings = results.whole_of(LintFinding)
     assert len(results.run.settings["judged"]) >= 4
     assert [finding for finding in findings if finding.severity == "error"] == []

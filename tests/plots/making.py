@@ -6,13 +6,13 @@ import math
 
 import numpy as np
 
-from lora_diag.decisions.allocate.record import Allocation, Baseline, Certificate
+from lora_diag.decisions.allocate.record import Allocation, AllocationBaseline, Certificate
 from lora_diag.decisions.merge.record import Merged, MergedLoss
 from lora_diag.decisions.recover.record import Recovery
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
 from lora_diag.diagnostics.fleet.record import Fleet, FleetLayer
-from lora_diag.diagnostics.geometry.record import Baseline as Null
 from lora_diag.diagnostics.geometry.record import Geometry, Head, Movement
+from lora_diag.diagnostics.geometry.record import GeometryBaseline as Null
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, Union
 from lora_diag.diagnostics.overlap.record import Overlap
 from lora_diag.diagnostics.portability.record import Portability
@@ -256,7 +256,7 @@ def recoveries(blocks, types=TYPES, ranks=(1, 4, 16)):
 
 
 def certificate(spent=1000, kept=0.5, bound=0.51):
-    uniform = Baseline(
+    uniform = AllocationBaseline(
         name="uniform r=8", spent=0.9 * spent, kept=0.9 * kept, equal=kept, epsilon_min=0.8
     )
     money = dict.fromkeys(("budget", "spent", "params"), spent)

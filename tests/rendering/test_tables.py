@@ -3,7 +3,7 @@ are dropped.
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import Literal
 
 import pytest
 from hypothesis import given
@@ -27,7 +27,6 @@ class Made(LayerRecord):
     error: float | None = None
     random: float | None = None
     word: str | None = None
-    shown: ClassVar[tuple[Shown, ...]] = ()
 
 
 def cells(shown, *rows):

@@ -1,6 +1,6 @@
 """The record of ``nuclear``."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, Literal
 
 from lora_diag.records.base import LayerRecord, Shown
 
@@ -12,33 +12,23 @@ class Nuclear(LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
         fro: ‖ΔW‖_F.
-        nuclear: Σσ_i.
+        nuclear: Nuclear norm of the update, Σσ_i.
         peak: Largest |entry| of ΔW.
         flatness: Σσ_i / (‖ΔW‖_F √min(out, in)): 1 where all σ are equal; null for a zero update.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "nuclear",
-            "Σσ",
-            "nuclear norm of the update",
-            axis="nuclear norm Σσ",
-            main=True,
-            pool=lambda rs: sum(r.nuclear for r in rs),
-        ),
-        Shown(
-            "flatness",
-            "flatness",
-            "Σσ over its largest value for this ‖ΔW‖_F",
-            share=True,
-            main=True,
-        ),
-        Shown("peak", "peak", "largest entry of the update"),
-    )
     record: Literal["nuclear"] = "nuclear"
     layer: str
     shape: tuple[int, int]
     fro: float
-    nuclear: float
-    peak: float
-    flatness: float | None
+    nuclear: Annotated[
+        float,
+        Shown(
+            title="Σσ",
+            axis="nuclear norm Σσ",
+            main=True,
+            pool=lambda rs: sum(r.nuclear for r in rs),
+        ),
+    ]
+    flatness: Annotated[float | None, Shown(share=True, main=True)]
+    peak: Annotated[float, Shown()]

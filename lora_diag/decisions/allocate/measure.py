@@ -50,7 +50,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lora_diag.decisions.allocate.record import Allocation, Baseline, CappedBy, Certificate
+from lora_diag.decisions.allocate.record import (
+    Allocation,
+    AllocationBaseline,
+    CappedBy,
+    Certificate,
+)
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
 from lora_diag.decisions.targets import compile_pattern, why_no_target
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -1062,7 +1067,7 @@ def _make_certificate(
 
 def _compare_baseline(
     rule: Rule, units: Sequence[Unit], steps: Steps, budget: Budget, fixed: int, total: float
-) -> Baseline:
+) -> AllocationBaseline:
     """Return the record of another rule, compared with ranks chosen for energy at its cost."""
     equal = _take_better_rule(units, steps, spend(steps, rule.cost), [rule])
     gains = [
@@ -1073,7 +1078,7 @@ def _compare_baseline(
     ]
     lead = int(np.argmax(gains))
     has_lead = len(units) > 1 and 2 * gains[lead] > math.fsum(gains) > 0
-    return Baseline(
+    return AllocationBaseline(
         name=rule.name,
         spent=budget.in_unit(fixed + rule.cost),
         kept=min(1.0, max(0.0, _compute_kept_energy(units, rule.ranks)) / total),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import (
     SHAPE,
@@ -46,18 +46,18 @@ class Allocation(LayerRecord):
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
-        rank: r; 0 for a layer that gets no adapter.
+        rank: Rank r that the layer gets; 0 for a layer that gets no adapter.
         params: r·(out + in).
         kept: Energy fraction C(r) kept in this layer; null for a zero update. If r exceeds the
             measured values, their fraction, which is a lower bound.
         fro: ‖ΔW‖_F of the layer.
         base_fro: ‖W_base‖_F, null if unknown.
         weight: Factor of the layer's energy in the objective; 1 unless weights were given.
-        cap: Largest possible rank of this layer, limited by ``--max-rank``, break-even out·in/(out
-            + in), beyond which factors have more parameters than the matrix, its signal rank, its
-            nonzero singular values and the kept values; a larger ``--min-rank`` raises it, up to
-            the first two. With ``--allowed-ranks`` the first of them that reaches this limit, else
-            the largest. In a stack of experts the largest cap of its matrices.
+        cap: Largest possible rank of this layer. It is limited by ``--max-rank``, break-even
+            out·in/(out + in), beyond which factors have more parameters than the matrix, its signal
+            rank, its nonzero singular values and the kept values; a larger ``--min-rank`` raises
+            it, up to the first two. With ``--allowed-ranks`` the first of them that reaches this
+            limit, else the largest. In a stack of experts the largest cap of its matrices.
         capped_by: Reason for the cap. ``max_rank``: the option ``--max-rank``. ``break_even``: at a
             larger rank the factors have more parameters than the matrix; train it in full.
             ``signal_rank``: further directions are rounding noise. ``values_kept``: the spectrum
@@ -67,7 +67,8 @@ class Allocation(LayerRecord):
             versions.
         verdict: Resolution verdict of ``spectrum``.
         uniform_rank: Rank by the uniform rule with the same budget.
-        uniform_kept: C(uniform_rank); null for a zero update.
+        uniform_kept: Energy fraction C(uniform_rank) kept by the uniform rule; null for a zero
+            update.
         group: Layers that share one rank, because an adapter has one factor pair for all of them (a
             stack of experts); the layer's own name without its index, null for a layer on its own.
         source: ``gradients`` if the spectra are of gradients instead of an update.
@@ -75,32 +76,22 @@ class Allocation(LayerRecord):
             per prediction of truncating this layer alone to its rank. Null otherwise.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         replace(SHAPE, detail=False),
+        "rank",
+        "uniform_rank",
+        "cap",
+    )
+    record: Literal["allocation"] = "allocation"
+    layer: str
+    shape: tuple[int, int]
+    rank: Annotated[
+        int, Shown(title="rank given", axis="rank r", main=True, pool="range", head="rank")
+    ]
+    params: Annotated[
+        Count,
         Shown(
-            "rank",
-            "rank given",
-            "by the allocation",
-            axis="rank r",
-            main=True,
-            pool="range",
-            head="rank",
-        ),
-        Shown(
-            "uniform_rank",
-            "uniform rank",
-            "rank of this layer by one rank for all, with the same budget",
-            pool="range",
-            head="uniform",
-            terminal=True,
-        ),
-        Shown(
-            "cap", "cap", "largest possible rank of this layer", pool="range", drop=5, terminal=True
-        ),
-        Shown(
-            "params",
-            "parameters",
-            "r·(out + in)",
+            title="parameters",
             axis="adapter parameters r (out + in)",
             pool="sum",
             drop=1,
@@ -108,47 +99,36 @@ class Allocation(LayerRecord):
             form="count",
             terminal=True,
         ),
+    ]
+    kept: Annotated[
+        Share | None,
         Shown(
-            "kept",
-            "kept",
-            "fraction of the layer's energy within this rank",
-            axis="energy fraction C(r) kept",
-            share=True,
-            pool=_make_pool("kept"),
-            form="percent",
-            terminal=True,
+            axis="energy fraction C(r) kept", pool=_make_pool("kept"), form="percent", terminal=True
         ),
+    ]
+    fro: Norm
+    base_fro: Norm | None = None
+    weight: float = 1.0
+    cap: Annotated[int, Shown(pool="range", drop=5, terminal=True)]
+    capped_by: CappedBy
+    verdict: Literal["resolved", "floor-limited", "unresolved"] = "resolved"
+    uniform_rank: Annotated[int, Shown(pool="range", head="uniform", terminal=True)] = 0
+    uniform_kept: Annotated[
+        Share | None,
         Shown(
-            "uniform_kept",
-            "kept by uniform",
-            "fraction of the layer's energy within one rank for all layers",
-            share=True,
+            title="kept by uniform",
             pool=_make_pool("uniform_kept"),
             head="by uniform",
             form="percent",
             terminal=True,
         ),
-    )
-    record: Literal["allocation"] = "allocation"
-    layer: str
-    shape: tuple[int, int]
-    rank: int
-    params: Count
-    kept: Share | None
-    fro: Norm
-    base_fro: Norm | None = None
-    weight: float = 1.0
-    cap: int
-    capped_by: CappedBy
-    verdict: Literal["resolved", "floor-limited", "unresolved"] = "resolved"
-    uniform_rank: int = 0
-    uniform_kept: Share | None = None
+    ] = None
     group: str | None = None
     source: Literal["update", "gradients"] = "update"
     fisher: float | None = None
 
 
-class Baseline(Record):
+class AllocationBaseline(Record):
     """The result of another rule for the same budget, under the same constraints.
 
     Args:
@@ -184,12 +164,12 @@ class Certificate(WholeRecord):
         budget: The requested budget; null if ranks follow from an energy fraction.
         spent: Cost of the allocation, at most the budget; for an energy fraction, parameters
             without heads.
-        params: Number of parameters of the allocation, including heads, whatever the unit of the
-            budget.
+        params: Number of parameters of the allocation, including heads. It does not depend on the
+            unit of the budget.
         saved: Number of parameters of the heads that are trained in full. A budget of parameters or
             bytes pays for them first; a budget of ranks does not.
-        kept: Fraction of the (weighted) energy that it keeps.
-        bound: Upper bound on the fraction for the budget and the constraints.
+        kept: Fraction of the (weighted) energy that the allocation keeps.
+        bound: Upper bound on this fraction for the budget and the constraints.
         gap: (bound − kept) / bound.
         optimal: Whether this is known to be the optimum.
         energy_error: Bound on the error of ``kept`` and ``bound`` due to the measured spectra.
@@ -204,16 +184,9 @@ class Certificate(WholeRecord):
             portable allocation omits those that spend nothing.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "kept",
-            "kept",
-            "fraction of the energy that the allocation keeps",
-            share=True,
-            main=True,
-        ),
-        Shown("bound", "bound", "upper bound on that fraction", share=True, main=True),
-        Shown("params", "parameters", "of the allocation", main=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "kept",
+        "bound",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("gap", "higher", "the allocation is further from the optimum than before"),
@@ -222,17 +195,17 @@ class Certificate(WholeRecord):
     unit: Unit
     budget: float | None
     spent: float
-    params: Count
+    params: Annotated[Count, Shown(title="parameters", main=True)]
     saved: Count = 0
-    kept: Share
-    bound: Share
+    kept: Annotated[Share, Shown(main=True)]
+    bound: Annotated[Share, Shown(main=True)]
     gap: Share
     optimal: bool = False
     energy_error: Share = 0.0
     epsilon_min: Ratio = 1.0
     price: float | None = None
     slack: float | None = None
-    baselines: tuple[Baseline, ...] = ()
+    baselines: tuple[AllocationBaseline, ...] = ()
 
     def more_at_most(self, amount: float) -> float:
         """Return a bound on the energy fraction that ``amount`` more units of the budget add to
@@ -245,7 +218,7 @@ class Certificate(WholeRecord):
         return min(1.0 - self.kept, (self.price or 0.0) * amount + slack)
 
     @property
-    def uniform(self) -> Baseline | None:
+    def uniform(self) -> AllocationBaseline | None:
         """The baseline of one rank for all layers; None if it was omitted."""
         return next((rule for rule in self.baselines if rule.name.startswith("uniform")), None)
 

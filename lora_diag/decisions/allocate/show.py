@@ -17,7 +17,7 @@ from lora_diag.decisions.allocate.measure import head_of, task_type_of
 from lora_diag.decisions.allocate.record import (
     UNFINISHED,
     Allocation,
-    Baseline,
+    AllocationBaseline,
     Certificate,
     Policies,
 )
@@ -65,9 +65,9 @@ def policies_table(
         next_command: The suggested next command, printed last; None without one.
     """
     shown = [
-        Shown("full_rank", "of", "min(out, in)", main=True, pool="range", drop=2),
+        Shown("full_rank", "of", "Min(out, in)", main=True, pool="range", drop=2),
         *(
-            Shown(f"ranks.{rule}", rule, "rank", main=True, form=".0f", pool=_make_median(rule))
+            Shown(f"ranks.{rule}", rule, "Rank", main=True, form=".0f", pool=_make_median(rule))
             for rule in records[0].ranks
         ),
     ]
@@ -142,10 +142,6 @@ def allocation_table(
 
     Returns:
         Lines of text, without a trailing newline.
-
-    Raises:
-        UsageError: ``sweep`` has no chosen rank.
-        InputError: ``sweep`` cannot be read.
     """
     rows = rows_of(results, per)
     rate = [make_statement("rate", "Learning rate", swept_rate(sweep))] if sweep is not None else []
@@ -351,7 +347,7 @@ def _describe_optimum(certificate: Certificate) -> str:
     return f"the optimum within budget and caps keeps at most {certificate.bound:.2%} (gap {gap})"
 
 
-def _compare_with_baseline(baseline: Baseline) -> str:
+def _compare_with_baseline(baseline: AllocationBaseline) -> str:
     """Compare another rule with the ranks chosen for energy at its cost."""
     if not baseline.kept:
         return f"{baseline.name}: no rank of this rule fits the budget"

@@ -92,10 +92,6 @@ def choose_rank_rules(
         value: Its value.
         targets: PEFT's view of each layer.
         measure_spectra: Measures the spectra of all layers; called for a budget.
-
-    Raises:
-        InputError: The file of ranks cannot be read, or does not belong to these layers.
-        UsageError: The budget is too small for any rank, or no layer can get one.
     """
     if name == "params":
         reachable = tuple(
@@ -239,11 +235,6 @@ def extract(layer: Layer, settings: ExtractionSettings, store: Store) -> Extract
     Returns:
         The record, with ε of the stored factors; or why there are none: an entry that is not
             finite, or rank 0.
-
-    Raises:
-        InputError: A file could not be read or written, or the dtype cannot hold the factors.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit.
     """
     return measure_on_device(partial(_extract, layer, settings, store), settings.device)
 
@@ -327,9 +318,6 @@ def _estimate_before_rounding(
 ) -> tuple[Change, Hidden]:
     """Return E[X | cells] if directions are significant, else ``change``; and the record of the
     estimate.
-
-    Raises:
-        MemoryLimitError: The layer's cells do not fit.
     """
     assert change.fro is not None
     estimate = recover_layer(
@@ -474,10 +462,6 @@ def _compute_gap(change: Change, b: Tensor, a: Tensor, shape: tuple[int, int]) -
 def measure_left_out(delta: Delta, detail: str, device: str) -> LeftOut:
     """Return the record of a matrix without factors: with the norm of its change, or an entry that
     is not finite.
-
-    Raises:
-        InputError: A file could not be read.
-        UsageError: The device is unknown or not available.
     """
     change = load_change(delta, resolve_device(device), keep=False)
     if change.non_finite is not None:

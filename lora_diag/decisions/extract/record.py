@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from statistics import median
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.layers.lineage import Lineage
 from lora_diag.records.base import (
@@ -79,9 +79,9 @@ class Extraction(Lineage, LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)`` as stored in BASE.
         module: PEFT's name of the adapted module; for ``parameter``, the parameter's own path.
-        kind: Kind of the layer in PEFT: ``linear``, ``conv1d`` (transposed, as in GPT-2),
-            ``embedding``, ``convolution``, or ``parameter``, a matrix of a stack of experts.
-        rank: r.
+        kind: Kind of the layer in PEFT. One of ``linear``, ``conv1d`` (transposed, as in GPT-2),
+            ``embedding``, ``convolution``, and ``parameter``, a matrix of a stack of experts.
+        rank: Rank of the factors, r.
         params: r·(out + in).
         kept: C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², the energy fraction that the best update of this rank
             keeps.
@@ -105,26 +105,9 @@ class Extraction(Lineage, LayerRecord):
             above ``epsilon_min``. Null if they are optimal in the Frobenius norm.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "rank",
-            "rank stored",
-            "rank of the factors",
-            axis="rank r",
-            main=True,
-            pool="range",
-            head="rank",
-        ),
-        Shown(
-            "params",
-            "parameters",
-            "r·(out + in)",
-            pool="sum",
-            drop=3,
-            head="params",
-            form="count",
-            terminal=True,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "rank",
+        "params",
         Shown(
             "relative",
             "‖ΔW‖/‖W‖",
@@ -135,25 +118,18 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "retained",
             "kept",
-            "fraction of the energy ‖ΔW‖² that the factors keep",
+            "Fraction of the energy ‖ΔW‖² that the factors keep",
             axis="energy fraction kept",
             share=True,
             main=True,
             pool=lambda records: pooled_energy(records),
             form="percent",
         ),
-        Shown(
-            "epsilon",
-            "ε",
-            "‖ΔW − B·A‖_F / ‖ΔW‖_F of the factors in the file",
-            axis="ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F",
-            main=True,
-            pool=lambda records: pooled(records, "epsilon"),
-        ),
+        "epsilon",
         Shown(
             "least_epsilon",
             "ε floor",
-            "lower bound on the ε of any update of this rank",
+            "Lower bound on the ε of any update of this rank",
             pool=lambda records: pooled(records, "least_epsilon"),
             head="floor",
             terminal=True,
@@ -169,7 +145,7 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "data.least_epsilon",
             "floor data",
-            "lower bound on this ε for an update of this rank",
+            "Lower bound on this ε for an update of this rank",
             pool=lambda records: pooled_data(records, "least_epsilon"),
             drop=2,
             terminal=True,
@@ -177,25 +153,17 @@ class Extraction(Lineage, LayerRecord):
         Shown(
             "signal_rank",
             "signal",
-            "singular values above the rounding noise of the files",
+            "Singular values above the rounding noise of the files",
             pool=_median_signal_rank,
             drop=6,
             terminal=True,
             mark=_mark,
         ),
-        Shown(
-            "kind",
-            "kind",
-            "kind of the layer in PEFT",
-            pool="each",
-            drop=5,
-            terminal=True,
-            detail=True,
-        ),
+        "kind",
         Shown(
             "solver",
             "solver",
-            "method of the singular vectors",
+            "Method of the singular vectors",
             pool="each",
             drop=7,
             terminal=True,
@@ -206,12 +174,28 @@ class Extraction(Lineage, LayerRecord):
     layer: str
     shape: tuple[int, int]
     module: str
-    kind: Literal["linear", "conv1d", "embedding", "convolution", "parameter"]
-    rank: int
-    params: Count
+    kind: Annotated[
+        Literal["linear", "conv1d", "embedding", "convolution", "parameter"],
+        Shown(pool="each", drop=5, terminal=True, detail=True),
+    ]
+    rank: Annotated[
+        int, Shown(title="rank stored", axis="rank r", main=True, pool="range", head="rank")
+    ]
+    params: Annotated[
+        Count,
+        Shown(title="parameters", pool="sum", drop=3, head="params", form="count", terminal=True),
+    ]
     kept: float
     energy_error: float
-    epsilon: Ratio
+    epsilon: Annotated[
+        Ratio,
+        Shown(
+            title="ε",
+            axis="ε = ‖ΔW − B·A‖_F / ‖ΔW‖_F",
+            main=True,
+            pool=lambda records: pooled(records, "epsilon"),
+        ),
+    ]
     epsilon_min: Ratio
     fro: Norm
     base_fro: Norm | None

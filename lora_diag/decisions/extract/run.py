@@ -292,9 +292,6 @@ def write_in_format(
         base_name: Name of the base model for the config.
         form: One of ``LAYOUTS``.
         metadata: Metadata of the weights file.
-
-    Raises:
-        InputError: A file cannot be written, or differs when read back.
     """
     if form == PEFT:
         planned.write(folder.work, results, left_out, files, base_name, metadata)

@@ -85,10 +85,6 @@ class TensorPlan:
     def measure_left_out(self, layout: Layout, device: str) -> Iterator[LeftOut]:
         """Yield the records of tensors without factors, with the norm of their change if it has
         one.
-
-        Raises:
-            InputError: A file could not be read.
-            UsageError: The device is unknown or not available.
         """
         for record in leave_out(self.pairing, layout, device):
             yield self._mark_saved(record)
@@ -144,9 +140,6 @@ class TensorPlan:
             files: File with the factors of each layer.
             base_name: Name of the base model for the config.
             metadata: Metadata of the weights file, besides its format.
-
-        Raises:
-            InputError: The files cannot be written, or differ when read back.
         """
         parts = [Part(self.targets[r.layer], r.rank, files[r.layer]) for r in results if r.rank]
         names = {
@@ -200,9 +193,6 @@ def plan_tensors(
             factors.
         portable: Whether only matrices that all programs scale equally get factors.
         others: Further updates with layers in the pairing.
-
-    Raises:
-        InputError: Two updates change one weight of BASE, as with ``layer_replication``.
     """
     base, tuned, pairing = compared.base, compared.update, compared.pairing
     assert base is not None

@@ -143,11 +143,6 @@ def merge_layer(
 
     Returns:
         One record per update; if an update is not finite, or all are zero, one ``left_out`` record.
-
-    Raises:
-        InputError: A file could not be read or written, or the dtype cannot hold the output.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit into the memory limit.
     """
     records: tuple[Merged | LeftOut, ...] = measure_on_device(
         partial(_merge_layer, task, settings, files[task.layer]), settings.device
@@ -175,13 +170,7 @@ class _Merge:
 
 
 def write_merge(task: MergeTask, settings: MergeSettings, file: Path) -> LeftOut | None:
-    """Write the merge of one layer without measuring what it keeps; return why there is none.
-
-    Raises:
-        InputError: A file could not be read or written, or the dtype cannot hold the output.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit into the memory limit.
-    """
+    """Write the merge of one layer without measuring what it keeps; return why there is none."""
     merged, _ = compute_on_device(
         partial(_write_merge, task, settings, file), resolve_device(settings.device)
     )

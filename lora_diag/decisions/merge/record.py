@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import (
     Count,
@@ -19,18 +19,9 @@ from lora_diag.records.base import (
 )
 
 
-def _pool(field: str, title: str, about: str, **options: Any) -> Shown:
-    """Return the column of a value that is pooled over layers with weights ‖ΔW_k‖²."""
-    form = "percent" if options.get("share") else ".3f"
-    return Shown(
-        field,
-        title,
-        about,
-        pool=lambda group: pooled_kept(group, field),
-        form=form,
-        terminal=True,
-        **options,
-    )
+def _pool(field: str) -> Callable[[Sequence[Merged]], float | None]:
+    """Return a function that pools a field over layers with weights ‖ΔW_k‖²."""
+    return lambda records: pooled_kept(records, field)
 
 
 # An update collides with the others where they remove more than this fraction of it, and more than
@@ -49,23 +40,23 @@ class Merged(LayerRecord):
         weight: w_k.
         fro: ‖ΔW_k‖_F.
         merged_fro: ‖M‖_F of the exact merge, before truncation and rounding.
-        norm_ratio: ``merged_fro`` / ``fro``.
-        kept: ⟨M, ΔW_k⟩ / ‖ΔW_k‖² of the written M: the factor with which the update is in it. 1 for
-            a whole update, 1/K for the mean of orthogonal ones, below 0 for a reversed one.
-        kept_mean: The same for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
-        kept_random: The same for this merge of random updates with the same singular values: λw_k
+        norm_ratio: Norm of the merge over that of the update, ``merged_fro`` / ``fro``.
+        kept: Factor with which the update is in the written M, ⟨M, ΔW_k⟩ / ‖ΔW_k‖². It is 1 for a
+            whole update, 1/K for the mean of orthogonal ones, below 0 for a reversed one.
+        kept_mean: Value of ``kept`` for the mean of all updates, (1/K)·Σ_j ⟨ΔW_j, ΔW_k⟩ / ‖ΔW_k‖².
+        kept_random: Value of ``kept`` for random updates with the same singular values. It is λw_k
             for an untruncated weighted sum, whose expectation it is; else an estimate, from one
             random draw. Null for updates without factors, except for the sum, and for 1-D tensors.
-        others: ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ / (w_k‖ΔW_k‖²): what the other updates add to this one, as a
-            fraction of it; below 0 where they remove some of it. Null for w_k = 0.
+        others: Fraction of the update that the others add to it, ⟨Σ_{j≠k} w_jΔW_j, ΔW_k⟩ /
+            (w_k‖ΔW_k‖²), below 0 where they remove some of it; null for w_k = 0.
         others_random: Root mean square of ``others`` for randomly rotated updates, whose mean is 0.
-        directions: ‖UᵀΔW_kV‖² / ‖ΔW_k‖², U and V the singular vectors of the written M: energy
-            fraction of the update in the spaces of M. Null for a checkpoint whose M has no factors.
+        directions: Energy fraction of the update in the spaces of the written M, ‖UᵀΔW_kV‖² /
+            ‖ΔW_k‖² with U and V its singular vectors; null for a checkpoint whose M has no factors.
         directions_random: The same for random updates, as ``kept_random``; null for an untruncated
             weighted sum.
-        sign_conflict: Fraction of entries in which ΔW_k and the weighted sum of the others have
-            opposite signs, of those in which both are nonzero; ½ by chance. From up to 64 random
-            rows. Null for 1-D tensors, and without such an entry.
+        sign_conflict: Fraction of entries with opposite signs in the update and the weighted sum of
+            the others, ½ by chance. It is of the entries in which both are nonzero, in up to 64
+            random rows; null for 1-D tensors, and without such an entry.
         sign_conflict_error: Standard error of ``sign_conflict`` over the rows; 0 if all rows are
             measured.
         rank: Rank of the written factors; 0 for a merge of zero. Null for a checkpoint.
@@ -81,43 +72,13 @@ class Merged(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "update")
     part_label: ClassVar[str] = "{update}"
-    shown: ClassVar[tuple[Shown, ...]] = (
-        _pool(
-            "kept",
-            "kept",
-            "⟨M, ΔW⟩ / ‖ΔW‖²: factor with which an update is in the merge",
-            main=True,
-        ),
-        _pool("kept_random", "chance", "``kept`` of random updates with the same singular values"),
-        _pool("kept_mean", "mean", "``kept`` of the mean of the updates", drop=4),
-        _pool(
-            "others",
-            "others",
-            "what the other updates add to this one, as a fraction of it",
-            drop=6,
-            detail=True,
-        ),
-        _pool(
-            "directions",
-            "directions",
-            "energy fraction of the update in the spaces of the merge",
-            drop=3,
-            share=True,
-        ),
-        Shown(
-            "sign_conflict",
-            "signs",
-            "fraction of entries with opposite signs in the update and the sum of the others; ½ by "
-            "chance",
-            share=True,
-            error="sign_conflict_error",
-            drop=5,
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "norm_ratio", "‖M‖/‖ΔW‖", "norm of the merge over that of the update", main=True, drop=2
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "kept",
+        "kept_random",
+        "kept_mean",
+        "others",
+        "directions",
+        "sign_conflict",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -133,15 +94,26 @@ class Merged(LayerRecord):
     weight: float
     fro: Norm
     merged_fro: Norm
-    norm_ratio: Ratio
-    kept: float
-    kept_mean: float
-    kept_random: float | None = None
-    others: float | None = None
+    norm_ratio: Annotated[Ratio, Shown(title="‖M‖/‖ΔW‖", main=True, drop=2)]
+    kept: Annotated[float, Shown(main=True, pool=_pool("kept"), form=".3f", terminal=True)]
+    kept_mean: Annotated[
+        float, Shown(title="mean", drop=4, pool=_pool("kept_mean"), form=".3f", terminal=True)
+    ]
+    kept_random: Annotated[
+        float | None, Shown(title="chance", pool=_pool("kept_random"), form=".3f", terminal=True)
+    ] = None
+    others: Annotated[
+        float | None, Shown(drop=6, pool=_pool("others"), form=".3f", terminal=True, detail=True)
+    ] = None
     others_random: Ratio | None = None
-    directions: Share | None = None
+    directions: Annotated[
+        Share | None, Shown(drop=3, pool=_pool("directions"), form="percent", terminal=True)
+    ] = None
     directions_random: Share | None = None
-    sign_conflict: Share | None = None
+    sign_conflict: Annotated[
+        Share | None,
+        Shown(title="signs", error="sign_conflict_error", drop=5, terminal=True, detail=True),
+    ] = None
     sign_conflict_error: Share | None = None
     rank: Count | None = None
     params: Count | None = None
@@ -203,11 +175,11 @@ class MergedLoss(WholeRecord):
         update: Path of the update whose task it is; null for a text of none.
         method: Method of the merge, ``base`` for BASE, or ``alone`` for the update alone.
         scale: λ; null for ``base`` and ``alone``.
-        loss: Mean loss per prediction over the sequences after ``skipped``.
+        loss: Held-out loss per prediction, in nats. It is over the sequences after ``skipped``.
         loss_error: Its standard error.
-        change: ``loss`` minus that of BASE.
+        change: Loss minus that of BASE.
         change_error: Standard error of ``change``.
-        gap: ``loss`` minus that of the update alone; null for a text of no update.
+        gap: Loss minus that of the update alone; null for a text of no update.
         gap_error: Standard error of ``gap``.
         kept: Fraction of the update's gain over BASE; null if it has none, or there is no update.
         skipped: Number of first sequences that chose the merge, and are in no number but ``cost``;
@@ -221,26 +193,6 @@ class MergedLoss(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "method", "scale")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "held-out loss per token, in nats", main=True, form=".4f"),
-        Shown(
-            "change",
-            "to BASE",
-            "loss minus that of BASE",
-            main=True,
-            form="+.4f",
-            error="change_error",
-        ),
-        Shown(
-            "gap",
-            "to alone",
-            "loss minus that of the update alone",
-            form="+.4f",
-            terminal=True,
-            error="gap_error",
-        ),
-        Shown("kept", "kept", "fraction of the gain of the update alone", form=".2f", main=True),
-    )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
             "loss",
@@ -256,13 +208,17 @@ class MergedLoss(WholeRecord):
     update: str | None = None
     method: str
     scale: float | None = None
-    loss: Nats | None
+    loss: Annotated[Nats | None, Shown(main=True, form=".4f")]
     loss_error: Nats | None = None
-    change: Nats | None = None
+    change: Annotated[
+        Nats | None, Shown(title="to BASE", main=True, form="+.4f", error="change_error")
+    ] = None
     change_error: Nats | None = None
-    gap: Nats | None = None
+    gap: Annotated[
+        Nats | None, Shown(title="to alone", form="+.4f", terminal=True, error="gap_error")
+    ] = None
     gap_error: Nats | None = None
-    kept: float | None = None
+    kept: Annotated[float | None, Shown(form=".2f", main=True)] = None
     skipped: Count = 0
     cost: Nats | None = None
     chosen: bool = False

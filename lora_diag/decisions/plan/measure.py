@@ -351,11 +351,6 @@ def _estimate_capacity(
 ) -> PlanCapacity | None:
     """Return the number of tokens of the data and the ranks by the rules of thumb; None without
     data or tokens.
-
-    Raises:
-        UsageError: The number of tokens, the length or the tokenizer is invalid, ``base`` is an
-            adapter, or a library to read the data is missing.
-        InputError: The data or the tokenizer cannot be read.
     """
     if arguments["tokens"] is not None:
         tokens = read_count(str(arguments["tokens"]), "--tokens")
@@ -412,10 +407,6 @@ def open_headers(base: Path | str) -> Checkpoint:
     follow from it.
 
     Without weights, the kind is ``DERIVED``, and no entries can be read.
-
-    Raises:
-        UsageError: The path is an adapter.
-        InputError: Neither can be read.
     """
     base = as_path(base)
     path = locate(base)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Record, Shown
 
@@ -19,15 +19,11 @@ class PlanType(Record):
         targeted: Whether they get LoRA.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("matrices", "n", "matrices", main=True, form="d"),
-        Shown("shape", "shape", "rows × columns, out × in", main=True),
-        Shown("params", "full", "what full fine-tuning trains", main=True, form="count"),
-    )
+    table: ClassVar[tuple[Shown | str, ...]] = ("matrices",)
     name: str
-    shape: tuple[int, int]
-    matrices: int
-    params: int
+    shape: Annotated[tuple[int, int], Shown(main=True)]
+    matrices: Annotated[int, Shown(title="n", main=True, form="d")]
+    params: Annotated[int, Shown(title="full", main=True, form="count")]
     per_rank: int
     targeted: bool
 
@@ -45,45 +41,31 @@ class PlanRank(Record):
             matrices.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("params", "trains", "parameters", main=True, form="count"),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "params",
+        "of_model",
+        "rho",
+        "flops",
+        Shown("bytes.adamw", "AdamW", "Weights, gradients and state", main=True, form="bytes"),
         Shown(
-            "of_model",
-            "of model",
-            "fraction of the model's parameters",
-            main=True,
-            form="small_percent",
+            "bytes.adamw8bit", "8-bit Adam", "Weights, gradients and state", main=True, form="bytes"
         ),
-        Shown(
-            "rho",
-            "ρ",
-            "fraction of the targeted matrices' entries",
-            main=True,
-            form="small_percent",
-        ),
-        Shown(
-            "flops", "+ FLOPs", "that the unmerged adapter adds", main=True, form="small_percent"
-        ),
-        Shown("bytes.adamw", "AdamW", "weights, gradients and state", main=True, form="bytes"),
-        Shown(
-            "bytes.adamw8bit", "8-bit Adam", "weights, gradients and state", main=True, form="bytes"
-        ),
-        Shown("bytes.sgd", "SGD", "weights and gradients", main=True, form="bytes"),
+        Shown("bytes.sgd", "SGD", "Weights and gradients", main=True, form="bytes"),
         Shown(
             "bytes.sgd_momentum",
             "SGD+momentum",
-            "weights, gradients and state",
+            "Weights, gradients and state",
             main=True,
             form="bytes",
             drop=1,
         ),
     )
     rank: int
-    params: int
-    rho: float
-    of_model: float
+    params: Annotated[int, Shown(title="trains", main=True, form="count")]
+    rho: Annotated[float, Shown(title="ρ", main=True, form="small_percent")]
+    of_model: Annotated[float, Shown(main=True, form="small_percent")]
     bytes: dict[str, int]
-    flops: float
+    flops: Annotated[float, Shown(title="+ FLOPs", main=True, form="small_percent")]
 
 
 class PlanFit(Record):
@@ -147,18 +129,18 @@ class PlanCost(Record):
         bytes: Bytes read from both sides; null if ``Plan.base_bytes`` is.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("core_seconds", "core time", "of all cores", main=True, form="time"),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "core_seconds",
         Shown(
             "speed",
             "one reads",
-            "bytes that one machine reads in a second",
+            "Bytes that one machine reads in a second",
             terminal=True,
             form="speed",
         ),
     )
     top: int | None
-    core_seconds: float
+    core_seconds: Annotated[float, Shown(title="core time", main=True, form="time")]
     longest: float
     seconds: dict[int, float]
     bytes: int | None

@@ -77,7 +77,7 @@ def _make_types_grid(plan: Plan) -> Grid:
         Shown(
             f"r{rank}",
             f"r={rank}",
-            "what LoRA trains",
+            "What LoRA trains",
             main=True,
             form="count",
             drop=6 - i if i else 0,
@@ -85,7 +85,7 @@ def _make_types_grid(plan: Plan) -> Grid:
         for i, rank in enumerate(ranks)
     ]
     rho = Shown(
-        "rho", f"ρ at r={ranks[0]}", "r(d_in + d_out)/(d_in·d_out)", main=True, form="small_percent"
+        "rho", f"ρ at r={ranks[0]}", "R(d_in + d_out)/(d_in·d_out)", main=True, form="small_percent"
     )
     rows: list[tuple[str, list[dict[str, Any]]]] = []
     for row in sorted(plan.types, key=lambda row: not row.targeted):
@@ -106,7 +106,7 @@ def _make_ranks_grid(plan: Plan) -> Grid:
 
 def _make_costs_grid(plan: Plan) -> Grid:
     machine_columns = [
-        Shown(f"on{n}", "this machine" if n == 1 else f"{n} such", "time", main=True, form="time")
+        Shown(f"on{n}", "this machine" if n == 1 else f"{n} such", "Time", main=True, form="time")
         for n in plan.costs[0].seconds
     ]
     rows = [

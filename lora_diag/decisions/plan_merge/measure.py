@@ -221,10 +221,6 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
     Returns:
         One record; that of a left-out layer if an entry or a norm is not finite or BASE does not
             hold the weight.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: An update that is computed in full does not fit.
     """
     delta = task.delta
     if delta.base is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import SHAPE, Count, LayerRecord, Norm, Ratio, Record, Share, Shown
 
@@ -90,92 +90,32 @@ class PlannedMerge(LayerRecord):
         to: The format.
         fro: ‖ΔW‖_F.
         base_fro: ‖W‖_F.
-        arrived: c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²: 1 if nothing is lost. Null where ΔW = 0 or an
-            entry overflows.
+        arrived: Fraction of ΔW that is kept, c = ⟨Q(W + ΔW) − W, ΔW⟩ / ‖ΔW‖²; null where ΔW = 0 or
+            an entry overflows.
         error: ‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F; null likewise.
         moved: Fraction of the entries whose code in Q(W + ΔW) differs from that in Q(W). A code is
             the number itself in bf16 and fp16, and the number without its scale in the other
             formats.
         overflow: Number of entries of W + ΔW that are not finite in the format.
-        base_error: ‖Q(W) − W‖_F / ‖ΔW‖_F: the error of the format without any adapter. Null where
-            ΔW = 0 or W overflows.
-        base_error_inside: ‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V an orthonormal basis of the row space of A:
-            the part of it that acts on the inputs that the adapter reads. Null also then, and for
+        base_error: Error of the format without any adapter, ‖Q(W) − W‖_F / ‖ΔW‖_F; null where ΔW =
+            0 or W overflows.
+        base_error_inside: Part of this error on the inputs that the adapter reads, ‖(Q(W) − W)V‖_F
+            / ‖ΔW‖_F. V is an orthonormal basis of the row space of A. Null also then, and for
             updates that are not a product B·A.
-        base_noise: √(Σ step²/12) / ‖ΔW‖_F over the steps of BASE's own quantized format: about the
-            existing error of BASE. Null where BASE is not quantized or ΔW = 0.
+        base_noise: Rounding noise of BASE's own quantized format, √(Σ step²/12) / ‖ΔW‖_F over its
+            steps. It is about the existing error of BASE; null where BASE is not quantized or
+            ΔW = 0.
         bf16: Fraction of ΔW that survives in bf16, and the error.
         fp16: Fraction of ΔW that survives in fp16, and the error.
-        conclusion: ``merge``: the format keeps the update: c within 10% of 1, relative error at
-            most 0.5. ``merge into 16 bit``: it does not, and bf16 or fp16 does; merge into one of
-            these. ``serve unmerged``: the merge would lose the update; serve BASE with the adapter
-            unmerged. Null if ΔW = 0. See ``conclude``.
+        conclusion: What to do with this layer. ``merge``: the format keeps the update: c within 10%
+            of 1, relative error at most 0.5. ``merge into 16 bit``: it does not, and bf16 or fp16
+            does; merge into one of these. ``serve unmerged``: the merge would lose the update;
+            serve BASE with the adapter unmerged. Null if ΔW = 0. See ``conclude``.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "conclusion",
-            "conclusion",
-            "merge, merge into 16 bit, or serve unmerged",
-            main=True,
-            pool=lambda records: conclude_together(records),
-            style=lambda word: _STYLES.get(word, ""),
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "conclusion",
         SHAPE,
-        Shown(
-            "arrived",
-            "scale c",
-            "fraction of ΔW that is kept: ⟨Q(W + ΔW) − W, ΔW⟩/‖ΔW‖²",
-            main=True,
-            pool=lambda records: pool_effects(records).arrived,
-            form="factor",
-        ),
-        Shown(
-            "error",
-            "relative error",
-            "‖Q(W + ΔW) − W − ΔW‖_F / ‖ΔW‖_F",
-            main=True,
-            pool=lambda records: pool_effects(records).error,
-            head="error",
-        ),
-        Shown(
-            "moved",
-            "moved",
-            "fraction of the entries whose code changes",
-            share=True,
-            form="percent",
-            drop=2,
-            terminal=True,
-            pool=lambda records: _pool_moved(records),
-            detail=True,
-        ),
-        Shown(
-            "base_error",
-            "base error",
-            "‖Q(W) − W‖_F / ‖ΔW‖_F, the error of the format without an adapter",
-            drop=3,
-            terminal=True,
-            pool=lambda records: pool_ratios(records, lambda record: record.base_error),
-            detail=True,
-        ),
-        Shown(
-            "base_error_inside",
-            "base error inside",
-            "‖(Q(W) − W)V‖_F / ‖ΔW‖_F, V a basis of the adapter's input space",
-            drop=4,
-            head="inside",
-            terminal=True,
-            pool=lambda records: pool_ratios(records, lambda record: record.base_error_inside),
-            detail=True,
-        ),
-        Shown(
-            "base_noise",
-            "base noise",
-            "rounding noise of BASE's own quantized format / ‖ΔW‖_F",
-            drop=5,
-            terminal=True,
-            pool=lambda records: pool_ratios(records, lambda record: record.base_noise),
-        ),
     )
     record: Literal["plan_merge"] = "plan_merge"
     layer: str
@@ -183,16 +123,72 @@ class PlannedMerge(LayerRecord):
     to: str
     fro: Norm
     base_fro: Norm
-    arrived: float | None
-    error: Ratio | None
-    moved: Share
+    arrived: Annotated[
+        float | None,
+        Shown(
+            title="scale c",
+            main=True,
+            pool=lambda records: pool_effects(records).arrived,
+            form="factor",
+        ),
+    ]
+    error: Annotated[
+        Ratio | None,
+        Shown(
+            title="relative error",
+            main=True,
+            pool=lambda records: pool_effects(records).error,
+            head="error",
+        ),
+    ]
+    moved: Annotated[
+        Share,
+        Shown(
+            form="percent",
+            drop=2,
+            terminal=True,
+            pool=lambda records: _pool_moved(records),
+            detail=True,
+        ),
+    ]
     overflow: Count
-    base_error: Ratio | None
-    base_error_inside: Ratio | None
-    base_noise: Ratio | None
+    base_error: Annotated[
+        Ratio | None,
+        Shown(
+            drop=3,
+            terminal=True,
+            pool=lambda records: pool_ratios(records, lambda record: record.base_error),
+            detail=True,
+        ),
+    ]
+    base_error_inside: Annotated[
+        Ratio | None,
+        Shown(
+            drop=4,
+            head="inside",
+            terminal=True,
+            pool=lambda records: pool_ratios(records, lambda record: record.base_error_inside),
+            detail=True,
+        ),
+    ]
+    base_noise: Annotated[
+        Ratio | None,
+        Shown(
+            drop=5,
+            terminal=True,
+            pool=lambda records: pool_ratios(records, lambda record: record.base_noise),
+        ),
+    ]
     bf16: FormatEffect
     fp16: FormatEffect
-    conclusion: Conclusion | None
+    conclusion: Annotated[
+        Conclusion | None,
+        Shown(
+            main=True,
+            pool=lambda records: conclude_together(records),
+            style=lambda word: _STYLES.get(word, ""),
+        ),
+    ]
 
 
 def pool_effects(

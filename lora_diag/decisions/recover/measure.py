@@ -78,9 +78,6 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
     Args:
         records: Records of layers.
         params: Budget: parameters of all factors, r·(out + in).
-
-    Raises:
-        UsageError: The budget is too small for any rank, or no layer can get one.
     """
     spectra = [make_spectrum(record) for record in records if record.values_estimate]
     allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
@@ -189,9 +186,6 @@ def truncate_stored(earlier: Recovery, request: OutputRequest, file: Path) -> Re
 
     Returns:
         The earlier record with the new rank.
-
-    Raises:
-        InputError: The file could not be read or written.
     """
     assert request.rank is not None
     rank = min(request.rank, earlier.rank)
@@ -215,11 +209,6 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
 
     Returns:
         The record; for entries that are not finite, that of the left-out layer.
-
-    Raises:
-        InputError: A file could not be read or written.
-        UsageError: The device is unknown or not available.
-        MemoryLimitError: The layer does not fit, even in row blocks.
     """
     if layer.earlier is not None:
         return truncate_stored(layer.earlier, layer.request, file)

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import Count, LayerRecord, Norm, Share, Shown, Value, pooled_value
@@ -92,18 +92,18 @@ class Recovery(Hidden, Lineage, LayerRecord):
         params: rank·(out + in).
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         Shown(
             "status_words",
             "verdict",
-            "whether rounding hides an update, and whether it could be estimated",
+            "Whether rounding hides an update, and whether it could be estimated",
             main=True,
             pool=_describe_verdicts,
         ),
         Shown(
             "unchanged",
             "unchanged",
-            "fraction of unchanged entries",
+            "Fraction of unchanged entries",
             share=True,
             main=True,
             form="percent",
@@ -111,7 +111,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
         Shown(
             "relative",
             "‖D‖/‖W‖",
-            "norm of the difference of the files over that of the base",
+            "Norm of the difference of the files over that of the base",
             main=True,
             pool=_make_ratio("fro"),
             drop=1,
@@ -119,17 +119,17 @@ class Recovery(Hidden, Lineage, LayerRecord):
         Shown(
             "relative_estimate",
             "‖X‖/‖W‖",
-            "norm of the update before rounding, estimated, over that of the base",
+            "Norm of the update before rounding, estimated, over that of the base",
             main=True,
             pool=_make_ratio("fro_estimate"),
         ),
         Shown(
-            "kept", "‖D‖/‖X‖", "norm of the files' difference over the estimated norm of the update"
+            "kept", "‖D‖/‖X‖", "Norm of the files' difference over the estimated norm of the update"
         ),
         Shown(
             "rank_at.0.9",
             "r@90% file",
-            "smallest rank that keeps 90% of the energy of the files' difference",
+            "Smallest rank that keeps 90% of the energy of the files' difference",
             main=True,
             pool=_pool_file_ranks,
             drop=3,
@@ -137,7 +137,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
         Shown(
             "rank_at_estimate.0.9",
             "r@90%",
-            "smallest rank whose estimated directions carry 90% of the update's energy; empty if "
+            "Smallest rank whose estimated directions carry 90% of the update's energy; empty if "
             "they do not",
             axis="estimated rank at 90% of the energy",
             main=True,
@@ -146,29 +146,29 @@ class Recovery(Hidden, Lineage, LayerRecord):
         Shown(
             "directions",
             "directions",
-            "directions of the update above the noise of the rounding",
+            "Directions of the update above the noise of the rounding",
             main=True,
             pool=_pool_directions,
             drop=5,
         ),
         Shown(
-            "gain_z", "z", "gain of hidden cells in standard errors", main=True, form=".1f", drop=2
+            "gain_z", "z", "Gain of hidden cells in standard errors", main=True, form=".1f", drop=2
         ),
         Shown(
             "fit_chi",
             "χ²/df",
-            "misfit of the changed entries by binade of |W|",
+            "Misfit of the changed entries by binade of |W|",
             drop=6,
             terminal=True,
         ),
-        Shown("fit_misplaced", "misplaced", "fraction of changed entries in the wrong binade"),
+        Shown("fit_misplaced", "misplaced", "Fraction of changed entries in the wrong binade"),
         Shown(
             "information",
             "information",
-            "fraction of an entry's variance that its cell removes",
+            "Fraction of an entry's variance that its cell removes",
             share=True,
         ),
-        Shown("rank", "rank", "rank of the factors in the adapter"),
+        "rank",
         COSINE_TO_BASE,
     )
     record: Literal["recovery"] = "recovery"
@@ -182,7 +182,7 @@ class Recovery(Hidden, Lineage, LayerRecord):
     energy_error: float
     method: str
     written: Literal["posterior", "file", "nothing"] = "nothing"
-    rank: int = 0
+    rank: Annotated[int, Shown()] = 0
     params: Count = 0
 
     @classmethod

@@ -90,7 +90,13 @@ FEATURE = Feature(
     records=(
         *(
             f".record:{name}"
-            for name in ("CheckpointLayer", "Checkpoint", "Trajectory", "Choice", "Combination")
+            for name in (
+                "CheckpointLayer",
+                "RunCheckpoint",
+                "Trajectory",
+                "CheckpointChoice",
+                "Combination",
+            )
         ),
         "lora_diag.records.probe:Probe",
     ),

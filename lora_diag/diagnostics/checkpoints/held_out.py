@@ -15,7 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, Choice, Combination, HeldOutLoss
+from lora_diag.diagnostics.checkpoints.record import (
+    CheckpointChoice,
+    Combination,
+    HeldOutLoss,
+    RunCheckpoint,
+)
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.probe import main_sets, set_names
@@ -42,7 +47,9 @@ def _find_level(count: int) -> float:
     return 1 - (1 - CONFIDENCE) / max(1, count - 1)
 
 
-def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Iterator[Choice]:
+def choose_checkpoints(
+    probes: Sequence[Probe], steps: Mapping[str, int]
+) -> Iterator[CheckpointChoice]:
     """Yield the choice by each evaluation set that decides; none without a finite loss.
 
     Args:
@@ -59,7 +66,7 @@ def choose_checkpoints(probes: Sequence[Probe], steps: Mapping[str, int]) -> Ite
             ):
                 tied.append(steps[probe.name])
         if ranked:
-            yield Choice(
+            yield CheckpointChoice(
                 step=steps[ranked[0].name], by=name, tied=tuple(sorted(tied)), earliest=min(tied)
             )
 
@@ -120,8 +127,8 @@ def held_out_lines(results: Results[Any]) -> list[Statement]:
     """Return the statements: what to keep, its losses, those not finite, and whether a combination
     is better.
     """
-    probes, checkpoints = results.whole_of(Probe), results.whole_of(Checkpoint)
-    choices, combined = results.whole_of(Choice), results.whole_of(Combination)
+    probes, checkpoints = results.whole_of(Probe), results.whole_of(RunCheckpoint)
+    choices, combined = results.whole_of(CheckpointChoice), results.whole_of(Combination)
     steps = {record.path: record.step for record in checkpoints}
     lost = [str(record.step) for record in checkpoints if not record.losses] if probes else []
     return [
@@ -138,7 +145,9 @@ def held_out_lines(results: Results[Any]) -> list[Statement]:
     ]
 
 
-def _describe_choice(choice: Choice, probes: Sequence[Probe], steps: Mapping[str, int]) -> str:
+def _describe_choice(
+    choice: CheckpointChoice, probes: Sequence[Probe], steps: Mapping[str, int]
+) -> str:
     """State the checkpoint to keep, those not distinguished from it, and what it or later ones lose
     on shifted text.
     """
@@ -188,7 +197,9 @@ def _describe_shift(
 
 
 def _describe_evidence(
-    choices: Sequence[Choice], probes: Sequence[Probe], checkpoints: Sequence[Checkpoint]
+    choices: Sequence[CheckpointChoice],
+    probes: Sequence[Probe],
+    checkpoints: Sequence[RunCheckpoint],
 ) -> Iterator[str]:
     """State the loss of each choice, its gain over BASE, and the earliest that is not distinguished
     from it.
@@ -261,7 +272,7 @@ def held_out_grids(results: Results[Any]) -> list[Grid]:
     """
     probes, steps = (
         results.whole_of(Probe),
-        {each.path: str(each.step) for each in results.whole_of(Checkpoint)},
+        {each.path: str(each.step) for each in results.whole_of(RunCheckpoint)},
     )
     losses = {probe.name: describe_losses(probes, probe.name) for probe in probes}
     columns = []

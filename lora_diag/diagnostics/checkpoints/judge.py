@@ -226,11 +226,6 @@ class Judge:
     def judge(self, records: RunRecords[CheckpointLayer]) -> None:
         """Evaluate the models that have no records yet, and write the choice and the comparison of
         combinations.
-
-        Raises:
-            UsageError: A rule needs more checkpoints than are finite.
-            InputError: An update cannot be read or does not fit BASE, or the loss of BASE is not
-                finite.
         """
         bad = {record.step for record in records.layers if record.non_finite}
         finite = [step for step in self._steps if step.step not in bad]

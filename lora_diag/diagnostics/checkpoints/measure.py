@@ -58,10 +58,6 @@ def measure_layer(
 
     Returns:
         One record for each checkpoint, in order.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
     """
     if not all(map(is_thin, task.deltas)):
         from lora_diag.diagnostics.checkpoints.stored import (

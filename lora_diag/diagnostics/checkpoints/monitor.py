@@ -27,7 +27,7 @@ from lora_diag.catalog import read_results
 from lora_diag.deltas import natural_order, selector
 from lora_diag.diagnostics.checkpoints.factors import Array, Factors
 from lora_diag.diagnostics.checkpoints.measure import OVERFLOW, describe_increment, describe_values
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer, group_by
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, RunCheckpoint, group_by
 from lora_diag.diagnostics.checkpoints.series import MONITOR, Step, make_series
 from lora_diag.diagnostics.checkpoints.trainer import collect_log
 from lora_diag.diagnostics.checkpoints.verdict import SPIKED, judge, pool_checkpoints
@@ -368,7 +368,9 @@ class LoraMonitor(TrainingCallback):
         self._writer: ResultsWriter[CheckpointLayer] | None = None
         self._left_out: list[LeftOut] = []
         self._step = 0
-        self._recent: deque[tuple[Checkpoint, list[CheckpointLayer]]] = deque(maxlen=LOOK_BACK - 1)
+        self._recent: deque[tuple[RunCheckpoint, list[CheckpointLayer]]] = deque(
+            maxlen=LOOK_BACK - 1
+        )
         self._pending: list[CheckpointLayer] = []
         self._warned: set[str] = set()
 
@@ -451,7 +453,7 @@ class LoraMonitor(TrainingCallback):
         """
         path, checkpoints, by_step = (
             self.output,
-            list[Checkpoint](),
+            list[RunCheckpoint](),
             dict[int, list[CheckpointLayer]](),
         )
         assert path is not None
@@ -464,7 +466,9 @@ class LoraMonitor(TrainingCallback):
                     f"{path}: holds results of loradiag {earlier.run.command}; choose another name"
                 )
             by_step = group_by(earlier, "step")
-            checkpoints = [each for each in earlier.whole_of(Checkpoint) if each.step <= self._step]
+            checkpoints = [
+                each for each in earlier.whole_of(RunCheckpoint) if each.step <= self._step
+            ]
             names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(1))
             path.rename(next(name for name in names if not name.exists()))
         self._writer = ResultsWriter(path, run)
@@ -560,7 +564,7 @@ class LoraMonitor(TrainingCallback):
                 stop = self._warn(checkpoint) & self.stop_on
         return bool(stop)
 
-    def _pool(self, history: Sequence[Any]) -> Checkpoint:
+    def _pool(self, history: Sequence[Any]) -> RunCheckpoint:
         """Return the record of the step that was measured last."""
         assert self.output is not None
         groups = [group for _, group in [*self._recent][-1:]] + [self._pending]
@@ -568,7 +572,7 @@ class LoraMonitor(TrainingCallback):
         series = make_series(steps, None, collect_log(history))
         return pool_checkpoints(steps, series, [record for group in groups for record in group])[-1]
 
-    def _warn(self, checkpoint: Checkpoint) -> set[str]:
+    def _warn(self, checkpoint: RunCheckpoint) -> set[str]:
         """Return the rules that hold now, and warn of those that hold for the first time."""
         moments = [*self._recent, (checkpoint, self._pending)]
         run = judge(

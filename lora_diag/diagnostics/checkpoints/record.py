@@ -5,7 +5,7 @@ the choice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
@@ -23,16 +23,7 @@ from lora_diag.records.base import (
 )
 
 # Overlaps of the spaces of the largest singular vectors, with those of random spaces.
-_OVERLAP: dict[str, Any] = {"share": True, "drop": 7, "chance": "overlap_random", "terminal": True}
-_OVERLAPS = tuple(
-    Shown(
-        f"overlap_{which}",
-        f"overlap {which}",
-        f"of the largest directions with the {which} checkpoint",
-        **_OVERLAP,
-    )
-    for which in ("next", "last")
-)
+_OVERLAP = Shown(drop=7, chance="overlap_random", terminal=True)
 
 
 class CheckpointLayer(LayerRecord):
@@ -43,21 +34,22 @@ class CheckpointLayer(LayerRecord):
         layer: The weight's name in BASE, or in the adapter without BASE.
         step: Training step of the checkpoint.
         shape: ``(out, in)``.
-        fro: ‖ΔW_t‖_F; null where ``non_finite``, and so are all numbers that follow from it.
+        fro: Frobenius norm of the update, ‖ΔW_t‖_F; null where ``non_finite``, and so are all
+            numbers that follow from it.
         base_fro: ‖W_base‖_F; null without BASE.
         relative: ‖ΔW_t‖_F / ‖W_base‖_F; null without BASE.
         sigma_1: σ_1(ΔW_t).
-        spectral_share: σ_1² / ‖ΔW_t‖_F²; null for a zero update.
+        spectral_share: Fraction of the energy in σ_1, σ_1² / ‖ΔW_t‖_F²; null for a zero update.
         stable_rank: ‖ΔW_t‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of σ_i²/Σσ²; null for a zero update, or if not all σ_i
-            were computed.
+        effective_rank: Exponential of the entropy of σ_i²/Σσ²; null for a zero update, or if not
+            all σ_i were computed.
         energy: C(r) = Σ_{i≤r}σ_i² / ‖ΔW_t‖_F² by r; null for a zero update, or beyond the computed
             values.
         directions: k, the dimension of the space of the largest left singular vectors of ΔW_t that
             overlaps compare; less than requested if the rank is.
-        overlap_next: ‖U_tᵀU_{t+1}‖_F²/k of these spaces: 1 for equal spaces; null for the last
-            checkpoint.
-        overlap_last: The same with the last checkpoint; null for the last.
+        overlap_next: Overlap of this space with that of the next checkpoint, ‖U_tᵀU_{t+1}‖_F²/k: 1
+            for equal spaces; null for the last checkpoint.
+        overlap_last: Overlap of this space with that of the last checkpoint; null for the last.
         overlap_random: k/out, the expected overlap of random spaces.
         increment: ‖ΔW_t − ΔW_{t−1}‖_F; of the first checkpoint, ‖ΔW_t‖_F.
         cosine: Cosine of this increment and the one before; null for the first checkpoint and zero
@@ -80,26 +72,10 @@ class CheckpointLayer(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step")
     part_label: ClassVar[str] = "step {step}"
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F", main=True),
-        Shown("increment", "increment", "‖ΔW_t − ΔW_{t−1}‖_F", main=True),
-        Shown("cosine", "cosine", "of this increment and the one before", main=True, form=".2f"),
-        Shown(
-            "spectral_share",
-            "σ₁² share",
-            "fraction of the energy in σ₁",
-            "σ₁² / ‖ΔW‖_F²",
-            share=True,
-            main=True,
-        ),
-        Shown(
-            "effective_rank",
-            "eff. rank",
-            "exp of the entropy of σ_i²/Σσ²",
-            axis="effective rank",
-            main=True,
-        ),
-        *_OVERLAPS,
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "fro",
+        "increment",
+        "cosine",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -112,20 +88,24 @@ class CheckpointLayer(LayerRecord):
     layer: str
     step: int
     shape: tuple[int, int]
-    fro: Norm | None
+    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖_F", main=True)]
     base_fro: Norm | None = None
     relative: Ratio | None = None
     sigma_1: Norm | None = None
-    spectral_share: Share | None = None
+    spectral_share: Annotated[
+        Share | None, Shown(title="σ₁² share", axis="σ₁² / ‖ΔW‖_F²", main=True)
+    ] = None
     stable_rank: float | None = None
-    effective_rank: float | None = None
+    effective_rank: Annotated[
+        float | None, Shown(title="eff. rank", axis="effective rank", main=True)
+    ] = None
     energy: dict[str, Share | None] = Field(default_factory=dict)
     directions: Count = 0
-    overlap_next: Share | None = None
-    overlap_last: Share | None = None
+    overlap_next: Annotated[Share | None, _OVERLAP] = None
+    overlap_last: Annotated[Share | None, _OVERLAP] = None
     overlap_random: Share | None = None
-    increment: Norm | None = None
-    cosine: float | None = None
+    increment: Annotated[Norm | None, Shown(main=True)] = None
+    cosine: Annotated[float | None, Shown(main=True, form=".2f")] = None
     unchanged: Share | None = None
     kinship: float | None = None
     dead: bool = False
@@ -182,7 +162,7 @@ class HeldOutLoss(Record):
     excess_error: Nats | None = None
 
 
-class Checkpoint(WholeRecord):
+class RunCheckpoint(WholeRecord):
     """One checkpoint of a run: its measurements pooled over layers, and what the trainer logged.
 
     Args:
@@ -197,60 +177,36 @@ class Checkpoint(WholeRecord):
         rate: Learning rate logged last up to this step; null likewise.
         rate_sum: Σ of the learning rates of the steps since the checkpoint before, between logged
             rates linear; null likewise.
-        fro: √Σ‖ΔW_t‖_F² over the layers that are finite.
-        relative: ``fro`` over √Σ‖W_base‖_F² of the same layers; null without BASE.
-        increment: √Σ of the layers' squared increments; null if no layer has one.
+        fro: Frobenius norm of the update over the layers that are finite, √Σ‖ΔW_t‖_F².
+        relative: Norm of the update over that of the base weights, of the same layers; null without
+            BASE.
+        increment: Norm of the change since the checkpoint before, √Σ of the layers' squared
+            increments; null if no layer has one.
         cosine: Cosine of this increment and the one before, of all layers together; null likewise.
-        spectral_share: Median of the layers that are not zero; null without any.
-        effective_rank: Median, likewise.
-        overlap_next: Median, likewise.
-        overlap_last: Median, likewise.
-        overlap_random: Median, likewise.
+        spectral_share: Fraction of the energy in σ_1, median of the layers that are not zero; null
+            without any.
+        effective_rank: Effective rank of the update, median likewise.
+        overlap_next: Overlap of the largest directions with the next checkpoint, median of the
+            layers.
+        overlap_last: Overlap of the largest directions with the last checkpoint, median of the
+            layers.
+        overlap_random: The expected overlap of random spaces, likewise.
         layers: Number of measured layers.
         dead: Number of layers with ΔW_t = 0.
         non_finite: Number of layers that are not finite.
     """
 
     key: ClassVar[tuple[str, ...]] = ("step",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "fro", "‖ΔW‖", "Frobenius norm of the update over all layers", axis="‖ΔW‖_F", main=True
-        ),
-        Shown("relative", "‖ΔW‖/‖W‖", "over that of the base weights", drop=1, terminal=True),
-        Shown(
-            "increment",
-            "increment",
-            "norm of the change since the checkpoint before",
-            drop=1,
-            terminal=True,
-        ),
-        Shown(
-            "cosine",
-            "cosine",
-            "of this increment and the one before",
-            drop=3,
-            form=".2f",
-            terminal=True,
-        ),
-        Shown(
-            "spectral_share", "σ₁² share", "median of the layers", share=True, drop=4, terminal=True
-        ),
-        Shown("effective_rank", "eff. rank", "median of the layers", drop=5, terminal=True),
-        *_OVERLAPS,
-        Shown("rate", "rate", "learning rate that the trainer logged", drop=8, terminal=True),
-        Shown(
-            "train_loss",
-            "train loss",
-            "mean logged training loss since the checkpoint before",
-            terminal=True,
-        ),
-        Shown(
-            "eval_loss",
-            "eval loss",
-            "evaluation loss that the trainer logged",
-            drop=2,
-            terminal=True,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "fro",
+        "relative",
+        "increment",
+        "cosine",
+        "spectral_share",
+        "effective_rank",
+        "overlap_next",
+        "overlap_last",
+        "rate",
     )
     record: Literal["checkpoint"] = "checkpoint"
     step: int
@@ -258,18 +214,18 @@ class Checkpoint(WholeRecord):
     final: bool = False
     foreign: bool = False
     losses: dict[str, HeldOutLoss] = Field(default_factory=dict)
-    train_loss: Nats | None = None
-    eval_loss: Nats | None = None
-    rate: Ratio | None = None
+    train_loss: Annotated[Nats | None, Shown(terminal=True)] = None
+    eval_loss: Annotated[Nats | None, Shown(drop=2, terminal=True)] = None
+    rate: Annotated[Ratio | None, Shown(drop=8, terminal=True)] = None
     rate_sum: Ratio | None = None
-    fro: Norm | None = None
-    relative: Ratio | None = None
-    increment: Norm | None = None
-    cosine: float | None = None
-    spectral_share: Share | None = None
-    effective_rank: float | None = None
-    overlap_next: Share | None = None
-    overlap_last: Share | None = None
+    fro: Annotated[Norm | None, Shown(title="‖ΔW‖", axis="‖ΔW‖_F", main=True)] = None
+    relative: Annotated[Ratio | None, Shown(title="‖ΔW‖/‖W‖", drop=1, terminal=True)] = None
+    increment: Annotated[Norm | None, Shown(drop=1, terminal=True)] = None
+    cosine: Annotated[float | None, Shown(drop=3, form=".2f", terminal=True)] = None
+    spectral_share: Annotated[Share | None, Shown(title="σ₁² share", drop=4, terminal=True)] = None
+    effective_rank: Annotated[float | None, Shown(title="eff. rank", drop=5, terminal=True)] = None
+    overlap_next: Annotated[Share | None, _OVERLAP] = None
+    overlap_last: Annotated[Share | None, _OVERLAP] = None
     overlap_random: Share | None = None
     layers: Count = 0
     dead: Count = 0
@@ -295,14 +251,14 @@ class Trajectory(WholeRecord):
     """The run as a whole, as far as weights show it.
 
     Args:
-        state: The first of these that holds. ``non-finite``: a layer has NaN or Inf. ``two runs``:
-            the checkpoints are not of one run. ``out of order``: with two checkpoints exchanged the
-            path is much shorter. ``dead``: a layer ends with ΔW = 0, or all do. ``collapsed``: a
-            layer lost most of its rank. ``spiked``: an increment far above its neighbours.
-            ``frozen``: a layer stopped, while others move. ``random walk``: increments without a
-            common direction. ``settled``: it stays near its end from ``settled`` on. ``growing``:
-            ‖ΔW‖ still grows; ``moving``: it changes at about the same norm. Null for fewer than
-            three checkpoints.
+        state: What the weights show. The first of these that holds: ``non-finite``: a layer has NaN
+            or Inf. ``two runs``: the checkpoints are not of one run. ``out of order``: with two
+            checkpoints exchanged the path is much shorter. ``dead``: a layer ends with ΔW = 0, or
+            all do. ``collapsed``: a layer lost most of its rank. ``spiked``: an increment far above
+            its neighbours. ``frozen``: a layer stopped, while others move. ``random walk``:
+            increments without a common direction. ``settled``: it stays near its end from
+            ``settled`` on. ``growing``: ‖ΔW‖ still grows; ``moving``: it changes at about the same
+            norm. Null for fewer than three checkpoints.
         step: The checkpoint that shows it first; null for states of the whole run.
         dead: Number of layers with ΔW = 0 at the last checkpoint.
         non_finite: Number of layers that are not finite at any.
@@ -342,11 +298,8 @@ class Trajectory(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("record",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("state", "state", "what the weights show", main=True),
-    )
     record: Literal["trajectory"] = "trajectory"
-    state: State | None
+    state: Annotated[State | None, Shown(main=True)]
     step: int | None = None
     dead: Count = 0
     non_finite: Count = 0
@@ -374,33 +327,23 @@ class Trajectory(WholeRecord):
     settled_schedule: int | None = None
 
 
-class Choice(WholeRecord):
+class CheckpointChoice(WholeRecord):
     """The checkpoint to keep, judged by one quantity.
 
     Args:
         step: The best checkpoint.
-        by: What judged it: the name of an evaluation set.
+        by: Name of the evaluation set that judged it.
         tied: Steps, in order, that this quantity does not distinguish from the best, which is one
             of them.
-        earliest: The earliest of these.
+        earliest: The earliest checkpoint that is not distinguished from the best.
     """
 
     key: ClassVar[tuple[str, ...]] = ("by",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("step", "step", "the best checkpoint", main=True),
-        Shown("by", "by", "what judged it", main=True),
-        Shown(
-            "earliest",
-            "earliest",
-            "the earliest checkpoint that is not distinguished from it",
-            main=True,
-        ),
-    )
     record: Literal["choice"] = "choice"
-    step: int
-    by: str
+    step: Annotated[int, Shown(main=True)]
+    by: Annotated[str, Shown(main=True)]
     tied: tuple[int, ...]
-    earliest: int
+    earliest: Annotated[int, Shown(main=True)]
 
 
 class Combination(WholeRecord):
@@ -420,22 +363,13 @@ class Combination(WholeRecord):
         single: Step of the checkpoint with the lowest loss on the first half; null for fewer than
             four sequences.
         chosen: Whether no other combination has a lower loss on the first half.
-        gain: Loss of ``single`` minus that of the combination on the second half; null likewise.
+        gain: Loss of the best checkpoint, ``single``, minus that of the combination, on the second
+            half; null likewise.
         gain_error: Standard error of ``gain``, from paired differences of blocks of sequences.
         sequences: Number of sequences of the second half.
     """
 
     key: ClassVar[tuple[str, ...]] = ("name",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "gain",
-            "gain",
-            "loss of the best checkpoint minus its own",
-            form="+.4f",
-            main=True,
-            error="gain_error",
-        ),
-    )
     record: Literal["combination"] = "combination"
     name: str
     steps: tuple[int, ...]
@@ -444,7 +378,7 @@ class Combination(WholeRecord):
     by: str
     single: int | None = None
     chosen: bool = False
-    gain: Nats | None = None
+    gain: Annotated[Nats | None, Shown(form="+.4f", main=True, error="gain_error")] = None
     gain_error: Nats | None = None
     sequences: Count = 0
 

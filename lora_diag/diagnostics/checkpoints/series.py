@@ -185,10 +185,6 @@ def _order(paths: Sequence[Path]) -> tuple[list[Step], Set[int], Log]:
     the last log.
 
     Logs are read one after the other, and two are in memory at a time.
-
-    Raises:
-        InputError: A step is not known or contradicts its trainer state, or a trainer state cannot
-            be read.
     """
     steps, foreign = list[Step](), set[int]()
     last, last_step = Log(), 0

@@ -19,9 +19,9 @@ from lora_diag.diagnostics.checkpoints.held_out import (
     is_better,
 )
 from lora_diag.diagnostics.checkpoints.record import (
-    Checkpoint,
     CheckpointLayer,
     Combination,
+    RunCheckpoint,
     Trajectory,
     group_by,
 )
@@ -48,8 +48,11 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
     """Return the table of the checkpoints; with ``per`` = ``layer`` also that of the layers of the
     last one.
     """
-    rows = [(str(each.step), [each]) for each in results.whole_of(Checkpoint)]
-    grids = [*([grid_of(Checkpoint.shown, rows, "step")] if rows else []), *held_out_grids(results)]
+    rows = [(str(each.step), [each]) for each in results.whole_of(RunCheckpoint)]
+    grids = [
+        *([grid_of(RunCheckpoint.shown, rows, "step")] if rows else []),
+        *held_out_grids(results),
+    ]
     if per == "layer" and rows:
         last = [record for record in results if str(record.step) == rows[-1][0]]
         grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {rows[-1][0]}"))
@@ -58,7 +61,7 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
 
 def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     """Return the statements of the summary: the verdict first, then how the run moved."""
-    checkpoints = results.whole_of(Checkpoint)
+    checkpoints = results.whole_of(RunCheckpoint)
     if not checkpoints:
         return summarize(results)
     run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
@@ -93,7 +96,7 @@ def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -
     if better is None or not is_better(better):
         return None
     base = next(item.path for item in results.run.inputs if item.role == "base")
-    paths = {record.step: record.path for record in results.whole_of(Checkpoint)}
+    paths = {record.step: record.path for record in results.whole_of(RunCheckpoint)}
     weights = {
         paths[step]: repr(weight)
         for step, weight in zip(better.steps, better.weights, strict=True)
@@ -112,7 +115,7 @@ def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -
     return f"{shlex.join(words)}   (writes {better.name})"
 
 
-def _describe_problems(run: Trajectory, checkpoints: Sequence[Checkpoint]) -> Iterator[str]:
+def _describe_problems(run: Trajectory, checkpoints: Sequence[RunCheckpoint]) -> Iterator[str]:
     """State what is wrong with the run, the most serious first."""
     layers = quantity(checkpoints[-1].layers, "layer")
     named = {
@@ -250,10 +253,10 @@ def draw_live(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
     """
-    if results is None or not (checkpoints := results.whole_of(Checkpoint)):
+    if results is None or not (checkpoints := results.whole_of(RunCheckpoint)):
         return waiting
     rows = [dict(rows_of(group, "type")) for group in group_by(results, "step").values()]
-    shown = {field.path: field for field in Checkpoint.shown}
+    shown = {field.path: field for field in RunCheckpoint.shown}
     columns = []
     for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
         courses = (
@@ -286,11 +289,11 @@ def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
     return f"{bars:<{BARS}} {last:>6}"
 
 
-def describe_step(checkpoint: Checkpoint) -> str:
+def describe_step(checkpoint: RunCheckpoint) -> str:
     """Return the numbers of a checkpoint as one line."""
     values = {
         shown: value
-        for shown in Checkpoint.shown
+        for shown in RunCheckpoint.shown
         if isinstance(value := shown.value(checkpoint), float)
     }
     texts = (
@@ -356,7 +359,7 @@ def follow_run(
                     NothingComparedError,
                 ) as error:  # of a file that is being written, or only one
                     waiting = f"waiting for more: {error}"
-            shown = results.whole_of(Checkpoint) if results is not None else []
+            shown = results.whole_of(RunCheckpoint) if results is not None else []
             lines = [describe_step(each) for each in shown] or [waiting]
             on_view(
                 partial(draw_live, results, waiting),

@@ -29,11 +29,7 @@ Measured = tuple[list[str | None], factors.Evolution | None, float | None]
 
 
 def measure_base(delta: Delta) -> float | None:
-    """Return ‖W_base‖_F; None without BASE, or where it is not finite.
-
-    Raises:
-        InputError: A file could not be read.
-    """
+    """Return ‖W_base‖_F; None without BASE, or where it is not finite."""
     base_fro = math.nan if delta.base is None else norm(row_blocks(delta.base, delta.shape))
     return base_fro if math.isfinite(base_fro) else None
 
@@ -66,10 +62,6 @@ def measure_stored(
         Why each update is not finite, None if it is; the measurements of those that are, None
             without any; ‖W_base‖_F,
         None without BASE.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
     """
     problems: list[str | None] = []
     values: list[Factors] = []

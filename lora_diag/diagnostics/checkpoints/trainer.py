@@ -199,11 +199,7 @@ class _Values:
             raise ValueError("there is more after its end")
 
     def items(self) -> Iterator[Any]:
-        """Yield the values of a list.
-
-        Raises:
-            ValueError: Its syntax is wrong.
-        """
+        """Yield the values of a list."""
         self._take("[")
         while self.peek() != "]":
             yield self.read()

@@ -26,8 +26,8 @@ import numpy as np
 from lora_diag.diagnostics.checkpoints.factors import Array
 from lora_diag.diagnostics.checkpoints.held_out import describe_losses
 from lora_diag.diagnostics.checkpoints.record import (
-    Checkpoint,
     CheckpointLayer,
+    RunCheckpoint,
     State,
     Trajectory,
     group_by,
@@ -88,7 +88,7 @@ def pool_checkpoints(
     series: Series,
     layers: Sequence[CheckpointLayer],
     probes: Sequence[Probe] = (),
-) -> list[Checkpoint]:
+) -> list[RunCheckpoint]:
     """Return the record of every checkpoint.
 
     Args:
@@ -105,7 +105,7 @@ def pool_checkpoints(
         losses = describe_losses(probes, path)
         fields |= {"foreign": step.step in series.foreign}
         checkpoints.append(
-            Checkpoint(step=step.step, path=path, final=step.final, losses=losses, **fields)
+            RunCheckpoint(step=step.step, path=path, final=step.final, losses=losses, **fields)
         )
         before, earlier = step.step, group
     return checkpoints
@@ -155,7 +155,7 @@ def pool_layers(
     }
 
 
-def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[Checkpoint]) -> Trajectory:
+def judge(layers: Sequence[CheckpointLayer], checkpoints: Sequence[RunCheckpoint]) -> Trajectory:
     """Return the record of the run as a whole.
 
     Args:
@@ -285,7 +285,7 @@ def find_frozen(groups: Mapping[str, Sequence[CheckpointLayer]]) -> dict[str, in
 
 
 def find_spikes(
-    group: Sequence[CheckpointLayer | Checkpoint], scales: Sequence[Array]
+    group: Sequence[CheckpointLayer | RunCheckpoint], scales: Sequence[Array]
 ) -> list[float]:
     """Return the ratio of each increment to its neighbours: the smallest over what increments are
     in proportion to.
@@ -321,7 +321,7 @@ def find_spiked_layers(
 
 
 def find_other_run(
-    groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints: Sequence[Checkpoint]
+    groups: Mapping[str, Sequence[CheckpointLayer]], checkpoints: Sequence[RunCheckpoint]
 ) -> int | None:
     """Return the first checkpoint that is not of the same run as the one before it; None without
     such.
@@ -363,7 +363,7 @@ def sum_grams(groups: Sequence[Sequence[CheckpointLayer]]) -> Array | None:
     return np.asarray(total + np.tril(total, -1).T) if groups else None
 
 
-def _judge_path(gram: Array, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+def _judge_path(gram: Array, checkpoints: Sequence[RunCheckpoint]) -> dict[str, Any]:
     """Return the fields of the run that follow from the Gram matrix of three or more updates."""
     steps, fro = [checkpoint.step for checkpoint in checkpoints], math.sqrt(gram[-1, -1])
     products = increments_of(gram)

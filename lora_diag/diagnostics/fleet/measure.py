@@ -103,9 +103,6 @@ def measure_thin(deltas: Sequence[FactoredDelta]) -> list[Measured | None]:
 
     Args:
         deltas: Layers that ``is_thin`` accepts, of one rank.
-
-    Raises:
-        InputError: A file could not be read.
     """
     indices_by_kind: dict[Hashable, list[int]] = {}
     for i, delta in enumerate(deltas):
@@ -512,9 +509,6 @@ def fleet(
 def _measure_on_worker(member: Member, settings: FleetSettings) -> tuple[Fleet | LeftOut]:
     """Check that a cluster's worker has the same files, then measure one adapter as
     ``_measure_member``.
-
-    Raises:
-        InputError: The worker has other files.
     """
     for seen in (member.seen, settings.base):
         if seen is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Record, Share, Shown
 
@@ -32,12 +32,13 @@ class Fleet(LayerRecord):
         modules: Number of adapted matrices.
         dead: Number of matrices with a zero update.
         rank: The largest rank of its factors; null if no layer has factors.
-        fro: ‖ΔW‖_F over all matrices.
+        fro: Frobenius norm of the update over all matrices.
         total_rank: Σ of the ranks; null if a layer has no factors.
         total_rank_99: Σ of the ranks at 99% of each layer's energy.
-        used: ``total_rank_99`` over ``total_rank``; null if that is null or 0.
-        spike: Σσ_1² over Σ‖ΔW‖_F²: the fraction of the energy in the largest direction of every
-            layer; null for a zero update.
+        used: Fraction of its rank that it uses, ``total_rank_99`` / ``total_rank``; null if that is
+            null or 0.
+        spike: Fraction of the energy in the largest direction of every layer, Σσ_1² / Σ‖ΔW‖_F²;
+            null for a zero update.
         layers: Each layer, by its name.
         update: A sketch of the update: inner products of sketches estimate those of updates.
         space: A sketch of the column spaces of its directions up to 99% of the energy, likewise.
@@ -45,35 +46,19 @@ class Fleet(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer",)
     long: ClassVar[tuple[str, ...]] = ("layers",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("modules", "layers", "number of adapted matrices", drop=5, terminal=True),
-        Shown("rank", "rank", "largest rank of its factors", main=True, head="r"),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "modules",
+        "rank",
         Shown(
             "mean_rank_99",
             "r at 99%",
-            "mean rank at 99% of a layer's energy",
+            "Mean rank at 99% of a layer's energy",
             drop=2,
             terminal=True,
         ),
-        Shown(
-            "used",
-            "used",
-            "Σ of the ranks at 99% of each layer's energy, over Σ of the ranks",
-            share=True,
-            main=True,
-            form="percent",
-        ),
-        Shown(
-            "spike",
-            "spike",
-            "fraction of the energy in the largest direction of every layer",
-            share=True,
-            drop=4,
-            form="percent",
-            terminal=True,
-        ),
-        Shown("fro", "‖ΔW‖", "Frobenius norm over all layers", main=True, drop=3),
-        Shown("dead", "dead", "number of zero updates", main=True, terminal=False),
+        "used",
+        "spike",
+        "fro",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("used", "lower", "this adapter uses less of its rank than the fleet before"),
@@ -81,14 +66,14 @@ class Fleet(LayerRecord):
     record: Literal["fleet"] = "fleet"
     adapter: str
     kind: str
-    modules: Count
-    dead: Count
-    rank: int | None
-    fro: Norm
+    modules: Annotated[Count, Shown(title="layers", drop=5, terminal=True)]
+    dead: Annotated[Count, Shown(main=True, terminal=False)]
+    rank: Annotated[int | None, Shown(main=True, head="r")]
+    fro: Annotated[Norm, Shown(title="‖ΔW‖", main=True, drop=3)]
     total_rank: int | None
     total_rank_99: int
-    used: float | None
-    spike: Share | None
+    used: Annotated[float | None, Shown(share=True, main=True, form="percent")]
+    spike: Annotated[Share | None, Shown(drop=4, form="percent", terminal=True)]
     layers: dict[str, FleetLayer]
     update: tuple[float, ...]
     space: tuple[float, ...]

@@ -26,11 +26,11 @@ _RELATION_TEXTS = {
 
 
 _DUPLICATE_COLUMNS = (
-    Shown("cosine", "cosine", "of the updates, estimated", main=True, form=".3f"),
+    Shown("cosine", "cosine", "Of the updates, estimated", main=True, form=".3f"),
     Shown(
         "overlap",
         "col space",
-        "of the column spaces, estimated",
+        "Of the column spaces, estimated",
         main=True,
         form=".2f",
         pool="max",

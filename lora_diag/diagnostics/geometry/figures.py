@@ -83,9 +83,6 @@ def _side_keys(style: PageStyle, records: Sequence[Geometry]) -> list[Any]:
 def make_masks_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page of the fractions of changed entries in the masks, a bar per layer, with both
     baselines.
-
-    Raises:
-        UndrawableError: No layer changed.
     """
     moved = _select_moved(series)
     records = [record for _, run in moved for record in run]
@@ -134,9 +131,6 @@ def _value_of(record: Geometry, path: str) -> float | None:
 def make_angles_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page of principal angles, a panel per module type: median spectrum over its
     layers, and baselines.
-
-    Raises:
-        UndrawableError: No layer changed.
     """
     moved = _select_moved(series)
     records = [record for _, run in moved for record in run]

@@ -27,7 +27,7 @@ from lora_diag.diagnostics.geometry.nulls import (
     undo_rounding,
 )
 from lora_diag.diagnostics.geometry.parts import list_heads, measure_heads, split_magnitude
-from lora_diag.diagnostics.geometry.record import Baseline, Geometry, TokenDirection
+from lora_diag.diagnostics.geometry.record import Geometry, GeometryBaseline, TokenDirection
 from lora_diag.diagnostics.intruders.measure import (
     IntruderSettings,
     classify_directions,
@@ -104,11 +104,6 @@ def measure_layer(delta: Delta, settings: GeometrySettings) -> tuple[Geometry | 
     Returns:
         One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
             the weight.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)
@@ -259,7 +254,9 @@ def _compare_spaces(before: Spaces, after: Spaces, k: int) -> tuple[float, float
     return left, right
 
 
-def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generator) -> Baseline:
+def _measure_chance(
+    frame: Frame, fro: float, draws: int, random: torch.Generator
+) -> GeometryBaseline:
     """Return the statistics of Gaussian updates of the same norm."""
     rows, columns = frame.weight.shape
     updates = (
@@ -270,7 +267,7 @@ def _measure_chance(frame: Frame, fro: float, draws: int, random: torch.Generato
 
 def _measure_rounding(
     frame: Frame, update: Tensor, stored: str, draws: int, random: torch.Generator
-) -> Baseline | None:
+) -> GeometryBaseline | None:
     """Return the statistics of the rounding null; None if rounding leaves nothing of any draw."""
     dtype = getattr(torch, stored)
     entries = undo_rounding(frame.weight, update, dtype, random)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_diag.diagnostics.geometry.record import ALPHAS, DECILES, Baseline, Movement
+from lora_diag.diagnostics.geometry.record import ALPHAS, DECILES, GeometryBaseline, Movement
 from lora_diag.linalg.difference import norm
 from lora_diag.linalg.methods import decompose
 from lora_diag.linalg.rotation import (
@@ -114,7 +114,7 @@ def measure_movement(
     ), spaces
 
 
-def pool_draws(draws: Sequence[Movement]) -> Baseline:
+def pool_draws(draws: Sequence[Movement]) -> GeometryBaseline:
     """Return the mean of the statistics over draws of a baseline, and their standard errors."""
     means: dict[str, Any] = {}
     errors: dict[str, float] = {}
@@ -128,4 +128,4 @@ def pool_draws(draws: Sequence[Movement]) -> Baseline:
                 errors[name] = stdev(values) / math.sqrt(len(values))
         else:
             means[name] = None
-    return Baseline(**means, draws=len(draws), errors=errors)
+    return GeometryBaseline(**means, draws=len(draws), errors=errors)

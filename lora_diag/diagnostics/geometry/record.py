@@ -82,7 +82,7 @@ class Movement(Record):
         return fmean((*self.left_angles, *self.right_angles))
 
 
-class Baseline(Movement):
+class GeometryBaseline(Movement):
     """The mean of the statistics over draws of an update that is independent of W.
 
     Args:
@@ -157,7 +157,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "unchanged",
             "unchanged",
-            "fraction of entries with a relative change of at most η",
+            "Fraction of entries with a relative change of at most η",
             "",
             "percent",
             3,
@@ -166,7 +166,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "low_30",
             "in low 30%",
-            "changed entries among the 30% smallest of |W|",
+            "Changed entries among the 30% smallest of |W|",
             "low",
             "percent",
             0,
@@ -175,7 +175,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "principal_30",
             "in principal 30%",
-            "among the 30% largest of rank-k W",
+            "Changed entries among the 30% largest of rank-k W",
             "principal",
             "percent",
             4,
@@ -184,7 +184,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "angle",
             "angle",
-            "mean principal angle of the leading spaces, in degrees",
+            "Mean principal angle of the leading spaces, in degrees",
             "angle°",
             ".2g",
             0,
@@ -193,7 +193,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "shift",
             "spectral shift",
-            "normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖",
+            "Normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖",
             "NSS",
             ".0e",
             0,
@@ -202,7 +202,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "scaling",
             "scaling",
-            "fraction of ‖ΔW‖² that scales directions of W",
+            "Fraction of ‖ΔW‖² that scales directions of W",
             "",
             "small",
             5,
@@ -211,7 +211,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "mixing",
             "mixing",
-            "fraction of ‖ΔW‖² that mixes leading directions of W",
+            "Fraction of ‖ΔW‖² that mixes leading directions of W",
             "",
             "small",
             5,
@@ -220,7 +220,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "energy_left",
             "left energy",
-            "fraction of ‖ΔW‖² in the leading left space of W",
+            "Fraction of ‖ΔW‖² in the leading left space of W",
             "left",
             "small",
             5,
@@ -229,7 +229,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "energy_right",
             "right energy",
-            "fraction of ‖ΔW‖² in the leading right space",
+            "Fraction of ‖ΔW‖² in the leading right space",
             "right",
             "small",
             5,
@@ -239,7 +239,7 @@ def _columns() -> tuple[Shown, ...]:
         (
             "spectral_ratio",
             "σ_1(ΔW)/σ_1(W)",
-            "largest singular value relative to that of W",
+            "Largest singular value relative to that of W",
             "σ ratio",
             ".2g",
             6,
@@ -293,8 +293,8 @@ class Geometry(LayerRecord):
         chance: Those of a Gaussian update of the same norm, added without rounding; null if ΔW = 0.
         rounding: Those of the rounding null: the entries of ΔW, as they were before rounding, at
             random places, stored in ``stored``; null without it.
-        magnitude: Fraction of ‖ΔW‖² that changes the lengths of rows (DoRA's magnitude); the rest
-            changes their directions. Null if ΔW = 0.
+        magnitude: Fraction of ‖ΔW‖² that changes the lengths of rows (DoRA's magnitude). The rest
+            changes their directions; null if ΔW = 0.
         heads: The heads of a projection of attention, as the config of BASE lays them out; empty
             for other matrices, and where the config does not fit.
         lens: The tokens of the leading directions; empty without ``--lens``, and for a matrix that
@@ -303,19 +303,9 @@ class Geometry(LayerRecord):
         method: Method of the singular vectors.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
         *_columns(),
-        Shown(
-            "magnitude",
-            "row lengths",
-            "fraction of ‖ΔW‖² that changes the lengths of rows",
-            share=True,
-            form="small",
-            drop=7,
-            terminal=True,
-            detail=True,
-        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -341,9 +331,11 @@ class Geometry(LayerRecord):
     rank_random: Count | None = None
     rank_90_random: Count | None = None
     moved: Movement | None = None
-    chance: Baseline | None = None
-    rounding: Baseline | None = None
-    magnitude: Share | None = None
+    chance: GeometryBaseline | None = None
+    rounding: GeometryBaseline | None = None
+    magnitude: Annotated[
+        Share | None, Shown(title="row lengths", form="small", drop=7, terminal=True, detail=True)
+    ] = None
     heads: tuple[Head, ...] = ()
     lens: tuple[TokenDirection, ...] = ()
     intruders: Intruders | None = None
@@ -360,6 +352,6 @@ class Geometry(LayerRecord):
         )
 
     @property
-    def null(self) -> Baseline | None:
+    def null(self) -> GeometryBaseline | None:
         """The stricter baseline: the rounding null, or chance without one."""
         return self.rounding or self.chance

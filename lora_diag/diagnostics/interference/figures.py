@@ -114,9 +114,6 @@ SIDES: tuple[tuple[Side, str], ...] = (("columns", "column spaces"), ("rows", "r
 def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options) -> Page:
     """Return the page of the angles of column and of row spaces, one panel each, of the pairs that
     overlap most.
-
-    Raises:
-        UndrawableError: The requested rank was not measured.
     """
     pairs = split_series(series, options)
     ranks = {int(rank) for item in pairs for record in item.records for rank in record.columns}

@@ -145,9 +145,6 @@ def read_part(
 ) -> Part | Change:
     """Read and decompose one update; if an entry is not finite or the norm out of range, return its
     change.
-
-    Raises:
-        InputError: A file could not be read, or the decomposition did not converge.
     """
     change = load_change(update.delta, device)
     if change.non_finite is not None:
@@ -283,9 +280,6 @@ def measure_union(
         parts: The decomposed updates of the layer.
         changed: Those that are not zero.
         settings: Settings of the measurement.
-
-    Raises:
-        InputError: The decomposition of the sum did not converge.
     """
     weights = [part.update.weight for part in parts]
     summed = sum_matrices([part.matrix for part in parts], weights)
@@ -512,11 +506,7 @@ def _entry_bytes(delta: Delta) -> int:
 
 
 def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
-    """Refuse a layer that does not fit into the memory limit.
-
-    Raises:
-        MemoryLimitError: The layer does not fit; the message states whether it would without TIES.
-    """
+    """Refuse a layer that does not fit into the memory limit."""
     if settings.memory is None:
         return
     needed, without_ties = (
@@ -550,11 +540,6 @@ def measure_layer(
         One record for each pair of nonzero updates, and one for all together; if an update is not
             finite or its norm
         is out of range, one ``left_out`` record instead.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit into the memory limit.
-        UsageError: The device is unknown or not available.
     """
     records, fallback = compute_on_device(
         partial(_measure_on, task, settings), resolve_device(settings.device)
@@ -724,12 +709,6 @@ def compare_updates(
 ) -> Results[Interference | Union]:
     """Compare updates, of which the first may be BASE; with ``spectrum``, also write the spectra of
     their sums.
-
-    Raises:
-        UsageError: An adapter comes first, but not all inputs are adapters; ``spectrum`` may not be
-            replaced; or as ``interference``.
-        InputError: As ``interference``.
-        NothingComparedError: As ``interference``.
     """
     overwrite = options.get("overwrite", False)
     check_outputs([*inputs, options.get("output")], [(spectrum, RESULTS)], overwrite)

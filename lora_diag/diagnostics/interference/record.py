@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -72,33 +72,27 @@ class Interference(LayerRecord):
         second: Path of the input with ΔW_2.
         first_fro: ‖ΔW_1‖_F.
         second_fro: ‖ΔW_2‖_F.
-        cosine: ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖‖ΔW_2‖).
+        cosine: Cosine of the angle between the updates, ⟨ΔW_1, ΔW_2⟩ / (‖ΔW_1‖‖ΔW_2‖).
         cosine_random: 1/√(out·in), its root mean square for a randomly rotated ΔW_2.
         columns: Principal angles between the spaces of the r largest left singular vectors.
         rows: The same for right singular vectors.
         energy: Energy-weighted overlap of the column spaces.
-        relation: ``apart``: the spaces overlap no more than random ones, and the cosine is small;
-            the updates can be added. ``share``: they overlap, and the cosine is small; compare
-            losses of the merge. ``reinforce``: they point the same way, so that the sum is longer
-            than either; scale it down. ``cancel``: they oppose each other, so that the sum loses
-            part of both; do not merge this layer with equal weights. ``noise``: an update is not
-            resolved. See ``metrics.subspaces.classify_relation``.
+        relation: Relation of the two updates. ``apart``: the spaces overlap no more than random
+            ones, and the cosine is small; the updates can be added. ``share``: they overlap, and
+            the cosine is small; compare losses of the merge. ``reinforce``: they point the same
+            way, so that the sum is longer than either; scale it down. ``cancel``: they oppose each
+            other, so that the sum loses part of both; do not merge this layer with equal weights.
+            ``noise``: an update is not resolved. See ``metrics.subspaces.classify_relation``.
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer", "first", "second")
     part_label: ClassVar[str] = "{first} × {second}"
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "cosine",
-            "cosine",
-            "of the angle between the two updates",
-            main=True,
-            pool=lambda records: round(pooled_cosine(records), 4),
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "cosine",
         Shown(
             "column_space.overlap",
             "col space",
-            "overlap of the column spaces",
+            "Overlap of the column spaces",
             share=True,
             terminal=True,
             chance="column_space.random",
@@ -106,7 +100,7 @@ class Interference(LayerRecord):
         Shown(
             "row_space.overlap",
             "row space",
-            "overlap of the row spaces",
+            "Overlap of the row spaces",
             share=True,
             drop=2,
             terminal=True,
@@ -115,7 +109,7 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.first_in_second",
             "1 in 2",
-            "fraction of the first update's energy in the column space of the second",
+            "Fraction of the first update's energy in the column space of the second",
             share=True,
             drop=3,
             form="percent",
@@ -125,19 +119,12 @@ class Interference(LayerRecord):
         Shown(
             "energy_overlap.second_in_first",
             "2 in 1",
-            "fraction of the second update's energy in the column space of the first",
+            "Fraction of the second update's energy in the column space of the first",
             share=True,
             drop=4,
             form="percent",
             terminal=True,
             detail=True,
-        ),
-        Shown(
-            "relation",
-            "relation",
-            "relation of the two updates",
-            main=True,
-            pool=lambda records: count_texts([record.relation for record in records]),
         ),
     )
     record: Literal["interference"] = "interference"
@@ -147,12 +134,17 @@ class Interference(LayerRecord):
     second: str
     first_fro: Norm
     second_fro: Norm
-    cosine: float
+    cosine: Annotated[
+        float, Shown(main=True, pool=lambda records: round(pooled_cosine(records), 4))
+    ]
     cosine_random: float
     columns: dict[str, Agreement]
     rows: dict[str, Agreement]
     energy: dict[str, EnergyOverlap]
-    relation: Relation
+    relation: Annotated[
+        Relation,
+        Shown(main=True, pool=lambda records: count_texts([record.relation for record in records])),
+    ]
 
     @classmethod
     def shown_of(cls, settings: Mapping[str, Any], records: Sequence[Any]) -> tuple[Shown, ...]:
@@ -237,20 +229,21 @@ class Union(LayerRecord):
         additive: ``rank_at`` of S over ``parts_rank_at``: 1 if every direction is needed, 1/K for K
             equal updates.
         parts_effective_rank: Σ_k of the effective ranks.
-        additive_effective: Effective rank of S over ``parts_effective_rank``.
+        additive_effective: Effective rank of the sum over the sum of the updates' effective ranks.
         rank_for_all: Smallest r for which the best rank-r approximation of S keeps a fraction f of
             *every* update k: ‖U_rᵀΔW_kV_r‖² ≥ f·‖ΔW_k‖²; null if none does, because the spaces of S
             do not contain every update (the updates cancel, or the rank of S is too small).
         weakest_kept: Smallest fraction that an update keeps, ‖U_rᵀΔW_kV_r‖²/‖ΔW_k‖², at r =
             ``rank_at`` of S.
-        energy_ratio: ‖S‖² / Σ‖w_kΔW_k‖²: 1 for orthogonal updates, K for K equal ones, below 1 if
-            they cancel.
+        energy_ratio: Energy of the sum over the sum of the updates' energies, ‖S‖² / Σ‖w_kΔW_k‖²: 1
+            for orthogonal updates, K for K equal ones, below 1 if they cancel.
         sti: Singular task interference ‖(UᵀU − I)Σ(VᵀV − I)‖_1, entries summed, of the directions
             of each update up to the largest requested rank.
-        sti_relative: ``sti`` over the sum of the singular values in it: 0 for orthogonal updates, 1
-            for two equal ones.
+        sti_relative: Singular task interference: 0 for orthogonal updates, 1 for two equal ones. It
+            is ``sti`` over the sum of the singular values in it.
         sti_random: Estimate of ``sti_relative`` for random directions with normal entries.
-        alignment: Mean of ``alignments``.
+        alignment: Mean subspace alignment ratio of the updates with the sum. The mean of
+            ``alignments``.
         alignments: Subspace alignment ratios ‖U_MU_MᵀΔW_k‖_F / ‖ΔW_k‖_F, U_M the left singular
             vectors of S that leave at most 5% of ‖S‖_F.
         alignment_rank: Number of these vectors.
@@ -258,9 +251,9 @@ class Union(LayerRecord):
         sign_conflicts: Fraction of the entries changed by several updates in which they differ in
             sign; null without such an entry and, as the three below, with a density of 0.
         sign_conflicts_random: The same for random signs: ½ for two updates.
-        trimmed_conflicts: The same among the largest entries of each, as many as TIES keeps; null
-            if no two updates share such an entry.
-        trimmed_conflicts_random: The same for random signs.
+        trimmed_conflicts: Fraction of the largest entries of several updates that differ in sign.
+            As many are compared as TIES keeps; null if no two updates share such an entry.
+        trimmed_conflicts_random: ``trimmed_conflicts`` for random signs.
         merges: Distance of merges from S. ``cat``: factors side by side. ``linear``, ``ties``:
             results of PEFT's add_weighted_adapter, which merges A and B separately. ``ties_dense``:
             TIES on ΔW itself. Null if a merge does not exist (no factors, an unknown scale or one
@@ -269,18 +262,18 @@ class Union(LayerRecord):
         recompressed: ‖S − S_r‖_F / ‖S‖_F of the best merge of rank r, PEFT's ``svd``.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         Shown(
             "parts_rank_at.0.9",
             "separate",
-            "sum of the ranks at which each update has 90% of its energy",
+            "Sum of the ranks at which each update has 90% of its energy",
             pool=_pool_ranks("parts_rank_at.0.9"),
             terminal=True,
         ),
         Shown(
             "spectrum.rank_at.0.9",
             "sum r@90%",
-            "rank at which the sum of the updates has 90% of its energy",
+            "Rank at which the sum of the updates has 90% of its energy",
             main=True,
             pool=_pool_ranks("spectrum.rank_at.0.9"),
             head="sum 90%",
@@ -288,14 +281,14 @@ class Union(LayerRecord):
         Shown(
             "additive.0.9",
             "additive",
-            "rank of the sum over the sum of the updates' ranks: 1 if every direction is needed",
+            "Rank of the sum over the sum of the updates' ranks: 1 if every direction is needed",
             axis="rank of the sum over ranks of the updates, at 90%",
             main=True,
         ),
         Shown(
             "rank_for_all.0.9",
             "every r@90%",
-            "smallest rank at which the truncated sum keeps 90% of every update; empty if none "
+            "Smallest rank at which the truncated sum keeps 90% of every update; empty if none "
             "does",
             pool=_pool_ranks("rank_for_all.0.9"),
             head="all 90%",
@@ -304,57 +297,16 @@ class Union(LayerRecord):
         Shown(
             "rank_for_all.0.99",
             "every r@99%",
-            "the same for 99% of every update",
+            "The same for 99% of every update",
             pool=_pool_ranks("rank_for_all.0.99"),
             drop=2,
             head="all 99%",
             terminal=True,
         ),
-        Shown(
-            "additive_effective",
-            "additive, effective",
-            "effective rank of the sum over those of the updates",
-            axis="effective rank of the sum over those of the updates",
-        ),
-        Shown(
-            "energy_ratio",
-            "‖S‖²/Σ‖ΔW‖²",
-            "1 for orthogonal updates, above if they reinforce, below if they cancel",
-            axis="‖ΣΔW_k‖² / Σ‖ΔW_k‖²",
-            drop=3,
-            head="‖S‖²",
-            terminal=True,
-        ),
-        Shown(
-            "trimmed_conflicts",
-            "sign conflicts",
-            "fraction of the largest entries of several updates that differ in sign; in brackets: "
-            "by chance",
-            share=True,
-            drop=4,
-            head="signs",
-            terminal=True,
-            chance="trimmed_conflicts_random",
-        ),
-        Shown(
-            "alignment",
-            "aligned",
-            "mean subspace alignment ratio of the updates with the sum; in brackets: by chance",
-            share=True,
-            drop=5,
-            terminal=True,
-            chance="alignment_random",
-        ),
-        Shown(
-            "sti_relative",
-            "STI",
-            "singular task interference: 0 for orthogonal updates, 1 for two equal ones; in "
-            "brackets: by chance",
-            share=True,
-            drop=6,
-            terminal=True,
-            chance="sti_random",
-        ),
+        "additive_effective",
+        "energy_ratio",
+        "trimmed_conflicts",
+        "alignment",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -376,20 +328,41 @@ class Union(LayerRecord):
     parts_rank_at: dict[str, int]
     additive: dict[str, float | None]
     parts_effective_rank: float
-    additive_effective: float | None
+    additive_effective: Annotated[
+        float | None,
+        Shown(
+            title="additive, effective", axis="effective rank of the sum over those of the updates"
+        ),
+    ]
     rank_for_all: dict[str, int | None] = Field(default_factory=dict)
     weakest_kept: dict[str, Share | None] = Field(default_factory=dict)
-    energy_ratio: float | None
+    energy_ratio: Annotated[
+        float | None,
+        Shown(title="‖S‖²/Σ‖ΔW‖²", axis="‖ΣΔW_k‖² / Σ‖ΔW_k‖²", drop=3, head="‖S‖²", terminal=True),
+    ]
     sti: float | None = None
-    sti_relative: float | None = None
+    sti_relative: Annotated[
+        float | None, Shown(title="STI", share=True, drop=6, terminal=True, chance="sti_random")
+    ] = None
     sti_random: float | None = None
-    alignment: Share | None = None
+    alignment: Annotated[
+        Share | None, Shown(title="aligned", drop=5, terminal=True, chance="alignment_random")
+    ] = None
     alignments: tuple[float, ...] = ()
     alignment_rank: int | None = None
     alignment_random: Share | None = None
     sign_conflicts: Share | None = None
     sign_conflicts_random: Share | None = None
-    trimmed_conflicts: Share | None = None
+    trimmed_conflicts: Annotated[
+        Share | None,
+        Shown(
+            title="sign conflicts",
+            drop=4,
+            head="signs",
+            terminal=True,
+            chance="trimmed_conflicts_random",
+        ),
+    ] = None
     trimmed_conflicts_random: Share | None = None
     merges: dict[str, MergeLoss | None] = Field(default_factory=dict)
     recompressed: dict[str, float | None] = Field(default_factory=dict)

@@ -90,11 +90,6 @@ def measure_layer(delta: Delta, settings: IntruderSettings) -> tuple[Intruders |
     Returns:
         One record; a ``left_out`` record if a weight or a norm is not finite, or BASE does not have
             the weight.
-
-    Raises:
-        InputError: A file could not be read, or a decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
     if delta.base is None:
         return (leave_out(delta, "not_in_base", NEEDS_BASE),)

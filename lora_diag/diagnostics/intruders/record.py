@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, LayerRecord, Norm, Record, Share, Shown
 
@@ -40,73 +40,33 @@ class Intruders(LayerRecord):
     Args:
         layer: The weight's name in BASE.
         shape: ``(out, in)``.
-        k: Number of compared directions; at most min(out, in).
+        k: Number of compared directions, the largest. At most min(out, in).
         epsilon: ε, the similarity below which a direction is an intruder or rotated.
         window: Half-width of the window around σ_j, as a fraction of σ_j.
         fro: ‖ΔW‖_F.
         base_fro: ‖W_base‖_F.
         count: Number of directions with a similarity below ε, the definition in the literature.
-        rotated: Number of these in the span of directions of W_base with nearly the same singular
-            value, which rotate freely.
-        intruders: ``count`` − ``rotated``.
+        rotated: Number of directions that are a rotation of several of BASE. Each is in the span of
+            directions of W_base with nearly the same singular value, which rotate freely.
+        intruders: Number of directions that BASE does not have, ``count`` − ``rotated``.
         share: ``intruders`` / k.
-        similarity_lowest: The smallest similarity; null where ΔW = 0.
+        similarity_lowest: The smallest similarity of a direction to BASE; null where ΔW = 0.
         similarity_random: Estimate of the median similarity of a random direction.
         count_random: Estimate of how many of k random directions have a similarity below ε.
         directions: Each direction, the largest first; empty if ΔW = 0.
         method: Methods of the singular vectors of W_base and of W_tuned; ``none: …`` if ΔW = 0.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "k",
-            "directions",
-            "number of largest singular directions tested",
-            pool="sum",
-            drop=2,
-            head="of",
-            terminal=True,
-        ),
-        Shown(
-            "intruders",
-            "intruders",
-            "tested directions that the base does not have",
-            axis="intruder dimensions",
-            main=True,
-            pool="sum",
-        ),
-        Shown(
-            "rotated",
-            "rotated",
-            "directions without a match in the base that lie in the span of base directions with "
-            "nearly equal σ",
-            pool="sum",
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "similarity_lowest",
-            "similarity",
-            "lowest similarity of a direction to the base",
-            share=True,
-            pool="min",
-            head="lowest",
-            terminal=True,
-        ),
-        Shown(
-            "similarity_random",
-            "similarity by chance",
-            "estimated median similarity of a random direction",
-            share=True,
-            drop=3,
-            head="by chance",
-            terminal=True,
-            detail=True,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "k",
+        "intruders",
+        "rotated",
+        "similarity_lowest",
+        "similarity_random",
         Shown(
             "first_intruder",
             "first intruder",
-            "position of the first intruder, by descending singular value",
+            "Position of the first intruder, by descending singular value",
             pool="min",
             drop=4,
             head="first at",
@@ -115,7 +75,7 @@ class Intruders(LayerRecord):
         Shown(
             "intruder_size",
             "intruder σ/σ_1",
-            "singular value of the first intruder over the largest of its weight",
+            "Singular value of the first intruder over the largest of its weight",
             share=True,
             pool="max",
             drop=5,
@@ -135,17 +95,22 @@ class Intruders(LayerRecord):
     record: Literal["intruders"] = "intruders"
     layer: str
     shape: tuple[int, int]
-    k: Count
+    k: Annotated[Count, Shown(title="directions", pool="sum", drop=2, head="of", terminal=True)]
     epsilon: float
     window: float
     fro: Norm
     base_fro: Norm
     count: Count
-    rotated: Count
-    intruders: Count
+    rotated: Annotated[Count, Shown(pool="sum", terminal=True, detail=True)]
+    intruders: Annotated[Count, Shown(axis="intruder dimensions", main=True, pool="sum")]
     share: Share
-    similarity_lowest: Share | None
-    similarity_random: Share
+    similarity_lowest: Annotated[
+        Share | None, Shown(title="similarity", pool="min", head="lowest", terminal=True)
+    ]
+    similarity_random: Annotated[
+        Share,
+        Shown(title="similarity by chance", drop=3, head="by chance", terminal=True, detail=True),
+    ]
     count_random: float
     directions: tuple[Direction, ...]
     method: str

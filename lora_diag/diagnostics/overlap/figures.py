@@ -55,9 +55,6 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     module type.
 
     Of more than ``MAX_PANELS`` types, the first are drawn.
-
-    Raises:
-        UndrawableError: The requested rank was not measured.
     """
     ranks = {record.rank for item in series for record in item.records}
     rank = choose_rank(ranks, options)

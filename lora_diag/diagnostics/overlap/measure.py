@@ -129,11 +129,6 @@ def measure_layer(task: GradientTask, settings: OverlapSettings) -> tuple[Overla
         One record for each step and rank. If there are no subspaces, the ``left_out`` record of
             ``layer_subspaces``
         instead; if a gradient or its norm is not finite, one instead of the records of its step.
-
-    Raises:
-        InputError: A file could not be read, or the decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The device is unknown or not available.
     """
 
     def measure(device: torch.device) -> tuple[Overlap | LeftOut, ...]:
@@ -163,10 +158,6 @@ def layer_subspaces(
         The subspaces; of an update with factors, those that the factors span. A ``left_out`` record
             if ΔW is not finite
         or zero, or without factors has fewer directions than every requested rank.
-
-    Raises:
-        InputError: A file could not be read, or the decomposition did not converge.
-        MemoryLimitError: The layer does not fit.
     """
     delta = drop_base(delta)
     change = load_change(delta, device, allowance=_make_allowance(delta, settings))
@@ -222,9 +213,6 @@ def overlaps(
         One record for each rank, with null fractions if G_t is zero; if G_t is not finite or its
             norm overflows, one
         ``left_out`` record.
-
-    Raises:
-        InputError: A file of ``blocks`` could not be read.
     """
     fractions = measure_shares(blocks, spaces.u, spaces.v, spaces.ranks)
     if isinstance(fractions, str):

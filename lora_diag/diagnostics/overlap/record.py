@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import SHAPE, Count, Guard, LayerRecord, Norm, Share, Shown
 
@@ -18,18 +18,18 @@ class Overlap(LayerRecord):
         layer: The weight's name in BASE.
         shape: ``(out, in)``, m × n.
         step: Training step of the gradient.
-        rank: r.
-        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F.
-        kappa_random: r/√(mn), its root mean square for random subspaces.
-        tangent: ‖UUᵀG + GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F, the part that an adapter with these subspaces
-            can reach to first order.
-        tangent_random: √(r/m + r/n − r²/(mn)).
-        left: ‖UᵀG‖_F / ‖G‖_F, the part that factor A can reach while B spans U.
-        left_random: √(r/m).
-        right: ‖GV‖_F / ‖G‖_F, the part that factor B can reach while A spans V: all that a new
-            adapter (B = 0) reaches.
-        right_random: √(r/n).
-        gradient_fro: ‖G‖_F.
+        rank: Directions of each subspace, r.
+        kappa: κ = ‖UᵀGV‖_F / ‖G‖_F, a measure of direction, not of quality.
+        kappa_random: Root mean square of κ for random subspaces, r/√(mn).
+        tangent: Part of G that an adapter with these subspaces can reach to first order, ‖UUᵀG +
+            GVVᵀ − UUᵀGVVᵀ‖_F / ‖G‖_F.
+        tangent_random: Value of ``tangent`` of random subspaces, √(r/m + r/n − r²/(mn)).
+        left: Part of G that factor A can reach while B spans U, ‖UᵀG‖_F / ‖G‖_F.
+        left_random: ``left`` of random subspaces, √(r/m).
+        right: Part of G that factor B can reach while A spans V, ‖GV‖_F / ‖G‖_F. It is all that a
+            new adapter (B = 0) reaches.
+        right_random: ``right`` of random subspaces, √(r/n).
+        gradient_fro: Frobenius norm of the gradient, ‖G‖_F.
         method: Method of U and V.
         blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
             limit; null if it fits.
@@ -38,73 +38,10 @@ class Overlap(LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "step", "rank")
     part_label: ClassVar[str] = "step {step}, r = {rank}"
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
-        Shown("rank", "rank", "directions of each subspace", pool="range", head="r", terminal=True),
-        Shown(
-            "kappa_random",
-            "κ random",
-            "value of a random subspace",
-            share=True,
-            head="random",
-            form="small",
-            terminal=True,
-        ),
-        Shown(
-            "kappa",
-            "κ",
-            "‖UᵀGV‖/‖G‖; direction, not quality",
-            axis="κ = ‖UᵀGV‖_F / ‖G‖_F",
-            share=True,
-            main=True,
-        ),
-        Shown(
-            "tangent",
-            "tangent",
-            "fraction of ‖G‖ that an adapter there reaches to first order",
-            axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
-            share=True,
-            main=True,
-            drop=1,
-            head="tangent (random)",
-            form="small",
-            chance="tangent_random",
-        ),
-        Shown(
-            "tangent_random",
-            "tangent random",
-            "value of a random subspace",
-            share=True,
-            main=True,
-            terminal=False,
-        ),
-        Shown(
-            "left",
-            "left",
-            "fraction of ‖G‖ in the update's output directions; in brackets: by chance",
-            share=True,
-            drop=4,
-            head="left (random)",
-            form="small",
-            terminal=True,
-            detail=True,
-            chance="left_random",
-        ),
-        Shown(
-            "right",
-            "right",
-            "fraction of ‖G‖ in the update's input directions; in brackets: by chance",
-            share=True,
-            drop=5,
-            head="right (random)",
-            form="small",
-            terminal=True,
-            detail=True,
-            chance="right_random",
-        ),
-        Shown(
-            "gradient_fro", "‖G‖", "Frobenius norm of the gradient", axis="‖G‖_F of the gradient"
-        ),
+        "rank",
+        "kappa_random",
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard("tangent", "lower", "the adapter reaches less of the gradient than before"),
@@ -113,16 +50,48 @@ class Overlap(LayerRecord):
     layer: str
     shape: tuple[int, int]
     step: int
-    rank: int
-    kappa: Share | None
-    kappa_random: Share
-    tangent: Share | None
-    tangent_random: Share
-    left: Share | None
+    rank: Annotated[int, Shown(pool="range", head="r", terminal=True)]
+    kappa: Annotated[Share | None, Shown(title="κ", axis="κ = ‖UᵀGV‖_F / ‖G‖_F", main=True)]
+    kappa_random: Annotated[
+        Share, Shown(title="κ random", head="random", form="small", terminal=True)
+    ]
+    tangent: Annotated[
+        Share | None,
+        Shown(
+            axis="tangent overlap ‖P_T G‖_F / ‖G‖_F",
+            main=True,
+            drop=1,
+            head="tangent (random)",
+            form="small",
+            chance="tangent_random",
+        ),
+    ]
+    tangent_random: Annotated[Share, Shown(main=True, terminal=False)]
+    left: Annotated[
+        Share | None,
+        Shown(
+            drop=4,
+            head="left (random)",
+            form="small",
+            terminal=True,
+            detail=True,
+            chance="left_random",
+        ),
+    ]
     left_random: Share
-    right: Share | None
+    right: Annotated[
+        Share | None,
+        Shown(
+            drop=5,
+            head="right (random)",
+            form="small",
+            terminal=True,
+            detail=True,
+            chance="right_random",
+        ),
+    ]
     right_random: Share
-    gradient_fro: Norm
+    gradient_fro: Annotated[Norm, Shown(title="‖G‖", axis="‖G‖_F of the gradient")]
     method: str
     verdict: Literal["resolved", "floor-limited", "unresolved"]
     blocks: Count | None = None

@@ -99,9 +99,6 @@ def judge(task: Judged, settings: LayerSettings) -> tuple[Portability | LeftOut,
     Where only the scale differs, ε = ‖s'BA − sBA‖/‖sBA‖ = |s'/s − 1|, independent of B and A; ‖sBA‖
     comes from QR of the factors (``decompose_factored``). For DoRA and for initialisations that
     changed the base, s'BA is compared with ΔW itself.
-
-    Raises:
-        InputError: A file could not be read, or the decomposition did not converge.
     """
     fro: float | None = None
     update: Matrix | None = None

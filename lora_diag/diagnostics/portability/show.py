@@ -45,13 +45,13 @@ def portability_grids(results: Results[Portability], per: str = "type") -> list[
     """
     names = list(group_by_consumer(results))
     columns = [
-        Shown("n", "n", "number of weights", pool=_count_weights, main=per == "type", drop=1),
-        Shown("rank", "rank", "ranks of the factors", pool="range", main=True, drop=2),
+        Shown("n", "n", "Number of weights", pool=_count_weights, main=per == "type", drop=1),
+        Shown("rank", "rank", "Ranks of the factors", pool="range", main=True, drop=2),
     ]
     for name in names:
         treatment = partial(_describe_of, name=name)
         columns.append(
-            Shown("status", title_of(name, names), "worst treatment", pool=treatment, main=True)
+            Shown("status", title_of(name, names), "Worst treatment", pool=treatment, main=True)
         )
     return [grid_of(columns, rows_of(results, per), title_of_rows(per))] if names else []
 

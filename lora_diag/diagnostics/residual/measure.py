@@ -126,12 +126,6 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
         One record for each adapter and reference; if the fine-tune is not finite or its norm out of
             range, a
         single ``left_out`` record, and if an adapter or reference is, one in place of its record.
-
-    Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
-            converge.
-        MemoryLimitError: An update does not fit.
-        UsageError: The device is unknown or not available.
     """
     return measure_on_device(partial(_measure_residual, layer, settings), settings.device)
 
@@ -139,13 +133,7 @@ def measure_layer(layer: Layer, settings: LayerSettings) -> tuple[Residual | Lef
 def _measure_residual(
     layer: Layer, settings: LayerSettings, device: torch.device
 ) -> tuple[Residual | LeftOut, ...]:
-    """Return the records of a layer as ``measure_layer`` does, measured on this device.
-
-    Raises:
-        InputError: A file could not be read, a second moment is invalid, or a decomposition did not
-            converge.
-        MemoryLimitError: An update does not fit.
-    """
+    """Return the records of a layer as ``measure_layer`` does, measured on this device."""
     # Thin factors are all read at once, because the largest rank determines how much of D is
     # needed; others one by one.
     thin = {
@@ -281,10 +269,6 @@ def _estimate_before_rounding(
 ) -> BeforeRounding | None:
     """Return the update before rounding; None where it was not requested, is not hidden, or cannot
     be estimated.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: Its cells do not fit.
     """
     if (
         not layer.recover

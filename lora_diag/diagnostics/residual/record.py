@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import (
@@ -221,16 +221,8 @@ class Residual(Distance, Lineage, LayerRecord):
 
     key: ClassVar[tuple[str, ...]] = ("layer", "adapter")
     part_label: ClassVar[str] = "{adapter}"
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "rank",
-            "rank",
-            "columns of the adapter's factors; 0 where it does not change the layer",
-            axis="rank r",
-            pool="range",
-            head="r",
-            terminal=True,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "rank",
         Shown(
             "epsilon",
             "ε",
@@ -263,7 +255,7 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "cosine",
             "cosine",
-            "of the angle between the adapter's update and the full one",
+            "Of the angle between the adapter's update and the full one",
             axis="cosine of the two updates (Frobenius)",
             main=True,
             pool=_make_pool("cosine"),
@@ -271,7 +263,7 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "norm_ratio",
             "‖X‖/‖ΔW‖",
-            "norm of the adapter's update over that of the full one",
+            "Norm of the adapter's update over that of the full one",
             axis="‖X‖_F / ‖ΔW‖_F",
             pool=_make_pool("norm_ratio"),
             terminal=True,
@@ -279,7 +271,7 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "column_space.overlap",
             "column space",
-            "overlap of the adapter's output directions with the largest of the update; in "
+            "Overlap of the adapter's output directions with the largest of the update; in "
             "brackets: by chance",
             axis="overlap of the column spaces",
             share=True,
@@ -292,7 +284,7 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "row_space.overlap",
             "row space",
-            "overlap of the adapter's input directions with the largest of the update; in "
+            "Overlap of the adapter's input directions with the largest of the update; in "
             "brackets: by chance",
             axis="overlap of the row spaces",
             share=True,
@@ -304,7 +296,7 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "parts.direction",
             "direction",
-            "part of ε² due to the angle between the adapter's update and the full one",
+            "Part of ε² due to the angle between the adapter's update and the full one",
             axis="part of ε² due to direction",
             pool=_pool_part("direction"),
             drop=6,
@@ -314,14 +306,14 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "parts.scale",
             "scale",
-            "part of ε² that another α would gain over the better of the adapter and BASE",
+            "Part of ε² that another α would gain over the better of the adapter and BASE",
             axis="part of ε² due to scale",
             pool=_pool_part("scale"),
             drop=7,
             terminal=True,
             detail=True,
         ),
-        Shown("best_scale", "best scale", "factor that minimizes ε", pool=_make_pool("best_scale")),
+        Shown("best_scale", "best scale", "Factor that minimizes ε", pool=_make_pool("best_scale")),
         Shown(
             "epsilon_best_scale",
             "ε at best",
@@ -339,27 +331,20 @@ class Residual(Distance, Lineage, LayerRecord):
         Shown(
             "data.least_epsilon",
             "C^½ floor",
-            "lower bound on that ε for an update of this rank",
+            "Lower bound on that ε for an update of this rank",
             drop=3,
             terminal=True,
         ),
         Shown(
             "before_rounding.epsilon",
             "ε before rounding",
-            "expected distance to the update before rounding, over its estimated norm",
+            "Expected distance to the update before rounding, over its estimated norm",
             pool=_pool_before_rounding,
             head="ε hidden",
             drop=1,
             terminal=True,
         ),
         COSINE_TO_BASE,
-        Shown(
-            "limited_by",
-            "limited by",
-            "largest of rank, direction and scale",
-            main=True,
-            pool=lambda records: count_texts(record.limited_by or "-" for record in records),
-        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(
@@ -382,7 +367,7 @@ class Residual(Distance, Lineage, LayerRecord):
     shape: tuple[int, ...]
     adapter: str
     role: Literal["adapter", "reference"]
-    rank: int | None
+    rank: Annotated[int | None, Shown(axis="rank r", pool="range", head="r", terminal=True)]
     fro: Norm
     base_fro: Norm | None
     adapter_fro: Norm
@@ -390,7 +375,13 @@ class Residual(Distance, Lineage, LayerRecord):
     column_space: Agreement | None
     row_space: Agreement | None
     data: Distance | None
-    limited_by: Limit | None
+    limited_by: Annotated[
+        Limit | None,
+        Shown(
+            main=True,
+            pool=lambda records: count_texts(record.limited_by or "-" for record in records),
+        ),
+    ]
     resolution: Resolution | None
     blocks: Count | None = None
     before_rounding: Expected | None = None

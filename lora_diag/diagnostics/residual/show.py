@@ -50,7 +50,7 @@ def _make_grid(name: str, records: Sequence[Residual], per: str) -> Grid:
     share = Shown(
         "epsilon",
         "of ε²",
-        "fraction of the total ‖ΔW_full − ΔW_adapter‖²",
+        "Fraction of the total ‖ΔW_full − ΔW_adapter‖²",
         main=True,
         form="percent",
         pool=lambda group: (_pool_gap(group) / total) ** 2,

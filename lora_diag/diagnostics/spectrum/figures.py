@@ -196,11 +196,7 @@ def _draw_band(
 def make_energy_page(
     series: Sequence[Series[Spectrum]], style: PageStyle, options: Options
 ) -> Page:
-    """Return the page of C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², one panel per module type.
-
-    Raises:
-        UndrawableError: Every update is zero.
-    """
+    """Return the page of C(r) = Σ_{i≤r}σ_i² / ‖ΔW‖_F², one panel per module type."""
     change = changes_of(record for item in series for record in item.records)
     total = "Σσ²" if " and " in change else f"‖{change}‖_F²"
     title = f"Energy fraction C(r) of {change} that the best adapter of rank r keeps"

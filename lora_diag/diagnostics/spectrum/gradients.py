@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Pairing, Unpaired, selector
-from lora_diag.diagnostics.spectrum.record import Spectrum, Stack
+from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
 from lora_diag.errors import NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
@@ -69,11 +69,6 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
             is small enough or
         there is a single step; or a ``left_out`` record if a gradient is not finite, or its norm or
             spacing overflows.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
-        UsageError: The device is unknown or not available.
     """
     try:
         (smaller, larger, spacing), fallback = compute_on_device(
@@ -100,7 +95,7 @@ def measure_gradients(history: History, settings: SpectrumSettings) -> tuple[Spe
 
     method = f"{smaller.method} of {len(history.snapshots)} gradients{fallback}"
     other = make_record(larger) if larger is not None else None
-    stack = Stack(
+    stack = GradientStack(
         steps=tuple(snapshot.step for snapshot in history.snapshots),
         side="left" if history.shape[0] < history.shape[1] else "right",
         other_energy=other.energy if other else None,

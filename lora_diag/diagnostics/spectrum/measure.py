@@ -56,13 +56,6 @@ def spectrum(
 
     Returns:
         The spectrum, or, if ΔW is not finite, a ``left_out`` record with the reason.
-
-    Raises:
-        InputError: A file could not be read, a second moment is invalid, or the decomposition did
-            not converge.
-        MemoryLimitError: The layer does not fit.
-        UsageError: The method or the device is unknown, the device is not available, or ``top`` or
-            ``tol`` is invalid.
     """
     compute = partial(_compute, delta, settings, weighting)
     (change, factors, weighted), fallback = compute_on_device(

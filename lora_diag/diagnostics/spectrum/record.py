@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage
 from lora_diag.records.base import (
@@ -59,7 +59,7 @@ def _pool_ranks(path: str) -> Callable[[Sequence[Spectrum]], str | None]:
     return pool
 
 
-class Stack(Record):
+class GradientStack(Record):
     """The gradients of one or more steps whose stack has this spectrum.
 
     Args:
@@ -90,9 +90,9 @@ class Spectrum(Lineage, LayerRecord):
         dtypes: Dtypes in which base and tuned are read; of an adapter: that of the base (null
             without one) and the stored one of its factors; of gradients: null and theirs; of a sum
             of updates: null and that of the sum.
-        fro: ‖ΔW‖_F, accumulated in float64.
-        base_fro: ‖W_base‖_F, likewise; null if the base was not given, and for gradients and sums
-            of updates.
+        fro: Frobenius norm of the update, ‖ΔW‖_F. Norms are accumulated in float64.
+        base_fro: Frobenius norm of the base weight, ‖W_base‖_F; null if the base was not given, and
+            for gradients and sums of updates.
         s: Singular values of ΔW, descending, to 9 significant digits.
         complete: True if ``s`` holds all min(out, in) of them, or all that can be nonzero (an
             adapter's r).
@@ -106,7 +106,7 @@ class Spectrum(Lineage, LayerRecord):
             zero update.
         tail: Errors of the best rank-r approximation, by r; null if too few values are kept.
         stable_rank: ‖ΔW‖_F² / σ_1²; null for a zero update.
-        effective_rank: exp of the entropy of p_i = σ_i²/Σσ²; null for a zero update or an
+        effective_rank: Exponential of the entropy of σ_i²/Σσ²; null for a zero update or an
             incomplete spectrum.
         resolution: Resolution under the rounding of the files.
         blocks: Number of row blocks in which ΔW was read repeatedly because it exceeded the memory
@@ -126,7 +126,7 @@ class Spectrum(Lineage, LayerRecord):
             zero, and in another metric.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
         Shown(
             "relative",
@@ -135,11 +135,11 @@ class Spectrum(Lineage, LayerRecord):
             axis="‖ΔW‖_F / ‖W_base‖_F",
             main=True,
         ),
-        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", axis="‖ΔW‖_F"),
+        "fro",
         Shown(
             "sigma_to_base",
             "σ₁/σ₁(W) ≤",
-            "certified upper bound of σ_1(ΔW) over σ_1 of the base weight",
+            "Certified upper bound of σ_1(ΔW) over σ_1 of the base weight",
             axis="upper bound of σ₁(ΔW) / σ₁(W_base)",
             drop=6,
             terminal=True,
@@ -148,7 +148,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.9",
             "r@90%",
-            "smallest rank that keeps 90% of the energy; empty beyond the values kept",
+            "Smallest rank that keeps 90% of the energy; empty beyond the values kept",
             axis="rank at 90% of the energy",
             main=True,
             pool=_pool_ranks("rank_at.0.9"),
@@ -156,7 +156,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "resolution.signal_rank",
             "signal",
-            "singular values above the rounding noise of the files",
+            "Singular values above the rounding noise of the files",
             axis="signal rank: σᵢ above the rounding noise",
             main=True,
             pool=_pool_ranks("resolution.signal_rank"),
@@ -168,21 +168,21 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "relative_estimate",
             "‖X‖/‖W‖",
-            "norm of the update before rounding, estimated, over that of the base",
+            "Norm of the update before rounding, estimated, over that of the base",
             drop=2,
             terminal=True,
         ),
         Shown(
             "hidden.rank_at_estimate.0.9",
             "r@90% before",
-            "smallest rank whose estimated directions carry 90% of the energy before rounding; "
+            "Smallest rank whose estimated directions carry 90% of the energy before rounding; "
             "empty if they do not",
             axis="estimated rank at 90% of the energy before rounding",
         ),
         Shown(
             "hidden.directions",
             "directions",
-            "directions before rounding that the rounding cells resolve: a second estimate of the "
+            "Directions before rounding that the rounding cells resolve: a second estimate of the "
             "signal rank",
             drop=5,
             head="dirs.",
@@ -191,7 +191,7 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.95",
             "r@95%",
-            "smallest rank that keeps 95% of the energy",
+            "Smallest rank that keeps 95% of the energy",
             axis="rank at 95% of the energy",
             pool=_pool_ranks("rank_at.0.95"),
             drop=8,
@@ -201,52 +201,34 @@ class Spectrum(Lineage, LayerRecord):
         Shown(
             "rank_at.0.99",
             "r@99%",
-            "smallest rank that keeps 99% of the energy; the first to count rounding noise",
+            "Smallest rank that keeps 99% of the energy; the first to count rounding noise",
             axis="rank at 99% of the energy",
             pool=_pool_ranks("rank_at.0.99"),
             drop=7,
             terminal=True,
             detail=True,
         ),
-        Shown(
-            "stable_rank",
-            "stable rank",
-            "‖ΔW‖_F²/σ_1²",
-            axis="stable rank ‖ΔW‖_F² / σ₁²",
-            drop=9,
-            head="stable",
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "effective_rank",
-            "effective rank",
-            "exp of the entropy of σ_i²/Σσ²",
-            axis="effective rank exp H(σᵢ²/Σσ²)",
-            drop=10,
-            head="eff.",
-            terminal=True,
-            detail=True,
-        ),
+        "stable_rank",
+        "effective_rank",
         Shown(
             "resolution.unchanged",
             "unchanged",
-            "fraction of the entries that are bit-identical in both files",
+            "Fraction of the entries that are bit-identical in both files",
             axis="fraction of unchanged entries",
             share=True,
         ),
         Shown(
             "resolution.verdict",
             "files",
-            "whether the files resolve this update",
+            "Whether the files resolve this update",
             main=True,
             terminal=False,
         ),
-        Shown("base_fro", "‖W‖", "Frobenius norm of the base weight", axis="‖W_base‖_F"),
+        "base_fro",
         Shown(
             "resolution.edge",
             "noise edge",
-            "largest singular value expected of the rounding noise",
+            "Largest singular value expected of the rounding noise",
             axis="edge of the rounding noise (singular value)",
         ),
         COSINE_TO_BASE,
@@ -273,8 +255,8 @@ class Spectrum(Lineage, LayerRecord):
     layer: str
     shape: tuple[int, int]
     dtypes: tuple[str | None, str]
-    fro: Norm
-    base_fro: Norm | None
+    fro: Annotated[Norm, Shown(title="‖ΔW‖", axis="‖ΔW‖_F")]
+    base_fro: Annotated[Norm | None, Shown(title="‖W‖", axis="‖W_base‖_F")]
     s: tuple[Norm, ...]
     complete: bool
     method: str
@@ -282,12 +264,20 @@ class Spectrum(Lineage, LayerRecord):
     energy: dict[str, Share | None]
     rank_at: dict[str, int | None]
     tail: dict[str, Tail | None]
-    stable_rank: float | None
-    effective_rank: float | None
+    stable_rank: Annotated[
+        float | None,
+        Shown(axis="stable rank ‖ΔW‖_F² / σ₁²", drop=9, head="stable", terminal=True, detail=True),
+    ]
+    effective_rank: Annotated[
+        float | None,
+        Shown(
+            axis="effective rank exp H(σᵢ²/Σσ²)", drop=10, head="eff.", terminal=True, detail=True
+        ),
+    ]
     resolution: Resolution
     blocks: Count | None = None
     source: Literal["update", "gradients"] = "update"
-    stack: Stack | None = None
+    stack: GradientStack | None = None
     metric: Metric = "weights"
     weights_fro: Norm | None = None
     hidden: Hidden | None = None
@@ -331,7 +321,7 @@ class Spectrum(Lineage, LayerRecord):
             Shown(
                 f"energy.{rank}",
                 f"C({rank})",
-                f"fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
+                f"Fraction of the energy Σσ² in the {rank} largest singular values: the maximum of "
                 f"a rank-{rank} update{of}",
                 axis=f"energy fraction C({rank})",
                 share=True,

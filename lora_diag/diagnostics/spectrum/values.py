@@ -190,9 +190,6 @@ def thin_spectrum(layer: Layer, settings: SpectrumSettings) -> Spectrum | None:
     Returns:
         The spectrum; None if a number is not finite, or overflows: ``measure.spectrum`` then states
             where.
-
-    Raises:
-        InputError: A file could not be read.
     """
     delta = layer.delta
     assert isinstance(delta, FactoredDelta)

@@ -261,9 +261,6 @@ def sum_addends(deltas: tuple[Delta, ...], shape: tuple[int, int]) -> tuple[Adde
         deltas: The updates; none for ΔW = 0. Where they have fewer rows than the layer (a
             vocabulary that grew), the other rows have none.
         shape: ``(m, n)`` of the layer.
-
-    Raises:
-        InputError: A file could not be read.
     """
     addends = [load_addend(delta) for delta in deltas]
     for addend in addends:
@@ -371,11 +368,7 @@ class Trial:
 
 
 def try_merge(task: MergedLayer, addend: Addend, rounding: Rounding, whole: bool = True) -> Trial:
-    """Return the trial of a D' with a rounding; see ``check_merge``.
-
-    Raises:
-        InputError: A file could not be read.
-    """
+    """Return the trial of a D' with a rounding; see ``check_merge``."""
     return Trial(
         task, addend, rounding, check_merge(task.blocks(), task.shape, addend, rounding, whole)
     )
@@ -395,9 +388,6 @@ def cosine_to_base(task: MergedLayer, check: Check) -> float | None:
 def find_fault(trial: Trial) -> Fault:
     """Return the first common fault that explains a layer; without one, a description of the
     difference.
-
-    Raises:
-        InputError: A file could not be read.
     """
     check = trial.check
     if not trial.task.adapted:
@@ -456,9 +446,6 @@ def find_precise_scale(trial: Trial) -> Fault | None:
     directions: by chance MIN_COHERENCE more in one than in the other, of MIN_LINES, with
     probability 2·exp(−MIN_COHERENCE²·MIN_LINES/2) = 1e-6 (Hoeffding 1963), and no scale explains
     them.
-
-    Raises:
-        InputError: A file could not be read.
     """
     is_precise = trial.rounding.roundoff <= FLOAT32_ROUNDOFF and not trial.rounding.cast
     if is_precise or not trial.check.expected:
@@ -529,9 +516,6 @@ def fit_scale(trial: Trial) -> Fit | None:
 
     Returns:
         The fit; None where ΔW is zero, or c does not determine γ.
-
-    Raises:
-        InputError: A file could not be read.
     """
     expected, inner = trial.check.expected, trial.check.inner
     if not expected or not math.isfinite(trial.check.scale_error):

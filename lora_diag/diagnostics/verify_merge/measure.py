@@ -74,10 +74,6 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
     Returns:
         The record; if BASE or the adapter is not finite or the norm of ΔW overflows, a ``left_out``
             record.
-
-    Raises:
-        InputError: A file could not be read.
-        MemoryLimitError: An update that is not a product of thin factors does not fit.
     """
     if task.missing:
         return _make_record(task, faults.Fault("missing", task.missing))

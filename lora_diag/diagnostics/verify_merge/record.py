@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE
 from lora_diag.layers.lineage import COSINE_TO_BASE, Lineage, Verdict
@@ -68,28 +68,30 @@ class Merge(Lineage, LayerRecord):
             adapter adds to a vocabulary are ``name (added rows)``.
         shape: ``(out, in)``; of a 1-D tensor ``(n,)``.
         adapted: Whether the adapter changes the layer; else MERGED must be W.
-        status: ``ok``: every entry is a rounding of W + ΔW. ``coarse``: likewise, if ΔW was
-            computed less precisely than MERGED's dtype allows, as in bfloat16; merge in float32 to
-            keep all of it. ``inconclusive``: a rounding of W + ΔW and of W alone, or of W + c·ΔW
-            with c 5% off, so that this file cannot distinguish them; merge into a finer format.
-            ``dropped``: M = W: the update is missing; check that the merge loaded this adapter and
-            saved after it. ``partial``: some rows or columns have ΔW, the others have W; check
-            sharding and fused weights. ``wrong scale``: W + c·ΔW, c further from 1 than rounding
-            allows; check α, rsLoRA and whether it was added twice. ``transposed``: W + ΔWᵀ; check
-            fan_in_fan_out. ``wrong order``: the ΔW of another expert or layer, or with its halves
-            swapped; check how names map to stacked weights. ``other base``: ΔW is there, on top of
-            other weights than BASE's, or MERGED is unrelated to BASE (``lineage``); give the BASE
-            of the merge. ``changed``: the adapter never touched it, MERGED differs; check what else
-            was trained or converted. ``missing``: MERGED has no such weight; save it again.
-            ``other``: none of these; merge again from the original files.
+        status: Whether MERGED is W + ΔW. ``ok``: every entry is a rounding of W + ΔW. ``coarse``:
+            likewise, if ΔW was computed less precisely than MERGED's dtype allows, as in bfloat16;
+            merge in float32 to keep all of it. ``inconclusive``: a rounding of W + ΔW and of W
+            alone, or of W + c·ΔW with c 5% off, so that this file cannot distinguish them; merge
+            into a finer format. ``dropped``: M = W: the update is missing; check that the merge
+            loaded this adapter and saved after it. ``partial``: some rows or columns have ΔW, the
+            others have W; check sharding and fused weights. ``wrong scale``: W + c·ΔW, c further
+            from 1 than rounding allows; check α, rsLoRA and whether it was added twice.
+            ``transposed``: W + ΔWᵀ; check fan_in_fan_out. ``wrong order``: the ΔW of another expert
+            or layer, or with its halves swapped; check how names map to stacked weights.
+            ``other base``: ΔW is there, on top of other weights than BASE's, or MERGED is unrelated
+            to BASE (``lineage``); give the BASE of the merge. ``changed``: the adapter never
+            touched it, MERGED differs; check what else was trained or converted. ``missing``:
+            MERGED has no such weight; save it again. ``other``: none of these; merge again from the
+            original files.
         dtype: The dtype that represents MERGED's values, which can be shorter than the stored one;
             null if missing.
         differing: Entries that no rounding of W + ΔW explains.
-        differing_share: The same as a fraction of the entries.
-        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing at the largest of |M|, |W| and
-            the terms of ΔW (|B||A|), or of the steps of a quantized M where these are larger.
-        scale: c = ⟨M − W, ΔW⟩ / ‖ΔW‖²: fraction of ΔW in MERGED; 1 for a merge without loss. Null
-            if ΔW = 0.
+        differing_share: Fraction of the entries that no rounding of W + ΔW explains.
+        max_ulp: The largest |M − (W + ΔW)|, in units of the spacing there. The spacing is that at
+            the largest of |M|, |W| and the terms of ΔW (|B||A|), or the step of a quantized M where
+            that is larger.
+        scale: Fraction of ΔW in MERGED, c = ⟨M − W, ΔW⟩ / ‖ΔW‖². It is 1 for a merge without loss;
+            null if ΔW = 0.
         scale_expected: c* = ⟨M* − W, ΔW⟩ / ‖ΔW‖² with M* = W + ΔW rounded once to ``dtype``: what
             ``scale`` is in a right merge. Null where ΔW = 0 and in files of versions before it was
             recorded.
@@ -98,7 +100,7 @@ class Merge(Lineage, LayerRecord):
             where BASE and MERGED are both quantized, and in older files.
         retained: ``scale`` if the layer is correct, else null: the fraction of ΔW left by rounding.
         residual: ‖M − W − ΔW‖_F / ‖ΔW‖_F; null if ΔW = 0.
-        unchanged: Fraction of the entries with M = W (or W rounded to ``dtype``).
+        unchanged: Fraction of the entries with M = W, or W rounded to ``dtype``.
         expected_fro: ‖ΔW‖_F.
         observed_fro: ‖M − W‖_F.
         base_fro: ‖W‖_F.
@@ -106,79 +108,46 @@ class Merge(Lineage, LayerRecord):
             tested on the whole layer.
     """
 
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "status",
-            "merge",
-            "whether MERGED is W + ΔW; of several layers the worst",
-            main=True,
-            pool=lambda records: min((record.status for record in records), key=ORDER.index),
-            head="status",
-            style=_style_status,
-        ),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "status",
         SHAPE,
-        Shown(
-            "dtype",
-            "numbers",
-            "dtype that represents the values of MERGED",
-            pool="each",
-            drop=5,
-            head="dtype",
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "differing_share",
-            "differing",
-            "fraction of the entries that no rounding of W + ΔW explains",
-            share=True,
-            main=True,
-            pool=_pool_differing,
-            form="percent",
-        ),
-        Shown(
-            "max_ulp",
-            "max ulp",
-            "largest |M − (W + ΔW)| in units of the spacing there",
-            pool="max",
-            drop=4,
-            terminal=True,
-            detail=True,
-        ),
-        Shown(
-            "unchanged",
-            "unchanged",
-            "fraction of the entries with M = W",
-            share=True,
-            drop=2,
-            form="percent",
-            terminal=True,
-        ),
-        Shown(
-            "scale",
-            "scale c",
-            "fraction of ΔW in MERGED: ⟨M − W, ΔW⟩/‖ΔW‖²",
-            main=True,
-            form="factor",
-        ),
-        Shown("residual", "residual", "‖M − W − ΔW‖_F / ‖ΔW‖_F", drop=3, terminal=True),
+        "dtype",
+        "differing_share",
+        "max_ulp",
+        "unchanged",
+        "scale",
+        "residual",
         COSINE_TO_BASE,
     )
     record: Literal["merge"] = "merge"
     layer: str
     shape: tuple[int, ...]
     adapted: bool
-    status: MergeStatus
-    dtype: str | None
+    status: Annotated[
+        MergeStatus,
+        Shown(
+            title="merge",
+            main=True,
+            pool=lambda records: min((record.status for record in records), key=ORDER.index),
+            head="status",
+            style=_style_status,
+        ),
+    ]
+    dtype: Annotated[
+        str | None,
+        Shown(title="numbers", pool="each", drop=5, head="dtype", terminal=True, detail=True),
+    ]
     differing: Count | None
-    differing_share: Share | None
-    max_ulp: float | None
-    scale: float | None
+    differing_share: Annotated[
+        Share | None, Shown(title="differing", main=True, pool=_pool_differing, form="percent")
+    ]
+    max_ulp: Annotated[float | None, Shown(pool="max", drop=4, terminal=True, detail=True)]
+    scale: Annotated[float | None, Shown(title="scale c", main=True, form="factor")]
     scale_expected: float | None = None
     scale_error: float | None = None
     retained: float | None
-    residual: Ratio | None
-    unchanged: Share | None
+    residual: Annotated[Ratio | None, Shown(drop=3, terminal=True)]
+    unchanged: Annotated[Share | None, Shown(drop=2, form="percent", terminal=True)]
     expected_fro: Norm | None
     observed_fro: Norm | None
     base_fro: Norm | None

@@ -184,9 +184,6 @@ class LossFunction:
         """Return the ``count`` largest eigenpairs, or all if there are fewer, and the smallest one.
 
         ``vectors`` is whether eigenvectors of the largest are needed; without, they may be missing.
-
-        Raises:
-            InputError: Lanczos did not converge, or a product is not finite.
         """
         n, device = self.params, self.model.device
         largest, smallest = extreme_eigenpairs(self.product, n, seed, device)
@@ -411,9 +408,6 @@ def measure_bounds(
         rank: r.
         along: Fractions t of the distance.
         after: Called after every batch of a loss.
-
-    Raises:
-        InputError: A loss, or ΔW of a layer, is not finite, or ΔW could not be read.
     """
     texts = loss_function.texts
     swapped.arrange(dict.fromkeys(loss_function.layers, rank), FULL)
@@ -679,9 +673,6 @@ def _iterate_curvatures(
         losses: Losses of the set.
         has_joint: Whether the file has the joint record.
         layers: Layers without a record.
-
-    Raises:
-        InputError: Lanczos did not converge, or a product is not finite.
     """
     parts = loss_function.split(gradient)
     joint_trace, traces = estimate_traces(loss_function, given.probes, given.seed)

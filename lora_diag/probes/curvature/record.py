@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Nats, Record, Share, Shown, WholeRecord
 
@@ -70,7 +70,7 @@ class Curvature(WholeRecord):
         matrix: ``hessian`` or ``ggn``, the generalised Gauss–Newton matrix.
         params: Number of parameters n.
         loss: Loss at the point, in nats.
-        gradient: ‖∇L‖.
+        gradient: Norm of the gradient of the loss, ‖∇L‖.
         eigenvalues: The largest eigenvalues, descending; empty if not computed for this layer.
         residual: ‖Hv − λv‖ of the largest; an eigenvalue is within this distance of λ; null if not
             computed.
@@ -85,21 +85,13 @@ class Curvature(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "layer", "at", "matrix")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("params", "params", "number of parameters", pool="sum", form="count", terminal=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "params",
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", main=True, terminal=False),
-        Shown("gradient", "‖∇L‖", "norm of the gradient of the loss", main=True, pool=_pool_norm),
-        Shown("largest", "λ max", "largest eigenvalue", pool="max", terminal=True),
-        Shown("smallest", "λ min", "smallest eigenvalue", pool="min", terminal=True),
+        "gradient",
+        Shown("largest", "λ max", "Largest eigenvalue", pool="max", terminal=True),
+        "smallest",
         Shown("trace", "trace", "Hutchinson's estimate of tr(H)", pool="sum", terminal=True),
-        Shown(
-            "trace_error",
-            "±",
-            "standard error of the trace",
-            pool=_pool_trace_error,
-            drop=1,
-            terminal=True,
-        ),
     )
     record: Literal["curvature"] = "curvature"
     set: str
@@ -108,15 +100,17 @@ class Curvature(WholeRecord):
     layer: str | None
     at: Point
     matrix: Matrix
-    params: Count
+    params: Annotated[Count, Shown(pool="sum", form="count", terminal=True)]
     loss: Nats
-    gradient: float
+    gradient: Annotated[float, Shown(title="‖∇L‖", main=True, pool=_pool_norm)]
     eigenvalues: tuple[float, ...] = ()
     residual: float | None = None
-    smallest: float | None = None
+    smallest: Annotated[float | None, Shown(title="λ min", pool="min", terminal=True)] = None
     smallest_residual: float | None = None
     trace: float
-    trace_error: float | None
+    trace_error: Annotated[
+        float | None, Shown(title="±", pool=_pool_trace_error, drop=1, terminal=True)
+    ]
     trace_vectors: Count | None = None
     products: Count = 0
     surrogate: Surrogate | None = None
@@ -160,13 +154,14 @@ class LossBound(WholeRecord):
         rank: r.
         along: t, the fraction of the distance from TUNED (0) to the truncated update (1).
         tail_energy: ‖E‖² = t²·Σ_{i>r}σ_i² over all truncated layers.
-        linear: ⟨∇L, E⟩.
-        quadratic: ½⟨E, HE⟩.
-        upper: (λ/2)‖E‖², λ the joint largest eigenvalue at TUNED.
+        linear: First-order term, ⟨∇L, E⟩.
+        quadratic: Second-order term, ½⟨E, HE⟩.
+        upper: Upper bound on the second-order term, (λ/2)‖E‖². λ is the joint largest eigenvalue
+            at TUNED.
         lower: (μ/2)‖E‖² with μ the smallest eigenvalue if that is above 1e-4·|λ|; else null.
         curvature: ⟨E, H'E⟩/‖E‖² with H' the Hessian or GGN at W_tuned + E; 0 if E is 0.
         loss: L(W_tuned + E), measured.
-        gap: L(W_tuned + E) − L(W_tuned), measured.
+        gap: Measured loss of the truncated model minus that of TUNED, L(W_tuned + E) − L(W_tuned).
         gap_error: Standard error of ``gap`` over other text of the distribution; on this set the
             gap is exact. Null for one sequence.
         sequences: Number of sequences; null in files of earlier versions.
@@ -174,23 +169,31 @@ class LossBound(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "rank", "along")
-    shown: ClassVar[tuple[Shown, ...]] = (
+    table: ClassVar[tuple[Shown | str, ...]] = (
         Shown(
             "gap",
             "gap",
-            "loss of the truncated model minus that of TUNED, measured",
+            "Measured loss of the truncated model minus that of TUNED",
             main=True,
             terminal=False,
         ),
-        Shown("upper", "upper", "(λ/2)‖E‖²", main=True, terminal=False),
-        Shown("tail_energy", "tail Σσ²", "energy beyond the rank", drop=3, terminal=True),
-        Shown("linear", "⟨∇L,E⟩", "first order", drop=2, form="signed", terminal=True),
-        Shown("quadratic", "½⟨E,HE⟩", "second order", drop=1, form="signed", terminal=True),
-        Shown("predicted", "model", "first and second order", form="signed", terminal=True),
-        Shown("gap", "measured", "loss minus that of TUNED", form="signed", terminal=True),
-        Shown("predicted_ratio", "model÷", "model over measured gap", form="times", terminal=True),
-        Shown("upper", "(λ/2)Σσ²", "bound", terminal=True),
-        Shown("upper_ratio", "bound÷", "bound over measured gap", form="times", terminal=True),
+        Shown(
+            "upper",
+            "upper",
+            "Upper bound on the second-order term, (λ/2)‖E‖²",
+            main=True,
+            terminal=False,
+        ),
+        "tail_energy",
+        "linear",
+        "quadratic",
+        Shown("predicted", "model", "First and second order", form="+.4f", terminal=True),
+        Shown("gap", "measured", "Measured loss minus that of TUNED", form="+.4f", terminal=True),
+        Shown("predicted_ratio", "model÷", "Model over measured gap", form=".2f", terminal=True),
+        Shown(
+            "upper", "(λ/2)Σσ²", "Upper bound on the second-order term, (λ/2)‖E‖²", terminal=True
+        ),
+        Shown("upper_ratio", "bound÷", "Bound over measured gap", terminal=True),
     )
     record: Literal["loss_bound"] = "loss_bound"
     set: str
@@ -198,9 +201,9 @@ class LossBound(WholeRecord):
     tokens: Count
     rank: int
     along: float
-    tail_energy: float
-    linear: Nats
-    quadratic: Nats
+    tail_energy: Annotated[float, Shown(title="tail Σσ²", drop=3, terminal=True)]
+    linear: Annotated[Nats, Shown(title="⟨∇L,E⟩", drop=2, form="+.4f", terminal=True)]
+    quadratic: Annotated[Nats, Shown(title="½⟨E,HE⟩", drop=1, form="+.4f", terminal=True)]
     upper: Nats
     lower: Nats | None
     curvature: float

@@ -91,9 +91,6 @@ def measure_effect(
         unchanged: Result of ``measure_unchanged`` on the text.
         size: Sequences in a batch.
         after: Called after every batch.
-
-    Raises:
-        InputError: A loss is not finite.
     """
     before, all_logits = unchanged
     remaining, kl = iter(all_logits), list[float]()
@@ -261,9 +258,6 @@ def accumulate(
 
     Returns:
         The number of predictions of the text.
-
-    Raises:
-        InputError: The loss is not finite.
     """
     mask = torch.ones(1, 1, dtype=torch.bool)
 

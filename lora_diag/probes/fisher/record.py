@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Nats, Norm, Record, Shown, WholeRecord
 
@@ -39,7 +39,7 @@ class Fisher(WholeRecord):
         sequences: Number of gradients.
         predictions: N.
         tokens: Number of layer inputs in the means C and G.
-        fro: ‖ΔW‖_F.
+        fro: Frobenius norm of the update, ‖ΔW‖_F.
         fisher: F(0), F(1), …: Σ_s⟨∇ℓ_s, T_r⟩²/N for every rank, to 9 significant digits. F(r)/2 is
             the second-order estimate of the mean KL per prediction.
         linear: −Σ_s⟨∇ℓ_s, T_r⟩/N by r: the first-order change of the loss on that text.
@@ -53,9 +53,6 @@ class Fisher(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("layer",)
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("fro", "‖ΔW‖", "Frobenius norm of the update", main=True),
-    )
     record: Literal["fisher"] = "fisher"
     layer: str
     shape: tuple[int, int]
@@ -64,7 +61,7 @@ class Fisher(WholeRecord):
     sequences: Count
     predictions: Count
     tokens: Count
-    fro: Norm
+    fro: Annotated[Norm, Shown(title="‖ΔW‖", main=True)]
     fisher: tuple[float, ...]
     linear: dict[str, Nats]
     weight: dict[str, float]

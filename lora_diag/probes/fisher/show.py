@@ -152,13 +152,13 @@ def _make_layers_grid(records: Sequence[Fisher], rank: int, per: str) -> Grid:
     expected = Shown(
         "fro",
         "½F",
-        "mean KL per prediction",
+        "Mean KL per prediction",
         main=True,
         pool=lambda row: sum(r.at(rank) for r in row) / 2,
     )
     effects = (
-        Shown(f"effect.{rank}.kl", "KL", "measured", terminal=True, pool="sum"),
-        Shown(f"effect.{rank}.gap", "loss gap", "measured", terminal=True, form="+.4f", pool="sum"),
+        Shown(f"effect.{rank}.kl", "KL", "Measured", terminal=True, pool="sum"),
+        Shown(f"effect.{rank}.gap", "loss gap", "Measured", terminal=True, form="+.4f", pool="sum"),
     )
     is_measured = any(effect_at(record, rank) for record in records)
     about = (
@@ -181,7 +181,7 @@ def _make_share_column(
     def share(row: Sequence[Fisher]) -> float | None:
         return sum(predictor(record, rank) for record in row) / total if total else None
 
-    about = "fraction of all layers' tails"
+    about = "Fraction of all layers' tails"
     return Shown("fro", title, about, main=True, form="percent", pool=share, drop=drop)
 
 

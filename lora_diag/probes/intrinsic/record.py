@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Nats, Shown, WholeRecord
 
@@ -28,10 +28,7 @@ class Intrinsic(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "subject", "dim", "rank", "lr", "seed")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "in nats", main=True),
-        Shown("params", "parameters", "number of trained parameters", main=True),
-    )
+    table: ClassVar[tuple[Shown | str, ...]] = ("loss",)
     record: Literal["intrinsic"] = "intrinsic"
     set: str
     shifted: bool = False
@@ -40,9 +37,9 @@ class Intrinsic(WholeRecord):
     subject: Literal["base", "full", "subspace", "lora"]
     dim: int | None = None
     rank: int | None = None
-    params: Count
+    params: Annotated[Count, Shown(title="parameters", main=True)]
     lr: float | None = None
     pace: float | None = None
     seed: int = 0
-    loss: Nats | None
+    loss: Annotated[Nats | None, Shown(main=True)]
     train_loss: Nats | None = None

@@ -48,27 +48,27 @@ class Line:
     """
 
     shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("params", "params", "number of trained parameters", main=True, form="count"),
-        Shown("lr", "lr", "peak learning rate of Adam", main=True, form=".2g"),
+        Shown("params", "params", "Number of trained parameters", main=True, form="count"),
+        Shown("lr", "lr", "Peak learning rate of Adam", main=True, form=".2g"),
         Shown(
             "pace",
             "pace",
-            "equivalent learning rate of full fine-tuning",
+            "Equivalent learning rate of full fine-tuning",
             main=True,
             form=".2g",
             drop=2,
         ),
-        Shown("seeds", "seeds", "runs at that rate", main=True, drop=1),
-        Shown("loss", "loss", "mean over seeds, in nats", main=True, form=".4f"),
+        Shown("seeds", "seeds", "Runs at that rate", main=True, drop=1),
+        Shown("loss", "loss", "Mean over seeds, in nats", main=True, form=".4f"),
         Shown(
             "shares",
             "gain",
-            "fraction of full fine-tuning's gain, mean",
+            "Fraction of full fine-tuning's gain, mean",
             main=True,
             form=".0%",
             pool=_average_share,
         ),
-        Shown("shares", "min to max", "over seeds", main=True, form=".0%", pool="ends"),
+        Shown("shares", "min to max", "Over seeds", main=True, form=".0%", pool="ends"),
     )
     subject: Subject
     size: int | None

@@ -142,9 +142,6 @@ def measure_outputs(
         texts: The set.
         size: Sequences in a batch.
         after_batch: Called after every batch with the name or subject of the model.
-
-    Raises:
-        InputError: A loss, or ΔW of an adapter, is not finite, or ΔW could not be read.
     """
     sums = [_Sums() for _ in contenders]
     has_tuned = contenders[1].subject == "tuned"

@@ -54,12 +54,12 @@ class Gain:
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
-            "gain", "gain", "loss of BASE minus loss after training", main=True, pool=_describe_gain
+            "gain", "gain", "Loss of BASE minus loss after training", main=True, pool=_describe_gain
         ),
         Shown(
             "seeds",
             "seeds",
-            "smallest and largest gain",
+            "Smallest and largest gain",
             form=".4f",
             pool="ends",
             drop=1,
@@ -68,12 +68,12 @@ class Gain:
         Shown(
             "lr",
             "lr",
-            "learning rate with the lowest loss at the first seed",
+            "Learning rate with the lowest loss at the first seed",
             main=True,
             form="g",
             drop=3,
         ),
-        Shown("params", "params", "of its factors", main=True, form="count", drop=6),
+        Shown("params", "params", "Of its factors", main=True, form="count", drop=6),
     )
     unit: str
     layers: tuple[str, ...]

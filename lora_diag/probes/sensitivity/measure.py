@@ -138,11 +138,7 @@ def _make_trial(
 
 
 def _record_base(texts: Texts, losses: Losses) -> Sensitivity:
-    """Return the record of BASE on one set.
-
-    Raises:
-        InputError: The loss is not finite.
-    """
+    """Return the record of BASE on one set."""
     return Sensitivity(
         **losses.fields_of_run(texts, None)
         | losses.by_sequence(is_base=True)

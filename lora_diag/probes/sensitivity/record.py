@@ -4,7 +4,7 @@ them.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Nats, Norm, Shown, WholeRecord
 
@@ -37,12 +37,9 @@ class Sensitivity(WholeRecord):
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "unit", "rank", "lr", "seed")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown(
-            "gain", "gain", "loss of BASE minus loss after training, on the same tokens", main=True
-        ),
-        Shown("gain_error", "± gain", "standard error of the gain", main=True),
-        Shown("loss", "loss", "in nats", main=True),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "gain",
+        "gain_error",
     )
     record: Literal["sensitivity"] = "sensitivity"
     set: str
@@ -55,9 +52,9 @@ class Sensitivity(WholeRecord):
     params: Count = 0
     lr: float | None = None
     seed: int = 0
-    loss: Nats | None
-    gain: Nats | None = None
-    gain_error: Nats | None = None
+    loss: Annotated[Nats | None, Shown(main=True)]
+    gain: Annotated[Nats | None, Shown(main=True)] = None
+    gain_error: Annotated[Nats | None, Shown(title="± gain", main=True)] = None
     train_loss: Nats | None = None
     nll: tuple[Nats, ...] = ()
     predictions: tuple[Count, ...] = ()

@@ -41,7 +41,7 @@ _PROXIES = (
     Shown(
         "adam",
         "first step",
-        "decrease of the loss in Adam's first step, per unit of learning rate",
+        "Decrease of the loss in Adam's first step, per unit of learning rate",
         terminal=True,
         drop=2,
     ),

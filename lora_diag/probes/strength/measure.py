@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -18,14 +17,14 @@ import numpy as np
 from lora_diag.deltas import FactoredDelta
 from lora_diag.metrics.statistics import paired_difference
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, measure
+from lora_diag.models.losses import Losses
 from lora_diag.models.swapping import Swapped
 from lora_diag.probes.strength import StrengthOptions
 from lora_diag.probes.strength.curve import LEAST, Curve, choose
 from lora_diag.probes.strength.record import Strength, StrengthChoice
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import name_unit
-from lora_diag.rendering.text import quantity
+from lora_diag.running.judging import Judge
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
@@ -48,6 +47,16 @@ class Cell:
     scale: float
     part: str | None = None
     layers: tuple[str, ...] = ()
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields that identify the records of the configuration."""
+        return {"scale": self.scale, "part": self.part}
+
+    @property
+    def label(self) -> str:
+        """Label for the progress bar."""
+        return f"{self.part or ''} t={self.scale:g}".strip()
 
 
 BASE, TUNED = Cell(0.0), Cell(1.0)
@@ -73,20 +82,16 @@ def make_record(
     """Return the record of a configuration on a set, from its losses and those of BASE
     and TUNED.
     """
-    (gap, gap_error), (change, change_error) = losses.minus(tuned), losses.minus(base)
-    drop, zeros = base.mean - tuned.mean, [0.0] * len(losses.sums)
+    change, change_error = losses.minus(base)
+    zeros = [0.0] * len(losses.sums)
     return Strength(
+        **cell.fields,
         **losses.on(text_set),
         **losses.by_sequence(is_base=cell == BASE),
-        scale=cell.scale,
-        part=cell.part,
-        loss=losses.mean,
+        **losses.between(base, tuned),
         loss_error=paired_difference(losses.rounded, zeros, losses.counts.tolist())[1],
-        gap=gap,
-        gap_error=gap_error,
         change=change,
         change_error=change_error,
-        kept=-change / drop + 0.0 if drop else None,
     )
 
 
@@ -162,48 +167,24 @@ def probe_strength(
     grid = sorted({0.0, 1.0, *(cell.scale for cell in cells if cell.part is None)})
     tasks = [text_set.name for text_set in texts if not text_set.shifted]
 
-    def measure_sets(label: str) -> list[Losses]:
-        return [measure(model, each, run.batch, lambda: run.watch.batch(label)) for each in texts]
-
     def measure_cell(cell: Cell) -> list[Losses]:
-        swapped.scale(
-            dict.fromkeys(cell.layers, cell.scale), cell.scale if cell.part is None else 1.0
-        )
-        return measure_sets(f"{cell.part or ''} t={cell.scale:g}".strip())
+        others = cell.scale if cell.part is None else 1.0
+        swapped.scale(dict.fromkeys(cell.layers, cell.scale), others)
+        return run.measure(texts, cell.label)
 
-    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        def is_missing(cell: Cell) -> bool:
-            return not run_records.has(
-                [each.name for each in texts], scale=cell.scale, part=cell.part
-            )
-
-        def put(cell: Cell, losses: list[Losses]) -> None:
-            run_records.put(*map(partial(make_record, cell), texts, losses, *ends))
-
-        todo = list(filter(is_missing, cells))
+    def measure_missing(records: RunRecords[Any]) -> list[LeftOut]:
+        judge = Judge(run, texts, records, (BASE, TUNED), measure_cell, make_record)
         checks = 2 * len(tasks) if by == "all" and len(grid) >= LEAST else 0
-        run.watch.total = (2 + len(todo) + checks) * run.batches(texts)
-        work = f"{2 + len(todo) + checks} losses on {quantity(len(texts), 'set')}"
-        run.estimate(
-            texts[0], work, f", up to {checks} of the losses to check the fit" if checks else ""
-        )
-        # A resumed run measures BASE and TUNED again: all differences are from them.
-        ends = measure_cell(BASE), measure_cell(TUNED)
-        put(BASE, ends[0])
-        put(TUNED, ends[1])
-        for cell in todo:
-            put(cell, measure_cell(cell))
-        for choice in (
-            [choose(read_curve(run_records, name), grid) for name in tasks] if checks else ()
-        ):
-            scales = (choice.get("optimum"), choice.get("sufficient"))
-            for cell in filter(
-                is_missing, (Cell(round(scale, 2)) for scale in scales if scale is not None)
-            ):
-                put(cell, measure_cell(cell))
-        for name in tasks if by == "all" else ():
-            run_records.put(StrengthChoice(set=name, **choose(read_curve(run_records, name), grid)))
-        swapped.scale({}, 0.0)
+        note = f", up to {checks} of the losses to check the fit" if checks else ""
+        judge.judge(cells, checks, note)
+        if checks:
+            for choice in [choose(read_curve(records, name), grid) for name in tasks]:
+                scales = choice.get("optimum"), choice.get("sufficient")
+                judge.add(Cell(round(scale, 2)) for scale in scales if scale is not None)
+        if by == "all":
+            for name in tasks:
+                choice = choose(read_curve(records, name), grid)
+                records.put(StrengthChoice(set=name, **choice))
         return left_out(compared.pairing, swapped.absent)
 
     settings = run.settings("by")

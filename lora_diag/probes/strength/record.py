@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lora_diag.records.base import Count, Guard, Nats, Shown, WholeRecord
 
@@ -17,25 +17,26 @@ class Strength(WholeRecord):
         part: The block or module type at t, others at 1; null for the whole update.
         tokens: Number of predictions in the mean loss.
         data: Hash of the evaluation file.
-        loss: Mean negative log-likelihood in nats.
+        loss: Loss in nats.
         loss_error: Its standard error, from blocks of sequences; null for one sequence.
         gap: Loss minus that of TUNED, t = 1, on the same tokens.
         gap_error: Standard error of ``gap``, from paired differences of blocks of sequences; null
             for one sequence.
         change: Loss minus that of BASE, t = 0, on the same tokens.
         change_error: Standard error of ``change``, likewise.
-        kept: (loss_base − loss) / (loss_base − loss_tuned); not clamped; null if these are equal.
+        kept: Fraction of TUNED's change of the loss, (loss_base − loss) / (loss_base − loss_tuned).
+            Not clamped; null if these are equal.
         nll: Summed negative log-likelihood of each sequence, in nats to 6 decimals.
         predictions: Number of predictions of each sequence; only for t = 0 of the whole update.
     """
 
     key: ClassVar[tuple[str, ...]] = ("set", "scale", "part")
-    shown: ClassVar[tuple[Shown, ...]] = (
-        Shown("loss", "loss", "in nats", main=True, form=".4f"),
+    table: ClassVar[tuple[Shown | str, ...]] = (
+        "loss",
         Shown(
             "to_tuned",
             "to t = 1",
-            "loss minus that of TUNED",
+            "Loss minus that of TUNED",
             form="+.4f",
             terminal=True,
             error="gap_error",
@@ -43,18 +44,10 @@ class Strength(WholeRecord):
         Shown(
             "to_base",
             "to BASE",
-            "loss minus that of BASE",
+            "Loss minus that of BASE",
             form="+.4f",
             terminal=True,
             error="change_error",
-        ),
-        Shown(
-            "kept",
-            "kept",
-            "fraction of TUNED's change of the loss",
-            drop=1,
-            form=".2f",
-            terminal=True,
         ),
     )
     record: Literal["strength"] = "strength"
@@ -64,13 +57,13 @@ class Strength(WholeRecord):
     part: str | None = None
     tokens: Count
     data: str
-    loss: Nats
+    loss: Annotated[Nats, Shown(main=True, form=".4f")]
     loss_error: Nats | None
     gap: Nats
     gap_error: Nats | None
     change: Nats
     change_error: Nats | None
-    kept: float | None
+    kept: Annotated[float | None, Shown(drop=1, form=".2f", terminal=True)]
     nll: tuple[Nats, ...]
     predictions: tuple[Count, ...] = ()
 

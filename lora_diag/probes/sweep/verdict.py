@@ -63,11 +63,11 @@ class AtRank:
 
     shown: ClassVar[tuple[Shown, ...]] = (
         Shown(
-            "lr", "lr", "learning rate with the lowest loss at the first seed", main=True, form="g"
+            "lr", "lr", "Learning rate with the lowest loss at the first seed", main=True, form="g"
         ),
-        Shown("seeds", "seeds", "runs at that rate that did not diverge", main=True),
-        Shown("mean", "loss", "mean over seeds, in nats", main=True, form=".4f"),
-        Shown("losses", "min to max", "over seeds", main=True, form=".4f", pool="ends"),
+        Shown("seeds", "seeds", "Runs at that rate that did not diverge", main=True),
+        Shown("mean", "loss", "Mean over seeds, in nats", main=True, form=".4f"),
+        Shown("losses", "min to max", "Over seeds", main=True, form=".4f", pool="ends"),
     )
     rank: int | None
     lr: float

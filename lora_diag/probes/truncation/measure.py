@@ -7,20 +7,20 @@ at that rank is measured by ``probe sweep``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.models.data import Texts
-from lora_diag.models.losses import Losses, measure
-from lora_diag.models.opening import Model
+from lora_diag.models.losses import Losses
 from lora_diag.models.swapping import FULL, Swapped, truncated_layers
 from lora_diag.probes.truncation import TruncationOptions
 from lora_diag.records import LeftOut, Probe, Results
 from lora_diag.records.names import module_type_of
 from lora_diag.records.probe import Subject
 from lora_diag.rendering.text import quantity
+from lora_diag.running.judging import Judge
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
 from lora_diag.running.probing import ProbeRun, describe_texts, left_out
@@ -98,77 +98,6 @@ def cells_of(
     return cells
 
 
-def measure_truncations(
-    model: Model,
-    swapped: Swapped,
-    texts: Sequence[Texts],
-    cells: Sequence[Cell],
-    matrices: Sequence[str],
-    rest: str,
-    size: int,
-    after_batch: Callable[[str], None],
-) -> Iterator[Probe]:
-    """Yield the records of BASE, TUNED and every configuration, one for each set.
-
-    Args:
-        model: BASE.
-        swapped: The weights of ``model``, which are changed.
-        texts: The evaluation sets.
-        cells: Configurations; BASE and TUNED are measured first.
-        matrices: All layers that are truncated in any configuration.
-        rest: ``tuned`` or ``base``: source of all other tensors.
-        size: Sequences in a batch.
-        after_batch: Called after every batch with a label.
-
-    Raises:
-        InputError: ΔW of a layer is not finite, or a loss is not.
-    """
-
-    def measure_cell(cell: Cell, ranks: Mapping[str, int], others: int) -> dict[str, Losses]:
-        swapped.arrange(ranks, others, cell.match_norm)
-        return {
-            text_set.name: measure(model, text_set, size, lambda: after_batch(cell.label))
-            for text_set in texts
-        }
-
-    def records_of(
-        cell: Cell, by_set: Mapping[str, Losses], energy: float | None = None
-    ) -> Iterator[Probe]:
-        for text_set in texts:
-            losses, base, tuned = (
-                by_set[text_set.name],
-                bases[text_set.name],
-                fine_tuned[text_set.name],
-            )
-            gap, error = losses.minus(tuned)
-            change = base.mean - tuned.mean
-            yield Probe(
-                probe="truncation",
-                **losses.on(text_set),
-                **cell.fields,
-                sequences=len(losses.sums),
-                **(
-                    losses.by_sequence(is_base=cell is BASE)
-                    if any(one.match_norm for one in cells)
-                    else {}
-                ),
-                loss=losses.mean,
-                gap=gap,
-                gap_error=error,
-                kept=(base.mean - losses.mean) / change + 0.0 if change else None,
-                energy=energy,
-            )
-
-    bases, fine_tuned = measure_cell(BASE, {}, 0), measure_cell(TUNED, {}, FULL)
-    yield from records_of(BASE, bases)
-    yield from records_of(TUNED, fine_tuned)
-    for cell in cells:
-        assert cell.rank is not None
-        ranks = {**dict.fromkeys(matrices, FULL), **dict.fromkeys(cell.layers, cell.rank)}
-        losses = measure_cell(cell, ranks, FULL if rest == "tuned" else 0)
-        yield from records_of(cell, losses, swapped.energy(cell.layers, cell.rank))
-
-
 @show_options
 def probe_truncation(
     base: Path | str, tuned: Path | str, **options: Unpack[TruncationOptions]
@@ -227,17 +156,29 @@ def probe_truncation(
     sets = run.read_sets()
     texts = run.fit(sets, lambda: (len(cells) + 2) * run.count_tokens(sets))
     swapped = Swapped(model, deltas, ranks[-1])
-    names = [text_set.name for text_set in texts]
+    has_matched = any(cell.match_norm for cell in cells)
 
-    def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        todo = [cell for cell in cells if not run_records.has(names, **cell.fields)]
-        run.watch.total = (len(todo) + 2) * run.batches(texts)
-        svds = f", and the SVD of {quantity(len(chosen))}"
-        run.estimate(texts[0], f"{len(todo) + 2} losses on {quantity(len(texts), 'set')}", svds)
-        for record in measure_truncations(
-            model, swapped, texts, todo, list(chosen), rest, run.batch, run.watch.batch
-        ):
-            run_records.put(record)
+    def measure_cell(cell: Cell) -> list[Losses]:
+        if cell.rank is None:
+            swapped.arrange({}, FULL if cell == TUNED else 0)
+        else:
+            own_ranks = dict.fromkeys(chosen, FULL) | dict.fromkeys(cell.layers, cell.rank)
+            swapped.arrange(own_ranks, FULL if rest == "tuned" else 0, cell.match_norm)
+        return run.measure(texts, cell.label)
+
+    def make_record(
+        cell: Cell, text_set: Texts, losses: Losses, base: Losses, tuned: Losses
+    ) -> Probe:
+        fields = losses.on(text_set) | losses.between(base, tuned)
+        if has_matched:
+            fields |= losses.by_sequence(is_base=cell == BASE)
+        if cell.rank is not None:
+            fields["energy"] = swapped.energy(cell.layers, cell.rank)
+        return Probe(probe="truncation", sequences=len(losses.sums), **cell.fields, **fields)
+
+    def measure_missing(records: RunRecords[Any]) -> list[LeftOut]:
+        judge = Judge(run, texts, records, (BASE, TUNED), measure_cell, make_record)
+        judge.judge(cells, note=f", and the SVD of {quantity(len(chosen))}")
         return left_out(compared.pairing, swapped.absent)
 
     settings = {"ranks": ranks, "per": per, "rest": rest, **run.selection}

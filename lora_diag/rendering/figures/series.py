@@ -244,9 +244,6 @@ def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Serie
     Of several ranks, one is drawn; of more than four other numbers, such as steps, the first, the
     middle and the last. A label starts with that of the run if the runs differ in their inputs or
     labels would be the same.
-
-    Raises:
-        UndrawableError: The requested rank was not measured.
     """
     pattern = series[0].records[0].part_label if series else ""
     if not pattern:

@@ -173,9 +173,6 @@ def encode_figure(figure: Figure, kind: str, width: str = "slide") -> bytes:
         figure: The figure.
         kind: ``png``, ``svg`` (text stays text) or ``pdf`` (fonts embedded).
         width: Name of its page, ``column`` or ``slide``, which determines the resolution of a PNG.
-
-    Raises:
-        UsageError: The page is unknown.
     """
     style = page_style_of(width)
     metadata: dict[str, dict[str, str | None]] = {

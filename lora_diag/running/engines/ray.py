@@ -103,11 +103,7 @@ class Ray:
 
 
 def import_ray() -> Any:
-    """Return the module ``ray``, imported after its environment variables are set.
-
-    Raises:
-        UsageError: Ray is not installed.
-    """
+    """Return the module ``ray``, imported after its environment variables are set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     with require("--engine ray:", "ray"):
@@ -341,10 +337,6 @@ def capacity_of(engine: Ray, layout: Layout, footprint: int) -> tuple[int, int]:
         engine: The cluster.
         layout: Allocation of a machine.
         footprint: Memory of a running task in bytes.
-
-    Raises:
-        UsageError: Ray is not installed, or the address is malformed.
-        InputError: The cluster cannot be reached, or has no node that can run a task.
     """
     with connect(engine, layout.cores) as ray:
         cluster = _Cluster(ray, engine.gpus_per_task)
@@ -437,10 +429,6 @@ class _Cluster:
     def poll(self, cores: int) -> None:
         """Look up the living nodes, at most every ``QUERY_SECONDS``; called after every wait for
         tasks.
-
-        Raises:
-            InputError: No node could run the waiting tasks for the whole waiting time, or the head
-                or this machine's node is lost.
         """
         if time.monotonic() - self._queried_at < QUERY_SECONDS:
             return
@@ -530,10 +518,6 @@ class _Run:
     def fetch(self, tickets: Sequence[Any]) -> Iterator[tuple[Any, Sequence[Any] | None]]:
         """Wait a while; yield tickets of finished batches with their outcomes, None if their
         workers died; poll.
-
-        Raises:
-            InputError: A worker cannot import loradiag, no node can run the waiting tasks, or the
-                cluster is lost.
         """
         done, _ = self._ray.wait(tickets, num_returns=1, timeout=QUERY_SECONDS)
         if done:  # others may have finished, too: a wait costs as much as there are tickets

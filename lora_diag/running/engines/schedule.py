@@ -227,11 +227,11 @@ def in_order(
     while written < len(plan):
         while True:
             has_room = partial(capacity().has_room, batches=len(under_way), threads=threads)
-            batch = (
-                (retry.pop() if has_room(retry[-1]) else None)
-                if retry
-                else waiting.pop(written, has_room)
-            )
+            batch = None
+            if not retry:
+                batch = waiting.pop(written, has_room)
+            elif has_room(retry[-1]):
+                batch = retry.pop()
             if batch is None:
                 break
             if batch.start < end:
@@ -241,13 +241,12 @@ def in_order(
             batch = under_way.pop(ticket)
             threads -= batch.threads
             if outcomes is None and len(batch) > 1:
-                retry += reversed(
-                    batch.singly()
-                )  # one task kills its worker; run the others separately
+                # One task kills its worker; run the others separately.
+                retry += reversed(batch.singly())
                 continue
-            for index, outcome in enumerate(
-                [lost_error(batch)] if outcomes is None else outcomes, batch.start
-            ):
+            if outcomes is None:
+                outcomes = [lost_error(batch)]
+            for index, outcome in enumerate(outcomes, batch.start):
                 arrived[index] = outcome
                 if isinstance(outcome, LoradiagError):
                     end = min(end, index)

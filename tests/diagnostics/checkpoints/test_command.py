@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import lora_diag
-from lora_diag.diagnostics.checkpoints.record import Checkpoint
+from lora_diag.diagnostics.checkpoints.record import RunCheckpoint
 from lora_diag.diagnostics.checkpoints.series import find_series
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from tests.adapters.making import lora
@@ -30,7 +30,7 @@ def out(tmp_path):
 
 
 def steps_of(results):
-    return [record.step for record in results.whole_of(Checkpoint)]
+    return [record.step for record in results.whole_of(RunCheckpoint)]
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_steps_are_read_from_names(tmp_path, name):
 
 
 def test_trainer_log_is_kept_with_its_step(out):
-    records = lora_diag.trajectory(out).whole_of(Checkpoint)
+    records = lora_diag.trajectory(out).whole_of(RunCheckpoint)
     for before, record in zip([0, *STEPS], records, strict=False):
         rates = [
             np.interp(s, range(5, 101, 5), [cosine_rate(x, 100) for x in range(5, 101, 5)])
@@ -74,7 +74,7 @@ def test_final_model_counts_if_it_differs(out, final):
         with raises_naming(InputError, out, "step"):
             lora_diag.trajectory(out)
         return
-    records = lora_diag.trajectory(out).whole_of(Checkpoint)
+    records = lora_diag.trajectory(out).whole_of(RunCheckpoint)
     assert [record.step for record in records] == list(STEPS)
     assert [record.final for record in records] == [False] * 9 + [final == "other"]
 

@@ -19,7 +19,7 @@ import pytest
 import lora_diag
 from lora_diag.diagnostics.checkpoints import show
 from lora_diag.diagnostics.checkpoints.measure import measure_run
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, RunCheckpoint
 from lora_diag.diagnostics.checkpoints.show import follow_run
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import ResultsWriter, Run, RunInput, totals
@@ -42,7 +42,7 @@ def records_of(step) -> list:
     ]
     return [
         *layers,
-        Checkpoint(step=step, path="out", fro=0.2 * step, train_loss=3.0 - step / 100, layers=2),
+        RunCheckpoint(step=step, path="out", fro=0.2 * step, train_loss=3.0 - step / 100, layers=2),
     ]
 
 
@@ -162,7 +162,7 @@ def test_follow_reads_only_files_that_changed(tmp_path, monkeypatch):
         results, lines, looks = collect(tmp_path / "m.jsonl", monkeypatch, on_look)
     assert (len(looks), len(reads)) == (5, 3)
     assert [line.partition(",")[0] for line in lines] == ["step 10", "step 20"]
-    assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20]
+    assert [each.step for each in results.whole_of(RunCheckpoint)] == [10, 20]
 
 
 def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
@@ -193,7 +193,7 @@ def test_follow_measures_checkpoints_as_they_arrive(tmp_path, monkeypatch):
             )
 
     results, lines, _ = collect(run, monkeypatch, on_look, lambda: lora_diag.trajectory(run))
-    assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20]
+    assert [each.step for each in results.whole_of(RunCheckpoint)] == [10, 20]
     assert_names(lines[0], "waiting", "monitor.jsonl")
     assert [line.partition(",")[0] for line in lines[-2:]] == ["step 10", "step 20"]
 
@@ -218,7 +218,7 @@ def test_follow_waits_for_weights_of_checkpoint(tmp_path, monkeypatch, name):
             )
 
     results, _, looks = collect(run, monkeypatch, on_look, partial(measure_run, [run]))
-    assert [each.step for each in results.whole_of(Checkpoint)] == [10, 20, 30]
+    assert [each.step for each in results.whole_of(RunCheckpoint)] == [10, 20, 30]
     assert len(looks) == 3
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import lora_diag
 from lora_diag.diagnostics.checkpoints.factors import Factors, measure_factors
-from lora_diag.diagnostics.checkpoints.record import Checkpoint, CheckpointLayer
+from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, RunCheckpoint
 from lora_diag.diagnostics.checkpoints.stored import _decompose
 from lora_diag.layers.change import Change
 from tests import oracles
@@ -90,7 +90,7 @@ def check(record: CheckpointLayer, t: int, updates: list[np.ndarray], base) -> N
         assert record.relative == pytest.approx(size / np.linalg.norm(base), rel=1e-6)
 
 
-def check_checkpoints(found: list[Checkpoint], updates: list[list[np.ndarray]], bases) -> None:
+def check_checkpoints(found: list[RunCheckpoint], updates: list[list[np.ndarray]], bases) -> None:
     """Compare the records of the checkpoints with the layers stacked as one vector."""
     whole = [np.concatenate([x.ravel() for x in layers]) for layers in updates]
     moves = [after - before for before, after in zip([0 * whole[0], *whole], whole, strict=False)]
@@ -117,7 +117,7 @@ def test_adapters_against_numpy(tmp_path, rank):
     for i, record in enumerate(found):
         layer, t = divmod(i, len(TIMES))
         check(record, t, [each[layer] for each in updates], None)
-    check_checkpoints(found.whole_of(Checkpoint), updates, None)
+    check_checkpoints(found.whole_of(RunCheckpoint), updates, None)
 
 
 @pytest.mark.parametrize("rank", [3, 70])
@@ -156,7 +156,7 @@ def test_full_checkpoints_against_numpy(tmp_path):
         layer, t = divmod(i, len(TIMES))
         check(record, t, [each[layer] for each in stored], base[LAYERS[layer]])
         assert record.unchanged == pytest.approx([0, 4 / 9, 0][t])
-    check_checkpoints(found.whole_of(Checkpoint), stored, list(base.values()))
+    check_checkpoints(found.whole_of(RunCheckpoint), stored, list(base.values()))
 
 
 @settings(max_examples=30, deadline=None)
@@ -238,7 +238,7 @@ def test_update_that_is_not_finite_leaves_others_measured(tmp_path):
     assert "[1, 3]" in bad[1].non_finite
     assert [record.increment is None for record in bad] == [False, True, True, False]
     assert all(record.increment is not None for record in good)
-    assert [record.non_finite for record in found.whole_of(Checkpoint)] == [0, 1, 0, 0]
+    assert [record.non_finite for record in found.whole_of(RunCheckpoint)] == [0, 1, 0, 0]
     assert (found.whole[-1].state, found.whole[-1].step) == ("non-finite", TIMES[1])
 
 
@@ -257,7 +257,7 @@ def test_numbers_equal_those_of_spectrum():
     """Of a checkpoint of the sample model's run, as both commands read it."""
     run = ROOT / "sample_checkpoints" / "run"
     found = lora_diag.trajectory(run)
-    last = found.whole_of(Checkpoint)[-1]
+    last = found.whole_of(RunCheckpoint)[-1]
     by_layer = {record.layer: record for record in lora_diag.spectrum(last.path)}
     for record in found:
         if record.step == last.step:

@@ -20,7 +20,7 @@ from transformers import Trainer
 import lora_diag
 from lora_diag import LoraMonitor
 from lora_diag.diagnostics.checkpoints.monitor import RULES
-from lora_diag.diagnostics.checkpoints.record import Checkpoint
+from lora_diag.diagnostics.checkpoints.record import RunCheckpoint
 from lora_diag.errors import InputError, UsageError
 from lora_diag.records import ResultsWriter
 from tests.diagnostics.overlap.test_recorder import llama, trainer_of, with_lora
@@ -72,7 +72,7 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
     run, steps = tmp_path / "trainer", (2, 4, 6, 7)
     results = lora_diag.read_results(run / "monitor.jsonl")
     assert results.end is not None
-    checkpoints = results.whole_of(Checkpoint)
+    checkpoints = results.whole_of(RunCheckpoint)
     assert tuple(each.step for each in checkpoints) == steps
     records = {(record.layer, record.step): record for record in results}
     updates = dense_updates(run, steps, 5 / np.sqrt(3))
@@ -99,7 +99,7 @@ def test_monitor_numbers_equal_those_of_saved_checkpoints(tmp_path):
                 (spectrum.fro, spectrum.stable_rank), rel=1e-6
             )
     for measured, saved in zip(
-        checkpoints, lora_diag.trajectory(run).whole_of(Checkpoint), strict=True
+        checkpoints, lora_diag.trajectory(run).whole_of(RunCheckpoint), strict=True
     ):
         fields = ("fro", "increment", "cosine", "spectral_share", "effective_rank", "train_loss")
         for name in fields:
@@ -310,7 +310,7 @@ def test_resumed_training_continues_the_file(tmp_path):
         lora_diag.read_results(tmp_path / name) for name in ("whole.jsonl", "m.jsonl")
     )
     dropped = lora_diag.read_results(tmp_path / "m.1.jsonl")
-    assert [each.step for each in dropped.whole_of(Checkpoint)] == [2, 4, 6]
+    assert [each.step for each in dropped.whole_of(RunCheckpoint)] == [2, 4, 6]
     assert resumed.end is not None
     assert len(whole) == len(resumed) > 0
     for one, other in zip(whole, resumed, strict=True):

@@ -8,9 +8,8 @@ calls the declared Python function, and shows the result.
 from __future__ import annotations
 
 import re
-import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import Parameter, Signature, signature
@@ -21,8 +20,9 @@ import typer
 
 from lora_diag import catalog
 from lora_diag.cli import output as out
+from lora_diag.cli.hints import find_hint
 from lora_diag.errors import DONE, UNREADABLE, UsageError
-from lora_diag.feature import Argument, Command, Feature, Hint
+from lora_diag.feature import Argument, Command, Feature
 from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
 
 if TYPE_CHECKING:
@@ -282,7 +282,11 @@ def _measure_and_show(
     if shown.table:
         per = shown.per if "per" in command.shows else values.get("per")
         values = {**values, "per": "layer" if per == "layer" else "type"}
-        hint = None if values.get("follow") else _find_hint(feature, command, result, values)
+        hint = (
+            None
+            if values.get("follow")
+            else find_hint(feature, command, result, values, option_names)
+        )
         if is_results:
             text = catalog.table(result, *out.terminal(), values["per"], hint, values)
         else:
@@ -297,49 +301,6 @@ def _measure_and_show(
     out.report_unmeasured(result.unmeasured)
     code: int = feature.load(command.exit_code)(result) if command.exit_code else DONE
     return code or (UNREADABLE if result.unmeasured else DONE)
-
-
-def _find_hint(
-    feature: Feature, command: Command, result: Any, values: Mapping[str, Any]
-) -> str | None:
-    """Return what the feature suggests for these results, else the first hint that applies; None
-    without records.
-    """
-    if hasattr(result, "layers") and not (result.layers or getattr(result, "whole", ())):
-        return None
-    suggested = feature.load(command.suggest)(result, values) if command.suggest else None
-    if isinstance(suggested, str):
-        return suggested
-    hints = command.hints if suggested is None else (suggested, *command.hints)
-    return next((text for hint in hints if (text := _format_hint(hint, values)) is not None), None)
-
-
-def _format_hint(hint: Hint, values: Mapping[str, Any]) -> str | None:
-    """Return a hint as a shell takes it; None if it needs a value that is not given, or adds one
-    that is.
-
-    >>> _format_hint(Hint("plan {base} --ranks {ranks}", "costs"), {"base": "my base", "ranks": 8})
-    "loradiag plan 'my base' --ranks 8   (costs)"
-    >>> _format_hint(Hint("inspect {output}", "this table"), {"output": None})
-    """
-    needed = re.findall(r"\{(\w+)\}", hint.command) + (["output"] if hint.saved else [])
-    if not all(values[name] for name in needed):
-        return None
-    words = [word for part in shlex.split(hint.command) for word in _fill_in(part, values)]
-    if not hint.command.startswith("-"):
-        return f"{shlex.join(['loradiag', *words])}   ({hint.purpose})"
-    if ("--per" in words and values["per"] == "layer") or (
-        "-o" in words and values["output"] is not None
-    ):
-        return None
-    return f"{out.rerun_command(*words)}   ({hint.purpose})"
-
-
-def _fill_in(word: str, values: Mapping[str, Any]) -> list[str]:
-    """Return a word of a hint with its value: one word, or one for each entry of a list."""
-    match = re.fullmatch(r"\{(\w+)\}", word)
-    value = values[match[1]] if match else word
-    return list(map(str, value)) if isinstance(value, list | tuple) else [str(value)]
 
 
 def _hide_secrets(value: Any) -> Any:

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -129,13 +130,10 @@ def follow_results(results: str, command: str, project: Project) -> Project:
     for each in run.inputs:
         texts.setdefault(each.role, []).append(each.path)
     taken = {}
-    for key, of_commands in _list_options().items():
-        if command not in of_commands or run.command not in of_commands:
+    for flag, (name, option) in find_shared_options(run.command, command.split()).items():
+        if option.panel == EXECUTION:
             continue
-        name, _, option = of_commands[command]
-        if _meaning(option) != _meaning(of_commands[run.command][2]) or option.panel == EXECUTION:
-            continue
-        value = texts.get(key, run.settings.get(name))
+        value = texts.get(flag.removeprefix("--"), run.settings.get(name))
         if isinstance(value, list) and "," in option.metavar:
             value = ",".join(map(str, value))
         if value not in (None, False, "", []):
@@ -210,6 +208,22 @@ def _locate(value: str, folder: Path) -> str:
     return os.path.relpath(local) + ending
 
 
+def find_shared_options(command: str, words: Sequence[str]) -> dict[str, tuple[str, Option]]:
+    """Return the options that a command shares with the one that the words begin with, in one
+    meaning: by flag, the name in the latter, and its declaration.
+    """
+    following = " ".join(words[:2])
+    shared = {}
+    for of_commands in _list_options().values():
+        name, _, option = (
+            of_commands.get(following) or of_commands.get(words[0]) or ("", None, None)
+        )
+        own = of_commands.get(command)
+        if option is not None and own is not None and _meaning(own[2]) == _meaning(option):
+            shared[option.flag(name)] = (name, option)
+    return shared
+
+
 def _list_defaults(
     path: Path, table: Mapping[str, Any], names: Mapping[str, str]
 ) -> dict[str, dict[str, Any]]:
@@ -244,6 +258,7 @@ def _meaning(option: Option) -> tuple[str, str]:
     return option.metavar.split("]")[-1], "" if option.panel == INPUTS else option.help
 
 
+@cache
 def _list_options() -> dict[str, dict[str, tuple[str, Any, Option]]]:
     """Return, by an option's spelling and by command, each option that may have a default: its
     name, type and declaration.

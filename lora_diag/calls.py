@@ -1,30 +1,24 @@
-"""Calls from Python: errors name parameters instead of options, and a list is not replaced by one
+"""Calls from Python: errors name parameters instead of flags, and a list is not replaced by one
 path or word.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, wraps
 from inspect import signature
 from numbers import Integral, Real
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin
 
-from lora_diag.errors import LoradiagError, UsageError
-from lora_diag.running.options import Option
+from lora_diag.errors import Given, LoradiagError, UsageError
 
-# An option in a message; in a command that the message suggests, options stay.
-_OPTIONS = re.compile(r"loradiag [^;,)]*|(?<![\w-])(?:--[a-z][a-z-]*|-o)\b")
-
-# A parameter that takes a list, and the type of its entries.
-_LIST = re.compile(r"(?:collections\.abc\.)?(?:Sequence|Iterable)\[(.*)\](?: \| None)?")
-
-# Type of an entry or a value -> the values that it accepts, their name, and an example.
-_NUMBERS: dict[str, tuple[type, str, str]] = {
-    "int": (Integral, "whole number", "8"),
-    "float": (Real, "number", "0.5"),
+# Type of a value, or of the entries of a list -> the values that it accepts, their name, and an
+# example.
+_NUMBERS: dict[Any, tuple[type, str, str]] = {
+    int: (Integral, "whole number", "8"),
+    float: (Real, "number", "0.5"),
 }
 
 
@@ -33,19 +27,10 @@ def for_python(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a public function as Python calls it; a class is returned unchanged.
 
     Arguments that must be lists or numbers are checked before the call, and a ``LoradiagError``
-    names parameters, where the command line names options.
-
-    Args:
-        function: A public function; its options are known if it is under ``show_options``.
+    names parameters, where the command line names flags.
     """
     if isinstance(function, type):
         return function
-    options: Mapping[str, tuple[Any, Option]] = getattr(function, "options", {})
-    names = {
-        flag: name
-        for name, (_, option) in options.items()
-        for flag in option.flags or (option.flag(name),)
-    }
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -53,39 +38,10 @@ def for_python(function: Callable[..., Any]) -> Callable[..., Any]:
             _check_arguments(function, args, kwargs)
             return function(*args, **kwargs)
         except LoradiagError as error:
-            error.args = (name_parameters(str(error), names),)
+            error.in_python = True
             raise
 
     return call
-
-
-def name_parameters(message: str, names: Mapping[str, str]) -> str:
-    """Return a message with parameters of Python in place of the options of a command.
-
-    Args:
-        message: The message.
-        names: Parameter by option, where its name is not that of the option.
-
-    Example:
-        >>> name_parameters(
-        ...     "--eval x.txt: is empty; give it text, or add --max-sequences",
-        ...     {"--eval": "evaluate"},
-        ... )
-        'evaluate=x.txt: is empty; give it text, or add max_sequences'
-        >>> name_parameters("give a file with -o; loradiag plan base --ranks 4", {})
-        'give a file with output; loradiag plan base --ranks 4'
-    """
-    names = {"-o": "output", **names}
-
-    def name(match: re.Match[str]) -> str:
-        word = match[0]
-        return (
-            word
-            if word.startswith("loradiag")
-            else names.get(word, word.lstrip("-").replace("-", "_"))
-        )
-
-    return _OPTIONS.sub(name, re.sub(r"^(--[a-z][a-z-]*|-o) (?=[^:;]+: )", r"\1=", message))
 
 
 def _check_arguments(
@@ -102,17 +58,37 @@ def _check_arguments(
     except TypeError:  # the function's own error is more precise
         return
     for name, value in given.items():
-        annotation = declared.parameters[name].annotation
-        kind = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        if (match := _LIST.fullmatch(kind)) is None:
-            accepted, noun, example = _NUMBERS.get(kind.removesuffix(" | None"), (object, "", ""))
-            if not isinstance(value, accepted | None if kind.endswith("None") else accepted):
-                raise UsageError(f"{name}={value!r}: must be a {noun}, such as {example}")
-        elif match[1] in _NUMBERS:
-            accepted, noun, example = _NUMBERS[match[1]]
-            if value is not None and not all(isinstance(entry, accepted) for entry in value):
-                raise UsageError(
-                    f"{name}={value!r}: must be a list of {noun}s, such as [{example}]"
-                )
-        elif isinstance(value, str | os.PathLike):
-            raise UsageError(f"{name}={str(value)!r}: must be a list; give [{str(value)!r}]")
+        if value is not None:
+            _check_argument(Given(name, value), _find_type(function, name))
+
+
+def _find_type(function: Callable[..., Any], name: str) -> Any:
+    """Return the type of a parameter, without None; None for a type that only checkers import."""
+    annotation = signature(function).parameters[name].annotation
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, function.__globals__)
+        except NameError:
+            return None
+    if not isinstance(annotation, UnionType):
+        return annotation
+    kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 else None
+
+
+def _check_argument(given: Given, kind: Any) -> None:
+    """Refuse a value that is not of a type: a list, a list of numbers, or a number."""
+    value = given.value
+    if kind in _NUMBERS:
+        accepted, noun, example = _NUMBERS[kind]
+        if not isinstance(value, accepted):
+            raise UsageError(given, f"must be a {noun}", f"give one such as {example}")
+    elif get_origin(kind) in (Sequence, Iterable):
+        (entry,) = get_args(kind)
+        if entry not in _NUMBERS:
+            if isinstance(value, str | os.PathLike):
+                raise UsageError(given, "must be a list", f"give [{str(value)!r}]")
+            return
+        accepted, noun, example = _NUMBERS[entry]
+        if not all(isinstance(each, accepted) for each in value):
+            raise UsageError(given, f"must be a list of {noun}s", f"give one such as [{example}]")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from lora_diag.checkpoints import Checkpoint, TensorInfo
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.records.names import RESIZABLE, part_of
 from lora_diag.records.run import Reason
 
@@ -354,7 +354,7 @@ def refuse_empty(pairing: Pairing, base: Checkpoint, tuned: Checkpoint) -> None:
             selected, shapes differ, or tensors are empty or not floating-point.
     """
     if not pairing.deltas:
-        raise NothingComparedError(_explain_nothing_paired(base, tuned, pairing.unpaired))
+        raise _make_nothing_paired_error(base, tuned, pairing.unpaired)
 
 
 def stored_name(checkpoint: Checkpoint, name: str) -> str | None:
@@ -498,10 +498,8 @@ def added_rows(name: str, base: Side, tuned: Side) -> Unpaired:
 
 def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     """Return a predicate of names for ``--layers`` and ``--exclude``."""
-    included, excluded = (
-        _compile_pattern(layers, "--layers"),
-        _compile_pattern(exclude, "--exclude"),
-    )
+    included = compile_pattern(layers, "layers")
+    excluded = compile_pattern(exclude, "exclude")
 
     def is_selected(name: str) -> bool:
         return (included is None or bool(included.search(name))) and not (
@@ -511,8 +509,8 @@ def selector(layers: str | None, exclude: str | None) -> Callable[[str], bool]:
     return is_selected
 
 
-def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    """Return the compiled pattern of an option; None without one.
+def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
+    """Return the compiled pattern of an option, named in the error; None without one.
 
     Raises:
         UsageError: It is no regular expression.
@@ -520,34 +518,33 @@ def _compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None
     try:
         return re.compile(pattern) if pattern is not None else None
     except re.error as error:
-        raise UsageError(
-            f"{option} {pattern}: not a valid regular expression ({error}); correct it"
-        ) from error
+        problem = f"not a valid regular expression ({error})"
+        raise UsageError(Given(option, pattern), problem, "correct it") from error
 
 
-def _explain_nothing_paired(
+def _make_nothing_paired_error(
     base: Checkpoint, tuned: Checkpoint, unpaired: tuple[Unpaired, ...]
-) -> str:
-    """Return why no tensor of two checkpoints could be paired, and what to do."""
+) -> NothingComparedError:
+    """Return the error of two checkpoints of which no tensor could be paired."""
     common = [name for name in base if name in tuned]
     if not common:
-        return (
-            f"{tuned.path}: no weight name in common with {base.path}, so nothing was compared "
-            "(BASE has names like "
-            f"{min(base)}, TUNED like {min(tuned)}); give two checkpoints of one model"
+        return NothingComparedError(
+            tuned.path,
+            f"no weight name in common with {base.path}, so nothing was compared (BASE has names "
+            f"like {min(base)}, TUNED like {min(tuned)})",
+            "give two checkpoints of one model",
         )
     reasons = sorted({tensor.reason for tensor in unpaired if tensor.layer in common})
     if reasons == ["not_selected"]:
-        return (
-            f"{tuned.path}: --layers or --exclude leaves out all {len(common)} weights; correct "
-            "the expression"
-        )
+        problem = f"$layers or $exclude leaves out all {len(common)} weights"
+        return NothingComparedError(tuned.path, problem, "correct the expression")
     fix = (
         "give two checkpoints of one model"
         if "shape_differs" in reasons
         else "nothing was compared"
     )
-    return (
-        f"{tuned.path}: all {len(common)} weights in common with {base.path} are left out "
-        f"({', '.join(reasons)}); {fix}"
+    return NothingComparedError(
+        tuned.path,
+        f"all {len(common)} weights in common with {base.path} are left out ({', '.join(reasons)})",
+        fix,
     )

@@ -7,9 +7,13 @@ code ``UNREADABLE``.
 
 from __future__ import annotations
 
+import os
+import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from string import Template
 from typing import Any
 
 DONE, GATE_FAILED, USAGE, UNREADABLE, NOTHING_COMPARED, INCONCLUSIVE = range(6)
@@ -89,13 +93,92 @@ def install_command(extras: str = "", *packages: str) -> str:
     return f"pip install {' '.join([target, *packages])}, in a clone of loradiag"
 
 
-class LoradiagError(Exception):
-    """Base of all errors meant for the user; ``exit_code`` is the process's exit code."""
+def flag(name: str) -> str:
+    """Return the name of an option on the command line, given its name in Python.
 
-    exit_code = UNREADABLE
+    >>> flag("memory_budget"), flag("for_"), flag("output")
+    ('--memory-budget', '--for', '-o')
+    """
+    return "-o" if name == "output" else f"--{name.rstrip('_').replace('_', '-')}"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The option that an error is about.
+
+    Args:
+        option: Its name in Python.
+        value: Its value, if the message quotes it.
+    """
+
+    option: str
+    value: Any = None
 
     def __str__(self) -> str:
-        return shorten(super().__str__())
+        name = flag(self.option)
+        return name if self.value is None else f"{name} {_format_value(self.value)}"
+
+    def in_python(self) -> str:
+        """Return the option as a keyword argument.
+
+        >>> str(Given("ranks", [0, 4])), Given("ranks", [0, 4]).in_python()
+        ('--ranks 0,4', 'ranks=[0, 4]')
+        """
+        value = str(self.value) if isinstance(self.value, os.PathLike) else self.value
+        return self.option if value is None else f"{self.option}={value!r}"
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ",".join(map(_format_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+class _Text(Template):
+    """A text in which ``$name`` is an option."""
+
+    idpattern = "[a-z][a-z_]*"
+    flags = re.ASCII
+
+
+class _Flags(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return flag(name)
+
+
+class _Parameters(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+class LoradiagError(Exception):
+    """Base of all errors meant for the user; ``exit_code`` is the process's exit code.
+
+    Its arguments are a whole message, or ``(subject, problem, fix)``: what it is about, such as a
+    path or an option (``Given``); what is wrong; and what to do. In the last two, ``$name`` is an
+    option: its flag on the command line, its parameter in a call from Python.
+
+    Attributes:
+        in_python: Whether the message names parameters.
+
+    >>> error = UsageError(Given("kfac"), "needs second moments", "add $activations FILE")
+    >>> str(error)
+    '--kfac: needs second moments; add --activations FILE'
+    >>> error.in_python = True
+    >>> str(error)
+    'kfac: needs second moments; add activations FILE'
+    """
+
+    exit_code = UNREADABLE
+    in_python = False
+
+    def __str__(self) -> str:
+        subject, *texts = self.args or ("",)
+        if self.in_python and isinstance(subject, Given):
+            subject = subject.in_python()
+        names = _Parameters() if self.in_python else _Flags()
+        text = "; ".join(_Text(text).safe_substitute(names) for text in texts if text)
+        return shorten(f"{subject}: {text}" if text else str(subject))
 
 
 class UsageError(LoradiagError):
@@ -112,7 +195,7 @@ class InputError(LoradiagError):
 
 @contextmanager
 def require(
-    purpose: str, extras: str, *packages: str, kind: type[LoradiagError] = UsageError
+    purpose: str | Given, extras: str, *packages: str, kind: type[LoradiagError] = UsageError
 ) -> Iterator[None]:
     """Turn a failed import in the block into one message with the command that installs the
     package.
@@ -130,20 +213,21 @@ def require(
         >>> with require("a frame", "magic"):
         ...     import magic_frames  # doctest: +ELLIPSIS
         Traceback (most recent call last):
-        lora_diag.errors.UsageError: a frame needs magic_frames; pip install '.[magic]', in ...
+        lora_diag.errors.UsageError: a frame: needs magic_frames; pip install '.[magic]', in ...
     """
     try:
         yield
     except ImportError as error:
         raise kind(
-            f"{purpose} needs {error.name or (extras, *packages)[-1]}; "
-            f"{install_command(extras, *packages)}"
+            purpose,
+            f"needs {error.name or (extras, *packages)[-1]}",
+            install_command(extras, *packages),
         ) from None
 
 
 def damaged(path: object, problem: str, fix: str = "save it again") -> InputError:
     """Return the error of an invalid or unsupported input; ``fix`` says what the user can do."""
-    return InputError(f"{path}: {problem}; {fix}")
+    return InputError(path, problem, fix)
 
 
 class NothingComparedError(LoradiagError):

@@ -11,8 +11,8 @@ The same rules hold for every output of every command:
   folder with weights.
 
 A file in a format with comments ends with a signature line, a digest of the content before it, so a
-file that was edited by hand no longer counts as written by loradiag. Formats without comments are
-recognized by their first bytes, Parquet by a key in its footer.
+file that was edited by hand no longer counts as written by loradiag. Other formats carry their mark
+among their first or last bytes.
 """
 
 from __future__ import annotations
@@ -72,15 +72,13 @@ class Kind:
 
     Args:
         name: Name in messages, with its article.
-        head: Regular expression that the first bytes match.
-        tail: Regular expression that is found in the last bytes.
+        mark: Regular expression that is found in the first and last bytes, joined.
         comment: Template of a comment line in this format, used for the signature; empty if the
             format has none.
     """
 
     name: str
-    head: bytes | None = None
-    tail: bytes | None = None
+    mark: bytes | None = None
     comment: str = ""
 
     def sign(self, content: bytes) -> bytes:
@@ -108,28 +106,21 @@ class Kind:
                 content = file.read()
                 body = content[: content.rstrip(b"\n").rfind(b"\n") + 1]
                 return content == body + self._make_signature(body)
-            if self.head is not None:
-                return re.match(self.head, file.read(_HEAD), re.DOTALL) is not None
-            return (
-                self.tail is not None
-                and re.search(self.tail, _read_tail(file, _TAIL), re.DOTALL) is not None
-            )
+            if self.mark is None:
+                return False
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(_HEAD)
+            file.seek(max(_HEAD, size - _TAIL))
+            return re.search(self.mark, head + file.read(), re.DOTALL) is not None
 
 
-def _read_tail(file: BinaryIO, size: int) -> bytes:
-    """Return the last ``size`` bytes of a file, or all if it has fewer."""
-    file.seek(max(0, os.fstat(file.fileno()).st_size - size))
-    return file.read()
-
-
-RESULTS = Kind("a results file", head=rb'\{ *"record" *: *"run"')
+RESULTS = Kind("a results file", rb'\A\{ *"record" *: *"run"')
 PAGE = Kind("an HTML report", comment="<!-- {} -->")
 MARKDOWN = Kind("a Markdown report", comment="<!-- {} -->")
-CSV = Kind("a CSV table of records", head=rb"results(,record|\r?\n\Z)")
-# The key "loradiag" with the value "report" among the key-value metadata, in Thrift's compact
-# protocol.
-PARQUET = Kind("a Parquet table of records", tail=rb"\x18\x08loradiag\x18\x06report.*PAR1\Z")
-PNG = Kind("a figure", head=rb"\x89PNG\r\n\x1a\n.{25}\x00\x00\x00\x11tEXtSoftware\x00loradiag")
+CSV = Kind("a CSV table of records", rb"\Aresults(,record|\r?\n\Z)")
+# The key "loradiag" with the value "report" in the metadata, each after its length.
+PARQUET = Kind("a Parquet table of records", rb"\APAR1.*loradiag\x18\x06report.*PAR1\Z")
+PNG = Kind("a figure", rb"\A\x89PNG.*tEXtSoftware\x00loradiag")
 SVG = Kind("a figure", comment="<!-- {} -->")
 PDF = Kind("a figure", comment="% {}")
 JUNIT = Kind("a JUnit report", comment="<!-- {} -->")
@@ -137,16 +128,16 @@ JUNIT = Kind("a JUnit report", comment="<!-- {} -->")
 # mark. PEFT itself writes them sorted.
 CONFIG = Kind(
     "a PEFT config",
-    head=rb'\{\n  "peft_type": "LORA",\n  "task_type": [^\n]*,\n'
+    rb'\A\{\n  "peft_type": "LORA",\n  "task_type": [^\n]*,\n'
     rb'  "base_model_name_or_path": [^\n]*,\n  "r": \d+,\n'
     rb'  "lora_alpha": [\d.e+-]+,\n  "rank_pattern": \{',
 )
 POLICY = Kind("a policy")
 # Only the block between the marks of ``gating.show.model_card`` changes: any Markdown is accepted,
 # but no HTML or JSON.
-CARD = Kind("a Markdown file", head=rb"(?!\s*(?:<!doctype|<\?xml|\{))[^\x00]*\Z")
+CARD = Kind("a Markdown file", rb"\A(?!\s*(?:<!doctype|<\?xml|\{))[^\x00]*\Z")
 SECOND_MOMENTS = Kind("a file of second moments")
-SNAPSHOT = Kind("a gradient snapshot", head=rb'.{8}\{"__metadata__":\{[^}]*"kind":"gradient"')
+SNAPSHOT = Kind("a gradient snapshot", rb'\A.{8}\{"__metadata__":\{[^}]*"kind":"gradient"')
 
 
 def resolve_output(path: Path) -> Path:
@@ -198,12 +189,13 @@ def check_output(path: Path, kind: Kind, overwrite: bool = False, appending: boo
                 lock(path)
             )  # refused while another process writes it, when it must not be deleted
             raise UsageError(
-                f"{path}: holds an unfinished run; resume it with --resume, or delete the file"
+                path, "holds an unfinished run", "resume it with $resume, or delete the file"
             )
         if not overwrite and not kind.is_at(path):
             raise UsageError(
-                f"{path}: exists and is not {kind.name} written by loradiag; choose another name, "
-                "or replace it with --overwrite"
+                path,
+                f"exists and is not {kind.name} written by loradiag",
+                "choose another name, or replace it with $overwrite",
             )
     except FileNotFoundError:
         return
@@ -253,7 +245,8 @@ def is_unfinished(path: Path) -> bool:
     if not RESULTS.is_at(path):
         return False
     with path.open("rb") as file:
-        last = _read_tail(file, _LAST_LINE).rstrip().rpartition(b"\n")[2]
+        file.seek(max(0, os.fstat(file.fileno()).st_size - _LAST_LINE))
+        last = file.read().rstrip().rpartition(b"\n")[2]
     return re.match(rb'\{ *"record" *: *"end"', last) is None
 
 

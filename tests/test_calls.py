@@ -44,11 +44,11 @@ def test_one_word_is_no_list(name, parameter):
     [
         ({"ranks": "abc"}, ["ranks='abc'", "whole numbers", "[8]"]),
         ({"ranks": [4, "8"]}, ["ranks=[4, '8']", "whole numbers"]),
-        ({"ranks": [0]}, ["ranks=0", "from 1 up"]),
+        ({"ranks": [0]}, ["ranks=[0]", "from 1 up"]),
         ({"top": "many"}, ["top='many'", "whole number"]),
         ({"tol": "small"}, ["tol='small'", "number"]),
         ({"kfac": True}, ["kfac", "needs activations"]),
-        ({"device": "tpu"}, ["device=tpu"]),
+        ({"device": "tpu"}, ["device='tpu'"]),
         ({"resume": True}, ["resume", "with output"]),
     ],
 )
@@ -60,9 +60,9 @@ def test_errors_name_parameters(options, facts):
 
 
 def test_parameter_of_another_name_than_its_option():
-    with pytest.raises(UsageError, match=r"^weights: x is not a layer"):
+    with pytest.raises(UsageError, match=r"^layer_weights: x is not a layer"):
         lora_diag.allocate(SPECTRA, params="50k", weights={"x": 1.0})
-    with pytest.raises(UsageError, match=r"^ranks_from: "):
+    with pytest.raises(UsageError, match=r"^allowed_ranks: "):
         lora_diag.allocate(SPECTRA, params="50k", ranks_from=[0])
 
 

@@ -19,7 +19,7 @@ from lora_diag.adapters.writing import LORA_CONFIG, WEIGHTS
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.checkpoints.gguf_model import ARCHITECTURES, Names, find_names, heads
 from lora_diag.deltas import has_tied_head
-from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.errors import Given, InputError, UsageError, damaged
 
 GGUF = "gguf"
 PEFT = "peft"
@@ -369,9 +369,9 @@ def check_layout(form: str, placed: Sequence[Placed], base: Checkpoint) -> None:
             order there.
     """
     if form not in LAYOUTS:
-        raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
+        raise UsageError(Given("format", form), f"use {', '.join(LAYOUTS)}")
     contents = Contents(PEFT, tuple(part.item for part in placed), tied=has_tied_head(base))
     for item in contents.items:
         if reason := LAYOUTS[form].unsupported(item, contents):
-            raise InputError(f"{item.layer}: {reason}; leave it out with --exclude")
+            raise InputError(item.layer, reason, "leave it out with $exclude")
     LAYOUTS[form].plan(placed, contents, base, 1)

@@ -52,7 +52,7 @@ def read_mlx(source: AdapterFiles) -> Reading:
     scale = settings.number("scale") if "scale" in settings else None
     if scale is None and source.stated_alpha is None:
         problem = "lora_parameters has no scale, so the scaling of this adapter is unknown"
-        raise damaged(config.path, problem, "give it with --alpha")
+        raise damaged(config.path, problem, "give it with $alpha")
     modules, unclaimed = group_by_module(source.checkpoint, ("lora_a", "lora_b", "m"), source.path)
     updates = [
         _read_update(source, module, parts, scale, settings) for module, parts in modules.items()

@@ -163,7 +163,7 @@ def place_updates(
     changes, unpaired, notes = placed
     missing = [item for item in unpaired if item.reason == "not_in_base"]
     if missing and not allow_unmatched:
-        raise InputError(_make_unmatched_message(source, cast(Checkpoint, base), missing))
+        raise _make_unmatched_error(source, cast(Checkpoint, base), missing)
     chosen = [delta for delta in changes if selected(delta.layer)]
     unpaired += [
         Unpaired.by_selection(delta.layer, delta.shape)
@@ -176,13 +176,18 @@ def place_updates(
     return Pairing(tuple(ordered), tuple(unpaired)), notes
 
 
-def _make_unmatched_message(source: AdapterFiles, base: Checkpoint, missing: list[Unpaired]) -> str:
-    """Return the message of an adapter with weights that match none of BASE."""
+def _make_unmatched_error(
+    source: AdapterFiles, base: Checkpoint, missing: list[Unpaired]
+) -> InputError:
+    """Return the error of an adapter with weights that match none of BASE."""
     examples = "; ".join(f"{item.layer} ({item.detail})" for item in missing[:SHOWN])
     suffix = f"; and {len(missing) - SHOWN} more" if len(missing) > SHOWN else ""
     problem = f"{len(missing)} of its weights match none of {base.path}: {examples}{suffix}"
-    fix = "give the base it was trained on, or skip these weights with --allow-unmatched"
-    return f"{source.path}: {problem} (BASE has names like {min(base)}); {fix}"
+    return InputError(
+        source.path,
+        f"{problem} (BASE has names like {min(base)})",
+        "give the base it was trained on, or skip these weights with $allow_unmatched",
+    )
 
 
 def _make_nothing_measured_error(

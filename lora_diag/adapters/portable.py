@@ -30,7 +30,7 @@ from lora_diag.checkpoints.gguf import write_gguf
 from lora_diag.checkpoints.gguf_model import to_pairs
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta
-from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.errors import Given, InputError, UsageError, damaged
 from lora_diag.files import check_folder_of, sync
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def why_not_portable(item: Item, has_delta: bool, dora_to_lora: bool) -> str:
     """
     if item.part == "dora":
         if not dora_to_lora:
-            return "DoRA; --dora-to-lora writes the nearest LoRA of its rank"
+            return "DoRA; $dora_to_lora writes the nearest LoRA of its rank"
         return "" if has_delta else "DoRA is relative to the base weight; give BASE"
     if item.part == "residual":
         return "" if has_delta else "its initialisation changed the base; give BASE"
@@ -131,7 +131,7 @@ def write_portable(
     """
     form = form or adapter.form
     if form not in LAYOUTS:
-        raise UsageError(f"--format {form}: use {', '.join(LAYOUTS)}")
+        raise UsageError(Given("format", form), f"use {', '.join(LAYOUTS)}")
     check_folder_of(folder)
     if folder.exists() or folder.is_symlink():
         raise UsageError(f"{folder}: exists already; choose another folder for the adapter")
@@ -189,13 +189,12 @@ def convert(
     unsupported = {layer: reason for layer, reason in reasons.items() if reason}
     if unsupported and not leave_out:
         raise InputError(
-            f"{adapter.path}: {_list_by_reason(unsupported)}; --leave-out writes the adapter "
-            "without"
+            adapter.path, _list_by_reason(unsupported), "$leave_out writes the adapter without"
         )
     supported = [item for item in contents.items if item.layer not in unsupported]
     if not supported:
         problem = "no part of it can be written as a portable adapter"
-        raise InputError(f"{adapter.path}: {problem}: {_list_by_reason(unsupported)}")
+        raise InputError(adapter.path, f"{problem}: {_list_by_reason(unsupported)}")
     dtypes = {update.dtype for update in adapter.reading.updates}
     dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
     parts = {
@@ -252,7 +251,7 @@ def _refuse_unresolved_gguf(adapter: Adapter, base: Checkpoint | None, form: str
     )
     if foreign is not None:
         problem = f"{foreign.weight} has no known name outside of GGUF"
-        raise damaged(adapter.path, problem, "write it with --format gguf")
+        raise damaged(adapter.path, problem, "write it with $format gguf")
     if base is None and (
         first := next((update for update in adapter.reading.updates if update.heads), None)
     ):

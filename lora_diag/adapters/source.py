@@ -22,7 +22,7 @@ from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
-from lora_diag.errors import InputError, UsageError, damaged, quote
+from lora_diag.errors import Given, InputError, UsageError, damaged, quote
 
 CONFIG = "adapter_config.json"
 GGUF = ".gguf"
@@ -206,7 +206,7 @@ class AdapterFiles:
         if self.config is None:
             problem = f"has no {CONFIG}, so the scaling of this adapter is unknown"
             raise damaged(
-                self.path, problem, f"add the {CONFIG} it was trained with, or give --alpha"
+                self.path, problem, f"add the {CONFIG} it was trained with, or give $alpha"
             )
         return self.config
 
@@ -404,11 +404,9 @@ def get_stated_alpha(options: Mapping[str, Any]) -> StatedAlpha:
     """
     alpha, is_rank = options.get("alpha"), bool(options.get("alpha_is_rank"))
     if alpha is not None and is_rank:
-        raise UsageError(
-            "--alpha and --alpha-is-rank: contradict each other; give only one of them"
-        )
+        raise UsageError(Given("alpha"), "contradicts $alpha_is_rank", "give only one of them")
     if alpha is not None and not (math.isfinite(alpha) and alpha != 0):
-        raise UsageError(f"--alpha {alpha:g}: must be a finite number other than 0")
+        raise UsageError(Given("alpha", alpha), "must be a finite number other than 0")
     return "rank" if is_rank else alpha
 
 

@@ -202,7 +202,7 @@ def check_written(folder: Path, base: Checkpoint, parts: Sequence[Part]) -> None
             problem = f"the factors of {part.target.layer} differ when read back"
             reason = "since names and shapes of BASE do not determine its layout"
             raise damaged(
-                folder, f"{problem}, {reason}", "exclude it with --exclude and report this"
+                folder, f"{problem}, {reason}", "exclude it with $exclude and report this"
             )
 
 

@@ -21,7 +21,7 @@ import typer
 from lora_diag import catalog
 from lora_diag.cli import output as out
 from lora_diag.cli.hints import find_hint
-from lora_diag.errors import DONE, UNREADABLE, UsageError
+from lora_diag.errors import DONE, UNREADABLE, Given, UsageError
 from lora_diag.feature import Argument, Command, Feature
 from lora_diag.running.options import EXECUTION, INPUTS, OUTPUT, PER, Option, list_options
 
@@ -90,8 +90,8 @@ def make_cluster(engine: str, ray_address: str | None, gpus_per_task: float) -> 
     """
     if engine == "local":
         if ray_address is not None or gpus_per_task:
-            option = "--ray-address" if ray_address is not None else "--gpus-per-task"
-            raise UsageError(f"{option}: needs a Ray cluster; add --engine ray")
+            option = "gpus_per_task" if ray_address is None else "ray_address"
+            raise UsageError(Given(option), "needs a Ray cluster", "add $engine ray")
         return None
     from lora_diag.running.engines import Ray  # deferred: imports torch
 
@@ -171,7 +171,7 @@ def make_function(feature: Feature, command: Command) -> Callable[..., None]:
 
     def run(context: typer.Context, **values: Any) -> None:
         if re.match(r"\w{2,}:/", str(values.get("output"))):  # a Path has only one slash
-            raise UsageError("-o: cannot write to an address; name a local path")
+            raise UsageError(Given("output"), "cannot write to an address", "name a local path")
         values.pop("like", None)
         values = {name: _hide_secrets(value) for name, value in values.items()}
         out.silence_matplotlib()
@@ -423,8 +423,9 @@ def _parse_value(kind: Any, option: Option, name: str, text: Any) -> Any:
             else ("numbers", _format_default(option))
         )
         raise UsageError(
-            f"{option.flag(name)} {text}: not a list of {noun}; separate them by commas, such as "
-            f"{example or '1,0.5'}"
+            Given(name, text),
+            f"not a list of {noun}",
+            f"separate them by commas, such as {example or '1,0.5'}",
         ) from error
 
 

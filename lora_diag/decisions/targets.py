@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.records.names import part_of
 from lora_diag.running.amounts import read_bytes
 
@@ -67,27 +67,9 @@ def why_no_target(
     return f"{why}; name it with --layers to give it a rank"
 
 
-def compile_pattern(pattern: str | None, option: str) -> re.Pattern[str] | None:
-    """Return a user's pattern compiled; None without one.
-
-    Args:
-        pattern: The regular expression.
-        option: The option that it is from, for the message.
-
-    Raises:
-        UsageError: The pattern is not a valid regular expression.
-    """
-    try:
-        return re.compile(pattern) if pattern is not None else None
-    except re.error as error:
-        raise UsageError(
-            f"{option} {pattern}: not a valid regular expression ({error}); correct it"
-        ) from error
-
-
 def read_memory(amount: int | str) -> int:
     """Return the bytes of ``--memory-budget``; an integer counts bytes."""
-    return read_bytes(f"{amount}B" if isinstance(amount, int) else amount, "--memory-budget")
+    return read_bytes(f"{amount}B" if isinstance(amount, int) else amount, "memory_budget")
 
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -119,9 +101,13 @@ class Training:
             UsageError: Optimizer or dtype is unknown.
         """
         if self.optimizer not in STATE:
-            raise UsageError(f"--optimizer {self.optimizer}: must be one of {', '.join(STATE)}")
+            raise UsageError(
+                Given("optimizer", self.optimizer), f"must be one of {', '.join(STATE)}"
+            )
         if self.dtype not in BYTES:
-            raise UsageError(f"--adapter-dtype {self.dtype}: must be one of {', '.join(BYTES)}")
+            raise UsageError(
+                Given("adapter_dtype", self.dtype), f"must be one of {', '.join(BYTES)}"
+            )
 
     @property
     def bytes_per_param(self) -> float:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.files import Kind
 
 YAML = Kind("a trainer configuration", comment="# {}")
@@ -73,11 +73,13 @@ def settings_of(trainer: str, config: Mapping[str, Any]) -> dict[str, Any]:
     names = {key: by_trainer[TRAINERS.index(trainer)] for key, by_trainer in NAMES.items()}
     if config["rank_pattern"] and not names["rank_pattern"]:
         raise UsageError(
-            f"--format {trainer}: has one rank for all layers; add --portable, or use --format peft"
+            Given("format", trainer),
+            "has one rank for all layers",
+            "add $portable, or use $format peft",
         )
     if config.get("target_parameters") and not names["target_parameters"]:
         raise UsageError(
-            f"--format {trainer}: has no target_parameters (fused experts); use --format peft"
+            Given("format", trainer), "has no target_parameters (fused experts)", "use $format peft"
         )
     settings: dict[str, Any] = dict(_CONSTANTS.get(trainer, {}))
     for key, name in names.items():
@@ -133,7 +135,8 @@ def _to_integer_alpha(alpha: float, trainer: str) -> int:
     """
     if alpha != int(alpha):
         raise UsageError(
-            f"--format {trainer}: lora_alpha must be an integer, not {alpha:g}; choose another "
-            "--scaling"
+            Given("format", trainer),
+            f"lora_alpha must be an integer, not {alpha:g}",
+            "choose another $scaling",
         )
     return int(alpha)

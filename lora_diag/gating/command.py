@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.cli.output import append_step_summary, print_message, rerun_command
-from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, UsageError
+from lora_diag.errors import DONE, GATE_FAILED, INCONCLUSIVE, Given, UsageError
 from lora_diag.files import CARD, JUNIT, POLICY, RESULTS, check_outputs, write_whole
 from lora_diag.gating import GateOptions
 from lora_diag.rendering.html import read_card
@@ -47,7 +47,9 @@ def run_gate(
     files, baseline, card = list(paths), options["baseline"], model_card
     if github and shown.json:
         raise UsageError(
-            "--github and --json: both write to standard output; take --github with -o FILE"
+            Given("github"),
+            "writes to standard output, as $json does",
+            "take $github with $output FILE",
         )
     # The content of a baseline is checked as it is read; of a card, only a block is replaced.
     check_outputs(
@@ -65,7 +67,7 @@ def run_gate(
     from lora_diag.rendering import verdicts
 
     if policy is None and not files:
-        raise UsageError("gate: give a policy file and results, or --policy NAME and results")
+        raise UsageError("gate", "give a policy file and results, or $policy NAME and results")
     chosen = files.pop(0) if policy is None else policy
     results = judge(chosen, *files, *_measure_inputs(base, tuned, list(adapter), files), **options)
     if output is not None:
@@ -151,15 +153,17 @@ def _measure_inputs(
     if base is None:
         if tuned is not None or adapters:
             raise UsageError(
-                "--tuned and --adapter: need --base, the checkpoint to compare with; add it"
+                "gate", "$tuned and $adapter need $base, the checkpoint to compare with", "add it"
             )
         if not results:
             raise UsageError(
-                "gate: give results files, or --base with --tuned or --adapter to measure first"
+                "gate", "give results files, or $base with $tuned or $adapter to measure first"
             )
         return []
     if results:
-        raise UsageError(f"--base: measures results itself; remove the results file {results[0]}")
+        raise UsageError(
+            Given("base"), "measures results itself", f"remove the results file {results[0]}"
+        )
     from lora_diag.gating.run import measure  # deferred: imports torch
 
     return measure(base, tuned, adapters)

@@ -11,7 +11,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, Unpack
 
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.files import RESULTS, check_output
 from lora_diag.gating import GateOptions
 from lora_diag.gating.checks import compare_inputs
@@ -91,7 +91,7 @@ def gate(
     if not results:
         raise UsageError("gate: give at least one results file")
     if ratchet and len(baseline) != 1:
-        raise UsageError("--ratchet: give the file to tighten with --baseline, once")
+        raise UsageError(Given("ratchet"), "give the file to tighten with $baseline, once")
     if ratchet:
         check_output(
             Path(baseline[0]), RESULTS, overwrite=True
@@ -101,8 +101,9 @@ def gate(
         rules = find_policy(rules) if isinstance(rules, str) else read_policy(rules)
     if baseline and not rules.regressions:
         raise UsageError(
-            f"{rules.path}: has no [[baseline]], so nothing would be compared with {baseline[0]}; "
-            "add one, or remove --baseline"
+            rules.path,
+            f"has no [[baseline]], so nothing would be compared with {baseline[0]}",
+            "add one, or remove $baseline",
         )
     if not baseline and rules.regressions:
         baseline = [Path(rules.path).parent / path for path in rules.inputs.baseline]
@@ -112,8 +113,9 @@ def gate(
     for source in stored.sources:
         if source.results.end is None:
             raise InputError(
-                f"{source.path}: the run did not finish, so it cannot be a baseline; continue it "
-                "with --resume"
+                source.path,
+                "the run did not finish, so it cannot be a baseline",
+                "continue it with $resume",
             )
     sources, unmatched = compare_inputs(_open_sources(results), arguments["shipped"])
     day = today or date.today()
@@ -140,7 +142,7 @@ def _limit_age(policy: Policy, max_age: str) -> Policy:
     try:
         limit = read_age(max_age)
     except ValueError as error:
-        raise UsageError(f"--max-age: {error}") from error
+        raise UsageError(Given("max_age"), str(error)) from error
     if policy.inputs.max_age is not None:
         limit = min(limit, policy.inputs.max_age)
     return policy.model_copy(update={"inputs": policy.inputs.model_copy(update={"max_age": limit})})
@@ -170,7 +172,7 @@ def measure(
 
     to_measure = list(adapters) or ([tuned] if tuned is not None else [])
     if not to_measure:
-        raise UsageError("--base: nothing to judge; give --tuned or --adapter")
+        raise UsageError(Given("base"), "nothing to judge", "give $tuned or $adapter")
     results: list[Results[Any]] = [spectrum(base, path) for path in to_measure]
     return (
         [*results, residual(base, tuned, list(adapters))]
@@ -248,8 +250,9 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     for source in sources:
         if source.results.end is None:
             raise InputError(
-                f"{source.path}: the run did not finish; continue it with --resume before deriving "
-                "limits"
+                source.path,
+                "the run did not finish",
+                "continue it with $resume before deriving limits",
             )
     files = " ".join(source.path for source in sources)
     rules = "\n".join(_draft_comparisons(sources))

@@ -217,7 +217,7 @@ def load_change(
     ):
         shape = f"{delta.shape[0]}x{delta.shape[1]}"
         raise MemoryLimitError(
-            f"{shape}: --memory is too small for this update, which is computed in full; give more"
+            shape, "$memory is too small for this update, which is computed in full", "give more"
         )
     base_fro = None
     if delta.base is not None:
@@ -365,8 +365,8 @@ def _report_failed_allocations() -> Iterator[None]:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            fix = "give --memory less than this machine has, or --workers 1"
-            raise MemoryLimitError(f"out of memory; {fix}") from error
+            fix = "give $memory less than this machine has, or $workers 1"
+            raise MemoryLimitError("memory", "exhausted", fix) from error
         raise
 
 

@@ -272,7 +272,7 @@ def times(change: Change, root_matrix: Tensor, on_rows: bool) -> Change:
     if change.streamed is not None:
         shape = "x".join(map(str, change.streamed.shape))
         raise MemoryLimitError(
-            f"{shape}: the data metric needs the whole ΔW, which exceeds --memory; give more"
+            shape, "the data metric needs the whole ΔW, which exceeds $memory", "give more"
         )
     if change.factors is not None:
         b, a = (factor.to(torch.float64) for factor in change.factors)

@@ -228,7 +228,7 @@ def check_cell_memory(shape: tuple[int, int], memory: int | None) -> None:
     if memory is not None and _min_bytes(shape) > memory:
         size = "x".join(map(str, shape))
         raise MemoryLimitError(
-            f"{size}: its cells need {_min_bytes(shape) >> 20} MiB; give --memory more"
+            size, f"its cells need {_min_bytes(shape) >> 20} MiB", "give $memory more"
         )
 
 

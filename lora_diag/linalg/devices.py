@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 
 Value = TypeVar("Value")
 
@@ -34,19 +34,21 @@ def resolve_device(word: str) -> torch.device:
     try:
         device = torch.device(word)
     except RuntimeError as error:
-        raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1") from error
+        raise UsageError(Given("device", word), "use auto, cpu, cuda or cuda:1") from error
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if (device.index or 0) >= count:
             raise UsageError(
-                f"--device {word}: this torch sees {count} CUDA devices; use --device cpu"
+                Given("device", word), f"this torch sees {count} CUDA devices", "use $device cpu"
             )
     elif device.type == "mps":
         raise UsageError(
-            "--device mps: it has no float64, which the error bounds need; use --device cpu"
+            Given("device", "mps"),
+            "it has no float64, which the error bounds need",
+            "use $device cpu",
         )
     elif device.type != "cpu":
-        raise UsageError(f"--device {word}: use auto, cpu, cuda or cuda:1")
+        raise UsageError(Given("device", word), "use auto, cpu, cuda or cuda:1")
     return device
 
 

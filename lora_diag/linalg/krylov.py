@@ -872,7 +872,7 @@ def extreme_eigenpairs(
             return top, Eigenpairs(values[:1], none, float(errors[0]), step)
         before, x = x, y.div_(beta)
     raise InputError(
-        f"Lanczos did not converge in {step} products; give another --seed, or fewer layers"
+        "Lanczos", f"did not converge in {step} products", "give another $seed, or fewer layers"
     )
 
 
@@ -906,8 +906,8 @@ def _run_lanczos(
     try:
         values, vectors = eigsh(operator, k=count, which="LA", v0=start.numpy(), **limits)
     except ArpackNoConvergence as error:
-        problem = f"the largest eigenvalues did not converge in {MAX_RESTARTS} restarts of Lanczos"
-        raise InputError(f"{problem}; give fewer --eigenvalues") from error
+        problem = f"the largest eigenvalues did not converge in {MAX_RESTARTS} restarts"
+        raise InputError("Lanczos", problem, "give fewer $eigenvalues") from error
     except ArpackError as error:
         # of an operator that is zero, as of a layer that the loss does not depend on
         if times(start.numpy()).any():

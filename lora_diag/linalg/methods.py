@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.errors import Given, MemoryLimitError, UsageError
 from lora_diag.linalg.difference import difference, norm
 from lora_diag.linalg.distance import BLOCK_ENTRIES
 from lora_diag.linalg.exact import (
@@ -141,15 +141,17 @@ def check_request(method: str, top: int | None, tol: float) -> None:
         UsageError: One of them is invalid.
     """
     if method not in {"auto", *METHODS}:
-        raise UsageError(f"--method {method}: use auto, {', '.join(METHODS)}")
+        raise UsageError(Given("method", method), f"use auto, {', '.join(METHODS)}")
     if method == "krylov" and top is None:
         raise UsageError(
-            "--method krylov: computes the largest values only; give --top K, or use auto"
+            Given("method", "krylov"),
+            "computes the largest values only",
+            "give $top K, or use auto",
         )
     if top is not None and top < 1:
-        raise UsageError(f"--top {top}: must be at least 1")
+        raise UsageError(Given("top", top), "must be at least 1")
     if not 0 < tol < 1:
-        raise UsageError(f"--tol {tol}: must lie between 0 and 1")
+        raise UsageError(Given("tol", tol), "must lie between 0 and 1")
 
 
 # Memory of reading and subtracting a block: 2^20 entries of both sides as stored and as float32,
@@ -286,7 +288,7 @@ def decompose_streamed(
         if factors is not None:
             return factors
     if allowance.method == "exact" or needed > left:
-        raise MemoryLimitError(_make_memory_message(matrix.shape, allowance))
+        raise _make_memory_error(matrix.shape, allowance)
     # The remaining memory holds rows of a wide matrix, so that it is read fewer times.
     block = F4 * max(matrix.shape[1], 2**20)
     return decompose_gram(
@@ -310,12 +312,15 @@ def require_memory(
         MemoryLimitError: The computation does not fit.
 
     Example:
-        >>> require_memory(10**9, 10**9, (4096, 4096), "both weights take", "--exclude it")
+        >>> require_memory(10**9, 10**9, (4096, 4096), "both weights take", "$exclude it")
     """
     if needed > limit:
-        problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(limit)} for a layer"
-        fix = f"{_suggest_memory(needed, Allowance(limit))}, or {alternative}"
-        raise MemoryLimitError(f"{problem}, and {description} {_format_size(needed)}; {fix}")
+        raise MemoryLimitError(
+            f"{shape[0]}x{shape[1]}",
+            f"$memory leaves {_format_size(limit)} for a layer, and {description} "
+            f"{_format_size(needed)}",
+            f"{_suggest_memory(needed, Allowance(limit))}, or {alternative}",
+        )
 
 
 def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
@@ -328,15 +333,16 @@ def _find_largest_basis(shape: tuple[int, int], top: int, left: int) -> int:
     return basis
 
 
-def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
-    """Return the message of a layer that fits no method: the required memory and a fix."""
-    small = min(shape)
-    problem = f"{shape[0]}x{shape[1]}: --memory leaves {_format_size(allowance.limit)} for a layer"
+def _make_memory_error(shape: tuple[int, int], allowance: Allowance) -> MemoryLimitError:
+    """Return the error of a layer that fits no method: the required memory and a fix."""
+    small, size = min(shape), f"{shape[0]}x{shape[1]}"
+    problem = f"$memory leaves {_format_size(allowance.limit)} for a layer"
     if allowance.method == "exact":
         needed = whole_bytes(shape, allowance)
-        return (
-            f"{problem}, and exact takes {_format_size(needed)}; --method gram reads it in row "
-            "blocks"
+        return MemoryLimitError(
+            size,
+            f"{problem}, and exact takes {_format_size(needed)}",
+            "$method gram reads it in row blocks",
         )
     needed = READING_BYTES + gram_bytes(shape, allowance, in_place=True)
     top = allowance.top or min(64, small)
@@ -344,15 +350,17 @@ def _make_memory_message(shape: tuple[int, int], allowance: Allowance) -> str:
     if allowance.top is None and krylov_needed < needed:
         what, other = (
             "all values take",
-            f", or --top {top} ({_format_size(krylov_needed)} if they decay)",
+            f", or $top {top} ({_format_size(krylov_needed)} if they decay)",
         )
     elif krylov_needed <= allowance.limit:
         what, other = "its spectrum is too flat for krylov within that, so it takes", ""
     else:
         needed = min(krylov_needed, needed)
-        what, other = "it takes at least", ", or fewer values with --top K"
-    return (
-        f"{problem}, and {what} {_format_size(needed)}; {_suggest_memory(needed, allowance)}{other}"
+        what, other = "it takes at least", ", or fewer values with $top K"
+    return MemoryLimitError(
+        size,
+        f"{problem}, and {what} {_format_size(needed)}",
+        f"{_suggest_memory(needed, allowance)}{other}",
     )
 
 
@@ -364,7 +372,7 @@ def _suggest_memory(needed: int, allowance: Allowance) -> str:
     # More by the unit of the rounding below, so that the advice is not too little.
     return (
         f"give {_format_size(missing + (10**6 if missing < 998 * 10**6 else 5 * 10**7))} more "
-        "(times --workers)"
+        "(times $workers)"
     )
 
 

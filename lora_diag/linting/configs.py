@@ -147,7 +147,7 @@ def read_settings(path: Path) -> Settings:
             (reader for reader, keys in READERS.values() if keys & values.table.keys()), None
         )
         if reader is None:
-            fix = f"give one of {', '.join(READERS)}, or options such as --lr and --method"
+            fix = f"give one of {', '.join(READERS)}, or options such as $lr and $method"
             raise damaged(path, "is not a training configuration that is known", fix)
         return reader(values)
     settings = _read_peft(Values.read(path / CONFIG))

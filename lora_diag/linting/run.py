@@ -15,7 +15,7 @@ from lora_diag.checkpoints import as_path, locate
 from lora_diag.cli.output import append_step_summary
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
-from lora_diag.errors import InputError, NothingComparedError, UsageError, shorten
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError, shorten
 from lora_diag.explanations.terms import remedy_of
 from lora_diag.files import JUNIT, RESULTS, check_outputs, write_whole
 from lora_diag.linting import LintOptions
@@ -92,15 +92,13 @@ def lint(
     arguments = fill_options(LintOptions, options)
     if unknown := [name for name in arguments["servers"] if name not in CONSUMERS]:
         raise UsageError(
-            f"--servers {unknown[0]}: unknown program; give one of {', '.join(CONSUMERS)}"
+            Given("servers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
         )
     tokens = (
-        read_count(str(given), "--tokens") if (given := arguments["tokens"]) is not None else None
+        read_count(str(given), "tokens") if (given := arguments["tokens"]) is not None else None
     )
     memory = (
-        read_bytes(given, "--gpu-memory")
-        if (given := arguments["gpu_memory"]) is not None
-        else None
+        read_bytes(given, "gpu_memory") if (given := arguments["gpu_memory"]) is not None else None
     )
     output, report, overwrite = arguments["output"], arguments["junit"], arguments["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)

@@ -145,7 +145,8 @@ def check_unquantized(base: Path | str, config: Any) -> None:
     for part in (config, config.get_text_config(decoder=True)):
         if getattr(part, "quantization_config", None) is not None:
             raise InputError(
-                f"{base}: is quantized, and probes need weights that can be changed; give the "
-                "unquantized BASE, whose "
-                "rounded weights probe sweep and tune train on with --quantized"
+                base,
+                "is quantized, and probes need weights that can be changed",
+                "give the unquantized BASE, whose rounded weights probe sweep and tune "
+                "train on with $quantized",
             )

@@ -19,7 +19,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.errors import InputError, UsageError, damaged
+from lora_diag.errors import Given, InputError, UsageError, damaged
 from lora_diag.models.opening import Model
 
 # Columns of a data set that are read; others are ignored.
@@ -347,7 +347,9 @@ def check_names(texts: list[Texts]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise UsageError(
-                f"--eval: two evaluation sets have the name {name}; rename one of the files"
+                Given("eval"),
+                f"two evaluation sets have the name {name}",
+                "rename one of the files",
             )
 
 

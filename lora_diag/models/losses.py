@@ -50,7 +50,7 @@ class Losses:
             InputError: The loss is not finite.
         """
         if not self.is_finite:
-            raise InputError("the loss is not finite; check the weights, or use --dtype float32")
+            raise InputError(*NOT_FINITE)
         return float(self.sums.sum() / self.counts.sum())
 
     @property
@@ -272,6 +272,8 @@ class Forgetting:
 Labels = Literal["data", "model"]
 LABELS = ("data", "model")
 
+NOT_FINITE = ("loss", "is not finite", "check the weights, or use $dtype float32")
+
 
 @dataclass
 class Draw:
@@ -331,9 +333,7 @@ def backward(model: Model, sequences: list[Sequence], draw: Draw) -> list[int]:
             ]
             loss = torch.stack(losses).sum()
             if not torch.isfinite(loss):
-                raise InputError(
-                    "the loss is not finite; check the weights, or use --dtype float32"
-                )
+                raise InputError(*NOT_FINITE)
             loss.backward()  # type: ignore[no-untyped-call]
     finally:
         hook.remove()

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import hub, locate
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, LoradiagError, UsageError, damaged, require
+from lora_diag.errors import Given, InputError, LoradiagError, UsageError, damaged, require
 from lora_diag.models.config import check_unquantized, read_config
 
 Kind = Literal["causal", "masked", "classifier"]
@@ -183,7 +183,7 @@ def _load_module(
     """
     check_unquantized(base, config)
     _refuse_embedded_adapter(base, where, options)
-    with _report_failure(f"{base}: transformers cannot open this model"):
+    with _report_failure(base, "transformers cannot open this model"):
         module, info = opener.from_pretrained(
             where,
             config=config,
@@ -226,7 +226,7 @@ def _read_config(
         InputError: A value is invalid, or transformers cannot open it.
     """
     try:
-        with _report_failure(f"{base}: transformers cannot open this model, by its config.json"):
+        with _report_failure(base, "transformers cannot open this model, by its config.json"):
             return read_config(
                 transformers.AutoConfig.from_pretrained, folder / "config.json", where, options
             )
@@ -255,7 +255,7 @@ def _refuse_embedded_adapter(base: Path | str, where: str, options: dict[str, An
 
 
 @contextlib.contextmanager
-def _report_failure(problem: str, fix: str = "") -> Iterator[None]:
+def _report_failure(subject: object, problem: str, fix: str = "") -> Iterator[None]:
     """Turn whatever a library raises for a damaged file into one message.
 
     A panic of the tokenizers' Rust code is no ``Exception``.
@@ -268,7 +268,7 @@ def _report_failure(problem: str, fix: str = "") -> Iterator[None]:
     except (LoradiagError, MemoryError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:
-        raise InputError(f"{problem}: {_first_line_of_error(error)}{fix}") from error
+        raise InputError(subject, f"{problem}: {_first_line_of_error(error)}", fix) from error
 
 
 def _choose_length(config: Any, length: int | None) -> int:
@@ -282,7 +282,7 @@ def _choose_length(config: Any, length: int | None) -> int:
     positions = getattr(config, "max_position_embeddings", None) or LENGTH
     if length is not None and not 2 <= length <= positions:
         raise UsageError(
-            f"--length {length}: must be from 2 up to the {positions} positions of this model"
+            Given("length", length), f"must be from 2 up to the {positions} positions of this model"
         )
     return length or min(LENGTH, positions)
 
@@ -372,19 +372,19 @@ def _open_tokenizer(
                 f"has 256 ids and no mask token, but this is a {kind} model with a "
                 f"vocabulary of {vocabulary}"
             )
-            raise UsageError(f"--tokenizer bytes: {problem}; give a tokenizer folder")
+            raise UsageError(Given("tokenizer", "bytes"), problem, "give a tokenizer folder")
         return _make_byte_tokens("--tokenizer bytes")
     if requested != "auto":
         where, options = requested, {"local_files_only": True}
     path = _find_vocabulary(where)
     source = path or (base if requested == "auto" else requested)
     fix = (
-        "; give another folder with --tokenizer DIR, or UTF-8 bytes as token ids with --tokenizer "
+        "give another folder with $tokenizer DIR, or UTF-8 bytes as token ids with $tokenizer "
         "bytes (not for masked models)"
     )
     try:
         with (
-            _report_failure(f"{source}: transformers cannot open a tokenizer", fix),
+            _report_failure(source, "transformers cannot open a tokenizer", fix),
             _discard_standard_error(),
         ):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -400,7 +400,7 @@ def _open_tokenizer(
         raise
 
     def ids(text: str) -> list[int]:
-        with _report_failure(f"{source}: the tokenizer fails on a text", fix):
+        with _report_failure(source, "the tokenizer fails on a text", fix):
             return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     # The special tokens around a text are determined by experiment, because every family has its
@@ -413,7 +413,7 @@ def _open_tokenizer(
     mask = tokenizer.mask_token_id
     if kind == "masked" and mask is None:
         problem = "the tokenizer has no mask token, which a masked language model needs"
-        raise damaged(where, problem, "give another with --tokenizer")
+        raise damaged(where, problem, "give another with $tokenizer")
     return Tokens(
         ids,
         tuple(with_special[:begin]),
@@ -542,7 +542,7 @@ class Weights:
                 raise damaged(layer, problem, "check that config.json belongs to these weights")
             if (owner := owners.setdefault(tensor.data_ptr(), layer)) != layer:
                 problem = f"shares one weight with {owner} in the model, but both are stored"
-                raise damaged(layer, problem, "exclude one with --exclude")
+                raise damaged(layer, problem, "exclude one with $exclude")
             tensors[layer] = tensor.view(shape)
         return tensors
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_diag.checkpoints.remote import RemotePath
-from lora_diag.errors import InputError, LoradiagError, require
+from lora_diag.errors import Given, InputError, LoradiagError, require
 from lora_diag.models.config import read_config
 
 
@@ -33,13 +33,13 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         InputError: ``base`` is remote, transformers cannot build the model, or PEFT rejects the
             config.
     """
-    with require("--check:", "train"):
+    with require(Given("check"), "train"):
         import peft
         import torch
         import transformers
     if isinstance(base, RemotePath):
         raise InputError(
-            f"{base}: --check builds the model from its config.json, which must be on this machine"
+            base, "$check builds the model from its config.json, which must be on this machine"
         )
     folder = base if base.is_dir() else base.parent
     with warnings.catch_warnings(), torch.device("meta"):

@@ -45,7 +45,9 @@ def truncated_layers(
     }
     if not truncated:
         raise NothingComparedError(
-            "no matrix outside embeddings and head is selected; check --layers and --exclude"
+            "TUNED",
+            "no matrix outside embeddings and head is selected",
+            "check $layers and $exclude",
         )
     return truncated
 
@@ -95,7 +97,7 @@ class Swapped:
         )
         if missing := next((delta.layer for delta in self.absent if delta.is_matrix), None):
             problem = "not part of the model that transformers builds from BASE"
-            raise damaged(missing, problem, "exclude it where the command has --exclude")
+            raise damaged(missing, problem, "exclude it where the command has $exclude")
         self._max_rank = max_rank
         self._leading: dict[str, _Leading] = {}
         self._states = dict.fromkeys(
@@ -217,9 +219,10 @@ class Swapped:
         for (first, last), block in zip(row_spans(delta.shape), base_blocks, strict=True):
             if not torch.equal(weight[first:last].cpu(), block.to(weight.dtype)):
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has other values than "
-                    "BASE's file, so "
-                    "it cannot be swapped; exclude it where the command has --exclude"
+                    layer,
+                    "the model that transformers builds from BASE has other values "
+                    "than BASE's file, so it cannot be swapped",
+                    "exclude it where the command has $exclude",
                 )
 
 
@@ -238,6 +241,6 @@ def _load_finite(delta: Delta) -> Change:
     change = load_change(delta, torch.device("cpu"))
     if change.non_finite:
         raise InputError(
-            f"{delta.layer}: {change.non_finite}; exclude it where the command has --exclude"
+            delta.layer, change.non_finite, "exclude it where the command has $exclude"
         )
     return change

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import InputError, UsageError, require
+from lora_diag.errors import Given, InputError, UsageError, require
 from lora_diag.models.activations import linear_layers
 from lora_diag.models.data import Sequence as TokenSequence
 from lora_diag.models.data import Texts
@@ -104,7 +104,7 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
                 wrapped: Any = peft.get_peft_model(model.module, peft.LoraConfig(**options))
             except ValueError as error:
                 raise InputError(
-                    f"--target-modules: PEFT cannot adapt this model: {error}"
+                    Given("target_modules"), f"PEFT cannot adapt this model: {error}"
                 ) from error
         if kind.vectors:
             for parameter in vectors:
@@ -162,8 +162,11 @@ def check_checkpointing(module: Any) -> None:
         UsageError: transformers has no gradient checkpointing for this model.
     """
     if not getattr(module, "supports_gradient_checkpointing", False):
-        problem = f"--gradient-checkpointing: transformers has none for {type(module).__name__}"
-        raise UsageError(f"{problem}; remove the option")
+        raise UsageError(
+            Given("gradient_checkpointing"),
+            f"transformers has none for {type(module).__name__}",
+            "remove the option",
+        )
 
 
 @contextmanager

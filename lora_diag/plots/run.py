@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lora_diag.catalog import feature_of, figures, read_results
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.feature import Figure as FigureSpec
 from lora_diag.files import PDF, PNG, SVG, check_folder_of, check_output, write_whole
 from lora_diag.plots.options import PlotOptions
@@ -69,7 +69,7 @@ def figure_named(name: str) -> FigureSpec:
         if spec.name == name:
             return spec
     raise UsageError(
-        f"--figure {name}: unknown; use one of {', '.join(spec.name for spec in FIGURES)}"
+        Given("figure", name), "unknown", f"use one of {', '.join(spec.name for spec in FIGURES)}"
     )
 
 
@@ -201,7 +201,7 @@ def _make_page(
             f"{len(labels)} labels for {len(runs)} results; give one for each, in their order"
         )
     if per not in {"layer", "type"}:
-        raise UsageError(f"--per {per}: unknown; use layer or type")
+        raise UsageError(Given("per", per), "unknown", "use layer or type")
     series = series_of(list(map(_select_naming_inputs, runs)), labels, options.get("files", ()))
     series = tuple(item for item in series if item.records)
     if spec.kind:
@@ -294,34 +294,35 @@ def plot(
         ... )  # doctest: +SKIP
         >>> plot(results, output="energy.pdf", figure="energy")  # doctest: +SKIP
     """
-    values = fill_options(PlotOptions, options)
-    figure, layers, overwrite = values["figure"], values["layers"], values["overwrite"]
+    options = fill_options(PlotOptions, options)
+    figure, layers, overwrite = options["figure"], options["layers"], options["overwrite"]
     if not results:
         raise UsageError("no results: give at least one results file")
     path = Path(output)
     folder_exists = os.path.isdir(path)  # noqa: PTH112  (unlike Path.is_dir(), False also for names that no file can have)
     single = path.suffix.lower().removeprefix(".") in FORMATS and not folder_exists
-    file_format = _choose_format(path, single, values["format"])
+    file_format = _choose_format(path, single, options["format"])
     _check_output(path, file_format if single else None, folder_exists, overwrite)
     if single and figure == "all":
-        raise UsageError(
-            f"{path}: one file cannot hold all figures; give a folder, or one --figure"
-        )
-    if single and figure is None and values["field"] is not None:
+        raise UsageError(path, "one file cannot hold all figures", "give a folder, or one $figure")
+    if single and figure is None and options["field"] is not None:
         figure = next(spec.name for spec in FIGURES if "field" in spec.options)
     specs = FIGURES if figure in {None, "all"} else (figure_named(str(figure)),)
-    for option, name, used in (("--field", "field", "field"), ("--show-rank", "show_rank", "rank")):
+    for option, value, used in (
+        ("field", options["field"], "field"),
+        ("show_rank", options["show_rank"], "rank"),
+    ):
         users = [spec.name for spec in FIGURES if used in spec.options]
-        if values[name] is not None and not {spec.name for spec in specs} & set(users):
+        if value is not None and not {spec.name for spec in specs} & set(users):
             raise UsageError(
-                f"{option} {values[name]}: not used by {figure}; use it with {' or '.join(users)}"
+                Given(option, value), f"not used by {figure}", f"use it with {' or '.join(users)}"
             )
     runs = [source if isinstance(source, Results) else read_results(source) for source in results]
     try:
         runs = [run if layers is None else run.filter(layers) for run in runs]
     except re.error as error:
         raise UsageError(
-            f"--layers {layers}: not a valid regular expression ({error}); correct it"
+            Given("layers", layers), f"not a valid regular expression ({error})", "correct it"
         ) from error
     commands = ", ".join(dict.fromkeys(run.run.command for run in runs))
     if not any(map(drawable_records, runs)):
@@ -333,15 +334,15 @@ def plot(
             f"no layer left to draw: {others if layers is None else f'no name matches {layers}'}"
         )
     figure_options: FigureOptions = {
-        "labels": values["labels"],
-        "width": values["width"],
-        "per": values["per"],
-        "field": values["field"],
-        "rank": values["show_rank"],
+        "labels": options["labels"],
+        "width": options["width"],
+        "per": options["per"],
+        "field": options["field"],
+        "rank": options["show_rank"],
         "files": ()
         if any(isinstance(source, Results) for source in results)
         else tuple(map(str, results)),
-        "plain": values["plain"],
+        "plain": options["plain"],
     }
     drawn_figures: list[Drawn] = []
     pages: dict[Path, tuple[Page, PageStyle]] = {}
@@ -357,7 +358,7 @@ def plot(
                     if spec.made_by and error.missing == "records"
                     else ""
                 )
-                raise UsageError(f"--figure {spec.name}: {error}{hint}") from error
+                raise UsageError(Given("figure", spec.name), f"{error}{hint}") from error
             drawn_figures.append(replace(shown, reason=str(error), missing=error.missing))
             continue
         if target in pages:
@@ -376,7 +377,7 @@ def plot(
             target.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise InputError(f"{target}: cannot be written: {error.strerror}") from error
-        content = encode_figure(_draw(*page), file_format, values["width"])
+        content = encode_figure(_draw(*page), file_format, options["width"])
         write_whole(target, content, KINDS[file_format], overwrite)
     if not pages:
         reasons = "; ".join(
@@ -398,11 +399,11 @@ def _choose_format(path: Path, single: bool, requested: str | None) -> str:
     """
     suffix = path.suffix.lower().removeprefix(".")
     if requested is not None and requested not in FORMATS:
-        raise UsageError(f"--format {requested}: unknown; use {', '.join(FORMATS)}")
+        raise UsageError(Given("format", requested), "unknown", f"use {', '.join(FORMATS)}")
     if single:
         if requested not in {None, suffix}:
             raise UsageError(
-                f"{path}: the suffix .{suffix} contradicts --format {requested}; give one of them"
+                path, f"the suffix .{suffix} contradicts $format {requested}", "give one of them"
             )
         return suffix
     # A folder's name may contain a dot, but the suffix of another image format is a mistake.

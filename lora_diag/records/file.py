@@ -88,7 +88,7 @@ def read_results(path: Path | str) -> Results[Any]:
     if not records or not isinstance(records[0], Run):
         why = "its first line must be a run record" if path.stat().st_size else "it is empty"
         raise InputError(
-            f"{path}: not a results file: {why}; give a file that loradiag wrote with -o"
+            path, f"not a results file: {why}", "give a file that loradiag wrote with $output"
         )
     if isinstance(end := records[-1], End) and end.sha256 not in {"", seal.hexdigest()}:
         raise damaged(
@@ -163,7 +163,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
     try:
         if os.path.exists(path) and not path.is_file():  # noqa: PTH110  (unlike Path.exists(), takes any name)
             problem = "is a folder" if path.is_dir() else "is not a regular file"
-            raise InputError(f"{path}: {problem}; give a results file as written by -o FILE")
+            raise InputError(path, problem, "give a results file as written by $output FILE")
         with path.open("rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -171,7 +171,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
                 content, _, zeros = line.partition(b"\0")
                 if len(line) > MAX_LINE_BYTES and not zeros:
                     problem = f"line {number} is longer than {MAX_LINE_BYTES:,} bytes"
-                    raise damaged(path, problem, "give a file that loradiag wrote with -o")
+                    raise damaged(path, problem, "give a file that loradiag wrote with $output")
                 yield content
                 if not content.endswith(b"\n"):
                     return
@@ -181,7 +181,7 @@ def iterate_lines(path: Path) -> Iterator[bytes]:
             if isinstance(error, FileNotFoundError)
             else f"cannot be read: {error.strerror}"
         )
-        raise InputError(f"{path}: {problem}; give a results file, written with -o") from error
+        raise InputError(path, problem, "give a results file, written with $output") from error
 
 
 def _check_place(
@@ -236,7 +236,7 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         kind = KINDS.get(name, None if strict else _UndefinedRecord)
         if kind is None or not issubclass(kind, _IN_FILES):
             problem = f"line {number} is not a record: unknown kind {name!r}"
-            raise damaged(path, problem, "install the package that defines it (gate: --plugins)")
+            raise damaged(path, problem, "install the package that defines it (gate: $plugins)")
         record: Any = kind.model_validate(content)
         return record  # type: ignore[no-any-return]  # _IN_FILES are the members of AnyRecord
     except ValidationError as error:
@@ -247,7 +247,9 @@ def _parse(line: bytes, number: int, path: Path, strict: bool) -> AnyRecord:
         ) from error
     except (ValueError, RecursionError) as error:
         raise damaged(
-            path, f"line {number} is not JSON ({error})", "give a results file, written with -o"
+            path,
+            f"line {number} is not JSON ({error})",
+            "give a results file, written with $output",
         ) from error
 
 
@@ -423,11 +425,11 @@ class ResultsWriter(Generic[L]):
                 self._synced = time.monotonic()
         except OSError as error:
             hint = (
-                "; it holds the results so far; continue with --resume"
+                "; it holds the results so far; continue with $resume"
                 if self._file and self._file.tell()
                 else ""
             )
-            raise InputError(f"{path}: cannot be written: {error.strerror}{hint}") from error
+            raise InputError(path, f"cannot be written: {error.strerror}{hint}") from error
         if ends and path != self._final:
             self._file.close()
             self._replace(path)
@@ -553,11 +555,11 @@ def check_results_file(
                     _lock(path)
                 )  # also refused while another process writes it, when it must not be deleted
             raise UsageError(
-                f"{file}: holds an unfinished run; continue it with --resume, or delete it first"
+                file, "holds an unfinished run", "continue it with $resume, or delete it first"
             )
     if not resume and part_state == "finished":
         raise UsageError(
-            f"{part}: left over from an interrupted run; continue it with --resume, or delete it"
+            part, "left over from an interrupted run", "continue it with $resume, or delete it"
         )
     return state, part_state
 
@@ -649,8 +651,9 @@ def _check_same_run(earlier: Results[Any], run: Run, path: Path) -> Results[Any]
     """
     for recorded, current in zip(earlier.run.inputs, run.inputs, strict=False):
         if bool(recorded.sha256) != bool(current.sha256):
-            option = "without --verify" if current.sha256 else "with --verify"
-            raise UsageError(f"{path}: this run was started {option}; resume with the same command")
+            how = "without $verify" if current.sha256 else "with $verify"
+            problem = f"this run was started {how}"
+            raise UsageError(path, problem, "resume with the same command")
         problem = ""
         if recorded.path == current.path:
             if (recorded.fingerprint, recorded.sha256) != (current.fingerprint, current.sha256):

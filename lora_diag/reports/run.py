@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import InputError, UsageError, require, safe
+from lora_diag.errors import Given, InputError, UsageError, require, safe
 from lora_diag.feature import load
 from lora_diag.files import CSV, MARKDOWN, PAGE, PARQUET, Kind, check_output, write_whole
 from lora_diag.records import Results
@@ -80,17 +80,17 @@ def report(
         >>> print(report(results, format="md").splitlines()[0])
         # full_ft compared with base
     """
-    arguments = fill_options(ReportOptions, options)
-    output, format, overwrite, values = (
-        arguments[name] for name in ("output", "format", "overwrite", "values")
-    )
+    options = fill_options(ReportOptions, options)
+    output, values, overwrite = options["output"], options["values"], options["overwrite"]
     if not results:
         raise UsageError("no results: give at least one results file")
-    output_format = format_of(output, format)
+    output_format = format_of(output, options["format"])
     renderer, kind = _RENDERERS[output_format]
     if values and output_format not in _TABLES:
         raise UsageError(
-            f"--values: not available with --format {output_format}; use {' or '.join(_TABLES)}"
+            Given("values"),
+            f"not available with $format {output_format}",
+            f"use {' or '.join(_TABLES)}",
         )
     if output is not None:
         if os.path.realpath(output) in {
@@ -132,10 +132,10 @@ def format_of(output: Path | str | None, format: str | None) -> str:
     chosen = format or SUFFIXES.get(suffix)
     if chosen is None:
         raise UsageError(
-            f"{output}: unknown suffix; choose the format with --format: {', '.join(_RENDERERS)}"
+            output, "unknown suffix", f"choose the format with $format: {', '.join(_RENDERERS)}"
         )
     if chosen not in _RENDERERS:
-        raise UsageError(f"--format {chosen}: unknown; use one of {', '.join(_RENDERERS)}")
+        raise UsageError(Given("format", chosen), "unknown", f"use one of {', '.join(_RENDERERS)}")
     return chosen
 
 
@@ -162,7 +162,7 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
 
 def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
     """Return the rows of ``to_csv`` as a Parquet file, with types and nulls."""
-    with require("--format parquet:", "arrow", kind=InputError):
+    with require(Given("format", "parquet"), "arrow", kind=InputError):
         import pyarrow as pa
         import pyarrow.parquet as pq
     buffer = io.BytesIO()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import DONE, InputError, UsageError, require
+from lora_diag.errors import DONE, Given, InputError, UsageError, require
 from lora_diag.files import CARD, check_output, write_whole
 from lora_diag.records import LayerRecord, Results
 from lora_diag.records.base import pooled_value
@@ -44,18 +44,19 @@ def run_report(
         InputError: As ``report`` and ``track``.
     """
     if project is not None and to is None:
-        raise UsageError("--project: names a project of a tracker; add --to")
+        raise UsageError(Given("project"), "names a project of a tracker", "add $to")
     if to is not None:
-        defaults = fill_options(ReportOptions, {})
-        if any(value != defaults[name] for name, value in options.items()):
+        if fill_options(ReportOptions, options) != fill_options(ReportOptions, {}):
             raise UsageError(
-                "--to: sends the report instead of writing a file; leave out -o and its options"
+                Given("to"),
+                "sends the report instead of writing a file",
+                "leave out $output and its options",
             )
         shown.message(f"{to}: {track(results, to, project)}")
         return DONE
     output, format = options["output"], options["format"]
     if output is None and format == "parquet":
-        raise UsageError("--format parquet: needs a file; give one with -o")
+        raise UsageError(Given("format", "parquet"), "needs a file", "give one with $output")
     if output is None and format in {None, "html"}:
         output = options["output"] = Path("report.html")
     rendered = report(*results, **options)
@@ -85,8 +86,8 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
             model card cannot be read or written.
     """
     if to not in TRACKERS:
-        raise UsageError(f"--to {to}: choose {', '.join(TRACKERS)}")
-    with require(f"--to {to}:", to, kind=InputError):
+        raise UsageError(Given("to", to), f"choose {', '.join(TRACKERS)}")
+    with require(Given("to", to), to, kind=InputError):
         return TRACKERS[to](payload_of(results), project)
 
 
@@ -286,7 +287,7 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
         InputError: The card cannot be read or written.
     """
     if project is None:
-        raise UsageError("--to hub: give the model id or a folder with --project")
+        raise UsageError(Given("to", "hub"), "give the model id or a folder with $project")
     section = re.sub(
         r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE
     )  # below the card's own title

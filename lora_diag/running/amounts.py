@@ -13,7 +13,7 @@ from collections.abc import Collection, Hashable, Iterable
 from decimal import Decimal
 from typing import TypeVar
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
 _BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -27,9 +27,9 @@ def read_count(text: str, option: str) -> int:
     """Parse a number of parameters.
 
     >>> (
-    ...     read_count("10M", "--params"),
-    ...     read_count("1.5B", "--params"),
-    ...     read_count("8_388_608", "--params"),
+    ...     read_count("10M", "params"),
+    ...     read_count("1.5B", "params"),
+    ...     read_count("8_388_608", "params"),
     ... )
     (10000000, 1500000000, 8388608)
     """
@@ -39,7 +39,7 @@ def read_count(text: str, option: str) -> int:
 def read_bytes(text: str, option: str) -> int:
     """Parse a size in bytes; GB is a power of ten, GiB a power of two. A unit is required.
 
-    >>> read_bytes("2GB", "--memory"), read_bytes("1GiB", "--memory")
+    >>> read_bytes("2GB", "memory"), read_bytes("1GiB", "memory")
     (2000000000, 1073741824)
     """
     return _read_amount(text, option, _BYTES, "a size with its unit, such as 2GB or 512MiB")
@@ -56,10 +56,12 @@ def read_time(text: str) -> float:
     """
     numbers_with_units = _TIME.findall(text)
     if not numbers_with_units or re.sub(r"\s", "", _TIME.sub("", text)):
-        raise UsageError(f"--time {text}: give a time with its unit, such as 2h, 90min or 1h30min")
+        raise UsageError(
+            Given("time", text), "give a time with its unit, such as 2h, 90min or 1h30min"
+        )
     seconds = sum(float(number) * _SECONDS[unit.lower()] for number, unit in numbers_with_units)
     if seconds <= 0:
-        raise UsageError(f"--time {text}: must be above 0")
+        raise UsageError(Given("time", text), "must be above 0")
     return seconds
 
 
@@ -80,14 +82,14 @@ def _read_amount(text: str, option: str, units: dict[str, int], expected: str) -
         int(Decimal(match[1].replace("_", "")) * units.get(match[2].upper(), 0)) if match else 0
     )
     if amount < 1:
-        raise UsageError(f"{option} {text}: give {expected}")
+        raise UsageError(Given(option, text), f"give {expected}")
     return amount
 
 
 def read_share(value: float, option: str) -> float:
     """Return an energy fraction after checking it.
 
-    >>> read_share(0.9, "--energy")
+    >>> read_share(0.9, "energy")
     0.9
 
     Raises:
@@ -95,7 +97,7 @@ def read_share(value: float, option: str) -> float:
     """
     if not 0 < value <= 1:
         raise UsageError(
-            f"{option} {value:g}: must be a fraction above 0 and at most 1, such as 0.9"
+            Given(option, value), "must be a fraction above 0 and at most 1, such as 0.9"
         )
     return value
 

@@ -27,7 +27,7 @@ from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.gradients import Step, locate_rows
 from lora_diag.records import RunInput
 from lora_diag.running.fingerprint import (
@@ -111,7 +111,7 @@ def open_update(
     for side in (base, tuned):
         if any(file.metadata.get("kind") == MOMENTS for file in side.files):
             raise UsageError(
-                f"{side.path}: contains {MOMENTS}, not a checkpoint; pass it with --activations"
+                side.path, f"contains {MOMENTS}, not a checkpoint", "pass it with $activations"
             )
     return tuned
 
@@ -203,7 +203,7 @@ def refuse_without_rounding(compared: Comparison) -> None:
     """
     if not any(isinstance(delta, StoredDelta) for delta in compared.pairing.deltas):
         raise UsageError(
-            "--recover: the factors of an adapter are the update; nothing is rounded away"
+            Given("recover"), "the factors of an adapter are the update", "nothing is rounded away"
         )
 
 
@@ -237,8 +237,9 @@ def _refuse_duplicate_names(deltas: tuple[Delta, ...]) -> None:
                 each.base.name if each.base else each.layer for each in (earlier, delta)
             )
             raise InputError(
-                f"{delta.layer}: two weights have this name, from {names}; exclude one with "
-                "--exclude"
+                delta.layer,
+                f"two weights have this name, from {names}",
+                "exclude one with $exclude",
             )
 
 
@@ -417,8 +418,10 @@ def describe_steps(paths: Sequence[Path | str], steps: Sequence[Step], verify: b
     )
 
 
+# Problem and fix of ``kfac`` without second moments.
 NEEDS_ACTIVATIONS = (
-    "--kfac: needs --activations FILE, recorded with probe activations --output-gradients"
+    "needs $activations FILE",
+    "record it by probe activations with $output_gradients",
 )
 
 # Prefix of matrices that are not E[xxᵀ] of a layer's input but E[ggᵀ] of its output gradient.
@@ -507,7 +510,9 @@ def second_moments(
                 )
     if not compared:
         raise NothingComparedError(
-            f"--activations {path}: applies to matrices, and none is compared; change --layers"
+            Given("activations", path),
+            "applies to matrices, and none is compared",
+            "change $layers",
         )
     if not of:
         raise InputError(
@@ -516,7 +521,7 @@ def second_moments(
         )
     if kfac and not gradients:
         raise UsageError(
-            f"--kfac: {path} has no output gradients; record it with --output-gradients"
+            Given("kfac"), f"{path} has no output gradients", "record it with $output_gradients"
         )
     notes = [f"second moments of {len(of)} of {len(compared)} matrices"]
     notes += [

@@ -51,7 +51,7 @@ class Judge(Generic[C]):
         found: The losses of the ends on every set, once they are measured.
     """
 
-    run: ProbeRun
+    run: ProbeRun[Any]
     texts: Sequence[Texts]
     records: RunRecords[Any]
     ends: Sequence[C]
@@ -108,4 +108,4 @@ def require_finite(name: str, texts: Iterable[Texts], losses: Iterable[Losses]) 
     for each, own in zip(texts, losses, strict=True):
         if not own.is_finite:
             problem = f"its loss on {each.name} is not finite"
-            raise InputError(f"{name}: {problem}; check the weights, or use --dtype float32")
+            raise InputError(name, problem, "check the weights, or use $dtype float32")

@@ -10,19 +10,19 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Pairing, footprint, natural_order
-from lora_diag.errors import MemoryLimitError, UsageError
+from lora_diag.errors import Given, MemoryLimitError, UsageError
 from lora_diag.layers.task import LayerSettings, left_out_rows, left_out_vector
 from lora_diag.records import LayerRecord, LeftOut, Results, ResultsWriter, Run, RunInput
 from lora_diag.running.amounts import read_bytes
 from lora_diag.running.engines import Layout, Ray, layout_for, run_local, run_ray
 from lora_diag.running.engines.schedule import Sized
 from lora_diag.running.inputs import Comparison, compare
-from lora_diag.running.options import LayerOptions, fill_options, list_own_settings, stated_alpha
+from lora_diag.running.options import G, fill_options, list_own_settings, stated_alpha
 from lora_diag.running.progress import Progress, ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -67,11 +67,13 @@ def plan_device(engine: Ray | None, device: str) -> DevicePlan:
     kind = "cuda" if engine.gpus_per_task else "cpu"
     if device not in {"auto", kind}:
         fix = (
-            "add --gpus-per-task 1 for cuda"
+            "add $gpus_per_task 1 for cuda"
             if kind == "cpu"
-            else "with --gpus-per-task, leave out --device"
+            else "with $gpus_per_task, leave out $device"
         )
-        raise UsageError(f"--device {device}: not the device of the cluster's tasks, {kind}; {fix}")
+        raise UsageError(
+            Given("device", device), f"not the device of the cluster's tasks, {kind}", fix
+        )
     return DevicePlan(kind, kind, "auto" if kind == "cuda" else "cpu")
 
 
@@ -85,10 +87,11 @@ def read_memory(text: str | int | None, engine: Ray | None) -> int | None:
         return None
     if engine is not None:
         raise UsageError(
-            "--memory: not available with --engine ray; Ray's scheduler uses the memory of each "
-            "node"
+            Given("memory"),
+            "not available with $engine ray",
+            "Ray's scheduler uses the memory of each node",
         )
-    return text if isinstance(text, int) else read_bytes(text, "--memory")
+    return text if isinstance(text, int) else read_bytes(text, "memory")
 
 
 def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
@@ -98,9 +101,7 @@ def check_ranks(ranks: Sequence[int], minimum: int = 1) -> tuple[int, ...]:
         UsageError: There is no rank, or one below ``minimum``.
     """
     if not ranks or min(ranks) < minimum:
-        raise UsageError(
-            f"--ranks {','.join(map(str, ranks))}: ranks must be whole numbers from {minimum} up"
-        )
+        raise UsageError(Given("ranks", ranks), f"ranks must be whole numbers from {minimum} up")
     return tuple(sorted(set(ranks)))
 
 
@@ -115,7 +116,7 @@ def entry_bytes(task: Sized, settings: Any) -> int:
     return 8 * math.prod(task.shape)
 
 
-class LayerRun:
+class LayerRun(Generic[G]):
     """One run of a command over layers.
 
     Args:
@@ -124,7 +125,8 @@ class LayerRun:
         group: The command's options.
 
     Attributes:
-        options: All options, with defaults.
+        options: All options, with defaults, as the command declares them.
+        values: The same options untyped, for code that serves many groups.
         torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its
             layers are measured with NumPy on the CPU.
         apart: Whether layers are measured in separate processes, one per worker.
@@ -139,24 +141,19 @@ class LayerRun:
         TypeError: An option is unknown or missing.
     """
 
-    def __init__(
-        self, command: str, options: Mapping[str, object], group: type = LayerOptions
-    ) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type[G]) -> None:
         self.command = command
-        self.options: dict[str, Any] = {
-            "engine": None,
-            "verify": False,
-            **fill_options(group, options),
-        }
-        self.own = list_own_settings(group, self.options)
+        self.options = fill_options(group, options)
+        self.values = {"engine": None, "verify": False, **cast(dict[str, Any], self.options)}
+        self.own = list_own_settings(group, self.values)
         self.torch = True
         self.apart = False
         self.usual_workers: int | None = None
-        self._device = self.options.get("device", "cpu")
-        if self.options["engine"] is not None or self._device not in {"auto", "cpu"}:
+        self._device = self.values.get("device", "cpu")
+        if self.values["engine"] is not None or self._device not in {"auto", "cpu"}:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
-        self._limit = read_memory(self.options.get("memory"), self.options["engine"])
-        self.stated_alpha = get_stated_alpha(self.options)
+        self._limit = read_memory(self.values.get("memory"), self.values["engine"])
+        self.stated_alpha = get_stated_alpha(self.values)
 
     @cached_property
     def where(self) -> DevicePlan:
@@ -167,7 +164,7 @@ class LayerRun:
         """
         if not self.torch:
             return DevicePlan(self._device, "cpu", "cpu")
-        return plan_device(self.options["engine"], self._device)
+        return plan_device(self.values["engine"], self._device)
 
     def compare(
         self,
@@ -193,7 +190,7 @@ class LayerRun:
                 regular expression.
         """
         names = ("layers", "exclude", "allow_unmatched", "verify")
-        arguments = {name: self.options[name] for name in names} | options
+        arguments = {name: self.values[name] for name in names} | options
         return compare(base, tuned, stated_alpha=self.stated_alpha, role=role, **arguments)
 
     def pair(
@@ -233,10 +230,10 @@ class LayerRun:
         diagnostics.
         """
         common = {
-            name: self.options[name] for name in ("method", "tol", "seed") if name in self.options
+            name: self.values[name] for name in ("method", "tol", "seed") if name in self.values
         }
         return kind(
-            **common, device=self.where.tasks if self.options["engine"] else self._device, **own
+            **common, device=self.where.tasks if self.values["engine"] else self._device, **own
         )
 
     def over(
@@ -284,7 +281,7 @@ class LayerRun:
                 every worker, or the output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
-        options = self.options
+        options = self.values
         values = {**options, "device": self.where.kind, **own}
         recorded_settings = {name: value for name, value in own.items() if name not in recorded}
         recorded_settings |= {name: values[name] for name in recorded} | stated_alpha(options)
@@ -344,7 +341,7 @@ class LayerRun:
         """Measure layers on this machine or a cluster, write their records, and return those of
         skipped layers.
         """
-        engine = self.options["engine"]
+        engine = self.values["engine"]
         run = run_local if engine is None else partial(run_ray, engine=engine)
         names = [*(task.layer for task in tasks), ""]
         entries_done = list(accumulate((math.prod(task.shape) for task in tasks), initial=0))
@@ -371,7 +368,7 @@ class LayerRun:
             UsageError: The memory limit is too small for the program itself and a small layer of
                 every worker.
         """
-        workers = self.options["workers"] or self.usual_workers
+        workers = self.values["workers"] or self.usual_workers
         largest = max((math.prod(task.shape) for task in tasks), default=0)
         if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
             workers = 1

@@ -18,9 +18,19 @@ from dataclasses import dataclass, replace
 from functools import cache
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ForwardRef, Required, TypedDict, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ForwardRef,
+    Literal,
+    Required,
+    TypedDict,
+    TypeVar,
+    cast,
+)
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.running.amounts import MAX_RATE
 
 if TYPE_CHECKING:
@@ -29,6 +39,8 @@ if TYPE_CHECKING:
     from lora_diag.running.progress import Progress
 
 F = TypeVar("F", bound=Callable[..., Any])
+# A ``TypedDict`` of options.
+G = TypeVar("G")
 
 # Parts of a command's help, in this order: inputs, computation, output, execution.
 INPUTS, MEASUREMENT, OUTPUT, EXECUTION = PANELS = ("Inputs", "Measurement", "Output", "Execution")
@@ -103,10 +115,9 @@ class Option:
             UsageError: The value is not a choice of the option, or outside its limits; or a list of
                 numbers is empty.
         """
+        name = self.flag(name).lstrip("-").replace("-", "_")
         if isinstance(value, str) and self.choices and value not in self.choices:
-            raise UsageError(
-                f"{self.flag(name)} {value}: unknown value; use {', '.join(self.choices)}"
-            )
+            raise UsageError(Given(name, value), "unknown value", f"use {', '.join(self.choices)}")
         if (
             (self.least, self.most, self.between) == (None, None, None)
             or value is None
@@ -115,7 +126,7 @@ class Option:
             return value
         numbers = value if isinstance(value, list | tuple) else [value]
         if not numbers:
-            raise UsageError(f"{self.flag(name)}: is empty; give at least one number")
+            raise UsageError(Given(name), "is empty", "give at least one number")
         for number in numbers:
             problem = ""
             if self.least is not None and number < self.least:
@@ -125,10 +136,7 @@ class Option:
             if self.between is not None and not self.between[0] < number < self.between[1]:
                 problem = f"must lie between {self.between[0]:g} and {self.between[1]:g}"
             if problem:
-                raise UsageError(
-                    f"{self.flag(name)} {number if isinstance(number, int) else f'{number:g}'}: "
-                    f"{problem}"
-                )
+                raise UsageError(Given(name, number), problem)
         return value
 
 
@@ -206,6 +214,7 @@ REFERENCE = Option(
     None, "Second full fine-tune, e.g. another seed, as a reference.", "TUNED2", panel=INPUTS
 )
 DATA = Option(REQUIRED, "Data: text, JSONL or datasets folder.", "FILE", panel=INPUTS)
+Labels = Literal["data", "model"]
 LABELS = Option(
     "data", "Labels of the loss: those of the text, or sampled from the model.", "data|model"
 )
@@ -553,7 +562,7 @@ def _list_common() -> dict[str, Option]:
     return {name: option for group in groups for name, (_, option) in _list_declared(group).items()}
 
 
-def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
+def fill_options(group: type[G], passed: Mapping[str, object]) -> G:
     """Return all options of a group: the given ones, and the defaults of the others.
 
     Args:
@@ -579,8 +588,15 @@ def fill_options(group: type, passed: Mapping[str, object]) -> dict[str, Any]:
         for name, (_, option) in options.items()
     }
     if filled.get("resume") and filled.get("output", "given elsewhere") is None:
-        raise UsageError("--resume: give the results file of the interrupted run with -o")
-    return filled
+        raise UsageError(
+            Given("resume"), "give the results file of the interrupted run with $output"
+        )
+    return cast(G, filled)
+
+
+def select_options(group: type[G], options: Mapping[str, object]) -> G:
+    """Return those of the options that another group declares, too."""
+    return cast(G, {name: options[name] for name in list_options(group)})
 
 
 def list_own_settings(group: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,8 +96,9 @@ class OutputFolder:
             return
         self._refuse_running()
         raise UsageError(
-            f"{self.work}: holds {self.description} that did not finish; continue it with "
-            "--resume, or delete it"
+            self.work,
+            f"holds {self.description} that did not finish",
+            "continue it with $resume, or delete it",
         )
 
     def _refuse_inside(self, inputs: Sequence[Path | str]) -> None:
@@ -109,10 +110,12 @@ class OutputFolder:
         for path in inputs:
             source = Path(os.path.realpath(path))
             if source == self.final:
-                raise UsageError(f"{self.final}: is an input; choose another folder for -o")
+                raise UsageError(self.final, "is an input", "choose another folder for $output")
             if source in self.final.parents:
                 raise UsageError(
-                    f"{self.final}: is inside the input {path}; choose a folder outside it for -o"
+                    self.final,
+                    f"is inside the input {path}",
+                    "choose a folder outside it for $output",
                 )
 
     def _refuse_running(self) -> None:
@@ -129,13 +132,14 @@ class OutputFolder:
         if not self.final.exists():
             return
         if not self.final.is_dir():
-            raise UsageError(f"{self.final}: is a file; give -o a folder for the adapter")
+            raise UsageError(self.final, "is a file", "give $output a folder for the adapter")
         if any(self.final.iterdir()) and not self.finished:
             self._check_ours(self.final)
             if not (self._overwrite or self._reopened):
                 raise UsageError(
-                    f"{self.final}: is not empty; choose another folder, or replace it with "
-                    "--overwrite"
+                    self.final,
+                    "is not empty",
+                    "choose another folder, or replace it with $overwrite",
                 )
 
     def _check_ours(self, folder: Path) -> None:

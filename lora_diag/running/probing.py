@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, cast
 
 from torch import Tensor
 
 from lora_diag.adapters.source import get_stated_alpha
 from lora_diag.checkpoints import Checkpoint, check_exists
 from lora_diag.deltas import Delta, Pairing
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, check_names, check_texts, name_apart, read_texts
 from lora_diag.models.losses import Losses, measure
@@ -25,7 +25,7 @@ from lora_diag.running.engines import Layout
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison, compare, describe
 from lora_diag.running.layers import leave_out
-from lora_diag.running.options import ProbeOptions, fill_options, list_options, stated_alpha
+from lora_diag.running.options import G, fill_options, list_options, stated_alpha
 from lora_diag.running.progress import ProgressReporter, RunRecords
 from lora_diag.version import __version__
 
@@ -43,21 +43,7 @@ Reductions = Sequence[tuple[str, Any]]
 SEQUENCES = tuple(("max_sequences", 2**k) for k in range(12, 2, -1))
 
 
-class Options(dict[str, Any]):
-    """The options of a run by name; each is also an attribute."""
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the option.
-
-        Raises:
-            AttributeError: The run has no such option.
-        """
-        if name not in self:
-            raise AttributeError(name)
-        return self[name]
-
-
-class ProbeRun:
+class ProbeRun(Generic[G]):
     """One run of a probe.
 
     Args:
@@ -66,7 +52,8 @@ class ProbeRun:
         group: The probe's options.
 
     Attributes:
-        options: All options, with defaults.
+        options: All options, with defaults, as the probe declares them.
+        values: The same mapping untyped, for code that serves many groups.
         watch: Callbacks for progress, records and notes.
         batch: Sequences per batch.
         model: BASE, once it is open.
@@ -81,24 +68,23 @@ class ProbeRun:
     model: Model
     params: int
 
-    def __init__(
-        self, command: str, options: Mapping[str, object], group: type = ProbeOptions
-    ) -> None:
+    def __init__(self, command: str, options: Mapping[str, object], group: type[G]) -> None:
         self.command = command
-        self.options = Options(fill_options(group, options))
+        self.options = fill_options(group, options)
+        self.values = cast(dict[str, Any], self.options)
         self._given = {name for name, value in options.items() if value is not None}
         self._declared = list_options(group)
         self.reduced: dict[str, str] = {}
         self.watch = ProgressReporter(
-            *(self.options.get(name) for name in ("on_progress", "on_record", "on_note"))
+            self.values.get("on_progress"), self.values.get("on_record"), self.values.get("on_note")
         )
-        self.batch: int = self.options["batch"]
-        if (seed := self.options.get("seed", 0)) >= MAX_SEED:
-            raise UsageError(f"--seed {seed}: must be below {MAX_SEED}")
+        self.batch: int = self.values["batch"]
+        if (seed := self.values.get("seed", 0)) >= MAX_SEED:
+            raise UsageError(Given("seed", seed), f"must be below {MAX_SEED}")
 
     def settings(self, *names: str) -> dict[str, Any]:
         """Return options by name, for the run record."""
-        return {name: self.options[name] for name in names}
+        return {name: self.values[name] for name in names}
 
     @property
     def selection(self) -> dict[str, str | None]:
@@ -116,14 +102,14 @@ class ProbeRun:
                 invalid.
         """
         return compare(
-            base, tuned, verify=self.options["verify"], stated_alpha=get_stated_alpha(self.options)
+            base, tuned, verify=self.values["verify"], stated_alpha=get_stated_alpha(self.values)
         )
 
     def describe(self, stored: Checkpoint) -> RunInput:
         """Return the description of an opened BASE for the run record, where nothing is compared
         with it.
         """
-        return describe("base", stored, verify=self.options["verify"])
+        return describe("base", stored, verify=self.values["verify"])
 
     def open(self, base: Path | str) -> Model:
         """Open the model, keep it as ``model``, and return it.
@@ -134,9 +120,10 @@ class ProbeRun:
             InputError: It is remote or a file, transformers cannot open it, it is quantized or
                 lacks weights, or its kind is not supported.
         """
-        dtype, length, tokenizer = (self.options[name] for name in ("dtype", "length", "tokenizer"))
+        options = self.values
+        device = resolve_device(options["device"])
         self.model = open_model(
-            base, resolve_device(self.options["device"]), dtype, length, tokenizer
+            base, device, options["dtype"], options["length"], options["tokenizer"]
         )
         self.params = sum(parameter.numel() for parameter in self.model.module.parameters())
         return self.model
@@ -149,7 +136,7 @@ class ProbeRun:
             InputError: It cannot be read, does not fit the kind of model, or has nothing to
                 predict.
         """
-        return read_texts(path, self.model, self.options["max_sequences"], shifted=shifted)
+        return read_texts(path, self.model, self.values["max_sequences"], shifted=shifted)
 
     def check_files(self, *models: Path | str, needs_set: bool = True) -> None:
         """Check that models and texts exist before one is opened: models, evaluation sets, then the
@@ -163,13 +150,13 @@ class ProbeRun:
             UsageError: No evaluation set is given.
             InputError: A path does not exist, or a folder holds no data set or several splits.
         """
-        options = self.options
-        if needs_set and not options.evaluate:
-            raise UsageError("--eval: missing; give at least one file of held-out text")
+        options = self.values
+        if needs_set and not options["evaluate"]:
+            raise UsageError(Given("eval"), "missing", "give at least one file of held-out text")
         for path in models:
             check_exists(path)
-        data = [options.data] if "data" in options else []
-        for path in (*options.evaluate, *options.get("shifted", ()), *data):
+        data = [options["data"]] if "data" in options else []
+        for path in (*options["evaluate"], *options.get("shifted", ()), *data):
             check_texts(path)
 
     def read_sets(self, labels: Sequence[str | None] = ()) -> list[Texts]:
@@ -183,9 +170,9 @@ class ProbeRun:
             UsageError: Two have one name, or as ``read``.
             InputError: As ``read``.
         """
-        shifted = self.options.get("shifted", ())
+        shifted = self.values.get("shifted", ())
         texts = [
-            *map(self.read, self.options.evaluate),
+            *map(self.read, self.values["evaluate"]),
             *(self.read(path, shifted=True) for path in shifted),
         ]
         texts = name_apart(texts, labels)
@@ -197,7 +184,7 @@ class ProbeRun:
         each.
         """
         return sum(
-            len(one.ids) for each in sets for one in each.sequences[: self.options.max_sequences]
+            len(one.ids) for each in sets for one in each.sequences[: self.values["max_sequences"]]
         )
 
     def fit(
@@ -213,8 +200,8 @@ class ProbeRun:
             reductions: Names and values of options, in the order in which they are tried.
         """
         most = max(len(each.sequences) for each in sets)
-        work = CPU_WORK if resolve_device(self.options.device).type == "cpu" else GPU_WORK
-        whole = {**self.options, "max_sequences": most}
+        work = CPU_WORK if resolve_device(self.values["device"]).type == "cpu" else GPU_WORK
+        whole = {**self.values, "max_sequences": most}
         for name, value in reductions:
             if count() * self.params <= work:
                 break
@@ -223,14 +210,14 @@ class ProbeRun:
                     re.sub(r"[() ]|,\)", "", str(each)) for each in (whole[name], value)
                 )
                 self.reduced[name] = f"{self._declared[name][1].flag(name)} {after} (of {before})"
-                self.options[name] = value
+                self.values[name] = value
         if self.reduced:
             time_of_two_cores = duration(600 * count() * self.params / work)
             self.watch.note(
                 f"reduced to about {time_of_two_cores} of two cores: "
                 f"{'; '.join(self.reduced.values())}"
             )
-        kept = self.options.max_sequences if "max_sequences" in self.reduced else most
+        kept = self.values["max_sequences"] if "max_sequences" in self.reduced else most
         return [
             each.reduce(kept, "for about ten minutes; more with --max-sequences") for each in sets
         ]
@@ -241,7 +228,7 @@ class ProbeRun:
         return {
             "length": self.model.length,
             "batch": self.batch,
-            "dtype": self.options["dtype"],
+            "dtype": self.values["dtype"],
             "device": self.model.device.type,
             "tokens": legible(self.model.tokens.about),
             **({"reduced": list(self.reduced.values())} if self.reduced else {}),
@@ -308,7 +295,7 @@ class ProbeRun:
             UsageError: The output can be neither replaced nor resumed.
             InputError: An input cannot be read, or the file cannot be written.
         """
-        options = self.options
+        options = self.values
         run = Run(
             command=self.command,
             version=__version__,

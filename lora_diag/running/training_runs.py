@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from lora_diag.checkpoints import Checkpoint
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.data import Texts, read_texts
 from lora_diag.models.losses import Losses, measure
@@ -37,6 +37,7 @@ from lora_diag.rendering.text import duration, quantity
 from lora_diag.running.amounts import find_best_rates, next_rate
 from lora_diag.running.engines import Layout, Ray, capacity_of, connect, run_ray
 from lora_diag.running.layers import plan_device
+from lora_diag.running.options import G
 from lora_diag.running.probing import ProbeRun, Reductions, describe_texts
 from lora_diag.running.progress import ProgressReporter, RunRecords
 
@@ -44,7 +45,7 @@ from lora_diag.running.progress import ProgressReporter, RunRecords
 # batch of layers.
 UNBATCHED_SHAPE, UNBATCHED_BYTES = (2**12, 2**12), 2**40
 
-MEMORY_FIX = "add a node with more, or lower --batch or --length"
+MEMORY_FIX = "add a node with more, or lower $batch or $length"
 
 
 @dataclass(frozen=True)
@@ -451,7 +452,7 @@ def time_steps(
     return ticks[2] - ticks[1], ticks[3] - ticks[2]
 
 
-class TrainRun(ProbeRun):
+class TrainRun(ProbeRun[G]):
     """One run of a probe that trains.
 
     Args:
@@ -483,8 +484,8 @@ class TrainRun(ProbeRun):
                 set, the model has no gradient checkpointing, or as ``read``.
             InputError: As ``read``.
         """
-        self.sets, options = self.read_sets(), self.options
-        texts = read_texts(options.data, self.model)
+        self.sets, options = self.read_sets(), self.values
+        texts = read_texts(options["data"], self.model)
         if existing := next(
             (held_out for held_out in self.sets if held_out.hash == texts.hash), None
         ):
@@ -496,9 +497,9 @@ class TrainRun(ProbeRun):
             check_checkpointing(self.model.module)
         self.training = Training(
             texts,
-            options.steps,
+            options["steps"],
             self.batch,
-            options.seed,
+            options["seed"],
             kind or Lora(),
             checkpointing=checkpointing,
         )
@@ -514,15 +515,17 @@ class TrainRun(ProbeRun):
             step: Time of a step in forward passes of its batch.
             extra: Further time of a step, in tokens.
         """
-        given, text = self.options, self.training.texts.sequences
-        runs = sizes * (len(set(rates)) + given.widen * (len(rates) > 1) + given.seeds - 1)
+        options, text = self.values, self.training.texts.sequences
+        widened = options["widen"] * (len(rates) > 1)
+        runs = sizes * (len(set(rates)) + widened + options["seeds"] - 1)
         tokens = self.batch * sum(len(sequence.ids) for sequence in text) / len(text)
-        return float(runs * (given.steps * (step * tokens + extra) + self.count_tokens(self.sets)))
+        training = options["steps"] * (step * tokens + extra)
+        return float(runs * (training + self.count_tokens(self.sets)))
 
     def fit_runs(self, count: Callable[[], float], reductions: Reductions) -> None:
         """Reduce options as ``fit`` does, and set ``sets`` and ``training`` again."""
         self.sets = self.fit(self.sets, count, reductions)
-        self.training = replace(self.training, steps=self.options.steps)
+        self.training = replace(self.training, steps=self.values["steps"])
 
     @contextmanager
     def joined(self) -> Iterator[None]:
@@ -538,10 +541,11 @@ class TrainRun(ProbeRun):
                 tasks have GPUs and this machine, where BASE is measured, has none.
             InputError: The cluster cannot be reached, or has no node that can run a task.
         """
-        on, concurrent, device = self.options.engine, self.options.concurrent, self.options.device
+        on, concurrent = self.values["engine"], self.values["concurrent"]
+        device = self.values["device"]
         if concurrent is not None and (on is None or concurrent < 1):
             raise UsageError(
-                f"--concurrent {concurrent}: must be at least 1, and needs --engine ray"
+                Given("concurrent", concurrent), "must be at least 1, and needs $engine ray"
             )
         if on is None:
             yield
@@ -555,15 +559,17 @@ class TrainRun(ProbeRun):
             kind = plan_device(on, device).kind
             if kind == "cuda" and resolve_device("auto").type != "cuda":
                 raise UsageError(
-                    "--engine ray: its tasks have GPUs and this machine has none, on which BASE is "
-                    "measured; start loradiag on a node with a GPU, or add --device cpu"
+                    Given("engine", "ray"),
+                    "its tasks have GPUs and this machine has none, on which BASE is measured",
+                    "start loradiag on a node with a GPU, or add $device cpu",
                 )
             if kind == "cuda" and concurrent is not None:
                 raise UsageError(
-                    f"--concurrent {concurrent}: applies to the CPU only; share a GPU with "
-                    "--gpus-per-task 0.5"
+                    Given("concurrent", concurrent),
+                    "applies to the CPU only",
+                    "share a GPU with $gpus_per_task 0.5",
                 )
-            self.on, self.options["device"] = on, kind
+            self.on, self.values["device"] = on, kind
             # Cores of a run, whose step is timed here; the same where a search calls a sweep.
             _, cores_of_run = capacity_of(on, layout_of_runs(concurrent), UNBATCHED_BYTES)
             torch.set_num_threads(min(cores, cores_of_run))
@@ -581,7 +587,7 @@ class TrainRun(ProbeRun):
         """
         if self.on is None:
             return None
-        options = self.options
+        options = self.values
         site = Site(
             base=str(base),
             **{
@@ -617,5 +623,5 @@ class TrainRun(ProbeRun):
         have extended.
         """
         return RunPlan(
-            self.training, self.sets, kept.run.settings["seeds"], self.options.widen, kept
+            self.training, self.sets, kept.run.settings["seeds"], self.values["widen"], kept
         )

@@ -88,9 +88,11 @@ def align_layers(
         for other in others:
             if other.delta.shape != first.delta.shape:
                 raise InputError(
-                    f"{layer}: {list(first.delta.shape)} in {first.name} but "
-                    f"{list(other.delta.shape)} in {other.name}, so these are not updates of one "
-                    "model; skip the weight with --exclude"
+                    layer,
+                    f"{list(first.delta.shape)} in {first.name} but "
+                    f"{list(other.delta.shape)} in {other.name}, so these are not "
+                    "updates of one model",
+                    "skip the weight with $exclude",
                 )
     names = sorted(by_layer, key=natural_order)
     return [

@@ -35,7 +35,7 @@ def run_tune(
             shown.print(plan_text(plan, *shown.terminal))
         if not (yes or sys.stdin.isatty()):
             raise UsageError(
-                "tune: cannot ask for confirmation without a terminal; add --yes to start"
+                "tune", "cannot ask for confirmation without a terminal", "add $yes to start"
             )
         return yes or shown.confirm("Start?")
 

@@ -27,7 +27,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.allocate.peft_config import Scaling, make_config, make_peft_config
 from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.plan.measure import plan
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.models.activations import shape_of
 from lora_diag.models.data import count_predictions
 from lora_diag.models.opening import Model, Weights
@@ -43,6 +43,7 @@ from lora_diag.records import Results
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.training_runs import TrainRun, time_steps
+from lora_diag.tuning import TuneOptions
 from lora_diag.tuning.record import TunePlan, TuneStage
 from lora_diag.tuning.trials import find_shortest_names, target_modules
 
@@ -245,8 +246,9 @@ def fit_plan(plan: TunePlan, limit: float | None) -> TunePlan:
     seconds = seconds_of(plan)
     if limit is not None and seconds > limit:
         raise UsageError(
-            f"--time: even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are "
-            "allowed; give more time, fewer --steps or a smaller --eval set"
+            Given("time"),
+            f"even the smallest search takes about {seconds:.0f} s, and {limit:.0f} s are allowed",
+            "give more time, fewer $steps or a smaller $eval set",
         )
     # Of several omissions of steps the last one includes the others.
     of_steps = [omission for omission in saved if omission in STEP_OMISSIONS]
@@ -445,7 +447,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
     if not layers:
         named = f" named {', '.join(names)}" if names else ""
         raise InputError(
-            f"{stored.path}: has no linear layer to adapt{named}; check --target-modules"
+            stored.path, f"has no linear layer to adapt{named}", "check $target_modules"
         )
     stored_names = Weights(model.module).base_names(stored)
     paths = [path for path, _ in model.module.named_modules()]
@@ -462,7 +464,7 @@ def target_of(model: Model, stored: Checkpoint, names: Sequence[str], kind: Lora
 
 
 def plan_of(
-    base: Path | str, run: TrainRun, target: Target, limit: float | None, slots: int
+    base: Path | str, run: TrainRun[TuneOptions], target: Target, limit: float | None, slots: int
 ) -> TunePlan:
     """Return the plan of a search.
 
@@ -480,9 +482,14 @@ def plan_of(
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)
-    budgets = {name: options[name] for name in ("params", "memory_budget")}
     target_pattern = "^(?:" + "|".join(map(re.escape, target.stored.values())) + ")$"
-    budget_plan = plan(base, layers=target_pattern, tokens=max(1, tokens), **budgets)
+    budget_plan = plan(
+        base,
+        layers=target_pattern,
+        tokens=max(1, tokens),
+        params=options["params"],
+        memory_budget=options["memory_budget"],
+    )
     assert budget_plan.fit is not None
     assert budget_plan.capacity is not None
     largest = budget_plan.fit.rank
@@ -490,15 +497,15 @@ def plan_of(
         largest = (budget_plan.fit.budget - target.magnitudes) // target.per_rank
     if largest < 1:
         minimum = target.per_rank + target.magnitudes
+        params, memory = options["params"], options["memory_budget"]
         raise UsageError(
-            f"{budget_plan.fit.asked}: not even r=1 fits, which takes {minimum:,} parameters; "
-            "give a budget of at least that, or choose fewer layers with --target-modules"
+            Given("memory_budget", memory) if params is None else Given("params", params),
+            f"not even r=1 fits, which takes {minimum:,} parameters",
+            "give a budget of at least that, or choose fewer layers with $target_modules",
         )
-    settings = _make_settings(run, largest)
+    settings = _make_settings(options, largest)
     if too_large := [rank for rank in settings["ranks"] if rank > largest]:
-        raise UsageError(
-            f"--ranks {','.join(map(str, too_large))}: {budget_plan.fit.asked} allows r ≤ {largest}"
-        )
+        raise UsageError(Given("ranks", too_large), f"the budget allows r ≤ {largest}")
     full = not options["no_full"] and options["dtype"] == "float32" and not options["quantized"]
     cells = [Cell(max(settings["ranks"]), 1e-6, 0)]
     if full:
@@ -529,11 +536,10 @@ def plan_of(
     return fit_plan(whole, limit)
 
 
-def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
+def _make_settings(options: TuneOptions, largest: int) -> dict[str, Any]:
     """Return the fields of a plan that follow from the options: those of a search without
     omissions.
     """
-    options = run.options
     return {
         "ranks": tuple(check_ranks(options["ranks"]))
         if options["ranks"]
@@ -545,7 +551,7 @@ def _make_settings(run: TrainRun, largest: int) -> dict[str, Any]:
     }
 
 
-def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> TunePlan:
+def extend_plan(plan: TunePlan, options: TuneOptions, limit: float, slots: int) -> TunePlan:
     """Return the plan of a search that is given more time: all options as given, as far as this
     limit allows.
 
@@ -553,7 +559,7 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
 
     Args:
         plan: The earlier plan.
-        run: Its options.
+        options: All options of the run.
         limit: Seconds.
         slots: Concurrent runs.
 
@@ -564,13 +570,14 @@ def extend_plan(plan: TunePlan, run: TrainRun, limit: float, slots: int) -> Tune
     if plan.limit is None or limit < plan.limit:
         planned = "without a limit" if plan.limit is None else f"for {duration(plan.limit)}"
         raise UsageError(
-            f"--time: allows {duration(limit)}, but the search to resume was planned {planned}; "
-            "give at least that, or remove --time"
+            Given("time"),
+            f"allows {duration(limit)}, but the search to resume was planned {planned}",
+            "give at least that, or remove $time",
         )
     whole = {
-        **_make_settings(run, plan.largest),
+        **_make_settings(options, plan.largest),
         "slots": slots,
-        "full": plan.full_step_seconds > 0 and not run.options["no_full"],
+        "full": plan.full_step_seconds > 0 and not options["no_full"],
         "left_out": tuple(
             item for item in plan.left_out if item in {Omission.FULL_NEEDS_FLOAT32, *STEP_OMISSIONS}
         ),

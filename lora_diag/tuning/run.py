@@ -15,7 +15,7 @@ from lora_diag.catalog import read_results
 from lora_diag.checkpoints import open_checkpoint
 from lora_diag.decisions.trainers import format_yaml, settings_of
 from lora_diag.diagnostics.spectrum.run import spectrum
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.files import check_folder_of, write_whole
 from lora_diag.gating.run import gate_init
 from lora_diag.models.opening import keep_open
@@ -27,7 +27,6 @@ from lora_diag.reports.run import report
 from lora_diag.running.amounts import read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import Options
 from lora_diag.running.progress import RunRecords
 from lora_diag.running.training_runs import TrainRun
 from lora_diag.tuning import TuneOptions
@@ -103,50 +102,49 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
         >>> found.whole[-1]  # doctest: +SKIP
     """
     run = TrainRun("tune", options, TuneOptions)
-    arguments, folder = run.options, Path(output)
-    _check_output(folder, arguments)
-    limit = None if arguments.time is None else read_time(arguments.time)
+    options, folder = run.options, Path(output)
+    _check_output(folder, options)
+    limit = None if options["time"] is None else read_time(options["time"])
     deadline = Deadline(limit)  # counts from here
-    if (arguments.params is None) == (arguments.memory_budget is None):
-        raise UsageError("tune: needs exactly one budget; give --params or --memory-budget")
+    if (options["params"] is None) == (options["memory_budget"] is None):
+        raise UsageError("tune", "needs exactly one budget", "give $params or $memory_budget")
     run.check_files(base)
-    earlier, kind = (
-        _read_earlier_plan(folder, arguments),
-        Lora(dora=arguments.dora, rslora=arguments.rslora),
-    )
+    earlier = _read_earlier_plan(folder, options)
+    kind = Lora(dora=options["dora"], rslora=options["rslora"])
     with keep_open(), run.joined():
         stored, model = open_checkpoint(base), run.open(base)
         run.read_all(kind)
         if limit is not None or (earlier is not None and earlier.limit is not None):
             run.sets = run.fit(run.sets, lambda: EVALUATIONS * run.count_tokens(run.sets))
-        target = target_of(model, stored, arguments.targets, kind)
+        target = target_of(model, stored, options["targets"], kind)
         workers, plan = run.workers(base, stored), earlier
         slots = 1 if workers is None else workers.slots
         if earlier is None:
             plan = plan_of(base, run, target, limit, slots)
         elif limit is not None and limit != earlier.limit:
-            plan = extend_plan(earlier, run, limit, slots)
+            plan = extend_plan(earlier, options, limit, slots)
         assert plan is not None
-        if plan is not earlier and not arguments.shifted:
+        if plan is not earlier and not options["shifted"]:
             run.watch.note(
                 "--shifted FILE, a text of another kind, would measure what the adapter makes BASE "
                 "forget"
             )
         deadline.limit = plan.limit
         record = Run(command="tune", version="", inputs=(), settings=_make_settings(run, target))
-        is_confirmed = not arguments.dry_run
-        if is_confirmed and plan is not earlier and arguments.on_plan is not None:
+        is_confirmed = not options["dry_run"]
+        on_plan = options["on_plan"]
+        if is_confirmed and plan is not earlier and on_plan is not None:
             asked = monotonic()
-            is_confirmed = arguments.on_plan(plan)
+            is_confirmed = on_plan(plan)
             deadline.began += monotonic() - asked
         if not is_confirmed:
             return Results(record, (), (), None, (plan,))
         folder.mkdir(exist_ok=True)
-        if earlier is None and arguments.overwrite:
+        if earlier is None and options["overwrite"]:
             _remove_output(folder)
         elif earlier is not None and plan is not earlier:
             _extend(folder, plan)
-        arguments["output"] = folder / RECORDS
+        run.values["output"] = folder / RECORDS
 
         def run_search(kept: RunRecords[Any]) -> list[LeftOut]:
             kept.put(plan)
@@ -171,26 +169,24 @@ def tune(base: Path | str, output: Path | str, **options: Unpack[TuneOptions]) -
     return results
 
 
-def _make_settings(run: TrainRun, target: Target) -> dict[str, Any]:
-    arguments = run.options
+def _make_settings(run: TrainRun[TuneOptions], target: Target) -> dict[str, Any]:
+    options = run.options
+    budgets = {"params": options["params"], "memory_budget": options["memory_budget"]}
+    given = {name: legible(str(value)) for name, value in budgets.items() if value is not None}
     return {
-        **{
-            name: legible(str(arguments[name]))
-            for name in ("params", "memory_budget")
-            if arguments[name] is not None
-        },
-        "rates": sorted(set(arguments.rates)),
-        "ranks": list(arguments.ranks),
+        **given,
+        "rates": sorted(set(options["rates"])),
+        "ranks": list(options["ranks"]),
         **run.training_settings(),
-        "tolerance": arguments.tolerance,
-        "targets": list(arguments.targets) or "all-linear",
+        "tolerance": options["tolerance"],
+        "targets": list(options["targets"]) or "all-linear",
         "matrices": len(target.shapes),
         "kind": target.kind.description,
-        "quantized": arguments.quantized,
+        "quantized": options["quantized"],
     }
 
 
-def _check_output(folder: Path, arguments: Options) -> None:
+def _check_output(folder: Path, options: TuneOptions) -> None:
     """Refuse a folder that cannot hold the run, before any work.
 
     Raises:
@@ -205,15 +201,19 @@ def _check_output(folder: Path, arguments: Options) -> None:
                 f"{path}: is a symbolic link, which is not followed; give the folder itself"
             )
     if folder.exists() and not folder.is_dir():
-        raise UsageError(f"-o {folder}: is a file; give a folder")
+        raise UsageError(Given("output", folder), "is a file", "give a folder")
     check_folder_of(folder)
-    if arguments.dry_run or not folder.is_dir() or not any(folder.iterdir()):
+    if options["dry_run"] or not folder.is_dir() or not any(folder.iterdir()):
         return
     if not records.is_file():
-        raise UsageError(f"-o {folder}: is not empty and holds no run of tune; choose another name")
-    if not (arguments.overwrite or arguments.resume):
         raise UsageError(
-            f"-o {folder}: holds a run; continue it with --resume, or replace it with --overwrite"
+            Given("output", folder), "is not empty and holds no run of tune", "choose another name"
+        )
+    if not (options["overwrite"] or options["resume"]):
+        raise UsageError(
+            Given("output", folder),
+            "holds a run",
+            "continue it with $resume, or replace it with $overwrite",
         )
 
 
@@ -225,19 +225,21 @@ def _latest_file(folder: Path) -> Path:
     return part if part.is_file() else folder / RECORDS
 
 
-def _read_earlier_plan(folder: Path, arguments: Options) -> TunePlan | None:
+def _read_earlier_plan(folder: Path, options: TuneOptions) -> TunePlan | None:
     """Return the plan of the run to resume; None for a new run, or if that run has no plan yet.
 
     Raises:
         UsageError: ``no_full`` is given, but that run has full fine-tuning.
         InputError: The folder's records cannot be read.
     """
-    if not arguments.resume or not _latest_file(folder).is_file():
+    if not options["resume"] or not _latest_file(folder).is_file():
         return None
     plan = next(iter(read_results(_latest_file(folder)).whole_of(TunePlan)), None)
-    if plan is not None and plan.full and arguments.no_full:
+    if plan is not None and plan.full and options["no_full"]:
         raise UsageError(
-            "--no-full: the search to resume has full fine-tuning as a baseline; remove --no-full"
+            Given("no_full"),
+            "the search to resume has full fine-tuning as a baseline",
+            "remove $no_full",
         )
     return plan
 
@@ -263,7 +265,7 @@ def _extend(folder: Path, plan: TunePlan) -> None:
 def write_outputs(
     base: Path | str,
     folder: Path,
-    run: TrainRun,
+    run: TrainRun[TuneOptions],
     variant: Variant,
     uniform: Mapping[str, Any],
     choice: Tune,

@@ -25,7 +25,7 @@ from lora_diag.probes.sweep.verdict import Swept, swept_of
 from lora_diag.records import Probe, Results
 from lora_diag.running.progress import Progress, RunRecords
 from lora_diag.running.training_runs import TrainRun, Workers
-from lora_diag.tuning import planning, trials
+from lora_diag.tuning import TuneOptions, planning, trials
 from lora_diag.tuning.planning import COMPARED, Deadline, Omission, Target
 from lora_diag.tuning.record import Tune, TuneDecision, TunePlan, TuneTrial
 from lora_diag.tuning.trials import ADAPTER, Contest, Gap, RankChoice, TrialRun, Trials, Variant
@@ -99,7 +99,7 @@ class Tuner:
 
     base: Path | str
     folder: Path
-    run_: TrainRun
+    run_: TrainRun[TuneOptions]
     target: Target
     plan: TunePlan
     kept: RunRecords[Any]
@@ -391,7 +391,7 @@ class Tuner:
         time limit.
         """
         path, self._seen = self.folder / file, 0
-        shared = {name: self.run_.options[name] for name in SWEEP_OPTIONS}
+        shared = self.run_.settings(*SWEEP_OPTIONS)
         shared |= {"engine": self.run_.on, "on_progress": self._report_progress}
         options = {"steps": self.plan.steps, "widen": self.plan.widen, **options}
         self.deadline.stop_timing()
@@ -472,8 +472,9 @@ class Tuner:
         swept = swept_of(results)
         if swept is None or swept.verdict.best is None:
             raise InconclusiveError(
-                f"{self.folder}: no rank is trained with a finite loss; lower --lr, or give more "
-                "--time"
+                self.folder,
+                "no rank is trained with a finite loss",
+                "lower $lr, or give more $time",
             )
         self.trials.copy(results.whole_of(Probe), plan, self.target.total)
         return swept, trials.choose_rank(swept)

@@ -522,8 +522,9 @@ class Trials:
         for run, records in zip(todo, self._collect_results(todo), strict=True):
             if not run.is_written:
                 raise InputError(
-                    f"{run.folder}: the adapter that a worker wrote is not visible here; put -o on "
-                    "storage that all nodes share"
+                    run.folder,
+                    "the adapter that a worker wrote is not visible here",
+                    "put $output on storage that all nodes share",
                 )
             self.kept.put(*records)
 

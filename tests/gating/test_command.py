@@ -46,7 +46,7 @@ def test_each_error_kind_has_its_exit_code(run, results, policy, tmp_path):
         (2, ["--policy", "nope", "r.jsonl"], "adapter-basic"),
         (2, [name, "r.jsonl", "--base", "x"], "remove the results file"),
         (2, [name, "--tuned", "x"], "need --base"),
-        (2, [name, "r.jsonl", "--json", "--github"], "both write"),
+        (2, [name, "r.jsonl", "--json", "--github"], "--json"),
         (2, [name, "r.jsonl", "--ratchet"], "--baseline"),
         (3, [name, "absent.jsonl"], "absent.jsonl"),
         (3, [name, "cut.jsonl"], "not a results file"),

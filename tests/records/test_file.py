@@ -152,7 +152,7 @@ def test_text_after_torn_line_is_kept(path, tmp_path):
 
 def test_results_of_other_work_are_kept(results, path, models, caplog):
     kept = path.read_bytes()
-    with raises_naming(UsageError, path, "spectrum", "overwrite"):
+    with raises_naming(UsageError, path, "spectrum"):
         lora_diag.spectrum(models[0], models[0], output=path)
     with raises_naming(UsageError, path, "spectrum"):
         lora_diag.geometry(*models, output=path)

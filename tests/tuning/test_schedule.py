@@ -3,7 +3,6 @@ omissions named.
 """
 
 from itertools import pairwise
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -142,12 +141,10 @@ def test_more_time_restores_omitted_stages():
     """By hand: of a plan that gave up ranks, rates beyond the grid, full fine-tuning and half of
     the steps.
     """
-    run = SimpleNamespace(
-        options={"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False}
-    )
+    options = {"ranks": (), "rates": (1e-3, 1e-2), "seeds": 3, "widen": 1, "no_full": False}
     omitted = {"limit": 60.0, "full": False, "left_out": ("every second rank", "half of the steps")}
     plan = make_plan((1, 64), (1e-3, 1e-2), 50, widen=0).model_copy(update=omitted)
-    result = extend_plan(plan, run, 36_000.0, 1)
+    result = extend_plan(plan, options, 36_000.0, 1)
     assert (result.ranks, result.steps, result.full, result.widen, result.repeats) == (
         (1, 4, 16, 64),
         50,
@@ -156,10 +153,10 @@ def test_more_time_restores_omitted_stages():
         3,
     )
     assert (result.left_out, result.limit) == (("half of the steps",), 36_000)
-    run.options["no_full"] = True
-    assert not extend_plan(plan, run, 36_000.0, 1).full
+    options["no_full"] = True
+    assert not extend_plan(plan, options, 36_000.0, 1).full
     with raises_naming(UsageError, "without", "limit"):
-        extend_plan(plan.model_copy(update={"limit": None}), run, 36_000.0, 1)
+        extend_plan(plan.model_copy(update={"limit": None}), options, 36_000.0, 1)
 
 
 def test_help_names_ranks_of_small_budgets():

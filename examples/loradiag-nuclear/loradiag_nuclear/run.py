@@ -40,4 +40,4 @@ def nuclear(
         tuned: The checkpoint after, or an adapter.
         **options: ``LayerOptions``.
     """
-    return LayerRun("nuclear", options).pair(base, tuned, measure)
+    return LayerRun("nuclear", options, LayerOptions).pair(base, tuned, measure)

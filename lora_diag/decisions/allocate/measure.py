@@ -57,9 +57,10 @@ from lora_diag.decisions.allocate.record import (
     Certificate,
 )
 from lora_diag.decisions.allocate.record import Unit as BudgetUnit
-from lora_diag.decisions.targets import compile_pattern, why_no_target
+from lora_diag.decisions.targets import why_no_target
+from lora_diag.deltas import compile_pattern
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.metrics.energy import energy_curve
 from lora_diag.records import LeftOut, Results
 from lora_diag.records.names import depth_of
@@ -196,19 +197,23 @@ class Constraints:
             UsageError: They are invalid or contradict each other.
         """
         if self.min_rank < 0:
-            raise UsageError(f"--min-rank {self.min_rank}: must be 0 or more")
+            raise UsageError(Given("min_rank", self.min_rank), "must be 0 or more")
         if self.max_rank is not None and self.max_rank < 1:
-            raise UsageError(f"--max-rank {self.max_rank}: must be 1 or more")
+            raise UsageError(Given("max_rank", self.max_rank), "must be 1 or more")
         if self.max_rank is not None and self.max_rank < self.min_rank:
-            raise UsageError(f"--min-rank {self.min_rank} is above --max-rank {self.max_rank}")
+            raise UsageError(
+                Given("min_rank", self.min_rank), f"must not be above $max_rank {self.max_rank}"
+            )
         if self.ranks_from is not None:
             if not self.ranks_from or min(self.ranks_from) < 1:
-                raise UsageError("--allowed-ranks: ranks must be 1 or more, such as 8,16,32,64")
+                raise UsageError(
+                    Given("allowed_ranks"), "ranks must be 1 or more, such as 8,16,32,64"
+                )
             if not any(
                 self.min_rank <= rank <= (self.max_rank or rank) for rank in self.ranks_from
             ):
                 raise UsageError(
-                    "--allowed-ranks: none of its ranks lies between --min-rank and --max-rank"
+                    Given("allowed_ranks"), "none of its ranks lies between $min_rank and $max_rank"
                 )
 
 
@@ -339,12 +344,8 @@ def split_candidates(
         else:
             candidates.append(record)
     if not candidates:
-        requested = (
-            f"--layers {target.pattern}: matches" if target is not None else "the results hold"
-        )
-        raise UsageError(
-            f"{requested} no layer that could get an adapter; select layers with --layers"
-        )
+        subject = "the results" if target is None else Given("layers", target.pattern)
+        raise UsageError(subject, "no layer could get an adapter", "select others with $layers")
     return candidates, left_out
 
 
@@ -714,7 +715,7 @@ def allocate_one_rank(
             first_error = first_error or error
     if not allocated:
         raise first_error or UsageError(
-            "--portable: no rank lies between --min-rank and --max-rank"
+            Given("portable"), "no rank lies between $min_rank and $max_rank"
         )
     best = max(
         allocated, key=lambda at_rank: (at_rank.certificate.kept, -at_rank.certificate.spent)
@@ -739,13 +740,13 @@ class Budget:
         unit: Unit of the budget; ``energy`` is not a budget but a fraction that every layer has to
             keep.
         amount: Amount in this unit.
-        option: The option as given, for messages.
+        option: The option as given.
         bytes_per_param: Memory of one trainable parameter for a budget in bytes; 1 for others.
     """
 
     unit: BudgetUnit
     amount: float
-    option: str
+    option: Given
     bytes_per_param: float = 1.0
 
     def cost_of(self, unit: Unit) -> int:
@@ -823,7 +824,7 @@ def allocate(
         UsageError: The budget is too small for the heads, the constraints or any rank; no layer is
             a candidate or can get a rank; a pattern is not a valid regular expression.
     """
-    included, excluded = compile_pattern(target, "--layers"), compile_pattern(exclude, "--exclude")
+    included, excluded = compile_pattern(target, "layers"), compile_pattern(exclude, "exclude")
     saved = list_saved_tensors(records, left_out, included, excluded) if save_heads else []
     saved_names = {tensor.layer for tensor in saved}
     saved_params = sum(math.prod(tensor.shape) for tensor in saved)
@@ -851,9 +852,11 @@ def allocate(
     if reserved > budget.whole:
         heads = sorted({head_of(name) or "" for name in saved_names})
         raise UsageError(
-            f"{budget.option}: the heads {', '.join(heads)}, which are trained in full, take "
+            budget.option,
+            f"the heads {', '.join(heads)}, which are trained in full, take "
             f"{budget.describe(reserved)}, {budget.describe(reserved - budget.whole)} more than "
-            f"the budget; raise it, or exclude a head with --exclude {heads[0]}"
+            "the budget",
+            f"raise it, or leave out a head with $exclude {heads[0]}",
         )
     chosen, left = _choose_ranks(units, steps, all_steps, budget, fixed, reserved)
     if losses is not None:  # only the corners were considered
@@ -909,14 +912,14 @@ def _require_possible_rank(units: Sequence[Unit]) -> None:
         return
     changed = [member for unit in units for member in unit.members if member.fro > 0]
     if not changed:
-        raise UsageError("ΔW is zero in every candidate layer, so there is no energy to keep")
+        raise UsageError("no energy to keep", "ΔW is zero in every candidate layer")
     if not any(unit.energy for unit in units):
-        raise UsageError("every changed layer has weight 0, so there is no energy to keep")
+        raise UsageError("no energy to keep", "every changed layer has weight 0")
     if all(member.resolution.signal_rank == 0 for member in changed):
         raise UsageError(
-            "every update is below the rounding noise of the files, so there is only noise to keep"
+            "only noise to keep", "every update is below the rounding noise of the files"
         )
-    raise UsageError("every layer with energy is smaller than the smallest allowed rank")
+    raise UsageError("no rank", "every layer with energy is smaller than the smallest allowed rank")
 
 
 def _compute_sensitivity(unit: Unit, weights: Mapping[str, float] | None) -> float:
@@ -963,20 +966,21 @@ def _choose_ranks(
     budget_text = remaining if reserved else "the budget"
     if left < 0:
         raise UsageError(
-            f"{budget.option}: the smallest ranks allowed by --min-rank take "
-            f"{budget.describe(fixed)}, {budget.describe(-left)} more than {budget_text}; raise "
-            "it, lower --min-rank or select fewer layers with --layers"
+            budget.option,
+            f"the smallest ranks allowed by $min_rank take {budget.describe(fixed)}, "
+            f"{budget.describe(-left)} more than {budget_text}",
+            "raise it, lower $min_rank or select fewer layers with $layers",
         )
     if not fixed and not len(steps.gain):
         raise UsageError(
-            f"{budget.option}: no allowed rank lowers the expected loss; raise --max-rank"
+            budget.option, "no allowed rank lowers the expected loss", "raise $max_rank"
         )
     if not fixed and left < (minimum := int(steps.cost.min())):
         unit = units[int(steps.unit[np.argmin(steps.cost)])]
         raise UsageError(
-            f"{budget.option}: even the cheapest rank, one of {unit.name}, takes "
-            f"{budget.describe(minimum)}; "
-            f"give a budget of at least {budget.describe(budget.whole - left + minimum)}"
+            budget.option,
+            f"even the cheapest rank, one of {unit.name}, takes {budget.describe(minimum)}",
+            f"give a budget of at least {budget.describe(budget.whole - left + minimum)}",
         )
     return spend(steps, left), left
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from lora_diag.decisions.allocate.measure import head_of, task_type_of
 from lora_diag.decisions.allocate.record import Allocation
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.records import Results
 
 # Wrappers of a model that may be absent from its names; removed if the remaining name is
@@ -54,7 +54,7 @@ class Scaling:
             UsageError: The factor is not above 0 and finite.
         """
         if not 0 < self.factor < math.inf:
-            raise UsageError(f"--scaling {self.factor:g}: must be a number above 0")
+            raise UsageError(Given("scaling", self.factor), "must be a number above 0")
 
     def alpha(self, rank: int, default_rank: int) -> float:
         """Return lora_alpha for a layer, where most layers have rank ``default_rank``.
@@ -232,18 +232,20 @@ def compare_with_peft(
         )
         if name is None:
             raise InputError(
-                f"--check: the model has no module {path} that PEFT could adapt; check that it is "
-                "the model of the allocation"
+                Given("check"),
+                f"the model has no module {path} that PEFT could adapt",
+                "check that it is the model of the allocation",
             )
         rank_found, scaling_found = remaining.pop(name)
         factor = scaling.alpha(rank, default_rank) / (math.sqrt(rank) if scaling.rslora else rank)
         if rank_found != rank or not math.isclose(scaling_found, factor):
             raise InputError(
-                f"--check: PEFT gives {name} rank {rank_found}, scaling {scaling_found:g} instead "
-                f"of {rank}, {factor:g}"
+                Given("check"),
+                f"PEFT gives {name} rank {rank_found}, scaling {scaling_found:g} "
+                f"instead of {rank}, {factor:g}",
             )
     if remaining:
-        raise InputError(f"--check: PEFT also adapts {min(remaining)}, which has no rank")
+        raise InputError(Given("check"), f"PEFT also adapts {min(remaining)}, which has no rank")
 
 
 def module_of(layer: str) -> str:
@@ -277,10 +279,11 @@ def _group_ranks(results: Results[Allocation]) -> tuple[dict[str, int], dict[str
     ranked = [record for record in results if record.rank]
     if experts := [record.layer for record in ranked if _EXPERT.search(record.layer)]:
         raise InputError(
-            f"{len(experts)} matrices are experts that BASE stores one by one, such as "
-            f"{experts[0]}, to which PEFT cannot give ranks, because transformers 5 fuses them on "
-            "loading; exclude them with --exclude experts, measure a model that transformers 5 "
-            "saved fused, or write the allocation as .jsonl"
+            experts[0],
+            f"PEFT cannot give ranks to it and to {len(experts) - 1} other experts that BASE "
+            "stores one by one, because transformers 5 fuses them on loading",
+            "exclude them with $exclude experts, measure a model that transformers 5 saved fused, "
+            "or write the allocation as .jsonl",
         )
     modules = {
         module_of(record.layer): record.rank
@@ -293,7 +296,7 @@ def _group_ranks(results: Results[Allocation]) -> tuple[dict[str, int], dict[str
         if not record.layer.endswith(".weight")
     }
     if len(modules) + len(parameters) != len({record.group or record.layer for record in ranked}):
-        raise InputError("two layers have the same module name; select layers with --layers")
+        raise InputError("PEFT", "two layers have the same module name", "select one with $layers")
     return modules, parameters
 
 

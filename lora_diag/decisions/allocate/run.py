@@ -28,7 +28,7 @@ from lora_diag.decisions.allocate.record import UNFINISHED, Allocation, Policies
 from lora_diag.decisions.targets import Training, read_memory
 from lora_diag.decisions.trainers import PYTHON, YAML, format_settings
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.files import CONFIG, RESULTS, Kind, check_output, check_outputs, write_whole
 from lora_diag.metrics.energy import energy_curve, gavish_donoho, knee
 from lora_diag.probes.fisher.record import Fisher
@@ -62,16 +62,18 @@ class LayerWeights:
     losses: dict[str, tuple[float, ...]] | None = None
 
 
-def _require_finished(results: Results[Any], name: str) -> None:
-    """Refuse results of an interrupted run, called ``name`` in the message.
+def _require_finished(results: Results[Any], subject: Given | Path | str) -> None:
+    """Refuse results of an interrupted run, called ``subject`` in the message.
 
     Raises:
         InputError: The run did not finish.
     """
     if results.end is None:
         raise InputError(
-            f"{name}: the run did not finish, and missing layers would get no rank; finish it with "
-            f"loradiag {results.run.command} ... --resume, or accept it with --allow-unfinished"
+            subject,
+            "the run did not finish, and missing layers would get no rank",
+            f"finish it with loradiag {results.run.command} ... --resume, or accept it with "
+            "$allow_unfinished",
         )
 
 
@@ -92,25 +94,28 @@ def _read_tails(path: Path, spectra: Results[Spectrum], allow_unfinished: bool) 
     results = read_results(path)
     if results.run.command != "probe fisher":
         raise InputError(
-            f"--layer-weights {path}: holds results of loradiag {results.run.command}; give those "
-            "of probe fisher, or a JSON object of layer and factor"
+            Given("layer_weights", path),
+            f"holds results of loradiag {results.run.command}",
+            "give those of probe fisher, or a JSON object of layer and factor",
         )
     if not allow_unfinished:
-        _require_finished(results, f"--layer-weights {path}")
+        _require_finished(results, Given("layer_weights", path))
     records = {record.layer: record for record in results.whole_of(Fisher)}
     in_both = [record for record in spectra if record.layer in records]
     if not in_both:
         raise UsageError(
-            f"--layer-weights {path}: has no measurement of a layer of these spectra; measure both "
-            "on one BASE and TUNED"
+            Given("layer_weights", path),
+            "has no measurement of a layer of these spectra",
+            "measure both on one BASE and TUNED",
         )
     for record in in_both:
         fro = record.fro if record.weights_fro is None else record.weights_fro
         if abs(records[record.layer].fro - fro) > _SAME * fro:
             raise InputError(
-                f"--layer-weights {path}: ‖ΔW‖ of {record.layer} is "
-                f"{records[record.layer].fro:.4g}, but {fro:.4g} "
-                "in the spectra; measure both on the same update"
+                Given("layer_weights", path),
+                f"‖ΔW‖ of {record.layer} is {records[record.layer].fro:.4g}, but "
+                f"{fro:.4g} in the spectra",
+                "measure both on the same update",
             )
     missing = [
         r.layer for r in spectra if r.layer not in records and part_of(r.layer) == "matrices"
@@ -220,7 +225,8 @@ def allocate(
     energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
     if portable and energy is not None:
         raise UsageError(
-            "--portable: divides a budget over layers of one rank, and --energy gives each its own"
+            Given("portable"),
+            "divides a budget over layers of one rank, and $energy gives each its own",
         )
     budget = _make_budget(arguments)
     ranks_from = arguments["ranks_from"]
@@ -233,8 +239,9 @@ def allocate(
         layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
     if layer_weights.losses is not None and arguments["relative"]:
         raise UsageError(
-            "--relative: not available with --layer-weights of probe fisher, which uses no energy; "
-            "remove one of them"
+            Given("relative"),
+            "not available with $layer_weights of probe fisher, which uses no energy",
+            "remove one of them",
         )
 
     choose = partial(
@@ -255,8 +262,9 @@ def allocate(
         is not None
     ):
         raise UsageError(
-            f"--portable: {stack.group} is a stack of experts, which has no place in a portable "
-            "adapter; leave it out with --exclude"
+            Given("portable"),
+            f"{stack.group} is a stack of experts, which has no place in a portable adapter",
+            "leave it out with $exclude",
         )
     has_memory, metric = arguments["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
@@ -268,7 +276,7 @@ def allocate(
             *((layer_weights.described,) if layer_weights.described else ()),
         ),
         settings={
-            "budget": budget.option,
+            "budget": str(budget.option),
             "energy": energy,
             "min_rank": constraints.min_rank,
             "max_rank": constraints.max_rank,
@@ -327,9 +335,11 @@ def allocate_and_write(
         InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` cannot be read.
     """
     if output is None and format != "peft":
-        raise UsageError(f"--format {format}: give a file with -o")
+        raise UsageError(Given("format", format), "give a file with $output")
     if output is None and check is not None:
-        raise UsageError("--check: needs a PEFT config; write one with -o adapter_config.json")
+        raise UsageError(
+            Given("check"), "needs a PEFT config", "write one with $output adapter_config.json"
+        )
     if output is not None:
         weights = options.get("weights")
         inputs = (results, None if isinstance(weights, Mapping) else weights)
@@ -388,7 +398,8 @@ def write_allocation(
         return
     if rslora and results.run.settings.get("portable"):
         raise UsageError(
-            "--rslora: SGLang and llama.cpp do not read it, so the adapter would not be portable"
+            Given("rslora"),
+            "SGLang and llama.cpp do not read it, so the adapter would not be portable",
         )
     config = make_peft_config(results, Scaling(scaling, rslora))
     if check is not None:
@@ -413,15 +424,21 @@ def _find_kind(path: Path, check: Path | str | None, format: str) -> Kind:
     if format != "peft":
         kind, suffixes = (PYTHON, (".py",)) if format == "unsloth" else (YAML, (".yaml", ".yml"))
         if path.suffix not in suffixes:
-            raise UsageError(f"-o {path}: --format {format} writes a file named *{suffixes[0]}")
+            raise UsageError(
+                Given("output", path), f"$format {format} writes a file named *{suffixes[0]}"
+            )
         return kind
     if path.suffix not in {".json", ".jsonl"}:
         raise UsageError(
-            f"-o {path}: unknown suffix; use .json for a PEFT adapter_config, or .jsonl for records"
+            Given("output", path),
+            "unknown suffix",
+            "use .json for a PEFT adapter_config, or .jsonl for records",
         )
     if path.suffix == ".jsonl" and check is not None:
         raise UsageError(
-            f"--check: needs a PEFT config, but {path} gets records; name it adapter_config.json"
+            Given("check"),
+            f"needs a PEFT config, but {path} gets records",
+            "name it adapter_config.json",
         )
     return CONFIG if path.suffix == ".json" else RESULTS
 
@@ -436,29 +453,26 @@ def _make_budget(arguments: Mapping[str, Any]) -> Budget:
     """
     training = Training(arguments["optimizer"], arguments["dtype"])
     names = ("params", "total_rank", "memory_budget", "energy", "match")
-    flags = {name: f"--{name.replace('_', '-')}" for name in names}
     given = [name for name in names if arguments[name] is not None]
     if len(given) != 1:
-        problem = (
-            f"{len(given)} budgets ({', '.join(flags[name] for name in given)})"
-            if given
-            else "no budget"
-        )
-        raise UsageError(f"allocate: {problem}; give exactly one of {', '.join(flags.values())}")
+        budgets = ", ".join(f"${name}" for name in given)
+        problem = f"{len(given)} budgets ({budgets})" if given else "no budget"
+        names_of_budgets = ", ".join(f"${name}" for name in names)
+        raise UsageError("allocate", problem, f"give exactly one of {names_of_budgets}")
     name, amount = given[0], arguments[given[0]]
-    option = f"{flags[name]} {legible(str(amount))}"
+    option = Given(name, amount if isinstance(amount, int) else legible(str(amount)))
     if name == "total_rank" and amount < 1:
-        raise UsageError(f"{option}: must be 1 or more")
+        raise UsageError(option, "must be 1 or more")
     match name:
         case "total_rank":
             return Budget("total_rank", amount, option)
         case "memory_budget":
             return Budget("bytes", read_memory(amount), option, training.bytes_per_param)
         case "energy":
-            return Budget("energy", read_share(amount, "--energy"), option)
+            return Budget("energy", read_share(amount, "energy"), option)
     return Budget(
         "params",
-        _count_params(amount) if name == "match" else read_count(str(amount), "--params"),
+        _count_params(amount) if name == "match" else read_count(str(amount), "params"),
         option,
     )
 
@@ -474,8 +488,9 @@ def _count_params(path: Path | str) -> int:
         sizes = [size for size in weight.shape if size is not None]
         if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
             raise InputError(
-                f"{path}: {weight.layer} has no factors of known size; give --match an adapter "
-                "with factors"
+                path,
+                f"{weight.layer} has no factors of known size",
+                "give $match an adapter with factors",
             )
         total += weight.rank * sum(sizes)
     return total
@@ -532,12 +547,11 @@ def _read_weights(
     """
     if weights is None:
         return None
-    option, table = "--layer-weights", weights
-    if not isinstance(table, Mapping):
-        option, table = (
-            f"{option} {weights}",
-            read_object(Path(table), "file of weights", MAX_CONFIG_BYTES),
-        )
+    if isinstance(weights, Mapping):
+        option, table = Given("layer_weights"), weights
+    else:
+        option = Given("layer_weights", weights)
+        table = read_object(Path(weights), "file of weights", MAX_CONFIG_BYTES)
     for name, value in table.items():
         if (
             isinstance(value, bool)
@@ -545,20 +559,22 @@ def _read_weights(
             or not 0 <= value < float("inf")
         ):
             raise UsageError(
-                f"{option}: the weight of {name} must be a number from 0 up, not {value!r}"
+                option, f"the weight of {name} must be a number from 0 up, not {value!r}"
             )
     layers = {name: r.layer for r in spectra for name in (r.layer.removesuffix(".weight"), r.layer)}
     if unknown := [name for name in table if name not in layers and name != "default"]:
         raise UsageError(
-            f"{option}: {unknown[0]} is not a layer of these results; use names as in the results "
-            "file"
+            option,
+            f"{unknown[0]} is not a layer of these results",
+            "use names as in the results file",
         )
     by_layer = {layers[name]: float(value) for name, value in table.items() if name != "default"}
     if "default" in table:
         return dict.fromkeys(layers.values(), float(table["default"])) | by_layer
     if missing := set(layers.values()) - set(by_layer):
         raise UsageError(
-            f"{option}: {len(missing)} layers have no weight, such as {min(missing)}; "
-            'add them, or a weight for all others under "default"'
+            option,
+            f"{len(missing)} layers have no weight, such as {min(missing)}",
+            'add them, or a weight for all others under "default"',
         )
     return by_layer

@@ -26,7 +26,7 @@ from lora_diag.decisions.allocate.record import Allocation
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.layers.change import (
     PARTS,
     PRODUCT_OVERFLOW,
@@ -49,7 +49,7 @@ from lora_diag.records import LeftOut, Results, is_results_file
 from lora_diag.records.vocabulary import Hidden
 from lora_diag.running.amounts import read_count, read_share
 
-RANK_OPTIONS = "--rank R, --energy FRACTION, --params N, --allocation FILE or --signal"
+RANK_OPTIONS = "$rank R, $energy FRACTION, $params N, $allocation FILE or $signal"
 
 
 def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
@@ -70,13 +70,13 @@ def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
         if arguments[name] is not None and arguments[name] is not False
     }
     if len(given) != 1:
-        raise UsageError(f"extract: ranks need exactly one option; give {RANK_OPTIONS}")
+        raise UsageError("extract", "ranks need exactly one option", f"give {RANK_OPTIONS}")
     ((name, value),) = given.items()
     if name == "rank" and value < 1:
-        raise UsageError(f"--rank {value}: must be a whole number from 1 up")
+        raise UsageError(Given("rank", value), "must be a whole number from 1 up")
     if name == "energy":
-        read_share(value, "--energy")
-    return name, read_count(str(value), "--params") if name == "params" else value
+        read_share(value, "energy")
+    return name, read_count(str(value), "params") if name == "params" else value
 
 
 def choose_rank_rules(
@@ -97,7 +97,7 @@ def choose_rank_rules(
         reachable = tuple(
             record.before_rounding() for record in measure_spectra() if record.layer in targets
         )
-        budget = Budget("params", value, f"--params {value}")
+        budget = Budget("params", value, Given("params", value))
         # Heads are layers here: tensors without factors are lost, unless --unfactored save keeps
         # them.
         ranks = {
@@ -122,9 +122,10 @@ def _read_ranks(path: Path, targets: Mapping[str, Target]) -> dict[str, int]:
     ranks = {record.layer: record.rank for record in read_results_of(Allocation, path)}
     if unknown := sorted(layer for layer, rank in ranks.items() if rank and layer not in targets):
         raise InputError(
-            f"{path}: gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but "
-            f"layers have names like {next(iter(targets), '(none)')}; use ranks of the same pair, "
-            "with the same --layers and --exclude"
+            path,
+            f"gives ranks to {len(unknown)} unknown layers, such as {unknown[0]}, but "
+            f"layers have names like {next(iter(targets), '(none)')}",
+            "use ranks of the same pair, with the same $layers and $exclude",
         )
     return ranks
 
@@ -280,11 +281,11 @@ def _extract(
     b, a = store(*(part.to(dtype=getattr(torch, settings.dtype)).cpu() for part in parts))
     if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
         fix = (
-            "exclude it with --exclude"
+            "exclude it with $exclude"
             if settings.dtype == "float32"
-            else "use --adapter-dtype float32"
+            else "use $adapter_dtype float32"
         )
-        raise InputError(f"{layer.layer}: {settings.dtype} cannot hold its factors; {fix}")
+        raise InputError(layer.layer, f"{settings.dtype} cannot hold its factors", fix)
     if layer.transposed:
         b, a = a.T, b.T
     return Extraction(

@@ -32,7 +32,7 @@ from lora_diag.decisions.extract.tensor_plan import TensorPlan, plan_tensors
 from lora_diag.deltas import Delta, FactoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.run import spectrum
-from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.linalg.methods import check_request
 from lora_diag.probes.sweep.verdict import swept_rate
@@ -40,7 +40,13 @@ from lora_diag.records import LeftOut, Results
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import NEEDS_ACTIVATIONS, refuse_without_rounding, second_moments
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
+from lora_diag.running.options import (
+    FolderOptions,
+    LayerOptions,
+    fill_options,
+    select_options,
+    show_options,
+)
 from lora_diag.running.output_folder import ADAPTER_FILES, FACTORS, OutputFolder, list_words
 
 RECORDS = "extraction.jsonl"
@@ -130,40 +136,36 @@ def extract(
     Reference: Eckart and Young 1936, "The approximation of one matrix by another of lower rank",
     Psychometrika 1.
     """
-    arguments = fill_options(ExtractOptions, options)
-    activations, kfac, sweep, base_name = (
-        arguments[n] for n in ("activations", "kfac", "sweep", "base_name")
-    )
-    split, dtype, unfactored, portable = (
-        arguments[name] for name in ("split", "dtype", "rest", "portable")
-    )
-    form, recover, match_norm = (arguments[name] for name in ("format", "recover", "match_norm"))
+    options = fill_options(ExtractOptions, options)
+    activations, kfac, sweep = options["activations"], options["kfac"], options["sweep"]
+    form, unfactored = options["format"], options["rest"]
+    recover, match_norm = options["recover"], options["match_norm"]
     base, tuned = as_path(base), as_path(tuned)
-    folder = ExtractionFolder(
-        Path(output), (base, tuned), arguments["overwrite"], arguments["resume"]
-    )
-    rank_name, rank_value = read_rank_option(arguments)
+    folder = ExtractionFolder(Path(output), (base, tuned), options["overwrite"], options["resume"])
+    rank_name, rank_value = read_rank_option(options)
     rank_words = [f"--{rank_name}", *([] if rank_value is True else [str(rank_value)])]
     if recover and activations is not None:
         raise UsageError(
-            "--recover: factors an update in the weights' metric; remove --activations"
+            Given("recover"), "factors an update in the weights' metric", "remove $activations"
         )
     if match_norm and activations is not None:
         raise UsageError(
-            "--match-norm: matches the norm of the weights; remove it or --activations"
+            Given("match_norm"), "matches the norm of the weights", "remove it or $activations"
         )
     if kfac and activations is None:
-        raise UsageError(NEEDS_ACTIVATIONS)
+        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
     rate = None if sweep is None else swept_rate(sweep)
-    if (portable or form != PEFT) and unfactored == "save":
-        kind = "a portable adapter" if portable else f"an adapter in {form}"
+    portable = options["portable"] or form != PEFT
+    if portable and unfactored == "save":
+        kind = "a portable adapter" if options["portable"] else f"an adapter in {form}"
         raise UsageError(
-            f"--unfactored save: {kind} cannot store weights in full; remove one of the two"
+            Given("unfactored", "save"),
+            f"{kind} cannot store weights in full",
+            "remove one of the two",
         )
-    portable = portable or form != PEFT
-    common = {name: arguments[name] for name in list_options(FolderOptions)}
-    run = LayerRun("extract", {**common, "output": folder.records})
-    check_request(run.options["method"], 1, run.options["tol"])
+    common = select_options(FolderOptions, options)
+    run = LayerRun("extract", {**common, "output": folder.records}, LayerOptions)
+    check_request(options["method"], 1, options["tol"])
     compared = run.compare(base, tuned)
     if recover:
         refuse_without_rounding(compared)
@@ -176,7 +178,9 @@ def extract(
     def measure_spectra() -> Results[Spectrum]:
         folder.open()
         shared: dict[str, Any] = {
-            name: common[name] for name in common if name not in {"method", "tol", "on_record"}
+            name: value
+            for name, value in common.items()
+            if name not in {"method", "tol", "on_record"}
         }
         shared |= {"output": folder.spectra, "resume": folder.spectra.exists()}
         return spectrum(base, tuned, activations=activations, kfac=kfac, recover=recover, **shared)
@@ -190,9 +194,8 @@ def extract(
     except UsageError as error:
         if not folder.spectra.exists():
             raise
-        raise UsageError(
-            f"{error}; the spectra are kept in {folder.work}: use --resume with another budget"
-        ) from error
+        kept = f"the spectra are kept in {folder.work}: use $resume with another budget"
+        raise UsageError(*error.args, kept) from error
     tasks = [
         Layer(
             _drop_base(delta),
@@ -217,7 +220,7 @@ def extract(
         if not results.layers:
             folder.discard()
             raise _make_no_factors_error(tuned, results)
-        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole:
             metadata = {"loradiag.match_norm": "B·A = (‖ΔW‖/‖ΔW_r‖)·ΔW_r"} if match_norm else None
             write_in_format(planned, folder, results, results.left_out, files, name, form, metadata)
@@ -237,7 +240,11 @@ def extract(
         partial(_extract_layer, files=files),
         estimate_bytes,
         run.settings(
-            ExtractionSettings, dtype=dtype, split=split, recover=recover, match_norm=match_norm
+            ExtractionSettings,
+            dtype=options["dtype"],
+            split=options["split"],
+            recover=recover,
+            match_norm=match_norm,
         ),
         planned.measure_left_out,
         (
@@ -247,8 +254,8 @@ def extract(
         ),
         {
             "ranks": " ".join(rank_words),
-            "split": split,
-            "dtype": dtype,
+            "split": options["split"],
+            "dtype": options["dtype"],
             "rest": unfactored,
             **({"portable": True} if portable else {}),
             **({"format": form} if form != PEFT else {}),

@@ -231,7 +231,8 @@ def _refuse_repeated(tuned: Path, targets: Mapping[str, Target]) -> None:
         earlier = first.setdefault((target.module, target.expert, target.half), layer)
         if earlier != layer:
             raise InputError(
-                f"{tuned}: {earlier} and {layer} change one weight of BASE, as layer_replication "
-                "does, and no adapter of BASE holds both; use this adapter unchanged, or exclude "
-                "one of them with --exclude"
+                tuned,
+                f"{earlier} and {layer} change one weight of BASE, as layer_replication "
+                "does, and no adapter of BASE holds both",
+                "use this adapter unchanged, or exclude one of them with $exclude",
             )

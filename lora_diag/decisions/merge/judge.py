@@ -26,7 +26,7 @@ from lora_diag.decisions.merge import JudgeOptions, Method
 from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, write_merge
 from lora_diag.decisions.merge.record import MergedLoss
 from lora_diag.deltas import Delta, FactoredDelta, Side, StoredDelta
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.swapping import FULL, Swapped
@@ -94,8 +94,9 @@ def read_tasks(texts: Sequence[Path | str], names: Sequence[str]) -> list[tuple[
         else:
             unknown = text.partition("=")[0]
             raise UsageError(
-                f"--eval {text}: {unknown} names no update; use one of {', '.join(names)}, or FILE "
-                "alone"
+                Given("eval", text),
+                f"{unknown} names no update",
+                f"use one of {', '.join(names)}, or FILE alone",
             )
     return tasks
 
@@ -177,8 +178,8 @@ class MergeJudge:
             problem = (
                 f"has {quantity(len(few.sequences), 'sequence')}, and half of them choose the merge"
             )
-            fix = f"give at least {MIN_SEQUENCES}, or one --method and --scale"
-            raise UsageError(f"--eval {few.path}: {problem}; {fix}")
+            fix = f"give at least {MIN_SEQUENCES}, or one $method and $scale"
+            raise UsageError(Given("eval", few.path), problem, fix)
         run.watch.total = (count + 1) * run.batches(self._texts)
         run.watch.total += run.batches(
             [text_set for text_set in self._texts if self._task[text_set.name] is not None]
@@ -195,8 +196,9 @@ class MergeJudge:
         ):
             if bad := next((name for name, own in found.items() if not own.is_finite), None):
                 raise InputError(
-                    f"{who}: its loss on {bad} is not finite; check the weights, or use --dtype "
-                    "float32"
+                    who,
+                    f"its loss on {bad} is not finite",
+                    "check the weights, or use $dtype float32",
                 )
         exact = all((settings.dtype or side.dtype) == "float32" for side in sides.values())
         for candidate in candidates:
@@ -302,8 +304,7 @@ class MergeJudge:
                 )
         if not cost:
             raise InputError(
-                f"{self._base}: no merge has a finite loss; check the weights, or use --dtype "
-                "float32"
+                self._base, "no merge has a finite loss", "check the weights, or use $dtype float32"
             )
         best = min(cost, key=cost.__getitem__)
         for model, own in losses.items():

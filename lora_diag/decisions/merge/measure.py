@@ -186,7 +186,7 @@ def _write_merge(
     if settings.memory is not None and (METHODS[settings.method].entrywise or not task.factored):
         description = "its updates and their merge take"
         require_memory(
-            estimate_bytes(task, settings), settings.memory, task.shape, description, "--exclude it"
+            estimate_bytes(task, settings), settings.memory, task.shape, description, "$exclude it"
         )
     changed: list[tuple[Update, Matrix, float]] = []
     for update in task.updates:
@@ -433,8 +433,9 @@ def _check_finite(task: MergeTask, dtype: str, *tensors: Tensor) -> None:
     """
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise InputError(
-            f"{task.layer}: {dtype} cannot hold its merge; give --output-dtype float32, or "
-            "--exclude it"
+            task.layer,
+            f"{dtype} cannot hold its merge",
+            "give $output_dtype float32, or $exclude it",
         )
 
 

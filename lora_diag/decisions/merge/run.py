@@ -33,7 +33,7 @@ from lora_diag.decisions.merge.measure import MergeSettings, MergeTask, estimate
 from lora_diag.decisions.merge.record import Merged, MergedLoss, select_layers
 from lora_diag.decisions.merge.show import merge_card
 from lora_diag.deltas import Pairing, Side, natural_order
-from lora_diag.errors import InputError, LoradiagError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, LoradiagError, NothingComparedError, UsageError
 from lora_diag.records import Results, RunInput
 from lora_diag.rendering.statements import short_paths
 from lora_diag.running.amounts import read_share
@@ -122,14 +122,14 @@ def merge(
         >>> [(record.rank, round(record.weight, 3)) for record in found]
         [(20, 0.5), (20, 0.5)]
     """
-    arguments = fill_options(MergeOptions, options)
+    options = fill_options(MergeOptions, options)
     if not updates:
         raise UsageError("merge: no update; give BASE, then adapters or fine-tunes of it")
-    full, form, portable = (arguments[name] for name in ("full", "format", "portable"))
-    candidates = list_candidates(arguments, len(updates))
+    full, form, portable = options["full"], options["format"], options["portable"]
+    candidates = list_candidates(options, len(updates))
     base, paths = as_path(base), [as_path(path) for path in updates]
     refuse_repeated(paths, base)
-    folder = MergeFolder(Path(output), (base, *paths), arguments["overwrite"], arguments["resume"])
+    folder = MergeFolder(Path(output), (base, *paths), options["overwrite"], options["resume"])
     run = LayerRun(
         "merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions
     )
@@ -144,7 +144,7 @@ def merge(
         tuple(sorted(deltas.values(), key=lambda delta: natural_order(delta.layer))),
         skipped.unpaired,
     )
-    sides = _find_sides(pairing, base) if full or arguments["evaluate"] else {}
+    sides = _find_sides(pairing, base) if full or options["evaluate"] else {}
     planned = None
     if full:
         tasks = [
@@ -162,26 +162,26 @@ def merge(
             MergeTask(item.layer, item.shape, item.updates, transposed=turned)
             for item, turned in kept
         ]
-    candidates = _select_writable(candidates, tasks, arguments)
+    candidates = _select_writable(candidates, tasks, options)
     run.layout(tasks)  # raises an error on the memory limit before the folder is created
     settings = run.settings(
         MergeSettings,
         count=len(paths),
-        **{name: arguments[name] for name in ("scale", "rank", "energy")},
-        dtype=arguments["output_dtype"] or (None if full else "float32"),
+        scale=options["scale"],
+        rank=options["rank"],
+        energy=options["energy"],
+        dtype=options["output_dtype"] or (None if full else "float32"),
     )
     method, judge, losses = candidates[0].method.name, None, list[MergedLoss]()
-    if arguments["evaluate"]:
-        judge = MergeJudge(
-            arguments, base, compared, short_paths([legible(path) for path in paths])
-        )
+    if options["evaluate"]:
+        judge = MergeJudge(options, base, compared, short_paths([legible(path) for path in paths]))
         if (
             folder.whole
         ):  # what was chosen; settings that do not fit it are refused as of any resumed run
             written = read_results(folder.records).run.settings
             method, scale = (
                 written["method"],
-                written["scale"] if arguments["scales"] else settings.scale,
+                written["scale"] if options["scales"] else settings.scale,
             )
         else:
             losses = judge.judge(candidates, tasks, sides, settings, folder.final)
@@ -197,7 +197,10 @@ def merge(
     own = {
         "method": chosen.method.name,
         "scale": settings.scale,
-        **{name: arguments[name] for name in ("rank", "energy", "full", "output_dtype")},
+        "rank": options["rank"],
+        "energy": options["energy"],
+        "full": full,
+        "output_dtype": options["output_dtype"],
         "weights": list(chosen.weights),
         "density": chosen.density,
         **({"portable": True} if portable else {}),
@@ -210,8 +213,8 @@ def merge(
         if not any(record.rank or (full and record.merged_fro) for record in layers):
             folder.discard()
             raise _make_nothing_error(results)
-        name = arguments["base_name"] or loadable(legible(base.parent if base.is_file() else base))
-        metadata = {RECIPE: _write_recipe(results, own, arguments["seed"])}
+        name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
+        metadata = {RECIPE: _write_recipe(results, own, options["seed"])}
         if not folder.whole and planned is not None:
             write_in_format(planned, folder, layers, results.left_out, files, name, form, metadata)
         elif not folder.whole:
@@ -219,7 +222,7 @@ def merge(
             replaced = [
                 Replacement(side.name, side.offset, r.shape, files[r.layer]) for side, r in parts
             ]
-            write_changed(folder.work, opened, replaced, arguments["output_dtype"], metadata)
+            write_changed(folder.work, opened, replaced, options["output_dtype"], metadata)
         typed = list_words(
             MergeOptions, results.run, *list_options(JudgeOptions)
         )  # what they chose is in the others
@@ -244,32 +247,34 @@ def merge(
     )
 
 
-def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]:
+def list_candidates(options: MergeOptions, count: int) -> list[Candidate]:
     """Return the merges that the options request: one, or with ``all`` one per method.
 
     Args:
-        arguments: All options of ``merge``.
+        options: All options of ``merge``.
         count: K.
 
     Raises:
         UsageError: An option is out of range or does not apply, or merges are compared without an
             evaluation set.
     """
-    name, density = arguments["method"], arguments["density"]
+    name, density = options["method"], options["density"]
     if count == 1 and (name == ALL or not METHODS[name].linear):
         raise UsageError(
-            f"--method {name}: merges several updates; give two or more, or --scale alone for one"
+            Given("method", name),
+            "merges several updates",
+            "give two or more, or $scale alone for one",
         )
-    _check_numbers(arguments)
+    _check_numbers(options)
     methods = METHODS.values() if name == ALL else [METHODS[name]]
     if density is not None and all(method.density is None for method in methods):
         raise UsageError(
-            f"--density: {name} keeps every entry; remove it, or use a method that trims"
+            Given("density"), f"{name} keeps every entry", "remove it, or use a method that trims"
         )
     return [
         Candidate(
             method,
-            _choose_weights(method, arguments["weights"], count),
+            _choose_weights(method, options["weights"], count),
             method.density if density is None or method.density is None else density,
         )
         for method in methods
@@ -277,39 +282,47 @@ def list_candidates(arguments: Mapping[str, Any], count: int) -> list[Candidate]
 
 
 def _select_writable(
-    candidates: Sequence[Candidate], tasks: Sequence[MergeTask], arguments: Mapping[str, Any]
+    candidates: Sequence[Candidate], tasks: Sequence[MergeTask], options: MergeOptions
 ) -> list[Candidate]:
     """Return the candidates that can be written as requested; a single one must be.
 
     Raises:
         UsageError: None can, for want of factors.
     """
-    problems = [_explain_unwritable(tasks, candidate.method, arguments) for candidate in candidates]
-    if all(problems):
-        raise UsageError(problems[-1])
-    return [
-        candidate for candidate, problem in zip(candidates, problems, strict=True) if not problem
-    ]
+    writable = []
+    for candidate in candidates:
+        error = _find_unwritable(tasks, candidate.method, options)
+        if error is None:
+            writable.append(candidate)
+    if error is not None and not writable:
+        raise error
+    return writable
 
 
-def _explain_unwritable(
-    tasks: Sequence[MergeTask], method: Method, arguments: Mapping[str, Any]
-) -> str:
-    """Return why a method needs factors that an update lacks, or its merge has none and no rank is
-    requested.
+def _find_unwritable(
+    tasks: Sequence[MergeTask], method: Method, options: MergeOptions
+) -> UsageError | None:
+    """Return the error of a method that needs factors that an update lacks, or whose merge has none
+    and no rank is requested; None if there is none.
     """
-    limited = arguments["full"] or arguments["rank"] or arguments["energy"]
+    limited = options["full"] or options["rank"] or options["energy"]
     for task in tasks:
         dense = task.is_matrix and not task.factored
         if dense and method.needs_factors:
-            fix = "use knots_ties or ties, or --exclude it"
-            return f"--method {method.name}: {task.layer} has an update without factors; {fix}"
+            return UsageError(
+                Given("method", method.name),
+                f"{task.layer} has an update without factors",
+                "use knots_ties or ties, or $exclude it",
+            )
         if (dense or method.entrywise) and not limited:
             dense_layer = f"{task.layer} is not given by factors"
             why = f"{method.name} merges single entries" if method.entrywise else dense_layer
-            fix = "give --rank R, --energy FRACTION or --checkpoint"
-            return f"merge: {why}, so that the merge has full rank; {fix}"
-    return ""
+            return UsageError(
+                "merge",
+                f"{why}, so that the merge has full rank",
+                "give $rank R, $energy FRACTION or $checkpoint",
+            )
+    return None
 
 
 def _choose_weights(
@@ -325,57 +338,54 @@ def _choose_weights(
     weights = tuple(map(float, requested))
     if len(weights) != count:
         raise UsageError(
-            f"--weights: {len(weights)} weights for {count} updates; give one for each, in their "
-            "order"
+            Given("weights"),
+            f"{len(weights)} weights for {count} updates",
+            "give one for each, in their order",
         )
     if not all(map(math.isfinite, weights)) or not any(weights):
-        raise UsageError("--weights: must be finite, and not all 0")
+        raise UsageError(Given("weights"), "must be finite, and not all 0")
     if method.name != "sum" and min(weights) <= 0:
         raise UsageError(
-            f"--weights: must be positive for {method.name}; --method sum also subtracts updates"
+            Given("weights"),
+            f"must be positive for {method.name}",
+            "$method sum also subtracts updates",
         )
     return tuple(weight / sum(weights) for weight in weights) if method.name == "mean" else weights
 
 
-def _check_numbers(arguments: Mapping[str, Any]) -> None:
+def _check_numbers(options: MergeOptions) -> None:
     """Check the numbers among the options, and which are given together.
 
     Raises:
         UsageError: A number is out of range, or an option does not apply.
     """
-    rank, energy, density, full = (
-        arguments[name] for name in ("rank", "energy", "density", "full")
-    )
-    scales = [arguments["scale"], *arguments["scales"]]
-    bad_scale = next((scale for scale in scales if not math.isfinite(scale) or scale == 0), None)
-    compared = (
-        "--method all" if arguments["method"] == ALL else "--scales" if arguments["scales"] else ""
-    )
-    of_adapters = {"--rank": rank, "--energy": energy, "--portable": arguments["portable"]}
-    of_adapters["--format"] = arguments["format"] != PEFT
-    given = next((option for option, value in of_adapters.items() if value), "")
-    text = "give --eval NAME=FILE, held-out text of each task"
-    for is_wrong, problem in (
-        (
-            rank is not None and energy is not None,
-            "merge: give one of --rank R and --energy FRACTION",
-        ),
-        (rank is not None and rank < 1, f"--rank {rank}: must be a whole number from 1 up"),
-        (bad_scale is not None, f"--scale {bad_scale}: must be finite and not 0"),
-        (
-            density is not None and not 0 < density <= 1,
-            f"--density {density}: must be above 0 and at most 1",
-        ),
-        (full and given, f"{given}: applies to adapters; remove it, or --checkpoint"),
-        (
-            compared and not arguments["evaluate"],
-            f"{compared}: compares merges by their loss; {text}",
-        ),
-    ):
-        if is_wrong:
-            raise UsageError(problem)
+    rank, energy, density = options["rank"], options["energy"], options["density"]
+    if rank is not None and energy is not None:
+        raise UsageError("merge", "give one of $rank R and $energy FRACTION")
+    if rank is not None and rank < 1:
+        raise UsageError(Given("rank", rank), "must be a whole number from 1 up")
+    for scale in (options["scale"], *options["scales"]):
+        if not math.isfinite(scale) or scale == 0:
+            raise UsageError(Given("scale", scale), "must be finite and not 0")
+    if density is not None and not 0 < density <= 1:
+        raise UsageError(Given("density", density), "must be above 0 and at most 1")
+    of_adapters = {
+        "rank": rank,
+        "energy": energy,
+        "portable": options["portable"],
+        "format": options["format"] != PEFT,
+    }
+    for option, value in of_adapters.items():
+        if options["full"] and value:
+            raise UsageError(Given(option), "applies to adapters", "remove it, or $checkpoint")
+    if not options["evaluate"] and (options["method"] == ALL or options["scales"]):
+        raise UsageError(
+            Given("method", ALL) if options["method"] == ALL else Given("scales"),
+            "compares merges by their loss",
+            "give $eval NAME=FILE, held-out text of each task",
+        )
     if energy is not None:
-        read_share(energy, "--energy")
+        read_share(energy, "energy")
 
 
 def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
@@ -389,10 +399,10 @@ def _find_sides(pairing: Pairing, base: Path | Any) -> dict[str, Side]:
     for layer, side in ((delta.layer, delta.base) for delta in pairing.deltas):
         if side is None:
             problem = f"{layer}: BASE stores it as other than plain numbers"
-            raise InputError(f"{base}: {problem}; write an adapter, or --exclude it")
+            raise InputError(base, problem, "write an adapter, or $exclude it")
         if (earlier := layers.setdefault((side.name, side.offset), layer)) != layer:
             problem = f"{earlier} and {layer} change one weight of BASE"
-            raise InputError(f"{base}: {problem}; exclude one of them with --exclude")
+            raise InputError(base, problem, "exclude one of them with $exclude")
         sides[layer] = side
     return sides
 
@@ -439,17 +449,20 @@ def _make_nothing_error(results: Results[Merged]) -> LoradiagError:
         )
     density = results.run.settings["density"]
     if results.layers and density is not None and density < 1:
-        problem = f"--density {density:g}: keeps no entry of any update"
         return NothingComparedError(
-            f"{problem}, so that the merge is BASE itself and nothing was written; keep more"
+            Given("density", density),
+            "keeps no entry of any update, so that the merge is BASE itself and nothing was "
+            "written",
+            "keep more",
         )
     if results.layers:
         return NothingComparedError(
-            "merge: the updates cancel in every layer, so that the merge is BASE itself and "
-            "nothing was written; "
-            "check --weights, and that an update is not the negative of another"
+            "merge",
+            "the updates cancel in every layer, so that the merge is BASE itself and "
+            "nothing was written",
+            "check $weights, and that an update is not the negative of another",
         )
     why = "every update is zero, or PEFT has no place for its factors"
     return NothingComparedError(
-        f"merge: {why}, so nothing was written; --checkpoint merges all weights"
+        "merge", f"{why}, so nothing was written", "$checkpoint merges all weights"
     )

@@ -47,12 +47,11 @@ from lora_diag.decisions.targets import (
     BYTES,
     STATE,
     Training,
-    compile_pattern,
     read_memory,
     why_no_target,
 )
-from lora_diag.deltas import EXPERTS, natural_order
-from lora_diag.errors import UsageError
+from lora_diag.deltas import EXPERTS, compile_pattern, natural_order
+from lora_diag.errors import Given, UsageError
 from lora_diag.records.names import depth_of, module_type_of, part_of, type_order
 from lora_diag.running.amounts import read_count
 from lora_diag.running.fingerprint import legible
@@ -287,31 +286,28 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
     ranks, dtype = sorted(set(arguments["ranks"])), arguments["dtype"]
     training = Training(arguments["optimizer"], dtype)
     if params is not None and memory is not None:
-        raise UsageError("--memory-budget: cannot be combined with --params; give one of them")
+        raise UsageError(
+            Given("memory_budget"), "cannot be combined with $params", "give one of them"
+        )
     if arguments["data"] is not None and arguments["tokens"] is not None:
-        raise UsageError("--tokens: cannot be combined with --data; give one of them")
+        raise UsageError(Given("tokens"), "cannot be combined with $data", "give one of them")
     if not ranks or ranks[0] < 1:
         raise UsageError(
-            f"--ranks {','.join(map(str, arguments['ranks']))}: ranks must be whole numbers from 1 "
-            "up"
+            Given("ranks", arguments["ranks"]), "ranks must be whole numbers from 1 up"
         )
-    included, excluded = (
-        compile_pattern(target, "--layers"),
-        compile_pattern(arguments["exclude"], "--exclude"),
-    )
+    included = compile_pattern(target, "layers")
+    excluded = compile_pattern(arguments["exclude"], "exclude")
     model = open_headers(base)
     infos = [model[name] for name in sorted(model, key=natural_order)]
     matrices = [make_matrix(info.name, info.shape) for info in infos if len(info.shape) > 1]
     chosen = [matrix for matrix in matrices if not why_no_target(matrix.name, included, excluded)]
     if not chosen:
-        requested = f"--layers {target}" if target is not None else "the model"
-        raise UsageError(
-            f"{requested}: no matrix is selected for LoRA; check --layers and --exclude"
-        )
+        subject = "the model" if target is None else Given("layers", target)
+        raise UsageError(subject, "no matrix is selected for LoRA", "check $layers and $exclude")
     fit = None
     if params is not None:
         fit = fit_ranks(
-            chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "--params")
+            chosen, ranks, f"--params {legible(str(params))}", read_count(str(params), "params")
         )
     elif memory is not None:
         requested = (
@@ -353,7 +349,7 @@ def _estimate_capacity(
     data or tokens.
     """
     if arguments["tokens"] is not None:
-        tokens = read_count(str(arguments["tokens"]), "--tokens")
+        tokens = read_count(str(arguments["tokens"]), "tokens")
         return PlanCapacity(
             data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens)
         )
@@ -393,7 +389,7 @@ def _estimate_costs(
     from lora_diag.decisions.plan.cost import estimate_costs
 
     if top < 1:
-        raise UsageError(f"--top {top}: must be at least 1")
+        raise UsageError(Given("top", top), "must be at least 1")
     stored = (
         [part for matrix in matrices for part in split_experts(matrix)]
         if model.kind == DERIVED

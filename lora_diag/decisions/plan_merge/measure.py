@@ -42,7 +42,7 @@ from lora_diag.checkpoints import Checkpoint
 from lora_diag.decisions.plan_merge import PlanMergeOptions
 from lora_diag.decisions.plan_merge.record import FormatEffect, PlannedMerge, conclude
 from lora_diag.deltas import BLOCK_ENTRIES, EXPERTS, Delta, DenseDelta, Side
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.layers.change import load_addend
 from lora_diag.layers.task import LayerTask, leave_out
 from lora_diag.linalg.difference import first_non_finite
@@ -232,7 +232,7 @@ def measure(task: MergeTask, settings: PlanSettings) -> tuple[PlannedMerge | Lef
             settings.memory,
             delta.shape,
             "its update, computed in full, takes",
-            "--exclude it",
+            "$exclude it",
         )
     layer = _Layer(task, settings.target, delta.base)
     if problem := layer.scan():
@@ -441,9 +441,12 @@ def plan_merge(
     """
     engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:
-        raise UsageError("--gpus-per-task: plan-merge runs on CPUs only; remove the option")
+        raise UsageError(
+            Given("gpus_per_task"), "plan-merge runs on CPUs only", "remove the option"
+        )
     run = LayerRun("plan-merge", options, PlanMergeOptions)
-    target = _make_target(*(run.options[name] for name in ("to", "group_size", "scale")))
+    options = run.options
+    target = _make_target(options["to"], options["group_size"], options["scale"])
     refused = (
         Checkpoint,
         "not an adapter; the order is: loradiag plan-merge BASE ADAPTER --to FORMAT",
@@ -470,11 +473,11 @@ def _make_target(to: str, group_size: int | None, scale: str | None) -> Target:
         UsageError: An option does not apply to the format, or a group has no inputs.
     """
     if group_size is not None and to != "int4":
-        raise UsageError(f"--group-size: applies to int4 only; remove it with --to {to}")
+        raise UsageError(Given("group_size"), "applies to int4 only", f"remove it with $to {to}")
     if scale is not None and to != "fp8":
-        raise UsageError(f"--scale: applies to fp8 only; remove it with --to {to}")
+        raise UsageError(Given("scale"), "applies to fp8 only", f"remove it with $to {to}")
     if group_size is not None and group_size < 1:
-        raise UsageError(f"--group-size {group_size}: must be a positive integer")
+        raise UsageError(Given("group_size", group_size), "must be a positive integer")
     return Target(to, group_size or GROUPS.get(to, 0), scale == "tensor")
 
 

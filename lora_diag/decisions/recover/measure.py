@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Unpack
+from typing import ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ from lora_diag.decisions.recover.record import Recovery
 from lora_diag.decisions.recover.show import recovery_card
 from lora_diag.deltas import Pairing, StoredDelta, row_blocks
 from lora_diag.diagnostics.spectrum.record import Spectrum
-from lora_diag.errors import InconclusiveError, InputError, LoradiagError, UsageError
+from lora_diag.errors import Given, InconclusiveError, InputError, LoradiagError, UsageError
 from lora_diag.layers.change import Change, bytes_of, load_change, measure_on_device
 from lora_diag.layers.lineage import make_unrelated_error
 from lora_diag.layers.recovery import (
@@ -64,7 +64,13 @@ from lora_diag.running.amounts import read_count, read_share, read_time
 from lora_diag.running.fingerprint import legible
 from lora_diag.running.inputs import Comparison
 from lora_diag.running.layers import RECORDED, LayerRun
-from lora_diag.running.options import FolderOptions, fill_options, list_options, show_options
+from lora_diag.running.options import (
+    FolderOptions,
+    LayerOptions,
+    fill_options,
+    select_options,
+    show_options,
+)
 from lora_diag.running.output_folder import CARD, OutputFolder, list_words
 
 # Source of what is written for a layer.
@@ -80,7 +86,9 @@ def allocate_ranks(records: Iterable[Recovery], params: int) -> dict[str, int]:
         params: Budget: parameters of all factors, r·(out + in).
     """
     spectra = [make_spectrum(record) for record in records if record.values_estimate]
-    allocation = allocate(spectra, Budget("params", params, f"--params {params}"), save_heads=False)
+    allocation = allocate(
+        spectra, Budget("params", params, Given("params", params)), save_heads=False
+    )
     return {record.layer: record.rank for record in allocation.layers}
 
 
@@ -215,7 +223,7 @@ def measure(layer: RecoveryTask, settings: LayerSettings, file: Path) -> Recover
     if settings.memory is not None:
         check_cell_memory(layer.shape, settings.memory)
         if layer.request.full:
-            needed, fix = 4 * math.prod(layer.shape), "write an adapter with --rank"
+            needed, fix = 4 * math.prod(layer.shape), "write an adapter with $rank"
             require_memory(needed, settings.memory, layer.shape, "its float32 weight takes", fix)
     return measure_on_device(partial(_measure, layer, settings, file), settings.device)
 
@@ -372,7 +380,7 @@ def _write_weight(delta: StoredDelta, estimate: Estimate, factor: float, file: P
 
 
 OUTPUT_OPTIONS = (
-    "--rank R, --energy FRACTION or --params N for an adapter, --checkpoint for a checkpoint"
+    "$rank R, $energy FRACTION or $params N for an adapter, $checkpoint for a checkpoint"
 )
 
 
@@ -434,40 +442,42 @@ def recover(
         >>> found[0].status
         'not_hidden'
     """
-    resolved = fill_options(RecoverOptions, options)
+    options = fill_options(RecoverOptions, options)
     start = time.time()
-    rank, energy, full = (resolved[name] for name in ("rank", "energy", "full"))
-    limit = None if resolved["time"] is None else read_time(resolved["time"])
-    if limit is not None and resolved["params"] is not None:
+    rank, energy, full = options["rank"], options["energy"], options["full"]
+    time_limit = options["time"]
+    seconds = math.inf if time_limit is None else read_time(time_limit)
+    if time_limit is not None and options["params"] is not None:
         raise UsageError(
-            "--time: a budget of --params needs the estimates of all layers; give --rank or "
-            "--energy"
+            Given("time"),
+            "a budget of $params needs the estimates of all layers",
+            "give $rank or $energy",
         )
-    params = None if resolved["params"] is None else read_count(str(resolved["params"]), "--params")
-    leave_out_refused, base_name = resolved["leave_out_refused"], resolved["base_name"]
-    nearest, overwrite = resolved["nearest"], resolved["overwrite"]
+    params = None if options["params"] is None else read_count(str(options["params"]), "params")
+    leave_out_refused = options["leave_out_refused"]
+    nearest, overwrite = options["nearest"], options["overwrite"]
     _check_options(rank, energy, params, full, leave_out_refused, output)
     writes_factors = rank is not None or energy is not None or params is not None
-    if resolved["resume"] and output is None:
-        raise UsageError("--resume: give the output of the interrupted run with -o")
+    if options["resume"] and output is None:
+        raise UsageError(Given("resume"), "give the output of the interrupted run with $output")
     base, tuned = as_path(base), as_path(tuned)
     folder: OutputFolder | None = None
-    run_options: dict[str, Any] = {name: resolved[name] for name in list_options(FolderOptions)}
+    records_file = {"output": output, "overwrite": overwrite}
     if writes_factors or full:
         assert output is not None
         folder_class = CheckpointFolder if full else AdapterFolder
-        folder = folder_class(Path(output), (base, tuned), overwrite, resolved["resume"])
-        run_options["output"] = folder.records
+        folder = folder_class(Path(output), (base, tuned), overwrite, options["resume"])
+        records_file = {"output": folder.records}
     else:
         if nearest:
             raise UsageError(
-                f"--nearest: applies to written estimates; give one of {OUTPUT_OPTIONS}"
+                Given("nearest"), "applies to written estimates", f"give one of {OUTPUT_OPTIONS}"
             )
         if output is not None:
-            check_results_file(Path(output), resolved["resume"], overwrite)
-        run_options |= {"output": output, "overwrite": overwrite}
-    run = LayerRun("recover", run_options)
-    method, tol, seed = (run.options[name] for name in ("method", "tol", "seed"))
+            check_results_file(Path(output), options["resume"], overwrite)
+    common = select_options(FolderOptions, options)
+    run = LayerRun("recover", {**common, **records_file}, LayerOptions)
+    method, tol = options["method"], options["tol"]
     check_request(method, None if method != "krylov" else 1, tol)
     refused = (Adapter, "is an adapter, whose factors are the update; nothing is rounded away")
     compared = run.compare(base, tuned, refuse=refused)
@@ -483,12 +493,12 @@ def recover(
         files = {task.layer: folder.factors(index) for index, task in enumerate(tasks)}
         run.layout(tasks)  # refuses a memory limit before the folder is made
         folder.open()
-    settings = LayerSettings(method, tol, seed, run.where.tasks)
+    settings = LayerSettings(method, tol, options["seed"], run.where.tasks)
     deadline = None
-    if limit is not None:
+    if time_limit is not None:
         energies = {task.layer: estimate_hidden_energy(task.delta) for task in tasks}
         tasks.sort(key=lambda task: energies[task.layer] / math.prod(task.shape), reverse=True)
-        deadline = Deadline(start + limit, resolved["time"], energies)
+        deadline = Deadline(start + seconds, time_limit, energies)
     if params is not None and tasks:
         assert folder is not None
         tasks = _spend_budget(tasks, params, folder, files, run, settings, compared)
@@ -507,7 +517,7 @@ def recover(
             if not out_of_time:
                 folder.discard()
             raise _make_nothing_to_write_error(tuned, results, leave_out_refused)
-        name = base_name or loadable(legible(base.parent if base.is_file() else base))
+        name = options["base_name"] or loadable(legible(base.parent if base.is_file() else base))
         if not folder.whole and planned is not None:
             planned.write(folder.work, results, results.left_out, files, name)
         elif not folder.whole:
@@ -535,10 +545,14 @@ def recover(
         )
 
     requested = {
-        name: resolved[name]
-        for name in ("rank", "energy", "params", "full", "leave_out_refused", "nearest")
+        "rank": rank,
+        "energy": energy,
+        "params": params,
+        "full": full,
+        "leave_out_refused": leave_out_refused,
+        "nearest": nearest,
+        "curve": list(DEFAULT_RANKS),
     }
-    requested |= {"params": params, "curve": list(DEFAULT_RANKS)}
     return run.over(
         tasks,
         partial(_measure_layer, files=files, deadline=deadline),
@@ -557,7 +571,7 @@ def _spend_budget(
     params: int,
     folder: OutputFolder,
     files: Mapping[str, Path],
-    run: LayerRun,
+    run: LayerRun[LayerOptions],
     settings: LayerSettings,
     compared: Comparison,
 ) -> list[RecoveryTask]:
@@ -576,7 +590,7 @@ def _spend_budget(
         "resume": folder.spectra.exists(),
         "overwrite": False,
     }
-    records = LayerRun("recover", options).over(
+    records = LayerRun("recover", options, LayerOptions).over(
         tasks,
         partial(_measure_layer, files=files),
         estimate_bytes,
@@ -593,9 +607,8 @@ def _spend_budget(
             else {}
         )
     except UsageError as error:
-        raise UsageError(
-            f"{error}; estimates are kept in {folder.work}: --resume with another budget"
-        ) from error
+        kept = f"estimates are kept in {folder.work}: $resume with another budget"
+        raise UsageError(*error.args, kept) from error
     requests = {task.layer: replace(task.request, rank=ranks.get(task.layer, 0)) for task in tasks}
     return [
         replace(task, request=requests[task.layer], earlier=earlier.get(task.layer))
@@ -619,16 +632,18 @@ def _check_options(
     """
     count = sum(value is not None for value in (rank, energy, params)) + full
     if count > 1:
-        raise UsageError(f"recover: give one of {OUTPUT_OPTIONS}")
+        raise UsageError("recover", f"give one of {OUTPUT_OPTIONS}")
     if count and output is None:
-        raise UsageError("recover: no output folder; give it with -o")
+        raise UsageError("recover", "no output folder", "give it with $output")
     if rank is not None and rank < 1:
-        raise UsageError(f"--rank {rank}: must be a positive integer")
+        raise UsageError(Given("rank", rank), "must be a positive integer")
     if energy is not None:
-        read_share(energy, "--energy")
+        read_share(energy, "energy")
     if leave_out_refused and (full or not count):
         raise UsageError(
-            "--leave-out-refused: applies to adapters; give --rank, --energy or --params with it"
+            Given("leave_out_refused"),
+            "applies to adapters",
+            "give $rank, $energy or $params with it",
         )
 
 
@@ -699,16 +714,18 @@ def _make_nothing_to_write_error(
         )
     if late := sum(item.reason == "time" for item in results.left_out):
         return InconclusiveError(
-            f"{tuned}: --time ended before {late} of {late + len(results.layers)} layers, and no "
-            "other has an update that can be recovered; nothing was written; continue with --resume"
+            tuned,
+            f"$time ended before {late} of {late + len(results.layers)} layers, and no "
+            "other has an update that can be recovered; nothing was written",
+            "continue with $resume",
         )
     reasons = sorted({record.reason for record in results})
     why = f": {reasons[0]}" if len(reasons) == 1 else f": such as {reasons[0]}" if reasons else ""
     hint = (
-        "; without --leave-out-refused the SVD of the files' difference is written"
+        "; without $leave_out_refused the SVD of the files' difference is written"
         if leave_out_refused
         else ""
     )
     return InconclusiveError(
-        f"{tuned}: no layer has an update that can be recovered{why}{hint}; nothing was written"
+        tuned, f"no layer has an update that can be recovered{why}{hint}", "nothing was written"
     )

@@ -44,7 +44,7 @@ from lora_diag.diagnostics.checkpoints.held_out import choose_checkpoints, compa
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer, Combination, group_by
 from lora_diag.diagnostics.checkpoints.series import Step
 from lora_diag.diagnostics.checkpoints.verdict import sum_grams
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.layers.change import load_addend
 from lora_diag.linalg.devices import resolve_device
 from lora_diag.models.losses import Losses, measure
@@ -106,8 +106,8 @@ class Rule:
         if self.kind == "rank1":
             if gram is None:
                 problem = "needs the products of all checkpoints in all layers"
-                fix = "give finite checkpoints one by one, without --layers and --exclude"
-                raise InputError(f"--extrapolate {self.name}: {problem}; {fix}")
+                fix = "give finite checkpoints one by one, without $layers and $exclude"
+                raise InputError(Given("extrapolate", self.name), problem, fix)
             u = np.linalg.eigh(gram).eigenvectors[:, -1]
             intervals = (np.array(steps) - steps[-1]) / (steps[-1] - steps[-2])
             return np.asarray(np.polyval(np.polyfit(intervals, u, 1), self.number) * u, np.float64)
@@ -141,13 +141,11 @@ def read_rules(options: Mapping[str, Any], count: int) -> list[Rule]:
                 "last": number in range(2, count + 1),
             }
             if kind not in defaults or not fits.get(kind, number > 0):
-                forms = (
-                    f"uniform, ema:D (D < 1), last:K (K from 2 to {count}); --extrapolate "
-                    "linear:F, rank1:F (F > 0)"
-                )
                 raise UsageError(
-                    f"--{option} {text}: unknown rule, or number out of range; use --average "
-                    f"{forms}"
+                    Given(option, text),
+                    "unknown rule, or number out of range",
+                    f"use $average uniform, ema:D (D < 1), last:K (K from 2 to {count}); "
+                    "$extrapolate linear:F, rank1:F (F > 0)",
                 )
             rules.append(Rule(kind, number))
     return list(dict.fromkeys(rules))
@@ -313,8 +311,9 @@ class Judge:
                 }
                 if base is None and not losses.is_finite:
                     raise InputError(
-                        f"{self._base}: its loss is not finite; check the weights, or use --dtype "
-                        "float32"
+                        self._base,
+                        "its loss is not finite",
+                        "check the weights, or use $dtype float32",
                     )
                 if (
                     base is not None and losses.is_finite

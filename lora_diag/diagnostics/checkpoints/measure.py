@@ -25,7 +25,7 @@ from lora_diag.diagnostics.checkpoints.series import (
     list_checkpoints,
 )
 from lora_diag.diagnostics.checkpoints.verdict import judge, pool_checkpoints
-from lora_diag.errors import InputError, UsageError
+from lora_diag.errors import Given, InputError, UsageError
 from lora_diag.metrics.energy import effective_rank, energy_curve, stable_rank
 from lora_diag.records import Probe, Results
 from lora_diag.running.fingerprint import legible
@@ -237,8 +237,9 @@ def trajectory(
         NothingComparedError: The folder contains no checkpoint, or no weight is selected.
     """
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
+    options = layers.options
     series = find_series([run] if isinstance(run, str | Path) else run)
-    base = None if layers.options["base"] is None else open_base(layers.options["base"])
+    base = None if options["base"] is None else open_base(options["base"])
     if base is None:
         _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
@@ -258,22 +259,23 @@ def trajectory(
         problem = "holds a model unlike all checkpoints, and its step is not known"
         raise InputError(f"{series.final.path}: {problem}; give the checkpoints one by one")
     tasks, missing = _align_layers(steps, compared)
-    given = [name for name in ("average", "extrapolate", "shifted") if layers.options[name]]
     judged = None
-    if layers.options["evaluate"] and base is None:
-        raise UsageError("--eval: needs the model; give BASE after the run, or with --base")
-    if layers.options["evaluate"]:
+    if options["evaluate"]:
+        if options["base"] is None:
+            raise UsageError(
+                Given("eval"), "needs the model", "give BASE after the run, or with $base"
+            )
         from lora_diag.diagnostics.checkpoints.judge import Judge  # deferred: imports torch
 
-        judged = Judge(layers.options, layers.options["base"], steps)
-    elif given:
-        raise UsageError(f"--{given[0]}: needs held-out losses; give --eval FILE")
+        judged = Judge(options, options["base"], steps)
+    else:
+        _refuse_without_losses(options)
     layers.torch = not all(
         is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
     )
     if not layers.torch:
         layers.usual_workers = 1  # products of all checkpoints' factors use all cores
-    ranks, k = check_ranks(layers.options["ranks"]), layers.options["directions"]
+    ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(
         factors.CheckpointsSettings, ranks=ranks, directions=k, steps=numbers
@@ -303,6 +305,21 @@ def trajectory(
         recorded=("layers", "exclude", "device"),
         conclude=partial(_conclude, steps, series, judged),
     )
+
+
+def _refuse_without_losses(options: CheckpointsOptions) -> None:
+    """Refuse the options that need an evaluation set.
+
+    Raises:
+        UsageError: One is given.
+    """
+    for option, value in (
+        ("average", options["average"]),
+        ("extrapolate", options["extrapolate"]),
+        ("shifted", options["shifted"]),
+    ):
+        if value:
+            raise UsageError(Given(option), "needs held-out losses", "give $eval FILE")
 
 
 def _require_adapters(steps: Sequence[Step]) -> None:
@@ -357,11 +374,11 @@ def measure_run(
     if not follow:
         return trajectory(paths, **options)
     if len(paths) > 1 or any(options.get(name) for name in ("output", "on_record", "evaluate")):
-        problem = (
-            "shows one run, or a monitor's results file; give its path, without -o, --json "
-            "and --eval"
+        raise UsageError(
+            Given("follow"),
+            "shows one run, or a monitor's results file",
+            "give its path, without $output, $json and $eval",
         )
-        raise UsageError(f"--follow: {problem}")
     from lora_diag.diagnostics.checkpoints.show import follow_run  # deferred: imports rich
 
     return follow_run(

@@ -528,9 +528,9 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
             fix = (
                 f"quote the pattern '{path}/**' for the adapters in it"
                 if holds_adapters
-                else "give its base with --base if it is a checkpoint"
+                else "give its base with $base if it is a checkpoint"
             )
-            raise InputError(f"{path}: is not an adapter; {fix}")
+            raise InputError(path, "is not an adapter", fix)
         opened = open_base(base) if base is not None else None
         update = open_update(path, opened, settings.stated_alpha)
         deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas

@@ -63,8 +63,7 @@ def find_tables(base: Checkpoint) -> tuple[Side, Side]:
             f"has {len(embedding)} token embeddings and {len(heads)} heads over the vocabulary"
         )
         raise InputError(
-            f"{base.path}: {problem}; --lens needs one of each: give the whole model, or leave out "
-            "--lens"
+            base.path, problem, "$lens needs one of each: give the whole model, or leave out $lens"
         )
     return Side(base, embedding[0]), Side(base, (heads or embedding)[0])
 

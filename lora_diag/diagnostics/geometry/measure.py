@@ -117,7 +117,7 @@ def _measure(delta: Delta, settings: GeometrySettings, device: torch.device) -> 
     if settings.memory is not None and device.type == "cpu":
         description = "both weights, their singular vectors and a baseline take"
         require_memory(
-            max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it"
+            max_bytes(delta, settings), settings.memory, delta.shape, description, "$exclude it"
         )
     change = load_change(delta, device)
     if change.non_finite is not None:
@@ -316,10 +316,16 @@ def geometry(
         1.0
     """
     run = LayerRun("geometry", options, GeometryOptions)
-    k, eta, draws, lens = (run.options[name] for name in ("top", "eta", "draws", "lens"))
-    check_request(run.options["method"], k, run.options["tol"])
-    settings = run.settings(GeometrySettings, k=k, eta=eta, draws=draws, lens=lens)
-    opened = open_base(base) if lens else base
+    options = run.options
+    check_request(options["method"], options["top"], options["tol"])
+    settings = run.settings(
+        GeometrySettings,
+        k=options["top"],
+        eta=options["eta"],
+        draws=options["draws"],
+        lens=options["lens"],
+    )
+    opened = open_base(base) if settings.lens else base
     if isinstance(opened, Checkpoint):
         find_tables(opened)
     return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

@@ -23,7 +23,7 @@ from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
 from lora_diag.diagnostics.spectrum.record import Spectrum
 from lora_diag.diagnostics.spectrum.values import record_of
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.files import RESULTS, check_outputs
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
@@ -514,9 +514,9 @@ def _check_memory(task: LayerUpdates, settings: InterferenceSettings) -> None:
         max_bytes(task, replace(settings, density=0.0)),
     )
     fix = (
-        "--density 0, which leaves out TIES and sign conflicts"
+        "$density 0, which leaves out TIES and sign conflicts"
         if without_ties <= settings.memory
-        else "--exclude it"
+        else "$exclude it"
     )
     factored = all(isinstance(update.delta, FactoredDelta) for update in task.updates)
     description = (
@@ -670,16 +670,16 @@ def interference(
         (['interference', 'union'], (4, 16))
     """
     run = LayerRun("interference", options, InterferenceOptions)
-    weights, ranks, density = (run.options[name] for name in ("weights", "ranks", "density"))
+    density = run.options["density"]
     settings = run.settings(
         InterferenceSettings,
-        ranks=check_ranks(ranks),
-        weights=_check_weights(weights, len(updates)),
+        ranks=check_ranks(run.options["ranks"]),
+        weights=_check_weights(run.options["weights"], len(updates)),
         density=density,
     )
     check_request(settings.method, 1, settings.tol)
     if not 0 <= density <= 1:
-        raise UsageError(f"--density {density}: must lie between 0 and 1")
+        raise UsageError(Given("density", density), "must lie between 0 and 1")
     if len(updates) < 2:
         raise UsageError(
             "interference: fewer than two updates; give BASE and at least two updates, or at least "
@@ -742,9 +742,12 @@ def _check_weights(requested: Sequence[float] | None, update_count: int) -> tupl
     weights = tuple(requested) if requested is not None else (1.0,) * update_count
     if len(weights) != update_count:
         raise UsageError(
-            f"--weights: {len(weights)} weights for {update_count} updates; give one for each, in "
-            "their order"
+            Given("weights"),
+            f"{len(weights)} weights for {update_count} updates",
+            "give one for each, in their order",
         )
     if not all(0 < weight < math.inf for weight in weights):
-        raise UsageError("--weights: must be positive; subtraction of updates is not measured")
+        raise UsageError(
+            Given("weights"), "must be positive", "subtraction of updates is not measured"
+        )
     return weights

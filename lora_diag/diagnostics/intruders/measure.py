@@ -15,7 +15,7 @@ from torch import Tensor
 from lora_diag.deltas import Delta, DenseDelta, row_blocks
 from lora_diag.diagnostics.intruders import IntruderOptions
 from lora_diag.diagnostics.intruders.record import Direction, Intruders
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.layers.change import (
     COMPUTED_ENTRY_BYTES,
     form_tuned,
@@ -105,7 +105,7 @@ def _measure(delta: Delta, settings: IntruderSettings, device: torch.device) -> 
     ):  # the limit applies to the machine's memory
         description = "both weights with all singular vectors of BASE take"
         require_memory(
-            max_bytes(delta, settings), settings.memory, delta.shape, description, "--exclude it"
+            max_bytes(delta, settings), settings.memory, delta.shape, description, "$exclude it"
         )
     change = load_change(delta, device)
     if change.non_finite is not None:
@@ -233,11 +233,12 @@ def intruders(
         (10, 0)
     """
     run = LayerRun("intruders", options, IntruderOptions)
-    k, epsilon, window = (run.options[name] for name in ("top", "epsilon", "window"))
-    check_request(run.options["method"], k, run.options["tol"])
+    options = run.options
+    k, epsilon, window = options["top"], options["epsilon"], options["window"]
+    check_request(options["method"], k, options["tol"])
     if not 0 < epsilon < 1:
-        raise UsageError(f"--epsilon {epsilon}: must lie between 0 and 1")
+        raise UsageError(Given("epsilon", epsilon), "must lie between 0 and 1")
     if not 0 <= window < 1:
-        raise UsageError(f"--window {window}: must lie between 0 and 1")
+        raise UsageError(Given("window", window), "must lie between 0 and 1")
     settings = run.settings(IntruderSettings, k=k, epsilon=epsilon, window=window)
     return run.pair(base, tuned, measure_layer, max_bytes, run.own, settings)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from lora_diag.adapters.contents import PAIRS, Contents, Item, parse_component
 from lora_diag.adapters.layouts import GGUF, why_not_tied
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 
 _VERSION = re.compile(r"b?(\d+(?:\.\d+)*)(?:[.-]?(?:post|rc|dev|a|b)\d*)*")
 
@@ -115,7 +115,9 @@ class Consumer:
             return rule_read  # a commit is not a number
         if not _VERSION.fullmatch(version):
             raise UsageError(
-                f"--consumers {self.name}=={version}: not a version; give one such as {self.newest}"
+                Given("consumers", f"{self.name}=={version}"),
+                "not a version",
+                f"give one such as {self.newest}",
             )
         if rule := next(
             (rule for rule in self.rules if not rule.since or not is_before(version, rule.since)),
@@ -123,8 +125,9 @@ class Consumer:
         ):
             return rule
         raise UsageError(
-            f"--consumers {self.name}=={version}: no rule is known for it; the oldest is for "
-            f"{self.rules[-1].versions}"
+            Given("consumers", f"{self.name}=={version}"),
+            "no rule is known for it",
+            f"the oldest is for {self.rules[-1].versions}",
         )
 
     def is_newer(self, version: str) -> bool:

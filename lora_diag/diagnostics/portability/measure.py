@@ -37,7 +37,7 @@ from lora_diag.diagnostics.portability.record import (
     Status,
 )
 from lora_diag.diagnostics.portability.show import describe_treatment
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.layers.change import PRODUCT_OVERFLOW, load_change
 from lora_diag.layers.metric import fro_of
 from lora_diag.layers.task import LayerSettings, not_finite
@@ -309,21 +309,24 @@ def judge_or_fix(
         return rules_grids()
     if adapter is None:
         raise UsageError(
-            "portability: no adapter is given; give one, or use --rules for the rules of all "
-            "programs"
+            "portability",
+            "no adapter is given",
+            "give one, or use $rules for the rules of all programs",
         )
     if not fix:
-        needs_fix = {"--format": format, "--dora-to-lora": dora_to_lora, "--leave-out": leave_out}
+        needs_fix = {"format": format, "dora_to_lora": dora_to_lora, "leave_out": leave_out}
         if option := next((name for name, value in needs_fix.items() if value), None):
-            raise UsageError(f"{option}: needs --fix, and -o with the folder to write; add both")
+            problem = "needs $fix, and $output with the folder to write"
+            raise UsageError(Given(option), problem, "add both")
         return portability(adapter, base, **options)
     output, on_record = options.get("output"), options.get("on_record")
     if output is None:
-        raise UsageError("--fix: no output folder; give it with -o")
+        raise UsageError(Given("fix"), "no output folder", "give it with $output")
     if any(options.get(name) for name in ("resume", "overwrite", "layers", "exclude", "intended")):
         raise UsageError(
-            "--fix: writes the whole adapter to a new folder; remove --resume, --overwrite, "
-            "--layers, --exclude and --intended"
+            Given("fix"),
+            "writes the whole adapter to a new folder",
+            "remove $resume, $overwrite, $layers, $exclude and $intended",
         )
     kept = {"consumers", "require", "max_lora_rank", "alpha", "alpha_is_rank"}
     judging: dict[str, Any] = {name: value for name, value in options.items() if name in kept}
@@ -439,7 +442,7 @@ def portability(
     ]
     if not tasks:
         raise NothingComparedError(
-            f"{adapter}: no weight of the adapter is selected; change --layers and --exclude"
+            adapter, "no weight of the adapter is selected", "change $layers and $exclude"
         )
     verify = run.options["verify"]
     adapter_input = describe_adapter(opened, checkpoint, pairing, notes, verify)
@@ -492,7 +495,9 @@ def choose_rules(names: Sequence[str], form: str) -> Chosen:
         consumer = CONSUMERS.get(name)
         if consumer is None:
             raise UsageError(
-                f"--consumers {request}: unknown program; give one of {', '.join(CONSUMERS)}"
+                Given("consumers", request),
+                "unknown program",
+                f"give one of {', '.join(CONSUMERS)}",
             )
         chosen[name, version or consumer.newest] = consumer, consumer.find_rule(version)
     return chosen
@@ -522,7 +527,9 @@ def make_tasks(
     if intended is not None:
         ((name, (consumer, reference)),) = choose_rules([intended], contents.form).items()
         if reason := find_refusal(consumer, reference, contents, max_lora_rank):
-            raise UsageError(f"--intended {intended}: {name[0]} refuses this adapter: {reason}")
+            raise UsageError(
+                Given("intended", intended), f"{name[0]} refuses this adapter: {reason}"
+            )
     refused, unjudged = dict[Name, Outcome](), dict[Name, str]()
     for chosen_name, (consumer, rule) in chosen.items():
         unjudged[chosen_name] = rule.unjudged(contents)

@@ -368,17 +368,17 @@ def residual(
         (16, True)
     """
     run = LayerRun("residual", options, ResidualOptions)
-    reference, activations, recover = (
-        run.options[name] for name in ("reference", "activations", "recover")
-    )
+    reference, activations = run.options["reference"], run.options["activations"]
+    recover = run.options["recover"]
     check_request(run.options["method"], 1, run.options["tol"])
     others: list[tuple[Path | str, Role]] = [(path, "adapter") for path in adapters]
     if reference is not None:
         others.append((reference, "reference"))
     if not others:
         raise UsageError(
-            "residual: nothing to compare with TUNED; give at least one ADAPTER, or another full "
-            "fine-tune with --reference"
+            "residual",
+            "nothing to compare with TUNED",
+            "give at least one ADAPTER, or another full fine-tune with $reference",
         )
     refuse_repeated([path for path, _ in others], tuned)
     full = run.compare(base, tuned)

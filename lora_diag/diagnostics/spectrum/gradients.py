@@ -5,7 +5,7 @@ exists.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from lora_diag.deltas import Pairing, Unpaired, selector
+from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
 from lora_diag.diagnostics.spectrum.values import SpectrumSettings, record_of
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.gradients import History, histories, open_steps
 from lora_diag.layers.change import SPACING_OVERFLOW, compute_on_device
 from lora_diag.layers.resolution import make_resolution, noise_of
@@ -123,7 +124,7 @@ def _compute(
     ):  # the limit applies to memory of the host
         description = "a gradient and its Gram matrix take"
         require_memory(
-            max_bytes(history), settings.memory, history.shape, description, "--exclude it"
+            max_bytes(history), settings.memory, history.shape, description, "$exclude it"
         )
     spacing = Spacing.of(_stacked_shape(history))
     left = history.shape[0] < history.shape[1]
@@ -180,10 +181,7 @@ def _stacked_shape(history: History) -> tuple[int, int]:
 
 
 def gradient_spectrum(
-    run: LayerRun,
-    base: Path | str | None,
-    gradients: Sequence[Path | str],
-    settings: SpectrumSettings,
+    run: LayerRun[SpectrumOptions], base: Path | str | None, settings: SpectrumSettings
 ) -> Results[Spectrum]:
     """Measure the spectrum of the gradients of every matrix; see ``spectrum``.
 
@@ -196,17 +194,18 @@ def gradient_spectrum(
     """
     if settings.method not in {"auto", "gram"}:
         raise UsageError(
-            f"--method {settings.method}: gradients are summed up as Gram matrices; use auto or "
-            "gram"
+            Given("method", settings.method),
+            "gradients are summed up as Gram matrices",
+            "use auto or gram",
         )
+    gradients = run.options["gradients"]
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
     checkpoint = open_base(base) if base is not None else None
     folders = {file.path.parent for step in steps for file in step.checkpoint.files}
     if checkpoint is not None and any(file.path.parent in folders for file in checkpoint.files):
         raise UsageError(
-            f"{base}: is among the gradients; repeat --gradients for each file, or give their "
-            "folder"
+            base, "is among the gradients", "repeat $gradients for each file, or give their folder"
         )
     matrices, unmatched = histories(steps, checkpoint)
     tasks = [history for history in matrices if selected(history.layer)]

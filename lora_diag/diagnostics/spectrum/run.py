@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Unpack
 
@@ -17,7 +16,7 @@ from lora_diag.diagnostics.spectrum.values import (
     is_thin,
     thin_spectrum,
 )
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.records import LeftOut, Results
 from lora_diag.running.inputs import (
     NEEDS_ACTIVATIONS,
@@ -77,29 +76,30 @@ def spectrum(
         [('model.layers.0.self_attn.q_proj.weight', (128, 128))]
     """
     run = LayerRun("spectrum", options, SpectrumOptions)
-    gradients, activations, kfac, recover, top = (
-        run.options[name] for name in ("gradients", "activations", "kfac", "recover", "top")
-    )
+    options = run.options
+    top, recover, kfac = options["top"], options["recover"], options["kfac"]
     settings = run.settings(
-        SpectrumSettings, ranks=check_ranks(run.options["ranks"]), top=top, recover=recover
+        SpectrumSettings, ranks=check_ranks(options["ranks"]), top=top, recover=recover
     )
     defaults = SpectrumSettings()
     if (settings.method, top, settings.tol) != (defaults.method, defaults.top, defaults.tol):
         from lora_diag.linalg.methods import check_request  # deferred: imports torch
 
         check_request(settings.method, top, settings.tol)
-    _check_inputs({**run.options, "base": base, "tuned": tuned})
-    if gradients:
+    _check_inputs(base, tuned, options)
+    if options["gradients"]:
         from lora_diag.diagnostics.spectrum.gradients import gradient_spectrum
 
-        return gradient_spectrum(run, base, gradients, settings)
+        return gradient_spectrum(run, base, settings)
     assert base is not None
     compared = run.compare(base, tuned)
     pairing, moments = compared.pairing, None
     if recover:
         refuse_without_rounding(compared)
-    if activations is not None and compared.base is not None:
-        moments = second_moments(activations, compared.base, pairing, run.options["verify"], kfac)
+    if options["activations"] is not None and compared.base is not None:
+        moments = second_moments(
+            options["activations"], compared.base, pairing, options["verify"], kfac
+        )
     pairing, matrices = _split_by_moments(pairing, moments, kfac)
     run.torch = not (
         all(is_thin(layer, settings) for layer in matrices)
@@ -127,58 +127,51 @@ def spectrum(
     )
 
 
-# What each input or option needs, or excludes (with a minus sign); the first that does not hold is
-# the error.
-_INPUTS = (
-    ("kfac", "activations", NEEDS_ACTIVATIONS),
-    (
-        "recover",
-        "-activations",
-        "--recover: estimates an update in the weights' metric; remove --activations",
-    ),
-    *(
-        (
-            "gradients",
-            f"-{name}",
-            f"--{name.replace('_', '-')}: applies to an update, not to --gradients; remove one",
-        )
-        for name in ("recover", "activations", "alpha", "alpha_is_rank", "allow_unmatched")
-    ),
-    (
-        "gradients",
-        "-tuned",
-        "--gradients: cannot be combined with TUNED; give BASE alone, and of files their folder",
-    ),
-    (
-        "-gradients",
-        "base",
-        "spectrum: nothing to measure; give BASE and TUNED, or an adapter alone",
-    ),
-    (
-        "activations",
-        "tuned",
-        "--activations: needs BASE to identify the layers; give it before the adapter",
-    ),
-)
-
-
-def _check_inputs(values: Mapping[str, object]) -> None:
-    """Refuse a combination of inputs and options that ``_INPUTS`` excludes.
-
-    Args:
-        values: Inputs and options by name.
+def _check_inputs(
+    base: Path | str | None, tuned: Path | str | None, options: SpectrumOptions
+) -> None:
+    """Refuse inputs and options that lack what they need, or are given with what they exclude.
 
     Raises:
-        UsageError: An input or option lacks what it needs, or is given with what it excludes.
+        UsageError: One does.
     """
+    if options["kfac"] and not options["activations"]:
+        raise UsageError(Given("kfac"), *NEEDS_ACTIVATIONS)
+    if options["recover"] and options["activations"]:
+        raise UsageError(
+            Given("recover"), "estimates an update in the weights' metric", "remove $activations"
+        )
+    if options["gradients"]:
+        _check_gradients(tuned, options)
+    elif not base:
+        raise UsageError("spectrum: nothing to measure; give BASE and TUNED, or an adapter alone")
+    elif options["activations"] and not tuned:
+        raise UsageError(
+            Given("activations"), "needs BASE to identify the layers", "give it before the adapter"
+        )
 
-    def holds(condition: str) -> bool:
-        """Return whether a value is given, or is not, if its name has a minus sign."""
-        return bool(values[condition.removeprefix("-")]) != condition.startswith("-")
 
-    for given, needed, message in _INPUTS:
-        if holds(given) and not holds(needed):
-            raise UsageError(message)
+def _check_gradients(tuned: Path | str | None, options: SpectrumOptions) -> None:
+    """Refuse an input or an option of updates where gradients are measured.
+
+    Raises:
+        UsageError: One is given.
+    """
+    for option, value in (
+        ("recover", options["recover"]),
+        ("activations", options["activations"]),
+        ("alpha", options["alpha"]),
+        ("alpha_is_rank", options["alpha_is_rank"]),
+        ("allow_unmatched", options["allow_unmatched"]),
+    ):
+        if value:
+            raise UsageError(Given(option), "applies to an update, not to $gradients", "remove one")
+    if tuned:
+        raise UsageError(
+            Given("gradients"),
+            "cannot be combined with TUNED",
+            "give BASE alone, and of files their folder",
+        )
 
 
 def _split_by_moments(

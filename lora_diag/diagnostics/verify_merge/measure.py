@@ -32,7 +32,7 @@ from lora_diag.deltas import (
 )
 from lora_diag.diagnostics.verify_merge import faults
 from lora_diag.diagnostics.verify_merge.record import CORRECT, Merge
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.layers.task import LayerSettings
 from lora_diag.linalg.merge import Addend, Check, Rounding, Whole, shortest_dtype, unit_roundoff
 from lora_diag.linalg.methods import require_memory
@@ -83,7 +83,7 @@ def verify(task: faults.MergedLayer, memory: int | None = None) -> Merge | LeftO
             memory,
             task.shape,
             "its update, which is held whole, takes",
-            "--exclude it",
+            "$exclude it",
         )
     keeps = task.adapted and (memory is None or task.footprint <= memory)
     task = replace(task, kept=[], max_kept=task.shape[0] if keeps else 1)
@@ -368,7 +368,9 @@ def verify_merge(
     """
     engine = options.get("engine")
     if engine is not None and engine.gpus_per_task:
-        raise UsageError("--gpus-per-task: verify-merge runs on CPUs only; remove the option")
+        raise UsageError(
+            Given("gpus_per_task"), "verify-merge runs on CPUs only", "remove the option"
+        )
     run = LayerRun("verify-merge", options, RunOptions)
     everything = {"layers": None, "exclude": None}  # the selection is by names of MERGED's layers
     refused = (Checkpoint, f"not an adapter; the order is: {ORDER}")
@@ -494,7 +496,7 @@ def _align_layers(
     )
     if not any(task.adapted for task in chosen):
         raise NothingComparedError(
-            "nothing was compared: --layers and --exclude select no adapted weight; change them"
+            "nothing was compared", "$layers and $exclude select no adapted weight", "change them"
         )
     unavailable = {task.layer for task in tasks if task.missing}
     rest = [item for item in unpaired if item.layer not in unavailable and selected(item.layer)]
@@ -519,8 +521,9 @@ def _make_missing_task(
     if delta.base is None or (item is not None and item.reason == "not_float"):
         detail = item.detail if item is not None else "BASE stores it as other than plain numbers"
         raise InputError(
-            f"{merged}: {delta.layer}: {detail}; merge into a dtype that is not quantized, or skip "
-            "it with --exclude"
+            merged,
+            f"{delta.layer}: {detail}",
+            "merge into a dtype that is not quantized, or skip it with $exclude",
         )
     detail = "the adapter changes it, but MERGED has no such weight"
     if item is not None and item.reason == "shape_differs":

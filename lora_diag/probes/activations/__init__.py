@@ -10,6 +10,7 @@ from lora_diag.running.options import (
     OUTPUT,
     REQUIRED,
     SEED,
+    Labels,
     Option,
     RecordModelOptions,
 )
@@ -21,7 +22,7 @@ class ActivationsOptions(RecordModelOptions, total=False):
     output_gradients: Annotated[
         bool, Option(False, "Also record E[ggᵀ] of output gradients, for --kfac.")
     ]
-    labels: Annotated[str, LABELS]
+    labels: Annotated[Labels, LABELS]
     seed: Annotated[int, SEED]
     overwrite: Annotated[bool, Option(False, "Replace an existing output.", panel=OUTPUT)]
 

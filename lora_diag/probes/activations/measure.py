@@ -11,7 +11,7 @@ from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import TensorInfo
 from lora_diag.deltas import natural_order, selector
-from lora_diag.errors import NothingComparedError, UsageError
+from lora_diag.errors import Given, NothingComparedError, UsageError
 from lora_diag.files import SECOND_MOMENTS, check_output
 from lora_diag.models.activations import (
     Listener,
@@ -82,12 +82,12 @@ def probe_activations(
         ... )  # doctest: +SKIP
     """
     run = ProbeRun("probe activations", options, ActivationsOptions)
-    given = run.options
-    gradients, labels, overwrite = given.output_gradients, given.labels, given.overwrite
+    options = run.options
+    gradients, labels = options["output_gradients"], options["labels"]
     if labels != "data" and not gradients:
-        raise UsageError(f"--labels {labels}: needs --output-gradients")
+        raise UsageError(Given("labels", labels), "needs $output_gradients")
     output = Path(output)
-    check_output(output, SECOND_MOMENTS, overwrite)
+    check_output(output, SECOND_MOMENTS, options["overwrite"])
     selected = selector(**run.selection)
     stored = open_checkpoint(base)
     model = run.open(base)
@@ -102,7 +102,7 @@ def probe_activations(
     cost_note = f"; the sums take up to {gib:.1f} GiB" if gib >= 0.1 else ""
     cost_note += "; about three times as long with the backward pass" if gradients else ""
     run.estimate(texts, f"{quantity(len(layers), 'layer')} on 1 set", cost_note)
-    draw = Draw(labels, given.seed) if gradients else None
+    draw = Draw(labels, options["seed"]) if gradients else None
     listener = record(model, texts, layers, run.batch, partial(run.watch.batch, "reading"), draw)
     moments = {
         base_names[layer]: moment for moment in listener.moments.values() for layer in moment.layers
@@ -122,7 +122,12 @@ def probe_activations(
         for name, moment in moments.items()
     }
     write_safetensors(
-        output, infos, lambda name: moments[name].mean.float(), metadata, SECOND_MOMENTS, overwrite
+        output,
+        infos,
+        lambda name: moments[name].mean.float(),
+        metadata,
+        SECOND_MOMENTS,
+        options["overwrite"],
     )
     return Activations(
         path=legible(output),
@@ -168,8 +173,9 @@ def _choose_layers(
         )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to record; change "
-            "--layers or --exclude"
+            stored.path,
+            "no linear layer is selected, so there is nothing to record",
+            "change $layers or $exclude",
         )
     return base_names, left_out
 

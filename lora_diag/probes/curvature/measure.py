@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lora_diag.checkpoints import Checkpoint, open_checkpoint
 from lora_diag.deltas import natural_order, selector
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.krylov import Eigenpairs, basis_size, eigenpairs, extreme_eigenpairs
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure, predict
@@ -44,7 +44,7 @@ from lora_diag.records.names import part_of
 from lora_diag.rendering.text import duration
 from lora_diag.running.layers import check_ranks
 from lora_diag.running.options import show_options
-from lora_diag.running.probing import SEQUENCES, Options, ProbeRun, describe_texts, left_out
+from lora_diag.running.probing import SEQUENCES, ProbeRun, describe_texts, left_out
 from lora_diag.running.progress import RunRecords
 
 # Fractions of the projected gradient at which eigenpairs are counted, and of its energy at which
@@ -107,8 +107,9 @@ class LossFunction:
         for layer in layers:
             if (location := weights.locate(layer)) is None:
                 raise InputError(
-                    f"{layer}: the model that transformers builds from BASE has no such weight; "
-                    "exclude it with --exclude"
+                    layer,
+                    "the model that transformers builds from BASE has no such weight",
+                    "exclude it with $exclude",
                 )
             self._locations[layer] = places.setdefault(location[0], len(places)), location[1]
         self._parameters = list(places)
@@ -504,22 +505,26 @@ def probe_curvature(
         >>> found.whole[0].eigenvalues  # doctest: +SKIP
     """
     run = ProbeRun("probe curvature", options, CurvatureOptions)
-    given = run.options
-    check_ranks(given.ranks, 0)
-    if not all(0 < t <= 1 for t in given.along):
+    options = run.options
+    check_ranks(options["ranks"], 0)
+    along = options["along"]
+    if not all(0 < t <= 1 for t in along):
         raise UsageError(
-            f"--along {','.join(f'{t:g}' for t in given.along)}: fractions must lie in (0, 1]"
+            Given("along", ",".join(f"{t:g}" for t in along)), "fractions must lie in (0, 1]"
         )
-    fractions = sorted({*map(float, given.along), 1.0})
+    fractions = sorted({*map(float, along), 1.0})
     # products in bfloat16 have errors of 2%; Lanczos converges to 1e-4
-    if (dtype := given.dtype) != "float32":
+    if options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {dtype}: Hessian-vector products have errors of several percent, too large "
-            "for Lanczos; use float32"
+            Given("dtype", options["dtype"]),
+            "Hessian-vector products have errors of several percent, too large for Lanczos",
+            "use float32",
         )
     run.check_files(base, *([tuned] if tuned is not None else []))
-    if len(given.evaluate) > 1:
-        raise UsageError("--eval: curvature is computed for one evaluation set; give one file")
+    if len(options["evaluate"]) > 1:
+        raise UsageError(
+            Given("eval"), "curvature is computed for one evaluation set", "give one file"
+        )
     compared = None if tuned is None else run.compare(base, tuned)
     chosen = truncated_layers(compared.pairing.deltas, **run.selection) if compared else {}
     model = run.open(base)
@@ -540,17 +545,15 @@ def probe_curvature(
         ]
 
     def count_tokens() -> float:
-        bounds, blocks = (
-            len(given.ranks) * (1 + len(fractions)),
-            len(chosen) * (given.per == "layer"),
-        )
-        products = _count_products(given, blocks + 1, bounds if compared else 0, compared is None)
+        bounds = len(options["ranks"]) * (1 + len(fractions)) if compared else 0
+        blocks = len(chosen) * (options["per"] == "layer")
+        products = _count_products(options, blocks + 1, bounds, compared is None)
         return PRODUCT * products * run.count_tokens(sets)
 
     (texts,) = run.fit(sets, count_tokens, REDUCTIONS if compared else REDUCTIONS_AT_BASE)
-    ranks = list(check_ranks(given.ranks, 0))
+    ranks = list(check_ranks(options["ranks"], 0))
     swapped = Swapped(model, compared.pairing.deltas, ranks[-1]) if compared else None
-    matrix: Matrix = "ggn" if given.ggn else "hessian"
+    matrix: Matrix = "ggn" if options["ggn"] else "hessian"
     settings = {
         "ranks": ranks if swapped else [],
         "along": fractions if swapped else [],
@@ -563,7 +566,7 @@ def probe_curvature(
     )
 
     def measure_missing(run_records: RunRecords[Any]) -> list[LeftOut]:
-        _measure(loss_function, swapped, given, settings["ranks"], fractions, run_records)
+        _measure(loss_function, swapped, options, settings["ranks"], fractions, run_records)
         return left_out(compared.pairing, swapped.absent) if compared and swapped else skipped
 
     return run.over([*inputs, describe_texts(texts)], settings, measure_missing)
@@ -589,8 +592,9 @@ def _select_matrices(
     }
     if not matrices:
         raise NothingComparedError(
-            f"{stored.path}: no matrix outside embeddings and head is selected; change --layers or "
-            "--exclude"
+            stored.path,
+            "no matrix outside embeddings and head is selected",
+            "change $layers or $exclude",
         )
     return matrices
 
@@ -598,7 +602,7 @@ def _select_matrices(
 def _measure(
     loss_function: LossFunction,
     swapped: Swapped | None,
-    given: Options,
+    options: CurvatureOptions,
     ranks: list[int],
     fractions: list[float],
     run_records: RunRecords[Any],
@@ -614,13 +618,15 @@ def _measure(
     missing = [layer for layer in loss_function.layers if layer not in done]
     if swapped is not None:
         swapped.arrange({}, FULL)
-    blocks, bounds = len(missing) if given.per == "layer" else 0, len(ranks) * (1 + len(fractions))
-    products = _count_products(given, (None not in done) + blocks, bounds, swapped is None)
+    blocks = len(missing) * (options["per"] == "layer")
+    bounds = len(ranks) * (1 + len(fractions))
+    products = _count_products(options, (None not in done) + blocks, bounds, swapped is None)
     watch.total = watch.done + products * loss_function.texts.count_batches(loss_function.size)
     start = time.perf_counter()
     loss_function.product(loss_function.weights())
-    seconds, kept = time.perf_counter() - start, basis_size(loss_function.params, given.top)
-    gib = 4 * loss_function.params * (kept if given.top > 1 or swapped is None else 3) / 2**30
+    seconds = time.perf_counter() - start
+    kept = basis_size(loss_function.params, options["top"])
+    gib = 4 * loss_function.params * (kept if options["top"] > 1 or swapped is None else 3) / 2**30
     of = (
         f"some {products} Hessian-vector products of {seconds:.2g} s each; Lanczos takes "
         f"{gib:.1f} GiB"
@@ -633,7 +639,7 @@ def _measure(
     if missing or None not in done:
         at: Where = "base" if swapped is None else "tuned"
         for records in _iterate_curvatures(
-            loss_function, at, given, gradient, losses, None in done, missing
+            loss_function, at, options, gradient, losses, None in done, missing
         ):
             run_records.put(*records)
     if swapped is None:
@@ -653,7 +659,7 @@ def _measure(
 def _iterate_curvatures(
     loss_function: LossFunction,
     at: Where,
-    given: Options,
+    options: CurvatureOptions,
     gradient: Tensor,
     losses: Losses,
     has_joint: bool,
@@ -668,14 +674,15 @@ def _iterate_curvatures(
     Args:
         loss_function: The loss.
         at: Name of the point.
-        given: Options of the run.
+        options: Options of the run.
         gradient: ∇L, ``(n,)``.
         losses: Losses of the set.
         has_joint: Whether the file has the joint record.
         layers: Layers without a record.
     """
+    top, per, seed = options["top"], options["per"], options["seed"]
     parts = loss_function.split(gradient)
-    joint_trace, traces = estimate_traces(loss_function, given.probes, given.seed)
+    joint_trace, traces = estimate_traces(loss_function, options["probes"], seed)
 
     def record(
         layer: str | None, trace: Trace, ends: Sequence[Eigenpairs] = (), **more: Any
@@ -708,25 +715,26 @@ def _iterate_curvatures(
             return {}
         return _make_surrogates(block, own_gradient, largest, block is loss_function)
 
-    if not has_joint or given.per == "all":
-        ends = loss_function.ends(given.top, given.seed, at == "base")
+    if not has_joint or per == "all":
+        ends = loss_function.ends(top, seed, at == "base")
         of_layer = surrogates(loss_function, gradient, ends[0])
         records = [record(None, joint_trace, ends)]
-        if given.per == "all":
+        if per == "all":
             records += [record(x, traces[x], surrogate=of_layer.get(x)) for x in layers]
         yield records
-    if given.per == "layer":
+    if per == "layer":
         for layer in layers:
             block = loss_function.only(layer)
-            ends = block.ends(given.top, given.seed, at == "base")
+            ends = block.ends(top, seed, at == "base")
             of_layer = surrogates(block, parts[layer].reshape(-1), ends[0])
             yield [record(layer, traces[layer], ends, surrogate=of_layer.get(layer))]
 
 
-def _count_products(given: Options, operators: int, bounds: int, vectors: bool) -> int:
+def _count_products(options: CurvatureOptions, operators: int, bounds: int, vectors: bool) -> int:
     """Return the estimated number of products, of which ``operators`` is the number of matrices
     with eigenvalues.
     """
     # About 25 for both ends; for more eigenvalues, or vectors, again 25 and 5 for each.
-    lanczos = 25 + (25 + 5 * given.top) * (given.top > 1 or vectors)
-    return int(operators * lanczos + given.probes + bounds)
+    top = options["top"]
+    lanczos = 25 + (25 + 5 * top) * (top > 1 or vectors)
+    return int(operators * lanczos + options["probes"] + bounds)

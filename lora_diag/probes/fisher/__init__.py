@@ -22,6 +22,7 @@ from lora_diag.running.options import (
     RANKS,
     SEED,
     HeldOut,
+    Labels,
     LayerProbeOptions,
     MissingAlpha,
     Option,
@@ -36,7 +37,7 @@ class FisherOptions(HeldOut, LayerProbeOptions, MissingAlpha, total=False):
         bool, Option(False, "Truncate each layer alone, to compare F with; implied by --eval.")
     ]
     ranks: Annotated[Sequence[int], RANKS]
-    labels: Annotated[str, LABELS]
+    labels: Annotated[Labels, LABELS]
     seed: Annotated[int, SEED]
 
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import InputError, NothingComparedError, UsageError
+from lora_diag.errors import Given, InputError, NothingComparedError, UsageError
 from lora_diag.linalg.exact import Factors
 from lora_diag.models.activations import input_of, linear_layers
 from lora_diag.models.data import Texts
@@ -64,9 +64,10 @@ def measure_unchanged(
     def check_memory() -> None:
         if sum(logits.numel() * 4 for logits in all_logits) > LOGIT_BYTES:
             raise InputError(
-                f"{texts.path}: the logits of its first {len(all_logits)} of "
-                f"{len(texts.sequences)} sequences need "
-                f"more than {LOGIT_BYTES / 2**30:.0f} GiB of memory; use fewer with --max-sequences"
+                texts.path,
+                f"the logits of its first {len(all_logits)} of {len(texts.sequences)} "
+                f"sequences need more than {LOGIT_BYTES / 2**30:.0f} GiB of memory",
+                "use fewer with $max_sequences",
             )
         after()
 
@@ -344,10 +345,12 @@ def probe_fisher(
         >>> [(record.layer, record.fro) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe fisher", options, FisherOptions)
-    evaluate, labels, seed = run.options.evaluate, run.options.labels, run.options.seed
-    check_ranks(run.options.ranks)
+    evaluate, labels, seed = run.options["evaluate"], run.options["labels"], run.options["seed"]
+    check_ranks(run.options["ranks"])
     if len(evaluate) > 1:
-        raise UsageError("--eval: F is compared with measurements on one set; give one file")
+        raise UsageError(
+            Given("eval"), "F is compared with measurements on one set", "give one file"
+        )
     run.check_files(base, tuned, needs_set=False)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
@@ -357,19 +360,20 @@ def probe_fisher(
     modules = {layer: linear[name] for layer in chosen if (name := weights.name(layer)) in linear}
     if not modules:
         raise NothingComparedError(
-            f"{open_checkpoint(base).path}: no changed linear layer is selected; change --layers "
-            "or --exclude"
+            open_checkpoint(base).path,
+            "no changed linear layer is selected",
+            "change $layers or $exclude",
         )
-    sets = [run.read(path) for path in (run.options.data, *evaluate)]
-    has_effects = bool(evaluate) or run.options.measure
+    sets = [run.read(path) for path in (run.options["data"], *evaluate)]
+    has_effects = bool(evaluate) or run.options["measure"]
 
     def count_tokens() -> float:
         passes = _BACKWARD * sum(1 for _ in groups_of({layer: chosen[layer] for layer in modules}))
-        measured = has_effects * len(modules) * len(run.options.ranks)
+        measured = has_effects * len(modules) * len(run.options["ranks"])
         return passes * run.count_tokens(sets[:1]) + measured * run.count_tokens(sets[-1:])
 
     texts, *others = run.fit(sets, count_tokens, (*SEQUENCES, ("ranks", (8, 64)), ("ranks", (8,))))
-    ranks = check_ranks(run.options.ranks)
+    ranks = check_ranks(run.options["ranks"])
     effect_texts = (others or [texts])[0] if has_effects else None
     swapped = Swapped(model, deltas, max(ranks))
     probe = _Probe(run, swapped, modules, texts, effect_texts, ranks, Draw(labels, seed))
@@ -415,7 +419,7 @@ class _Probe:
         draw: Labels of the loss.
     """
 
-    run: ProbeRun
+    run: ProbeRun[FisherOptions]
     swapped: Swapped
     modules: Mapping[str, Any]
     texts: Texts
@@ -479,7 +483,7 @@ class _Probe:
         """
         curve = (tail.squares / predictions).tolist()
         if not all(map(math.isfinite, curve)):
-            raise InputError(f"{layer}: the gradients are not finite; use --dtype float32")
+            raise InputError(layer, "the gradients are not finite", "use $dtype float32")
         weight, data, kfac = (energy.clamp(min=0) for energy in tail.energies)
 
         effects: dict[str, Effect] | None = None

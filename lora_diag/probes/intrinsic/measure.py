@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Losses, measure
 from lora_diag.models.opening import Model
@@ -203,12 +203,13 @@ def check_dim(dim: int, total: int, layers: int) -> None:
     """
     if dim > total:
         raise UsageError(
-            f"--dims {dim}: the model has only {total} parameters; use smaller dimensions"
+            Given("dims", dim), f"the model has only {total} parameters", "use smaller dimensions"
         )
     if dim <= layers:
         raise UsageError(
-            f"--dims {dim}: --projection said trains {layers} scales, one per layer; d must be "
-            "larger"
+            Given("dims", dim),
+            f"$projection said trains {layers} scales, one per layer",
+            "d must be larger",
         )
 
 
@@ -349,40 +350,42 @@ def probe_intrinsic(base: Path | str, **options: Unpack[IntrinsicOptions]) -> Re
         ... )
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
-    grids = ("paces", "full_rates", "lora_rates")
     run = TrainRun("probe intrinsic", options, IntrinsicOptions)
-    dims, share, dtype = run.options.dims, run.options.share, run.options.dtype
-    method: Method = "said" if run.options.method == "said" else "plain"
-    check_ranks(run.options.ranks or [1])
-    if dtype != "float32":
+    options = run.options
+    method: Method = "said" if options["method"] == "said" else "plain"
+    check_ranks(options["ranks"] or [1])
+    if options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {dtype}: rounds away most steps of full fine-tuning, the reference of the "
-            "measurement; use float32"
+            Given("dtype", options["dtype"]),
+            "rounds away most steps of full fine-tuning, the reference of the measurement",
+            "use float32",
         )
     run.check_files(base)
     model = run.open(base)
     total = sum(parameter.numel() for parameter in model.module.parameters())
-    for dim in dims:
+    for dim in options["dims"]:
         check_dim(dim, total, count_scales(model.module) if method == "said" else 0)
     run.read_all()
 
     def count_tokens() -> float:
-        tokens = run.count_train_tokens(1, run.options.full_rates, FULL_STEP)
+        tokens = run.count_train_tokens(1, options["full_rates"], FULL_STEP)
         tokens += run.count_train_tokens(
-            len(run.options.dims), run.options.paces, FULL_STEP, PROJECTION
+            len(options["dims"]), options["paces"], FULL_STEP, PROJECTION
         )
         return tokens + run.count_train_tokens(
-            len(run.options.ranks), run.options.lora_rates, LORA_STEP
+            len(options["ranks"]), options["lora_rates"], LORA_STEP
         )
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    lora_ranks = sorted(set(run.options.ranks))
+    lora_ranks = sorted(set(options["ranks"]))
     settings = {
-        "dims": sorted(set(run.options.dims)),
+        "dims": sorted(set(options["dims"])),
         "method": method,
-        "share": share,
+        "share": options["share"],
         "ranks": lora_ranks,
-        **{name: sorted(set(run.options[name])) for name in grids},
+        "paces": sorted(set(options["paces"])),
+        "full_rates": sorted(set(options["full_rates"])),
+        "lora_rates": sorted(set(options["lora_rates"])),
         **run.training_settings(),
         "params": total,
         "scale_step": SCALE_STEP if method == "said" else None,

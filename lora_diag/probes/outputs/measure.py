@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lora_diag.adapters import is_adapter
 from lora_diag.checkpoints import locate
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Forgetting, Losses, divergence, forward, nll, select_predictions
 from lora_diag.models.opening import Model
@@ -280,7 +280,7 @@ def probe_outputs(
         >>> [(record.subject, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe outputs", options, OutputsOptions)
-    reference = run.options.reference
+    reference = run.options["reference"]
     models: list[tuple[Path | str, Subject]] = [(path, "adapter") for path in adapters]
     models += [(reference, "reference")] if reference else []
     if not models and tuned is None:
@@ -291,7 +291,9 @@ def probe_outputs(
     if tuned is not None:
         models.insert(0, (tuned, "tuned"))
     elif reference:
-        raise UsageError("--reference: is compared with the full fine-tune; give that with --tuned")
+        raise UsageError(
+            Given("reference"), "is compared with the full fine-tune", "give that with $tuned"
+        )
     run.check_files(base, *(path for path, _ in models))
     compared = [run.compare(base, path) for path, _ in models]
     model = run.open(base)

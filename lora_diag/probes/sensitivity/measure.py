@@ -193,7 +193,7 @@ def compute_gradients(
         gradient = sums[name] / predictions
         if not torch.isfinite(gradient).all():
             raise InputError(
-                f"{name}: the gradient is not finite; check the weights, or use --dtype float32"
+                name, "the gradient is not finite", "check the weights, or use $dtype float32"
             )
         by_layer[name] = gradient if isinstance(layer, nn.Linear) else gradient.T
     return by_layer
@@ -283,7 +283,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
         >>> {record.record for record in found.whole}  # doctest: +SKIP
     """
     run = TrainRun("probe sensitivity", options, SensitivityOptions)
-    rank, delta = run.options.rank, run.options.delta
+    rank, delta = run.options["rank"], run.options["delta"]
     run.check_files(base)
     selected = selector(**run.selection)
     stored = open_checkpoint(base)
@@ -296,19 +296,19 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
     ranks = (rank, rank + delta) if delta is not None else (rank,)
 
     def count_tokens() -> float:
-        units = len(units_of(linear, base_names, run.options.per)) * (
+        units = len(units_of(linear, base_names, run.options["per"])) * (
             1 + 2 * PARTED * ("per" in run.reduced)
         )
-        return run.count_train_tokens(units * len(ranks), run.options.rates, STEP_ALONE)
+        return run.count_train_tokens(units * len(ranks), run.options["rates"], STEP_ALONE)
 
     run.fit_runs(count_tokens, REDUCTIONS)
-    units, parts = (units_of(linear, base_names, per) for per in (run.options.per, "part"))
+    units, parts = (units_of(linear, base_names, per) for per in (run.options["per"], "part"))
     parted = math.ceil(PARTED * len(units)) if "per" in run.reduced else 0
     if parted:
         run.reduced["per"] += f" and the parts of {quantity(parted, 'block')}"
     settings = {
         **run.settings("per", "rank", "delta"),
-        "rates": sorted(set(run.options.rates)),
+        "rates": sorted(set(run.options["rates"])),
         **run.training_settings(),
         **run.selection,
         "kind": run.training.kind.description,
@@ -365,7 +365,7 @@ def probe_sensitivity(base: Path | str, **options: Unpack[SensitivityOptions]) -
             (record for record in run_records.records if isinstance(record, Sensitivity)),
             run.sets[0].name,
         )
-        gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options.seed))
+        gains = Gain.undivided(gains_of([*runs], own, own, rank, run.options["seed"]))
         clear = sorted((gain for gain in gains if gain.is_clear), key=lambda gain: -abs(gain.gain))
         for arm in divide(clear[:parted]):
             plan.run(arm)
@@ -400,7 +400,8 @@ def _choose_layers(
         )
     if not base_names:
         raise NothingComparedError(
-            f"{stored.path}: no linear layer is selected, so there is nothing to adapt; change "
-            "--layers or --exclude"
+            stored.path,
+            "no linear layer is selected, so there is nothing to adapt",
+            "change $layers or $exclude",
         )
     return base_names, left_out

@@ -153,13 +153,13 @@ def probe_strength(
         >>> [(record.scale, record.loss) for record in found.whole_of(Strength)]  # doctest: +SKIP
     """
     run = ProbeRun("probe strength", options, StrengthOptions)
-    by = run.options.by
+    by = run.options["by"]
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
     groups: dict[str, list[str]] = {}
     for delta in compared.pairing.deltas if by != "all" else ():
         groups.setdefault(name_unit(delta.layer, by), []).append(delta.layer)
-    cells = list_cells(run.options.scales, groups)
+    cells = list_cells(run.options["scales"], groups)
     model = run.open(base)
     sets = run.read_sets()
     texts = run.fit(sets, lambda: (len(cells) + 2) * run.count_tokens(sets))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.opening import Model
 from lora_diag.models.training import Cell, Lora, Training, layers_without_head, record_of, run_cell
@@ -190,35 +190,39 @@ def probe_sweep(base: Path | str, **options: Unpack[SweepOptions]) -> Results[An
         ... ]  # doctest: +SKIP
     """
     run = TrainRun("probe sweep", options, SweepOptions)
-    given, ranks = run.options, check_ranks(run.options.ranks)
-    if (given.full or given.bitfit) and given.dtype != "float32":
+    options = run.options
+    ranks = check_ranks(options["ranks"])
+    if (options["full"] or options["bitfit"]) and options["dtype"] != "float32":
         raise UsageError(
-            f"--dtype {given.dtype}: rounds away most steps of "
-            f"{'--full' if given.full else '--bitfit'}, while "
-            "LoRA's factors stay float32; use --dtype float32"
+            Given("dtype", options["dtype"]),
+            f"rounds away most steps of {'$full' if options['full'] else '$bitfit'}, while LoRA's "
+            "factors stay float32",
+            "use $dtype float32",
         )
     run.check_files(base)
+    kind = Lora(tuple(options["targets"]) or None, options["dora"], options["rslora"])
     with run.joined():
-        return _run_sweep(
-            run, base, Lora(tuple(given.targets) or None, given.dora, given.rslora), ranks
-        )
+        return _run_sweep(run, base, kind, ranks)
 
 
-def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]) -> Results[Any]:
+def _run_sweep(
+    run: TrainRun[SweepOptions], base: Path | str, kind: Lora, ranks: Sequence[int]
+) -> Results[Any]:
     """Open the model and the texts, train what the results file lacks, and return the results."""
-    options, quantized = run.options, run.options.quantized
+    options = run.options
+    quantized = options["quantized"]
     model, stored = run.open(base), open_checkpoint(base)
     run.read_all(kind)
     settings = {
         "ranks": list(ranks),
-        "rates": sorted(set(options.rates)),
-        "full_rates": sorted(set(options.full_rates)) if options.full else None,
-        "bitfit": options.bitfit,
+        "rates": sorted(set(options["rates"])),
+        "full_rates": sorted(set(options["full_rates"])) if options["full"] else None,
+        "bitfit": options["bitfit"],
         "kind": kind.description,
         "quantized": quantized,
         **run.training_settings(),
-        "tolerance": options.tolerance,
-        "targets": list(options.targets) or "all-linear",
+        "tolerance": options["tolerance"],
+        "targets": list(options["targets"]) or "all-linear",
     }
     workers = run.workers(base, stored)
 
@@ -251,9 +255,9 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
 
         lora = make_arm("lora", joined_settings["ranks"], "rates", quantized)
         arms = {"of LoRA": lora}
-        if options.full:
+        if options["full"]:
             arms["of full fine-tuning"] = make_arm("full", [None], "full_rates")
-        if options.bitfit:
+        if options["bitfit"]:
             arms["of BitFit"] = make_arm("bitfit", [None], "rates")
         bases = sum(not plan.has(subject="base", name=grid) for grid in {"", quantized or ""})
         # A full fine-tune keeps a copy, gradients and AdamW's two moments.
@@ -261,7 +265,7 @@ def _run_sweep(run: TrainRun, base: Path | str, kind: Lora, ranks: Sequence[int]
             weight.numel() * weight.element_size() for weight in model.module.parameters()
         )
         methods = {name: [arm] for name, arm in arms.items()}
-        plan.report_cost(methods, bases, 4 * weights if options.full else 0)
+        plan.report_cost(methods, bases, 4 * weights if options["full"] else 0)
         measure_base()
         with round_weights(layers_without_head(model.module).values(), quantized):
             if quantized:

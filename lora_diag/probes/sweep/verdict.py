@@ -25,7 +25,7 @@ from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 from lora_diag.catalog import read_results
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.metrics import statistics as stats
 from lora_diag.records import Probe, Results
 from lora_diag.records.base import Shown
@@ -677,8 +677,9 @@ def swept_rate(path: Path | str) -> str:
     chosen = None if swept is None else swept.verdict.chosen
     if chosen is None:
         raise UsageError(
-            f"--sweep {name}: names no learning rate; give results of probe sweep in which a rank "
-            "gains"
+            Given("sweep", name),
+            "names no learning rate",
+            "give results of probe sweep in which a rank gains",
         )
     settings = results.run.settings
     kind, steps = settings.get("kind", "LoRA, alpha = 2r"), settings.get("steps")

@@ -145,8 +145,8 @@ def probe_truncation(
         >>> [(record.subject, record.rank, record.loss) for record in found.whole]  # doctest: +SKIP
     """
     run = ProbeRun("probe truncation", options, TruncationOptions)
-    per, rest, match_norm = run.options.per, run.options.rest, run.options.match_norm
-    ranks = list(check_ranks(run.options.ranks, 0))
+    per, rest, match_norm = run.options["per"], run.options["rest"], run.options["match_norm"]
+    ranks = list(check_ranks(run.options["ranks"], 0))
     run.check_files(base, tuned)
     compared = run.compare(base, tuned)
     deltas = compared.pairing.deltas
@@ -181,6 +181,7 @@ def probe_truncation(
         judge.judge(cells, note=f", and the SVD of {quantity(len(chosen))}")
         return left_out(compared.pairing, swapped.absent)
 
-    settings = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
-    settings |= {"match_norm": True} if match_norm else {}
+    settings: dict[str, Any] = {"ranks": ranks, "per": per, "rest": rest, **run.selection}
+    if match_norm:
+        settings["match_norm"] = True
     return run.over([*compared.inputs, *map(describe_texts, texts)], settings, measure_missing)

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 from lora_diag.rendering.text import crop
 
 FORMATS = ("png", "svg", "pdf")
@@ -111,7 +111,7 @@ def page_style_of(name: str) -> PageStyle:
     for style in (COLUMN, SLIDE):
         if style.name == name:
             return style
-    raise UsageError(f"--width {name}: unknown; use column or slide")
+    raise UsageError(Given("width", name), "unknown", "use column or slide")
 
 
 @contextmanager

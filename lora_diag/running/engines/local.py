@@ -10,7 +10,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from lora_diag.errors import UsageError
+from lora_diag.errors import Given, UsageError
 
 Task = TypeVar("Task")
 Record = TypeVar("Record")
@@ -106,7 +106,9 @@ def layout_for(
     if budget < MIN_BYTES * (workers or 1):
         minimum = math.ceil((PROGRAM_BYTES + MIN_BYTES * (workers or 1)) / 1e6)
         program = f"the program itself takes {PROGRAM_BYTES / 1e6:.0f} MB"
-        raise UsageError(f"--memory {memory / 1e6:.0f}MB: {program}; give {minimum}MB or more")
+        raise UsageError(
+            Given("memory", f"{memory / 1e6:.0f}MB"), program, f"give {minimum}MB or more"
+        )
     return Layout(cores, budget, workers, limited=True, torch=torch)
 
 

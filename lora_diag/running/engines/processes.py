@@ -99,7 +99,7 @@ class Processes(Generic[Task, Record]):
             self._free.put(process)  # calls that wait for a free one must end, too
             ended = f"the process that measured it ended with code {process.wait()}"
             raise InputError(
-                f"{getattr(task, 'layer', task)}: {ended}; run again with --workers 1"
+                getattr(task, "layer", task), ended, "run again with $workers 1"
             ) from problem
         self._free.put(process)
         if error is not None:

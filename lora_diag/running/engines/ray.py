@@ -14,6 +14,8 @@ import os
 import secrets
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from typing import Any, TypeVar
 
 from lora_diag.checkpoints import FORMATS
 from lora_diag.errors import (
+    Given,
     InputError,
     LoradiagError,
     UsageError,
@@ -45,9 +48,9 @@ RETRIES = 3
 STORE_BYTES = 80 * 2**20
 # Seconds to wait for an answer at an address.
 ANSWER_SECONDS = 30.0
-# The start of HTTP/2, the protocol of Ray's head, with empty settings; the answer is a frame of
-# settings.
-GREETING, SETTINGS = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]), 4
+# Connects to a cluster in a process of its own: ``ray.init`` has no time limit, and retries for
+# minutes where no cluster answers.
+CONNECT = "import ray, sys; ray.init(sys.argv[1], log_to_driver=False)"
 
 # Set before Ray is imported. The last: by default, Ray kills a task whose matrix does not fit into
 # memory and retries it forever.
@@ -80,24 +83,25 @@ class Ray:
         gpus = self.gpus_per_task
         if not gpus >= 0 or (gpus > 1 and gpus % 1 != 0):
             raise UsageError(
-                f"--gpus-per-task {gpus:g}: must be a fraction below 1, such as 0.5, or a whole "
-                "number"
+                Given("gpus_per_task", gpus),
+                "must be a fraction below 1, such as 0.5, or a whole number",
             )
         origin, address = self.find_address()
         if address and "://" in address:
             raise UsageError(
-                f"{origin}: unsupported form of address; run loradiag on a node of the cluster "
-                "with HOST:PORT, such "
-                "as 10.0.0.1:6379, or auto; from outside, submit it with ray job submit"
+                origin,
+                "unsupported form of address",
+                "run loradiag on a node of the cluster with HOST:PORT, such as 10.0.0.1:6379, or "
+                "auto; from outside, submit it with ray job submit",
             )
         import_ray()
 
-    def find_address(self) -> tuple[str, str | None]:
+    def find_address(self) -> tuple[Given | str, str | None]:
         """Return the origin of the address, for messages, and the address; None or ``local`` for a
         local Ray.
         """
         if self.address is not None:
-            return f"--ray-address {self.address}", self.address
+            return Given("ray_address", self.address), self.address
         address = os.environ.get("RAY_ADDRESS") or None
         return f"RAY_ADDRESS={address}", address
 
@@ -106,7 +110,7 @@ def import_ray() -> Any:
     """Return the module ``ray``, imported after its environment variables are set."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with require("--engine ray:", "ray"):
+    with require(Given("engine", "ray"), "ray"):
         import ray
     return ray
 
@@ -147,19 +151,20 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         }
     else:
         _check_answers(origin, str(address))
-    from ray._private import (
-        worker,
-    )  # the only switch for what Ray prints to standard output when a worker dies
+    # The only switch for what Ray prints to standard output when a worker dies.
+    from ray._private import worker
 
     worker._worker_logs_enabled = False
     try:
-        with _suppress_stderr(), _allow_interrupts():
+        with _allow_interrupts():
             ray.init(
                 address or "local", **options, log_to_driver=False, logging_level=logging.CRITICAL
             )
     except Exception as error:  # Ray raises many types
-        problem = origin if address else "--engine ray: a local Ray could not be started"
-        raise InputError(f"{problem}: {_explain_failure(ray, error)}") from error
+        if address:
+            raise InputError(origin, _explain_failure(ray, error)) from error
+        problem = f"a local Ray could not be started: {_explain_failure(ray, error)}"
+        raise InputError(Given("engine", "ray"), problem) from error
     try:
         yield ray
     finally:
@@ -167,25 +172,6 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         worker._worker_logs_enabled = True
         if own_token:
             os.environ.pop("RAY_AUTH_TOKEN", None)
-
-
-@contextmanager
-def _suppress_stderr() -> Iterator[None]:
-    """Keep Ray's C++ layer from writing its waiting messages to standard error; its errors are
-    raised anyway.
-    """
-    try:
-        saved_stderr = os.dup(2)
-    except OSError:  # standard error has no file descriptor
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as devnull:  # noqa: PTH123
-            os.dup2(devnull.fileno(), 2)
-        yield
-    finally:
-        os.dup2(saved_stderr, 2)
-        os.close(saved_stderr)
 
 
 @contextmanager
@@ -228,45 +214,40 @@ def _explain_failure(ray: Any, error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _check_answers(origin: str, address: str) -> None:
-    """Refuse an address where no server of Ray's protocol answers; Ray would retry for minutes.
-
-    ``auto`` is not checked; with ``RAY_USE_TLS``, only that a server accepts the connection.
+def _check_answers(origin: Given | str, address: str) -> None:
+    """Refuse an address where no cluster answers in time; Ray would retry for minutes.
 
     Raises:
         UsageError: The address is malformed.
-        InputError: No server answers at the address, or one that is not a Ray cluster.
+        InputError: No cluster answers at the address.
     """
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise UsageError(
-            f"{origin}: not an address; give HOST:PORT of the head node, such as 10.0.0.1:6379, or "
-            "auto"
-        )
-    deadline = time.monotonic() + ANSWER_SECONDS
+    advice = "give HOST:PORT of its head node"
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdecimal() or int(port) > 65535:
+            raise UsageError(
+                origin,
+                "not an address",
+                "give HOST:PORT of the head node, such as 10.0.0.1:6379, or auto",
+            )
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            problem = f"no Ray cluster answers: {error.strerror or error}"
+            advice = f"start its head with ray start --head --port {port}"
+            raise damaged(origin, problem, advice) from error
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as server:
-            server.sendall(GREETING)
-            frame = b""
-            while len(frame) < 4 and "RAY_USE_TLS" not in os.environ:
-                server.settimeout(max(0.01, deadline - time.monotonic()))
-                frame += (received := server.recv(4 - len(frame)))
-                if not received or (len(frame) == 4 and frame[3] != SETTINGS):
-                    raise damaged(
-                        origin,
-                        "the server there is not a Ray cluster",
-                        "give HOST:PORT of its head node",
-                    )
-    except TimeoutError as error:
+        # Another failure, such as a missing token, is explained when this process connects.
+        subprocess.run(
+            [sys.executable, "-c", CONNECT, address],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=ANSWER_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
         problem = f"no Ray cluster answered within {ANSWER_SECONDS:g} s"
-        raise damaged(origin, problem, "give HOST:PORT of its head node") from error
-    except OSError as error:
-        problem = f"no Ray cluster answers: {error.strerror or error}"
-        raise damaged(
-            origin, problem, f"start its head with ray start --head --port {port}"
-        ) from error
+        raise damaged(origin, problem, advice) from error
 
 
 Task = TypeVar("Task", bound=Sized)
@@ -289,7 +270,7 @@ def run_ray(
     footprint: Callable[[Task], int],
     engine: Ray,
     poll: Callable[[], None] = lambda: None,
-    advice: str = "add a node with more, or exclude the layer with --exclude",
+    advice: str = "add a node with more, or exclude the layer with $exclude",
 ) -> Iterator[Record]:
     """Yield the record of every task, in the order of the tasks.
 
@@ -391,8 +372,10 @@ class _Cluster:
                 f" and {self.gpus:g} GPUs" if self.gpus else ""
             )
             raise InputError(
-                f"--engine ray: no node had {resources}, which a task needs, for "
-                f"{MAX_WAIT_SECONDS:g} s; add such a node; a run with -o continues with --resume"
+                Given("engine", "ray"),
+                f"no node had {resources}, which a task needs, for {MAX_WAIT_SECONDS:g} "
+                "s; add such a node",
+                "a run with $output continues with $resume",
             )
         time.sleep(QUERY_SECONDS)
         self._nodes = self._find_fitting_nodes(cores)
@@ -454,11 +437,11 @@ class _Cluster:
             except OSError as error:
                 since = self._silent_since.setdefault(name, time.monotonic())
                 if time.monotonic() - since > LOST_SECONDS:
-                    problem = (
-                        f"--engine ray: {name} at {address[0]}:{address[1]} is lost; start "
-                        "the cluster again"
-                    )
-                    raise InputError(f"{problem}; a run with -o continues with --resume") from error
+                    raise InputError(
+                        Given("engine", "ray"),
+                        f"{name} at {address[0]}:{address[1]} is lost",
+                        "start the cluster again; a run with $output continues with $resume",
+                    ) from error
             else:
                 self._silent_since.pop(name, None)
         return not self._silent_since
@@ -541,8 +524,9 @@ class _Run:
             lines = str(error.cause).strip().splitlines()
             if lines and lines[0].startswith(IMPORT_FAILED):
                 raise InputError(
-                    f"--engine ray: a worker cannot import loradiag: {lines[-1]}; install the same "
-                    f"version on every node: {install_command('ray')}"
+                    Given("engine", "ray"),
+                    f"a worker cannot import loradiag: {lines[-1]}",
+                    f"install the same version on every node: {install_command('ray')}",
                 ) from error
             raise error.cause from error  # a bug: show its traceback
         except self._ray.exceptions.RayError:
@@ -553,8 +537,9 @@ class _Run:
         """Return the error for a layer whose workers all died."""
         cause = f"{RETRIES + 1} workers died while they" if RETRIES else "a worker died while it"
         return InputError(
-            f"{self._tasks[batch.start].layer}: {cause} measured it, possibly for lack of memory; "
-            f"{self._advice}; a run with -o continues with --resume"
+            self._tasks[batch.start].layer,
+            f"{cause} measured it, possibly for lack of memory; {self._advice}",
+            "a run with $output continues with $resume",
         )
 
     def stop(self) -> None:

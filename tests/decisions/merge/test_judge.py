@@ -251,8 +251,8 @@ def test_single_merge_of_adapters_is_judged_by_all_sequences(case, tmp_path):
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        ({"method": "all"}, ["method=all", "evaluate"]),
-        ({"scales": [0.5]}, ["scales", "evaluate"]),
+        ({"method": "all"}, ["method='all'", "eval"]),
+        ({"scales": [0.5]}, ["scales", "eval"]),
         ({"evaluate": ["three=text.txt"]}, ["three", "one", "two"]),
         ({"evaluate": ["one=text.txt"]}, ["text.txt"]),
     ],

@@ -11,6 +11,7 @@ import lora_diag
 from lora_diag.errors import InputError
 from lora_diag.running.engines import Layout, run_local
 from lora_diag.running.layers import LayerRun
+from lora_diag.running.options import LayerOptions
 
 
 def test_records_come_in_order_of_tasks():
@@ -82,7 +83,7 @@ def test_any_number_of_workers_gives_same_records(pair_of_models):
 
 def test_only_large_layer_of_run_gets_all_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
-    run = LayerRun("spectrum", {})
+    run = LayerRun("spectrum", {}, LayerOptions)
     run.torch = False
     large, small = (SimpleNamespace(layer="x", shape=(order, order)) for order in (4096, 512))
     for tasks, cores in (([large], 8), ([large] * 2, 4), ([small], 1)):

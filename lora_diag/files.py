@@ -220,7 +220,6 @@ def check_outputs(
 
     Raises:
         UsageError: An output is refused.
-        InputError: See ``check_output``.
     """
     used = {os.path.realpath(path) for path in inputs if path is not None}
     for path, kind in outputs:
@@ -296,7 +295,6 @@ def replacing(path: Path, kind: Kind | None = None, overwrite: bool = False) -> 
         overwrite: As in ``check_output``.
 
     Raises:
-        UsageError: See ``check_output``.
         InputError: See ``check_output``, or the file cannot be written; also in place of an
             ``OSError`` of the block.
     """

@@ -127,7 +127,6 @@ def write_portable(
         InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the
             adapter, the layout needs names from a BASE, a file cannot be read, or the folder cannot
             be written.
-        NothingComparedError: No ΔW can be measured against BASE.
     """
     form = form or adapter.form
     if form not in LAYOUTS:
@@ -174,7 +173,6 @@ def convert(
     Raises:
         InputError: A weight is unsupported (with ``leave_out``: all are), BASE does not fit the
             adapter, the layout needs names from a BASE, or a file cannot be read or written.
-        NothingComparedError: No ΔW can be measured against BASE.
     """
     _refuse_unresolved_gguf(adapter, base, form)
     contents = read_contents(adapter, base)

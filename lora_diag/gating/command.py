@@ -41,8 +41,6 @@ def run_gate(
     Raises:
         UsageError: Options contradict each other, there are no results, an output may not be
             replaced, or the model card is not Markdown; or as ``gate``.
-        InputError: An input cannot be read, or an output cannot be written.
-        NothingComparedError: There is nothing to measure or to judge.
     """
     files, baseline, card = list(paths), options["baseline"], model_card
     if github and shown.json:
@@ -147,8 +145,6 @@ def _measure_inputs(
     Raises:
         UsageError: Both results and ``--base`` are given, or neither, or other inputs to measure
             without ``--base``, or ``--base`` alone; or as ``measure``.
-        InputError: As ``measure``.
-        NothingComparedError: As ``measure``.
     """
     if base is None:
         if tuned is not None or adapters:

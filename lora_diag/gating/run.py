@@ -85,8 +85,8 @@ def gate(
         >>> outcome(verdicts.whole)
         'passed'
     """
-    arguments = fill_options(GateOptions, options)
-    baseline, ratchet, max_age = arguments["baseline"], arguments["ratchet"], arguments["max_age"]
+    options = fill_options(GateOptions, options)
+    baseline, ratchet, max_age = options["baseline"], options["ratchet"], options["max_age"]
     baseline = [baseline] if isinstance(baseline, str | Path) else list(baseline)
     if not results:
         raise UsageError("gate: give at least one results file")
@@ -117,7 +117,7 @@ def gate(
                 "the run did not finish, so it cannot be a baseline",
                 "continue it with $resume",
             )
-    sources, unmatched = compare_inputs(_open_sources(results), arguments["shipped"])
+    sources, unmatched = compare_inputs(_open_sources(results), options["shipped"])
     day = today or date.today()
     now = datetime.combine(today, time(), UTC) if today is not None else datetime.now(UTC)
     verdicts = judge(rules, sources, stored, day, now, unmatched)
@@ -164,8 +164,6 @@ def measure(
     Raises:
         UsageError: Neither a fine-tune nor an adapter is given; or as ``spectrum`` and
             ``residual``.
-        InputError: As ``spectrum`` and ``residual``.
-        NothingComparedError: As ``spectrum`` and ``residual``.
     """
     from lora_diag.diagnostics.residual.measure import residual
     from lora_diag.diagnostics.spectrum.run import spectrum

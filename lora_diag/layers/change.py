@@ -172,7 +172,6 @@ def load_change(
         ΔW; without matrix, factors and row blocks if an entry is not finite.
 
     Raises:
-        InputError: A file could not be read.
         MemoryLimitError: ΔW is not stored, has to be computed in full, and does not fit.
     """
     allowance = (

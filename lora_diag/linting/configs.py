@@ -135,7 +135,6 @@ def read_settings(path: Path) -> Settings:
     Raises:
         InputError: The file cannot be read, is not a configuration of a supported trainer, or a
             value is invalid.
-        UsageError: It is YAML, and PyYAML is not installed.
     """
     if path.is_dir() and not (path / CONFIG).is_file():
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from inspect import signature
 from itertools import islice
@@ -89,18 +88,15 @@ def lint(
         >>> [(finding.id, finding.severity) for finding in found.whole_of(LintFinding)]
         []
     """
-    arguments = fill_options(LintOptions, options)
-    if unknown := [name for name in arguments["servers"] if name not in CONSUMERS]:
+    options = fill_options(LintOptions, options)
+    if unknown := [name for name in options["servers"] if name not in CONSUMERS]:
         raise UsageError(
             Given("servers", unknown[0]), "unknown program", f"give one of {', '.join(CONSUMERS)}"
         )
-    tokens = (
-        read_count(str(given), "tokens") if (given := arguments["tokens"]) is not None else None
-    )
-    memory = (
-        read_bytes(given, "gpu_memory") if (given := arguments["gpu_memory"]) is not None else None
-    )
-    output, report, overwrite = arguments["output"], arguments["junit"], arguments["overwrite"]
+    tokens, memory = options["tokens"], options["gpu_memory"]
+    token_count = None if tokens is None else read_count(str(tokens), "tokens")
+    memory_bytes = None if memory is None else read_bytes(memory, "gpu_memory")
+    output, report, overwrite = options["output"], options["junit"], options["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
     config, base = _order_inputs(config, base)
     path = None if config is None else locate(as_path(config))
@@ -111,10 +107,14 @@ def lint(
             if _is_weights(path)
             else read_settings(path)
         )
-    settings = _apply_options(settings, arguments)
+    settings = _apply_options(settings, options)
     checkpoint = None if base is None else open_headers(base)
     facts = Facts(
-        settings, checkpoint, tokens=tokens, gpu_memory=memory, servers=arguments["servers"]
+        settings,
+        checkpoint,
+        tokens=token_count,
+        gpu_memory=memory_bytes,
+        servers=options["servers"],
     )
     if path is not None and (
         _is_weights(path) or any((path / name).is_file() for name in ADAPTER_WEIGHTS)
@@ -130,7 +130,7 @@ def lint(
     own = {
         "judged": judged,
         "not_judged": missing,
-        "fail_on": arguments["fail_on"],
+        "fail_on": options["fail_on"],
         "lr": settings.lr,
     }
     run = Run(
@@ -143,7 +143,7 @@ def lint(
         results.write(output, overwrite)
     if report is not None:
         write_whole(report, junit(as_verdicts(results)), JUNIT, overwrite)
-    if arguments["github"]:
+    if options["github"]:
         append_step_summary(step_summary(as_verdicts(results)))
     return results
 
@@ -171,9 +171,9 @@ def _is_weights(path: Path) -> bool:
     return path.suffix not in SUFFIXES and not (path / CONFIG).is_file() and is_adapter(path)
 
 
-def _apply_options(settings: Settings, options: Mapping[str, Any]) -> Settings:
+def _apply_options(settings: Settings, options: LintOptions) -> Settings:
     """Return settings with the values of options."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     own: dict[str, Any] = {
         name: given[name] for name in ("method", "lr", "dtype", "steps") if name in given
     }

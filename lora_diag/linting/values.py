@@ -218,7 +218,6 @@ def _read_yaml(path: Path) -> dict[Any, Any]:
 
     Raises:
         InputError: The file cannot be read, is too large, repeats a key, or holds no table.
-        UsageError: PyYAML is not installed.
     """
     with require(f"{path}: reading YAML", "hub"):
         import yaml

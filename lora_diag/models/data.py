@@ -279,7 +279,6 @@ def read_texts(
         shifted: Whether the user declared it as shifted.
 
     Raises:
-        UsageError: The path is a data set, and datasets is not installed.
         InputError: The file cannot be read, its contents do not fit the kind of model, or it has
             nothing to predict.
     """

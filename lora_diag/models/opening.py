@@ -223,7 +223,6 @@ def _read_config(
 
     Raises:
         UsageError: BASE is an adapter.
-        InputError: A value is invalid, or transformers cannot open it.
     """
     try:
         with _report_failure(base, "transformers cannot open this model, by its config.json"):

@@ -29,7 +29,6 @@ def adapted_by_peft(config: Mapping[str, Any], base: Path) -> dict[str, tuple[in
         Rank and scaling by module, or by parameter other than ``weight``.
 
     Raises:
-        UsageError: torch, transformers or peft is not installed.
         InputError: ``base`` is remote, transformers cannot build the model, or PEFT rejects the
             config.
     """

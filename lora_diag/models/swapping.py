@@ -34,7 +34,6 @@ def truncated_layers(
         exclude: Regular expression; names with a match are not selected. Default none.
 
     Raises:
-        UsageError: A regular expression is invalid.
         NothingComparedError: No matrix is selected.
     """
     selected = selector(layers, exclude)

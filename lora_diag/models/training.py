@@ -90,7 +90,6 @@ def add_lora(model: Model, rank: int, kind: Lora) -> Iterator[Model]:
         kind: The kind of LoRA.
 
     Raises:
-        UsageError: peft is not installed.
         InputError: PEFT cannot adapt this model, or there are no biases and norms to train.
     """
     with require("training an adapter", "train"):

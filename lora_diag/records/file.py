@@ -504,7 +504,6 @@ def _lock(path: Path) -> int:
     """Lock a file against other processes, and return its descriptor.
 
     Raises:
-        UsageError: Another process writes it.
         InputError: It cannot be opened.
     """
     try:

@@ -41,7 +41,6 @@ def run_report(
 
     Raises:
         UsageError: Options contradict each other, or ``report`` or ``track`` refuses them.
-        InputError: As ``report`` and ``track``.
     """
     if project is not None and to is None:
         raise UsageError(Given("project"), "names a project of a tracker", "add $to")
@@ -82,8 +81,6 @@ def track(results: Sequence[Results[Any] | Path | str], to: str, project: str | 
     Raises:
         UsageError: There is no such tracker, no project where one is needed, or the model card may
             not be written.
-        InputError: The tracker's library is not installed, a results file cannot be read, or the
-            model card cannot be read or written.
     """
     if to not in TRACKERS:
         raise UsageError(Given("to", to), f"choose {', '.join(TRACKERS)}")
@@ -284,7 +281,6 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
 
     Raises:
         UsageError: There is no project, or the card may not be written.
-        InputError: The card cannot be read or written.
     """
     if project is None:
         raise UsageError(Given("to", "hub"), "give the model id or a folder with $project")

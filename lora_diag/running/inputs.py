@@ -75,7 +75,6 @@ def open_base(path: Path | str | Checkpoint) -> Checkpoint:
 
     Raises:
         UsageError: It is an adapter, without a checkpoint in the same folder.
-        InputError: It cannot be read.
     """
     if isinstance(path, Checkpoint):
         return path
@@ -98,7 +97,6 @@ def open_update(
 
     Raises:
         UsageError: It is no adapter and there is no BASE, or a side holds second moments.
-        InputError: It cannot be read.
     """
     path = as_path(path)
     if adapters.is_adapter(locate(path)):

@@ -127,11 +127,6 @@ class LayerRun(Generic[G]):
     Attributes:
         options: All options, with defaults, as the command declares them.
         values: The same options untyped, for code that serves many groups.
-        torch: Whether torch is needed: a command sets it to False, before reading ``where``, if its
-            layers are measured with NumPy on the CPU.
-        apart: Whether layers are measured in separate processes, one per worker.
-        usual_workers: Concurrent layers where the user sets none; None for what cores and memory
-            permit.
         stated_alpha: α of adapters whose files give none.
         own: The command's own options, in the form of the run record.
 
@@ -146,14 +141,28 @@ class LayerRun(Generic[G]):
         self.options = fill_options(group, options)
         self.values = {"engine": None, "verify": False, **cast(dict[str, Any], self.options)}
         self.own = list_own_settings(group, self.values)
-        self.torch = True
-        self.apart = False
-        self.usual_workers: int | None = None
+        self._torch = True
+        self._apart = False
+        self._usual_workers: int | None = None
         self._device = self.values.get("device", "cpu")
         if self.values["engine"] is not None or self._device not in {"auto", "cpu"}:
             self.where  # noqa: B018  (refuses what is not there before any input is opened)
         self._limit = read_memory(self.values.get("memory"), self.values["engine"])
         self.stated_alpha = get_stated_alpha(self.values)
+
+    def use_numpy(self, workers: int | None = None, apart: bool = False) -> None:
+        """Measure the layers with NumPy on the CPU, without importing torch.
+
+        Called before ``where`` is read.
+
+        Args:
+            workers: Concurrent layers where the user sets none; None for what cores and memory
+                permit.
+            apart: Whether layers are measured in separate processes, one per worker.
+        """
+        self._torch = False
+        self._usual_workers = workers
+        self._apart = apart
 
     @cached_property
     def where(self) -> DevicePlan:
@@ -162,7 +171,7 @@ class LayerRun(Generic[G]):
         Raises:
             UsageError: As ``plan_device``.
         """
-        if not self.torch:
+        if not self._torch:
             return DevicePlan(self._device, "cpu", "cpu")
         return plan_device(self.values["engine"], self._device)
 
@@ -368,12 +377,12 @@ class LayerRun(Generic[G]):
             UsageError: The memory limit is too small for the program itself and a small layer of
                 every worker.
         """
-        workers = self.values["workers"] or self.usual_workers
+        workers = self.values["workers"] or self._usual_workers
         largest = max((math.prod(task.shape) for task in tasks), default=0)
         if workers is None and len(tasks) == 1 and largest >= ALL_CORES_FROM:
             workers = 1
-        planned = layout_for(largest, workers, self.where.kind, self._limit, self.torch)
-        return replace(planned, apart=self.apart and (planned.workers or planned.cores) > 1)
+        planned = layout_for(largest, workers, self.where.kind, self._limit, self._torch)
+        return replace(planned, apart=self._apart and (planned.workers or planned.cores) > 1)
 
 
 def _measure_or_skip(

@@ -190,7 +190,6 @@ class OutputFolder:
         written.
 
         Raises:
-            UsageError: Another process is writing the folder.
             InputError: The folder cannot be created.
         """
         if self.whole:

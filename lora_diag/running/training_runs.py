@@ -482,7 +482,6 @@ class TrainRun(ProbeRun[G]):
         Raises:
             UsageError: Two evaluation sets have one name, the training text is also an evaluation
                 set, the model has no gradient checkpointing, or as ``read``.
-            InputError: As ``read``.
         """
         self.sets, options = self.read_sets(), self.values
         texts = read_texts(options["data"], self.model)
@@ -539,7 +538,6 @@ class TrainRun(ProbeRun[G]):
         Raises:
             UsageError: An option is invalid or contradicts another, Ray is not installed, or the
                 tasks have GPUs and this machine, where BASE is measured, has none.
-            InputError: The cluster cannot be reached, or has no node that can run a task.
         """
         on, concurrent = self.values["engine"], self.values["concurrent"]
         device = self.values["device"]

@@ -42,7 +42,6 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
 
     Raises:
         UsageError: An adapter comes first, but not all inputs are adapters.
-        InputError: An input does not exist, or cannot be fetched or reached.
     """
     paths = list(map(as_path, inputs))
     adapters = [is_adapter(locate(path)) for path in paths]

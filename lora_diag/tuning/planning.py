@@ -478,7 +478,6 @@ def plan_of(
     Raises:
         UsageError: The budget is too small for rank 1 or a requested rank, the time for any search,
             an option is invalid, or peft is not installed.
-        InputError: The base model cannot be read or adapted.
     """
     options = run.options
     tokens = count_predictions(run.training.texts, run.model)

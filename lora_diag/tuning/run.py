@@ -192,7 +192,6 @@ def _check_output(folder: Path, options: TuneOptions) -> None:
     Raises:
         UsageError: The output is a link, a file, a folder with other files, or one with a run that
             is not to be resumed or replaced.
-        InputError: The folder cannot be created or written.
     """
     records = folder / RECORDS
     for path in (folder, records):
@@ -230,7 +229,6 @@ def _read_earlier_plan(folder: Path, options: TuneOptions) -> TunePlan | None:
 
     Raises:
         UsageError: ``no_full`` is given, but that run has full fine-tuning.
-        InputError: The folder's records cannot be read.
     """
     if not options["resume"] or not _latest_file(folder).is_file():
         return None

@@ -506,10 +506,8 @@ class Trials:
         concurrently on a cluster.
 
         Raises:
-            UsageError: See ``train_variant``.
             InputError: An adapter that a worker wrote is not visible here, or see
                 ``train_variant``.
-            LoradiagError: A run on the cluster failed, or the cluster was lost.
         """
         todo = [
             run

@@ -29,6 +29,9 @@ from lora_diag.rendering.figures.style import (
 )
 from lora_diag.rendering.text import count
 
+# Returns the height of the bar of some layers.
+Rank = Callable[[Sequence[Allocation]], float | None]
+
 BARS, UNIFORM, BOUND = CATEGORIES[0], CATEGORIES[1], INK
 # Colour of the uniform rule where several runs have the colours of the categories.
 OTHERS = QUIET
@@ -47,16 +50,10 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     runs over cost.
     """
     certificates = [
-        certificate
-        for run in series
-        for certificate in run.whole
-        if isinstance(certificate, Certificate)
+        record for run in series for record in run.whole if isinstance(record, Certificate)
     ]
     # An axis has one unit; allocations in other units are listed as not drawn.
-    comparable = [
-        certificate for certificate in certificates if certificate.unit == certificates[0].unit
-    ]
-    other_units = len(certificates) - len(comparable)
+    comparable = [item for item in certificates if item.unit == certificates[0].unit]
     runs = make_slots([run.records for run in series], options.per)
     ranks = Panel(
         "",
@@ -70,59 +67,52 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         height = (1.3 * style.panel if len(comparable) > 1 else bars) + 3.5 * style.text / 72
         draw = partial(_draw_kept, certificates=comparable)
         panels.append(Panel("", draw, height=height, name="energy"))
-    records = [record for run in series for record in run.records]
-    about = count_matrices(records)
+    about = count_matrices([record for run in series for record in run.records])
     if len(comparable) == 1:
         (only,) = comparable
         best = only.optimal or only.gap == 0
         gap = "the optimum" if best else f"at most {only.gap:.2%} below the optimum"
         about += f"; {only.params:,} parameters keep {only.kept:.1%} of the energy, {gap}"
-    metrics = {
-        run.run.settings.get("metric", "weights") if run.run else "weights" for run in series
-    }
-    metric = (
-        " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics))
-        if metrics != {"weights"}
-        else ""
-    )
-    joined = max((slot.joined for slots in runs for slot in slots), default=1)
-    return Page(
-        "Allocation: rank r by layer, and the energy kept",
-        panels,
-        about,
-        [
-            f"Energy is Σσ² as measured{f', in {metric}' if metric else ''}; blocks run from left "
-            "to right in each module type.",
-            f"A bar is the median rank of up to {joined} layers." if joined > 1 else "",
-            "Fractions are of the weighted energy."
-            if any(record.weight != 1 for record in records)
-            else "",
-            f"Not drawn: {other_units} with a budget in another unit." if other_units else "",
-        ],
-        columns=1,
-        low=True,
-    )
+    notes = _list_notes(series, max((slot.joined for slots in runs for slot in slots), default=1))
+    if other_units := len(certificates) - len(comparable):
+        notes.append(f"Not drawn: {other_units} with a budget in another unit.")
+    title = "Allocation: rank r by layer, and the energy kept"
+    return Page(title, panels, about, notes, columns=1, low=True)
+
+
+def _list_notes(series: Sequence[Series[Any]], joined: int) -> list[str]:
+    """Return the notes on the metric, on bars of up to ``joined`` layers, and on weights."""
+    metrics = {run.run.settings.get("metric", "weights") for run in series if run.run}
+    metric = ""
+    if metrics - {"weights"}:
+        metric = ", in " + " and ".join(METRIC_NAMES[metric] for metric in sorted(metrics))
+    notes = [
+        f"Energy is Σσ² as measured{metric}; blocks run from left to right in each module type."
+    ]
+    if joined > 1:
+        notes.append(f"A bar is the median rank of up to {joined} layers.")
+    if any(record.weight != 1 for run in series for record in run.records):
+        notes.append("Fractions are of the weighted energy.")
+    return notes
 
 
 def _draw_ranks(
     ax: Axes, style: PageStyle, runs: Sequence[Sequence[Slot[Allocation]]], labels: Sequence[str]
 ) -> None:
     """Draw the ranks of each run by slot; of a single run also those of the uniform rule."""
-    rank_of: Callable[[Sequence[Allocation]], float | None] = median_of(lambda record: record.rank)
+    rank_of: Rank = median_of(lambda record: record.rank)
     if len(runs) == 1:
+        [slots] = runs
         draw_bars(
-            ax, runs[0], rank_of, label="rank allocated", color=BARS, fill=True, baseline=0, lw=0
+            ax, slots, rank_of, label="rank allocated", color=BARS, fill=True, baseline=0, lw=0
         )
-        uniform: dict[str, Any] = {
-            "label": "uniform rule, same budget",
-            "color": UNIFORM,
-            "lw": 1.3 * style.line,
-        }
-        draw_bars(ax, runs[0], median_of(lambda record: record.uniform_rank), **uniform)
-    for number, slots in enumerate(runs if len(runs) > 1 else ()):
-        draw_bars(
-            ax, slots, rank_of, label=labels[number], color=category(number), lw=1.5 * style.line
-        )
+        uniform: Rank = median_of(lambda record: record.uniform_rank)
+        label = "uniform rule, same budget"
+        draw_bars(ax, slots, uniform, label=label, color=UNIFORM, lw=1.3 * style.line)
+    else:
+        for number, (slots, label) in enumerate(zip(runs, labels, strict=True)):
+            color = category(number)
+            draw_bars(ax, slots, rank_of, label=label, color=color, lw=1.5 * style.line)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
@@ -152,18 +142,12 @@ def _draw_rules(ax: Axes, style: PageStyle, certificate: Certificate) -> None:
             text, place, xytext=(4, 0), textcoords="offset points", size=style.ticks, va="center"
         )
     ax.axvline(certificate.bound, color=BOUND, lw=style.line, ls=DASHED, label=_BOUND_LABEL)
-    ax.set_yticks(
-        range(len(rules)), [short[name] for name, *_ in rules], parse_math=False, size=style.ticks
-    )
+    names = [short[name] for name, *_ in rules]
+    ax.set_yticks(range(len(rules)), names, parse_math=False, size=style.ticks)
     ax.set_ylim(len(rules) - 0.4, -0.6)
     ax.set_xlabel(f"energy fraction kept (and {_UNITS[certificate.unit]})")
-    ax.set_xticks(
-        [
-            tick
-            for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale)
-            if tick <= scale
-        ]
-    )
+    ticks = MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(0, scale)
+    ax.set_xticks([tick for tick in ticks if tick <= scale])
 
 
 def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certificate]) -> None:
@@ -172,40 +156,32 @@ def _draw_over_cost(ax: Axes, style: PageStyle, certificates: Sequence[Certifica
     """
     width = style.line
     ordered = sorted(certificates, key=_cost_of)
-    limits = [
-        item.budget if item.budget is not None and item.unit != "energy" else _cost_of(item)
-        for item in ordered
-    ]
-    uniform = [(rule.spent, rule.kept) for item in ordered if (rule := item.uniform) is not None]
-    ax.plot(
-        limits,
-        [item.bound for item in ordered],
-        color=BOUND,
-        lw=width,
-        ls=DASHED,
-        label=_BOUND_LABEL,
-    )
-    for points, color, marker, name in (
-        (uniform, OTHERS, "s", "kept by the uniform rule"),
-        ([(_cost_of(item), item.kept) for item in ordered], INK, "o", "kept by the allocation"),
-    ):
-        if points:
-            ax.plot(
-                *zip(*points, strict=True),
-                color=color,
-                marker=marker,
-                lw=1.2 * width,
-                ms=4.5 * width,
-                label=name,
-            )
-    ax.set_xlim(0, 1.06 * max([*limits, *(x for x, _ in uniform)]))
-    ax.set_ylim(
-        0, min(1.02, 1.15 * max([*(item.bound for item in ordered), *(y for _, y in uniform)]))
-    )
+    limits = [_limit_of(item) for item in ordered]
+    bounds = [item.bound for item in ordered]
+    ax.plot(limits, bounds, color=BOUND, lw=width, ls=DASHED, label=_BOUND_LABEL)
+    line: dict[str, Any] = {"lw": 1.2 * width, "ms": 4.5 * width}
+    uniform = [item.uniform for item in ordered if item.uniform is not None]
+    uniform_costs = [rule.spent for rule in uniform]
+    uniform_kept = [rule.kept for rule in uniform]
+    if uniform:
+        label = "kept by the uniform rule"
+        ax.plot(uniform_costs, uniform_kept, color=OTHERS, marker="s", label=label, **line)
+    costs = [_cost_of(item) for item in ordered]
+    kept = [item.kept for item in ordered]
+    ax.plot(costs, kept, color=INK, marker="o", label="kept by the allocation", **line)
+    ax.set_xlim(0, 1.06 * max([*limits, *uniform_costs]))
+    ax.set_ylim(0, min(1.02, 1.15 * max([*bounds, *uniform_kept])))
     ax.set(xlabel=_UNITS[ordered[0].unit], ylabel="energy kept")
     ax.xaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4))
     ax.xaxis.set_major_formatter(lambda value, _: count(round(value)))
+
+
+def _limit_of(certificate: Certificate) -> float:
+    """Return the budget of an allocation, or its cost for an energy fraction."""
+    if certificate.budget is None or certificate.unit == "energy":
+        return _cost_of(certificate)
+    return certificate.budget
 
 
 def _cost_of(certificate: Certificate) -> float:

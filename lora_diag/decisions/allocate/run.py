@@ -220,24 +220,24 @@ def allocate(
         >>> [record.rank for record in plan], plan.whole[0].spent
         ([6, 9, 9, 7], 7936.0)
     """
-    arguments = fill_options(AllocateOptions, options)
-    weights, portable = arguments["weights"], arguments["portable"]
-    energy, allow_unfinished = arguments["energy"], arguments["allow_unfinished"]
+    options = fill_options(AllocateOptions, options)
+    weights, portable = options["weights"], options["portable"]
+    energy, allow_unfinished = options["energy"], options["allow_unfinished"]
     if portable and energy is not None:
         raise UsageError(
             Given("portable"),
             "divides a budget over layers of one rank, and $energy gives each its own",
         )
-    budget = _make_budget(arguments)
-    ranks_from = arguments["ranks_from"]
+    budget = _make_budget(options)
+    ranks_from = options["ranks_from"]
     allowed_ranks = None if ranks_from is None else tuple(sorted(set(ranks_from)))
-    constraints = Constraints(arguments["min_rank"], arguments["max_rank"], allowed_ranks)
+    constraints = Constraints(options["min_rank"], options["max_rank"], allowed_ranks)
     spectra, described = _read_spectra(results, allow_unfinished)
     if isinstance(weights, str | Path) and is_results_file(weights):
         layer_weights = _read_tails(Path(weights), spectra, allow_unfinished)
     else:
         layer_weights = LayerWeights(factors=_read_weights(weights, spectra))
-    if layer_weights.losses is not None and arguments["relative"]:
+    if layer_weights.losses is not None and options["relative"]:
         raise UsageError(
             Given("relative"),
             "not available with $layer_weights of probe fisher, which uses no energy",
@@ -249,9 +249,9 @@ def allocate(
         spectra.layers,
         budget,
         weights=layer_weights.factors,
-        relative=arguments["relative"],
-        target=arguments["layers"],
-        exclude=arguments["exclude"],
+        relative=options["relative"],
+        target=options["layers"],
+        exclude=options["exclude"],
         losses=layer_weights.losses,
         left_out=spectra.left_out,
     )
@@ -266,7 +266,7 @@ def allocate(
             f"{stack.group} is a stack of experts, which has no place in a portable adapter",
             "leave it out with $exclude",
         )
-    has_memory, metric = arguments["memory_budget"] is not None, spectra.layers[0].metric
+    has_memory, metric = options["memory_budget"] is not None, spectra.layers[0].metric
     run = Run(
         command="allocate",
         version=__version__,
@@ -281,14 +281,14 @@ def allocate(
             "min_rank": constraints.min_rank,
             "max_rank": constraints.max_rank,
             "ranks_from": list(allowed_ranks) if allowed_ranks else None,
-            "target": arguments["layers"],
-            "exclude": arguments["exclude"],
+            "target": options["layers"],
+            "exclude": options["exclude"],
             "weights": legible(weights) if isinstance(weights, str | Path) else weights,
-            "relative": arguments["relative"],
+            "relative": options["relative"],
             **({"portable": True} if portable else {}),
             **({"metric": metric} if metric != "weights" else {}),
-            "optimizer": arguments["optimizer"] if has_memory else None,
-            "dtype": arguments["dtype"] if has_memory else None,
+            "optimizer": options["optimizer"] if has_memory else None,
+            "dtype": options["dtype"] if has_memory else None,
         },
         made=timestamp(),
     )
@@ -332,7 +332,6 @@ def allocate_and_write(
         UsageError: As ``allocate`` and ``write_allocation``; ``format`` or ``check`` is given
             without ``output``; ``output`` is an input; or ``sweep`` holds results of another
             command or without a chosen rank.
-        InputError: As ``allocate`` and ``write_allocation``; or ``sweep`` cannot be read.
     """
     if output is None and format != "peft":
         raise UsageError(Given("format", format), "give a file with $output")
@@ -443,38 +442,41 @@ def _find_kind(path: Path, check: Path | str | None, format: str) -> Kind:
     return CONFIG if path.suffix == ".json" else RESULTS
 
 
-def _make_budget(arguments: Mapping[str, Any]) -> Budget:
+def _make_budget(options: AllocateOptions) -> Budget:
     """Return the one given budget of ``AllocateOptions``.
 
     Raises:
         UsageError: Not exactly one budget is given, or its amount is invalid; optimizer or dtype is
             unknown.
-        InputError: The adapter to match cannot be read, or has no factors of known size.
     """
-    training = Training(arguments["optimizer"], arguments["dtype"])
-    names = ("params", "total_rank", "memory_budget", "energy", "match")
-    given = [name for name in names if arguments[name] is not None]
+    training = Training(options["optimizer"], options["dtype"])
+    budgets = {
+        "params": options["params"],
+        "total_rank": options["total_rank"],
+        "memory_budget": options["memory_budget"],
+        "energy": options["energy"],
+        "match": options["match"],
+    }
+    given = [name for name, amount in budgets.items() if amount is not None]
     if len(given) != 1:
-        budgets = ", ".join(f"${name}" for name in given)
-        problem = f"{len(given)} budgets ({budgets})" if given else "no budget"
-        names_of_budgets = ", ".join(f"${name}" for name in names)
-        raise UsageError("allocate", problem, f"give exactly one of {names_of_budgets}")
-    name, amount = given[0], arguments[given[0]]
-    option = Given(name, amount if isinstance(amount, int) else legible(str(amount)))
-    if name == "total_rank" and amount < 1:
-        raise UsageError(option, "must be 1 or more")
-    match name:
-        case "total_rank":
-            return Budget("total_rank", amount, option)
-        case "memory_budget":
-            return Budget("bytes", read_memory(amount), option, training.bytes_per_param)
-        case "energy":
-            return Budget("energy", read_share(amount, "energy"), option)
-    return Budget(
-        "params",
-        _count_params(amount) if name == "match" else read_count(str(amount), "params"),
-        option,
-    )
+        words = ", ".join(f"${name}" for name in given)
+        problem = f"{len(given)} budgets ({words})" if given else "no budget"
+        names = ", ".join(f"${name}" for name in budgets)
+        raise UsageError("allocate", problem, f"give exactly one of {names}")
+    amount = budgets[given[0]]
+    option = Given(given[0], amount if isinstance(amount, int) else legible(str(amount)))
+    if options["total_rank"] is not None:
+        if options["total_rank"] < 1:
+            raise UsageError(option, "must be 1 or more")
+        return Budget("total_rank", options["total_rank"], option)
+    if options["memory_budget"] is not None:
+        size = read_memory(options["memory_budget"])
+        return Budget("bytes", size, option, training.bytes_per_param)
+    if options["energy"] is not None:
+        return Budget("energy", read_share(options["energy"], "energy"), option)
+    if options["match"] is not None:
+        return Budget("params", _count_params(options["match"]), option)
+    return Budget("params", read_count(str(options["params"]), "params"), option)
 
 
 def _count_params(path: Path | str) -> int:
@@ -543,7 +545,6 @@ def _read_weights(
     Raises:
         UsageError: A name matches no layer, a layer has no weight, or a weight is not a number from
             0 up.
-        InputError: The file cannot be read.
     """
     if weights is None:
         return None

@@ -23,6 +23,7 @@ from lora_diag.adapters.writing_targets import Target
 from lora_diag.catalog import read_results_of
 from lora_diag.decisions.allocate.measure import Budget, allocate
 from lora_diag.decisions.allocate.record import Allocation
+from lora_diag.decisions.extract import ExtractOptions
 from lora_diag.decisions.extract.record import Extraction, OnData
 from lora_diag.deltas import Delta, StoredDelta
 from lora_diag.diagnostics.spectrum.record import Spectrum
@@ -52,31 +53,35 @@ from lora_diag.running.amounts import read_count, read_share
 RANK_OPTIONS = "$rank R, $energy FRACTION, $params N, $allocation FILE or $signal"
 
 
-def read_rank_option(arguments: Mapping[str, Any]) -> tuple[str, Any]:
+def read_rank_option(options: ExtractOptions) -> tuple[str, Any]:
     """Return the name and the value of the option that determines the ranks; ``params`` as a
     number.
 
     Args:
-        arguments: All options by name: ``rank``, ``energy``, ``params``, ``allocation`` and
-            ``signal``, of which exactly one is given.
+        options: All options; of ``rank``, ``energy``, ``params``, ``allocation`` and ``signal``
+            exactly one is given.
 
     Raises:
         UsageError: Not exactly one is given, or a number is out of range.
     """
-    names = ("rank", "energy", "params", "allocation", "signal")
-    given = {
-        name: arguments[name]
-        for name in names
-        if arguments[name] is not None and arguments[name] is not False
+    rank, energy, params = options["rank"], options["energy"], options["params"]
+    given: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "params": params,
+        "allocation": options["allocation"],
+        "signal": options["signal"] or None,
     }
+    given = {name: value for name, value in given.items() if value is not None}
     if len(given) != 1:
         raise UsageError("extract", "ranks need exactly one option", f"give {RANK_OPTIONS}")
-    ((name, value),) = given.items()
-    if name == "rank" and value < 1:
-        raise UsageError(Given("rank", value), "must be a whole number from 1 up")
-    if name == "energy":
-        read_share(value, "energy")
-    return name, read_count(str(value), "params") if name == "params" else value
+    if rank is not None and rank < 1:
+        raise UsageError(Given("rank", rank), "must be a whole number from 1 up")
+    if energy is not None:
+        read_share(energy, "energy")
+    if params is not None:
+        return "params", read_count(str(params), "params")
+    return next(iter(given.items()))
 
 
 def choose_rank_rules(

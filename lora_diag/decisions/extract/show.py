@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from lora_diag.decisions.extract.record import Extraction, pooled, pooled_data, pooled_energy
@@ -62,56 +63,62 @@ def extraction_card(
         command: The command that wrote it.
         rate: The learning rate for further training, and its source; None to omit it.
     """
-    table = [
-        "| modules | layers | rank | energy kept | ε | lower bound on ε |",
-        "|---|---:|---:|---:|---:|---:|",
-        *(
-            f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | "
-            f"{percent(pooled_energy(group))} | "
-            f"{number(pooled(group, 'epsilon'))} | {number(pooled(group, 'least_epsilon'))} |"
-            for name, group in rows_of(results, "type")
-        ),
-    ]
+    layers = results.layers
     weighted = any(record.data for record in results)
-    method = (
-        "truncation in the metric of activations"
-        if weighted
-        else "truncated singular value decomposition"
-    )
-    library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
-    in_full, missing = _describe_full_tensors(results), _describe_missing(results)
+    method = "truncated singular value decomposition"
+    if weighted:
+        method = "truncation in the metric of activations"
     body = [
         f"The {method} of ΔW = W_tuned − W_base, {quantity(len(results), 'weight')} of "
-        f"{code_span(base_name)}, rank {span(record.rank for record in results)}, "
-        f"{count(sum(r.params for r in results))} parameters, scaling 1. It keeps "
-        f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights, at a "
-        f"distance of ε = {number(pooled(results.layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured "
+        f"{code_span(base_name)}, {_describe_size(layers)} parameters, scaling 1. It keeps "
+        f"{percent(pooled_energy(layers))} of the energy ‖ΔW‖² of these weights, at a "
+        f"distance of ε = {number(pooled(layers, 'epsilon'))} (‖ΔW − BA‖ / ‖ΔW‖, measured "
         "on the factors in the file); the lower bound for adapters of these ranks is "
-        f"{number(pooled(results.layers, 'least_epsilon'))}.",
-        f"It is {length}." if (length := _describe_length(results)) else "",
-        f"**Part of it is an estimate**: {estimate}."
-        if (estimate := _describe_estimate(results))
-        else "",
-        "\n".join(_describe_errors_on_data(results) if weighted else ()),
-        "\n".join(table),
-        f"Learning rate for further training: {code_span(rate)}." if rate is not None else "",
-        *(
-            ["In addition to the factors:", "\n".join(f"- {line}" for line in in_full)]
-            if in_full
-            else []
-        ),
-        *(["Not included:", "\n".join(f"- {line}" for line in missing)] if missing else []),
-        usage,
+        f"{number(pooled(layers, 'least_epsilon'))}."
     ]
+    if length := _describe_length(results):
+        body.append(f"It is {length}.")
+    if estimate := _describe_estimate(results):
+        body.append(f"**Part of it is an estimate**: {estimate}.")
+    if weighted:
+        body.append("\n".join(_describe_errors_on_data(results)))
+    body.append(_card_table(results))
+    if rate is not None:
+        body.append(f"Learning rate for further training: {code_span(rate)}.")
+    if in_full := _describe_full_tensors(results):
+        body += ["In addition to the factors:", "\n".join(f"- {line}" for line in in_full)]
+    if missing := _describe_missing(results):
+        body += ["Not included:", "\n".join(f"- {line}" for line in missing)]
+    library, usage = _USAGE[str(results.run.settings.get("format", "peft"))]
     return model_card(
         f"LoRA adapter extracted from {code_span(subject(results.run))}",
         base_name,
-        [part for part in body if part],
+        [*body, usage],
         "extraction.jsonl",
         results.run.version,
         command,
         library,
     )
+
+
+def _card_table(results: Results[Extraction]) -> str:
+    lines = [
+        "| modules | layers | rank | energy kept | ε | lower bound on ε |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, group in rows_of(results, "type"):
+        lines.append(
+            f"| `{name}` | {len(group)} | {span(record.rank for record in group)} | "
+            f"{percent(pooled_energy(group))} | {number(pooled(group, 'epsilon'))} | "
+            f"{number(pooled(group, 'least_epsilon'))} |"
+        )
+    return "\n".join(lines)
+
+
+def _describe_size(layers: Sequence[Extraction]) -> str:
+    """Return the range of ranks, and the number of parameters."""
+    params = sum(record.params for record in layers)
+    return f"rank {span(record.rank for record in layers)}, {count(params)}"
 
 
 def extraction_lines(
@@ -138,12 +145,9 @@ def extraction_lines(
 
 
 def _describe_written(results: Results[Extraction], output: Path | str | None) -> list[str]:
-    return [
-        f"{'' if output is None else f'{safe(str(output))}: '}{quantity(len(results), 'weight')}, "
-        f"rank {span(record.rank for record in results)}, {count(sum(r.params for r in results))} "
-        f"parameters in {results.layers[0].dtype}",
-        *_describe_full_tensors(results),
-    ]
+    place = "" if output is None else f"{safe(str(output))}: "
+    size = f"{quantity(len(results), 'weight')}, {_describe_size(results.layers)} parameters"
+    return [f"{place}{size} in {results.layers[0].dtype}", *_describe_full_tensors(results)]
 
 
 def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
@@ -155,26 +159,26 @@ def _describe_full_tensors(results: Results[Extraction]) -> list[str]:
     for item in results.left_out:
         if item.reason == "saved":
             rows_by_tensor[item.layer] += item.shape[0]
-            resized |= {item.layer} if "vocabulary" in item.detail else set()
-    sizes = ", ".join(map(str, sorted({rows_by_tensor[name] for name in resized})))
-    return [
-        *([f"stored in full: {list_names(sorted(rows_by_tensor))}"] if rows_by_tensor else []),
-        *([f"before loading: base_model.resize_token_embeddings({sizes})"] if resized else []),
-    ]
+            if "vocabulary" in item.detail:
+                resized.add(item.layer)
+    lines = []
+    if rows_by_tensor:
+        lines.append(f"stored in full: {list_names(sorted(rows_by_tensor))}")
+    if resized:
+        sizes = ", ".join(map(str, sorted({rows_by_tensor[name] for name in resized})))
+        lines.append(f"before loading: base_model.resize_token_embeddings({sizes})")
+    return lines
 
 
 def _describe_errors(results: Results[Extraction]) -> list[str]:
     """State the energy kept, ε, and its lower bound or the error on data."""
-    epsilon, floor = (
-        number(pooled(results.layers, field)) for field in ("epsilon", "least_epsilon")
-    )
-    kept = (
-        f"{percent(pooled_energy(results.layers))} of the energy ‖ΔW‖² of these weights is kept (ε "
-        f"= {epsilon}"
-    )
+    layers = results.layers
+    kept = f"{percent(pooled_energy(layers))} of the energy ‖ΔW‖² of these weights is kept"
+    epsilon = f"ε = {number(pooled(layers, 'epsilon'))}"
     if any(record.data for record in results):
-        return [f"{kept})", *_describe_errors_on_data(results)]
-    return [f"{kept}; lower bound for these ranks {floor})", _describe_length(results)]
+        return [f"{kept} ({epsilon})", *_describe_errors_on_data(results)]
+    floor = number(pooled(layers, "least_epsilon"))
+    return [f"{kept} ({epsilon}; lower bound for these ranks {floor})", _describe_length(results)]
 
 
 def _describe_length(results: Results[Extraction]) -> str:
@@ -204,51 +208,45 @@ def _describe_errors_on_data(results: Results[Extraction]) -> list[str]:
         f"{format_shown(pooled_data(weighted, 'least_epsilon'))}. The cost is a larger ε; "
         f"truncation has {number(pooled(results.layers, 'epsilon_min'))}."
     ]
-    return lines + (
-        [f"Without activations, and optimal for the weights: {list_layers(plain)}."]
-        if plain
-        else []
-    )
+    if plain:
+        lines.append(f"Without activations, and optimal for the weights: {list_layers(plain)}.")
+    return lines
 
 
 def _describe_resolution(results: Results[Extraction]) -> Statement:
     """State whether the adapter holds rounding noise of the files."""
-    noisy = [
-        record
-        for record in results
-        if not record.estimated
-        and (
-            record.resolution.verdict == "unresolved"
-            or ((limit := record.resolution.signal_rank) is not None and record.rank > limit)
-        )
-    ]
-    text = "yes: every direction in the adapter is above the rounding of the files, or estimated"
+    noisy = sum(_has_noise(record) for record in results)
     if all(record.method == "factored" for record in results):
-        text, noisy = FACTORED, []
-    elif noisy:
+        return make_statement("resolved", "Resolution", FACTORED, priority=2)
+    if not noisy:
         text = (
-            f"{len(noisy)} of {len(results)} weights have directions below the files' rounding "
-            "noise; "
+            "yes: every direction in the adapter is above the rounding of the files, or estimated"
         )
-        has_signal = any(record.resolution.signal_rank != 0 for record in results)
-        text += (
-            "--signal writes only those above"
-            if has_signal
-            else "none is above: save the fine-tune in float32"
-        )
-    return make_statement(
-        "resolved", "Resolution", text, level="warning" if noisy else "note", priority=2
-    )
+        return make_statement("resolved", "Resolution", text, priority=2)
+    text = f"{noisy} of {len(results)} weights have directions below the files' rounding noise; "
+    if any(record.resolution.signal_rank != 0 for record in results):
+        text += "--signal writes only those above"
+    else:
+        text += "none is above: save the fine-tune in float32"
+    return make_statement("resolved", "Resolution", text, level="warning", priority=2)
+
+
+def _has_noise(record: Extraction) -> bool:
+    """Return whether some of a layer's directions are below the files' rounding noise."""
+    if record.estimated:
+        return False
+    limit = record.resolution.signal_rank
+    is_above = limit is not None and record.rank > limit
+    return is_above or record.resolution.verdict == "unresolved"
 
 
 def _describe_estimate(results: Results[Extraction]) -> str:
     """State the number of weights whose update is an estimate; empty without one."""
     estimated = sum(record.estimated for record in results)
-    text = (
-        f"the estimated update before rounding in {quantity(estimated, 'weight')}; ε is "
-        "measured against it"
-    )
-    return text if estimated else ""
+    if not estimated:
+        return ""
+    weights = quantity(estimated, "weight")
+    return f"the estimated update before rounding in {weights}; ε is measured against it"
 
 
 def _describe_missing(results: Results[Extraction]) -> list[str]:
@@ -257,23 +255,20 @@ def _describe_missing(results: Results[Extraction]) -> list[str]:
 
     Entries that are not finite are reported elsewhere.
     """
-    total = (
-        math.hypot(
-            *(record.fro for record in results), *(item.fro or 0.0 for item in results.left_out)
-        )
-        or 1.0
-    )
+    skipped = (item.fro or 0.0 for item in results.left_out)
+    total = math.hypot(*(record.fro for record in results), *skipped)
     groups: dict[tuple[str, str], list[LeftOut]] = {}
     for item in results.left_out:
         if item.reason not in {"saved", "non_finite"}:
             why = item.detail if item.reason in {"rank_0", "no_factors"} else ""
             groups.setdefault((item.reason, why), []).append(item)
-    whole, lines = f"‖Δ‖²{qualify_fractions(results.left_out)}", []
+    whole = f"‖Δ‖²{qualify_fractions(results.left_out)}"
+    lines = []
     for (reason, why), items in groups.items():
         norm = math.hypot(*(item.fro or 0.0 for item in items))
-        line = f"{len(items)} {REASONS[reason]}" + (
-            f", {percent((norm / total) ** 2)} of {whole}" if norm else ""
-        )
+        line = f"{len(items)} {REASONS[reason]}"
+        if norm:
+            line += f", {percent((norm / total) ** 2)} of {whole}"
         if reason == "vector" and norm and results.run.settings.get("rest") == "list":
             line += "; --unfactored save stores them"
         elif reason not in EXPECTED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -91,9 +91,11 @@ def merge_grids(results: Results[Merged], per: str = "type") -> list[Grid]:
     if is_single(results):
         shown = tuple(column for column in shown if column.path not in _COMPARING)
         caption = "the update in the output"
-    layers = [grid_of(shown, rows_of(records, per), per, name) for name, records in updates]
-    whole = replace(grid_of(shown, updates, "type", caption), title="update")
-    return [*_make_loss_grids(results), whole, *(layers if per == "layer" else [])]
+    grids = _make_loss_grids(results)
+    grids.append(replace(grid_of(shown, updates, "type", caption), title="update"))
+    if per == "layer":
+        grids += [grid_of(shown, rows_of(records, per), per, name) for name, records in updates]
+    return grids
 
 
 def is_single(results: Results[Merged]) -> bool:
@@ -139,20 +141,18 @@ def merge_lines(results: Results[Merged], output: Path | str | None = None) -> l
     skipped = replace(left_out(results), level=left_out_level(results, "rank_0"))
     if not len(results):
         return summarize(results, skipped=skipped)
-    return summarize(
-        results,
+    findings = [
         _describe_written(results, output),
-        *_describe_choice(results),
+        *_describe_losses(results),
         _describe_error(results),
-        *([] if is_single(results) else _compare_updates(results)),
-        _describe_lost(results),
-        skipped=skipped,
-    )
-
-
-def _compare_updates(results: Results[Merged]) -> list[Statement]:
-    """State what several updates keep of each other."""
-    return [_describe_kept(results), _describe_length(results), _describe_collisions(results)]
+    ]
+    if not is_single(results):
+        findings += [
+            _describe_kept(results),
+            _describe_length(results),
+            _describe_collisions(results),
+        ]
+    return summarize(results, *findings, _describe_lost(results), skipped=skipped)
 
 
 def _describe_written(results: Results[Merged], output: Path | str | None) -> Statement:
@@ -160,9 +160,8 @@ def _describe_written(results: Results[Merged], output: Path | str | None) -> St
     settings, layers = results.run.settings, select_layers(results.layers)
     what = "" if output is None else f"{safe(str(output))}: "
     what += describe_merge(results)
-    dtypes = "".join(
-        f", {dtype}" for dtype in sorted({record.dtype for record in layers}) if dtype != "float32"
-    )
+    other_dtypes = sorted({record.dtype for record in layers} - {"float32"})
+    dtypes = "".join(f", {dtype}" for dtype in other_dtypes)
     if settings["full"]:
         text = f"{what} in {quantity(len(layers), 'tensor')} of a checkpoint{dtypes}"
     else:
@@ -196,85 +195,84 @@ def name_model(method: str, scale: float | None) -> str:
 
 def _make_loss_grids(results: Results[Merged]) -> list[Grid]:
     """Return a table of losses for each text: one row per model."""
-    by_model, grids = _find_losses(results), []
+    losses = [record for group in _find_losses(results).values() for record in group]
+    grids = []
     for name in set_names(results.whole_of(MergedLoss)):
-        rows = [
-            (
-                name_model(*model) + (" *" if record.chosen else ""),
-                [record.model_copy(update=_OWN.get(model[0], {}))],
-            )
-            for model, group in by_model.items()
-            for record in group
-            if record.set == name
-        ]
-        grids.append(
-            grid_of(
-                MergedLoss.shown, rows, "model", f"held-out loss on {short(name)}; * was written"
-            )
-        )
+        rows = []
+        for record in losses:
+            if record.set == name:
+                model = name_model(record.method, record.scale)
+                own = record.model_copy(update=_OWN.get(record.method, {}))
+                rows.append((f"{model} *" if record.chosen else model, [own]))
+        caption = f"held-out loss on {short(name)}; * was written"
+        grids.append(grid_of(MergedLoss.shown, rows, "model", caption))
     return grids
 
 
-def _describe_choice(results: Results[Merged]) -> Iterator[Statement]:
+def _describe_losses(results: Results[Merged]) -> list[Statement]:
     """State the chosen merge and its rise above the updates alone, and which merges are worse than
-    it or than BASE.
+    it or than BASE; nothing without losses.
     """
     by_model = _find_losses(results)
-    model, group = next(
-        ((model, group) for model, group in by_model.items() if group[0].chosen), (None, [])
-    )
-    if model is None:
-        return
-    text = name_model(*model)
-    if gaps := [record for record in group if record.gap is not None]:
-        worst = max(gaps, key=lambda record: record.gap or 0.0)
-        rise = with_limits(
-            worst.gap or 0.0, paired_half(worst.gap_error, len(worst.nll) - worst.skipped)
-        )
-        kept = "" if worst.kept is None else f", {percent(worst.kept)} of its gain"
-        text += (
-            f": the worst task is {short(worst.set)}, {rise} compared with its update alone{kept}"
-        )
-    counts = [record.predictions for record in by_model["base", None]]
     merges = {
-        name_model(*each): records for each, records in by_model.items() if each[1] is not None
+        name_model(*model): group for model, group in by_model.items() if model[1] is not None
     }
-    alike = [
-        name
-        for name, each in merges.items()
-        if each is not group and not _is_worse(each, group, counts)
+    chosen = {name: group for name, group in merges.items() if group[0].chosen}
+    if not chosen:
+        return []
+    others = {name: group for name, group in merges.items() if name not in chosen}
+    counts = [record.predictions for record in by_model["base", None]]
+    [(name, best)] = chosen.items()
+    alike = [other for other, group in others.items() if not _is_worse(group, best, counts)]
+    text = f"{name}{_describe_rise(best)}"
+    if alike:
+        text += f"; not significantly worse on any text: {list_names(alike, len(METHODS))}"
+    how = ""
+    if best[0].skipped:
+        how = "chosen by the first half of each text; the losses are of the second"
+    worse, changes = _find_worse_than_base(chosen)
+    worse_others, changes_of_others = _find_worse_than_base(others)
+    rest = f"worse than BASE: {'; '.join(worse_others)}" if worse_others else ""
+    return [
+        make_statement("loss", "Loss", text, how, priority=0),
+        make_statement(
+            "worse", "Worse than BASE", "; ".join(worse), *changes, level="warning", priority=0
+        ),
+        make_statement("worse_others", "Others", rest, *changes_of_others, priority=0),
     ]
-    tied = (
-        f"; not significantly worse on any text: {list_names(alike, len(METHODS))}" if alike else ""
-    )
-    how = (
-        "chosen by the first half of each text; the losses are of the second"
-        if group[0].skipped
-        else ""
-    )
-    yield make_statement("loss", "Loss", text + tied, how, priority=0)
-    for key, label, is_chosen in (
-        ("worse", "Worse than BASE", True),
-        ("worse_others", "Others", False),
-    ):
-        named, changes = list[str](), list[str]()
-        for name, records in merges.items():
-            halves = [(r, paired_half(r.change_error, len(r.nll) - r.skipped)) for r in records]
-            worse = [
-                (r, r.change, half)
-                for r, half in halves
-                if half is not None and r.change and r.change > half
-            ]
-            if worse and records[0].chosen == is_chosen:
-                named.append(f"{name} on {' and '.join(short(r.set) for r, *_ in worse)}")
-                changes += [
-                    f"{name} on {short(r.set)}: {with_limits(change, half)}"
-                    for r, change, half in worse
-                ]
-        lead = f"{'' if is_chosen else 'worse than BASE: '}{'; '.join(named)}" if named else ""
-        yield make_statement(
-            key, label, lead, *changes, level="warning" if is_chosen else "note", priority=0
-        )
+
+
+def _describe_rise(group: Sequence[MergedLoss]) -> str:
+    """Return the rise of a merge's loss above the update alone on its worst task; empty without
+    tasks.
+    """
+    gaps = [record for record in group if record.gap is not None]
+    if not gaps:
+        return ""
+    worst = max(gaps, key=lambda record: record.gap or 0.0)
+    half = paired_half(worst.gap_error, len(worst.nll) - worst.skipped)
+    rise = with_limits(worst.gap or 0.0, half)
+    text = f": the worst task is {short(worst.set)}, {rise} compared with its update alone"
+    return text if worst.kept is None else f"{text}, {percent(worst.kept)} of its gain"
+
+
+def _find_worse_than_base(
+    merges: Mapping[str, Sequence[MergedLoss]],
+) -> tuple[list[str], list[str]]:
+    """Return the merges that are significantly worse than BASE on a text, each with these texts,
+    and the changes of the loss there.
+    """
+    named, changes = [], []
+    for name, records in merges.items():
+        texts = []
+        for record in records:
+            half = paired_half(record.change_error, len(record.nll) - record.skipped)
+            if half is not None and record.change and record.change > half:
+                texts.append(short(record.set))
+                changes.append(f"{name} on {texts[-1]}: {with_limits(record.change, half)}")
+        if texts:
+            named.append(f"{name} on {' and '.join(texts)}")
+    return named, changes
 
 
 def _is_worse(
@@ -299,17 +297,14 @@ def _describe_error(results: Results[Merged]) -> Statement:
     epsilon, least = pooled_epsilon(results.layers), pooled_epsilon(results.layers, "epsilon_min")
     if epsilon is None or least is None:
         return make_statement("error", "Error", "")
+    error = f"ε = {number(epsilon)}"
     if epsilon < EXACT:
-        return make_statement(
-            "error", "Error", f"none: the factors are the merge (ε = {number(epsilon)})", priority=2
-        )
-    text = (
-        f"ε = {number(epsilon)} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
-    )
-    least_text = f"; the best of these ranks has {number(least)}" if epsilon > 1.01 * least else ""
-    return make_statement(
-        "error", "Error", text + least_text, level="warning" if epsilon > 0.5 else "note"
-    )
+        text = f"none: the factors are the merge ({error})"
+        return make_statement("error", "Error", text, priority=2)
+    text = f"{error} = ‖M − written‖/‖M‖: {percent(1 - epsilon**2)} of ‖M‖² is written"
+    if epsilon > 1.01 * least:
+        text += f"; the best of these ranks has {number(least)}"
+    return make_statement("error", "Error", text, level="warning" if epsilon > 0.5 else "note")
 
 
 def _describe_kept(results: Results[Merged]) -> Statement:
@@ -319,19 +314,22 @@ def _describe_kept(results: Results[Merged]) -> Statement:
     kept = sorted((value, name) for name, value in pooled if value is not None)
     ends = dict.fromkeys(f"{_decimal(value)} ({name})" for value, name in (kept[0], kept[-1]))
     text = f"{' to '.join(ends)} of each update"
-    for label, field in (("chance", "kept_random"), ("mean", "kept_mean")):
-        values = [
-            value for _, records in groups if (value := pooled_kept(records, field)) is not None
-        ]
-        if values and (field == "kept_random" or results.run.settings["method"] != "mean"):
+    references = {"chance": "kept_random", "mean": "kept_mean"}
+    if results.run.settings["method"] == "mean":
+        del references["mean"]
+    for label, field in references.items():
+        pooled_references = [pooled_kept(records, field) for _, records in groups]
+        values = [value for value in pooled_references if value is not None]
+        if values:
             ends = dict.fromkeys((_decimal(min(values)), _decimal(max(values))))
             text += f"; {label} {' to '.join(ends)}"
+    by_update = ", ".join(f"{name} {number(value)}" for value, name in kept)
+    details = f"⟨M, ΔW⟩/‖ΔW‖²: {by_update}"
     reversed_names = [name for value, name in kept if value < 0]
-    warning = f"reversed by the others: {', '.join(reversed_names)}" if reversed_names else ""
-    details = f"⟨M, ΔW⟩/‖ΔW‖²: {', '.join(f'{name} {number(value)}' for value, name in kept)}"
-    return make_statement(
-        "kept", "Kept", text, warning, details, level="warning" if warning else "note", priority=0
-    )
+    if not reversed_names:
+        return make_statement("kept", "Kept", text, details, priority=0)
+    warning = f"reversed by the others: {', '.join(reversed_names)}"
+    return make_statement("kept", "Kept", text, warning, details, level="warning", priority=0)
 
 
 def _describe_length(results: Results[Merged]) -> Statement:
@@ -339,12 +337,13 @@ def _describe_length(results: Results[Merged]) -> Statement:
     ratio, name = compute_length(results)
     limit = math.sqrt(len(group_updates(results)))
     text = f"‖M‖ is {_decimal(ratio)} times the longest update ({name})"
-    if ratio > limit:
-        text += (
-            f", more than √K = {number(limit)}: the updates reinforce each other; lower "
-            "--scale, or use mean"
-        )
-    return make_statement("length", "Length", text, level="warning" if ratio > limit else "note")
+    if ratio <= limit:
+        return make_statement("length", "Length", text)
+    text += (
+        f", more than √K = {number(limit)}: the updates reinforce each other; lower --scale, or "
+        "use mean"
+    )
+    return make_statement("length", "Length", text, level="warning")
 
 
 def _describe_collisions(results: Results[Merged]) -> Statement:
@@ -367,11 +366,10 @@ def _describe_collisions(results: Results[Merged]) -> Statement:
 def _describe_lost(results: Results[Merged]) -> Statement:
     """Warn of changed 1-D tensors that an adapter does not hold."""
     lost = [item.layer for item in results.left_out if item.reason == "vector" and item.fro]
-    text = (
-        f"{quantity(len(lost), 'changed 1-D tensor')}: {list_names(lost)}; --checkpoint holds them"
-        if lost
-        else ""
-    )
+    if not lost:
+        return make_statement("lost", "Not included")
+    tensors = quantity(len(lost), "changed 1-D tensor")
+    text = f"{tensors}: {list_names(lost)}; --checkpoint holds them"
     return make_statement("lost", "Not included", text, level="warning")
 
 
@@ -406,28 +404,23 @@ def merge_card(results: Results[Merged], base_name: str, command: str) -> str:
     table = ["| update | weight | kept | norm |", "|---|---:|---:|---:|"]
     for name, records in group_updates(results):
         if records:
+            weight = number(records[0].weight)
             kept = pooled_kept(records, "kept")
-            norm = math.hypot(*(record.fro for record in records))
-            cells = [
-                number(records[0].weight),
-                "" if kept is None else _decimal(kept),
-                number(norm),
-            ]
-            table.append(f"| {code_span(name)} | {' | '.join(cells)} |")
-    epsilon = pooled_epsilon(results.layers)
+            in_merge = "" if kept is None else _decimal(kept)
+            norm = number(math.hypot(*(record.fro for record in records)))
+            table.append(f"| {code_span(name)} | {weight} | {in_merge} | {norm} |")
     body = [
         f"{source}: numbers of weights do not say what a merge does to the loss.",
         "\n".join(table),
         "`kept` is ⟨M, ΔW⟩/‖ΔW‖², the factor with which an update is in the merge.",
-        f"The factors have a distance of ε = {number(epsilon)} from the merge, relative to its "
-        "norm."
-        if epsilon
-        else "",
     ]
+    if epsilon := pooled_epsilon(results.layers):
+        distance = f"a distance of ε = {number(epsilon)} from the merge, relative to its norm"
+        body.append(f"The factors have {distance}.")
     return model_card(
         title,
         base_name,
-        [part for part in body if part],
+        body,
         "merge.jsonl",
         results.run.version,
         command,

@@ -281,22 +281,20 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         >>> found.params, found.ranks[0].params, found.fit.rank
         (853120, 7168, 5)
     """
-    arguments = fill_options(PlanOptions, options)
-    target, params, memory = arguments["layers"], arguments["params"], arguments["memory_budget"]
-    ranks, dtype = sorted(set(arguments["ranks"])), arguments["dtype"]
-    training = Training(arguments["optimizer"], dtype)
+    options = fill_options(PlanOptions, options)
+    target, params, memory = options["layers"], options["params"], options["memory_budget"]
+    ranks, dtype = sorted(set(options["ranks"])), options["dtype"]
+    training = Training(options["optimizer"], dtype)
     if params is not None and memory is not None:
         raise UsageError(
             Given("memory_budget"), "cannot be combined with $params", "give one of them"
         )
-    if arguments["data"] is not None and arguments["tokens"] is not None:
+    if options["data"] is not None and options["tokens"] is not None:
         raise UsageError(Given("tokens"), "cannot be combined with $data", "give one of them")
     if not ranks or ranks[0] < 1:
-        raise UsageError(
-            Given("ranks", arguments["ranks"]), "ranks must be whole numbers from 1 up"
-        )
+        raise UsageError(Given("ranks", options["ranks"]), "ranks must be whole numbers from 1 up")
     included = compile_pattern(target, "layers")
-    excluded = compile_pattern(arguments["exclude"], "exclude")
+    excluded = compile_pattern(options["exclude"], "exclude")
     model = open_headers(base)
     infos = [model[name] for name in sorted(model, key=natural_order)]
     matrices = [make_matrix(info.name, info.shape) for info in infos if len(info.shape) > 1]
@@ -318,9 +316,9 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
         )
     total = sum(info.numel for info in infos)
     active, notes = _find_active_share(model.config, matrices)
-    capacity = _estimate_capacity(base, arguments, chosen)
+    capacity = _estimate_capacity(base, options, chosen)
     rates, costs = (
-        _estimate_costs(model, matrices, arguments["top"]) if arguments["cost"] else (None, ())
+        _estimate_costs(model, matrices, options["top"]) if options["cost"] else (None, ())
     )
     return Plan(
         path=legible(base),
@@ -343,17 +341,17 @@ def plan(base: Path | str, **options: Unpack[PlanOptions]) -> Plan:
 
 
 def _estimate_capacity(
-    base: Path | str, arguments: Mapping[str, Any], chosen: Sequence[Matrix]
+    base: Path | str, options: PlanOptions, chosen: Sequence[Matrix]
 ) -> PlanCapacity | None:
     """Return the number of tokens of the data and the ranks by the rules of thumb; None without
     data or tokens.
     """
-    if arguments["tokens"] is not None:
-        tokens = read_count(str(arguments["tokens"]), "tokens")
+    if options["tokens"] is not None:
+        tokens = read_count(str(options["tokens"]), "tokens")
         return PlanCapacity(
             data="", about="as given", tokens=tokens, rules=apply_capacity_rules(chosen, tokens)
         )
-    if arguments["data"] is None:
+    if options["data"] is None:
         return None
     # deferred: imports transformers
     from lora_diag.models.data import count_predictions, read_texts
@@ -361,8 +359,8 @@ def _estimate_capacity(
 
     path = as_path(base)
     folder = path.parent if path.suffix == ".json" else base
-    model = open_tokens(folder, arguments["length"], arguments["tokenizer"])
-    texts = read_texts(arguments["data"], model)
+    model = open_tokens(folder, options["length"], options["tokenizer"])
+    texts = read_texts(options["data"], model)
     tokens = count_predictions(texts, model)
     return PlanCapacity(
         data=legible(texts.path),

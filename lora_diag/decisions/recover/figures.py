@@ -34,18 +34,22 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not by_type:
         raise UndrawableError("no layer was recovered: there is no estimated C(r) to draw")
     shown = sorted(by_type.items(), key=lambda item: -len(item[1]))[:MAX_PANELS]
-    without = len(records) - len(recovered)
-    omitted = [f"{without} layers without an estimate"] if without else []
-    omitted += [f"{len(by_type) - len(shown)} module types"] if len(shown) < len(by_type) else []
+    notes = [
+        "Median over the layers of a type; band: median ends of the layers' intervals (about 95% "
+        "under the model)."
+    ]
+    omitted = []
+    if len(recovered) < len(records):
+        omitted.append(f"{len(records) - len(recovered)} layers without an estimate")
+    if len(shown) < len(by_type):
+        omitted.append(f"{len(by_type) - len(shown)} module types")
+    if omitted:
+        notes.append(f"Not drawn: {', '.join(omitted)}.")
     return Page(
         "Energy fraction C(r) before rounding, estimated, and in the files",
         [Panel(name, partial(_draw, records=of_type), "rank r", "C(r)") for name, of_type in shown],
         " · ".join(item.label for item in series if item.label),
-        [
-            "Median over the layers of a type; band: median ends of the layers' intervals (about "
-            "95% under the model).",
-            f"Not drawn: {', '.join(omitted)}." if omitted else "",
-        ],
+        notes,
         share=True,
         whole=Panel("", partial(_draw, records=recovered), "rank r", "energy fraction C(r)"),
     )

@@ -582,7 +582,6 @@ def _spend_budget(
 
     Raises:
         UsageError: The budget is too small for any rank, or no layer can get one.
-        InputError: A file could not be read or written.
     """
     options = {
         **run.options,

@@ -98,13 +98,12 @@ def suggest_next(results: Results[Recovery], values: Mapping[str, Any]) -> Hint 
             "extract {base} {tuned} --rank 16 -o adapter/",
             "the best adapter of the files' difference",
         )
+    if not is_measured:
+        return None
     command = "--checkpoint -o recovered/"
-    command = command if values["output"] is None else f"recover {{base}} {{tuned}} {command}"
-    return (
-        Hint(command, "the estimate as a checkpoint; --rank R for an adapter")
-        if is_measured
-        else None
-    )
+    if values["output"] is not None:
+        command = f"recover {{base}} {{tuned}} {command}"
+    return Hint(command, "the estimate as a checkpoint; --rank R for an adapter")
 
 
 def select_misfits(records: Iterable[Recovery]) -> list[Recovery]:
@@ -120,12 +119,10 @@ def is_lost(records: Iterable[Recovery]) -> bool:
     """Return whether most layers that were compared with the model, or resolved by the files, do
     not fit it.
     """
-    judged = [
-        record
-        for record in records
-        if record.status != "refused" or record.fit_misplaced is not None
-    ]
-    return 2 * len(select_misfits(judged)) > len(judged)
+    records = list(records)
+    misfits = len(select_misfits(records))
+    fitting = sum(record.status != "refused" for record in records)
+    return misfits > fitting
 
 
 def _describe_hidden(records: Sequence[Recovery]) -> Statement:
@@ -143,27 +140,22 @@ def _describe_hidden(records: Sequence[Recovery]) -> Statement:
             "use stochastic rounding"
         )
     elif "recovered" in statuses:
-        lead, level = (
-            "yes: rounding hides part of the update, and part of it can be recovered",
-            "note",
-        )
+        lead = "yes: rounding hides part of the update, and part of it can be recovered"
+        level = "note"
     elif "size_only" in statuses:
         lead = "yes: the size of the update is estimated, and no direction is significant"
     elif "not_hidden" in statuses:
-        lead, level = "no: the files resolve the update; use loradiag extract", "ok"
+        lead = "no: the files resolve the update; use loradiag extract"
+        level = "ok"
     else:
         lead = (
             "inconclusive: no entry changed, or no layer fits the model of an update that was "
             "rounded once"
         )
     counts = ", ".join(list_counts((record.status for record in records), STATUS))
-    detail = (
-        f"{counts} of {quantity(len(records))}; "
-        f"{percent(median(r.unchanged for r in records))} unchanged"
-    )
-    return make_statement(
-        "hidden", "Hidden update", lead, f"{detail} at the median", level=level, priority=0
-    )
+    unchanged = percent(median(record.unchanged for record in records))
+    detail = f"{counts} of {quantity(len(records))}; {unchanged} unchanged at the median"
+    return make_statement("hidden", "Hidden update", lead, detail, level=level, priority=0)
 
 
 def _describe_directions(records: Sequence[Recovery]) -> str:
@@ -176,18 +168,20 @@ def _describe_directions(records: Sequence[Recovery]) -> str:
     ]
     if not energies:
         return ""
+    directions = span(record.directions or 0 for record in recovered)
     return (
-        f"{span(record.directions or 0 for record in recovered)} in each of "
-        f"{quantity(len(recovered))}; r=16 holds at "
-        f"least {percent(median(energies))} of ‖X‖² at the median"
+        f"{directions} in each of {quantity(len(recovered))}; r=16 holds at least "
+        f"{percent(median(energies))} of ‖X‖² at the median"
     )
 
 
 def _describe_refused(records: Sequence[Recovery]) -> Statement:
     refused = [record for record in records if record.status == "refused"]
-    names = [f"{quantity(len(refused))}: {list_layers(refused)}"] if refused else []
-    reasons = [f"{short(record.layer)}: {record.reason}" for record in refused[:1]]
-    return make_statement("refused", "Refused", *names, *reasons, level="warning")
+    if not refused:
+        return make_statement("refused", "Refused")
+    names = f"{quantity(len(refused))}: {list_layers(refused)}"
+    reason = f"{short(refused[0].layer)}: {refused[0].reason}"
+    return make_statement("refused", "Refused", names, reason, level="warning")
 
 
 def _list_out_of_time(results: Results[Recovery]) -> list[str]:
@@ -199,30 +193,29 @@ def _describe_written(results: Results[Recovery], folder: str) -> Statement:
     """State how many layers of the output are from the estimate and from the files, and which are
     not in it.
     """
-    from_files, missing = (
-        sum(record.written == "file" for record in results),
-        _list_missing(results),
-    )
-    lead = f"{safe(folder)}: {quantity(_count_estimated(results))} from the estimate"
-    lead += f", {from_files} from the stored difference" if from_files else ""
+    lead = f"{safe(folder)}: {quantity(_count_written(results, 'posterior'))} from the estimate"
+    if from_files := _count_written(results, "file"):
+        lead += f", {from_files} from the stored difference"
     if ranks := [record.rank for record in results if record.rank]:
-        lead += (
-            f"; rank {span(ranks)}, {count(sum(record.params for record in results))} parameters"
-        )
+        params = sum(record.params for record in results)
+        lead += f"; rank {span(ranks)}, {count(params)} parameters"
+    missing = _list_missing(results)
     not_in_it = f"not in it: {list_names(missing)}" if missing else ""
     return make_statement("written", "Written", lead, not_in_it, priority=0)
 
 
-def _count_estimated(results: Results[Recovery]) -> int:
-    return sum(record.written == "posterior" for record in results)
+def _count_written(results: Results[Recovery], source: str) -> int:
+    return sum(record.written == source for record in results)
 
 
 def _list_missing(results: Results[Recovery]) -> list[str]:
     """Return the layers that an adapter does not hold; none of a checkpoint, which holds the
     numbers of TUNED there.
     """
-    out_of_time = [] if results.run.settings.get("full") else _list_out_of_time(results)
-    return [record.layer for record in results if record.written == "nothing"] + out_of_time
+    missing = [record.layer for record in results if record.written == "nothing"]
+    if not results.run.settings.get("full"):
+        missing += _list_out_of_time(results)
+    return missing
 
 
 def recovery_card(
@@ -237,24 +230,24 @@ def recovery_card(
         keep_length: Whether estimates were scaled to their norms.
     """
     is_adapter = any(record.rank for record in results)
-    sized = [r for r in results if r.written == "posterior" and r.fro_estimate is not None]
-    estimated, observed = (
-        math.hypot(*(getattr(r, name) for r in sized)) for name in ("fro_estimate", "fro")
-    )
-    missing, out_of_time = _list_missing(results), _list_out_of_time(results)
+    sized = [
+        (record.fro_estimate, record.fro)
+        for record in results
+        if record.written == "posterior" and record.fro_estimate is not None
+    ]
+    estimated = number(math.hypot(*(fro for fro, _ in sized)))
+    observed = number(math.hypot(*(fro for _, fro in sized)))
+    scaled = "; each is scaled to its ‖X‖" if keep_length else ""
     source = code_span(subject(results.run))
     items = [
-        f"{quantity(_count_estimated(results))} from the estimate: ‖X‖ = {number(estimated)}, and "
-        "the files show ‖D‖ = "
-        f"{number(observed)}{'; each is scaled to its ‖X‖' if keep_length else ''}",
-        f"{quantity(sum(record.written == 'file' for record in results))} as the files have them",
-        *([f"not in it: {list_names(missing, 12)}"] if missing else []),
-        *(
-            [f"not reached within the time limit: {list_names(out_of_time, 12)}"]
-            if out_of_time
-            else []
-        ),
+        f"{quantity(_count_written(results, 'posterior'))} from the estimate: ‖X‖ = {estimated}, "
+        f"and the files show ‖D‖ = {observed}{scaled}",
+        f"{quantity(_count_written(results, 'file'))} as the files have them",
     ]
+    if missing := _list_missing(results):
+        items.append(f"not in it: {list_names(missing, 12)}")
+    if out_of_time := _list_out_of_time(results):
+        items.append(f"not reached within the time limit: {list_names(out_of_time, 12)}")
     body = [
         f"**This is an estimate.** {source} was stored with few mantissa bits, and rounding undid "
         f"most of a small update of {code_span(base_name)}. From the rounding cell of each stored "
@@ -263,8 +256,9 @@ def recovery_card(
         "before you use it.",
         "\n".join(f"- {item}" for item in items),
     ]
+    kind = "LoRA adapter" if is_adapter else "Checkpoint"
     return model_card(
-        f"{'LoRA adapter' if is_adapter else 'Checkpoint'} recovered from the rounding of {source}",
+        f"{kind} recovered from the rounding of {source}",
         base_name,
         body,
         "recovery.jsonl",

@@ -48,36 +48,24 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
         groups: dict[str, list[CheckpointLayer]] = {name: [] for name in names.values()}
         for record in item.records:
             groups[names[types.of(record.layer)]].append(record)
-        for title, draw, ylabel, name in (
-            (
-                "norm of the update",
-                partial(_draw_curves, groups=groups, field="fro"),
-                "median ‖ΔW‖_F",
-                "norm",
-            ),
-            (
-                "energy in σ₁",
-                partial(_draw_curves, groups=groups, field="spectral_share"),
-                "σ₁²/‖ΔW‖_F²",
-                "share",
-            ),
-            (
-                "increment / its largest",
-                partial(_draw_map, cells=_map_increments(item.records)),
-                "layer",
-                "increments",
-            ),
-            (
-                "overlap of directions",
-                partial(_draw_map, cells=_map_overlaps(item.records)),
-                "step",
-                "overlaps",
-            ),
-        ):
-            draw, owner = partial(draw, steps=steps), owner_of(item, series)
-            panels.append(Panel(f"{owner}{title}", draw, "step", ylabel, name=name))
+        curves = partial(_draw_curves, groups=groups, steps=steps)
+        increments = partial(_draw_map, cells=_map_increments(item.records), steps=steps)
+        overlaps = partial(_draw_map, cells=_map_overlaps(item.records), steps=steps)
+        norm = partial(curves, field="fro")
+        share = partial(curves, field="spectral_share")
+        of = owner_of(item, series)
+        panels += [
+            Panel(f"{of}norm of the update", norm, "step", "median ‖ΔW‖_F", name="norm"),
+            Panel(f"{of}energy in σ₁", share, "step", "σ₁²/‖ΔW‖_F²", name="share"),
+            Panel(f"{of}increment / its largest", increments, "step", "layer", name="increments"),
+            Panel(f"{of}overlap of directions", overlaps, "step", "step", name="overlaps"),
+        ]
     if not panels:
         raise UndrawableError("fewer than two checkpoints")
+    keys = [
+        key(name, color=category(i), lw=1.5 * style.line)
+        for i, name in enumerate(dict.fromkeys(names.values()))
+    ]
     return Page(
         "A training run over its checkpoints: norms, energy in one direction, increments, overlap",
         panels,
@@ -88,10 +76,7 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
             "its largest. Overlap: "
             "median over the layers of ‖U_sᵀU_t‖_F²/k of the largest left singular vectors."
         ],
-        [
-            key(name, color=category(i), lw=1.5 * style.line)
-            for i, name in enumerate(dict.fromkeys(names.values()))
-        ],
+        keys,
         columns=2 if style.columns > 2 else 1,
         scale=ScalarMappable(Normalize(0, 1), SHARES),
         scale_label="fraction",
@@ -124,11 +109,11 @@ def _map_increments(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     """Return each layer's increments over its largest, ``(layers, T)``; NaN where they are not
     known or all zero.
     """
-    steps, rows = group_by(records, "step"), []
+    steps = group_by(records, "step")
+    rows = []
     for group in group_by(records, "layer").values():
-        by_step = {
-            record.step: record.increment for record in group
-        }  # of a killed run, without some of the last step
+        # Of a killed run, without some of the last step.
+        by_step = {record.step: record.increment for record in group}
         rows.append([by_step.get(step) for step in steps])
     cells = np.array(rows, np.float64)
     largest = np.nan_to_num(cells).max(axis=1, keepdims=True)
@@ -142,9 +127,8 @@ def _map_overlaps(records: Sequence[CheckpointLayer]) -> NDArray[np.float64]:
     groups = group_by(records, "step").values()
     cells = np.full((len(groups), len(groups)), np.nan)
     for t, group in enumerate(groups):
-        known = [
-            record.overlaps for record in group if len(record.overlaps) == t
-        ]  # empty where it is not finite
+        # Overlaps are empty where the update is not finite.
+        known = [record.overlaps for record in group if len(record.overlaps) == t]
         for s, values in enumerate(zip(*known, strict=True)):
             overlap = middle(values)
             cells[s, t] = cells[t, s] = math.nan if overlap is None else overlap

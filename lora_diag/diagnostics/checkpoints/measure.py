@@ -270,11 +270,8 @@ def trajectory(
         judged = Judge(options, options["base"], steps)
     else:
         _refuse_without_losses(options)
-    layers.torch = not all(
-        is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas
-    )
-    if not layers.torch:
-        layers.usual_workers = 1  # products of all checkpoints' factors use all cores
+    if all(is_thin(delta) and delta.base is None for task in tasks for delta in task.deltas):
+        layers.use_numpy(workers=1)  # products of all checkpoints' factors use all cores
     ranks, k = check_ranks(options["ranks"]), options["directions"]
     numbers = tuple(step.step for step in steps)
     settings = layers.settings(
@@ -364,9 +361,6 @@ def measure_run(
 ) -> Results[CheckpointLayer]:
     """Measure a run given as its folder and perhaps BASE, or as checkpoints, of which BASE is an
     option.
-
-    Raises:
-        LoradiagError: As ``trajectory``; or as ``follow_run``, with ``follow``.
     """
     paths = [Path(path) for path in inputs]
     if len(paths) == 2 and options.get("base") is None and list_checkpoints(paths[0]):

@@ -51,10 +51,9 @@ def checkpoints_grids(results: Results[CheckpointLayer], per: str = "type") -> l
     last one.
     """
     rows = [(str(each.step), [each]) for each in results.whole_of(RunCheckpoint)]
-    grids = [
-        *([grid_of(RunCheckpoint.shown, rows, "step")] if rows else []),
-        *held_out_grids(results),
-    ]
+    grids = held_out_grids(results)
+    if rows:
+        grids.insert(0, grid_of(RunCheckpoint.shown, rows, "step"))
     if per == "layer" and rows:
         last = [record for record in results if str(record.step) == rows[-1][0]]
         grids.append(grid_of(CheckpointLayer.shown, rows_of(last, per), per, f"step {rows[-1][0]}"))
@@ -67,13 +66,18 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     if not checkpoints:
         return summarize(results)
     run = next(iter(results.whole_of(Trajectory)), None) or judge(results.layers, checkpoints)
-    problems, movement = list(_describe_problems(run, checkpoints)), _describe_movement(run)
-    if not problems and not movement:
-        few = f"{quantity(len(checkpoints), 'checkpoint')} compared: three or more show a course"
-        movement = [
-            "no layer is dead, collapsed, spiked or not finite" if len(checkpoints) > 2 else few
-        ]
-    verdict = problems or movement[:1]
+    problems = list(_describe_problems(run, checkpoints))
+    movement = _describe_movement(run)
+    if problems:
+        verdict = make_statement("verdict", "Verdict", *problems, level="warning", priority=0)
+    else:
+        lead = "no layer is dead, collapsed, spiked or not finite"
+        if movement:
+            lead, *movement = movement
+        elif len(checkpoints) < 3:
+            compared = quantity(len(checkpoints), "checkpoint")
+            lead = f"{compared} compared: three or more show a course"
+        verdict = make_statement("verdict", "Verdict", lead, priority=0)
     meaning = (
         "weights do not show quality: no number here leads the held-out loss; compare it "
         "before choosing"
@@ -81,10 +85,8 @@ def checkpoints_lines(results: Results[CheckpointLayer]) -> list[Statement]:
     return summarize(
         results,
         *held_out_lines(results),
-        make_statement(
-            "verdict", "Verdict", *verdict, level="warning" if problems else "note", priority=0
-        ),
-        make_statement("movement", "Movement", *movement[not problems :]),
+        verdict,
+        make_statement("movement", "Movement", *movement),
         make_statement("path", "Path", *_describe_path(run)),
         make_statement("interpretation", "Interpretation", meaning),
     )
@@ -99,11 +101,8 @@ def suggest_next(results: Results[CheckpointLayer], values: Mapping[str, Any]) -
         return _suggest_strength(results)
     base = next(item.path for item in results.run.inputs if item.role == "base")
     paths = {record.step: record.path for record in results.whole_of(RunCheckpoint)}
-    weights = {
-        paths[step]: repr(weight)
-        for step, weight in zip(better.steps, better.weights, strict=True)
-        if weight
-    }
+    steps = zip(better.steps, better.weights, strict=True)
+    weights = {paths[step]: repr(weight) for step, weight in steps if weight}
     words = ["loradiag", "merge", base, *weights, "--method", "sum"]
     words += ["--weights", ",".join(weights.values())]
     if not results.run.settings["factored"]:
@@ -133,9 +132,12 @@ def _describe_problems(run: Trajectory, checkpoints: Sequence[RunCheckpoint]) ->
     named = {
         key: f"{len(names)} of {layers}: {list_names(names)}" for key, names in run.affected.items()
     }
-    if bad := [index for index, each in enumerate(checkpoints) if each.non_finite]:
-        keep = f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}" if bad[0] else ""
-        yield f"not finite from step {checkpoints[bad[0]].step} on, in {named['non_finite']}{keep}"
+    bad = [index for index, each in enumerate(checkpoints) if each.non_finite]
+    if bad:
+        problem = f"not finite from step {checkpoints[bad[0]].step} on, in {named['non_finite']}"
+        if bad[0]:
+            problem += f"; the last finite checkpoint is {checkpoints[bad[0] - 1].step}"
+        yield problem
     if run.other_run is not None:
         problem = f"step {run.other_run} is not of the run of the checkpoint before it"
         yield f"two runs: {problem}; give the checkpoints of one run"
@@ -177,37 +179,26 @@ def _describe_movement(run: Trajectory) -> list[str]:
     """
     if run.growth is None:
         return []
-    known = run.growth_schedule is not None
-    alone = f" (by the learning rates alone from {run.settled_schedule})" if known else ""
+    alone = ""
+    growth = f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖"
+    lines = []
+    if run.growth_schedule is None:
+        lines.append("learning rates are not known: shrinking steps may be those of the schedule")
+    else:
+        alone = f" (by the learning rates alone from {run.settled_schedule})"
+        growth += f", by the learning rates alone {number(100 * run.growth_schedule)}%"
     if run.state == "random walk":
         lead = (
             "a random walk: increments have no common direction, and the path is that of "
             "independent steps"
         )
     elif run.settled is not None:
-        lead = (
-            f"settled from step {run.settled}{alone}: the rest of the run moves ΔW by less than 10%"
-        )
+        rest = "the rest of the run moves ΔW by less than 10%"
+        lead = f"settled from step {run.settled}{alone}: {rest}"
     else:
-        lead = (
-            f"still {'growing' if run.growth > GROWING else 'moving'}: the last quarter moves "
-            "ΔW by more than 10%"
-        )
-    growth = (
-        f", by the learning rates alone {number(100 * (run.growth_schedule or 0.0))}%"
-        if known
-        else ""
-    )
-    unknown = (
-        ""
-        if known
-        else "learning rates are not known: shrinking steps may be those of the schedule"
-    )
-    return [
-        lead,
-        f"the last tenth of the steps adds {number(100 * run.growth)}% of ‖ΔW‖{growth}",
-        unknown,
-    ]
+        word = "growing" if run.growth > GROWING else "moving"
+        lead = f"still {word}: the last quarter moves ΔW by more than 10%"
+    return [lead, growth, *lines]
 
 
 def _describe_path(run: Trajectory) -> list[str]:
@@ -216,34 +207,26 @@ def _describe_path(run: Trajectory) -> list[str]:
     """
     if run.first_share is None:
         return []
-    values = [
-        run.first_share,
-        run.first_share_random,
-        run.linear,
-        run.linear_random,
-        run.cosine,
-        run.cosine_momentum,
+    shown = partial(format_shown, formatter=fraction)
+    lines = [
+        f"one direction has {shown(run.first_share)} of the energy over time, of a random walk "
+        f"with equal increments {shown(run.first_share_random)}",
+        f"it grows linearly with R² {shown(run.linear)}, of the random walk "
+        f"{shown(run.linear_random)}",
+        f"cosine of increments {shown(run.cosine)}, of a random walk with momentum 0.9 "
+        f"{shown(run.cosine_momentum)}",
     ]
-    share, random, linear, linear_random, cosine, momentum = (
-        format_shown(value, fraction) for value in values
-    )
-    far = (
-        f"no increments are {APART} steps apart: a random walk is not told from a path with a "
-        "direction"
-    )
-    if run.drift is not None:
-        common = (
-            f"have the cosine {format_shown(run.cosine_far, fraction)} and give "
-            f"{number(100 * run.drift)}% of ‖ΔW‖²"
+    if run.drift is None:
+        lines.append(
+            f"no increments are {APART} steps apart: a random walk is not told from a path with a "
+            "direction"
         )
-        far = f"increments {APART} or more steps apart {common}, of a random walk 0"
-    return [
-        f"one direction has {share} of the energy over time, of a random walk with equal "
-        f"increments {random}",
-        f"it grows linearly with R² {linear}, of the random walk {linear_random}",
-        f"cosine of increments {cosine}, of a random walk with momentum 0.9 {momentum}",
-        far,
-    ]
+    else:
+        lines.append(
+            f"increments {APART} or more steps apart have the cosine {shown(run.cosine_far)} and "
+            f"give {number(100 * run.drift)}% of ‖ΔW‖², of a random walk 0"
+        )
+    return lines
 
 
 # Quantities of the live table after the norm, the first to be dropped in a narrow terminal last.
@@ -265,32 +248,25 @@ def draw_live(
         width: Columns of the terminal.
         color: Whether to use ANSI colours.
     """
-    if results is None or not (checkpoints := results.whole_of(RunCheckpoint)):
+    checkpoints = results.whole_of(RunCheckpoint) if results is not None else []
+    if results is None or not checkpoints:
         return waiting
-    rows = [dict(rows_of(group, "type")) for group in group_by(results, "step").values()]
+    steps = [dict(rows_of(group, "type")) for group in group_by(results, "step").values()]
+    names = tuple(steps[-1])
     shown = {field.path: field for field in RunCheckpoint.shown}
+    norm = "fro" if checkpoints[-1].relative is None else "relative"
     columns = []
-    for drop, path in enumerate(("fro" if checkpoints[-1].relative is None else "relative", *LIVE)):
-        courses = (
-            [pooled_value(shown[path], row.get(name, ())) for row in rows] for name in rows[-1]
-        )
-        columns.append(
-            Column(
-                shown[path].title,
-                tuple(_draw_course(shown[path], each) for each in courses),
-                drop=drop,
-            )
-        )
-    grid = Grid(
-        describe_step(checkpoints[-1]),
-        "module type",
-        tuple(rows[-1]),
-        tuple(columns),
-        most=len(rows[-1]),
-    )
-    return grids_table(
-        [grid], [each for each in checkpoints_lines(results) if each.key == "verdict"], width, color
-    )
+    for drop, path in enumerate((norm, *LIVE)):
+        field = shown[path]
+        courses = []
+        for name in names:
+            values = [pooled_value(field, step.get(name, ())) for step in steps]
+            courses.append(_draw_course(field, values))
+        columns.append(Column(field.title, tuple(courses), drop=drop))
+    last = describe_step(checkpoints[-1])
+    grid = Grid(last, "module type", names, tuple(columns), most=len(names))
+    verdict = [each for each in checkpoints_lines(results) if each.key == "verdict"]
+    return grids_table([grid], verdict, width, color)
 
 
 def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
@@ -303,19 +279,16 @@ def _draw_course(shown: Shown, values: Sequence[Any]) -> str:
 
 def describe_step(checkpoint: RunCheckpoint) -> str:
     """Return the numbers of a checkpoint as one line."""
-    values = {
-        shown: value
-        for shown in RunCheckpoint.shown
-        if isinstance(value := shown.value(checkpoint), float)
-    }
-    texts = (
-        f"{shown.title} {written(value, shown.form, shown.share)}"
-        for shown, value in values.items()
-    )
-    problems = (
-        f"{count} {name}" for name in ("dead", "non_finite") if (count := getattr(checkpoint, name))
-    )
-    return ", ".join((f"step {checkpoint.step}", *texts, *problems))
+    texts = [f"step {checkpoint.step}"]
+    for shown in RunCheckpoint.shown:
+        value = shown.value(checkpoint)
+        if isinstance(value, float):
+            texts.append(f"{shown.title} {written(value, shown.form, shown.share)}")
+    if checkpoint.dead:
+        texts.append(f"{checkpoint.dead} dead")
+    if checkpoint.non_finite:
+        texts.append(f"{checkpoint.non_finite} non_finite")
+    return ", ".join(texts)
 
 
 # Seconds between two looks at the files.
@@ -351,32 +324,33 @@ def follow_run(
             f"{run}: no such file or folder; give the folder that the trainer writes to"
         )
     monitor = run if run.is_file() else run / MONITOR
-    waiting, results, measured, printed = (
-        f"{run}: waiting for {monitor.name} or checkpoints",
-        None,
-        None,
-        set[str](),
-    )
+    waiting = f"{run}: waiting for {monitor.name} or checkpoints"
+    results: Results[CheckpointLayer] | None = None
+    measured: list[tuple[Path, int, int]] = []
+    printed: set[str] = set()
     ended = False
     try:
         while not ended:
-            is_monitored, start = is_results_file(monitor), time.monotonic()
+            start = time.monotonic()
+            is_monitored = is_results_file(monitor)
             paths = [monitor] if is_monitored else list_checkpoints(run)
-            if measured != (measured := _list_states(paths)) and paths:
+            states = _list_states(paths)
+            if paths and states != measured:
+                # Errors are of a file that is being written, or of only one.
                 try:
-                    results = read_results(monitor) if is_monitored else measure()
-                    ended = results.end is not None if is_monitored else _has_ended(paths)
-                except (
-                    InputError,
-                    NothingComparedError,
-                ) as error:  # of a file that is being written, or only one
+                    if is_monitored:
+                        results = read_results(monitor)
+                        ended = results.end is not None
+                    else:
+                        results = measure()
+                        ended = _has_ended(paths)
+                except (InputError, NothingComparedError) as error:
                     waiting = f"waiting for more: {error}"
+            measured = states
             shown = results.whole_of(RunCheckpoint) if results is not None else []
             lines = [describe_step(each) for each in shown] or [waiting]
-            on_view(
-                partial(draw_live, results, waiting),
-                [line for line in lines if line not in printed],
-            )
+            new_lines = [line for line in lines if line not in printed]
+            on_view(partial(draw_live, results, waiting), new_lines)
             printed |= set(lines)
             if not ended:
                 time.sleep(max(INTERVAL, 10 * (time.monotonic() - start)))
@@ -389,16 +363,13 @@ def follow_run(
 
 def _list_states(paths: Sequence[Path]) -> list[tuple[Path, int, int]]:
     """Return size and time of the last change of every file at some paths."""
+    states = []
     with suppress(OSError):  # of a file that is removed at this moment
-        files = [
-            file
-            for path in paths
-            for file in (sorted(path.rglob("*")) if path.is_dir() else [path])
-        ]
-        return [
-            (file, status.st_size, status.st_mtime_ns) for file in files if (status := file.stat())
-        ]
-    return []
+        for path in paths:
+            for file in (path, *sorted(path.rglob("*"))):
+                status = file.stat()
+                states.append((file, status.st_size, status.st_mtime_ns))
+    return states
 
 
 def _has_ended(checkpoints: Sequence[Path]) -> bool:

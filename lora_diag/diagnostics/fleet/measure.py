@@ -469,38 +469,27 @@ def fleet(
         [('sample_checkpoints/lora_r4', 4, 0), ('sample_checkpoints/lora_r16', 16, 0)]
     """
     run = LayerRun(COMMAND, options, FleetOptions)
-    run.torch = run.options["engine"] is not None or run.options["device"] not in {"auto", "cpu"}
-    base = run.options["base"]
-    selector(
-        run.options["layers"], run.options["exclude"]
-    )  # an invalid pattern would make every adapter unreadable
+    options = run.options
+    base, layers, exclude = options["base"], options["layers"], options["exclude"]
+    selector(layers, exclude)  # an invalid pattern would make every adapter unreadable
     members = [Member(legible(path), FleetPath.read(path)) for path in expand_patterns(adapters)]
     base_path = FleetPath.read(as_path(base)) if base is not None else None
-    if (
-        not run.torch
-        and base_path is None
-        and not any(isinstance(member.seen.path, RemotePath) for member in members)
-    ):
-        run.apart = sum(member.seen.size for member in members) >= PROCESS_BYTES
-        run.usual_workers = (
-            None if run.apart else 1
-        )  # two threads took twice the processor time of one, and as long
-    device = (
-        run.where.tasks if run.torch else "cpu"
-    )  # reading factors takes longer than a GPU would save
+    if options["engine"] is None and options["device"] in {"auto", "cpu"}:
+        is_remote = any(isinstance(member.seen.path, RemotePath) for member in members)
+        is_simple = base_path is None and not is_remote
+        apart = is_simple and sum(member.seen.size for member in members) >= PROCESS_BYTES
+        # Two threads took twice the processor time of one, and as long.
+        run.use_numpy(workers=1 if is_simple and not apart else None, apart=apart)
+        device = "cpu"  # reading factors takes longer than a GPU would save
+    else:
+        device = run.where.tasks
     return run.over(
         members,
-        _measure_member if run.options["engine"] is None else _measure_on_worker,
+        _measure_member if options["engine"] is None else _measure_on_worker,
         lambda _, settings: ADAPTER_BYTES,
-        FleetSettings(
-            base_path,
-            run.options["layers"],
-            run.options["exclude"],
-            device,
-            stated_alpha=run.stated_alpha,
-        ),
+        FleetSettings(base_path, layers, exclude, device, stated_alpha=run.stated_alpha),
         Pairing((), ()),
-        tuple(_describe(member, run.options["verify"]) for member in members),
+        tuple(_describe(member, options["verify"]) for member in members),
         {"base": legible(base) if base is not None else None},
         recorded=("layers", "exclude", "device"),
     )
@@ -550,7 +539,6 @@ def expand_patterns(patterns: Iterable[Path | str]) -> list[Path]:
     and so are paths directly in a folder that is also found.
 
     Raises:
-        InputError: An address is invalid or cannot be reached.
         NothingComparedError: No adapter was found.
     """
     patterns = list(patterns)

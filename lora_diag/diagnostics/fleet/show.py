@@ -46,7 +46,8 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     A table without rows is omitted.
     """
     records = results.layers
-    names, remarks = short_paths([record.adapter for record in records]), describe_outliers(records)
+    names = short_paths([record.adapter for record in records])
+    remarks = describe_outliers(records)
     indices = statistics.order_by_rarity(statistics.find_outlier_kinds(records))
     if per == "layer":
         indices += [i for i in range(len(records)) if not remarks[i]]
@@ -55,23 +56,21 @@ def fleet_grids(results: Results[Fleet], per: str = "type") -> list[Grid]:
     grids = []
     if indices:
         rows = [(names[i], [records[i]]) for i in indices]
-        column = Column("remark", tuple(remarks[i] or "-" for i in indices), "left")
+        remark = Column("remark", tuple(remarks[i] or "-" for i in indices), "left")
         caption = "all adapters" if per == "layer" else "outliers"
-        grids.append(grid_of(Fleet.shown, rows, "adapter", caption, extra=[column]))
+        grids.append(grid_of(Fleet.shown, rows, "adapter", caption, extra=[remark]))
     if pairs := _find_pairs(records)[:_MAX_ROWS]:
         pair_rows = [(f"{names[pair.first]} × {names[pair.second]}", [pair]) for pair in pairs]
-        column = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
-        grids.append(
-            grid_of(_DUPLICATE_COLUMNS, pair_rows, "pair", "near-duplicates", extra=[column])
-        )
+        relation = Column("is", tuple(_RELATION_TEXTS[pair.relation] for pair in pairs), "left")
+        caption = "near-duplicates"
+        grids.append(grid_of(_DUPLICATE_COLUMNS, pair_rows, "pair", caption, extra=[relation]))
     return grids
 
 
 def _find_pairs(records: Sequence[Fleet]) -> list[statistics.NearDuplicate]:
     """Return the pairs of near-duplicate adapters, the most similar first."""
-    return statistics.find_near_duplicates(
-        [record.update for record in records], [record.space for record in records]
-    )
+    updates = [record.update for record in records]
+    return statistics.find_near_duplicates(updates, [record.space for record in records])
 
 
 def describe_outliers(records: Sequence[Fleet]) -> list[str]:
@@ -79,17 +78,18 @@ def describe_outliers(records: Sequence[Fleet]) -> list[str]:
     none.
     """
     ratios = statistics.find_norm_outliers([record.fro for record in records])
+    all_kinds = statistics.find_outlier_kinds(records)
     descriptions = []
-    for record, ratio, kinds in zip(
-        records, ratios, statistics.find_outlier_kinds(records), strict=True
-    ):
-        texts: dict[statistics.OutlierKind, str] = {
-            "dead": "dead"
-            if record.dead == record.modules
-            else f"{record.dead} of {record.modules} dead",
-            "norm": f"norm {number(ratio or 0.0)}× the median",
-        }
-        descriptions.append(", ".join(texts.get(kind, kind) for kind in kinds))
+    for record, ratio, kinds in zip(records, ratios, all_kinds, strict=True):
+        texts: list[str] = []
+        for kind in kinds:
+            if kind == "dead" and record.dead < record.modules:
+                texts.append(f"{record.dead} of {record.modules} dead")
+            elif kind == "norm":
+                texts.append(f"norm {number(ratio or 0.0)}× the median")
+            else:
+                texts.append(kind)
+        descriptions.append(", ".join(texts))
     return descriptions
 
 
@@ -97,8 +97,9 @@ def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | N
     """Return the next step, an exact comparison of the nearest near-duplicates or of few adapters;
     else None.
     """
-    paths, pairs = [record.adapter for record in results.layers], _find_pairs(results.layers)
-    compared = [paths[pairs[0].first], paths[pairs[0].second]] if pairs else paths
+    compared = [record.adapter for record in results.layers]
+    if pairs := _find_pairs(results.layers):
+        compared = [compared[pairs[0].first], compared[pairs[0].second]]
     if not 1 < len(compared) <= _MAX_NAMED:
         return None
     return Hint(shlex.join(["interference", *compared]), "what they share, and what a merge loses")
@@ -106,26 +107,25 @@ def suggest_next(results: Results[Fleet], values: Mapping[str, Any]) -> Hint | N
 
 def fleet_lines(results: Results[Fleet]) -> list[Statement]:
     """Return the statements of the summary."""
-    records, final = results.layers, final_statements(results, "adapters measured so far")
+    records = results.layers
+    final = final_statements(results, "adapters measured so far")
     if not records:
         return final
-    outliers = list_counts(
-        [kind for kinds in statistics.find_outlier_kinds(records) for kind in kinds], _OUTLIERS
-    )
-    few = "" if len(records) > 2 else "; norms are compared only among three or more adapters"
+    kinds = [kind for kinds in statistics.find_outlier_kinds(records) for kind in kinds]
+    outliers = ", ".join(list_counts(kinds, _OUTLIERS))
+    outliers = outliers or f"none of {quantity(len(records), 'adapter')}"
+    if len(records) < 3:
+        outliers += "; norms are compared only among three or more adapters"
     relations = {relation: f"with {text}" for relation, text in _RELATION_TEXTS.items()}
-    duplicates = list_counts([pair.relation for pair in _find_pairs(records)], relations)
-    near, space = statistics.MIN_NEAR_COSINE, statistics.MIN_SPACE_OVERLAP
-    none = f"none of {quantity(len(records), 'adapter')}"
+    pairs = list_counts([pair.relation for pair in _find_pairs(records)], relations)
+    duplicates = f"{', '.join(pairs) or 'none'}, estimated from sketches"
+    rule = (
+        f"a pair has |cosine| ≥ {statistics.MIN_NEAR_COSINE}, or an overlap of the column spaces ≥ "
+        f"{statistics.MIN_SPACE_OVERLAP}"
+    )
     return [
-        make_statement("stand_out", "Outliers", (", ".join(outliers) or none) + few, priority=0),
-        make_statement(
-            "alike",
-            "Near-duplicates",
-            f"{', '.join(duplicates) or 'none'}, estimated from sketches",
-            f"a pair has |cosine| ≥ {near}, or an overlap of the column spaces ≥ {space}",
-            priority=0,
-        ),
+        make_statement("stand_out", "Outliers", outliers, priority=0),
+        make_statement("alike", "Near-duplicates", duplicates, rule, priority=0),
         make_statement("rank", "Rank", _describe_rank(records)),
         *final,
     ]
@@ -138,11 +138,10 @@ def _describe_rank(records: Sequence[Fleet]) -> str:
     ranked = [record for record in records if record.used is not None and record.fro]
     if not ranked:
         return "no adapter has a rank"
-    used_fraction = sum(record.total_rank_99 for record in ranked) / sum(
-        record.total_rank or 0 for record in ranked
-    )
+    needed = sum(record.total_rank_99 for record in ranked)
+    total = sum(record.total_rank or 0 for record in ranked)
     ranks = span((record.rank for record in ranked if record.rank is not None), " to ")
-    return f"{ranks}; 99% of the energy needs {percent(used_fraction)} of it"
+    return f"{ranks}; 99% of the energy needs {percent(needed / total)} of it"
 
 
 _OUTLIERS: dict[statistics.OutlierKind, str] = {

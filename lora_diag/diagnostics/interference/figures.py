@@ -51,58 +51,57 @@ def make_union_page(series: Sequence[Series[Any]], style: PageStyle, options: Op
     Raises:
         UndrawableError: No layer is changed by two updates.
     """
-    shared = [
-        (item, [record for record in item.records if len(record.updates) > 1]) for item in series
-    ]
-    shared = [(item, records) for item, records in shared if records]
+    labels, shared = [], []
+    for item in series:
+        if records := [record for record in item.records if len(record.updates) > 1]:
+            labels.append(item.label)
+            shared.append(records)
     if not shared:
         raise UndrawableError("no layer is changed by two updates")
-    runs = make_slots([records for _, records in shared], options.per)
+    runs = make_slots(shared, options.per)
     panels = [
-        Panel(item.label, partial(_draw_ranks, slots=slots), "", "rank at 90%", 1.25 * style.panel)
-        for (item, _), slots in zip(shared, runs, strict=True)
+        Panel(label, partial(_draw_ranks, slots=slots), "", "rank at 90%", 1.25 * style.panel)
+        for label, slots in zip(labels, runs, strict=True)
     ]
-    drawn = [record for _, records in shared for record in records]
+    drawn = [record for records in shared for record in records]
+    notes = [
+        "Blocks run from left to right in each module type. Weights alone do not show interference "
+        "between tasks."
+    ]
     joined = max(slot.joined for slots in runs for slot in slots)
-    omitted = sum(len(item.records) for item in series) - len(drawn)
-    missing = any(record.rank_for_all.get(ENERGY) is None for record in drawn)
+    if joined > 1:
+        notes.append(f"A bar is the median of up to {joined} layers.")
+    if omitted := sum(len(item.records) for item in series) - len(drawn):
+        layers = quantity(omitted, "layer")
+        notes.append(f"Not drawn: {layers} changed by fewer than two updates.")
+    if any(record.rank_for_all.get(ENERGY) is None for record in drawn):
+        notes.append("No green line: no rank of the sum keeps 90% of every update.")
     return Page(
         "Rank of the sum of updates, compared with the sum of their ranks",
         stack_panels(panels, runs, style),
         f"{count_matrices(drawn)}; ranks at 90% of the energy Σσ²",
-        [
-            "Blocks run from left to right in each module type. Weights alone do not show "
-            "interference between tasks.",
-            f"A bar is the median of up to {joined} layers." if joined > 1 else "",
-            f"Not drawn: {quantity(omitted, 'layer')} changed by fewer than two updates."
-            if omitted
-            else "",
-            "No green line: no rank of the sum keeps 90% of every update." if missing else "",
-        ],
+        notes,
         columns=1,
         low=True,
     )
-
-
-_FILLED: dict[str, Any] = {"fill": True, "baseline": 0, "lw": 0}
 
 
 def _draw_ranks(ax: Axes, style: PageStyle, slots: Sequence[Slot[Union]]) -> None:
     """Draw the rank of the sum, the rank that keeps every update, and the sum of the ranks: the
     median of each bar.
     """
-    line: dict[str, Any] = {"lw": 1.3 * style.line}
-    for rank_of, label, color, look in (
-        (lambda record: record.spectrum.rank_at[ENERGY], "rank of the sum", SUM, _FILLED),
-        (
-            lambda record: record.rank_for_all.get(ENERGY),
-            "rank that keeps 90% of every update",
-            EVERY,
-            line,
-        ),
-        (lambda record: record.parts_rank_at[ENERGY], "sum of the updates' ranks", SEPARATE, line),
-    ):
-        draw_bars(ax, slots, median_of(rank_of), label=label, color=color, **look)
+    look: dict[str, Any] = {
+        "label": "rank of the sum",
+        "color": SUM,
+        "fill": True,
+        "baseline": 0,
+        "lw": 0,
+    }
+    draw_bars(ax, slots, median_of(lambda record: record.spectrum.rank_at[ENERGY]), **look)
+    look = {"label": "rank that keeps 90% of every update", "color": EVERY, "lw": 1.3 * style.line}
+    draw_bars(ax, slots, median_of(lambda record: record.rank_for_all.get(ENERGY)), **look)
+    look = {"label": "sum of the updates' ranks", "color": SEPARATE, "lw": 1.3 * style.line}
+    draw_bars(ax, slots, median_of(lambda record: record.parts_rank_at[ENERGY]), **look)
     ax.set_ylim(bottom=0)
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
 
@@ -118,65 +117,55 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     pairs = split_series(series, options)
     ranks = {int(rank) for item in pairs for record in item.records for rank in record.columns}
     rank = choose_rank(ranks, options)
-    measured = [
-        item for item in pairs if any(str(rank) in record.columns for record in item.records)
-    ]
-    shown = sorted(measured, key=lambda item: -_compute_mean_overlap(item.records, rank))[
-        : len(CATEGORIES)
-    ]
+    measured = [item for item in pairs if _select_compared(item.records, rank)]
+    measured.sort(key=lambda item: -_compute_mean_overlap(item.records, rank))
+    shown = measured[: len(CATEGORIES)]
     height = 1.4 * style.panel
-    panels = [
-        Panel(
-            title,
-            partial(_draw_angles, series=shown, side=side, rank=rank),
-            "cosine",
-            "fraction",
-            height,
-            name=side,
-        )
-        for side, title in SIDES
-    ]
+    panels = []
+    for side, title in SIDES:
+        draw = partial(_draw_angles, series=shown, side=side, rank=rank)
+        panels.append(Panel(title, draw, "cosine", "fraction", height, name=side))
     records = [record for item in shown for record in item.records]
-    compared = [record for record in records if str(rank) in record.columns]
-    without = len({record.layer for record in records} - {record.layer for record in compared})
-    others = ", ".join(str(other) for other in sorted(ranks) if other != rank)
+    compared = _select_compared(records, rank)
+    notes = [
+        "The further a curve is to the right of its dotted line, the more two updates have in "
+        "common."
+    ]
+    if len(shown) < len(pairs):
+        notes.append(f"Not drawn: {len(pairs) - len(shown)} pairs with less in common.")
+    without = {record.layer for record in records} - {record.layer for record in compared}
+    if without:
+        notes.append(f"Not drawn: {quantity(len(without), 'layer')} without {rank} directions.")
+    if others := ", ".join(map(str, sorted(ranks - {rank}))):
+        notes.append(f"Also measured: r = {others} (--show-rank).")
+    keys = [
+        key(item.label, color=category(number), lw=2 * style.line)
+        for number, item in enumerate(shown)
+    ]
+    keys.append(key("random subspaces", color=INK, lw=style.line, ls=DOTTED))
     return Page(
         f"Principal angles between the {rank} largest directions of two updates",
         panels,
         f"{count_matrices(compared)}; fraction of the principal angles with at most this cosine "
         "(1: common direction, 0: orthogonal)",
-        [
-            "The further a curve is to the right of its dotted line, the more two updates have in "
-            "common.",
-            f"Not drawn: {len(pairs) - len(shown)} pairs with less in common."
-            if len(shown) < len(pairs)
-            else "",
-            f"Not drawn: {quantity(without, 'layer')} without {rank} directions."
-            if without
-            else "",
-            f"Also measured: r = {others} (--show-rank)." if others else "",
-        ],
-        [
-            *(
-                key(item.label, color=category(number), lw=2 * style.line)
-                for number, item in enumerate(shown)
-            ),
-            key("random subspaces", color=INK, lw=style.line, ls=DOTTED),
-        ],
+        notes,
+        keys,
         columns=2,
         share=True,
     )
+
+
+def _select_compared(records: Sequence[Interference], rank: int) -> list[Interference]:
+    """Return the records in which spaces of a rank were compared."""
+    return [record for record in records if str(rank) in record.columns]
 
 
 def _compute_mean_overlap(records: Sequence[Interference], rank: int) -> float:
     """Return the mean overlap of the column spaces at a rank, over the layers where it was
     measured.
     """
-    return float(
-        np.mean(
-            [record.columns[str(rank)].overlap for record in records if str(rank) in record.columns]
-        )
-    )
+    overlaps = [record.columns[str(rank)].overlap for record in _select_compared(records, rank)]
+    return float(np.mean(overlaps))
 
 
 def _draw_angles(
@@ -187,20 +176,14 @@ def _draw_angles(
     for number, item in enumerate(series):
         spaces = [
             (getattr(record, side)[str(rank)], record.shape[side == "rows"])
-            for record in item.records
-            if str(rank) in record.columns
+            for record in _select_compared(item.records, rank)
         ]
         cosines = [cosine for space, _ in spaces for cosine in space.cosines]
-        ax.ecdf(cosines, label=f"_{item.label}", color=category(number), lw=1.5 * style.line)
+        color = category(number)
+        ax.ecdf(cosines, label=f"_{item.label}", color=color, lw=1.5 * style.line)
         random = compute_random_distribution(grid, spaces)
-        ax.plot(
-            grid,
-            random,
-            label=f"_random {item.label}",
-            color=category(number),
-            lw=style.line,
-            ls=DOTTED,
-        )
+        label = f"_random {item.label}"
+        ax.plot(grid, random, label=label, color=color, lw=style.line, ls=DOTTED)
     ax.set(xlim=(0, 1.02), ylim=(0, 1.03))
     set_fraction_ticks(ax.xaxis, ax.yaxis)
 

@@ -4,7 +4,7 @@ random baseline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -58,36 +58,42 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     """
     ranks = {record.rank for item in series for record in item.records}
     rank = choose_rank(ranks, options)
-    shown = [
-        replace(item, records=tuple(r for r in item.records if r.rank == rank)) for item in series
-    ]
+    shown = _select(series, lambda record: record.rank, rank)
     records = [record for item in shown for record in item.records]
     types = Types(record.layer for record in records)
     draw = partial(_draw, page_records=records)
     panels = []
     for name in types.names[:MAX_PANELS]:
-        part = [
-            replace(item, records=tuple(r for r in item.records if types.of(r.layer) == name))
-            for item in shown
-        ]
+        part = _select(shown, lambda record: types.of(record.layer), name)
         panels.append(Panel(name, partial(draw, series=part), "training step", "fraction of ‖G‖"))
-    others = ", ".join(map(str, sorted(ranks - {rank})))
-    more = len(types.names) - len(panels)
+    notes = []
+    if others := ", ".join(map(str, sorted(ranks - {rank}))):
+        notes.append(f"Also measured, not drawn: r = {others} (--show-rank).")
+    if more := len(types.names) - len(panels):
+        notes.append(f"Not drawn: {more} more module types (--layers).")
     return Page(
         f"Overlap of gradients with the update's rank-{rank} subspaces: κ and tangent",
         panels,
         f"{subject_of(series)}{count_matrices(records)}; κ\xa0=\xa0‖UᵀGV‖_F\xa0/\xa0‖G‖_F, "
         "tangent\xa0=\xa0‖P_T\xa0G‖_F\xa0/\xa0‖G‖_F",
-        [
-            f"Also measured, not drawn: r = {others} (--show-rank)." if others else "",
-            f"Not drawn: {more} more module types (--layers)." if more else "",
-        ],
+        notes,
         _make_keys(shown, style),
         share=True,
         whole=Panel(
             "", partial(draw, series=shown), "training step", f"fraction of ‖G‖_F, r = {rank}"
         ),
     )
+
+
+def _select(
+    series: Sequence[Series[Any]], key_of: Callable[[Overlap], object], wanted: object
+) -> list[Series[Any]]:
+    """Return the runs, each with only the records whose key is the wanted one."""
+    selected = []
+    for item in series:
+        records = tuple(record for record in item.records if key_of(record) == wanted)
+        selected.append(replace(item, records=records))
+    return selected
 
 
 def _draw(
@@ -102,7 +108,8 @@ def _draw(
         series: The records of each run, at one rank.
         page_records: Records of all panels, which share axes.
     """
-    single, width = len(series) == 1, style.line
+    single = len(series) == 1
+    width = style.line
     for number, item in enumerate(series):
         for name, field, baseline_field, measure_color, dashes in MEASURES:
             steps, (middle, low, high, random) = curve_over_steps(
@@ -114,28 +121,17 @@ def _draw(
             if single:
                 ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
             line: dict[str, Any] = {"lw": 1.5 * width, "ls": "-" if single else dashes}
-            ax.plot(
-                steps, middle, label=f"_{name}", color=color, marker="o", ms=2.6 * width, **line
-            )
-            one_step: dict[str, Any] = {"marker": "_", "ms": 6 * width} if len(steps) == 1 else {}
-            ax.plot(
-                steps,
-                random,
-                label=f"_random {name}",
-                color=color,
-                lw=0.9 * width,
-                ls=DOTTED,
-                **one_step,
-            )
-    values = [
-        value
+            line |= {"marker": "o", "ms": 2.6 * width}
+            ax.plot(steps, middle, label=f"_{name}", color=color, **line)
+            random_line: dict[str, Any] = {"lw": 0.9 * width, "ls": DOTTED}
+            if len(steps) == 1:
+                random_line |= {"marker": "_", "ms": 6 * width}
+            ax.plot(steps, random, label=f"_random {name}", color=color, **random_line)
+    highest = max(
+        max(record.kappa or 0.0, record.tangent or 0.0, record.tangent_random)
         for record in page_records
-        for value in (record.kappa, record.tangent)
-        if value is not None
-    ]
-    ax.set_ylim(
-        0, min(1.02, 1.08 * max([*values, *(record.tangent_random for record in page_records)]))
     )
+    ax.set_ylim(0, min(1.02, 1.08 * highest))
     ax.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
     ordered = sorted({record.step for record in page_records})
     margin = 0.06 * (ordered[-1] - ordered[0]) or 1
@@ -152,5 +148,6 @@ def _make_keys(series: Sequence[Series[Overlap]], style: PageStyle) -> list[Key]
     for name, _, _, color, dashes in MEASURES:
         line: dict[str, Any] = {"color": color} if single else {"color": INK, "ls": dashes}
         keys.append(key(f"{name}, median layer", lw=1.5 * width, **line))
-    keys += [key("range of the layers", color=QUIET, lw=4 * width, alpha=0.4)] if single else []
+    if single:
+        keys.append(key("range of the layers", color=QUIET, lw=4 * width, alpha=0.4))
     return [*keys, key("random subspaces", color=QUIET, lw=1.2 * width, ls=DOTTED)]

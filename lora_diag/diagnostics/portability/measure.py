@@ -302,8 +302,6 @@ def judge_or_fix(
     Raises:
         UsageError: No adapter is given, options of ``fix`` are given without it, an option that
             ``fix`` needs is missing, one that it excludes is given; or as the called function.
-        InputError: As ``portability`` or ``make_portable``.
-        NothingComparedError: As ``portability`` or ``make_portable``.
     """
     if rules:
         return rules_grids()
@@ -573,7 +571,6 @@ def _open_inputs(
 
     Raises:
         UsageError: ``adapter`` is not an adapter, or ``base`` is one.
-        InputError: An input cannot be read.
     """
     order = f"the order is: loradiag portability ADAPTER [BASE]{options}"
     opened = open_input(adapter, stated_alpha)

@@ -89,19 +89,21 @@ def describe_treatment(records: Iterable[Portability]) -> str | None:
     If it is ``wrong``: the factors s'/s, or, where more than the scale is wrong or s is not known,
     the largest ε, or ``B·A alone`` if that is not known either.
     """
-    records = sorted(records, key=lambda record: ORDER.index(record.status))
-    if not records or records[0].status != "wrong":
-        return records[0].status if records else None
+    records = list(records)
+    if not records:
+        return None
+    worst = min((record.status for record in records), key=ORDER.index)
+    if worst != "wrong":
+        return worst
     wrong = [record for record in records if record.status == "wrong"]
-    factors = sorted(
+    factors = [
         record.scale / record.intended for record in wrong if record.scale and record.intended
-    )
+    ]
     if factors and not any(record.part in NONLINEAR_PARTS for record in wrong):
-        return " to ".join(
-            dict.fromkeys(f"×{number(factor)}" for factor in (factors[0], factors[-1]))
-        )
-    largest = max((record.epsilon for record in wrong if record.epsilon is not None), default=None)
-    return "B·A alone" if largest is None else f"ε {number(largest)}"
+        ends = (f"×{number(min(factors))}", f"×{number(max(factors))}")
+        return " to ".join(dict.fromkeys(ends))
+    epsilons = [record.epsilon for record in wrong if record.epsilon is not None]
+    return f"ε {number(max(epsilons))}" if epsilons else "B·A alone"
 
 
 def exit_code(results: Results[Portability]) -> int:
@@ -117,14 +119,12 @@ def suggest_next(results: Results[Portability], values: Mapping[str, Any]) -> Hi
     """
     if values["rules"] or values["fix"]:
         return None
-    statuses = {record.status for record in results} - {*AS_INTENDED}
     without_base = {record.part for record in results if record.status == "unknown"} - {"experts"}
     if values["base"] is None and without_base:
         return Hint("portability {adapter} BASE", "with the base checkpoint")
-    if statuses:
-        return _suggest_remedy(
-            {record.part for record in results}, "BASE" if values["base"] is None else "{base}"
-        )
+    if any(record.status not in AS_INTENDED for record in results):
+        base = "BASE" if values["base"] is None else "{base}"
+        return _suggest_remedy({record.part for record in results}, base)
     if values["output"] is None:
         return Hint("-o portability.jsonl", "saves these results, for gate")
     return Hint("gate --policy adapter-basic --adapter {adapter}", "judges the adapter itself")
@@ -165,14 +165,17 @@ def portability_lines(results: Results[Portability]) -> list[Statement]:
     """Return the statements: the written adapter, the answer for all consumers, each one, and
     failed requirements.
     """
-    groups, fixed = group_by_consumer(results), results.run.settings.get("fixed") or {}
-    titles = ", ".join(f"{title_of(name, [name])} {name[1]}" for name in find_failed(results))
-    required = f"not as intended, or not known: {titles}" if titles else ""
+    groups = group_by_consumer(results)
+    fixed = results.run.settings.get("fixed") or {}
+    is_whole = not (fixed.get("truncated") or fixed.get("left_out"))
+    consumers = [_describe_consumer(name, records, results) for name, records in groups.items()]
+    failed = ", ".join(f"{title_of(name, [name])} {name[1]}" for name in find_failed(results))
+    required = f"not as intended, or not known: {failed}" if failed else ""
     return summarize(
         results,
         _describe_fix(fixed),
-        _describe_answer(groups, is_whole=not (fixed.get("truncated") or fixed.get("left_out"))),
-        *(_describe_consumer(name, records, results) for name, records in groups.items()),
+        _describe_answer(groups, is_whole),
+        *consumers,
         make_statement("require", "Required", required, level="failure"),
     )
 
@@ -183,53 +186,45 @@ def _describe_fix(fixed: Mapping[str, Any]) -> Statement:
     """
     if not fixed:
         return make_statement("fixed", "Written")
-    rank, rounding, truncated, skipped = (
-        fixed[name] for name in ("rank", "rounding", "truncated", "left_out")
-    )
-    nearest = ""
-    if truncated:
-        kept = percent(max(0.0, 1 - fixed["epsilon"] ** 2))
-        nearest = (
-            f"nearest LoRA for {len(truncated)} full-rank updates: {kept} of the energy of "
-            "their ΔW (ε = "
-        )
-        nearest += f"{number(fixed['epsilon'])}); merge the adapter into BASE to serve all of it"
-    return make_statement(
-        "fixed",
-        "Written",
+    rank = fixed["rank"]
+    lines = [
         f"rank {rank} and alpha {rank} for all, {fixed['dtype']}; folding: largest ε = "
-        f"{number(rounding or 0)}",
-        nearest,
-        f"left out: {list_names([*skipped])}" if skipped else "",
-        level="warning" if skipped or truncated else "note",
-    )
+        f"{number(fixed['rounding'] or 0)}"
+    ]
+    if fixed["truncated"]:
+        epsilon = fixed["epsilon"]
+        lines.append(
+            f"nearest LoRA for {len(fixed['truncated'])} full-rank updates: "
+            f"{percent(max(0.0, 1 - epsilon**2))} of the energy of their ΔW (ε = "
+            f"{number(epsilon)}); merge the adapter into BASE to serve all of it"
+        )
+    if fixed["left_out"]:
+        lines.append(f"left out: {list_names([*fixed['left_out']])}")
+    return make_statement("fixed", "Written", *lines, level="warning" if lines[1:] else "note")
 
 
 def _describe_answer(groups: Mapping[Name, list[Portability]], is_whole: bool) -> Statement:
     """State which consumers apply the intended ΔW, or a written one that is not whole; without
     records, nothing.
     """
-    titles: dict[str, list[str]] = {"changed": [], "unknown": [], "exact": []}
+    if not groups:
+        return make_statement("portable", "Portable")
+    exact = "as intended" if is_whole else "as written, which is not the whole update,"
+    titles: dict[str, list[str]] = {"no: another ΔW": [], "not known": [], exact: []}
     for name, records in groups.items():
         statuses = {record.status for record in records} - {*AS_INTENDED}
-        titles["changed" if statuses - {"unknown"} else "unknown" if statuses else "exact"].append(
-            title_of(name, [*groups])
-        )
-    texts = {
-        "changed": "no: another ΔW in {}",
-        "unknown": "not known in {}",
-        "exact": f"{'as intended' if is_whole else 'as written, which is not the whole update,'} "
-        "in {}",
-    }
-    clauses = [
-        texts[kind].format(", ".join(of_kind)) for kind, of_kind in titles.items() if of_kind
-    ]
-    level: Level = "ok" if is_whole and len(titles["exact"]) == len(groups) else "warning"
-    lead = (
-        f"{'yes: ' if level == 'ok' else ''}{'; '.join(clauses)}, by the source of each (none "
-        "was run)"
-    )
-    return make_statement("portable", "Portable", lead if groups else "", level=level, priority=0)
+        if not statuses:
+            kind = exact
+        elif statuses == {"unknown"}:
+            kind = "not known"
+        else:
+            kind = "no: another ΔW"
+        titles[kind].append(title_of(name, [*groups]))
+    clauses = [f"{kind} in {', '.join(of_kind)}" for kind, of_kind in titles.items() if of_kind]
+    lead = f"{'; '.join(clauses)}, by the source of each (none was run)"
+    if is_whole and len(titles[exact]) == len(groups):
+        return make_statement("portable", "Portable", f"yes: {lead}", level="ok", priority=0)
+    return make_statement("portable", "Portable", lead, level="warning", priority=0)
 
 
 def _describe_consumer(
@@ -238,33 +233,34 @@ def _describe_consumer(
     """State what a consumer does otherwise than intended, why, the option it needs, and whether its
     rule is older.
     """
-    faulty = {
-        status: [record for record in records if record.status == status] for status in ORDER[:4]
-    }
-    clauses = ["refuses the adapter"] if faulty["refused"] else []
-    if dropped := faulty["dropped"]:
-        clauses.append(f"drops {len(dropped)} of {len(records)} weights: {list_layers(dropped)}")
-    if wrong := faulty["wrong"]:
+    consumer, version = name
+    by_status: dict[str, list[Portability]] = {}
+    for record in records:
+        by_status.setdefault(record.status, []).append(record)
+    total = f"of {len(records)} weights"
+    level: Level = "note"
+    clauses = []
+    if "refused" in by_status:
+        clauses.append("refuses the adapter")
+    if dropped := by_status.get("dropped"):
+        clauses.append(f"drops {len(dropped)} {total}: {list_layers(dropped)}")
+    if wrong := by_status.get("wrong"):
+        clause = f"a different ΔW in {len(wrong)} {total}"
         worst = max(wrong, key=lambda record: record.epsilon or 0.0)
-        largest = (
-            ""
-            if worst.epsilon is None
-            else f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
-        )
-        clauses.append(f"a different ΔW in {len(wrong)} of {len(records)} weights{largest}")
-    if unknown := faulty["unknown"]:
-        clauses.append(f"not known in {len(unknown)} of {len(records)} weights")
+        if worst.epsilon is not None:
+            clause += f", largest ε = {number(worst.epsilon)} ({short(worst.layer)})"
+        clauses.append(clause)
+    if unknown := by_status.get("unknown"):
+        clauses.append(f"not known in {len(unknown)} {total}")
+    if clauses:
+        level = "failure" if "refused" in by_status else "warning"
     reasons = list(dict.fromkeys(safe(record.why) for record in records if record.why))[:3]
-    needed, newer = (results.run.settings.get(key) or {} for key in ("ranks_to_set", "newer"))
-    option = (
-        f"start it with {needed[name[0]]}" if name[0] in needed and not faulty["refused"] else ""
-    )
-    age = (
-        f"the rule was read in {CONSUMERS[name[0]].newest}; {name[1]} may differ"
-        if "==".join(name) in newer
-        else ""
-    )
-    lead = ": ".join(filter(None, ("; ".join(clauses), "; ".join(reasons))))
-    level: Level = "failure" if faulty["refused"] else "warning" if clauses else "note"
-    label = f"{title_of(name, [name])} {name[1]}"
-    return make_statement(f"consumer {'=='.join(name)}", label, lead, option, age, level=level)
+    lines = [": ".join(filter(None, ("; ".join(clauses), "; ".join(reasons))))]
+    settings = results.run.settings
+    option = (settings.get("ranks_to_set") or {}).get(consumer)
+    if option and "refused" not in by_status:
+        lines.append(f"start it with {option}")
+    if f"{consumer}=={version}" in (settings.get("newer") or {}):
+        lines.append(f"the rule was read in {CONSUMERS[consumer].newest}; {version} may differ")
+    label = f"{title_of(name, [name])} {version}"
+    return make_statement(f"consumer {consumer}=={version}", label, *lines, level=level)

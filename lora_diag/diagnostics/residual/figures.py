@@ -16,7 +16,7 @@ from lora_diag.rendering.figures.pages import Page, Panel
 from lora_diag.rendering.figures.panels import Slot, make_slots, stack_panels
 from lora_diag.rendering.figures.series import Options, Series, UndrawableError, split_series
 from lora_diag.rendering.figures.style import CATEGORIES, DASHED, FLOOR, INK, PageStyle
-from lora_diag.rendering.text import number
+from lora_diag.rendering.text import number, span
 
 # Colors of the parts of ε², from the bottom of a bar.
 COLORS = {
@@ -41,30 +41,27 @@ def make_page(series: Sequence[Series[Any]], style: PageStyle, options: Options)
     if not any(matrices):
         raise UndrawableError("no records of matrices")
     runs = make_slots(matrices, options.per)
-    panels = [
-        Panel(
-            _describe_run(item),
-            partial(_draw, slots=slots),
-            ylabel="ε²",
-            height=1.25 * style.panel,
-            name=item.label,
-        )
-        for item, slots in zip(adapters, runs, strict=True)
+    panels = []
+    for item, slots in zip(adapters, runs, strict=True):
+        draw = partial(_draw, slots=slots)
+        height = 1.25 * style.panel
+        panels.append(Panel(_describe_run(item), draw, "", "ε²", height, name=item.label))
+    notes = [
+        "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over the "
+        "better of the adapter and BASE. direction: the remainder. ε is the distance to this "
+        "fine-tune, not a measure of quality."
     ]
     joined = max((slot.joined for slots in runs for slot in slots), default=1)
-    vectors = len({record.layer for record in records if len(record.shape) == 1})
+    if joined > 1:
+        notes.append(f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖².")
+    if vectors := {record.layer for record in records if len(record.shape) == 1}:
+        notes.append(f"Not drawn: {len(vectors)} one-dimensional tensors.")
     return Page(
         "Residual ε² of the adapter by layer, and its parts",
         stack_panels(panels, runs, style),
         "ε\xa0=\xa0‖ΔW\xa0−\xa0X‖_F\xa0/\xa0‖ΔW‖_F, X the adapter's update; "
         "ε_min\xa0=\xa0√(1\xa0−\xa0C(r)); blocks run from left to right in each module type",
-        [
-            "ε² = rank + direction + scale. rank: ε_min². scale: what another α would gain over "
-            "the better of the adapter and BASE. direction: the remainder. ε is the distance to "
-            "this fine-tune, not a measure of quality.",
-            f"A bar pools up to {joined} layers by Σ‖ΔW − X‖² / Σ‖ΔW‖²." if joined > 1 else "",
-            f"Not drawn: {vectors} one-dimensional tensors." if vectors else "",
-        ],
+        notes,
         columns=1,
         low=True,
     )
@@ -97,18 +94,12 @@ def _describe_run(item: Series[Any]) -> str:
     where defined.
     """
     records = _select_matrices(item.records)
-    ranks = sorted({record.rank for record in records if record.rank})
-    rank = (
-        f" (r={ranks[0]})"
-        if len(ranks) == 1
-        else f" (r={ranks[0]} to {ranks[-1]})"
-        if ranks
-        else ""
-    )
+    ranks = [record.rank for record in records if record.rank]
+    label = f"{item.label} (r={span(ranks, ' to ')})" if ranks else item.label
     total = pool_distances(item.records)
     if total.epsilon is None:
-        return f"{item.label}{rank}: ΔW = 0"
-    description = f"{item.label}{rank}: {describe_parts(item.records)}"
+        return f"{label}: ΔW = 0"
+    description = f"{label}: {describe_parts(item.records)}"
     if total.cosine is None:
         return description
     return f"{description}; cosine {total.cosine:.2f}, norm ratio {number(total.norm_ratio or 0.0)}"

@@ -116,7 +116,6 @@ def _compute(
     memory. A single gradient has the same spectrum on both sides, and is read once.
 
     Raises:
-        MemoryLimitError: A gradient and its Gram matrix do not fit.
         _NotFiniteError: An entry is not finite, or a norm or the spacing overflows.
     """
     if (

@@ -101,15 +101,13 @@ def spectrum(
             options["activations"], compared.base, pairing, options["verify"], kfac
         )
     pairing, matrices = _split_by_moments(pairing, moments, kfac)
-    run.torch = not (
+    if (
         all(is_thin(layer, settings) for layer in matrices)
         and len(matrices) == len(pairing.deltas)
         and all(item.rows is None for item in pairing.unpaired)
-    )
-    if not run.torch and is_quick(matrices) and not isinstance(compared.update.path, RemotePath):
-        run.usual_workers = 1
-    if run.torch:  # it is imported before the results file is opened
-        import lora_diag.diagnostics.spectrum.measure  # noqa: F401
+    ):
+        is_local = not isinstance(compared.update.path, RemotePath)
+        run.use_numpy(workers=1 if is_local and is_quick(matrices) else None)
     return run.over(
         matrices,
         _measure_layer,

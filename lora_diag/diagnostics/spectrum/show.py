@@ -207,31 +207,25 @@ def _describe_change(results: Results[Spectrum], changed: Sequence[Spectrum]) ->
     """State ‖ΔW‖/‖W‖, or ‖ΔW‖ without a base, over the matrices of the part that changed, and the
     layer with most.
     """
+    if not results.layers:
+        return ["no matrix could be measured"]
     if not changed:
-        return [
-            "nothing: ΔW is zero in every matrix"
-            if results.layers
-            else "no matrix could be measured"
-        ]
+        return ["nothing: ΔW is zero in every matrix"]
     part = part_of(changed[0].layer)
     records = [record for record in results if part_of(record.layer) == part]
     scope = quantity(len(records))
     if len(records) < len(results):
         scope += " outside embeddings and head" if part == "matrices" else " of embeddings and head"
     update, weights = NORMS[records[0].metric]
-    total, base = (
-        math.hypot(*norms)
-        for norms in zip(*((r.fro, r.base_fro or 0.0) for r in records), strict=True)
-    )
+    total = math.hypot(*(record.fro for record in records))
+    base = math.hypot(*(record.base_fro or 0.0 for record in records))
     if not base:
         return [f"{update} = {number(total)} over {scope}"]
-    largest = max(records, key=lambda record: record.relative or 0.0)
-    most = (
-        f"most {number(largest.relative or 0.0)} in {short(largest.layer)}"
-        if len(records) > 1
-        else ""
-    )
-    return [f"{update}/{weights} = {number(total / base)} over {scope}", most]
+    lines = [f"{update}/{weights} = {number(total / base)} over {scope}"]
+    if len(records) > 1:
+        largest = max(records, key=lambda record: record.relative or 0.0)
+        lines.append(f"most {number(largest.relative or 0.0)} in {short(largest.layer)}")
+    return lines
 
 
 def _describe_ranks_needed(changed: Sequence[Spectrum], ranks: Sequence[int]) -> list[Statement]:
@@ -263,19 +257,30 @@ def _describe_low_rank(
         changed_count: Number of changed layers.
         ranks: The measured ranks.
     """
-    shares_by_rank = {rank: shares for rank in ranks if (shares := _list_shares(rank, readable))}
+    shares_by_rank = {rank: _list_shares(rank, readable) for rank in ranks}
+    shares_by_rank = {rank: shares for rank, shares in shares_by_rank.items() if shares}
     if not shares_by_rank:
         if all(min(record.shape) <= min(ranks) for record in readable):
             return f"r={min(ranks)} has no meaning: no layer is larger"
         return f"C({min(ranks)}) was not computed; use --top {min(ranks)} or more"
     rank = 16 if 16 in shares_by_rank else max(shares_by_rank)
     shares = shares_by_rank[rank]
-    middle, worst = median(shares.values()), min(shares, key=shares.__getitem__)
-    word = "yes" if middle >= LOW_RANK else "partly" if middle >= PARTLY else "no"
-    basis = f"{len(shares)} of" if len(shares) < changed_count else "all"
-    of = f"the median of {basis} {quantity(changed_count)}" if changed_count > 1 else short(worst)
-    lowest = f", at worst {percent(shares[worst])} in {short(worst)}" if len(shares) > 1 else ""
-    return f"{word}: r={rank} keeps {percent(middle)} of the energy Σσ² in {of}{lowest}"
+    middle = median(shares.values())
+    if middle >= LOW_RANK:
+        word = "yes"
+    elif middle >= PARTLY:
+        word = "partly"
+    else:
+        word = "no"
+    text = f"{word}: r={rank} keeps {percent(middle)} of the energy Σσ² in"
+    worst = min(shares, key=shares.__getitem__)
+    if changed_count == 1:
+        return f"{text} {short(worst)}"
+    basis = "all" if len(shares) == changed_count else f"{len(shares)} of"
+    text += f" the median of {basis} {quantity(changed_count)}"
+    if len(shares) > 1:
+        text += f", at worst {percent(shares[worst])} in {short(worst)}"
+    return text
 
 
 def _list_shares(rank: int, records: Sequence[Spectrum]) -> dict[str, float]:
@@ -304,10 +309,10 @@ def _describe_rank_at_90(records: Sequence[Spectrum]) -> str:
             f"{text}; more than the {kept} values kept in {beyond} of {len(ranks)} layers: "
             "measure without --top"
         )
-    noun, sizes = "full rank is", [min(record.shape) for record in records]
+    text += f", {min(known)} to {max(known)}"
     if all(record.method == "factored" and record.complete for record in records):
-        noun, sizes = "the adapter has", [len(record.s) for record in records]
-    return f"{text}, {min(known)} to {max(known)}; {noun} {span(sizes, ' to ')}"
+        return f"{text}; the adapter has {span((len(record.s) for record in records), ' to ')}"
+    return f"{text}; full rank is {span((min(record.shape) for record in records), ' to ')}"
 
 
 def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
@@ -319,10 +324,8 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
     norm = f"{NORMS[changed[0].metric][0]}²"
     source, remedy = "rounding", "save the fine-tune in float32"
     if 2 * sum((record.resolution.mantissa or (0, 1))[1] == 0 for record in changed) > len(changed):
-        source, remedy = (
-            "rounding to a quantized format",
-            "measure the fine-tune before it was quantized",
-        )
+        source = "rounding to a quantized format"
+        remedy = "measure the fine-tune before it was quantized"
     statement = describe_resolution(
         verdicts,
         f"yes: rounding is expected to make up {percent(max(shares))} of {norm} in the layer with "
@@ -336,9 +339,8 @@ def _describe_resolution(changed: Sequence[Spectrum]) -> Statement:
         return statement
     if verdicts.count("unresolved") > len(changed) / 2:
         return replace(statement, lead=f"no: {statement.lead}", level="failure")
-    return replace(
-        statement, lead=f"{'partly' if 'resolved' in verdicts else 'limited'}: {statement.lead}"
-    )
+    word = "partly" if "resolved" in verdicts else "limited"
+    return replace(statement, lead=f"{word}: {statement.lead}")
 
 
 def _describe_before_rounding(changed: Sequence[Spectrum]) -> list[str]:
@@ -406,11 +408,8 @@ def _pool_base_rounding(changed: Sequence[Spectrum]) -> tuple[float, float] | No
     """Return β of all layers together and its standard error; None for fewer than two layers that
     have one.
     """
-    known = [
-        pair
-        for record in changed
-        if (pair := record.resolution.base_rounding) is not None and pair[1] > 0
-    ]
+    pairs = [record.resolution.base_rounding for record in changed]
+    known = [pair for pair in pairs if pair is not None and pair[1] > 0]
     if len(known) < 2:
         return None
     weight = math.fsum(error**-2 for _, error in known)

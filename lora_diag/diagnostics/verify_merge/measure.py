@@ -450,7 +450,6 @@ def _align_layers(
         checked, with the layers of MERGED that are not selected.
 
     Raises:
-        InputError: BASE or MERGED stores an adapted weight as other than plain numbers.
         NothingComparedError: No adapted weight is selected.
     """
     stored = {

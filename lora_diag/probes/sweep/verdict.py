@@ -670,7 +670,6 @@ def swept_rate(path: Path | str) -> str:
     Raises:
         UsageError: No rank is chosen: none has a gain, fewer than two have a loss, BASE has none,
             or the results are of another command.
-        InputError: The file cannot be read.
     """
     name, results = legible(path), read_results(path)
     swept = swept_of(results)

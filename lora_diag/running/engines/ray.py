@@ -130,7 +130,6 @@ def connect(engine: Ray, cores: int) -> Iterator[Any]:
         The module ``ray``.
 
     Raises:
-        UsageError: Ray is not installed, or the address is malformed.
         InputError: The cluster cannot be reached, or a local Ray cannot be started.
     """
     ray = import_ray()

@@ -84,7 +84,7 @@ def test_any_number_of_workers_gives_same_records(pair_of_models):
 def test_only_large_layer_of_run_gets_all_cores(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "8")
     run = LayerRun("spectrum", {}, LayerOptions)
-    run.torch = False
+    run.use_numpy()
     large, small = (SimpleNamespace(layer="x", shape=(order, order)) for order in (4096, 512))
     for tasks, cores in (([large], 8), ([large] * 2, 4), ([small], 1)):
         assert run.layout(tasks).threads(20 * tasks[0].shape[0] ** 2) == cores

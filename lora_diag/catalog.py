@@ -78,11 +78,13 @@ PATH = (
         "allocate",
         "tune",
         "extract",
-        "merge",
         "residual",
+        "probe strength",
+        "plan-merge",
+        "merge",
         "probe outputs",
     ),
-    *("probe strength", "plan-merge", "portability", "verify-merge", "gate init", "gate", "report"),
+    *("portability", "verify-merge", "gate init", "gate", "report"),
 )
 
 

@@ -11,12 +11,13 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diag.adapters import Location, match_names
-from lora_diag.checkpoints import Checkpoint, locate, open_checkpoint
-from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints import Checkpoint, locate_files, open_checkpoint
+from lora_diag.checkpoints.locating import WEIGHTS, find_named_weights
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Side, Unpaired, matrices, natural_order, row_spans
 from lora_diag.errors import InputError
@@ -105,7 +106,7 @@ def open_steps(paths: Sequence[Path | str]) -> tuple[Step, ...]:
             or repeats a step.
     """
     steps: dict[int, Step] = {}
-    for source in (source for path in paths for source in _find_sources(locate(path))):
+    for source in chain.from_iterable(_find_sources(locate_files(path).files) for path in paths):
         checkpoint = open_checkpoint(source)
         number = _parse_step(checkpoint, source)
         existing = steps.setdefault(number, Step(number, checkpoint))
@@ -123,7 +124,7 @@ def _find_sources(path: Path) -> list[Path]:
     Raises:
         InputError: The folder cannot be read, or holds no gradients.
     """
-    if not path.is_dir() or any((path / name).is_file() for name in WEIGHTS):
+    if not path.is_dir() or find_named_weights(path) is not None:
         return [path]
     try:
         files = sorted(path.iterdir())

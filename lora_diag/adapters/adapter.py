@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,19 +10,14 @@ from lora_diag.adapters import diffusion, gguf, lora, lycoris, mlx, peft
 from lora_diag.adapters.patterns import Scale, compute_scale
 from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import (
-    ADAPTER_WEIGHTS,
-    CONFIG,
-    GGUF,
     AdapterFiles,
     StatedAlpha,
     add_config,
-    find_single_file,
     open_source,
     refuse_integers,
 )
 from lora_diag.adapters.updates import Reading
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
-from lora_diag.checkpoints.gguf import GgufFile
+from lora_diag.checkpoints import Checkpoint, Located, locate_files
 from lora_diag.deltas import Pairing, natural_order
 from lora_diag.errors import InputError
 from lora_diag.records.run import AdaptedWeight
@@ -38,11 +32,6 @@ FAMILIES = (
     *diffusion.FAMILIES,
     mlx.FAMILY,
 )
-
-# Names of tensors that occur only in adapters: those of the families, and of virtual tokens.
-_MARKS = "|".join(re.escape(mark) for family in FAMILIES for mark in family.marks)
-MARKS = re.compile(rf"(^|\.|_)({_MARKS}|prompt_embeddings)(\.|_|$)")
-STARTS = tuple(start for family in FAMILIES for start in family.starts)
 
 # vLLM serves ranks up to its --max-lora-rank, 16 by default; hosted services usually stop at 64.
 SERVED_RANK = 64
@@ -155,30 +144,31 @@ class Adapter:
         return pairing, (*self.notes, *self.warnings(), *notes)
 
 
-def open_input(path: Path | str, stated_alpha: StatedAlpha = None) -> Checkpoint | Adapter:
-    """Open a checkpoint or an adapter by its headers; its type says which of the two it is.
-
-    Args:
-        path: A path, a Hugging Face Hub id, or an address.
-        stated_alpha: α of an adapter whose files give none; ``rank`` for α = r.
-    """
-    path = as_path(path)
-    return open_adapter(path, stated_alpha) if is_adapter(locate(path)) else open_checkpoint(path)
-
-
 def open_adapter(path: Path | str, stated_alpha: StatedAlpha = None) -> Adapter:
-    """Open an adapter folder or file by its headers; only files in torch's legacy format are loaded
-    whole.
+    """Open an adapter folder or file by its headers; see ``read_adapter``.
 
     Args:
         path: An adapter folder, an adapter's weights file, the Hub id of a folder, or an address.
         stated_alpha: α where the files give none; ``rank`` for α = r.
 
     Raises:
-        InputError: The path cannot be read, the kind of adapter is not supported, its tensors and
+        InputError: ``locate_files`` or ``read_adapter`` refuses it.
+    """
+    return read_adapter(locate_files(path), stated_alpha)
+
+
+def read_adapter(located: Located, stated_alpha: StatedAlpha = None) -> Adapter:
+    """Open an adapter by its headers; only files in torch's legacy format are loaded whole.
+
+    Args:
+        located: The adapter's folder or weights file.
+        stated_alpha: As in ``open_adapter``.
+
+    Raises:
+        InputError: The files cannot be read, the kind of adapter is not supported, its tensors and
             settings are invalid or do not fit together, or it changes no weight.
     """
-    source = open_source(path, stated_alpha)
+    source = open_source(located, stated_alpha)
     note_on_alpha = "its files give alpha or a scale; the one that is stated is not used"
     is_peft = not (diffusion.is_kohya(source) or diffusion.is_diffusers(source))
     if is_peft and (completed := add_config(source)) is not source:
@@ -218,40 +208,3 @@ def _add_notes(source: AdapterFiles, reading: Reading, note_on_alpha: str) -> Re
             f"{', '.join(reading.ignored[:3])}"
         )
     return replace(reading, notes=tuple(notes))
-
-
-def is_adapter(path: Path | str) -> bool:
-    """Return whether a path is read as an adapter, not as a checkpoint: by names of files and
-    tensors or a GGUF header.
-
-    False if nothing is there, or it cannot be read.
-    """
-    path = as_path(path)
-    if path.is_dir():
-        if (path / CONFIG).is_file() or any((path / name).is_file() for name in ADAPTER_WEIGHTS):
-            return True
-        return (single := find_single_file(path)) is not None and is_adapter(single)
-    if path.is_file() and path.suffix == GGUF:
-        return _is_gguf_adapter(path)
-    if (
-        not path.is_file()
-        or path.suffix not in {".safetensors", ".bin", ".pt"}
-        or path.name.endswith(".index.json")
-    ):
-        return False
-    if path.name in ADAPTER_WEIGHTS:
-        return True
-    try:
-        return any(name.startswith(STARTS) or MARKS.search(name) for name in open_checkpoint(path))
-    except InputError:
-        return False  # errors are reported when it is opened
-
-
-def _is_gguf_adapter(path: Path) -> bool:
-    """Return whether the header of a GGUF file is that of an adapter; False if it
-    cannot be read.
-    """
-    try:
-        return GgufFile(path).metadata.get("general.type") == "adapter"
-    except InputError:
-        return False  # errors are reported when it is opened

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
+from lora_diag.checkpoints import Checkpoint, Located, open_checkpoint
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.checkpoints.folder import WEIGHTS
 from lora_diag.checkpoints.gguf import GgufFile
+from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.errors import Given, InputError, UsageError, damaged, quote
 
 CONFIG = "adapter_config.json"
@@ -211,16 +211,15 @@ class AdapterFiles:
         return self.config
 
 
-def open_source(path: Path | str, stated_alpha: StatedAlpha = None) -> AdapterFiles:
+def open_source(located: Located, stated_alpha: StatedAlpha = None) -> AdapterFiles:
     """Open an adapter folder or file by its headers.
 
     Args:
-        path: The folder or file, a Hugging Face Hub id, or an address.
+        located: The folder or file.
         stated_alpha: α where the files give none.
     """
-    path = as_path(path)
-    located = locate(path)
-    file = _find_weights(located) if located.is_dir() else located
+    path = located.path
+    file = _find_weights(located.files) if located.files.is_dir() else located.files
     if (
         file.suffix == GGUF
     ):  # adapter_config.json in its folder, if any, describes the PEFT original
@@ -251,7 +250,7 @@ def find_single_file(folder: Path) -> Path | None:
     """Return the only safetensors or GGUF file of a folder; None with none, several or a full
     checkpoint.
     """
-    if any((folder / name).is_file() for name in WEIGHTS):
+    if find_named_weights(folder) is not None:
         return None
     files = sorted([*folder.glob("*.safetensors"), *folder.glob(f"*{GGUF}")])
     return files[0] if len(files) == 1 else None

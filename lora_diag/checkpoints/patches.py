@@ -15,7 +15,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lora_diag.checkpoints.folder import open_checkpoint
+from lora_diag.checkpoints.locating import Located
+from lora_diag.checkpoints.reading import open_checkpoint, read_checkpoint
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorFile, TensorInfo
 from lora_diag.errors import InputError, damaged
 
@@ -162,23 +163,24 @@ def is_patch(checkpoint: Checkpoint) -> bool:
     )
 
 
-def open_tuned(path: Path, base: Checkpoint) -> Checkpoint:
+def open_tuned(located: Located, base: Checkpoint) -> Checkpoint:
     """Open TUNED: a checkpoint, or sparse patches over BASE.
 
     Args:
-        path: A checkpoint, a patch, or a folder of patches.
+        located: A checkpoint, a patch, or a folder of patches.
         base: BASE.
 
     Returns:
         TUNED, with whole tensors.
     """
+    path = located.path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     is_single = len(files) < 2 or any(
         (path / name).exists() for name in ("model.safetensors", "config.json")
     )
     opened = [] if is_single else [open_checkpoint(file) for file in files]
     if not opened or not all(map(is_patch, opened)):
-        opened = [open_checkpoint(path)]
+        opened = [read_checkpoint(located)]
         if not is_patch(opened[0]):
             return opened[0]
     checkpoint, many = base, len(opened) > 1

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_diag.checkpoints.documents import loads
-from lora_diag.checkpoints.folder import open_checkpoint
+from lora_diag.checkpoints.reading import open_checkpoint
 from lora_diag.checkpoints.safetensors import write_safetensors
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES, Checkpoint, TensorInfo
 from lora_diag.files import write_whole

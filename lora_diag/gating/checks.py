@@ -20,7 +20,13 @@ from typing import Any
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.errors import InputError
 from lora_diag.gating.policy import Checks, Policy
-from lora_diag.gating.sources import InputState, ResultsSource, Sources
+from lora_diag.gating.sources import (
+    InputState,
+    ResultsSource,
+    Sources,
+    list_inputs,
+    list_layers,
+)
 from lora_diag.records import RunInput
 from lora_diag.records.verdict import Status, Verdict
 from lora_diag.records.vocabulary import METRIC_NAMES, metrics_of
@@ -129,21 +135,17 @@ def _explain_inapplicable(name: str, sources: Sources) -> str:
     """Return why a check does not apply; empty if it does."""
     if name in _CHECKS_OF_UPDATES and not has_updates(sources):
         return "no record gives the norm and the resolution of an update"
-    adapters = [
-        item for source in sources for item in source.results.run.inputs if item.role == "adapter"
-    ]
+    adapters = list_inputs(sources, "adapter")
     if name in {"complete", "base"} and not adapters:
         return "no adapter was measured"
     if name == "complete" and all(item.targets is None for item in adapters):
         return "no adapter whose config names its modules was measured on its BASE"
     if name == "base" and not any(map(_pair_names, sources)):
         return "no adapter and BASE that both have a name were measured together"
-    metrics = metrics_of(record for source in sources for record in source.results.layers)
+    metrics = metrics_of(list_layers(sources))
     if name in _CHECKS_OF_WEIGHTS and metrics and "weights" not in metrics:
-        return (
-            f"every spectrum is in {' or '.join(METRIC_NAMES[metric] for metric in metrics)}, "
-            "not in the weights'"
-        )
+        names = [METRIC_NAMES[metric] for metric in metrics]
+        return f"every spectrum is in {' or '.join(names)}, not in the weights'"
     return ""
 
 
@@ -180,13 +182,13 @@ def _check_complete(policy: Policy, sources: Sources, baseline: Sources) -> Iter
     """Yield an alarm for each module that the config of an adapter targets and its file does not
     contain.
     """
-    for source in sources:
-        for item in source.results.run.inputs:
-            text = (
-                f"the config of {item.path} targets it and the file holds nothing for it "
-                f"({len(item.lacking)} of {item.targets} targets): save the adapter again"
-            )
-            yield from (Alarm(text, layer) for layer in item.lacking if item.role == "adapter")
+    for item in list_inputs(sources, "adapter"):
+        text = (
+            f"the config of {item.path} targets it and the file holds nothing for it "
+            f"({len(item.lacking)} of {item.targets} targets): save the adapter again"
+        )
+        for layer in item.lacking:
+            yield Alarm(text, layer)
 
 
 def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -194,12 +196,12 @@ def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator
     the base.
     """
     for source in sources:
-        pinned = any(
-            ("base", item.fingerprint) in policy.inputs.pins for item in source.results.run.inputs
-        )
+        pins = {("base", item.fingerprint) for item in source.results.run.inputs}
+        if not pins.isdisjoint(policy.inputs.pins):
+            continue
         for adapter, names in _pair_names(source):
             own_base = adapter.names[0]
-            if not pinned and not any(is_same_name(own_base, name) for name in names):
+            if not any(is_same_name(own_base, name) for name in names):
                 text = (
                     f"the config of {adapter.path} names the base {own_base}, and it was measured "
                     f"on {' or '.join(names)}: measure it on its own base, or pin this one by its "
@@ -210,9 +212,11 @@ def _check_base(policy: Policy, sources: Sources, baseline: Sources) -> Iterator
 
 def _pair_names(source: ResultsSource) -> list[tuple[RunInput, tuple[str, ...]]]:
     """Return each adapter that names its base, with the names of BASE; empty if BASE has none."""
-    inputs = source.results.run.inputs
-    names = next((item.names for item in inputs if item.role == "base" and item.names), ())
-    return [(item, names) for item in inputs if item.role == "adapter" and item.names and names]
+    for base in list_inputs([source], "base"):
+        if base.names:
+            adapters = list_inputs([source], "adapter")
+            return [(adapter, base.names) for adapter in adapters if adapter.names]
+    return []
 
 
 def is_same_name(first: str, second: str) -> bool:
@@ -226,15 +230,22 @@ def is_same_name(first: str, second: str) -> bool:
     ... )
     (True, False)
     """
-    parts = [
-        [part for part in name.replace("\\", "/").lower().split("/") if part]
-        for name in (first, second)
-    ]
-    both_ids = all(
-        len(name_parts) == 2 and name_parts[0] not in {".", ".."} for name_parts in parts
-    )
-    absolute = any(name.startswith(("/", "~")) or ":" in name for name in (first, second))
-    return parts[0] == parts[1] if both_ids and not absolute else parts[0][-1:] == parts[1][-1:]
+    first_parts, second_parts = _split_name(first), _split_name(second)
+    if _is_hub_id(first) and _is_hub_id(second):
+        return first_parts == second_parts
+    return first_parts[-1:] == second_parts[-1:]
+
+
+def _split_name(name: str) -> list[str]:
+    """Return the parts of a path or a Hub id in lower case."""
+    return [part for part in name.replace("\\", "/").lower().split("/") if part]
+
+
+def _is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a Hub id, ``owner/name``."""
+    parts = _split_name(name)
+    is_absolute = name.startswith(("/", "~")) or ":" in name
+    return not is_absolute and len(parts) == 2 and parts[0] not in {".", ".."}
 
 
 def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -243,19 +254,15 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
     """
     for source in sources:
         spectra = _select_records([source], *_SPECTRUM_FIELDS)
-        norms = [
-            record.fro if record.weights_fro is None else record.weights_fro for record in spectra
-        ]
         if _is_of_adapter(source):
-            for record, norm in zip(spectra, norms, strict=True):
-                if text := _explain_dead(norm, record.dtypes[1], _find_least_scale(source)):
+            for record in spectra:
+                norm = _weights_norm(record)
+                text = _explain_dead(norm, record.dtypes[1], _find_least_scale(source))
+                if text:
                     yield Alarm(text, record.layer, norm)
-        elif spectra and not any(norms):
-            yield Alarm(
-                "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?",
-                None,
-                0.0,
-            )
+        elif spectra and not any(map(_weights_norm, spectra)):
+            text = "nothing moved: ΔW is zero in every matrix; is this the checkpoint you meant?"
+            yield Alarm(text, None, 0.0)
     has_update: dict[str, bool] = {}
     for residual in _select_records(sources, "role", "adapter", "adapter_fro", "rank"):
         if residual.role == "adapter":
@@ -266,6 +273,12 @@ def _check_dead_layers(policy: Policy, sources: Sources, baseline: Sources) -> I
     for adapter, has_changes in has_update.items():
         if not has_changes:
             yield Alarm(f"the adapter {adapter} changes nothing at all", None, 0.0)
+
+
+def _weights_norm(record: Any) -> float:
+    """Return ‖ΔW‖_F of a spectrum in any metric."""
+    norm: float = record.fro if record.weights_fro is None else record.weights_fro
+    return norm
 
 
 def _explain_dead(norm: float, dtype: str = "float32", scale: float = 1.0) -> str:
@@ -291,7 +304,7 @@ def _list_scalings(source: ResultsSource) -> list[tuple[str, tuple[float, float]
     """Return the path and the smallest and largest scaling of each adapter of results whose scaling
     is known.
     """
-    inputs = (item for item in source.results.run.inputs if item.role == "adapter")
+    inputs = list_inputs([source], "adapter")
     return [(item.path, item.scaling) for item in inputs if item.scaling is not None]
 
 
@@ -345,19 +358,16 @@ def _check_unused_rank(policy: Policy, sources: Sources, baseline: Sources) -> I
     ``UNUSED`` · σ_1.
     """
     for record in _select_records(sources, *_SPECTRUM_FIELDS):
-        if (
-            record.metric == "weights"
-            and record.method == "factored"
-            and record.complete
-            and record.fro > 0
-        ):
-            used = sum(value > UNUSED * record.s[0] for value in record.s)
-            if used < len(record.s):
-                text = (
-                    f"{used} of {len(record.s)} directions are used; the rest of the rank costs "
-                    "and does nothing"
-                )
-                yield Alarm(text, record.layer, float(used))
+        is_factored = record.metric == "weights" and record.method == "factored"
+        if not is_factored or not record.complete or record.fro == 0:
+            continue
+        used = sum(value > UNUSED * record.s[0] for value in record.s)
+        if used < len(record.s):
+            text = (
+                f"{used} of {len(record.s)} directions are used; the rest of the rank costs and "
+                "does nothing"
+            )
+            yield Alarm(text, record.layer, float(used))
 
 
 def _check_spikes(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
@@ -399,22 +409,21 @@ def _check_resolution(policy: Policy, sources: Sources, baseline: Sources) -> It
 
 def _check_missing(policy: Policy, sources: Sources, baseline: Sources) -> Iterator[Alarm]:
     """Yield an alarm for each layer of the baseline that the results do not have."""
-    measured = {record.layer for source in sources for record in source.results.layers}
-    for layer in dict.fromkeys(
-        record.layer for source in baseline for record in source.results.layers
-    ):
+    measured = {record.layer for record in list_layers(sources)}
+    for layer in dict.fromkeys(record.layer for record in list_layers(baseline)):
         if layer not in measured:
             yield Alarm("the baseline has this layer and the results do not", layer)
 
 
 def _select_records(sources: Sources, *names: str) -> list[Any]:
     """Return the records of layers that have all of these fields or properties, of any kind."""
-    records = (record for source in sources for record in source.results.layers)
+    records = list_layers(sources)
     return [record for record in records if all(hasattr(record, name) for name in names)]
 
 
 def _is_of_adapter(source: ResultsSource) -> bool:
-    return any(item.role == "adapter" for item in source.results.run.inputs)
+    """Return whether an adapter was measured."""
+    return bool(list_inputs([source], "adapter"))
 
 
 _CHECKS: dict[str, tuple[str, Check]] = {
@@ -449,11 +458,14 @@ def compare_inputs(
     """
     weights = {str(path): _open_weights(path) for path in shipped}
     paths = {opened.fingerprint: path for path, opened in weights.items()}
-    states = [
-        replace(source, inputs=tuple(_compare_source(source, weights, paths))) for source in sources
-    ]
-    measured = {item.fingerprint for source in sources for item in source.results.run.inputs}
-    return states, {legible(path): now for now, path in paths.items() if now not in measured}
+    compared = []
+    unmatched = dict(paths)
+    for source in sources:
+        states = tuple(_compare_source(source, weights, paths))
+        compared.append(replace(source, inputs=states))
+        for item in source.results.run.inputs:
+            unmatched.pop(item.fingerprint, None)
+    return compared, {legible(path): now for now, path in unmatched.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,9 +479,9 @@ class Weights:
 
 def _open_weights(path: Path | str) -> Weights:
     """Open a checkpoint or an adapter, and take its fingerprint."""
-    from lora_diag.adapters import Adapter, open_input
+    from lora_diag.adapters import Adapter, locate, open_input
 
-    opened = open_input(path, "rank")
+    opened = open_input(locate(path), "rank")
     if isinstance(opened, Adapter):
         return Weights(opened.checkpoint, True, fingerprint_of_adapter(opened.source))
     return Weights(opened, False, fingerprint(opened))
@@ -489,22 +501,19 @@ def _compare_source(
     # The results must have an input of each kind that is shipped; an old and a new adapter are of
     # one kind.
     matched = [item for item in inputs if item.fingerprint in paths]
-    absent = {
-        opened.is_adapter
-        for opened in weights.values()
+    absent = [
+        (path, opened)
+        for path, opened in weights.items()
         if not any(_is_of_kind(item, opened) for item in matched)
-    }
+    ]
     for item in inputs:
-        others = (
-            path
-            for path, opened in weights.items()
-            if opened.is_adapter in absent and _is_of_kind(item, opened)
-        )
+        others = [(path, opened) for path, opened in absent if _is_of_kind(item, opened)]
         if item.fingerprint in paths:
             yield InputState(item, "same", legible(paths[item.fingerprint]), item.fingerprint)
-        elif item.role != "base" and (other := next(others, None)) is not None:
-            reason = f"{legible(other)} is not what was measured as {item.path}"
-            yield InputState(item, "changed", reason, weights[other].fingerprint)
+        elif item.role != "base" and others:
+            path, opened = others[0]
+            reason = f"{legible(path)} is not what was measured as {item.path}"
+            yield InputState(item, "changed", reason, opened.fingerprint)
         else:
             yield _compare_with_path(item)
 
@@ -521,15 +530,11 @@ def _compare_with_path(item: RunInput) -> InputState:
     accessed.
     """
     if not os.path.exists(item.path):  # noqa: PTH110  (unlike Path.exists(), takes any name)
-        return InputState(
-            item,
-            "unknown",
-            "is not at the path it had, so nothing was compared; --for PATH names it",
-        )
+        reason = "is not at the path it had, so nothing was compared; --for PATH names it"
+        return InputState(item, "unknown", reason)
     if len(item.fingerprint) != DIGITS:
-        return InputState(
-            item, "unknown", "has no fingerprint that can be compared: measure it again"
-        )
+        reason = "has no fingerprint that can be compared: measure it again"
+        return InputState(item, "unknown", reason)
     try:
         weights = _open_weights(item.path)
         now = weights.fingerprint
@@ -568,7 +573,8 @@ def judge_inputs(
             yield _make_verdict(source.path, "no hash", "as written", "inconclusive", text)
     pins, max_age = policy.inputs.pins, policy.inputs.max_age
     for source in sources:
-        yield from (_judge_state(source, state) for state in source.inputs)
+        for state in source.inputs:
+            yield _judge_state(source, state)
         if max_age is not None:
             yield _judge_age(source, max_age, now)
     for path, current in unmatched.items():
@@ -577,22 +583,16 @@ def judge_inputs(
     for role, pinned in pins:
         yield from _judge_pins(sources, role, pinned)
     if not (any(source.inputs for source in sources) or pins or max_age is not None or unmatched):
-        yield _make_verdict(
-            "",
-            None,
-            "inputs as measured",
-            "not judged",
-            "the results name no checkpoint or adapter",
-        )
+        text = "the results name no checkpoint or adapter"
+        yield _make_verdict("", None, "inputs as measured", "not judged", text)
 
 
 def _judge_state(source: ResultsSource, state: InputState) -> Verdict:
     item, allowed = state.input, "unchanged since measured"
     group = f"{item.role} {item.path}"
     if state.state == "same":
-        return _make_verdict(
-            group, "unchanged", allowed, "passed", f"fingerprint {item.fingerprint}"
-        )
+        text = f"fingerprint {item.fingerprint}"
+        return _make_verdict(group, "unchanged", allowed, "passed", text)
     if state.state == "unknown":
         return _make_verdict(group, None, allowed, "not judged", state.reason)
     both = f": its fingerprint is {state.now} and was {item.fingerprint}" if state.now else ""
@@ -617,12 +617,7 @@ def _judge_age(source: ResultsSource, max_age: timedelta, now: datetime) -> Verd
 
 def _judge_pins(sources: Sources, role: str, pinned: str) -> Iterator[Verdict]:
     """Yield verdicts on whether every input of a role has the fingerprint that the policy pins."""
-    of_role = [
-        run_input
-        for source in sources
-        for run_input in source.results.run.inputs
-        if run_input.role == role
-    ]
+    of_role = list_inputs(sources, role)
     allowed = "as [inputs] pins it"
     if not of_role:
         yield _make_verdict(role, None, allowed, "inconclusive", f"the results have no {role}")

@@ -50,11 +50,8 @@ def run_gate(
             "take $github with $output FILE",
         )
     # The content of a baseline is checked as it is read; of a card, only a block is replaced.
-    check_outputs(
-        [],
-        [(Path(path) if options["ratchet"] else None, RESULTS) for path in baseline],
-        overwrite=True,
-    )
+    if options["ratchet"]:
+        check_outputs([], [(Path(path), RESULTS) for path in baseline], overwrite=True)
     check_outputs([*files, *baseline], [(output, RESULTS), (junit, JUNIT)], overwrite)
     check_outputs([*files, *baseline, output, junit], [(card, CARD)], overwrite=True)
     if card is not None:
@@ -84,27 +81,27 @@ def run_gate(
         print_message(show.reason(results))
     text = ""
     if shown.table:
-        if has_passed:
-            hint = (
-                f"{rerun_command('--model-card', 'README.md')}   (puts the outcome into a model "
-                "card)"
-            )
-        elif files:
-            hint = (
-                f"{shlex.join(['loradiag', 'inspect', files[0], '--per', 'layer'])}   (the "
-                "measured values)"
-            )
-        else:
-            hint = f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
-        text = show.verdict_table(
-            results, *shown.terminal, next_command=None if has_passed and card else hint
-        )
+        hint = _suggest(has_passed, files, card)
+        text = show.verdict_table(results, *shown.terminal, next_command=hint)
     if github:
         shown.print_annotated(text, verdicts.workflow_commands(results))
         append_step_summary(verdicts.step_summary(results))
     elif shown.table:
         shown.print(text)
     return EXIT_CODES[outcome(results.whole)]
+
+
+def _suggest(has_passed: bool, files: Sequence[str], card: Path | None) -> str | None:
+    """Return the next command after a gate; None after a pass whose model card was written."""
+    if has_passed and card is not None:
+        return None
+    if has_passed:
+        command = rerun_command("--model-card", "README.md")
+        return f"{command}   (puts the outcome into a model card)"
+    if files:
+        command = shlex.join(["loradiag", "inspect", files[0], "--per", "layer"])
+        return f"{command}   (the measured values)"
+    return f"{rerun_command('-o', 'verdicts.jsonl')}   (saves all verdicts)"
 
 
 def run_init(
@@ -126,7 +123,8 @@ def run_init(
         from lora_diag.rendering.text import quantity
         from lora_diag.rendering.verdicts import headline
 
-        fields, limits = quantity(text.count("\n[[baseline]]"), "field"), text.count("\n[[rule]]")
+        fields = quantity(text.count("\n[[baseline]]"), "field")
+        limits = text.count("\n[[rule]]")
         limited = f" and limits {quantity(limits, 'value')}" if limits else ""
         shown.print(
             f"{output}: compares {fields}, layer by layer, with these results{limited}; review "

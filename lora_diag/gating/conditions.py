@@ -30,7 +30,7 @@ import operator
 import re
 import statistics
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -61,8 +61,6 @@ FILE_FIELDS = frozenset(
         "cosine_to_base",
         "dtype",
         "fro",
-    }
-    | {
         "gradient_fro",
         "layer",
         "lineage",
@@ -73,8 +71,9 @@ FILE_FIELDS = frozenset(
         "resolution",
         "role",
         "source",
+        "step",
+        "verdict",
     }
-    | {"step", "verdict"}
 )
 
 
@@ -124,7 +123,8 @@ def find(name: str) -> tuple[RecordField, ...]:
     (('rank_at', '0.9'), ('tail', '8', 'fro'), ())
     """
     first, *rest = name.split(".")
-    if first in KINDS and (field := _resolve(first, KINDS[first], (), tuple(rest), False)):
+    field = _resolve(first, KINDS[first], (), tuple(rest), False) if first in KINDS else None
+    if field is not None:
         return (field,)
     # ``end`` has counts; its norms repeat those of the layers' records, so they need their full
     # name.
@@ -140,15 +140,12 @@ def similar(name: str) -> str | None:
     ('epsilon', 'energy.16')
     """
     first, dot, rest = name.partition(".")
-    first_names = list(
-        dict.fromkeys(
-            (*KINDS, *(member for kind in KINDS.values() for member in _list_members(kind)))
-        )
-    )
-    guesses = [
-        *(f"{close}{dot}{rest}" for close in difflib.get_close_matches(first, first_names, n=1)),
-        *difflib.get_close_matches(name, first_names, n=1),
-    ]
+    known = dict.fromkeys(KINDS)
+    for kind in KINDS.values():
+        known.update(dict.fromkeys(_list_members(kind)))
+    similar_first = difflib.get_close_matches(first, known, n=1)
+    guesses = [f"{close}{dot}{rest}" for close in similar_first]
+    guesses += difflib.get_close_matches(name, known, n=1)
     return next(filter(find, guesses), None)
 
 
@@ -171,21 +168,22 @@ def _resolve(
         inner, is_share = _list_members(hint)[rest[0]]
         return _resolve(kind, inner, (*done, rest[0]), rest[1:], share or is_share)
     if get_origin(hint) is dict:
-        # A key may contain dots, as in rank_at.0.9.
-        splits: Iterator[RecordField | None] = (
-            _resolve(kind, get_args(hint)[1], (*done, ".".join(rest[:n])), rest[n:], share)
-            for n in range(1, len(rest) + 1)
-        )
-        return next((field for field in splits if field is not None), None)
+        inner = get_args(hint)[1]
+        for n in range(1, len(rest) + 1):
+            key = ".".join(rest[:n])  # it may contain dots, as in rank_at.0.9
+            field = _resolve(kind, inner, (*done, key), rest[n:], share)
+            if field is not None:
+                return field
+        return None
     if rest:
         return None
     if get_origin(hint) is Literal:
         return RecordField(kind, done, "word", tuple(map(str, get_args(hint))))
     if hint in {int, float}:
         return RecordField(kind, done, "number", share=share)
-    return (
-        RecordField(kind, done, "flag" if hint is bool else "word") if hint in {bool, str} else None
-    )
+    if hint is bool:
+        return RecordField(kind, done, "flag")
+    return RecordField(kind, done, "word") if hint is str else None
 
 
 def _strip_annotation(hint: Any, share: bool) -> tuple[Any, bool]:
@@ -211,15 +209,14 @@ def _list_members(kind: type[Record]) -> dict[str, tuple[Any, bool]]:
     fields = {name: info for name, info in kind.model_fields.items() if name != "record"}
     members = {name: (info.annotation, "share" in info.metadata) for name, info in fields.items()}
     for cls in kind.__mro__:
+        if cls.__module__.startswith("pydantic"):
+            continue
         for name, value in vars(cls).items():
-            if isinstance(value, property) and not cls.__module__.startswith("pydantic"):
-                with suppress(
-                    NameError
-                ):  # a type that is imported for type checking alone: not a value for a policy
-                    members[name] = (
-                        get_type_hints(value.fget, include_extras=True).get("return"),
-                        False,
-                    )
+            if isinstance(value, property):
+                # A type that is imported for type checking alone is not a value for a policy.
+                with suppress(NameError):
+                    hints = get_type_hints(value.fget, include_extras=True)
+                    members[name] = (hints.get("return"), False)
     return members
 
 
@@ -273,9 +270,9 @@ class Comparison:
 
     def __str__(self) -> str:
         listed = ", ".join(map(_format_value, self.values))
-        return (
-            f"{self.operator} ({listed})" if self.operator == "in" else f"{self.operator} {listed}"
-        )
+        if self.operator == "in":
+            listed = f"({listed})"
+        return f"{self.operator} {listed}"
 
     @property
     def values(self) -> tuple[Value, ...]:
@@ -385,7 +382,8 @@ def parse(text: str) -> Condition:
                 f"{name} {test}'"
             )
         share, rest = _parse_comparison(rest[1:], text)
-        if problem := _describe_bad_limit(share, "the share of layers", is_share=True):
+        problem = _describe_bad_limit(share, "the share of layers", is_share=True)
+        if problem:
             raise ConditionError(f"'{text}': {problem}")
     if rest:
         raise ConditionError(
@@ -401,13 +399,14 @@ def parse(text: str) -> Condition:
 
 
 def _tokenize(text: str) -> Tokens:
-    tokens, position, end = [], 0, len(text.rstrip())
+    tokens, position = [], 0
+    end = len(text.rstrip())
     while position < end:
         match = _TOKEN.match(text, position)
         if match is None:
             raise ConditionError(f"'{text}': cannot be parsed from '{text[position:].strip()}' on")
         kind = match.lastgroup or ""
-        tokens.append(("quoted" if kind in {"double", "single"} else kind, match[kind]))
+        tokens.append((kind, match[kind]))
         position = match.end()
     return tokens
 
@@ -421,15 +420,11 @@ def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
     if [word for _, word in tokens[:2]] == ["in", "("]:
         end = next((i for i, token in enumerate(tokens) if token == ("mark", ")")), 0)
         words, commas = tokens[2:end:2], tokens[3:end:2]
-        if (
-            len(words) != len(commas) + 1
-            or {*commas} - {("mark", ",")}
-            or any(kind in _NO_VALUES for kind, _ in words)
-        ):
+        is_list = len(words) == len(commas) + 1 and set(commas) <= {("mark", ",")}
+        if not is_list or any(kind in _NO_VALUES for kind, _ in words):
             raise ConditionError(f"'{text}': write the words after 'in' as (ok, coarse)")
-        return Comparison("in", tuple(_parse_value(word, text) for word in words)), tokens[
-            end + 1 :
-        ]
+        values = tuple(_parse_value(word, text) for word in words)
+        return Comparison("in", values), tokens[end + 1 :]
     if len(tokens) < 2 or tokens[0][0] != "operator" or tokens[1][0] in _NO_VALUES:
         raise ConditionError(
             f"'{text}': an operator ({', '.join(OPERATORS)}) and a value are missing"
@@ -439,8 +434,10 @@ def _parse_comparison(tokens: Tokens, text: str) -> tuple[Comparison, Tokens]:
 
 def _parse_value(token: tuple[str, str], text: str) -> Value:
     kind, word = token
+    if kind == "word":
+        return {"true": True, "false": False}.get(word, word)
     if kind != "number":
-        return {"true": True, "false": False}.get(word, word) if kind == "word" else word
+        return word
     number = float(word)
     if not math.isfinite(number):
         raise ConditionError(f"'{text}': {word} is too large for a number")
@@ -474,10 +471,10 @@ def _describe_unknown(name: str) -> str:
     they are listed.
     """
     first = name.partition(".")[0]
-    if guess := similar(name):
-        if guess != name:
-            return f"no record has a field '{name}'; did you mean '{guess}'?"
-    elif any(first in kind.model_fields for kind in KINDS.values()):
+    guess = similar(name)
+    if guess not in {None, name}:
+        return f"no record has a field '{name}'; did you mean '{guess}'?"
+    if guess is None and any(first in kind.model_fields for kind in KINDS.values()):
         return (
             f"'{name}' is not one value: name one in it, such as energy.8, tail.8.fro or "
             "resolution.verdict"

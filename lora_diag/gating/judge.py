@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
-from itertools import groupby
+from itertools import chain, groupby
 
 from lora_diag.errors import NothingComparedError
 from lora_diag.gating.checks import has_updates, judge_inputs, run_checks
@@ -20,6 +20,8 @@ from lora_diag.gating.sources import (
     Sources,
     Subject,
     commands_of,
+    energy_of,
+    list_inputs,
     list_subjects,
     value_of,
 )
@@ -91,13 +93,14 @@ def _refuse_nothing(policy: Policy, sources: Sources) -> None:
     Raises:
         NothingComparedError: There is nothing to judge.
     """
-    faulty = [
-        source for source in sources if source.results.non_finite or source.results.end is None
-    ]
+    is_faulty = False
     for source in sources:
-        if not source.results.layers and not source.results.whole and source not in faulty:
+        results = source.results
+        if results.non_finite or results.end is None:
+            is_faulty = True
+        elif not results.layers and not results.whole:
             raise NothingComparedError(f"{source.path}: has no records to judge")
-    if not policy.demands and not faulty and not has_updates(sources):
+    if not policy.demands and not is_faulty and not has_updates(sources):
         raise NothingComparedError(
             f"{sources[0].path}: no record gives the norm and the resolution of an update, and "
             f"{policy.path} has no rule for anything else"
@@ -130,17 +133,12 @@ def _judge_subject(policy: Policy, sources: Sources) -> Iterator[Verdict]:
         "tuned": ("a full fine-tune", "TUNED"),
     }[policy.about]
     allowed = f"results of {name}"
-    given = any(
-        item.role == policy.about for source in sources for item in source.results.run.inputs
-    )
-    text = (
-        ""
-        if given
-        else f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
-    )
-    yield Verdict(
-        rule="about", allowed=allowed, status="passed" if given else "inconclusive", message=text
-    )
+    status: Status = "passed"
+    text = ""
+    if not list_inputs(sources, policy.about):
+        status = "inconclusive"
+        text = f"no {allowed} were given: loradiag spectrum BASE {placeholder} measures one"
+    yield Verdict(rule="about", allowed=allowed, status=status, message=text)
 
 
 def _judge_demand(
@@ -154,11 +152,7 @@ def _judge_demand(
     """
 
     def give_up(reason: str) -> list[Verdict]:
-        return [
-            _make_verdict(
-                demand, Finding(Subject(), None, demand.allowed, reason=reason), "inconclusive"
-            )
-        ]
+        return [_give_up(demand, Subject(), reason)]
 
     if isinstance(demand, Regression) and not baseline.sources:
         return give_up("no baseline was given: --baseline FILE")
@@ -168,13 +162,13 @@ def _judge_demand(
         names = " or ".join(f"{field.kind}.{field.name}" for field in present)
         raise policy.error(demand, f"{demand.field} is in several records here; write {names}")
     if not present:
-        kinds = " or ".join(field.kind for field in candidates)
-        commands = dict.fromkeys(
-            f"loradiag {name}" for field in candidates for name in commands_of(field.kind)
-        )
-        return give_up(f"needs {kinds} records: give the results of {' or '.join(commands)}, too")
+        kinds = [field.kind for field in candidates]
+        commands = dict.fromkeys(chain.from_iterable(map(commands_of, kinds)))
+        given = " or ".join(f"loradiag {name}" for name in commands)
+        return give_up(f"needs {' or '.join(kinds)} records: give the results of {given}, too")
     (field,) = present
-    if problem := demand.problem_with(field):
+    problem = demand.problem_with(field)
+    if problem:
         raise policy.error(demand, problem)
     subjects = _select_subjects(policy, demand, field, sources)
     if not subjects:
@@ -182,10 +176,16 @@ def _judge_demand(
     findings = [_judge_subject_by(demand, field, subject, baseline) for subject in subjects]
     if isinstance(demand, Regression) or demand.require.per_layer:
         return _judge_each(policy, demand, findings, waivers)
-    groups = groupby(findings, key=lambda finding: finding.subject.group)
-    return [
-        _judge_aggregate(policy, demand, group, list(members), waivers) for group, members in groups
-    ]
+    verdicts = []
+    for group, members in groupby(findings, key=lambda finding: finding.subject.group):
+        verdicts.append(_judge_aggregate(policy, demand, group, list(members), waivers))
+    return verdicts
+
+
+def _give_up(demand: Demand, subject: Subject, reason: str) -> Verdict:
+    """Return an inconclusive verdict of a rule or a comparison."""
+    finding = Finding(subject, None, demand.allowed, reason=reason)
+    return _make_verdict(demand, finding, "inconclusive")
 
 
 def _judge_subject_by(
@@ -222,8 +222,9 @@ def _select_subjects(
         chosen += _filter_subjects(policy, demand, field, subjects)
     if demand.where and not chosen:
         raise policy.error(demand, f"no {field.kind} record matches 'where'")
-    of_layers = field.kind in LAYER_KINDS
-    return [s for s in chosen if not of_layers or s.layer is None or demand.selects(s.layer)]
+    if field.kind not in LAYER_KINDS:
+        return chosen
+    return [subject for subject in chosen if subject.layer is None or demand.selects(subject.layer)]
 
 
 def _filter_subjects(
@@ -248,9 +249,9 @@ def _filter_subjects(
         record = subject.record
         return record is not None and all(required.of(record) == value for required, value in tests)
 
-    other_groups = {s.group for s in subjects if s.record is not None} - {
-        s.group for s in subjects if fits(s)
-    }
+    fitting_groups = {subject.group for subject in subjects if fits(subject)}
+    groups = {subject.group for subject in subjects if subject.record is not None}
+    other_groups = groups - fitting_groups
     return [s for s in subjects if fits(s) or (s.record is None and s.group not in other_groups)]
 
 
@@ -266,11 +267,9 @@ def _judge_each(
             excused = is_enough or (policy.coverage.by == "energy" and finding.subject.fro == 0)
             status = "not judged" if excused else "inconclusive"
         verdicts.append(waivers.apply(_make_verdict(demand, finding, status)))
-    if all(finding.reason for finding in findings) and not any(
-        verdict.status == "waived" for verdict in verdicts
-    ):
-        unknown = Finding(Subject(), None, demand.allowed, reason=reason)
-        verdicts.append(_make_verdict(demand, unknown, "inconclusive"))
+    is_waived = any(verdict.status == "waived" for verdict in verdicts)
+    if all(finding.reason for finding in findings) and not is_waived:
+        verdicts.append(_give_up(demand, Subject(), reason))
     return verdicts
 
 
@@ -283,14 +282,20 @@ def _judge_aggregate(
     verdict = _judge_number(policy, rule, group, findings)
     if verdict.status == "passed":
         return verdict
-    waived = {f.subject.layer: w for f in findings if (w := waivers.of(rule.name, f.subject.layer))}
-    not_waived = [finding for finding in findings if finding.subject.layer not in waived]
-    if waived and (
-        not not_waived or _judge_number(policy, rule, group, not_waived).status == "passed"
-    ):
-        waivers.used |= set(waived.values())
-        return next(iter(waived.values())).waive(verdict)
-    return verdict
+    applied: list[Waiver] = []
+    not_waived = []
+    for finding in findings:
+        waiver = waivers.of(rule.name, finding.subject.layer)
+        if waiver is None:
+            not_waived.append(finding)
+        else:
+            applied.append(waiver)
+    if not applied:
+        return verdict
+    if not_waived and _judge_number(policy, rule, group, not_waived).status != "passed":
+        return verdict
+    waivers.used.update(applied)
+    return applied[0].waive(verdict)
 
 
 def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding]) -> Verdict:
@@ -298,16 +303,11 @@ def _judge_number(policy: Policy, rule: Rule, group: str, findings: list[Finding
     is_enough, reason = _check_coverage(policy, rule, findings)
     subject = Subject(group=group)
     if not is_enough:
-        reasons = [
-            finding.reason for finding in findings if finding.reason and finding.subject.fro != 0
-        ]
-        text = "; ".join([reason, *reasons[:1]])
-        return _make_verdict(
-            rule, Finding(subject, None, rule.allowed, reason=text), "inconclusive"
-        )
-    measured = rule.require.measure(
-        [finding.value for finding in findings if finding.value is not None]
-    )
+        moved = [finding for finding in findings if finding.subject.fro != 0]
+        reasons = [finding.reason for finding in moved if finding.reason]
+        return _give_up(rule, subject, "; ".join([reason, *reasons[:1]]))
+    values = [finding.value for finding in findings if finding.value is not None]
+    measured = rule.require.measure(values)
     status: Status = "passed" if rule.require.holds(measured) else "failed"
     return _make_verdict(rule, Finding(subject, measured, rule.allowed), status)
 
@@ -329,9 +329,7 @@ def _check_coverage(policy: Policy, demand: Demand, findings: list[Finding]) -> 
     unknown = [subject.layer for subject in unjudged if subject.fro is None]
     if unknown:
         return False, f"{count}, and how far {unknown[0]} moved is not known"
-    unjudged_energy, judged_energy = (
-        sum((subject.fro or 0.0) ** 2 for subject in subjects) for subjects in (unjudged, judged)
-    )
+    unjudged_energy, judged_energy = energy_of(unjudged), energy_of(judged)
     if unjudged_energy == 0:
         return True, ""
     share = judged_energy / (judged_energy + unjudged_energy)
@@ -379,7 +377,10 @@ class Waivers:
         """Return the first active waiver of a rule for a layer, or for the whole run; None without
         one.
         """
-        return next((waiver for waiver in self.active if waiver.covers(rule, layer or "")), None)
+        for waiver in self.active:
+            if waiver.covers(rule, layer or ""):
+                return waiver
+        return None
 
     def apply(self, verdict: Verdict) -> Verdict:
         """Return a verdict, as waived if it is failed, warned or inconclusive and a
@@ -393,18 +394,8 @@ class Waivers:
 
     def reports(self) -> Iterator[Verdict]:
         """Yield a warning for every waiver that has expired or was not applied."""
-        unused = [waiver for waiver in self.active if waiver not in self.used]
-        reasons = {
-            waiver: f"expired on {waiver.expires}, so it no longer applies"
-            for waiver in self.expired
-        }
-        for waiver in (*self.expired, *unused):
-            text = reasons.get(waiver, "has no effect any more: delete it")
-            yield Verdict(
-                rule="waiver",
-                allowed=f"{waiver.rule} on {waiver.layers.pattern}",
-                status="warned",
-                severity="warning",
-                message=f"the waiver of {waiver.rule} {text}",
-                line=waiver.line,
-            )
+        for waiver in self.expired:
+            yield waiver.report(f"expired on {waiver.expires}, so it no longer applies")
+        for waiver in self.active:
+            if waiver not in self.used:
+                yield waiver.report("has no effect any more: delete it")

@@ -83,13 +83,12 @@ class PolicyTable(
         known = [
             field.alias or name for name, field in cls.model_fields.items() if not field.exclude
         ]
-        for key in values if isinstance(values, dict) else ():
-            if key not in known:
-                close = difflib.get_close_matches(key, known, n=1)
-                hint = (
-                    f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
-                )
-                raise PlacedError(f"unknown key '{key}'; {hint}", key)
+        unknown = [key for key in values if key not in known] if isinstance(values, dict) else []
+        if unknown:
+            key = unknown[0]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"known keys are {', '.join(known)}"
+            raise PlacedError(f"unknown key '{key}'; {hint}", key)
         return values
 
 
@@ -371,6 +370,17 @@ class Waiver(PolicyTable):
         text = f"waived to {self.expires}: {self.reason}"
         return verdict.model_copy(update={"status": "waived", "message": text})
 
+    def report(self, problem: str) -> Verdict:
+        """Return a warning about the waiver."""
+        return Verdict(
+            rule="waiver",
+            allowed=f"{self.rule} on {self.layers.pattern}",
+            status="warned",
+            severity="warning",
+            message=f"the waiver of {self.rule} {problem}",
+            line=self.line,
+        )
+
 
 class Checks(PolicyTable):
     """Built-in checks: what each requires, and what to do otherwise.
@@ -471,9 +481,8 @@ class Inputs(PolicyTable):
     @property
     def pins(self) -> tuple[tuple[str, str], ...]:
         """Roles of inputs with their pinned fingerprints."""
-        return tuple(
-            (role, value) for role in ("base", "tuned", "adapter") if (value := getattr(self, role))
-        )
+        pins = {"base": self.base, "tuned": self.tuned, "adapter": self.adapter}
+        return tuple((role, pinned) for role, pinned in pins.items() if pinned)
 
 
 class Policy(PolicyTable):
@@ -557,22 +566,7 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             message names the line of an invalid key or value.
     """
     if content is None:
-        try:
-            with Path(path).open("rb") as file:
-                content = file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it is not UTF-8 text"
-            problem = (
-                "no such file"
-                if isinstance(error, FileNotFoundError)
-                else f"cannot be read as a policy: {why}"
-            )
-            fix = (
-                f"for the built-in policy use --policy {path} (in Python ready_policy)"
-                if str(path) in READY
-                else "the order is: loradiag gate POLICY RESULTS..."
-            )
-            raise UsageError(f"{path}: {problem}; {fix}") from error
+        content = _read_file(path)
     if len(content) > MAX_CHARACTERS:
         raise UsageError(
             f"{path}: has more than {MAX_CHARACTERS:,} characters, too many for a policy; use "
@@ -583,7 +577,8 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
             f"{path}: contains results, not a policy; the order is: loradiag gate POLICY RESULTS..."
         )
     content = content.replace("\r\n", "\n")
-    if deep := _DEEP_KEY.search(content):
+    deep = _DEEP_KEY.search(content)
+    if deep is not None:
         line = content.count("\n", 0, deep.start()) + 1
         raise UsageError(
             f"{path}: line {line}: has a key of more than {MAX_DEPTH} parts; correct it"
@@ -593,19 +588,14 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     except ValidationError as error:
         where, text = _describe_error(error)
         raise UsageError(f"{path}: line {line_of(content, where)}: {text}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # of tomllib, and of Python for integers of more than 4,300 digits
-        if not isinstance(error, tomllib.TOMLDecodeError | RecursionError):
-            raise UsageError(
-                f"{path}: is not valid TOML: a number has too many digits; correct it"
-            ) from error
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-        location = f"line {position[1]}" if position else f"line {content.count(chr(10)) + 1}"
+        line = int(position[1]) if position else content.count("\n") + 1
+        problem = str(error)[: position.start() if position else None]
+        raise UsageError(f"{path}: line {line}: is not valid TOML: {problem}") from error
+    except ValueError as error:  # of Python, for integers of more than 4,300 digits
         raise UsageError(
-            f"{path}: {location}: is not valid TOML: "
-            f"{str(error)[: position.start() if position else None]}"
+            f"{path}: is not valid TOML: a number has too many digits; correct it"
         ) from error
 
     def add_lines(key: str, tables: list[Any]) -> list[Any]:
@@ -627,6 +617,26 @@ def read_policy(path: Path | str, content: str | None = None) -> Policy:
     )
 
 
+def _read_file(path: Path | str) -> str:
+    """Return the text of a policy file, as far as its length is allowed.
+
+    Raises:
+        UsageError: It cannot be read.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(4 * MAX_CHARACTERS + 1).decode("utf-8")
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        problem = f"cannot be read as a policy: {why}"
+        if isinstance(error, FileNotFoundError):
+            problem = "no such file"
+        fix = "the order is: loradiag gate POLICY RESULTS..."
+        if str(path) in READY:
+            fix = f"for the built-in policy use --policy {path} (in Python ready_policy)"
+        raise UsageError(f"{path}: {problem}; {fix}") from error
+
+
 def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]:
     """Return the path of keys and indices to the first error, and its description."""
     first = error.errors()[0]
@@ -636,23 +646,19 @@ def _describe_error(error: ValidationError) -> tuple[tuple[str | int, ...], str]
         case "missing":
             return location, f"{location[0]}: '{key}' is missing"
         case "literal_error":
-            return (
-                location,
-                f"{key} is {details['expected'].replace(chr(39), chr(34))}, not {value}",
-            )
+            expected = details["expected"].replace("'", '"')
         case "list_type":
-            return location, f"{key} is a list of tables: write [[{key}]], not {value}"
+            expected = f"a list of tables: write [[{key}]]"
+        case "model_type" if isinstance(location[-1], int):
+            expected = f"a list of tables: write [[{key}]]"
         case "model_type":
-            expected = (
-                f"a list of tables: write [[{key}]]"
-                if isinstance(location[-1], int)
-                else f"a table, [{key}]"
-            )
-            return location, f"{key} is {expected}, not {value}"
-    cause = details.get("error")
-    return (*location, *cause.place) if isinstance(cause, PlacedError) else location, str(
-        cause or first["msg"]
-    )
+            expected = f"a table, [{key}]"
+        case _:
+            cause = details.get("error")
+            if isinstance(cause, PlacedError):
+                location = (*location, *cause.place)
+            return location, str(cause or first["msg"])
+    return location, f"{key} is {expected}, not {value}"
 
 
 def find_policy(name: str) -> Policy:
@@ -716,9 +722,11 @@ def line_of(text: str, path: KeyPath) -> int:
     while not _has_path(document, path):
         path = path[:-1]
     starts = list(_statements(text))
-    with_value = bisect_left(
-        starts, True, key=lambda start: _has_path(tomllib.loads(text[:start]), path)
-    )
+
+    def has_value(start: int) -> bool:
+        return _has_path(tomllib.loads(text[:start]), path)
+
+    with_value = bisect_left(starts, True, key=has_value)
     return text.count("\n", 0, starts[max(with_value - 1, 0)]) + 1
 
 

@@ -32,6 +32,7 @@ from lora_diag.gating.sources import (
     ResultsSource,
     Sources,
     Subject,
+    energy_of,
     list_subjects,
     open_results,
     value_of,
@@ -92,10 +93,8 @@ def gate(
         raise UsageError("gate: give at least one results file")
     if ratchet and len(baseline) != 1:
         raise UsageError(Given("ratchet"), "give the file to tighten with $baseline, once")
-    if ratchet:
-        check_output(
-            Path(baseline[0]), RESULTS, overwrite=True
-        )  # its content is checked when it is read
+    if ratchet:  # its content is checked when it is read
+        check_output(Path(baseline[0]), RESULTS, overwrite=True)
     rules = policy
     if not isinstance(rules, Policy):
         rules = find_policy(rules) if isinstance(rules, str) else read_policy(rules)
@@ -172,11 +171,9 @@ def measure(
     if not to_measure:
         raise UsageError(Given("base"), "nothing to judge", "give $tuned or $adapter")
     results: list[Results[Any]] = [spectrum(base, path) for path in to_measure]
-    return (
-        [*results, residual(base, tuned, list(adapters))]
-        if tuned is not None and adapters
-        else results
-    )
+    if tuned is not None and adapters:
+        results.append(residual(base, tuned, list(adapters)))
+    return results
 
 
 def _make_results(
@@ -187,42 +184,28 @@ def _make_results(
     day: date,
 ) -> Results[Any]:
     """Return verdicts as the results of a run of ``gate``."""
-    role, kind = "built-in policy" if policy.ready else "policy", policy.title or "a policy"
-    inputs = [RunInput(role=role, path=policy.path, kind=kind, tensors=0)]
-    for role, source in [
-        *(("results", source) for source in sources),
-        *(("baseline", source) for source in baselines),
-    ]:
-        run, end = source.results.run, source.results.end
-        digest = end.sha256 if end is not None else ""
-        inputs.append(
-            RunInput(
-                role=role,
-                path=source.path,
-                kind=f"loradiag {run.command}",
-                tensors=len({record.layer for record in source.results.layers}),
-                notes=(
-                    *([f"made {run.made}"] if run.made else []),
-                    *([] if digest else ["no hash"]),
-                ),
-                sha256=digest,
-            )
-        )
-    notes = {
-        "same": "unchanged",
-        "changed": "CHANGED since it was measured",
-        "unknown": "not compared",
-    }
+    policy_input = RunInput(
+        role="built-in policy" if policy.ready else "policy",
+        path=policy.path,
+        kind=policy.title or "a policy",
+        tensors=0,
+    )
+    inputs = [policy_input]
+    inputs += [_describe_source("results", source) for source in sources]
+    inputs += [_describe_source("baseline", source) for source in baselines]
     states: dict[tuple[str, str, str], InputState] = {}
-    for state in (state for source in sources for state in source.inputs):
-        states.setdefault((state.input.role, state.input.path, state.input.fingerprint), state)
-    inputs += [
-        s.input.model_copy(update={"notes": (notes[s.state],), "lacking": ()})
-        for s in states.values()
-    ]
+    for source in sources:
+        for state in source.inputs:
+            item = state.input
+            states.setdefault((item.role, item.path, item.fingerprint), state)
+    for state in states.values():
+        changes = {"notes": (_STATE_NOTES[state.state],), "lacking": ()}
+        inputs.append(state.input.model_copy(update=changes))
+    settings = {"today": day.isoformat()}
     metrics = dict.fromkeys(metric_of(source.results.layers) for source in sources)
-    metric_names = " and ".join(METRIC_NAMES[metric] for metric in metrics if metric != "weights")
-    settings = {"today": day.isoformat(), **({"metric": metric_names} if metric_names else {})}
+    metric_names = [METRIC_NAMES[metric] for metric in metrics if metric != "weights"]
+    if metric_names:
+        settings["metric"] = " and ".join(metric_names)
     run = Run(
         command="gate",
         version=__version__,
@@ -232,6 +215,33 @@ def _make_results(
     )
     # A verdict is about a run, so the file has no layers of its own.
     return Results(run, (), (), End(layers=0, left_out=0, fro=None, base_fro=None), verdicts)
+
+
+# State of an input -> note on it.
+_STATE_NOTES = {
+    "same": "unchanged",
+    "changed": "CHANGED since it was measured",
+    "unknown": "not compared",
+}
+
+
+def _describe_source(role: str, source: ResultsSource) -> RunInput:
+    """Return results as an input of the gate."""
+    run, end = source.results.run, source.results.end
+    digest = end.sha256 if end is not None else ""
+    notes = []
+    if run.made:
+        notes.append(f"made {run.made}")
+    if not digest:
+        notes.append("no hash")
+    return RunInput(
+        role=role,
+        path=source.path,
+        kind=f"loradiag {run.command}",
+        tensors=len({record.layer for record in source.results.layers}),
+        notes=tuple(notes),
+        sha256=digest,
+    )
 
 
 def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") -> str:
@@ -255,37 +265,41 @@ def gate_init(*results: Path | str | Results[Any], name: str = "policy.toml") ->
     files = " ".join(source.path for source in sources)
     rules = "\n".join(_draft_comparisons(sources))
     if not rules:
-        is_declared = any(
-            cls.guards and source.holds(kind) for kind, cls in KINDS.items() for source in sources
-        )
         fix = (
-            "its values are zero, or not resolved by the files: give results of a checkpoint that "
-            "changed"
-            if is_declared
-            else f"use a built-in policy (--policy {', '.join(READY)}), or write a [[rule]] on a "
-            "field of these records"
+            f"use a built-in policy (--policy {', '.join(READY)}), or write a [[rule]] on a field "
+            "of these records"
         )
+        if any(_is_guarded(kind, source) for kind in KINDS for source in sources):
+            fix = (
+                "its values are zero, or not resolved by the files: give results of a checkpoint "
+                "that changed"
+            )
         raise InputError(f"{files}: no value to compare with later results; {fix}")
-    unrecorded = any(
-        item.reason == "no_activations" for source in sources for item in source.results.left_out
-    )
+    reasons = {item.reason for source in sources for item in source.results.left_out}
+    left_out = '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record'
+    if "no_activations" in reasons:
+        left_out = (
+            'left_out = ["no_activations"] # embeddings and other layers without recorded '
+            "activations"
+        )
     paths = [os.path.relpath(source.path, Path(name).parent) for source in sources]
-    known = all(Path(source.path).is_file() for source in sources) and all(
-        map(str.isprintable, paths)
-    )
+    baseline = f"baseline = {json.dumps(paths, ensure_ascii=False)}"
+    are_files = all(Path(source.path).is_file() for source in sources)
+    if not are_files or not all(map(str.isprintable, paths)):
+        baseline = '# baseline = ["results.jsonl"]'
     return Template(read_text("init.template")).substitute(
         results=_escape_comment(files),
         name=_escape_comment(name),
-        left_out='left_out = ["no_activations"] # embeddings and other layers without recorded '
-        "activations"
-        if unrecorded
-        else '# left_out = ["only_in_tuned"] # accepted reasons for tensors without a record',
-        baseline=f"baseline = {json.dumps(paths, ensure_ascii=False)}"
-        if known
-        else '# baseline = ["results.jsonl"]',
+        left_out=left_out,
+        baseline=baseline,
         spike=SPIKE,
         rules=rules,
     )
+
+
+def _is_guarded(kind: str, source: ResultsSource) -> bool:
+    """Return whether results may have records of a kind with values that a baseline guards."""
+    return bool(KINDS[kind].guards) and source.holds(kind)
 
 
 def _draft_comparisons(sources: Sources) -> Iterator[str]:
@@ -295,17 +309,19 @@ def _draft_comparisons(sources: Sources) -> Iterator[str]:
     """
     for kind, cls in KINDS.items():
         by_metric: dict[str, list[Subject]] = {}
-        for source in sources if cls.guards else ():
-            metric: str = (
-                metric_of(source.results.layers) if "metric" in cls.model_fields else "weights"
-            )
-            if source.holds(kind):
-                by_metric.setdefault(metric, []).extend(list_subjects(kind, source))
-        for name, subjects in by_metric.items():
-            where = {} if {*by_metric} == {"weights"} else {"metric": name}
-            yield from filter(
-                None, (_draft_comparison(kind, guard, subjects, where) for guard in cls.guards)
-            )
+        for source in sources:
+            if not _is_guarded(kind, source):
+                continue
+            metric = "weights"
+            if "metric" in cls.model_fields:
+                metric = metric_of(source.results.layers)
+            by_metric.setdefault(metric, []).extend(list_subjects(kind, source))
+        for metric, subjects in by_metric.items():
+            where = {} if by_metric.keys() == {"weights"} else {"metric": metric}
+            for guard in cls.guards:
+                comparison = _draft_comparison(kind, guard, subjects, where)
+                if comparison:
+                    yield comparison
 
 
 def _draft_comparison(
@@ -317,34 +333,48 @@ def _draft_comparison(
     Rules that limit it, if the guard has ``limit_by``.
     """
     (field,) = find(f"{kind}.{guard.path}")
-    subjects = [
-        s
-        for s in subjects
-        if s.record is None or all(getattr(s.record, name, None) == v for name, v in guard.where)
-    ]
-    values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
+    for name, required in guard.where:
+        subjects = [
+            subject
+            for subject in subjects
+            if subject.record is None or getattr(subject.record, name, None) == required
+        ]
+    values = _list_values(field, subjects)
     if not any(values):
         return ""  # no fraction of zero is a tolerance
     if guard.limit_by:
         groups: dict[str, list[Subject]] = {}
         for subject in subjects:
             groups.setdefault(getattr(subject.record, guard.limit_by), []).append(subject)
-        rules = (
-            _draft_limit(field, guard, group, {**where, guard.limit_by: name}, number)
-            for number, (name, group) in enumerate(groups.items(), 1)
-        )
+        rules = []
+        for number, (name, group) in enumerate(groups.items(), 1):
+            limited = {**where, guard.limit_by: name}
+            rules.append(_draft_limit(field, guard, group, limited, number))
         return "\n".join(rules)
     kept = max(len(getattr(subject.record, "s", ())) for subject in subjects)
     if field.path[0] == "rank_at" and math.ceil(1.1 * max(values)) >= kept:
         return ""  # such as the rank of an adapter: its updates cannot need more than it has
-    where |= dict(guard.where)
-    return (
-        f"# {field.name} is {min(values):.4g} to {max(values):.4g}.\n"
-        f'[[baseline]]\nfield = "{kind}.{guard.path}"\nworse = "{guard.worse}"\n'
-        + (f"where = {_format_table(where)}\n" if where else "")
-        + f'tolerance = "{guard.tolerance}"\nmessage = '
-        f'"{guard.message}"\n{_draft_coverage(field, subjects)}'
-    )
+    where = {**where, **dict(guard.where)}
+    lines = [
+        f"# {field.name} is {min(values):.4g} to {max(values):.4g}.",
+        "[[baseline]]",
+        f'field = "{kind}.{guard.path}"',
+        f'worse = "{guard.worse}"',
+    ]
+    if where:
+        lines.append(f"where = {_format_table(where)}")
+    lines += [
+        f'tolerance = "{guard.tolerance}"',
+        f'message = "{guard.message}"',
+        _draft_coverage(field, subjects),
+    ]
+    return "\n".join(lines)
+
+
+def _list_values(field: RecordField, subjects: Sequence[Subject]) -> list[float]:
+    """Return the numbers of a field that are known."""
+    values = [value_of(field, subject)[0] for subject in subjects]
+    return [value for value in values if isinstance(value, float | int)]
 
 
 def _draft_limit(
@@ -357,7 +387,7 @@ def _draft_limit(
     """Return a rule that limits a value to the largest of these, with the tolerance, and to at
     least zero.
     """
-    values = [value for s in subjects if isinstance(value := value_of(field, s)[0], float | int)]
+    values = _list_values(field, subjects)
     if not all(str(value).isprintable() for value in where.values()):
         return (
             f"# No limit of {field.name}: {_escape_comment(str(where))} cannot be written here.\n"
@@ -381,17 +411,10 @@ def _draft_coverage(field: RecordField, subjects: Sequence[Subject]) -> str:
     """Return the coverage for a field that is null in layers that changed; empty without any, or
     without all norms.
     """
-    null_subjects = [
-        subject
-        for subject in subjects
-        if subject.record is not None and field.of(subject.record) is None
-    ]
+    null_subjects = [s for s in subjects if s.record is not None and field.of(s.record) is None]
     if not null_subjects or any(subject.fro is None for subject in subjects):
         return ""
-    missing, energy = (
-        math.fsum((subject.fro or 0.0) ** 2 for subject in group)
-        for group in (null_subjects, subjects)
-    )
+    missing, energy = energy_of(null_subjects), energy_of(subjects)
     if not missing:
         return ""
     share = math.floor(100 * (1 - missing / energy)) / 100

@@ -32,12 +32,10 @@ ROWS, ROWS_OF_A_RULE = 20, 6
 
 def reason(results: Results[Any]) -> str:
     """Return the outcome, with the worst verdict that blocks it if there is one, in one line."""
-    worst = [
-        f"{safe(verdict.rule)}: {describe_verdicts([verdict])}"
-        for verdict in verdicts_of(results)
-        if verdict.blocks
-    ]
-    return ": ".join([headline(results), *worst[:1]])
+    for verdict in verdicts_of(results):
+        if verdict.blocks:
+            return f"{headline(results)}: {safe(verdict.rule)}: {describe_verdicts([verdict])}"
+    return headline(results)
 
 
 def verdict_table(
@@ -61,13 +59,12 @@ def verdict_table(
     rows = ROWS_OF_A_RULE if len({rule for _, rule in bad}) > 1 else ROWS
     shown = [verdict for verdicts in bad.values() for verdict in verdicts[:rows]][:ROWS]
     total = sum(map(len, bad.values()))
-    omitted = (
-        f"{len(shown)} of {total} verdicts; -o FILE keeps them all" if len(shown) < total else ""
-    )
+    omitted = ""
+    if len(shown) < total:
+        omitted = f"{len(shown)} of {total} verdicts; -o FILE keeps them all"
     table = verdict_grid(shown, width).render(width) if shown else []
-    return to_text(
-        Group(*table, summary_of(_make_statements(results, omitted), next_command)), width, color
-    )
+    summary = summary_of(_make_statements(results, omitted), next_command)
+    return to_text(Group(*table, summary), width, color)
 
 
 def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
@@ -76,18 +73,17 @@ def _make_statements(results: Results[Any], omitted: str) -> list[Statement]:
     """
     level: Level = "ok" if outcome(results.whole) == "passed" else "failure"
     statements = [make_statement("outcome", "Gate", headline(results), omitted, level=level)]
-    passed = [
-        _name_rule(verdicts)
-        for verdicts in by_rule(results).values()
-        if verdicts[0].status == "passed"
-    ]
     for status in STATUSES:
-        names: dict[str, list[str]] = {}
-        for (of_rule, _), verdicts in by_status(results).items():
-            if of_rule == status:
-                names.setdefault(describe_reasons(verdicts), []).append(_name_rule(verdicts))
-        lines = [f"{', '.join(rules)}: {why}" for why, rules in names.items()]
-        lines = [", ".join(passed)] if status == "passed" else lines
+        if status == "passed":
+            rules = by_rule(results).values()
+            passed = [_name_rule(verdicts) for verdicts in rules if verdicts[0].status == "passed"]
+            lines = [", ".join(passed)]
+        else:
+            names: dict[str, list[str]] = {}
+            for (of_rule, _), verdicts in by_status(results).items():
+                if of_rule == status:
+                    names.setdefault(describe_reasons(verdicts), []).append(_name_rule(verdicts))
+            lines = [f"{', '.join(of_reason)}: {why}" for why, of_reason in names.items()]
         statements.append(make_statement(status.replace(" ", "_"), status.capitalize(), *lines))
     inputs = make_statement(
         "judged", "Inputs", *map(_describe_input, results.run.inputs), priority=2
@@ -99,10 +95,15 @@ def _name_rule(verdicts: Sequence[Verdict]) -> str:
     """Return the name of a rule, with its line in the policy and the number of layers of these
     verdicts.
     """
-    layers = len({verdict.layer for verdict in verdicts if verdict.layer is not None})
-    details = [f"line {verdicts[0].line}"] if verdicts[0].line else []
-    details += [quantity(layers, "layer")] if layers else []
-    return safe(verdicts[0].rule) + (f" ({', '.join(details)})" if details else "")
+    first = verdicts[0]
+    details = []
+    if first.line:
+        details.append(f"line {first.line}")
+    layers = {verdict.layer for verdict in verdicts} - {None}
+    if layers:
+        details.append(quantity(len(layers), "layer"))
+    name = safe(first.rule)
+    return f"{name} ({', '.join(details)})" if details else name
 
 
 def _describe_input(item: RunInput) -> str:

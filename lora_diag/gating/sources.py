@@ -5,7 +5,7 @@ records of a baseline.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -72,10 +72,8 @@ class ResultsSource:
         """Return whether it may contain records of a kind."""
         if kind == "end" or self.results.run.command in commands_of(kind):
             return True
-        return any(
-            isinstance(record, KINDS[kind])
-            for record in (*self.results.layers, *self.results.whole)
-        )
+        records = (*self.results.layers, *self.results.whole)
+        return any(isinstance(record, KINDS[kind]) for record in records)
 
     def names(self) -> set[str]:
         """Return the names of the layers with a record, and of the skipped tensors."""
@@ -83,6 +81,17 @@ class ResultsSource:
 
 
 Sources = Sequence[ResultsSource]
+
+
+def list_layers(sources: Sources) -> list[Any]:
+    """Return the records of layers of all results."""
+    return [record for source in sources for record in source.results.layers]
+
+
+def list_inputs(sources: Sources, role: str) -> list[RunInput]:
+    """Return the inputs of a role of all results."""
+    inputs = [item for source in sources for item in source.results.run.inputs]
+    return [item for item in inputs if item.role == role]
 
 
 def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSource:
@@ -98,29 +107,41 @@ def open_results(item: Path | str | Results[Any], number: int = 1) -> ResultsSou
         InputError: The file cannot be read, was edited, or records are missing.
     """
     if isinstance(item, Results):
-        results, sealed = item, True
-        path = (
-            f"{results.run.command} of "
-            f"{results.run.inputs[-1].path if results.run.inputs else number}"
-        )
+        inputs = item.run.inputs
+        path = f"{item.run.command} of {inputs[-1].path if inputs else number}"
+        source = ResultsSource(path, item)
     else:
-        path, results = str(item), read_results(item)
+        results = read_results(item)
         sealed = results.end is None or bool(results.end.sha256)
-    if results.end is not None:
-        actual = totals(results.layers, results.left_out)
-        for name in ("layers", "left_out", *(("fro", "base_fro") if results.layers else ())):
-            found, stated = getattr(actual, name), getattr(results.end, name)
-            if found != stated and (
-                found is None or stated is None or not math.isclose(found, stated)
-            ):
-                has, states = (
-                    "no" if value is None else f"{value:.9g}" for value in (found, stated)
-                )
-                raise InputError(
-                    f"{path}: has {has} {name}, but its last line states {states}, so it was "
-                    "truncated or edited; measure again"
-                )
-    return ResultsSource(path, results, sealed=sealed)
+        source = ResultsSource(str(item), results, sealed=sealed)
+    _check_totals(source)
+    return source
+
+
+def _check_totals(source: ResultsSource) -> None:
+    """Check that the totals in the last line of results fit the records.
+
+    Raises:
+        InputError: They do not.
+    """
+    results = source.results
+    if results.end is None:
+        return
+    actual = totals(results.layers, results.left_out)
+    for name in ("layers", "left_out", "fro", "base_fro"):
+        found, stated = getattr(actual, name), getattr(results.end, name)
+        is_norm = name not in {"layers", "left_out"}
+        if found == stated or (is_norm and not results.layers):
+            continue
+        if found is None or stated is None or not math.isclose(found, stated):
+            raise InputError(
+                f"{source.path}: has {_format_total(found)} {name}, but its last line states "
+                f"{_format_total(stated)}, so it was truncated or edited; measure again"
+            )
+
+
+def _format_total(value: float | None) -> str:
+    return "no" if value is None else f"{value:.9g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +169,11 @@ class Subject:
     label: str = ""
 
 
+def energy_of(subjects: Iterable[Subject]) -> float:
+    """Return Σ‖Δ‖²_F of subjects; unknown norms count as zero."""
+    return math.fsum((subject.fro or 0.0) ** 2 for subject in subjects)
+
+
 def list_subjects(
     kind: str,
     source: ResultsSource,
@@ -164,58 +190,61 @@ def list_subjects(
     """
     results, cls = source.results, KINDS[kind]
     prefix = [source.path] if name_file else []
-    if "metric" in cls.model_fields and (metric := metric_of(results.layers)) != "weights":
+    metric = metric_of(results.layers)
+    if "metric" in cls.model_fields and metric != "weights":
         prefix.append(f"in {METRIC_NAMES[metric]}")
     if kind not in LAYER_KINDS:
-        whole = [record for record in (*results.whole, results.end) if isinstance(record, cls)]
-        reason = "the run did not finish" if kind == "end" else f"the file has no {kind} record"
-        missing = [] if whole else [Subject(None, ", ".join(prefix), (0,), None, reason)]
-        group, names = ", ".join(prefix), [""] * len(whole)
-        if len(whole) > 1:
-            names = [
-                " ".join(str(v) for name in cls.key if (v := getattr(record, name, None)))
-                for record in whole
-            ]
-        labels = [", ".join(filter(None, (group, name))) for name in names]
-        return [
-            Subject(None, group, (i,), r, label=labels[i]) for i, r in enumerate(whole)
-        ] or missing
+        return _list_whole_subjects(kind, results, ", ".join(prefix))
     group_fields = tuple(name for name in cls.key if name != "layer")
     groups: dict[tuple[Any, ...], list[Any]] = {}
     if group_fields == ("adapter",):  # each adapter is expected to have records
-        groups = {
-            (item.path,): [] for item in results.run.inputs if item.role in {"adapter", "reference"}
-        }
+        adapters = [item for item in results.run.inputs if item.role in {"adapter", "reference"}]
+        groups = {(item.path,): [] for item in adapters}
     records: list[Any] = [record for record in results.layers if isinstance(record, cls)]
     for record in records:
         groups.setdefault(tuple(getattr(record, name) for name in group_fields), []).append(record)
     norms = {record.layer: getattr(record, "fro", None) for record in records}
-    absent = [(layer, "the file has no record of it", fro) for layer, fro in norms.items()] + [
-        (item.layer, f"not measured: {item.detail}", item.fro)
-        for item in results.left_out
-        if item.reason not in NO_CANDIDATES | left_out
-        and len(item.shape) != 1
-        and item.layer not in norms
-    ]
+    absent = [(layer, "the file has no record of it", fro) for layer, fro in norms.items()]
+    for item in results.left_out:
+        is_candidate = item.reason not in NO_CANDIDATES | left_out and len(item.shape) != 1
+        if is_candidate and item.layer not in norms:
+            absent.append((item.layer, f"not measured: {item.detail}", item.fro))
     # Paths are replaced by their order in the file, so that a key does not depend on them.
-    texts = list(
-        dict.fromkeys(value for values in groups for value in values if isinstance(value, str))
-    )
+    positions: dict[str, int] = {}
     subjects: list[Subject] = []
     for values, of_group in (groups or {(): []}).items():
-        key = tuple(texts.index(value) if isinstance(value, str) else value for value in values)
+        key = tuple(
+            positions.setdefault(value, len(positions)) if isinstance(value, str) else value
+            for value in values
+        )
         names = [f"{name} {value}" for name, value in zip(group_fields, values, strict=False)]
         group = ", ".join((*prefix, *names))
+        for record in of_group:
+            subjects.append(Subject(record.layer, group, key, record, fro=norms[record.layer]))
         present = {record.layer for record in of_group}
-        subjects += [
-            Subject(record.layer, group, key, record, fro=norms[record.layer])
-            for record in of_group
-        ]
-        subjects += [
-            Subject(layer, group, key, None, reason, fro)
-            for layer, reason, fro in absent
-            if layer not in present
-        ]
+        for layer, reason, fro in absent:
+            if layer not in present:
+                subjects.append(Subject(layer, group, key, None, reason, fro))
+    return subjects
+
+
+def _list_whole_subjects(kind: str, results: Results[Any], group: str) -> list[Subject]:
+    """Return a subject for each record of a kind about the whole run, or one for the missing
+    record.
+    """
+    cls = KINDS[kind]
+    records = [record for record in (*results.whole, results.end) if isinstance(record, cls)]
+    if not records:
+        reason = "the run did not finish" if kind == "end" else f"the file has no {kind} record"
+        return [Subject(None, group, (0,), None, reason)]
+    subjects = []
+    for number, record in enumerate(records):
+        parts = [group] if group else []
+        if len(records) > 1:
+            values = [getattr(record, name, None) for name in cls.key]
+            parts.append(" ".join(str(value) for value in values if value))
+        label = ", ".join(filter(None, parts))
+        subjects.append(Subject(None, group, (number,), record, label=label))
     return subjects
 
 
@@ -242,15 +271,13 @@ def value_of(
         return None, f"{field.name} is null: it was not computed"
     if value == "inconclusive":
         return None, f"{field.name} is inconclusive in the record itself"
-    resolution = getattr(record, "resolution", None) or getattr(
-        getattr(record, "spectrum", None), "resolution", None
-    )
+    resolution = getattr(record, "resolution", None)
+    if resolution is None:
+        resolution = getattr(getattr(record, "spectrum", None), "resolution", None)
     verdict = getattr(resolution, "verdict", None) or getattr(record, "verdict", None)
     if verdict in NOISE_MARKS and field.doubtful_at_floor and floor != "ignore":
-        return (
-            None,
-            f"{verdict}: {field.name} may be that of the files' rounding, not of the update",
-        )
+        reason = f"{field.name} may be that of the files' rounding, not of the update"
+        return None, f"{verdict}: {reason}"
     return value, ""
 
 
@@ -276,16 +303,15 @@ class Baseline:
         if kind not in self.subjects:
             stored = self.subjects[kind] = {}
             for source in self.sources:
+                if not source.holds(kind):
+                    continue
                 metric = metric_of(source.results.layers)
-                for subject in list_subjects(kind, source) if source.holds(kind) else ():
+                for subject in list_subjects(kind, source):
                     key = (_get_metric(subject, metric), subject.layer, *subject.key)
                     # It is undefined with which of two records a new one would be compared.
                     if key in stored and subject.record is not None:
-                        subject = replace(
-                            subject,
-                            record=None,
-                            reason="several records of it, which nothing distinguishes",
-                        )
+                        reason = "several records of it, which nothing distinguishes"
+                        subject = replace(subject, record=None, reason=reason)
                     stored[key] = subject
         return self.subjects[kind]
 
@@ -299,20 +325,16 @@ class Baseline:
         """Return the baseline's value of a field for a subject, or None with the reason."""
         stored = self.find(field.kind, subject)
         if stored is None:
-            metric, metrics = (
-                _get_metric(subject),
-                list(dict.fromkeys(key[0] for key in self.of_kind(field.kind))),
-            )
+            metric = _get_metric(subject)
+            metrics = [key[0] for key in self.of_kind(field.kind)]
             if metrics and metric not in metrics:
                 before, now = METRIC_NAMES[metrics[0]], METRIC_NAMES[metric]
                 return None, f"the baseline is in {before} and this in {now}: no comparison"
             return None, "not in the baseline: measure the baseline anew to compare it from now on"
         value, reason = value_of(field, stored, floor)
-        return (
-            (float(value), "")
-            if isinstance(value, float | int)
-            else (None, f"in the baseline: {reason}")
-        )
+        if isinstance(value, float | int):
+            return float(value), ""
+        return None, f"in the baseline: {reason}"
 
     def tighten(self, regressions: Sequence[Regression], sources: Sources) -> Results[Any] | None:
         """Return the baseline, of one file, with improved records in place of the stored ones; None
@@ -324,14 +346,13 @@ class Baseline:
         """
         replacements: dict[int, Any] = {}
         for kind in sorted(LAYER_KINDS):
-            fields = [
-                (demand, field)
-                for demand in regressions
-                for field in find(demand.field)
-                if field.kind == kind
-            ]
+            fields = []
+            for demand in regressions:
+                fields += [(demand, field) for field in find(demand.field) if field.kind == kind]
             holding = [source for source in sources if source.holds(kind)]
-            for subject in list_subjects(kind, holding[0]) if fields and len(holding) == 1 else ():
+            if not fields or len(holding) != 1:
+                continue
+            for subject in list_subjects(kind, holding[0]):
                 old = self.find(kind, subject)
                 if old and old.record and subject.record and _is_better(subject, old, fields):
                     # The replaced record's key, such as the path of its adapter, stays.
@@ -360,10 +381,8 @@ def _is_better(
     for demand, compared in fields:
         if new.layer is None or not demand.selects(new.layer):
             continue
-        now, before = (
-            value_of(compared, new, demand.floor)[0],
-            value_of(compared, old, demand.floor)[0],
-        )
+        now, _ = value_of(compared, new, demand.floor)
+        before, _ = value_of(compared, old, demand.floor)
         if not isinstance(now, float | int) or not isinstance(before, float | int):
             return False
         gains.append(before - now if demand.worse == "higher" else now - before)

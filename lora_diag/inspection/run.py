@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from lora_diag.adapters import Adapter, open_input
-from lora_diag.adapters.source import get_stated_alpha
+from lora_diag.adapters import Adapter, Input, locate, open_input
+from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
 from lora_diag.catalog import read_results
-from lora_diag.checkpoints import Checkpoint, as_path
+from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import natural_order, why_left_out
 from lora_diag.errors import InputError
-from lora_diag.records import Results, is_results_file
+from lora_diag.records import Results
 from lora_diag.records.base import Shown, value_at
 from lora_diag.records.names import module_type_of
 from lora_diag.records.run import AdaptedWeight, Inventory, ListedTensor
@@ -52,10 +52,15 @@ def inspect(
         >>> inspect("sample_checkpoints/base").kind
         'sharded safetensors, 3 files'
     """
-    path = as_path(path)
-    if is_results_file(path):
-        raise InputError(f"{path}: is a results file; read it with lora_diag.read_results")
-    opened = open_input(path, get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+    source = locate(path)
+    if source.kind == "results":
+        raise InputError(f"{source.path}: is a results file; read it with lora_diag.read_results")
+    return _inspect(source, get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
+
+
+def _inspect(source: Input, stated_alpha: StatedAlpha) -> Inventory:
+    """Return the contents of a checkpoint or an adapter; see ``inspect``."""
+    opened = open_input(source, stated_alpha)
     if isinstance(opened, Adapter):
         notes, checkpoint = opened.warnings(), opened.checkpoint
         adapted: dict[str, Any] = {
@@ -92,9 +97,10 @@ def inspect_any(
     path: str, *, alpha: float | None = None, alpha_is_rank: bool = False
 ) -> Inventory | Results[Any]:
     """Return the records of a results file, or the contents of a checkpoint or an adapter."""
-    if is_results_file(path):
-        return read_results(path)
-    return inspect(path, alpha=alpha, alpha_is_rank=alpha_is_rank)
+    source = locate(path)
+    if source.kind == "results":
+        return read_results(source.path)
+    return _inspect(source, get_stated_alpha({"alpha": alpha, "alpha_is_rank": alpha_is_rank}))
 
 
 def inventory_table(inventory: Inventory, width: int = 80, color: bool = False) -> str:

@@ -8,9 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters import Input, locate, read_adapter
 from lora_diag.adapters.source import ADAPTER_WEIGHTS, CONFIG, Config, open_source
-from lora_diag.checkpoints import as_path, locate
 from lora_diag.cli.output import append_step_summary
 from lora_diag.decisions.plan.measure import open_headers
 from lora_diag.diagnostics.portability.consumers import CONSUMERS
@@ -98,15 +97,10 @@ def lint(
     memory_bytes = None if memory is None else read_bytes(memory, "gpu_memory")
     output, report, overwrite = options["output"], options["junit"], options["overwrite"]
     check_outputs([config, base], [(output, RESULTS), (report, JUNIT)], overwrite)
-    config, base = _order_inputs(config, base)
-    path = None if config is None else locate(as_path(config))
-    settings = Settings(path or Path(), "options", Config(Path("options"), {}))
-    if path is not None:  # an adapter without a config says only that it is one
-        settings = (
-            replace(settings, family="adapter", method="lora")
-            if _is_weights(path)
-            else read_settings(path)
-        )
+    source, base = _order_inputs(config, base)
+    settings = Settings(Path(), "options", Config(Path("options"), {}))
+    if source is not None:
+        settings = _read_settings(source)
     settings = _apply_options(settings, options)
     checkpoint = None if base is None else open_headers(base)
     facts = Facts(
@@ -116,17 +110,16 @@ def lint(
         gpu_memory=memory_bytes,
         servers=options["servers"],
     )
-    if path is not None and (
-        _is_weights(path) or any((path / name).is_file() for name in ADAPTER_WEIGHTS)
-    ):
-        facts = _open_saved(path, facts)
+    if source is not None and _holds_adapter(source):
+        facts = _open_saved(source, facts)
     findings, judged, missing = _judge(facts)
-    inputs = (
-        []
-        if config is None
-        else [RunInput(role="config", path=legible(config), kind=settings.family, tensors=0)]
-    )
-    inputs += [] if checkpoint is None else [describe("base", checkpoint)]
+    inputs = list[RunInput]()
+    if source is not None:
+        inputs.append(
+            RunInput(role="config", path=legible(source.path), kind=settings.family, tensors=0)
+        )
+    if checkpoint is not None:
+        inputs.append(describe("base", checkpoint))
     own = {
         "judged": judged,
         "not_judged": missing,
@@ -150,25 +143,48 @@ def lint(
 
 def _order_inputs(
     config: Path | str | None, base: Path | str | None
-) -> tuple[Path | str | None, Path | str | None]:
+) -> tuple[Input | None, Path | str | None]:
     """Return CONFIG and BASE, where a single path may be either.
 
     Raises:
         UsageError: There is neither.
+        InputError: CONFIG does not exist, or cannot be fetched or reached.
     """
     if config is None and base is None:
         raise UsageError("lint: give a configuration, BASE, or both")
-    if config is None or base is not None:
-        return config, base
-    path = as_path(config)
+    if config is None:
+        return None, base
+    source = locate(config)
+    if base is not None or source.is_adapter or _is_config(source.path):
+        return source, base
+    return None, config
+
+
+def _is_config(path: Path) -> bool:
+    """Return whether the name of a file is that of a configuration, and not that of BASE."""
     is_base = path.name == "config.json" or path.name.endswith(".index.json")
-    is_config = path.name == TRAINING_ARGS or (path.suffix in SUFFIXES and not is_base)
-    return (config, None) if is_config or is_adapter(locate(path)) else (None, config)
+    return path.name == TRAINING_ARGS or (path.suffix in SUFFIXES and not is_base)
 
 
-def _is_weights(path: Path) -> bool:
-    """Return whether a path is an adapter's weights file, or a folder without PEFT's config."""
-    return path.suffix not in SUFFIXES and not (path / CONFIG).is_file() and is_adapter(path)
+def _is_without_config(source: Input) -> bool:
+    """Return whether the input is an adapter's weights file, or a folder without PEFT's config."""
+    if source.files.suffix in SUFFIXES or (source.files / CONFIG).is_file():
+        return False
+    return source.is_adapter
+
+
+def _holds_adapter(source: Input) -> bool:
+    """Return whether the input has the weights of an adapter, and not only its config."""
+    named = any((source.files / name).is_file() for name in ADAPTER_WEIGHTS)
+    return named or _is_without_config(source)
+
+
+def _read_settings(source: Input) -> Settings:
+    """Return the settings of a configuration; an adapter without one says only that it is one."""
+    if _is_without_config(source):
+        empty = Config(Path("options"), {})
+        return Settings(source.files, "adapter", empty, method="lora")
+    return read_settings(source.files)
 
 
 def _apply_options(settings: Settings, options: LintOptions) -> Settings:
@@ -187,15 +203,15 @@ def _apply_options(settings: Settings, options: LintOptions) -> Settings:
     return replace(settings, **own, peft=peft, keys={**settings.keys, **flags}, defaults=defaults)
 
 
-def _open_saved(path: Path, facts: Facts) -> Facts:
+def _open_saved(source: Input, facts: Facts) -> Facts:
     """Return the facts with a saved adapter, or why it does not fit its config or BASE."""
     try:
-        facts = replace(facts, adapter=open_adapter(path), mismatch="")
+        facts = replace(facts, adapter=read_adapter(source), mismatch="")
         if facts.adapter is None or facts.base is None or facts.weights is None:
             return facts
         return replace(facts, pairing=pair_update(facts.base, facts.adapter)[0])
     except (InputError, NothingComparedError) as error:
-        open_source(path)  # raises if the files are unreadable, and not only unlike the config
+        open_source(source)  # raises if the files are unreadable, and not only unlike the config
         if facts.adapter is None and facts.settings.method != "lora":
             raise
         return replace(facts, mismatch=str(error))

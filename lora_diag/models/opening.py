@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import hub, locate
+from lora_diag.checkpoints import hub, locate_files
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.errors import Given, InputError, LoradiagError, UsageError, damaged, require
 from lora_diag.models.config import check_unquantized, read_config
@@ -310,12 +310,13 @@ def _locate_base(base: Path | str) -> tuple[Path, str, dict[str, Any]]:
     Raises:
         InputError: The model does not exist, is remote, or is a file.
     """
-    local = locate(base)
+    located = locate_files(base)
+    local = located.files
     if isinstance(local, RemotePath):
         raise InputError(
             f"{local}: a model to run must be a complete folder on this machine; download it first"
         )
-    if local == Path(base):
+    if local == located.path:
         if not local.is_dir():
             raise InputError(
                 f"{base}: is a file; to run the model, give the folder with its config.json"

@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_diag.checkpoints.folder import plain_names
+from lora_diag.checkpoints.reading import plain_names
 from lora_diag.errors import UsageError
 from lora_diag.models.activations import input_of
 

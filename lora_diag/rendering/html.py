@@ -25,11 +25,10 @@ _MAX_ROWS = 40
 
 def statement_html(statement: Statement) -> str:
     """Return a statement as a row: its label, its lead, and its details, which a reader opens."""
-    lead, details = (
-        _escape(statement.lead),
-        "".join(f"<br>{_escape(line)}" for line in statement.details),
-    )
-    text = f"<details><summary>{lead}</summary>{details[4:]}</details>" if details else lead
+    text = _escape(statement.lead)
+    if statement.details:
+        details = "<br>".join(map(_escape, statement.details))
+        text = f"<details><summary>{text}</summary>{details}</details>"
     label = _escape(statement.label)
     return (
         f'<tr><td style="text-align:left"><b>{label}</b></td><td '
@@ -39,32 +38,30 @@ def statement_html(statement: Statement) -> str:
 
 def grid_html(grid: Grid) -> str:
     """Return the first rows of a table, shaded as in a terminal, and the number of further ones."""
-    head = "".join(
-        f"<th>{_escape(title)}</th>"
-        for title in (grid.title, *(column.title for column in grid.columns))
-    )
-    rows = zip(grid.names, *(column.cells for column in grid.columns), strict=True)
-    body = "".join(
-        f"<tr>{''.join(map(_make_cell, row))}</tr>"
-        for row, _ in zip(rows, range(_MAX_ROWS), strict=False)
-    )
-    note = (
-        f"<p>and {len(grid.names) - _MAX_ROWS} more rows</p>" if len(grid.names) > _MAX_ROWS else ""
-    )
-    caption = f"<p><b>{_escape(grid.caption)}</b></p>" if grid.caption else ""
-    return f"{caption}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}"
+    titles = (grid.title, *(column.title for column in grid.columns))
+    head = "".join(f"<th>{_escape(title)}</th>" for title in titles)
+    cells = (column.cells[:_MAX_ROWS] for column in grid.columns)
+    rows = zip(grid.names[:_MAX_ROWS], *cells, strict=True)
+    body = "".join(f"<tr>{''.join(map(_make_cell, row))}</tr>" for row in rows)
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    if grid.caption:
+        table = f"<p><b>{_escape(grid.caption)}</b></p>{table}"
+    if len(grid.names) > _MAX_ROWS:
+        table += f"<p>and {len(grid.names) - _MAX_ROWS} more rows</p>"
+    return table
 
 
 def _make_cell(cell: str | Text) -> str:
     """Return a cell, shaded as in a terminal."""
-    style = Style.parse(str(cell.style)) if isinstance(cell, Text) and cell.style else Style.null()
-    css = style.get_html_style()
-    return (
-        f'<td style="{css}">{_escape(str(cell))}</td>' if css else f"<td>{_escape(str(cell))}</td>"
-    )
+    css = ""
+    if isinstance(cell, Text) and cell.style:
+        css = Style.parse(str(cell.style)).get_html_style()
+    attribute = f' style="{css}"' if css else ""
+    return f"<td{attribute}>{_escape(str(cell))}</td>"
 
 
 def _escape(text: str) -> str:
+    """Return text that is safe in a page."""
     return escape(safe(text))
 
 
@@ -112,13 +109,13 @@ def model_card(
         lora: Whether it is a LoRA adapter.
     """
     quoted = safe(base_name).replace("'", "''")
-    head = [
-        "---",
-        f"base_model: '{quoted}'",
-        *([f"library_name: {library}"] if library else []),
-        "tags:",
-    ]
-    head += [*(["- lora"] if lora else []), "- loradiag", "---"]
+    head = ["---", f"base_model: '{quoted}'"]
+    if library:
+        head.append(f"library_name: {library}")
+    head.append("tags:")
+    if lora:
+        head.append("- lora")
+    head += ["- loradiag", "---"]
     made = f"Made by loradiag {version}; `{numbers}` has the numbers of every weight:"
     return "\n\n".join(["\n".join(head), f"# {title}", *body, made, f"    {safe(command)}"]) + "\n"
 
@@ -145,9 +142,11 @@ def with_section(card: str, name: str, section: str) -> str:
     begin, end = f"<!-- loradiag {name}: begin -->", f"<!-- loradiag {name}: end -->"
     newline = "\r\n" if "\r\n" in card else "\n"
     block = f"{begin}\n{section.strip()}\n{end}".replace("\n", newline)
-    if match := re.search(f"{begin}((?!{begin}).)*?{end}", card, re.DOTALL):
+    match = re.search(f"{begin}((?!{begin}).)*?{end}", card, re.DOTALL)
+    if match is not None:
         return f"{card[: match.start()]}{block}{card[match.end() :]}"
-    return f"{card.rstrip()}{newline * 2 if card.strip() else ''}{block}{newline}"
+    before = f"{card.rstrip()}{newline * 2}" if card.strip() else ""
+    return f"{before}{block}{newline}"
 
 
 def read_card(path: Path) -> str:
@@ -158,13 +157,13 @@ def read_card(path: Path) -> str:
         InputError: It cannot be read.
     """
     try:
-        if path.suffix.lower() not in {".md", ".markdown"} or (
-            path.exists() and not CARD.is_at(path)
-        ):
+        exists = path.exists()
+        is_markdown = path.suffix.lower() in {".md", ".markdown"}
+        if not is_markdown or (exists and not CARD.is_at(path)):
             raise UsageError(
                 f"{path}: is not Markdown; give a Markdown file whose name ends in .md"
             )
-        return path.read_bytes().decode("utf-8") if path.exists() else ""
+        return path.read_bytes().decode("utf-8") if exists else ""
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: is not UTF-8 text ({error}); convert it") from error
     except OSError as error:

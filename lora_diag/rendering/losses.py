@@ -24,25 +24,23 @@ def probe_summary(results: Results[Any], *statements: Statement, reading: str) -
         reading: Notes on interpretation; may be empty.
     """
     settings = results.run.settings
-    training = ""
+    all_statements = list(statements)
     if "optimizer" in settings:
-        kind = f"{settings['kind']}; " if "kind" in settings else ""
         training = (
-            f"{kind}{settings['steps']} steps of {settings['batch']} sequences; "
-            f"{settings['optimizer']}"
+            f"{settings['steps']} steps of {settings['batch']} sequences; {settings['optimizer']}"
         )
-    conditions = (
+        if "kind" in settings:
+            training = f"{settings['kind']}; {training}"
+        all_statements.append(make_statement("trained", "Trained", training, priority=2))
+    measured = (
         f"sequences of up to {settings['length']} tokens, {settings['dtype']} on "
-        f"{settings['device']}"
+        f"{settings['device']}; {settings['tokens']}"
     )
-    summary = summarize(
-        results,
-        *statements,
-        *([make_statement("trained", "Trained", training, priority=2)] if training else []),
-        make_statement("measured", "Measured", f"{conditions}; {settings['tokens']}", priority=2),
+    all_statements += [
+        make_statement("measured", "Measured", measured, priority=2),
         make_statement("interpretation", "Interpretation", reading, priority=2),
-        so_far="records so far",
-    )
+    ]
+    summary = summarize(results, *all_statements, so_far="records so far")
     return sorted(summary, key=lambda statement: statement.key == "compared")
 
 
@@ -55,10 +53,10 @@ def on_set(name: str, *lines: str, shifted: bool = False, answer: str = "") -> S
         shifted: Whether the set differs in distribution from the training data.
         answer: The line that answers the question of a report; the first if empty.
     """
-    prefix = "shifted: " if shifted and name != "shifted" else ""
-    return make_statement(
-        "on", f"On {short(name)}", f"{prefix}{lines[0]}", *lines[1:], answer=answer, scoped=True
-    )
+    first, *rest = lines
+    if shifted and name != "shifted":
+        first = f"shifted: {first}"
+    return make_statement("on", f"On {short(name)}", first, *rest, answer=answer, scoped=True)
 
 
 def caption_of(name: str, records: Iterable[Any]) -> str:
@@ -77,14 +75,16 @@ def describe_forgetting(*models: tuple[str, Sequence[Any]]) -> Statement:
     """
     shifted, tasks = dict[str, list[str]](), dict[str, list[str]]()
     for name, records in models:
-        for record in (record for record in records if record.kl_base is not None):
+        for record in records:
+            if record.kl_base is None:
+                continue
             if record.shifted:
                 shifted.setdefault(record.set, []).append(_describe_change(name, record))
-            else:
-                error = "" if record.kl_base_error is None else plus_minus(record.kl_base_error)
-                tasks.setdefault(record.set, []).append(
-                    f"KL(BASE‖{name}) = {number(record.kl_base)}{error}"
-                )
+                continue
+            divergence = f"KL(BASE‖{name}) = {number(record.kl_base)}"
+            if record.kl_base_error is not None:
+                divergence += plus_minus(record.kl_base_error)
+            tasks.setdefault(record.set, []).append(divergence)
     lines = [f"on {short(set_name)}, {', '.join(changes)}" for set_name, changes in shifted.items()]
     unknown = "" if shifted else "not measured, as no text is of another kind (--shifted); "
     for set_name, divergences in tasks.items():
@@ -107,7 +107,8 @@ def _describe_change(name: str, record: Any) -> str:
     if half is None or abs(record.change) <= half:
         return f"no significant loss of {name} ({with_limits(record.change, half)} nats)"
     span = with_limits(abs(record.change), half).removeprefix("+")
-    return f"{name} {'lost' if record.change > 0 else 'gained'} {span} nats"
+    verb = "lost" if record.change > 0 else "gained"
+    return f"{name} {verb} {span} nats"
 
 
 def describe_diverged(records: Iterable[Any]) -> list[str]:
@@ -122,9 +123,8 @@ def format_gap(record: Probe) -> str:
     """
     if record.to_tuned is None:
         return ""
-    return f"{record.to_tuned:+.4f}" + (
-        "" if record.gap_error is None else plus_minus(record.gap_error)
-    )
+    gap = f"{record.to_tuned:+.4f}"
+    return gap if record.gap_error is None else gap + plus_minus(record.gap_error)
 
 
 def gap_half(record: Probe) -> float | None:
@@ -148,7 +148,8 @@ def describe_losses(base: Probe, tuned: Probe) -> str:
     significant.
     """
     ends = f"loss {base.nats:.3f} of BASE → {tuned.nats:.3f} of TUNED"
-    if base.gap is None or (half := gap_half(base)) is None or abs(base.gap) > half:
+    half = gap_half(base)
+    if base.gap is None or half is None or abs(base.gap) > half:
         return ends
     return (
         f"{ends}: the difference is not significant (±{half:.3f}), so fractions of it are not "

@@ -110,11 +110,9 @@ def qualify_fractions(left_out: Sequence[LeftOut]) -> str:
     if any(item.reason == "not_selected" and item.fro is None for item in left_out):
         return " among the selected tensors"
     unmeasured_reasons = {"shape_differs", "non_finite", "memory", "time", "unreadable"}
-    return (
-        " among the measured layers"
-        if any(item.reason in unmeasured_reasons for item in left_out)
-        else ""
-    )
+    if unmeasured_reasons.isdisjoint(item.reason for item in left_out):
+        return ""
+    return " among the measured layers"
 
 
 # ``note`` is information, ``ok`` a passed check; the other levels need attention.
@@ -175,14 +173,12 @@ class Statement:
         ('yes: it is as good', ('On dev: loss 2.0',))
         """
         answer = self.answer or self.lead
+        if self.scoped and answer not in self.lines:
+            return answer, self.labelled
         remaining = tuple(line for line in self.lines if line != answer)
-        if not self.scoped:
-            return answer, remaining
-        return (
-            (f"{self.label}: {answer}", remaining)
-            if answer in self.lines
-            else (answer, self.labelled)
-        )
+        if self.scoped:
+            answer = f"{self.label}: {answer}"
+        return answer, remaining
 
     @property
     def labelled(self) -> tuple[str, ...]:
@@ -220,10 +216,9 @@ def state_inputs(results: Results[Any], *extra: str) -> Statement:
     """Return the statement of the inputs: role, path and kind of each, then further remarks, then
     notes on inputs.
     """
-    longest = max((len(side.role) for side in results.run.inputs), default=0)
-    inputs = (
-        f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in results.run.inputs
-    )
+    sides = results.run.inputs
+    longest = max((len(side.role) for side in sides), default=0)
+    inputs = (f"{side.role:<{longest}} {safe(side.path)} ({side.kind})" for side in sides)
     return make_statement("compared", "Compared", *inputs, *extra, *notes(results.run), priority=2)
 
 
@@ -236,10 +231,12 @@ def left_out(results: Results[Any], *details: str) -> Statement:
     layers: dict[Reason, list[str]] = {}
     for item in results.left_out:
         layers.setdefault(item.reason, []).append(item.layer)
-    counts = (
-        f"{len(names)} {REASONS[reason]}{'' if reason in EXPECTED else f': {list_names(names)}'}"
-        for reason, names in layers.items()
-    )
+    counts = []
+    for reason, names in layers.items():
+        count = f"{len(names)} {REASONS[reason]}"
+        if reason not in EXPECTED:
+            count += f": {list_names(names)}"
+        counts.append(count)
     line, level = "; ".join(counts) or "nothing", left_out_level(results)
     return make_statement("left_out", "Left out", line, *details, level=level, priority=2)
 
@@ -248,11 +245,8 @@ def left_out_level(results: Results[Any], *expected: Reason) -> Level:
     """Return ``warning`` if a tensor was skipped for a reason that is neither usual nor
     ``expected``, else ``note``.
     """
-    return (
-        "note"
-        if {item.reason for item in results.left_out} <= {*EXPECTED, *expected}
-        else "warning"
-    )
+    reasons = {item.reason for item in results.left_out}
+    return "note" if reasons <= {*EXPECTED, *expected} else "warning"
 
 
 def final_statements(
@@ -262,11 +256,13 @@ def final_statements(
     not finish.
     """
     final = []
-    if unmeasured := results.unmeasured:
+    unmeasured = results.unmeasured
+    if unmeasured:
         lines = [f"{short(item.layer)}: {safe(item.detail)}" for item in unmeasured[:NAMED]]
         rest = f"and {len(unmeasured) - NAMED} more" if len(unmeasured) > NAMED else ""
         final.append(make_statement("not_measured", "Not measured", *lines, rest, level="failure"))
-    if on_cpu := [record for record in results if ON_CPU in getattr(record, "method", "")]:
+    on_cpu = [record for record in results if ON_CPU in getattr(record, "method", "")]
+    if on_cpu:
         text = (
             f"the GPU was out of memory, and the CPU computed {list_layers(on_cpu)}; --workers "
             "1 takes less"
@@ -303,9 +299,9 @@ def describe_resolution(
         marks: Marks of the verdicts in the command's table; None without marks.
     """
     judged = list(verdicts)
-    texts = {
-        verdict: f"{verdict} ({marks[verdict]})" if marks else verdict for verdict in NOISE_MARKS
-    }
+    texts = {verdict: verdict for verdict in NOISE_MARKS}
+    if marks:
+        texts = {verdict: f"{verdict} ({marks[verdict]})" for verdict in NOISE_MARKS}
     unclear = list_counts(judged, texts)
     if not unclear:
         return make_statement("resolved", "Resolution", yes, priority=2)
@@ -322,22 +318,20 @@ def describe_estimate(estimates: Iterable[tuple[Hidden, float]]) -> list[str]:
     Args:
         estimates: The estimate and ‖D‖_F of each layer.
     """
-    sized = [
-        (hidden.fro_estimate, hidden.fro_interval, fro)
-        for hidden, fro in estimates
-        if hidden.fro_estimate and hidden.fro_interval is not None
-    ]
-    if not sized:
+    norms, stored_norms, errors = [], [], []
+    for hidden, fro in estimates:
+        norm, interval = hidden.fro_estimate, hidden.fro_interval
+        if norm and interval is not None:
+            norms.append(norm)
+            stored_norms.append(fro)
+            errors.append((interval[1] - interval[0]) / 2 / norm)
+    if not norms:
         return []
-    norm, stored = (
-        math.hypot(*(size for size, _, _ in sized)),
-        math.hypot(*(fro for _, _, fro in sized)),
-    )
-    errors = [(interval[1] - interval[0]) / 2 / size for size, interval, _ in sized]
+    total, stored = math.hypot(*norms), math.hypot(*stored_norms)
     return [
-        f"‖X‖ = {number(norm)} estimated over {quantity(len(sized))}, ± {percent(median(errors))} "
-        "in the median "
-        f"matrix; the files show ‖D‖ = {number(stored)}, {number(stored / norm)} times that"
+        f"‖X‖ = {number(total)} estimated over {quantity(len(norms))}, ± {percent(median(errors))} "
+        f"in the median matrix; the files show ‖D‖ = {number(stored)}, {number(stored / total)} "
+        "times that"
     ]
 
 
@@ -377,12 +371,8 @@ def describe_lineage(records: Iterable[Any], tuned: str = "TUNED", priority: int
             )
         return make_statement("lineage", "Lineage", f"{lead}; {fix}", level="warning")
     if not descending:
-        lead = (
-            f"not known: {total} too small, or with a cosine between chance and descent"
-            if layers
-            else ""
-        )
-        return make_statement("lineage", "Lineage", lead, priority=2)
+        lead = f"not known: {total} too small, or with a cosine between chance and descent"
+        return make_statement("lineage", "Lineage", lead if layers else "", priority=2)
     least = min(descending, key=lambda record: float(record.cosine_to_base))
     cosine, chance = number(least.cosine_to_base), number(least.chance_cosine)
     lead = f"descends: cos(W, W + ΔW) ≥ {cosine} in {len(descending)} of {total}, chance {chance}"
@@ -417,22 +407,17 @@ def summarize(
     reduced = make_statement("reduced", "Reduced", options and lead, priority=0)
     found = [statement for statement in (*findings, reduced) if statement.lead]
     skipped = skipped or left_out(results)
-    statements = [
-        state_inputs(results, *extra),
-        *found,
-        skipped,
-        *final_statements(results, so_far),
-    ]
-    # What the other statements do not cover comes first: layers of an unfinished run, and
-    # unexpected skipped tensors.
-    return sorted(
-        statements,
-        key=lambda statement: (
-            statement.key != "unfinished",
-            (statement.key, statement.level) != ("lineage", "warning"),
-            (statement.key, statement.level) != ("left_out", "warning"),
-        ),
-    )
+    final = final_statements(results, so_far)
+    return sorted([state_inputs(results, *extra), *found, skipped, *final], key=_place_first)
+
+
+def _place_first(statement: Statement) -> int:
+    """Return a sort key that places first what the other statements do not cover: an unfinished
+    run, unrelated layers, and unexpected skipped tensors.
+    """
+    first = (("unfinished", "failure"), ("lineage", "warning"), ("left_out", "warning"))
+    kind = (statement.key, statement.level)
+    return first.index(kind) if kind in first else len(first)
 
 
 _STYLES: dict[Level, str] = {
@@ -502,15 +487,14 @@ class _Summary:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
+        hidden = 0
         for statement, lines in zip(self.statements, shown_lines, strict=True):
+            hidden += len(statement.lines) - len(lines)
             if lines:
-                grid.add_row(
-                    statement.label, Text("\n".join(lines), style=_STYLES[statement.level])
-                )
+                text = Text("\n".join(lines), style=_STYLES[statement.level])
+                grid.add_row(statement.label, text)
         yield grid
-        if hidden := sum(len(statement.lines) for statement in self.statements) - sum(
-            map(len, shown_lines)
-        ):
+        if hidden:
             yield Text(f"{hidden} more {'line' if hidden == 1 else 'lines'} with -v")
 
 
@@ -523,18 +507,16 @@ def _select_fitting(
     shown_lines: list[tuple[str, ...]] = [()] * len(statements)
     remaining = limit - 1  # the last line gives the number of hidden lines
     order = sorted(range(len(statements)), key=lambda index: statements[index].urgency)
+    leads = [(index, 0) for index in order]
     details = [(index, row) for index in order for row in range(1, len(statements[index].lines))]
-    for index, row in [*((index, 0) for index in order), *details]:
+    for index, row in (*leads, *details):
         statement = statements[index]
-        # A command has long paths: it takes two lines of the limit, whatever it needs.
-        cost = (
-            min(2, height(statement.lead))
-            if statement.key == "next"
-            else height(statement.lines[row])
-        )
-        is_due = len(shown_lines[index]) == row
-        if (is_due and cost <= remaining and statement.urgency < 2) or (
-            row == 0 and statement.urgency == 0
-        ):
-            shown_lines[index], remaining = statement.lines[: row + 1], remaining - cost
+        cost = height(statement.lines[row])
+        if statement.key == "next":  # it has long paths, and takes two lines of the limit at most
+            cost = min(2, cost)
+        is_due = len(shown_lines[index]) == row and statement.urgency < 2
+        is_decision = row == 0 and statement.urgency == 0
+        if is_decision or (is_due and cost <= remaining):
+            shown_lines[index] = statement.lines[: row + 1]
+            remaining -= cost
     return shown_lines

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
@@ -48,9 +48,8 @@ def by_rule(results: Results[Any]) -> dict[str, list[Verdict]]:
 
 def verdicts_of(results: Results[Any]) -> list[Verdict]:
     """Return the verdicts of a run of ``gate``, the worst first, grouped by rule."""
-    return sorted(
-        chain(*by_rule(results).values()), key=lambda verdict: _rank_severity(verdict)[:2]
-    )
+    verdicts = chain.from_iterable(by_rule(results).values())
+    return sorted(verdicts, key=lambda verdict: _rank_severity(verdict)[:2])
 
 
 def _rank_severity(verdict: Verdict) -> tuple[int, bool, float]:
@@ -58,11 +57,9 @@ def _rank_severity(verdict: Verdict) -> tuple[int, bool, float]:
     else smallest.
     """
     value = verdict.measured if isinstance(verdict.measured, float) else 0.0
-    return (
-        WORST_FIRST.index(verdict.status),
-        not verdict.blocks,
-        -value if "<" in verdict.allowed else value,
-    )
+    if "<" in verdict.allowed:
+        value = -value
+    return WORST_FIRST.index(verdict.status), not verdict.blocks, value
 
 
 def by_status(results: Results[Any]) -> dict[tuple[Status, str], list[Verdict]]:
@@ -77,10 +74,14 @@ def format_measured(verdict: Verdict) -> str:
     if isinstance(verdict.measured, str):
         return safe(verdict.measured)
     value, limit, brief = verdict.measured, verdict.limit, number(verdict.measured)
-    signs = [
-        limit is not None and (shown > limit) - (shown < limit) for shown in (float(brief), value)
-    ]
-    return brief if signs[0] == signs[1] else f"{value:.9g}"
+    if limit is None or _compare(float(brief), limit) == _compare(value, limit):
+        return brief
+    return f"{value:.9g}"
+
+
+def _compare(value: float, limit: float) -> int:
+    """Return 1 above a limit, −1 below and 0 at it."""
+    return (value > limit) - (value < limit)
 
 
 def subject_name(verdict: Verdict, name: Callable[[str], str] = short) -> str:
@@ -89,7 +90,8 @@ def subject_name(verdict: Verdict, name: Callable[[str], str] = short) -> str:
     """
     if verdict.layer is None:
         return safe(verdict.group) or "all layers"
-    return safe(name(verdict.layer) + (f" ({verdict.group})" if verdict.group else ""))
+    layer = name(verdict.layer)
+    return safe(f"{layer} ({verdict.group})" if verdict.group else layer)
 
 
 def headline(results: Results[Any]) -> str:
@@ -98,23 +100,25 @@ def headline(results: Results[Any]) -> str:
     """
     result = outcome(results.whole)
     status = "warned" if result == "passed" else result
-    basis = [
-        v
-        for v in results.whole_of(Verdict)
-        if v.status == status and (v.blocks or status == "warned")
-    ]
-    layers = {verdict.layer for verdict in basis if verdict.layer is not None}
-    on_layers = f" on {quantity(len(layers), 'layer')}" if layers else ""
-    count = quantity(len({verdict.rule for verdict in basis}), "rule") + on_layers
-    heads = {
-        "failed": "FAILED",
-        "inconclusive": "INCONCLUSIVE (not a pass)",
-        "passed": "PASSED, with warnings",
-    }
-    nothing = "PASSED" if result == "passed" else "INCONCLUSIVE: nothing was judged"
-    text = f"{heads[result]}: {count}" if basis else nothing
+    basis = [verdict for verdict in results.whole_of(Verdict) if verdict.status == status]
+    if status != "warned":
+        basis = [verdict for verdict in basis if verdict.blocks]
+    if basis:
+        text = f"{_HEADS[result]}: {quantity(len({verdict.rule for verdict in basis}), 'rule')}"
+        layers = {verdict.layer for verdict in basis} - {None}
+        if layers:
+            text += f" on {quantity(len(layers), 'layer')}"
+    else:
+        text = "PASSED" if result == "passed" else "INCONCLUSIVE: nothing was judged"
     metric = results.run.settings.get("metric")
-    return text + (f" (spectra in {safe(str(metric))})" if metric else "")
+    return f"{text} (spectra in {safe(str(metric))})" if metric else text
+
+
+_HEADS = {
+    "failed": "FAILED",
+    "inconclusive": "INCONCLUSIVE (not a pass)",
+    "passed": "PASSED, with warnings",
+}
 
 
 def describe_reasons(verdicts: Sequence[Verdict]) -> str:
@@ -122,8 +126,11 @@ def describe_reasons(verdicts: Sequence[Verdict]) -> str:
     messages.
     """
     messages = list(dict.fromkeys(verdict.message for verdict in verdicts if verdict.message))
-    suffix = f" (and {quantity(len(messages) - 1, 'other reason')})" if len(messages) > 1 else ""
-    return (safe(messages[0]) if messages else f"allowed is {safe(verdicts[0].allowed)}") + suffix
+    if not messages:
+        return f"allowed is {safe(verdicts[0].allowed)}"
+    first, *others = messages
+    suffix = f" (and {quantity(len(others), 'other reason')})" if others else ""
+    return f"{safe(first)}{suffix}"
 
 
 def describe_verdicts(verdicts: Sequence[Verdict]) -> str:
@@ -150,32 +157,28 @@ def verdict_grid(shown: Sequence[Verdict], width: int) -> Grid:
     """Return the table of some verdicts for a page of a width; the condition of a rule is shown
     once.
     """
-    judged = [(verdict.rule, verdict.allowed) for verdict in shown]
-    conditions = [
-        "" if pair == before else pair[1] for before, pair in pairwise([None, *judged]) if pair
-    ]
-    statuses = tuple(
-        Text(verdict.status, style=STATUSES[verdict.status].style) for verdict in shown
-    )
-    groups = tuple(crop(safe(verdict.group), width // 4) for verdict in shown)
+    groups = [crop(safe(verdict.group), width // 4) for verdict in shown]
     is_whole = all(verdict.layer is None for verdict in shown) and any(groups)
-    columns = [
-        Column("status", statuses, "left"),
-        Column(
-            "rule", tuple(crop(safe(verdict.rule), max(8, width // 5)) for verdict in shown), "left"
-        ),
-        Column("record", () if is_whole else groups, "left", drop=1),
+    names, statuses, rules, conditions = [], [], [], []
+    before = None
+    for verdict, group in zip(shown, groups, strict=True):
+        name = short(verdict.layer) if verdict.layer else ""
+        if is_whole:
+            name = group
+        names.append(name or "all layers")
+        statuses.append(Text(verdict.status, style=STATUSES[verdict.status].style))
+        rules.append(crop(safe(verdict.rule), max(8, width // 5)))
+        condition = (verdict.rule, verdict.allowed)
+        allowed = "" if condition == before else safe(verdict.allowed)
+        conditions.append(Text(textwrap.fill(allowed, max(8, width // 4))))
+        before = condition
+    columns = (
+        Column("status", tuple(statuses), "left"),
+        Column("rule", tuple(rules), "left"),
+        Column("record", () if is_whole else tuple(groups), "left", drop=1),
         Column("measured", tuple(map(format_measured, shown))),
-        Column(
-            "allowed",
-            tuple(Text(textwrap.fill(safe(text), max(8, width // 4))) for text in conditions),
-            "left",
-        ),
-    ]
-    names = [
-        short(one.layer) if one.layer else (is_whole and group) or "all layers"
-        for one, group in zip(shown, groups, strict=True)
-    ]
+        Column("allowed", tuple(conditions), "left"),
+    )
     kept = tuple(column for column in columns if any(map(str, column.cells)))
     return Grid("", "record" if is_whole else "layer", tuple(names), kept)
 
@@ -185,26 +188,22 @@ def junit(results: Results[Any]) -> str:
     records.
     """
     metric = results.run.settings.get("metric")
-    root = Element(
-        "testsuites",
-        name=safe(f"loradiag {results.run.command}{f', spectra in {metric}' if metric else ''}"),
-    )
-    if weights := weights_of(results):
+    name = f"loradiag {results.run.command}"
+    if metric:
+        name += f", spectra in {metric}"
+    root = Element("testsuites", name=safe(name))
+    weights = weights_of(results)
+    if weights:
         properties = SubElement(root, "properties")
         for item in weights:
-            SubElement(
-                properties,
-                "property",
-                name=safe(f"{item.role} {item.path}"),
-                value=item.fingerprint,
-            )
+            path = safe(f"{item.role} {item.path}")
+            SubElement(properties, "property", name=path, value=item.fingerprint)
     for rule, of_rule in by_rule(results).items():
         suite = SubElement(root, "testsuite", name=safe(rule))
         subjects = group_by(of_rule, lambda verdict: subject_name(verdict, module_type_of))
         for name, verdicts in subjects.items():
-            case = SubElement(
-                suite, "testcase", classname=safe(f"loradiag.{rule}"), name=name, time="0"
-            )
+            kind = safe(f"loradiag.{rule}")
+            case = SubElement(suite, "testcase", classname=kind, name=name, time="0")
             _set_result(case, verdicts)
         _set_counts(suite)
     _set_counts(root)
@@ -228,23 +227,20 @@ def _set_result(case: Element, verdicts: Sequence[Verdict]) -> None:
         if not listed:
             return
         result = SubElement(case, "system-out")
-    lines = [
-        f"{_name_value(verdict)}, allowed {safe(verdict.allowed)}. {safe(verdict.message)}".strip()
-        for verdict in listed[:NAMED]
-    ]
+    lines = []
+    for verdict in listed[:NAMED]:
+        reason = f"allowed {safe(verdict.allowed)}. {safe(verdict.message)}"
+        lines.append(f"{_name_value(verdict)}, {reason}".strip())
     if len(listed) > NAMED:
         lines.append(f"and {len(listed) - NAMED} more")
     result.text = "\n".join(lines)
 
 
 def _set_counts(element: Element) -> None:
-    for name, tag in (
-        ("tests", "testcase"),
-        ("failures", "failure"),
-        ("errors", "error"),
-        ("skipped", "skipped"),
-    ):
-        element.set(name, str(sum(1 for _ in element.iter(tag))))
+    """Set the numbers of tests and of each result of a suite."""
+    tags = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}
+    for name, tag in tags.items():
+        element.set(name, str(len(list(element.iter(tag)))))
 
 
 def workflow_commands(results: Results[Any]) -> list[str]:
@@ -291,18 +287,18 @@ def _escape_property(text: str) -> str:
 def step_summary(results: Results[Any], room: int = SUMMARY_BYTES) -> str:
     """Return a step summary in Markdown of at most ``room`` bytes; omitted rows are counted."""
     head = f"## loradiag {results.run.command}: {escape_markdown(headline(results))}\n\n"
-    lines = [
-        f"- **{escape_markdown(rule)}** {status}: {escape_markdown(describe_reasons(verdicts))}\n"
-        for (status, rule), verdicts in by_status(results).items()
-        if status in WORST_FIRST[:4]
-    ]
+    lines = []
+    for (status, rule), verdicts in by_status(results).items():
+        if status in WORST_FIRST[:4]:
+            reasons = escape_markdown(describe_reasons(verdicts))
+            lines.append(f"- **{escape_markdown(rule)}** {status}: {reasons}\n")
     lines.append(
         "\n| status | rule | layer | measured | allowed |\n| --- | --- | --- | ---: | --- |\n"
     )
-    lines += [
-        markdown_row(v.status, v.rule, subject_name(v), format_measured(v), v.allowed)
-        for v in verdicts_of(results)
-    ]
+    for verdict in verdicts_of(results):
+        name, measured = subject_name(verdict), format_measured(verdict)
+        row = markdown_row(verdict.status, verdict.rule, name, measured, verdict.allowed)
+        lines.append(row)
     end = "\n{} more are in the verdict records (`-o FILE`).\n"
     room_left = room - len((head + end).encode()) - 20
     fitting = sum(size <= room_left for size in accumulate(len(line.encode()) for line in lines))

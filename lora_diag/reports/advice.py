@@ -13,6 +13,7 @@ import math
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import median
 from typing import Any
 
@@ -21,6 +22,7 @@ from lora_diag.diagnostics.residual.record import Residual
 from lora_diag.probes.outputs.show import SUFFICIENT_SHARE, Contest, find_gain, is_tuned_worse
 from lora_diag.probes.sweep import SweepOptions
 from lora_diag.probes.sweep.show import state_verdict
+from lora_diag.records import Probe
 from lora_diag.records.names import short_names
 from lora_diag.records.probe import main_sets
 from lora_diag.rendering.losses import format_gap
@@ -121,11 +123,10 @@ def advice(evidence: Evidence) -> list[Step]:
         for step in _apply_rules(group):
             earlier = by_command.get(step.argv, step)
             by_command[step.argv] = replace(earlier, about=(*earlier.about, *about))
-    # A step that applies to all applies to the page.
-    return [
-        replace(step, about=()) if len(step.about) == len(groups) else step
-        for step in by_command.values()
-    ]
+    for argv, step in by_command.items():
+        if len(step.about) == len(groups):  # a step that applies to all applies to the page
+            by_command[argv] = replace(step, about=())
+    return list(by_command.values())
 
 
 _PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAIN_TEXT"}
@@ -134,20 +135,19 @@ _PLACEHOLDERS = {"base": "", "tuned": "", "eval": "HELD_OUT_TEXT", "data": "TRAI
 def _apply_rules(evidence: Evidence) -> Iterator[Step]:
     """Yield the steps of the rules that apply to one full fine-tune."""
     applied: set[str] = set()
-    short = short_names((path for source in evidence.sources for path in source.paths()), safe)
-    paths = {
-        role: evidence.path_of(role, placeholder) for role, placeholder in _PLACEHOLDERS.items()
-    }
+    short = short_names(chain.from_iterable(source.paths() for source in evidence.sources), safe)
+    paths = {role: evidence.path_of(role, word) for role, word in _PLACEHOLDERS.items()}
     for rule in RULES:
-        if applied & set(rule.unless) or (values := rule.find(evidence)) is None:
+        if not applied.isdisjoint(rule.unless):
+            continue
+        values = rule.find(evidence)
+        if values is None:
             continue
         applied.add(rule.name)
         facts: Facts = {**paths, **values}
-        texts = {
-            name: _join(value if isinstance(value, tuple) else [value], short)
-            for name, value in facts.items()
-        }
-        do, because = rule.do.format_map(texts), " ".join(rule.because.format_map(texts).split())
+        texts = {name: _join(value, short) for name, value in facts.items()}
+        do = rule.do.format_map(texts)
+        because = " ".join(rule.because.format_map(texts).split())
         argv = ("loradiag", *_fill_command(rule.command, facts))
         yield Step(rule.name, do, because, argv, facts)
 
@@ -161,41 +161,48 @@ def _fill_command(template: str, facts: Facts) -> Iterator[str]:
         if not (word.startswith("{") and isinstance(value, tuple)):
             yield word.format_map(facts)
         elif value and not isinstance(value[0], str):
-            yield ",".join(map(_format, value))
+            yield _format(value)
         else:
             yield from value
 
 
-def _join(values: Sequence[Any], short: Mapping[str, str] | None = None) -> str:
-    """Return values as part of a sentence: paths shortened to what differs, and many counted.
+def _join(value: object, short: Mapping[str, str] | None = None) -> str:
+    """Return a value, or those of a tuple, as part of a sentence: paths shortened to what differs,
+    and many counted.
 
-    >>> _join(["a"]), _join([4, 8, 16]), _join(["runs/a", "b"], {"runs/a": "a"})
+    >>> _join("a"), _join((4, 8, 16)), _join(("runs/a", "b"), {"runs/a": "a"})
     ('a', '4, 8 and 16', 'a and b')
-    >>> _join("abcdefg")
+    >>> _join(tuple("abcdefg"))
     'a, b, c and 4 more'
     """
-    words = [
-        (short or {}).get(value, value) if isinstance(value, str) else _format(value)
-        for value in values
-    ]
+    values = value if isinstance(value, tuple) else (value,)
+    words = list(map(_format, values))
+    if short is not None:
+        words = [short.get(word, word) for word in words]
     if len(words) > _LISTED:
         words = [*words[:3], f"{len(words) - 3} more"]
-    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+    if len(words) < 2:
+        return "".join(words)
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def _format(value: object) -> str:
+    """Return a value as a word; several numbers with commas."""
+    if isinstance(value, tuple | list):
+        return ",".join(map(_format, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _find_worse_finetune(evidence: Evidence) -> Facts | None:
-    records = [
-        record for _, of_run in evidence.losses("outputs", "truncation") for record in of_run
-    ]
-    bases = [
-        r
-        for r in records
-        if r.subject == "base" and r.layer is None and r.set in main_sets(records)
-    ]
+    """Return the set on which the full fine-tune is worst, if it is worse than BASE on all; else
+    None.
+    """
+    records: list[Probe] = []
+    for _, of_run in evidence.losses("outputs", "truncation"):
+        records += of_run
+    sets = main_sets(records)
+    bases = [record for record in records if record.subject == "base" and record.layer is None]
+    bases = [record for record in bases if record.set in sets]
     if not bases or not all(map(is_tuned_worse, bases)):
         return None
     worst = min(bases, key=lambda record: record.gap or 0.0)
@@ -203,16 +210,15 @@ def _find_worse_finetune(evidence: Evidence) -> Facts | None:
 
 
 def _find_equal_adapter(evidence: Evidence) -> Facts | None:
-    equal = sorted(
-        (c for c in evidence.contests if c.outcome == "as good"),
-        key=lambda contest: contest.worst.nats,
-    )
+    """Return the best adapter that is as good as the full fine-tune, and the others."""
+    equal = [contest for contest in evidence.contests if contest.outcome == "as good"]
     if not equal:
         return None
-    best, *others = equal
-    others_sentence = (
-        f"The same holds for {_join([c.name for c in others])}: use the smallest." if others else ""
-    )
+    best, *others = sorted(equal, key=lambda contest: contest.worst.nats)
+    others_sentence = ""
+    if others:
+        names = tuple(contest.name for contest in others)
+        others_sentence = f"The same holds for {_join(names)}: use the smallest."
     return {"adapter": best.name, "others": others_sentence, **_facts_of(best)}
 
 
@@ -232,10 +238,11 @@ def _find_tuned_configuration(evidence: Evidence) -> Facts | None:
     """
     for source in evidence.sources:
         feature = feature_of(source.results.run.command)
-        if feature is not None and feature.advice:
-            facts: Facts | None = feature.load(feature.advice)(source.results)
-            if facts is not None:
-                return {**facts, "eval": source.paths("eval")[0]}
+        if feature is None or not feature.advice:
+            continue
+        facts: Facts | None = feature.load(feature.advice)(source.results)
+        if facts is not None:
+            return {**facts, "eval": source.paths("eval")[0]}
     return None
 
 
@@ -256,21 +263,18 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     }
     typed = list_typed_options(SweepOptions, source.results.run.settings) | {"ranks": swept.ranks}
     if chosen is None:
-        lowest_rate = min(
-            record.lr for _, records in evidence.losses("sweep") for record in records if record.lr
-        )
+        lowest_rate = min(_learning_rates(evidence))
         rates = tuple(float(f"{lowest_rate / factor:.2g}") for factor in (100, 10, 3))
         action = f"Change the training before the rank: try learning rates {_join(rates)}"
         then = (*_sweep_again(source, typed | {"rates": rates}), "-o", "sweep-2.jsonl")
         return facts | {"rates": rates, "action": action, "then": then}
-    higher = (2 * chosen.rank, 4 * chosen.rank) if chosen.rank == swept.ranks[-1] else ()
     action = f"Train at r={chosen.rank} with learning rate {chosen.lr:g}"
-    action += f"; also sweep r={_join(higher)}, the loss still decreases" if higher else ""
-    action += (
-        f"; {verdict.needed_seeds} seeds would confirm it"
-        if verdict.needed_seeds is not None
-        else ""
-    )
+    higher: tuple[int, ...] = ()
+    if chosen.rank == swept.ranks[-1]:
+        higher = (2 * chosen.rank, 4 * chosen.rank)
+        action += f"; also sweep r={_join(higher)}, the loss still decreases"
+    if verdict.needed_seeds is not None:
+        action += f"; {verdict.needed_seeds} seeds would confirm it"
     facts |= {
         "rank": chosen.rank,
         "lr": chosen.lr,
@@ -284,45 +288,43 @@ def _find_swept_rank(evidence: Evidence) -> Facts | None:
     if not evidence.changed or evidence.update is None:
         return facts | {"then": ("plan", evidence.path_of("base"), "--ranks", str(chosen.rank))}
     facts["params"] = sum(chosen.rank * sum(record.shape) for record in evidence.changed)
-    size_options = (
-        "--params",
-        str(facts["params"]),
-        "--sweep",
-        source.name,
-        "-o",
-        "adapter_config.json",
-    )
-    return facts | {"then": ("allocate", evidence.update.name, *size_options)}
+    size_options = ("--params", str(facts["params"]), "--sweep", source.name)
+    return facts | {"then": _allocate(evidence.update, *size_options)}
+
+
+def _learning_rates(evidence: Evidence) -> Iterator[float]:
+    """Yield the learning rates of all sweeps."""
+    for _, records in evidence.losses("sweep"):
+        for record in records:
+            if record.lr:
+                yield record.lr
+
+
+def _allocate(update: Source, *size_options: str) -> tuple[str, ...]:
+    """Return the words of the command that allocates ranks by the spectrum of an update."""
+    return ("allocate", update.name, *size_options, "-o", "adapter_config.json")
 
 
 def _sweep_again(source: Source, options: Mapping[str, Any]) -> Iterator[str]:
     """Yield the words of a sweep with the inputs and the options of an earlier one."""
     declared, run = list_options(SweepOptions), source.results.run
     # Options that the run record has in another form.
-    limits = [
-        item.tensors for item in run.inputs if item.role in {"eval", "shifted"} and item.notes
-    ]
+    texts = [item for item in run.inputs if item.role in {"eval", "shifted"}]
+    limits = [item.tensors for item in texts if item.notes]
     kinds = {kind.lower(): kind in run.settings.get("kind", "") for kind in ("DoRA", "rsLoRA")}
     full = bool(run.settings.get("full_rates"))
     options = {**options, **kinds, "full": full, "max_sequences": max(limits, default=None)}
-    yield from (
-        "probe",
-        "sweep",
-        *source.paths("base"),
-        "--data",
-        *(source.paths("data") or ["TRAIN_TEXT"])[:1],
-    )
+    training_texts = [*source.paths("data"), "TRAIN_TEXT"]
+    yield from ("probe", "sweep", *source.paths("base"), "--data", training_texts[0])
     for role in ("eval", "shifted"):
-        yield from (word for path in source.paths(role) for word in (f"--{role}", path))
+        for path in source.paths(role):
+            yield f"--{role}"
+            yield path
     for name, value in options.items():
         if name in declared and value and value != "all-linear":
             yield declared[name][1].flag(name)
             if value is not True:
-                yield (
-                    ",".join(map(_format, value))
-                    if isinstance(value, tuple | list)
-                    else _format(value)
-                )
+                yield _format(value)
 
 
 def _find_gap(evidence: Evidence) -> Facts | None:
@@ -331,11 +333,7 @@ def _find_gap(evidence: Evidence) -> Facts | None:
     None also if an adapter of a higher rank is worse than one of a lower rank.
     """
     contests = evidence.contests
-    if (
-        not contests
-        or any(contest.outcome != "worse" for contest in contests)
-        or evidence.higher_rank_is_worse
-    ):
+    if {contest.outcome for contest in contests} != {"worse"} or evidence.higher_rank_is_worse:
         return None
     best = min(contests, key=lambda contest: contest.worst.gap or 0.0)
     ranks = tuple(rank for rank in COMMON_RANKS if rank > evidence.insufficient_rank)[:3]
@@ -350,50 +348,33 @@ def _find_small_rank(evidence: Evidence) -> Facts | None:
     of ε² in more than half of the adapted matrices: these adapters found other solutions, which may
     be as good.
     """
-    adapted = [
-        record for records in evidence.compared.values() for record in records if record.rank
-    ]
+    adapted, capacities = evidence.adapted, evidence.capacities
     if 2 * sum(record.limited_by == "direction" for record in adapted) > len(adapted):
         return None
-    capacities = evidence.capacities
-    too_small = sorted(
-        (item for item in capacities if item.kept < MIN_ENERGY), key=lambda item: item.kept
-    )
+    too_small = [item for item in capacities if item.kept < MIN_ENERGY]
     if not too_small or evidence.higher_rank_is_worse:
         return None
+    too_small.sort(key=lambda item: item.kept)
+    layers = tuple(item.layer for item in too_small)
     facts: Facts = {
         "rank": span(item.rank for item in too_small),
         "short": len(too_small),
         "count": len(capacities),
         "worst": percent(too_small[0].kept),
-        "layers": tuple(item.layer for item in too_small),
-        "named": list_names([item.layer for item in too_small]),
+        "layers": layers,
+        "named": list_names(layers),
     }
     if evidence.update is None:
-        measure = (
-            "spectrum",
-            evidence.path_of("base"),
-            evidence.path_of("tuned"),
-            "-o",
-            "spectrum.jsonl",
-        )
-        return facts | {"action": "Measure which rank the update needs", "then": measure}
+        inputs = (evidence.path_of("base"), evidence.path_of("tuned"))
+        then: tuple[str, ...] = ("spectrum", *inputs, "-o", "spectrum.jsonl")
+        return facts | {"action": "Measure which rank the update needs", "then": then}
     facts["min_rank"] = min(item.rank for item in capacities)
-    size_options = (
-        "--energy",
-        f"{MIN_ENERGY:g}",
-        "--min-rank",
-        str(facts["min_rank"]),
-        "-o",
-        "adapter_config.json",
-    )
-    then = ("allocate", evidence.update.name, *size_options)
-    condition = (
-        ""
-        if any(contest.outcome == "worse" for contest in evidence.contests)
-        else ", if the loss needs it"
-    )
-    return facts | {"action": f"Raise the rank where it is too small{condition}", "then": then}
+    energy = f"{MIN_ENERGY:g}"
+    then = _allocate(evidence.update, "--energy", energy, "--min-rank", str(facts["min_rank"]))
+    action = "Raise the rank where it is too small"
+    if all(contest.outcome != "worse" for contest in evidence.contests):
+        action += ", if the loss needs it"
+    return facts | {"action": action, "then": then}
 
 
 def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
@@ -402,59 +383,71 @@ def _find_sufficient_rank(evidence: Evidence) -> Facts | None:
 
     None if no measured rank does, or if energy alone cannot decide.
     """
-    truncated_rank = 0
+    insufficient = 0
     for source, records in evidence.losses("truncation"):
         settings = source.results.run.settings
         if settings.get("layers") or settings.get("exclude"):
             continue
-        joint = [
-            record for record in records if record.layer is None and record.module_type is None
-        ]
-        sets = main_sets(joint)
-        base_by_set = {record.set: record for record in joint if record.subject == "base"}
-        if any(find_gain(base_by_set.get(name)) is None for name in sets):
-            continue
-        truncated = [
-            record for record in joint if record.subject == "truncated" and record.set in sets
-        ]
-        for rank in sorted({record.rank for record in truncated if record.rank}):
-            kept = [record.kept or 0.0 for record in truncated if record.rank == rank]
-            if len(kept) < len(sets) or min(kept) < SUFFICIENT_SHARE:
-                truncated_rank = max(truncated_rank, rank)
+        kept_by_rank = _measure_kept(records)
+        for rank in sorted(kept_by_rank.keys() - {0}):
+            kept = kept_by_rank[rank]
+            if kept < SUFFICIENT_SHARE:
+                insufficient = max(insufficient, rank)
                 continue
-            kept_by_rest = max(
-                (record.kept or 0.0 for record in truncated if record.rank == 0), default=None
-            )
-            saved = settings.get("rest") == "tuned" and kept_by_rest != 0
-            alone = "" if kept_by_rest is None else f", which keep {kept_by_rest:.0%} alone"
-            others = (
-                f" with the norms, biases, embeddings and head of TUNED{alone}" if saved else ""
-            )
-            return {
-                "rank": rank,
-                "why": f"r={rank} keeps {min(kept):.0%} of the gain on held-out text{others}.",
-                "unfactored": ("--unfactored", "save") if saved else (),
-            }
-    if (
-        evidence.contests
-        or evidence.sweep
-        or any(item.kept < MIN_ENERGY for item in evidence.capacities)
-    ):
+            others = ""
+            options: tuple[str, ...] = ()
+            if settings.get("rest") == "tuned" and kept_by_rank.get(0) != 0:
+                others = " with the norms, biases, embeddings and head of TUNED"
+                options = ("--unfactored", "save")
+                if 0 in kept_by_rank:
+                    others += f", which keep {kept_by_rank[0]:.0%} alone"
+            why = f"r={rank} keeps {kept:.0%} of the gain on held-out text{others}."
+            return {"rank": rank, "why": why, "unfactored": options}
+    return _find_rank_by_energy(evidence, insufficient)
+
+
+def _measure_kept(records: Sequence[Probe]) -> dict[int, float]:
+    """Return the kept fraction of the gain by rank, on the worst set; of rank 0, on the best set.
+
+    Empty unless there is a gain on every set.
+    """
+    joint = [record for record in records if record.layer is None and record.module_type is None]
+    sets = main_sets(joint)
+    base_by_set = {record.set: record for record in joint if record.subject == "base"}
+    if any(find_gain(base_by_set.get(name)) is None for name in sets):
+        return {}
+    by_rank: dict[int, list[float]] = {}
+    for record in joint:
+        if record.subject == "truncated" and record.set in sets and record.rank is not None:
+            by_rank.setdefault(record.rank, []).append(record.kept or 0.0)
+    kept_by_rank = {}
+    for rank, kept in by_rank.items():
+        if rank == 0:
+            kept_by_rank[rank] = max(kept)
+        elif len(kept) < len(sets):
+            kept_by_rank[rank] = 0.0
+        else:
+            kept_by_rank[rank] = min(kept)
+    return kept_by_rank
+
+
+def _find_rank_by_energy(evidence: Evidence, insufficient: int) -> Facts | None:
+    """Return the smallest rank above ``insufficient`` that holds the energy of every matrix."""
+    resolved = evidence.resolved
+    if evidence.contests or evidence.sweep or not resolved:
+        return None
+    if any(item.kept < MIN_ENERGY for item in evidence.capacities):
+        return None
+    if len(resolved) < len(evidence.changed):
         return None
     for rank in COMMON_RANKS[:4]:
-        energies = [energy_at(record, rank) or 0.0 for record in evidence.resolved]
-        sizeable = [
-            record for record in evidence.resolved if min(record.shape) >= SIZEABLE_RATIO * rank
-        ]
-        is_conclusive = rank > truncated_rank and 0 < len(energies) == len(
-            evidence.changed
-        ) <= 2 * len(sizeable)
-        if is_conclusive and min(energies) >= SUFFICIENT_ENERGY:
-            why = (
-                f"r={rank} keeps {percent(min(energies))} of the energy in the worst of "
-                f"{len(energies)} matrices."
-            )
-            return {"rank": rank, "why": f"{why} {ENERGY}", "unfactored": ()}
+        worst = min(energy_at(record, rank) or 0.0 for record in resolved)
+        sizeable = [record for record in resolved if min(record.shape) >= SIZEABLE_RATIO * rank]
+        is_conclusive = rank > insufficient and 2 * len(sizeable) >= len(resolved)
+        if is_conclusive and worst >= SUFFICIENT_ENERGY:
+            kept = f"{percent(worst)} of the energy in the worst of {len(resolved)} matrices"
+            why = f"r={rank} keeps {kept}. {ENERGY}"
+            return {"rank": rank, "why": why, "unfactored": ()}
     return None
 
 
@@ -467,20 +460,16 @@ def _find_scale(evidence: Evidence) -> Facts | None:
     hint = ""
     for path, records in evidence.compared.items():
         scaled = [record for record in records if record.best_scale is not None]
-        off = [
-            r
-            for r in scaled
-            if (r.cosine or 0.0) >= MIN_COSINE and abs(math.log(_scale(r))) > math.log(MAX_SCALE)
-        ]
-        if off and 2 * len(off) >= len(scaled):
-            factor_by_path[path] = median(map(_scale, off))
-            layers += [record.layer for record in off]
-            root = math.sqrt(median(record.rank or 1 for record in off))
-            if abs(abs(math.log(factor_by_path[path])) - math.log(root)) < 0.05 < math.log(root):
-                hint = (
-                    "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was "
-                    "meant."
-                )
+        off = list(filter(_is_scale_wrong, scaled))
+        if not off or 2 * len(off) < len(scaled):
+            continue
+        layers += [record.layer for record in off]
+        factor = factor_by_path[path] = median(map(_scale, off))
+        log_root = math.log(median(record.rank or 1 for record in off)) / 2
+        if log_root > 0.05 > abs(abs(math.log(factor)) - log_root):
+            hint = (
+                "This is √r, the ratio of rsLoRA's α/√r and LoRA's α/r: check which one was meant."
+            )
     if not factor_by_path:
         return None
     return {
@@ -493,6 +482,12 @@ def _find_scale(evidence: Evidence) -> Facts | None:
     }
 
 
+def _is_scale_wrong(record: Residual) -> bool:
+    """Return whether an adapter's direction is right, and its scale is not."""
+    has_direction = (record.cosine or 0.0) >= MIN_COSINE
+    return has_direction and abs(math.log(_scale(record))) > math.log(MAX_SCALE)
+
+
 def _scale(record: Residual) -> float:
     """Return the best scale of an adapter, at least 1e-9, so that it has a logarithm."""
     return max(record.best_scale or 0.0, 1e-9)
@@ -502,44 +497,40 @@ def _find_unknown_loss(evidence: Evidence) -> Facts | None:
     """Return the adapters whose losses do not decide; without losses, all with distances, or the
     update alone.
     """
-    unknown = tuple(contest.name for contest in evidence.contests if contest.outcome == "not known")
+    contests = evidence.contests
+    unknown = tuple(contest.name for contest in contests if contest.outcome == "not known")
     if unknown:
-        state = "; ".join(
-            f"{c.name} is {format_gap(c.worst)} nats from the full fine-tune"
-            for c in evidence.contests
-        )
-        facts = {
-            "why": f"{state}: too little text to decide.",
+        gaps = [f"{c.name} is {format_gap(c.worst)} nats from the full fine-tune" for c in contests]
+        return {
+            "why": f"{'; '.join(gaps)}: too little text to decide.",
             "eval": "MORE_TEXT",
             "file": "outputs-2",
-        }
-        return facts | {
             "adapters": unknown,
             "subject": unknown,
             "probe": "outputs",
             "before": "relying on distances",
         }
-    if any(evidence.losses("outputs", "truncation", "sweep")) or not (
-        evidence.changed or evidence.adapters
-    ):
+    if any(evidence.losses("outputs", "truncation", "sweep")):
         return None
-    if not (adapters := tuple(evidence.adapters)):
-        facts = {
+    if evidence.adapters:
+        return {
+            "why": "Distances in weights do not show which model is better.",
+            "file": "outputs",
+            "adapters": tuple(evidence.adapters),
+            "subject": tuple(evidence.adapters),
+            "probe": "outputs",
+            "before": "relying on distances",
+        }
+    if evidence.changed:
+        return {
             "why": "Energies do not show which rank the loss needs.",
             "file": "truncation",
-            "probe": "truncation",
-        }
-        return facts | {
             "adapters": (),
             "subject": "the update at each rank",
+            "probe": "truncation",
             "before": "choosing a rank",
         }
-    facts = {
-        "why": "Distances in weights do not show which model is better.",
-        "file": "outputs",
-        "probe": "outputs",
-    }
-    return facts | {"adapters": adapters, "subject": adapters, "before": "relying on distances"}
+    return None
 
 
 _LOSS_RULES = ("fine-tune worse than BASE", "keep the adapter")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 
 from lora_diag.diagnostics.residual.record import Residual
@@ -54,9 +55,13 @@ class Source:
 
     def paths(self, role: str = "") -> list[str]:
         """Return the paths of all inputs of a role; without one, of all inputs."""
-        return [
-            run_input.path for run_input in self.results.run.inputs if role in {"", run_input.role}
-        ]
+        inputs = self.results.run.inputs
+        return [item.path for item in inputs if role in {"", item.role}]
+
+    @property
+    def count(self) -> int:
+        """Number of its records of layers; without any, of those about the run as a whole."""
+        return len(self.results) or len(self.results.whole)
 
 
 class Capacity(NamedTuple):
@@ -89,12 +94,15 @@ class Evidence:
             if any(isinstance(record, kind) for record in source.results):
                 yield source
 
+    def of_command(self, command: str) -> list[Source]:
+        """Return the runs of a command."""
+        return [source for source in self.sources if source.results.run.command == command]
+
     def losses(self, *probes: str) -> Iterator[tuple[Source, list[Probe]]]:
         """Yield the runs with records of some probes, with these records."""
         for source in self.sources:
-            records = [
-                r for r in source.results.whole if isinstance(r, Probe) and r.probe in probes
-            ]
+            of_probes = source.results.whole_of(Probe)
+            records = [record for record in of_probes if record.probe in probes]
             if records:
                 yield source, records
 
@@ -102,8 +110,10 @@ class Evidence:
         """Return the path of the first input of a role in any run, else the placeholder, else the
         role in capitals.
         """
-        paths = (path for source in self.sources for path in source.paths(role))
-        return next(paths, placeholder or role.upper())
+        for source in self.sources:
+            for path in source.paths(role):
+                return path
+        return placeholder or role.upper()
 
     def finished(self) -> Evidence:
         """Return the evidence without unfinished runs, which lack layers."""
@@ -113,24 +123,21 @@ class Evidence:
         """Return the evidence for each full fine-tune, with the runs that belong to none, such as
         sweeps.
         """
+        ids_of = [(source, _identify_tuned(source)) for source in self.sources]
         fine_tunes: list[set[str]] = []  # paths and fingerprints of each
-        for source in self.sources:
-            if tuned_ids := _identify_tuned(source):
-                matching = next((ids for ids in fine_tunes if ids & tuned_ids), None)
-                if matching is None:
-                    fine_tunes.append(matching := set())
-                matching |= tuned_ids
+        for _, ids in ids_of:
+            matching = next((known for known in fine_tunes if known & ids), None)
+            if matching is not None:
+                matching |= ids
+            elif ids:
+                fine_tunes.append(set(ids))
         if len(fine_tunes) < 2:
             return [self]
-        return [
-            replace(
-                self,
-                sources=tuple(
-                    s for s in self.sources if not (ids := _identify_tuned(s)) or ids & tuned_ids
-                ),
-            )
-            for tuned_ids in fine_tunes
-        ]
+        groups = []
+        for known in fine_tunes:
+            sources = tuple(source for source, ids in ids_of if not ids or ids & known)
+            groups.append(Evidence(sources))
+        return groups
 
     @cached_property
     def update(self) -> Source | None:
@@ -140,19 +147,18 @@ class Evidence:
         does not describe norms and placement.
         """
         for source in self.of(Spectrum):
-            if any(
-                (r.method != "factored", r.source, r.metric) == (True, "update", "weights")
-                for r in source.results
-            ):
-                return source
+            for record in source.results:
+                is_full = record.method != "factored" and record.source == "update"
+                if is_full and record.metric == "weights":
+                    return source
         return None
 
     @cached_property
     def changed(self) -> tuple[Spectrum, ...]:
         """Spectra of ``update``: the changed matrices outside embeddings and head."""
-        return _select_matrices(
-            record for record in (self.update.results if self.update else ()) if record.fro > 0
-        )
+        if self.update is None:
+            return ()
+        return _select_matrices([record for record in self.update.results if record.fro > 0])
 
     @cached_property
     def resolved(self) -> tuple[Spectrum, ...]:
@@ -182,10 +188,12 @@ class Evidence:
     @cached_property
     def ranks(self) -> dict[str, int]:
         """The rank of every compared adapter that has one rank."""
-        ranks = {
-            path: {r.rank for r in records if r.rank} for path, records in self.compared.items()
-        }
-        return {path: next(iter(of_path)) for path, of_path in ranks.items() if len(of_path) == 1}
+        rank_by_path = {}
+        for path, records in self.compared.items():
+            ranks = {record.rank for record in records if record.rank}
+            if len(ranks) == 1:
+                rank_by_path[path] = ranks.pop()
+        return rank_by_path
 
     @cached_property
     def capacities(self) -> tuple[Capacity, ...]:
@@ -194,41 +202,43 @@ class Evidence:
 
         Layers that no adapter changes are not counted.
         """
-        records = [
-            record for records in self.compared.values() for record in records if record.rank
-        ]
-        records.sort(key=lambda record: record.rank or 0)  # of one layer, the largest rank is last
-        by_layer = {
-            r.layer: (r.rank or 0, 1 - r.epsilon_min**2)
-            for r in records
-            if r.epsilon_min is not None
-        }
-        if not by_layer:
-            kept = {record.layer: energy_at(record, DEFAULT_RANK) for record in self.resolved}
-            by_layer = {
-                layer: (DEFAULT_RANK, share) for layer, share in kept.items() if share is not None
-            }
-        return tuple(Capacity(layer, *of_layer) for layer, of_layer in by_layer.items())
+        by_layer: dict[str, Capacity] = {}
+        # Of one layer, the largest rank is last.
+        for record in sorted(self.adapted, key=lambda record: record.rank or 0):
+            if record.epsilon_min is not None:
+                kept = 1 - record.epsilon_min**2
+                by_layer[record.layer] = Capacity(record.layer, record.rank or 0, kept)
+        if by_layer:
+            return tuple(by_layer.values())
+        capacities = []
+        for spectrum in self.resolved:
+            energy = energy_at(spectrum, DEFAULT_RANK)
+            if energy is not None:
+                capacities.append(Capacity(spectrum.layer, DEFAULT_RANK, energy))
+        return tuple(capacities)
+
+    @cached_property
+    def adapted(self) -> tuple[Residual, ...]:
+        """Those of ``compared`` that an adapter changes."""
+        records = chain.from_iterable(self.compared.values())
+        return tuple(record for record in records if record.rank)
 
     @cached_property
     def contests(self) -> list[Contest]:
         """The comparison of every adapter with a full fine-tune by losses."""
-        return [
-            contest for _, records in self.losses("outputs") for contest in contests_of(records)
-        ]
+        contests: list[Contest] = []
+        for _, records in self.losses("outputs"):
+            contests += contests_of(records)
+        return contests
 
     @cached_property
     def sweep(self) -> tuple[Source, Swept] | None:
         """The first sweep with a verdict; None without one."""
-        swept = ((source, swept_of(source.results)) for source, _ in self.losses("sweep"))
-        return next(
-            (
-                (source, s)
-                for source, s in swept
-                if s is not None and s.verdict.outcome != "no verdict"
-            ),
-            None,
-        )
+        for source, _ in self.losses("sweep"):
+            swept = swept_of(source.results)
+            if swept is not None and swept.verdict.outcome != "no verdict":
+                return source, swept
+        return None
 
     @cached_property
     def insufficient_rank(self) -> int:
@@ -241,31 +251,26 @@ class Evidence:
     @cached_property
     def higher_rank_is_worse(self) -> bool:
         """Whether an adapter of a higher rank is significantly worse than one of a lower rank."""
-        pairs = (
-            (choice.best, rival.name)
-            for _, records in self.losses("outputs")
-            for choice in choose_adapters(
-                [record for record in records if record.set in deciding_sets(records)]
-            )
-            for rival in choice.rivals
-            if rival.worse
-        )
-        return any(self.ranks.get(high, 0) > self.ranks.get(low, math.inf) for low, high in pairs)
+        for _, records in self.losses("outputs"):
+            sets = deciding_sets(records)
+            for choice in choose_adapters([record for record in records if record.set in sets]):
+                best_rank = self.ranks.get(choice.best, math.inf)
+                for rival in choice.rivals:
+                    if rival.worse and self.ranks.get(rival.name, 0) > best_rank:
+                        return True
+        return False
 
     @property
     def verdicts(self) -> tuple[Verdict, ...]:
         """Verdicts of all gates."""
-        return tuple(
-            verdict for source in self.sources for verdict in source.results.whole_of(Verdict)
-        )
+        by_source = [source.results.whole_of(Verdict) for source in self.sources]
+        return tuple(chain.from_iterable(by_source))
 
 
-def _select_matrices(records: Iterator[Matrix] | Sequence[Matrix]) -> tuple[Matrix, ...]:
-    return tuple(
-        record
-        for record in records
-        if len(record.shape) == 2 and part_of(record.layer) == "matrices"
-    )
+def _select_matrices(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
+    """Return the records of matrices outside embeddings and head."""
+    matrices = [record for record in records if len(record.shape) == 2]
+    return tuple(record for record in matrices if part_of(record.layer) == "matrices")
 
 
 def _select_resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
@@ -280,8 +285,10 @@ def _select_resolved(records: Sequence[Matrix]) -> tuple[Matrix, ...]:
 
 def _identify_tuned(source: Source) -> set[str]:
     """Return path and fingerprint of the fine-tune of a run; empty without one or with several."""
-    tuned = [run_input for run_input in source.results.run.inputs if run_input.role == "tuned"]
-    return {tuned[0].path, tuned[0].fingerprint} - {""} if len(tuned) == 1 else set()
+    tuned = [item for item in source.results.run.inputs if item.role == "tuned"]
+    if len(tuned) != 1:
+        return set()
+    return {tuned[0].path, tuned[0].fingerprint} - {""}
 
 
 def energy_at(record: Spectrum, rank: int) -> float | None:

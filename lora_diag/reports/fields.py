@@ -64,32 +64,29 @@ def layers_of(evidence: Evidence) -> tuple[str, ...]:
 
     Adapters of fleets are not included, nor layers of probes.
     """
-    return tuple(
-        dict.fromkeys(
-            record.layer
-            for source in evidence.sources
-            for record in source.results
-            if not isinstance(record, Fleet)
-        )
-    )
+    layers: dict[str, None] = {}
+    for source in evidence.sources:
+        layers |= {record.layer: None for record in source.results if type(record) is not Fleet}
+    return tuple(layers)
 
 
 def fields_of(evidence: Evidence, layers: Sequence[str]) -> list[Field]:
     """Return all nonempty columns of the runs."""
-    fields = [
-        Field(
-            f"{prefix}.{column.path}",
-            column.title,
-            column.about,
-            group,
-            tuple(column.value(records[layer]) if layer in records else None for layer in layers),
-            partial(_pool_together, column, records, layers),
-            column.share,
-            column.main,
-        )
-        for prefix, group, shown, records in _list_columns(evidence)
-        for column in shown
-    ]
+    fields = []
+    for prefix, group, shown, records in _list_columns(evidence):
+        for column in shown:
+            value_by_layer = {layer: column.value(record) for layer, record in records.items()}
+            field = Field(
+                f"{prefix}.{column.path}",
+                column.title,
+                column.about,
+                group,
+                tuple(map(value_by_layer.get, layers)),
+                partial(_pool_together, column, records, layers),
+                column.share,
+                column.main,
+            )
+            fields.append(field)
     fields.append(_make_gate_field(evidence, layers))
     return [field for field in fields if any(value is not None for value in field.values)]
 
@@ -120,24 +117,20 @@ def _list_columns(evidence: Evidence) -> Iterator[_Columns]:
         place = f"at the last step, r={span((track.rank for track in shown_tracks), ' to ')}"
         shown = tuple(replace(column, about=f"{column.about}; {place}") for column in Overlap.shown)
         yield f"o{position}", name, shown, {track.layer: track.last for track in shown_tracks}
-    for kind in record_kinds().values():
+    for record_name, kind in record_kinds().items():
         if issubclass(kind, LayerRecord) and kind.key == ("layer",) and kind is not Spectrum:
             for position, (source, name) in enumerate(_name_sources(evidence, kind)):
                 shown = kind.shown_of(source.results.run.settings, source.results.layers)
-                yield (
-                    f"{kind.model_fields['record'].default}{position}",
-                    name,
-                    shown,
-                    source.by_layer(kind),
-                )
+                yield f"{record_name}{position}", name, shown, source.by_layer(kind)
 
 
 def _name_sources(evidence: Evidence, kind: type[LayerRecord]) -> Iterator[tuple[Source, str]]:
     """Yield the runs with records of a kind, and their names if there are several."""
     sources = list(evidence.of(kind))
-    yield from zip(
-        sources, labels([source.name for source in sources]) if sources[1:] else [""], strict=False
-    )
+    names = [""]
+    if len(sources) > 1:
+        names = labels([source.name for source in sources])
+    yield from zip(sources, names, strict=False)
 
 
 def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
@@ -148,9 +141,8 @@ def _make_gate_field(evidence: Evidence, layers: Sequence[str]) -> Field:
             worst[verdict.layer] = min(earlier, verdict.status, key=WORST_FIRST.index)
 
     def together(positions: Sequence[int]) -> Status | None:
-        statuses = [
-            status for position in positions if (status := worst.get(layers[position])) is not None
-        ]
+        names = [layers[position] for position in positions]
+        statuses = [worst[layer] for layer in names if layer in worst]
         return min(statuses, key=WORST_FIRST.index, default=None)
 
     about = "worst verdict of the gate on this layer"
@@ -163,5 +155,6 @@ def _pool_together(
     """Return the pooled value of a column over the layers at these positions; None
     without records.
     """
-    group = [records[layers[position]] for position in positions if layers[position] in records]
+    names = [layers[position] for position in positions]
+    group = [records[layer] for layer in names if layer in records]
     return pooled_value(shown, group) if group else None

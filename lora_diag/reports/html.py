@@ -14,9 +14,11 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -67,24 +69,19 @@ def images_of(evidence: Evidence) -> list[Image]:
     """Return every figure that the records allow, as SVG."""
     from lora_diag import plots  # deferred: importing Matplotlib takes half a second
 
-    runs, files = (
-        [source.results for source in evidence.sources],
-        [source.name for source in evidence.sources],
-    )
-    # Name in the page, figure, title, field of a heat map.
-    kinds: list[tuple[str, str, str, str | None]] = [
-        (kind.name, kind.name, kind.shows, None) for kind in plots.FIGURES
-    ]
-    kinds.append(
-        ("intruders", "heatmap", "intruder dimensions by module type and depth", "intruders")
-    )
+    runs = [source.results for source in evidence.sources]
+    files = [source.name for source in evidence.sources]
     images = []
-    for name, kind, title, field in kinds:
+
+    def draw(kind: str, name: str, title: str, field: str | None = None) -> None:
         if plots.why_not(kind, runs, field=field) is None:
             svg = plots.encode_figure(plots.figure(kind, runs, field=field, files=files), "svg")
-            images.append(
-                Image(name, title, f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}")
-            )
+            data = base64.b64encode(svg).decode()
+            images.append(Image(name, title, f"data:image/svg+xml;base64,{data}"))
+
+    for kind in plots.FIGURES:
+        draw(kind.name, kind.name, kind.shows)
+    draw("heatmap", "intruders", "intruder dimensions by module type and depth", "intruders")
     return images
 
 
@@ -132,8 +129,10 @@ def html_report(evidence: Evidence, images: Sequence[Image] = (), made: str = ""
     columns = fields_of(evidence, layers)
     if not any(column.is_number for column in columns):
         layers, columns = (), []  # no cells to colour: the runs' own summaries are sufficient
-    (outcome, verdicts), sections = gate_outcome(evidence), sections_of(evidence)
-    subject, data = subject_of(evidence), _make_data(evidence, layers, columns)
+    outcome, verdicts = gate_outcome(evidence)
+    sections = sections_of(evidence)
+    subject = subject_of(evidence)
+    data = _make_data(evidence, layers, columns)
     section_figures = {name for section in sections for name in section.figures}
     return templates.get_template("report.html").render(
         subject=subject,
@@ -174,19 +173,18 @@ def _list_parts(
     """Return the ids and titles of the parts of the page; several runs of a command have whole
     titles.
     """
-    kinds = [section.kind for section in sections]
-    titles = [
-        kind if kinds.count(kind) == 1 else item.title
-        for kind, item in zip(kinds, sections, strict=True)
-    ]
-    parts = (
-        ("next", "Next steps", subject.advice),
-        ("gate", "Gate", outcome),
-        *((f"several{position}", title, True) for position, title in enumerate(titles, 1)),
-        ("explore", "Layer by layer", layers),
-        ("runs", "Runs", True),
-    )
-    return [(id, title) for id, title, is_shown in parts if is_shown]
+    kinds = Counter(section.kind for section in sections)
+    parts = []
+    if subject.advice:
+        parts.append(("next", "Next steps"))
+    if outcome:
+        parts.append(("gate", "Gate"))
+    for position, section in enumerate(sections, 1):
+        title = section.kind if kinds[section.kind] == 1 else section.title
+        parts.append((f"several{position}", title))
+    if layers:
+        parts.append(("explore", "Layer by layer"))
+    return [*parts, ("runs", "Runs")]
 
 
 @cache
@@ -213,27 +211,33 @@ def _make_data(
     type_index = {name: i for i, name in enumerate(types.names)}
     layer_index = {layer: i for i, layer in enumerate(layers)}
     data = {
-        "layers": [safe(layer) for layer in layers],
-        "types": [safe(name) for name in types.names],
+        "layers": list(map(safe, layers)),
+        "types": list(map(safe, types.names)),
         "type": [type_index[types.of(layer)] for layer in layers],
-        "depth": [depth_of(layer) for layer in layers],
-        "fields": [
-            {
-                name: getattr(column, name)
-                for name in ("id", "title", "about", "group", "share", "main")
-            }
-            | {"number": column.is_number, "values": column.values}
-            for column in columns
-        ],
+        "depth": list(map(depth_of, layers)),
+        "fields": list(map(_describe_column, columns)),
         "metrics": _list_metrics(evidence),
         "spectra": _make_spectra(evidence, layer_index),
         "overlaps": _make_overlaps(evidence, layer_index),
     }
-    return (
-        json.loads(json.dumps(data), parse_float=_round_value)
-        if len(layers) >= LARGE_PAGE
-        else data
-    )
+    if len(layers) < LARGE_PAGE:
+        return data
+    rounded: dict[str, Any] = json.loads(json.dumps(data), parse_float=_round_value)
+    return rounded
+
+
+def _describe_column(column: Field) -> dict[str, Any]:
+    """Return a column for the page's script."""
+    return {
+        "id": column.id,
+        "title": column.title,
+        "about": column.about,
+        "group": column.group,
+        "share": column.share,
+        "main": column.main,
+        "number": column.is_number,
+        "values": column.values,
+    }
 
 
 def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
@@ -247,31 +251,27 @@ def _make_spectra(evidence: Evidence, layer_index: Mapping[str, int]) -> list[di
         ranks_by_length: dict[int, list[int]] = {}
         curves = []
         for record in source.results:
-            shown_ranks = ranks_by_length.setdefault(
-                len(record.s), thinned_ranks(len(record.s), points)
-            )
+            length = len(record.s)
+            shown_ranks = ranks_by_length.setdefault(length, thinned_ranks(length, points))
             energy: list[float | None] = [None] * len(shown_ranks)
             if record.fro > 0:
-                energy = [
-                    *map(_round_value, curve_at(record.s, record.fro, record.complete, shown_ranks))
-                ]
-            curves.append(
-                {
-                    "layer": layer_index[record.layer],
-                    "kept": len(record.s),
-                    "s": [record.s[rank - 1] for rank in shown_ranks],
-                    "c": energy,
-                    "edge": record.resolution.edge,
-                }
-            )
-        charts.append(
-            {
-                "label": label,
-                "metric": metric_of(source.results),
-                "ranks": ranks_by_length,
-                "curves": curves,
+                shares = curve_at(record.s, record.fro, record.complete, shown_ranks)
+                energy = [*map(_round_value, shares)]
+            curve = {
+                "layer": layer_index[record.layer],
+                "kept": length,
+                "s": [record.s[rank - 1] for rank in shown_ranks],
+                "c": energy,
+                "edge": record.resolution.edge,
             }
-        )
+            curves.append(curve)
+        chart = {
+            "label": label,
+            "metric": metric_of(source.results),
+            "ranks": ranks_by_length,
+            "curves": curves,
+        }
+        charts.append(chart)
     return charts
 
 
@@ -281,24 +281,23 @@ def _list_metrics(evidence: Evidence) -> list[dict[str, str]]:
     """
     metrics = {metric_of(source.results) for source in evidence.of(Spectrum)}
     return [
-        {"id": m, "name": METRIC_NAMES[m], "of": NORMS[m][0].strip("‖")}
-        for m in METRIC_NAMES
-        if m in metrics
+        {"id": metric, "name": name, "of": NORMS[metric][0].strip("‖")}
+        for metric, name in METRIC_NAMES.items()
+        if metric in metrics
     ]
 
 
+# The numbers of a point of an overlap curve.
+_CURVE = ("step", "kappa", "kappa_random", "tangent", "tangent_random")
+
+
 def _make_overlaps(evidence: Evidence, layer_index: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Return the overlaps over the steps, in rows (step, κ, its baseline, tangent, its
-    baseline).
-    """
+    """Return the overlaps over the steps."""
     charts = []
     for source in evidence.of(Overlap):
         curves = []
         for track in tracks(source.results):
-            rows = [
-                (r.step, r.kappa, r.kappa_random, r.tangent, r.tangent_random)
-                for r in select_evenly(track.records, MAX_STEPS)
-            ]
+            rows = list(map(attrgetter(*_CURVE), select_evenly(track.records, MAX_STEPS)))
             curves.append({"layer": layer_index[track.layer], "rank": track.rank, "rows": rows})
         charts.append({"curves": curves})
     return charts
@@ -313,10 +312,11 @@ def _count_points(evidence: Evidence) -> int:
 def _describe_thinning(evidence: Evidence, layers: Sequence[str]) -> list[str]:
     """State the contents of the records that the page omits."""
     points = _count_points(evidence)
-    longest = max((len(r.s) for source in evidence.of(Spectrum) for r in source.results), default=0)
-    steps = max(
-        (len({r.step for r in source.results}) for source in evidence.of(Overlap)), default=0
-    )
+    longest = steps = 0
+    for source in evidence.of(Spectrum):
+        longest = max(longest, *(len(record.s) for record in source.results))
+    for source in evidence.of(Overlap):
+        steps = max(steps, len({record.step for record in source.results}))
     notes = []
     if longest > points:
         notes.append(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import starmap
 
 from lora_diag.records.names import module_type_of, type_order
 from lora_diag.rendering.html import escape_markdown
@@ -36,20 +37,20 @@ def markdown_report(evidence: Evidence) -> str:
     inputs.
     """
     subject = subject_of(evidence)
-    parts = [
-        f"# {escape_markdown(crop(subject.title, 200))}",
-        *(f"> **Unfinished:** {escape_markdown(line)}" for line in subject.unfinished),
-        *(
-            f"**{answer.question}** {escape_markdown(answer.says)}" + _list_items(answer.more)
-            for answer in subject.answers
-        ),
+    parts = [f"# {escape_markdown(crop(subject.title, 200))}"]
+    parts += [f"> **Unfinished:** {escape_markdown(line)}" for line in subject.unfinished]
+    for answer in subject.answers:
+        lines = [f"**{answer.question}** {escape_markdown(answer.says)}"]
+        lines += [f"- {escape_markdown(line)}" for line in answer.more]
+        parts.append("\n".join(lines))
+    parts += [
         *_make_advice(subject),
         *_make_sections(evidence),
         *_make_table(evidence),
         *_make_gate(evidence),
         _list_runs(evidence),
     ]
-    return safe_lines(_join_fitting([part for part in parts if part]))
+    return safe_lines(_join_fitting(parts))
 
 
 def _join_fitting(parts: Sequence[str]) -> str:
@@ -65,10 +66,6 @@ def _join_fitting(parts: Sequence[str]) -> str:
             break
         kept.append(part)
     return "\n\n".join(kept) + "\n"
-
-
-def _list_items(lines: Sequence[str]) -> str:
-    return "".join(f"\n- {escape_markdown(line)}" for line in lines)
 
 
 def _format_table(
@@ -88,6 +85,11 @@ def _format_table(
     return "\n".join([f"| {' | '.join(titles)} |", f"|{marks}|", *lines[:ROWS]]) + note
 
 
+def _escape_cells(name: str, cells: Iterable[str]) -> list[str]:
+    """Return a row of a table: a name as code, then its cells."""
+    return [code(name), *(escape_markdown(cell.replace("\n", " ")) for cell in cells)]
+
+
 def _make_table(evidence: Evidence) -> list[str]:
     """Return the main columns by module type, pooled as declared, with notes; empty without
     columns.
@@ -100,14 +102,10 @@ def _make_table(evidence: Evidence) -> list[str]:
     if not columns:
         return []
     heads = [escape_markdown(f"{field.title} {crop(field.group, 30)}".strip()) for field in columns]
-    rows = [
-        [
-            code(name),
-            str(len(positions)),
-            *(escape_markdown(plain(field.together(positions))) for field in columns),
-        ]
-        for name, positions in groups.items()
-    ]
+    rows = []
+    for name, positions in groups.items():
+        pooled = [plain(field.together(positions)) for field in columns]
+        rows.append(_escape_cells(name, [str(len(positions)), *pooled]))
     table = _format_table(
         ["module type", "n", *heads], rows, [False, *[True] * (len(heads) + 1)], " module types"
     )
@@ -122,15 +120,13 @@ def _make_sections(evidence: Evidence) -> list[str]:
     """Return a part for each section: its summary and its tables."""
     parts = []
     for section in sections_of(evidence):
-        statements = "\n".join(
-            f"- **{escape_markdown(statement.label)}** "
-            f"{escape_markdown('; '.join(statement.lines))}"
-            for statement in section.statements
-        )
-        parts += [
-            f"## {escape_markdown(crop(section.title, 200))}",
-            *([statements] if statements else []),
-        ]
+        parts.append(f"## {escape_markdown(crop(section.title, 200))}")
+        items = []
+        for statement in section.statements:
+            text = escape_markdown("; ".join(statement.lines))
+            items.append(f"- **{escape_markdown(statement.label)}** {text}")
+        if items:
+            parts.append("\n".join(items))
         parts += map(_format_grid, section.grids)
     return parts
 
@@ -138,33 +134,39 @@ def _make_sections(evidence: Evidence) -> list[str]:
 def _format_grid(grid: Grid) -> str:
     """Return a table with its caption and explanation."""
     titles = [grid.title, *(escape_markdown(column.title) for column in grid.columns)]
-    rows = (
-        [code(name), *(escape_markdown(cell.replace("\n", " ")) for cell in cells)]
-        for name, cells in grid.rows()
-    )
+    rows = starmap(_escape_cells, grid.rows())
     right = [False, *(column.justify == "right" for column in grid.columns)]
-    caption = f"**{escape_markdown(grid.caption)}**\n\n" if grid.caption else ""
-    about = f"\n\n{escape_markdown(grid.about)}" if grid.about else ""
-    return caption + _format_table(titles, rows, right) + about
+    parts = [_format_table(titles, rows, right)]
+    if grid.caption:
+        parts.insert(0, f"**{escape_markdown(grid.caption)}**")
+    if grid.about:
+        parts.append(escape_markdown(grid.about))
+    return "\n\n".join(parts)
 
 
 def _make_advice(subject: Subject) -> list[str]:
     parts = ["## Next steps"] if subject.advice else []
     for position, step in enumerate(subject.advice, 1):
         about = f" About {', '.join(map(code, step.about))}." if step.about else ""
-        layers = f" Layers: {_list_layers(step.layers)}." if step.layers else ""
-        parts.append(
-            f"{position}. **{escape_markdown(step.do)}.** {escape_markdown(step.because)}{about}\n "
-            "  "
-            f"{code(step.command, 1000)}\n   Rule: {step.rule}.{layers}"
+        names = [code(short(layer)) for layer in step.layers]
+        layers = f" Layers: {_list_first(names)}." if names else ""
+        lines = (
+            f"{position}. **{escape_markdown(step.do)}.** {escape_markdown(step.because)}{about}",
+            code(step.command, 1000),
+            f"Rule: {step.rule}.{layers}",
         )
+        parts.append("\n   ".join(lines))
     return parts
 
 
 def _make_gate(evidence: Evidence) -> list[str]:
     outcome, verdicts = gate_outcome(evidence)
-    table = [_format_grid(verdict_grid(verdicts, WIDTH))] if verdicts else []
-    return ["## Gate", f"{escape_markdown(outcome)}.", *table] if outcome else []
+    if not outcome:
+        return []
+    parts = ["## Gate", f"{escape_markdown(outcome)}."]
+    if verdicts:
+        parts.append(_format_grid(verdict_grid(verdicts, WIDTH)))
+    return parts
 
 
 def _list_runs(evidence: Evidence) -> str:
@@ -174,23 +176,21 @@ def _list_runs(evidence: Evidence) -> str:
     lines = ["## Measured", ""]
     for source in evidence.sources:
         run = source.results.run
-        inputs = ", ".join(
-            f"{escape_markdown(item.role)} {code(item.path)}" for item in run.inputs[:NAMED]
-        )
-        inputs += f" and {len(run.inputs) - NAMED} more" if len(run.inputs) > NAMED else ""
+        inputs = [f"{escape_markdown(item.role)} {code(item.path)}" for item in run.inputs]
         state = "" if source.results.end is not None else "; the run did not finish"
         made = f"; started {source.made}" if source.made else ""
         lines.append(
             f"- {code(source.name)}: loradiag {escape_markdown(run.command)} "
-            f"{escape_markdown(run.version)}: {inputs}; "
-            f"{len(source.results) or len(source.results.whole)} records{made}{state}"
+            f"{escape_markdown(run.version)}: {_list_first(inputs)}; "
+            f"{source.count} records{made}{state}"
         )
     return "\n".join(lines)
 
 
-def _list_layers(layers: Sequence[str]) -> str:
-    shown = ", ".join(code(short(layer)) for layer in layers[:NAMED])
-    return f"{shown} and {len(layers) - NAMED} more" if len(layers) > NAMED else shown
+def _list_first(words: Sequence[str]) -> str:
+    """Return the first ``NAMED`` words, and the number of the others."""
+    shown = ", ".join(words[:NAMED])
+    return f"{shown} and {len(words) - NAMED} more" if len(words) > NAMED else shown
 
 
 def code(text: str, limit: int = NAME) -> str:

@@ -93,32 +93,32 @@ def report(
             f"use {' or '.join(_TABLES)}",
         )
     if output is not None:
-        if os.path.realpath(output) in {
-            os.path.realpath(item) for item in results if not isinstance(item, Results)
-        }:
+        files = [item for item in results if not isinstance(item, Results)]
+        if os.path.realpath(output) in map(os.path.realpath, files):
             raise UsageError(
                 f"{output}: is one of the results files; choose another name for the report"
             )
         check_output(Path(output), kind, overwrite)
-    evidence = Evidence(
-        tuple(
-            Source(f"{item.run.command}.jsonl", item)
-            if isinstance(item, Results)
-            else Source(str(Path(item)), read_results(item))
-            for item in results
-        )
-    )
-    rendered: str | bytes = load(renderer)(
-        evidence, *([values] if output_format in _TABLES else [])
-    )
+    evidence = Evidence(tuple(map(_read_source, results)))
+    render = load(renderer)
+    rendered: str | bytes
+    if output_format in _TABLES:
+        rendered = render(evidence, values)
+    else:
+        rendered = render(evidence)
     if output is not None:
-        content = (
-            rendered
-            if isinstance(rendered, bytes)
-            else rendered.encode("utf-8", "backslashreplace")
-        )
+        content = rendered
+        if isinstance(content, str):
+            content = content.encode("utf-8", "backslashreplace")
         write_whole(Path(output), content, kind, overwrite)
     return rendered
+
+
+def _read_source(item: Path | str | Results[Any]) -> Source:
+    """Return a results file, or results in memory named by their command, as a source."""
+    if isinstance(item, Results):
+        return Source(f"{item.run.command}.jsonl", item)
+    return Source(str(Path(item)), read_results(item))
 
 
 def format_of(output: Path | str | None, format: str | None) -> str:
@@ -153,10 +153,8 @@ def to_csv(evidence: Evidence, values: bool = False) -> str:
     columns = _make_columns(evidence, values)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(map(_make_cell, columns))
-    writer.writerows(
-        [_make_cell(value) for value in row] for row in zip(*columns.values(), strict=True)
-    )
+    for row in (columns, *zip(*columns.values(), strict=True)):
+        writer.writerow(map(_make_cell, row))
     return buffer.getvalue()
 
 
@@ -173,14 +171,14 @@ def to_parquet(evidence: Evidence, values: bool = False) -> bytes:
 
 
 def _make_columns(evidence: Evidence, values: bool) -> Columns:
-    records = [
-        (record, {"results": source.name})
-        for source in evidence.sources
-        for record in (*source.results.layers, *source.results.whole, *source.results.left_out)
-    ]
-    paths = (
-        run_input.path for source in evidence.sources for run_input in source.results.run.inputs
-    )
+    records = []
+    paths: list[str] = []
+    for source in evidence.sources:
+        results, origin = source.results, {"results": source.name}
+        records += [
+            (record, origin) for record in (*results.layers, *results.whole, *results.left_out)
+        ]
+        paths += source.paths()
     make = value_columns if values else record_columns
     return make(records, short_names(paths)) or {"results": []}
 

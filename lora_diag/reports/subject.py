@@ -59,32 +59,29 @@ def sections_of(evidence: Evidence) -> list[Section]:
     """Return a section for each run whose feature has one, in their declared order; runs of one
     command as given.
     """
-    declared = [feature for feature in features() if feature.section]
     sections = []
-    for feature in sorted(
-        declared, key=lambda feature: feature.section.order if feature.section else 0
-    ):
+    for feature in sorted(features(), key=_order_of):
         kind = feature.section
-        for number, source in enumerate(
-            s for s in evidence.sources if s.results.run.command == feature.name
-        ):
-            assert kind is not None
+        if kind is None:
+            continue
+        figures = kind.figures or tuple(figure.name for figure in feature.figures)
+        for source in evidence.of_command(feature.name):
             statements: list[Statement] = feature.load(feature.statements)(source.results)
-            figures = kind.figures or tuple(figure.name for figure in feature.figures)
-            sections.append(
-                Section(
-                    f"{kind.title}: {name_updates(source)}",
-                    kind.title,
-                    tuple(
-                        statement
-                        for statement in statements
-                        if statement.key not in _KEYS_IN_RUN_LIST
-                    ),
-                    tuple(grid for grid in feature.tables(source.results, kind.per) if grid.names),
-                    () if number else figures,
-                )
+            section = Section(
+                f"{kind.title}: {name_updates(source)}",
+                kind.title,
+                tuple(item for item in statements if item.key not in _KEYS_IN_RUN_LIST),
+                tuple(grid for grid in feature.tables(source.results, kind.per) if grid.names),
+                figures,
             )
+            sections.append(section)
+            figures = ()  # the first section has those of all runs
     return sections
+
+
+def _order_of(feature: Feature) -> int:
+    """Return the place of a feature in the report; 40 without a section."""
+    return feature.section.order if feature.section else 40
 
 
 def name_updates(source: Source) -> str:
@@ -92,12 +89,13 @@ def name_updates(source: Source) -> str:
     its file.
     """
     run = source.results.run
-    compared = [run_input for run_input in run.inputs if run_input.role not in _TEXT_ROLES]
-    updates = [run_input.path for run_input in compared if run_input.role != "base"] or [
-        run_input.path for run_input in compared
-    ]
-    if run.command == "spectrum --adapters" or len(updates) > _NAMED:
-        return f"{len(updates)} {'adapters' if run.command == 'spectrum --adapters' else 'updates'}"
+    compared = [item for item in run.inputs if item.role not in _TEXT_ROLES]
+    updates = [item.path for item in compared if item.role != "base"]
+    updates = updates or [item.path for item in compared]
+    if run.command == "spectrum --adapters":
+        return f"{len(updates)} adapters"
+    if len(updates) > _NAMED:
+        return f"{len(updates)} updates"
     between = " in " if run.command == "verify-merge" else " + "
     return between.join(short_paths(updates)) or safe(source.name)
 
@@ -128,23 +126,14 @@ def answers(evidence: Evidence) -> list[Answer]:
     A question that several features declare is answered by the first of them that has a statement
     on it.
     """
-    order = sorted(
-        (feature for feature in features() if feature.questions),
-        key=lambda feature: feature.section.order if feature.section else 40,
-    )
     answered_by: dict[str, str] = {}
     result = []
-    for feature in order:
-        sources = [
-            source for source in evidence.sources if source.results.run.command == feature.name
-        ][:MAX_RUNS]
+    for feature in sorted(features(), key=_order_of):
+        sources = evidence.of_command(feature.name)[:MAX_RUNS]
         for source in sources:
-            run_answers = _answer_questions(feature, source, len(sources) > 1)
-            result += [
-                a
-                for a in run_answers
-                if answered_by.setdefault(a.question, feature.name) == feature.name
-            ]
+            for answer in _answer_questions(feature, source, len(sources) > 1):
+                if answered_by.setdefault(answer.question, feature.name) == feature.name:
+                    result.append(answer)
     return result
 
 
@@ -152,26 +141,30 @@ def _answer_questions(feature: Feature, source: Source, with_source: bool) -> li
     """Return the answers of one run to the questions of its feature; ``with_source`` adds the name
     of the run.
     """
+    if not feature.questions:
+        return []
     statements: list[Statement] = feature.load(feature.statements)(source.results)
     metric = metric_of(source.results.layers)
     suffix = "" if metric == "weights" else f" in {METRIC_NAMES[metric]}"
-    name = (
-        f"{feature.section.title}: {name_updates(source)}" if feature.section else safe(source.name)
-    )
+    by_question: dict[str, list[Statement]] = {}
+    for key, question in feature.questions:
+        matching = [statement for statement in statements if statement.key == key]
+        by_question.setdefault(question, []).extend(matching)
     result = []
-    for question in dict.fromkeys(question for _, question in feature.questions):
-        keys = [key for key, of_key in feature.questions if of_key == question]
-        matching = [statement for key in keys for statement in statements if statement.key == key]
-        if matching:
-            headline, rest, extra = (
-                *_split_headline(matching[0].answered[0]),
-                matching[0].answered[1],
-            )
-            extra = (*filter(None, [rest]), *extra)
-            extra += tuple(line for statement in matching[1:] for line in statement.labelled)
-            # With several such runs, each answer names its run.
-            extra += (name,) if with_source else ()
-            result.append(Answer(f"{question.removesuffix('?')}{suffix}?", headline, extra))
+    for question, matching in by_question.items():
+        if not matching:
+            continue
+        first, *others = matching
+        answered, details = first.answered
+        headline, rest = _split_headline(answered)
+        more = [rest, *details] if rest else [*details]
+        for statement in others:
+            more += statement.labelled
+        if with_source and feature.section:
+            more.append(f"{feature.section.title}: {name_updates(source)}")
+        elif with_source:
+            more.append(safe(source.name))
+        result.append(Answer(f"{question.removesuffix('?')}{suffix}?", headline, tuple(more)))
     return result
 
 
@@ -187,16 +180,13 @@ def _split_headline(answer: str) -> tuple[str, str]:
     >>> _split_headline("no: r=8 keeps 31% (of 99); " + "word " * 15 + "end")[0]
     'no: r=8 keeps 31% (of 99)'
     """
-    ends = list(re.finditer(r"[.;:,](?= )| (?=\()|$", answer))
-    short = [match for match in ends if len(answer[: match.start()].split()) <= HEADLINE]
-    whole = [
-        match
-        for match in short
-        if answer[: match.start()].count("(") == answer[: match.start()].count(")")
-    ]
-    if not whole:
+    end: re.Match[str] | None = None
+    for match in re.finditer(r"[.;:,](?= )| (?=\()|$", answer):
+        clauses = answer[: match.start()]
+        if len(clauses.split()) <= HEADLINE and clauses.count("(") == clauses.count(")"):
+            end = match
+    if end is None:
         return " ".join(answer.split()[:HEADLINE]) + " …", answer
-    end = whole[-1]
     return answer[: end.start()], answer[end.end() :].strip()
 
 
@@ -219,14 +209,11 @@ class Subject:
 
 def subject_of(evidence: Evidence) -> Subject:
     """Return the first part of a report on several runs."""
+    unfinished = [source for source in evidence.sources if source.results.end is None]
     return Subject(
         title=_make_title(evidence),
         answers=tuple(answers(evidence)),
-        unfinished=tuple(
-            _describe_unfinished(source)
-            for source in evidence.sources
-            if source.results.end is None
-        ),
+        unfinished=tuple(map(_describe_unfinished, unfinished)),
         advice=tuple(map(_make_safe, advice(evidence))),
     )
 
@@ -258,22 +245,24 @@ def _make_title(evidence: Evidence) -> str:
     """Return the subject of the page: that of the update, else of the residual, else of the first
     run, and its BASE.
     """
-    source = (
-        evidence.update or next(evidence.of(Residual), None) or next(iter(evidence.sources), None)
-    )
-    if source is None:
+    if not evidence.sources:
         return "nothing"
-    name, bases = name_updates(source), source.paths("base")
-    base = short_names(source.paths(), safe)[bases[0]] if bases else name
+    source = evidence.update or next(evidence.of(Residual), evidence.sources[0])
+    name = name_updates(source)
+    bases = source.paths("base")
+    if not bases:
+        return name
+    base = short_names(source.paths(), safe)[bases[0]]
     return name if name == base else f"{name} compared with {base}"
 
 
 def _describe_unfinished(source: Source) -> str:
-    run, count = source.results.run, len(source.results) or len(source.results.whole)
+    """State that a run did not finish, and what that means."""
+    command = safe(source.results.run.command)
     return (
-        f"{safe(source.name)}: the run of loradiag {safe(run.command)} did not finish; statements "
-        f"on its {count} records do not apply to the rest, and no step is derived from it. Repeat "
-        "the command with --resume."
+        f"{safe(source.name)}: the run of loradiag {command} did not finish; statements on its "
+        f"{source.count} records do not apply to the rest, and no step is derived from it. "
+        "Repeat the command with --resume."
     )
 
 
@@ -286,10 +275,7 @@ def gate_outcome(evidence: Evidence) -> tuple[str, list[Verdict]]:
     verdicts = sorted(evidence.verdicts, key=lambda verdict: WORST_FIRST.index(verdict.status))
     if not verdicts:
         return "", []
-    counts = list_counts(
-        (verdict.status for verdict in verdicts), {status: status for status in WORST_FIRST}
-    )
-    shown = [
-        verdict for verdict in verdicts if verdict.status in {"failed", "inconclusive", "warned"}
-    ]
+    statuses = [verdict.status for verdict in verdicts]
+    counts = list_counts(statuses, {status: status for status in WORST_FIRST})
+    shown = [v for v in verdicts if v.status in {"failed", "inconclusive", "warned"}]
     return f"{outcome(verdicts).upper()}: {', '.join(counts)}", shown

@@ -8,6 +8,7 @@ import io
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -106,14 +107,14 @@ class Payload:
     @property
     def config(self) -> dict[str, Any]:
         """Version, settings and the last input of each role of each run, by its command."""
-        return {
-            key: {
-                "version": item.run.version,
-                **{f"input.{run_input.role}": run_input.path for run_input in item.run.inputs},
-                **{f"settings.{name}": value for name, value in item.run.settings.items()},
-            }
-            for key, item in self._number_runs()
-        }
+        config = {}
+        for key, results in self._number_runs():
+            run = results.run
+            values = {"version": run.version}
+            values |= {f"input.{item.role}": item.path for item in run.inputs}
+            values |= {f"settings.{name}": value for name, value in run.settings.items()}
+            config[key] = values
+        return config
 
     @cached_property
     def scalars(self) -> dict[str, float]:
@@ -122,14 +123,13 @@ class Payload:
         """
         values: dict[str, float] = {}
         for key, item in self._number_runs():
-            of_run = (*item.layers, *item.whole)
-            for kind in dict.fromkeys(type(record) for record in of_run):
-                records = [record for record in of_run if type(record) is kind]
-                columns = (
-                    kind.shown_of(item.run.settings, records)
-                    if issubclass(kind, LayerRecord)
-                    else kind.shown
-                )
+            by_kind: dict[type[Any], list[Any]] = {}
+            for record in (*item.layers, *item.whole):
+                by_kind.setdefault(type(record), []).append(record)
+            for kind, records in by_kind.items():
+                columns = kind.shown
+                if issubclass(kind, LayerRecord):
+                    columns = kind.shown_of(item.run.settings, records)
                 for column in columns:
                     value = pooled_value(column, records) if column.main else None
                     if isinstance(value, int | float):
@@ -148,12 +148,12 @@ class Payload:
         """Each figure that the records allow, as PNG."""
         from lora_diag import plots
 
-        runs = list(self.results)
-        return {
-            kind.name: plots.encode_figure(plots.figure(kind.name, runs), "png")
-            for kind in plots.FIGURES
-            if plots.why_not(kind.name, runs) is None
-        }
+        figures = {}
+        for kind in plots.FIGURES:
+            if plots.why_not(kind.name, self.results) is None:
+                page = plots.figure(kind.name, self.results)
+                figures[kind.name] = plots.encode_figure(page, "png")
+        return figures
 
     def render(self, format: str) -> str:
         """Return the report as ``md`` or ``html``."""
@@ -163,16 +163,17 @@ class Payload:
         """Return each run with its command, with underscores, numbered where a command
         has several.
         """
-        commands = [item.run.command.replace(" ", "_") for item in self.results]
-        return [
-            (
-                f"{command}_{commands[:place].count(command)}"
-                if commands.count(command) > 1
-                else command,
-                item,
-            )
-            for place, (command, item) in enumerate(zip(commands, self.results, strict=True), 1)
-        ]
+        totals = Counter(item.run.command for item in self.results)
+        counts: Counter[str] = Counter()
+        numbered = []
+        for item in self.results:
+            command = item.run.command
+            counts[command] += 1
+            key = command.replace(" ", "_")
+            if totals[command] > 1:
+                key += f"_{counts[command]}"
+            numbered.append((key, item))
+        return numbered
 
 
 def payload_of(results: Sequence[Results[Any] | Path | str]) -> Payload:
@@ -202,16 +203,13 @@ def _send_to_wandb(payload: Payload, project: str | None) -> str:
         config=payload.config,
         job_type="diagnostics",
     )
-    tables = {
-        f"{name}/records": wandb.Table(
-            columns=list(table), data=[list(row) for row in zip(*table.values(), strict=True)]
-        )
-        for name, table in payload.tables.items()
-    }
-    figures = {
-        f"figures/{name}": wandb.Image(_decode(png)) for name, png in payload.figures.items()
-    }
-    run.log({**payload.scalars, **tables, **figures, "report": wandb.Html(payload.render("html"))})
+    logged: dict[str, Any] = {**payload.scalars, "report": wandb.Html(payload.render("html"))}
+    for name, table in payload.tables.items():
+        rows = list(map(list, zip(*table.values(), strict=True)))
+        logged[f"{name}/records"] = wandb.Table(columns=list(table), data=rows)
+    for name, png in payload.figures.items():
+        logged[f"figures/{name}"] = wandb.Image(_decode(png))
+    run.log(logged)
     location = run.url or run.dir
     run.finish()
     return str(location)
@@ -245,15 +243,12 @@ def _send_to_trackio(payload: Payload, project: str | None) -> str:
     run = trackio.init(
         project=project or "loradiag", name=payload.name, config=payload.config, resume="never"
     )
-    tables = {
-        f"{name}/records": trackio.Table(dataframe=pd.DataFrame(table))
-        for name, table in payload.tables.items()
-    }
-    figures = {
-        f"figures/{name}": trackio.Image(_decode(png), caption=name)
-        for name, png in payload.figures.items()
-    }
-    trackio.log({**payload.scalars, **tables, **figures})
+    logged: dict[str, Any] = dict(payload.scalars)
+    for name, table in payload.tables.items():
+        logged[f"{name}/records"] = trackio.Table(dataframe=pd.DataFrame(table))
+    for name, png in payload.figures.items():
+        logged[f"figures/{name}"] = trackio.Image(_decode(png), caption=name)
+    trackio.log(logged)
     trackio.finish()
     return f"run {run.name} of project {run.project}: trackio show --project {run.project}"
 
@@ -284,9 +279,8 @@ def _send_to_hub(payload: Payload, project: str | None) -> str:
     """
     if project is None:
         raise UsageError(Given("to", "hub"), "give the model id or a folder with $project")
-    section = re.sub(
-        r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE
-    )  # below the card's own title
+    # Below the card's own title.
+    section = re.sub(r"^(#+) ", r"#\1 ", payload.render("md"), flags=re.MULTILINE)
     folder = Path(project)
     if folder.is_dir():
         card = folder / "README.md"

@@ -1,8 +1,8 @@
 """The inputs of a command: paths → opened checkpoints and adapters → named ΔW, and descriptions for
 the run record.
 
-An input is opened once: the type of what is opened says whether it is a checkpoint (sparse patches
-are read as one) or an adapter, and it is passed on.
+An input is located once, and opened once: the type of what is opened says whether it is a
+checkpoint (sparse patches are read as one) or an adapter, and it is passed on.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lora_diag import adapters
-from lora_diag.adapters import Adapter, Location, Orientation, Shape
+from lora_diag.adapters import Adapter, Input, Location, Orientation, Shape, locate
 from lora_diag.adapters.contents import find_missing_targets
 from lora_diag.adapters.placing import place_updates
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import Checkpoint, as_path, locate, open_checkpoint
-from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints import Checkpoint, open_checkpoint, read_checkpoint
+from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.checkpoints.tensors import FLOAT_DTYPES
 from lora_diag.deltas import Delta, Pairing, Side, StoredDelta, natural_order, pair, refuse_empty
@@ -70,42 +70,40 @@ class Comparison:
         return [delta for delta in self.pairing.deltas if delta.is_matrix]
 
 
-def open_base(path: Path | str | Checkpoint) -> Checkpoint:
-    """Open BASE by its headers; return an opened one unchanged.
+def open_base(source: Input) -> Checkpoint:
+    """Open BASE by its headers.
 
     Raises:
         UsageError: It is an adapter, without a checkpoint in the same folder.
     """
-    if isinstance(path, Checkpoint):
-        return path
-    path = as_path(path)
-    located = locate(path)
-    if adapters.is_adapter(located) and not any((located / name).is_file() for name in WEIGHTS):
-        raise UsageError(f"{path}: is an adapter, not BASE; give the model that it adapts first")
-    return open_checkpoint(path)
+    if source.is_adapter and find_named_weights(source.files) is None:
+        raise UsageError(
+            f"{source.path}: is an adapter, not BASE; give the model that it adapts first"
+        )
+    return read_checkpoint(source)
 
 
 def open_update(
-    path: Path | str, base: Checkpoint | None, stated_alpha: StatedAlpha = None
+    source: Input, base: Checkpoint | None, stated_alpha: StatedAlpha = None
 ) -> Checkpoint | Adapter:
     """Open TUNED by its headers: an adapter, a checkpoint, or sparse patches over BASE.
 
     Args:
-        path: TUNED.
+        source: TUNED.
         base: BASE; None for an adapter alone.
         stated_alpha: α of an adapter whose files give none.
 
     Raises:
         UsageError: It is no adapter and there is no BASE, or a side holds second moments.
     """
-    path = as_path(path)
-    if adapters.is_adapter(locate(path)):
-        return adapters.open_adapter(path, stated_alpha)
+    if source.is_adapter:
+        return adapters.read_adapter(source, stated_alpha)
     if base is None:
         raise UsageError(
-            f"{path}: is not an adapter; give a checkpoint to compare it with, BASE before TUNED"
+            f"{source.path}: is not an adapter; give a checkpoint to compare it with, BASE before "
+            "TUNED"
         )
-    tuned = open_tuned(path, base)
+    tuned = open_tuned(source, base)
     for side in (base, tuned):
         if any(file.metadata.get("kind") == MOMENTS for file in side.files):
             raise UsageError(
@@ -172,10 +170,10 @@ def compare(
     """
     if tuned is None:
         assert not isinstance(base, Checkpoint)
-        before, update = None, open_update(base, None, stated_alpha)
+        before, update = None, open_update(locate(base), None, stated_alpha)
     else:
-        before = open_base(base)
-        update = open_update(tuned, before, stated_alpha)
+        before = base if isinstance(base, Checkpoint) else open_base(locate(base))
+        update = open_update(locate(tuned), before, stated_alpha)
     if refuse is not None and isinstance(update, refuse[0]):
         raise UsageError(f"{update.path}: {refuse[1]}")
     pairing, notes = pair_update(before, update, layers, exclude, allow_unmatched)

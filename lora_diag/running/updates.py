@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, locate
+from lora_diag.adapters import locate
 from lora_diag.deltas import Delta, Pairing, Unpaired, drop_base, natural_order
 from lora_diag.errors import InputError, NothingComparedError, UsageError
 from lora_diag.running.inputs import Comparison
@@ -43,11 +42,11 @@ def split_base(inputs: Sequence[Path | str]) -> tuple[Path | None, list[Path]]:
     Raises:
         UsageError: An adapter comes first, but not all inputs are adapters.
     """
-    paths = list(map(as_path, inputs))
-    adapters = [is_adapter(locate(path)) for path in paths]
-    if all(adapters):
+    sources = list(map(locate, inputs))
+    paths = [source.path for source in sources]
+    if all(source.is_adapter for source in sources):
         return None, paths
-    if adapters[0]:
+    if sources[0].is_adapter:
         raise UsageError(f"{paths[0]}: is an adapter, not BASE; give BASE first, then the updates")
     return paths[0], paths[1:]
 

@@ -60,7 +60,7 @@ def test_metadata_with_repeated_key_is_refused(tmp_path):
         path,
         {"lora_adapter_metadata": settings},
     )
-    from lora_diag.adapters import open_input
+    from lora_diag.adapters import locate, open_input
 
     with raises_naming(InputError, "lora_adapter_metadata", "unet.lora_alpha"):
-        open_input(tmp_path, None)
+        open_input(locate(tmp_path))

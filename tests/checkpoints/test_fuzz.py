@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_diag.checkpoints import open_checkpoint
-from lora_diag.checkpoints.folder import plain_names
 from lora_diag.checkpoints.hub import parse
+from lora_diag.checkpoints.reading import plain_names
 from lora_diag.errors import InputError
 from tests.checkpoints.quantizing import as_bytes, eight_bit, four_bit, scaled
 from tests.conftest import save_model, weights

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lora_diag.checkpoints import locate, open_checkpoint
+from lora_diag.checkpoints import locate_files, open_checkpoint
 from lora_diag.checkpoints.hub import HubId, parse
 from lora_diag.errors import InputError
 from tests.adapters.making import adapter, normal
@@ -89,7 +89,7 @@ def test_cached_model_is_read_without_request(cache, tmp_path):
     assert str(checkpoint.path) == "org/name"
     assert SHA in checkpoint.notes[0]
     assert torch.equal(checkpoint.read("lm_head.weight"), weights(1)["lm_head.weight"].reshape(-1))
-    assert locate("org/name") == snapshot
+    assert locate_files("org/name").files == snapshot
 
 
 def test_shards_revisions_and_subfolders(cache, tmp_path):
@@ -124,7 +124,7 @@ def test_partial_download_is_not_read(cache, tmp_path):
 
 def test_adapter_is_found_with_its_configuration(cache, tmp_path):
     snapshot = put(cache, adapter(tmp_path, {"x.lora_A.weight": normal(2, 4)}))
-    assert locate("org/name") == snapshot
+    assert locate_files("org/name").files == snapshot
     with pytest.raises(InputError, match="is an adapter"):
         open_checkpoint("org/name")
 

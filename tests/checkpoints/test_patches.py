@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lora_diag.checkpoints import open_checkpoint
+from lora_diag.checkpoints import locate_files, open_checkpoint
 from lora_diag.checkpoints.patches import open_tuned
 from lora_diag.errors import InputError
 from lora_diag.running.inputs import compare
@@ -40,7 +40,8 @@ def test_changed_entries_are_replaced_in_any_range(tmp_path, base):
     numel = before[NAME].numel
     at = np.random.default_rng(0).permutation(numel)[: numel // 7]
     values = torch.randn(len(at)).bfloat16()
-    after = open_tuned(patch(tmp_path / "p.safetensors", {NAME: (at, values)}), before)
+    path = patch(tmp_path / "p.safetensors", {NAME: (at, values)})
+    after = open_tuned(locate_files(path), before)
     after = pickle.loads(pickle.dumps(after))
     expected = before.read(NAME).clone()
     expected[torch.from_numpy(at)] = values
@@ -53,9 +54,8 @@ def test_changed_entries_are_replaced_in_any_range(tmp_path, base):
 
 
 def test_wider_values_widen_the_tensor(tmp_path, base):
-    after = open_tuned(
-        patch(tmp_path / "p.safetensors", {NAME: ([5], torch.tensor([0.1]))}), open_checkpoint(base)
-    )
+    path = patch(tmp_path / "p.safetensors", {NAME: ([5], torch.tensor([0.1]))})
+    after = open_tuned(locate_files(path), open_checkpoint(base))
     assert after[NAME].dtype == "float32"
     assert after.read(NAME, 5, 6).tolist() == [float(np.float32(0.1))]
 
@@ -93,7 +93,7 @@ def ones(count=1):
 def test_inconsistent_patches_give_one_message(tmp_path, base, changes, problem):
     path = patch(tmp_path / "p.safetensors", changes)
     with pytest.raises(InputError, match=problem) as caught:
-        open_tuned(path, open_checkpoint(base)).read(NAME)
+        open_tuned(locate_files(path), open_checkpoint(base)).read(NAME)
     assert str(path) in str(caught.value)
 
 
@@ -108,7 +108,8 @@ def test_patches_need_both_halves_and_a_plain_base(tmp_path, base):
             {"sparse": "True"},
         )
         with pytest.raises(InputError, match=problem):
-            open_tuned(tmp_path / "p.safetensors", open_checkpoint(base))
+            open_tuned(locate_files(tmp_path / "p.safetensors"), open_checkpoint(base))
     quantized = open_checkpoint(save_model(tmp_path / "q", eight_bit("a", (3, 4))[0]))
+    path = patch(tmp_path / "p.safetensors", {"a.weight": ([0], ones())})
     with raises_naming(InputError, "BASE", "int8"):
-        open_tuned(patch(tmp_path / "p.safetensors", {"a.weight": ([0], ones())}), quantized)
+        open_tuned(locate_files(path), quantized)

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_diag import deltas, inspect, spectrum
-from lora_diag.adapters import is_adapter
+from lora_diag.adapters import locate
 from lora_diag.checkpoints import addresses as ranges
-from lora_diag.checkpoints import as_path, hide_secrets, locate, open_checkpoint
+from lora_diag.checkpoints import as_path, hide_secrets, open_checkpoint
 from lora_diag.checkpoints.remote import RangeStream
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint, legible
@@ -247,7 +247,7 @@ def test_missing_remote_file_is_reported(web):
         open_checkpoint(f"{web.url}/nothing")
     with raises_naming(InputError, "/base/other.safetensors"):
         open_checkpoint(f"{web.url}/base/other.safetensors")
-    assert not is_adapter(locate(f"{web.url}/base"))
+    assert not locate(f"{web.url}/base").is_adapter
 
 
 def test_shard_stays_in_folder(web_here, tmp_path):

@@ -6,8 +6,8 @@ import zlib
 import pytest
 
 from lora_diag import inspect
-from lora_diag.adapters import is_adapter, open_adapter
-from lora_diag.checkpoints import locate, open_checkpoint, stores
+from lora_diag.adapters import locate, open_adapter
+from lora_diag.checkpoints import as_path, open_checkpoint, stores
 from lora_diag.checkpoints.addresses import TransientError
 from lora_diag.errors import InputError
 from lora_diag.running.fingerprint import fingerprint
@@ -66,8 +66,8 @@ def test_checkpoint_is_same_from_bucket(bucket, folder, name):
 
 def test_adapter_under_key_with_two_slashes(bucket):
     near = open_adapter(ROOT / "sample_checkpoints" / "lora_r4")
-    assert open_adapter(locate("s3://models/twice//lora_r4")).weights() == near.weights()
-    assert is_adapter(locate("s3://models/twice//lora_r4/adapter_model.safetensors"))
+    assert open_adapter("s3://models/twice//lora_r4").weights() == near.weights()
+    assert locate("s3://models/twice//lora_r4/adapter_model.safetensors").is_adapter
     assert inspect("s3://models/twice//lora_r4").path == "s3://models/twice//lora_r4"
 
 
@@ -110,7 +110,7 @@ def test_folder_without_weights(bucket):
 def read_from(monkeypatch, make):
     """Read 8 bytes through a client whose ``get_object`` is made from what is known of the file."""
     address = "s3://models/base/model.safetensors"
-    store = locate(address).store
+    store = as_path(address).store
     file_info = store.file_info(address)
 
     async def get_s3(bucket):

@@ -18,7 +18,7 @@ import numpy as np
 
 from lora_diag.adapters import open_adapter
 from lora_diag.catalog import read_results, read_results_of
-from lora_diag.checkpoints import locate
+from lora_diag.checkpoints import locate_files
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
 from lora_diag.decisions.allocate import AllocateOptions
 from lora_diag.decisions.allocate.measure import Budget, Constraints, allocate_one_rank
@@ -406,7 +406,9 @@ def write_allocation(
             adapted_by_peft,
         )  # deferred: importing transformers takes seconds
 
-        compare_with_peft(results, adapted_by_peft(config, locate(check)), Scaling(scaling, rslora))
+        compare_with_peft(
+            results, adapted_by_peft(config, locate_files(check).files), Scaling(scaling, rslora)
+        )
     text = (
         json.dumps(config, indent=2) + "\n" if format == "peft" else format_settings(format, config)
     )
@@ -486,7 +488,7 @@ def _count_params(path: Path | str) -> int:
         InputError: The path is not an adapter, or a layer of it has no factors of known size.
     """
     total = 0
-    for weight in open_adapter(locate(path), "rank").weights():  # its scale is no parameter
+    for weight in open_adapter(path, "rank").weights():  # its scale is no parameter
         sizes = [size for size in weight.shape if size is not None]
         if weight.form != "factored" or weight.rank is None or len(sizes) != 2:
             raise InputError(

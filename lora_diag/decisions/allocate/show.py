@@ -64,13 +64,10 @@ def policies_table(
         per: ``type`` for medians over a module type, ``layer`` for one row per layer.
         next_command: The suggested next command, printed last; None without one.
     """
-    shown = [
-        Shown("full_rank", "of", "Min(out, in)", main=True, pool="range", drop=2),
-        *(
-            Shown(f"ranks.{rule}", rule, "Rank", main=True, form=".0f", pool=_make_median(rule))
-            for rule in records[0].ranks
-        ),
-    ]
+    shown = [Shown("full_rank", "of", "Min(out, in)", main=True, pool="range", drop=2)]
+    for rule in records[0].ranks:
+        rank = _make_median(rule)
+        shown.append(Shown(f"ranks.{rule}", rule, "Rank", main=True, form=".0f", pool=rank))
     grid = grid_of(shown, rows_of(records, per), per)
     return grids_table([grid], _describe_disagreements(records), width, color, next_command)
 
@@ -81,8 +78,9 @@ def _make_median(rule: str) -> Callable[[Sequence[Policies]], float | None]:
     """
 
     def median_of(group: Sequence[Policies]) -> float | None:
-        known = [rank for record in group if (rank := record.ranks[rule]) is not None]
-        return median(known) if len(known) == len(group) else None
+        ranks = [record.ranks[rule] for record in group]
+        known = [rank for rank in ranks if rank is not None]
+        return median(known) if len(known) == len(ranks) else None
 
     return median_of
 
@@ -96,30 +94,24 @@ def _describe_disagreements(records: Sequence[Policies]) -> list[Statement]:
         ranks = {rank: name for name, rank in record.ranks.items() if rank and name != "signal"}
         if len(ranks) > 1:
             low, high = min(ranks), max(ranks)
-            spread.append(
-                (high / low, f"{short(record.layer)}: {ranks[low]} {low}, {ranks[high]} {high}")
-            )
-    differing = (
-        f"by a factor of 2 or more in {sum(ratio >= 2 for ratio, _ in spread)} of "
-        f"{len(records)} layers; most in"
+            text = f"{short(record.layer)}: {ranks[low]} {low}, {ranks[high]} {high}"
+            spread.append((high / low, text))
+    statements = []
+    if spread:
+        differing = sum(ratio >= 2 for ratio, _ in spread)
+        lead = f"by a factor of 2 or more in {differing} of {len(records)} layers; most in"
+        statements.append(make_statement("disagree", "Disagreement", lead, max(spread)[1]))
+    rules = make_statement(
+        "rules",
+        "Rules",
+        "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest "
+        "above its chord",
+        "effective: exp of the entropy of the energy; signal: values above the rounding noise of "
+        "the files, an upper limit",
+        "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of full "
+        "updates",
     )
-    return [
-        *(
-            [make_statement("disagree", "Disagreement", differing, max(spread)[1])]
-            if spread
-            else []
-        ),
-        make_statement(
-            "rules",
-            "Rules",
-            "energy 90%: smallest r that keeps 90% of Σσ²; knee: point of the curve C(r) farthest "
-            "above its chord",
-            "effective: exp of the entropy of the energy; signal: values above the rounding noise "
-            "of the files, an upper limit",
-            "Gavish–Donoho: values above a threshold for spectra of mostly noise, unlike those of "
-            "full updates",
-        ),
-    ]
+    return [*statements, rules]
 
 
 def allocation_table(
@@ -144,17 +136,18 @@ def allocation_table(
         Lines of text, without a trailing newline.
     """
     rows = rows_of(results, per)
-    rate = [make_statement("rate", "Learning rate", swept_rate(sweep))] if sweep is not None else []
     extra = []
     if per == "type":
         largest = max((record.rank for record in results), default=0) or 1
         bins = 24 if width >= WIDE else 8
-        strips = tuple(
-            strip([record.rank / largest or None for record in group], bins) for _, group in rows
-        )
+        shares = [[record.rank / largest or None for record in group] for _, group in rows]
+        strips = tuple(strip(of_row, bins) for of_row in shares)
         extra.append(Column("by depth", strips, "left", drop=3))
     grid = grid_of(Allocation.shown, rows, per, extra=extra)
-    return grids_table([grid], [*allocation_lines(results), *rate], width, color, next_command)
+    lines = allocation_lines(results)
+    if sweep is not None:
+        lines.append(make_statement("rate", "Learning rate", swept_rate(sweep)))
+    return grids_table([grid], lines, width, color, next_command)
 
 
 def suggest_next(
@@ -163,13 +156,10 @@ def suggest_next(
     """Return the next step: a command, or advice on the written file."""
     output = values["output"]
     if isinstance(results, list):
-        params = 8 * sum(
-            sum(record.shape) for record in results if part_of(record.layer) == "matrices"
-        )
-        return Hint(
-            f"--params {params} -o adapter_config.json",
-            "divides a budget, here that of r=8 in every layer",
-        )
+        matrices = [record for record in results if part_of(record.layer) == "matrices"]
+        params = 8 * sum(sum(record.shape) for record in matrices)
+        command = f"--params {params} -o adapter_config.json"
+        return Hint(command, "divides a budget, here that of r=8 in every layer")
     if output is None:
         return Hint("-o adapter_config.json", "for training with PEFT; .jsonl for loradiag extract")
     paths: dict[str, list[str]] = {}
@@ -187,23 +177,23 @@ def suggest_next(
         return (
             f"put the lines of {shlex.quote(str(output))} into the configuration of your training"
         )
-    models = [path for role in ("base", "tuned", "adapter") for path in paths.get(role, ())]
-    metric = [word for path in paths.get("activations", ()) for word in ("--activations", path)]
-    metric += ["--kfac"] if results.run.settings.get("metric") == "kfac" else []
-    return shlex.join(
-        ["loradiag", "extract", *models, "--allocation", str(output), *metric, "-o", "adapter"]
-    )
+    words = ["loradiag", "extract"]
+    for role in ("base", "tuned", "adapter"):
+        words += paths.get(role, [])
+    words += ["--allocation", str(output)]
+    for path in paths.get("activations", ()):
+        words += ["--activations", path]
+    if results.run.settings.get("metric") == "kfac":
+        words.append("--kfac")
+    return shlex.join([*words, "-o", "adapter"])
 
 
 def allocation_lines(results: Results[Allocation]) -> list[Statement]:
     """Return the statements of the summary."""
     certificate = next((item for item in results.whole if isinstance(item, Certificate)), None)
-    outside = replace(
-        left_out(results, _describe_outside(results)),
-        level=left_out_level(results, "saved"),
-        priority=1,
-    )
-    findings = () if certificate is None else _describe_findings(results, certificate)
+    outside = left_out(results, _describe_outside(results))
+    outside = replace(outside, level=left_out_level(results, "saved"), priority=1)
+    findings = [] if certificate is None else _describe_findings(results, certificate)
     return summarize(
         results, *findings, skipped=outside, so_far="ranks of an incomplete file; allocate again"
     )
@@ -231,9 +221,7 @@ _CRITERIA = {
 }
 
 
-def _describe_findings(
-    results: Results[Allocation], certificate: Certificate
-) -> Iterator[Statement]:
+def _describe_findings(results: Results[Allocation], certificate: Certificate) -> list[Statement]:
     """State the ranks, their cost, the energy that they keep compared with the optimum and other
     rules, and limits.
     """
@@ -243,60 +231,62 @@ def _describe_findings(
     whole, limits = _CRITERIA["fisher" if is_fisher else settings.get("metric", "weights")]
     if not is_fisher and settings.get("weights") is not None:
         whole = whole.replace("energy", "weighted energy")
-    whole += ", each layer's counted as 1" if settings.get("relative") else ""
-    ranks, zero = (
-        [record.rank for record in results if record.rank],
-        [r for r in results if not r.rank],
-    )
-    yield make_statement(
-        "allocated",
-        "Allocated",
-        f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}" if ranks else "none",
-        f"rank 0: {list_layers(zero)}; --min-rank sets a minimum" if zero else "",
-    )
-    yield make_statement("budget", "Budget", _describe_budget(results, certificate))
-    yield make_statement("heads", "Heads", *_describe_heads(results, certificate))
-    yield make_statement(
-        "keeps",
-        "Energy kept",
-        f"{certificate.kept:.2%} of {whole}; {_describe_optimum(certificate)}",
-        f"the measured spectra have an error of ±{percent(certificate.energy_error)}"
-        if certificate.energy_error > 1e-4
-        else "",
-    )
-    yield make_statement(
-        "portable", "Portable", *(_describe_refusals(results) if portable else ()), level="warning"
-    )
+    if settings.get("relative"):
+        whole += ", each layer's counted as 1"
+    keeps = [f"{certificate.kept:.2%} of {whole}; {_describe_optimum(certificate)}"]
+    if certificate.energy_error > 1e-4:
+        error = percent(certificate.energy_error)
+        keeps.append(f"the measured spectra have an error of ±{error}")
+    findings = [
+        make_statement("allocated", "Allocated", *_describe_ranks(results)),
+        make_statement("budget", "Budget", _describe_budget(results, certificate)),
+        make_statement("heads", "Heads", *_describe_heads(results, certificate)),
+        make_statement("keeps", "Energy kept", *keeps),
+    ]
+    if portable:
+        refusals = _describe_refusals(results)
+        findings.append(make_statement("portable", "Portable", *refusals, level="warning"))
     if certificate.price:
-        yield make_statement(
-            "against", "Baselines", *map(_compare_with_baseline, certificate.baselines)
-        )
-        more = (
-            1
-            if certificate.unit == "total_rank"
-            else 10 ** int(math.log10(max(certificate.spent, 100) / 10))
-        )
-        # An upper bound is rounded up.
-        gain = math.ceil(certificate.more_at_most(more) * 1e4 - 1e-9) / 1e4
-        text = f"{more:,} more {_UNITS[certificate.unit]} keep at most another {gain:.2%}"
-        yield make_statement("more", "Marginal gain", text)
-    yield make_statement("limits", "Limits", *(() if portable else _describe_limits(results)))
-    yield make_statement("note", "Note", f"{limits}: compare the held-out loss")
-    yield from (
-        make_statement("warning", "Warning", text, level="failure")
-        for text in _make_warnings(results)
-    )
+        compared = map(_compare_with_baseline, certificate.baselines)
+        findings.append(make_statement("against", "Baselines", *compared))
+        findings.append(make_statement("more", "Marginal gain", _describe_more(certificate)))
+    if not portable:
+        findings.append(make_statement("limits", "Limits", *_describe_limits(results)))
+    findings.append(make_statement("note", "Note", f"{limits}: compare the held-out loss"))
+    for text in _make_warnings(results):
+        findings.append(make_statement("warning", "Warning", text, level="failure"))
+    return findings
+
+
+def _describe_ranks(results: Results[Allocation]) -> Iterator[str]:
+    ranks = [record.rank for record in results if record.rank]
+    zero = [record for record in results if not record.rank]
+    if ranks:
+        yield f"{len(ranks)} of {len(results)} layers get a rank, {span(ranks)}"
+    else:
+        yield "none"
+    if zero:
+        yield f"rank 0: {list_layers(zero)}; --min-rank sets a minimum"
+
+
+def _describe_more(certificate: Certificate) -> str:
+    """State what about a tenth more of the budget, or one more rank, can keep at most."""
+    more = 1
+    if certificate.unit != "total_rank":
+        more = 10 ** int(math.log10(max(certificate.spent, 100) / 10))
+    # An upper bound is rounded up.
+    gain = math.ceil(certificate.more_at_most(more) * 1e4 - 1e-9) / 1e4
+    return f"{more:,} more {_UNITS[certificate.unit]} keep at most another {gain:.2%}"
 
 
 def _describe_budget(results: Results[Allocation], certificate: Certificate) -> str:
-    requested, unit = safe(str(results.run.settings.get("budget", ""))), _UNITS[certificate.unit]
+    requested = safe(str(results.run.settings.get("budget", "")))
     if certificate.budget is None:
         return f"{requested}: takes {certificate.params:,} parameters"
-    left = certificate.budget - certificate.spent
-    text = (
-        f"{requested}: {certificate.spent:,.0f} of {certificate.budget:,.0f} {unit} spent, "
-        f"{left:,.0f} left"
+    spent = (
+        f"{certificate.spent:,.0f} of {certificate.budget:,.0f} {_UNITS[certificate.unit]} spent"
     )
+    text = f"{requested}: {spent}, {certificate.budget - certificate.spent:,.0f} left"
     if not certificate.price:
         text += "; every layer is at its cap, so a larger budget has no effect"
     return text if certificate.unit == "params" else f"{text}; {certificate.params:,} parameters"
@@ -360,18 +350,15 @@ def _describe_limits(results: Results[Allocation]) -> Iterator[str]:
     """State how many layers need more measured values for a larger rank, or do not reach a
     requested fraction.
     """
+    few = sum(record.rank == record.cap and record.capped_by == "values_kept" for record in results)
+    if few:
+        layers = quantity(few, "layer")
+        yield f"{layers} at a cap set by the values kept by --top: measure with a larger --top"
     share = results.run.settings.get("energy")
-    if few := sum(
-        record.rank == record.cap and record.capped_by == "values_kept" for record in results
-    ):
-        yield (
-            f"{quantity(few, 'layer')} at a cap set by the values kept by --top: measure with a "
-            "larger --top"
-        )
-    if isinstance(share, float) and (
-        below := [r for r in results if r.kept is not None and r.kept < share - 1e-6]
-    ):
-        yield f"below {percent(share)} at the cap: {list_layers(below)}"
+    if isinstance(share, float):
+        below = [r for r in results if r.kept is not None and r.kept < share - 1e-6]
+        if below:
+            yield f"below {percent(share)} at the cap: {list_layers(below)}"
 
 
 def _describe_outside(results: Results[Allocation]) -> str:
@@ -380,15 +367,12 @@ def _describe_outside(results: Results[Allocation]) -> str:
     It exists in the metric of the weights only: norms, biases and tables have no energy in others.
     """
     inside = math.fsum(record.fro**2 for record in results)
-    outside = math.fsum(
-        item.fro**2 for item in results.left_out if item.fro is not None and item.reason != "saved"
-    )
+    skipped = [item for item in results.left_out if item.reason != "saved"]
+    outside = math.fsum((item.fro or 0.0) ** 2 for item in skipped)
     if not outside or results.run.settings.get("metric", "weights") != "weights":
         return ""
-    return (
-        f"{percent(outside / (inside + outside))} of ‖Δ‖² of the measured tensors is outside "
-        "this adapter"
-    )
+    share = percent(outside / (inside + outside))
+    return f"{share} of ‖Δ‖² of the measured tensors is outside this adapter"
 
 
 def _make_warnings(results: Results[Allocation]) -> Iterator[str]:

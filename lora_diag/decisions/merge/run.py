@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
+from lora_diag.adapters import locate
 from lora_diag.adapters.layouts import PEFT, check_layout
 from lora_diag.catalog import read_results
 from lora_diag.checkpoints import as_path
@@ -133,7 +134,7 @@ def merge(
     run = LayerRun(
         "merge", {**options, "output": folder.records, "overwrite": False}, MergeRunOptions
     )
-    opened = open_base(base)
+    opened = open_base(locate(base))
     compared = [run.compare(opened, path) for path in paths]
     aligned = align_layers(compared, candidates[0].weights, vectors=full)
     deltas = {

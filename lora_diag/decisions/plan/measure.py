@@ -22,9 +22,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, Unpack
 
-from lora_diag.checkpoints import Checkpoint, TensorFile, TensorInfo, as_path, locate
+from lora_diag.adapters import locate
+from lora_diag.checkpoints import Checkpoint, TensorFile, TensorInfo, as_path
 from lora_diag.checkpoints.documents import MAX_CONFIG_BYTES, read_object
-from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.decisions.plan import PlanOptions
 from lora_diag.decisions.plan.architectures import (
     Matrix,
@@ -402,12 +403,12 @@ def open_headers(base: Path | str) -> Checkpoint:
 
     Without weights, the kind is ``DERIVED``, and no entries can be read.
     """
-    base = as_path(base)
-    path = locate(base)
+    source = locate(base)
+    path = source.files
     if path.is_dir() and (path / "config.json").is_file() and not _has_weights(path):
         path = path / "config.json"
     if not path.is_file() or path.suffix != ".json" or path.name.endswith(".index.json"):
-        return open_base(base)
+        return open_base(source)
     config = read_object(path, "model configuration", MAX_CONFIG_BYTES)
     dtype = str(config.get("dtype") or config.get("torch_dtype"))
     file = TensorFile()
@@ -420,11 +421,11 @@ def open_headers(base: Path | str) -> Checkpoint:
         if select_text_config(config) is config
         else ("only the language model, from its text_config",)
     )
-    return Checkpoint(base, DERIVED, (file,), notes, config)
+    return Checkpoint(source.path, DERIVED, (file,), notes, config)
 
 
 def _has_weights(folder: Path) -> bool:
-    if any((folder / name).is_file() for name in WEIGHTS):  # a web server has no listing
+    if find_named_weights(folder) is not None:  # a web server has no listing
         return True
     return any(
         path.suffix in {".safetensors", ".bin", ".pt", ".pth", ".ckpt"} for path in folder.iterdir()

@@ -18,7 +18,7 @@ from lora_diag.decisions.plan_merge.record import (
 )
 from lora_diag.feature import Hint
 from lora_diag.records import Results
-from lora_diag.rendering.statements import Statement, make_statement, summarize
+from lora_diag.rendering.statements import Level, Statement, make_statement, summarize
 from lora_diag.rendering.text import count, factor, list_layers, number
 
 # Formats that ``merge`` writes itself.
@@ -45,33 +45,28 @@ def plan_lines(results: Results[PlannedMerge]) -> list[Statement]:
     records = results.layers
     if not records:
         return summarize(results)
-    hit = [record for record in records if record.overflow]
-    overflow = (
-        f"{count(sum(r.overflow for r in hit))} entries of W + ΔW would be infinite, in "
-        f"{list_layers(hit)}"
-    )
-    to, sixteen = records[0].to, _effects_of_16_bits(records)
-    others = [
-        f"{name}: {_describe_effect(effect)}" for name, effect in sixteen.items() if name != to
-    ]
+    to = records[0].to
+    others = _effects_of_16_bits(records)
+    others.pop(to, None)
+    kept = f"{to}: {_describe_effect(pool_effects(records))}"
+    kept_by_others = [f"{name}: {_describe_effect(effect)}" for name, effect in others.items()]
+    overflow = ""
+    if hit := [record for record in records if record.overflow]:
+        entries = count(sum(record.overflow for record in hit))
+        overflow = f"{entries} entries of W + ΔW would be infinite, in {list_layers(hit)}"
+    priority = 2 if conclude_together(records) == "merge" else 1
     return summarize(
         results,
         _describe_conclusion(records),
-        make_statement(
-            "arrived", "Kept", f"{to}: {_describe_effect(pool_effects(records))}", "; ".join(others)
-        ),
-        make_statement("overflow", "Overflow", overflow if hit else "", level="warning"),
-        make_statement(
-            "base",
-            "Unmerged",
-            _describe_base(records),
-            priority=2 if conclude_together(records) == "merge" else 1,
-        ),
+        make_statement("arrived", "Kept", kept, "; ".join(kept_by_others)),
+        make_statement("overflow", "Overflow", overflow, level="warning"),
+        make_statement("base", "Unmerged", _describe_base(records), priority=priority),
     )
 
 
 def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
-    outcome, to = conclude_together(records), records[0].to
+    outcome = conclude_together(records)
+    to = records[0].to
     if outcome is None:
         text = "nothing to merge: every update is zero"
         return make_statement("conclusion", "Conclusion", text, level="warning", priority=0)
@@ -83,26 +78,15 @@ def _describe_conclusion(records: Sequence[PlannedMerge]) -> Statement:
         "merge into 16 bit": f"merge into {' or '.join(keeping)}: {to} does not meet {rule}",
         "serve unmerged": f"serve unmerged: {to} does not meet {rule}",
     }[outcome]
-    if (
-        outcome == "serve unmerged"
-        and to not in {"bf16", "fp16"}
-        and base_error is not None
-        and base_error <= MAX_ERROR
-    ):
+    keeps_base = base_error is not None and base_error <= MAX_ERROR
+    if outcome == "serve unmerged" and to not in {"bf16", "fp16"} and keeps_base:
         advice += f", but keeps BASE: BASE in {to} and the adapter lose nothing"
-    others = [record for record in records if record.conclusion not in {outcome, None}]
-    different = (
-        f"{len(others)} of {len(records)} layers alone have a different conclusion: "
-        f"{list_layers(others)}"
-    )
-    return make_statement(
-        "conclusion",
-        "Conclusion",
-        advice,
-        different if others else "",
-        level="ok" if outcome == "merge" else "warning",
-        priority=0,
-    )
+    lines = [advice]
+    if others := [record for record in records if record.conclusion not in {outcome, None}]:
+        layers = f"{len(others)} of {len(records)} layers alone"
+        lines.append(f"{layers} have a different conclusion: {list_layers(others)}")
+    level: Level = "ok" if outcome == "merge" else "warning"
+    return make_statement("conclusion", "Conclusion", *lines, level=level, priority=0)
 
 
 def _describe_effect(effect: FormatEffect) -> str:
@@ -122,7 +106,8 @@ def _describe_base(records: Sequence[PlannedMerge]) -> str:
     """Compare the merge with the adapter on the rounded BASE; where BASE is quantized, also on BASE
     as it is.
     """
-    effect, error = pool_effects(records), pool_ratios(records, lambda record: record.base_error)
+    effect = pool_effects(records)
+    error = pool_ratios(records, lambda record: record.base_error)
     if effect.error is None or error is None:
         return ""
     result = "no worse (rule of thumb)" if is_no_worse_than_unmerged(effect, error) else "worse"
@@ -130,9 +115,6 @@ def _describe_base(records: Sequence[PlannedMerge]) -> str:
         f"BASE in {records[0].to} with the adapter: an error of {number(error)} ‖ΔW‖; the merge is "
         f"{result}"
     )
-    quantized = error > MAX_ERROR and any(record.base_noise is not None for record in records)
-    return (
-        f"{text}; BASE as it is, with the adapter unmerged, has no such error"
-        if quantized
-        else text
-    )
+    if error > MAX_ERROR and any(record.base_noise is not None for record in records):
+        text += "; BASE as it is, with the adapter unmerged, has no such error"
+    return text

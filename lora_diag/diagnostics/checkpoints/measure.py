@@ -12,8 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, Unpack
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import locate
+from lora_diag.adapters import locate
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, Unpaired, natural_order
 from lora_diag.diagnostics.checkpoints import CheckpointsOptions, factors
 from lora_diag.diagnostics.checkpoints.record import CheckpointLayer
@@ -239,7 +238,7 @@ def trajectory(
     layers = LayerRun("checkpoints", options, CheckpointsOptions)
     options = layers.options
     series = find_series([run] if isinstance(run, str | Path) else run)
-    base = None if options["base"] is None else open_base(options["base"])
+    base = None if options["base"] is None else open_base(locate(options["base"]))
     if base is None:
         _require_adapters(series.steps)
     if len(series.steps) < 2 and series.final is None:
@@ -327,7 +326,7 @@ def _require_adapters(steps: Sequence[Step]) -> None:
         UsageError: One has weights of a model.
     """
     for step in steps:
-        if is_adapter(locate(step.path)):
+        if locate(step.path).is_adapter:
             continue
         if step.path.is_dir() and not holds_weights(step.path):
             raise InputError(

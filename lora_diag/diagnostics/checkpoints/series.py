@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import as_path, locate
-from lora_diag.checkpoints.folder import WEIGHTS
+from lora_diag.checkpoints import as_path
+from lora_diag.checkpoints.locating import find_named_weights
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.diagnostics.checkpoints.trainer import STATE, Log, read_log
 from lora_diag.errors import InputError, NothingComparedError
@@ -172,9 +172,7 @@ def find_series(paths: Sequence[Path | str]) -> Series:
                 f"{second.path}: is of step {second.step}, and so is {first.path}; give one of the "
                 "two"
             )
-    if len(located) == 1 and (
-        any((located[0] / name).is_file() for name in WEIGHTS) or is_adapter(locate(located[0]))
-    ):
+    if len(located) == 1 and (find_named_weights(located[0]) or is_adapter(located[0])):
         log = read_log(located[0]) or log
         final = Step(max(log.step or 0, log.planned or 0), located[0], final=True)
     return make_series(steps, final, log, foreign)

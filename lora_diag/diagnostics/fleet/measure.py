@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from lora_diag import thin
-from lora_diag.adapters import is_adapter, open_adapter
+from lora_diag.adapters import Adapter, is_adapter, locate, open_input
 from lora_diag.adapters.source import StatedAlpha
-from lora_diag.checkpoints import as_path, locate, open_checkpoint
+from lora_diag.checkpoints import as_path
 from lora_diag.checkpoints.remote import RemotePath
 from lora_diag.deltas import Delta, FactoredDelta, Pairing, natural_order, selector
 from lora_diag.diagnostics.fleet import FleetOptions
@@ -512,7 +512,9 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of this Python thread alone: adapters are measured side by side
     try:
-        if base is None and not is_adapter(locate(path)):
+        opened = open_base(locate(base)) if base is not None else None
+        source = locate(path)
+        if base is None and not source.is_adapter:
             holds_adapters = path.is_dir() and any(map(is_adapter, path.iterdir()))
             fix = (
                 f"quote the pattern '{path}/**' for the adapters in it"
@@ -520,8 +522,7 @@ def _measure_member(member: Member, settings: FleetSettings) -> tuple[Fleet | Le
                 else "give its base with $base if it is a checkpoint"
             )
             raise InputError(path, "is not an adapter", fix)
-        opened = open_base(base) if base is not None else None
-        update = open_update(path, opened, settings.stated_alpha)
+        update = open_update(source, opened, settings.stated_alpha)
         deltas = pair_update(opened, update, settings.layers, settings.exclude)[0].deltas
         kind, matrices = legible(update.kind), (delta for delta in deltas if delta.is_matrix)
         return (measure_adapter(member.layer, kind, matrices, settings.device),)
@@ -570,12 +571,8 @@ def _describe(member: Member, verify: bool) -> RunInput:
     is_remote = isinstance(member.seen.path, RemotePath)
     if is_remote or verify:
         with suppress(LoradiagError):
-            path = member.seen.path
-            checkpoint = (
-                open_adapter(path, "rank").checkpoint
-                if is_adapter(locate(path))
-                else open_checkpoint(path)
-            )
+            opened = open_input(locate(member.seen.path), "rank")
+            checkpoint = opened.checkpoint if isinstance(opened, Adapter) else opened
             digest = fingerprint(checkpoint) if is_remote else digest
             sha256 = content_hash(files_of(checkpoint)) if verify else ""
     return RunInput(

@@ -14,6 +14,7 @@ from typing import Unpack
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import locate
 from lora_diag.checkpoints import Checkpoint
 from lora_diag.deltas import Delta, FactoredDelta, StoredDelta, row_blocks
 from lora_diag.diagnostics.geometry import GeometryOptions
@@ -325,7 +326,7 @@ def geometry(
         draws=options["draws"],
         lens=options["lens"],
     )
-    opened = open_base(base) if settings.lens else base
+    opened = open_base(locate(base)) if settings.lens else base
     if isinstance(opened, Checkpoint):
         find_tables(opened)
     return run.pair(opened, tuned, measure_layer, max_bytes, run.own, settings)

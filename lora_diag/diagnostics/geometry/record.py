@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from statistics import fmean
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -149,118 +149,10 @@ class TokenDirection(Record):
     p: Share
 
 
-def _columns() -> tuple[Shown, ...]:
-    """Return the columns of the statistics, each with the value of the stricter baseline in
-    brackets.
-    """
-    rows: tuple[tuple[str, str, str, str, str, int, bool], ...] = (
-        (
-            "unchanged",
-            "unchanged",
-            "Fraction of entries with a relative change of at most η",
-            "",
-            "percent",
-            3,
-            False,
-        ),
-        (
-            "low_30",
-            "in low 30%",
-            "Changed entries among the 30% smallest of |W|",
-            "low",
-            "percent",
-            0,
-            False,
-        ),
-        (
-            "principal_30",
-            "in principal 30%",
-            "Changed entries among the 30% largest of rank-k W",
-            "principal",
-            "percent",
-            4,
-            False,
-        ),
-        (
-            "angle",
-            "angle",
-            "Mean principal angle of the leading spaces, in degrees",
-            "angle°",
-            ".2g",
-            0,
-            False,
-        ),
-        (
-            "shift",
-            "spectral shift",
-            "Normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖",
-            "NSS",
-            ".0e",
-            0,
-            False,
-        ),
-        (
-            "scaling",
-            "scaling",
-            "Fraction of ‖ΔW‖² that scales directions of W",
-            "",
-            "small",
-            5,
-            True,
-        ),
-        (
-            "mixing",
-            "mixing",
-            "Fraction of ‖ΔW‖² that mixes leading directions of W",
-            "",
-            "small",
-            5,
-            True,
-        ),
-        (
-            "energy_left",
-            "left energy",
-            "Fraction of ‖ΔW‖² in the leading left space of W",
-            "left",
-            "small",
-            5,
-            False,
-        ),
-        (
-            "energy_right",
-            "right energy",
-            "Fraction of ‖ΔW‖² in the leading right space",
-            "right",
-            "small",
-            5,
-            False,
-        ),
-        ("stable_rank", "stable rank", "‖ΔW‖²/σ_1(ΔW)²", "", ".3g", 6, True),
-        (
-            "spectral_ratio",
-            "σ_1(ΔW)/σ_1(W)",
-            "Largest singular value relative to that of W",
-            "σ ratio",
-            ".2g",
-            6,
-            True,
-        ),
-    )
-    return tuple(
-        Shown(
-            f"moved.{name}",
-            title,
-            about,
-            head=head,
-            form=form,
-            drop=drop,
-            detail=detail,
-            main=True,
-            chance=f"null.{name}",
-            share=form in {"percent", "small"},
-        )
-        for name, title, about, head, form, drop, detail in rows
-    )
+def _column(name: str, title: str, about: str, form: str, **look: Any) -> Shown:
+    """Return the column of a statistic, with the value of the stricter baseline in brackets."""
+    look |= {"form": form, "main": True, "share": form in {"percent", "small"}}
+    return Shown(f"moved.{name}", title, about, chance=f"null.{name}", **look)
 
 
 class Geometry(LayerRecord):
@@ -305,7 +197,84 @@ class Geometry(LayerRecord):
 
     table: ClassVar[tuple[Shown | str, ...]] = (
         SHAPE,
-        *_columns(),
+        _column(
+            "unchanged",
+            "unchanged",
+            "Fraction of entries with a relative change of at most η",
+            "percent",
+            drop=3,
+        ),
+        _column(
+            "low_30",
+            "in low 30%",
+            "Changed entries among the 30% smallest of |W|",
+            "percent",
+            head="low",
+        ),
+        _column(
+            "principal_30",
+            "in principal 30%",
+            "Changed entries among the 30% largest of rank-k W",
+            "percent",
+            head="principal",
+            drop=4,
+        ),
+        _column(
+            "angle",
+            "angle",
+            "Mean principal angle of the leading spaces, in degrees",
+            ".2g",
+            head="angle°",
+        ),
+        _column(
+            "shift",
+            "spectral shift",
+            "Normalised spectral shift ‖σ(W+ΔW) − σ(W)‖/‖σ(W)‖",
+            ".0e",
+            head="NSS",
+        ),
+        _column(
+            "scaling",
+            "scaling",
+            "Fraction of ‖ΔW‖² that scales directions of W",
+            "small",
+            drop=5,
+            detail=True,
+        ),
+        _column(
+            "mixing",
+            "mixing",
+            "Fraction of ‖ΔW‖² that mixes leading directions of W",
+            "small",
+            drop=5,
+            detail=True,
+        ),
+        _column(
+            "energy_left",
+            "left energy",
+            "Fraction of ‖ΔW‖² in the leading left space of W",
+            "small",
+            head="left",
+            drop=5,
+        ),
+        _column(
+            "energy_right",
+            "right energy",
+            "Fraction of ‖ΔW‖² in the leading right space",
+            "small",
+            head="right",
+            drop=5,
+        ),
+        _column("stable_rank", "stable rank", "‖ΔW‖²/σ_1(ΔW)²", ".3g", drop=6, detail=True),
+        _column(
+            "spectral_ratio",
+            "σ_1(ΔW)/σ_1(W)",
+            "Largest singular value relative to that of W",
+            ".2g",
+            head="σ ratio",
+            drop=6,
+            detail=True,
+        ),
     )
     guards: ClassVar[tuple[Guard, ...]] = (
         Guard(

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import locate
 from lora_diag.deltas import Delta, DenseDelta, FactoredDelta, footprint
 from lora_diag.diagnostics.interference import InterferenceOptions
 from lora_diag.diagnostics.interference.record import EnergyOverlap, Interference, MergeLoss, Union
@@ -686,7 +687,7 @@ def interference(
             "two adapters"
         )
     refuse_repeated(updates)
-    opened = None if base is None else open_base(base)
+    opened = None if base is None else open_base(locate(base))
     comparisons = [
         run.compare(path, None) if opened is None else run.compare(opened, path) for path in updates
     ]

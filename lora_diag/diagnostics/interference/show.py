@@ -43,11 +43,10 @@ def interference_grids(results: Results[Interference | Union], per: str = "type"
     grids = _make_pair_grids(group_pairs(results), per)
     if unions := select_shared(results):
         rows = rows_of(unions, per)
-        details = (
-            grid_of(Union.shown, rows, per, "the sum of all"),
-            grid_of(_make_loss_columns(unions), rows, per, "merges: ‖sum − merge‖ / ‖sum‖"),
-        )
-        grids += [replace(grid, detail=True) for grid in details]
+        losses = _make_loss_columns(unions)
+        union = grid_of(Union.shown, rows, per, "the sum of all")
+        merges = grid_of(losses, rows, per, "merges: ‖sum − merge‖ / ‖sum‖")
+        grids += [replace(union, detail=True), replace(merges, detail=True)]
     return grids
 
 
@@ -84,9 +83,8 @@ def _make_pair_grids(pairs: Sequence[tuple[str, str, list[Interference]]], per: 
     grids = []
     for first, second, records in pairs:
         layers = sorted(rows_of(records, per), key=lambda row: -abs(pooled_cosine(row[1])))
-        grids.append(
-            grid_of(Interference.shown_of({}, records), layers, per, f"1 {first}, 2 {second}")
-        )
+        shown = Interference.shown_of({}, records)
+        grids.append(grid_of(shown, layers, per, f"1 {first}, 2 {second}"))
     return grids
 
 
@@ -95,13 +93,8 @@ def _make_loss_columns(unions: Sequence[Union]) -> Iterator[Shown]:
     ``_list_truncation_ranks``.
     """
     for key, title in MERGES.items():
-        yield Shown(
-            f"merges.{key}",
-            title,
-            "‖S − M‖/‖S‖",
-            pool=partial(merge_residual, merge=key),
-            terminal=True,
-        )
+        error = partial(merge_residual, merge=key)
+        yield Shown(f"merges.{key}", title, "‖S − M‖/‖S‖", pool=error, terminal=True)
     for rank in _list_truncation_ranks(unions):
         pool = partial(recompressed_residual, rank=rank)
         yield Shown(
@@ -114,12 +107,13 @@ def merge_residual(records: Sequence[Union], merge: str) -> float | None:
     or without any.
     """
     sums = [record for record in records if record.fro > 0]
-    gaps = [
-        loss.residual * record.fro
-        for record in sums
-        if (loss := record.merges.get(merge)) is not None
-    ]
-    if not gaps or len(gaps) < len(sums):
+    gaps = []
+    for record in sums:
+        loss = record.merges.get(merge)
+        if loss is None:
+            return None
+        gaps.append(loss.residual * record.fro)
+    if not gaps:
         return None
     return math.hypot(*gaps) / math.hypot(*(record.fro for record in sums))
 
@@ -152,16 +146,12 @@ def interference_lines(results: Results[Interference | Union]) -> list[Statement
     """Return the statements of the summary."""
     unions = select_shared(results)
     if not unions:
-        why = (
-            "not measured: every layer was left out"
-            if results.unmeasured
-            else "no layer is changed by two updates"
-        )
+        why = "no layer is changed by two updates"
+        if results.unmeasured:
+            why = "not measured: every layer was left out"
         return summarize(results, make_statement("interfere", "Interference", why))
-    strongest = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))[
-        :_MAX_NAMED
-    ]
-    lines = (_describe_interference(*pair) for pair in strongest)
+    pairs = sorted(group_pairs(results), key=lambda pair: -abs(pooled_cosine(pair[2])))
+    lines = [_describe_interference(*pair) for pair in pairs[:_MAX_NAMED]]
     return summarize(
         results,
         make_statement("interfere", "Interference", *lines, priority=0),
@@ -189,15 +179,13 @@ _RELATIONS: dict[Relation, str] = {
 def _describe_interference(first: str, second: str, records: list[Interference]) -> str:
     """State what two updates have in common, and in which layer they cancel most, if they do."""
     counts = ", ".join(list_counts((record.relation for record in records), _RELATIONS))
-    cosine, worst = (
-        number(round(pooled_cosine(records), 4)),
-        min(records, key=lambda record: record.cosine),
-    )
-    lowest = f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
-    sentence = (
-        f"{first} and {second}: cosine {cosine}; of {quantity(len(records), 'layer')} {counts}"
-    )
-    return sentence + (lowest if worst.relation == "cancel" else "")
+    cosine = number(round(pooled_cosine(records), 4))
+    layers = quantity(len(records), "layer")
+    text = f"{first} and {second}: cosine {cosine}; of {layers} {counts}"
+    worst = min(records, key=lambda record: record.cosine)
+    if worst.relation == "cancel":
+        text += f"; lowest in {short(worst.layer)} ({number(round(worst.cosine, 3))})"
+    return text
 
 
 def compare_lengths(unions: Sequence[Union]) -> float:
@@ -216,50 +204,41 @@ def _describe_length(results: Results[Interference | Union], unions: Sequence[Un
     """State the lengths of the sum and, with unit weights, of the mean; warn of a sum longer than
     √K updates.
     """
-    ratio, count = (
-        compare_lengths(unions),
-        len({path for record in unions for path in record.updates}),
-    )
-    limit, is_unit = math.sqrt(count), set(results.run.settings.get("weights", ())) == {1.0}
+    ratio = compare_lengths(unions)
+    count = len({path for record in unions for path in record.updates})
     text = f"‖sum‖ is {number(ratio)} times that of the longest update"
-    text += f", ‖mean‖ {number(ratio / count)}" if is_unit else ""
-    is_long = is_unit and ratio > limit * (1 + 1e-6)  # orthogonal updates of one norm have √K
+    if set(results.run.settings.get("weights", ())) != {1.0}:
+        return make_statement("length", "Length", text)
+    text += f", ‖mean‖ {number(ratio / count)}"
+    limit = math.sqrt(count)  # orthogonal updates of one norm have √K
+    if ratio <= limit * (1 + 1e-6):
+        return make_statement("length", "Length", text)
     text += (
         f": more than √K = {number(limit)}, as the updates reinforce each other; merge their mean"
-        if is_long
-        else ""
     )
-    return make_statement("length", "Length", text, level="warning" if is_long else "note")
+    return make_statement("length", "Length", text, level="warning")
 
 
 def _describe_rank_needed(unions: Sequence[Union]) -> list[str]:
     """State the ranks that the sum and the updates need, and the one that keeps every update."""
     separate_rank = sum(record.parts_rank_at["0.9"] for record in unions)
     sum_rank = sum(record.spectrum.rank_at["0.9"] or 0 for record in unions)
-    lead = (
-        f"Σr = {sum_rank} holds 90% of the sum's energy; the updates need {separate_rank} "
-        "separately"
-    )
-    ranks = [rank for record in unions if (rank := record.rank_for_all.get("0.9")) is not None]
-    if without_rank := len(unions) - len(ranks):
-        return [
-            lead,
-            f"in {without_rank} of {len(unions)} layers no rank of the sum keeps 90% of every "
-            "update",
-        ]
-    return [
-        lead,
-        f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer",
-    ]
+    holds = f"Σr = {sum_rank} holds 90% of the sum's energy"
+    lead = f"{holds}; the updates need {separate_rank} separately"
+    all_ranks = [record.rank_for_all.get("0.9") for record in unions]
+    ranks = [rank for rank in all_ranks if rank is not None]
+    if len(ranks) == len(unions):
+        every = f"Σr = {sum(ranks)} keeps 90% of every update, at most r = {max(ranks)} in a layer"
+        return [lead, every]
+    without = f"{len(unions) - len(ranks)} of {len(unions)} layers"
+    return [lead, f"in {without} no rank of the sum keeps 90% of every update"]
 
 
 def _describe_merges(unions: Sequence[Union]) -> Iterator[str]:
     """Yield the errors of all merges, then, if it exists, the rank of the exact one."""
     errors = {name: merge_residual(unions, merge) for merge, name in MERGES.items()}
-    errors |= {
-        f"svd r={rank}": recompressed_residual(unions, rank)
-        for rank in _list_truncation_ranks(unions)
-    }
+    for rank in _list_truncation_ranks(unions):
+        errors[f"svd r={rank}"] = recompressed_residual(unions, rank)
     losses = [f"{name} {percent(error)}" for name, error in errors.items() if error is not None]
     yield f"of ‖sum‖: {', '.join(losses)}" if losses else ""
     if merge_residual(unions, "cat") is not None:

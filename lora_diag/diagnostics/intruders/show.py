@@ -27,55 +27,47 @@ def suggest_next(results: Results[Intruders], values: Mapping[str, Any]) -> Hint
     """Return the next step: the loss on earlier data, of an adapter or of a fine-tune without
     factors.
     """
-    is_adapter = any(side.role == "adapter" for side in results.run.inputs)
-    probe = (
-        "probe outputs {base} {tuned}"
-        if is_adapter
-        else "probe truncation {base} {tuned} --ranks 0"
-    )
+    probe = "probe truncation {base} {tuned} --ranks 0"
+    if any(side.role == "adapter" for side in results.run.inputs):
+        probe = "probe outputs {base} {tuned}"
     return Hint(f"{probe} --eval earlier_data.txt", "whether the model forgot")
 
 
 def intruders_lines(results: Results[Intruders]) -> list[Statement]:
     """Return the statements of the summary."""
-    records, findings = results.layers, []
+    records = results.layers
+    findings = []
     if records:
+        found = describe_intruders(records)
         level: Level = "warning" if any(record.intruders for record in records) else "note"
-        random, tested = (
-            sum(record.count_random for record in records),
-            sum(record.k for record in records),
-        )
+        findings.append(make_statement("intruders", "Intruders", *found, level=level, priority=0))
+        random = sum(record.count_random for record in records)
+        tested = sum(record.k for record in records)
         chance = (
             f"about {random:.0f} of {tested} random directions would count: intruders are "
             "new, not significant"
         )
-        findings = [
-            make_statement(
-                "intruders", "Intruders", *describe_intruders(records), level=level, priority=0
-            ),
-            make_statement("chance", "Random baseline", chance, priority=2),
-        ]
+        findings.append(make_statement("chance", "Random baseline", chance, priority=2))
     meaning = (
         "other studies found intruders together with forgetting (arXiv 2410.21228); only the loss "
         "shows it here"
     )
-    return summarize(
-        results, *findings, make_statement("interpretation", "Interpretation", meaning)
-    )
+    findings.append(make_statement("interpretation", "Interpretation", meaning))
+    return summarize(results, *findings)
 
 
 def describe_intruders(records: Sequence[Intruders]) -> list[str]:
     """State the number of intruders, the layers with the most, and the criterion."""
-    total, tested = sum(record.intruders for record in records), sum(record.k for record in records)
-    k, epsilon = records[0].k, number(records[0].epsilon)
     criterion = (
-        f"of the {k} largest directions of each weight, those with a similarity to BASE "
-        f"below {epsilon}"
+        f"of the {records[0].k} largest directions of each weight, those with a similarity to BASE "
+        f"below {number(records[0].epsilon)}"
     )
-    if not total:
-        return [f"none in {quantity(len(records), 'layer')}", criterion]
-    affected = sorted(
-        (record for record in records if record.intruders), key=lambda record: -record.intruders
-    )
-    layers = f"{len(affected)} of {quantity(len(records), 'layer')}"
-    return [f"{total} of {tested} directions, in {layers}: {list_layers(affected)}", criterion]
+    layers = quantity(len(records), "layer")
+    affected = [record for record in records if record.intruders]
+    if not affected:
+        return [f"none in {layers}", criterion]
+    affected.sort(key=lambda record: -record.intruders)
+    total = sum(record.intruders for record in affected)
+    tested = sum(record.k for record in records)
+    where = f"{len(affected)} of {layers}: {list_layers(affected)}"
+    return [f"{total} of {tested} directions, in {where}", criterion]

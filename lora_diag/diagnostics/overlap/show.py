@@ -17,7 +17,13 @@ from lora_diag.feature import Hint
 from lora_diag.metrics.subspaces import TREND_RATIO, is_near
 from lora_diag.records import Results
 from lora_diag.records.names import part_of
-from lora_diag.rendering.statements import Statement, describe_resolution, make_statement, summarize
+from lora_diag.rendering.statements import (
+    Level,
+    Statement,
+    describe_resolution,
+    make_statement,
+    summarize,
+)
 from lora_diag.rendering.tables import (
     WIDE,
     Column,
@@ -94,17 +100,16 @@ def tracks(results: Results[Overlap], rank: int | None = None) -> list[Track]:
     """
     if rank is None and not reference_is_adapter(results):
         measured = sorted({record.rank for record in results})
-        rank = (
-            USUAL_RANK if USUAL_RANK in measured or not measured else measured[len(measured) // 2]
-        )
+        rank = USUAL_RANK
+        if measured and USUAL_RANK not in measured:
+            rank = measured[len(measured) // 2]
     by_layer: dict[str, dict[int, list[Overlap]]] = {}
     for record in results:
         by_layer.setdefault(record.layer, {}).setdefault(record.rank, []).append(record)
     layer_tracks = []
     for layer, by_rank in by_layer.items():
-        layer_rank = max(
-            (each for each in by_rank if rank is None or each <= rank), default=min(by_rank)
-        )
+        possible = [each for each in by_rank if rank is None or each <= rank]
+        layer_rank = max(possible, default=min(by_rank))
         records = sorted(by_rank[layer_rank], key=lambda record: record.step)
         layer_tracks.append(Track(layer, layer_rank, tuple(records)))
     return layer_tracks
@@ -151,29 +156,26 @@ def overlap_table(
 
 def _make_grid(rows: Rows, width: int, per: str) -> Grid:
     """Return the table of κ over the steps, one row per group of tracks."""
-    steps = sorted(
-        {record.step for _, group in rows for track in group for record in track.records}
-    )
-    column_steps = select_evenly(steps, _WIDE_MAX_STEPS if width >= WIDE else _MAX_STEPS)
-    ranks = {track.rank for _, group in rows for track in group}
+    shown = [track for _, group in rows for track in group]
+    steps = sorted({record.step for track in shown for record in track.records})
+    ranks = {track.rank for track in shown}
     last = [(name, [track.last for track in group]) for name, group in rows]
     columns: list[Column] = []
     for field in Overlap.shown:
         if field.path == "kappa":
-            columns += [
-                _make_step_column(rows, step, "step " * (step == steps[0])) for step in column_steps
-            ]
-            if steps[1:]:
-                columns.append(
-                    Column("trend", tuple(_describe_trend(group) for _, group in rows), "left")
-                )
+            for step in select_evenly(steps, _WIDE_MAX_STEPS if width >= WIDE else _MAX_STEPS):
+                title = f"step {step}" if step == steps[0] else str(step)
+                columns.append(_make_step_column(rows, step, title))
+            if len(steps) > 1:
+                trends = tuple(_describe_trend(group) for _, group in rows)
+                columns.append(Column("trend", trends, "left"))
         elif field.path != "rank" or len(ranks) > 1:
             columns += columns_of([field], last)
     caption = f"κ = ‖UᵀGV‖/‖G‖ at r={span(ranks)}, by training step"
     return grid_of((), rows, per, f"{caption} ({NEAR_MARK} near random)", extra=columns)
 
 
-def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
+def _make_step_column(rows: Rows, step: int, title: str) -> Column:
     """Return a column of the median κ at a step, shaded by its place from random to 1, marked if
     most are near it.
     """
@@ -188,22 +190,19 @@ def _make_step_column(rows: Rows, step: int, prefix: str) -> Column:
         mark = NEAR_MARK if sum(map(is_near_random, nonzero)) > len(nonzero) / 2 else " "
         style = shade(max(0.0, kappa - random) / max(1e-9, 1 - random))
         cells.append(Text(f"{small_fraction(kappa)}{mark}", style=style))
-    return Column(f"{prefix}{step}", tuple(cells))
+    return Column(title, tuple(cells))
 
 
 def _describe_trend(group: Sequence[Track]) -> str:
     """Return the trend of the median κ as a word; empty if no layer has two nonzero gradients."""
-    known = [ends for track in group if (ends := track.ends) is not None]
+    known = [track.ends for track in group if track.ends is not None]
     if not known:
         return ""
-    first, last = (median(kappas) for kappas in zip(*known, strict=True))
-    return (
-        "falls"
-        if last < TREND_RATIO * first
-        else "rises"
-        if first < TREND_RATIO * last
-        else "steady"
-    )
+    first = median(start for start, _ in known)
+    last = median(end for _, end in known)
+    if last < TREND_RATIO * first:
+        return "falls"
+    return "rises" if first < TREND_RATIO * last else "steady"
 
 
 # An adapter still reaches the gradient if tangent² exceeds its baseline by this fraction of ‖G‖². A
@@ -241,39 +240,42 @@ def lines(results: Results[Overlap], shown: Sequence[Track] | None = None) -> li
     relevant = _select_relevant(shown)
     findings = []
     if relevant:
-        interpretation = (
-            "overlap increases with rank for any subspace: compare with random, not with 1; on a "
-            "language model κ of "
-            "an adapter as good as full fine-tuning ended near random in 11 of 21 matrices"
-        )
-        if reference_is_adapter(results):
-            interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
-        findings = [
-            _describe_containment(relevant, len(shown)),
-            make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
-            make_statement(
-                "reach",
-                "Reach",
-                "an adapter in these subspaces reaches "
-                f"{_compare_with_random(relevant, 'tangent')} to first order",
-                "a new one, with B = 0 and A spanning V, "
-                f"{_compare_with_random(relevant, 'right')}",
-            ),
-            describe_resolution(
-                [track.last.verdict for track in relevant],
-                "",
-                "there the subspaces are those of rounding noise, and a κ near random has no "
-                "meaning",
-            ),
-            make_statement("interpretation", "Interpretation", interpretation, priority=2),
-        ]
+        findings = _describe_relevant(results, relevant, len(shown))
     elif shown:
-        findings = [
-            make_statement(
-                "inside", "Containment", "not known: every gradient is zero", level="warning"
-            )
-        ]
+        text = "not known: every gradient is zero"
+        findings = [make_statement("inside", "Containment", text, level="warning")]
     return summarize(results, *findings, so_far="records so far")
+
+
+def _describe_relevant(
+    results: Results[Overlap], relevant: Sequence[Track], layer_count: int
+) -> list[Statement]:
+    """Return the findings on the relevant ones of ``layer_count`` measured layers."""
+    tangent = _compare_with_random(relevant, "tangent")
+    right = _compare_with_random(relevant, "right")
+    interpretation = (
+        "overlap increases with rank for any subspace: compare with random, not with 1; on a "
+        "language model κ of an adapter as good as full fine-tuning ended near random in 11 of 21 "
+        "matrices"
+    )
+    if reference_is_adapter(results):
+        interpretation += "; near a minimum over the adapter's own weights tangent goes to 0"
+    return [
+        _describe_containment(relevant, layer_count),
+        make_statement("suggests", "Suggestion", *_suggest_fix(results, relevant)),
+        make_statement(
+            "reach",
+            "Reach",
+            f"an adapter in these subspaces reaches {tangent} to first order",
+            f"a new one, with B = 0 and A spanning V, {right}",
+        ),
+        describe_resolution(
+            [track.last.verdict for track in relevant],
+            "",
+            "there the subspaces are those of rounding noise, and a κ near random has no meaning",
+        ),
+        make_statement("interpretation", "Interpretation", interpretation, priority=2),
+    ]
 
 
 def _select_relevant(shown: Sequence[Track]) -> list[Track]:
@@ -294,30 +296,25 @@ def _describe_containment(relevant: Sequence[Track], layer_count: int) -> Statem
     and the medians.
     """
     near = _select_near(relevant)
-    verdict = "no" if len(near) > len(relevant) / 2 else "partly" if near else "yes"
-    kappa = median(track.last.kappa or 0 for track in relevant)
-    random = median(track.last.kappa_random for track in relevant)
-    layers = (
-        quantity(layer_count)
-        if len(relevant) == layer_count
-        else f"{len(relevant)} of {quantity(layer_count)}"
+    verdict = "partly" if near else "yes"
+    if len(near) > len(relevant) / 2:
+        verdict = "no"
+    kappa = number(median(track.last.kappa or 0 for track in relevant))
+    random = number(median(track.last.kappa_random for track in relevant))
+    layers = quantity(layer_count)
+    if len(relevant) < layer_count:
+        layers = f"{len(relevant)} of {layers}"
+    text = (
+        f"{verdict}: κ {kappa} at the last step, the median of {layers}; random subspaces {random}"
     )
-    return make_statement(
-        "inside",
-        "Containment",
-        f"{verdict}: κ {number(kappa)} at the last step, the median of {layers}; random subspaces "
-        f"{number(random)}",
-        level="warning" if near else "note",
-        priority=0,
-    )
+    level: Level = "warning" if near else "note"
+    return make_statement("inside", "Containment", text, level=level, priority=0)
 
 
 def _compare_with_random(relevant: Sequence[Track], field: str) -> str:
     """Return the median of a measure at the last step as a phrase, with its baseline."""
-    value, random = (
-        median(getattr(t.last, name) or 0.0 for t in relevant)
-        for name in (field, f"{field}_random")
-    )
+    value = median(getattr(track.last, field) or 0.0 for track in relevant)
+    random = median(getattr(track.last, f"{field}_random") for track in relevant)
     return f"{number(value)} of ‖G‖ (random {number(random)})"
 
 
@@ -329,11 +326,9 @@ def _suggest_fix(results: Results[Overlap], relevant: Sequence[Track]) -> list[s
             "no change: in every layer these subspaces contain more of the gradient than random "
             "ones"
         ]
-    known = (record for record in results if record.kappa is not None)
-    largest = {
-        record.layer: record
-        for record in sorted(known, key=lambda record: (record.rank, record.step))
-    }
+    known = [record for record in results if record.kappa is not None]
+    known.sort(key=lambda record: (record.rank, record.step))
+    largest = {record.layer: record for record in known}
     keep: list[Track] = []
     raise_rank: list[Track] = []
     others: list[Track] = []

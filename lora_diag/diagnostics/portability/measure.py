@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from lora_diag.adapters import Adapter, open_adapter, open_input
+from lora_diag.adapters import Adapter, locate, open_adapter, open_input
 from lora_diag.adapters.contents import Contents, Item, Part, read_contents
 from lora_diag.adapters.portable import write_portable
 from lora_diag.adapters.source import StatedAlpha, get_stated_alpha
@@ -573,10 +573,10 @@ def _open_inputs(
         UsageError: ``adapter`` is not an adapter, or ``base`` is one.
     """
     order = f"the order is: loradiag portability ADAPTER [BASE]{options}"
-    opened = open_input(adapter, stated_alpha)
+    opened = open_input(locate(adapter), stated_alpha)
     if not isinstance(opened, Adapter):
         raise UsageError(f"{adapter}: not an adapter; {order}")
-    checkpoint = None if base is None else open_input(base)
+    checkpoint = None if base is None else open_input(locate(base))
     if isinstance(checkpoint, Adapter):
         raise UsageError(f"{base}: an adapter, not a base; {order}")
     return opened, checkpoint

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lora_diag.adapters import locate
 from lora_diag.deltas import Pairing, Unpaired, selector
 from lora_diag.diagnostics.spectrum import SpectrumOptions
 from lora_diag.diagnostics.spectrum.record import GradientStack, Spectrum
@@ -200,7 +201,7 @@ def gradient_spectrum(
     gradients = run.options["gradients"]
     selected = selector(run.options["layers"], run.options["exclude"])
     steps = open_steps(gradients)
-    checkpoint = open_base(base) if base is not None else None
+    checkpoint = open_base(locate(base)) if base is not None else None
     folders = {file.path.parent for step in steps for file in step.checkpoint.files}
     if checkpoint is not None and any(file.path.parent in folders for file in checkpoint.files):
         raise UsageError(

@@ -19,8 +19,7 @@ from typing import Any, Protocol, Unpack
 import torch
 from torch import Tensor
 
-from lora_diag.adapters import is_adapter
-from lora_diag.checkpoints import locate
+from lora_diag.adapters import locate
 from lora_diag.errors import Given, UsageError
 from lora_diag.models.data import Texts
 from lora_diag.models.losses import Forgetting, Losses, divergence, forward, nll, select_predictions
@@ -362,7 +361,7 @@ def compare_models(
     is_step = step >= 0 and any(other_run == run for other_run, _ in following)
     if tuned is not None:
         others = [path for path in models if path.rstrip("/") != tuned.rstrip("/")]
-    elif not is_step and not is_adapter(locate(models[0])):
+    elif not is_step and not locate(models[0]).is_adapter:
         tuned, *others = models
     else:
         others = list(models)

@@ -31,40 +31,38 @@ def metric_suffix(records: Iterable[LayerRecord]) -> str:
     weights'; else empty.
     """
     metrics = metrics_of(records)
-    return (
-        f", in {METRIC_NAMES[metrics[0]]}" if len(metrics) == 1 and metrics != ["weights"] else ""
-    )
+    if len(metrics) != 1 or metrics == ["weights"]:
+        return ""
+    return f", in {METRIC_NAMES[metrics[0]]}"
 
 
 def count_matrices(records: Iterable[LayerRecord]) -> str:
     """Return the number of distinct layers, such as ``12 matrices`` or
     ``12 matrices and 9 vectors``.
     """
-    vectors = {record.layer: len(getattr(record, "shape", (0, 0))) == 1 for record in records}
-    matrices, other = len(vectors) - sum(vectors.values()), sum(vectors.values())
-    return (
-        " and ".join(
-            quantity(*item) for item in ((matrices, "matrix"), (other, "vector")) if item[0]
-        )
-        or "0 matrices"
-    )
+    is_vector = {record.layer: len(getattr(record, "shape", (0, 0))) == 1 for record in records}
+    vectors = sum(is_vector.values())
+    matrices = len(is_vector) - vectors
+    if not vectors:
+        return quantity(matrices, "matrix")
+    if not matrices:
+        return quantity(vectors, "vector")
+    return f"{quantity(matrices, 'matrix')} and {quantity(vectors, 'vector')}"
 
 
 def title_in(field: str, records: Iterable[LayerRecord]) -> str:
     """Return the axis title of a field, in the metric of the records."""
     records = tuple(records)
-    title, norms_text = (
-        title_of(field, type(records[0]) if records else LayerRecord),
-        changes_of(records),
-    )
+    title = title_of(field, type(records[0]) if records else LayerRecord)
+    norms_text = changes_of(records)
     if norms_text == "ΔW":
         return title
     if "ΔW" in title or "W_base" in title:
-        norms = norms_text.split(" and ")
-        return " and ".join(
-            title.replace("ΔW", norm).replace("W_base", norm.replace("ΔW", "W_base"))
-            for norm in norms
-        )
+        titles = []
+        for norm in norms_text.split(" and "):
+            of_base = norm.replace("ΔW", "W_base")
+            titles.append(title.replace("ΔW", norm).replace("W_base", of_base))
+        return " and ".join(titles)
     return f"{title} of {norms_text}" if field.startswith(_OF_ENERGY) else title
 
 
@@ -84,9 +82,10 @@ def title_of(field: str, kind: type[LayerRecord] = LayerRecord) -> str:
         return f"rank of the sum over ranks of the updates, at {_format_percent(path)}"
     if head == "tail" and path.endswith(".fro"):
         return f"tail of rank {path.removesuffix('.fro')}: √Σᵢ﹥ᵣσᵢ²"
-    return next(
-        (column.axis or column.title for column in kind.shown if column.path == field), field
-    )
+    for column in kind.shown:
+        if column.path == field:
+            return column.axis or column.title
+    return field
 
 
 def _format_percent(share: str) -> str:
@@ -117,10 +116,9 @@ def numbers_of(records: Iterable[Record]) -> list[str]:
         content = {key: getattr(record, key) for key in type(record).model_fields}
         names.update(dict.fromkeys(_iterate_numbers(content, "")))
         if isinstance(record, LayerRecord):
-            properties = [
-                key for key, member in vars(type(record)).items() if isinstance(member, property)
-            ]
-            names.update((key, None) for key in properties if value_of(record, key) is not None)
+            for key, member in vars(type(record)).items():
+                if isinstance(member, property) and value_of(record, key) is not None:
+                    names[key] = None
     return list(names)
 
 
@@ -146,13 +144,8 @@ def format_cell(value: float) -> str:
         return f"{value:.0f}"
     if abs(value) >= 1e6 or abs(value) < 1e-2:
         return f"{value:.0e}"
-    return (
-        f"{value:.0f}"
-        if abs(value) >= 100
-        else f"{value:.1f}"
-        if abs(value) >= 10
-        else f"{value:.2f}"
-    )
+    decimals = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+    return f"{value:.{decimals}f}"
 
 
 R = TypeVar("R", bound=LayerRecord)
@@ -185,21 +178,18 @@ class Types:
         towers_by_type: dict[str, set[tuple[str, ...]]] = {}
         tower_order: dict[tuple[str, ...], int] = {}
         for layer in layers:
-            if tower := tower_of(layer):
+            tower = tower_of(layer)
+            if tower:
                 towers_by_type.setdefault(module_type_of(layer), set()).add(tower)
                 tower_order.setdefault(tower, len(tower_order))
-        tower_labels = _find_distinguishing_parts(
-            {tower for of_type in towers_by_type.values() if len(of_type) > 1 for tower in of_type}
-        )
-        ordered = sorted(
-            layers,
-            key=lambda layer: (
-                tower_order.get(tower_of(layer), len(tower_order)),
-                type_order(layer),
-            ),
-        )
+        ambiguous = [towers for towers in towers_by_type.values() if len(towers) > 1]
+        tower_labels = _find_distinguishing_parts(set[tuple[str, ...]]().union(*ambiguous))
+
+        def place(layer: str) -> tuple[Any, ...]:
+            return tower_order.get(tower_of(layer), len(tower_order)), type_order(layer)
+
         self._type_names: dict[str, str] = {}
-        for layer in ordered:
+        for layer in sorted(layers, key=place):
             label, module_type = tower_labels.get(tower_of(layer)), module_type_of(layer)
             self._type_names[layer] = name_of(f"{label}: {module_type}" if label else module_type)
         self.names = tuple(dict.fromkeys(self._type_names.values()))
@@ -225,9 +215,9 @@ def _find_distinguishing_parts(towers: set[tuple[str, ...]]) -> dict[tuple[str, 
     equal or missing.
     """
     shared = 0
-    while len({tower[shared : shared + 1] for tower in towers}) == 1 and all(
-        len(t) > shared for t in towers
-    ):
+    for parts in zip(*towers, strict=False):
+        if len(set(parts)) > 1:
+            break
         shared += 1
     labels = {tower: ".".join(tower[shared : shared + 1]) for tower in towers}
     if len(set(labels.values())) < len(labels) or "" in labels.values():
@@ -242,12 +232,10 @@ def by_depth(records: Sequence[R]) -> dict[int | None, tuple[R, ...]]:
     by_block: dict[int | None, list[R]] = {}
     for record in records:
         by_block.setdefault(depth_of(record.layer), []).append(record)
-    return {
-        depth: tuple(by_block[depth])
-        for depth in sorted(by_block, key=lambda d: (d is None, d or 0))
-    }
+    depths = sorted(by_block, key=lambda depth: (depth is None, depth or 0))
+    return {depth: tuple(by_block[depth]) for depth in depths}
 
 
 def deepest(layers: Iterable[str]) -> int:
     """Return the largest block index, 0 without blocks."""
-    return max((depth for layer in layers if (depth := depth_of(layer)) is not None), default=0)
+    return max((depth_of(layer) or 0 for layer in layers), default=0)

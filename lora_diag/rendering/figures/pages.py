@@ -127,29 +127,28 @@ def choose_columns(count: int, style: PageStyle, share: bool = False) -> int:
     >>> [choose_columns(count, SLIDE) for count in (2, 4, 5)], choose_columns(4, COLUMN)
     ([2, 2, 3], 1)
     """
+    if not share and style.columns < 3:
+        return 1
     if not share:
-        return 1 if style.columns < 3 else min(count, 2 if count in {2, 4} else 3)
+        return 2 if count == 4 else min(count, 3)
     if count <= style.columns:
         return max(count, 1)
-    return min(
-        (style.columns, style.columns + 1), key=lambda columns: -count % columns
-    )  # with few empty places
+    # With few empty places.
+    return min(style.columns, style.columns + 1, key=lambda columns: -count % columns)
 
 
 def make_figure(page: Page, style: PageStyle) -> Figure:
     """Return the figure of a page; taller than its style if panels need it, lower only if the page
     may be (``low``).
     """
-    count, panels = len(page.panels), list(page.panels)
+    panels = list(page.panels)
+    count = len(panels)
     columns = page.columns or choose_columns(count, style, page.share)
-    width, default = style.width / columns, (1.0 if page.share else 1.9) * style.panel
-    heights = [
-        max(panel.height or default for panel in panels[start : start + columns])
-        for start in range(0, count, columns)
-    ]
-    figure = Figure(
-        (style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white"
-    )
+    width = style.width / columns
+    default = style.panel if page.share else 1.9 * style.panel
+    of_panels = [panel.height or default for panel in panels]
+    heights = [max(of_panels[start : start + columns]) for start in range(0, count, columns)]
+    figure = _make_empty_figure(style)
     axes = figure.subplots(
         len(heights),
         columns,
@@ -165,40 +164,44 @@ def make_figure(page: Page, style: PageStyle) -> Figure:
     scale_width = 0.12 * width if page.scale is not None else 0.0
     chars = fit_chars(0.9 * (width - left / columns - scale_width), style.text)
     titles = crop_names([panel.title for panel in panels], chars)
+    room = width - (labels + 1) * 0.6 * style.text / 72
     for number, (panel, ax) in enumerate(zip(panels, axes.flat, strict=False)):
         panel.draw(ax, style)
-        room = width - (labels + 1) * 0.6 * style.text / 72
-        ax.set_title(
-            titles[panel.title] if page.share else wrap_text(panel.title, room, style.text),
-            parse_math=False,
-        )
+        title = titles[panel.title]
+        if not page.share:
+            title = wrap_text(panel.title, room, style.text)
+        ax.set_title(title, parse_math=False)
         if not page.share or number + columns >= count:
             ax.set_xlabel(wrap_text(panel.xlabel or ax.get_xlabel(), room, style.text))
         if not page.share or number % columns == 0:
             ax.set_ylabel(panel.ylabel or ax.get_ylabel())
-    for ax in axes.flat[count - columns : count] if page.share else ():
-        ax.tick_params(labelbottom=True)
+    if page.share:
+        for ax in axes.flat[count - columns : count]:
+            ax.tick_params(labelbottom=True)
     for ax in axes.flat[count:]:
         ax.remove()
     keys = collect_keys(figure.axes) if page.keys is None else page.keys
     if page.scale is not None:
-        add_scale(
-            figure, figure.axes, page.scale, page.scale_label, sum(heights) / (0.02 * style.width)
-        )
+        aspect = sum(heights) / (0.02 * style.width)
+        add_scale(figure, figure.axes, page.scale, page.scale_label, aspect)
     height = sum(heights) + _add_text(figure, page, keys, style)
     figure.set_figheight(max(0.0 if page.low else style.height, height))
     return figure
 
 
+def _make_empty_figure(style: PageStyle) -> Figure:
+    """Return a figure of the size of a page."""
+    size = (style.width, style.height)
+    return Figure(size, dpi=style.dpi, layout="constrained", facecolor="white")
+
+
 def collect_keys(axes: Iterable[Axes]) -> list[Key]:
     """Return a legend entry for each label of what is drawn, in the order of drawing."""
-    drawn = [
-        (label, handle)
-        for ax in axes
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    ]
-    first = dict(reversed(drawn))
-    return [Key(first[label], label) for label in dict.fromkeys(label for label, _ in drawn)]
+    keys: dict[str, Key] = {}
+    for ax in axes:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            keys.setdefault(label, Key(handle, label))
+    return list(keys.values())
 
 
 def add_scale(
@@ -219,12 +222,13 @@ def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle)
     """Add title and legend above the panels and the caption below, and return about their height in
     inches.
     """
-    title = "" if style.plain else wrap_text(page.title, style.width, 1.12 * style.title)
-    sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
-    caption = "" if style.plain else wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
-    labels = [
-        wrap_text(key.label, style.width - 4 * style.ticks / 72, 1.08 * style.ticks) for key in keys
-    ]
+    title = caption = ""
+    if not style.plain:
+        title = wrap_text(page.title, style.width, 1.12 * style.title)
+        sentences = filter(None, [page.about and f"{page.about}.", *page.notes])
+        caption = wrap_text(" ".join(sentences), style.width, 0.95 * style.ticks)
+    room = style.width - 4 * style.ticks / 72
+    labels = [wrap_text(key.label, room, 1.08 * style.ticks) for key in keys]
     columns = _count_legend_columns(labels, fit_chars(style.width, 0.95 * style.ticks))
     if title or keys:
         legend = figure.legend(
@@ -244,23 +248,21 @@ def _add_text(figure: Figure, page: Page, keys: Sequence[Key], style: PageStyle)
         figure.supxlabel(
             caption, x=0.01, ha="left", size=style.ticks, color=QUIET, parse_math=False
         )
-    lines = math.ceil(len(keys) / columns) * max(
-        [label.count("\n") + 1 for label in labels], default=0
-    )
-    sizes = (
-        1.3 * style.title * (title.count("\n") + 2),
-        1.5 * style.ticks * (lines + caption.count("\n") + 1.5),
-    )
-    return sum(sizes) / 72
+    label_lines = max([label.count("\n") + 1 for label in labels], default=0)
+    lines = math.ceil(len(keys) / columns) * label_lines
+    title_height = 1.3 * style.title * (title.count("\n") + 2)
+    text_height = 1.5 * style.ticks * (lines + caption.count("\n") + 1.5)
+    return (title_height + text_height) / 72
 
 
 def _count_legend_columns(labels: Sequence[str], chars: int) -> int:
     """Return the largest number of columns in which a legend fits into a number of characters; at
     least 1.
     """
+    widths = [max(map(len, label.split("\n"))) + 6 for label in labels]
     for columns in range(len(labels), 1, -1):
         # Matplotlib fills columns from top to bottom, the first ones with one more entry.
-        parts = np.array_split([max(map(len, label.split("\n"))) + 6 for label in labels], columns)
+        parts = np.array_split(widths, columns)
         if sum(int(part.max()) for part in parts) <= chars:
             return columns
     return 1
@@ -273,7 +275,8 @@ def freeze_layout(figure: Figure) -> Figure:
     change the bytes of an SVG, whose clip paths are named by a hash of their bounds. Positions are
     therefore rounded to a millionth of the page.
     """
-    if (engine := figure.get_layout_engine()) is not None:
+    engine = figure.get_layout_engine()
+    if engine is not None:
         engine.execute(figure)
     figure.set_layout_engine(None)  # not "none", for which savefig draws twice
     for ax in figure.axes:
@@ -312,33 +315,27 @@ def draw_panel(
     style = PANEL if ax is None else replace(PANEL, text=10, line=1.2)
     with apply_style(PANEL if ax is None else None):
         if ax is None:
-            ax = Figure(
-                (style.width, style.height), dpi=style.dpi, layout="constrained", facecolor="white"
-            ).subplots()
+            ax = _make_empty_figure(style).subplots()
         series = single_series(results, kind)
         if not series.records:
             raise UsageError(f"no {kind or 'such'} records to draw; give results that have some")
         page = make_page((series,), style, options or Options())
-        panel = page.whole or next(
-            (panel for panel in page.panels if name in {None, panel.name}), None
-        )
-        if panel is None:
-            raise UsageError(
-                f"{name}: unknown; use one of {', '.join(panel.name for panel in page.panels)}"
-            )
+        named = [panel for panel in page.panels if name in {None, panel.name}]
+        if page.whole is None and not named:
+            known = ", ".join(panel.name for panel in page.panels)
+            raise UsageError(f"{name}: unknown; use one of {known}")
+        panel = page.whole or named[0]
         panel.draw(ax, style)
-        ax.set_title(
-            wrap_text(panel.title, 0.8 * style.width, style.text), loc="left", parse_math=False
-        )
+        title = wrap_text(panel.title, 0.8 * style.width, style.text)
+        ax.set_title(title, loc="left", parse_math=False)
         ax.tick_params(labelbottom=True)
         ax.set(xlabel=panel.xlabel or ax.get_xlabel(), ylabel=panel.ylabel or ax.get_ylabel())
         if page.scale is not None:
             add_scale(ax.figure, [ax], page.scale, page.scale_label or page.title)
-        if keys := collect_keys([ax]) if page.keys is None else page.keys:
-            labels = [key.label for key in keys]
-            for text in ax.legend(
-                [key.handle for key in keys], labels, fontsize="small"
-            ).get_texts():
+        keys = collect_keys([ax]) if page.keys is None else page.keys
+        if keys:
+            handles, labels = [key.handle for key in keys], [key.label for key in keys]
+            for text in ax.legend(handles, labels, fontsize="small").get_texts():
                 text.set_parse_math(False)
     return ax
 
@@ -393,9 +390,8 @@ def make_rows_panel(
     for row in rows:
         best[row.name] = max(row.value, best.get(row.name, row.value))
     highest = sorted(best, key=lambda name: -best[name])[:ROWS]
-    names = [
-        name for name in dict.fromkeys([*(row.name for row in order), *highest]) if name in highest
-    ]
+    first = [row.name for row in order]
+    names = [name for name in dict.fromkeys([*first, *highest]) if name in highest]
     shown = [row for name in names for row in rows if row.name == name]
     short = crop_names(names, fit_chars(NAMES * style.width / columns, style.ticks))
 
@@ -463,25 +459,23 @@ def make_rows_page(
         notes: Notes of the page.
         ordered: Whether all panels have the order of the first.
     """
-    rows_by_set = {
-        name: [
-            row
-            for number, item in enumerate(series)
-            for row in rows_of(item, name, category(number))
-        ]
-        for name in sets
-    }
-    rows_by_set = {name: rows for name, rows in rows_by_set.items() if rows}
+    rows_by_set: dict[str, list[Row]] = {}
+    for name in sets:
+        for number, item in enumerate(series):
+            for row in rows_of(item, name, category(number)):
+                rows_by_set.setdefault(name, []).append(row)
     columns = choose_columns(min(len(rows_by_set), 2), style)
-    first = next(iter(rows_by_set.values()), [])
-    order = sorted(first, key=lambda row: -row.value) if ordered else ()
-    panels = [
-        make_rows_panel(
+    order: list[Row] = []
+    panels = []
+    most = 0
+    for name, rows in rows_by_set.items():
+        if ordered:
+            order = order or sorted(rows, key=lambda row: -row.value)
+        panel = make_rows_panel(
             sets[name], rows, style, xlabel=xlabel, columns=columns, order=order, name=name
         )
-        for name, rows in rows_by_set.items()
-    ]
-    most = max((len({row.name for row in rows}) for rows in rows_by_set.values()), default=0)
+        panels.append(panel)
+        most = max(most, len({row.name for row in rows}))
     limit = [f"The {ROWS} highest of {most}."] if most > ROWS else []
     keys = run_keys(series, ls="", marker="o", ms=4 * style.line)
     return Page(title, panels, about, (*notes, *limit), keys, columns=columns, low=True)

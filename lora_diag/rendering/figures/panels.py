@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from statistics import median
 from typing import Any, Generic, TypeVar
 
@@ -69,7 +70,7 @@ def make_slots(runs: Sequence[Sequence[R]], per: str) -> list[tuple[Slot[R], ...
         runs: The records of each run, one per layer.
         per: ``layer`` for one bar per block, ``type`` for one bar per type.
     """
-    types = Types(record.layer for records in runs for record in records)
+    types = Types(record.layer for record in chain.from_iterable(runs))
     names = types.pool(types.names[: MAX_PANELS - 1])
     slots = []
     for records in runs:
@@ -92,19 +93,14 @@ def stack_panels(
     """Return panels with a common x axis, the slots of all runs, whose names are below the last
     panel.
     """
-    slots = list({slot.name: slot for run_slots in runs for slot in run_slots}.values())
+    slots = list({slot.name: slot for slot in chain.from_iterable(runs)}.values())
     short = crop_names([slot.name for slot in slots], LONGEST)
     places = [round(float(slot.edges.mean())) for slot in slots]
     room = 0.85 * style.width / (max(places) - min(places) + 1)
     longest = max(map(len, short.values()))
-    # Names are turned if they do not fit side by side.
-    angle = (
-        0
-        if longest < fit_chars(room, style.ticks)
-        else 45
-        if room > 1.75 * style.ticks / 72
-        else 90
-    )
+    angle = 0
+    if longest >= fit_chars(room, style.ticks):  # names do not fit side by side
+        angle = 45 if room > 1.75 * style.ticks / 72 else 90
 
     def draw(ax: Axes, style: PageStyle, panel: Panel) -> None:
         panel.draw(ax, style)
@@ -242,12 +238,12 @@ def draw_levels(ax: Axes, levels: Iterable[tuple[str, float, str]], style: PageS
     for text, value, color in sorted(levels, key=lambda level: level[1]):
         place = min(max(value, low), high)
         if place == value:
-            ax.axhline(
-                value, color=color, lw=0.8 * style.line, ls=DASHED, zorder=1.5, label=f"_{text}"
-            )
+            line_style: dict[str, Any] = {"color": color, "lw": 0.8 * style.line, "ls": DASHED}
+            ax.axhline(value, **line_style, zorder=1.5, label=f"_{text}")
         # Levels close to each other share a label.
         near = next((other for other in places if place - other < 0.1 * (high - low)), place)
-        places.setdefault(near, []).append((text + ("" if place == value else ends[place]), color))
+        name = text if place == value else text + ends[place]
+        places.setdefault(near, []).append((name, color))
     for place, named in places.items():
         ax.annotate(
             "\n".join(text for text, _ in reversed(named)),
@@ -296,7 +292,8 @@ def axis_limits(values: Iterable[float], base: float | None = None) -> tuple[flo
         limit = max(2 * base - low, low + 6 * (median(values) - low))
         values = [value for value in values if value <= limit]
         span = max(values) - low or abs(low) * 0.05
-        values += [base] if low - FAR * span <= base <= max(values) + FAR * span else []
+        if low - FAR * span <= base <= max(values) + FAR * span:
+            values.append(base)
     low, high = min(values), max(values)
     span = high - low or abs(high) * 0.1 or 1.0
     return low - 0.1 * span, high + 0.1 * span

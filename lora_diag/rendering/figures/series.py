@@ -41,16 +41,20 @@ def run_name(run: Run, short: Callable[[str], str] | None = None, with_base: boo
         with_base: Whether to name a BASE besides other measured inputs.
     """
     short = short or (lambda path: short_names([path])[path])
-    roles = next(
-        (roles for roles in _MEASURED if any(side.role in roles for side in run.inputs)), ()
-    )
-    paths = [side.path for side in run.inputs if side.role in roles]
-    measured = " + ".join(map(short, paths)) if len(paths) <= _NAMED else f"{len(paths)} updates"
-    base = [
-        short(side.path) for side in run.inputs if side.role == "base" and side.role not in roles
-    ]
-    names = [*base[:1], measured] if with_base or not measured else [measured]
-    return " → ".join(filter(None, names)) or name_of(run.command)
+    bases = [side.path for side in run.inputs if side.role == "base"]
+    for roles in _MEASURED:
+        paths = [side.path for side in run.inputs if side.role in roles]
+        if paths:
+            break
+    else:
+        return name_of(run.command)
+    if len(paths) > _NAMED:
+        measured = f"{len(paths)} updates"
+    else:
+        measured = " + ".join(map(short, paths))
+    if with_base and bases and "base" not in roles:
+        return f"{short(bases[0])} → {measured}"
+    return measured
 
 
 def names_of(
@@ -66,52 +70,61 @@ def names_of(
         metrics: Metric of each run, which is shown elsewhere.
         files: Path of each run.
     """
-    names = list(map(run_name, runs))
+    metrics = metrics or [""] * len(runs)
+    keys = [(run.command, metric) for run, metric in zip(runs, metrics, strict=True)]
+    return _relabel(list(map(run_name, runs)), keys, _disambiguate, runs, files)
+
+
+def _relabel(
+    labels: list[str],
+    keys: Sequence[Hashable],
+    distinguish: Callable[[Sequence[Run], Sequence[str]], list[str]],
+    runs: Sequence[Run],
+    files: Sequence[str],
+) -> list[str]:
+    """Return labels of runs, those of several runs of one key as ``distinguish`` returns them."""
     groups: dict[Hashable, list[int]] = {}
-    for position, run in enumerate(runs):
-        groups.setdefault((run.command, metrics[position] if metrics else ""), []).append(position)
+    for position, key in enumerate(keys):
+        groups.setdefault(key, []).append(position)
     for group in groups.values():
         if len(group) > 1:
-            distinct = _disambiguate(
-                [runs[i] for i in group], [files[i] for i in group] if files else []
-            )
-            for position, name in zip(group, distinct, strict=True):
-                names[position] = name
-    return names
+            of_group = [runs[position] for position in group]
+            their_files = [files[position] for position in group] if files else []
+            for position, label in zip(group, distinguish(of_group, their_files), strict=True):
+                labels[position] = label
+    return labels
 
 
 def _disambiguate(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """Return distinct labels of the runs of one command, in the order of ``names_of``."""
-    longer = short_names(side.path for run in runs for side in run.inputs).__getitem__
+    paths = [side.path for run in runs for side in run.inputs]
+    longer = short_names(paths).__getitem__
     for short in (None, longer):
         for with_base in (False, True):
             names = [run_name(run, short, with_base) for run in runs]
             if len(set(names)) == len(names):
                 return names
     names = [run_name(run, longer, with_base=False) for run in runs]
-    labels = list(names)
-    for name, count in Counter(names).items():
-        if count > 1:
-            same = [position for position, other in enumerate(names) if other == name]
-            suffixes = _distinguish(
-                [runs[i] for i in same], [files[i] for i in same] if files else []
-            )
-            for position, suffix in zip(same, suffixes, strict=True):
-                labels[position] = f"{name}, {suffix}" if count < len(runs) else suffix
-    return labels
+
+    def append_suffix(same: Sequence[Run], their_files: Sequence[str]) -> list[str]:
+        suffixes = _distinguish(same, their_files)
+        if len(same) == len(runs):
+            return suffixes
+        name = run_name(same[0], longer, with_base=False)
+        return [f"{name}, {suffix}" for suffix in suffixes]
+
+    return _relabel(names, tuple(names), append_suffix, runs, files)
 
 
 def _distinguish(runs: Sequence[Run], files: Sequence[str]) -> list[str]:
     """Return labels that distinguish runs of the same inputs."""
     known = dict.fromkeys(key for run in runs for key in run.settings)
     keys = [key for key in known if len({str(run.settings.get(key)) for run in runs}) > 1]
-    given = [
-        [(key, run.settings[key]) for key in keys if run.settings.get(key) is not None]
-        for run in runs
-    ]
-    settings = [
-        ", ".join(_format_setting(*item) for item in items) or "default settings" for items in given
-    ]
+    settings = []
+    for run in runs:
+        given = [key for key in keys if run.settings.get(key) is not None]
+        words = [_format_setting(key, run.settings[key]) for key in given]
+        settings.append(", ".join(words) or "default settings")
     if len(set(settings)) == len(runs) and max(map(len, settings)) <= _SETTINGS:
         return [name_of(text) for text in settings]
     stems = short_names(PurePath(file).with_suffix("").as_posix() for file in files)
@@ -201,17 +214,16 @@ def series_of(
     metrics = [next(iter(metrics_of(item)), "") for item in results]
     names = [name_of(label) for label in labels] or names_of(runs, metrics, files)
     if len({*metrics} - {""}) > 1:
-        metric = (f", {METRIC_NAMES[metric]}" if metric else "" for metric in metrics)
-        names = [f"{name}{suffix}" for name, suffix in zip(names, metric, strict=True)]
+        for position, metric in enumerate(metrics):
+            if metric:
+                names[position] += f", {METRIC_NAMES[metric]}"
     series = []
     for name, item in zip(names, results, strict=True):
         by_kind: dict[str, list[Any]] = {}
         for record in drawable_records(item):
             by_kind.setdefault(kind_of(record), []).append(record)
-        series += [
-            Series(name, tuple(records), item.whole, item.run)
-            for records in by_kind.values() or [()]
-        ]
+        for records in by_kind.values() or [[]]:
+            series.append(Series(name, tuple(records), item.whole, item.run))
     return tuple(series)
 
 
@@ -222,9 +234,12 @@ def single_series(results: Results[Any] | Iterable[Any], kind: str) -> Series[An
         results: Results of a run, or its records.
         kind: The kind, as in ``kind_of``; empty for all.
     """
-    records = drawable_records(results) if isinstance(results, Results) else tuple(results)
+    run = None
+    if isinstance(results, Results):
+        run, results = results.run, drawable_records(results)
+    records = tuple(results)
     of_kind = tuple(record for record in records if kind in {"", kind_of(record)})
-    return Series("", of_kind, records, results.run if isinstance(results, Results) else None)
+    return Series("", of_kind, records, run)
 
 
 def drawable_records(results: Results[Any]) -> tuple[Any, ...]:
@@ -249,38 +264,49 @@ def split_series(series: Sequence[Series[Any]], options: Options) -> tuple[Serie
     if not pattern:
         return tuple(series)
     fields = [field for _, field, _, _ in Formatter().parse(pattern) if field]
-    short = short_names(
-        value
-        for item in series
-        for record in item.records
-        for field in fields
-        if isinstance(value := getattr(record, field), str)
-    )
+    records = [record for item in series for record in item.records]
+    names = [getattr(record, field) for record in records for field in fields]
+    short = short_names(name for name in names if isinstance(name, str))
     parts = []
     for item in series:
-        records = item.records
-        if "rank" in fields:
-            rank = choose_rank({record.rank for record in records}, options)
-            records = tuple(record for record in records if record.rank == rank)
-        groups: dict[tuple[Any, ...], list[Any]] = {}
-        for record in records:
-            groups.setdefault(tuple(getattr(record, field) for field in fields), []).append(record)
-        if len(groups) > 4 and any(isinstance(value, int) for value in next(iter(groups))):
-            steps = sorted(groups)
-            groups = {step: groups[step] for step in (steps[0], steps[len(steps) // 2], steps[-1])}
-        for values, group in groups.items():
-            label = pattern.format(
-                **{field: short.get(v, v) for field, v in zip(fields, values, strict=True)}
-            )
+        for values, group in _split_records(item, fields, options).items():
+            shown = [short.get(value, value) for value in values]
+            label = pattern.format(**dict(zip(fields, shown, strict=True)))
             parts.append((item, replace(item, label=label, records=tuple(group))))
-    several = len({run_name(item.run) if item.run else "" for item in series}) > 1
+    several = len(set(map(_name_run, series))) > 1
     counts = Counter(part.label for _, part in parts)
-    return tuple(
-        replace(part, label=f"{item.label}: {part.label}")
-        if several or counts[part.label] > 1
-        else part
-        for item, part in parts
-    )
+    labelled = []
+    for item, part in parts:
+        if several or counts[part.label] > 1:
+            part = replace(part, label=f"{item.label}: {part.label}")
+        labelled.append(part)
+    return tuple(labelled)
+
+
+def _split_records(
+    item: Series[Any], fields: Sequence[str], options: Options
+) -> dict[tuple[Any, ...], list[Any]]:
+    """Return the records to draw, grouped by the values of fields.
+
+    Raises:
+        UndrawableError: The requested rank was not measured.
+    """
+    records = item.records
+    if "rank" in fields:
+        rank = choose_rank({record.rank for record in records}, options)
+        records = tuple(record for record in records if record.rank == rank)
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    for record in records:
+        groups.setdefault(tuple(getattr(record, field) for field in fields), []).append(record)
+    if len(groups) > 4 and any(isinstance(value, int) for value in next(iter(groups))):
+        steps = sorted(groups)
+        groups = {step: groups[step] for step in (steps[0], steps[len(steps) // 2], steps[-1])}
+    return groups
+
+
+def _name_run(item: Series[Any]) -> str:
+    """Return the label of the inputs of a series; empty without a run."""
+    return run_name(item.run) if item.run is not None else ""
 
 
 def choose_rank(measured: Collection[int], options: Options) -> int:
@@ -289,20 +315,21 @@ def choose_rank(measured: Collection[int], options: Options) -> int:
     Raises:
         UndrawableError: The requested rank was not measured.
     """
-    if options.rank is not None and options.rank not in measured:
+    if options.rank is None:
+        return 8 if 8 in measured else min(measured)
+    if options.rank not in measured:
         ranks = ", ".join(map(str, sorted(measured)))
         raise UndrawableError(f"rank {options.rank} was not measured; use one of {ranks}")
-    return options.rank if options.rank is not None else 8 if 8 in measured else min(measured)
+    return options.rank
 
 
 def subject_of(series: Sequence[Series[Any]]) -> str:
     """Return the start of a caption: the label of the run, or the inputs that all runs share; else
     empty.
     """
-    if len(series) == 1:
-        return f"{series[0].label}; " if series[0].label else ""
-    measured = {run_name(item.run) if item.run is not None else "" for item in series}
-    return f"{measured.pop()}; " if len(measured) == 1 and measured != {""} else ""
+    names = {series[0].label} if len(series) == 1 else set(map(_name_run, series))
+    name = names.pop() if len(names) == 1 else ""
+    return f"{name}; " if name else ""
 
 
 def owner_of(item: Series[Any], series: Sequence[Series[Any]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -134,11 +134,10 @@ def _make_settings(style: PageStyle) -> dict[Any, Any]:
         "minor.width": 0.5 * style.line,
         "major.pad": 0.25 * style.text,
     }
+    # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
+    defaults = mpl.rcParamsDefault.items()
     return {
-        # Based on the defaults, not on the user's matplotlibrc: the same bytes on every machine.
-        **{
-            key: value for key, value in mpl.rcParamsDefault.items() if key not in _PROCESS_SETTINGS
-        },
+        **{key: value for key, value in defaults if key not in _PROCESS_SETTINGS},
         **_PLAIN,
         "font.family": ["sans-serif"],
         "font.sans-serif": _FAMILY,
@@ -193,13 +192,14 @@ def name_of(layer: str) -> str:
     >>> name_of("model.layers.0.mlp.up_proj.weight"), name_of("a$b$\n")
     ('model.layers.0.mlp.up_proj', 'a$b$\\n')
     """
-    drawable = _load_characters()
-    return "".join(
-        char
-        if char.isprintable() and ord(char) in drawable
-        else char.encode("unicode_escape", "surrogatepass").decode()
-        for char in layer.removesuffix(".weight")
-    )
+    return "".join(map(_escape_undrawable, layer.removesuffix(".weight")))
+
+
+def _escape_undrawable(char: str) -> str:
+    """Return a character, escaped if the font lacks or hides it."""
+    if char.isprintable() and ord(char) in _load_characters():
+        return char
+    return char.encode("unicode_escape", "surrogatepass").decode()
 
 
 @cache
@@ -278,25 +278,34 @@ def crop_names(names: Iterable[str], chars: int) -> dict[str, str]:
     common = next(
         (place for place, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), 0
     )
-    if common and max(map(len, names)) > chars:
+    if max(map(len, names), default=0) <= chars:
+        return {name: name for name in names}
+    if common:
         inner = crop_names([".".join(part[common:]) for part in parts], chars - 1)
-        return {
-            name: f"…{short.removeprefix('…')}"
-            for name, short in zip(names, inner.values(), strict=True)
-        }
-    ways: tuple[Callable[[str], str], ...] = (
-        lambda name: f"…{crop(name, chars).partition('.')[2] or crop(name, chars)[1:]}",
-        lambda name: crop(name, chars),
-        lambda name: f"{name[: chars - 1]}…",
-    )
-    cropped = [{name: name if len(name) <= chars else way(name) for name in names} for way in ways]
-    return next((short for short in cropped if _is_unambiguous(short)), cropped[1])
+        cropped = [f"…{short.removeprefix('…')}" for short in inner.values()]
+        return dict(zip(names, cropped, strict=True))
+
+    def keep_parts(name: str) -> str:
+        end = crop(name, chars)
+        return f"…{end.partition('.')[2] or end[1:]}"
+
+    def keep_end(name: str) -> str:
+        return crop(name, chars)
+
+    def keep_start(name: str) -> str:
+        return f"{name[: chars - 1]}…"
+
+    for shorten in (keep_parts, keep_end, keep_start):
+        short = {name: name if len(name) <= chars else shorten(name) for name in names}
+        if _is_unambiguous(short):
+            return short
+    return {name: crop(name, chars) for name in names}
 
 
 def _is_unambiguous(short: Mapping[str, str]) -> bool:
     """Return whether no two short names are equal, and no shortened one ends another full name."""
     ends = [(name, text.removeprefix("…")) for name, text in short.items() if text != name]
-    unambiguous = not any(
-        other.endswith(end) for name, end in ends for other in short if other != name
-    )
-    return unambiguous and len(set(short.values())) == len(short)
+    for name, end in ends:
+        if any(other.endswith(end) for other in short if other != name):
+            return False
+    return len(set(short.values())) == len(short)

@@ -121,9 +121,10 @@ def _suggest_strength(results: Results[CheckpointLayer]) -> Hint | None:
     choice = next(iter(results.whole_of(CheckpointChoice)), None)
     if choice is None:
         return None
+    base = next(item.path for item in results.run.inputs if item.role == "base")
     paths = {record.step: record.path for record in results.whole_of(RunCheckpoint)}
-    command = f"probe strength {{base}} {shlex.quote(paths[choice.step])} --eval {{evaluate}}"
-    return Hint(command, "how much of this update to keep")
+    words = shlex.join(["probe", "strength", base, paths[choice.step]])
+    return Hint(words, "how much of this update to keep")
 
 
 def _describe_problems(run: Trajectory, checkpoints: Sequence[RunCheckpoint]) -> Iterator[str]:

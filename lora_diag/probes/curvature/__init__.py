@@ -64,12 +64,10 @@ FEATURE = Feature(
             shows=("json", "quiet", "verbose"),
             hints=(
                 Hint(
-                    "probe truncation {base} {tuned} --eval {evaluate}",
+                    "probe truncation {base} {tuned}",
                     "the gap at every rank, on more text",
                 ),
-                Hint(
-                    "probe sweep {base} --data TEXT --eval {evaluate}", "which rank training needs"
-                ),
+                Hint("probe sweep {base} --data TEXT", "which rank training needs"),
                 SAVE_PROBE,
             ),
         ),
